@@ -1,0 +1,99 @@
+// One algorithm text for GPU and CPU. Algorithms are written against a block that offers
+//   each(n, f)       run f(i) for i in [0, n), then wait for all of them
+//   each_warp(n, f)  run f(warp, i) for n independent jobs, a warp each, then wait for all
+// and a warp that offers
+//   each(n, f)       run f(i) for i in [0, n); lane l takes i = l, l + 32, ... and nobody waits
+//   max(n, f)        the largest f(i), known to every lane; 0 if n is 0
+//   sum(n, f)        the sum of f(i), known to every lane
+//   gram(n, x, y)    x·x, x·y and y·y in one pass over both
+// The Serial versions are the CPU backend; the Cuda versions run on a GPU or in the emulator.
+// Every sum is taken in an order that depends on n alone, so results repeat bit by bit.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(PROLORA_EMULATED)
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Always inlined, so that cpu.cpp, compiled once per instruction set, leaves no copy that the
+// linker could share between instruction sets.
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace prolora {
+
+using Index = std::int64_t;
+
+// Inner products of two columns.
+template <class T>
+struct Gram {
+  T xx, xy, yy;
+};
+
+HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+#if defined(__CUDACC__) || defined(PROLORA_EMULATED)
+
+struct CudaWarp {
+  static constexpr unsigned kAll = 0xffffffffu;
+
+  template <class F>
+  __device__ __forceinline__ void each(Index n, F f) const {
+#pragma unroll 2
+    for (Index i = threadIdx.x % 32; i < n; i += 32) f(i);
+  }
+
+  // Butterfly: both partners add the same two numbers, so all lanes end with the same bits.
+  template <class T>
+  static __device__ __forceinline__ T total(T value) {
+    for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(kAll, value, d);
+    return value;
+  }
+
+  template <class T, class F>
+  __device__ __forceinline__ T sum(Index n, F f) const {
+    T partial = 0;
+    each(n, [&](Index i) { partial += f(i); });
+    return total(partial);
+  }
+
+  template <class T, class F>
+  __device__ __forceinline__ T max(Index n, F f) const {
+    T largest = 0;
+    auto take = [&](T value) { largest = value > largest ? value : largest; };
+    each(n, [&](Index i) { take(f(i)); });
+    for (int d = 16; d > 0; d /= 2) take(__shfl_xor_sync(kAll, largest, d));
+    return largest;
+  }
+
+  template <class T>
+  __device__ __forceinline__ Gram<T> gram(Index n, const T* x, const T* y) const {
+    Gram<T> g = {0, 0, 0};
+    each(n, [&](Index i) {
+      g.xx += x[i] * x[i];
+      g.xy += x[i] * y[i];
+      g.yy += y[i] * y[i];
+    });
+    return {total(g.xx), total(g.xy), total(g.yy)};
+  }
+};
+
+struct CudaBlock {
+  template <class F>
+  __device__ __forceinline__ void each(Index n, F f) const {
+#pragma unroll 2
+    for (Index i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    __syncthreads();
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each_warp(Index n, F f) const {
+    for (Index i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(CudaWarp{}, i);
+    __syncthreads();
+  }
+};
+
+#endif
+
+}  // namespace prolora

@@ -1,0 +1,108 @@
+// The CPU backend: the same algorithms, spread over the cores. Compiled once per instruction set,
+// so nothing of the standard library's templates may be used here: the linker keeps one copy of
+// those, and it could be one with instructions that the machine lacks.
+#include "cpu.h"
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "overlap.h"
+#include "serial.h"
+#include "small_svd.h"
+#include "split_project.h"
+
+namespace prolora {
+namespace {
+
+// Below this many flops waking other threads costs more than they bring.
+constexpr double kParallelFlops = 2e5;
+
+// f(matrix, tile row, tile column) for the tiles of matrices [first, end).
+template <class F>
+void each_tile(TileGrid grid, Index first, Index end, bool parallel, F f) {
+#pragma omp parallel for schedule(static) if (parallel)
+  for (Index tile = first * grid.per_matrix(); tile < end * grid.per_matrix(); ++tile) {
+    const Index in_matrix = tile % grid.per_matrix();
+    f(tile / grid.per_matrix(), in_matrix / grid.cols, in_matrix % grid.cols);
+  }
+}
+
+template <class T>
+void split_project(const SplitProjectArgs<T>& args) {
+  using Tile = SerialTile<T>;
+  const TileGrid first = tile_grid<Tile>(args.k, args.r);
+  const TileGrid second = tile_grid<Tile>(args.m, args.r);
+  auto both = [&](Index matrix, bool parallel) {
+    each_tile(first, matrix, matrix + 1, parallel,
+              [&](Index b, Index row, Index col) { coefficients_tile(Tile{}, args, b, row, col); });
+    each_tile(second, matrix, matrix + 1, parallel,
+              [&](Index b, Index row, Index col) { split_tile(Tile{}, args, b, row, col); });
+  };
+  // Whole matrices where there are enough of them: U is then still cached for its second use.
+  const double flops = 4.0 * args.m * args.k * args.r;
+  if (args.batch >= omp_get_max_threads()) {
+#pragma omp parallel for schedule(static) if (flops * args.batch > kParallelFlops)
+    for (Index matrix = 0; matrix < args.batch; ++matrix) both(matrix, false);
+  } else {
+    for (Index matrix = 0; matrix < args.batch; ++matrix) both(matrix, flops > kParallelFlops);
+  }
+}
+
+template <class T>
+Index overlap_tiles(Index ks, Index kt) {
+  return tile_grid<SerialTile<T>>(ks, kt).per_matrix();
+}
+
+template <class T>
+void overlap(const OverlapArgs<T>& args) {
+  const TileGrid grid = tile_grid<SerialTile<T>>(args.ks, args.kt);
+  const double flops = 2.0 * args.batch * args.m * args.ks * args.kt;
+  each_tile(grid, 0, args.batch, flops > kParallelFlops, [&](Index matrix, Index row, Index col) {
+    args.partial[matrix * grid.per_matrix() + row * grid.cols + col] =
+        overlap_tile(SerialTile<T>{}, args, matrix, row, col);
+  });
+  for (Index matrix = 0; matrix < args.batch; ++matrix) {
+    const double* mine = args.partial + matrix * grid.per_matrix();
+    args.out[matrix] =
+        SerialWarp{}.sum<double>(grid.per_matrix(), [&](Index i) { return mine[i]; });
+  }
+}
+
+template <class T>
+void small_svd(const SmallSvdArgs<T>& args) {
+  const Index m = args.m;
+  const Index n = args.n;
+  const double flops = 50.0 * args.batch * m * n * n;
+  bool enough_memory = true;
+#pragma omp parallel if (flops > kParallelFlops)
+  {
+    void* memory = std::malloc(SvdWorkspace<T>::bytes(m, n));
+    if (memory == nullptr) {
+#pragma omp atomic write
+      enough_memory = false;
+    }
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < args.batch; ++b) {
+      if (memory == nullptr) continue;
+      small_svd(SerialBlock{}, args.a + b * m * n, args.u + b * m * n, args.s + b * n,
+                args.v + b * n * n, SvdWorkspace<T>::at(memory, m, n), m, int(n));
+    }
+    std::free(memory);
+  }
+  if (!enough_memory) throw std::bad_alloc{};
+}
+
+template <class T>
+constexpr CpuOps<T> kOps = {split_project<T>, overlap<T>, overlap_tiles<T>, small_svd<T>};
+
+}  // namespace
+
+namespace PROLORA_ISA {
+#define TEXT(x) #x
+#define NAME_OF(x) TEXT(x)
+extern const CpuIsa isa = {NAME_OF(PROLORA_ISA), kOps<float>, kOps<double>};
+}  // namespace PROLORA_ISA
+
+}  // namespace prolora

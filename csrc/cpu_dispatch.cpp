@@ -1,0 +1,75 @@
+// Chooses the CPU ops of the best instruction set that this build has and this machine knows.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace prolora {
+namespace {
+
+#ifdef PROLORA_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// PROLORA_ISA names one to use instead of the best, so that all can be tested on one machine.
+const CpuIsa& chosen() {
+#ifdef PROLORA_X86
+  const char* name = std::getenv("PROLORA_ISA");
+  auto wanted = [&](const CpuIsa& isa) { return !name || std::strcmp(name, isa.name) == 0; };
+  if (wanted(avx512::isa) && has_avx512()) return avx512::isa;
+  if (wanted(avx2::isa) && has_avx2()) return avx2::isa;
+#endif
+  return baseline::isa;
+}
+
+template <class T>
+const CpuOps<T>& ops();
+template <>
+const CpuOps<float>& ops() {
+  return chosen().single;
+}
+template <>
+const CpuOps<double>& ops() {
+  return chosen().twice;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return chosen().name; }
+
+template <class T>
+void split_project_cpu(const SplitProjectArgs<T>& args) {
+  ops<T>().split_project(args);
+}
+
+template <class T>
+void overlap_cpu(const OverlapArgs<T>& args) {
+  ops<T>().overlap(args);
+}
+
+template <class T>
+Index overlap_tiles_cpu(Index ks, Index kt) {
+  return ops<T>().overlap_tiles(ks, kt);
+}
+
+template <class T>
+void small_svd_cpu(const SmallSvdArgs<T>& args) {
+  ops<T>().small_svd(args);
+}
+
+template void split_project_cpu(const SplitProjectArgs<float>&);
+template void split_project_cpu(const SplitProjectArgs<double>&);
+template void overlap_cpu(const OverlapArgs<float>&);
+template void overlap_cpu(const OverlapArgs<double>&);
+template Index overlap_tiles_cpu<float>(Index, Index);
+template Index overlap_tiles_cpu<double>(Index, Index);
+template void small_svd_cpu(const SmallSvdArgs<float>&);
+template void small_svd_cpu(const SmallSvdArgs<double>&);
+
+}  // namespace prolora

@@ -1,0 +1,47 @@
+built_with_cuda: bool
+max_svd_columns: int
+
+def cuda_status() -> tuple[int, str]: ...
+def cpu_isa() -> str: ...
+def split_project(
+    u: int,
+    x: int,
+    coefficients: int,
+    par: int,
+    perp: int,
+    batch: int,
+    m: int,
+    k: int,
+    r: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
+def overlap(
+    us: int,
+    ut: int,
+    partial: int,
+    out: int,
+    batch: int,
+    m: int,
+    ks: int,
+    kt: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
+def overlap_tiles(ks: int, kt: int, float64: bool, cuda: bool) -> int: ...
+def small_svd(
+    a: int,
+    u: int,
+    s: int,
+    v: int,
+    scratch: int,
+    batch: int,
+    m: int,
+    n: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
+def small_svd_scratch(batch: int, m: int, n: int, float64: bool, cuda: bool) -> int: ...

@@ -1,0 +1,57 @@
+"""Move a LoRA to another base model, without training and without data."""
+
+import torch  # noqa: F401  (before the extension, so that both use torch's OpenMP runtime)
+
+from .adapters.adapter import Adapter
+from .bases import Base, open_base
+from .comparison import Comparison, compare
+from .errors import (
+    LowCoverage,
+    NonFiniteWeights,
+    OutputError,
+    ProLoRAError,
+    ShapeMismatch,
+    UnsupportedFormat,
+)
+from .inspection import Description, inspect
+from .linalg.basis import Basis, truncated_svd
+from .linalg.lowrank import LowRank
+from .linalg.subspaces import Similarity, principal_angles, similarity
+from .ops import cuda_status, require_cuda
+from .projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
+from .report import Report
+from .transfer import Transfer, transfer, transfer_file
+from .version import __version__
+
+__all__ = [
+    "DEFAULT_RANK",
+    "METHODS",
+    "Adapter",
+    "Base",
+    "Basis",
+    "Comparison",
+    "Description",
+    "LowCoverage",
+    "LowRank",
+    "NonFiniteWeights",
+    "OutputError",
+    "ProLoRAError",
+    "ProjectionInfo",
+    "Report",
+    "ShapeMismatch",
+    "Similarity",
+    "Transfer",
+    "UnsupportedFormat",
+    "__version__",
+    "compare",
+    "cuda_status",
+    "inspect",
+    "open_base",
+    "principal_angles",
+    "project",
+    "require_cuda",
+    "similarity",
+    "transfer",
+    "transfer_file",
+    "truncated_svd",
+]

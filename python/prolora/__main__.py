@@ -1,0 +1,5 @@
+"""`python -m prolora` is the command `prolora`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""An adapter in memory: what every reader gives and every writer takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..linalg.lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA as {module: update}, the scale α/r already folded into the factors.
+
+    Attributes:
+        updates: canonical module name -> update, in file order. Names are diffusers' without
+            `.weight`; modules of text encoders start with `text_encoder.` or `text_encoder_2.`.
+            Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
+        kernels: (kh, kw) of the modules that are convolutions, 1×1 ones included; linear modules
+            have no entry.
+        format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
+        spelling: how a kohya file spells its modules: "diffusers" or "sgm".
+        dtype: the storage dtype of the factors in the file.
+        metadata: the file's own header metadata, untouched.
+    """
+
+    updates: dict[str, LowRank]
+    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    format: str = "kohya"
+    spelling: str = "diffusers"
+    dtype: torch.dtype = torch.float32
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
+        """The same adapter with other updates; kernels of absent modules are dropped."""
+        kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}
+        return replace(self, updates=updates, kernels=kernels)

@@ -1,0 +1,251 @@
+"""`Adapter` -> the tensors and configuration of each format; nothing touches the disk here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
+from ..linalg.lowrank import LowRank
+from . import names
+from .adapter import Adapter
+from .scaling import Patterns
+
+FORMATS = ("kohya", "diffusers", "peft", "comfy")
+
+# Past this relative error of a factor the storage dtype has lost more than its own rounding.
+_ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
+
+
+def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an adapter file, by key.
+
+    Args:
+        adapter: what to write.
+        format: one of `FORMATS`.
+        dtype: float16, bfloat16, float32 or float64.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module.
+        ShapeMismatch: an update does not have the shape of a linear layer or its convolution.
+        NonFiniteWeights: a factor is not finite, or overflows in `dtype`.
+        OutputError: a factor is too small for `dtype` to hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    alpha = common_rank(adapter)
+    for name, path in paths(adapter, format).items():
+        update = adapter.updates[name]
+        has_alpha = format in ("kohya", "comfy")
+        if has_alpha and update.rank != alpha:
+            update = LowRank(update.up.double() * (update.rank / alpha), update.down)
+        up, down = _shaped(name, _cast(name, update, dtype), adapter.kernels.get(name))
+        if has_alpha:
+            tensors[f"{path}.lora_up.weight"] = up
+            tensors[f"{path}.lora_down.weight"] = down
+            tensors[f"{path}.alpha"] = _alpha(alpha, dtype)
+        else:
+            tensors[f"{path}.lora_B.weight"] = up
+            tensors[f"{path}.lora_A.weight"] = down
+    return tensors
+
+
+def common_rank(adapter: Adapter) -> int:
+    """The rank most modules have: the one alpha of a file that has alphas.
+
+    Alpha is the rank wherever all ranks are equal. Where they differ, one alpha for all modules is
+    the only choice that every loader scales correctly: diffusers loses the alphas of attention
+    modules in kohya's spelling and takes the most common one for them, so alpha = rank per module
+    would be read at the wrong scale.
+    """
+    counts = Counter(update.rank for update in adapter.updates.values())
+    return max(counts, key=lambda rank: (counts[rank], rank))
+
+
+def paths(adapter: Adapter, format: str) -> dict[str, str]:
+    """Canonical name -> module path in the keys of `format`.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module.
+    """
+    modules = list(adapter.updates)
+    spelling = _kohya_spelling(adapter)
+    sdxl = spelling == "sgm" or _has_two_text_encoders(adapter)
+    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
+    found: dict[str, str] = {}
+    for name in modules:
+        if format == "kohya":
+            path = names.to_kohya(name, spelling=spelling, siblings=modules, sdxl=sdxl)
+        elif format == "comfy":
+            path = names.to_comfy(name, siblings=modules, clip=clip)
+        elif format == "diffusers":
+            path = names.to_diffusers(name)
+        else:
+            path = "base_model.model." + names.local_name(name)
+        if path is None:
+            raise UnsupportedFormat(
+                f"{name} has no name in the {format} format; write it with --format diffusers"
+            )
+        found[name] = path
+    if format == "peft":
+        _check_one_component(modules)
+    return found
+
+
+def _check_one_component(modules: list[str]) -> None:
+    """A PEFT folder belongs to one model, and does not say to which text encoder."""
+    places = {names.place(name) for name in modules}
+    if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
+        raise UnsupportedFormat(
+            f"a PEFT folder holds one model, but this adapter has modules of "
+            f"{', '.join(sorted(places))}; write it with --format diffusers or kohya"
+        )
+
+
+def _kohya_spelling(adapter: Adapter) -> str:
+    """The adapter's spelling, but diffusers' for UNets of four blocks (SD1.x, SD2.x).
+
+    kohya itself trains those under diffusers names, and diffusers crashes on their two-digit SGM
+    blocks.
+    """
+    four_blocks = any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in adapter.updates)
+    return "diffusers" if four_blocks else adapter.spelling
+
+
+def _has_two_text_encoders(adapter: Adapter) -> bool:
+    """Whether the model is of the SDXL family, whose text encoders kohya numbers."""
+    return any(
+        names.place(name) == "text_encoder_2"
+        or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
+        for name, update in adapter.updates.items()
+    )
+
+
+def _text_width(adapter: Adapter) -> int | None:
+    """The width of the first text encoder."""
+    return next(
+        (
+            update.down.shape[-1]
+            for name, update in adapter.updates.items()
+            if name.startswith("text_encoder.") and name.endswith((".q_proj", ".k_proj", ".v_proj"))
+        ),
+        None,
+    )
+
+
+def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
+    """The factors in `dtype`, balanced by a power of two if the dtype cannot hold them as is."""
+    if len(update.shape) != 2:
+        raise ShapeMismatch(f"{name}: an update {list(update.shape)} is not one matrix")
+    cast = update.to(dtype)
+    if not (update.up.isfinite().all() and update.down.isfinite().all()):
+        raise NonFiniteWeights(f"{name}: the update holds NaN or Inf, so nothing is written")
+    if _holds(cast, update, dtype):
+        return cast
+    # A power of two moves size from one factor to the other without rounding.
+    ratio = update.down.abs().max().item() / max(update.up.abs().max().item(), 1e-300)
+    exponent = round(math.log2(ratio) / 2) if ratio > 0 else 0
+    balanced = LowRank(
+        torch.ldexp(update.up.double(), torch.tensor(exponent)),
+        torch.ldexp(update.down.double(), torch.tensor(-exponent)),
+    )
+    cast = balanced.to(dtype)
+    if not (cast.up.isfinite().all() and cast.down.isfinite().all()):
+        raise NonFiniteWeights(f"{name}: the update overflows in {dtype}; write --dtype float32")
+    if not _holds(cast, balanced, dtype):
+        raise OutputError(f"{name}: the update is too small for {dtype}; write --dtype float32")
+    return cast
+
+
+def _holds(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
+    """Whether both factors survive the cast to within the rounding of the dtype."""
+    limit = _ROUNDING.get(dtype, 2.0**-20)
+    return all(
+        bool(stored.isfinite().all())
+        and bool((stored.to(wanted.dtype) - wanted).norm() <= limit * wanted.norm())
+        for stored, wanted in ((cast.up, exact.up), (cast.down, exact.down))
+    )
+
+
+def _shaped(name: str, update: LowRank, kernel: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Factors as files keep them: up [out, r], down [r, in], or [out, r, 1, 1], [r, in, kh, kw]."""
+    up, down = update.up.contiguous(), update.down.contiguous()
+    if kernel is None:
+        return up, down
+    if down.shape[1] % math.prod(kernel):
+        raise ShapeMismatch(f"{name}: down {list(down.shape)} does not fit a kernel {kernel}")
+    return up[:, :, None, None], down.reshape(update.rank, -1, *kernel)
+
+
+def _alpha(value: int, dtype: torch.dtype) -> Tensor:
+    """Alpha as a 0-d tensor, in the factors' dtype if that can hold it."""
+    alpha = torch.tensor(float(value), dtype=dtype)
+    return alpha if alpha.item() == value else torch.tensor(float(value))
+
+
+def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, Any]:
+    """The LoraConfig under which PEFT scales every module by exactly 1.
+
+    Args:
+        adapter: factors with the scale folded in.
+        component: only modules of this part of the pipeline ("unet", "text_encoder", …).
+    """
+    ranks = {
+        name: update.rank
+        for name, update in adapter.updates.items()
+        if component in (None, names.place(name))
+    }
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    local = {_config_name(name): rank for name, rank in ranks.items()}
+    pattern = {name: rank for name, rank in local.items() if rank != common}
+    pattern = _anchored(pattern, local, common)
+    return {
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(local),
+        "use_rslora": False,
+        "bias": "none",
+    }
+
+
+def _config_name(name: str) -> str:
+    """The name PEFT knows a module by, in every version of transformers.
+
+    CLIP lost its outer `text_model.` in transformers 5; PEFT matches the end of a name, so the
+    shorter name fits both.
+    """
+    return re.sub(r"^text_model\.(?=encoder\.)", "", names.local_name(name))
+
+
+def _anchored(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
+    """The pattern, in the `^…` form where a plain name would also catch longer ones.
+
+    `proj_out` also fits `single_transformer_blocks.0.proj_out`: PEFT reads the keys as regular
+    expressions for the end of a name.
+    """
+    plain = Patterns(pattern, "rank_pattern")
+    if all(plain.get(name, common) == rank for name, rank in ranks.items()):
+        return pattern
+    return {"^" + re.escape(name): rank for name, rank in pattern.items()}
+
+
+def diffusers_metadata(adapter: Adapter) -> dict[str, Any] | None:
+    """What a diffusers file must say about its ranks, or None if they are all the same.
+
+    Older versions of diffusers take one alpha for modules of different ranks and so scale most of
+    them wrongly, unless the header has a configuration; then every component needs one.
+    """
+    if len({update.rank for update in adapter.updates.values()}) <= 1:
+        return None
+    table: dict[str, Any] = {}
+    for component in dict.fromkeys(map(names.place, adapter.updates)):
+        for option, value in peft_config(adapter, component=component).items():
+            table[f"{component}.{option}"] = value
+    return table

@@ -1,0 +1,78 @@
+"""Which base models an adapter or checkpoint is of, guessed from module names and shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from . import names
+
+_DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
+_CONTEXT = ("attn2.to_k", "attn2.to_v")
+_BY_VERSION = (
+    ("sdxl", "sdxl"),
+    ("sd_v1", "sd15"),
+    ("sd_v2", "sd21"),
+    ("flux", "flux"),
+    ("sd3", "sd3"),
+)
+
+
+def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
+    """The id of a family: sd15, sd21, bk-sdm, sdxl, ssd-1b, segmind-vega, flux, sd3 or pixart.
+
+    Names and widths decide; what the metadata claims counts only where they say nothing.
+
+    Args:
+        inputs: canonical module name -> size of its input, 0 if unknown.
+        metadata: header metadata of the file.
+    """
+    version = metadata.get("ss_base_model_version", "").lower()
+    claimed = next((family for start, family in _BY_VERSION if version.startswith(start)), None)
+    unet = [name for name in inputs if names.place(name) == "unet"]
+    if not unet:
+        transformer = [name for name in inputs if names.place(name) == "transformer"]
+        return _transformer_family(transformer) or claimed
+    widths = (inputs[name] for name in unet if name.endswith(_CONTEXT))
+    context = next((width for width in widths if width), None)
+    guess = _unet_family(unet, context)
+    # Only the width of the text embedding tells SD1.x from SD2.x.
+    return claimed if guess is None or (context is None and claimed == "sd21") else guess
+
+
+def _unet_family(unet: list[str], context: int | None) -> str | None:
+    depths = [int(depth) for name in unet for depth in _DEPTH.findall(name)]
+    four_blocks = any(name.startswith(("up_blocks.3.", "down_blocks.3.")) for name in unet)
+    if context == 2048 or (context is None and max(depths, default=0) > 0):
+        return _sdxl_family(unet)
+    if context == 1024:
+        return "sd21"
+    if context == 768 or (context is None and four_blocks and depths):
+        return "bk-sdm" if _is_pruned_sd1(unet) else "sd15"
+    return None
+
+
+def _sdxl_family(unet: list[str]) -> str:
+    """SDXL, or one of its two pruned students, by the depth of the lowest down block."""
+    lowest = [name for name in unet if name.startswith("down_blocks.2.attentions.")]
+    depth = max((int(d) for name in lowest for d in _DEPTH.findall(name)), default=None)
+    if depth is None or any(name.startswith("mid_block.attentions.") for name in unet):
+        return "sdxl"
+    return "sdxl" if depth > 3 else "ssd-1b" if depth > 1 else "segmind-vega"
+
+
+def _is_pruned_sd1(unet: list[str]) -> bool:
+    """The BK-SDM students have one layer in every down block, SD1.5 has two."""
+    down = [name for name in unet if name.startswith("down_blocks.")]
+    attentions = {name.split(".")[3] for name in down if ".attentions." in name}
+    return attentions == {"0"} and not any(n.startswith("mid_block.attentions.") for n in unet)
+
+
+def _transformer_family(modules: list[str]) -> str | None:
+    if any(name.startswith("single_transformer_blocks.") for name in modules):
+        return "flux"
+    if any(".attn.add_" in name or ".ff_context." in name for name in modules):
+        return "sd3"
+    if any(".attn1." in name or ".attn2." in name for name in modules):
+        return "pixart"
+    return None

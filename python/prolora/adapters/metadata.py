@@ -1,0 +1,123 @@
+"""Header metadata of LoRA files: what a transfer must change, and kohya's hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import safetensors.torch
+from torch import Tensor
+
+from .scaling import METADATA_KEY
+
+_SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+_SD1 = ("sd_v1", "stable-diffusion-v1")
+# Layout -> (ss_base_model_version, modelspec.architecture). SSD-1B and Vega have no id of their
+# own; user interfaces list their LoRAs with SDXL's.
+_BASES = {
+    "sd15": _SD1,
+    "sd21": ("sd_v2", "stable-diffusion-v2-512"),
+    "sdxl": _SDXL,
+    "ssd-1b": _SDXL,
+    "segmind-vega": _SDXL,
+    "flux1-dev": ("flux1", "flux-1-dev"),
+    "flux1-schnell": ("flux1", "flux-1-schnell"),
+}
+
+# True only of the file they were written into.
+_OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA_KEY)
+
+
+def rewritten(
+    metadata: Mapping[str, str],
+    *,
+    target_name: str,
+    target_layout: str | None,
+    target_sha256: str | None = None,
+    provenance: Mapping[str, str],
+) -> dict[str, str]:
+    """The metadata of a LoRA after its move to another base model.
+
+    Trigger words, tags and training parameters are kept. What names the old base model is replaced,
+    or removed where the new value is not known; what describes the old file is removed.
+
+    Args:
+        metadata: of the source LoRA.
+        target_name: name of the target base model.
+        target_layout: its architecture (`bases.layout.known`), None if unknown.
+        target_sha256: SHA-256 of its file.
+        provenance: facts of the transfer, written as `prolora.<key>`.
+    """
+    kept = {
+        key: value
+        for key, value in metadata.items()
+        if key not in _OF_THE_FILE and not key.startswith("prolora.")
+    }
+    version, architecture = _base_ids(target_layout)
+    _replace(kept, "ss_base_model_version", version)
+    _replace(kept, "modelspec.architecture", architecture and f"{architecture}/lora")
+    _replace(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
+    kept["ss_sd_model_name"] = target_name
+    # The short hash samples the file at 1 MiB, so it does not follow from the full one.
+    kept.pop("ss_sd_model_hash", None)
+    _replace(kept, "ss_new_sd_model_hash", target_sha256)
+
+    lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
+    kept["modelspec.merged_from"] = f"{lora}, {target_name}"
+    source = provenance.get("source", metadata.get("ss_sd_model_name", "another base model"))
+    comment = f"moved from {source} to {target_name} by prolora"
+    old = metadata.get("ss_training_comment", "")
+    kept["ss_training_comment"] = f"{old}; {comment}" if old not in ("", "None") else comment
+    kept.update({f"prolora.{key.removeprefix('prolora.')}": v for key, v in provenance.items()})
+    return kept
+
+
+def _base_ids(layout: str | None) -> tuple[str | None, str | None]:
+    """The ids of a layout; pruned SD1.x students count as SD1.x."""
+    if layout is not None and layout.startswith("bk-sdm"):
+        return _SD1
+    return _BASES.get(layout or "", (None, None))
+
+
+def _replace(metadata: dict[str, str], key: str, value: str | None) -> None:
+    """Sets an entry, or removes it if its new value is not known."""
+    metadata.pop(key, None)
+    if value is not None:
+        metadata[key] = value
+
+
+def of_output(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
+    """The metadata of a new file, without what was true of the old one only.
+
+    Args:
+        metadata: as read or `rewritten`.
+        format: of the new file.
+        ranks: all ranks in it.
+    """
+    kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    if format == "kohya":
+        kept.setdefault("ss_network_module", "networks.lora")
+    if format == "kohya" or "ss_network_dim" in kept:
+        dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
+        kept["ss_network_dim"] = kept["ss_network_alpha"] = dim
+    if format in ("diffusers", "peft"):
+        kept["format"] = "pt"  # transformers refuses a file without it
+    return kept
+
+
+def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which user interfaces of the A1111 family know a LoRA.
+
+    Both are taken of the file as it would be with only the `ss_*` metadata, so that editing a title
+    changes neither. The first covers everything after the header, the second 64 KiB at 1 MiB.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    # Rust wants plain dense tensors; views of one storage would be refused.
+    data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
+    view = memoryview(data)
+    body = 8 + int.from_bytes(view[:8], "little")
+    window = view[0x100000 : 0x100000 + 0x10000]
+    return {
+        "sshs_model_hash": hashlib.sha256(view[body:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
+    }

@@ -1,0 +1,216 @@
+"""Canonical module names <-> the module paths that LoRA files use in their keys.
+
+Canonical is diffusers: `down_blocks.0.attentions.0.proj_in`, with `text_encoder.` or
+`text_encoder_2.` in front for text encoders; no prefix for the UNet or transformer itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..sgm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
+from .words import dotted
+
+UNET_ROOTS = frozenset(
+    {
+        "down_blocks",
+        "up_blocks",
+        "mid_block",
+        "conv_in",
+        "conv_out",
+        "time_embedding",
+        "add_embedding",
+    }
+)
+# Of diffusers' transformers (FLUX, SD3, PixArt), for keys that come without a prefix.
+_TRANSFORMER_ROOTS = frozenset(
+    {
+        "transformer_blocks",
+        "single_transformer_blocks",
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "norm_out",
+        "proj_out",
+        "pos_embed",
+        "adaln_single",
+        "caption_projection",
+    }
+)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+_KOHYA_TEXT = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_COMFY_TEXT = {
+    "clip_l": "text_encoder",
+    "clip_h": "text_encoder",
+    "clip_g": "text_encoder_2",
+}
+_COMFY_TEXT_PATH = re.compile(r"text_encoders\.(clip_[lgh])\.transformer\.(.+)")
+
+# Old attention processors held the four projections under names of their own.
+_PROCESSOR = re.compile(r"\.processor(?=\.)")
+_CLIP_PROJECTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+class Named(NamedTuple):
+    """What a module path in a file means.
+
+    Attributes:
+        name: the canonical module name.
+        format: the family that writes such paths: "kohya", "diffusers", "peft" or "comfy".
+        prefix: what stands before the component's own module name, e.g. "unet."; the key under
+            which diffusers files keep the scale of that component.
+        local: the module name within its component.
+        sgm: the path is spelled the SGM way.
+    """
+
+    name: str
+    format: str
+    prefix: str
+    local: str
+    sgm: bool = False
+
+
+def place(name: str) -> str:
+    """The part of the pipeline a module belongs to, e.g. "unet", "transformer", "text_encoder"."""
+    root = name.split(".", 1)[0]
+    if root in TEXT_ENCODERS:
+        return root
+    return "unet" if root in UNET_ROOTS else "transformer"
+
+
+def local_name(name: str) -> str:
+    """The module name within its component: canonical without a text encoder's prefix."""
+    root, _, rest = name.partition(".")
+    return rest if root in TEXT_ENCODERS else name
+
+
+def parse(path: str) -> Named | None:
+    """What the module path of a key means, or None if it is not understood."""
+    if path.startswith("lora_"):
+        return _from_kohya(path)
+    if path.startswith(("diffusion_model.", "text_encoders.")):
+        return _from_comfy(path)
+    return _from_dotted(path)
+
+
+def _from_kohya(path: str) -> Named | None:
+    if path.startswith("lora_unet_"):
+        words = dotted(path.removeprefix("lora_unet_"))
+        if words is None:
+            return None
+        root = words.split(".")[0]
+        if root in SGM_ROOTS:
+            name = ldm_to_diffusers(words)
+            return Named(name, "kohya", "unet.", name, sgm=True) if name else None
+        return Named(words, "kohya", "unet.", words) if root in UNET_ROOTS else None
+    for prefix, encoder in _KOHYA_TEXT.items():
+        if path.startswith(prefix):
+            words = dotted(path.removeprefix(prefix))
+            if words is None or words.split(".")[0] not in ("text_model", "text_projection"):
+                return None
+            return Named(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
+    return None
+
+
+def _from_comfy(path: str) -> Named | None:
+    if path.startswith("diffusion_model."):
+        name = ldm_to_diffusers(path.removeprefix("diffusion_model."))
+        return Named(name, "comfy", "unet.", name, sgm=True) if name else None
+    match = _COMFY_TEXT_PATH.fullmatch(path)
+    if not match:
+        return None
+    encoder = _COMFY_TEXT[match[1]]
+    return Named(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
+
+
+def _from_dotted(path: str) -> Named | None:
+    path = _PROCESSOR.sub("", path)
+    family, outer = "diffusers", ""
+    if path.startswith("base_model.model."):
+        family, outer = "peft", "base_model.model."
+        path = path.removeprefix(outer)
+    root, _, rest = path.partition(".")
+    if root in TEXT_ENCODERS and rest:
+        local = _clip_local(rest)
+        return Named(f"{root}.{local}", family, f"{root}.", local)
+    if root == "unet":
+        known = rest.split(".")[0] in UNET_ROOTS
+        return Named(_unet_local(rest), family, "unet.", _unet_local(rest)) if known else None
+    if root == "transformer":
+        return Named(rest, family, "transformer.", rest) if rest else None
+    if root in UNET_ROOTS:
+        return Named(_unet_local(path), family, outer, _unet_local(path))
+    if root in _TRANSFORMER_ROOTS:
+        return Named(path, family, outer, path)
+    if root == "text_model" or path.startswith("encoder.layers."):
+        local = _clip_local(path)
+        return Named(f"text_encoder.{local}", family, outer, local)
+    return None
+
+
+def _unet_local(name: str) -> str:
+    """`…attn1.to_out` of an attention processor is the linear layer `…attn1.to_out.0`."""
+    return f"{name}.0" if name.endswith(".to_out") else name
+
+
+def _clip_local(name: str) -> str:
+    """A module of CLIP as its checkpoints call it.
+
+    transformers 5 dropped the outer `text_model.` of its own modules; diffusers before 0.18 named
+    the projections of text encoders as those of a UNet.
+    """
+    if name.startswith("encoder.layers."):
+        name = f"text_model.{name}"
+    head, _, tail = name.rpartition(".")
+    if head.endswith(".self_attn") and tail in _CLIP_PROJECTION:
+        return f"{head}.{_CLIP_PROJECTION[tail]}"
+    return name
+
+
+def to_kohya(
+    name: str, *, spelling: str = "diffusers", siblings: Iterable[str] = (), sdxl: bool = False
+) -> str | None:
+    """The kohya path of a module (`lora_unet_…`), or None if kohya has no name for it.
+
+    Args:
+        name: canonical.
+        spelling: "diffusers" or "sgm", of UNet modules.
+        siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
+        sdxl: the model has two text encoders, which are then numbered.
+    """
+    where, local = place(name), local_name(name)
+    if where == "unet":
+        path = diffusers_to_ldm(local, siblings=siblings) if spelling == "sgm" else local
+        return path and "lora_unet_" + path.replace(".", "_")
+    if where == "text_encoder":
+        return ("lora_te1_" if sdxl else "lora_te_") + local.replace(".", "_")
+    return "lora_te2_" + local.replace(".", "_") if where == "text_encoder_2" else None
+
+
+def to_diffusers(name: str) -> str:
+    """The diffusers path of a module: `unet.…`, `transformer.…`, `text_encoder.…`."""
+    return f"{place(name)}.{local_name(name)}"
+
+
+def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -> str | None:
+    """The path of a module in ComfyUI's own spelling, or None if it has none.
+
+    Args:
+        name: canonical.
+        siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
+        clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
+    """
+    where, local = place(name), local_name(name)
+    if where == "unet":
+        path = diffusers_to_ldm(local, siblings=siblings)
+        return path and f"diffusion_model.{path}"
+    if where == "text_encoder":
+        return f"text_encoders.{clip}.transformer.{local}"
+    return f"text_encoders.clip_g.transformer.{local}" if where == "text_encoder_2" else None

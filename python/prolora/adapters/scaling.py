@@ -1,0 +1,202 @@
+"""The factor in front of up·down that PEFT's configuration asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnsupportedFormat
+
+METADATA_KEY = "lora_adapter_metadata"
+
+# Initialisations that leave the base weights as they are; the others subtract the initial up·down
+# from them, so that the factors alone are not the update.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# Anything that makes the update more than scale · up · down.
+_UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "use_qalora",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+
+# A pattern without regular expression syntax but for dots: its last word must end the name.
+_LITERAL_TAIL = re.compile(r"\^?(?:\w|\.|\\\.)*?(\w+)")
+
+
+class Patterns:
+    """PEFT's rank_pattern or alpha_pattern: the first regular expression that fits a name wins."""
+
+    def __init__(self, patterns: Mapping[str, float], where: str) -> None:
+        """Compiles the patterns.
+
+        Raises:
+            UnsupportedFormat: a pattern is no regular expression or its value no number.
+        """
+        self._entries: list[tuple[str, re.Pattern[str], float]] = []
+        for pattern, value in patterns.items():
+            try:
+                compiled = re.compile(rf"(.*\.)?({pattern})$")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UnsupportedFormat(
+                    f"{where}: the pattern {pattern!r:.100} is not a regular expression: {error}"
+                ) from error
+            tail = _LITERAL_TAIL.fullmatch(pattern)
+            number = _number(value, f"the pattern {pattern!r:.100}", where)
+            self._entries.append((tail[1] if tail else "", compiled, number))
+
+    def get(self, name: str, default: float) -> float:
+        """The value for module `name`."""
+        for tail, pattern, value in self._entries:
+            # With hundreds of patterns, one a module, comparing the tail first saves seconds.
+            if name.endswith(tail) and pattern.match(name):
+                return value
+        return default
+
+
+@dataclass(frozen=True)
+class PeftScaling:
+    """What a PEFT configuration says about ranks and scales.
+
+    Attributes:
+        rank_default: `r`.
+        alpha_default: `lora_alpha`.
+        ranks: `rank_pattern`.
+        alphas: `alpha_pattern`.
+        rslora: scale by 1/√r in place of 1/r.
+    """
+
+    rank_default: float
+    alpha_default: float
+    ranks: Patterns
+    alphas: Patterns
+    rslora: bool
+
+    def rank(self, name: str) -> int:
+        """The rank of module `name` (its name within the component)."""
+        return int(self.ranks.get(name, self.rank_default))
+
+    def scale(self, name: str) -> float:
+        """α/r, or α/√r for rsLoRA."""
+        rank = self.rank(name)
+        return self.alphas.get(name, self.alpha_default) / (
+            math.sqrt(rank) if self.rslora else rank
+        )
+
+
+def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
+    """Reads a LoraConfig as PEFT saves it.
+
+    Args:
+        config: the JSON object of adapter_config.json, or of one component in a diffusers file.
+        where: file and component, for messages.
+
+    Raises:
+        UnsupportedFormat: the configuration is of another method, or asks for more than
+            scale · up · down.
+    """
+    method = config.get("peft_type") or "LORA"
+    if method != "LORA":
+        raise UnsupportedFormat(f"{where}: the PEFT method is {method!r:.40}; only LORA is read")
+    for option in _UNSUPPORTED:
+        if config.get(option):
+            raise UnsupportedFormat(
+                f"{where}: {option} is set, so the update is more than up·down. "
+                "Train the adapter without it, or merge it and extract a plain LoRA"
+            )
+    if config.get("bias") not in (None, "none"):
+        raise UnsupportedFormat(f'{where}: trains biases; only bias="none" is read')
+    init = config.get("init_lora_weights")
+    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
+        raise UnsupportedFormat(
+            f"{where}: init_lora_weights is {init!r:.40}, which changes the base weights. "
+            "Let PEFT save it as a plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    rank = _number(config.get("r", 8), "r", where)
+    scaling = PeftScaling(
+        rank,
+        _number(config.get("lora_alpha", 8), "lora_alpha", where),
+        Patterns(_table(config, "rank_pattern", where), where),
+        Patterns(_table(config, "alpha_pattern", where), where),
+        bool(config.get("use_rslora")),
+    )
+    every_rank = [rank, *(entry[2] for entry in scaling.ranks._entries)]
+    if any(r < 1 or r != int(r) for r in every_rank):
+        raise UnsupportedFormat(f"{where}: a rank of the PEFT configuration is not a whole number")
+    return scaling
+
+
+def from_metadata(
+    metadata: Mapping[str, str], prefixes: set[str], where: str
+) -> dict[str, PeftScaling]:
+    """The scales a diffusers file keeps in its header, by component prefix ("unet.", "", …).
+
+    Components without an entry of their own are left out.
+
+    Raises:
+        UnsupportedFormat: the entry is not a JSON object, is about no component of the file, or
+            `from_config` refuses it.
+    """
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    table = json_object(text, f"{where}: {METADATA_KEY}")
+    scalings = {}
+    for prefix in sorted(prefixes):
+        config = {
+            key.removeprefix(prefix): value
+            for key, value in table.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }
+        if config:
+            component = prefix.rstrip(".") or "all modules"
+            scalings[prefix] = from_config(config, f"{where}: {METADATA_KEY} of {component}")
+    if table and not scalings:
+        raise UnsupportedFormat(
+            f"{where}: {METADATA_KEY} is about {next(iter(table)):.100}, which is not in the file, "
+            "so the scale is not known"
+        )
+    return scalings
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+        UnsupportedFormat: it is not one.
+    """
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedFormat(f"{where}: not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise UnsupportedFormat(f"{where}: not a JSON object")
+    return table
+
+
+def _number(value: object, what: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UnsupportedFormat(f"{where}: {what} is {value!r:.40}, not a number")
+    return value
+
+
+def _table(config: Mapping[str, Any], option: str, where: str) -> dict[str, float]:
+    table = config.get(option) or {}
+    if not isinstance(table, dict):
+        raise UnsupportedFormat(f"{where}: {option} is not a JSON object")
+    return table

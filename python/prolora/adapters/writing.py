@@ -1,0 +1,172 @@
+"""`Adapter` -> a file or folder that was read back and compared before it got its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import OutputError, ProLoRAError, UnsupportedFormat
+from ..linalg.lowrank import LowRank
+from ..storage import check_writable, write_safetensors, write_text_atomically
+from . import encoding
+from . import metadata as headers
+from .adapter import Adapter
+from .reading import read
+from .scaling import METADATA_KEY
+from .source import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def write(
+    adapter: Adapter,
+    path: StrPath,
+    *,
+    format: str = "auto",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
+
+    The output is built beside `path`, opened again through `read`, compared with `adapter` module
+    by module, and only then renamed.
+
+    Args:
+        adapter: what to write.
+        path: a .safetensors file; for "peft" a folder, made if it does not exist.
+        format: "auto" (as the adapter came in), "kohya" (in `adapter.spelling`), "diffusers",
+            "peft" or "comfy".
+        dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
+        metadata: replaces the adapter's own. What describes the file itself (ranks, hashes) is
+            always recomputed.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module, or is unknown itself.
+        ShapeMismatch: an update that fits no linear layer or convolution.
+        NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
+        OutputError: the path cannot be written, or what was written reads back differently.
+    """
+    chosen = adapter.format if format == "auto" else format
+    if chosen not in encoding.FORMATS:
+        raise UnsupportedFormat(
+            f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
+        )
+    stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
+    if stored not in _DTYPES:
+        raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
+    if not adapter.updates:
+        raise OutputError(f"{path}: not written, because no module is left in the adapter")
+    _check_destination(Path(path), chosen)
+    adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
+
+    tensors = encoding.encode(adapter, chosen, stored)
+    header = headers.of_output(
+        adapter.metadata if metadata is None else metadata,
+        chosen,
+        {update.rank for update in adapter.updates.values()},
+    )
+    if chosen == "kohya":
+        header.update(headers.kohya_hashes(tensors, header))
+    table = encoding.diffusers_metadata(adapter) if chosen == "diffusers" else None
+    if table is not None:
+        header[METADATA_KEY] = json.dumps(table)
+
+    if chosen != "peft":
+        _publish(
+            Path(path), adapter, stored, lambda staged: write_safetensors(staged, tensors, header)
+        )
+        return
+
+    def write_folder(staged: Path) -> None:
+        staged.mkdir()
+        write_safetensors(staged / PEFT_WEIGHTS, tensors, header)
+        config = json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True)
+        write_text_atomically(staged / PEFT_CONFIG, config + "\n")
+
+    _publish(Path(path), adapter, stored, write_folder)
+
+
+def _check_destination(path: Path, format: str) -> None:
+    """Refuses a path that cannot become the output."""
+    if format != "peft":
+        check_writable(path)
+    elif path.is_dir():
+        check_writable(path / PEFT_CONFIG)
+        check_writable(path / PEFT_WEIGHTS)
+    else:
+        check_writable(path)
+        if path.exists():
+            raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")
+
+
+def _publish(
+    path: Path, adapter: Adapter, dtype: torch.dtype, build: Callable[[Path], None]
+) -> None:
+    """Builds the output beside `path`, verifies it and gives it its name."""
+    target = Path(os.path.realpath(path))
+    staged = target.with_name(f".prolora-{secrets.token_hex(8)}")
+    try:
+        build(staged)
+        _verify(staged, adapter, dtype, path)
+        if staged.is_dir() and target.is_dir():
+            for name in (PEFT_WEIGHTS, PEFT_CONFIG):
+                os.replace(staged / name, target / name)
+        else:
+            if target.exists():
+                shutil.copymode(target, staged)
+            os.replace(staged, target)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error}") from error
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            staged.unlink(missing_ok=True)
+
+
+def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> None:
+    """Opens the output as any user would and compares every update.
+
+    Raises:
+        OutputError: an update is missing or is off by more than the rounding of `dtype`.
+    """
+    try:
+        written = read(staged)
+    except ProLoRAError as error:
+        raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
+    if written.updates.keys() != adapter.updates.keys() or written.kernels != adapter.kernels:
+        changed = sorted(set(written.updates) ^ set(adapter.updates)) or ["a convolution's kernel"]
+        raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
+    for name, update in adapter.updates.items():
+        if not _equal(written.updates[name], update, dtype):
+            raise OutputError(f"{path}: {name} reads back differently from what was written")
+
+
+def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype) -> bool:
+    """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost."""
+    if found.up.shape != wanted.up.shape or found.down.shape != wanted.down.shape:
+        return False
+    rounding = 2 * torch.finfo(dtype).eps
+    if _close(found.up, wanted.up, rounding) and _close(found.down, wanted.down, rounding):
+        return True
+    # The same product may have other factors, if they were balanced for the dtype.
+    difference = LowRank(
+        torch.cat([found.up.double(), -wanted.up.double()], 1),
+        torch.cat([found.down.double(), wanted.down.double()], 0),
+    )
+    size = wanted.up.double().norm() * wanted.down.double().norm()
+    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
+    return bool(difference.norm() <= max(2 * rounding, 1e-6) * size)
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """‖found − wanted‖_F against ‖wanted‖_F; false where either overflows float32."""
+    size = wanted.norm()
+    return bool(size.isfinite() and (found - wanted).norm() <= tolerance * size)

@@ -1,0 +1,174 @@
+"""A base model, opened: names and shapes at once, weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteWeights
+from ..storage import SafetensorsFile
+from .layout import identify
+
+Progress = Callable[[int, int, str], None]
+
+
+class Weight(Protocol):
+    """One weight that has not been read yet."""
+
+    @property
+    def name(self) -> str:
+        """Where it lies, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+
+    def read(self) -> Tensor:
+        """The tensor [*shape]."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in a file."""
+
+    file: SafetensorsFile
+    key: str
+
+    @property
+    def name(self) -> str:
+        """As "file.safetensors:key"."""
+        return f"{self.file.path.name}:{self.key}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.file.tensors[self.key].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        return self.file.tensors[self.key].dtype
+
+    def read(self) -> Tensor:
+        """The tensor, read from the file every time."""
+        return self.file.read(self.key)
+
+
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A weight that is already in memory."""
+
+    tensor: Tensor
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is."""
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        """The caller's own tensor, not a copy."""
+        return self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A base model as {canonical module name: weight}, read lazily.
+
+    Only weights of two or more axes are listed; names are diffusers' without `.weight`.
+
+    Attributes:
+        name: what messages and reports call it: the file's or folder's own name.
+        weights: module -> weight, in the order of the files.
+        path: the file or folder it was opened from, None if it came from memory.
+        files: the files it is read from.
+    """
+
+    name: str
+    weights: Mapping[str, Weight]
+    path: Path | None = None
+    files: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Module -> shape of its weight, known without reading it."""
+        return {module: weight.shape for module, weight in self.weights.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Module -> storage dtype."""
+        return {module: weight.dtype for module, weight in self.weights.items()}
+
+    @cached_property
+    def layout(self) -> str | None:
+        """The id of the architecture (`layout.known`), None if it is not a known one."""
+        return identify(self.shapes)
+
+    def read(self, module: str) -> Tensor:
+        """The weight of `module` in its storage dtype; do not write into it.
+
+        Raises:
+            KeyError: no such module.
+            UnsupportedFormat: the file was changed or cannot be read any more.
+        """
+        return self.weights[module].read()
+
+    def tensor_name(self, module: str) -> str:
+        """Where a module's weight lies, as "file.safetensors:key", for messages."""
+        return self.weights[module].name
+
+
+def check_finite(base: Base, modules: Iterable[str], progress: Progress | None = None) -> None:
+    """Reads every weight once and refuses the first that holds NaN or Inf.
+
+    Args:
+        base: where the weights are.
+        modules: which to look at.
+        progress: called as (done, total, module) after each.
+
+    Raises:
+        NonFiniteWeights: names the tensor and the file, and says where the value is.
+    """
+    names = list(modules)
+    for done, module in enumerate(names, 1):
+        weight = base.read(module)
+        # The sum of finite values can overflow, but a finite sum has finite terms: one pass that
+        # allocates nothing decides almost every weight.
+        if not _sum_is_finite(weight):
+            _refuse_non_finite(base, module, weight)
+        if progress:
+            progress(done, len(names), module)
+
+
+def _sum_is_finite(weight: Tensor) -> bool:
+    if weight.dtype.itemsize == 1:  # torch has no arithmetic on float8
+        weight = weight.float()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return bool(torch.isfinite(weight.sum(dtype=dtype)))
+
+
+def _refuse_non_finite(base: Base, module: str, weight: Tensor) -> None:
+    """Raises if any value is not finite, saying how many and where the first one is."""
+    bad = torch.nonzero(~torch.isfinite(weight.float() if weight.dtype.itemsize == 1 else weight))
+    if not len(bad):
+        return
+    where = base.path or base.name
+    raise NonFiniteWeights(
+        f"{base.tensor_name(module)} of {where}: {len(bad)} of {weight.numel()} values are NaN or "
+        f"Inf, the first at {bad[0].tolist()}; the checkpoint is damaged"
+    )

@@ -1,0 +1,145 @@
+"""Which files of a diffusers folder hold the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UnsupportedFormat
+from ..storage import SafetensorsFile
+from .base import StoredWeight
+
+_MODELS = ("unet", "transformer")
+_STEMS = ("diffusion_pytorch_model", "model")
+_SHARD = re.compile(r"-\d+-of-\d+")
+# Which variant is taken where a folder has several: the complete weights, else the halved ones,
+# since nothing is lost for a projection. The doubles of a training run come last: `ema` and
+# `non_ema` are not what a LoRA was trained on (the plain file is).
+_PREFERENCE = ("", "fp16", "bf16", "fp32")
+_LAST = ("non_ema", "ema")
+_INDEX_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to read the model: a file, or the index of its shards."""
+
+    path: Path
+    variant: str
+    sharded: bool
+
+    @property
+    def order(self) -> tuple[int, str, bool]:
+        if self.variant in _PREFERENCE:
+            rank = _PREFERENCE.index(self.variant)
+        else:
+            rank = len(_PREFERENCE) + (self.variant in _LAST)
+        return rank, self.variant, self.sharded
+
+
+def model_folder(path: Path, subfolder: str | None) -> Path:
+    """The folder with the weights: `path` itself or the part of the pipeline in it.
+
+    Raises:
+        UnsupportedFormat: no such part, or both a UNet and a transformer.
+    """
+    if subfolder is not None:
+        folder = path / subfolder
+        if not folder.is_dir():
+            raise UnsupportedFormat(f"{path}: has no folder {subfolder}")
+        return folder
+    parts = [name for name in _MODELS if (path / name).is_dir()]
+    if len(parts) > 1:
+        raise UnsupportedFormat(f"{path}: has both unet and transformer; name one as subfolder")
+    return path / parts[0] if parts else path
+
+
+def folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+    """({key: weight}, files) of the model in `folder`.
+
+    Raises:
+        UnsupportedFormat: no safetensors weights, several that cannot be told apart, or shards that
+            do not hold what their index says.
+    """
+    try:
+        files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+    except OSError as error:
+        raise UnsupportedFormat(f"{folder}: cannot be read: {error.strerror}") from error
+    for stem in _STEMS:
+        candidates = [found for file in files if (found := _candidate(file, stem))]
+        if candidates:
+            best = min(candidates, key=lambda candidate: candidate.order)
+            return _sharded(best.path) if best.sharded else _single(best.path)
+    return _only_file(folder, files)
+
+
+def _candidate(file: Path, stem: str) -> _Candidate | None:
+    """Reads "stem[.variant].safetensors" and the three spellings of "….index.json"."""
+    words = file.name.split(".")
+    if words[0] != stem or "safetensors" not in words or _SHARD.search(file.name):
+        return None
+    sharded = words[-1] == "json"
+    if sharded != ("index" in words) or not (sharded or words[-1] == "safetensors"):
+        return None
+    rest = [word for word in words[1:] if word not in ("safetensors", "index", "json")]
+    return _Candidate(file, ".".join(rest), sharded)
+
+
+def _only_file(folder: Path, files: list[Path]) -> tuple[dict[str, StoredWeight], list[Path]]:
+    """A folder without diffusers' file names: its only checkpoint, if there is just one."""
+    tensors = [file for file in files if file.suffix == ".safetensors"]
+    if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
+        return _single(tensors[0])
+    if any(_SHARD.search(file.name) for file in tensors):
+        raise UnsupportedFormat(f"{folder}: has shards but not their .safetensors.index.json")
+    if tensors:
+        names = ", ".join(file.name for file in tensors[:4])
+        raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
+    for file in files:
+        if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".gguf"):
+            SafetensorsFile(file)  # refuses it, with the command that converts it
+    raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
+
+
+def _single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+    file = SafetensorsFile(path)
+    return {key: StoredWeight(file, key) for key in file.tensors}, [path]
+
+
+def _sharded(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+    """The weights the index lists; a shard may hold others, which are not part of the model."""
+    shards: dict[str, SafetensorsFile] = {}
+    weights: dict[str, StoredWeight] = {}
+    for key, name in _weight_map(index).items():
+        if name not in shards:
+            path = index.parent / name
+            if not path.is_file():
+                raise UnsupportedFormat(
+                    f"{index}: the shard {name} is missing; download it into {index.parent}"
+                )
+            shards[name] = SafetensorsFile(path)
+        if key not in shards[name].tensors:
+            raise UnsupportedFormat(f"{index}: says that {key} is in {name}, which lacks it")
+        weights[key] = StoredWeight(shards[name], key)
+    return weights, [shard.path for shard in shards.values()]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """{key: shard} of an index whose shards all lie beside it."""
+    try:
+        if index.stat().st_size > _INDEX_LIMIT:
+            raise ValueError("too large")
+        table = json.loads(index.read_text("utf-8"))
+        weight_map = table["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise TypeError("weight_map is not an object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UnsupportedFormat(f"{index}: is not an index of shards: {error!r}") from error
+    for key, name in weight_map.items():
+        # A name with a folder in it could point anywhere on this machine.
+        plain = isinstance(name, str) and name.endswith(".safetensors")
+        if not plain or "/" in name or "\\" in name or "\0" in name:
+            raise UnsupportedFormat(f"{index}: {key} is in {name!r}, which is no file beside it")
+    return weight_map

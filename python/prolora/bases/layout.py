@@ -1,0 +1,170 @@
+"""Known architectures: names and shapes of their weights, and which block came from which.
+
+The tables are package data (`layouts/*.json`). A checkpoint is recognised by what is in it and
+never by what its file is called: every fine-tune of SDXL has the layout `sdxl`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+_ADAPTED = re.compile(r"\.(?:attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2))$")
+_ATTENTION = re.compile(r"\.attn[12]\.to_(?:q|k|v|out\.0)$")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One architecture.
+
+    Attributes:
+        id: for programs, such as "ssd-1b".
+        title: for people.
+        shapes: canonical module name -> shape of its weight, for every weight of two or more axes.
+    """
+
+    id: str
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def attention(self) -> list[str]:
+        """The modules q, k, v and out of all attention layers."""
+        return [name for name in self.shapes if _ATTENTION.search(name)]
+
+    @property
+    def adapted(self) -> list[str]:
+        """Attention and feed-forward: what most LoRAs train."""
+        return [name for name in self.shapes if _ADAPTED.search(name)]
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Which source module a target module was made from, or resembles most.
+
+    Equal names are not equal modules: students renumber the blocks they keep.
+
+    Attributes:
+        source: layout id.
+        target: layout id.
+        variant: "" for the default rule of this pair, else what sets this one apart.
+        evidence: where the rule is known from.
+    """
+
+    source: str
+    target: str
+    variant: str
+    evidence: str
+    _steps: tuple[tuple[tuple[re.Pattern[str], str], ...], ...] = ()
+    _no_partner: tuple[re.Pattern[str], ...] = ()
+
+    def source_of(self, target_module: str) -> str | None:
+        """The source module for `target_module`, None where the source layout has none."""
+        if any(pattern.search(target_module) for pattern in self._no_partner):
+            return None
+        name = target_module
+        for step in self._steps:
+            # One substitution a step: up_blocks.0 -> 1 must not go on to 2.
+            for pattern, replacement in step:
+                if pattern.search(name):
+                    name = pattern.sub(replacement, name)
+                    break
+        return name if name in load(self.source).shapes else None
+
+
+@cache
+def known() -> tuple[str, ...]:
+    """The ids of all layouts."""
+    names = (entry.name for entry in resources.files(__package__).joinpath("layouts").iterdir())
+    ids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return tuple(id_ for id_ in ids if id_ != "correspondence")
+
+
+@cache
+def load(id_: str) -> Layout:
+    """The layout `id_`.
+
+    Raises:
+        KeyError: no such layout.
+    """
+    if id_ not in known():
+        raise KeyError(f"no layout {id_}; known are {', '.join(known())}")
+    table = json.loads(_text(f"{id_}.json"))
+    shapes = {
+        name: tuple(int(size) for size in shape.split("x"))
+        for shape, names in table["shapes"].items()
+        for name in names
+    }
+    return Layout(table["id"], table["title"], shapes)
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The layout of a checkpoint, None if it is none of the known ones.
+
+    The attention must be that of the layout, name by name and shape by shape, and so must the
+    feed-forward unless the checkpoint has none. Everything else is ignored: `proj_in` is a
+    convolution in some files and a linear layer in others, inpainting models have a wider first
+    layer, and extra parameters do not make another architecture.
+
+    Args:
+        shapes: canonical module name -> shape.
+    """
+    adapted = {name: _matrix(shape) for name, shape in shapes.items() if _ADAPTED.search(name)}
+    if not adapted:
+        return None
+    has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
+    for id_ in known():
+        layout = load(id_)
+        names = layout.adapted if has_feed_forward else layout.attention
+        if adapted == {name: layout.shapes[name] for name in names}:
+            return id_
+    return None
+
+
+def correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
+    """The rule for moving from layout `source` to layout `target`, None if there is none.
+
+    Args:
+        source: layout id.
+        target: layout id; the same id gives the identity.
+        variant: one of `variants(source, target)`.
+    """
+    if source == target:
+        return Correspondence(source, target, "", "The same layout.") if not variant else None
+    for rule in _rules():
+        if (rule.source, rule.target, rule.variant) == (source, target, variant):
+            return rule
+    return None
+
+
+def variants(source: str, target: str) -> list[str]:
+    """The rules there are for a pair; the first, "", is the default."""
+    return [r.variant for r in _rules() if (r.source, r.target) == (source, target)]
+
+
+@cache
+def _rules() -> tuple[Correspondence, ...]:
+    return tuple(
+        Correspondence(
+            entry["source"],
+            entry["target"],
+            entry["variant"],
+            entry["evidence"],
+            tuple(tuple((re.compile(a), b) for a, b in step) for step in entry["steps"]),
+            tuple(re.compile(pattern) for pattern in entry["no_partner"]),
+        )
+        for entry in json.loads(_text("correspondence.json"))
+    )
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1×1 convolution [m, n, 1, 1] is the matrix [m, n]."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath("layouts", name).read_text("utf-8")

@@ -1,0 +1,267 @@
+"""The command line: arguments in, library calls, tables or JSON out. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from . import comparison, console, inspection, ops, storage
+from .bases import open_base
+from .bases.survey import survey
+from .demo import run_demo
+from .errors import LowCoverage, OutputError, ProLoRAError
+from .projection import DEFAULT_RANK, METHODS
+from .transfer import DEFAULT_THRESHOLD, plan_report, transfer_file
+from .version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Move a LoRA to another base model, without training and without data.",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "comfy")}, type=str)  # type: ignore[misc]
+Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
+
+SourceOption = Annotated[Path, typer.Option(help="Base the LoRA was trained on: file or folder.")]
+TargetOption = Annotated[Path, typer.Option(help="Base it shall move to: file or folder.")]
+RankOption = Annotated[
+    str, typer.Option(help="Columns of the subspaces (320), or the energy they hold (0.9).")
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+MatchOption = Annotated[str, typer.Option(help="'name', or a JSON file {target: source module}.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
+
+
+@app.command()
+def transfer(
+    loras: Annotated[list[Path], typer.Argument(help="LoRA files or PEFT folders.")],
+    source: SourceOption,
+    target: TargetOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Output file; a folder where there are several LoRAs."),
+    ] = None,
+    rank: RankOption = str(DEFAULT_RANK),
+    method: Annotated[Method, typer.Option(help="How to move it.")] = Method("prolora"),
+    match: MatchOption = "name",
+    threshold: Annotated[
+        float, typer.Option(help="Skip modules whose Φ is below this on either side.")
+    ] = DEFAULT_THRESHOLD,
+    out_rank: Annotated[
+        str, typer.Option(help="Highest rank of the output, or 'exact' (at most twice the input).")
+    ] = "exact",
+    text_encoder: Annotated[str, typer.Option(help="Its part of the LoRA: copy or skip.")] = "copy",
+    format: Annotated[Format, typer.Option(help="Format of the output.")] = Format("auto"),
+    dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
+    device: DeviceOption = "cpu",
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the whole report to this JSON file.")
+    ] = None,
+    min_coverage: Annotated[
+        float, typer.Option(help="Fail when a smaller share of the LoRA's modules can move.")
+    ] = 0.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
+    ] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="A table row per module.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the LoRA that belongs on another base model."""
+    if output is None and not dry_run:
+        raise OutputError("-o OUT is missing: where shall the new LoRA be written?")
+    ops.require(device)
+    options: dict[str, Any] = {
+        "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
+        "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
+        "text_encoder": text_encoder, "min_coverage": min_coverage,
+    }  # fmt: skip
+    old, new = open_base(source), open_base(target)
+    if report is not None:
+        storage.check_writable(report, [*loras, *old.files, *new.files])
+    results = []
+    for lora in loras:
+        if dry_run:
+            done = plan_report(lora, old, new, **options)
+            if done.coverage < min_coverage:
+                show_report(done, modules, as_json=False, quiet=quiet)
+                raise LowCoverage(f"coverage {done.coverage:.2f} is below {min_coverage:g}")
+        else:
+            assert output is not None
+            several = len(loras) > 1 or (output.is_dir() and format.value != "peft")
+            path = output / lora.name if several else output
+            shown = not (quiet or as_json) and err.is_terminal
+            with console.progress_bar(lora.stem, shown) as progress:
+                done = transfer_file(
+                    lora, old, new, path, format=format.value,
+                    dtype=getattr(torch, dtype.value) if dtype else None,
+                    device=device, progress=progress, **options,
+                )  # fmt: skip
+        show_report(done, modules, as_json=as_json, quiet=quiet)
+        results.append(done.to_dict())
+        if not dry_run and not (as_json or quiet):
+            out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    printed = results[0] if len(results) == 1 else results
+    if as_json:
+        print(json.dumps(printed, indent=1))
+    if report is not None:
+        storage.write_text_atomically(report, json.dumps(printed, indent=1) + "\n")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A LoRA or a base model.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a file is, from its header alone."""
+    description = inspection.inspect(file)
+    if as_json:
+        print(json.dumps(description.to_dict(), indent=1))
+    else:
+        out.print(console.description_table(description))
+
+
+@app.command()
+def compare(
+    source: SourceOption,
+    target: TargetOption,
+    rank: RankOption = str(DEFAULT_RANK),
+    match: MatchOption = "name",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how alike two base models are, before moving anything."""
+    ops.require(device)
+    with console.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
+        found = comparison.compare(
+            source, target, rank=parse_rank(rank), match=match, device=device, progress=progress
+        )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    out.print(console.comparison_table(found))
+    out.print(
+        f"{len(found.modules)} pairs of equal shape ({found.match}), {found.other_shape} of other "
+        f"shape, {found.without_partner} source modules without a partner.\n"
+        f"Φ: overlap of leading subspaces; drift: ‖W_t − W_s‖/‖W_s‖, about 1.4 for unrelated "
+        "weights. What these numbers promise about images is not calibrated yet.",
+        highlight=False,
+    )
+
+
+@app.command()
+def basis(
+    base: Annotated[Path, typer.Argument(help="A base model: file or folder.")],
+    rank: RankOption = str(DEFAULT_RANK),
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compute a base model's leading subspaces and say how exact they are."""
+    ops.require(device)
+    with console.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
+        rows = survey(base, parse_rank(rank), device=device, progress=progress)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in rows], indent=1))
+    else:
+        out.print(console.survey_table(base.name, rows))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "prolora-demo"
+    ),
+    lora: Annotated[str, typer.Option(help="A shipped LoRA.")] = "thick",
+    target: Annotated[str, typer.Option(help="A shipped target base.")] = "pruned",
+    method: Annotated[Method, typer.Option(help="How to move it.")] = Method("prolora"),
+    seed: Annotated[int, typer.Option(help="Of the noise the images start from.")] = 0,
+) -> None:
+    """Move a shipped LoRA between two small shipped models, and draw what it does."""
+    shown = err.is_terminal
+    with console.progress_bar("demo", shown) as progress:
+        report, paths = run_demo(
+            output, lora=lora, target=target, method=method.value, seed=seed, progress=progress
+        )
+    show_report(report, every_module=False, as_json=False, quiet=False)
+    for path in paths:
+        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """Say what this installation can do."""
+    count, why = ops.cuda_status()
+    facts = {
+        "prolora": __version__,
+        "torch": torch.__version__,
+        "cpu threads": torch.get_num_threads(),
+        "built with CUDA kernels": ops.built_with_cuda(),
+        "usable GPUs": count,
+        "why no GPU": why or None,
+        "torch sees a GPU": torch.cuda.is_available(),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        for name, value in facts.items():
+            if value is not None:
+                out.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+
+
+def parse_rank(text: str) -> int | float:
+    """'320' as an int, '0.9' as a share of energy."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
+
+
+def show_report(report: Any, every_module: bool, *, as_json: bool, quiet: bool) -> None:
+    """The tables and sentences of a report."""
+    if as_json or quiet:
+        return
+    if report.rows("mapped"):
+        out.print(console.transfer_table(report, every_module))
+    reasons = console.reasons_table(report)
+    if reasons:
+        out.print(reasons)
+    for sentence in report.sentences():
+        out.print(sentence, highlight=False)
+
+
+def main() -> None:
+    """Runs the command line; what prolora refuses becomes one message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(standalone_mode=True)
+    except LowCoverage as error:
+        err.print(f"[bold red]LowCoverage:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(3)
+    except (ProLoRAError, ValueError, RuntimeError) as error:
+        name = type(error).__name__
+        err.print(f"[bold red]{name}:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Tables and progress bars for people; everything here only shows what the library computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .bases.modules import place
+from .bases.survey import ShapeSurvey
+from .comparison import Comparison, ModuleComparison
+from .inspection import Description
+from .report import ModuleReport, Report
+
+
+@contextmanager
+def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, name) that draws a bar on stderr."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[name]}", justify="left"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def update(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, name=name[-48:])
+
+        yield update
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None or value != value else format(value, form)
+
+
+def transfer_table(report: Report, every_module: bool = False) -> Table:
+    """What was mapped: a row for each part of the model, or for each module."""
+    title = f"{report.method}: {report.source} → {report.target}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("module" if every_module else "place", overflow="fold", min_width=14)
+    for name in ("n", "Φ l/r", "above", "mixed", "kept", "norm", "vs copy", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    mapped = report.rows("mapped")
+    groups: dict[str, list[ModuleReport]] = {}
+    for row in mapped:
+        groups.setdefault(row.source if every_module else place(row.source), []).append(row)
+    for name, rows in groups.items():
+        table.add_row(name, str(len(rows)), *_transfer_cells(rows))
+    table.add_row("all", str(len(mapped)), *_transfer_cells(mapped), style="bold")
+    if not report.dry_run:
+        table.caption = (
+            "Φ: overlap of the bases' leading subspaces, left and right; above: over chance; "
+            "mixed: energy in the two mixed blocks; kept: energy left in the target; norm: ratio; "
+            "vs copy: distance from the unchanged update, in its norms"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def _transfer_cells(rows: list[ModuleReport]) -> list[str]:
+    """Means over rows, weighted by the energy of their updates."""
+    weight = sum(row.energy for row in rows)
+    measured = [(row.energy, row.measures) for row in rows if row.measures is not None]
+    ranks = sorted({row.rank_out for row in rows})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}…{ranks[-1]}"
+    if not measured or not weight:
+        return [*["–"] * 6, rank]
+
+    def mean(name: str) -> float:
+        return float(sum(w * getattr(measures, name) for w, measures in measured) / weight)
+
+    above = min(mean("above_left"), mean("above_right"))
+    mixed = mean("range_null_energy") + mean("null_range_energy")
+    return [
+        f"{mean('phi_left'):.2f} {mean('phi_right'):.2f}", number(above), number(mixed, ".0%"),
+        number(mean("surviving_energy"), ".0%"), number(mean("norm_ratio")),
+        number(mean("copy_distance")), rank,
+    ]  # fmt: skip
+
+
+def reasons_table(report: Report) -> Table | None:
+    """Why modules have no place in the output; None where all of them have one."""
+    reasons = report.reasons()
+    if not reasons:
+        return None
+    table = Table(title="not transferred", title_justify="left", header_style="bold")
+    for name, justify in (("n", "right"), ("status", "left"), ("why", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for (status, reason), count in sorted(reasons.items(), key=lambda item: -item[1]):
+        table.add_row(str(count), status, reason)
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Overlap and drift by place."""
+    title = f"{comparison.source} against {comparison.target}"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("place", no_wrap=True)
+    for heading in ("pairs", "k", "Φ l/r", "chance", "above", "drift"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    places: dict[str, list[ModuleComparison]] = {}
+    for module in comparison.modules:
+        places.setdefault(module.place, []).append(module)
+    for name, modules in (*places.items(), ("all", comparison.modules)):
+        part = Comparison("", "", "", modules, 0, 0)
+        columns = sorted(module.columns_source for module in modules)
+        chance = max(part.mean("chance_left"), part.mean("chance_right"))
+        above = min(part.mean("above_left"), part.mean("above_right"))
+        table.add_row(
+            name, str(len(modules)), f"{columns[0]}…{columns[-1]}",
+            f"{part.mean('phi_left'):.2f} {part.mean('phi_right'):.2f}", number(chance),
+            number(above), number(part.mean("drift")),
+        )  # fmt: skip
+    return table
+
+
+def description_table(description: Description) -> Table:
+    """What `inspect` found, a line a fact."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in description.to_dict().items():
+        if value in (None, "", [], {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(str(item) for item in value)
+        table.add_row(name.replace("_", " "), str(value))
+    return table
+
+
+def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
+    """The subspaces of a base, a row per shape."""
+    table = Table(title=name, title_justify="left", header_style="bold")
+    for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "×".join(map(str, row.shape)), str(row.count), f"{row.columns_min}…{row.columns_max}",
+            number(row.energy, ".1%"), number(row.bound, ".1e"), str(row.flagged), row.rungs,
+            number(row.seconds, ".1f"),
+        )  # fmt: skip
+    return table

@@ -1,0 +1,25 @@
+"""What prolora refuses, as exceptions. Every message names the tensor or file and says what to do."""
+
+
+class ProLoRAError(ValueError):
+    """Base class of everything prolora refuses."""
+
+
+class UnsupportedFormat(ProLoRAError):
+    """A file, key or adapter type that prolora cannot read exactly, or will not guess at."""
+
+
+class ShapeMismatch(ProLoRAError):
+    """A tensor whose shape does not fit the module it is meant for."""
+
+
+class NonFiniteWeights(ProLoRAError):
+    """NaN or Inf in a weight or an update."""
+
+
+class LowCoverage(ProLoRAError):
+    """Fewer modules (or less energy) could be transferred than the caller asked for."""
+
+
+class OutputError(ProLoRAError):
+    """The output cannot be written where the caller wants it, or would overwrite an input."""

@@ -1,0 +1,1 @@
+"""Mathematics on stacks of matrices. Knows torch and the native ops, nothing of LoRA files."""

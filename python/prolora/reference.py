@@ -1,0 +1,74 @@
+"""The same mathematics in float64 and dense form: what the library must equal, a few lines each.
+
+Read this to know what prolora computes; read `projection` and `linalg` to know how it does so
+without ever forming these matrices. Nothing here is fast, and nothing here is used at run time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """U [m, k] and V [n, k] of the thin SVD of weight [m, n]."""
+    u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return u[..., :k], vt.mT[..., :k]
+
+
+def columns_for_energy(weight: Tensor, energy: float) -> int:
+    """The smallest k whose σ_1² + … + σ_k² is at least `energy` of Σσ²."""
+    squares = torch.linalg.svdvals(weight.double()).square()
+    return int((squares.cumsum(-1) < energy * squares.sum()).sum()) + 1
+
+
+def projector(basis: Tensor) -> Tensor:
+    """UUᵀ [m, m] of an orthonormal U [m, k]."""
+    return basis @ basis.mT
+
+
+def complement(basis: Tensor) -> Tensor:
+    """I − UUᵀ [m, m]."""
+    return torch.eye(basis.shape[-2], dtype=basis.dtype) - projector(basis)
+
+
+def overlap(source: Tensor, target: Tensor) -> Tensor:
+    """‖U_sᵀU_t‖_F²."""
+    return (source.mT @ target).square().sum((-2, -1))
+
+
+def blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
+    """The four blocks of an update in the bases of its own weight: they sum to the update."""
+    u, v = leading(weight, k)
+    delta = delta.double()
+    return {
+        "range": projector(u) @ delta @ projector(v),
+        "null": complement(u) @ delta @ complement(v),
+        "range_null": projector(u) @ delta @ complement(v),
+        "null_range": complement(u) @ delta @ projector(v),
+    }
+
+
+def project(
+    delta: Tensor, W_src: Tensor, W_tgt: Tensor, k_src: int, k_tgt: int, method: str
+) -> Tensor:
+    """ΔW_t [m, n] of METHOD §1 and §3, term by term as the papers print it."""
+    delta = delta.double()
+    if method == "copy":
+        return delta
+    u, v = leading(W_tgt, k_tgt)
+    inside_left, inside_right = projector(u), projector(v)
+    outside_left, outside_right = complement(u), complement(v)
+    if method == "lora-x":
+        return inside_left @ delta @ inside_right
+    part = blocks(delta, W_src, k_src)
+    within = inside_left @ part["range"] @ inside_right
+    if method == "subspace":
+        return within
+    without = outside_left @ part["null"] @ outside_right
+    if method == "prolora":
+        return within + without
+    if method == "blocks":
+        crossed = inside_left @ part["range_null"] @ outside_right
+        return within + without + crossed + outside_left @ part["null_range"] @ inside_right
+    raise ValueError(method)

@@ -1,0 +1,136 @@
+import hashlib
+import json
+
+import pytest
+import torch
+from lora_files import LINEAR, adapter_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from prolora import adapters
+from prolora.adapters.metadata import kohya_hashes, rewritten
+
+KOHYA = {
+    "ss_base_model_version": "sd_v1",
+    "ss_sd_model_name": "old.safetensors",
+    "ss_sd_model_hash": "1234abcd",
+    "ss_new_sd_model_hash": "ff" * 32,
+    "ss_v2": "True",
+    "ss_tag_frequency": '{"10_cat": {"cat": 10}}',
+    "ss_training_comment": "made with care",
+    "ss_output_name": "my cat",
+    "ss_network_dim": "16",
+    "ss_network_alpha": "8",
+    "sshs_model_hash": "aa" * 32,
+    "sshs_legacy_hash": "bbbbbbbb",
+    "modelspec.architecture": "stable-diffusion-v1/lora",
+    "modelspec.implementation": "sd-scripts",
+    "modelspec.trigger_phrase": "a cat",
+    "modelspec.hash_sha256": "0xcc",
+    "lora_adapter_metadata": "{}",
+    "prolora.source": "older",
+}
+
+
+def moved(**options):
+    arguments = dict(
+        target_name="new", target_layout="sdxl", provenance={"source": "old", "method": "prolora"}
+    )
+    return rewritten(KOHYA, **{**arguments, **options})
+
+
+def test_what_says_how_the_lora_is_used_is_kept():
+    metadata = moved()
+    for key in (
+        "ss_tag_frequency", "ss_output_name", "modelspec.trigger_phrase",
+        "modelspec.implementation",
+    ):  # fmt: skip
+        assert metadata[key] == KOHYA[key]
+
+
+def test_the_base_model_becomes_the_target():
+    metadata = moved(target_sha256="ee" * 32)
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["ss_sd_model_name"] == "new"
+    assert metadata["ss_new_sd_model_hash"] == "ee" * 32
+    assert metadata["ss_v2"] == "False"
+    assert metadata["modelspec.merged_from"] == "my cat, new"
+    assert metadata["ss_training_comment"] == "made with care; moved from old to new by prolora"
+
+
+def test_what_is_not_known_of_the_target_is_removed():
+    metadata = moved(target_layout=None)
+    for key in (
+        "ss_base_model_version", "modelspec.architecture", "ss_v2", "ss_sd_model_hash",
+        "ss_new_sd_model_hash",
+    ):  # fmt: skip
+        assert key not in metadata
+
+
+def test_what_is_true_of_the_old_file_only_is_removed():
+    stale = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
+    assert not (stale | {"lora_adapter_metadata"}) & moved().keys()
+
+
+def test_provenance_replaces_that_of_an_earlier_transfer():
+    own = {key: value for key, value in moved().items() if key.startswith("prolora.")}
+    assert own == {"prolora.source": "old", "prolora.method": "prolora"}
+
+
+def test_metadata_is_made_for_a_lora_that_had_none():
+    metadata = rewritten({}, target_name="new", target_layout="ssd-1b", provenance={})
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["ss_training_comment"] == "moved from another base model to new by prolora"
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sd21", "sdxl", "bk-sdm-small", "flux1-dev", "other"])
+def test_rewriting_changes_nothing_it_is_given(layout):
+    before = dict(KOHYA)
+    moved(target_layout=layout)
+    assert before == KOHYA
+
+
+@pytest.mark.parametrize(("rank", "text"), [(4, "4"), ([4, 2], "Dynamic")])
+def test_rank_and_alpha_in_the_header_are_those_of_the_new_file(tmp_path, rank, text):
+    adapter = adapter_of(LINEAR, rank, metadata=KOHYA)
+    adapters.write(adapter, tmp_path / "out")
+    metadata = adapters.read(tmp_path / "out").metadata
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (text, text)
+    assert metadata["ss_tag_frequency"] == KOHYA["ss_tag_frequency"]
+
+
+@pytest.mark.parametrize("size", [16, 1024])
+def test_kohya_hashes_are_those_of_the_file_with_training_metadata_only(tmp_path, size):
+    adapter = adapter_of({"conv_in": (size, size)}, 256, metadata=KOHYA)
+    adapters.write(adapter, tmp_path / "out.safetensors", dtype=torch.float32)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    save_file(load_file(tmp_path / "out.safetensors"), tmp_path / "bare", training)
+    data = (tmp_path / "bare").read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    sample = data[0x100000:0x110000]
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(sample).hexdigest()[:8]
+    assert (len(sample) > 0) == (size == 1024)
+
+
+def test_kohya_hashes_do_not_depend_on_titles():
+    tensors = {"a": torch.ones(3)}
+    assert kohya_hashes(tensors, {"title": "x"}) == kohya_hashes(tensors, {"title": "y"})
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft", "comfy"])
+def test_other_formats_carry_no_kohya_hash(tmp_path, format):
+    adapters.write(adapter_of(LINEAR, metadata=KOHYA), tmp_path / "out", format=format)
+    metadata = adapters.read(tmp_path / "out").metadata
+    assert not {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"} & metadata.keys()
+
+
+def test_a_stale_configuration_is_replaced(tmp_path):
+    stale = {"lora_adapter_metadata": json.dumps({"unet.r": 99, "unet.lora_alpha": 1})}
+    for rank in (4, [4, 2]):
+        adapter = adapter_of(LINEAR, rank, metadata=stale)
+        adapters.write(adapter, tmp_path / "out", format="diffusers")
+        assert "99" not in adapters.read(tmp_path / "out").metadata.get("lora_adapter_metadata", "")

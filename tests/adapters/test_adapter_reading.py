@@ -1,0 +1,316 @@
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_files import BLOCK, factors, kohya_file, relative_error, save
+
+from prolora import adapters
+from prolora.errors import NonFiniteWeights, ProLoRAError, ShapeMismatch, UnsupportedFormat
+
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+UP, DOWN = f"{STEM}.lora_up.weight", f"{STEM}.lora_down.weight"
+
+
+def pair(up_key, down_key, shape=(6, 5)):
+    up, down = factors(shape, 4, 0)
+    return {up_key: up, down_key: down}
+
+
+def kohya(**extra):
+    return {**pair(UP, DOWN), **{f"{STEM}.{key}": value for key, value in extra.items()}}
+
+
+@pytest.mark.parametrize(("up", "down", "module"), [
+    ("unet.{}.to_q.lora_B.weight", "unet.{}.to_q.lora_A.weight", "{}.to_q"),
+    ("unet.{}.to_q.lora_B.default.weight", "unet.{}.to_q.lora_A.default.weight", "{}.to_q"),
+    ("unet.{}.to_q.lora.up.weight", "unet.{}.to_q.lora.down.weight", "{}.to_q"),
+    ("unet.{}.processor.to_q_lora.up.weight", "unet.{}.processor.to_q_lora.down.weight", "{}.to_q"),
+    ("{}.processor.to_out_lora.up.weight", "{}.processor.to_out_lora.down.weight", "{}.to_out.0"),
+    ("unet.{}.to_k.lora_linear_layer.up.weight", "unet.{}.to_k.lora_linear_layer.down.weight",
+     "{}.to_k"),
+    ("{}.to_v.lora_up.weight", "{}.to_v.lora_down.weight", "{}.to_v"),
+    ("base_model.model.{}.to_q.lora_B.weight", "base_model.model.{}.to_q.lora_A.weight", "{}.to_q"),
+])  # fmt: skip
+def test_every_diffusers_spelling_of_an_attention_layer_is_read(up, down, module):
+    attention = f"{BLOCK}.attn1"
+    adapter = adapters.read(pair(up.format(attention), down.format(attention)))
+    assert list(adapter.updates) == [module.format(attention)]
+
+
+@pytest.mark.parametrize(("path", "module"), [
+    ("text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora", "self_attn.q_proj"),
+    ("text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora", "self_attn.out_proj"),
+    ("text_encoder.text_model.encoder.layers.3.mlp.fc1.lora_linear_layer", "mlp.fc1"),
+    ("text_encoder.text_model.encoder.layers.3.self_attn.k_proj.lora_linear_layer",
+     "self_attn.k_proj"),
+    ("text_encoder.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
+    ("base_model.model.text_model.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
+])  # fmt: skip
+def test_every_spelling_of_a_text_encoder_layer_is_read(path, module):
+    adapter = adapters.read(pair(f"{path}.up.weight", f"{path}.down.weight"))
+    assert list(adapter.updates) == [f"text_encoder.text_model.encoder.layers.3.{module}"]
+
+
+def test_modules_of_a_transformer_lose_their_prefix():
+    stem = "transformer.single_transformer_blocks.3.proj_mlp"
+    adapter = adapters.read(pair(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight"))
+    assert list(adapter.updates) == ["single_transformer_blocks.3.proj_mlp"]
+    assert adapter.format == "diffusers"
+
+
+def test_a_comfy_file_is_read_with_its_alpha():
+    stem = "diffusion_model.middle_block.1.proj_in"
+    tensors = pair(f"{stem}.lora_up.weight", f"{stem}.lora_down.weight")
+    update = adapters.read({**tensors, f"{stem}.alpha": torch.tensor(2.0)}).updates
+    wanted = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"] / 2
+    assert relative_error(update["mid_block.attentions.0.proj_in"].dense(), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+])  # fmt: skip
+def test_factors_of_any_storage_dtype_become_float32(tmp_path, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in kohya().items()}
+    adapter = adapters.read(save(tmp_path / "lora.safetensors", tensors))
+    (update,) = adapter.updates.values()
+    assert adapter.dtype == dtype
+    assert torch.equal(update.up, tensors[UP].float())
+    assert torch.equal(update.down, tensors[DOWN].float())
+
+
+def test_factors_of_different_dtypes_count_as_float32():
+    tensors = kohya()
+    assert adapters.read({**tensors, UP: tensors[UP].half()}).dtype == torch.float32
+
+
+def test_a_state_dict_is_never_changed():
+    tensors = kohya(alpha=torch.tensor(2.0))
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    update = adapters.read(tensors).updates["mid_block.attentions.0.proj_in"]
+    update.down.zero_()
+    assert all(torch.equal(before[key], tensors[key]) for key in tensors)
+
+
+def test_metadata_of_the_file_is_kept_and_can_be_replaced(tmp_path):
+    path = kohya_file(tmp_path / "lora.safetensors", metadata={"ss_tag_frequency": "{}"})
+    assert adapters.read(path).metadata == {"ss_tag_frequency": "{}"}
+    assert adapters.read(path, metadata={"a": "b"}).metadata == {"a": "b"}
+
+
+def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
+    code = (
+        "import sys, prolora.adapters, prolora.inspection\n"
+        "sys.exit(bool({'diffusers', 'peft', 'transformers'} & set(sys.modules)))"
+    )
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize(("suffix", "what"), [
+    ("lora_mid.weight", "Tucker"), ("hada_w1_a", "LoHa"), ("hada_t1", "LoHa"),
+    ("lokr_w1", "LoKr"), ("lokr_w2_a", "LoKr"), ("dora_scale", "DoRA"),
+    ("lora_magnitude_vector", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"),
+    ("diff", "full difference"), ("diff_b", "full difference"), ("oft_blocks", "OFT"),
+    ("oft_diag", "OFT"), ("w_norm", "normalisation"), ("b_norm", "normalisation"),
+    ("on_input", "IA3"), ("a1.weight", "GLoRA"), ("lora_embedding_A", "embedding"),
+    ("lora_B.bias", "biases"), ("modules_to_save.weight", "modules_to_save"),
+    ("reshape_weight", "reshaped"),
+])  # fmt: skip
+def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):
+    with pytest.raises(UnsupportedFormat) as caught:
+        adapters.read(kohya(**{suffix: torch.ones(3)}))
+    assert f"{STEM}.{suffix}" in str(caught.value)
+    assert what in str(caught.value)
+    assert re.search(r"Merge it|without them", str(caught.value))
+
+
+def test_a_bias_in_a_peft_folder_is_refused():
+    stem = "base_model.model.conv_in"
+    tensors = pair(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight")
+    with pytest.raises(UnsupportedFormat, match=rf"{stem}\.bias makes this trained biases"):
+        adapters.read({**tensors, f"{stem}.bias": torch.ones(3)})
+
+
+def test_unknown_keys_are_listed_five_at_most():
+    extra = {f"lora_unet_unknown{i}.lora_up.weight": torch.ones(2, 2) for i in range(7)}
+    with pytest.raises(UnsupportedFormat) as caught:
+        adapters.read({**kohya(), **extra})
+    assert "7 keys are not understood" in str(caught.value)
+    assert "unknown4" in str(caught.value) and "unknown5" not in str(caught.value)
+    assert "and 2 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "hint"), [
+    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "FLUX"),
+    ("lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight", "OneTrainer"),
+])  # fmt: skip
+def test_families_that_are_not_read_yet_come_with_a_hint(key, hint):
+    with pytest.raises(UnsupportedFormat, match=hint):
+        adapters.read({key: torch.ones(4, 4)})
+
+
+@pytest.mark.parametrize("missing", [UP, DOWN])
+def test_a_factor_without_its_partner_is_refused(missing):
+    tensors = {key: tensor for key, tensor in kohya().items() if key != missing}
+    with pytest.raises(UnsupportedFormat, match=f"{STEM}.* has no partner"):
+        adapters.read(tensors)
+
+
+def test_an_alpha_without_factors_is_refused():
+    with pytest.raises(UnsupportedFormat, match=r"conv_in\.alpha has no partner"):
+        adapters.read({**kohya(), "lora_unet_conv_in.alpha": torch.tensor(1.0)})
+
+
+def test_two_spellings_of_one_module_in_one_file_are_refused():
+    other = "lora_unet_middle_block_1_proj_in"
+    tensors = {**kohya(), **pair(f"{other}.lora_up.weight", f"{other}.lora_down.weight")}
+    with pytest.raises(UnsupportedFormat, match="are the same factor"):
+        adapters.read(tensors)
+
+
+@pytest.mark.parametrize("key", [
+    "model.diffusion_model.input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight",
+    "unet.conv_in.weight", "double_blocks.0.img_attn.qkv.weight",
+    "transformer_blocks.0.attn.to_q.weight",
+])  # fmt: skip
+def test_a_base_model_given_as_lora_is_recognised(key):
+    with pytest.raises(UnsupportedFormat, match="is a weight of a base model, not a LoRA"):
+        adapters.read({key: torch.ones(2, 2)})
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(UnsupportedFormat, match="no tensors"):
+        adapters.read(save(tmp_path / "lora.safetensors", {}))
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "lora.ckpt"])
+def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path, name):
+    path = tmp_path / "it's" / name
+    path.parent.mkdir()
+    torch.save(kohya(), path)
+    with pytest.raises(UnsupportedFormat, match="pickle") as caught:
+        adapters.read(path)
+    command = shlex.split(str(caught.value).rsplit("\n", 1)[1])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert list(adapters.read(command[-1]).updates) == ["mid_block.attentions.0.proj_in"]
+
+
+def test_a_peft_folder_with_a_pickle_is_refused_with_the_command(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save(kohya(), tmp_path / "adapter_model.bin")
+    with pytest.raises(UnsupportedFormat, match="pickle"):
+        adapters.read(tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UnsupportedFormat, match=r"holds neither adapter_config\.json"):
+        adapters.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
+def test_a_damaged_peft_configuration_is_refused(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_bytes(text)
+    kohya_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedFormat, match=r"adapter_config\.json"):
+        adapters.read(tmp_path)
+
+
+def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path):
+    with pytest.raises(UnsupportedFormat, match="cannot be read"):
+        adapters.read(tmp_path / "nothing.safetensors")
+    path = kohya_file(tmp_path / "lora.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnsupportedFormat, match="cut off"):
+        adapters.read(path)
+
+
+@pytest.mark.parametrize(("up", "down"), [
+    ((6, 4), (5, 5)), ((6,), (4, 5)), ((6, 4, 3, 3), (4, 5, 3, 3)), ((6, 4, 1), (4, 5, 1)),
+    ((6, 4, 1, 1), (4, 5)), ((6, 0), (0, 5)), ((6, 4), (4, 0)), ((), ()),
+])  # fmt: skip
+def test_factors_that_do_not_multiply_are_refused(up, down):
+    with pytest.raises(ShapeMismatch, match=re.escape(f"{UP} {list(up)}")):
+        adapters.read({UP: torch.ones(up), DOWN: torch.ones(down)})
+
+
+def test_a_convolution_may_have_a_flat_up_factor():
+    adapter = adapters.read({UP: torch.ones(6, 4), DOWN: torch.ones(4, 5, 3, 3)})
+    assert adapter.kernels == {"mid_block.attentions.0.proj_in": (3, 3)}
+    assert adapter.updates["mid_block.attentions.0.proj_in"].shape == (6, 45)
+
+
+def test_an_alpha_of_several_numbers_is_refused():
+    with pytest.raises(ShapeMismatch, match="not one number"):
+        adapters.read(kohya(alpha=torch.ones(2)))
+
+
+def test_integer_factors_are_refused():
+    with pytest.raises(UnsupportedFormat, match=r"stored as torch\.int8"):
+        adapters.read({**kohya(), DOWN: torch.ones(4, 5, dtype=torch.int8)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", [UP, DOWN, f"{STEM}.alpha"])
+def test_a_value_that_is_not_finite_is_refused_by_name(key, value):
+    tensors = kohya(alpha=torch.tensor(1.0))
+    tensors[key] = tensors[key].clone().fill_(value)
+    with pytest.raises(NonFiniteWeights, match=re.escape(key)):
+        adapters.read(tensors)
+
+
+def test_a_scale_that_overflows_is_refused():
+    with pytest.raises(NonFiniteWeights, match="overflows"):
+        adapters.read({**kohya(alpha=torch.tensor(1e38)), UP: torch.full((6, 4), 1e10)})
+
+
+def test_a_value_that_is_no_tensor_is_refused():
+    with pytest.raises(UnsupportedFormat, match=r"alpha' is float"):
+        adapters.read(kohya(alpha=2.0))
+
+
+def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
+    from prolora.storage import SafetensorsFile
+
+    path = save(tmp_path / "lora.safetensors", {**kohya(), "zzz": torch.ones(1)})
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(UnsupportedFormat, match="zzz"):
+        adapters.read(path)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 5),
+    st.sampled_from([(), (1, 1), (3, 3), (1, 3)]), st.floats(-64, 64, width=16), st.integers(0, 99),
+)  # fmt: skip
+def test_the_update_is_alpha_over_rank_times_up_times_down(m, n, rank, kernel, alpha, seed):
+    up, down = factors((m, n, *kernel), rank, seed)
+    tensors = {UP: up, DOWN: down, f"{STEM}.alpha": torch.tensor(alpha)}
+    (update,) = adapters.read(tensors).updates.values()
+    wanted = (alpha / rank) * up.double().flatten(1) @ down.double().flatten(1)
+    size = abs(alpha) / rank * up.norm().item() * down.norm().item()
+    assert (update.dense() - wanted).norm() <= 1e-6 * size + 1e-30
+
+
+WORDS = st.sampled_from([
+    "unet", "base_model", "model", "text_encoder", "lora_unet_conv_in", "conv_in", "mid_block",
+    "to_q", "processor", "to_q_lora", "lora", "down", "up", "lora_A", "lora_B", "default", "weight",
+    "alpha", "lora_up", "lora_down", "lora_te_text_model", "bias", "hada_w1_a", "0", "",
+])  # fmt: skip
+SHAPES = st.sampled_from([(), (1,), (2, 2), (2, 3), (2, 2, 1, 1), (2, 2, 3, 3), (0, 2)])
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.lists(WORDS, max_size=6).map(".".join), SHAPES, max_size=4))
+def test_any_state_dict_is_read_or_refused_with_a_reason(shapes):
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    try:
+        adapter = adapters.read(tensors)
+    except ProLoRAError as error:
+        assert len(str(error)) > 20
+    else:
+        assert adapter.updates

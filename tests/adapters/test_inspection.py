@@ -1,0 +1,166 @@
+import json
+
+import pytest
+import torch
+from lora_files import CONV, LINEAR, adapter_of, keymaps, kohya_file, save
+from safetensors.torch import load_file
+
+from prolora import adapters
+from prolora.errors import UnsupportedFormat
+from prolora.inspection import inspect
+
+STEM = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+def lora_of(model, path, rank=1, keep=lambda name: "attn" in name):
+    """A LoRA on the attention of a whole model, in kohya's spelling; factors are empty pages."""
+    tensors = {}
+    for module, (kohya, _, _, shape) in keymaps()["unets"][model].items():
+        if keep(module):
+            tensors[f"{kohya}.lora_up.weight"] = torch.zeros(shape[0], rank, dtype=torch.float16)
+            down = torch.zeros(rank, shape[1], dtype=torch.float16)
+            tensors[f"{kohya}.lora_down.weight"] = down
+    return save(path, tensors)
+
+
+def base_of(model, path, single_file):
+    """The header of a base model: every weight with one column only where that is no matter."""
+    tensors = {}
+    for module, (_, _, ldm, shape) in keymaps()["unets"][model].items():
+        name = f"model.diffusion_model.{ldm}" if single_file else module
+        tensors[f"{name}.weight"] = torch.zeros(1, *shape[1:], dtype=torch.float16)
+    return save(path, tensors)
+
+
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
+def test_the_family_of_a_lora_is_told_by_its_modules(tmp_path, model):
+    found = inspect(lora_of(model, tmp_path / "lora.safetensors"))
+    assert found.family == model
+    assert found.supported and found.kind == "lora" and found.algorithm == "lora"
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "ssd-1b", "segmind-vega"])
+def test_the_family_of_a_lora_on_self_attention_is_told_by_names_alone(tmp_path, model):
+    path = lora_of(model, tmp_path / "lora.safetensors", keep=lambda name: "attn1" in name)
+    assert inspect(path).family == model
+
+
+def test_sd2_is_told_from_sd1_by_the_metadata_where_names_cannot(tmp_path):
+    path = lora_of("sd21", tmp_path / "lora", keep=lambda name: "attn1" in name)
+    tensors = load_file(path)
+    assert inspect(save(path, tensors, {"ss_base_model_version": "sd_v2"})).family == "sd21"
+    assert inspect(save(path, tensors, {"ss_base_model_version": "sdxl"})).family == "sd15"
+
+
+@pytest.mark.parametrize("single_file", [True, False])
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"])
+def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
+    found = inspect(base_of(model, tmp_path / "base.safetensors", single_file))
+    assert (found.kind, found.family, found.supported) == ("base", model, True)
+    assert found.format == ("single-file" if single_file else "diffusers")
+    assert found.modules == {"unet": len(keymaps()["unets"][model])}
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
+def test_every_format_is_told(tmp_path, format):
+    adapter = adapter_of({**LINEAR, **CONV}, [4, 4, 2], spelling="sgm", dtype=torch.bfloat16)
+    adapters.write(adapter, tmp_path / "out", format=format)
+    found = inspect(tmp_path / "out")
+    assert found.format == format
+    assert found.spelling == ("sgm" if format in ("kohya", "comfy") else "diffusers")
+    assert found.algorithm == "locon"
+    assert found.supported and found.reason is None
+    assert found.modules == {"unet": 9}
+    assert (found.ranks, found.rank_min, found.rank_max) == ({2: 3, 4: 6}, 2, 4)
+    assert found.types["attn1.to_q"] == 1 and found.types["upsamplers.0.conv"] == 1
+    assert "bfloat16" in found.dtypes and found.size > 0
+
+
+def test_alphas_are_counted_with_those_that_are_missing(tmp_path):
+    tensors = {}
+    for i in range(3):
+        stem = f"lora_unet_mid_block_attentions_0_transformer_blocks_{i}_attn1_to_q"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(4, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 4)
+        if i:
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    assert inspect(save(tmp_path / "lora", tensors)).alphas == {"1": 2, "none": 1}
+
+
+@pytest.mark.parametrize(("suffix", "algorithm"), [
+    ("lora_mid.weight", "tucker"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"),
+    ("dora_scale", "dora"), ("diff", "full"), ("oft_blocks", "oft"), ("w_norm", "norm"),
+])  # fmt: skip
+def test_types_that_are_not_supported_are_described_with_the_reason(tmp_path, suffix, algorithm):
+    path = kohya_file(tmp_path / "lora", alpha=2.0)
+    tensors = {key: torch.ones(1) for key in [f"{STEM}.{suffix}"]}
+    if algorithm in ("tucker", "dora"):
+        tensors |= load_file(path)
+    found = inspect(save(path, tensors))
+    assert (found.kind, found.algorithm, found.supported) == ("lora", algorithm, False)
+    assert f"{STEM}.{suffix}" in found.reason
+    assert found.modules == {"unet": 1}
+
+
+def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
+    key = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
+    tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(8, 2)}
+    found = inspect(save(tmp_path / "lora", tensors, {"ss_base_model_version": "flux1"}))
+    assert (found.kind, found.supported, found.family) == ("lora", False, "flux")
+    assert (found.ranks, found.modules) == ({2: 1}, {"not understood": 1})
+
+
+def test_trigger_words_come_by_frequency(tmp_path):
+    tags = {"10_a": {"cat": 5, " 1girl": 9}, "2_b": {"cat": 6, "hat": 1}}
+    metadata = {
+        "ss_tag_frequency": json.dumps(tags),
+        "modelspec.trigger_phrase": "my cat",
+        "ss_sd_model_name": "/models/base.safetensors",
+    }
+    found = inspect(kohya_file(tmp_path / "lora", metadata=metadata))
+    assert found.trigger_words == ["my cat", "cat", "1girl", "hat"]
+    assert found.base_model == "base.safetensors"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": "c"}}'])
+def test_damaged_tags_are_no_reason_to_fail(tmp_path, text):
+    path = kohya_file(tmp_path / "lora", metadata={"ss_tag_frequency": text})
+    assert inspect(path).trigger_words == []
+
+
+def test_something_else_altogether_is_unknown(tmp_path):
+    found = inspect(save(tmp_path / "x", {"wte": torch.ones(2)}))
+    assert (found.kind, found.supported) == ("unknown", False)
+    assert "wte" in found.reason
+    assert inspect(save(tmp_path / "x", {})).reason == "it holds no tensors"
+
+
+def test_a_description_is_ready_for_json(tmp_path):
+    found = inspect(kohya_file(tmp_path / "lora", alpha=2.0))
+    table = json.loads(json.dumps(found.to_dict()))
+    assert table["ranks"] == {"4": 1}
+    assert table["supported"] is True
+
+
+def test_weights_are_never_read(tmp_path, monkeypatch):
+    from prolora.storage import SafetensorsFile
+
+    path = kohya_file(tmp_path / "lora", alpha=2.0)
+    read = SafetensorsFile.read
+
+    def only_scalars(file, name):
+        assert name.endswith(".alpha")
+        return read(file, name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", only_scalars)
+    assert inspect(path).alphas == {"2": 1}
+
+
+def test_a_pickle_and_a_file_that_is_cut_off_are_refused(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "lora.pt")
+    with pytest.raises(UnsupportedFormat, match="pickle"):
+        inspect(tmp_path / "lora.pt")
+    path = kohya_file(tmp_path / "lora")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UnsupportedFormat, match="cut off"):
+        inspect(path)

@@ -1,0 +1,127 @@
+"""Architectures are recognised by their weights, and blocks find the blocks they came from."""
+
+import pytest
+
+from prolora.bases import layout
+
+ATTENTION = {
+    "sd15": 128,
+    "sd21": 128,
+    "sdxl": 560,
+    "ssd-1b": 272,
+    "segmind-vega": 120,
+    "bk-sdm-base": 80,
+    "bk-sdm-small": 72,
+    "bk-sdm-tiny": 72,
+}
+# (source, target, variant): over all attention of the target, (mapped, of the same shape).
+PAIRS = {
+    ("sdxl", "ssd-1b", ""): (272, 272),
+    ("sdxl", "ssd-1b", "by weight cosine"): (272, 272),
+    ("sdxl", "segmind-vega", ""): (120, 120),
+    ("ssd-1b", "segmind-vega", ""): (120, 120),
+    ("sd15", "sd21", ""): (128, 96),
+    ("sd15", "bk-sdm-base", ""): (80, 80),
+    ("sd15", "bk-sdm-small", ""): (72, 72),
+    ("sd15", "bk-sdm-tiny", ""): (72, 72),
+    ("sd15", "sdxl", ""): (88, 66),
+    ("sd15", "sdxl", "every depth from block 0"): (560, 420),
+    ("sdxl", "sd15", ""): (88, 66),
+}
+
+
+def test_every_layout_has_the_published_number_of_attention_modules() -> None:
+    """And a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
+    assert {id_: len(layout.load(id_).attention) for id_ in layout.known()} == ATTENTION
+    for id_ in layout.known():
+        assert len(layout.load(id_).adapted) == ATTENTION[id_] * 5 // 4
+        assert layout.load(id_).id == id_ and layout.load(id_).title
+
+
+def test_an_unknown_layout_is_a_key_error_that_lists_the_known() -> None:
+    """Also for the table beside them, which is none."""
+    for id_ in ("sd9", "correspondence", "../layouts/sdxl"):
+        with pytest.raises(KeyError, match="known are bk-sdm-base"):
+            layout.load(id_)
+
+
+@pytest.mark.parametrize("id_", ATTENTION)
+def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) -> None:
+    """Whole, attention alone, with foreign parameters, with other spellings of 1×1."""
+    known = layout.load(id_)
+    shapes = dict(known.shapes)
+    assert layout.identify(shapes) == id_
+    assert layout.identify({n: shapes[n] for n in known.attention}) == id_
+    assert layout.identify({n: shapes[n] for n in known.adapted}) == id_
+    conv = {n: (*s, 1, 1) if len(s) == 2 else s for n, s in shapes.items()}
+    linear = {n: s[:2] if s[2:] == (1, 1) else s for n, s in shapes.items()}
+    assert layout.identify(conv) == layout.identify(linear) == id_
+    inpainting = {**shapes, "conv_in": (320, 9, 3, 3), "control.zero": (5, 5)}
+    assert layout.identify(inpainting) == id_
+
+
+@pytest.mark.parametrize("id_", ATTENTION)
+def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_: str) -> None:
+    """Missing, additional or of another shape; half a feed-forward is an incomplete file."""
+    known = layout.load(id_)
+    first, last = known.adapted[0], known.adapted[-1]
+    for name in (first, last):
+        shapes = dict(known.shapes)
+        del shapes[name]
+        assert layout.identify(shapes) is None
+        assert layout.identify({**known.shapes, name: (7, 7)}) is None
+    extra = "down_blocks.1.attentions.0.transformer_blocks.99.attn1.to_q"
+    assert layout.identify({**known.shapes, extra: (640, 640)}) is None
+    assert layout.identify({}) is None
+
+
+@pytest.mark.parametrize(("source", "target", "variant"), PAIRS)
+def test_the_rules_map_as_many_modules_as_published(source: str, target: str, variant: str) -> None:
+    """Counted again here from rules and layouts."""
+    rule = layout.correspondence(source, target, variant)
+    assert rule is not None and rule.evidence
+    ours, theirs = layout.load(source), layout.load(target)
+    mapped = {n: s for n in theirs.attention if (s := rule.source_of(n)) is not None}
+    same = sum(ours.shapes[s] == theirs.shapes[n] for n, s in mapped.items())
+    assert (len(mapped), same) == PAIRS[source, target, variant]
+    assert set(mapped.values()) <= set(ours.attention)
+
+
+def test_all_rules_are_among_the_published_ones() -> None:
+    """The default comes first."""
+    for source in layout.known():
+        for target in layout.known():
+            expected = [v for s, t, v in PAIRS if (s, t) == (source, target)]
+            assert layout.variants(source, target) == expected
+            rule = layout.correspondence(source, target)
+            assert (rule is None) == (source != target and not expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "module", "origin"),
+    [
+        # The student kept the last of three layers and calls it its second.
+        ("sd15", "bk-sdm-base", "up_blocks.1.resnets.1.conv1", "up_blocks.1.resnets.2.conv1"),
+        # Renumbered twice, once a step: block 0 is the teacher's 1 and not its 2.
+        ("sd15", "bk-sdm-tiny", "up_blocks.0.resnets.1.conv1", "up_blocks.1.resnets.2.conv1"),
+        ("sdxl", "sd15", "up_blocks.1.attentions.0.proj_in", "up_blocks.0.attentions.0.proj_in"),
+        ("sdxl", "sd15", "down_blocks.0.attentions.0.proj_in", None),
+        ("sdxl", "sdxl", "conv_in", "conv_in"),
+        ("sdxl", "sdxl", "not.a.module", None),
+    ],
+)  # fmt: skip
+def test_renumbered_blocks_find_their_origin(
+    source: str, target: str, module: str, origin: str | None
+) -> None:
+    """Equal names would be wrong in every first case."""
+    rule = layout.correspondence(source, target)
+    assert rule is not None and rule.source_of(module) == origin
+
+
+def test_the_cosine_variant_moves_the_last_block_only() -> None:
+    """32 of the 272 attention matrices."""
+    by_name = layout.correspondence("sdxl", "ssd-1b")
+    by_cosine = layout.correspondence("sdxl", "ssd-1b", "by weight cosine")
+    assert by_name and by_cosine
+    names = layout.load("ssd-1b").attention
+    assert sum(by_name.source_of(n) != by_cosine.source_of(n) for n in names) == 32

@@ -1,0 +1,142 @@
+"""truncated_svd: right on every spectrum, or flagged; and its bound never below the error."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prolora import NonFiniteWeights, ShapeMismatch, truncated_svd
+from spectra import orthonormal, planted, power_law, sine, weights
+
+ZOO = {
+    "i^-0.5": power_law(48, 0.5),
+    "i^-1": power_law(48, 1.0),
+    "steps": torch.tensor([4.0] * 8 + [1.0] * 40),
+    "clusters": torch.cat([3 + 1e-3 * torch.rand(8), 1 + 1e-3 * torch.rand(40)]),
+    "geometric": 0.5 ** torch.arange(48.0),
+    "graded beyond float32": 10.0 ** -torch.arange(0, 12, 0.25),
+    "rank 8": torch.tensor([1.0] * 8 + [0.0] * 40),
+    "tiny": 1e-30 * power_law(48, 0.5),
+    "huge": 1e30 * power_law(48, 0.5),
+    "repeated at the cut": torch.tensor([2.0] * 4 + [1.0] * 44),
+}
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 80), (80, 48)])
+@pytest.mark.parametrize("name", ZOO)
+def test_the_bound_is_never_below_the_error(name, shape):
+    weight, u, v = planted(*shape, ZOO[name])
+    k = 8
+    basis = truncated_svd(weight, k)
+    used = int(basis.rank)
+    error = max(sine(u[:, :used], basis.U[:, :used]), sine(v[:, :used], basis.V[:, :used]))
+    assert basis.bound >= error or error < 1e-14
+    if name == "repeated at the cut":
+        assert basis.bound == 1 and not basis.ok
+    else:
+        assert basis.ok and error < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_gives_the_subspace_of_the_stored_values(dtype):
+    weight = weights(40, 56, seed=1).to(dtype)
+    basis = truncated_svd(weight, 6)
+    u = torch.linalg.svd(weight.double())[0][:, :6]
+    assert sine(u, basis.U) <= basis.bound
+    assert basis.bound < 1e-5
+    assert basis.U.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_columns_are_orthonormal_and_values_sorted():
+    basis = truncated_svd(weights(60, 40, seed=2).double(), 12)
+    eye = torch.eye(12, dtype=torch.float64)
+    assert (basis.U.mT @ basis.U - eye).abs().max() < 1e-12
+    assert (basis.V.mT @ basis.V - eye).abs().max() < 1e-12
+    assert (basis.S.diff() <= 0).all()
+    torch.testing.assert_close(basis.S, power_law(40, 0.5)[:12], rtol=1e-6, atol=0)
+
+
+def test_energy_picks_the_fewest_columns_that_hold_it():
+    values = torch.tensor([3.0, 2.0, 1.0, 1.0])  # squares 9 4 1 1 of 15
+    weight = planted(6, 4, values)[0]
+    assert int(truncated_svd(weight, 0.5).rank) == 1
+    assert int(truncated_svd(weight, 0.8).rank) == 2
+    assert int(truncated_svd(weight, 0.9).rank) == 3
+    assert truncated_svd(weight, 0.8).energy == pytest.approx(13 / 15)
+
+
+def test_a_stack_of_mixed_difficulty_equals_its_members():
+    stack = torch.stack([planted(24, 32, values[:24])[0] for values in ZOO.values()])
+    together = truncated_svd(stack, 0.9)
+    for i, weight in enumerate(stack):
+        alone = truncated_svd(weight, 0.9)
+        k = int(alone.rank)
+        assert int(together.rank[i]) == k
+        assert together.rungs[i] == alone.rung
+        torch.testing.assert_close(together.U[i, :, :k], alone.U)
+        assert (together.U[i, :, k:] == 0).all()
+        torch.testing.assert_close(together.bound[i], alone.bound, rtol=1e-2, atol=1e-12)
+
+
+def test_no_direction_is_made_up_for_a_rank_deficient_weight():
+    weight = planted(20, 30, torch.tensor([1.0, 0.5, 0.25]))[0]
+    basis = truncated_svd(weight, 10)
+    assert int(basis.rank) == 3
+    assert int(truncated_svd(torch.zeros(5, 4), 3).rank) == 0
+    assert truncated_svd(torch.zeros(5, 4), 3).ok
+
+
+def test_a_spectrum_the_gram_matrix_cannot_resolve_goes_down_the_ladder():
+    weight = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
+    assert truncated_svd(weight, 4).rung == "gram-f64"
+    assert truncated_svd(weight, 24).rung == "svd-f64"
+
+
+def test_the_same_call_gives_the_same_bits():
+    weight = weights(50, 50, seed=3)
+    first, second = truncated_svd(weight, 10), truncated_svd(weight, 10)
+    assert torch.equal(first.U, second.U) and torch.equal(first.V, second.V)
+
+
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 7), (7, 1)])
+def test_vectors_and_scalars_are_matrices_too(m, n):
+    basis = truncated_svd(torch.randn(m, n), 3)
+    assert basis.U.shape == (m, 1) and basis.V.shape == (n, 1)
+    assert basis.bound < 1e-6
+
+
+def test_all_columns_of_a_square_weight_span_everything():
+    basis = truncated_svd(torch.ones(6, 6) + torch.eye(6), 6)
+    assert basis.bound < 1e-5 and basis.gap == 1
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10_000), st.floats(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_projector_errors_stay_below_the_bound_on_random_spectra(m, n, seed, exponent):
+    d = min(m, n)
+    weight, u, v = planted(m, n, power_law(d, exponent), seed)
+    k = 1 + seed % d
+    basis = truncated_svd(weight, k)
+    used = int(basis.rank)
+    probe = orthonormal(m, 1, torch.Generator().manual_seed(seed))
+    exact = u[:, :used] @ (u[:, :used].mT @ probe)
+    ours = basis.U @ (basis.U.mT @ probe)
+    assert (exact - ours).norm() <= max(float(basis.bound), 1e-13)
+
+
+def test_nan_names_the_matrix():
+    stack = torch.randn(3, 4, 5)
+    stack[1, 2, 3] = torch.nan
+    with pytest.raises(NonFiniteWeights, match=r"\[1\]"):
+        truncated_svd(stack, 2)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.0, 0.0, 1.5, "3", True])
+def test_a_rank_that_makes_no_sense_is_refused(rank):
+    with pytest.raises(ValueError, match="rank must be"):
+        truncated_svd(torch.eye(3), rank)
+
+
+def test_a_vector_is_no_weight():
+    with pytest.raises(ShapeMismatch):
+        truncated_svd(torch.ones(5), 1)

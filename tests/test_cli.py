@@ -1,0 +1,166 @@
+"""The command line: exit codes, JSON, tables, files."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mini import write_case
+from prolora import adapters, cli
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+@pytest.fixture
+def prolora(monkeypatch, capsys):
+    """Runs a command line; gives exit code, standard output and standard error."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["prolora", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+def test_transfer_writes_the_lora_the_report_and_a_table(prolora, case, tmp_path):
+    lora, source, target = case
+    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    code, text, _ = prolora("transfer", lora, "--source", source, "--target", target,
+                            "-o", out, "--report", report)  # fmt: skip
+    assert code == 0
+    assert "8 of 12 modules moved" in text and "the target has no such module" in text
+    assert len(adapters.read(out).updates) == 8
+    stored = json.loads(report.read_text())
+    assert stored["totals"]["mapped"] == 8 and len(stored["modules"]) == 12
+
+
+def test_json_is_all_that_json_prints(prolora, case, tmp_path):
+    lora, source, target = case
+    line = ("transfer", lora, "--source", source, "--target", target, "--json")
+    code, text, _ = prolora(*line, "-o", tmp_path / "out.safetensors", "--threshold", 0)
+    assert code == 0
+    real = json.loads(text)
+    code, text, _ = prolora(*line, "--dry-run")
+    assert code == 0 and json.loads(text)["totals"].keys() == real["totals"].keys()
+    assert json.loads(text)["totals"]["mapped"] == 8
+
+
+def test_a_dry_run_writes_nothing(prolora, case, tmp_path):
+    lora, source, target = case
+    before = sorted(tmp_path.rglob("*"))
+    code, text, _ = prolora("transfer", lora, "--source", source, "--target", target, "--dry-run",
+                            "-o", tmp_path / "out.safetensors")  # fmt: skip
+    assert code == 0 and "8 of 12" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "--min-coverage", 0.9)
+    for extra in (("-o", out), ("--dry-run",)):
+        code, _, text = prolora(*line, *extra)
+        assert code == 3 and "LowCoverage" in text
+    assert not out.exists()
+
+
+def test_several_loras_go_into_a_folder(prolora, case, tmp_path):
+    lora, source, target = case
+    second = tmp_path / "second.safetensors"
+    save_file(load_file(lora), second)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    code, _, _ = prolora("transfer", lora, second, "--source", source, "--target", target,
+                         "-o", folder, "-q")  # fmt: skip
+    assert code == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["lora.safetensors", "second.safetensors"]
+
+
+@pytest.mark.parametrize("format, dtype", [("kohya", "float16"), ("diffusers", "bfloat16")])
+def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dtype):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    code, _, _ = prolora("transfer", lora, "--source", source, "--target", target, "-o", out,
+                         "--format", format, "--dtype", dtype, "-q")  # fmt: skip
+    assert code == 0
+    adapter = adapters.read(out)
+    assert adapter.format == format and adapter.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        ((), "-o OUT is missing"),
+        (("-o", "no/such/folder/x.safetensors"), "OutputError"),
+        (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
+        (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
+        (("-o", "x.safetensors", "--out-rank", "half"), "out_rank must be"),
+        (("-o", "x.safetensors", "--match", "nowhere.json"), "UnsupportedFormat"),
+    ],
+)
+def test_what_is_refused_says_why_and_exits_with_two(
+    prolora, case, tmp_path, monkeypatch, extra, said
+):
+    monkeypatch.chdir(tmp_path)
+    lora, source, target = case
+    code, _, text = prolora("transfer", lora, "--source", source, "--target", target, *extra)
+    assert code == 2 and said in text
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_asking_for_cuda_without_a_gpu_says_why(prolora, case):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    lora, source, target = case
+    code, _, text = prolora("transfer", lora, "--source", source, "--target", target, "-o", "x",
+                            "--device", "cuda")  # fmt: skip
+    assert code == 2 and re.search(r"no usable CUDA device \(.+\)", text)
+
+
+def test_compare_measures_overlap_and_drift(prolora, case):
+    _, source, target = case
+    code, text, _ = prolora("compare", "--source", source, "--target", target, "--json")
+    found = json.loads(text)
+    assert code == 0 and len(found["modules"]) == 8 and found["without_partner"] == 4
+    assert found["means"]["drift"] == pytest.approx(0.1, rel=1e-3)
+    code, text, _ = prolora("compare", "--source", source, "--target", target)
+    assert code == 0 and "down_blocks.1" in text
+
+
+def test_basis_says_how_exact_the_subspaces_are(prolora, case):
+    _, source, _ = case
+    code, text, _ = prolora("basis", source, "--json", "--rank", 8)
+    rows = json.loads(text)
+    assert code == 0 and {tuple(row["shape"]) for row in rows} == {(24, 24), (24, 40), (24, 96)}
+    assert all(row["columns_max"] == 8 and row["bound"] < 1e-3 for row in rows)
+    code, text, _ = prolora("basis", source)
+    assert code == 0 and "24×40" in text
+
+
+def test_inspect_describes_a_lora(prolora, case):
+    lora, *_ = case
+    code, text, _ = prolora("inspect", lora, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["kind"] == "lora" and found["format"] == "kohya"
+    code, text, _ = prolora("inspect", lora)
+    assert code == 0 and "kohya" in text
+
+
+def test_info_says_what_this_installation_can_do(prolora):
+    code, text, _ = prolora("info", "--json")
+    facts = json.loads(text)
+    assert code == 0 and facts["torch"] == torch.__version__
+    if facts["usable GPUs"] == 0:
+        assert facts["why no GPU"]
+    assert prolora("info")[0] == 0
