@@ -170,8 +170,8 @@ HOST_DEVICE void small_svd(const Block& block, const T* input, T* u, T* s, T* v,
     T* column = w.a + j * m;
     warp.each(m, [&](Index i) { column[i] = scale_down * column[i]; });
     warp.each(n, [&](Index i) { w.v[j * n + i] = T(i == j); });
+    if (j == 0) warp.each(kMaxSweeps, [&](Index i) { w.rotated[i] = 0; });
   });
-  block.each(kMaxSweeps, [&](Index i) { w.rotated[i] = 0; });
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     sweep_pairs(block, w, m, n, w.rotated + sweep);
     if (w.rotated[sweep] == 0) break;

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-
 from spectra import related, weights
+from torch import Tensor
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.{}.{}"
 MODULES = ("attn1.to_q", "attn1.to_k", "attn2.to_v", "ff.net.2")

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
+from mini import write_case
 from safetensors.torch import load_file, save_file
 
-from mini import write_case
 from prolora import adapters, cli
 
 

@@ -30,7 +30,7 @@ def test_other_dtypes_are_refused_by_name(call, dtype):
 
 @every_op
 def test_other_things_than_tensors_are_refused(call):
-    with pytest.raises(TypeError, match="must be a torch.Tensor, not list"):
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor, not list"):
         call([[1.0]])
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import related, weights
 
 from prolora import (
     METHODS,
@@ -15,7 +16,6 @@ from prolora import (
     reference,
     truncated_svd,
 )
-from spectra import related, weights
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 METHOD = st.sampled_from(sorted(METHODS))

@@ -6,9 +6,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-import prolora
 from mini import (
     lora_tensors,
     shapes,
@@ -17,6 +14,9 @@ from mini import (
     write_case,
     write_folder,
 )
+from safetensors.torch import load_file, save_file
+
+import prolora
 from prolora import reference
 from prolora.storage import SafetensorsFile
 from prolora.transfer import plan_report

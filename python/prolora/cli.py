@@ -35,6 +35,8 @@ Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ign
 Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "comfy")}, type=str)  # type: ignore[misc]
 Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
 
+DEFAULT_METHOD, AUTO = Method("prolora"), Format("auto")
+
 SourceOption = Annotated[Path, typer.Option(help="Base the LoRA was trained on: file or folder.")]
 TargetOption = Annotated[Path, typer.Option(help="Base it shall move to: file or folder.")]
 RankOption = Annotated[
@@ -56,7 +58,7 @@ def transfer(
         typer.Option("--output", "-o", help="Output file; a folder where there are several LoRAs."),
     ] = None,
     rank: RankOption = str(DEFAULT_RANK),
-    method: Annotated[Method, typer.Option(help="How to move it.")] = Method("prolora"),
+    method: Annotated[Method, typer.Option(help="How to move it.")] = DEFAULT_METHOD,
     match: MatchOption = "name",
     threshold: Annotated[
         float, typer.Option(help="Skip modules whose Φ is below this on either side.")
@@ -65,7 +67,7 @@ def transfer(
         str, typer.Option(help="Highest rank of the output, or 'exact' (at most twice the input).")
     ] = "exact",
     text_encoder: Annotated[str, typer.Option(help="Its part of the LoRA: copy or skip.")] = "copy",
-    format: Annotated[Format, typer.Option(help="Format of the output.")] = Format("auto"),
+    format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO,
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
     report: Annotated[
@@ -189,7 +191,7 @@ def demo(
     ),
     lora: Annotated[str, typer.Option(help="A shipped LoRA.")] = "thick",
     target: Annotated[str, typer.Option(help="A shipped target base.")] = "pruned",
-    method: Annotated[Method, typer.Option(help="How to move it.")] = Method("prolora"),
+    method: Annotated[Method, typer.Option(help="How to move it.")] = DEFAULT_METHOD,
     seed: Annotated[int, typer.Option(help="Of the noise the images start from.")] = 0,
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""

@@ -7,6 +7,7 @@ names, trained on handwritten digits. Needs the `demo` extra (diffusers and Pill
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def sample(unet: nn.Module, table: Tensor, seed: int) -> Tensor:
     x = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
     tokens = torch.cat([table[:NULL_LABEL], table[NULL_LABEL:].expand(10, -1, -1)])
     times = torch.linspace(1, 0, STEPS + 1)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         both = unet(torch.cat([x, x]), 1000 * now, tokens, return_dict=False)[0]
         labelled, unlabelled = both.chunk(2)
         x = x + (after - now) * (unlabelled + GUIDANCE * (labelled - unlabelled))

@@ -1,4 +1,4 @@
-"""What prolora refuses, as exceptions. Every message names the tensor or file and says what to do."""
+"""What prolora refuses, as exceptions: each message names the tensor or file and the way out."""
 
 
 class ProLoRAError(ValueError):

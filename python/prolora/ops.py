@@ -1,7 +1,7 @@
 """The native ops as torch operators.
 
-Python owns the tensors: shapes, memory, device, stream. The kernels (`csrc/`) see addresses. Each op
-is a row in four places, read top to bottom: its schema, its runner, its fake, its gradient.
+Python owns the tensors: shapes, memory, device, stream. The kernels (`csrc/`) see addresses.
+Each op is a row in four places, read top to bottom: its schema, its runner, its fake, its gradient.
 
     split_project   par = U UᵀX and perp = X - par, in one go
     overlap         ‖UsᵀUt‖_F², without the product
@@ -117,12 +117,12 @@ def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, T
     return u, s, v
 
 
-# On the CPU a vendor library is the better choice for some sizes. All measured on one core of a Xeon
-# with AVX-512 and MKL, best of ten, other load on the machine:
-#   split_project, ours / torch.bmm pair: float32, r = 32 to 64: 0.8 to 1.05 times its speed, with less
-#   memory; r = 256: 0.7; float64, r = 32: 0.85; k = 640, r = 64: 0.6; r = 256: 0.5.
-#   small_svd, ours / torch.linalg.svd, n = 8: 1.9; 16: 1.3; 32: 0.8; 64: 0.5; 128: 0.3 times its
-#   speed, about 24/n; but torch takes one matrix after the other, and ours spread over the threads.
+# On the CPU a vendor library is the better choice for some sizes. Speed of ours over torch's (MKL),
+# measured on one core of a Xeon with AVX-512, best of ten, with other load on the machine:
+#   split_project  float32, r = 32 to 64: 0.8 to 1.05, with less memory; r = 256: 0.7.
+#                  float64, r = 32: 0.85; k = 640, r = 64: 0.6; r = 256: 0.5.
+#   small_svd      n = 8: 1.9; 16: 1.3; 32: 0.8; 64: 0.5; 128: 0.3, so about 24/n a core; but torch
+#                  takes one matrix after the other, and ours spread over the threads.
 _MANY_COLUMNS = 64
 _MANY_FLOPS = 5e7
 _LAPACK_COLUMNS = 24

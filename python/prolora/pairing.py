@@ -1,4 +1,4 @@
-"""Which source module feeds which target module: the plan of a transfer, made from names and shapes.
+"""Which source module feeds which target module: a transfer's plan, made from names and shapes.
 
 No weight is read here. Every module of the adapter ends in the plan exactly once, as a pair, as
 skipped with the reason, or as refused with the reason.

@@ -27,7 +27,7 @@ class Measures:
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut.
         rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
-        bound: upper bound on the sine of the largest angle between the bases used and the true ones.
+        bound: upper bound on the sine of the largest angle between used and true bases.
         ok: whether that bound met the tolerance.
         rung: the algorithm that gave the bases.
     """

@@ -190,6 +190,8 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
     """Says what a file is that does not start like a safetensors file."""
     if head.startswith((b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
         converted = path.with_suffix(".safetensors")
+        if converted == path:  # a pickle that was merely renamed
+            converted = path.with_suffix(".converted.safetensors")
         command = (
             f'python -c "{_CONVERT_PICKLE}" {shlex.quote(str(path))} {shlex.quote(str(converted))}'
         )

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectra import orthonormal, planted, power_law, sine, weights
 
 from prolora import NonFiniteWeights, ShapeMismatch, truncated_svd
-from spectra import orthonormal, planted, power_law, sine, weights
 
 ZOO = {
     "i^-0.5": power_law(48, 0.5),
@@ -114,7 +114,7 @@ def test_all_columns_of_a_square_weight_span_everything():
 @settings(max_examples=60, deadline=None)
 def test_projector_errors_stay_below_the_bound_on_random_spectra(m, n, seed, exponent):
     d = min(m, n)
-    weight, u, v = planted(m, n, power_law(d, exponent), seed)
+    weight, u, _ = planted(m, n, power_law(d, exponent), seed)
     k = 1 + seed % d
     basis = truncated_svd(weight, k)
     used = int(basis.rank)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from spectra import orthonormal, related, weights
 
 from prolora import ShapeMismatch, principal_angles, reference, similarity
-from spectra import orthonormal, related, weights
 
 
 def test_similarity_equals_the_dense_formula():
