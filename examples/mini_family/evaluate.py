@@ -86,7 +86,6 @@ def contact_sheet(unets: dict[str, nn.Module], labels: Labels) -> Image.Image:
 
 def main() -> None:
     """Writes results.json and samples.png."""
-    torch.set_num_threads(2)
     labels = Labels.load(WEIGHTS / "labels.safetensors")
     unets = {member: load_unet(WEIGHTS / member).eval() for member in DOMAINS}
     contact_sheet(unets, labels).save(HERE / "samples.png", optimize=True)
@@ -103,7 +102,6 @@ def main() -> None:
         },
         "parameters": {m: sum(p.numel() for p in u.parameters()) for m, u in unets.items()},
         "train_seconds": json.loads((WORK / "times.json").read_text()),
-        "threads": torch.get_num_threads(),
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 

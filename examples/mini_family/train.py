@@ -21,6 +21,7 @@ from model import NULL_LABEL, Labels, load_unet, new_unet, noised, predict
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 WORK = HERE / "work"  # oracle LoRAs and the training times: needed to measure, not stored in git
 
 BATCH = 32
@@ -101,8 +102,9 @@ def train_source() -> None:
 
 def train_finetuned() -> None:
     """The source continued on digits in front of a backdrop."""
-    unet, labels = load_unet(WEIGHTS / "source"), Labels.load(WEIGHTS / "labels.safetensors")
-    unet.train()
+    # A new UNet, because the config of a loaded one would store the folder it came from.
+    unet, labels = new_unet("finetuned"), Labels.load(WEIGHTS / "labels.safetensors")
+    unet.load_state_dict(load_unet(WEIGHTS / "source").state_dict())
     x, y = digits("train")
     loss = task_loss(unet, labels, DOMAINS["finetuned"](x), y)
     fit(list(unet.parameters()), loss, "finetuned", seed=2)
@@ -159,8 +161,8 @@ def lora_path(member: str, style: str) -> Path:
 
 STAGES: dict[str, tuple[Path, Callable[[], None]]] = {
     "source": (WEIGHTS / "labels.safetensors", train_source),
-    "finetuned": (WEIGHTS / "finetuned" / "config.json", train_finetuned),
-    "pruned": (WEIGHTS / "pruned" / "config.json", train_pruned),
+    "finetuned": (WEIGHTS / "finetuned" / UNET_FILE, train_finetuned),
+    "pruned": (WEIGHTS / "pruned" / UNET_FILE, train_pruned),
 } | {
     f"{style}-{member}": (lora_path(member, style), lambda m=member, s=style: train_lora(m, s))
     for member in DOMAINS

@@ -244,6 +244,8 @@ def show_report(report: Any, every_module: bool, *, as_json: bool, quiet: bool) 
         return
     if report.rows("mapped"):
         out.print(console.transfer_table(report, every_module))
+        if not report.dry_run:
+            out.print(f"[dim]{console.LEGEND}[/dim]", highlight=False)
     reasons = console.reasons_table(report)
     if reasons:
         out.print(reasons)

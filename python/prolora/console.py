@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,16 +33,31 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int,
         yield update
 
 
+LEGEND = """\
+Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
+them over chance, 0 … 1. Of the update's energy, mixed: share in the two mixed
+blocks; kept: share left on the target. norm: ratio of norms, target to source;
+vs copy: distance to the unchanged update, in units of its norm."""
+
+
 def number(value: float | None, form: str = ".2f") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None or value != value else format(value, form)
 
 
+def _table(title: str) -> Table:
+    """An empty table in the house style: narrow enough for 80 columns."""
+    return Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+        padding=(0, 1, 0, 0), collapse_padding=True,
+    )  # fmt: skip
+
+
 def transfer_table(report: Report, every_module: bool = False) -> Table:
     """What was mapped: a row for each part of the model, or for each module."""
     title = f"{report.method}: {report.source} → {report.target}"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("module" if every_module else "place", overflow="fold", min_width=14)
+    table = _table(title)
+    table.add_column("module" if every_module else "place", overflow="fold")
     for name in ("n", "Φ l/r", "above", "mixed", "kept", "norm", "vs copy", "rank"):
         table.add_column(name, justify="right", no_wrap=True)
     mapped = report.rows("mapped")
@@ -51,13 +67,6 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     for name, rows in groups.items():
         table.add_row(name, str(len(rows)), *_transfer_cells(rows))
     table.add_row("all", str(len(mapped)), *_transfer_cells(mapped), style="bold")
-    if not report.dry_run:
-        table.caption = (
-            "Φ: overlap of the bases' leading subspaces, left and right; above: over chance; "
-            "mixed: energy in the two mixed blocks; kept: energy left in the target; norm: ratio; "
-            "vs copy: distance from the unchanged update, in its norms"
-        )
-        table.caption_justify = "left"
     return table
 
 
@@ -87,7 +96,9 @@ def reasons_table(report: Report) -> Table | None:
     reasons = report.reasons()
     if not reasons:
         return None
-    table = Table(title="not transferred", title_justify="left", header_style="bold")
+    table = Table(
+        title="not transferred", title_justify="left", header_style="bold", box=SIMPLE_HEAD
+    )
     for name, justify in (("n", "right"), ("status", "left"), ("why", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for (status, reason), count in sorted(reasons.items(), key=lambda item: -item[1]):
@@ -98,7 +109,7 @@ def reasons_table(report: Report) -> Table | None:
 def comparison_table(comparison: Comparison) -> Table:
     """Overlap and drift by place."""
     title = f"{comparison.source} against {comparison.target}"
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = _table(title)
     table.add_column("place", no_wrap=True)
     for heading in ("pairs", "k", "Φ l/r", "chance", "above", "drift"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -136,7 +147,7 @@ def description_table(description: Description) -> Table:
 
 def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
     """The subspaces of a base, a row per shape."""
-    table = Table(title=name, title_justify="left", header_style="bold")
+    table = _table(name)
     for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -23,7 +23,7 @@ from .storage import SafetensorsFile, check_writable
 from .transfer import transfer, transfer_file
 
 STEPS = 25
-GUIDANCE = 1.5
+GUIDANCE = 2.0
 NULL_LABEL = 10
 SCALE = 4  # pixels of the picture for each of a sample
 
