@@ -18,8 +18,9 @@ from .bases import open_base
 from .bases.survey import survey
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
+from .options import DEFAULT_THRESHOLD
 from .projection import DEFAULT_RANK, METHODS
-from .transfer import DEFAULT_THRESHOLD, plan_report, transfer_file
+from .transfer import plan_report, transfer_file
 from .version import __version__
 
 app = typer.Typer(

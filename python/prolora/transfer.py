@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -18,60 +18,17 @@ from .adapters.adapter import Adapter
 from .adapters.metadata import rewritten
 from .bases import Base, check_finite, open_base
 from .errors import LowCoverage, NonFiniteWeights
-from .linalg.basis import Basis, Rank, check_rank, truncated_svd
+from .linalg.basis import Basis, truncated_svd
 from .linalg.lowrank import LowRank
-from .pairing import Match, Pair, Plan, make_plan
-from .projection import DEFAULT_RANK, METHODS, project_factors, recompress_parts
+from .options import Options, Progress
+from .pairing import Pair, Plan, make_plan
+from .projection import project_factors, recompress_parts
 from .report import Measures, ModuleReport, Report
 from .storage import check_writable
 from .version import __version__
 
-DEFAULT_THRESHOLD = 0.8
-"""The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
-
-OutRank = int | str
-Progress = Callable[[int, int, str], None]
-
 # One stack of weights of the storage dtype, in bytes: what is read and projected at a time.
 STACK_BYTES = 96 << 20
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to transfer; each choice the paper leaves open is named here and reported.
-
-    Attributes:
-        method: a name of `projection.METHODS`.
-        rank: columns of the subspaces, or the share of energy they hold.
-        match: "name", a JSON file or a mapping {target module: source module}.
-        threshold: the Φ that left and right must both reach; a pair below it gets no update.
-            `copy` looks at no weights and gates nothing.
-        out_rank: "exact" keeps every singular value of the result, an int at most that many.
-        text_encoder: "copy" or "skip" the text-encoder part.
-        min_coverage: LowCoverage below this share of the LoRA's modules.
-        device: where to compute; None means the CPU.
-        progress: called as progress(done, total, name).
-    """
-
-    method: str = "prolora"
-    rank: Rank = DEFAULT_RANK
-    match: Match = "name"
-    threshold: float = DEFAULT_THRESHOLD
-    out_rank: OutRank = "exact"
-    text_encoder: str = "copy"
-    min_coverage: float = 0.0
-    device: str | None = None
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what makes no sense before anything is read."""
-        check_rank(self.rank)
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
-        if self.out_rank != "exact" and (not isinstance(self.out_rank, int) or self.out_rank < 1):
-            raise ValueError(f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}')
-        if self.text_encoder not in ("copy", "skip"):
-            raise ValueError(f'text_encoder must be "copy" or "skip", not {self.text_encoder!r}')
 
 
 @dataclass(frozen=True)
@@ -121,10 +78,12 @@ def transfer(
         lora: a .safetensors file, a PEFT folder, a state dict or an Adapter.
         source: the base it was trained on: file, folder, mapping, nn.Module or opened Base.
         target: the base it shall move to, likewise.
-        **options: see `Options`.
+        **options: see `options.Options`.
 
     Raises:
-        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: bad input, named, before any SVD runs.
+        UnsupportedFormat: a file, key or adapter type that cannot be read exactly.
+        ShapeMismatch: an update or a pair of weights that does not fit.
+        NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     chosen = Options(**options)
@@ -142,8 +101,9 @@ def transfer(
             report.modules.append(_copied(adapter, pair.source, pair.target, "copied"))
     else:
         with clock("check"):
-            check_finite(source, sorted({pair.source for pair in plan.pairs}))
-            check_finite(target, [pair.target for pair in plan.pairs])
+            checking = _checking(chosen.progress)
+            check_finite(source, sorted({pair.source for pair in plan.pairs}), checking)
+            check_finite(target, [pair.target for pair in plan.pairs], checking)
         for pair, update, row in _project_all(adapter, plan, source, target, chosen, clock):
             report.modules.append(row)
             if update is not None:
@@ -177,6 +137,10 @@ def transfer_file(
     source, target = open_base(source), open_base(target)
     check_writable(out, [Path(lora), *source.files, *target.files])
     done = transfer(lora, source, target, **options)
+    progress = options.get("progress")
+    if progress:
+        moved = len(done.adapter.updates)
+        progress(moved, moved, f"writing {Path(out).name}")
     started = time.perf_counter()
     done.save(out, format=format, dtype=dtype)
     done.report.seconds["write"] = time.perf_counter() - started
@@ -217,6 +181,13 @@ class Clock:
         finally:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+def _checking(progress: Progress | None) -> Progress | None:
+    """The caller's callback, told that weights are being looked at and not yet moved."""
+    if progress is None:
+        return None
+    return lambda done, total, name: progress(done, total, f"checking {name}")
 
 
 def _project_all(

@@ -1,0 +1,54 @@
+"""The choices of a transfer: every one the paper leaves open has a name here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .linalg.basis import Rank, check_rank
+from .pairing import Match
+from .projection import DEFAULT_RANK, METHODS
+
+DEFAULT_THRESHOLD = 0.8
+"""The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
+
+OutRank = int | str
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to transfer; each choice the paper leaves open is named here and reported.
+
+    Attributes:
+        method: a name of `projection.METHODS`.
+        rank: columns of the subspaces, or the share of energy they hold.
+        match: "name", a JSON file or a mapping {target module: source module}.
+        threshold: the Φ that left and right must both reach; a pair below it gets no update.
+            `copy` looks at no weights and gates nothing.
+        out_rank: "exact" keeps every singular value of the result, an int at most that many.
+        text_encoder: "copy" or "skip" the text-encoder part.
+        min_coverage: LowCoverage below this share of the LoRA's modules.
+        device: where to compute; None means the CPU.
+        progress: called as progress(done, total, name).
+    """
+
+    method: str = "prolora"
+    rank: Rank = DEFAULT_RANK
+    match: Match = "name"
+    threshold: float = DEFAULT_THRESHOLD
+    out_rank: OutRank = "exact"
+    text_encoder: str = "copy"
+    min_coverage: float = 0.0
+    device: str | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense before anything is read."""
+        check_rank(self.rank)
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
+        if self.out_rank != "exact" and (not isinstance(self.out_rank, int) or self.out_rank < 1):
+            raise ValueError(f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}')
+        if self.text_encoder not in ("copy", "skip"):
+            raise ValueError(f'text_encoder must be "copy" or "skip", not {self.text_encoder!r}')
