@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float64).eps
 # Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
 GRAM_RANGE = 1e-5
 # float64 working set of one chunk of a stack, in bytes.
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Basis:
         V: [..., n, k].
         rank: int64 [...], the columns in use.
         energy: [...], the share of ‖W‖_F² that these columns hold.
-        residual: [...], ‖WV − US‖_F / ‖W‖_F.
+        residual: [...], the larger of ‖WV − US‖_F and ‖WᵀU − VS‖_F, over ‖W‖_F.
         gap: [...], (σ_k − σ_{k+1}) / σ_k at k = rank; 1 where nothing is left outside.
         bound: [...], upper bound on the sine of the largest principal angle between these subspaces
             and the true ones, left and right (Wedin); 1 where the spectrum has no gap at k.
@@ -122,37 +122,71 @@ def _chunk_basis(stack: Tensor, rank: Rank, tol: float) -> Basis:
     scale = w.abs().amax((-2, -1), keepdim=True)
     w = w / torch.where(scale > 0, scale, 1.0)
     wide = w.shape[-1] >= w.shape[-2]
-    short, s, long = _gram_svd(w if wide else w.mT)
+    w = w if wide else w.mT  # [b, d, n], d ≤ n, from here on
+    triplets = _triplets(w, rank)
+    dtype = working_dtype(stack.dtype)
+    quality = _quality(w, triplets, dtype)
+    short, long = triplets.short.to(dtype), triplets.long.to(dtype)
+    return Basis(
+        U=short if wide else long,
+        V=long if wide else short,
+        S=(triplets.kept * scale.squeeze(-1)).to(dtype),
+        rank=triplets.count,
+        ok=quality["bound"] <= tol,
+        rungs=tuple("svd-f64" if fallen else "gram-f64" for fallen in triplets.fallen.tolist()),
+        **quality,
+    )
+
+
+@dataclass(frozen=True)
+class _Triplets:
+    """Leading singular triplets of w [b, d, n], d ≤ n, in float64.
+
+    Attributes:
+        short: [b, d, k] singular vectors of the short side, zero columns beyond `count`.
+        long: [b, n, k] of the long side, likewise.
+        s: [b, d] all singular values.
+        count: [b] columns in use.
+        fallen: bool [b], whether the Gram matrix was not enough and LAPACK's SVD ran.
+        left: [b], ‖wᵀ·short − long·s‖_F where it is not zero by construction.
+    """
+
+    short: Tensor
+    long: Tensor
+    s: Tensor
+    count: Tensor
+    fallen: Tensor
+    left: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """[b, k], the singular values in use, zero beyond `count`."""
+        k = self.short.shape[-1]
+        return self.s[:, :k] * (torch.arange(k, device=self.s.device) < self.count[:, None])
+
+
+def _triplets(w: Tensor, rank: Rank) -> _Triplets:
+    """Eigenvectors of wwᵀ where they resolve the spectrum down to σ_k, LAPACK's SVD elsewhere."""
+    values, vectors = torch.linalg.eigh(w @ w.mT)
+    short, s = vectors.flip(-1), values.flip(-1).clamp_min(0).sqrt()
     count = _columns(s, rank, w.shape[-2:])
-    last = s.gather(-1, (count - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    unresolved = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
-    rungs = ["gram-f64"] * len(w)
-    for i in unresolved.nonzero().flatten().tolist():
-        u, s[i], vt = torch.linalg.svd(w[i] if wide else w[i].mT, full_matrices=False)
-        short[i], long[i] = u, vt.mT
-        rungs[i] = "svd-f64"
+    last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
+    right: dict[int, Tensor] = {}
+    for i in fallen.nonzero().flatten().tolist():
+        short[i], s[i], vt = torch.linalg.svd(w[i], full_matrices=False)
+        right[i] = vt.mT
     count = _columns(s, rank, w.shape[-2:])
     k = max(1, int(count.max())) if len(w) else 1
-    used = torch.arange(k, device=w.device) < count.unsqueeze(-1)
-    u, v = (short, long) if wide else (long, short)
-    u, v = u[..., :k] * used.unsqueeze(-2), v[..., :k] * used.unsqueeze(-2)
-    dtype = working_dtype(stack.dtype)
-    gram = torch.tensor([rung == "gram-f64" for rung in rungs], device=w.device)
-    quality = _quality(w, u, s, v, count, used, dtype, gram)
-    values = s[:, :k] * used * scale.squeeze(-1)
-    return Basis(
-        U=u.to(dtype), S=values.to(dtype), V=v.to(dtype), rank=count,
-        ok=quality["bound"] <= tol, rungs=tuple(rungs), **quality,
-    )  # fmt: skip
-
-
-def _gram_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of w [b, d, n], d ≤ n, from the eigenvectors of wwᵀ: U, S, V [b, n, d]."""
-    values, vectors = torch.linalg.eigh(w @ w.mT)
-    u = vectors.flip(-1)
-    s = values.flip(-1).clamp_min(0).sqrt()
-    v = w.mT @ u / torch.where(s > 0, s, 1.0).unsqueeze(-2)
-    return u, s, v
+    used = (torch.arange(k, device=w.device) < count[:, None])[:, None]
+    short = short[..., :k] * used
+    values = s[:, None, :k]
+    long = w.mT @ short / torch.where(values > 0, values, 1.0)
+    left = torch.zeros_like(last)
+    for i, vectors in right.items():
+        long[i] = vectors[:, :k] * used[i]
+        left[i] = (w[i].mT @ short[i] - long[i] * values[i]).norm()
+    return _Triplets(short, long, s, count, fallen, left)
 
 
 def _columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:
@@ -165,46 +199,43 @@ def _columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:
     return torch.minimum(wanted, numerical)
 
 
-def _quality(
-    w: Tensor, u: Tensor, s: Tensor, v: Tensor, count: Tensor, used: Tensor,
-    dtype: torch.dtype, gram: Tensor,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Residual, gap, energy and the bound of the triplets u [b,m,k], s [b,d], v [b,n,k] of w."""
-    m, n = w.shape[-2:]
-    k = u.shape[-1]
+def _quality(w: Tensor, found: _Triplets, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Residual, gap, energy and bound of triplets of w [b, d, n] that are stored in `dtype`."""
+    d, n = w.shape[-2:]
     norm = torch.linalg.matrix_norm(w)
     safe_norm = torch.where(norm > 0, norm, 1.0)
-    kept = s[:, :k] * used
-    right = torch.linalg.matrix_norm(w @ v - u * kept.unsqueeze(-2))
-    left = torch.linalg.matrix_norm(w.mT @ u - v * kept.unsqueeze(-2))
-    orthonormal = torch.diag_embed(used.to(w.dtype))
-    skew = torch.linalg.matrix_norm(u.mT @ u - orthonormal) + torch.linalg.matrix_norm(
-        v.mT @ v - orthonormal
-    )
+    kept = found.kept
+    right = torch.linalg.matrix_norm(w @ found.long - found.short * kept[:, None])
+    residual = torch.maximum(right, found.left)
     # The first value left outside, raised by what rounding may have hidden of it: the error of
     # λ is that of forming the Gram matrix and of a backward stable eigensolver, both relative to
     # ‖w‖_F². σ = √λ; for LAPACK's SVD the error is relative to ‖w‖_F itself.
-    padded = torch.cat([s, s.new_zeros(len(s), 1)], -1)
-    outside = padded.gather(-1, count.unsqueeze(-1)).squeeze(-1)
-    last = padded.gather(-1, (count - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    rounding = 10 * (m + n) * EPS * norm
-    hidden = torch.where(gram, (outside.square() + rounding * norm).sqrt(), outside + rounding)
-    exhausted = count >= s.shape[-1]
-    hidden = torch.where(exhausted, torch.zeros_like(hidden), hidden)
-    distance = last - hidden
-    wedin = (left.square() + right.square()).sqrt() + rounding
+    padded = torch.cat([found.s, found.s.new_zeros(len(w), 1)], -1)
+    outside = padded.gather(-1, found.count[:, None]).squeeze(-1)
+    last = padded.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    rounding = 10 * (d + n) * EPS * norm
+    blurred = torch.where(
+        found.fallen, outside + rounding, (outside.square() + rounding * norm).sqrt()
+    )
+    exhausted = found.count >= d
+    distance = last - torch.where(exhausted, torch.zeros_like(blurred), blurred)
+    wedin = (right.square() + found.left.square()).sqrt() + rounding
     angle = torch.where(distance > 0, wedin / distance.clamp_min(1e-300), torch.ones_like(norm))
+    # LAPACK's vectors are orthonormal to a small multiple of eps. The long side's are wᵀu/σ, and
+    # VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ): no product of k columns with k columns is needed to know it.
+    skew = 20 * d * EPS + torch.where(last > 0, right / last.clamp_min(1e-300), 0.0)
     # A square matrix with every column kept spans everything, whatever its spectrum.
-    everything = exhausted & (m == n)
-    angle = torch.where(everything | (norm == 0), torch.zeros_like(angle), angle)
-    stored = torch.linalg.matrix_norm(u - u.to(dtype).double()) + torch.linalg.matrix_norm(
-        v - v.to(dtype).double()
+    everything = exhausted & (d == n) | (norm == 0)
+    angle = torch.where(everything, torch.zeros_like(angle), angle + skew)
+    stored = sum(
+        torch.linalg.matrix_norm(side - side.to(dtype).double())
+        for side in (found.short, found.long)
     )
     return {
         "energy": (kept.square().sum(-1) / safe_norm.square()).clamp_max(1),
-        "residual": right / safe_norm,
+        "residual": residual / safe_norm,
         "gap": torch.where(last > 0, (last - outside) / last.clamp_min(1e-300), 1.0),
-        "bound": (angle + skew + stored).clamp_max(1),
+        "bound": (angle + stored).clamp_max(1),
     }
 
 
