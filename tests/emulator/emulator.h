@@ -24,6 +24,10 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 struct uint3 {
   unsigned x = 0;
   unsigned y = 0;
@@ -163,7 +167,14 @@ inline bool run_warp(int warp, const std::vector<int>& lane_order) {
 inline void create_fibers() {
   const int threads = running.size.x * running.size.y * running.size.z;
   running.fibers.assign(threads, Fiber{});
-  running.stacks.resize(std::max(running.stacks.size(), threads * kStackBytes));
+  // A new vector rather than a longer one: nothing of the old stacks is worth copying.
+  if (running.stacks.size() < threads * kStackBytes) {
+    running.stacks = std::vector<char>(threads * kStackBytes);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  // Fibers never return, so AddressSanitizer still guards the frames of those that ran here before.
+  __asan_unpoison_memory_region(running.stacks.data(), running.stacks.size());
+#endif
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = running.fibers[i];
     char* stack_top = running.stacks.data() + (i + 1) * kStackBytes;
@@ -245,7 +256,8 @@ void launch(dim3 grid_size, dim3 block_size, std::size_t shared_bytes, const voi
       running.dynamic_shared.resize((shared_bytes + 7) / 8);
       running.dynamic_shared.shrink_to_fit();  // AddressSanitizer then sees the exact end
       // All ones: NaN as float and as double, -1 as an integer.
-      std::memset(running.dynamic_shared.data(), 0xff, running.dynamic_shared.size() * 8);
+      std::fill_n(reinterpret_cast<unsigned char*>(running.dynamic_shared.data()),
+                  running.dynamic_shared.size() * 8, 0xff);
       running.error = nullptr;
       running.votes = 0;
       run_block(seed);
