@@ -89,8 +89,13 @@ def run_demo(
     account = output / f"{lora}-on-{target}.json"
     account.write_text(report.to_json() + "\n")
 
-    base = UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float32).eval()
-    other = UNet2DConditionModel.from_pretrained(goal, torch_dtype=torch.float32).eval()
+    base, other = (
+        # Plain loading: the low-memory way needs accelerate, for models a thousand times larger.
+        UNet2DConditionModel.from_pretrained(
+            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        ).eval()
+        for folder in (source, goal)
+    )
     table = SafetensorsFile(models / "labels.safetensors").read("table").float()
     copied = transfer(file, source, goal, method="copy").adapter
     rows: list[tuple[str, nn.Module]] = [
