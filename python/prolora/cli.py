@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -256,6 +257,8 @@ def show_report(report: Any, every_module: bool, *, as_json: bool, quiet: bool) 
 
 def main() -> None:
     """Runs the command line; what prolora refuses becomes one message and exit code 2."""
+    # Leave by the front door when told to stop, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app(standalone_mode=True)
