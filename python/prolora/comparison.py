@@ -11,8 +11,9 @@ import torch
 from .bases import Base, open_base
 from .bases.modules import is_adaptable, matrix_shape, place
 from .errors import UnsupportedFormat
-from .linalg.basis import Rank, truncated_svd
+from .linalg.basis import truncated_svd
 from .linalg.subspaces import basis_similarity
+from .linalg.triplets import Rank
 from .pairing import Match, feeds
 from .projection import DEFAULT_RANK
 from .report import finite

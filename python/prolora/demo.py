@@ -69,17 +69,14 @@ def run_demo(
             "the demo samples images with diffusers: pip install 'prolora[demo]'"
         ) from error
     models = family()
-    source, goal, file = (
-        models / "source",
-        models / target,
-        models / "loras" / f"{lora}.safetensors",
-    )
-    for path, what in ((goal, "--target"), (file, "--lora")):
-        if not path.exists():
-            known = sorted(
-                p.stem for p in path.parent.iterdir() if p.suffix in ("", ".safetensors")
-            )
-            raise ProLoRAError(f"{what} {path.stem}: there is none; choose from {', '.join(known)}")
+    targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
+    source = targets.pop("source")
+    files = {path.stem: path for path in models.glob("loras/*.safetensors")}
+    for option, name, known in (("--target", target, targets), ("--lora", lora, files)):
+        if name not in known:
+            choices = ", ".join(sorted(known))
+            raise ProLoRAError(f"{option} {name}: there is none; choose from {choices}")
+    goal, file = targets[target], files[lora]
     output.mkdir(parents=True, exist_ok=True)
     moved = output / f"{lora}-on-{target}.safetensors"
     picture = output / f"{lora}-on-{target}.png"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .linalg.basis import Rank, check_rank
+from .linalg.basis import check_rank
+from .linalg.triplets import Rank
 from .pairing import Match
 from .projection import DEFAULT_RANK, METHODS
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..linalg.basis import Rank, truncated_svd
+from ..linalg.basis import truncated_svd
+from ..linalg.triplets import Rank
 from . import open_base
 from .modules import is_adaptable, matrix_shape
 

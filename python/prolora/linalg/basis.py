@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeights, ShapeMismatch
+from . import krylov
 from .arrays import to_tensor
 from .precision import working_dtype
-from .recompression import columns_holding
+from .triplets import EPS, Rank, Triplets, dense_triplets, rounding_error
 
-Rank = int | float
-"""An int is that many columns; a float in (0, 1) the smallest number holding that share of Σσ²."""
-
-EPS = torch.finfo(torch.float64).eps
-# Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
-GRAM_RANGE = 1e-5
 # float64 working set of one chunk of a stack, in bytes.
 CHUNK_BYTES = 64 << 20
 
@@ -36,7 +31,7 @@ class Basis:
         residual: [...], the larger of ‖WV − US‖_F and ‖WᵀU − VS‖_F, over ‖W‖_F.
         gap: [...], (σ_k − σ_{k+1}) / σ_k at k = rank; 1 where nothing is left outside.
         bound: [...], upper bound on the sine of the largest principal angle between these subspaces
-            and the true ones, left and right (Wedin); 1 where the spectrum has no gap at k.
+            and the true ones, left and right; 1 where the spectrum has no gap at k.
         ok: bool [...], whether the projectors are exact to the tolerance asked for.
         rungs: the algorithm that produced each matrix of the stack, flattened.
     """
@@ -71,17 +66,18 @@ class Basis:
 def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
 
-    The Gram matrix of the short side and its eigenvectors, both in float64 whatever the storage
-    dtype; a matrix whose spectrum that cannot resolve (σ_k/σ_1 below 1e-5) goes to LAPACK's SVD in
-    float64. The bound is computed from the residuals of what is returned (Wedin's theorem:
-    ‖sin Θ‖ ≤ ‖R‖ / (σ_k − σ_{k+1})), so it holds whichever algorithm ran.
+    A ladder of algorithms. Few columns of a large matrix (k ≤ d/8, d ≥ 768) come from an adaptive
+    block Krylov iteration; everything else, and whatever that leaves unproven, from the Gram matrix
+    of the short side and its eigenvectors in float64; a spectrum that this cannot resolve (σ_k/σ_1
+    below 1e-5) from LAPACK's SVD in float64. The bound is computed from the residuals of what is
+    returned, so it holds whichever algorithm ran.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
         rank: columns (int ≥ 1) or the share of Σσ² to hold (float in (0, 1)). Never more than the
             numerical rank of W: directions that W does not have are not made up.
         tol: `ok` where bound ≤ tol.
-        seed: for algorithms that start from random vectors; the exact ones ignore it.
+        seed: of the Krylov iteration's starting block; the dense algorithms need none.
 
     Returns:
         A Basis; U, S, V are float64 for float64 weights and float32 otherwise.
@@ -91,7 +87,6 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         ShapeMismatch: W has fewer than two dimensions or an empty side.
         NonFiniteWeights: W holds NaN or Inf.
     """
-    del seed
     weight = to_tensor(W)
     check_rank(rank)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
@@ -99,7 +94,7 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     size = stack.shape[-2] * stack.shape[-1] * 8
     chunk = max(1, CHUNK_BYTES // size)
-    parts = [_chunk_basis(stack[i : i + chunk], rank, tol) for i in range(0, stack.shape[0], chunk)]
+    parts = [_chunk_basis(part, rank, tol, seed) for part in stack.split(chunk)]
     return _gather(parts, weight.shape[:-2])
 
 
@@ -111,7 +106,7 @@ def check_rank(rank: Rank) -> None:
         raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {rank!r}")
 
 
-def _chunk_basis(stack: Tensor, rank: Rank, tol: float) -> Basis:
+def _chunk_basis(stack: Tensor, rank: Rank, tol: float, seed: int) -> Basis:
     """One chunk [b, m, n], through the ladder."""
     w = stack.double()
     finite = w.isfinite().flatten(1).all(1)
@@ -123,119 +118,72 @@ def _chunk_basis(stack: Tensor, rank: Rank, tol: float) -> Basis:
     w = w / torch.where(scale > 0, scale, 1.0)
     wide = w.shape[-1] >= w.shape[-2]
     w = w if wide else w.mT  # [b, d, n], d ≤ n, from here on
-    triplets = _triplets(w, rank)
+    found, quality = _ladder(w, rank, tol, seed)
     dtype = working_dtype(stack.dtype)
-    quality = _quality(w, triplets, dtype)
-    short, long = triplets.short.to(dtype), triplets.long.to(dtype)
+    short, long = found.short.to(dtype), found.long.to(dtype)
+    for exact, stored in ((found.short, short), (found.long, long)):
+        moved = torch.linalg.matrix_norm(exact - stored.double())
+        quality["bound"] = (quality["bound"] + moved).clamp_max(1)
     return Basis(
         U=short if wide else long,
         V=long if wide else short,
-        S=(triplets.kept * scale.squeeze(-1)).to(dtype),
-        rank=triplets.count,
+        S=(found.s * scale.squeeze(-1)).to(dtype),
+        rank=found.count,
         ok=quality["bound"] <= tol,
-        rungs=tuple("svd-f64" if fallen else "gram-f64" for fallen in triplets.fallen.tolist()),
+        rungs=tuple(found.rungs),
         **quality,
     )
 
 
-@dataclass(frozen=True)
-class _Triplets:
-    """Leading singular triplets of w [b, d, n], d ≤ n, in float64.
+def _ladder(w: Tensor, rank: Rank, tol: float, seed: int) -> tuple[Triplets, dict[str, Tensor]]:
+    """Krylov where few columns are wanted; what it leaves unproven is factorised densely."""
+    found = None
+    if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
+        found = krylov.krylov_triplets(w, rank, tol, seed)
+    if found is None:
+        found = dense_triplets(w, rank)
+        return found, _quality(w, found)
+    quality = _quality(w, found)
+    unproven = (quality["bound"] > tol).nonzero().flatten()
+    if len(unproven):
+        found = found.replaced(unproven, dense_triplets(w[unproven], rank))
+        quality = _quality(w, found)
+    return found, quality
 
-    Attributes:
-        short: [b, d, k] singular vectors of the short side, zero columns beyond `count`.
-        long: [b, n, k] of the long side, likewise.
-        s: [b, d] all singular values.
-        count: [b] columns in use.
-        fallen: bool [b], whether the Gram matrix was not enough and LAPACK's SVD ran.
-        left: [b], ‖wᵀ·short − long·s‖_F where it is not zero by construction.
+
+def _quality(w: Tensor, found: Triplets) -> dict[str, Tensor]:
+    """Residual, gap, energy and bound of triplets of w [b, d, n], before they are stored.
+
+    Each vector i has residuals ρ_i² = ‖wv − σu‖² + ‖wᵀu − σv‖². Its distance from the subspace of
+    the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix
+    [0 w; wᵀ 0]), and the sine of the largest angle at most the root of the sum of squares.
     """
-
-    short: Tensor
-    long: Tensor
-    s: Tensor
-    count: Tensor
-    fallen: Tensor
-    left: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """[b, k], the singular values in use, zero beyond `count`."""
-        k = self.short.shape[-1]
-        return self.s[:, :k] * (torch.arange(k, device=self.s.device) < self.count[:, None])
-
-
-def _triplets(w: Tensor, rank: Rank) -> _Triplets:
-    """Eigenvectors of wwᵀ where they resolve the spectrum down to σ_k, LAPACK's SVD elsewhere."""
-    values, vectors = torch.linalg.eigh(w @ w.mT)
-    short, s = vectors.flip(-1), values.flip(-1).clamp_min(0).sqrt()
-    count = _columns(s, rank, w.shape[-2:])
-    last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
-    right: dict[int, Tensor] = {}
-    for i in fallen.nonzero().flatten().tolist():
-        short[i], s[i], vt = torch.linalg.svd(w[i], full_matrices=False)
-        right[i] = vt.mT
-    count = _columns(s, rank, w.shape[-2:])
-    k = max(1, int(count.max())) if len(w) else 1
-    used = (torch.arange(k, device=w.device) < count[:, None])[:, None]
-    short = short[..., :k] * used
-    values = s[:, None, :k]
-    long = w.mT @ short / torch.where(values > 0, values, 1.0)
-    left = torch.zeros_like(last)
-    for i, vectors in right.items():
-        long[i] = vectors[:, :k] * used[i]
-        left[i] = (w[i].mT @ short[i] - long[i] * values[i]).norm()
-    return _Triplets(short, long, s, count, fallen, left)
-
-
-def _columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:
-    """How many columns the rule asks for, at most the numerical rank: int64 [b]."""
-    numerical = (s > max(shape) * EPS * s[:, :1]).sum(-1)
-    if isinstance(rank, float):
-        wanted = columns_holding(s, rank)
-    else:
-        wanted = torch.full_like(numerical, rank)
-    return torch.minimum(wanted, numerical)
-
-
-def _quality(w: Tensor, found: _Triplets, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Residual, gap, energy and bound of triplets of w [b, d, n] that are stored in `dtype`."""
     d, n = w.shape[-2:]
+    k = found.s.shape[-1]
     norm = torch.linalg.matrix_norm(w)
     safe_norm = torch.where(norm > 0, norm, 1.0)
-    kept = found.kept
-    right = torch.linalg.matrix_norm(w @ found.long - found.short * kept[:, None])
-    residual = torch.maximum(right, found.left)
-    # The first value left outside, raised by what rounding may have hidden of it: the error of
-    # λ is that of forming the Gram matrix and of a backward stable eigensolver, both relative to
-    # ‖w‖_F². σ = √λ; for LAPACK's SVD the error is relative to ‖w‖_F itself.
-    padded = torch.cat([found.s, found.s.new_zeros(len(w), 1)], -1)
-    outside = padded.gather(-1, found.count[:, None]).squeeze(-1)
-    last = padded.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    rounding = 10 * (d + n) * EPS * norm
-    blurred = torch.where(
-        found.fallen, outside + rounding, (outside.square() + rounding * norm).sqrt()
-    )
-    exhausted = found.count >= d
-    distance = last - torch.where(exhausted, torch.zeros_like(blurred), blurred)
-    wedin = (right.square() + found.left.square()).sqrt() + rounding
-    angle = torch.where(distance > 0, wedin / distance.clamp_min(1e-300), torch.ones_like(norm))
-    # LAPACK's vectors are orthonormal to a small multiple of eps. The long side's are wᵀu/σ, and
-    # VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ): no product of k columns with k columns is needed to know it.
-    skew = 20 * d * EPS + torch.where(last > 0, right / last.clamp_min(1e-300), 0.0)
+    right = torch.linalg.vector_norm(w @ found.long - found.short * found.s[:, None], dim=1)
+    used = torch.arange(k, device=w.device) < found.count[:, None]
+    # Rounding of the residuals themselves, spread evenly over the vectors.
+    floor = (rounding_error(w) / max(1, k) ** 0.5)[:, None]
+    rho = (right.square() + found.left.square()).sqrt() + floor
+    distance = found.s - found.ceiling[:, None]
+    sines = torch.where(distance > 0, rho / distance.clamp_min(1e-300), 1.0) * used
+    # The stored columns are orthonormal only up to this: LAPACK's to a small multiple of eps, and
+    # those of the long side, wᵀu/σ, because VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ).
+    last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    total = torch.linalg.vector_norm(right, dim=-1)
+    skew = 20 * d * EPS + torch.where(last > 0, total / last.clamp_min(1e-300), 0.0)
+    angle = torch.linalg.vector_norm(sines, dim=-1) + skew
     # A square matrix with every column kept spans everything, whatever its spectrum.
-    everything = exhausted & (d == n) | (norm == 0)
-    angle = torch.where(everything, torch.zeros_like(angle), angle + skew)
-    stored = sum(
-        torch.linalg.matrix_norm(side - side.to(dtype).double())
-        for side in (found.short, found.long)
-    )
+    everything = (found.count >= d) & (d == n) | (norm == 0)
+    angle = torch.where(everything, torch.zeros_like(angle), angle)
+    left = torch.linalg.vector_norm(found.left, dim=-1)
     return {
-        "energy": (kept.square().sum(-1) / safe_norm.square()).clamp_max(1),
-        "residual": residual / safe_norm,
-        "gap": torch.where(last > 0, (last - outside) / last.clamp_min(1e-300), 1.0),
-        "bound": (angle + stored).clamp_max(1),
+        "energy": (found.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
+        "residual": torch.maximum(total, left) / safe_norm,
+        "gap": torch.where(last > 0, (last - found.following) / last.clamp_min(1e-300), 1.0),
+        "bound": angle.clamp_max(1),
     }
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import ops
 from ..errors import ShapeMismatch
 from .arrays import like, to_tensor
-from .basis import Basis, Rank, truncated_svd
+from .basis import Basis, truncated_svd
 from .precision import working_dtype
+from .triplets import Rank
 
 
 @dataclass(frozen=True)
