@@ -10,9 +10,8 @@
 //
 // Promises (eps of T): |s - s_exact| <= ~n eps s_1; ‖A - U S Vᵀ‖, ‖VᵀV - I‖ and ‖UᵀU - I‖ (over the
 // columns with s > 0) at most a small multiple of n eps.
-// - s is descending. A value of at most n eps s_1 is rounding noise: it is given as exactly 0 with
-// a
-//   zero column in U (V stays orthonormal).
+// - s is descending. A value of at most n eps s_1 is rounding noise: it is given as exactly 0, with
+//   a zero column in U (V stays orthonormal).
 // - Any scale: A is first divided by a power of two, exactly.
 // - NaN or Inf anywhere in A: NaN everywhere in U, s and V. Always ends, after kMaxSweeps at most.
 #pragma once

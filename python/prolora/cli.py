@@ -46,6 +46,10 @@ RankOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 MatchOption = Annotated[str, typer.Option(help="'name', or a JSON file {target: source module}.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps subspaces, so that the next LoRA need not wait."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 
@@ -72,6 +76,7 @@ def transfer(
     format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO,
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
+    cache: CacheOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write the whole report to this JSON file.")
     ] = None,
@@ -92,7 +97,7 @@ def transfer(
     options: dict[str, Any] = {
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
-        "text_encoder": text_encoder, "min_coverage": min_coverage,
+        "text_encoder": text_encoder, "min_coverage": min_coverage, "cache": cache,
     }  # fmt: skip
     old, new = open_base(source), open_base(target)
     if report is not None:
@@ -173,13 +178,14 @@ def basis(
     base: Annotated[Path, typer.Argument(help="A base model: file or folder.")],
     rank: RankOption = str(DEFAULT_RANK),
     device: DeviceOption = "cpu",
+    cache: CacheOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compute a base model's leading subspaces and say how exact they are."""
     ops.require(device)
     with console.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
-        rows = survey(base, parse_rank(rank), device=device, progress=progress)
+        rows = survey(base, parse_rank(rank), cache=cache, device=device, progress=progress)
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
     else:

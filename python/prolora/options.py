@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 
 from .linalg.basis import check_rank
 from .linalg.triplets import Rank
@@ -30,6 +31,7 @@ class Options:
         out_rank: "exact" keeps every singular value of the result, an int at most that many.
         text_encoder: "copy" or "skip" the text-encoder part.
         min_coverage: LowCoverage below this share of the LoRA's modules.
+        cache: folder that keeps subspaces between LoRAs; None keeps nothing.
         device: where to compute; None means the CPU.
         progress: called as progress(done, total, name).
     """
@@ -41,6 +43,7 @@ class Options:
     out_rank: OutRank = "exact"
     text_encoder: str = "copy"
     min_coverage: float = 0.0
+    cache: str | PathLike[str] | None = None
     device: str | None = None
     progress: Progress | None = None
 

@@ -17,6 +17,7 @@ from . import adapters
 from .adapters.adapter import Adapter
 from .adapters.metadata import rewritten
 from .bases import Base, check_finite, open_base
+from .bases.cache import BasisCache
 from .errors import LowCoverage, NonFiniteWeights
 from .linalg.basis import Basis, truncated_svd
 from .linalg.lowrank import LowRank
@@ -194,6 +195,7 @@ def _project_all(
     adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options, clock: Clock
 ) -> Iterator[tuple[Pair, LowRank | None, ModuleReport]]:
     """Projects every pair, a stack of equal shapes and ranks at a time."""
+    subspaces = BasisCache(options.cache).bases if options.cache else truncated_svd
     done, total = 0, len(plan.pairs)
     for stack in _stacks(adapter, plan):
         with clock("read"):
@@ -205,7 +207,7 @@ def _project_all(
                 )
             ]
         with clock("svd"):
-            bases = [truncated_svd(w.to(options.device), options.rank) for w in weights]
+            bases = [subspaces(w.to(options.device), options.rank) for w in weights]
         with clock("project"):
             yield from _project_stack(adapter, stack, bases[0], bases[1], options)
         done += len(stack)

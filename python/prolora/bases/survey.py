@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any
 
 from ..linalg.basis import truncated_svd
 from ..linalg.triplets import Rank
 from . import open_base
+from .cache import BasisCache
 from .modules import is_adaptable, matrix_shape
 
 
@@ -47,6 +49,7 @@ def survey(
     base: Any,
     rank: Rank,
     *,
+    cache: str | PathLike[str] | None = None,
     device: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ShapeSurvey]:
@@ -55,10 +58,12 @@ def survey(
     Args:
         base: as `open_base` takes it.
         rank: columns, or share of energy.
+        cache: folder that keeps the subspaces for later transfers, and gives those it has.
         device: where to compute; None means the CPU.
         progress: called as progress(done, total, name).
     """
     base = open_base(base)
+    subspaces = BasisCache(cache).bases if cache else truncated_svd
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in base.shapes.items():
         if is_adaptable(name):
@@ -68,7 +73,7 @@ def survey(
         started = time.perf_counter()
         found = []
         for name in names:
-            found.append(truncated_svd(base.read(name).reshape(shape).to(device), rank))
+            found.append(subspaces(base.read(name).reshape(1, *shape).to(device), rank)[0])
             done += 1
             if progress:
                 progress(done, total, name)

@@ -62,6 +62,23 @@ class Basis:
         moved = {name: getattr(self, name).to(where) for name in ("U", "S", "V")}
         return Basis(**{**self.__dict__, **moved})
 
+    def __getitem__(self, i: int) -> Basis:
+        """The basis of matrix i of a stack [b, m, n], without the columns it does not use."""
+        k = max(1, int(self.rank[i]))
+        fields = {name: getattr(self, name)[i] for name in self.__dict__ if name != "rungs"}
+        fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
+        return Basis(**fields, rungs=(self.rungs[i],))
+
+
+def stack_bases(bases: list[Basis]) -> Basis:
+    """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
+    return _gather([_batched(basis) for basis in bases], torch.Size((len(bases),)))
+
+
+def _batched(basis: Basis) -> Basis:
+    fields = {name: x[None] for name, x in basis.__dict__.items() if name != "rungs"}
+    return Basis(**fields, rungs=basis.rungs)
+
 
 def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
