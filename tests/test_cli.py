@@ -87,6 +87,44 @@ def test_several_loras_go_into_a_folder(prolora, case, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["lora.safetensors", "second.safetensors"]
 
 
+def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
+    lora, source, target = case
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(lora.read_bytes()[:-9])
+    folder, report = tmp_path / "moved", tmp_path / "report.json"
+    line = ("transfer", bad, lora, "--source", source, "--target", target, "-o", folder)
+    code, text, complaint = prolora(*line, "--report", report)
+    assert code == 2 and "1 of 2 LoRAs were not moved: bad.safetensors" in complaint
+    assert "UnsupportedFormat" in text and "lora.safetensors" in text
+    assert [p.name for p in folder.iterdir()] == ["lora.safetensors"]
+    first, second = json.loads(report.read_text())
+    assert first["error"]["type"] == "UnsupportedFormat" and second["totals"]["mapped"] == 8
+
+
+def test_two_inputs_of_one_name_are_refused(prolora, case, tmp_path):
+    lora, source, target = case
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / lora.name
+    twin.write_bytes(lora.read_bytes())
+    code, _, text = prolora("transfer", lora, twin, "--source", source, "--target", target,
+                            "-o", tmp_path / "moved")  # fmt: skip
+    assert code == 2 and "overwrite each other" in text
+
+
+def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):
+    from prolora.bases import cache
+
+    real, calls = cache.truncated_svd, []
+    monkeypatch.setattr(cache, "truncated_svd", lambda *a: calls.append(len(a[0])) or real(*a))
+    lora, source, target = case
+    others = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for other in others:
+        other.write_bytes(lora.read_bytes())
+    code, _, _ = prolora("transfer", *others, "--source", source, "--target", target,
+                         "-o", tmp_path / "moved", "-q")  # fmt: skip
+    assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3
+
+
 @pytest.mark.parametrize("format, dtype", [("kohya", "float16"), ("diffusers", "bfloat16")])
 def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dtype):
     lora, source, target = case

@@ -4,6 +4,7 @@ import torch  # noqa: F401  (before the extension, so that both use torch's Open
 
 from .adapters.adapter import Adapter
 from .bases import Base, open_base
+from .batch import Outcome, transfer_many
 from .comparison import Comparison, compare
 from .errors import (
     LowCoverage,
@@ -34,6 +35,7 @@ __all__ = [
     "LowCoverage",
     "LowRank",
     "NonFiniteWeights",
+    "Outcome",
     "OutputError",
     "ProLoRAError",
     "ProjectionInfo",
@@ -53,5 +55,6 @@ __all__ = [
     "similarity",
     "transfer",
     "transfer_file",
+    "transfer_many",
     "truncated_svd",
 ]

@@ -8,7 +8,7 @@ import signal
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -17,10 +17,12 @@ from rich.console import Console
 from . import comparison, console, inspection, ops, storage
 from .bases import open_base
 from .bases.survey import survey
+from .batch import Outcome, transfer_many
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
 from .options import DEFAULT_THRESHOLD
 from .projection import DEFAULT_RANK, METHODS
+from .report import Report
 from .transfer import plan_report, transfer_file
 from .version import __version__
 
@@ -97,38 +99,46 @@ def transfer(
     options: dict[str, Any] = {
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
-        "text_encoder": text_encoder, "min_coverage": min_coverage, "cache": cache,
+        "text_encoder": text_encoder, "min_coverage": min_coverage,
     }  # fmt: skip
     old, new = open_base(source), open_base(target)
     if report is not None:
         storage.check_writable(report, [*loras, *old.files, *new.files])
-    results = []
-    for lora in loras:
-        if dry_run:
-            done = plan_report(lora, old, new, **options)
-            if done.coverage < min_coverage:
-                show_report(done, modules, as_json=False, quiet=quiet)
-                raise LowCoverage(f"coverage {done.coverage:.2f} is below {min_coverage:g}")
-        else:
-            assert output is not None
-            several = len(loras) > 1 or (output.is_dir() and format.value != "peft")
-            path = output / lora.name if several else output
-            shown = not (quiet or as_json) and err.is_terminal
-            with console.progress_bar(lora.stem, shown) as progress:
-                done = transfer_file(
-                    lora, old, new, path, format=format.value,
-                    dtype=getattr(torch, dtype.value) if dtype else None,
-                    device=device, progress=progress, **options,
-                )  # fmt: skip
-        show_report(done, modules, as_json=as_json, quiet=quiet)
-        results.append(done.to_dict())
-        if not dry_run and not (as_json or quiet):
-            out.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    printed = results[0] if len(results) == 1 else results
+    if dry_run:
+        outcomes = [Outcome(lora, lora, plan_report(lora, old, new, **options)) for lora in loras]
+    else:
+        assert output is not None
+        saving: dict[str, Any] = {
+            "format": format.value,
+            "dtype": getattr(torch, dtype.value) if dtype else None,
+            "cache": cache,
+            "device": device,
+        }
+        shown = not (quiet or as_json) and err.is_terminal
+        with console.progress_bar("transfer", shown) as progress:
+            saving["progress"] = progress
+            if len(loras) > 1 or (output.is_dir() and format.value != "peft"):
+                outcomes = transfer_many(loras, old, new, output, **saving, **options)
+            else:
+                done = transfer_file(loras[0], old, new, output, **saving, **options)
+                outcomes = [Outcome(loras[0], output, done)]
+    if not (as_json or quiet):
+        show_outcomes(outcomes, modules)
+    printed = [outcome.to_dict() for outcome in outcomes]
+    text = json.dumps(printed[0] if len(loras) == 1 else printed, indent=1)
     if as_json:
-        print(json.dumps(printed, indent=1))
+        print(text)
     if report is not None:
-        storage.write_text_atomically(report, json.dumps(printed, indent=1) + "\n")
+        storage.write_text_atomically(report, text + "\n")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if len(failed) == 1 == len(loras):
+        raise cast(ProLoRAError, failed[0].error)
+    if failed:
+        names = ", ".join(outcome.lora.name for outcome in failed)
+        raise ProLoRAError(f"{len(failed)} of {len(loras)} LoRAs were not moved: {names}")
+    low = [o for o in outcomes if o.report and o.report.coverage < min_coverage]
+    if low:
+        raise LowCoverage(f"the coverage of {low[0].lora.name} is below {min_coverage:g}")
 
 
 @app.command()
@@ -208,7 +218,7 @@ def demo(
         report, paths = run_demo(
             output, lora=lora, target=target, method=method.value, seed=seed, progress=progress
         )
-    show_report(report, every_module=False, as_json=False, quiet=False)
+    show_report(report)
     for path in paths:
         out.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
@@ -246,10 +256,20 @@ def parse_rank(text: str) -> int | float:
         raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
 
 
-def show_report(report: Any, every_module: bool, *, as_json: bool, quiet: bool) -> None:
-    """The tables and sentences of a report."""
-    if as_json or quiet:
+def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
+    """The whole report of one LoRA, or a line for each of several."""
+    if len(outcomes) > 1:
+        out.print(console.outcomes_table(outcomes))
         return
+    report = outcomes[0].report
+    if report is not None:
+        show_report(report, every_module)
+        if not report.dry_run:
+            out.print(f"wrote {outcomes[0].out}", highlight=False, soft_wrap=True)
+
+
+def show_report(report: Report, every_module: bool = False) -> None:
+    """The tables and sentences of a report."""
     if report.rows("mapped"):
         out.print(console.transfer_table(report, every_module))
         if not report.dry_run:

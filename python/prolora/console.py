@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .bases.modules import place
 from .bases.survey import ShapeSurvey
+from .batch import Outcome
 from .comparison import Comparison, ModuleComparison
 from .inspection import Description
 from .report import ModuleReport, Report
@@ -103,6 +104,25 @@ def reasons_table(report: Report) -> Table | None:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for (status, reason), count in sorted(reasons.items(), key=lambda item: -item[1]):
         table.add_row(str(count), status, reason)
+    return table
+
+
+def outcomes_table(outcomes: list[Outcome]) -> Table:
+    """Several LoRAs, a row each: what moved, or why nothing did."""
+    table = _table(f"{len(outcomes)} LoRAs")
+    table.add_column("LoRA", overflow="fold")
+    for name in ("mapped", "skipped", "kept", "vs copy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("not moved because", overflow="fold")
+    for outcome in outcomes:
+        if outcome.report:
+            totals = outcome.report.totals
+            kept, distance = totals["energy_surviving"], totals["copy_distance"]
+            counts = str(totals["mapped"]), str(totals["skipped"] + totals["refused"])
+            table.add_row(outcome.lora.name, *counts, number(kept, ".0%"), number(distance), "")
+        else:
+            why = f"{type(outcome.error).__name__}: {outcome.error}"
+            table.add_row(outcome.lora.name, *["–"] * 4, why, style="red")
     return table
 
 
