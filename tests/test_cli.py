@@ -195,6 +195,13 @@ def test_inspect_describes_a_lora(prolora, case):
     assert code == 0 and "kohya" in text
 
 
+def test_inspect_describes_a_base_folder(prolora, case):
+    _, source, _ = case
+    code, text, _ = prolora("inspect", source, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["kind"] == "base" and found["modules"] == {"unet": 12}
+
+
 def test_info_says_what_this_installation_can_do(prolora):
     code, text, _ = prolora("info", "--json")
     facts = json.loads(text)

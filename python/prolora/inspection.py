@@ -15,7 +15,8 @@ from typing import Any
 from .adapters import keys, names
 from .adapters.family import guess_family
 from .adapters.layout import lay_out
-from .adapters.source import Source, open_source
+from .adapters.source import ADAPTER_FILES, Source, open_source
+from .bases import Base, open_base
 from .errors import ProLoRAError
 from .sgm import ldm_to_diffusers
 
@@ -96,16 +97,18 @@ class _Found:
 
 
 def inspect(path: str | os.PathLike[str]) -> Description:
-    """Says what a file or PEFT folder is; reads its header and the alphas, never a weight.
+    """Says what a file or folder is; reads headers and the alphas, never a weight.
 
     Adapter types that prolora does not transfer are described all the same, with the reason.
 
     Args:
-        path: a .safetensors file or a folder with an adapter.
+        path: a .safetensors file, a folder with an adapter, or a diffusers folder of a base.
 
     Raises:
         UnsupportedFormat: not a safetensors file, or a damaged one.
     """
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ADAPTER_FILES):
+        return _describe_base(open_base(path), str(path))
     source = open_source(path)
     found = _search(source)
     common: dict[str, Any] = {
@@ -224,6 +227,24 @@ def _describe_other(source: Source, common: dict[str, Any]) -> Description:
         modules=_count(names.place(name) for name in inputs),
         types=_count(_type(name) for name in inputs),
         **common,
+    )
+
+
+def _describe_base(base: Base, path: str) -> Description:
+    """A base model that `transfer` would open the same way."""
+    inputs = {name: shape[1] for name, shape in base.shapes.items()}
+    return Description(
+        path=path,
+        kind="base",
+        format="diffusers",
+        spelling="diffusers",
+        supported=True,
+        family=base.layout or guess_family(inputs, {}),
+        modules=_count(names.place(name) for name in inputs),
+        types=_count(_type(name) for name in inputs),
+        dtypes=_count(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
+        tensors=len(inputs),
+        size=sum(file.stat().st_size for file in base.files),
     )
 
 

@@ -21,6 +21,8 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin")
+ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS, *_PICKLES)
+"""What a folder holds that is an adapter's and not a base model's."""
 
 
 @dataclass(frozen=True)
