@@ -8,14 +8,13 @@ same test; results are compared before they are timed.
 """
 
 import statistics
-import time
 
 import pytest
 import torch
+from timing import seconds
 
 from prolora import ops
 
-DEVICES = ["cpu", "cuda"]
 DTYPES = [torch.float32, torch.float64]
 ROUNDS = 7
 
@@ -34,25 +33,6 @@ def torch_overlap(us, ut):
 def torch_svd(a):
     """One matrix after the other."""
     return torch.linalg.svd(a, full_matrices=False)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cuda":
-        count, why = ops.cuda_status()
-        if count == 0:
-            pytest.skip(f"cuda: {why}")
-    return request.param
-
-
-def seconds(job, args):
-    if args[0].is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    job(*args)
-    if args[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def compare(benchmark, ours, baseline, args):

@@ -124,6 +124,14 @@ def test_projector_errors_stay_below_the_bound_on_random_spectra(m, n, seed, exp
     assert (exact - ours).norm() <= max(float(basis.bound), 1e-13)
 
 
+def test_a_basis_moves_to_a_device_as_a_whole_and_casts_its_factors_only():
+    basis = truncated_svd(weights(8, 8, 0), 3)
+    moved = [x for x in basis.to("meta").__dict__.values() if isinstance(x, torch.Tensor)]
+    assert len(moved) == 9 and all(x.is_meta for x in moved)
+    cast = basis.to(torch.float64)
+    assert cast.U.dtype == torch.float64 and cast.rank.dtype == torch.int64
+
+
 def test_nan_names_the_matrix():
     stack = torch.randn(3, 4, 5)
     stack[1, 2, 3] = torch.nan

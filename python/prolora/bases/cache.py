@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OutputError, ProLoRAError
-from ..linalg.basis import Basis, stack_bases, truncated_svd
+from ..linalg.basis import FACTORS, FACTS, Basis, stack_bases, truncated_svd
 from ..linalg.triplets import Rank
 from ..storage import SafetensorsFile, write_safetensors
 
 # Part of every name: raise it when an algorithm's results change.
 VERSION = 1
-_SCALARS = {"rank": torch.int64, "ok": torch.bool} | dict.fromkeys(
-    ("energy", "residual", "gap", "bound"), torch.float64
-)
+_DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +78,11 @@ class BasisCache:
             return None
         try:
             file = SafetensorsFile(path)
-            tensors = {part: file.read(part) for part in ("U", "S", "V")}
+            tensors = {part: file.read(part) for part in FACTORS}
             facts: dict[str, Any] = json.loads(file.metadata["prolora.basis"])
             if facts["checksum"] != _checksum(tensors) or facts["name"] != name:
                 raise ValueError("its content is not what was written")
-            scalars = {part: torch.tensor(facts[part], dtype=_SCALARS[part]) for part in _SCALARS}
+            scalars = {part: torch.tensor(facts[part], dtype=_DTYPES[part]) for part in FACTS}
             basis = Basis(**tensors, **scalars, rungs=(str(facts["rung"]),))
             if basis.shape != shape:
                 raise ValueError(f"it is for a weight {list(basis.shape)}")
@@ -95,8 +93,8 @@ class BasisCache:
 
     def _write(self, name: str, basis: Basis) -> None:
         """Keeps a basis of one matrix; a full or read-only disk costs only the time to come."""
-        tensors = {part: getattr(basis, part).contiguous().cpu() for part in ("U", "S", "V")}
-        facts = {part: getattr(basis, part).item() for part in _SCALARS}
+        tensors = {part: getattr(basis, part).contiguous().cpu() for part in FACTORS}
+        facts = {part: getattr(basis, part).item() for part in FACTS}
         facts |= {"rung": basis.rung, "name": name, "checksum": _checksum(tensors)}
         path = self._path(name)
         try:

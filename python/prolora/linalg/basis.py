@@ -14,6 +14,9 @@ from .arrays import to_tensor
 from .precision import working_dtype
 from .triplets import EPS, Rank, Triplets, dense_triplets, rounding_error
 
+# The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
+FACTORS = ("U", "S", "V")
+FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
 # float64 working set of one chunk of a stack, in bytes.
 CHUNK_BYTES = 64 << 20
 
@@ -58,14 +61,15 @@ class Basis:
         return torch.Size((*self.U.shape[:-1], self.V.shape[-2]))
 
     def to(self, where: torch.dtype | torch.device | str) -> Basis:
-        """U, S and V cast to a dtype or moved to a device."""
-        moved = {name: getattr(self, name).to(where) for name in ("U", "S", "V")}
+        """U, S and V cast to a dtype, or every tensor moved to a device."""
+        names = FACTORS if isinstance(where, torch.dtype) else FACTORS + FACTS
+        moved = {name: getattr(self, name).to(where) for name in names}
         return Basis(**{**self.__dict__, **moved})
 
     def __getitem__(self, i: int) -> Basis:
         """The basis of matrix i of a stack [b, m, n], without the columns it does not use."""
         k = max(1, int(self.rank[i]))
-        fields = {name: getattr(self, name)[i] for name in self.__dict__ if name != "rungs"}
+        fields = {name: getattr(self, name)[i] for name in FACTS}
         fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
         return Basis(**fields, rungs=(self.rungs[i],))
 
@@ -76,7 +80,7 @@ def stack_bases(bases: list[Basis]) -> Basis:
 
 
 def _batched(basis: Basis) -> Basis:
-    fields = {name: x[None] for name, x in basis.__dict__.items() if name != "rungs"}
+    fields = {name: getattr(basis, name)[None] for name in FACTORS + FACTS}
     return Basis(**fields, rungs=basis.rungs)
 
 
@@ -212,9 +216,9 @@ def _gather(parts: list[Basis], batch: torch.Size) -> Basis:
         return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
 
     fields: dict[str, Any] = {}
-    for name in ("U", "S", "V"):
+    for name in FACTORS:
         fields[name] = torch.cat([widened(getattr(part, name)) for part in parts])
-    for name in ("rank", "energy", "residual", "gap", "bound", "ok"):
+    for name in FACTS:
         fields[name] = torch.cat([getattr(part, name) for part in parts])
     fields = {name: x.reshape((*batch, *x.shape[1:])) for name, x in fields.items()}
     return Basis(**fields, rungs=tuple(rung for part in parts for rung in part.rungs))

@@ -1,0 +1,15 @@
+"""Fixtures of the benches."""
+
+import pytest
+
+from prolora import ops
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Where a bench runs; cuda is skipped with the reason."""
+    if request.param == "cuda":
+        count, why = ops.cuda_status()
+        if count == 0:
+            pytest.skip(f"cuda: {why}")
+    return request.param
