@@ -157,6 +157,19 @@ def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
     assert len(metadata["sshs_model_hash"]) == 64
 
 
+def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
+    lora, source, target = case
+    done = prolora.transfer(lora, source, target)
+    for _ in range(2):
+        done.save(tmp_path / "peft", format="peft")
+    again = prolora.transfer(tmp_path / "peft", target, target)
+    assert set(again.adapter.updates) == set(shapes(2))
+    with pytest.raises(prolora.OutputError):
+        again.save(tmp_path / "peft", format="peft")
+    with pytest.raises(prolora.OutputError, match=r"directory|folder"):
+        done.save(tmp_path / "peft", format="kohya")
+
+
 @pytest.mark.parametrize("kind", ["mapping", "module", "base"])
 def test_bases_and_loras_may_already_be_in_memory(case, kind):
     lora, source, target = case

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import adapters
 from .adapters.adapter import Adapter
 from .adapters.metadata import rewritten
+from .adapters.source import PEFT_WEIGHTS
 from .bases import Base, check_finite, open_base
 from .bases.cache import BasisCache
 from .errors import LowCoverage, NonFiniteWeights
@@ -63,7 +64,7 @@ class Transfer:
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
         """
-        check_writable(path, self.inputs)
+        _check_output(path, self.inputs)
         adapters.write(self.adapter, path, format=format, dtype=dtype)
 
 
@@ -136,7 +137,7 @@ def transfer_file(
         OutputError: out cannot be written, or is an input. Also everything `transfer` raises.
     """
     source, target = open_base(source), open_base(target)
-    check_writable(out, [Path(lora), *source.files, *target.files])
+    _check_output(out, [Path(lora), *source.files, *target.files])
     done = transfer(lora, source, target, **options)
     progress = options.get("progress")
     if progress:
@@ -164,6 +165,12 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
     for name in plan.passed:
         report.modules.append(_copied(adapter, name, name, "text encoder, carried over unchanged"))
     return report
+
+
+def _check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
+    """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist."""
+    folder = Path(path)
+    check_writable(folder / PEFT_WEIGHTS if folder.is_dir() else folder, inputs)
 
 
 class Clock:
