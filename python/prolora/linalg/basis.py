@@ -130,12 +130,11 @@ def check_rank(rank: Rank) -> None:
 def _chunk_basis(stack: Tensor, rank: Rank, tol: float, seed: int) -> Basis:
     """One chunk [b, m, n], through the ladder."""
     w = stack.double()
-    finite = w.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
+    scale = w.abs().amax((-2, -1), keepdim=True)  # NaN and Inf come through
+    bad = (~scale.isfinite()).flatten().nonzero().flatten().tolist()
+    if bad:
         raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of W")
     # Down to the range where neither σ² nor a sum of squares over- or underflows.
-    scale = w.abs().amax((-2, -1), keepdim=True)
     w = w / torch.where(scale > 0, scale, 1.0)
     wide = w.shape[-1] >= w.shape[-2]
     w = w if wide else w.mT  # [b, d, n], d ≤ n, from here on
