@@ -28,7 +28,7 @@ DEFAULT_RANK: Rank = 0.9
 
 The paper does not say how it chooses k. A share of energy means the same at every width, where a
 fixed k = 320 is the whole space of a 320-wide layer and a tenth of a 3072-wide one; 90 % is what
-CASA uses. On the mini family, shares from 0.5 to 0.99 recover 0.32 to 0.64, the largest the most,
+CASA uses. On the mini family, shares from 0.5 to 0.99 recover 0.32 to 0.64, mostly more for more,
 because they come closer to copying: docs/method.md has the table, and what it does not settle.
 """
 
