@@ -108,7 +108,24 @@ def test_two_inputs_of_one_name_are_refused(prolora, case, tmp_path):
     twin.write_bytes(lora.read_bytes())
     code, _, text = prolora("transfer", lora, twin, "--source", source, "--target", target,
                             "-o", tmp_path / "moved")  # fmt: skip
-    assert code == 2 and "overwrite each other" in text
+    assert code == 2 and f"become {lora.name} and overwrite each other" in text
+
+
+def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
+    lora, source, target = case
+    second = tmp_path / "second.safetensors"
+    second.write_bytes(lora.read_bytes())
+    line = ("--source", source, "--target", target, "-q", "-o")
+    folder = tmp_path / "peft"
+    assert prolora("transfer", lora, second, *line, folder, "--format", "peft")[0] == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["lora", "second"]
+    for format, suffix in (("auto", ""), ("kohya", ".safetensors")):
+        moved = tmp_path / format
+        code, _, _ = prolora("transfer", folder / "lora", folder / "second", "--source", target,
+                             "--target", target, "-q", "-o", moved, "--format", format)  # fmt: skip
+        assert code == 0
+        assert sorted(p.name for p in moved.iterdir()) == [f"lora{suffix}", f"second{suffix}"]
+        assert adapters.read(moved / f"lora{suffix}").updates
 
 
 def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .adapters.source import PEFT_CONFIG
 from .bases import open_base
 from .errors import OutputError, ProLoRAError
 from .options import Progress
@@ -50,7 +51,7 @@ def transfer_many(
     progress: Progress | None = None,
     **options: Any,
 ) -> list[Outcome]:
-    """Moves LoRAs into a folder, under the names they have.
+    """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
 
     Args:
         loras: files or PEFT folders.
@@ -69,10 +70,10 @@ def transfer_many(
         ProLoRAError: a base that cannot be opened.
     """
     inputs, folder = [Path(lora) for lora in loras], Path(folder)
-    names = [lora.name for lora in inputs]
+    names = [_output_name(lora, options.get("format", "auto")) for lora in inputs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise OutputError(f"two inputs are called {twice[0]} and would overwrite each other")
+        raise OutputError(f"two inputs would become {twice[0]} and overwrite each other")
     source, target = open_base(source), open_base(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def transfer_many(
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
         for lora in inputs:
-            out = folder / lora.name
+            out = folder / _output_name(lora, options.get("format", "auto"))
             try:
                 report = transfer_file(
                     lora, source, target, out, cache=cache or temporary,
@@ -92,6 +93,14 @@ def transfer_many(
                 outcome = Outcome(lora, out, error=error)
             outcomes.append(outcome)
     return outcomes
+
+
+def _output_name(lora: Path, format: str) -> str:
+    """A PEFT adapter is a folder and has no suffix; every other LoRA is a .safetensors file."""
+    comes_as_peft = (lora / PEFT_CONFIG).is_file()
+    if format == "peft" or (format == "auto" and comes_as_peft):
+        return lora.name if lora.is_dir() else lora.stem
+    return f"{lora.name}.safetensors" if lora.is_dir() else lora.name
 
 
 def _of(lora: Path, progress: Progress | None) -> Progress | None:

@@ -32,7 +32,7 @@ def suits(d: int, k: int) -> bool:
 
 
 def krylov_triplets(w: Tensor, k: int, tol: float, seed: int) -> Triplets | None:
-    """K leading triplets of w [b, d, n] (float64, d ≤ n), or None where the iteration gives up.
+    """The k leading triplets of w [b, d, n] (float64, d ≤ n), or None where the iteration gives up.
 
     Args:
         w: the stack; all matrices share the depth that the hardest needs.
