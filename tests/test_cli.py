@@ -138,7 +138,7 @@ def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, m
     for other in others:
         other.write_bytes(lora.read_bytes())
     code, _, _ = prolora("transfer", *others, "--source", source, "--target", target,
-                         "-o", tmp_path / "moved", "-q")  # fmt: skip
+                         "-o", tmp_path / "moved", "-q", "--method", "prolora")  # fmt: skip
     assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3
 
 

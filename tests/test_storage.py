@@ -143,6 +143,9 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path: Path) -> None:
         path.write_bytes(length.to_bytes(8, "little") + b'{"a": 1}')
         with pytest.raises(UnsupportedFormat, match="not a safetensors file"):
             SafetensorsFile(path)
+    path.write_bytes((2**25 + 1).to_bytes(8, "little") + b'{"a": 1}')
+    with pytest.raises(UnsupportedFormat, match="33554433 bytes, more than any real one"):
+        SafetensorsFile(path)
 
 
 @FAST
@@ -234,7 +237,7 @@ def test_a_header_that_starts_like_a_pickle_is_still_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"GGUF\3\0\0\0\0\0", "GGUF files are not supported yet"), (b"<html>", "not a safetensors")],
+    [(b"GGUF\3\0\0\0\0\0", "base models are read from GGUF"), (b"<html>", "not a safetensors")],
 )
 def test_other_formats_are_refused_by_name(content: bytes, message: str, tmp_path: Path) -> None:
     """An HTML page is what a failed download often is."""

@@ -63,15 +63,15 @@ def test_every_module_ends_as_mapped_or_skipped_with_the_reason(case, tmp_path):
 
 def test_the_report_agrees_with_the_reference(case):
     lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0)
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora")
     for row in done.report.rows("mapped"):
         m = row.measures
         expected = expected_update(row.source)
         copied = expected_update(row.source, method="copy")
-        assert m.norm_ratio == pytest.approx(float(expected.norm() / copied.norm()), rel=1e-4)
-        assert m.surviving_energy == pytest.approx(m.norm_ratio**2, rel=1e-4)
+        assert row.norm_ratio == pytest.approx(float(expected.norm() / copied.norm()), rel=1e-4)
+        assert row.surviving_energy == pytest.approx(row.norm_ratio**2, rel=1e-4)
         distance = float((expected - copied).norm() / copied.norm())
-        assert m.copy_distance == pytest.approx(distance, rel=1e-3)
+        assert row.copy_distance == pytest.approx(distance, rel=1e-3)
         found = prolora.similarity(source_weights()[row.source], target_weights()[row.source],
                                    rank=0.9)  # fmt: skip
         assert m.phi_left == pytest.approx(float(found.left), abs=1e-5)
@@ -83,10 +83,10 @@ def test_the_report_agrees_with_the_reference(case):
 
 def test_pairs_below_the_threshold_get_no_update_and_keep_their_numbers(case):
     lora, source, target = case
-    free = prolora.transfer(lora, source, target, threshold=0).report
+    free = prolora.transfer(lora, source, target, threshold=0, method="prolora").report
     scores = sorted(min(r.measures.phi_left, r.measures.phi_right) for r in free.rows("mapped"))
     cut = (scores[2] + scores[3]) / 2
-    done = prolora.transfer(lora, source, target, threshold=cut)
+    done = prolora.transfer(lora, source, target, threshold=cut, method="prolora")
     gated = [row for row in done.report.rows("skipped") if row.measures is not None]
     assert len(gated) == 3 and len(done.adapter.updates) == 5
     for row in gated:
@@ -98,15 +98,17 @@ def test_coverage_below_the_minimum_writes_nothing(case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
     with pytest.raises(prolora.LowCoverage, match="8 of 12"):
-        prolora.transfer_file(lora, source, target, out, min_coverage=0.7)
+        prolora.transfer_file(lora, source, target, out, min_coverage=0.7, method="prolora")
     with pytest.raises(prolora.LowCoverage, match="after the threshold"):
-        prolora.transfer_file(lora, source, target, out, min_coverage=0.6, threshold=0.9999)
+        prolora.transfer_file(
+            lora, source, target, out, min_coverage=0.6, threshold=0.9999, method="prolora"
+        )
     assert not out.exists()
 
 
 def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch):
     lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0)
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora")
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     dry = plan_report(lora, source, target)
     assert dry.totals.keys() == done.report.totals.keys()
@@ -127,18 +129,18 @@ def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
 
 def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
     lora, source, target = case
-    whole = prolora.transfer(lora, source, target, threshold=0)
-    cut = prolora.transfer(lora, source, target, threshold=0, out_rank=4)
+    whole = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    cut = prolora.transfer(lora, source, target, threshold=0, out_rank=4, method="prolora")
     for row in cut.report.rows("mapped"):
         assert row.rank_out <= 4
         full = whole.adapter.updates[row.target]
         kept = cut.adapter.updates[row.target].norm() ** 2 / full.norm() ** 2
-        assert row.measures.rank_cut_energy == pytest.approx(1 - float(kept), abs=1e-5)
+        assert row.rank_cut_energy == pytest.approx(1 - float(kept), abs=1e-5)
 
 
 def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     lora, source, _ = case
-    done = prolora.transfer(lora, source, source, rank=24)
+    done = prolora.transfer(lora, source, source, rank=24, method="prolora")
     before = prolora.adapters.read(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
@@ -149,7 +151,7 @@ def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
 def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
-    prolora.transfer_file(lora, source, target, out)
+    prolora.transfer_file(lora, source, target, out, method="prolora")
     metadata = SafetensorsFile(out).metadata
     assert "trigger" in metadata["ss_tag_frequency"]
     assert metadata["ss_sd_model_name"] == "target"
@@ -173,7 +175,7 @@ def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
 @pytest.mark.parametrize("kind", ["mapping", "module", "base"])
 def test_bases_and_loras_may_already_be_in_memory(case, kind):
     lora, source, target = case
-    expected = prolora.transfer(lora, source, target, threshold=0)
+    expected = prolora.transfer(lora, source, target, threshold=0, method="prolora")
     bases = []
     for tensors in (source_weights(), target_weights()):
         if kind == "mapping":
@@ -193,16 +195,16 @@ def test_bases_and_loras_may_already_be_in_memory(case, kind):
                 linear.weight.data = tensor
                 node.add_module(last, linear)
             bases.append(root)
-    done = prolora.transfer(load_file(lora), *bases, threshold=0)
+    done = prolora.transfer(load_file(lora), *bases, threshold=0, method="prolora")
     for name, update in done.adapter.updates.items():
         assert torch.equal(update.up, expected.adapter.updates[name].up)
 
 
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
-    together = prolora.transfer(lora, source, target, threshold=0)
-    monkeypatch.setattr(sys.modules["prolora.transfer"], "STACK_BYTES", 1)
-    alone = prolora.transfer(lora, source, target, threshold=0)
+    together = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    monkeypatch.setattr(sys.modules["prolora.moving"], "STACK_BYTES", 1)
+    alone = prolora.transfer(lora, source, target, threshold=0, method="prolora")
     for name, update in alone.adapter.updates.items():
         torch.testing.assert_close(update.dense(), together.adapter.updates[name].dense(),
                                    atol=1e-6, rtol=1e-5)  # fmt: skip
@@ -288,7 +290,7 @@ def test_bad_input_is_refused_by_name_before_any_svd_and_leaves_no_file(
 ):
     lora, source, target, out, error, named = damaged(case, tmp_path, what)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(sys.modules["prolora.transfer"], "truncated_svd",
+    monkeypatch.setattr(sys.modules["prolora.moving"], "truncated_svd",
                         lambda *a, **k: pytest.fail("an SVD ran"))  # fmt: skip
     with pytest.raises(error, match=named):
         prolora.transfer_file(lora, source, target, out)

@@ -25,15 +25,21 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 WORK = HERE / "work"  # oracle LoRAs and the training times: needed to measure, not stored in git
 
 BATCH = 32
-STEPS = {"source": 4000, "finetuned": 1000, "pruned": 800, "lora": 300}
-RATE = {"source": 2e-3, "finetuned": 1e-3, "pruned": 1e-3, "lora": 3e-3}
+# Batches and peak learning rate.
+BUDGET = {
+    "source": (4000, 2e-3),
+    "finetuned": (1000, 1e-3),
+    "pruned": (800, 1e-3),
+    "lora": (300, 3e-3),
+}
 LORAS = {"thick": {"r": 8, "lora_alpha": 8}, "slanted": {"r": 8, "lora_alpha": 4}}
 
 
 def fit(
     parameters: list[nn.Parameter],
     loss: Callable[[torch.Generator], Tensor],
-    kind: str,
+    steps: int,
+    rate: float,
     seed: int,
 ) -> None:
     """Minimises a loss with Adam and leaves the averaged weights in the parameters.
@@ -41,11 +47,12 @@ def fit(
     Args:
         parameters: What is trained, in place.
         loss: Maps a random generator to a scalar loss on a fresh batch.
-        kind: Key of the step count and learning rate.
+        steps: Number of batches.
+        rate: Learning rate at its peak.
         seed: Seed of batches, times and noises.
     """
-    steps, generator = STEPS[kind], torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, RATE[kind], weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 50) * max(0.02, 1 - i / steps)
     )
@@ -95,7 +102,7 @@ def train_source() -> None:
     torch.manual_seed(0)
     unet, labels = new_unet("source"), Labels()
     parameters = [*unet.parameters(), *labels.parameters()]
-    fit(parameters, task_loss(unet, labels, *digits("train")), "source", seed=1)
+    fit(parameters, task_loss(unet, labels, *digits("train")), *BUDGET["source"], seed=1)
     save_unet(unet, "source")
     save_file({"table": labels.table.detach().half()}, WEIGHTS / "labels.safetensors")
 
@@ -107,7 +114,7 @@ def train_finetuned() -> None:
     unet.load_state_dict(load_unet(WEIGHTS / "source").state_dict())
     x, y = digits("train")
     loss = task_loss(unet, labels, DOMAINS["finetuned"](x), y)
-    fit(list(unet.parameters()), loss, "finetuned", seed=2)
+    fit(list(unet.parameters()), loss, *BUDGET["finetuned"], seed=2)
     save_unet(unet, "finetuned")
 
 
@@ -127,7 +134,7 @@ def train_pruned() -> None:
         output = predict(unet, xt, t, tokens)
         return F.mse_loss(output, velocity) + F.mse_loss(output, predict(teacher, xt, t, tokens))
 
-    fit(list(unet.parameters()), loss, "pruned", seed=3)
+    fit(list(unet.parameters()), loss, *BUDGET["pruned"], seed=3)
     save_unet(unet, "pruned")
 
 
@@ -144,13 +151,13 @@ def train_lora(member: str, style: str) -> None:
     unet.add_adapter(LoraConfig(target_modules=TARGETS, **LORAS[style]))
     x, y = digits("train")
     loss = task_loss(unet, labels, DOMAINS[member](STYLES[style](x)), y)
-    fit([p for p in unet.parameters() if p.requires_grad], loss, "lora", seed=5)
+    fit([p for p in unet.parameters() if p.requires_grad], loss, *BUDGET["lora"], seed=5)
     path = lora_path(member, style)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One file in each of the two spellings found in the wild.
     names = "sgm" if style == "thick" else "diffusers"
     alpha = LORAS[style]["lora_alpha"]
-    save_kohya(get_peft_model_state_dict(unet), alpha, style, path, names, STEPS["lora"])
+    save_kohya(get_peft_model_state_dict(unet), alpha, style, path, names, BUDGET["lora"][0])
 
 
 def lora_path(member: str, style: str) -> Path:

@@ -6,12 +6,14 @@ from .adapters.adapter import Adapter
 from .bases import Base, open_base
 from .batch import Outcome, transfer_many
 from .comparison import Comparison, compare
+from .damping import damped
 from .errors import (
     LowCoverage,
     NonFiniteWeights,
     OutputError,
     ProLoRAError,
     ShapeMismatch,
+    UnrelatedBases,
     UnsupportedFormat,
 )
 from .inspection import Description, inspect
@@ -22,6 +24,7 @@ from .ops import cuda_status, require_cuda
 from .projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
 from .report import Report
 from .transfer import Transfer, transfer, transfer_file
+from .verdict import Verdict
 from .version import __version__
 
 __all__ = [
@@ -43,10 +46,13 @@ __all__ = [
     "ShapeMismatch",
     "Similarity",
     "Transfer",
+    "UnrelatedBases",
     "UnsupportedFormat",
+    "Verdict",
     "__version__",
     "compare",
     "cuda_status",
+    "damped",
     "inspect",
     "open_base",
     "principal_angles",

@@ -20,8 +20,8 @@ from .bases.survey import survey
 from .batch import Outcome, transfer_many
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
-from .options import DEFAULT_THRESHOLD
-from .projection import DEFAULT_RANK, METHODS
+from .options import AUTO, DEFAULT_THRESHOLD, METHOD_NAMES
+from .projection import DEFAULT_RANK
 from .report import Report
 from .transfer import plan_report, transfer_file
 from .version import __version__
@@ -35,11 +35,11 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+Method = Enum("Method", {name: name for name in METHOD_NAMES}, type=str)  # type: ignore[misc]
 Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "comfy")}, type=str)  # type: ignore[misc]
 Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
 
-DEFAULT_METHOD, AUTO = Method("prolora"), Format("auto")
+AUTO_METHOD, AUTO_FORMAT = Method(AUTO), Format(AUTO)
 
 SourceOption = Annotated[Path, typer.Option(help="Base the LoRA was trained on: file or folder.")]
 TargetOption = Annotated[Path, typer.Option(help="Base it shall move to: file or folder.")]
@@ -66,7 +66,12 @@ def transfer(
         typer.Option("--output", "-o", help="Output file; a folder where there are several LoRAs."),
     ] = None,
     rank: RankOption = str(DEFAULT_RANK),
-    method: Annotated[Method, typer.Option(help="How to move it.")] = DEFAULT_METHOD,
+    method: Annotated[
+        Method, typer.Option(help="How to move it; auto decides by how far the bases are apart.")
+    ] = AUTO_METHOD,
+    strength: Annotated[
+        str, typer.Option(help="Factor on the update, or 'auto': what suits these bases best.")
+    ] = "",
     match: MatchOption = "name",
     threshold: Annotated[
         float, typer.Option(help="Skip modules whose Φ is below this on either side.")
@@ -75,7 +80,7 @@ def transfer(
         str, typer.Option(help="Highest rank of the output, or 'exact' (at most twice the input).")
     ] = "exact",
     text_encoder: Annotated[str, typer.Option(help="Its part of the LoRA: copy or skip.")] = "copy",
-    format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO,
+    format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO_FORMAT,
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
     cache: CacheOption = None,
@@ -98,6 +103,7 @@ def transfer(
     ops.require(device)
     options: dict[str, Any] = {
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
+        "strength": parse_strength(strength),
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
         "text_encoder": text_encoder, "min_coverage": min_coverage,
     }  # fmt: skip
@@ -209,7 +215,7 @@ def demo(
     ),
     lora: Annotated[str, typer.Option(help="A shipped LoRA.")] = "thick",
     target: Annotated[str, typer.Option(help="A shipped target base.")] = "pruned",
-    method: Annotated[Method, typer.Option(help="How to move it.")] = DEFAULT_METHOD,
+    method: Annotated[Method, typer.Option(help="How to move it.")] = AUTO_METHOD,
     seed: Annotated[int, typer.Option(help="Of the noise the images start from.")] = 0,
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
@@ -256,6 +262,16 @@ def parse_rank(text: str) -> int | float:
         raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
 
 
+def parse_strength(text: str) -> float | str | None:
+    """'0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
+    if text in ("", AUTO):
+        return text or None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
+
+
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
@@ -273,7 +289,7 @@ def show_report(report: Report, every_module: bool = False) -> None:
     if report.rows("mapped"):
         out.print(console.transfer_table(report, every_module))
         if not report.dry_run:
-            out.print(f"[dim]{console.LEGEND}[/dim]", highlight=False)
+            out.print(f"[dim]{console.legend(report)}[/dim]", highlight=False)
     reasons = console.reasons_table(report)
     if reasons:
         out.print(reasons)

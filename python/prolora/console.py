@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +16,7 @@ from .bases.survey import ShapeSurvey
 from .batch import Outcome
 from .comparison import Comparison, ModuleComparison
 from .inspection import Description
-from .report import ModuleReport, Report
+from .report import Measures, ModuleReport, Report
 
 
 @contextmanager
@@ -35,10 +36,18 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int,
 
 
 LEGEND = """\
+drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
+norm: ratio of norms, target to source; vs copy: distance to the unchanged
+update, in units of its norm."""
+SUBSPACE_LEGEND = """\
 Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
-them over chance, 0 … 1. Of the update's energy, mixed: share in the two mixed
-blocks; kept: share left on the target. norm: ratio of norms, target to source;
-vs copy: distance to the unchanged update, in units of its norm."""
+them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
+
+
+def legend(report: Report) -> str:
+    """What the columns of `transfer_table` mean."""
+    projected = any(row.measures for row in report.rows("mapped"))
+    return f"{SUBSPACE_LEGEND}\n{LEGEND}" if projected else LEGEND
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -59,36 +68,51 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     title = f"{report.method}: {report.source} → {report.target}"
     table = _table(title)
     table.add_column("module" if every_module else "place", overflow="fold")
-    for name in ("n", "Φ l/r", "above", "mixed", "kept", "norm", "vs copy", "rank"):
-        table.add_column(name, justify="right", no_wrap=True)
     mapped = report.rows("mapped")
+    projected = any(row.measures for row in mapped)
+    subspaces = ["Φ l/r", "above", "mixed"] if projected else []
+    for name in ("n", *subspaces, "drift", "kept", "norm", "vs copy", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
     groups: dict[str, list[ModuleReport]] = {}
     for row in mapped:
         groups.setdefault(row.source if every_module else place(row.source), []).append(row)
-    for name, rows in groups.items():
-        table.add_row(name, str(len(rows)), *_transfer_cells(rows))
-    table.add_row("all", str(len(mapped)), *_transfer_cells(mapped), style="bold")
+    for name, rows in (*groups.items(), ("all", mapped)):
+        cells = _subspace_cells(rows) if projected else []
+        style = "bold" if name == "all" else None
+        table.add_row(name, str(len(rows)), *cells, *_update_cells(rows), style=style)
     return table
 
 
-def _transfer_cells(rows: list[ModuleReport]) -> list[str]:
-    """Means over rows, weighted by the energy of their updates."""
-    weight = sum(row.energy for row in rows)
-    measured = [(row.energy, row.measures) for row in rows if row.measures is not None]
+def _mean(rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]) -> float:
+    """The mean over the rows that have the value, weighted by the energy of their updates."""
+    found = [(row.energy, got) for row in rows if (got := value(row)) is not None]
+    weight = sum(energy for energy, _ in found)
+    return sum(energy * got for energy, got in found) / weight if weight else math.nan
+
+
+def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
+    """What the subspaces of the two bases say about the rows."""
+
+    def mean(value: Callable[[Measures], float]) -> float:
+        return _mean(rows, lambda row: value(row.measures) if row.measures else None)
+
+    above = min(mean(lambda m: m.above_left), mean(lambda m: m.above_right))
+    mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
+    left, right = mean(lambda m: m.phi_left), mean(lambda m: m.phi_right)
+    return [f"{number(left)} {number(right)}", number(above), number(mixed, ".0%")]
+
+
+def _update_cells(rows: list[ModuleReport]) -> list[str]:
+    """What became of the updates of the rows."""
     ranks = sorted({row.rank_out for row in rows})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}…{ranks[-1]}"
-    if not measured or not weight:
-        return [*["–"] * 6, rank]
-
-    def mean(name: str) -> float:
-        return float(sum(w * getattr(measures, name) for w, measures in measured) / weight)
-
-    above = min(mean("above_left"), mean("above_right"))
-    mixed = mean("range_null_energy") + mean("null_range_energy")
+    drift = _mean(rows, lambda row: row.drift)
+    if all(row.drift is None and row.measures is None for row in rows):
+        return ["–", "–", "–", "–", rank]  # a dry run, or a text encoder carried over
     return [
-        f"{mean('phi_left'):.2f} {mean('phi_right'):.2f}", number(above), number(mixed, ".0%"),
-        number(mean("surviving_energy"), ".0%"), number(mean("norm_ratio")),
-        number(mean("copy_distance")), rank,
+        number(drift), number(_mean(rows, lambda row: row.surviving_energy), ".0%"),
+        number(_mean(rows, lambda row: row.norm_ratio)),
+        number(_mean(rows, lambda row: row.copy_distance)), rank,
     ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def run_demo(
     *,
     lora: str = "thick",
     target: str = "pruned",
-    method: str = "prolora",
+    method: str = "auto",
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> tuple[Report, list[Path]]:
@@ -100,7 +100,7 @@ def run_demo(
         ("source + LoRA", merged(base, read(file))),
         (target, other),
         (f"{target} + copied LoRA", merged(other, copied)),
-        (f"{target} + {method}", merged(other, read(moved))),
+        (f"{target} + {report.method}", merged(other, read(moved))),
     ]
     images = []
     for done, (name, unet) in enumerate(rows):

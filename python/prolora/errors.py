@@ -21,5 +21,9 @@ class LowCoverage(ProLoRAError):
     """Fewer modules (or less energy) could be transferred than the caller asked for."""
 
 
+class UnrelatedBases(ProLoRAError):
+    """The two bases share too little for any update to keep its meaning."""
+
+
 class OutputError(ProLoRAError):
     """The output cannot be written where the caller wants it, or would overwrite an input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +16,11 @@ DEFAULT_THRESHOLD = 0.8
 """The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
 
 OutRank = int | str
+Strength = float | str
+AUTO = "auto"
+METHOD_NAMES = (AUTO, *METHODS, "damped")
+"""What `transfer` takes; `project` takes `METHODS`."""
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -23,11 +29,15 @@ class Options:
     """How to transfer; each choice the paper leaves open is named here and reported.
 
     Attributes:
-        method: a name of `projection.METHODS`.
+        method: a name of `projection.METHODS`; "damped" (see `damping`); or "auto": what the study
+            in docs/evidence.md found best for bases as far apart as these.
         rank: columns of the subspaces, or the share of energy they hold.
         match: "name", a JSON file or a mapping {target module: source module}.
         threshold: the Φ that left and right must both reach; a pair below it gets no update.
             `copy` looks at no weights and gates nothing.
+        damping: κ of "damped"; None means chosen from the drift between the bases.
+        strength: factor on every update; "auto" is chosen from the drift between the bases. None
+            means "auto" for method "auto" and 1 for a method asked for by name.
         out_rank: "exact" keeps every singular value of the result, an int at most that many.
         text_encoder: "copy" or "skip" the text-encoder part.
         min_coverage: LowCoverage below this share of the LoRA's modules.
@@ -36,10 +46,12 @@ class Options:
         progress: called as progress(done, total, name).
     """
 
-    method: str = "prolora"
+    method: str = AUTO
     rank: Rank = DEFAULT_RANK
     match: Match = "name"
     threshold: float = DEFAULT_THRESHOLD
+    damping: float | None = None
+    strength: Strength | None = None
     out_rank: OutRank = "exact"
     text_encoder: str = "copy"
     min_coverage: float = 0.0
@@ -50,9 +62,28 @@ class Options:
     def __post_init__(self) -> None:
         """Refuses what makes no sense before anything is read."""
         check_rank(self.rank)
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(METHODS)}")
+        if self.method not in METHOD_NAMES:
+            raise ValueError(
+                f"unknown method {self.method!r}: choose from {', '.join(METHOD_NAMES)}"
+            )
+        if self.damping is not None and not (0 <= self.damping < math.inf):
+            raise ValueError(f"damping must be 0 or more, not {self.damping!r}")
+        if isinstance(self.strength, str):
+            if self.strength != AUTO:
+                raise ValueError(f'strength must be a number or "auto", not {self.strength!r}')
+        elif self.strength is not None and not (0 < self.strength < math.inf):
+            raise ValueError(f"strength must be a positive number, not {self.strength!r}")
         if self.out_rank != "exact" and (not isinstance(self.out_rank, int) or self.out_rank < 1):
             raise ValueError(f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}')
         if self.text_encoder not in ("copy", "skip"):
             raise ValueError(f'text_encoder must be "copy" or "skip", not {self.text_encoder!r}')
+
+    @property
+    def kappa(self) -> float:
+        """The damping as a number, once it is known; 0 before."""
+        return self.damping or 0.0
+
+    @property
+    def factor(self) -> float:
+        """The strength as a number, once it is known (see `Verdict.decide`); 1 before."""
+        return float(self.strength) if isinstance(self.strength, float | int) else 1.0

@@ -1,26 +1,28 @@
 """Which source module feeds which target module: a transfer's plan, made from names and shapes.
 
 No weight is read here. Every module of the adapter ends in the plan exactly once, as a pair, as
-skipped with the reason, or as refused with the reason.
+summed onto another, as skipped with the reason, or as refused with the reason.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from .adapters.adapter import Adapter
-from .bases import Base, correspondence
+from .bases import Base, load
+from .bases.describe import describe
 from .bases.modules import matrix_shape
 from .errors import ShapeMismatch, UnsupportedFormat
+from .linalg.lowrank import LowRank
+from .partners import TEXT_ENCODERS, BlockDecision, Match, Matching, feeds
 
-Match = str | PathLike[str] | Mapping[str, str]
-"""`"name"`, a JSON file {target module: source module}, or such a mapping."""
+__all__ = ["Match", "Matching", "Pair", "Plan", "feeds", "folded", "make_plan"]
 
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")
+_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,21 @@ class Plan:
     Attributes:
         pairs: modules to project, in the target's order. A source may feed several targets.
         passed: text-encoder modules, carried over unchanged.
+        summed: module of a dropped block -> the surviving neighbour's module its update is added to
+            before anything is projected (`folded`). That module has a pair.
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
         rule: how the pairs were found, for the report.
+        decisions: with `match` by similarity, where every block came from and what came second.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
+    summed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rule: str = "same name"
+    decisions: tuple[BlockDecision, ...] = ()
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
         """The pairs by weight shape: each group is one stack of equal matrices."""
@@ -59,7 +66,12 @@ class Plan:
 
 
 def make_plan(
-    adapter: Adapter, source: Base, target: Base, match: Match = "name", text_encoder: str = "copy"
+    adapter: Adapter,
+    source: Base,
+    target: Base,
+    match: Match = "name",
+    text_encoder: str = "copy",
+    dropped: str = "skip",
 ) -> Plan:
     """Pairs the adapter's modules with the target's.
 
@@ -69,25 +81,47 @@ def make_plan(
         target: the base it shall move to.
         match: "name" pairs equal names, corrected by the block rules of `bases/layouts` where both
             layouts are known and renumbered blocks make equal names wrong (BK-SDM, SD1.5 ↔ SDXL);
-            a JSON file or mapping {target: source} replaces that.
-        text_encoder: "copy" carries text-encoder modules over unchanged, "skip" leaves them out.
+            a JSON file or mapping {target: source} replaces that, and so does a `Matching`.
+        text_encoder: "copy" carries text-encoder modules over unchanged where the target has that
+            encoder, "project" treats them like all others, "skip" leaves them out.
+        dropped: what becomes of the updates of transformer blocks that the target has dropped:
+            "skip" leaves them out, "sum" adds them to those of the nearest block of the same place
+            that is still there (of two equally near, the earlier).
 
     Raises:
-        UnsupportedFormat: a module the source base does not have; a match that is not understood.
+        UnsupportedFormat: a module the source base does not have; a match that is not understood;
+            two architectures of which no blocks correspond.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
             over because every shape differs.
     """
     plan = Plan()
-    unet = [name for name in adapter.updates if not name.startswith(TEXT_ENCODERS)]
-    for name in adapter.updates:
-        if name.startswith(TEXT_ENCODERS):
-            if text_encoder == "copy":
-                plan.passed.append(name)
-            else:
-                plan.skipped[name] = "text encoder, left out as asked"
-    _check_source(adapter, unet, source)
+    own = _place_text_encoders(adapter, source, target, text_encoder, plan)
+    _check_source(adapter, own, source)
     found, plan.rule = feeds(source, target, match)
-    wanted = set(unet)
+    if isinstance(match, Matching):
+        plan.decisions = match.decisions
+    if dropped == "sum":
+        plan.summed = _neighbours(own, found, source, target)
+    elif dropped != "skip":
+        raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
+    placed = _pair(found, {*own, *plan.summed.values()}, source, target, plan)
+    for name in own:
+        if name not in placed and name not in plan.summed:
+            plan.skipped[name] = (
+                "no block of the target is similar enough to this one"
+                if isinstance(match, Matching)
+                else "the target has no such module"
+            )
+    if plan.refused and not plan.pairs:
+        name, reason = next(iter(plan.refused.items()))
+        raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
+    return plan
+
+
+def _pair(
+    found: Mapping[str, str], wanted: set[str], source: Base, target: Base, plan: Plan
+) -> set[str]:
+    """Puts the wanted modules that have a partner into the plan, and returns them."""
     placed: set[str] = set()
     for module, origin in found.items():
         if origin not in wanted:
@@ -103,20 +137,110 @@ def make_plan(
         plan.pairs.append(Pair(origin, module, matrix_shape(ours)))
     for pair in plan.pairs:
         plan.refused.pop(pair.source, None)  # it found a place on another target module
-    for name in unet:
-        if name not in placed:
-            plan.skipped[name] = "the target has no such module"
-    if plan.refused and not plan.pairs:
-        name, reason = next(iter(plan.refused.items()))
-        raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
-    return plan
+    return placed
+
+
+def _place_text_encoders(
+    adapter: Adapter, source: Base, target: Base, mode: str, plan: Plan
+) -> list[str]:
+    """Decides on text-encoder modules; returned are the others, and with "project" these too."""
+    own = []
+    for name in adapter.updates:
+        if not name.startswith(TEXT_ENCODERS):
+            own.append(name)
+        elif mode == "skip":
+            plan.skipped[name] = "text encoder, left out as asked"
+        elif (reason := _other_encoder(name, source, target)) is not None:
+            plan.skipped[name] = reason
+        elif mode == "copy":
+            plan.passed.append(name)
+        elif name in source.shapes and name in target.shapes:
+            own.append(name)
+        else:
+            base = target if name in source.shapes else source
+            plan.refused[name] = (
+                f"{base.name} holds no weights of this text encoder, so its update cannot be "
+                "projected; give the whole pipeline or checkpoint, or copy text encoders"
+            )
+    return own
+
+
+def _other_encoder(name: str, source: Base, target: Base) -> str | None:
+    """Why a text-encoder module has no place: the target reads another encoder there."""
+    if source.layout is None or target.layout is None:
+        return None
+    number = TEXT_ENCODERS.index(name[: name.index(".") + 1])
+    ours, theirs = (load(base.layout or "").text_encoders for base in (source, target))
+    mine = ours[number] if number < len(ours) else None
+    there = theirs[number] if number < len(theirs) else None
+    if mine is None or mine == there:
+        return None
+    return f"the target has {there or 'no text encoder'} where the source has {mine}"
+
+
+def _neighbours(
+    modules: list[str], found: Mapping[str, str], source: Base, target: Base
+) -> dict[str, str]:
+    """Module of a dropped block -> the same module of its nearest surviving neighbour."""
+    fitting = {
+        origin
+        for module, origin in found.items()
+        if matrix_shape(source.shapes[origin]) == matrix_shape(target.shapes[module])
+    }
+    alive = {origin for origin in found.values() if _BLOCK.fullmatch(origin)}
+    survivors: dict[str, set[int]] = {}
+    for origin in alive:
+        place, index, _ = _split(origin)
+        survivors.setdefault(place, set()).add(index)
+    summed = {}
+    for module in modules:
+        if not _BLOCK.fullmatch(module):
+            continue
+        place, index, leaf = _split(module)
+        near = survivors.get(place, set())
+        if index in near or not near:
+            continue
+        neighbour = min(near, key=lambda other: (abs(other - index), other))
+        onto = f"{place}.{neighbour}.{leaf}"
+        same = source.shapes.get(onto) == source.shapes[module]
+        if onto in fitting and same:
+            summed[module] = onto
+    return summed
+
+
+def _split(module: str) -> tuple[str, int, str]:
+    """(place, number of the block, rest) of a module inside a transformer block."""
+    match = _BLOCK.fullmatch(module)
+    assert match is not None
+    return match[1], int(match[2]), match[3]
+
+
+def folded(adapter: Adapter, plan: Plan) -> Adapter:
+    """The adapter with the updates of dropped blocks added to those of their neighbours.
+
+    Sums of factors are their concatenation, so nothing is lost or formed; a module that had no
+    update of its own gets one. The modules that were added elsewhere are no longer in it.
+    """
+    if not plan.summed:
+        return adapter
+    parts: dict[str, list[LowRank]] = {}
+    for name, update in adapter.updates.items():
+        parts.setdefault(plan.summed.get(name, name), []).append(update)
+    updates = {
+        name: LowRank(
+            torch.cat([update.up for update in several], dim=-1),
+            torch.cat([update.down for update in several], dim=-2),
+        )
+        for name, several in parts.items()
+    }
+    return replace(adapter, updates=updates)
 
 
 def _check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
     """Every update must belong to a module of the source, and fit it."""
     unknown = [name for name in modules if name not in source.shapes]
     if unknown:
-        layout = f" (layout {source.layout})" if source.layout else ""
+        layout = f" (layout {source.layout})" if source.layout else f" ({describe(source)})"
         raise UnsupportedFormat(
             f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the source base "
             f"{source.name}{layout}, the first: {unknown[0]}. Is this LoRA for another "
@@ -130,61 +254,6 @@ def _check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
                 f"the LoRA's update of {name} is {_text(tuple(update.shape))}, but that module of "
                 f"{source.name} is {_text(expected)} ({source.tensor_name(name)})"
             )
-
-
-def feeds(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
-    """{target module: source module} over all modules that have a partner, and the rule's name."""
-    if isinstance(match, str) and match == "name":
-        return _feeds_by_name(source, target)
-    if isinstance(match, Mapping):
-        table, rule_name = dict(match), "the caller's map"
-    else:
-        table, rule_name = _read_map(Path(match)), f"the map {Path(match).name}"
-    for side, names, base in (("target", table, target), ("source", table.values(), source)):
-        missing = [name for name in names if name not in base.shapes]
-        if missing:
-            raise UnsupportedFormat(
-                f"{rule_name} names {side} modules that {base.name} lacks, the first: {missing[0]}"
-            )
-    return table, rule_name
-
-
-def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
-    """Equal names, or the block rule of two known layouts, read in either direction."""
-    ours, theirs = source.layout, target.layout
-    if ours is None or theirs is None or ours == theirs:
-        return {name: name for name in target.shapes if name in source.shapes}, "same name"
-    rule = correspondence(ours, theirs)
-    if rule is not None:
-        found = (
-            (name, start) for name in target.shapes if (start := rule.source_of(name)) is not None
-        )
-    else:
-        rule = correspondence(theirs, ours)
-        if rule is None:
-            raise UnsupportedFormat(
-                f"nothing is known about which blocks of {ours} and {theirs} belong together, and "
-                "equal names need not be equal modules: give --match a JSON file "
-                "{target module: source module}"
-            )
-        found = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
-    partners = {t: s for t, s in found if t in target.shapes and s in source.shapes}
-    return partners, f"{ours} to {theirs}: {rule.evidence}"
-
-
-def _read_map(path: Path) -> dict[str, str]:
-    """A user's map file."""
-    try:
-        table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UnsupportedFormat(
-            f'--match takes "name" or a JSON file {{target module: source module}}; {path} is '
-            f"neither ({error})"
-        ) from error
-    strings = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
-    if not strings:
-        raise UnsupportedFormat(f"{path} must hold one JSON object of target: source names")
-    return dict(table)
 
 
 def _text(shape: tuple[int, ...]) -> str:

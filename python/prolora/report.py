@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .projection import ProjectionInfo
+from .verdict import WHY, Verdict
 
 STATUSES = ("mapped", "skipped", "refused")
 
 
 @dataclass(frozen=True)
 class Measures:
-    """The numbers of one mapped module; fields as in `projection.ProjectionInfo`, as floats.
+    """The numbers of one projected module; fields as in `projection.ProjectionInfo`, as floats.
 
     Attributes:
         phi_left, phi_right: subspace overlap Φ of source and target.
@@ -23,10 +24,6 @@ class Measures:
         columns_source, columns_target: k of the two bases.
         range_energy, null_energy, range_null_energy, null_range_energy: shares of ‖ΔW_s‖² in the
             four blocks of the source basis; the last two are what ProLoRA drops.
-        surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut.
-        norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
-        copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut.
-        rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
         bound: upper bound on the sine of the largest angle between used and true bases.
         ok: whether that bound met the tolerance.
         rung: the algorithm that gave the bases.
@@ -44,10 +41,6 @@ class Measures:
     null_energy: float
     range_null_energy: float
     null_range_energy: float
-    surviving_energy: float
-    norm_ratio: float
-    copy_distance: float
-    rank_cut_energy: float
     bound: float
     ok: bool
     rung: str
@@ -69,15 +62,11 @@ class Measures:
             "null_energy": info.null_energy,
             "range_null_energy": info.range_null_energy,
             "null_range_energy": info.null_range_energy,
-            "surviving_energy": info.surviving_energy,
-            "norm_ratio": info.norm_ratio,
-            "copy_distance": info.copy_distance,
             "bound": info.bound,
             "ok": info.ok,
         }
         return cls(
             **{name: values[i].item() for name, values in stack.items()},
-            rank_cut_energy=0.0,
             rung=rung,
         )
 
@@ -95,7 +84,13 @@ class ModuleReport:
         rank_in: rank in the LoRA.
         rank_out: rank in the output; 0 unless mapped.
         energy: ‖ΔW_s‖², the weight of this row in the totals.
-        measures: the numbers; None where nothing was projected.
+        strength: factor on the update, on top of what the method does.
+        drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
+        surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
+        norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
+        copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
+        rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
+        measures: the numbers of a projection; None where there was none.
     """
 
     source: str
@@ -106,7 +101,29 @@ class ModuleReport:
     rank_in: int
     rank_out: int = 0
     energy: float = 0.0
+    strength: float = 1.0
+    drift: float | None = None
+    surviving_energy: float = 1.0
+    norm_ratio: float = 1.0
+    copy_distance: float = 0.0
+    rank_cut_energy: float = 0.0
     measures: Measures | None = None
+
+    def at_strength(self, strength: float) -> ModuleReport:
+        """The row of the same update multiplied by `strength`."""
+        if strength == 1:
+            return self
+        # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with ⟨X, Δ⟩ from s = 1.
+        kept = self.surviving_energy
+        product = (kept + 1 - self.copy_distance**2) / 2
+        distance = strength**2 * kept + 1 - 2 * strength * product
+        return replace(
+            self,
+            strength=strength,
+            surviving_energy=strength**2 * kept,
+            norm_ratio=strength * self.norm_ratio,
+            copy_distance=math.sqrt(max(0.0, distance)),
+        )
 
 
 @dataclass
@@ -121,7 +138,14 @@ class Report:
         source: the source base's name.
         target: the target base's name.
         modules: one row for every module of the LoRA, and one more for each further target.
+        left_out: tensor (or module) of the file that is no update of a matrix -> why.
+        kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
+            for a LoRA; all others were read exactly.
         dry_run: True where only headers were read: rows then carry no measures.
+        asked: the method asked for, where `method` was chosen for the user; else None.
+        strength: the factor on every update.
+        damping: κ of method "damped"; None for the others.
+        verdict: what the weights of the two bases promise; None in a dry run.
         seconds: wall time by stage.
     """
 
@@ -132,7 +156,13 @@ class Report:
     source: str
     target: str
     modules: list[ModuleReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
+    asked: str | None = None
+    strength: float = 1.0
+    damping: float | None = None
+    verdict: Verdict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def rows(self, status: str) -> list[ModuleReport]:
@@ -151,9 +181,10 @@ class Report:
 
         mapped, skipped, refused: rows. coverage: share of the LoRA's modules mapped.
         energy_mapped: share of Σ‖ΔW_s‖² that the mapped modules hold. energy_surviving: Σ‖ΔW_t‖²
-        over mapped modules' Σ‖ΔW_s‖². energy_mixed: the share of it in the two mixed blocks.
-        copy_distance: energy-weighted root mean square. flagged: modules whose bases missed their
-        tolerance. Numbers that need weights are None in a dry run.
+        over mapped modules' Σ‖ΔW_s‖². copy_distance: energy-weighted root mean square.
+        energy_mixed, phi_left, phi_right: means over projected modules, None where there is none.
+        flagged: modules whose bases missed their tolerance. Numbers that need weights are None in a
+        dry run.
         """
         counts: dict[str, Any] = {status: len(self.rows(status)) for status in STATUSES}
         projected = [row for row in self.rows("mapped") if row.measures]
@@ -166,14 +197,20 @@ class Report:
                 return None
             return float(sum(row.energy * value(row.measures) for row in projected) / weight)
 
+        def written(value: Any) -> float | None:
+            weight = sum(row.energy for row in self.rows("mapped"))
+            if not weight or self.dry_run:
+                return None
+            return float(sum(row.energy * value(row) for row in self.rows("mapped")) / weight)
+
         total = sum(everything.values())
-        squared_distance = mean(lambda m: m.copy_distance**2)
+        squared_distance = written(lambda row: row.copy_distance**2)
         return counts | {
             "coverage": self.coverage,
             "energy_mapped": sum(mapped.values()) / total if total else None,
-            "energy_surviving": mean(lambda m: m.surviving_energy),
+            "energy_surviving": written(lambda row: row.surviving_energy),
             "energy_mixed": mean(lambda m: m.range_null_energy + m.null_range_energy),
-            "energy_cut": mean(lambda m: m.rank_cut_energy),
+            "energy_cut": written(lambda row: row.rank_cut_energy),
             "phi_left": mean(lambda m: m.phi_left),
             "phi_right": mean(lambda m: m.phi_right),
             "copy_distance": None if squared_distance is None else math.sqrt(squared_distance),
@@ -198,16 +235,30 @@ class Report:
             f"{self.source} to {self.target}; {totals['skipped']} skipped, "
             f"{totals['refused']} refused."
         ]
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            said.append(f"{len(self.left_out)} tensors of the file stay behind; {name}: {reason}.")
+        if self.kept_energy:
+            said.append(
+                f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
+                f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
+            )
         if self.dry_run or totals["energy_surviving"] is None:
             return said
+        if self.verdict:
+            said.append(self.verdict.sentence())
+        if self.asked == "auto":
+            said.append(f"Method 'auto' chose '{self.method}': {WHY[self.method]}.")
         said.append(
-            f"They hold {totals['energy_mapped']:.0%} of the LoRA's energy; '{self.method}' keeps "
+            f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
+            f"'{self.method}' at strength {self.strength:.2g} keeps "
             f"{totals['energy_surviving']:.0%} of that, and its result is "
             f"{totals['copy_distance']:.0%} of the update's norm away from plain copying."
         )
-        if totals["energy_mixed"] > 0.01 and self.method in ("prolora", "subspace"):
+        mixed = totals["energy_mixed"]
+        if mixed is not None and mixed > 0.01 and self.method in ("prolora", "subspace"):
             said.append(
-                f"{totals['energy_mixed']:.0%} lay in the mixed blocks, which '{self.method}' "
+                f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' "
                 "drops; --method blocks keeps them, --method copy changes nothing."
             )
         if totals["flagged"]:

@@ -27,8 +27,11 @@ StrPath = str | os.PathLike[str]
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, str]
 
-# The limit of the safetensors library itself: checked before anything of that size is allocated.
-_HEADER_LIMIT = 100_000_000
+# Both are checked before anything of that size is allocated. The safetensors library calls longer
+# headers than the first no safetensors file. The second is what is read here: text made to harm
+# takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
+_LONGEST_HEADER = 100_000_000
+_HEADER_LIMIT = 32 << 20
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -172,8 +175,13 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
     head = file.read(9)
     length = int.from_bytes(head[:8], "little")
     # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
-    if len(head) < 9 or head[8:] != b"{" or length > _HEADER_LIMIT:
+    if len(head) < 9 or head[8:] != b"{" or length > _LONGEST_HEADER:
         _refuse_other_formats(head, path)
+    if length > _HEADER_LIMIT:
+        raise UnsupportedFormat(
+            f"{path}: its header has {length} bytes, more than any real one; if that is metadata, "
+            "save the file without it"
+        )
     if 8 + length > size:
         raise UnsupportedFormat(
             f"{path}: cut off inside its header ({size} bytes of at least {8 + length}); "
@@ -201,7 +209,8 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         )
     if head.startswith(b"GGUF"):
         raise UnsupportedFormat(
-            f"{path}: GGUF files are not supported yet; use the .safetensors file of this model"
+            f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
+            ".safetensors file"
         )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -17,20 +16,17 @@ from . import adapters
 from .adapters.adapter import Adapter
 from .adapters.metadata import rewritten
 from .adapters.source import PEFT_WEIGHTS
-from .bases import Base, check_finite, open_base
-from .bases.cache import BasisCache
-from .errors import LowCoverage, NonFiniteWeights
-from .linalg.basis import Basis, truncated_svd
+from .affinity import Affinity, measure
+from .bases import Base, open_base
+from .errors import LowCoverage, UnrelatedBases
 from .linalg.lowrank import LowRank
-from .options import Options, Progress
-from .pairing import Pair, Plan, make_plan
-from .projection import project_factors, recompress_parts
-from .report import Measures, ModuleReport, Report
+from .moving import Clock, carried, move_all
+from .options import AUTO, Options, Progress
+from .pairing import Plan, make_plan
+from .report import Report
 from .storage import check_writable
+from .verdict import judge
 from .version import __version__
-
-# One stack of weights of the storage dtype, in bytes: what is read and projected at a time.
-STACK_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -86,33 +82,35 @@ def transfer(
         UnsupportedFormat: a file, key or adapter type that cannot be read exactly.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     chosen = Options(**options)
     clock = Clock()
     with clock("read"):
-        adapter = lora if isinstance(lora, Adapter) else adapters.read(lora)
         source, target = open_base(source), open_base(target)
+        adapter = _read(lora, source)
         plan = make_plan(adapter, source, target, chosen.match, chosen.text_encoder)
     _check_coverage(adapter, plan, chosen.min_coverage)
-    report = _blank_report(adapter, plan, source, target, chosen)
+    with clock("check"):
+        places = [(pair.source, pair.target) for pair in plan.pairs]
+        affinities = measure(source, target, places, _checking(chosen.progress))
+    verdict = judge(Affinity.total(affinities))
+    if chosen.method == AUTO and not verdict.go:
+        raise UnrelatedBases(f"{verdict.sentence()} Nothing written; --method copy does it anyway")
+    decided = verdict.decide(chosen)
+    report = _blank_report(adapter, plan, source, target, decided)
+    report.asked, report.verdict = chosen.method, verdict
+    report.damping = decided.kappa if decided.method == "damped" else None
+    drifts = {pair.target: a.drift for pair, a in zip(plan.pairs, affinities, strict=True)}
     updates: dict[str, LowRank] = {}
-    if chosen.method == "copy":
-        for pair in plan.pairs:
-            updates[pair.target] = adapter.updates[pair.source]
-            report.modules.append(_copied(adapter, pair.source, pair.target, "copied"))
-    else:
-        with clock("check"):
-            checking = _checking(chosen.progress)
-            check_finite(source, sorted({pair.source for pair in plan.pairs}), checking)
-            check_finite(target, [pair.target for pair in plan.pairs], checking)
-        for pair, update, row in _project_all(adapter, plan, source, target, chosen, clock):
-            report.modules.append(row)
-            if update is not None:
-                updates[pair.target] = update
+    for pair, update, row in move_all(adapter, plan, source, target, decided, clock):
+        report.modules.append(replace(row, drift=drifts[pair.target]))
+        if update is not None:
+            updates[pair.target] = update
     for name in plan.passed:
         updates[name] = adapter.updates[name]
-        report.modules.append(_copied(adapter, name, name, "text encoder, carried over unchanged"))
+        report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
     report.seconds = clock.seconds
     if report.coverage < chosen.min_coverage:
         raise LowCoverage(_coverage_text(report, chosen.min_coverage))
@@ -155,40 +153,27 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
     The similarity threshold needs weights, so modules it would skip still count as mapped here.
     """
     chosen = Options(**options)
-    adapter = lora if isinstance(lora, Adapter) else adapters.read(lora)
     source, target = open_base(source), open_base(target)
+    adapter = _read(lora, source)
     plan = make_plan(adapter, source, target, chosen.match, chosen.text_encoder)
     report = _blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True
     for pair in plan.pairs:
-        report.modules.append(_copied(adapter, pair.source, pair.target, "would be projected"))
+        report.modules.append(carried(adapter, pair.source, pair.target, "would be projected"))
     for name in plan.passed:
-        report.modules.append(_copied(adapter, name, name, "text encoder, carried over unchanged"))
+        report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
     return report
+
+
+def _read(lora: Any, source: Base) -> Adapter:
+    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+    return lora if isinstance(lora, Adapter) else adapters.read(lora, read_weight=source.read)
 
 
 def _check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
     """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist."""
     folder = Path(path)
     check_writable(folder / PEFT_WEIGHTS if folder.is_dir() else folder, inputs)
-
-
-class Clock:
-    """Adds up wall seconds by stage."""
-
-    def __init__(self) -> None:
-        """Starts with no stage."""
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Times the body and adds it to the stage."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
 def _checking(progress: Progress | None) -> Progress | None:
@@ -198,101 +183,20 @@ def _checking(progress: Progress | None) -> Progress | None:
     return lambda done, total, name: progress(done, total, f"checking {name}")
 
 
-def _project_all(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options, clock: Clock
-) -> Iterator[tuple[Pair, LowRank | None, ModuleReport]]:
-    """Projects every pair, a stack of equal shapes and ranks at a time."""
-    subspaces = BasisCache(options.cache).bases if options.cache else truncated_svd
-    done, total = 0, len(plan.pairs)
-    for stack in _stacks(adapter, plan):
-        with clock("read"):
-            weights = [
-                torch.stack([base.read(name).reshape(pair.shape) for pair, name in named])
-                for base, named in (
-                    (source, [(pair, pair.source) for pair in stack]),
-                    (target, [(pair, pair.target) for pair in stack]),
-                )
-            ]
-        with clock("svd"):
-            bases = [subspaces(w.to(options.device), options.rank) for w in weights]
-        with clock("project"):
-            yield from _project_stack(adapter, stack, bases[0], bases[1], options)
-        done += len(stack)
-        if options.progress:
-            options.progress(done, total, stack[-1].target)
-
-
-def _stacks(adapter: Adapter, plan: Plan) -> Iterator[list[Pair]]:
-    """The pairs in stacks of one weight shape and one rank, none larger than STACK_BYTES."""
-    for shape, pairs in plan.groups().items():
-        by_rank: dict[int, list[Pair]] = {}
-        for pair in pairs:
-            by_rank.setdefault(adapter.updates[pair.source].rank, []).append(pair)
-        size = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
-        for equal in by_rank.values():
-            for i in range(0, len(equal), size):
-                yield equal[i : i + size]
-
-
-def _project_stack(
-    adapter: Adapter, stack: list[Pair], source: Basis, target: Basis, options: Options
-) -> Iterator[tuple[Pair, LowRank | None, ModuleReport]]:
-    """One stack [b, m, n] through projection, gate and recompression."""
-    sources = [adapter.updates[pair.source] for pair in stack]
-    delta = LowRank(
-        torch.stack([update.up for update in sources]).to(options.device),
-        torch.stack([update.down for update in sources]).to(options.device),
-    )
-    moved, info = project_factors(delta, source, target, options.method)
-    recompressed = recompress_parts(moved, options.method)
-    for i, pair in enumerate(stack):
-        rung = "+".join(sorted({source.rungs[i], target.rungs[i]}))
-        measures = Measures.of(info, i, rung)
-        row = _copied(adapter, pair.source, pair.target, f"projected ({options.method})")
-        phi = min(measures.phi_left, measures.phi_right)
-        if phi < options.threshold:
-            side = "left" if measures.phi_left <= measures.phi_right else "right"
-            reason = f"Φ {side} below the threshold {options.threshold:g}"
-            yield pair, None, replace(row, target=None, status="skipped", reason=reason,
-                                      rank_out=0, measures=measures)  # fmt: skip
-            continue
-        update = recompressed[i].to("cpu")
-        if options.out_rank != "exact":
-            whole = update.norm().square().item()
-            update = update.truncate(rank=int(options.out_rank))
-            kept = update.norm().square().item()
-            measures = replace(
-                measures,
-                rank_cut_energy=max(0.0, 1 - kept / whole) if whole else 0.0,
-                norm_ratio=measures.norm_ratio * (kept / whole) ** 0.5 if whole else 0.0,
-            )
-        if not bool(update.up.isfinite().all() and update.down.isfinite().all()):
-            raise NonFiniteWeights(f"the projection of {pair.source} is not finite")
-        yield pair, update, replace(row, rank_out=update.rank, measures=measures)
-
-
 def _blank_report(
     adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
 ) -> Report:
     """A report that knows the plan: skipped and refused modules are in it already."""
     report = Report(
         method=options.method, rank_rule=options.rank, threshold=options.threshold,
-        match=plan.rule, source=source.name, target=target.name,
+        match=plan.rule, source=source.name, target=target.name, strength=options.factor,
+        left_out=dict(adapter.left_out), kept_energy=dict(adapter.kept_energy),
     )  # fmt: skip
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
         for name, reason in reasons.items():
-            row = _copied(adapter, name, None, reason)
+            row = carried(adapter, name, None, reason)
             report.modules.append(replace(row, status=status, rank_out=0))
     return report
-
-
-def _copied(adapter: Adapter, name: str, target: str | None, reason: str) -> ModuleReport:
-    """The row of a module that goes over as it is."""
-    update = adapter.updates[name]
-    return ModuleReport(
-        source=name, target=target, status="mapped", reason=reason, shape=tuple(update.shape),
-        rank_in=update.rank, rank_out=update.rank, energy=update.norm().square().item(),
-    )  # fmt: skip
 
 
 def _as_target(
@@ -308,6 +212,7 @@ def _as_target(
     provenance = {
         "version": __version__,
         "method": options.method,
+        "strength": f"{options.factor:.4g}",
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
         "match": plan.rule,

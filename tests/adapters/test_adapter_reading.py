@@ -112,13 +112,8 @@ def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
 
 
 @pytest.mark.parametrize(("suffix", "what"), [
-    ("lora_mid.weight", "Tucker"), ("hada_w1_a", "LoHa"), ("hada_t1", "LoHa"),
-    ("lokr_w1", "LoKr"), ("lokr_w2_a", "LoKr"), ("dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"),
-    ("diff", "full difference"), ("diff_b", "full difference"), ("oft_blocks", "OFT"),
-    ("oft_diag", "OFT"), ("w_norm", "normalisation"), ("b_norm", "normalisation"),
-    ("on_input", "IA3"), ("a1.weight", "GLoRA"), ("lora_embedding_A", "embedding"),
-    ("lora_B.bias", "biases"), ("modules_to_save.weight", "modules_to_save"),
+    ("oft_diag", "OFT"), ("boft_R", "OFT"), ("on_input", "IA3"), ("set_weight", "whole weights"),
+    ("lora_embedding_A", "embedding"), ("modules_to_save.weight", "modules_to_save"),
     ("reshape_weight", "reshaped"),
 ])  # fmt: skip
 def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):
@@ -127,6 +122,26 @@ def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what
     assert f"{STEM}.{suffix}" in str(caught.value)
     assert what in str(caught.value)
     assert re.search(r"Merge it|without them", str(caught.value))
+
+
+@pytest.mark.parametrize(("key", "what"), [
+    (f"{STEM}.diff_b", "bias"), (f"{STEM}.lora_up.bias", "bias"), (f"{STEM}.w_norm", "norm"),
+    ("lora_unet_mid_block_attentions_0_norm.b_norm", "norm"),
+    ("lora_unet_mid_block_attentions_0_norm.diff", "norm"),
+    ("double_blocks.0.img_attn.norm.query_norm.scale", "norm"),
+    ("transformer.transformer_blocks.0.attn.norm_added_q.weight", "norm"),
+    ("bundle_emb.trigger.clip_l", "embedding"),
+])  # fmt: skip
+def test_what_is_no_update_of_a_matrix_is_left_out_by_name_and_with_the_reason(key, what):
+    adapter = adapters.read({**kohya(), key: torch.ones(3)})
+    assert list(adapter.updates) == ["mid_block.attentions.0.proj_in"]
+    assert list(adapter.left_out) == [key]
+    assert what in adapter.left_out[key]
+
+
+def test_a_file_with_nothing_but_left_out_tensors_is_refused():
+    with pytest.raises(UnsupportedFormat, match="holds no update"):
+        adapters.read({f"{STEM}.diff_b": torch.ones(3)})
 
 
 def test_a_bias_in_a_peft_folder_is_refused():
@@ -145,13 +160,11 @@ def test_unknown_keys_are_listed_five_at_most():
     assert "and 2 more" in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "hint"), [
-    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "FLUX"),
-    ("lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight", "OneTrainer"),
-])  # fmt: skip
-def test_families_that_are_not_read_yet_come_with_a_hint(key, hint):
-    with pytest.raises(UnsupportedFormat, match=hint):
-        adapters.read({key: torch.ones(4, 4)})
+def test_the_family_that_is_not_read_yet_comes_with_a_hint():
+    with pytest.raises(UnsupportedFormat, match="SD3"):
+        adapters.read(
+            {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(4, 4)}
+        )
 
 
 @pytest.mark.parametrize("missing", [UP, DOWN])

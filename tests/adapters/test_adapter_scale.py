@@ -46,16 +46,17 @@ def peft_config(options):
     return LoraConfig(r=4, target_modules=modules, init_lora_weights=False, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
 @pytest.mark.parametrize("alpha", [None, 4.0, 2.0, 0.0, -1.0])
-def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling):
+def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling, dtype):
     tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **CONV}.items()):
         stem = names.to_kohya(name, spelling=spelling, siblings=[*LINEAR, *CONV])
-        up, down = factors(shape, 4, seed)
+        up, down = factors(shape, 4, seed, dtype)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
     adapter = adapters.read(save(tmp_path / "lora.safetensors", tensors))
     assert (adapter.format, adapter.spelling) == ("kohya", spelling)
     assert adapter.kernels == {name: shape[2:] for name, shape in CONV.items()}
@@ -185,12 +186,10 @@ def test_patterns_pick_the_same_modules_as_in_peft(patterns):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    ({"use_dora": True}, "use_dora"),
     ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
     ({"bias": "lora_only"}, "biases"),
-    ({"lora_bias": True}, "lora_bias"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ({"peft_type": "LOHA"}, "'LOHA'"),
+    ({"peft_type": "BOFT"}, "'BOFT'"), ({"peft_type": ["LORA"]}, "PEFT method"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
     ({"rank_pattern": {"(": 4}}, "not a regular expression"),
     ({"rank_pattern": {"a": 0}}, "whole number"),

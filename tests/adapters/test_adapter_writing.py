@@ -304,7 +304,7 @@ def test_an_adapter_without_modules_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize(("shapes", "format", "message"), [
-    ({"transformer_blocks.0.attn.to_q": (6, 5)}, "kohya", "no name in the kohya format"),
+    ({"pos_embed.proj": (6, 5)}, "kohya", "no name in the kohya format"),
     ({"transformer_blocks.0.attn.to_q": (6, 5)}, "comfy", "no name in the comfy format"),
     ({"text_encoder_3.encoder.x": (6, 5)}, "kohya", "no name in the kohya format"),
     (ALL, "peft", "a PEFT folder holds one model"),

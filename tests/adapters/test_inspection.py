@@ -61,6 +61,15 @@ def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
     assert found.modules == {"unet": len(keymaps()["unets"][model])}
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_flux_checkpoint_of_its_authors_is_a_single_file_base(tmp_path, prefix):
+    shapes = {"double_blocks.0.img_attn.qkv": (6, 4), "single_blocks.0.linear1": (14, 4)}
+    weights = {f"{prefix}{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    found = inspect(save(tmp_path / "base.safetensors", weights))
+    assert (found.kind, found.format, found.family) == ("base", "single-file", "flux")
+    assert found.modules == {"transformer": 7}
+
+
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
 def test_every_format_is_told(tmp_path, format):
     adapter = adapter_of({**LINEAR, **CONV}, [4, 4, 2], spelling="sgm", dtype=torch.bfloat16)
@@ -88,26 +97,67 @@ def test_alphas_are_counted_with_those_that_are_missing(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "algorithm"), [
-    ("lora_mid.weight", "tucker"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"),
-    ("dora_scale", "dora"), ("diff", "full"), ("oft_blocks", "oft"), ("w_norm", "norm"),
+    ("oft_diag", "oft"), ("on_input", "ia3"), ("modules_to_save.weight", "modules_to_save"),
 ])  # fmt: skip
 def test_types_that_are_not_supported_are_described_with_the_reason(tmp_path, suffix, algorithm):
-    path = kohya_file(tmp_path / "lora", alpha=2.0)
-    tensors = {key: torch.ones(1) for key in [f"{STEM}.{suffix}"]}
-    if algorithm in ("tucker", "dora"):
-        tensors |= load_file(path)
-    found = inspect(save(path, tensors))
+    found = inspect(save(tmp_path / "lora", {f"{STEM}.{suffix}": torch.ones(1)}))
     assert (found.kind, found.algorithm, found.supported) == ("lora", algorithm, False)
     assert f"{STEM}.{suffix}" in found.reason
     assert found.modules == {"unet": 1}
 
 
-def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
+LYCORIS = {
+    "tucker": {"lora_up.weight": (6, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3),
+               "lora_down.weight": (2, 5, 1, 1)},
+    "loha": {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)},
+    "lokr": {"lokr_w1": (2, 5), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 1)},
+    "full": {"diff": (6, 5)},
+    "lora+dora": {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)},
+    "glora": {"a1.weight": (5, 2), "a2.weight": (2, 5), "b1.weight": (6, 2), "b2.weight": (2, 5)},
+    "oft": {"oft_blocks": (3, 2, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", LYCORIS)
+def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, algorithm):
+    tensors = {f"{STEM}.{role}": torch.ones(shape) for role, shape in LYCORIS[algorithm].items()}
+    tensors[f"{STEM}.alpha"] = torch.tensor(1.0)
+    found = inspect(save(tmp_path / "lora", tensors))
+    assert (found.kind, found.algorithm, found.supported) == ("lora", algorithm, True)
+    assert found.algorithms == {algorithm: 1}
+    assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
+    assert found.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
+    assert found.scales == {"unet": {"1" if algorithm in ("full", "oft") else "0.5": 1}}
+
+
+def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
     key = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
+    tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(9, 2)}
+    found = inspect(save(tmp_path / "lora", tensors))
+    assert (found.kind, found.supported, found.family) == ("lora", True, "flux")
+    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 3})
+    assert set(found.types) == {"attn.to_q", "attn.to_k", "attn.to_v"}
+
+
+def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
+    key = "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_{}.weight"
     tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(8, 2)}
-    found = inspect(save(tmp_path / "lora", tensors, {"ss_base_model_version": "flux1"}))
-    assert (found.kind, found.supported, found.family) == ("lora", False, "flux")
+    found = inspect(save(tmp_path / "lora", tensors, {"ss_base_model_version": "sd3m"}))
+    assert (found.kind, found.supported, found.family) == ("lora", False, "sd3")
     assert (found.ranks, found.modules) == ({2: 1}, {"not understood": 1})
+
+
+def test_scales_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
+    adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
+    adapters.write(adapter, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora")
+    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
+    tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
+    tensors["lora_unet_mid_block_attentions_0_norm.b_norm"] = torch.ones(3)
+    found = inspect(save(tmp_path / "lora", tensors, {"ss_new_sd_model_hash": "abc"}))
+    assert found.scales == {"unet": {"1": len(LINEAR)}, "text_encoder": {"0.25": 1}}
+    assert sum(found.left_out.values()) == 2
+    assert found.base_hash == "abc"
 
 
 def test_trigger_words_come_by_frequency(tmp_path):

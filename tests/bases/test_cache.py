@@ -127,10 +127,10 @@ def test_a_transfer_with_a_warm_cache_writes_the_same_lora_without_an_svd(tmp_pa
     outs = [
         tmp_path / name for name in ("plain.safetensors", "cold.safetensors", "warm.safetensors")
     ]
-    prolora.transfer_file(lora, source, target, outs[0])
-    prolora.transfer_file(lora, source, target, outs[1], cache=tmp_path / "cache")
+    prolora.transfer_file(lora, source, target, outs[0], method="prolora")
+    prolora.transfer_file(lora, source, target, outs[1], cache=tmp_path / "cache", method="prolora")
     no_svd(monkeypatch)
-    prolora.transfer_file(lora, source, target, outs[2], cache=tmp_path / "cache")
+    prolora.transfer_file(lora, source, target, outs[2], cache=tmp_path / "cache", method="prolora")
     plain, cold, warm = (prolora.adapters.read(out) for out in outs)
     for name, update in plain.updates.items():
         for other in (cold, warm):

@@ -13,7 +13,17 @@ ATTENTION = {
     "bk-sdm-base": 80,
     "bk-sdm-small": 72,
     "bk-sdm-tiny": 72,
+    "flux1-dev": 266,
+    "flux1-schnell": 266,
+    "sd3-medium": 191,
+    "sd3.5-medium": 243,
+    "pixart-alpha": 224,
+    "pixart-sigma": 224,
 }
+FEED_FORWARD = {"flux1-dev": 152, "flux1-schnell": 152, "sd3-medium": 94, "sd3.5-medium": 94,
+                "pixart-alpha": 56, "pixart-sigma": 56}  # fmt: skip
+# Layouts that another one shares all its blocks with.
+TWINS = ("flux1-dev", "flux1-schnell", "pixart-alpha", "pixart-sigma")
 # (source, target, variant): over all attention of the target, (mapped, of the same shape).
 PAIRS = {
     ("sdxl", "ssd-1b", ""): (272, 272),
@@ -27,14 +37,19 @@ PAIRS = {
     ("sd15", "sdxl", ""): (88, 66),
     ("sd15", "sdxl", "every depth from block 0"): (560, 420),
     ("sdxl", "sd15", ""): (88, 66),
+    ("flux1-dev", "flux1-schnell", ""): (266, 266),
+    ("sd3-medium", "sd3.5-medium", ""): (191, 191),
+    ("pixart-alpha", "pixart-sigma", ""): (224, 224),
 }
 
 
 def test_every_layout_has_the_published_number_of_attention_modules() -> None:
-    """And a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
+    """In a UNet a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
     assert {id_: len(layout.load(id_).attention) for id_ in layout.known()} == ATTENTION
     for id_ in layout.known():
-        assert len(layout.load(id_).adapted) == ATTENTION[id_] * 5 // 4
+        feed_forward = FEED_FORWARD.get(id_, ATTENTION[id_] // 4)
+        assert len(layout.load(id_).adapted) == ATTENTION[id_] + feed_forward
+        assert layout.load(id_).text_encoders
         assert layout.load(id_).id == id_ and layout.load(id_).title
 
 
@@ -51,12 +66,16 @@ def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) 
     known = layout.load(id_)
     shapes = dict(known.shapes)
     assert layout.identify(shapes) == id_
-    assert layout.identify({n: shapes[n] for n in known.attention}) == id_
-    assert layout.identify({n: shapes[n] for n in known.adapted}) == id_
+    alone = None if id_ in TWINS else id_
+    assert layout.identify({n: shapes[n] for n in known.attention}) == alone
+    assert layout.identify({n: shapes[n] for n in known.adapted}) == alone
     conv = {n: (*s, 1, 1) if len(s) == 2 else s for n, s in shapes.items()}
     linear = {n: s[:2] if s[2:] == (1, 1) else s for n, s in shapes.items()}
     assert layout.identify(conv) == layout.identify(linear) == id_
-    inpainting = {**shapes, "conv_in": (320, 9, 3, 3), "control.zero": (5, 5)}
+    first = "conv_in" if "conv_in" in shapes else "pos_embed.proj"
+    inpainting = {**shapes, first: (320, 9, 3, 3), "control.zero": (5, 5)}
+    if first not in shapes:
+        del inpainting[first]
     assert layout.identify(inpainting) == id_
 
 
@@ -71,6 +90,8 @@ def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_: 
         assert layout.identify(shapes) is None
         assert layout.identify({**known.shapes, name: (7, 7)}) is None
     extra = "down_blocks.1.attentions.0.transformer_blocks.99.attn1.to_q"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.to_q"
+    assert layout.identify({**known.shapes, text: (640, 640)}) == id_
     assert layout.identify({**known.shapes, extra: (640, 640)}) is None
     assert layout.identify({}) is None
 
@@ -116,6 +137,18 @@ def test_renumbered_blocks_find_their_origin(
     """Equal names would be wrong in every first case."""
     rule = layout.correspondence(source, target)
     assert rule is not None and rule.source_of(module) == origin
+
+
+def test_twins_are_told_apart_by_what_lies_outside_their_blocks() -> None:
+    """A relative of FLUX with the same blocks and another embedding of time is not FLUX."""
+    dev = layout.load("flux1-dev").shapes
+    embedders = [name for name in dev if "guidance_embedder" in name]
+    assert len(embedders) == 2
+    schnell = {name: shape for name, shape in dev.items() if name not in embedders}
+    assert layout.identify(schnell) == "flux1-schnell"
+    assert layout.identify({**schnell, embedders[0]: dev[embedders[0]]}) is None
+    chroma = {name: shape for name, shape in schnell.items() if "time_text_embed" not in name}
+    assert layout.identify(chroma) is None
 
 
 def test_the_cosine_variant_moves_the_last_block_only() -> None:

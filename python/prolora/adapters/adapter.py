@@ -15,14 +15,21 @@ class Adapter:
 
     Attributes:
         updates: canonical module name -> update, in file order. Names are diffusers' without
-            `.weight`; modules of text encoders start with `text_encoder.` or `text_encoder_2.`.
-            Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
+            `.weight`; modules of text encoders start with `text_encoder.`, `text_encoder_2.` or
+            `text_encoder_3.`. Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
         kernels: (kh, kw) of the modules that are convolutions, 1×1 ones included; linear modules
             have no entry.
         format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
-        spelling: how a kohya file spells its modules: "diffusers" or "sgm".
+        spelling: how a kohya file spells its modules: "diffusers", or "sgm" for the names of the
+            original checkpoints (SGM's UNets, FLUX).
         dtype: the storage dtype of the factors in the file.
         metadata: the file's own header metadata, untouched.
+        algorithms: module -> kind of update in the file ("lora", "locon", "tucker", "loha", "lokr",
+            "full", "glora", "oft"; "+dora" behind it for rescaled ones); "lora" has no entry.
+        kept_energy: module -> share of ‖ΔW‖² that `updates` holds, for those whose rank was too
+            high to be kept exactly (see `truncation`); all others are exact and have no entry.
+        left_out: tensor or module of the file that is no part of `updates` -> the reason. Nothing
+            else of a file is ever left out.
     """
 
     updates: dict[str, LowRank]
@@ -31,8 +38,15 @@ class Adapter:
     spelling: str = "diffusers"
     dtype: torch.dtype = torch.float32
     metadata: dict[str, str] = field(default_factory=dict)
+    algorithms: dict[str, str] = field(default_factory=dict)
+    kept_energy: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
-        """The same adapter with other updates; kernels of absent modules are dropped."""
+        """The same adapter with other updates; what is known of absent modules is dropped."""
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}
-        return replace(self, updates=updates, kernels=kernels)
+        algorithms = {name: kind for name, kind in self.algorithms.items() if name in updates}
+        kept = {name: share for name, share in self.kept_energy.items() if name in updates}
+        return replace(
+            self, updates=updates, kernels=kernels, algorithms=algorithms, kept_energy=kept
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from . import names
+from . import flux, names
 from .adapter import Adapter
+from .family import guess_family
 from .scaling import Patterns
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
@@ -37,24 +40,75 @@ def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tenso
         OutputError: a factor is too small for `dtype` to hold.
     """
     tensors: dict[str, Tensor] = {}
-    alpha = common_rank(adapter)
-    for name, path in paths(adapter, format).items():
-        update = adapter.updates[name]
-        has_alpha = format in ("kohya", "comfy")
+    has_alpha = format in ("kohya", "comfy")
+    groups = _groups(adapter, format)
+    alpha = common_rank(group.rank for group in groups)
+    for group in groups:
+        name, update = group.modules[0], group.update()
         if has_alpha and update.rank != alpha:
             update = LowRank(update.up.double() * (update.rank / alpha), update.down)
         up, down = _shaped(name, _cast(name, update, dtype), adapter.kernels.get(name))
         if has_alpha:
-            tensors[f"{path}.lora_up.weight"] = up
-            tensors[f"{path}.lora_down.weight"] = down
-            tensors[f"{path}.alpha"] = _alpha(alpha, dtype)
+            tensors[f"{group.path}.lora_up.weight"] = up
+            tensors[f"{group.path}.lora_down.weight"] = down
+            tensors[f"{group.path}.alpha"] = _alpha(alpha, dtype)
         else:
-            tensors[f"{path}.lora_B.weight"] = up
-            tensors[f"{path}.lora_A.weight"] = down
+            tensors[f"{group.path}.lora_B.weight"] = up
+            tensors[f"{group.path}.lora_A.weight"] = down
     return tensors
 
 
-def common_rank(adapter: Adapter) -> int:
+@dataclass(frozen=True)
+class _Group:
+    """The modules that share one pair of factors in a file: one, but for FLUX's fused weights.
+
+    Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
+    """
+
+    path: str
+    parts: dict[str, LowRank]
+    matrix: flux.Matrix | None
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.parts)
+
+    @property
+    def rank(self) -> int:
+        first = self.parts[self.modules[0]]
+        return flux.fused_rank(self.matrix, self.parts) if self.matrix else first.rank
+
+    def update(self) -> LowRank:
+        first = self.parts[self.modules[0]]
+        return flux.fuse(self.matrix, self.parts) if self.matrix else first
+
+
+def _groups(adapter: Adapter, format: str) -> list[_Group]:
+    """What a file of that format consists of."""
+    members: dict[str, list[str]] = {}
+    for name, path in paths(adapter, format).items():
+        members.setdefault(path, []).append(name)
+    fused = format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
+    return [
+        _Group(
+            path,
+            {name: adapter.updates[name] for name in modules},
+            flux.matrix_of(modules[0]) if fused else None,
+        )
+        for path, modules in members.items()
+    ]
+
+
+def ranks(adapter: Adapter, format: str) -> set[int]:
+    """All ranks there will be in a file of that format; a fused weight has the sum of its parts'.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module.
+    """
+    return {group.rank for group in _groups(adapter, format)}
+
+
+def common_rank(ranks: Iterable[int]) -> int:
     """The rank most modules have: the one alpha of a file that has alphas.
 
     Alpha is the rank wherever all ranks are equal. Where they differ, one alpha for all modules is
@@ -62,23 +116,27 @@ def common_rank(adapter: Adapter) -> int:
     modules in kohya's spelling and takes the most common one for them, so alpha = rank per module
     would be read at the wrong scale.
     """
-    counts = Counter(update.rank for update in adapter.updates.values())
+    counts = Counter(ranks)
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
 def paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Canonical name -> module path in the keys of `format`.
+    """Canonical name -> module path in the keys of `format`; parts of a fused weight share one.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
     modules = list(adapter.updates)
     spelling = _kohya_spelling(adapter)
-    sdxl = spelling == "sgm" or _has_two_text_encoders(adapter)
+    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
+    sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
     found: dict[str, str] = {}
+    original = _is_flux(adapter)
     for name in modules:
-        if format == "kohya":
+        if format == "comfy" and names.place(name) == "transformer" and not original:
+            path = None
+        elif format == "kohya":
             path = names.to_kohya(name, spelling=spelling, siblings=modules, sdxl=sdxl)
         elif format == "comfy":
             path = names.to_comfy(name, siblings=modules, clip=clip)
@@ -107,19 +165,32 @@ def _check_one_component(modules: list[str]) -> None:
 
 
 def _kohya_spelling(adapter: Adapter) -> str:
-    """The adapter's spelling, but diffusers' for UNets of four blocks (SD1.x, SD2.x).
+    """The adapter's spelling, with two exceptions.
 
-    kohya itself trains those under diffusers names, and diffusers crashes on their two-digit SGM
-    blocks.
+    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
+    and diffusers crashes on their two-digit SGM blocks. FLUX gets the names of its authors, which
+    are kohya's, unless the file came from OneTrainer, which has a kohya format with diffusers'.
     """
-    four_blocks = any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in adapter.updates)
-    return "diffusers" if four_blocks else adapter.spelling
+    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in adapter.updates):
+        return "diffusers"
+    if any(names.place(name) == "transformer" for name in adapter.updates):
+        from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
+        return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
+    return adapter.spelling
 
 
-def _has_two_text_encoders(adapter: Adapter) -> bool:
-    """Whether the model is of the SDXL family, whose text encoders kohya numbers."""
+def _is_flux(adapter: Adapter) -> bool:
+    """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
+    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
+    is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
+    transformer = (name for name in inputs if names.place(name) == "transformer")
+    return is_flux and all(flux.matrix_of(name) for name in transformer)
+
+
+def _has_several_text_encoders(adapter: Adapter) -> bool:
+    """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
     return any(
-        names.place(name) == "text_encoder_2"
+        names.place(name) in ("text_encoder_2", "text_encoder_3", "transformer")
         or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
         for name, update in adapter.updates.items()
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from . import names
+from . import flux, names
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
+_FLUX_WIDTH = 3072
+_FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
 _BY_VERSION = (
     ("sdxl", "sdxl"),
     ("sd_v1", "sd15"),
@@ -24,7 +26,8 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
     Names and widths decide; what the metadata claims counts only where they say nothing.
 
     Args:
-        inputs: canonical module name -> size of its input, 0 if unknown.
+        inputs: canonical module name -> size of its input, 0 if unknown; a FLUX weight may go by
+            its original name too.
         metadata: header metadata of the file.
     """
     version = metadata.get("ss_base_model_version", "").lower()
@@ -32,7 +35,7 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
     unet = [name for name in inputs if names.place(name) == "unet"]
     if not unet:
         transformer = [name for name in inputs if names.place(name) == "transformer"]
-        return _transformer_family(transformer) or claimed
+        return _transformer_family(transformer, inputs) or claimed
     widths = (inputs[name] for name in unet if name.endswith(_CONTEXT))
     context = next((width for width in widths if width), None)
     guess = _unet_family(unet, context)
@@ -68,11 +71,12 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
     return attentions == {"0"} and not any(n.startswith("mid_block.attentions.") for n in unet)
 
 
-def _transformer_family(modules: list[str]) -> str | None:
-    if any(name.startswith("single_transformer_blocks.") for name in modules):
+def _transformer_family(modules: list[str], inputs: Mapping[str, int]) -> str | None:
+    if any(name.split(".")[0] in _FLUX_ROOTS for name in modules):
         return "flux"
-    if any(".attn.add_" in name or ".ff_context." in name for name in modules):
-        return "sd3"
+    if any(".attn." in name or ".ff_context." in name for name in modules):
+        # Double blocks have the same names in both; no SD3 is as wide as FLUX.
+        return "flux" if any(inputs[name] == _FLUX_WIDTH for name in modules) else "sd3"
     if any(".attn1." in name or ".attn2." in name for name in modules):
         return "pixart"
     return None

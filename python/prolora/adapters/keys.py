@@ -1,16 +1,13 @@
-"""Tensor keys of LoRA files: which module, which role, or which kind of adapter it gives away."""
+"""Tensor keys of LoRA files: which module and role, what is left out, and what is refused."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from . import names
 
-Role = Literal["down", "up", "alpha"]
-
-_DOWN_UP: dict[str, Role] = {
+_DOWN_UP = {
     "lora_A": "down",
     "lora_B": "up",
     "lora_down": "down",
@@ -21,24 +18,50 @@ _DOWN_UP: dict[str, Role] = {
 # Either path.lora_A.weight, or path.lora.down.weight, or path.to_q_lora.down.weight.
 _FACTOR = re.compile(
     r"(?P<path>.+?)"
-    r"(?:\.(?P<short>lora_A|lora_B|lora_down|lora_up)(?:\.default)?"
+    r"(?:\.(?P<short>lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?P<weight>\.weight)?"
     r"|(?:\.lora|\.lora_linear_layer|(?P<processor>(?<=\.to_[qkv])_lora|(?<=\.to_out)_lora))"
-    r"\.(?P<long>down|up))"
-    r"\.weight"
+    r"\.(?P<long>down|up)\.weight)"
+)
+_XLABS = re.compile(
+    r"(?P<path>(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)"
+    r"\.(?P<role>down|up)\.weight"
+)
+# Every other tensor that makes up an update. The role is the suffix, but for the two names that
+# DoRA's magnitudes have: PEFT's go with the output axis always, the others with either.
+_PART = re.compile(
+    r"(?P<path>.+?)\.(?:"
+    r"(?P<lora_mid>lora_mid)\.weight"
+    r"|(?P<plain>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff|oft_blocks|rescale"
+    r"|dora_scale|alpha)"
+    r"|(?P<glora>a1|a2|b1|b2|bm)\.weight"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r")"
 )
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key that is understood: a factor or an alpha of one module."""
+    """A key that is understood: one tensor of one module's update.
+
+    Attributes:
+        module: whose.
+        role: "down", "up", "mid", "alpha", "dora_scale", "magnitude" or LyCORIS' own suffix.
+    """
 
     module: names.Named
-    role: Role
+    role: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A key of something prolora does not move, and that is no reason to refuse the rest."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A key of an adapter type that is not a plain LoRA.
+    """A key of an adapter type that is not read.
 
     Attributes:
         algorithm: short name of the adapter type.
@@ -49,33 +72,35 @@ class Refusal:
     path: str
 
 
+_BIAS = "a trained bias: only weight matrices are moved"
+_NORM = "a trained normalisation layer: only weight matrices are moved"
+# The first match decides.
+_LEFT_OUT = [
+    (re.compile(r"\.diff_b$"), _BIAS),
+    (re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.bias$"), _BIAS),
+    (re.compile(r"\.(w_norm|b_norm)$"), _NORM),
+    (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _NORM),
+    (re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$"), _NORM),
+    (re.compile(r"^bundle_emb\."), "an embedding packed with the LoRA: not part of it"),
+]
+
 # The first match decides. Suffixes as LyCORIS, PEFT and ComfyUI write them.
 _REFUSED = [
-    (re.compile(r"\.lora_mid\b"), "tucker"),
-    (re.compile(r"\.hada_"), "loha"),
-    (re.compile(r"\.lokr_"), "lokr"),
-    (re.compile(r"\.(dora_scale|lora_magnitude_vector)\b"), "dora"),
-    (re.compile(r"\.(oft_|boft_)|\.oft\b"), "oft"),
-    (re.compile(r"\.(w_norm|b_norm)$"), "norm"),
-    (re.compile(r"\.(diff|diff_b|set_weight)$"), "full"),
-    (re.compile(r"\.(a1|a2|b1|b2|bm)\.weight$"), "glora"),
+    (re.compile(r"\.(oft_diag|oft_R|boft_\w+)\b|\.oft\b"), "oft"),
+    (re.compile(r"\.set_weight$"), "set"),
+    (re.compile(r"\.lokr_t1$"), "lokr_t1"),
     (re.compile(r"\.on_input$"), "ia3"),
     (re.compile(r"\.lora_embedding_[AB]\b"), "embedding"),
-    (re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.bias$"), "bias"),
     (re.compile(r"\.modules_to_save\."), "modules_to_save"),
     (re.compile(r"\.(lora_edit|reshape_weight)\b"), "reshaped"),
     (re.compile(r"(?<=^base_model\.model\.).+\.bias$"), "bias"),
 ]
 
 REASONS = {
-    "tucker": "a Tucker (CP) decomposed LoCon",
-    "loha": "a LoHa (Hadamard product)",
-    "lokr": "a LoKr (Kronecker product)",
-    "dora": "a DoRA, whose update depends on the weights of its base model",
-    "oft": "an OFT adapter, which multiplies the base weights",
-    "norm": "trained normalisation layers",
-    "full": "a full difference of weights, not a LoRA",
-    "glora": "a GLoRA",
+    "oft": "an OFT adapter of a kind other than LyCORIS' diag-OFT",
+    "boft": "a BOFT (butterfly) adapter",
+    "set": "whole weights that replace the base model's, not an update of them",
+    "lokr_t1": "a LoKr whose first factor is Tucker decomposed, which no tool writes",
     "ia3": "an IA3 adapter, which scales activations",
     "embedding": "a LoRA on an embedding table",
     "bias": "trained biases",
@@ -89,29 +114,36 @@ _EXTRACT = (
 )
 _LEAVE_OUT = "Train or save the adapter without them"
 REMEDIES = {
-    algorithm: _LEAVE_OUT if algorithm in ("norm", "bias", "modules_to_save") else _EXTRACT
+    algorithm: _LEAVE_OUT if algorithm in ("bias", "modules_to_save") else _EXTRACT
     for algorithm in REASONS
 }
 
 
-def parse(key: str) -> Key | Refusal | None:
+def parse(key: str) -> Key | LeftOut | Refusal | None:
     """What a key says; None if it is not understood."""
     for pattern, algorithm in _REFUSED:
         if match := pattern.search(key):
             return Refusal(algorithm, key[: match.start()])
-    factor = split_factor(key)
-    if factor is not None:
-        path, role = factor
-    elif key.endswith(".alpha"):
-        path, role = key.removesuffix(".alpha"), "alpha"
-    else:
-        return None
-    module = names.parse(path)
-    return Key(module, role) if module else None
+    for pattern, reason in _LEFT_OUT:
+        if pattern.search(key):
+            return LeftOut(reason)
+    found = split_role(key)
+    module = names.parse(found[0]) if found else None
+    return Key(module, found[1]) if found and module else None
 
 
-def split_factor(key: str) -> tuple[str, Role] | None:
-    """(module path, role) of a key that ends like a factor of a LoRA, of whatever module."""
+def split_role(key: str) -> tuple[str, str] | None:
+    """(module path, role) of a key that ends like a tensor of an update, of whatever module."""
+    if match := _PART.fullmatch(key):
+        role = match["plain"] or match["glora"]
+        return match["path"], role or ("mid" if match["lora_mid"] else "magnitude")
+    return split_factor(key)
+
+
+def split_factor(key: str) -> tuple[str, str] | None:
+    """(module path, "down" or "up") of a key that ends like a factor of a LoRA."""
+    if match := _XLABS.fullmatch(key):
+        return match["path"], match["role"]
     match = _FACTOR.fullmatch(key)
     return (match["path"], _DOWN_UP[match["short"] or match["long"]]) if match else None
 
@@ -129,6 +161,6 @@ _BASE_ROOTS = (
 
 def is_base_weight(key: str) -> bool:
     """Whether the key is a plain weight of a base model."""
-    if not key.endswith((".weight", ".bias")) or split_factor(key):
+    if not key.endswith((".weight", ".bias")) or split_role(key):
         return False
     return key.startswith(_BASE_ROOTS) or names.parse(key.rsplit(".", 1)[0]) is not None

@@ -2,84 +2,122 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, field
 
 from ..errors import ShapeMismatch, UnsupportedFormat
-from . import keys
+from . import algorithms, flux, keys, names
+from .algorithms import Form
+from .family import guess_family
 from .names import Named
 from .scaling import METADATA_KEY, PeftScaling, from_config, from_metadata
 from .source import Source
 
+_CONVOLUTION = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+
 
 @dataclass
 class Slot:
-    """The tensors of one module.
+    """The tensors of one module, or of one weight that several modules are rows of.
 
     Attributes:
         module: what the keys' common path means.
         keys: role -> key in the file.
-        rank: the inner dimension, known once the shapes are checked.
-        kernel: (kh, kw) if the module is a convolution.
+        form: kind, shape and rank, known once the shapes are checked.
         peft: the configuration that gives the scale, if there is one.
     """
 
     module: Named
-    keys: dict[keys.Role, str] = field(default_factory=dict)
-    rank: int = 0
-    kernel: tuple[int, int] | None = None
+    keys: dict[str, str] = field(default_factory=dict)
+    form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
     peft: PeftScaling | None = None
 
+    @property
+    def kind(self) -> str:
+        """The algorithm, with "+dora" if the result is rescaled."""
+        dora = {"dora_scale", "magnitude"} & self.keys.keys()
+        return self.form.algorithm + ("+dora" if dora else "")
 
-def lay_out(source: Source) -> dict[str, Slot]:
-    """The modules of a plain LoRA, by canonical name, in file order; no factor is read.
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
+        if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
+            is_3x3 = _CONVOLUTION.search(self.module.name) and self.form.inputs % 9 == 0
+            return (3, 3) if is_3x3 else None
+        return self.form.kernel
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter file by its header.
+
+    Attributes:
+        slots: one for each update.
+        left_out: tensors of no update -> the reason.
+    """
+
+    slots: list[Slot]
+    left_out: dict[str, str]
+
+
+def lay_out(source: Source) -> Contents:
+    """The updates of an adapter in file order; no tensor is read.
 
     Raises:
-        UnsupportedFormat: not a plain LoRA, or a key that is not understood.
-        ShapeMismatch: factors that do not multiply.
+        UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
+        ShapeMismatch: tensors that do not go together.
     """
-    slots = _group(source)
-    scalings = _scalings(source, {slot.module.prefix for slot in slots.values()})
-    for name, slot in slots.items():
-        for role in ("up", "down"):
-            if role not in slot.keys:
-                present = next(iter(slot.keys.values()))
-                raise UnsupportedFormat(
-                    f"{source.where}: {present} has no partner: the {role} factor of {name} is "
-                    "missing, so the file is incomplete; download or save it again"
-                )
+    contents = _group(source)
+    slots = _settle_t5(contents.slots)
+    scalings = _scalings(source, {slot.module.prefix for slot in slots})
+    for slot in slots:
+        _check_complete(slot, source)
         _check_shapes(slot, source)
         slot.peft = scalings.get(slot.module.prefix)
         _check_config(slot, source)
-    return slots
+    _check_parts(slots, source)
+    return Contents(slots, contents.left_out)
 
 
-def _group(source: Source) -> dict[str, Slot]:
+def _group(source: Source) -> Contents:
     """The understood keys by module; every other key is a reason to refuse the whole file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
     slots: dict[str, Slot] = {}
+    left_out: dict[str, str] = {}
     unknown = []
-    for key in source.headers:
+    for key, header in source.headers.items():
         parsed = keys.parse(key)
         if isinstance(parsed, keys.Refusal):
-            raise UnsupportedFormat(
-                f"{source.where}: {key} makes this {keys.REASONS[parsed.algorithm]}; only plain "
-                f"LoRA and LoCon are read. {keys.REMEDIES[parsed.algorithm]}"
-            )
-        if parsed is None:
+            raise UnsupportedFormat(refusal(source, key, parsed.algorithm))
+        if isinstance(parsed, keys.LeftOut):
+            left_out[key] = parsed.reason
+        elif parsed is None:
             unknown.append(key)
-            continue
-        slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
-        if parsed.role in slot.keys:
-            raise UnsupportedFormat(
-                f"{source.where}: {slot.keys[parsed.role]} and {key} are the same factor of "
-                f"{parsed.module.name}; remove one of the two"
-            )
-        slot.keys[parsed.role] = key
+        elif parsed.role == "diff" and len(header.shape) == 1:
+            left_out[key] = "a trained bias or normalisation layer: only weight matrices are moved"
+        else:
+            slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
+            if parsed.role in slot.keys:
+                raise UnsupportedFormat(
+                    f"{source.where}: {slot.keys[parsed.role]} and {key} are the same factor of "
+                    f"{parsed.module.name}; remove one of the two"
+                )
+            slot.keys[parsed.role] = key
     if unknown:
         _refuse_unknown(unknown, source)
-    return slots
+    if not slots:
+        key, reason = next(iter(left_out.items()))
+        raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
+    return Contents(list(slots.values()), left_out)
+
+
+def refusal(source: Source, key: str, algorithm: str) -> str:
+    """What to tell the user about an adapter type that is not read."""
+    return (
+        f"{source.where}: {key} makes this {keys.REASONS[algorithm]}, which prolora does not read. "
+        f"{keys.REMEDIES[algorithm]}"
+    )
 
 
 def _refuse_unknown(unknown: list[str], source: Source) -> None:
@@ -95,16 +133,35 @@ def _refuse_unknown(unknown: list[str], source: Source) -> None:
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     hint = "They belong to no module that prolora knows"
-    if any(word in first for word in ("double_blocks", "single_blocks", "joint_blocks")):
+    if "joint_blocks" in first:
         hint = (
-            "LoRAs on fused FLUX or SD3 weights are not read yet: convert it to diffusers' keys "
-            "(transformer.….lora_A.weight), with diffusers or kohya's convert_flux_lora.py"
+            "LoRAs in the spelling of SD3's authors are not read: convert it to diffusers' keys "
+            "(transformer.….lora_A.weight)"
         )
-    elif first.startswith("lora_transformer_"):
-        hint = "Save it from OneTrainer in its diffusers format"
     raise UnsupportedFormat(
         f"{source.where}: {len(unknown)} keys are not understood: {listed}{more}. {hint}"
     )
+
+
+def _settle_t5(slots: list[Slot]) -> list[Slot]:
+    """Gives kohya's and ComfyUI's T5, numbered third by both, the place diffusers has it in.
+
+    FLUX has two text encoders and T5 is the second; SD3 has three.
+    """
+    modules = [name for slot in slots for name in slot.module.modules]
+    originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
+    has_second_clip = any(
+        names.place(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
+    )
+    inputs = dict.fromkeys([*modules, *originals], 0)
+    if has_second_clip or guess_family(inputs, {}) == "sd3":
+        return slots
+    for slot in slots:
+        module = slot.module
+        if module.format != "diffusers" and module.name.startswith("text_encoder_3."):
+            name = f"text_encoder_2.{module.local}"
+            slot.module = module._replace(name=name, prefix="text_encoder_2.")
+    return slots
 
 
 def _scalings(source: Source, prefixes: set[str]) -> dict[str, PeftScaling]:
@@ -115,42 +172,98 @@ def _scalings(source: Source, prefixes: set[str]) -> dict[str, PeftScaling]:
     return from_metadata(source.metadata, prefixes, source.where)
 
 
+def _check_complete(slot: Slot, source: Source) -> None:
+    """Every tensor of the update must be there, and none of another kind."""
+    present = next(iter(slot.keys.values()))
+    role = algorithms.missing(slot.keys.keys())
+    if role is not None:
+        what = f"the {role} factor of {slot.module.name}"
+        raise UnsupportedFormat(
+            f"{source.where}: {present} has no partner: {what} is missing, so the file is "
+            "incomplete; download or save it again"
+        )
+    role = algorithms.surplus(slot.keys.keys())
+    if role is not None:
+        raise UnsupportedFormat(
+            f"{source.where}: {slot.keys[role]} does not go with {present}: one update of "
+            f"{slot.module.name} in two kinds; remove one of them"
+        )
+
+
 def _check_shapes(slot: Slot, source: Source) -> None:
-    """Sets rank and kernel, or says which factors do not fit."""
-    down_key, up_key = slot.keys["down"], slot.keys["up"]
-    down, up = source.headers[down_key], source.headers[up_key]
-    for key, header in ((down_key, down), (up_key, up)):
-        if not header.dtype.is_floating_point:
+    """Finds the form of the update, or says which tensors do not fit."""
+    headers = {role: source.headers[key] for role, key in slot.keys.items()}
+    for role, header in headers.items():
+        if role != "alpha" and not header.dtype.is_floating_point:
             raise UnsupportedFormat(
-                f"{source.where}: {key} is stored as {header.dtype}, not as floating point"
+                f"{source.where}: {slot.keys[role]} is stored as {header.dtype}, not as floating "
+                "point"
             )
-    fits = (
-        len(down.shape) in (2, 4) and len(up.shape) in (2, 4) and len(up.shape) <= len(down.shape)
-    )
-    fits = fits and up.shape[1] == down.shape[0] and math.prod(up.shape[2:]) == 1
-    if not fits or 0 in (*down.shape, *up.shape):
+    if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
+        raise UnsupportedFormat(refusal(source, slot.keys["oft_blocks"], "boft"))
+    alpha = headers.get("alpha")
+    if alpha and alpha.shape not in ((), (1,), (1, 1)):
         raise ShapeMismatch(
-            f"{source.where}: {up_key} {list(up.shape)} and {down_key} {list(down.shape)} do not "
-            "multiply: they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and "
-            "[rank, in, kh, kw]"
+            f"{source.where}: {slot.keys['alpha']} {list(alpha.shape)} is not one number"
         )
-    slot.rank = down.shape[0]
-    slot.kernel = (down.shape[2], down.shape[3]) if len(down.shape) == 4 else None
-    alpha = slot.keys.get("alpha")
-    if alpha and math.prod(source.headers[alpha].shape) != 1:
-        raise ShapeMismatch(
-            f"{source.where}: {alpha} {list(source.headers[alpha].shape)} is not one number"
+    form = algorithms.form({role: header.shape for role, header in headers.items()})
+    if form is None:
+        listed = " and ".join(
+            f"{slot.keys[role]} {list(header.shape)}"
+            for role, header in sorted(headers.items(), key=lambda item: item[0] != "up")
+            if role != "alpha"
         )
+        raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_wanted(slot)}")
+    slot.form = form
+    if slot.module.matrix:
+        flux.rows(slot.module.matrix, form.out, f"{source.where}: {next(iter(slot.keys.values()))}")
+
+
+def _wanted(slot: Slot) -> str:
+    """The shapes there should be."""
+    family = algorithms.family_of(slot.keys.keys())
+    if family == "lora" and "mid" not in slot.keys:
+        return (
+            "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
+        )
+    return f"they are not the shapes of a {algorithms.NAMES[family]}"
 
 
 def _check_config(slot: Slot, source: Source) -> None:
-    """A configuration for other ranks describes another file."""
+    """A configuration for other ranks or another kind describes another file."""
     if slot.peft is None:
         return
-    rank = slot.peft.rank(slot.module.local)
-    if rank != slot.rank:
-        what = "adapter_config.json" if source.config is not None else METADATA_KEY
-        raise ShapeMismatch(
-            f"{source.where}: {slot.keys['down']} has rank {slot.rank}, but {what} says {rank}. "
-            "It belongs to another file, so the scale is not known"
+    what = "adapter_config.json" if source.config is not None else METADATA_KEY
+    first = next(iter(slot.keys.values()))
+    family = algorithms.family_of(slot.keys.keys())
+    if family != slot.peft.method:
+        raise UnsupportedFormat(
+            f"{source.where}: {first} is part of a {algorithms.NAMES[family]}, but {what} is that "
+            f"of a {algorithms.NAMES[slot.peft.method]}, so the scale is not known"
         )
+    rank = slot.peft.rank(slot.module.local)
+    if rank != slot.form.rank and (family == "lora" or slot.form.rank):
+        key = slot.keys.get("down", first)
+        raise ShapeMismatch(
+            f"{source.where}: {key} has rank {slot.form.rank}, but {what} says "
+            f"{rank}. It belongs to another file, so the scale is not known"
+        )
+    if slot.peft.dora and not {"magnitude", "dora_scale"} & slot.keys.keys():
+        raise UnsupportedFormat(
+            f"{source.where}: {what} says DoRA, but the magnitudes of {slot.module.name} are "
+            "missing, so the update is not known; save it again"
+        )
+
+
+def _check_parts(slots: list[Slot], source: Source) -> None:
+    """No module may have an update of its own and one in a fused weight."""
+    seen: dict[str, str] = {}
+    for slot in slots:
+        key = next(iter(slot.keys.values()))
+        for name in slot.module.modules:
+            if name in seen:
+                raise UnsupportedFormat(
+                    f"{source.where}: {seen[name]} and {key} both update {name}; remove one of "
+                    "the two"
+                )
+            seen[name] = key

@@ -96,7 +96,12 @@ def of_output(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict
     """
     kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
     if format == "kohya":
-        kept.setdefault("ss_network_module", "networks.lora")
+        is_flux = kept.get("ss_base_model_version", "").startswith("flux")
+        kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
+    if kept.get("ss_network_module", "").startswith("lycoris"):
+        # Whatever it was, what is written is a plain LoRA.
+        kept["ss_network_module"] = "networks.lora"
+        kept.pop("ss_network_args", None)
     if format == "kohya" or "ss_network_dim" in kept:
         dim = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
         kept["ss_network_dim"] = kept["ss_network_alpha"] = dim

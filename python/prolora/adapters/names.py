@@ -1,7 +1,8 @@
 """Canonical module names <-> the module paths that LoRA files use in their keys.
 
-Canonical is diffusers: `down_blocks.0.attentions.0.proj_in`, with `text_encoder.` or
-`text_encoder_2.` in front for text encoders; no prefix for the UNet or transformer itself.
+Canonical is diffusers: `down_blocks.0.attentions.0.proj_in`, with `text_encoder.`,
+`text_encoder_2.` or `text_encoder_3.` in front for text encoders; no prefix for the UNet or
+transformer itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..sgm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
+from . import flux
 from .words import dotted
 
 UNET_ROOTS = frozenset(
@@ -41,17 +43,17 @@ _TRANSFORMER_ROOTS = frozenset(
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-_KOHYA_TEXT = {
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}
+_KOHYA_TEXT = re.compile(r"lora_te(\d?)_(.+)")
 _COMFY_TEXT = {
     "clip_l": "text_encoder",
     "clip_h": "text_encoder",
     "clip_g": "text_encoder_2",
+    "t5xxl": "text_encoder_3",
 }
-_COMFY_TEXT_PATH = re.compile(r"text_encoders\.(clip_[lgh])\.transformer\.(.+)")
+_COMFY_TEXT_PATH = re.compile(r"text_encoders\.(clip_[lgh]|t5xxl)\.transformer\.(.+)")
+_T5 = re.compile(
+    r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w[io](?:_[01])?)"
+)
 
 # Old attention processors held the four projections under names of their own.
 _PROCESSOR = re.compile(r"\.processor(?=\.)")
@@ -67,7 +69,9 @@ class Named(NamedTuple):
         prefix: what stands before the component's own module name, e.g. "unet."; the key under
             which diffusers files keep the scale of that component.
         local: the module name within its component.
-        sgm: the path is spelled the SGM way.
+        sgm: the path is spelled as in the original checkpoint (SGM's UNets, FLUX).
+        matrix: the FLUX weight the path means. Where several modules are its rows, `name` is its
+            own name and not a canonical one.
     """
 
     name: str
@@ -75,6 +79,12 @@ class Named(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
+    matrix: flux.Matrix | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The canonical modules: one, but for a fused weight."""
+        return self.matrix.parts if self.matrix else (self.name,)
 
 
 def place(name: str) -> str:
@@ -93,7 +103,7 @@ def local_name(name: str) -> str:
 
 def parse(path: str) -> Named | None:
     """What the module path of a key means, or None if it is not understood."""
-    if path.startswith("lora_"):
+    if path.startswith(("lora_", "lycoris_")):
         return _from_kohya(path)
     if path.startswith(("diffusion_model.", "text_encoders.")):
         return _from_comfy(path)
@@ -101,41 +111,80 @@ def parse(path: str) -> Named | None:
 
 
 def _from_kohya(path: str) -> Named | None:
-    if path.startswith("lora_unet_"):
-        words = dotted(path.removeprefix("lora_unet_"))
-        if words is None:
-            return None
-        root = words.split(".")[0]
+    if match := _KOHYA_TEXT.fullmatch(path):
+        return _from_kohya_text(match[1], match[2])
+    for start in ("lora_unet_", "lora_transformer_", "lycoris_"):
+        if path.startswith(start):
+            words = dotted(path.removeprefix(start))
+            return _from_words(words, start) if words else None
+    return None
+
+
+def _from_words(words: str, start: str) -> Named | None:
+    """A module of a UNet or transformer, from `lora_unet_…` and its kin."""
+    root = words.split(".")[0]
+    if start != "lora_transformer_":
         if root in SGM_ROOTS:
             name = ldm_to_diffusers(words)
             return Named(name, "kohya", "unet.", name, sgm=True) if name else None
-        return Named(words, "kohya", "unet.", words) if root in UNET_ROOTS else None
-    for prefix, encoder in _KOHYA_TEXT.items():
-        if path.startswith(prefix):
-            words = dotted(path.removeprefix(prefix))
-            if words is None or words.split(".")[0] not in ("text_model", "text_projection"):
-                return None
-            return Named(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
+        if matrix := flux.matrix(words):
+            return _fused(matrix, "kohya")
+        if root in UNET_ROOTS:
+            return Named(words, "kohya", "unet.", words)
+    if start != "lora_unet_" and root in _TRANSFORMER_ROOTS:
+        return Named(words, "kohya", "transformer.", words)
     return None
+
+
+def _from_kohya_text(number: str, path: str) -> Named | None:
+    """A module of a text encoder; OneTrainer counts FLUX's T5 as the second, kohya as the third."""
+    words = dotted(path)
+    if words is None:
+        return None
+    is_t5 = _T5.fullmatch(words) is not None
+    if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection"):
+        return None
+    numbers = {"2": 2, "3": 3} if is_t5 else {"": 1, "1": 1, "2": 2}
+    if number not in numbers:
+        return None
+    encoder = TEXT_ENCODERS[numbers[number] - 1]
+    return Named(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
+
+
+def _fused(matrix: flux.Matrix, format: str, prefix: str = "transformer.") -> Named:
+    """A weight of FLUX in its original spelling; a single part goes by its canonical name."""
+    name = matrix.parts[0] if len(matrix.parts) == 1 else matrix.name
+    return Named(name, format, prefix, name, sgm=True, matrix=matrix)
 
 
 def _from_comfy(path: str) -> Named | None:
     if path.startswith("diffusion_model."):
-        name = ldm_to_diffusers(path.removeprefix("diffusion_model."))
-        return Named(name, "comfy", "unet.", name, sgm=True) if name else None
+        path = path.removeprefix("diffusion_model.")
+        if matrix := flux.matrix(path):
+            return _fused(matrix, "diffusers" if ".processor." in path else "comfy")
+        name = ldm_to_diffusers(path)
+        if name:
+            return Named(name, "comfy", "unet.", name, sgm=True)
+        # Trainers of newer models put diffusers' names behind ComfyUI's prefix.
+        known = path.split(".")[0] in _TRANSFORMER_ROOTS
+        return Named(path, "comfy", "transformer.", path) if known else None
     match = _COMFY_TEXT_PATH.fullmatch(path)
-    if not match:
+    if not match or (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
         return None
     encoder = _COMFY_TEXT[match[1]]
     return Named(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
 
 
 def _from_dotted(path: str) -> Named | None:
-    path = _PROCESSOR.sub("", path)
     family, outer = "diffusers", ""
     if path.startswith("base_model.model."):
         family, outer = "peft", "base_model.model."
         path = path.removeprefix(outer)
+    if matrix := flux.matrix(path.removeprefix("transformer.")):
+        # `proj_out` and the like are diffusers' names too, and never get here. The authors' own
+        # spelling has no file format of its own: such a LoRA is written as diffusers writes it.
+        return _fused(matrix, "diffusers", outer)
+    path = _PROCESSOR.sub("", path)
     root, _, rest = path.partition(".")
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
@@ -174,14 +223,19 @@ def _clip_local(name: str) -> str:
     return name
 
 
+def is_t5(name: str) -> bool:
+    """Whether a canonical name is a module of a T5 text encoder."""
+    return place(name) in TEXT_ENCODERS and _T5.fullmatch(local_name(name)) is not None
+
+
 def to_kohya(
     name: str, *, spelling: str = "diffusers", siblings: Iterable[str] = (), sdxl: bool = False
 ) -> str | None:
     """The kohya path of a module (`lora_unet_…`), or None if kohya has no name for it.
 
     Args:
-        name: canonical.
-        spelling: "diffusers" or "sgm", of UNet modules.
+        name: canonical, or of a fused FLUX weight.
+        spelling: "diffusers" or "sgm", of UNet and transformer modules.
         siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
         sdxl: the model has two text encoders, which are then numbered.
     """
@@ -189,6 +243,14 @@ def to_kohya(
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings) if spelling == "sgm" else local
         return path and "lora_unet_" + path.replace(".", "_")
+    if where == "transformer":
+        if spelling == "sgm":
+            matrix = flux.matrix(name) or flux.matrix_of(name)
+            return "lora_unet_" + matrix.name.replace(".", "_") if matrix else None
+        path = "lora_transformer_" + local.replace(".", "_")
+        return path if parse(path) else None
+    if is_t5(name):
+        return "lora_te3_" + local.replace(".", "_")
     if where == "text_encoder":
         return ("lora_te1_" if sdxl else "lora_te_") + local.replace(".", "_")
     return "lora_te2_" + local.replace(".", "_") if where == "text_encoder_2" else None
@@ -203,7 +265,7 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
     """The path of a module in ComfyUI's own spelling, or None if it has none.
 
     Args:
-        name: canonical.
+        name: canonical, or of a fused FLUX weight.
         siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
         clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
     """
@@ -211,6 +273,11 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings)
         return path and f"diffusion_model.{path}"
+    if where == "transformer":
+        matrix = flux.matrix(name) or flux.matrix_of(name)
+        return f"diffusion_model.{matrix.name}" if matrix else None
+    if is_t5(name):
+        return f"text_encoders.t5xxl.transformer.{local}"
     if where == "text_encoder":
         return f"text_encoders.{clip}.transformer.{local}"
     return f"text_encoders.clip_g.transformer.{local}" if where == "text_encoder_2" else None

@@ -17,12 +17,13 @@ METADATA_KEY = "lora_adapter_metadata"
 # from them, so that the factors alone are not the update.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
+# PEFT method -> its name for alpha.
+_ALPHA_OPTIONS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+
 # Anything that makes the update more than scale · up · down.
 _UNSUPPORTED = (
-    "use_dora",
     "modules_to_save",
     "fan_in_fan_out",
-    "lora_bias",
     "use_qalora",
     "layer_replication",
     "alora_invocation_tokens",
@@ -79,6 +80,8 @@ class PeftScaling:
         ranks: `rank_pattern`.
         alphas: `alpha_pattern`.
         rslora: scale by 1/√r in place of 1/r.
+        dora: every module has magnitudes too.
+        method: "lora", "loha" or "lokr".
     """
 
     rank_default: float
@@ -86,6 +89,8 @@ class PeftScaling:
     ranks: Patterns
     alphas: Patterns
     rslora: bool
+    dora: bool = False
+    method: str = "lora"
 
     def rank(self, name: str) -> int:
         """The rank of module `name` (its name within the component)."""
@@ -100,19 +105,22 @@ class PeftScaling:
 
 
 def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
-    """Reads a LoraConfig as PEFT saves it.
+    """Reads a LoraConfig, LoHaConfig or LoKrConfig as PEFT saves it.
 
     Args:
         config: the JSON object of adapter_config.json, or of one component in a diffusers file.
         where: file and component, for messages.
 
     Raises:
-        UnsupportedFormat: the configuration is of another method, or asks for more than
-            scale · up · down.
+        UnsupportedFormat: the configuration is of another method, or asks for more than the
+            scaled factors and DoRA's magnitudes.
     """
     method = config.get("peft_type") or "LORA"
-    if method != "LORA":
-        raise UnsupportedFormat(f"{where}: the PEFT method is {method!r:.40}; only LORA is read")
+    if not isinstance(method, str) or method not in _ALPHA_OPTIONS:
+        raise UnsupportedFormat(
+            f"{where}: the PEFT method is {method!r:.40}; {', '.join(_ALPHA_OPTIONS)} are read"
+        )
+    alpha = _ALPHA_OPTIONS[method]
     for option in _UNSUPPORTED:
         if config.get(option):
             raise UnsupportedFormat(
@@ -130,10 +138,12 @@ def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
     rank = _number(config.get("r", 8), "r", where)
     scaling = PeftScaling(
         rank,
-        _number(config.get("lora_alpha", 8), "lora_alpha", where),
+        _number(config.get(alpha, 8), alpha, where),
         Patterns(_table(config, "rank_pattern", where), where),
         Patterns(_table(config, "alpha_pattern", where), where),
         bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        method.lower(),
     )
     every_rank = [rank, *(entry[2] for entry in scaling.ranks._entries)]
     if any(r < 1 or r != int(r) for r in every_rank):

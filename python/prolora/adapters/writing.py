@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -70,7 +70,7 @@ def write(
     header = headers.of_output(
         adapter.metadata if metadata is None else metadata,
         chosen,
-        {update.rank for update in adapter.updates.values()},
+        encoding.ranks(adapter, chosen),
     )
     if chosen == "kohya":
         header.update(headers.kohya_hashes(tensors, header))
@@ -141,22 +141,30 @@ def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> N
         written = read(staged)
     except ProLoRAError as error:
         raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
-    if written.updates.keys() != adapter.updates.keys() or written.kernels != adapter.kernels:
-        changed = sorted(set(written.updates) ^ set(adapter.updates)) or ["a convolution's kernel"]
+    missing = _nonzero(adapter, adapter.updates.keys() - written.updates.keys())
+    foreign = _nonzero(written, written.updates.keys() - adapter.updates.keys())
+    if missing or foreign or written.kernels != adapter.kernels:
+        changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
-    for name, update in adapter.updates.items():
-        if not _equal(written.updates[name], update, dtype):
+    for name in adapter.updates.keys() & written.updates.keys():
+        if not _equal(written.updates[name], adapter.updates[name], dtype):
             raise OutputError(f"{path}: {name} reads back differently from what was written")
+
+
+def _nonzero(adapter: Adapter, modules: Set[str]) -> set[str]:
+    """Those modules whose update is more than zeros: rows of zeros in a fused weight are none."""
+    return {name for name in modules if adapter.updates[name].norm() > 0}
 
 
 def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype) -> bool:
     """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost."""
-    if found.up.shape != wanted.up.shape or found.down.shape != wanted.down.shape:
+    if found.shape != wanted.shape:
         return False
     rounding = 2 * torch.finfo(dtype).eps
-    if _close(found.up, wanted.up, rounding) and _close(found.down, wanted.down, rounding):
+    pairs = ((found.up, wanted.up), (found.down, wanted.down))
+    if found.rank == wanted.rank and all(_close(*pair, rounding) for pair in pairs):
         return True
-    # The same product may have other factors, if they were balanced for the dtype.
+    # The same product may have other factors, if they were balanced for the dtype or fused.
     difference = LowRank(
         torch.cat([found.up.double(), -wanted.up.double()], 1),
         torch.cat([found.down.double(), wanted.down.double()], 0),

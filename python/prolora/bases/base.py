@@ -6,84 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeights
-from ..storage import SafetensorsFile
 from .layout import identify
+from .weights import Weight
 
 Progress = Callable[[int, int, str], None]
-
-
-class Weight(Protocol):
-    """One weight that has not been read yet."""
-
-    @property
-    def name(self) -> str:
-        """Where it lies, for messages."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As stored."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As stored."""
-
-    def read(self) -> Tensor:
-        """The tensor [*shape]."""
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight in a file."""
-
-    file: SafetensorsFile
-    key: str
-
-    @property
-    def name(self) -> str:
-        """As "file.safetensors:key"."""
-        return f"{self.file.path.name}:{self.key}"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As stored."""
-        return self.file.tensors[self.key].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As stored."""
-        return self.file.tensors[self.key].dtype
-
-    def read(self) -> Tensor:
-        """The tensor, read from the file every time."""
-        return self.file.read(self.key)
-
-
-@dataclass(frozen=True)
-class LoadedWeight:
-    """A weight that is already in memory."""
-
-    tensor: Tensor
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As it is."""
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As it is."""
-        return self.tensor.dtype
-
-    def read(self) -> Tensor:
-        """The caller's own tensor, not a copy."""
-        return self.tensor
 
 
 @dataclass(frozen=True, eq=False)

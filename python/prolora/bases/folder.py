@@ -1,17 +1,20 @@
-"""Which files of a diffusers folder hold the model."""
+"""Which files hold a model: a single one, or those of a diffusers folder."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UnsupportedFormat
 from ..storage import SafetensorsFile
-from .base import StoredWeight
+from .gguf_file import MAGIC, GgufFile
+from .weights import StoredWeight
 
-_MODELS = ("unet", "transformer")
+MODELS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"-\d+-of-\d+")
 # Which variant is taken where a folder has several: the complete weights, else the halved ones,
@@ -19,19 +22,27 @@ _SHARD = re.compile(r"-\d+-of-\d+")
 # `non_ema` are not what a LoRA was trained on (the plain file is).
 _PREFERENCE = ("", "fp16", "bf16", "fp32")
 _LAST = ("non_ema", "ema")
-_INDEX_LIMIT = 100_000_000
+# Bytes; parsed, a text made to harm takes 25 times as many.
+_INDEX_LIMIT = 32 << 20
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """One way to read the model: a file, or the index of its shards."""
+class Candidate:
+    """One way to read the model in a folder.
 
-    path: Path
+    Attributes:
+        name: of a file, or of the index of its shards.
+        variant: "" for the plain one, else as "fp16".
+        sharded: whether it is an index.
+    """
+
+    name: str
     variant: str
     sharded: bool
 
     @property
     def order(self) -> tuple[int, str, bool]:
+        """The least is taken."""
         if self.variant in _PREFERENCE:
             rank = _PREFERENCE.index(self.variant)
         else:
@@ -50,7 +61,7 @@ def model_folder(path: Path, subfolder: str | None) -> Path:
         if not folder.is_dir():
             raise UnsupportedFormat(f"{path}: has no folder {subfolder}")
         return folder
-    parts = [name for name in _MODELS if (path / name).is_dir()]
+    parts = [name for name in MODELS if (path / name).is_dir()]
     if len(parts) > 1:
         raise UnsupportedFormat(f"{path}: has both unet and transformer; name one as subfolder")
     return path / parts[0] if parts else path
@@ -67,29 +78,37 @@ def folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
         files = sorted(entry for entry in folder.iterdir() if entry.is_file())
     except OSError as error:
         raise UnsupportedFormat(f"{folder}: cannot be read: {error.strerror}") from error
+    best = choose(file.name for file in files)
+    if best is None:
+        return _only_file(folder, files)
+    return _sharded(folder / best.name) if best.sharded else _single(folder / best.name)
+
+
+def choose(names: Iterable[str]) -> Candidate | None:
+    """The file or index to read, of the names in a model's folder; None if none is diffusers'."""
+    names = list(names)
     for stem in _STEMS:
-        candidates = [found for file in files if (found := _candidate(file, stem))]
+        candidates = [found for name in names if (found := _candidate(name, stem))]
         if candidates:
-            best = min(candidates, key=lambda candidate: candidate.order)
-            return _sharded(best.path) if best.sharded else _single(best.path)
-    return _only_file(folder, files)
+            return min(candidates, key=lambda candidate: candidate.order)
+    return None
 
 
-def _candidate(file: Path, stem: str) -> _Candidate | None:
+def _candidate(name: str, stem: str) -> Candidate | None:
     """Reads "stem[.variant].safetensors" and the three spellings of "….index.json"."""
-    words = file.name.split(".")
-    if words[0] != stem or "safetensors" not in words or _SHARD.search(file.name):
+    words = name.split(".")
+    if words[0] != stem or "safetensors" not in words or _SHARD.search(name):
         return None
     sharded = words[-1] == "json"
     if sharded != ("index" in words) or not (sharded or words[-1] == "safetensors"):
         return None
     rest = [word for word in words[1:] if word not in ("safetensors", "index", "json")]
-    return _Candidate(file, ".".join(rest), sharded)
+    return Candidate(name, ".".join(rest), sharded)
 
 
 def _only_file(folder: Path, files: list[Path]) -> tuple[dict[str, StoredWeight], list[Path]]:
     """A folder without diffusers' file names: its only checkpoint, if there is just one."""
-    tensors = [file for file in files if file.suffix == ".safetensors"]
+    tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
         return _single(tensors[0])
     if any(_SHARD.search(file.name) for file in tensors):
@@ -98,21 +117,36 @@ def _only_file(folder: Path, files: list[Path]) -> tuple[dict[str, StoredWeight]
         names = ", ".join(file.name for file in tensors[:4])
         raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
     for file in files:
-        if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".gguf"):
+        if file.suffix in (".bin", ".ckpt", ".pt", ".pth"):
             SafetensorsFile(file)  # refuses it, with the command that converts it
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
 
 def _single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    file = SafetensorsFile(path)
-    return {key: StoredWeight(file, key) for key in file.tensors}, [path]
+    return file_weights(path), [path]
+
+
+def file_weights(path: Path) -> dict[str, StoredWeight]:
+    """The keys of a single file, safetensors or GGUF by what it begins with.
+
+    Raises:
+        UnsupportedFormat: neither, or damaged.
+    """
+    try:
+        # Not without asking: opening a pipe would wait for its other end.
+        with open(path, "rb") if path.is_file() else io.BytesIO() as opened:
+            is_gguf = opened.read(len(MAGIC)) == MAGIC
+    except OSError:
+        is_gguf = False  # the reader below says what is wrong
+    file = GgufFile(path) if is_gguf else SafetensorsFile(path)
+    return {key: StoredWeight(file, key) for key in file.tensors}
 
 
 def _sharded(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
     """The weights the index lists; a shard may hold others, which are not part of the model."""
     shards: dict[str, SafetensorsFile] = {}
     weights: dict[str, StoredWeight] = {}
-    for key, name in _weight_map(index).items():
+    for key, name in weight_map(index).items():
         if name not in shards:
             path = index.parent / name
             if not path.is_file():
@@ -126,20 +160,24 @@ def _sharded(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
     return weights, [shard.path for shard in shards.values()]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """{key: shard} of an index whose shards all lie beside it."""
+def weight_map(index: Path) -> dict[str, str]:
+    """{key: shard} of an index whose shards all lie beside it.
+
+    Raises:
+        UnsupportedFormat: it is not an index, or names a file elsewhere.
+    """
     try:
         if index.stat().st_size > _INDEX_LIMIT:
             raise ValueError("too large")
         table = json.loads(index.read_text("utf-8"))
-        weight_map = table["weight_map"]
-        if not isinstance(weight_map, dict):
+        shards = table["weight_map"]
+        if not isinstance(shards, dict):
             raise TypeError("weight_map is not an object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnsupportedFormat(f"{index}: is not an index of shards: {error!r}") from error
-    for key, name in weight_map.items():
+    for key, name in shards.items():
         # A name with a folder in it could point anywhere on this machine.
         plain = isinstance(name, str) and name.endswith(".safetensors")
         if not plain or "/" in name or "\\" in name or "\0" in name:
             raise UnsupportedFormat(f"{index}: {key} is in {name!r}, which is no file beside it")
-    return weight_map
+    return shards

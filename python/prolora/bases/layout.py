@@ -13,8 +13,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-_ADAPTED = re.compile(r"\.(?:attn[12]\.to_(?:q|k|v|out\.0)|ff\.net\.(?:0\.proj|2))$")
-_ATTENTION = re.compile(r"\.attn[12]\.to_(?:q|k|v|out\.0)$")
+# In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
+# second half with the attention's output.
+_ATTENTION = re.compile(r"\.attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_proj)$")
+_FEED_FORWARD = re.compile(
+    r"\.ff(?:_context)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
+)
+_IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
+# "{0-18}" in a table stands for every number from 0 to 18.
+_RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,13 @@ class Layout:
         id: for programs, such as "ssd-1b".
         title: for people.
         shapes: canonical module name -> shape of its weight, for every weight of two or more axes.
+        text_encoders: architectures of `text_encoder`, `text_encoder_2`, … in this order.
     """
 
     id: str
     title: str
     shapes: Mapping[str, tuple[int, ...]]
+    text_encoders: tuple[str, ...] = ()
 
     @property
     def attention(self) -> list[str]:
@@ -39,7 +48,12 @@ class Layout:
     @property
     def adapted(self) -> list[str]:
         """Attention and feed-forward: what most LoRAs train."""
-        return [name for name in self.shapes if _ADAPTED.search(name)]
+        return [name for name in self.shapes if _is_adapted(name)]
+
+    @property
+    def outside(self) -> set[str]:
+        """The modules outside all blocks: embeddings, first and last layers."""
+        return {name for name in self.shapes if not _IN_BLOCK.search(name)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +111,19 @@ def load(id_: str) -> Layout:
     shapes = {
         name: tuple(int(size) for size in shape.split("x"))
         for shape, names in table["shapes"].items()
-        for name in names
+        for pattern in names
+        for name in _spelled_out(pattern)
     }
-    return Layout(table["id"], table["title"], shapes)
+    return Layout(table["id"], table["title"], shapes, tuple(table["text_encoders"]))
+
+
+def _spelled_out(pattern: str) -> list[str]:
+    """The names that an entry of a table stands for."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [f"{pattern[: match.start()]}{number}{pattern[match.end() :]}" for number in numbers]
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -108,21 +132,26 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     The attention must be that of the layout, name by name and shape by shape, and so must the
     feed-forward unless the checkpoint has none. Everything else is ignored: `proj_in` is a
     convolution in some files and a linear layer in others, inpainting models have a wider first
-    layer, and extra parameters do not make another architecture.
+    layer, and extra parameters do not make another architecture. Only where layouts share all their
+    blocks (FLUX dev and schnell, PixArt α and Σ) must the names outside the blocks be there too.
 
     Args:
         shapes: canonical module name -> shape.
     """
-    adapted = {name: _matrix(shape) for name, shape in shapes.items() if _ADAPTED.search(name)}
+    adapted = {name: _matrix(shape) for name, shape in shapes.items() if _is_adapted(name)}
     if not adapted:
         return None
     has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
-    for id_ in known():
-        layout = load(id_)
+    fitting = []
+    for layout in map(load, known()):
         names = layout.adapted if has_feed_forward else layout.attention
         if adapted == {name: layout.shapes[name] for name in names}:
-            return id_
-    return None
+            fitting.append(layout)
+    if len(fitting) > 1:
+        telling = set().union(*(layout.outside for layout in fitting))
+        present = {name for name in telling if name in shapes}
+        fitting = [layout for layout in fitting if layout.outside == present]
+    return fitting[0].id if fitting else None
 
 
 def correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
@@ -159,6 +188,13 @@ def _rules() -> tuple[Correspondence, ...]:
         )
         for entry in json.loads(_text("correspondence.json"))
     )
+
+
+def _is_adapted(name: str) -> bool:
+    """Whether this is a module of an attention or of a feed-forward."""
+    if name.startswith("text_encoder"):
+        return False
+    return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

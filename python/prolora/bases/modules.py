@@ -6,9 +6,7 @@ import re
 
 # The layers LoRAs are commonly trained on, in UNets and transformers: attention, feed-forward and
 # the projections around them.
-_ADAPTABLE = re.compile(
-    r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out)$|(^|\.)single_transformer_blocks\."
-)
+_ADAPTABLE = re.compile(r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out|mlp)$")
 
 
 def is_adaptable(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,17 @@ from torch import Tensor
 
 from ..errors import UnsupportedFormat
 from ..storage import SafetensorsFile
-from .base import Base, LoadedWeight, StoredWeight, Weight
-from .folder import folder_weights, model_folder
+from . import hub
+from .base import Base
+from .encoders import PREFIXES
+from .folder import file_weights, folder_weights, model_folder
 from .naming import name_weights
+from .quantised import METADATA_KEY
+from .weights import LoadedWeight, StoredWeight, Weight
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
+
+log = logging.getLogger(__name__)
 
 
 def open_base(source: Source, *, subfolder: str | None = None) -> Base:
@@ -24,20 +31,25 @@ def open_base(source: Source, *, subfolder: str | None = None) -> Base:
     Args:
         source: one of
             a diffusers folder, of a whole pipeline or of its UNet or transformer alone. Where it
-                has several variants the plain file is taken, else fp16, bf16, fp32, any other;
-            a single-file checkpoint in LDM/SGM or in diffusers names, with or without a prefix;
+                has several variants the plain file is taken, else fp16, bf16, fp32, any other. Text
+            encoders beside it are opened too, where they are safetensors;
+            a single-file checkpoint (safetensors or GGUF) in LDM/SGM names, in diffusers' or in
+            those of the authors of FLUX, SD3 and PixArt, with or without a prefix;
+            a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
+            `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are;
             a `Base`, which is returned.
         subfolder: the part of the pipeline folder, if not `unet` or `transformer`.
 
     Raises:
-        UnsupportedFormat: what cannot be read exactly, with the reason: pickles, GGUF, quantised
-            weights, FLUX in its authors' spelling, an adapter, a damaged or incomplete download.
+        UnsupportedFormat: what cannot be read exactly, with the reason: pickles, weights quantised
+            otherwise than float8 with scales or GGUF, an adapter, a damaged or incomplete download.
+        ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     if isinstance(source, Base):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(source), subfolder)
+        return _open_path(source, subfolder)
     if isinstance(source, Mapping):
         return _open_tensors(source, "state dict")
     for part in ("unet", "transformer"):  # a diffusers pipeline, recognised without importing it
@@ -55,34 +67,60 @@ def open_base(source: Source, *, subfolder: str | None = None) -> Base:
     )
 
 
-def _open_path(path: Path, subfolder: str | None) -> Base:
-    """A file or a folder."""
-    weights: Mapping[str, Weight]
+def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
+    """A file or a folder, here or on the hub."""
+    path = Path(source)
     name = path.resolve().name
-    if path.is_dir():
-        folder = model_folder(path, subfolder)
-        weights, files = folder_weights(folder)
-    elif path.exists():
-        file = SafetensorsFile(path)
-        weights, files = {key: StoredWeight(file, key) for key in file.tensors}, [path]
-    else:
-        raise UnsupportedFormat(
-            f"{path}: no such file or folder (models are not downloaded; give a local path)"
-        )
-    _refuse_quantised_headers(weights)
-    strict = subfolder is None
-    return Base(name, name_weights(weights, str(path), strict=strict), path, files)
-
-
-def _refuse_quantised_headers(weights: Mapping[str, Weight]) -> None:
-    """ComfyUI notes quantised layers in the header's metadata."""
-    files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
-    for path, file in files.items():
-        if "_quantization_metadata" in file.metadata:
+    if not path.exists():
+        id_ = hub.parse(os.fspath(source))
+        if id_ is None:
             raise UnsupportedFormat(
-                f"{path}: a quantised checkpoint (its metadata says so); its scales are not read "
-                "yet: use the fp16, bf16 or plain fp8 version"
+                f"{path}: no such file or folder, nor the id of a model on the hub (org/name)"
             )
+        path, name, subfolder = hub.fetch(id_, subfolder), id_.name, None
+    weights: dict[str, Weight] = {}
+    if path.is_dir():
+        stored, files = folder_weights(model_folder(path, subfolder))
+        weights.update(stored)
+        if subfolder is None:
+            encoders, more = _beside(path)
+            files = [*files, *more]
+            weights.update(encoders)
+    else:
+        weights.update(file_weights(path))
+        files = [path]
+    named = name_weights(
+        weights, str(path), metadata=_quantisation(weights), strict=subfolder is None
+    )
+    return Base(name, named, path, files)
+
+
+def _beside(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
+    """The text encoders of a pipeline folder; one that cannot be read is left out.
+
+    A transfer needs them only to compare, and many folders hold them as pickles alone.
+    """
+    weights: dict[str, Weight] = {}
+    files: list[Path] = []
+    for prefix in PREFIXES:
+        folder = pipeline / prefix.removesuffix(".")
+        if not folder.is_dir():
+            continue
+        try:
+            stored, more = folder_weights(folder)
+        except UnsupportedFormat as error:
+            log.info("the text encoder %s is left out: %s", folder, error)
+            continue
+        weights |= {prefix + key: weight for key, weight in stored.items()}
+        files += more
+    return weights, files
+
+
+def _quantisation(weights: Mapping[str, Weight]) -> list[str]:
+    """What the headers' metadata say of quantised layers."""
+    files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
+    headers = [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]
+    return [metadata[METADATA_KEY] for metadata in headers if METADATA_KEY in metadata]
 
 
 def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:

@@ -1,0 +1,226 @@
+"""The kinds of update that adapter files hold: their tensors, shapes, ranks and scales.
+
+Everything here follows from shapes alone, so that a file can be judged by its header. What the
+tensors multiply to is in `lycoris` and, where the base weights come in, in `merging`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+# Larger than any side of a weight LoRAs are trained on; what is beyond it is not a weight matrix.
+# A few small factors of a damaged file could otherwise ask for terabytes.
+MAX_SIDE = 1 << 18
+
+NAMES = {
+    "lora": "LoRA",
+    "locon": "LoCon",
+    "tucker": "LoCon with a Tucker core",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "full difference of weights",
+    "glora": "GLoRA",
+    "oft": "diag-OFT",
+}
+
+_ROLES = {
+    "lora": ({"down", "up"}, {"mid", "alpha", "dora_scale", "magnitude"}),
+    "loha": (
+        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+        {"hada_t1", "hada_t2", "alpha", "dora_scale", "magnitude"},
+    ),
+    "lokr": (
+        set(),
+        {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+         "alpha", "dora_scale", "magnitude"},
+    ),
+    "full": ({"diff"}, {"alpha"}),
+    "glora": ({"a1", "a2", "b1", "b2"}, {"bm", "alpha"}),
+    "oft": ({"oft_blocks"}, {"rescale", "alpha"}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the shapes of a module's tensors say.
+
+    Attributes:
+        algorithm: a key of `NAMES`.
+        out: rows of ΔW.
+        inputs: columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows.
+        rank: the rank the file states, which alpha is divided by; 0 for none.
+        kernel: (kh, kw) of a convolution.
+    """
+
+    algorithm: str
+    out: int
+    inputs: int
+    rank: int
+    kernel: tuple[int, int] | None = None
+
+
+def family_of(roles: Set[str]) -> str:
+    """Which kind of update tensors of these roles make; "lora" if nothing says otherwise."""
+    for role in sorted(roles):
+        for start, family in (("hada_", "loha"), ("lokr_", "lokr"), ("diff", "full"),
+                              ("oft_", "oft"), ("a1", "glora"), ("a2", "glora"),
+                              ("b1", "glora"), ("b2", "glora"), ("bm", "glora")):  # fmt: skip
+            if role.startswith(start):
+                return family
+    return "lora"
+
+
+def missing(roles: Set[str]) -> str | None:
+    """A role that is needed and not there, None if nothing is missing."""
+    family = family_of(roles)
+    gone = sorted(_ROLES[family][0] - roles)
+    if family == "lokr" and not gone:
+        for half in ("lokr_w1", "lokr_w2"):
+            factors = {f"{half}_a", f"{half}_b"} & roles
+            if half not in roles and len(factors) < 2:
+                gone = [half] if not factors else sorted({f"{half}_a", f"{half}_b"} - roles)
+                break
+    if family == "loha" and len({"hada_t1", "hada_t2"} & roles) == 1:
+        gone += sorted({"hada_t1", "hada_t2"} - roles)
+    return gone[0] if gone else None
+
+
+def surplus(roles: Set[str]) -> str | None:
+    """A role that does not go with the others, None if all do."""
+    family = family_of(roles)
+    extra = roles - _ROLES[family][0] - _ROLES[family][1]
+    if {"dora_scale", "magnitude"} <= roles:
+        extra = {"magnitude"}
+    for half in ("lokr_w1", "lokr_w2"):
+        if half in roles:
+            extra |= {f"{half}_a", f"{half}_b"} & roles
+    if "lokr_w2" in roles:
+        extra |= {"lokr_t2"} & roles
+    return min(extra) if extra else None
+
+
+def form(shapes: Mapping[str, Shape]) -> Form | None:
+    """The form of an update from the shapes of its tensors by role; None if they do not fit."""
+    if any(size == 0 for role, shape in shapes.items() if role != "alpha" for size in shape):
+        return None
+    found = _FORMS[family_of(shapes.keys())](shapes)
+    if found is None or not (1 <= found.out <= MAX_SIDE and found.inputs <= MAX_SIDE):
+        return None
+    if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
+        return None
+    return found
+
+
+def _lora(shapes: Mapping[str, Shape]) -> Form | None:
+    down, up = shapes["down"], shapes["up"]
+    core = shapes.get("mid", down)
+    fits = len(down) in (2, 4) and len(up) in (2, 4)
+    fits = fits and len(core) == (4 if "mid" in shapes else len(down))
+    if not fits or len(up) > len(core) or up[1] != core[0] or math.prod(up[2:]) != 1:
+        return None
+    if "mid" in shapes:
+        if core[1] != down[0] or math.prod(down[2:]) != 1:
+            return None
+        kernel = (core[2], core[3])
+        return Form("tucker", up[0], down[1] * math.prod(kernel), down[0], kernel)
+    if len(down) == 2:
+        return Form("lora", up[0], down[1], down[0])
+    kernel = (down[2], down[3])
+    algorithm = "lora" if kernel == (1, 1) else "locon"
+    return Form(algorithm, up[0], math.prod(down[1:]), down[0], kernel)
+
+
+def _loha(shapes: Mapping[str, Shape]) -> Form | None:
+    w1_a, w1_b, w2_a, w2_b = (shapes[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    if any(len(shape) != 2 for shape in (w1_a, w1_b, w2_a, w2_b)):
+        return None
+    if "hada_t1" not in shapes:
+        fits = w1_a[0] == w2_a[0] and w1_b[1] == w2_b[1]
+        fits = fits and w1_a[1] == w1_b[0] and w2_a[1] == w2_b[0]
+        return Form("loha", w1_a[0], w1_b[1], w1_b[0]) if fits else None
+    t1, t2 = shapes["hada_t1"], shapes["hada_t2"]
+    fits = len(t1) == 4 and len(t2) == 4 and t1[2:] == t2[2:]
+    fits = fits and (w1_a[1], w1_b[1]) == (w2_a[1], w2_b[1])
+    fits = fits and t1[:2] == (w1_a[0], w1_b[0]) and t2[:2] == (w2_a[0], w2_b[0])
+    kernel = (t1[2], t1[3]) if fits else (0, 0)
+    return Form("loha", w1_a[1], w1_b[1] * math.prod(kernel), w1_b[0], kernel) if fits else None
+
+
+def _lokr(shapes: Mapping[str, Shape]) -> Form | None:
+    """Rank and scale: alpha counts only where a half is factored, and the inner size is then r."""
+    w1 = _whole_or_product(shapes, "lokr_w1")
+    w2 = _whole_or_product(shapes, "lokr_w2")
+    if w1 is None or w2 is None or len(w1) != 2:
+        return None
+    if "lokr_w2_b" in shapes:
+        rank = shapes["lokr_w2_b"][0]
+    else:
+        rank = shapes["lokr_w1_b"][0] if "lokr_w1_b" in shapes else 0
+    kernel = (w2[2], w2[3]) if len(w2) == 4 else None
+    return Form("lokr", w1[0] * w2[0], w1[1] * math.prod(w2[1:]), rank, kernel)
+
+
+def _whole_or_product(shapes: Mapping[str, Shape], half: str) -> Shape | None:
+    """The shape of one half of a LoKr: [m, n] or [m, n, kh, kw]."""
+    if half in shapes:
+        return shapes[half] if len(shapes[half]) in (2, 4) else None
+    a, b, core = shapes[f"{half}_a"], shapes[f"{half}_b"], shapes.get("lokr_t2")
+    if len(a) != 2 or len(b) not in (2, 4):
+        return None
+    if half == "lokr_w2" and core is not None:
+        fits = len(core) == 4 and len(b) == 2 and core[:2] == (a[0], b[0])
+        return (a[1], b[1], *core[2:]) if fits else None
+    return (a[0], *b[1:]) if a[1] == b[0] else None
+
+
+def _full(shapes: Mapping[str, Shape]) -> Form | None:
+    diff = shapes["diff"]
+    if len(diff) not in (2, 4):
+        return None
+    kernel = (diff[2], diff[3]) if len(diff) == 4 else None
+    return Form("full", diff[0], math.prod(diff[1:]), 0, kernel)
+
+
+def _glora(shapes: Mapping[str, Shape]) -> Form | None:
+    """ΔW = W·a1·a2 + b1·b2; on a convolution a1 and a2 act on its input channels."""
+    a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
+    if any(len(shape) not in (2, 4) for shape in (a1, a2, b1, b2)):
+        return None
+    fits = a1[1] == a2[0] and a1[0] == a2[1] and math.prod(a1[2:]) == math.prod(a2[2:]) == 1
+    product = _lora({"up": b1, "down": b2} | ({"mid": shapes["bm"]} if "bm" in shapes else {}))
+    if not fits or product is None or product.inputs % a1[0]:
+        return None
+    return Form("glora", product.out, product.inputs, a2[0], product.kernel)
+
+
+def _oft(shapes: Mapping[str, Shape]) -> Form | None:
+    blocks = shapes["oft_blocks"]
+    if len(blocks) != 3 or blocks[1] != blocks[2]:
+        return None
+    out = blocks[0] * blocks[1]
+    if "rescale" in shapes and math.prod(shapes["rescale"]) != out:
+        return None
+    return Form("oft", out, 0, 0)
+
+
+_FORMS: dict[str, Callable[[Mapping[str, Shape]], Form | None]] = {
+    "lora": _lora, "loha": _loha, "lokr": _lokr, "full": _full, "glora": _glora, "oft": _oft,
+}  # fmt: skip
+
+
+def needs_base(roles: Set[str]) -> bool:
+    """Whether ΔW depends on the weight it is added to."""
+    return bool(roles & {"dora_scale", "magnitude", "oft_blocks", "a1"})
+
+
+def needs_base_reason(roles: Set[str]) -> str:
+    """Why, in words that finish "its update is …"."""
+    if roles & {"dora_scale", "magnitude"}:
+        return "rescaled to learned magnitudes (DoRA), which takes the base model's own weight"
+    if "oft_blocks" in roles:
+        return "a rotation (OFT) of the base model's own weight"
+    return "partly a product with the base model's own weight (GLoRA)"

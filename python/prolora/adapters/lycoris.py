@@ -1,0 +1,91 @@
+"""What the tensors of each kind of update multiply to: ΔW as a product, before any scale.
+
+The equations are those LyCORIS trains with (its forward pass), float64 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..linalg.lowrank import LowRank
+from .truncation import Factored, from_dense, from_kronecker, from_product
+
+Tensors = Mapping[str, Tensor]
+
+
+def factored(algorithm: str, tensors: Tensors) -> Factored:
+    """ΔW of a module, without its scale.
+
+    Args:
+        algorithm: "lora", "locon", "tucker", "loha", "lokr" or "full".
+        tensors: role -> tensor, shapes as checked by `algorithms.form`.
+    """
+    if algorithm == "loha":
+        # r₁·r₂ columns, which is no saving where a side of ΔW is shorter.
+        first, second = (_hadamard_half(tensors, i) for i in (1, 2))
+        shortest = min(first[0].shape[0], first[1].shape[1])
+        if first[0].shape[1] * second[0].shape[1] >= shortest:
+            return from_dense(dense(algorithm, tensors))
+        return from_product(_khatri_rao(first, second))
+    if algorithm == "lokr":
+        return from_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
+    if algorithm == "full":
+        return from_dense(tensors["diff"].flatten(1))
+    return Factored(lora(tensors))
+
+
+def dense(algorithm: str, tensors: Tensors) -> Tensor:
+    """ΔW [m, n] in full, float64, without its scale; arguments as for `factored`."""
+    if algorithm == "lokr":
+        return torch.kron(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
+    if algorithm == "full":
+        return tensors["diff"].double().flatten(1)
+    if algorithm == "loha":
+        (up1, down1), (up2, down2) = (_hadamard_half(tensors, i) for i in (1, 2))
+        return (up1 @ down1) * (up2 @ down2)
+    product = lora(tensors)
+    return product.up.double() @ product.down.double()
+
+
+def lora(tensors: Tensors) -> LowRank:
+    """ΔW = up·down; with a Tucker core up·(mid ×₂ down), of the same rank."""
+    up, down = tensors["up"].flatten(1), tensors["down"]
+    if "mid" not in tensors:
+        return LowRank(up, down.flatten(1))
+    work = torch.promote_types(down.dtype, torch.float32)
+    core = torch.einsum("rskl,si->rikl", tensors["mid"].double(), down.flatten(1).double())
+    return LowRank(up.to(work), core.flatten(1).to(work))
+
+
+def _khatri_rao(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> LowRank:
+    """(up₁·down₁) ∘ (up₂·down₂) as one product of r₁·r₂ columns."""
+    up = torch.einsum("mi,mj->mij", first[0], second[0]).flatten(1)
+    down = torch.einsum("in,jn->ijn", first[1], second[1]).flatten(0, 1)
+    return LowRank(up, down)
+
+
+def _hadamard_half(tensors: Tensors, number: int) -> tuple[Tensor, Tensor]:
+    """One factor of the elementwise product, as up [m, r] and down [r, n]."""
+    a, b = (tensors[f"hada_w{number}_{side}"].double() for side in "ab")
+    core = tensors.get(f"hada_t{number}")
+    if core is None:
+        return a, b
+    return a.mT, torch.einsum("ijkl,jn->inkl", core.double(), b).flatten(1)
+
+
+def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
+    if half in tensors:
+        return tensors[half].double()
+    return tensors[f"{half}_a"].double() @ tensors[f"{half}_b"].double().flatten(1)
+
+
+def _second_half(tensors: Tensors) -> Tensor:
+    """w₂ as a matrix [c, d·kh·kw]; kron with it runs through the columns in the order of ΔW's."""
+    core = tensors.get("lokr_t2")
+    if core is None:
+        return _kronecker_half(tensors, "lokr_w2").flatten(1)
+    a, b = tensors["lokr_w2_a"].double(), tensors["lokr_w2_b"].double()
+    return torch.einsum("ijkl,ip,jr->prkl", core.double(), a, b).flatten(1)

@@ -1,0 +1,99 @@
+"""Updates of high rank as a LoRA: exact where their rank allows, else a truncated SVD.
+
+The rule, in one place: an update of rank `MAX_RANK` or less is kept exactly. A larger one keeps the
+fewest singular values that hold `ENERGY` of Σσ², and at most `MAX_RANK` of them. The share that is
+kept is handed out with the update and never assumed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..linalg.basis import truncated_svd
+from ..linalg.lowrank import LowRank
+from ..linalg.recompression import balanced, columns_holding, product_svd
+
+MAX_RANK = 256
+ENERGY = 0.999
+
+# Singular values below this share of the largest are rounding errors of float32 factors.
+_ROUNDING = 1e-9
+
+
+class Factored(NamedTuple):
+    """An update as a product, and how much of it that is.
+
+    Attributes:
+        update: up [m, r], down [r, n].
+        kept: ‖update‖²/‖ΔW‖²; 1 where nothing was cut.
+    """
+
+    update: LowRank
+    kept: float = 1.0
+
+
+def from_dense(delta: Tensor) -> Factored:
+    """ΔW [m, n] as a product of balanced factors."""
+    delta = delta.double()
+    size = delta.square().sum().item()
+    if min(delta.shape) <= MAX_RANK:
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+        used = max(1, int((s > _ROUNDING * s[0]).sum()))
+        return Factored(LowRank(*balanced(u[:, :used], s[:used], vt[:used].mT)))
+    basis = truncated_svd(delta, MAX_RANK)
+    s = basis.S.double()
+    kept = _columns(s, size)
+    share = s[:kept].square().sum().item() / size if size else 1.0
+    update = LowRank(*balanced(basis.U[:, :kept].double(), s[:kept], basis.V[:, :kept].double()))
+    return Factored(update, min(1.0, share))
+
+
+def from_product(update: LowRank) -> Factored:
+    """A product that may be wider than it needs to be, cut to the rule of this file."""
+    if update.rank <= MAX_RANK:
+        return Factored(update)
+    if update.rank >= min(update.shape):
+        return from_dense(update.up.double() @ update.down.double())
+    u, s, v = product_svd(update.up.double(), update.down.double())
+    size = s.square().sum().item()
+    kept = _columns(s, size)
+    share = s[:kept].square().sum().item() / size if size else 1.0
+    return Factored(LowRank(*balanced(u[:, :kept], s[:kept], v[:, :kept])), min(1.0, share))
+
+
+def from_kronecker(w1: Tensor, w2: Tensor) -> Factored:
+    """kron(w1, w2) of [a, b] and [c, d] as a product, from the SVDs of the two.
+
+    The singular values are all products σᵢ(w1)·σⱼ(w2), so the largest are found without forming
+    the [ac, bd] matrix.
+    """
+    (u1, s1, v1), (u2, s2, v2) = (_thin_svd(w) for w in (w1, w2))
+    products = torch.outer(s1, s2).flatten()
+    s, order = products.sort(descending=True, stable=True)
+    used = max(1, int((s > _ROUNDING * s[0]).sum()))
+    size = s.square().sum().item()
+    kept = used if used <= MAX_RANK else _columns(s, size)
+    i, j = order[:kept] // len(s2), order[:kept] % len(s2)
+    # Column (i, j) of kron(u1, u2) is kron(u1[:, i], u2[:, j]).
+    u, v = (
+        torch.einsum("ak,ck->ack", left[:, i], right[:, j]).flatten(0, 1)
+        for left, right in ((u1, u2), (v1, v2))
+    )
+    share = 1.0 if used <= MAX_RANK or not size else s[:kept].square().sum().item() / size
+    return Factored(LowRank(*balanced(u, s[:kept], v)), min(1.0, share))
+
+
+def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(w.double(), full_matrices=False)
+    return u, s, vt.mT
+
+
+def _columns(s: Tensor, size: float) -> int:
+    """How many of the leading singular values the rule keeps of Σσ² = `size`."""
+    if s.square().sum().item() < ENERGY * size:
+        return min(MAX_RANK, len(s))
+    share = ENERGY * size / s.square().sum().item() if size else 1.0
+    return min(MAX_RANK, int(columns_holding(s, share)))

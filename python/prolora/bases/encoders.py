@@ -1,0 +1,110 @@
+"""Text encoders that lie in the same checkpoint as the model they speak to.
+
+Canonical names are transformers' with `text_encoder.`, `text_encoder_2.` or `text_encoder_3.` in
+front, the names LoRA files are read into. OpenCLIP keeps q, k and v in one matrix and its last
+projection transposed; both are views.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ..errors import ShapeMismatch
+from .weights import ConvertedWeight, RowsWeight, Weight
+
+PREFIXES = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+# What a single file calls an encoder -> its canonical prefix, and whether the names are OpenCLIP's.
+# SDXL's are `conditioner.embedders`, those of SD1.x and 2.x `cond_stage_model`.
+_STORED = (
+    ("cond_stage_model.transformer.", "text_encoder.", False),
+    ("cond_stage_model.model.", "text_encoder.", True),
+    ("conditioner.embedders.0.transformer.", "text_encoder.", False),
+    ("conditioner.embedders.1.model.", "text_encoder_2.", True),
+    ("text_encoders.clip_l.transformer.", "text_encoder.", False),
+    ("text_encoders.clip_h.transformer.", "text_encoder.", False),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2.", False),
+    *((prefix, prefix, False) for prefix in PREFIXES),
+)
+# T5 is the last encoder of whatever model has it.
+_T5 = "text_encoders.t5xxl.transformer."
+_OPEN_CLIP = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding",
+}
+_OPEN_CLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d{1,3})\.(.+)")
+_OPEN_CLIP_PARTS = {
+    "attn.out_proj.weight": "self_attn.out_proj",
+    "mlp.c_fc.weight": "mlp.fc1",
+    "mlp.c_proj.weight": "mlp.fc2",
+}
+_HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def split_encoders(
+    weights: Mapping[str, Weight], where: str
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """({canonical module: weight} of the text encoders, the other keys as they are).
+
+    Args:
+        weights: the keys of a whole checkpoint.
+        where: what messages call it.
+
+    Raises:
+        ShapeMismatch: a fused matrix that cannot be cut in three.
+    """
+    stored = [*_STORED, (_T5, _t5_prefix(weights), False)]
+    encoders: dict[str, Weight] = {}
+    rest: dict[str, Weight] = {}
+    starts = tuple(start for start, _, _ in stored)
+    for key, weight in weights.items():
+        if not key.startswith(starts):
+            rest[key] = weight
+            continue
+        start, prefix, open_clip = next(entry for entry in stored if key.startswith(entry[0]))
+        local = key.removeprefix(start)
+        if open_clip:
+            named = _from_open_clip(local, weight, where)
+        else:
+            named = {_as_in_files(local.removesuffix(".weight")): weight}
+        for module, view in named.items():
+            if len(view.shape) >= 2 and view.dtype.is_floating_point:
+                encoders[prefix + module] = view
+    return encoders, rest
+
+
+def _as_in_files(module: str) -> str:
+    """Files and LoRAs have CLIP's outer `text_model.`, which transformers 5 leaves out."""
+    is_clip = module.startswith(("encoder.layers.", "embeddings."))
+    return f"text_model.{module}" if is_clip else module
+
+
+def _t5_prefix(keys: Iterable[str]) -> str:
+    """SD3 has two CLIPs before T5, FLUX one, PixArt none."""
+    starts = ("text_encoders.clip_l.", "text_encoders.clip_g.")
+    return PREFIXES[len({start for key in keys for start in starts if key.startswith(start)})]
+
+
+def _from_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:
+    """The modules that one tensor of OpenCLIP holds."""
+    if local in _OPEN_CLIP:
+        return {_OPEN_CLIP[local]: weight}
+    if local == "text_projection":  # features @ text_projection
+        return {local: ConvertedWeight(weight, transposed=True)} if len(weight.shape) == 2 else {}
+    match = _OPEN_CLIP_LAYER.fullmatch(local)
+    if match is None:
+        return {}
+    layer = f"text_model.encoder.layers.{match[1]}."
+    if match[2] in _OPEN_CLIP_PARTS:
+        return {layer + _OPEN_CLIP_PARTS[match[2]]: weight}
+    if match[2] != "attn.in_proj_weight":
+        return {}
+    rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+    if rows != 3 * columns or not rows:
+        raise ShapeMismatch(
+            f"{where}: {local} is {list(weight.shape)}, which is not q, k and v of equal size"
+        )
+    return {
+        layer + head: RowsWeight(weight, i * columns, (i + 1) * columns)
+        for i, head in enumerate(_HEADS)
+    }

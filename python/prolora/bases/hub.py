@@ -1,0 +1,140 @@
+"""Base models by their id on the Hugging Face Hub: only the files that are needed are fetched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedFormat
+from .folder import MODELS, choose, weight_map
+
+# A `Path` made of "hf://org/name" has lost the second slash.
+_SCHEME = re.compile(r"hf://?(?=[^/])")
+_WORD = r"[A-Za-z0-9][\w.-]*"
+_ID = re.compile(rf"({_WORD}/{_WORD})(?:@([\w.-]+))?")
+_FILES = (".safetensors", ".gguf")
+_NO_ID = (*_FILES, ".ckpt", ".pt", ".pth", ".bin", ".json")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model on the hub.
+
+    Attributes:
+        repo: "org/name".
+        revision: branch, tag or commit; None for the default branch.
+        path: a file or folder in it, "" for the whole.
+    """
+
+    repo: str
+    revision: str | None = None
+    path: str = ""
+
+    @property
+    def name(self) -> str:
+        """What reports call the base."""
+        return "/".join(filter(None, (self.repo, self.path)))
+
+
+def parse(source: str) -> HubId | None:
+    """Reads `org/name[@revision]` and `hf://org/name[@revision][/path]`, None for anything else.
+
+    A name that looks like a file, or that lies in a folder that exists here, is a path.
+
+    Raises:
+        UnsupportedFormat: it begins with `hf://` and goes on otherwise.
+    """
+    scheme = _SCHEME.match(source)
+    if scheme is None:
+        match = _ID.fullmatch(source)
+        if source.lower().endswith(_NO_ID) or Path(source).parent.is_dir():
+            return None
+        return HubId(match[1], match[2]) if match else None
+    match = _ID.match(source, scheme.end())
+    rest = source[match.end() :] if match else ""
+    if match is None or (rest and not rest.startswith("/")) or ".." in rest.split("/"):
+        raise UnsupportedFormat(f"{source}: a hub id is hf://org/name[@revision][/path]")
+    return HubId(match[1], match[2], rest.strip("/"))
+
+
+def fetch(id_: HubId, subfolder: str | None = None) -> Path:
+    """The local file or folder of a model, downloaded unless the hub's cache has it.
+
+    Only weights of the UNet or transformer are fetched, in one variant. With the environment
+    variable HF_HUB_OFFLINE set, only the cache is looked at.
+
+    Args:
+        id_: the model.
+        subfolder: the part of the pipeline, if not `unet` or `transformer`.
+
+    Raises:
+        UnsupportedFormat: `huggingface_hub` is not installed, the hub does not give the files, or
+            the repository has no weights that can be told apart.
+    """
+    hub = _package(id_)
+    path = "/".join(filter(None, (id_.path, subfolder)))
+    try:
+        if hub.constants.HF_HUB_OFFLINE:
+            folder = hub.snapshot_download(id_.repo, revision=id_.revision, local_files_only=True)
+            return Path(folder) / path
+        return _download(hub, id_, path)
+    except UnsupportedFormat:
+        raise
+    # Which errors the hub's client raises depends on its version and on that of its HTTP library.
+    except Exception as error:
+        raise UnsupportedFormat(
+            f"{id_.name}: is no local file or folder, and the hub does not give it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _package(id_: HubId) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UnsupportedFormat(
+            f"{id_.name}: no such file or folder. If it is a model on the Hugging Face Hub, "
+            'pip install "prolora[hub]", or download it and give the local path'
+        ) from error
+    return huggingface_hub
+
+
+def _download(hub: Any, id_: HubId, path: str) -> Path:
+    """Fetches what `_wanted` names, all of one commit."""
+    info = hub.HfApi().model_info(id_.repo, revision=id_.revision)
+    names = [sibling.rfilename for sibling in info.siblings]
+    if path.endswith(_FILES):
+        return Path(hub.hf_hub_download(id_.repo, path, revision=info.sha))
+    folder = _model_folder(names, path, id_)
+    prefix = f"{folder}/" if folder else ""
+    here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    best = choose(here)
+    if best is None:
+        files = [name for name in here if name.endswith(_FILES) and "/" not in name]
+        if len(files) != 1:
+            listed = f"several checkpoints ({', '.join(files[:4])})" if files else "no weights"
+            raise UnsupportedFormat(
+                f"{id_.name}: has {listed} in {folder or 'its root'}; name a file as "
+                f"hf://{id_.repo}/FILE"
+            )
+        return Path(hub.hf_hub_download(id_.repo, prefix + files[0], revision=info.sha))
+    found = Path(hub.hf_hub_download(id_.repo, prefix + best.name, revision=info.sha))
+    if best.sharded:
+        for shard in sorted(set(weight_map(found).values())):
+            hub.hf_hub_download(id_.repo, prefix + shard, revision=info.sha)
+        return found.parent
+    return found
+
+
+def _model_folder(names: list[str], path: str, id_: HubId) -> str:
+    """The folder with the weights, "" for the root."""
+    if path:
+        return path
+    parts = [part for part in MODELS if any(name.startswith(f"{part}/") for name in names)]
+    if len(parts) > 1:
+        raise UnsupportedFormat(
+            f"{id_.name}: has both unet and transformer; write hf://{id_.repo}/unet"
+        )
+    return parts[0] if parts else ""

@@ -1,0 +1,240 @@
+"""Weights that have not been read yet, and views of them: rows, swapped halves, scaled values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedFormat
+
+
+class Weight(Protocol):
+    """One weight that has not been read yet; what is read is `dtype` of `shape`."""
+
+    @property
+    def name(self) -> str:
+        """Where it lies, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored, or float32 where stored numbers mean something only after a computation."""
+
+    def read(self) -> Tensor:
+        """The tensor [*shape]."""
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of it; nothing else is read."""
+
+
+class Entry(Protocol):
+    """What a file's header says of one tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `TensorFile.read` gives."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what `TensorFile.read` gives."""
+
+
+class TensorFile(Protocol):
+    """A file of tensors whose header was read and checked."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def tensors(self) -> Mapping[str, Entry]:
+        """Key -> what the header says."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that key."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of it."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in a file."""
+
+    file: TensorFile
+    key: str
+
+    @property
+    def name(self) -> str:
+        """As "file.safetensors:key"."""
+        return f"{self.file.path.name}:{self.key}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.file.tensors[self.key].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        return self.file.tensors[self.key].dtype
+
+    def read(self) -> Tensor:
+        """The tensor, read from the file every time."""
+        return self.file.read(self.key)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Some rows, read from the file every time."""
+        return self.file.read_rows(self.key, start, stop)
+
+
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A weight that is already in memory."""
+
+    tensor: Tensor
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is."""
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        """The caller's own tensor, not a copy."""
+        return self.tensor
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """A view of the caller's own tensor."""
+        return self.tensor[start:stop]
+
+
+@dataclass(frozen=True)
+class RowsWeight:
+    """Rows [start, stop) of a matrix that several layers were fused into."""
+
+    whole: Weight
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The fused matrix and the rows of it."""
+        return f"{self.whole.name}[{self.start}:{self.stop}]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the rows."""
+        return (self.stop - self.start, *self.whole.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the fused matrix."""
+        return self.whole.dtype
+
+    def read(self) -> Tensor:
+        """These rows alone."""
+        return self.whole.read_rows(self.start, self.stop)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Some of them."""
+        return self.whole.read_rows(self.start + start, self.start + stop)
+
+
+@dataclass(frozen=True)
+class ConvertedWeight:
+    """A weight stored with its halves in the other order, or transposed.
+
+    Attributes:
+        stored: as the file has it.
+        transposed: it is stored [in, out]; otherwise its upper and lower half are exchanged.
+    """
+
+    stored: Weight
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the stored weight."""
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read."""
+        return self.stored.shape[::-1] if self.transposed else self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weight."""
+        return self.stored.dtype
+
+    def read(self) -> Tensor:
+        """The weight in the order that canonical names stand for."""
+        if self.transposed:
+            return self.stored.read().mT.contiguous()
+        half = self.shape[0] // 2
+        rows = self.stored.read_rows
+        # Through bytes: torch cannot concatenate every float8 type.
+        parts = [rows(half, 2 * half), rows(0, half)]
+        return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(self.dtype)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of what `read` gives."""
+        return self.read()[start:stop]
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A float8 weight q with its scale: the weight is q · scale, in float32.
+
+    Attributes:
+        stored: q [m, ...].
+        scale: one number, or one for each row, [m] or [m, 1, ...].
+    """
+
+    stored: Weight
+    scale: Weight
+
+    @property
+    def name(self) -> str:
+        """Of the stored weight."""
+        return self.stored.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored weight."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32: the product has more digits than either factor."""
+        return torch.float32
+
+    def read(self) -> Tensor:
+        """The product."""
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the product."""
+        scale = self.scale.read().to(torch.float32).flatten()
+        if not bool((scale.isfinite() & (scale != 0)).all()):
+            raise UnsupportedFormat(
+                f"{self.scale.name}: the scale of {self.stored.name} is zero or not finite; the "
+                "checkpoint is damaged"
+            )
+        if len(scale) > 1:
+            scale = scale[start:stop].reshape(-1, *(1 for _ in self.shape[1:]))
+        return self.stored.read_rows(start, stop).to(torch.float32).mul_(scale)

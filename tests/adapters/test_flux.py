@@ -1,0 +1,361 @@
+"""FLUX in every spelling, against diffusers' own converters, at the widths of FLUX."""
+
+import gzip
+import json
+from functools import cache
+
+import pytest
+import torch
+from lora_files import DATA, factors, save
+
+from prolora import adapters
+from prolora.adapters import encoding, flux, names
+from prolora.errors import ShapeMismatch, UnsupportedFormat
+from prolora.linalg.lowrank import LowRank
+
+WIDTH = 3072
+FUSED = ("double_blocks.0.img_attn.qkv", "double_blocks.3.txt_attn.qkv", "single_blocks.7.linear1")
+PLAIN = (
+    "double_blocks.0.img_attn.proj", "double_blocks.0.txt_mod.lin", "double_blocks.3.txt_mlp.2",
+    "single_blocks.7.linear2", "single_blocks.37.modulation.lin", "time_in.in_layer", "img_in",
+    "final_layer.linear", "final_layer.adaLN_modulation.1",
+)  # fmt: skip
+
+
+@cache
+def keymap():
+    """{module: [original name, rows, kohya, OneTrainer, shape]} of the whole model."""
+    return json.loads(gzip.decompress((DATA.parent / "flux.json.gz").read_bytes()))
+
+
+def original_shape(name):
+    """[out, in] of a weight of the original checkpoint."""
+    parts = [entry for entry in keymap().values() if entry[0] == name]
+    return sum(entry[4][0] for entry in parts), parts[0][4][1]
+
+
+def difference(first, second):
+    """‖A − B‖/‖B‖ of two products, without forming them."""
+    up = torch.cat([first.up.double(), -second.up.double()], 1)
+    down = torch.cat([first.down.double(), second.down.double()])
+    _, left = torch.linalg.qr(up)
+    _, right = torch.linalg.qr(down.mT)
+    return ((left @ right.mT).norm() / second.norm()).item()
+
+
+def through_diffusers(tensors):
+    """Module -> update as diffusers converts a FLUX file; factors in float32, values as stored."""
+    from diffusers import FluxPipeline
+
+    given = {key: tensor.float() for key, tensor in tensors.items()}
+    state, alphas = FluxPipeline.lora_state_dict(given, return_alphas=True)
+    assert not alphas
+    found = {}
+    for key, down in state.items():
+        if ".lora_A." in key:
+            name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            found[name] = LowRank(state[key.replace("lora_A", "lora_B")], down)
+    return found
+
+
+def same(adapter, expected, tolerance=1e-6):
+    assert set(adapter.updates) == set(expected)
+    for name, update in adapter.updates.items():
+        assert difference(update, expected[name]) < tolerance, name
+
+
+def kohya_flux(rank=4, alpha=None, dtype=torch.float32):
+    """A LoRA in sd-scripts' spelling; alpha is None, a number or a function of the rank."""
+    tensors = {}
+    for seed, name in enumerate((*FUSED, *PLAIN)):
+        stem = "lora_unet_" + name.replace(".", "_")
+        up, down = factors(original_shape(name), rank + seed % 3, seed, dtype)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        # diffusers drops the alphas of the last layer, so they are 1 here.
+        if alpha is not None and not name.startswith("final_layer"):
+            tensors[f"{stem}.alpha"] = torch.tensor(
+                float(alpha(rank + seed % 3, seed)), dtype=dtype
+            )
+    return tensors
+
+
+ALPHAS = {
+    "absent": None,
+    "rank": lambda rank, _: rank,
+    "half the rank": lambda rank, _: rank / 2,
+    "mixed": lambda rank, seed: 1 + seed % 4,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alpha", ALPHAS.values(), ids=ALPHAS.keys())
+def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtype):
+    tensors = kohya_flux(alpha=alpha, dtype=dtype)
+    adapter = adapters.read(save(tmp_path / "lora", tensors))
+    assert (adapter.format, adapter.spelling, adapter.dtype) == ("kohya", "sgm", dtype)
+    same(adapter, through_diffusers(tensors))
+
+
+def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
+    tensors, expected = {}, {}
+    for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
+        matrix = flux.matrix(name)
+        parts = {}
+        for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
+            parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
+        whole = flux.fuse(matrix, parts)
+        assert whole.rank == rank * len(matrix.parts)
+        stem = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{stem}.lora_up.weight": whole.up, f"{stem}.lora_down.weight": whole.down}
+        expected |= parts
+    adapter = adapters.read(tensors)
+    assert {name: u.rank for name, u in adapter.updates.items()} == {
+        name: u.rank for name, u in expected.items()
+    }
+    same(adapter, expected)
+    same(adapter, through_diffusers(tensors))
+
+
+def test_an_xlabs_file_has_the_updates_that_diffusers_reads():
+    tensors = {}
+    for stem, shape in {
+        "double_blocks.0.processor.qkv_lora1": (3 * WIDTH, WIDTH),
+        "double_blocks.0.processor.qkv_lora2": (3 * WIDTH, WIDTH),
+        "double_blocks.11.processor.proj_lora1": (WIDTH, WIDTH),
+        "double_blocks.11.processor.proj_lora2": (WIDTH, WIDTH),
+        "single_blocks.37.processor.qkv_lora": (3 * WIDTH, WIDTH),
+        "single_blocks.37.processor.proj_lora": (WIDTH, 5 * WIDTH),
+    }.items():
+        up, down = factors(shape, 4, len(tensors))
+        tensors |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
+    adapter = adapters.read(tensors)
+    assert adapter.format == "diffusers"
+    same(adapter, through_diffusers(tensors))
+
+
+def original_file(prefix, names_, dtype=torch.float32):
+    """Two-column factors on weights of the original checkpoint."""
+    tensors = {}
+    for seed, name in enumerate(names_):
+        up, down = factors(original_shape(name), 2, seed, dtype)
+        tensors |= {f"{prefix}{name}.lora_B.weight": up, f"{prefix}{name}.lora_A.weight": down}
+    return tensors
+
+
+def test_a_control_lora_of_the_authors_is_read_and_its_norms_and_biases_named():
+    originals = dict.fromkeys(entry[0] for entry in keymap().values())
+    tensors = original_file("", originals)
+    parts = [f"double_blocks.{i}.{stream}_attn" for i in range(19) for stream in ("img", "txt")]
+    parts += [f"single_blocks.{i}" for i in range(38)]
+    norms = [f"{part}.norm.{norm}.scale" for part in parts for norm in ("query_norm", "key_norm")]
+    bias = "double_blocks.4.img_mlp.0.lora_B.bias"
+    extra = {key: torch.ones(128) for key in norms} | {bias: torch.ones(4 * WIDTH)}
+    adapter = adapters.read(tensors | extra)
+    expected = through_diffusers(tensors | extra)
+    assert len(adapter.updates) == 504
+    # diffusers swaps the halves of `down` of the last layer too, which are no rows of the weight.
+    del expected["norm_out.linear"]
+    last = adapter.updates.pop("norm_out.linear")
+    same(adapter, expected)
+    shift, scale = tensors["final_layer.adaLN_modulation.1.lora_B.weight"].chunk(2)
+    down = tensors["final_layer.adaLN_modulation.1.lora_A.weight"]
+    assert difference(last, LowRank(torch.cat([scale, shift]), down)) < 1e-6
+    assert set(adapter.left_out) == {*norms, bias}
+
+
+def test_a_fal_file_is_read():
+    blocks = [entry[0] for entry in keymap().values() if "_blocks." in entry[0]]
+    tensors = original_file("base_model.model.", dict.fromkeys((*blocks, "final_layer.linear")))
+    adapter = adapters.read(tensors)
+    same(adapter, through_diffusers(tensors))
+
+
+def test_a_comfy_file_is_the_kohya_file_under_other_names():
+    tensors = kohya_flux(alpha=ALPHAS["mixed"])
+    renamed = {}
+    for name in (*FUSED, *PLAIN):
+        stem = "lora_unet_" + name.replace(".", "_")
+        for key in [key for key in tensors if key.startswith(f"{stem}.")]:
+            renamed[f"diffusion_model.{name}{key.removeprefix(stem)}"] = tensors[key]
+    adapter = adapters.read(renamed)
+    assert adapter.format == "comfy"
+    same(adapter, adapters.read(tensors).updates)
+
+
+@pytest.mark.parametrize("start", ["lora_transformer_", "lycoris_"])
+def test_one_trainer_and_simple_tuner_are_read(start):
+    modules = ["transformer_blocks.0.attn.to_q", "transformer_blocks.18.attn.add_k_proj",
+               "single_transformer_blocks.9.attn.to_v", "context_embedder"]  # fmt: skip
+    tensors = {}
+    for seed, module in enumerate(modules):
+        stem = start + module.replace(".", "_")
+        up, down = factors((8, 6), 2, seed)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    adapter = adapters.read(tensors)
+    assert (adapter.format, adapter.spelling) == ("kohya", "diffusers")
+    if start == "lora_transformer_":
+        same(adapter, through_diffusers(tensors))
+    else:
+        assert list(adapter.updates) == modules
+
+
+def test_an_ai_toolkit_file_needs_no_alpha():
+    tensors = {}
+    modules = ["transformer_blocks.0.ff.net.0.proj", "single_transformer_blocks.3.proj_mlp",
+               "norm_out.linear", "proj_out"]  # fmt: skip
+    for seed, name in enumerate(modules):
+        up, down = factors((8, 6), 2, seed)
+        tensors |= {f"transformer.{name}.lora_B.weight": up,
+                    f"transformer.{name}.lora_A.weight": down}  # fmt: skip
+    adapter = adapters.read(tensors)
+    assert adapter.format == "diffusers"
+    same(adapter, through_diffusers(tensors))
+
+
+def test_every_module_has_its_name_and_rows_in_every_spelling():
+    for module, (original, rows, kohya, onetrainer, shape) in keymap().items():
+        matrix = flux.matrix_of(module)
+        assert matrix.name == original and flux.matrix(original) == matrix
+        heights = flux.rows(matrix, original_shape(original)[0], "here")
+        top = sum(heights[: matrix.parts.index(module)])
+        assert [top, top + shape[0]] == (rows or [0, shape[0]])
+        for path in (kohya, onetrainer, f"diffusion_model.{original}", f"transformer.{module}",
+                     f"base_model.model.{module}", original, f"base_model.model.{original}",
+                     onetrainer.replace("lora_transformer_", "lycoris_")):  # fmt: skip
+            assert module in names.parse(path).modules, path
+        assert names.to_kohya(module, spelling="sgm") == kohya
+        assert names.to_kohya(module) == onetrainer
+        assert names.to_comfy(module) == f"diffusion_model.{original}"
+
+
+SMALL = {
+    "transformer_blocks.0.attn.to_q": (8, 8), "transformer_blocks.0.attn.to_k": (8, 8),
+    "transformer_blocks.0.attn.to_v": (8, 8), "transformer_blocks.0.attn.to_out.0": (8, 8),
+    "transformer_blocks.2.attn.add_v_proj": (8, 8), "transformer_blocks.2.norm1.linear": (48, 8),
+    "single_transformer_blocks.1.attn.to_k": (8, 8), "norm_out.linear": (16, 8),
+    "single_transformer_blocks.1.proj_mlp": (32, 8), "proj_out": (4, 8),
+    "single_transformer_blocks.1.proj_out": (8, 40),
+    "single_transformer_blocks.5.proj_mlp": (32, 8),
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 8),
+    "text_encoder_2.encoder.block.3.layer.0.SelfAttention.q": (6, 8),
+}  # fmt: skip
+
+
+def small(rank=(2, 3), **fields):
+    updates = {
+        name: LowRank(*factors(shape, rank[i % len(rank)], i))
+        for i, (name, shape) in enumerate(SMALL.items())
+    }
+    return adapters.Adapter(updates, **fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [(2,), (2, 3)], ids=["one rank", "mixed ranks"])
+@pytest.mark.parametrize(("format", "spelling"), [
+    ("kohya", "sgm"), ("kohya", "diffusers"), ("comfy", "sgm"), ("diffusers", "diffusers"),
+])  # fmt: skip
+def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
+    adapter = small(rank, format=format, spelling=spelling)
+    adapters.write(adapter, tmp_path / "out", dtype=dtype)
+    back = adapters.read(tmp_path / "out")
+    assert (back.format, back.spelling) == (format, spelling)
+    same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_diffusers_reads_what_is_written(tmp_path, format, dtype):
+    from safetensors.torch import load_file
+
+    # A transfer changes q, k and v apart from each other, and may leave one of them out.
+    read = adapters.read(kohya_flux(alpha=ALPHAS["half the rank"]))
+    updates = {
+        name: LowRank(update.up, update.down + 0.1 * i)
+        for i, (name, update) in enumerate(read.updates.items())
+        if name != "transformer_blocks.3.attn.add_k_proj" and name != "norm_out.linear"
+    }
+    adapters.write(read.with_updates(updates), tmp_path / "out", format=format, dtype=dtype)
+    found = through_diffusers(load_file(tmp_path / "out"))
+    left_over = found.pop("transformer_blocks.3.attn.add_k_proj", None)
+    assert left_over is None or left_over.norm() == 0
+    same(read.with_updates(found), updates, max(8 * torch.finfo(dtype).eps, 1e-6))
+
+
+def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks(tmp_path):
+    tensors = kohya_flux(alpha=ALPHAS["half the rank"])
+    adapter = adapters.read(tensors)
+    adapters.write(adapter, tmp_path / "out")
+    from safetensors.torch import load_file
+
+    written = load_file(tmp_path / "out")
+    assert written.keys() - tensors.keys() == {
+        "lora_unet_final_layer_linear.alpha", "lora_unet_final_layer_adaLN_modulation_1.alpha",
+    }  # fmt: skip
+    assert all(written[key].shape == tensors[key].shape for key in tensors)
+    same(adapters.read(written), adapter.updates)
+
+
+def test_double_blocks_alone_are_told_from_sd3_by_their_width():
+    wide = LowRank(*factors((WIDTH, WIDTH), 1, 0))
+    narrow = LowRank(*factors((8, 8), 1, 0))
+    for update, fits in ((wide, True), (narrow, False)):
+        adapter = adapters.Adapter({"transformer_blocks.0.attn.to_q": update}, format="diffusers")
+        paths = encoding.paths(adapter, "kohya")
+        assert paths["transformer_blocks.0.attn.to_q"].startswith("lora_unet_double") == fits
+        if not fits:
+            with pytest.raises(UnsupportedFormat, match="no name in the comfy format"):
+                encoding.paths(adapter, "comfy")
+
+
+@pytest.mark.parametrize(("name", "height"), [
+    ("double_blocks_0_img_attn_qkv", 10), ("single_blocks_0_linear1", 12),
+    ("final_layer_adaLN_modulation_1", 5),
+])  # fmt: skip
+def test_rows_that_do_not_come_out_even_are_refused(name, height):
+    up, down = factors((height, 4), 2, 0)
+    stem = f"lora_unet_{name}"
+    with pytest.raises(ShapeMismatch, match=stem):
+        adapters.read({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down})
+
+
+def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
+    tensors = {}
+    for stem, out in (("lora_unet_double_blocks_0_img_attn_qkv", 9),
+                      ("lora_transformer_transformer_blocks_0_attn_to_k", 3)):  # fmt: skip
+        up, down = factors((out, 4), 2, 0)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    with pytest.raises(UnsupportedFormat, match=r"both update transformer_blocks\.0\.attn\.to_k"):
+        adapters.read(tensors)
+
+
+def test_parts_of_different_weights_are_not_put_together():
+    matrix = flux.matrix("double_blocks.0.img_attn.qkv")
+    parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
+    with pytest.raises(ShapeMismatch, match="cannot be put together"):
+        flux.fuse(matrix, parts)
+
+
+@pytest.mark.parametrize(("key", "module"), [
+    ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
+    ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
+    ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_2"),
+    ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_3"),
+])  # fmt: skip
+def test_t5_is_the_second_text_encoder_of_flux_whatever_it_is_called(key, module):
+    up, down = factors((4, 4), 2, 0)
+    stems = (key, "lora_unet_single_blocks_0_linear2")
+    tensors = {f"{s}.lora_up.weight": up for s in stems}
+    tensors |= {f"{s}.lora_down.weight": down for s in stems}
+    adapter = adapters.read(tensors)
+    assert next(iter(adapter.updates)) == f"{module}.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def test_t5_is_the_third_text_encoder_where_there_is_a_second_clip():
+    up, down = factors((4, 4), 2, 0)
+    tensors = {}
+    for stem in ("lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+                 "lora_te2_text_model_encoder_layers_0_mlp_fc1"):  # fmt: skip
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    names_ = [names.place(name) for name in adapters.read(tensors).updates]
+    assert names_ == ["text_encoder_3", "text_encoder_2"]

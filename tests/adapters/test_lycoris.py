@@ -1,0 +1,357 @@
+"""LoCon, Tucker, LoHa, LoKr, full, GLoRA, diag-OFT and DoRA against LyCORIS and PEFT."""
+
+import math
+
+import pytest
+import torch
+from lora_files import relative_error, save
+from torch import nn
+
+from prolora import adapters
+from prolora.adapters import truncation
+from prolora.errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
+from prolora.linalg.lowrank import LowRank
+
+LINEAR = "mid_block.attentions.0.proj_in"
+CONV = "down_blocks.0.resnets.0.conv1"
+ALPHAS = {"absent": None, "rank": 4.0, "half the rank": 2.0, "rank-stabilised": 4 * 4**0.5}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+# LyCORIS' name, its options, and the layer it goes on.
+KINDS = {
+    "locon": ("LoConModule", {}, CONV),
+    "tucker": ("LoConModule", {"use_tucker": True}, CONV),
+    "loha": ("LohaModule", {}, LINEAR),
+    "loha on a convolution": ("LohaModule", {}, CONV),
+    "loha with cores": ("LohaModule", {"use_tucker": True}, CONV),
+    "lokr": ("LokrModule", {"factor": 4}, LINEAR),
+    "lokr, both factored": ("LokrModule", {"factor": 12, "decompose_both": True}, LINEAR),
+    "lokr, none factored": ("LokrModule", {"full_matrix": True}, LINEAR),
+    "lokr on a convolution": ("LokrModule", {"factor": 2}, CONV),
+    "lokr with a core": ("LokrModule", {"factor": 2, "use_tucker": True}, CONV),
+    "full": ("FullModule", {}, LINEAR),
+    "full on a convolution": ("FullModule", {}, CONV),
+    "glora": ("GLoRAModule", {}, LINEAR),
+    "glora on a convolution": ("GLoRAModule", {}, CONV),
+    "oft": ("DiagOFTModule", {"constraint": 0}, LINEAR),
+    "oft, constrained": ("DiagOFTModule", {"constraint": 2.0**-10}, LINEAR),
+    "oft, rescaled": ("DiagOFTModule", {"constraint": 0, "rescaled": True}, CONV),
+}  # fmt: skip
+DORA = [kind for kind in KINDS if kind.startswith(("locon", "tucker", "loha", "lokr"))]
+
+
+def layer(name):
+    """A layer with float32 weights, alike at every call."""
+    torch.manual_seed(1)
+    if name == LINEAR:
+        return nn.Linear(36, 48, bias=False)
+    return nn.Conv2d(16, 32, 3, padding=1, bias=False)
+
+
+def trained(kind, alpha=4.0, dtype=torch.float32, rank=4, **options):
+    """(LyCORIS module after some training, its layer, the tensors of its file)."""
+    from lycoris import modules
+
+    name, fixed, where = KINDS[kind]
+    base = layer(where)
+    options = fixed | options
+    module = getattr(modules, name)(
+        "lora", base, 1.0, rank, alpha if alpha is not None else rank, **options
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "org_module" not in name:
+                size = 0.3 if name != "dora_scale" else 0.1
+                noise = size * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_((parameter + noise if "scale" in name else noise).to(dtype))
+    if kind.startswith("full"):
+        parts = {"diff": module.weight}  # custom_state_dict is for modules that were applied
+    else:
+        parts = module.custom_state_dict() or module.state_dict()
+    stem = "lora_unet_" + where.replace(".", "_")
+    tensors = {f"{stem}.{key}": value.detach().to(dtype).contiguous()
+               for key, value in parts.items()}  # fmt: skip
+    if alpha is None:
+        tensors.pop(f"{stem}.alpha", None)
+    return module, base, tensors
+
+
+def effect(module, base):
+    """ΔW as the layer applies it: LyCORIS' forward on unit inputs, minus the layer's own."""
+    shape = base.weight.shape
+    with torch.no_grad():
+        if isinstance(base, nn.Linear):
+            inputs = torch.eye(shape[1])
+            return (module(inputs) - base(inputs)).mT
+        inputs = torch.zeros(shape[1] * 9, shape[1], 3, 3)
+        for i in range(shape[1]):
+            for place in range(9):
+                inputs[i * 9 + place, i, place // 3, place % 3] = 1
+        found = module(inputs) - base(inputs)
+        # The middle output sees the whole input, each input one weight of the kernel.
+        return found[:, :, 1, 1].mT
+
+
+def read(tensors, base, where):
+    weights = {where: base.weight.detach()}
+    return adapters.read(tensors, read_weight=weights.__getitem__)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", ALPHAS.values(), ids=ALPHAS.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_what_the_layer_of_lycoris_does(kind, alpha, dtype):
+    if kind.startswith("oft"):
+        alpha = 4.0  # a constraint, and no scale
+    module, base, tensors = trained(kind, alpha, dtype)
+    where = KINDS[kind][2]
+    adapter = read(tensors, base, where)
+    assert list(adapter.updates) == [where]
+    assert adapter.kernels == ({where: (3, 3)} if where == CONV else {})
+    assert adapter.kept_energy == {} and adapter.left_out == {}
+    # Merging and subtracting in float32, as LyCORIS does, leaves no more than this.
+    rounding = 2e-6 * max(1.0, (base.weight.norm() / effect(module, base).norm()).item())
+    assert relative_error(adapter.updates[where].dense(), effect(module, base)) < rounding
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("oft")])
+def test_an_update_is_exact_against_the_formula_of_lycoris(kind):
+    """The same in float64 and without the base weight in between, to 1e-6."""
+    module, base, tensors = trained(kind, 2.0)
+    where = KINDS[kind][2]
+    update = read(tensors, base, where).updates[where]
+    module.double()
+    base.double()
+    if kind.startswith(("loha", "lokr")):
+        wanted = module.get_weight(base.weight.shape)  # get_diff_weight applies α/r twice
+    elif kind.startswith("full"):
+        wanted = next(iter(tensors.values())).double()
+    else:
+        wanted = module.get_diff_weight(1.0, base.weight.shape)[0]
+    assert relative_error(update.dense().double(), wanted.detach().flatten(1)) < 1e-6
+
+
+@pytest.mark.parametrize("on_output", [True, False], ids=["[out, 1]", "[1, in]"])
+@pytest.mark.parametrize("kind", DORA)
+def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, on_output):
+    module, base, tensors = trained(kind, 2.0, weight_decompose=True, wd_on_out=on_output)
+    where = KINDS[kind][2]
+    adapter = read(tensors, base, where)
+    assert adapter.algorithms[where].endswith("+dora")
+    assert relative_error(adapter.updates[where].dense(), effect(module, base)) < 2e-6
+
+
+def test_a_dora_without_its_base_is_refused_and_never_read_as_a_lora():
+    _, _, tensors = trained("locon", weight_decompose=True)
+    with pytest.raises(UnsupportedFormat, match=rf"update of {CONV} is rescaled .*give the base"):
+        adapters.read(tensors)
+
+
+def test_a_dora_of_a_text_encoder_is_named_among_what_is_left_out():
+    _, base, tensors = trained("locon", weight_decompose=True)
+    stem = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    parts = {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)}
+    tensors |= {f"{stem}.{role}": torch.ones(shape) for role, shape in parts.items()}
+    adapter = read(tensors, base, CONV)
+    name = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    assert list(adapter.updates) == [CONV] and list(adapter.left_out) == [name]
+    assert "DoRA" in adapter.left_out[name]
+
+
+def test_a_base_without_the_module_or_of_another_shape_is_refused():
+    tensors = trained("glora")[2]
+    with pytest.raises(UnsupportedFormat, match=f"weight of {LINEAR}.*source base does not have"):
+        adapters.read(tensors, read_weight={}.__getitem__)
+    with pytest.raises(ShapeMismatch, match=LINEAR):
+        read(tensors, nn.Linear(5, 48, bias=False), LINEAR)
+
+
+def test_a_base_weight_that_is_not_finite_is_refused():
+    _, base, tensors = trained("glora")
+    with torch.no_grad():
+        base.weight[3, 4] = math.nan
+    with pytest.raises(NonFiniteWeights, match=LINEAR):
+        read(tensors, base, LINEAR)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1), (1, 2), (48,), (1, 36), (48, 1), (1, 48), (36, 1), (36,)]
+)
+def test_magnitudes_belong_to_the_axis_their_shape_says_or_are_refused(shape):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    up, down, base = torch.zeros(48, 2), torch.zeros(2, 36), layer(LINEAR)
+    tensors = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down,
+               f"{stem}.dora_scale": torch.ones(shape)}  # fmt: skip
+    axes = {(48,): 1, (48, 1): 1, (1, 36): 0}
+    if shape not in axes:
+        with pytest.raises(ShapeMismatch, match=r"DoRA magnitudes of a weight \[48, 36\] are not"):
+            read(tensors, base, LINEAR)
+        return
+    weight = base.weight.detach()
+    wanted = weight / weight.norm(dim=axes[shape], keepdim=True) - weight
+    assert relative_error(read(tensors, base, LINEAR).updates[LINEAR].dense(), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("options", [
+    dict(lora_alpha=4), dict(lora_alpha=2), dict(lora_alpha=6, use_rslora=True),
+    dict(lora_alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
+], ids=["rank", "half the rank", "rank-stabilised", "mixed"])  # fmt: skip
+def test_a_dora_of_peft_is_what_its_merge_adds(tmp_path, options):
+    from lora_files import tiny_unet
+    from peft import LoraConfig, get_peft_model
+
+    targets = [LINEAR, "down_blocks.1.resnets.0.conv1", "up_blocks.0.upsamplers.0.conv"]
+    unet = tiny_unet()
+    weights = {name: unet.get_submodule(name).weight.detach().clone() for name in targets}
+    config = LoraConfig(
+        r=4, target_modules=targets, init_lora_weights=False, use_dora=True, **options
+    )
+    model = get_peft_model(unet, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    adapter = adapters.read(tmp_path, read_weight=weights.__getitem__)
+    merged = model.merge_and_unload()
+    assert set(adapter.updates) == set(targets)
+    for name, update in adapter.updates.items():
+        wanted = merged.get_submodule(name).weight.detach().double() - weights[name].double()
+        assert relative_error(update.dense().double(), wanted.flatten(1)) < 3e-6
+    (tmp_path / "again").mkdir()
+    adapters.write(adapter, tmp_path / "again" / "out", format="kohya")
+    again = adapters.read(tmp_path / "again" / "out")
+    for name, update in adapter.updates.items():
+        assert relative_error(again.updates[name].dense(), update.dense()) < 1e-6
+
+
+@pytest.mark.parametrize("options", [
+    dict(alpha=4), dict(alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
+], ids=["rank", "mixed"])  # fmt: skip
+@pytest.mark.parametrize("cores", [False, True])
+@pytest.mark.parametrize("method", ["LoHa", "LoKr"])
+def test_a_loha_or_lokr_folder_of_peft_is_what_its_merge_adds(tmp_path, method, cores, options):
+    import peft
+    from lora_files import tiny_unet
+
+    targets = [LINEAR, "down_blocks.1.resnets.0.conv1"]
+    unet = tiny_unet()
+    weights = {name: unet.get_submodule(name).weight.detach().clone() for name in targets}
+    config = getattr(peft, f"{method}Config")(
+        r=4, target_modules=targets, init_weights=False, use_effective_conv2d=cores, **options
+    )
+    model = peft.get_peft_model(unet, config)
+    model.save_pretrained(tmp_path)
+    adapter = adapters.read(tmp_path)
+    deltas = {
+        name: model.base_model.model.get_submodule(name).get_delta_weight("default")
+        for name in targets
+    }
+    assert set(adapter.updates) == set(targets)
+    assert set(adapter.algorithms.values()) == {method.lower()}
+    for name, update in adapter.updates.items():
+        wanted = deltas[name].detach().reshape(weights[name].shape).flatten(1)
+        assert relative_error(update.dense(), wanted) < 1e-6
+
+
+def test_a_peft_dora_without_its_magnitudes_is_refused(tmp_path):
+    stem = f"base_model.model.{LINEAR}"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.ones(4, 36),
+        f"{stem}.lora_B.weight": torch.ones(48, 4),
+    }
+    save(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4, "use_dora": true}')
+    with pytest.raises(UnsupportedFormat, match=r"magnitudes of .* are missing"):
+        adapters.read(tmp_path, read_weight=lambda _: torch.ones(48, 36))
+
+
+@pytest.mark.parametrize(("kind", "dora"), [
+    ("loha", False), ("lokr", False), ("full", False), ("loha", True), ("lokr", True),
+])  # fmt: skip
+def test_a_fused_flux_weight_comes_apart_whatever_the_kind(kind, dora):
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    parts = {
+        "loha": {"hada_w1_a": random(24, 2), "hada_w1_b": random(2, 8),
+                 "hada_w2_a": random(24, 2), "hada_w2_b": random(2, 8)},
+        "lokr": {"lokr_w1": random(4, 2), "lokr_w2": random(6, 4)},
+        "full": {"diff": random(24, 8)},
+    }[kind]  # fmt: skip
+    whole = {
+        "loha": lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]),
+        "lokr": lambda p: torch.kron(p["lokr_w1"], p["lokr_w2"]),
+        "full": lambda p: p["diff"],
+    }[kind](parts)
+    names = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    weights = {name: random(8, 8) for name in names}
+    if dora:
+        parts["dora_scale"] = random(1, 8).abs()
+        weight = torch.cat(list(weights.values()))
+        merged = weight + whole
+        whole = parts["dora_scale"] * merged / merged.norm(dim=0, keepdim=True) - weight
+    tensors = {f"{stem}.{role}": tensor for role, tensor in parts.items()}
+    adapter = adapters.read(tensors, read_weight=weights.__getitem__)
+    assert list(adapter.updates) == names
+    for name, wanted in zip(names, whole.chunk(3), strict=True):
+        assert relative_error(adapter.updates[name].dense(), wanted) < 2e-6
+
+
+def test_what_has_too_high_a_rank_is_cut_to_the_stated_energy_and_says_what_it_kept(monkeypatch):
+    monkeypatch.setattr(truncation, "MAX_RANK", 8)
+    generator = torch.Generator().manual_seed(5)
+    spectrum = 0.5 ** torch.arange(24)
+    delta = torch.linalg.qr(torch.randn(40, 24, generator=generator))[0] * spectrum
+    delta = delta @ torch.linalg.qr(torch.randn(32, 24, generator=generator))[0].mT
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    adapter = adapters.read({f"{stem}.diff": delta})
+    (update,), (kept,) = adapter.updates.values(), adapter.kept_energy.values()
+    assert update.rank == 5  # 1 − ¼⁵ ≥ 0.999 > 1 − ¼⁴
+    assert kept == pytest.approx(1 - 0.25**5, abs=1e-6)
+    assert relative_error(update.dense(), delta) == pytest.approx((1 - kept) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "product", "kronecker"])
+@pytest.mark.parametrize("flat", [True, False], ids=["flat spectrum", "steep spectrum"])
+def test_every_way_to_cut_is_the_truncated_svd(monkeypatch, kind, flat):
+    monkeypatch.setattr(truncation, "MAX_RANK", 6)
+    generator = torch.Generator().manual_seed(6)
+    w1, w2 = torch.randn(5, 4, generator=generator), torch.randn(6, 7, generator=generator)
+    if not flat:
+        u, s, vt = torch.linalg.svd(w2, full_matrices=False)
+        w2 = u * 10.0 ** -torch.arange(6) * s[0] @ vt
+    delta = torch.kron(w1, w2).double()
+    found = {
+        "dense": lambda: truncation.from_dense(delta),
+        "product": lambda: truncation.from_product(LowRank(delta, torch.eye(28).double())),
+        "kronecker": lambda: truncation.from_kronecker(w1, w2),
+    }[kind]()
+    s = torch.linalg.svdvals(delta)
+    shares = s.square().cumsum(0) / s.square().sum()
+    rank = min(6, int((shares < 0.999).sum()) + 1)
+    assert found.update.rank == rank
+    assert found.kept == pytest.approx(shares[rank - 1].item(), abs=1e-6)
+    error = (found.update.dense().double() - delta).norm() / delta.norm()
+    assert error == pytest.approx((1 - shares[rank - 1]).sqrt().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("extra", [
+    {"hada_w1_a": (48, 2)}, {"lokr_w1": (4, 4)}, {"diff": (48, 36)}, {"oft_blocks": (4, 12, 12)},
+    {"bm.weight": (2, 2, 3, 3)}, {"rescale": (48, 1)}, {"lokr_t2": (2, 2, 3, 3)},
+])  # fmt: skip
+def test_two_kinds_on_one_module_are_refused(extra):
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    parts = {"lora_up.weight": (48, 2), "lora_down.weight": (2, 36)} | extra
+    with pytest.raises(UnsupportedFormat, match=stem):
+        adapters.read({f"{stem}.{role}": torch.ones(shape) for role, shape in parts.items()})
+
+
+def test_a_boft_is_refused_by_name():
+    with pytest.raises(UnsupportedFormat, match="BOFT"):
+        adapters.read({"lora_unet_conv_in.oft_blocks": torch.ones(2, 3, 4, 4)})

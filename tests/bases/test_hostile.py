@@ -1,0 +1,271 @@
+"""Checkpoints made to harm: a typed error or a base, in bounded time and memory, never a crash."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoints import sparse_file, sparse_shards
+
+from prolora import UnsupportedFormat, open_base
+from prolora.errors import ProLoRAError
+
+Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+KEYS = {f"{Q}.weight": (4, 4), "conv_in.weight": (4, 4, 3, 3)}
+# Headers of every spelling, so that mutations reach every reader.
+SEEDS = [
+    KEYS,
+    {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (4, 4),
+     "model.diffusion_model.input_blocks.3.0.op.weight": (4, 4, 3, 3),
+     "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 2),
+     "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (6, 2),
+     "conditioner.embedders.1.model.text_projection": (2, 2)},
+    {"double_blocks.0.img_attn.qkv.weight": (12, 4), "single_blocks.0.linear1.weight": (20, 4),
+     "final_layer.adaLN_modulation.1.weight": (8, 4)},
+    {"joint_blocks.0.x_block.attn.qkv.weight": (12, 4), "x_embedder.proj.weight": (4, 2, 2, 2)},
+    {"blocks.0.cross_attn.kv_linear.weight": (8, 4), "blocks.0.scale_shift_table": (6, 4)},
+]  # fmt: skip
+SAME_SIZE = {
+    "F16": ("F16", "F16", "BF16", "I16", "U16"),
+    "F32": ("F32", "F32", "I32", "U32"),
+    "F8_E4M3": ("F8_E4M3", "F8_E4M3", "F8_E5M2", "U8", "I8", "BOOL"),
+}
+
+
+def seed_file(path, number):
+    """One of the headers, some with scaled float8."""
+    keys = SEEDS[number % len(SEEDS)]
+    if number < len(SEEDS):
+        return sparse_file(path, keys)
+    scales = {f"{k.removesuffix('.weight')}.weight_scale": ("F32", (1,))
+              for k, s in keys.items() if k.endswith(".weight")}  # fmt: skip
+    layers = {k.removesuffix(".weight"): {"format": "float8_e4m3fn"} for k in keys}
+    note = json.dumps({"layers": {k: v for k, v in layers.items() if f"{k}.weight" in keys}})
+    return sparse_file(
+        path, keys, "F8_E4M3", other=scales, metadata={"_quantization_metadata": note}
+    )
+
+
+def mutate(content, rng):
+    """Damage of the kinds that files meet and that people think of."""
+    size = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + size], content[8 + size :]
+    kind = rng.choice((0, 1, 2, 3, 4, 4, 4, 5, 6, 6, 6, 6))  # most of 0 … 3 fail early
+    if kind == 0:  # bytes
+        changed = bytearray(header)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        header = bytes(changed)
+    elif kind == 1:  # a piece cut out, or put in twice
+        a, b = sorted(rng.randrange(len(header)) for _ in range(2))
+        header = header[:a] + (header[a:b] * rng.choice((0, 2))) + header[b:]
+    elif kind == 2:  # numbers
+        words = header.split(b",")
+        i = rng.randrange(len(words))
+        number = str(rng.choice((0, -1, 1, 2**31, 2**48, 2**63, 10**30, 1e300))).encode()
+        words[i] = b"".join(number if c in b"0123456789" else bytes([c]) for c in words[i])
+        header = b",".join(words)
+    elif kind == 3:  # what JSON allows
+        table = json.loads(header)
+        name = rng.choice(list(table))
+        table[name] = rng.choice((None, [], {}, 1, "x", {"dtype": "F16"}, [[[[]]]], table))
+        header = json.dumps(table, default=str, check_circular=False).encode() if (
+            table[name] is not table) else b"[" * 5000  # fmt: skip
+    elif kind == 4:  # another name for a tensor
+        table = json.loads(header)
+        name = rng.choice(list(table))
+        other = rng.choice(
+            ("", "weight", ".weight", f"{Q}.weight", "double_blocks.0.img_attn.qkv.weight",
+             "\ud800", "a" * 5000, "../../x.weight", "transformer_blocks.99999999.attn.to_q.weight",
+             "input_blocks.999.1.proj_in.weight", "x.scale_weight", "scaled_fp8", "x.comfy_quant")
+        )  # fmt: skip
+        table[other] = table.pop(name)
+        header = json.dumps(table).encode()
+    elif kind == 6:  # a shape or a dtype that takes as many bytes
+        table = json.loads(header)
+        for name in rng.sample(list(table), rng.randint(1, len(table))):
+            item = table[name]
+            count = 1
+            for size_ in item["shape"]:
+                count *= size_
+            pairs = [[d, count // d] for d in range(1, 200) if count % d == 0]
+            item["shape"] = rng.choice([item["shape"], *pairs, [count], [1, 1, *pairs[-1]]])
+            item["dtype"] = rng.choice(SAME_SIZE[item["dtype"]])
+        header = json.dumps(table).encode()
+    length = len(header)
+    if kind == 5:  # the length in front
+        length = rng.choice((0, 1, 7, max(size, 1) - 1, size + 1, 2**31, 2**62, 2**64 - 1))
+    return min(length, 2**64 - 1).to_bytes(8, "little") + header + data
+
+
+def fuzz(folder, count, seed):
+    """Opens and reads `count` damaged files; the numbers of (bases, typed errors)."""
+    rng = random.Random(seed)
+    path = folder / "fuzzed.safetensors"
+    good = [seed_file(path, i).read_bytes() for i in range(2 * len(SEEDS))]
+    opened = refused = 0
+    for _ in range(count):
+        content = rng.choice(good)
+        for _ in range(rng.choice((1, 1, 2))):
+            try:
+                content = mutate(content, rng)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                pass  # damaged beyond what this mutation understands
+        path.write_bytes(content)
+        try:
+            base = open_base(path)
+            for module in base.shapes:
+                assert tuple(base.read(module).shape) == base.shapes[module]
+            opened += 1
+        except ProLoRAError as error:
+            assert str(error)
+            refused += 1
+    return opened, refused
+
+
+def test_damaged_headers_give_a_base_or_a_typed_error(tmp_path):
+    """1,500 of them."""
+    opened, refused = fuzz(tmp_path, 1500, seed=0)
+    assert opened > 150 and refused > 500 and opened + refused == 1500
+
+
+def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path):
+    sparse_file(tmp_path / "secret.safetensors", KEYS)
+    folder = sparse_shards(tmp_path / "unet", KEYS, 1)
+    index = next(folder.glob("*.json"))
+    name = next(folder.glob("*.safetensors")).name
+    for escape in ("../secret.safetensors", "..\\secret.safetensors", "x/../../secret.safetensors",
+                   str(tmp_path / "secret.safetensors"), "secret.safetensors\0.safetensors", 7,
+                   None, ["secret.safetensors"]):  # fmt: skip
+        index.write_text(json.dumps({"weight_map": {f"{Q}.weight": escape}}))
+        with pytest.raises(UnsupportedFormat, match="no file beside it"):
+            open_base(tmp_path / "unet")
+    index.write_text(json.dumps({"weight_map": {f"{Q}.weight": "gone.safetensors"}}))
+    with pytest.raises(UnsupportedFormat, match=r"the shard gone\.safetensors is missing"):
+        open_base(tmp_path / "unet")
+    index.write_text(json.dumps({"weight_map": {"conv_out.weight": name}}))
+    with pytest.raises(UnsupportedFormat, match="which lacks it"):
+        open_base(tmp_path / "unet")
+
+
+def test_an_index_of_absurd_size_is_not_parsed(tmp_path):
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    with open(index, "wb") as file:
+        file.truncate(2**25 + 1)
+    with pytest.raises(UnsupportedFormat, match="too large"):
+        open_base(tmp_path)
+
+
+def raw(path, header, size=0):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    return path
+
+
+def entry(shape, start, stop, dtype="F16"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({f"{Q}.weight": entry([4, 4], 0, 32), "b": entry([4, 4], 16, 48)}, "overlaps"),
+        ({f"{Q}.weight": entry([2**40, 2**40], 0, 32)}, "impossible shape"),
+        ({f"{Q}.weight": entry([2**23, 2**24], 0, 2**48 - 1)}, "do not fit"),
+        ({f"{Q}.weight": entry([2**20, 2**20], 0, 2**41)}, "cut off"),
+        (b'{"a.weight":{"dtype":"F16","shape":[0,2],"data_offsets":[0,0]},'
+         b'"a.weight":{"dtype":"F16","shape":[0,3],"data_offsets":[0,0]}}', "occurs twice"),
+        (b"{" * 100_000, "damaged"),
+        (b'{"a":' * 100_000, "damaged"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_before_memory_is_taken(header, message, tmp_path):
+    path = raw(tmp_path / "x.safetensors", header, 48)
+    with pytest.raises(UnsupportedFormat, match=message):
+        open_base(path)
+
+
+def test_an_empty_dimension_is_a_shape_like_any_other(tmp_path):
+    """No crash further on: comparing and planning see it as it is."""
+    path = raw(tmp_path / "x.safetensors", {f"{Q}.weight": entry([0, 4], 0, 0)})
+    assert open_base(path).read(Q).shape == (0, 4)
+    path = raw(
+        tmp_path / "y.safetensors", {"double_blocks.0.img_attn.qkv.weight": entry([0, 0], 0, 0)}
+    )
+    with pytest.raises(ProLoRAError, match="qkv"):
+        open_base(path)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["diffusers", "authors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ldm", "scaled"))],
+)
+def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
+    """Time grows with the keys and not with their square."""
+    names = {
+        "ldm": "model.diffusion_model.input_blocks.{}.1.transformer_blocks.{}.attn1.to_q.weight",
+        "diffusers": "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight",
+        "authors": "double_blocks.{}.img_mlp.{}.weight",
+        "scaled": "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight",
+    }[form]
+    keys = {names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1)
+            for i in range(50_000 if form == "scaled" else 100_000)}  # fmt: skip
+    other = {}
+    if form == "scaled":
+        other = {k.replace(".weight", ".weight_scale"): ("F32", (1,)) for k in keys}
+    dtype = "F8_E4M3" if form == "scaled" else "F16"
+    path = sparse_file(tmp_path / "x.safetensors", keys, dtype, other=other)
+    started = time.perf_counter()
+    try:
+        base = open_base(path)
+        assert len(base.shapes) == len(keys) and base.layout is None
+    except UnsupportedFormat as error:
+        assert form in ("ldm", "authors") and "belongs to no known module" in str(error)
+    assert time.perf_counter() - started < 15
+
+
+def test_opening_what_claims_a_terabyte_takes_no_memory(tmp_path):
+    """Half a terabyte of hole on the disk, and a header that says so."""
+    path = tmp_path / "x.safetensors"
+    try:
+        sparse_file(path, {f"{Q}.weight": (2**19, 2**18)}, "F32")
+    except OSError:
+        pytest.skip("this file system takes no sparse files of that size")
+    program = (
+        "import resource, sys; sys.path[:0] = sys.argv[2:]; import prolora; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "base = prolora.open_base(sys.argv[1]); "
+        "assert list(base.shapes.values()) == [(2**19, 2**18)]; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    line = [sys.executable, "-c", program, str(path), *sys.path]
+    said = subprocess.run(line, check=True, capture_output=True, text=True, env=os.environ)
+    assert int(said.stdout) < 20_000  # kB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filler", [b"[],", b"{},", b'"ab",', b"1234,"])
+def test_a_header_of_nothing_but_brackets_takes_bounded_memory(filler, tmp_path):
+    """The largest that is read at all; parsed, it is many times its text."""
+    text = b'{"a":[' + filler * ((2**25 - 20) // len(filler)) + b"0]}"
+    path = raw(tmp_path / "x.safetensors", text)
+    program = (
+        "import resource, sys; sys.path[:0] = sys.argv[2:]; import prolora\n"
+        "try: prolora.open_base(sys.argv[1])\n"
+        "except prolora.ProLoRAError: "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    line = [sys.executable, "-c", program, str(path), *sys.path]
+    said = subprocess.run(line, check=True, capture_output=True, text=True)
+    assert int(said.stdout) < 1_500_000  # kB, of which torch has 300,000
+
+
+def test_the_fuzzing_starts_from_files_that_open(tmp_path):
+    """Otherwise it would test nothing but one message."""
+    for i in range(2 * len(SEEDS)):
+        assert open_base(seed_file(tmp_path / "x.safetensors", i)).shapes

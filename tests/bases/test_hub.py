@@ -1,0 +1,149 @@
+"""Models by hub id, with a stand-in for the hub: which files are fetched, and which are not."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from checkpoints import sparse_file, sparse_shards
+
+from prolora import UnsupportedFormat, open_base
+from prolora.bases import hub
+
+Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+KEYS = {f"{Q}.weight": (4, 4), "conv_in.weight": (4, 4, 3, 3), "conv_out.weight": (4, 4, 3, 3)}
+FULL = "diffusion_pytorch_model.safetensors"
+COMMIT = "0123456789abcdef"
+
+
+class Hub(ModuleType):
+    """What the package has, over a folder that stands for the hub."""
+
+    def __init__(self, folder: Path, offline: bool = False) -> None:
+        super().__init__("huggingface_hub")
+        self.folder, self.fetched = folder, []
+        self.constants = SimpleNamespace(HF_HUB_OFFLINE=offline)
+        self.HfApi = lambda: SimpleNamespace(model_info=self.model_info)
+
+    def model_info(self, repo, revision=None):
+        if not (self.folder / repo).is_dir():
+            raise LookupError(f"404: {repo}")
+        assert not self.constants.HF_HUB_OFFLINE
+        names = [str(p.relative_to(self.folder / repo)) for p in (self.folder / repo).rglob("*.*")]
+        self.asked = revision
+        siblings = [SimpleNamespace(rfilename=name) for name in names]
+        return SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def hf_hub_download(self, repo, name, revision=None):
+        assert revision == COMMIT
+        self.fetched.append(name)
+        return str(self.folder / repo / name)
+
+    def snapshot_download(self, repo, revision=None, local_files_only=False):
+        assert local_files_only
+        return str(self.folder / repo)
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A hub that is empty so far; the working folder has nothing of the same name."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    cloud = Hub(tmp_path / "cloud")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", cloud)
+    return cloud
+
+
+def test_only_the_shards_of_the_model_are_fetched_in_one_variant(cloud):
+    """Not the text encoder, not the other variant, not a shard the index does not name."""
+    repo = cloud.folder / "org" / "model"
+    sparse_shards(repo / "unet", KEYS, 2)
+    sparse_file(repo / "unet" / "diffusion_pytorch_model.fp16.safetensors", KEYS)
+    sparse_file(repo / "unet" / "diffusion_pytorch_model-00003-of-00003.safetensors", KEYS)
+    sparse_file(repo / "text_encoder" / "model.safetensors", KEYS)
+    base = open_base("org/model")
+    assert set(base.shapes) == {Q, "conv_in", "conv_out"} and base.name == "org/model"
+    shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert cloud.fetched == [f"unet/{FULL}.index.json", *shards]
+    assert cloud.asked is None
+
+
+@pytest.mark.parametrize(
+    ("id_", "files", "wanted"),
+    [
+        ("org/m", [f"transformer/{FULL}", "flux.safetensors"], f"transformer/{FULL}"),
+        ("hf://org/m@v1.0/unet", [f"unet/{FULL}", f"transformer/{FULL}"], f"unet/{FULL}"),
+        ("hf://org/m/a/b.safetensors", ["a/b.safetensors", f"unet/{FULL}"], "a/b.safetensors"),
+        ("hf://org/m", ["only.safetensors", "README.md"], "only.safetensors"),
+        ("org/m@main", [FULL, "other.safetensors"], FULL),
+    ],
+)  # fmt: skip
+def test_a_file_or_folder_of_a_repository_is_found(cloud, id_, files, wanted):
+    for name in files:
+        sparse_file(cloud.folder / "org" / "m" / name, KEYS)
+    base = open_base(id_)
+    assert cloud.fetched == [wanted] and len(base.shapes) == 3
+    assert cloud.asked == (id_.partition("@")[2].partition("/")[0] or None)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([f"unet/{FULL}", f"transformer/{FULL}"], "both unet and transformer"),
+        (["a.safetensors", "b.safetensors"], r"several checkpoints \(.*name a file as hf://org/m"),
+        (["unet/model.bin"], "no weights in unet"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused_before_anything_is_fetched(cloud, files, message):
+    for name in files:
+        sparse_file(cloud.folder / "org" / "m" / name, KEYS)
+    with pytest.raises(UnsupportedFormat, match=message):
+        open_base("org/m")
+    assert not cloud.fetched
+
+
+def test_offline_only_the_cache_is_looked_at(cloud):
+    cloud.constants.HF_HUB_OFFLINE = True
+    sparse_shards(cloud.folder / "org" / "m" / "unet", KEYS, 2)
+    assert len(open_base("org/m").shapes) == 3 and not cloud.fetched
+
+
+def test_what_the_hub_answers_is_passed_on(cloud):
+    with pytest.raises(
+        UnsupportedFormat, match=r"org/m: is no local file.*LookupError: 404: org/m"
+    ):
+        open_base("org/m")
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for id_ in ("stabilityai/stable-diffusion-xl-base-1.0", "hf://org/m/x.safetensors"):
+        with pytest.raises(UnsupportedFormat, match=re.escape('pip install "prolora[hub]"')):
+            open_base(id_)
+
+
+def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    """A missing file, or anything missing in a folder that is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("org/x.safetensors", "org/x.ckpt", "models/sdxl", "/a/b", "a/b/c", "x", "../a"):
+        assert hub.parse(name) is None, name
+    assert hub.parse("org/m@rev") == hub.HubId("org/m", "rev")
+    assert hub.parse("hf://models/sdxl/a/") == hub.HubId("models/sdxl", None, "a")
+    assert hub.parse(str(Path("hf://org/m@1/x"))) == hub.HubId("org/m", "1", "x")
+    assert hub.parse("hf:///m") is None
+    for name in ("hf://org", "hf://org/m/../../x", "hf://org/m@a b/c"):
+        with pytest.raises(UnsupportedFormat, match="a hub id is"):
+            hub.parse(name)
+
+
+def test_opening_a_local_base_imports_no_hub_and_no_gguf():
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:]; import torch, prolora; "
+        "prolora.open_base({'a': torch.ones(2, 2)}); "
+        "assert not {'huggingface_hub', 'gguf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, *sys.path], check=True)

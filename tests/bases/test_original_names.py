@@ -1,0 +1,232 @@
+"""FLUX, SD3 and PixArt in their authors' spelling give the weights of diffusers' spelling."""
+
+import re
+import zlib
+
+import pytest
+import torch
+from checkpoints import authors_name, clip, open_clip
+from mini import shapes as unet_shapes
+
+import prolora
+from prolora import LowRank, ShapeMismatch, UnsupportedFormat
+from prolora.adapters.adapter import Adapter
+from prolora.bases import layout, open_base
+from prolora.storage import write_safetensors
+
+
+def tiny(id_, width=8, blocks=2):
+    """Weights of the first blocks of a layout, and of what is around them, at a small width."""
+    full = layout.load(id_).shapes
+    unit = full["transformer_blocks.0.ff.net.2"][0]
+    last = max(
+        int(match[1]) for name in full if (match := re.match(r"transformer_blocks\.(\d+)", name))
+    )
+    generator = torch.Generator().manual_seed(zlib.crc32(id_.encode()))
+    weights = {}
+    for name, shape in full.items():
+        match = re.match(r"((?:single_)?transformer_blocks)\.(\d+)\.", name)
+        if match and blocks <= int(match[2]) != last:
+            continue
+        if match and int(match[2]) == last and not match[1].startswith("single"):
+            name = name.replace(f".{last}.", f".{blocks}.", 1)
+        small = [size * width // unit if size % unit == 0 else min(size, 6) for size in shape]
+        weights[name] = torch.randn(*small, generator=generator)
+    return weights
+
+
+def fused(weights, family):
+    """The authors' matrices, under full keys; the halves of (scale, shift) exchanged."""
+    stored = {}
+    rows = ("to_q", "add_q_proj", "to_k", "add_k_proj", "to_v", "add_v_proj", "proj_mlp")
+    below = sorted(
+        weights, key=lambda name: (*rows, name.split(".")[-1]).index(name.split(".")[-1])
+    )
+    for module in below:
+        weight, key = weights[module], authors_name(module, family)
+        pair = module.endswith(("norm_out.linear", "norm1_context.linear"))
+        if pair and weight.shape[0] == 2 * weight.shape[1]:
+            scale, shift = weight.chunk(2)
+            weight = torch.cat([shift, scale])
+        key = key if key.endswith("_table") else f"{key}.weight"
+        stored[key] = torch.cat([stored[key], weight]) if key in stored else weight
+    return stored
+
+
+def same_bits(one, other):
+    assert one.shapes == other.shapes and one.dtypes == other.dtypes
+    for name in one.shapes:
+        assert torch.equal(one.read(name), other.read(name)), name
+
+
+FAMILIES = [
+    ("flux1-dev", "FLUX"),
+    ("flux1-schnell", "FLUX"),
+    ("sd3-medium", "SD3"),
+    ("sd3.5-medium", "SD3"),
+    ("pixart-alpha", "PixArt"),
+    ("pixart-sigma", "PixArt"),
+]
+
+
+@pytest.mark.parametrize(("id_", "family"), FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_fused_and_split_files_are_the_same_base_bit_by_bit(id_, family, dtype, tmp_path):
+    """In memory too, and with a prefix."""
+    weights = tiny(id_)
+    tables = {n for n in weights if n.endswith("_table")}
+    split = {n if n in tables else f"{n}.weight": w.to(dtype) for n, w in weights.items()}
+    joined = {key: w.to(dtype) for key, w in fused(weights, family).items()}
+    assert len(joined) < len(split)
+    write_safetensors(tmp_path / "split.safetensors", split, {})
+    write_safetensors(tmp_path / "fused.safetensors", joined, {})
+    wanted = open_base(tmp_path / "split.safetensors")
+    assert set(wanted.shapes) == set(weights)
+    same_bits(open_base(tmp_path / "fused.safetensors"), wanted)
+    same_bits(open_base(joined), wanted)
+    same_bits(open_base({f"model.diffusion_model.{k}": w for k, w in joined.items()}), wanted)
+
+
+def test_a_transfer_does_not_depend_on_how_flux_is_stored(tmp_path):
+    """The LoRA that comes out has equal bits, and its basis cache is shared."""
+    source, target = tiny("flux1-dev"), tiny("flux1-schnell")
+    generator = torch.Generator().manual_seed(3)
+    adapter = Adapter(
+        {
+            name: LowRank(
+                torch.randn(weight.shape[0], 2, generator=generator),
+                torch.randn(2, weight.shape[1], generator=generator),
+            )
+            for name, weight in source.items()
+            if ".attn." in name or ".ff" in name or "proj_mlp" in name
+        }
+    )
+    moved = []
+    for pair in ((source, target), (fused(source, "FLUX"), fused(target, "FLUX"))):
+        options = {"method": "prolora", "threshold": 0.0, "cache": tmp_path / "cache"}
+        moved.append(prolora.transfer(adapter, *pair, **options).adapter.updates)
+        count = len(list((tmp_path / "cache").rglob("*.safetensors")))
+    assert moved[0].keys() == moved[1].keys() and len(moved[0]) == len(adapter.updates)
+    assert count == 2 * len(adapter.updates)
+    for name, update in moved[0].items():
+        assert torch.equal(update.up, moved[1][name].up)
+        assert torch.equal(update.down, moved[1][name].down)
+
+
+def test_only_the_rows_of_a_module_are_read(tmp_path, monkeypatch):
+    """Of a fused matrix; the name says which rows, for messages."""
+    write_safetensors(tmp_path / "x.safetensors", fused(tiny("flux1-dev"), "FLUX"), {})
+    base = open_base(tmp_path / "x.safetensors")
+    read = []
+    original = prolora.storage.SafetensorsFile._read
+    monkeypatch.setattr(
+        prolora.storage.SafetensorsFile,
+        "_read",
+        lambda self, name, dtype, shape, start: (
+            read.append((name, shape)) or original(self, name, dtype, shape, start)
+        ),
+    )
+    base.read("single_transformer_blocks.0.attn.to_k")
+    assert read == [("single_blocks.0.linear1.weight", (8, 8))]
+    name = base.tensor_name("single_transformer_blocks.1.proj_mlp")
+    assert name == "x.safetensors:single_blocks.1.linear1.weight[24:56]"
+
+
+@pytest.mark.parametrize("id_", ["sd3-medium", "sd3.5-medium"])
+def test_sd3_reads_as_diffusers_converts_it(id_):
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    weights = fused(tiny(id_), "SD3")
+    beside = {"pos_embed": torch.zeros(1, 4, 8)}
+    for key, weight in weights.items():
+        beside[key.replace(".weight", ".bias")] = torch.zeros(weight.shape[0])
+        for norm in ("ln_q", "ln_k"):
+            if key.endswith("qkv.weight"):
+                beside[key.replace("qkv", norm)] = torch.zeros(4)
+    converted = convert_sd3_transformer_checkpoint_to_diffusers({**weights, **beside})
+    base = open_base({**weights, **beside})
+    matrices = {
+        key.removesuffix(".weight"): tensor
+        for key, tensor in converted.items()
+        if key.endswith(".weight") and tensor.ndim > 1
+    }
+    assert base.shapes == {name: tuple(tensor.shape) for name, tensor in matrices.items()}
+    for name, tensor in matrices.items():
+        assert torch.equal(base.read(name), tensor), name
+
+
+@pytest.mark.slow
+def test_flux_reads_as_diffusers_converts_it():
+    """Full width, since the converter knows no other; bytes tell which row they came from."""
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+
+    stored = {}
+    for name, shape in layout.load("flux1-dev").shapes.items():
+        if not re.search(r"blocks\.[1-9]", name):
+            key = f"{authors_name(name, 'FLUX')}.weight"
+            rows = stored[key].shape[0] if key in stored else 0
+            rows = torch.arange(rows + shape[0]) + zlib.crc32(key.encode()) % 100
+            stored[key] = (rows % 119).to(torch.int8)[:, None].expand(-1, shape[1])
+    biases = {key.replace(".weight", ".bias"): torch.zeros(len(w)) for key, w in stored.items()}
+    for block, streams in (
+        ("double_blocks.0", ("img_attn.", "txt_attn.")),
+        ("single_blocks.0", ("",)),
+    ):
+        for stream in streams:
+            for norm in ("query_norm", "key_norm"):
+                biases[f"{block}.{stream}norm.{norm}.scale"] = torch.zeros(4)
+    converted = convert_flux_transformer_checkpoint_to_diffusers({**stored, **biases})
+    base = open_base({key: w.contiguous().view(torch.float8_e4m3fn) for key, w in stored.items()})
+    matrices = {k.removesuffix(".weight"): t for k, t in converted.items() if t.ndim > 1}
+    assert base.shapes == {name: tuple(tensor.shape) for name, tensor in matrices.items()}
+    for name, tensor in matrices.items():
+        assert torch.equal(base.read(name).view(torch.int8)[:, :2], tensor[:, :2]), name
+
+
+def test_openclip_text_encoders_read_as_diffusers_converts_them():
+    """Fused q, k, v, and a projection that is stored transposed."""
+    from types import SimpleNamespace
+
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    generator = torch.Generator().manual_seed(0)
+    prefix = "conditioner.embedders.1.model."
+    stored = {
+        prefix + key: torch.randn(*shape, generator=generator)
+        for key, shape in open_clip(clip(8, 2, 20, projection=True)).items()
+    }
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=8))
+    converted = convert_open_clip_checkpoint(model, dict(stored), prefix=prefix)
+    unet = {f"{name}.weight": torch.zeros(shape) for name, shape in unet_shapes(1).items()}
+    base = open_base({**stored, **unet})
+    names = {name for name in base.shapes if name.startswith("text_encoder_2.")}
+    assert len(names) == 2 + 2 * 6 + 1
+    for name in names:
+        tensor = converted[name.removeprefix("text_encoder_2.") + ".weight"]
+        assert torch.equal(base.read(name), tensor), name
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("double_blocks.0.img_attn.qkv", (25, 8)), ("double_blocks.0.txt_attn.qkv", (16, 8)),
+     ("single_blocks.0.linear1", (24, 8)), ("single_blocks.0.linear1", (20, 8)),
+     ("joint_blocks.0.x_block.attn.qkv", (24, 9)), ("blocks.0.cross_attn.kv_linear", (24, 8)),
+     ("double_blocks.0.img_attn.qkv", (24, 8, 1))],
+)  # fmt: skip
+def test_a_fused_matrix_that_cannot_be_cut_is_refused(key, shape):
+    with pytest.raises(ShapeMismatch, match=re.escape(key)):
+        open_base({f"{key}.weight": torch.ones(shape)})
+
+
+def test_an_unknown_module_inside_a_block_is_refused_and_outside_left_out():
+    weights = fused(tiny("flux1-dev"), "FLUX")
+    assert (
+        "distilled_guidance_layer.in_proj"
+        not in open_base(
+            {**weights, "distilled_guidance_layer.in_proj.weight": torch.ones(2, 2)}
+        ).shapes
+    )
+    with pytest.raises(
+        UnsupportedFormat, match=r"img_attn\.gate\.weight belongs to no known module"
+    ):
+        open_base({**weights, "double_blocks.0.img_attn.gate.weight": torch.ones(2, 2)})

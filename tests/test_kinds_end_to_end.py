@@ -1,0 +1,44 @@
+"""Adapters of other kinds than LoRA through a whole transfer."""
+
+import pytest
+import torch
+from mini import lora_tensors, shapes, source_weights, target_weights, write_case
+from safetensors.torch import save_file
+
+import prolora
+from prolora import reference
+from prolora.transfer import plan_report
+
+
+@pytest.fixture
+def case(tmp_path):
+    """A DoRA of the source, with a trained bias beside it."""
+    lora, source, target = write_case(tmp_path)
+    tensors = lora_tensors()
+    for name in shapes(3):
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{key}.dora_scale"] = 1.05 * source_weights()[name].norm(dim=1, keepdim=True)
+        tensors[f"{key}.diff_b"] = torch.ones(24)
+    save_file(tensors, lora)
+    return lora, source, target
+
+
+def test_a_dora_moves_as_merged_minus_base(case, tmp_path):
+    report = prolora.transfer_file(*case, tmp_path / "out", method="prolora", rank=0.9, threshold=0)
+    tensors = lora_tensors()
+    for name, update in prolora.adapters.read(tmp_path / "out").updates.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        up, down = (tensors[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
+        source, target = source_weights()[name].double(), target_weights()[name]
+        merged = source + 0.5 * up @ down
+        merged *= 1.05 * source.norm(dim=1, keepdim=True) / merged.norm(dim=1, keepdim=True)
+        ks, kt = (reference.columns_for_energy(w, 0.9) for w in (source, target))
+        expected = reference.project(merged - source, source, target, ks, kt, "prolora")
+        assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
+    assert len(report.left_out) == 12
+    assert "12 tensors of the file stay behind" in " ".join(report.sentences())
+
+
+def test_a_dry_run_plans_a_dora(case):
+    report = plan_report(*case)
+    assert report.totals["mapped"] == 8 and len(report.left_out) == 12
