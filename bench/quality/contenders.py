@@ -1,0 +1,268 @@
+"""What the study compares: every way of moving a LoRA, as {target module: update}.
+
+The projections are the library's own. What only the study needs is written here: norms restored,
+CASA's arbitration, and the updates of dropped blocks summed onto their neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from networks import ADAPTED, DROPPED, backbone, origin
+from torch import Tensor, nn
+
+import prolora
+from prolora import Basis, LowRank, Verdict
+from prolora.adapters import Adapter
+from prolora.affinity import Affinity
+from prolora.verdict import judge
+
+Updates = dict[str, LowRank]
+
+
+@dataclass
+class Case:
+    """One transfer: the same-shape modules of two bases and the source's updates for them.
+
+    Attributes:
+        source, target: weights [m, n] by the target's module name.
+        updates: the source LoRA's updates by the target's module name.
+        dropped: the updates of blocks the target lacks, by the name of the neighbour's module.
+    """
+
+    source: dict[str, Tensor]
+    target: dict[str, Tensor]
+    updates: Updates
+    dropped: Updates
+    _bases: dict[tuple, tuple[Basis, Basis]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arch: str, kind: str, source: nn.Module, target: nn.Module, lora: Updates) -> Case:
+        """Pairs modules by the map that is known from how the target was made."""
+        pairs = paired(arch, kind, source, target)
+        dropped = {}
+        if kind == "pruned":
+            back = {s: t for t, s in pairs.items()}
+            for name, update in lora.items():
+                for gone, neighbour in DROPPED[arch].items():
+                    if name.startswith(gone):
+                        dropped[back[neighbour + name.removeprefix(gone)]] = update
+        return cls(
+            {t: backbone(source).get_submodule(s).weight.data for t, s in pairs.items()},
+            {t: backbone(target).get_submodule(t).weight.data for t in pairs},
+            {t: lora[s] for t, s in pairs.items()},
+            dropped,
+        )
+
+    def with_lora(self, updates: Updates, dropped: Updates) -> Case:
+        """The same pair of bases, factorised once, with another LoRA."""
+        return Case(self.source, self.target, updates, dropped, self._bases)
+
+    def bases(self, rule: float | str) -> Iterator[tuple[str, Basis, Basis]]:
+        """Module by module the two subspaces: energy as a float, "d/2" as a share of the width."""
+        for name, weight in self.target.items():
+            key = (name, rule)
+            if key not in self._bases:
+                rank = rule
+                if isinstance(rule, str):
+                    over, under = rule.replace("d", "1").split("/")
+                    rank = max(1, round(min(weight.shape) * _number(over) / int(under)))
+                self._bases[key] = (
+                    prolora.truncated_svd(self.source[name], rank),
+                    prolora.truncated_svd(weight, rank),
+                )
+            yield (name, *self._bases[key])
+
+
+def _number(text: str) -> int:
+    return int(text.removesuffix("1")) if len(text) > 1 else 1
+
+
+def paired(arch: str, kind: str, source: nn.Module, target: nn.Module) -> dict[str, str]:
+    """{target module: source module} of equal shape, as known from how the target was made."""
+    ours, theirs = dict(backbone(source).named_modules()), dict(backbone(target).named_modules())
+    pairs = {t: origin(arch, kind, t) for t in theirs if re.fullmatch(ADAPTED[arch], t)}
+    return {
+        t: s
+        for t, s in pairs.items()
+        if s in ours and ours[s].weight.shape == theirs[t].weight.shape
+    }
+
+
+def copied(case: Case) -> Updates:
+    return case.updates
+
+
+def projected(
+    method: str, rule: float | str, threshold: float = 0.0, norm_restored: bool = False
+) -> Callable[[Case], Updates]:
+    """A projection of the library at a rank rule; modules below the threshold get nothing."""
+
+    def run(case: Case) -> Updates:
+        moved = {}
+        for name, source, target in case.bases(rule):
+            update = case.updates[name]
+            result, info = prolora.project(update, source, target, method=method, return_info=True)
+            phi = torch.minimum(info.similarity.left, info.similarity.right)
+            if phi < threshold:
+                continue
+            if norm_restored and info.norm_ratio > 0:
+                result = LowRank(result.up / info.norm_ratio.to(result.up), result.down)
+            moved[name] = result
+        return moved
+
+    return run
+
+
+def summed(case: Case) -> Updates:
+    """Copy, and the updates of dropped blocks added to the block next to them."""
+    moved = dict(case.updates)
+    for name, extra in case.dropped.items():
+        own = moved[name]
+        moved[name] = LowRank(
+            torch.cat([own.up, extra.up], 1), torch.cat([own.down, extra.down], 0)
+        )
+    return moved
+
+
+def casa(case: Case) -> Updates:
+    """CASA's spectral arbitration (arXiv 2605.01929), after its description; rank 4 r.
+
+    In the coordinates of the source's full SVD, C_drift = Uᵀ(W_t − W_s)V and C_lora = UᵀΔWV.
+    Singular directions that the LoRA couples (|C_lora[i, j]| > 0.5 |σ_i − σ_j|) form clusters; the
+    half of them with the larger drift is dominant. Outside the dominant ones C_lora − C_drift is
+    written, so that the target's drift gives way; inside C_lora, except where both agree in sign
+    and matter most: there only what the larger of the two adds to the drift.
+    """
+    moved = {}
+    for name, source in case.source.items():
+        update = case.updates[name]
+        u, s, vh = torch.linalg.svd(source.double(), full_matrices=True)
+        drift = u.mT @ (case.target[name] - source).double() @ vh.mT
+        lora = u.mT @ update.up.double() @ (update.down.double() @ vh.mT)
+        square = source.shape[0] == source.shape[1]
+        share = s.square().cumsum(0) / s.square().sum()
+        k = int((share < 0.9).sum()) + 1 if square else len(s)
+        cluster = _clusters(lora[:k, :k], s[:k])
+        rows, columns = _dominant(drift.norm(dim=1), cluster), _dominant(drift.norm(dim=0), cluster)
+        inside = torch.zeros_like(lora, dtype=torch.bool)
+        inside[rows, :] = True
+        inside[:, columns] = True
+        core = torch.where(inside, lora, lora - drift)
+        agree = inside & (lora * drift > 0)
+        score = (lora * drift).abs() * _cosine(lora, drift, cluster)
+        if agree.any():
+            strong = agree & (score > score[agree].quantile(0.85))
+            larger = torch.where(lora.abs() >= drift.abs(), lora, drift)
+            core = torch.where(strong, larger - drift, core)
+        left, kept, right = torch.linalg.svd(core, full_matrices=False)
+        r = min(4 * update.rank, len(kept))
+        root = kept[:r].sqrt()
+        moved[name] = LowRank(
+            (u @ left[:, :r] * root).to(source.dtype),
+            (root[:, None] * right[:r] @ vh).to(source.dtype),
+        )
+    return moved
+
+
+def _clusters(lora: Tensor, s: Tensor) -> Tensor:
+    """Connected components [k] of the directions that the LoRA couples more than their gap."""
+    strength = lora.abs() / ((s[:, None] - s[None, :]).abs() + 1e-6)
+    linked = (strength > 0.5) | (strength.mT > 0.5)
+    label = torch.arange(len(s))
+    while True:
+        spread = torch.where(linked, label[None, :], len(s)).amin(1).minimum(label)
+        if torch.equal(spread, label):
+            return label
+        label = spread
+
+
+def _dominant(norms: Tensor, cluster: Tensor) -> Tensor:
+    """The directions whose cluster drifts at least as much as the median cluster."""
+    mean = torch.zeros(len(cluster), dtype=norms.dtype)
+    count = torch.zeros(len(cluster), dtype=norms.dtype)
+    mean.index_add_(0, cluster, norms[: len(cluster)])
+    count.index_add_(0, cluster, torch.ones_like(norms[: len(cluster)]))
+    mean = mean / count.clamp_min(1)
+    return torch.nonzero(mean[cluster] >= mean[count > 0].quantile(0.5)).flatten()
+
+
+def _cosine(lora: Tensor, drift: Tensor, cluster: Tensor) -> Tensor:
+    """Cosine [m, n] between LoRA and drift on the rows of each row's cluster; 1 outside them."""
+    weight = torch.ones(lora.shape[0], dtype=lora.dtype)
+    for label in cluster.unique():
+        rows = torch.nonzero(cluster == label).flatten()
+        a, b = lora[rows].flatten(), drift[rows].flatten()
+        weight[rows] = (a @ b / (a.norm() * b.norm()).clamp_min(1e-30)).abs()
+    return weight[:, None].expand_as(lora)
+
+
+def transferred(case: Case, **options: Any) -> Updates:
+    """What the library's `transfer` writes; nothing where it refuses the pair as unrelated."""
+    bases = (
+        {f"{name}.weight": w for name, w in side.items()} for side in (case.source, case.target)
+    )
+    try:
+        return prolora.transfer(Adapter(dict(case.updates)), *bases, **options).adapter.updates
+    except prolora.UnrelatedBases:
+        return {}
+
+
+def verdict(case: Case) -> Verdict:
+    """What the weights of the pair say."""
+    pairs = [(case.source[name], case.target[name]) for name in case.target]
+    return judge(Affinity.total(Affinity.of(*pair) for pair in pairs))
+
+
+def copied_by_module(case: Case) -> Updates:
+    """Copy, each module at the strength that its own drift calls for."""
+    return {
+        name: LowRank(
+            update.up * judge(Affinity.of(case.source[name], case.target[name])).strength,
+            update.down,
+        )
+        for name, update in case.updates.items()
+    }
+
+
+def scaled(updates: Updates, strength: float) -> Updates:
+    return {name: LowRank(update.up * strength, update.down) for name, update in updates.items()}
+
+
+ENERGIES, SHARES = (0.5, 0.8, 0.9, 0.99), ("d/4", "d/2", "3d/4")
+STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
+
+# Label -> method; each is run at strength 1 unless RUNS says otherwise.
+METHODS: dict[str, Callable[[Case], Updates]] = {
+    "copy": copied,
+    "summed": summed,
+    "casa": casa,
+    **{f"prolora {rule}": projected("prolora", rule) for rule in (*ENERGIES, *SHARES)},
+    **{f"subspace {rule}": projected("subspace", rule) for rule in (0.9, "d/2")},
+    **{f"lora-x {rule}": projected("lora-x", rule) for rule in (0.9, "d/2")},
+    **{f"blocks {rule}": projected("blocks", rule) for rule in (0.9, "d/2")},
+    "prolora 0.9 gated 0.8": projected("prolora", 0.9, threshold=0.8),
+    "prolora 0.9 gated 0.9": projected("prolora", 0.9, threshold=0.9),
+    "prolora 0.9 norm restored": projected("prolora", 0.9, norm_restored=True),
+}
+RUNS: dict[str, tuple[float, ...]] = {
+    "copy": STRENGTHS,
+    "blocks 0.9": STRENGTHS,
+    "prolora 0.9": (0.6, 1.0, 1.5),
+}
+# What the study led to; apart from the above, so that a new rule is scored without the rest.
+CHOSEN: dict[str, Callable[[Case], Updates]] = {
+    "auto": functools.partial(transferred, method="auto"),
+    "copy, automatic strength": functools.partial(transferred, method="copy", strength="auto"),
+    "copy, strength by module": copied_by_module,
+    "blocks, automatic strength": functools.partial(
+        transferred, method="blocks", strength="auto", threshold=0
+    ),
+    "damped, κ 1": functools.partial(transferred, method="damped", damping=1),
+    "damped, κ 4": functools.partial(transferred, method="damped", damping=4),
+}
