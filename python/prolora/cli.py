@@ -14,13 +14,14 @@ import torch
 import typer
 from rich.console import Console
 
-from . import comparison, console, inspection, ops, storage
+from . import comparison, console, heatmap, inspection, ops, storage
 from .bases import open_base
 from .bases.survey import survey
 from .batch import Outcome, transfer_many
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
-from .options import AUTO, DEFAULT_THRESHOLD, METHOD_NAMES
+from .matching import resolve
+from .options import AUTO, DEFAULT_THRESHOLD, DROPPED, METHOD_NAMES, TEXT_ENCODER
 from .projection import DEFAULT_RANK
 from .report import Report
 from .transfer import plan_report, transfer_file
@@ -37,17 +38,28 @@ err = Console(stderr=True)
 
 Method = Enum("Method", {name: name for name in METHOD_NAMES}, type=str)  # type: ignore[misc]
 Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "comfy")}, type=str)  # type: ignore[misc]
+TextEncoder = Enum("TextEncoder", {n: n for n in TEXT_ENCODER}, type=str)  # type: ignore[misc]
+Dropped = Enum("Dropped", {n: n for n in DROPPED}, type=str)  # type: ignore[misc]
 Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
 
 AUTO_METHOD, AUTO_FORMAT = Method(AUTO), Format(AUTO)
+COPY_TEXT, SKIP_DROPPED = TextEncoder("copy"), Dropped("skip")
 
-SourceOption = Annotated[Path, typer.Option(help="Base the LoRA was trained on: file or folder.")]
-TargetOption = Annotated[Path, typer.Option(help="Base it shall move to: file or folder.")]
+# Text and not Path: a base may be an id on the hub, hf://org/name.
+SourceOption = Annotated[
+    str, typer.Option(help="Base the LoRA was trained on: file, folder or hub id (org/name).")
+]
+TargetOption = Annotated[
+    str, typer.Option(help="Base it shall move to: file, folder or hub id (org/name).")
+]
 RankOption = Annotated[
     str, typer.Option(help="Columns of the subspaces (320), or the energy they hold (0.9).")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-MatchOption = Annotated[str, typer.Option(help="'name', or a JSON file {target: source module}.")]
+MatchOption = Annotated[
+    str,
+    typer.Option(help="'name', 'similarity', or a JSON file {target module: source module}."),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder that keeps subspaces, so that the next LoRA need not wait."),
@@ -79,7 +91,12 @@ def transfer(
     out_rank: Annotated[
         str, typer.Option(help="Highest rank of the output, or 'exact' (at most twice the input).")
     ] = "exact",
-    text_encoder: Annotated[str, typer.Option(help="Its part of the LoRA: copy or skip.")] = "copy",
+    dropped: Annotated[
+        Dropped, typer.Option(help="Updates of blocks the target lacks: left out, or added on.")
+    ] = SKIP_DROPPED,
+    text_encoder: Annotated[
+        TextEncoder, typer.Option(help="What becomes of its part of the LoRA.")
+    ] = COPY_TEXT,
     format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO_FORMAT,
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
@@ -105,11 +122,14 @@ def transfer(
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
         "strength": parse_strength(strength),
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
-        "text_encoder": text_encoder, "min_coverage": min_coverage,
+        "text_encoder": text_encoder.value, "dropped": dropped.value, "min_coverage": min_coverage,
     }  # fmt: skip
     old, new = open_base(source), open_base(target)
     if report is not None:
         storage.check_writable(report, [*loras, *old.files, *new.files])
+    shown = not (quiet or as_json) and err.is_terminal
+    with console.progress_bar("match", shown) as progress:
+        options["match"] = resolve(match, old, new, cache=cache, device=device, progress=progress)
     if dry_run:
         outcomes = [Outcome(lora, lora, plan_report(lora, old, new, **options)) for lora in loras]
     else:
@@ -120,7 +140,6 @@ def transfer(
             "cache": cache,
             "device": device,
         }
-        shown = not (quiet or as_json) and err.is_terminal
         with console.progress_bar("transfer", shown) as progress:
             saving["progress"] = progress
             if len(loras) > 1 or (output.is_dir() and format.value != "peft"):
@@ -166,32 +185,51 @@ def compare(
     target: TargetOption,
     rank: RankOption = str(DEFAULT_RANK),
     match: MatchOption = "name",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the overlaps into this PNG file (needs Pillow).")
+    ] = None,
     device: DeviceOption = "cpu",
+    cache: CacheOption = None,
+    modules: Annotated[bool, typer.Option("--modules", help="A table row per block.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure how alike two base models are, before moving anything."""
+    """Say whether a LoRA can move between two bases, from their weights alone."""
     ops.require(device)
+    old, new = open_base(source), open_base(target)
+    if plot is not None:
+        if quick:
+            raise ValueError("--plot draws overlaps, which --quick leaves out: give one of them")
+        heatmap.check_pillow()
+        storage.check_writable(plot, [*old.files, *new.files])
     with console.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
         found = comparison.compare(
-            source, target, rank=parse_rank(rank), match=match, device=device, progress=progress
-        )
+            old, new, rank=None if quick else parse_rank(rank), match=match, cache=cache,
+            device=device, progress=progress,
+        )  # fmt: skip
+    if plot is not None:
+        heatmap.save(found, plot)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         return
-    out.print(console.comparison_table(found))
-    out.print(
-        f"{len(found.modules)} pairs of equal shape ({found.match}), {found.other_shape} of other "
-        f"shape, {found.without_partner} source modules without a partner.\n"
-        f"Φ: overlap of leading subspaces; drift: ‖W_t − W_s‖/‖W_s‖, about 1.4 for unrelated "
-        "weights. What these numbers promise about images is not calibrated yet.",
-        highlight=False,
-    )
+    if not quiet:
+        if found.decisions:
+            out.print(console.decisions_table(found.decisions, found.dropped_blocks, modules))
+        out.print(console.comparison_table(found))
+        out.print(f"[dim]{console.COMPARISON_LEGEND}[/dim]", highlight=False)
+    for sentence in found.sentences():
+        out.print(sentence, highlight=False)
+    out.print(f"Modules were paired by: {found.match}.", highlight=False)
+    if plot is not None:
+        out.print(f"wrote {plot}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def basis(
-    base: Annotated[Path, typer.Argument(help="A base model: file or folder.")],
+    base: Annotated[str, typer.Argument(help="A base model: file, folder or hub id.")],
     rank: RankOption = str(DEFAULT_RANK),
     device: DeviceOption = "cpu",
     cache: CacheOption = None,
@@ -200,12 +238,13 @@ def basis(
 ) -> None:
     """Compute a base model's leading subspaces and say how exact they are."""
     ops.require(device)
+    opened = open_base(base)
     with console.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
-        rows = survey(base, parse_rank(rank), cache=cache, device=device, progress=progress)
+        rows = survey(opened, parse_rank(rank), cache=cache, device=device, progress=progress)
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
     else:
-        out.print(console.survey_table(base.name, rows))
+        out.print(console.survey_table(opened.name, rows))
 
 
 @app.command()
@@ -286,6 +325,8 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
 
 def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
+    if report.decisions:
+        out.print(console.decisions_table(report.decisions, report.dropped_blocks, every_module))
     if report.rows("mapped"):
         out.print(console.transfer_table(report, every_module))
         if not report.dry_run:

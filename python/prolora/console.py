@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
@@ -14,8 +14,9 @@ from rich.table import Table
 from .bases.modules import place
 from .bases.survey import ShapeSurvey
 from .batch import Outcome
-from .comparison import Comparison, ModuleComparison
+from .comparison import Comparison, ModuleComparison, mean_of
 from .inspection import Description
+from .partners import BlockDecision
 from .report import Measures, ModuleReport, Report
 
 
@@ -42,6 +43,12 @@ update, in units of its norm."""
 SUBSPACE_LEGEND = """\
 Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
 them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
+
+
+COMPARISON_LEGEND = """\
+drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
+have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
+and right; above: the lesser of them over chance, 0 as unrelated … 1 as equal."""
 
 
 def legend(report: Report) -> str:
@@ -122,7 +129,10 @@ def reasons_table(report: Report) -> Table | None:
     if not reasons:
         return None
     table = Table(
-        title="not transferred", title_justify="left", header_style="bold", box=SIMPLE_HEAD
+        title="without a place of their own",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
     )
     for name, justify in (("n", "right"), ("status", "left"), ("why", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -135,14 +145,14 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Several LoRAs, a row each: what moved, or why nothing did."""
     table = _table(f"{len(outcomes)} LoRAs")
     table.add_column("LoRA", overflow="fold")
-    for name in ("mapped", "skipped", "kept", "vs copy"):
+    for name in ("moved", "skipped", "kept", "vs copy"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("not moved because", overflow="fold")
     for outcome in outcomes:
         if outcome.report:
             totals = outcome.report.totals
             kept, distance = totals["energy_surviving"], totals["copy_distance"]
-            counts = str(totals["mapped"]), str(totals["skipped"] + totals["refused"])
+            counts = str(totals["mapped"] + totals["summed"]), str(totals["skipped"] + totals["refused"])
             table.add_row(outcome.lora.name, *counts, number(kept, ".0%"), number(distance), "")
         else:
             why = f"{type(outcome.error).__name__}: {outcome.error}"
@@ -155,22 +165,71 @@ def comparison_table(comparison: Comparison) -> Table:
     title = f"{comparison.source} against {comparison.target}"
     table = _table(title)
     table.add_column("place", no_wrap=True)
-    for heading in ("pairs", "k", "Φ l/r", "chance", "above", "drift"):
+    overlaps = any(module.columns_source for module in comparison.modules)
+    subspaces = ("k", "Φ l/r", "chance", "above") if overlaps else ()
+    for heading in ("pairs", *subspaces, "drift", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
-    places: dict[str, list[ModuleComparison]] = {}
-    for module in comparison.modules:
-        places.setdefault(module.place, []).append(module)
-    for name, modules in (*places.items(), ("all", comparison.modules)):
-        part = Comparison("", "", "", modules, 0, 0)
-        columns = sorted(module.columns_source for module in modules)
-        chance = max(part.mean("chance_left"), part.mean("chance_right"))
-        above = min(part.mean("above_left"), part.mean("above_right"))
+    for name, modules in (*comparison.places().items(), ("all", comparison.modules)):
         table.add_row(
-            name, str(len(modules)), f"{columns[0]}…{columns[-1]}",
-            f"{part.mean('phi_left'):.2f} {part.mean('phi_right'):.2f}", number(chance),
-            number(above), number(part.mean("drift")),
+            name, str(len(modules)), *(_overlap_cells(modules) if overlaps else []),
+            number(mean_of(modules, "drift")), number(mean_of(modules, "cosine")),
+            style="bold" if name == "all" else None,
         )  # fmt: skip
     return table
+
+
+def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
+    """Columns, overlap and chance of a part of the model."""
+    columns = sorted(module.columns_source for module in modules)
+    left, right, above = (mean_of(modules, f) for f in ("phi_left", "phi_right", "above"))
+    chance = max(mean_of(modules, "chance_left"), mean_of(modules, "chance_right"))
+    return [
+        f"{columns[0]}…{columns[-1]}", f"{number(left)} {number(right)}", number(chance),
+        number(above),
+    ]  # fmt: skip
+
+
+def decisions_table(
+    decisions: Sequence[BlockDecision], dropped: Sequence[str], every_block: bool = False
+) -> Table:
+    """Where blocks came from: a row for each stack of blocks, or for each block."""
+    table = _table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
+    if every_block:
+        headings = ("block", "from", "score", "runner-up", "its score", "margin")
+        for i, heading in enumerate(headings):
+            names = heading in ("block", "from", "runner-up")
+            table.add_column(heading, justify="left" if names else "right", no_wrap=i > 0)
+        for decision in decisions:
+            table.add_row(
+                decision.target, decision.source or "none", number(decision.score),
+                decision.runner_up or "–", number(decision.runner_up_score),
+                number(decision.margin), style=None if decision.source else "yellow",
+            )  # fmt: skip
+        return table
+    table.add_column("place", overflow="fold")
+    table.add_column("block←from", overflow="fold")
+    for heading in ("score", "margin"):
+        table.add_column(f"least {heading}", justify="right", no_wrap=True)
+    places: dict[str, list[BlockDecision]] = {}
+    for decision in decisions:
+        places.setdefault(decision.target.rpartition(".")[0], []).append(decision)
+    for name, several in places.items():
+        table.add_row(
+            name.removesuffix(".transformer_blocks"), _from(name, several),
+            number(min(decision.score for decision in several)),
+            number(min(decision.margin for decision in several)),
+        )  # fmt: skip
+    return table
+
+
+def _from(place: str, decisions: list[BlockDecision]) -> str:
+    """`0←0 1←3`, with the source's place where it is another."""
+    found = []
+    for decision in decisions:
+        theirs, _, index = (decision.source or "").rpartition(".")
+        other = "" if theirs in ("", place) else theirs.removesuffix(".transformer_blocks") + "."
+        found.append(f"{decision.target.rpartition('.')[2]}←{other}{index or 'none'}")
+    return " ".join(found)
 
 
 def description_table(description: Description) -> Table:

@@ -18,6 +18,8 @@ DEFAULT_THRESHOLD = 0.8
 OutRank = int | str
 Strength = float | str
 AUTO = "auto"
+TEXT_ENCODER = ("copy", "project", "skip")
+DROPPED = ("skip", "sum")
 METHOD_NAMES = (AUTO, *METHODS, "damped")
 """What `transfer` takes; `project` takes `METHODS`."""
 
@@ -32,14 +34,18 @@ class Options:
         method: a name of `projection.METHODS`; "damped" (see `damping`); or "auto": what the study
             in docs/evidence.md found best for bases as far apart as these.
         rank: columns of the subspaces, or the share of energy they hold.
-        match: "name", a JSON file or a mapping {target module: source module}.
+        match: "name"; "similarity" (see `matching`); a JSON file or a mapping {target module:
+            source module}.
+        dropped: "skip" leaves out the updates of blocks that the target has dropped, "sum" adds
+            them to those of the nearest block that is still there.
         threshold: the Φ that left and right must both reach; a pair below it gets no update.
             `copy` looks at no weights and gates nothing.
         damping: κ of "damped"; None means chosen from the drift between the bases.
         strength: factor on every update; "auto" is chosen from the drift between the bases. None
             means "auto" for method "auto" and 1 for a method asked for by name.
         out_rank: "exact" keeps every singular value of the result, an int at most that many.
-        text_encoder: "copy" or "skip" the text-encoder part.
+        text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
+            all else where both bases hold its weights, "skip" leaves it out.
         min_coverage: LowCoverage below this share of the LoRA's modules.
         cache: folder that keeps subspaces between LoRAs; None keeps nothing.
         device: where to compute; None means the CPU.
@@ -49,6 +55,7 @@ class Options:
     method: str = AUTO
     rank: Rank = DEFAULT_RANK
     match: Match = "name"
+    dropped: str = "skip"
     threshold: float = DEFAULT_THRESHOLD
     damping: float | None = None
     strength: Strength | None = None
@@ -75,8 +82,12 @@ class Options:
             raise ValueError(f"strength must be a positive number, not {self.strength!r}")
         if self.out_rank != "exact" and (not isinstance(self.out_rank, int) or self.out_rank < 1):
             raise ValueError(f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}')
-        if self.text_encoder not in ("copy", "skip"):
-            raise ValueError(f'text_encoder must be "copy" or "skip", not {self.text_encoder!r}')
+        for name, value, words in (
+            ("text_encoder", self.text_encoder, TEXT_ENCODER),
+            ("dropped", self.dropped, DROPPED),
+        ):
+            if value not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
 
     @property
     def kappa(self) -> float:

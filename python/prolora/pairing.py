@@ -47,6 +47,7 @@ class Plan:
         refused: source module -> why nothing well defined can be written.
         rule: how the pairs were found, for the report.
         decisions: with `match` by similarity, where every block came from and what came second.
+        dropped: with `match` by similarity, the source's blocks that feed none.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Plan:
     refused: dict[str, str] = field(default_factory=dict)
     rule: str = "same name"
     decisions: tuple[BlockDecision, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
         """The pairs by weight shape: each group is one stack of equal matrices."""
@@ -99,7 +101,7 @@ def make_plan(
     _check_source(adapter, own, source)
     found, plan.rule = feeds(source, target, match)
     if isinstance(match, Matching):
-        plan.decisions = match.decisions
+        plan.decisions, plan.dropped = match.decisions, match.dropped
     if dropped == "sum":
         plan.summed = _neighbours(own, found, source, target)
     elif dropped != "skip":

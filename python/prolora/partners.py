@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .bases import Base, correspondence
 from .bases.describe import adaptable_shapes, describe, kind
@@ -46,6 +46,10 @@ class BlockDecision:
     def margin(self) -> float:
         """Score over runner-up; below 0 where the order of the blocks overruled the overlap."""
         return self.score - self.runner_up_score
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, the margin too."""
+        return asdict(self) | {"margin": self.margin}
 
 
 @dataclass(frozen=True)

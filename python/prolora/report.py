@@ -7,10 +7,11 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .partners import BlockDecision
 from .projection import ProjectionInfo
 from .verdict import WHY, Verdict
 
-STATUSES = ("mapped", "skipped", "refused")
+STATUSES = ("mapped", "summed", "skipped", "refused")
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,21 @@ class ModuleReport:
     Attributes:
         source: the module in the LoRA.
         target: where it went; None unless mapped.
-        status: "mapped", "skipped" or "refused".
+        status: "mapped", "skipped", "refused", or "summed" where it was added to another module's
+            update and went with it.
         reason: why it was skipped or refused; for a mapped module, how it was moved.
         shape: out × in of the update.
-        rank_in: rank in the LoRA.
+        rank_in: rank in the LoRA; 0 of a module that has no update there and carries only those
+            that were added to it.
         rank_out: rank in the output; 0 unless mapped.
-        energy: ‖ΔW_s‖², the weight of this row in the totals.
+        energy: ‖ΔW_s‖², the weight of this row in the totals; of all that was added to it, too.
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
         surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
         rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
+        onto: the module whose update this one was added to, and whose row has its energy; or None.
         measures: the numbers of a projection; None where there was none.
     """
 
@@ -107,6 +111,7 @@ class ModuleReport:
     norm_ratio: float = 1.0
     copy_distance: float = 0.0
     rank_cut_energy: float = 0.0
+    onto: str | None = None
     measures: Measures | None = None
 
     def at_strength(self, strength: float) -> ModuleReport:
@@ -138,6 +143,9 @@ class Report:
         source: the source base's name.
         target: the target base's name.
         modules: one row for every module of the LoRA, and one more for each further target.
+        decisions: where each block of the target came from and what came second, where blocks were
+            matched by similarity.
+        dropped_blocks: the source's blocks that feed none, likewise.
         left_out: tensor (or module) of the file that is no update of a matrix -> why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
@@ -156,6 +164,8 @@ class Report:
     source: str
     target: str
     modules: list[ModuleReport] = field(default_factory=list)
+    decisions: tuple[BlockDecision, ...] = ()
+    dropped_blocks: tuple[str, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
@@ -172,14 +182,22 @@ class Report:
     @property
     def coverage(self) -> float:
         """The share of the LoRA's modules that found a place, 0 … 1."""
-        names = {row.source for row in self.modules}
-        return len({row.source for row in self.rows("mapped")}) / len(names) if names else 0.0
+        names, placed = self._of_lora()
+        return len(placed) / len(names) if names else 0.0
+
+    def _of_lora(self) -> tuple[set[str], set[str]]:
+        """The LoRA's modules, and those of them that found a place."""
+        own = [row for row in self.modules if row.rank_in]
+        return {row.source for row in own}, {
+            row.source for row in own if row.status in ("mapped", "summed")
+        }
 
     @property
     def totals(self) -> dict[str, Any]:
         """Counts, coverage and energies of the whole LoRA; the same keys for a dry run.
 
-        mapped, skipped, refused: rows. coverage: share of the LoRA's modules mapped.
+        mapped, summed, skipped, refused: rows. coverage: share of the LoRA's modules mapped or
+        summed.
         energy_mapped: share of Σ‖ΔW_s‖² that the mapped modules hold. energy_surviving: Σ‖ΔW_t‖²
         over mapped modules' Σ‖ΔW_s‖². copy_distance: energy-weighted root mean square.
         energy_mixed, phi_left, phi_right: means over projected modules, None where there is none.
@@ -188,7 +206,7 @@ class Report:
         """
         counts: dict[str, Any] = {status: len(self.rows(status)) for status in STATUSES}
         projected = [row for row in self.rows("mapped") if row.measures]
-        everything = {row.source: row.energy for row in self.modules}
+        everything = {row.source: row.energy for row in self.modules if row.onto is None}
         mapped = {row.source: row.energy for row in self.rows("mapped")}
 
         def mean(value: Any) -> float | None:
@@ -218,7 +236,7 @@ class Report:
         }
 
     def reasons(self) -> dict[tuple[str, str], int]:
-        """How often each (status, reason) occurs among skipped and refused modules."""
+        """How often each (status, reason) occurs among modules that are not mapped."""
         found: dict[tuple[str, str], int] = {}
         for row in self.modules:
             if row.status != "mapped":
@@ -229,11 +247,11 @@ class Report:
     def sentences(self) -> list[str]:
         """The result in plain words, the copy baseline included."""
         totals = self.totals
-        names = {row.source for row in self.modules}
+        names, placed = self._of_lora()
+        added = f" ({totals['summed']} of them added to others)" if totals["summed"] else ""
         said = [
-            f"{len({r.source for r in self.rows('mapped')})} of {len(names)} modules moved from "
-            f"{self.source} to {self.target}; {totals['skipped']} skipped, "
-            f"{totals['refused']} refused."
+            f"{len(placed)} of {len(names)} modules moved from {self.source} to {self.target}"
+            f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
@@ -267,7 +285,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; NaN becomes None."""
-        fields = asdict(self) | {"totals": self.totals, "summary": self.sentences()}
+        fields = asdict(self) | {
+            "decisions": [decision.to_dict() for decision in self.decisions],
+            "totals": self.totals,
+            "summary": self.sentences(),
+        }
         return finite(fields)  # type: ignore[no-any-return]
 
     def to_json(self) -> str:

@@ -20,10 +20,11 @@ from .affinity import Affinity, measure
 from .bases import Base, open_base
 from .errors import LowCoverage, UnrelatedBases
 from .linalg.lowrank import LowRank
+from .matching import resolve
 from .moving import Clock, carried, move_all
 from .options import AUTO, Options, Progress
-from .pairing import Plan, make_plan
-from .report import Report
+from .pairing import Plan, folded, make_plan
+from .report import ModuleReport, Report
 from .storage import check_writable
 from .verdict import judge
 from .version import __version__
@@ -90,11 +91,13 @@ def transfer(
     with clock("read"):
         source, target = open_base(source), open_base(target)
         adapter = _read(lora, source)
-        plan = make_plan(adapter, source, target, chosen.match, chosen.text_encoder)
+    with clock("match"):
+        plan = _plan(adapter, source, target, chosen)
     _check_coverage(adapter, plan, chosen.min_coverage)
+    whole = folded(adapter, plan)
     with clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
-        affinities = measure(source, target, places, _checking(chosen.progress))
+        affinities = measure(source, target, places, _doing("checking", chosen.progress))
     verdict = judge(Affinity.total(affinities))
     if chosen.method == AUTO and not verdict.go:
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written; --method copy does it anyway")
@@ -104,17 +107,19 @@ def transfer(
     report.damping = decided.kappa if decided.method == "damped" else None
     drifts = {pair.target: a.drift for pair, a in zip(plan.pairs, affinities, strict=True)}
     updates: dict[str, LowRank] = {}
-    for pair, update, row in move_all(adapter, plan, source, target, decided, clock):
-        report.modules.append(replace(row, drift=drifts[pair.target]))
+    for pair, update, row in move_all(whole, plan, source, target, decided, clock):
+        report.modules.append(replace(_own(row, adapter, plan), drift=drifts[pair.target]))
         if update is not None:
             updates[pair.target] = update
     for name in plan.passed:
         updates[name] = adapter.updates[name]
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
+    report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs
+                                              if pair.target in updates})  # fmt: skip
     report.seconds = clock.seconds
     if report.coverage < chosen.min_coverage:
         raise LowCoverage(_coverage_text(report, chosen.min_coverage))
-    moved = _as_target(adapter, updates, plan, source, target, chosen)
+    moved = _as_target(adapter, updates, plan, source, target, decided)
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
 
@@ -151,17 +156,21 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
     """What `transfer` would map, skip and refuse, from headers alone: no weight is read.
 
     The similarity threshold needs weights, so modules it would skip still count as mapped here.
+    Matching by similarity needs them too: it alone reads them.
     """
     chosen = Options(**options)
     source, target = open_base(source), open_base(target)
     adapter = _read(lora, source)
-    plan = make_plan(adapter, source, target, chosen.match, chosen.text_encoder)
+    plan = _plan(adapter, source, target, chosen)
     report = _blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True
+    whole = folded(adapter, plan)
     for pair in plan.pairs:
-        report.modules.append(carried(adapter, pair.source, pair.target, "would be projected"))
+        row = carried(whole, pair.source, pair.target, "would be projected")
+        report.modules.append(_own(row, adapter, plan))
     for name in plan.passed:
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
+    report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
     return report
 
 
@@ -170,17 +179,56 @@ def _read(lora: Any, source: Base) -> Adapter:
     return lora if isinstance(lora, Adapter) else adapters.read(lora, read_weight=source.read)
 
 
+def _plan(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
+    """Where every module goes; weights are read only to match blocks by similarity."""
+    match = resolve(
+        options.match, source, target,
+        cache=options.cache, device=options.device, progress=_doing("matching", options.progress),
+    )  # fmt: skip
+    return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
+
+
+def _own(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
+    """The row of a module that others may have been added to, with the rank it had in the LoRA."""
+    added = sum(onto == row.source for onto in plan.summed.values())
+    if not added:
+        return row
+    update = adapter.updates.get(row.source)
+    reason = f"{row.reason}; updates of dropped blocks added: {added}"
+    return replace(row, rank_in=update.rank if update else 0, reason=reason)
+
+
+def _summed(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[ModuleReport]:
+    """The rows of the modules that were added to others.
+
+    Args:
+        adapter: the LoRA as it came in.
+        plan: says onto which.
+        moved: source module -> target module of all that was moved.
+    """
+    rows = []
+    for name, onto in plan.summed.items():
+        reason = "its block is gone; added to the update of the nearest that is there"
+        row = replace(carried(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0)
+        if onto in moved:
+            rows.append(replace(row, status="summed"))
+        else:
+            reason = "its block is gone, and the nearest that is there was skipped"
+            rows.append(replace(row, status="skipped", reason=reason))
+    return rows
+
+
 def _check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
     """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist."""
     folder = Path(path)
     check_writable(folder / PEFT_WEIGHTS if folder.is_dir() else folder, inputs)
 
 
-def _checking(progress: Progress | None) -> Progress | None:
-    """The caller's callback, told that weights are being looked at and not yet moved."""
+def _doing(what: str, progress: Progress | None) -> Progress | None:
+    """The caller's callback, told what is done to weights that are not yet moved."""
     if progress is None:
         return None
-    return lambda done, total, name: progress(done, total, f"checking {name}")
+    return lambda done, total, name: progress(done, total, f"{what} {name}")
 
 
 def _blank_report(
@@ -191,6 +239,7 @@ def _blank_report(
         method=options.method, rank_rule=options.rank, threshold=options.threshold,
         match=plan.rule, source=source.name, target=target.name, strength=options.factor,
         left_out=dict(adapter.left_out), kept_energy=dict(adapter.kept_energy),
+        decisions=plan.decisions, dropped_blocks=plan.dropped,
     )  # fmt: skip
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
         for name, reason in reasons.items():
@@ -216,6 +265,7 @@ def _as_target(
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
         "match": plan.rule,
+        "dropped": options.dropped,
         "source": source.name,
         "target": target.name,
     }
@@ -230,7 +280,8 @@ def _as_target(
 
 def _check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
     """Refuses early: the gate can only lower the coverage that names and shapes allow."""
-    placed = {pair.source for pair in plan.pairs} | set(plan.passed)
+    placed = {pair.source for pair in plan.pairs} & set(adapter.updates)
+    placed |= {*plan.passed, *plan.summed}
     coverage = len(placed) / max(1, len(adapter.updates))
     if coverage < minimum:
         raise LowCoverage(
