@@ -152,7 +152,9 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
         if outcome.report:
             totals = outcome.report.totals
             kept, distance = totals["energy_surviving"], totals["copy_distance"]
-            counts = str(totals["mapped"] + totals["summed"]), str(totals["skipped"] + totals["refused"])
+            moved = totals["mapped"] + totals["summed"]
+            left = totals["skipped"] + totals["refused"]
+            counts = str(moved), str(left)
             table.add_row(outcome.lora.name, *counts, number(kept, ".0%"), number(distance), "")
         else:
             why = f"{type(outcome.error).__name__}: {outcome.error}"
