@@ -12,6 +12,7 @@ from typing import Any
 from .adapters.source import PEFT_CONFIG
 from .bases import open_base
 from .errors import OutputError, ProLoRAError
+from .matching import resolve
 from .options import Progress
 from .report import Report
 from .transfer import transfer_file
@@ -67,7 +68,7 @@ def transfer_many(
 
     Raises:
         OutputError: the folder cannot be made, or two inputs would have one output.
-        ProLoRAError: a base that cannot be opened.
+        ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
     inputs, folder = [Path(lora) for lora in loras], Path(folder)
     names = [_output_name(lora, options.get("format", "auto")) for lora in inputs]
@@ -81,6 +82,10 @@ def transfer_many(
         raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
+        options["match"] = resolve(
+            options.get("match", "name"), source, target,
+            cache=cache or temporary, device=options.get("device"), progress=progress,
+        )  # fmt: skip
         for lora in inputs:
             out = folder / _output_name(lora, options.get("format", "auto"))
             try:
