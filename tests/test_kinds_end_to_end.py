@@ -35,10 +35,14 @@ def test_a_dora_moves_as_merged_minus_base(case, tmp_path):
         ks, kt = (reference.columns_for_energy(w, 0.9) for w in (source, target))
         expected = reference.project(merged - source, source, target, ks, kt, "prolora")
         assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
-    assert len(report.left_out) == 12
-    assert "12 tensors of the file stay behind" in " ".join(report.sentences())
+    # A bias goes where its module goes; the third block has no place on the target.
+    assert (report.vectors, len(report.left_out)) == (8, 4)
+    assert "4 tensors of the file stay behind" in " ".join(report.sentences())
+    vectors = prolora.adapters.read(tmp_path / "out").vectors
+    assert set(vectors) == {f"{name}.bias" for name in shapes(2)}
+    assert all(torch.equal(vector, torch.ones(24)) for vector in vectors.values())
 
 
 def test_a_dry_run_plans_a_dora(case):
     report = plan_report(*case)
-    assert report.totals["mapped"] == 8 and len(report.left_out) == 12
+    assert report.totals["mapped"] == 8 and (report.vectors, len(report.left_out)) == (8, 4)

@@ -14,14 +14,14 @@ import torch
 import typer
 from rich.console import Console
 
-from . import comparison, console, heatmap, inspection, ops, storage
+from . import comparison, console, heatmap, inspection, inspection_view, ops, storage
 from .bases import open_base
 from .bases.survey import survey
 from .batch import Outcome, transfer_many
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
 from .matching import resolve
-from .options import AUTO, DEFAULT_THRESHOLD, DROPPED, METHOD_NAMES, TEXT_ENCODER
+from .options import AUTO, DEFAULT_THRESHOLD, DROPPED, METHOD_NAMES, TEXT_ENCODER, VECTORS
 from .projection import DEFAULT_RANK
 from .report import Report
 from .transfer import plan_report, transfer_file
@@ -39,11 +39,13 @@ err = Console(stderr=True)
 Method = Enum("Method", {name: name for name in METHOD_NAMES}, type=str)  # type: ignore[misc]
 Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "comfy")}, type=str)  # type: ignore[misc]
 TextEncoder = Enum("TextEncoder", {n: n for n in TEXT_ENCODER}, type=str)  # type: ignore[misc]
+Vectors = Enum("Vectors", {n: n for n in VECTORS}, type=str)  # type: ignore[misc]
 Dropped = Enum("Dropped", {n: n for n in DROPPED}, type=str)  # type: ignore[misc]
 Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
 
 AUTO_METHOD, AUTO_FORMAT = Method(AUTO), Format(AUTO)
 COPY_TEXT, SKIP_DROPPED = TextEncoder("copy"), Dropped("skip")
+COPY_VECTORS = Vectors("copy")
 
 # Text and not Path: a base may be an id on the hub, hf://org/name.
 SourceOption = Annotated[
@@ -97,6 +99,9 @@ def transfer(
     text_encoder: Annotated[
         TextEncoder, typer.Option(help="What becomes of its part of the LoRA.")
     ] = COPY_TEXT,
+    vectors: Annotated[
+        Vectors, typer.Option(help="What becomes of trained biases and normalisation layers.")
+    ] = COPY_VECTORS,
     format: Annotated[Format, typer.Option(help="Format of the output.")] = AUTO_FORMAT,
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
@@ -122,7 +127,8 @@ def transfer(
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
         "strength": parse_strength(strength),
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
-        "text_encoder": text_encoder.value, "dropped": dropped.value, "min_coverage": min_coverage,
+        "text_encoder": text_encoder.value, "dropped": dropped.value, "vectors": vectors.value,
+        "min_coverage": min_coverage,
     }  # fmt: skip
     old, new = open_base(source), open_base(target)
     if report is not None:
@@ -176,7 +182,8 @@ def inspect(
     if as_json:
         print(json.dumps(description.to_dict(), indent=1))
     else:
-        out.print(console.description_table(description))
+        for part in inspection_view.parts(description):
+            out.print(part, highlight=False)
 
 
 @app.command()

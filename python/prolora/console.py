@@ -15,7 +15,6 @@ from .bases.modules import place
 from .bases.survey import ShapeSurvey
 from .batch import Outcome
 from .comparison import Comparison, ModuleComparison, mean_of
-from .inspection import Description
 from .partners import BlockDecision
 from .report import Measures, ModuleReport, Report
 
@@ -232,22 +231,6 @@ def _from(place: str, decisions: list[BlockDecision]) -> str:
         other = "" if theirs in ("", place) else theirs.removesuffix(".transformer_blocks") + "."
         found.append(f"{decision.target.rpartition('.')[2]}←{other}{index or 'none'}")
     return " ".join(found)
-
-
-def description_table(description: Description) -> Table:
-    """What `inspect` found, a line a fact."""
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in description.to_dict().items():
-        if value in (None, "", [], {}):
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}: {item}" for key, item in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(str(item) for item in value)
-        table.add_row(name.replace("_", " "), str(value))
-    return table
 
 
 def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:

@@ -20,6 +20,7 @@ Strength = float | str
 AUTO = "auto"
 TEXT_ENCODER = ("copy", "project", "skip")
 DROPPED = ("skip", "sum")
+VECTORS = ("copy", "skip")
 METHOD_NAMES = (AUTO, *METHODS, "damped")
 """What `transfer` takes; `project` takes `METHODS`."""
 
@@ -46,6 +47,8 @@ class Options:
         out_rank: "exact" keeps every singular value of the result, an int at most that many.
         text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
             all else where both bases hold its weights, "skip" leaves it out.
+        vectors: "copy" carries trained biases and normalisation layers over to the modules they
+            belong to, "skip" leaves them out.
         min_coverage: LowCoverage below this share of the LoRA's modules.
         cache: folder that keeps subspaces between LoRAs; None keeps nothing.
         device: where to compute; None means the CPU.
@@ -61,6 +64,7 @@ class Options:
     strength: Strength | None = None
     out_rank: OutRank = "exact"
     text_encoder: str = "copy"
+    vectors: str = "copy"
     min_coverage: float = 0.0
     cache: str | PathLike[str] | None = None
     device: str | None = None
@@ -85,6 +89,7 @@ class Options:
         for name, value, words in (
             ("text_encoder", self.text_encoder, TEXT_ENCODER),
             ("dropped", self.dropped, DROPPED),
+            ("vectors", self.vectors, VECTORS),
         ):
             if value not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")

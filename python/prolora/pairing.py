@@ -46,6 +46,7 @@ class Plan:
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
         rule: how the pairs were found, for the report.
+        table: target module -> source module, over all modules of the two bases.
         decisions: with `match` by similarity, where every block came from and what came second.
         dropped: with `match` by similarity, the source's blocks that feed none.
     """
@@ -56,6 +57,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rule: str = "same name"
+    table: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[BlockDecision, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -100,6 +102,7 @@ def make_plan(
     own = _place_text_encoders(adapter, source, target, text_encoder, plan)
     _check_source(adapter, own, source)
     found, plan.rule = feeds(source, target, match)
+    plan.table = found
     if isinstance(match, Matching):
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if dropped == "sum":

@@ -146,7 +146,8 @@ class Report:
         decisions: where each block of the target came from and what came second, where blocks were
             matched by similarity.
         dropped_blocks: the source's blocks that feed none, likewise.
-        left_out: tensor (or module) of the file that is no update of a matrix -> why.
+        vectors: number of trained biases and tensors of normalisation layers carried over.
+        left_out: tensor (or module) of the file that is not moved -> why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
         dry_run: True where only headers were read: rows then carry no measures.
@@ -166,6 +167,7 @@ class Report:
     modules: list[ModuleReport] = field(default_factory=list)
     decisions: tuple[BlockDecision, ...] = ()
     dropped_blocks: tuple[str, ...] = ()
+    vectors: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
@@ -253,6 +255,11 @@ class Report:
             f"{len(placed)} of {len(names)} modules moved from {self.source} to {self.target}"
             f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
+        if self.vectors:
+            said.append(
+                f"{self.vectors} trained biases and normalisation tensors are carried over"
+                f"{'' if self.strength == 1 else f' at strength {self.strength:.2g}'}."
+            )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             said.append(f"{len(self.left_out)} tensors of the file stay behind; {name}: {reason}.")

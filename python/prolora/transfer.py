@@ -18,7 +18,9 @@ from .adapters.metadata import rewritten
 from .adapters.source import PEFT_WEIGHTS
 from .affinity import Affinity, measure
 from .bases import Base, open_base
+from .carrying import Carried, carry
 from .errors import LowCoverage, UnrelatedBases
+from .identity import full_hash, identity, short_hash
 from .linalg.lowrank import LowRank
 from .matching import resolve
 from .moving import Clock, carried, move_all
@@ -69,6 +71,8 @@ def transfer(
     lora: str | PathLike[str] | Mapping[str, Tensor] | Adapter,
     source: Any,
     target: Any,
+    *,
+    format: str | None = None,
     **options: Any,
 ) -> Transfer:
     """Turns a LoRA of one base model into the LoRA of another, without training and without data.
@@ -77,10 +81,12 @@ def transfer(
         lora: a .safetensors file, a PEFT folder, a state dict or an Adapter.
         source: the base it was trained on: file, folder, mapping, nn.Module or opened Base.
         target: the base it shall move to, likewise.
+        format: one the result must fit, as `Transfer.save` takes it; None asks for none.
         **options: see `options.Options`.
 
     Raises:
-        UnsupportedFormat: a file, key or adapter type that cannot be read exactly.
+        UnsupportedFormat: a file, key or adapter type that cannot be read exactly, or a result that
+            `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
         UnrelatedBases: method "auto", and the weights have nothing in common.
@@ -95,6 +101,8 @@ def transfer(
         plan = _plan(adapter, source, target, chosen)
     _check_coverage(adapter, plan, chosen.min_coverage)
     whole = folded(adapter, plan)
+    if format is not None:
+        adapters.check_format(_outline(whole, plan, source, target, chosen), format)
     with clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
         affinities = measure(source, target, places, _doing("checking", chosen.progress))
@@ -119,7 +127,11 @@ def transfer(
     report.seconds = clock.seconds
     if report.coverage < chosen.min_coverage:
         raise LowCoverage(_coverage_text(report, chosen.min_coverage))
-    moved = _as_target(adapter, updates, plan, source, target, decided)
+    vectors = _carried(adapter, plan, source, target, decided, updates)
+    report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
+    with clock("hash"):
+        metadata = _metadata(adapter, plan, source, target, decided)
+    moved = _as_target(adapter, updates, vectors, target, metadata)
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
 
@@ -141,7 +153,7 @@ def transfer_file(
     """
     source, target = open_base(source), open_base(target)
     _check_output(out, [Path(lora), *source.files, *target.files])
-    done = transfer(lora, source, target, **options)
+    done = transfer(lora, source, target, format=format, **options)
     progress = options.get("progress")
     if progress:
         moved = len(done.adapter.updates)
@@ -171,6 +183,8 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
     for name in plan.passed:
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
     report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
+    vectors = _carried(adapter, plan, source, target, chosen)
+    report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
     return report
 
 
@@ -248,9 +262,28 @@ def _blank_report(
     return report
 
 
+def _carried(
+    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options,
+    moved: Mapping[str, LowRank] | None = None,
+) -> Carried:  # fmt: skip
+    """The biases and normalisation layers of the target."""
+    return carry(
+        adapter, plan, source, target, factor=options.factor, moved=moved, mode=options.vectors,
+        text_encoder=options.text_encoder,
+    )  # fmt: skip
+
+
+def _outline(adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options) -> Adapter:
+    """What the adapter of the target will consist of, before anything is moved."""
+    updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
+    updates |= {name: adapter.updates[name] for name in plan.passed}
+    vectors = _carried(adapter, plan, source, target, options)
+    return _as_target(adapter, updates, vectors, target, adapter.metadata)
+
+
 def _as_target(
-    adapter: Adapter, updates: dict[str, LowRank], plan: Plan, source: Base, target: Base,
-    options: Options,
+    adapter: Adapter, updates: dict[str, LowRank], vectors: Carried, target: Base,
+    metadata: dict[str, str],
 ) -> Adapter:  # fmt: skip
     """The adapter of the target: its modules, its kernels, its metadata."""
     kernels: dict[str, tuple[int, int]] = {}
@@ -258,6 +291,15 @@ def _as_target(
         shape = target.shapes.get(name, ())
         if len(shape) == 4:
             kernels[name] = (shape[2], shape[3])
+    return replace(
+        adapter, updates=updates, kernels=kernels, vectors=vectors.vectors, metadata=metadata
+    )
+
+
+def _metadata(
+    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
+) -> dict[str, str]:
+    """The header of the result: the LoRA's own, with the target's names and how it was made."""
     provenance = {
         "version": __version__,
         "method": options.method,
@@ -269,13 +311,15 @@ def _as_target(
         "source": source.name,
         "target": target.name,
     }
-    metadata = rewritten(
+    hashes = {"source_hash": identity(source), "target_hash": identity(target)}
+    return rewritten(
         adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
-        provenance=provenance,
+        target_sha256=full_hash(target),
+        target_short_hash=short_hash(target),
+        provenance=provenance | {key: value for key, value in hashes.items() if value},
     )
-    return replace(adapter, updates=updates, kernels=kernels, metadata=metadata)
 
 
 def _check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:

@@ -94,7 +94,7 @@ def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
     "lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_unet_double_blocks_0_frobnicate",
     "lora_unet_single_blocks_0_img_attn_qkv", "double_blocks.0.processor.qkv_lora3",
     "lora_te1_encoder_block_0_layer_0_SelfAttention_q", "lora_te3_text_model_encoder_layers_0",
-    "lora_unet_transformer_blocks_0_attn_to_q", "lora_unet_down_blocks_0_frobnicate", "lora_unet_",
+    "lora_unet_down_blocks_0_frobnicate", "lora_unet_",
     "lora_te_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0", "lora_unet_to_q",
     "unet.frobnicate", "unet", "frobnicate.conv_in", "transformer", "text_encoder", "",
     "diffusion_model.input_blocks.3.1.conv", "text_encoders.t5.transformer.x",

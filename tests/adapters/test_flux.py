@@ -142,7 +142,7 @@ def original_file(prefix, names_, dtype=torch.float32):
     return tensors
 
 
-def test_a_control_lora_of_the_authors_is_read_and_its_norms_and_biases_named():
+def test_a_control_lora_of_the_authors_is_read_with_its_bias_and_its_norms_named():
     originals = dict.fromkeys(entry[0] for entry in keymap().values())
     tensors = original_file("", originals)
     parts = [f"double_blocks.{i}.{stream}_attn" for i in range(19) for stream in ("img", "txt")]
@@ -160,7 +160,8 @@ def test_a_control_lora_of_the_authors_is_read_and_its_norms_and_biases_named():
     shift, scale = tensors["final_layer.adaLN_modulation.1.lora_B.weight"].chunk(2)
     down = tensors["final_layer.adaLN_modulation.1.lora_A.weight"]
     assert difference(last, LowRank(torch.cat([scale, shift]), down)) < 1e-6
-    assert set(adapter.left_out) == {*norms, bias}
+    assert set(adapter.left_out) == set(norms)
+    assert list(adapter.vectors) == ["transformer_blocks.4.ff.net.0.proj.bias"]
 
 
 def test_a_fal_file_is_read():

@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -127,7 +128,9 @@ def test_every_kind_of_update_is_told_with_its_rank_and_what_it_needs(tmp_path, 
     assert found.algorithms == {algorithm: 1}
     assert found.needs_base == (algorithm in ("lora+dora", "glora", "oft"))
     assert found.ranks == ({} if algorithm in ("full", "oft") else {2: 1})
-    assert found.scales == {"unet": {"1" if algorithm in ("full", "oft") else "0.5": 1}}
+    (place,) = found.places.values()
+    assert place.scales == {"1" if algorithm in ("full", "oft") else "0.5": 1}
+    assert place.algorithms == {algorithm: 1}
 
 
 def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
@@ -147,17 +150,55 @@ def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
     assert (found.ranks, found.modules) == ({2: 1}, {"not understood": 1})
 
 
-def test_scales_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
+def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
     adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
     adapters.write(adapter, tmp_path / "lora")
     tensors = load_file(tmp_path / "lora")
     tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
     tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
     tensors["lora_unet_mid_block_attentions_0_norm.b_norm"] = torch.ones(3)
+    tensors["bundle_emb.trigger.clip_l"] = torch.ones(3)
     found = inspect(save(tmp_path / "lora", tensors, {"ss_new_sd_model_hash": "abc"}))
-    assert found.scales == {"unet": {"1": len(LINEAR)}, "text_encoder": {"0.25": 1}}
-    assert sum(found.left_out.values()) == 2
+    assert {place: row.scales for place, row in found.places.items()} == {
+        "unet": {"1": len(LINEAR)}, "text_encoder": {"0.25": 1}
+    }  # fmt: skip
+    assert found.places["text_encoder"].alphas == {"1": 1}
+    assert found.vectors == {"bias": 1, "norm": 1} and sum(found.left_out.values()) == 1
     assert found.base_hash == "abc"
+
+
+def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
+    from rich.console import Console
+
+    from prolora import inspection_view
+
+    sdxl = "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b"
+    path = lora_of("sd15", tmp_path / "lora.safetensors")
+    found = inspect(save(path, load_file(path), {"ss_new_sd_model_hash": sdxl}))
+    assert (found.family, found.family_claimed) == ("sd15", "sdxl")
+    assert found.base_model == "sd_xl_base_1.0.safetensors"
+    console = Console(width=80, record=True, file=io.StringIO())
+    for part in inspection_view.parts(found):
+        console.print(part)
+    text = console.export_text()
+    assert "SD1.x, by its module names and shapes; its metadata says SDXL" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_scale_that_contradicts_the_configuration_is_no_supported_file(tmp_path):
+    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 4),
+               "unet.conv_in.lora_B.weight": torch.ones(6, 2),
+               "unet.conv_in.alpha": torch.tensor(1.0)}  # fmt: skip
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 2})
+    found = inspect(save(tmp_path / "lora", tensors, {"lora_adapter_metadata": config}))
+    assert not found.supported and "asks for the scale 0.5" in found.reason
+
+
+def test_a_file_of_normalisation_layers_alone_is_an_adapter(tmp_path):
+    key = "lora_unet_mid_block_attentions_0_norm.w_norm"
+    found = inspect(save(tmp_path / "lora", {key: torch.ones(3)}))
+    assert (found.kind, found.algorithm, found.supported) == ("lora", "norm", True)
+    assert found.vectors == {"norm": 1} and found.ranks == {}
 
 
 def test_trigger_words_come_by_frequency(tmp_path):

@@ -2,6 +2,6 @@
 
 from .adapter import Adapter
 from .reading import read
-from .writing import write
+from .writing import check_format, write
 
-__all__ = ["Adapter", "read", "write"]
+__all__ = ["Adapter", "check_format", "read", "write"]

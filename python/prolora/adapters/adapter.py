@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from ..linalg.lowrank import LowRank
 
@@ -19,6 +20,8 @@ class Adapter:
             `text_encoder_3.`. Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
         kernels: (kh, kw) of the modules that are convolutions, 1×1 ones included; linear modules
             have no entry.
+        vectors: what is added to biases and to the weights of normalisation layers, by
+            "module.bias" or "module.weight", float32 [n].
         format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
         spelling: how a kohya file spells its modules: "diffusers", or "sgm" for the names of the
             original checkpoints (SGM's UNets, FLUX).
@@ -28,12 +31,13 @@ class Adapter:
             "full", "glora", "oft"; "+dora" behind it for rescaled ones); "lora" has no entry.
         kept_energy: module -> share of ‖ΔW‖² that `updates` holds, for those whose rank was too
             high to be kept exactly (see `truncation`); all others are exact and have no entry.
-        left_out: tensor or module of the file that is no part of `updates` -> the reason. Nothing
+        left_out: tensor or module of the file that is in neither of the two -> the reason. Nothing
             else of a file is ever left out.
     """
 
     updates: dict[str, LowRank]
     kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     format: str = "kohya"
     spelling: str = "diffusers"
     dtype: torch.dtype = torch.float32

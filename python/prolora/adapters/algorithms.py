@@ -28,18 +28,18 @@ NAMES = {
 }
 
 _ROLES = {
-    "lora": ({"down", "up"}, {"mid", "alpha", "dora_scale", "magnitude"}),
+    "lora": ({"down", "up"}, {"mid", "alpha", "dora_scale", "magnitude", "scalar"}),
     "loha": (
         {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-        {"hada_t1", "hada_t2", "alpha", "dora_scale", "magnitude"},
+        {"hada_t1", "hada_t2", "alpha", "dora_scale", "magnitude", "scalar"},
     ),
     "lokr": (
         set(),
         {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-         "alpha", "dora_scale", "magnitude"},
+         "alpha", "dora_scale", "magnitude", "scalar"},
     ),
     "full": ({"diff"}, {"alpha"}),
-    "glora": ({"a1", "a2", "b1", "b2"}, {"bm", "alpha"}),
+    "glora": ({"a1", "a2", "b1", "b2"}, {"bm", "alpha", "scalar"}),
     "oft": ({"oft_blocks"}, {"rescale", "alpha"}),
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def surplus(roles: Set[str]) -> str | None:
 
 def form(shapes: Mapping[str, Shape]) -> Form | None:
     """The form of an update from the shapes of its tensors by role; None if they do not fit."""
-    if any(size == 0 for role, shape in shapes.items() if role != "alpha" for size in shape):
+    if any(size == 0 for shape in shapes.values() for size in shape):
         return None
     found = _FORMS[family_of(shapes.keys())](shapes)
     if found is None or not (1 <= found.out <= MAX_SIDE and found.inputs <= MAX_SIDE):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from . import flux, names
+from . import flux, names, vectors
 from .adapter import Adapter
 from .family import guess_family
 from .scaling import Patterns
@@ -55,7 +55,44 @@ def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tenso
         else:
             tensors[f"{group.path}.lora_B.weight"] = up
             tensors[f"{group.path}.lora_A.weight"] = down
-    return tensors
+    return tensors | _vectors(adapter, format, dtype)
+
+
+def _vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of biases and normalisation layers."""
+    whole = vectors.fused(adapter.vectors, _is_fused(adapter, format))
+    roles = vectors.roles(whole)
+    if format in ("diffusers", "peft"):
+        roles = dict.fromkeys(whole, "lora_B.bias")
+    paths = vector_paths(adapter, format)
+    return {
+        f"{paths[vectors.module_of(name)]}.{role}": vectors.cast(name, whole[name], dtype)
+        for name, role in roles.items()
+    }
+
+
+def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
+    """Module (FLUX's fused weights under their own name) -> path in the keys of its vectors.
+
+    Raises:
+        UnsupportedFormat: the format cannot hold one of them: diffusers and PEFT know none but the
+            bias of a module that has an update too.
+    """
+    homeless = [name for name in adapter.vectors if not _has_lora_bias(adapter, name)]
+    if homeless and format in ("diffusers", "peft"):
+        raise UnsupportedFormat(
+            f"the {format} format has no keys for trained normalisation layers, nor for biases of "
+            f"modules without an update, and this adapter has {len(homeless)}, the first: "
+            f"{homeless[0]}. Write it with --format kohya or comfy, or leave them out (--vectors "
+            "skip)"
+        )
+    whole = vectors.fused(adapter.vectors, _is_fused(adapter, format))
+    return _paths(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
+
+
+def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
+    """Whether the vector can be the bias of its module's second factor."""
+    return vector.endswith(".bias") and vectors.module_of(vector) in adapter.updates
 
 
 @dataclass(frozen=True)
@@ -88,7 +125,7 @@ def _groups(adapter: Adapter, format: str) -> list[_Group]:
     members: dict[str, list[str]] = {}
     for name, path in paths(adapter, format).items():
         members.setdefault(path, []).append(name)
-    fused = format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
+    fused = _is_fused(adapter, format)
     return [
         _Group(
             path,
@@ -97,6 +134,11 @@ def _groups(adapter: Adapter, format: str) -> list[_Group]:
         )
         for path, modules in members.items()
     ]
+
+
+def _is_fused(adapter: Adapter, format: str) -> bool:
+    """Whether FLUX's weights are those of the original checkpoint in a file of that format."""
+    return format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
 
 
 def ranks(adapter: Adapter, format: str) -> set[int]:
@@ -116,7 +158,7 @@ def common_rank(ranks: Iterable[int]) -> int:
     modules in kohya's spelling and takes the most common one for them, so alpha = rank per module
     would be read at the wrong scale.
     """
-    counts = Counter(ranks)
+    counts = Counter(ranks) or Counter([1])
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
@@ -126,20 +168,28 @@ def paths(adapter: Adapter, format: str) -> dict[str, str]:
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
-    modules = list(adapter.updates)
+    found = _paths(adapter, format, list(adapter.updates))
+    if format == "peft":
+        _check_one_component(list(adapter.updates))
+    return found
+
+
+def _paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
+    """The paths of some modules of an adapter, also of those it only has vectors of."""
     spelling = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
     found: dict[str, str] = {}
+    siblings = [*adapter.updates, *modules]
     original = _is_flux(adapter)
     for name in modules:
         if format == "comfy" and names.place(name) == "transformer" and not original:
             path = None
         elif format == "kohya":
-            path = names.to_kohya(name, spelling=spelling, siblings=modules, sdxl=sdxl)
+            path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
         elif format == "comfy":
-            path = names.to_comfy(name, siblings=modules, clip=clip)
+            path = names.to_comfy(name, siblings=siblings, clip=clip)
         elif format == "diffusers":
             path = names.to_diffusers(name)
         else:
@@ -149,8 +199,6 @@ def paths(adapter: Adapter, format: str) -> dict[str, str]:
                 f"{name} has no name in the {format} format; write it with --format diffusers"
             )
         found[name] = path
-    if format == "peft":
-        _check_one_component(modules)
     return found
 
 
@@ -171,9 +219,10 @@ def _kohya_spelling(adapter: Adapter) -> str:
     and diffusers crashes on their two-digit SGM blocks. FLUX gets the names of its authors, which
     are kohya's, unless the file came from OneTrainer, which has a kohya format with diffusers'.
     """
-    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in adapter.updates):
+    modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
+    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    if any(names.place(name) == "transformer" for name in adapter.updates):
+    if any(names.place(name) == "transformer" for name in modules):
         from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
         return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
     return adapter.spelling
@@ -283,6 +332,7 @@ def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, 
         "target_modules": sorted(local),
         "use_rslora": False,
         "bias": "none",
+        "lora_bias": any(_has_lora_bias(adapter, name) for name in adapter.vectors),
     }
 
 

@@ -11,13 +11,37 @@ _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 _FLUX_WIDTH = 3072
 _FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
-_BY_VERSION = (
-    ("sdxl", "sdxl"),
-    ("sd_v1", "sd15"),
-    ("sd_v2", "sd21"),
-    ("flux", "flux"),
-    ("sd3", "sd3"),
-)
+# How ss_base_model_version and modelspec.architecture begin.
+_BY_VERSION = {
+    "sdxl": "sdxl",
+    "sd_v1": "sd15",
+    "sd_v2": "sd21",
+    "flux": "flux",
+    "sd3": "sd3",
+    "stable-diffusion-xl": "sdxl",
+    "stable-diffusion-v1": "sd15",
+    "stable-diffusion-v2": "sd21",
+    "stable-diffusion-3": "sd3",
+}
+# SHA-256 of the files most LoRAs are trained on.
+_KNOWN_FILES = {
+    "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (
+        "v1-5-pruned-emaonly.safetensors",
+        "sd15",
+    ),
+    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": (
+        "sd_xl_base_1.0.safetensors",
+        "sdxl",
+    ),
+    "4610115bb0c89560703c892c59ac2742fa821e60ef5871b33493ba544683abd7": (
+        "flux1-dev.safetensors",
+        "flux",
+    ),
+    "9403429e0052277ac2a87ad800adece5481eecefd9ed334e1f348723621d2a0a": (
+        "flux1-schnell.safetensors",
+        "flux",
+    ),
+}
 
 
 def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
@@ -30,8 +54,7 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
             its original name too.
         metadata: header metadata of the file.
     """
-    version = metadata.get("ss_base_model_version", "").lower()
-    claimed = next((family for start, family in _BY_VERSION if version.startswith(start)), None)
+    claimed = claimed_family(metadata)
     unet = [name for name in inputs if names.place(name) == "unet"]
     if not unet:
         transformer = [name for name in inputs if names.place(name) == "transformer"]
@@ -41,6 +64,24 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
     guess = _unet_family(unet, context)
     # Only the width of the text embedding tells SD1.x from SD2.x.
     return claimed if guess is None or (context is None and claimed == "sd21") else guess
+
+
+def claimed_family(metadata: Mapping[str, str]) -> str | None:
+    """The family that the metadata claims: by the base's hash, its version or its architecture."""
+    known = known_base(metadata)
+    if known:
+        return known[1]
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        value = metadata.get(key, "").lower()
+        found = (family for start, family in _BY_VERSION.items() if value.startswith(start))
+        if family := next(found, None):
+            return family
+    return None
+
+
+def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """(file name, family) of the base model whose full hash the metadata gives, if it is known."""
+    return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
 
 
 def _unet_family(unet: list[str], context: int | None) -> str | None:

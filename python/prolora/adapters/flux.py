@@ -83,11 +83,16 @@ class Matrix:
 
 
 def matrix(name: str) -> Matrix | None:
-    """The original weight of that name (XLabs' processors are also names), None if there is none.
+    """The original weight of that name, None if there is none.
+
+    XLabs' processors are names too, and so are the parts that OneTrainer counts from 0
+    (`img_attn.qkv.2`, `linear1.3`).
 
     Args:
         name: no `diffusion_model.`, no `.weight`.
     """
+    if name == "img_in.proj":  # OneTrainer's name of it
+        name = "img_in"
     if name in _OUTSIDE:
         return Matrix(name, (_OUTSIDE[name],), swapped=_OUTSIDE[name] == "norm_out.linear")
     if match := _XLABS.fullmatch(name):
@@ -96,10 +101,15 @@ def matrix(name: str) -> Matrix | None:
     if not match:
         return None
     table, block = (_DOUBLE, "") if match[1] == "double" else (_SINGLE, "single_")
-    if match[3] not in table:
+    whole, _, index = match[3].rpartition(".")
+    if match[3] in table:
+        parts = table[match[3]]
+    elif index in ("0", "1", "2", "3") and len(table.get(whole, ())) > max(1, int(index)):
+        parts = (table[whole][int(index)],)
+    else:
         return None
     prefix = f"{block}transformer_blocks.{match[2]}."
-    return Matrix(name, tuple(prefix + part for part in table[match[3]]))
+    return Matrix(name, tuple(prefix + part for part in parts))
 
 
 def _xlabs_matrix(kind: str, block: str, processor: str) -> Matrix | None:

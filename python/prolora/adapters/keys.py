@@ -15,12 +15,12 @@ _DOWN_UP = {
     "down": "down",
     "up": "up",
 }
-# Either path.lora_A.weight, or path.lora.down.weight, or path.to_q_lora.down.weight.
+# Either path.lora_A.weight, or path.lora.down.weight, or path_lora.down.weight (most of all
+# attn1.processor.to_q_lora.down.weight).
 _FACTOR = re.compile(
     r"(?P<path>.+?)"
     r"(?:\.(?P<short>lora_A|lora_B|lora_down|lora_up)(?:\.default)?(?P<weight>\.weight)?"
-    r"|(?:\.lora|\.lora_linear_layer|(?P<processor>(?<=\.to_[qkv])_lora|(?<=\.to_out)_lora))"
-    r"\.(?P<long>down|up)\.weight)"
+    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<long>down|up)\.weight)"
 )
 _XLABS = re.compile(
     r"(?P<path>(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)"
@@ -32,10 +32,15 @@ _PART = re.compile(
     r"(?P<path>.+?)\.(?:"
     r"(?P<lora_mid>lora_mid)\.weight"
     r"|(?P<plain>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff|oft_blocks|rescale"
-    r"|dora_scale|alpha)"
+    r"|dora_scale|scalar|alpha)"
     r"|(?P<glora>a1|a2|b1|b2|bm)\.weight"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
     r")"
+)
+# Differences of biases and normalisation layers; those of a LoRA's own bias have its scale.
+_VECTOR = re.compile(
+    r"(?P<path>.+?)\.(?:(?P<weight>w_norm)|(?P<bias>b_norm|diff_b)"
+    r"|(?P<scaled>(?:lora_B|lora_up)(?:\.default)?\.bias))"
 )
 
 
@@ -50,6 +55,21 @@ class Key:
 
     module: names.Named
     role: str
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A key of what is added to a bias, or to the weight of a normalisation layer.
+
+    Attributes:
+        module: whose.
+        tensor: "bias" or "weight".
+        scaled: the scale of the module's update is in front of it.
+    """
+
+    module: names.Named
+    tensor: str
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,33 +92,40 @@ class Refusal:
     path: str
 
 
-_BIAS = "a trained bias: only weight matrices are moved"
-_NORM = "a trained normalisation layer: only weight matrices are moved"
+FOREIGN_VECTOR = "a trained bias or normalisation layer of a module that prolora does not know"
+_REPLACED_NORM = "a normalisation layer that replaces the base model's, not an update of it"
 # The first match decides.
 _LEFT_OUT = [
-    (re.compile(r"\.diff_b$"), _BIAS),
-    (re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|down|up)(\.default)?\.bias$"), _BIAS),
-    (re.compile(r"\.(w_norm|b_norm)$"), _NORM),
-    (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _NORM),
-    (re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$"), _NORM),
+    (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _REPLACED_NORM),
+    (re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$"), _REPLACED_NORM),
     (re.compile(r"^bundle_emb\."), "an embedding packed with the LoRA: not part of it"),
 ]
 
 # The first match decides. Suffixes as LyCORIS, PEFT and ComfyUI write them.
 _REFUSED = [
-    (re.compile(r"\.(oft_diag|oft_R|boft_\w+)\b|\.oft\b"), "oft"),
+    (re.compile(r"\.(oft_diag|oft_[rR]|boft_\w+)\b|\.oft\b"), "oft"),
+    (
+        re.compile(
+            r"\.(vera|hra|poly_lora|randlora|bone|miss|road|shira|waveft|fourierft|ln_tuning"
+            r"|vblora|c3a|adalora|lora_E|gralora|delora|osf)(_\w+)?(\.|$)"
+        ),
+        "other",
+    ),
+    (re.compile(r"\.bias_(indices|values|size)$"), "sparse_bias"),
     (re.compile(r"\.set_weight$"), "set"),
     (re.compile(r"\.lokr_t1$"), "lokr_t1"),
     (re.compile(r"\.on_input$"), "ia3"),
     (re.compile(r"\.lora_embedding_[AB]\b"), "embedding"),
     (re.compile(r"\.modules_to_save\."), "modules_to_save"),
     (re.compile(r"\.(lora_edit|reshape_weight)\b"), "reshaped"),
-    (re.compile(r"(?<=^base_model\.model\.).+\.bias$"), "bias"),
+    (re.compile(r"(?<=^base_model\.model\.).+(?<!\.lora_B)\.bias$"), "bias"),
 ]
 
 REASONS = {
     "oft": "an OFT adapter of a kind other than LyCORIS' diag-OFT",
     "boft": "a BOFT (butterfly) adapter",
+    "other": "an adapter of one of PEFT's rarer methods",
+    "sparse_bias": "a LyCORIS update with a sparse bias",
     "set": "whole weights that replace the base model's, not an update of them",
     "lokr_t1": "a LoKr whose first factor is Tucker decomposed, which no tool writes",
     "ia3": "an IA3 adapter, which scales activations",
@@ -119,16 +146,28 @@ REMEDIES = {
 }
 
 
-def parse(key: str) -> Key | LeftOut | Refusal | None:
-    """What a key says; None if it is not understood."""
+def parse(key: str, shape: tuple[int, ...] = ()) -> Key | Vector | LeftOut | Refusal | None:
+    """What a key says; None if it is not understood.
+
+    Args:
+        key: of a tensor.
+        shape: of the tensor; it tells the difference of a vector from that of a matrix.
+    """
     for pattern, algorithm in _REFUSED:
         if match := pattern.search(key):
             return Refusal(algorithm, key[: match.start()])
     for pattern, reason in _LEFT_OUT:
         if pattern.search(key):
             return LeftOut(reason)
+    if match := _VECTOR.fullmatch(key):
+        module = names.parse(match["path"])
+        if module is None:
+            return LeftOut(FOREIGN_VECTOR)
+        return Vector(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
     found = split_role(key)
     module = names.parse(found[0]) if found else None
+    if found and found[1] == "diff" and len(shape) == 1:
+        return Vector(module, "weight") if module else LeftOut(FOREIGN_VECTOR)
     return Key(module, found[1]) if found and module else None
 
 

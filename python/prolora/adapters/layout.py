@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
-from ..errors import ShapeMismatch, UnsupportedFormat
-from . import algorithms, flux, keys, names
+from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
+from . import algorithms, flux, keys, names, vectors
 from .algorithms import Form
 from .family import guess_family
 from .names import Named
 from .scaling import METADATA_KEY, PeftScaling, from_config, from_metadata
-from .source import Source
+from .source import PEFT_CONFIG, Source
+from .vectors import VectorSlot
 
 _CONVOLUTION = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
@@ -53,10 +55,12 @@ class Contents:
 
     Attributes:
         slots: one for each update.
-        left_out: tensors of no update -> the reason.
+        vectors: one for each bias and each tensor of a normalisation layer.
+        left_out: tensors that are neither -> the reason.
     """
 
     slots: list[Slot]
+    vectors: list[VectorSlot]
     left_out: dict[str, str]
 
 
@@ -67,6 +71,8 @@ def lay_out(source: Source) -> Contents:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
         ShapeMismatch: tensors that do not go together.
     """
+    if source.config is not None:
+        from_config(source.config, f"{source.where}: {PEFT_CONFIG}")  # may be of no LoRA at all
     contents = _group(source)
     slots = _settle_t5(contents.slots)
     scalings = _scalings(source, {slot.module.prefix for slot in slots})
@@ -76,7 +82,9 @@ def lay_out(source: Source) -> Contents:
         slot.peft = scalings.get(slot.module.prefix)
         _check_config(slot, source)
     _check_parts(slots, source)
-    return Contents(slots, contents.left_out)
+    for vector in contents.vectors:
+        vectors.check(vector, source)
+    return Contents(slots, contents.vectors, contents.left_out)
 
 
 def _group(source: Source) -> Contents:
@@ -84,18 +92,25 @@ def _group(source: Source) -> Contents:
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
     slots: dict[str, Slot] = {}
+    found: dict[str, VectorSlot] = {}
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
-        parsed = keys.parse(key)
+        parsed = keys.parse(key, header.shape)
         if isinstance(parsed, keys.Refusal):
             raise UnsupportedFormat(refusal(source, key, parsed.algorithm))
         if isinstance(parsed, keys.LeftOut):
             left_out[key] = parsed.reason
         elif parsed is None:
             unknown.append(key)
-        elif parsed.role == "diff" and len(header.shape) == 1:
-            left_out[key] = "a trained bias or normalisation layer: only weight matrices are moved"
+        elif isinstance(parsed, keys.Vector):
+            vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
+            other = found.setdefault(vector.name, vector)
+            if other is not vector:
+                raise UnsupportedFormat(
+                    f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
+                    "of the two"
+                )
         else:
             slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
             if parsed.role in slot.keys:
@@ -106,10 +121,10 @@ def _group(source: Source) -> Contents:
             slot.keys[parsed.role] = key
     if unknown:
         _refuse_unknown(unknown, source)
-    if not slots:
+    if not slots and not found:
         key, reason = next(iter(left_out.items()))
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
-    return Contents(list(slots.values()), left_out)
+    return Contents(list(slots.values()), list(found.values()), left_out)
 
 
 def refusal(source: Source, key: str, algorithm: str) -> str:
@@ -167,7 +182,7 @@ def _settle_t5(slots: list[Slot]) -> list[Slot]:
 def _scalings(source: Source, prefixes: set[str]) -> dict[str, PeftScaling]:
     """Component prefix -> the configuration its modules are scaled by."""
     if source.config is not None:
-        scaling = from_config(source.config, f"{source.where}: adapter_config.json")
+        scaling = from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
         return dict.fromkeys(prefixes, scaling)
     return from_metadata(source.metadata, prefixes, source.where)
 
@@ -194,29 +209,71 @@ def _check_shapes(slot: Slot, source: Source) -> None:
     """Finds the form of the update, or says which tensors do not fit."""
     headers = {role: source.headers[key] for role, key in slot.keys.items()}
     for role, header in headers.items():
-        if role != "alpha" and not header.dtype.is_floating_point:
+        if role not in ("alpha", "scalar") and not header.dtype.is_floating_point:
             raise UnsupportedFormat(
                 f"{source.where}: {slot.keys[role]} is stored as {header.dtype}, not as floating "
                 "point"
             )
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
         raise UnsupportedFormat(refusal(source, slot.keys["oft_blocks"], "boft"))
-    alpha = headers.get("alpha")
-    if alpha and alpha.shape not in ((), (1,), (1, 1)):
-        raise ShapeMismatch(
-            f"{source.where}: {slot.keys['alpha']} {list(alpha.shape)} is not one number"
-        )
+    for role in ("alpha", "scalar"):
+        if role in headers and headers[role].shape not in ((), (1,), (1, 1)):
+            raise ShapeMismatch(
+                f"{source.where}: {slot.keys[role]} {list(headers[role].shape)} is not one number"
+            )
+    for role, header in headers.items():
+        if 0 in header.shape:
+            raise ShapeMismatch(
+                f"{source.where}: {slot.keys[role]} {list(header.shape)} holds no numbers; remove "
+                f"the tensors of {slot.module.name}, which does nothing, or save the file again"
+            )
     form = algorithms.form({role: header.shape for role, header in headers.items()})
     if form is None:
         listed = " and ".join(
             f"{slot.keys[role]} {list(header.shape)}"
             for role, header in sorted(headers.items(), key=lambda item: item[0] != "up")
-            if role != "alpha"
+            if role not in ("alpha", "scalar")
         )
         raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_wanted(slot)}")
     slot.form = form
     if slot.module.matrix:
         flux.rows(slot.module.matrix, form.out, f"{source.where}: {next(iter(slot.keys.values()))}")
+
+
+def scale_of(slot: Slot, source: Source) -> float:
+    """The factor in front of an update; reads no more than its alpha and scalar.
+
+    Raises:
+        NonFiniteWeights: one of the two is not finite.
+        UnsupportedFormat: alpha and the PEFT configuration contradict each other.
+    """
+    alpha = _number(slot, "alpha", source)
+    # OFT's alpha is a constraint; differences of weights and full LoKrs have no scale.
+    has_scale = slot.form.rank > 0 and slot.form.algorithm != "oft"
+    scale = 1.0
+    if alpha is not None and has_scale:
+        scale = alpha / slot.form.rank
+    if slot.peft is not None:
+        configured = slot.peft.scale(slot.module.local)
+        agree = math.isclose(scale, configured, rel_tol=1e-3, abs_tol=1e-12)
+        if alpha is not None and has_scale and not agree:
+            raise UnsupportedFormat(
+                f"{source.where}: {slot.keys['alpha']} asks for the scale {scale:.6g}, the PEFT "
+                f"configuration for {configured:.6g}; remove the one that is wrong"
+            )
+        scale = configured
+    scalar = _number(slot, "scalar", source)
+    return scale if scalar is None else scale * scalar
+
+
+def _number(slot: Slot, role: str, source: Source) -> float | None:
+    """The value of a tensor of one number, None if the slot has none of that role."""
+    if role not in slot.keys:
+        return None
+    value = float(source.read(slot.keys[role]).double())
+    if not math.isfinite(value):
+        raise NonFiniteWeights(f"{source.where}: {slot.keys[role]} is {value}; the file is damaged")
+    return value
 
 
 def _wanted(slot: Slot) -> str:
@@ -233,7 +290,7 @@ def _check_config(slot: Slot, source: Source) -> None:
     """A configuration for other ranks or another kind describes another file."""
     if slot.peft is None:
         return
-    what = "adapter_config.json" if source.config is not None else METADATA_KEY
+    what = PEFT_CONFIG if source.config is not None else METADATA_KEY
     first = next(iter(slot.keys.values()))
     family = algorithms.family_of(slot.keys.keys())
     if family != slot.peft.method:

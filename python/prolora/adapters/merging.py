@@ -56,7 +56,7 @@ def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tupl
     if "magnitude" in tensors or found.dim() == 1:
         if found.numel() == out and set(sizes) <= {1, out}:
             return found, 0
-    elif sizes[0] == out == found.numel():
+    elif sizes and sizes[0] == out == found.numel():
         return found, 0
     elif sizes[:2] == (1, inputs) and found.numel() == inputs:
         return found, 1

@@ -34,6 +34,7 @@ def rewritten(
     target_name: str,
     target_layout: str | None,
     target_sha256: str | None = None,
+    target_short_hash: str | None = None,
     provenance: Mapping[str, str],
 ) -> dict[str, str]:
     """The metadata of a LoRA after its move to another base model.
@@ -46,6 +47,7 @@ def rewritten(
         target_name: name of the target base model.
         target_layout: its architecture (`bases.layout.known`), None if unknown.
         target_sha256: SHA-256 of its file.
+        target_short_hash: kohya's eight digits of it.
         provenance: facts of the transfer, written as `prolora.<key>`.
     """
     kept = {
@@ -58,8 +60,7 @@ def rewritten(
     _replace(kept, "modelspec.architecture", architecture and f"{architecture}/lora")
     _replace(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
-    # The short hash samples the file at 1 MiB, so it does not follow from the full one.
-    kept.pop("ss_sd_model_hash", None)
+    _replace(kept, "ss_sd_model_hash", target_short_hash)
     _replace(kept, "ss_new_sd_model_hash", target_sha256)
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"

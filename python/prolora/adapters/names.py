@@ -22,6 +22,7 @@ UNET_ROOTS = frozenset(
         "mid_block",
         "conv_in",
         "conv_out",
+        "conv_norm_out",
         "time_embedding",
         "add_embedding",
     }
@@ -43,7 +44,13 @@ _TRANSFORMER_ROOTS = frozenset(
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
-_KOHYA_TEXT = re.compile(r"lora_te(\d?)_(.+)")
+_KOHYA_TEXT = re.compile(r"lora_te(\d?)([_.])(.+)")
+# OneTrainer's own spelling of text encoders.
+_ONETRAINER_TEXT = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5": "text_encoder_3",
+}
 _COMFY_TEXT = {
     "clip_l": "text_encoder",
     "clip_h": "text_encoder",
@@ -105,17 +112,21 @@ def parse(path: str) -> Named | None:
     """What the module path of a key means, or None if it is not understood."""
     if path.startswith(("lora_", "lycoris_")):
         return _from_kohya(path)
+    path = path.removeprefix("model.") if path.startswith("model.diffusion_model.") else path
     if path.startswith(("diffusion_model.", "text_encoders.")):
         return _from_comfy(path)
     return _from_dotted(path)
 
 
 def _from_kohya(path: str) -> Named | None:
+    """`lora_unet_down_blocks_0_…`; OneTrainer also keeps the dots: `lora_unet.down_blocks.0.…`."""
     if match := _KOHYA_TEXT.fullmatch(path):
-        return _from_kohya_text(match[1], match[2])
-    for start in ("lora_unet_", "lora_transformer_", "lycoris_"):
-        if path.startswith(start):
-            words = dotted(path.removeprefix(start))
+        words = dotted(match[3]) if match[2] == "_" else match[3]
+        return _from_kohya_text(match[1], words) if words else None
+    for start in ("lora_unet", "lora_transformer", "lycoris"):
+        rest = path.removeprefix(start)
+        if rest != path and rest[:1] in ("_", "."):
+            words = dotted(rest[1:]) if rest[0] == "_" else rest[1:]
             return _from_words(words, start) if words else None
     return None
 
@@ -123,7 +134,7 @@ def _from_kohya(path: str) -> Named | None:
 def _from_words(words: str, start: str) -> Named | None:
     """A module of a UNet or transformer, from `lora_unet_…` and its kin."""
     root = words.split(".")[0]
-    if start != "lora_transformer_":
+    if start != "lora_transformer":
         if root in SGM_ROOTS:
             name = ldm_to_diffusers(words)
             return Named(name, "kohya", "unet.", name, sgm=True) if name else None
@@ -131,16 +142,13 @@ def _from_words(words: str, start: str) -> Named | None:
             return _fused(matrix, "kohya")
         if root in UNET_ROOTS:
             return Named(words, "kohya", "unet.", words)
-    if start != "lora_unet_" and root in _TRANSFORMER_ROOTS:
+    if root in _TRANSFORMER_ROOTS:
         return Named(words, "kohya", "transformer.", words)
     return None
 
 
-def _from_kohya_text(number: str, path: str) -> Named | None:
+def _from_kohya_text(number: str, words: str) -> Named | None:
     """A module of a text encoder; OneTrainer counts FLUX's T5 as the second, kohya as the third."""
-    words = dotted(path)
-    if words is None:
-        return None
     is_t5 = _T5.fullmatch(words) is not None
     if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection"):
         return None
@@ -165,8 +173,11 @@ def _from_comfy(path: str) -> Named | None:
         name = ldm_to_diffusers(path)
         if name:
             return Named(name, "comfy", "unet.", name, sgm=True)
-        # Trainers of newer models put diffusers' names behind ComfyUI's prefix.
-        known = path.split(".")[0] in _TRANSFORMER_ROOTS
+        # Some trainers put diffusers' names behind ComfyUI's prefix.
+        root = path.split(".")[0]
+        if root in UNET_ROOTS:
+            return Named(path, "comfy", "unet.", path)
+        known = root in _TRANSFORMER_ROOTS
         return Named(path, "comfy", "transformer.", path) if known else None
     match = _COMFY_TEXT_PATH.fullmatch(path)
     if not match or (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
@@ -186,10 +197,20 @@ def _from_dotted(path: str) -> Named | None:
         return _fused(matrix, "diffusers", outer)
     path = _PROCESSOR.sub("", path)
     root, _, rest = path.partition(".")
+    if root in _ONETRAINER_TEXT:
+        is_t5 = _T5.fullmatch(rest) is not None
+        if is_t5 != (root == "t5") or not (is_t5 or rest.startswith("text_")):
+            return None
+        encoder = _ONETRAINER_TEXT[root]
+        # Not "diffusers": its T5 is the third, which `layout` counts again where it is the second.
+        return Named(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
         return Named(f"{root}.{local}", family, f"{root}.", local)
     if root == "unet":
+        if rest.split(".")[0] in SGM_ROOTS:
+            name = ldm_to_diffusers(rest)
+            return Named(name, family, "unet.", name, sgm=True) if name else None
         known = rest.split(".")[0] in UNET_ROOTS
         return Named(_unet_local(rest), family, "unet.", _unet_local(rest)) if known else None
     if root == "transformer":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from . import algorithms, flux, lycoris, merging, names
+from . import algorithms, flux, lycoris, merging, names, vectors
 from .adapter import Adapter
-from .layout import Contents, Slot, lay_out
-from .source import Source, StrPath, open_source
+from .layout import Contents, Slot, lay_out, scale_of
+from .source import Source, StrPath, open_source, read_finite
 from .truncation import Factored
 
 log = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ def read(
     The scale is exact and folded into `up`: α/r of an `.alpha` tensor, or α/r (rsLoRA: α/√r) of
     PEFT's configuration with its patterns, in adapter_config.json or in the header of a diffusers
     file; 1 where the file says nothing. Updates of high rank are cut by the rule in `truncation`,
-    and `Adapter.kept_energy` says what that kept. Biases, normalisation layers and packed
-    embeddings are named in `Adapter.left_out`.
+    and `Adapter.kept_energy` says what that kept. Differences of biases and normalisation layers
+    are in `Adapter.vectors`; packed embeddings and the like are named in `Adapter.left_out`.
 
     Args:
         source: a .safetensors file, a PEFT folder, or a state dict.
@@ -64,14 +63,16 @@ def read(
     if read_weight is None:
         _check_independent(contents, opened)
     # Everything that can be refused from the header was; scales before the large tensors.
-    scales = [_scale(slot, opened) for slot in contents.slots]
+    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
     found = _empty(contents, opened)
-    for slot, scale in zip(contents.slots, scales, strict=True):
-        _add(found, slot, scale, opened, read_weight)
+    for slot in contents.slots:
+        _add(found, slot, scales[slot.module.name], opened, read_weight)
+    for vector in contents.vectors:
+        found.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
     if found.left_out:
         first = next(iter(found.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(found.left_out), *first)
-    if not found.updates:
+    if not found.updates and not found.vectors:
         name, reason = next(iter(found.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")
     return found
@@ -91,14 +92,15 @@ def _check_independent(contents: Contents, source: Source) -> None:
 def _empty(contents: Contents, source: Source) -> Adapter:
     """An adapter that knows its format, spelling and dtype, and has no updates yet."""
     modules = [slot.module for slot in contents.slots]
+    modules += [vector.module for vector in contents.vectors]
     # The text encoders of a file may be spelled in another format than the rest.
     first = next((m for m in modules if names.place(m.name) not in names.TEXT_ENCODERS), modules[0])
     dtypes = {
         source.headers[key].dtype
         for slot in contents.slots
         for role, key in slot.keys.items()
-        if role not in ("alpha", "dora_scale", "magnitude")
-    }
+        if role not in ("alpha", "scalar", "dora_scale", "magnitude")
+    } or {source.headers[slot.key].dtype for slot in contents.vectors}
     return Adapter(
         {},
         format=first.format if source.config is None else "peft",
@@ -109,34 +111,12 @@ def _empty(contents: Contents, source: Source) -> Adapter:
     )
 
 
-def _scale(slot: Slot, source: Source) -> float:
-    """The factor in front of the update."""
-    key = slot.keys.get("alpha")
-    scale = None
-    if key is not None:
-        alpha = float(source.read(key).double())
-        if not math.isfinite(alpha):
-            raise NonFiniteWeights(f"{source.where}: {key} is {alpha}; the file is damaged")
-        # OFT's alpha is a constraint; differences of weights and full LoKrs have no scale.
-        has_scale = slot.form.rank > 0 and slot.form.algorithm != "oft"
-        scale = alpha / slot.form.rank if has_scale else None
-    if slot.peft is None:
-        return 1.0 if scale is None else scale
-    configured = slot.peft.scale(slot.module.local)
-    if scale is not None and not math.isclose(scale, configured, rel_tol=1e-3, abs_tol=1e-12):
-        raise UnsupportedFormat(
-            f"{source.where}: {key} asks for the scale {scale:.6g}, the PEFT configuration for "
-            f"{configured:.6g}; remove the one that is wrong"
-        )
-    return configured
-
-
 def _add(
     adapter: Adapter, slot: Slot, scale: float, source: Source, read_weight: ReadWeight | None
 ) -> None:
     """Works out one slot and puts its module, or all parts of a fused weight, into the adapter."""
     where = f"{source.where}: {slot.module.name}"
-    tensors = {role: _finite(source, key) for role, key in slot.keys.items()}
+    tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
     if algorithms.needs_base(slot.keys.keys()):
         weight = _base_weight(slot, read_weight, where)
@@ -165,17 +145,6 @@ def _add(
             adapter.algorithms[name] = slot.kind
         if found.kept < 1:
             adapter.kept_energy[name] = found.kept
-
-
-def _finite(source: Source, key: str) -> Tensor:
-    """A tensor as float32, in memory of its own."""
-    tensor = source.read(key)
-    tensor = tensor.to(torch.float32, copy=True)
-    if not tensor.isfinite().all():
-        raise NonFiniteWeights(
-            f"{source.where}: {key} holds NaN or Inf; the training diverged or the file is damaged"
-        )
-    return tensor
 
 
 def _scaled(update: LowRank, scale: float, slot: Slot, source: Source) -> LowRank:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedFormat
+from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..storage import SafetensorsFile
 from .scaling import json_object
 
@@ -52,6 +52,20 @@ class Source:
     metadata: dict[str, str]
     config: dict[str, Any] | None = None
     path: Path | None = None
+
+
+def read_finite(source: Source, key: str) -> Tensor:
+    """A tensor as float32, in memory of its own.
+
+    Raises:
+        NonFiniteWeights: it holds NaN or Inf.
+    """
+    tensor = source.read(key).to(torch.float32, copy=True)
+    if not tensor.isfinite().all():
+        raise NonFiniteWeights(
+            f"{source.where}: {key} holds NaN or Inf; the training diverged or the file is damaged"
+        )
+    return tensor
 
 
 def open_source(

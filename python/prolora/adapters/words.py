@@ -11,13 +11,14 @@ down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers trans
 conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj proj proj_in proj_out
 attn1 attn2 to_q to_k to_v to_out ff net
 time_embedding add_embedding linear_1 linear_2
+norm norm1 norm2 norm3 conv_norm_out
 """
 _SGM = """
 input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op
 time_embed label_emb out
 """
 _TRANSFORMER = """
-single_transformer_blocks attn norm norm1 norm1_context linear add_q_proj add_k_proj add_v_proj
+single_transformer_blocks attn norm1_context linear add_q_proj add_k_proj add_v_proj
 to_add_out ff_context proj_mlp x_embedder context_embedder time_text_embed timestep_embedder
 text_embedder guidance_embedder norm_out
 """
@@ -28,7 +29,7 @@ adaLN_modulation
 """
 _CLIP = """
 text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
-embeddings token_embedding position_embedding
+embeddings token_embedding position_embedding layer_norm1 layer_norm2 final_layer_norm
 """
 _T5 = """
 block layer SelfAttention EncDecAttention DenseReluDense q k v o wi wi_0 wi_1 wo

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
 from ..linalg.lowrank import LowRank
 from ..storage import check_writable, write_safetensors, write_text_atomically
-from . import encoding
+from . import encoding, vectors
 from . import metadata as headers
 from .adapter import Adapter
 from .reading import read
@@ -53,15 +53,11 @@ def write(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    chosen = adapter.format if format == "auto" else format
-    if chosen not in encoding.FORMATS:
-        raise UnsupportedFormat(
-            f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
-        )
+    chosen = check_format(adapter, format)
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
     if stored not in _DTYPES:
         raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
-    if not adapter.updates:
+    if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     _check_destination(Path(path), chosen)
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
@@ -91,6 +87,22 @@ def write(
         write_text_atomically(staged / PEFT_CONFIG, config + "\n")
 
     _publish(Path(path), adapter, stored, write_folder)
+
+
+def check_format(adapter: Adapter, format: str) -> str:
+    """The format that "auto" stands for, or the one asked for, if it can hold the adapter.
+
+    Raises:
+        UnsupportedFormat: it is unknown, or has no name for a module or vector.
+    """
+    chosen = adapter.format if format == "auto" else format
+    if chosen not in encoding.FORMATS:
+        raise UnsupportedFormat(
+            f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
+        )
+    encoding.paths(adapter, chosen)
+    encoding.vector_paths(adapter, chosen)
+    return chosen
 
 
 def _check_destination(path: Path, format: str) -> None:
@@ -149,6 +161,15 @@ def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> N
     for name in adapter.updates.keys() & written.updates.keys():
         if not _equal(written.updates[name], adapter.updates[name], dtype):
             raise OutputError(f"{path}: {name} reads back differently from what was written")
+    for name in _used(adapter.vectors) | _used(written.vectors):
+        found, wanted = written.vectors.get(name), adapter.vectors.get(name)
+        if found is None or wanted is None or not vectors.same(found, wanted, dtype):
+            raise OutputError(f"{path}: {name} reads back differently from what was written")
+
+
+def _used(found: Mapping[str, Tensor]) -> set[str]:
+    """Those vectors that are more than zeros: a part of a fused bias may be no more."""
+    return {name for name, vector in found.items() if vector.any()}
 
 
 def _nonzero(adapter: Adapter, modules: Set[str]) -> set[str]:

@@ -1,0 +1,192 @@
+"""What the keys of an adapter file give away, whether or not it can be read: for `inspect`.
+
+`layout.lay_out` refuses a file at the first thing it does not understand. Here every key counts
+that says something, so that damaged, foreign and unsupported files are described too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import ProLoRAError
+from . import algorithms, keys, names
+from .layout import Contents, lay_out, scale_of
+from .source import Source
+
+NOT_UNDERSTOOD = "not understood"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One part of a pipeline, as a file updates it.
+
+    Attributes:
+        updates: number of updates; a fused FLUX weight is one.
+        algorithms: number of updates by algorithm.
+        ranks: number of updates by rank; those without one (full differences, OFT) are not counted.
+        alphas: number of updates by alpha; "none" for those without.
+        scales: number of updates by the factor in front of up·down; empty for a file that is
+            refused.
+    """
+
+    updates: int
+    algorithms: dict[str, int] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+    alphas: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Overview:
+    """An adapter file, key by key.
+
+    Attributes:
+        modules: name -> what the path means; a fused weight goes by its own name.
+        roles: name -> role -> key.
+        forms: name -> what the shapes say, where they go together.
+        refused: (module or path, type) of each key of a type that is not read.
+        vectors: (module, "bias" or "weight") of each bias and normalisation tensor.
+        left_out: the reason for each tensor that is not read and no reason to refuse the rest.
+        foreign: path -> rank of LoRA factors on modules that are not known.
+        reason: why the file is refused, None if it is not.
+        contents: the file's layout, None if it is refused.
+        alphas: name -> alpha.
+        scales: name -> the factor in front of the update.
+    """
+
+    modules: dict[str, names.Named] = field(default_factory=dict)
+    roles: dict[str, dict[str, str]] = field(default_factory=dict)
+    forms: dict[str, algorithms.Form] = field(default_factory=dict)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    vectors: list[tuple[names.Named, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    foreign: dict[str, int] = field(default_factory=dict)
+    reason: str | None = None
+    contents: Contents | None = None
+    alphas: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether any key is one of an adapter."""
+        return bool(self.roles or self.foreign or self.refused or self.vectors)
+
+    @property
+    def canonical(self) -> list[str]:
+        """All modules that are updated, parts of fused weights one by one."""
+        return [name for module in self.modules.values() for name in module.modules]
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Input channels where they show; other adapter types show names only."""
+        inputs: dict[str, int] = {}
+        for name, module in self.modules.items():
+            form = self.forms.get(name)
+            size = form.inputs // math.prod(form.kernel or (1,)) if form else 0
+            # The original name of a FLUX weight tells its family, whatever its parts are called.
+            original = (module.matrix.name,) if module.matrix else ()
+            inputs |= dict.fromkeys((*module.modules, *original), size)
+        return inputs
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether any update depends on the weights of the base model."""
+        return any(algorithms.needs_base(roles.keys()) for roles in self.roles.values())
+
+    def kind(self, name: str) -> str:
+        """The algorithm of a module, with "+dora" behind it where the result is rescaled."""
+        roles = self.roles[name].keys()
+        form = self.forms.get(name)
+        dora = {"dora_scale", "magnitude"} & roles
+        family = form.algorithm if form else algorithms.family_of(roles)
+        return family + ("+dora" if dora else "")
+
+    @property
+    def algorithms(self) -> dict[str, int]:
+        """Number of updates by algorithm, most frequent first."""
+        kinds = [algorithm for _, algorithm in self.refused] + [self.kind(n) for n in self.roles]
+        kinds += ["norm"] * (not kinds and bool(self.vectors))
+        return count(kinds or ["lora"] * len(self.foreign))
+
+    @property
+    def ranks(self) -> list[int]:
+        """All ranks."""
+        known = [form.rank for form in self.forms.values() if form.rank]
+        return [*known, *self.foreign.values()]
+
+    def places(self) -> dict[str, Place]:
+        """Part of the pipeline -> its updates; what is on unknown modules goes last."""
+        members: dict[str, list[str]] = {}
+        for name in sorted(self.modules, key=lambda n: names.place(n) in names.TEXT_ENCODERS):
+            members.setdefault(names.place(name), []).append(name)
+        refused = dict(self.refused)
+        found = {}
+        for place, modules in members.items():
+            ranks = Counter(self.forms[n].rank for n in modules if n in self.forms)
+            ranks.pop(0, None)
+            kinds = (self.kind(n) if n in self.roles else refused.get(n, "norm") for n in modules)
+            found[place] = Place(
+                len(modules),
+                count(kinds),
+                dict(sorted(ranks.items())),
+                count(f"{self.alphas[n]:g}" if n in self.alphas else "none" for n in modules),
+                count(f"{self.scales[n]:.4g}" for n in modules if n in self.scales),
+            )
+        if self.foreign:
+            ranks = Counter(self.foreign.values())
+            found[NOT_UNDERSTOOD] = Place(len(self.foreign), {}, dict(sorted(ranks.items())))
+        return found
+
+
+def look_over(source: Source) -> Overview:
+    """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
+    found = Overview()
+    for key, header in source.headers.items():
+        _sort(key, header.shape, found)
+    for name, roles in found.roles.items():
+        shapes = {role: source.headers[key].shape for role, key in roles.items()}
+        form = algorithms.form(shapes) if algorithms.missing(shapes.keys()) is None else None
+        if form:
+            found.forms[name] = form
+        alpha = roles.get("alpha")
+        if alpha is not None and math.prod(source.headers[alpha].shape) == 1:
+            found.alphas[name] = source.read(alpha).double().item()
+    if not found.is_adapter:
+        return found
+    try:
+        contents = lay_out(source)
+        found.scales = {slot.module.name: scale_of(slot, source) for slot in contents.slots}
+        found.contents = contents
+    except ProLoRAError as error:
+        found.reason = str(error)
+    return found
+
+
+def _sort(key: str, shape: tuple[int, ...], found: Overview) -> None:
+    """Puts a key where it belongs."""
+    parsed = keys.parse(key, shape)
+    if isinstance(parsed, keys.Vector):
+        found.vectors.append((parsed.module, parsed.tensor))
+    elif isinstance(parsed, keys.LeftOut):
+        found.left_out.append(parsed.reason)
+    elif isinstance(parsed, keys.Refusal):
+        module = names.parse(parsed.path)
+        name = module.name if module else parsed.path
+        found.refused.append((name, parsed.algorithm))
+        if module:
+            found.modules.setdefault(name, module)
+    elif parsed is None:
+        factor = keys.split_factor(key)
+        if factor is not None and factor[1] == "down" and shape:
+            found.foreign[factor[0]] = shape[0]
+    else:
+        found.modules.setdefault(parsed.module.name, parsed.module)
+        found.roles.setdefault(parsed.module.name, {})[parsed.role] = key
+
+
+def count(values: Iterable[str]) -> dict[str, int]:
+    """Value -> number of times, most frequent first."""
+    return dict(Counter(values).most_common())

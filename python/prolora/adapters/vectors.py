@@ -1,0 +1,158 @@
+"""Trained biases and normalisation layers: what an adapter adds to the vectors of a model.
+
+They are named `module.bias` and `module.weight`. Files hold differences, never whole vectors:
+`diff_b` and a one-dimensional `diff` (ComfyUI, LyCORIS), `w_norm` and `b_norm` (LyCORIS), and the
+bias of a LoRA's own second factor (PEFT), which has the scale of that LoRA in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
+from . import flux
+from .names import Named
+from .source import Source, read_finite
+
+
+@dataclass(frozen=True)
+class VectorSlot:
+    """A vector in a file.
+
+    Attributes:
+        module: what the key's path means.
+        tensor: "bias" or "weight".
+        key: the key.
+        scaled: the scale of the module's update is in front of it.
+    """
+
+    module: Named
+    tensor: str
+    key: str
+    scaled: bool
+
+    @property
+    def name(self) -> str:
+        """The vector's name; of a fused FLUX weight's bias, the name of the fused one."""
+        return f"{self.module.name}.{self.tensor}"
+
+
+def check(slot: VectorSlot, source: Source) -> None:
+    """Refuses what is no vector, or not the bias of the FLUX weight it says it is.
+
+    Raises:
+        ShapeMismatch: the shape is another.
+        UnsupportedFormat: it is not stored as floating point.
+    """
+    header = source.headers[slot.key]
+    if not header.dtype.is_floating_point:
+        raise UnsupportedFormat(
+            f"{source.where}: {slot.key} is stored as {header.dtype}, not as floating point"
+        )
+    if len(header.shape) != 1 or header.shape[0] == 0:
+        raise ShapeMismatch(
+            f"{source.where}: {slot.key} {list(header.shape)} is not a {slot.tensor} vector"
+        )
+    if slot.module.matrix:
+        flux.rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
+
+
+def read(slot: VectorSlot, scale: float, source: Source) -> dict[str, Tensor]:
+    """The vectors of a slot by name, float32: one, but for the parts of a fused FLUX weight.
+
+    Raises:
+        NonFiniteWeights: NaN or Inf, or an overflow in the scale.
+    """
+    vector = read_finite(source, slot.key)
+    if slot.scaled and scale != 1:
+        vector *= scale
+        if not vector.isfinite().all():
+            raise NonFiniteWeights(f"{source.where}: {slot.key} times {scale:.6g} overflows")
+    matrix = slot.module.matrix
+    if matrix is None:
+        return {slot.name: vector}
+    if matrix.swapped:
+        vector = flux.swapped_halves(vector)
+    parts = vector.split(flux.rows(matrix, len(vector), source.where))
+    found = {
+        f"{name}.{slot.tensor}": part.clone()
+        for name, part in zip(matrix.parts, parts, strict=True)
+        if part.any()
+    }
+    return found or {f"{matrix.parts[0]}.{slot.tensor}": parts[0].clone()}
+
+
+def module_of(name: str) -> str:
+    """The module a vector belongs to."""
+    return name.rpartition(".")[0]
+
+
+def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
+    """The vectors as a file holds them: in the original spelling of FLUX, its weights' own biases.
+
+    A part without a bias of its own gets zeros.
+
+    Raises:
+        ShapeMismatch: the parts do not belong to one weight.
+    """
+    out: dict[str, Tensor] = {}
+    for name, vector in vectors.items():
+        module, _, tensor = name.rpartition(".")
+        matrix = flux.matrix_of(module) if original else None
+        if matrix is None:
+            out[name] = vector
+            continue
+        shares = dict(zip(matrix.parts, matrix.shares, strict=True))
+        unit, rest = divmod(len(vector), shares[module])
+        if rest:
+            raise ShapeMismatch(f"{name}: {len(vector)} values are not those of a FLUX layer")
+        whole = out.setdefault(
+            f"{matrix.name}.{tensor}", vector.new_zeros(unit * sum(matrix.shares))
+        )
+        heights = [share * unit for share in matrix.shares]
+        if sum(heights) != len(whole):
+            raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
+        top = sum(heights[: matrix.parts.index(module)])
+        whole[top : top + len(vector)] = flux.swapped_halves(vector) if matrix.swapped else vector
+    return out
+
+
+def roles(names: Iterable[str]) -> dict[str, str]:
+    """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it."""
+    every = set(names)
+    found = {}
+    for name in every:
+        module, _, tensor = name.rpartition(".")
+        is_norm = f"{module}.weight" in every
+        found[name] = "w_norm" if tensor == "weight" else "b_norm" if is_norm else "diff_b"
+    return found
+
+
+def cast(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vector in the dtype of a file.
+
+    Raises:
+        NonFiniteWeights: it is not finite, or overflows in `dtype`.
+        OutputError: it is too small for `dtype` to hold.
+    """
+    if not vector.isfinite().all():
+        raise NonFiniteWeights(f"{name}: holds NaN or Inf, so nothing is written")
+    stored = vector.to(dtype)
+    if not stored.isfinite().all():
+        raise NonFiniteWeights(f"{name}: overflows in {dtype}; write --dtype float32")
+    if not same(stored, vector, dtype):
+        raise OutputError(f"{name}: is too small for {dtype}; write --dtype float32")
+    return stored
+
+
+def same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two vectors are equal to within the rounding of `dtype`."""
+    if found.shape != wanted.shape:
+        return False
+    limit = torch.finfo(dtype).eps
+    difference = (found.double() - wanted.double()).norm()
+    return bool(difference <= limit * wanted.double().norm())
