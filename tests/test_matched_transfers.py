@@ -151,6 +151,34 @@ def test_text_encoders_are_projected_when_asked_for():
             prolora.transfer(tensors, source, target, **{option: "average"})
 
 
+def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form():
+    """A 1×1 convolution becomes a linear layer and back; a 3×3 one keeps its kernel."""
+    generator = torch.Generator().manual_seed(0)
+    place = "down_blocks.1.attentions.0.proj_in"
+    conv = "down_blocks.1.resnets.0.conv1"
+    square = torch.randn(24, 24, generator=generator)
+    kernel = torch.randn(24, 24, 3, 3, generator=generator)
+    convolved = {place: square[..., None, None], conv: kernel}
+    linear = {place: related(square, 0.1, 1), conv: related(kernel, 0.1, 2)}
+    updates = {
+        place: LowRank(torch.randn(24, 2, generator=generator),
+                       torch.randn(2, 24, generator=generator)),
+        conv: LowRank(torch.randn(24, 2, generator=generator),
+                      torch.randn(2, 216, generator=generator)),
+    }  # fmt: skip
+    for pair in ((convolved, linear), (linear, convolved)):
+        done = prolora.transfer(Adapter(updates), *pair, method="prolora", rank=8, threshold=0.0)
+        assert done.report.totals["mapped"] == 2
+        for name in (place, conv):
+            ours, theirs = (base[name].reshape(24, -1) for base in pair)
+            wanted = prolora.project(updates[name].dense(), ours, theirs, rank=8)
+            torch.testing.assert_close(
+                done.adapter.updates[name].dense(), wanted, atol=1e-4, rtol=1e-4
+            )
+        kernels = {conv: (3, 3)} | ({place: (1, 1)} if pair[1] is convolved else {})
+        assert done.adapter.kernels == kernels
+
+
 def test_several_loras_are_matched_once(tmp_path, monkeypatch):
     lora, source, target = write_case(tmp_path)
     twin = tmp_path / "twin.safetensors"

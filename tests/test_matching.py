@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sdxl
 import torch
+from spectra import related
 
 from prolora import NonFiniteWeights, UnsupportedFormat, matching, open_base
 from prolora.matching import match_blocks, resolve
@@ -128,6 +129,31 @@ def test_beyond_that_blocks_are_declined_and_not_guessed(drift):
     assert declined and (drift < 4 or len(declined) == 34)
     assert all(d.source in (None, origin[d.target]) for d in result.decisions)
     assert all(decision.score < matching.MIN_SCORE for decision in declined)
+
+
+@pytest.mark.parametrize(("drift", "all_found"), [(2.0, True), (3.0, False)])
+def test_the_mini_family_is_recovered_under_noise_of_twice_its_weights(drift, all_found):
+    """Beyond, blocks are declined here too: trained weights, and noise in all directions."""
+    rng = random.Random(0)
+    target, origin = renumbered(
+        weights_of("finetuned"),
+        lambda _, indices: sorted(rng.sample(indices, len(indices) // 2 + 1)),
+    )
+    noisy = {name: related(weight.float(), drift, i) for i, (name, weight) in
+             enumerate(target.items())}  # fmt: skip
+    decisions = match_blocks(open_base(MINI / "source"), open_base(noisy)).decisions
+    assert all(d.source in (None, origin[d.target]) for d in decisions)
+    assert (sum(d.source is None for d in decisions) == 0) is all_found
+
+
+def test_signs_of_singular_vectors_decide_nothing():
+    """The negative of a matrix has the same subspaces, with the signs of one side turned."""
+    source, target, _ = pruned_pair(0.5, 0)
+    turned = {name: -target.read(name) for name in target.shapes}
+    plain, other = match_blocks(source, target), match_blocks(source, open_base(turned))
+    assert plain.table == other.table
+    for one, two in zip(plain.decisions, other.decisions, strict=True):
+        assert one.runner_up == two.runner_up and one.score == pytest.approx(two.score, abs=1e-5)
 
 
 def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():

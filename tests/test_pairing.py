@@ -60,6 +60,49 @@ def test_the_pairs_of_the_known_layouts(source, target, mapped, skipped, refused
     assert ends == set(adapter.updates)
 
 
+@pytest.mark.parametrize(
+    "source, target, mapped, skipped, refused",
+    [
+        ("sdxl", "ssd-1b", 429, 365, 0),
+        ("sd15", "sd21", 250, 0, 32),
+        ("sd15", "bk-sdm-base", 182, 100, 0),
+        ("sd15", "sdxl", 180, 80, 22),
+        ("sdxl", "sd15", 180, 592, 22),
+        ("flux1-dev", "flux1-schnell", 502, 2, 0),
+        ("sd3-medium", "sd3.5-medium", 328, 0, 13),
+        ("pixart-alpha", "pixart-sigma", 316, 4, 0),
+    ],
+)
+def test_every_weight_of_a_model_has_its_rule(source, target, mapped, skipped, refused):
+    """A LoRA on all of them: convolutions, projections, embeddings and modulation too."""
+    shapes = load(source).shapes
+    adapter = lora(source, list(shapes))
+    plan = make_plan(adapter, base(source), base(target))
+    assert (len(plan.pairs), len(plan.skipped), len(plan.refused)) == (mapped, skipped, refused)
+    assert {p.source for p in plan.pairs} | {*plan.skipped, *plan.refused} == set(shapes)
+
+
+def test_projections_are_paired_whether_they_are_convolutions_or_linear():
+    """1×1 convolutions in SD1.5, linear in SDXL; 3×3 ones are flattened."""
+    plan = make_plan(lora("sd15", list(load("sd15").shapes)), base("sd15"), base("sdxl"))
+    pairs = {pair.target: pair for pair in plan.pairs}
+    into = pairs["down_blocks.2.attentions.0.proj_in"]
+    assert into.source == "down_blocks.2.attentions.0.proj_in" and into.shape == (1280, 1280)
+    assert load("sd15").shapes[into.source] == (1280, 1280, 1, 1)
+    conv = pairs["mid_block.resnets.0.conv1"]
+    assert conv.shape == (1280, 1280 * 9)
+
+
+def test_modulation_of_flux_is_paired_and_of_other_widths_refused():
+    names = [n for n in load("flux1-dev").shapes if re.search(r"\.norm(1|1_context)?\.linear", n)]
+    plan = make_plan(lora("flux1-dev", names), base("flux1-dev"), base("flux1-schnell"))
+    assert len(plan.pairs) == len(names) == 19 + 19 + 38 and not plan.skipped
+    names = [n for n in load("sd3-medium").shapes if n.endswith(".norm1.linear")]
+    plan = make_plan(lora("sd3-medium", names), base("sd3-medium"), base("sd3.5-medium"))
+    assert len(plan.refused) == 13
+    assert "maps between widths" in plan.refused["transformer_blocks.0.norm1.linear"]
+
+
 def test_skipped_and_refused_modules_say_why():
     plan = make_plan(lora("sdxl"), base("sdxl"), base("ssd-1b"))
     assert set(plan.skipped.values()) == {"the target has no such module"}

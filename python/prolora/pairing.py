@@ -112,15 +112,20 @@ def make_plan(
     placed = _pair(found, {*own, *plan.summed.values()}, source, target, plan)
     for name in own:
         if name not in placed and name not in plan.summed:
-            plan.skipped[name] = (
-                "no block of the target is similar enough to this one"
-                if isinstance(match, Matching)
-                else "the target has no such module"
-            )
+            plan.skipped[name] = _why_skipped(name, match)
     if plan.refused and not plan.pairs:
         name, reason = next(iter(plan.refused.items()))
         raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
     return plan
+
+
+def _why_skipped(name: str, match: Match) -> str:
+    """Why a module has no partner."""
+    if not isinstance(match, Matching):
+        return "the target has no such module"
+    if _BLOCK.fullmatch(name):
+        return "no block of the target is similar enough to this one"
+    return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
 
 
 def _pair(

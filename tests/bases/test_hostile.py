@@ -114,6 +114,7 @@ def fuzz(folder, count, seed):
                 content = mutate(content, rng)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 pass  # damaged beyond what this mutation understands
+        path.unlink()  # a new file: truncating one that was just written waits for the disk
         path.write_bytes(content)
         try:
             base = open_base(path)
@@ -127,9 +128,9 @@ def fuzz(folder, count, seed):
 
 
 def test_damaged_headers_give_a_base_or_a_typed_error(tmp_path):
-    """1,500 of them."""
-    opened, refused = fuzz(tmp_path, 1500, seed=0)
-    assert opened > 150 and refused > 500 and opened + refused == 1500
+    """10,000 of them."""
+    opened, refused = fuzz(tmp_path, 10_000, seed=0)
+    assert opened > 1000 and refused > 3500 and opened + refused == 10_000
 
 
 def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path):
@@ -220,13 +221,13 @@ def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
         other = {k.replace(".weight", ".weight_scale"): ("F32", (1,)) for k in keys}
     dtype = "F8_E4M3" if form == "scaled" else "F16"
     path = sparse_file(tmp_path / "x.safetensors", keys, dtype, other=other)
-    started = time.perf_counter()
+    started = time.process_time()  # other load on the machine must not fail a test
     try:
         base = open_base(path)
         assert len(base.shapes) == len(keys) and base.layout is None
     except UnsupportedFormat as error:
         assert form in ("ldm", "authors") and "belongs to no known module" in str(error)
-    assert time.perf_counter() - started < 15
+    assert time.process_time() - started < 15
 
 
 def test_opening_what_claims_a_terabyte_takes_no_memory(tmp_path):

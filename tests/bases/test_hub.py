@@ -8,8 +8,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from checkpoints import sparse_file, sparse_shards
+from mini import write_case
 
-from prolora import UnsupportedFormat, open_base
+from prolora import UnsupportedFormat, cli, open_base
 from prolora.bases import hub
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -123,6 +124,27 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch, tmp_pat
     for id_ in ("stabilityai/stable-diffusion-xl-base-1.0", "hf://org/m/x.safetensors"):
         with pytest.raises(UnsupportedFormat, match=re.escape('pip install "prolora[hub]"')):
             open_base(id_)
+
+
+@pytest.mark.parametrize(
+    "ids", [("org/one", "org/two@v2"), ("hf://org/one", "hf://org/two@v2/unet")]
+)
+def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
+    """They reach the hub as they were typed: with both slashes, and not as paths."""
+    lora, source, target = write_case(tmp_path)
+    for folder, repo in ((source, "one"), (target, "two")):
+        (cloud.folder / "org" / repo).mkdir(parents=True)
+        folder.rename(cloud.folder / "org" / repo / "unet")
+    out = tmp_path / "out.safetensors"
+    where = ["--source", ids[0], "--target", ids[1]]
+    for line in (["transfer", str(lora), *where, "-o", str(out)], ["compare", *where, "--quick"],
+                 ["basis", ids[0], "--rank", "4"]):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["prolora", *line])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = capsys.readouterr().out
+        assert not stop.value.code and "org/one" in said
+    assert out.exists() and set(cloud.fetched) == {f"unet/{FULL}"}
 
 
 def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
