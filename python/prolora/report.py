@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,9 @@ from .projection import ProjectionInfo
 from .verdict import WHY, Verdict
 
 STATUSES = ("mapped", "summed", "skipped", "refused")
+
+STRANGE = 0.3
+"""Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class ModuleReport:
         energy: ‖ΔW_s‖², the weight of this row in the totals; of all that was added to it, too.
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
+        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of them, likewise.
         surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
@@ -107,6 +112,7 @@ class ModuleReport:
     energy: float = 0.0
     strength: float = 1.0
     drift: float | None = None
+    cosine: float | None = None
     surviving_energy: float = 1.0
     norm_ratio: float = 1.0
     copy_distance: float = 0.0
@@ -237,6 +243,15 @@ class Report:
             "flagged": sum(not row.measures.ok for row in projected if row.measures),
         }
 
+    def strangers(self) -> list[ModuleReport]:
+        """Mapped modules whose weights have nothing in common with those they were paired with.
+
+        In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
+        """
+        return [
+            row for row in self.rows("mapped") if row.cosine is not None and row.cosine < STRANGE
+        ]
+
     def reasons(self) -> dict[tuple[str, str], int]:
         """How often each (status, reason) occurs among modules that are not mapped."""
         found: dict[tuple[str, str], int] = {}
@@ -272,7 +287,10 @@ class Report:
             return said
         if self.verdict:
             said.append(self.verdict.sentence())
-        if self.asked == "auto":
+        strangers = self.strangers()
+        if strangers and self.verdict and self.verdict.related:
+            said.append(strangers_text([(row.source, str(row.target)) for row in strangers]))
+        if self.asked == "auto" and self.verdict:
             said.append(f"Method 'auto' chose '{self.method}': {WHY[self.method]}.")
         said.append(
             f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
@@ -302,6 +320,16 @@ class Report:
     def to_json(self) -> str:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
+
+
+def strangers_text(pairs: Sequence[tuple[str, str]]) -> str:
+    """The warning about pairs (source, target) whose weights have nothing in common."""
+    source, target = pairs[0]
+    return (
+        f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "
+        f"below {STRANGE}), the first {source} → {target}. Equal names need not be equal modules: "
+        "--match similarity finds renumbered blocks."
+    )
 
 
 def finite(value: Any) -> Any:

@@ -106,17 +106,19 @@ def transfer(
     with clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
         affinities = measure(source, target, places, _doing("checking", chosen.progress))
-    verdict = judge(Affinity.total(affinities))
-    if chosen.method == AUTO and not verdict.go:
+    # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
+    verdict = judge(Affinity.total(affinities)) if affinities else None
+    if chosen.method == AUTO and verdict and not verdict.go:
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written; --method copy does it anyway")
-    decided = verdict.decide(chosen)
+    decided = verdict.decide(chosen) if verdict else _unmoved(chosen)
     report = _blank_report(adapter, plan, source, target, decided)
     report.asked, report.verdict = chosen.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
-    drifts = {pair.target: a.drift for pair, a in zip(plan.pairs, affinities, strict=True)}
+    found = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     updates: dict[str, LowRank] = {}
     for pair, update, row in move_all(whole, plan, source, target, decided, clock):
-        report.modules.append(replace(_own(row, adapter, plan), drift=drifts[pair.target]))
+        own, seen = _own(row, adapter, plan), found[pair.target]
+        report.modules.append(replace(own, drift=seen.drift, cosine=seen.cosine))
         if update is not None:
             updates[pair.target] = update
     for name in plan.passed:
@@ -200,6 +202,13 @@ def _plan(adapter: Adapter, source: Base, target: Base, options: Options) -> Pla
         cache=options.cache, device=options.device, progress=_doing("matching", options.progress),
     )  # fmt: skip
     return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
+
+
+def _unmoved(options: Options) -> Options:
+    """The options where no weight is moved, so that there is nothing to choose a method by."""
+    method = "copy" if options.method in (AUTO, "damped") else options.method
+    strength = options.strength if isinstance(options.strength, float | int) else 1.0
+    return replace(options, method=method, strength=strength)
 
 
 def _own(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
