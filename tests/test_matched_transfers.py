@@ -49,6 +49,21 @@ def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
         prolora.transfer(lora_tensors(), source, target)
 
 
+def test_a_pairing_that_is_wrong_in_part_is_pointed_out():
+    """One module holds the weights of another block: in total the bases still look related."""
+    source = source_weights()
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    swapped = dict(target)
+    swapped[BLOCK.format(2, "attn1.to_q")] = target[BLOCK.format(1, "attn1.to_q")]
+    done = prolora.transfer(lora_tensors(), source, swapped, method="copy", threshold=0.0)
+    said = " ".join(done.report.sentences())
+    assert done.report.verdict.related
+    assert len(done.report.strangers()) == 1 and "Careful" in said and "1 pairs" in said
+    assert "--match similarity" in " ".join(prolora.compare(source, swapped, rank=None).sentences())
+    fine = prolora.transfer(lora_tensors(), source, target, method="copy", threshold=0.0)
+    assert not fine.report.strangers() and "Careful" not in " ".join(fine.report.sentences())
+
+
 def test_the_report_holds_every_decision_with_its_runner_up_and_margin(tmp_path):
     done = prolora.transfer(
         lora_tensors(), source_weights(), student(), match="similarity", cache=tmp_path, **COPY

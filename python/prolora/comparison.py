@@ -23,7 +23,7 @@ from .options import AUTO, DEFAULT_THRESHOLD, Options
 from .pairing import Match, feeds
 from .partners import BlockDecision, Matching
 from .projection import DEFAULT_RANK
-from .report import finite
+from .report import STRANGE, finite, strangers_text
 from .verdict import WHY, Verdict, judge
 
 _ATTENTION = re.compile(r"(^|\.)attn\d?\.")
@@ -174,6 +174,9 @@ class Comparison:
                 f"{len(self.modules)} pairs pass the threshold Φ ≥ {DEFAULT_THRESHOLD} of the "
                 "projecting methods."
             )
+        strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE]
+        if strangers and self.verdict.related:
+            said.append(strangers_text(strangers))
         said += [self._copying(), self._coverage()]
         if self.decisions:
             found = sum(decision.source is not None for decision in self.decisions)
@@ -216,8 +219,8 @@ class Comparison:
             lost += f", {self.other_shape} pairs have different widths and are refused"
         return (
             f"Of a LoRA on the source's attention, {a} of {all_a} modules "
-            f"({a / max(1, all_a):.0%}) find a place; with feed-forward, {b} of {all_b} "
-            f"({b / max(1, all_b):.0%}). {lost}."
+            f"({a / max(1, all_a):.0%}) find a place; with feed-forward and projections, {b} of "
+            f"{all_b} ({b / max(1, all_b):.0%}). {lost}."
         )
 
     def to_dict(self) -> dict[str, Any]:

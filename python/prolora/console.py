@@ -207,7 +207,7 @@ def decisions_table(
                 number(decision.margin), style=None if decision.source else "yellow",
             )  # fmt: skip
         return table
-    table.add_column("place", overflow="fold")
+    table.add_column("place", no_wrap=True)
     table.add_column("block←from", overflow="fold")
     for heading in ("score", "margin"):
         table.add_column(f"least {heading}", justify="right", no_wrap=True)

@@ -23,6 +23,8 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def place(module: str) -> str:
-    """The part of the model a module sits in: `down_blocks.1`, `mid_block`, …."""
+    """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")
+    if parts[0] in ("transformer_blocks", "single_transformer_blocks"):  # one stack for the model
+        return parts[0]
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
