@@ -36,9 +36,12 @@ def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor
     work = torch.promote_types(delta.up.dtype, torch.float32)
     ours = source.to(work)
     drift = target.to(work) - ours
-    norm = ours.square().sum((-2, -1)).clamp_min(torch.finfo(work).tiny)
-    rate = torch.as_tensor(kappa, dtype=work, device=drift.device) / norm
     m, n = drift.shape[-2:]
+    kappa = torch.as_tensor(kappa, dtype=work, device=drift.device)
+    # A source near zero would ask for endless damping; I + ρ DᵀD must stay definite in rounding.
+    least = drift.square().sum((-2, -1)) * kappa * max(m, n) * torch.finfo(work).eps * 64
+    norm = torch.maximum(ours.square().sum((-2, -1)), least).clamp_min(torch.finfo(work).tiny)
+    rate = kappa / norm
     up, down = delta.up.to(work), delta.down.to(work).mT  # [..., m, r], [..., n, r]
     tall = drift if m >= n else drift.mT
     gram = tall.mT @ tall  # DᵀD on the short side

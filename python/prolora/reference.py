@@ -72,3 +72,14 @@ def project(
         crossed = inside_left @ part["range_null"] @ outside_right
         return within + without + crossed + outside_left @ part["null_range"] @ inside_right
     raise ValueError(method)
+
+
+def damped(delta: Tensor, W_src: Tensor, W_tgt: Tensor, kappa: float) -> Tensor:
+    """(I + κ_l DDᵀ)⁻¹ ΔW (I + κ_r DᵀD)⁻¹ [m, n] with D = W_t − W_s, see `damping`."""
+    source = W_src.double()
+    drift = W_tgt.double() - source
+    m, n = drift.shape
+    rate = kappa / source.square().sum()
+    left = torch.eye(m, dtype=torch.float64) + rate * m * drift @ drift.mT
+    right = torch.eye(n, dtype=torch.float64) + rate * n * drift.mT @ drift
+    return torch.linalg.inv(left) @ delta.double() @ torch.linalg.inv(right)

@@ -20,13 +20,13 @@ NOISE_SPREAD = 0.42
 MAX_SHIFT = 0.075
 """Beyond this shift the target does something else with the same weights."""
 
-HALF_SHIFT = 0.065
+HALF_SHIFT = 0.062
 """The shift at which a plain copy does best at half its strength."""
 
-DAMPING = 90.0
-"""κ of the method `damped`, per unit of shift."""
+DAMPING = 2000.0
+"""κ of the method `damped`, per squared shift."""
 
-MIN_DAMPING = 0.1
+MIN_DAMPING = 0.05
 """A smaller κ changes nothing worth the time; the update is copied."""
 
 
@@ -61,13 +61,13 @@ class Verdict:
 
     @property
     def strength(self) -> float:
-        """The factor that suits an unchanged copy best: 1 / (1 + (shift / HALF_SHIFT)²)."""
-        return 1 / (1 + (self.shift / HALF_SHIFT) ** 2)
+        """The factor that suits an unchanged copy best: 1 / (1 + (shift / HALF_SHIFT)³)."""
+        return 1 / (1 + (self.shift / HALF_SHIFT) ** 3)
 
     @property
     def kappa(self) -> float:
         """The κ of `damped` that suits these bases; 0 is the copy."""
-        return DAMPING * self.shift
+        return DAMPING * self.shift**2
 
     def decide(self, options: Options) -> Options:
         """The options with method, damping and strength settled."""
