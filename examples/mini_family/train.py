@@ -22,6 +22,8 @@ from model import NULL_LABEL, Labels, load_unet, new_unet, noised, predict
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
+# What the tests take for an unrelated base: only its attention, in eight bits.
+INDEPENDENT = HERE.parents[1] / "tests" / "data" / "independent.safetensors"
 WORK = HERE / "work"  # oracle LoRAs and the training times: needed to measure, not stored in git
 
 BATCH = 32
@@ -30,6 +32,7 @@ BUDGET = {
     "source": (4000, 2e-3),
     "finetuned": (1000, 1e-3),
     "pruned": (800, 1e-3),
+    "independent": (500, 2e-3),
     "lora": (300, 3e-3),
 }
 LORAS = {"thick": {"r": 8, "lora_alpha": 8}, "slanted": {"r": 8, "lora_alpha": 4}}
@@ -138,6 +141,21 @@ def train_pruned() -> None:
     save_unet(unet, "pruned")
 
 
+def train_independent() -> None:
+    """The source's shape, data and labels, but other initial weights: no relative of it."""
+    torch.manual_seed(6)
+    unet, labels = new_unet("source"), Labels.load(WEIGHTS / "labels.safetensors")
+    loss = task_loss(unet, labels, *digits("train"))
+    fit(list(unet.parameters()), loss, *BUDGET["independent"], seed=7)
+    attention = {
+        name: weight.to(torch.float8_e4m3fn)
+        for name, weight in unet.state_dict().items()
+        if ".attn" in name and weight.ndim == 2
+    }
+    INDEPENDENT.parent.mkdir(parents=True, exist_ok=True)
+    save_file(attention, INDEPENDENT)
+
+
 def train_lora(member: str, style: str) -> None:
     """A style LoRA on one member, on images of that member's own domain.
 
@@ -170,6 +188,7 @@ STAGES: dict[str, tuple[Path, Callable[[], None]]] = {
     "source": (WEIGHTS / "labels.safetensors", train_source),
     "finetuned": (WEIGHTS / "finetuned" / UNET_FILE, train_finetuned),
     "pruned": (WEIGHTS / "pruned" / UNET_FILE, train_pruned),
+    "independent": (INDEPENDENT, train_independent),
 } | {
     f"{style}-{member}": (lora_path(member, style), lambda m=member, s=style: train_lora(m, s))
     for member in DOMAINS

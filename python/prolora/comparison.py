@@ -188,7 +188,7 @@ class Comparison:
 
     def _lineage(self) -> str:
         """Whether the two come from each other."""
-        cosine, drift = self.verdict.cosine, self.verdict.drift
+        cosine, drift = round(self.verdict.cosine, 2) + 0.0, self.verdict.drift  # no "-0.00"
         if self.verdict.related:
             return (
                 f"Same lineage: the paired weights point the same way (cosine {cosine:.2f}, where "
