@@ -114,7 +114,8 @@ def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
 @pytest.mark.parametrize(("suffix", "what"), [
     ("oft_diag", "OFT"), ("boft_R", "OFT"), ("on_input", "IA3"), ("set_weight", "whole weights"),
     ("lora_embedding_A", "embedding"), ("modules_to_save.weight", "modules_to_save"),
-    ("reshape_weight", "reshaped"),
+    ("reshape_weight", "reshaped"), ("vera_lambda_b", "PEFT"), ("hra_u", "PEFT"),
+    ("oft_r", "OFT"), ("bias_indices", "sparse bias"),
 ])  # fmt: skip
 def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):
     with pytest.raises(UnsupportedFormat) as caught:

@@ -82,27 +82,44 @@ def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
     same_updates(adapters.read(tensors), expected)
 
 
-@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, options):
-    from peft import get_peft_model
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
-    model = get_peft_model(tiny_unet(), peft_config(options))
+
+def rounded(model, dtype):
+    """The model, its LoRA's factors rounded to a storage dtype, and that dtype's file of it."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, options, dtype):
+    from peft import get_peft_model
+    from safetensors.torch import load_file
+
+    model = rounded(get_peft_model(tiny_unet(), peft_config(options)), dtype)
     model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save(weights, {key: tensor.to(dtype) for key, tensor in load_file(weights).items()})
     adapter = adapters.read(tmp_path)
-    assert adapter.format == "peft"
+    assert (adapter.format, adapter.dtype) == ("peft", dtype)
     same_updates(adapter, attached(model.base_model.model))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_diffusers_file_has_the_scale_of_the_configuration_in_its_header(tmp_path, options):
+def test_diffusers_file_has_the_scale_of_the_configuration_in_its_header(tmp_path, options, dtype):
     from diffusers import StableDiffusionXLPipeline
     from peft.utils import get_peft_model_state_dict
 
     unet = tiny_unet()
     unet.add_adapter(peft_config(options))
+    rounded(unet, dtype)
     StableDiffusionXLPipeline.save_lora_weights(
         tmp_path,
-        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_layers={k: t.to(dtype) for k, t in get_peft_model_state_dict(unet).items()},
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
     adapter = adapters.read(tmp_path / "pytorch_lora_weights.safetensors")

@@ -201,6 +201,50 @@ def test_one_trainer_and_simple_tuner_are_read(start):
         assert list(adapter.updates) == modules
 
 
+def test_the_original_names_of_one_trainer_are_read_part_by_part():
+    """Its "OMI" format: BFL's names, q, k and v counted from 0, and names of its own outside."""
+    modules = {
+        "transformer.double_blocks.0.img_attn.qkv.1": "transformer_blocks.0.attn.to_k",
+        "transformer.double_blocks.3.txt_attn.qkv.2": "transformer_blocks.3.attn.add_v_proj",
+        "transformer.double_blocks.3.img_mlp.0": "transformer_blocks.3.ff.net.0.proj",
+        "transformer.single_blocks.7.linear1.0": "single_transformer_blocks.7.attn.to_q",
+        "transformer.single_blocks.7.linear1.3": "single_transformer_blocks.7.proj_mlp",
+        "transformer.img_in.proj": "x_embedder",
+        "transformer.final_layer.adaLN_modulation.1": "norm_out.linear",
+        "clip_l.text_model.encoder.layers.0.mlp.fc1":
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "t5.encoder.block.0.layer.0.SelfAttention.q":
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+    }  # fmt: skip
+    tensors, expected = {}, {}
+    for seed, (stem, module) in enumerate(modules.items()):
+        up, down = factors((16, 6), 2, seed)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down,
+                    f"{stem}.alpha": torch.tensor(1.0)}  # fmt: skip
+        if module == "norm_out.linear":
+            up = torch.cat(up.chunk(2)[::-1])
+        expected[module] = LowRank(up / 2, down)
+    same(adapters.read(tensors), expected)
+
+
+@pytest.mark.parametrize(("path", "module"), [
+    ("lora_unet.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
+    ("lora_te1.text_model.encoder.layers.0.mlp.fc1",
+     "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
+    ("lora_te2.encoder.block.0.layer.0.SelfAttention.q",
+     "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),
+    ("lora_transformer.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
+    ("lora_unet_transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"),
+    ("unet.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
+    ("clip_g.text_model.encoder.layers.0.mlp.fc1",
+     "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"),
+    ("model.diffusion_model.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
+    ("diffusion_model.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
+])  # fmt: skip
+def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
+    assert names.parse(path).name == module
+
+
 def test_an_ai_toolkit_file_needs_no_alpha():
     tensors = {}
     modules = ["transformer_blocks.0.ff.net.0.proj", "single_transformer_blocks.3.proj_mlp",
@@ -262,6 +306,27 @@ def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling,
     back = adapters.read(tmp_path / "out")
     assert (back.format, back.spelling) == (format, spelling)
     same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
+
+
+@pytest.mark.parametrize("second", ["kohya", "comfy", "diffusers"])
+@pytest.mark.parametrize("first", ["kohya", "comfy", "diffusers"])
+def test_every_pair_of_formats_converts_into_each_other(tmp_path, first, second):
+    adapter = small((2, 3), spelling="sgm")
+    adapters.write(adapter, tmp_path / "one", format=first)
+    adapters.write(adapters.read(tmp_path / "one"), tmp_path / "two", format=second)
+    same(adapters.read(tmp_path / "two"), adapter.updates)
+
+
+def test_a_peft_folder_holds_the_transformer_alone(tmp_path):
+    adapter = small((2, 3), spelling="sgm")
+    with pytest.raises(UnsupportedFormat, match="a PEFT folder holds one model"):
+        adapters.write(adapter, tmp_path / "out", format="peft")
+    updates = {n: u for n, u in adapter.updates.items() if not n.startswith("text_encoder")}
+    for first, second in (("peft", "kohya"), ("comfy", "peft"), ("peft", "diffusers")):
+        adapters.write(adapter.with_updates(updates), tmp_path / f"{first}1{second}", format=first)
+        one = adapters.read(tmp_path / f"{first}1{second}")
+        adapters.write(one, tmp_path / f"{first}2{second}", format=second)
+        same(adapters.read(tmp_path / f"{first}2{second}"), updates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -132,6 +132,27 @@ def test_an_update_is_exact_against_the_formula_of_lycoris(kind):
     assert relative_error(update.dense().double(), wanted.detach().flatten(1)) < 1e-6
 
 
+@pytest.mark.parametrize("alpha", [4.0, 2.0])
+@pytest.mark.parametrize("kind", [
+    "locon", "tucker", "loha", "loha with cores", "lokr", "lokr with a core", "glora",
+])  # fmt: skip
+def test_a_scalar_that_was_not_folded_into_the_factors_counts(kind, alpha):
+    """`use_scalar` trains one; LyCORIS folds it in when it saves, other savers may not."""
+    module, base, _ = trained(kind, alpha, use_scalar=True)
+    with torch.no_grad():
+        module.scalar.fill_(0.7)
+    where = KINDS[kind][2]
+    stem = "lora_unet_" + where.replace(".", "_")
+    parameters = {key: value for key, value in module.named_parameters() if "org" not in key}
+    plain = {f"{stem}.{key}": value.detach() for key, value in parameters.items()}
+    plain[f"{stem}.alpha"] = torch.tensor(alpha)
+    assert f"{stem}.scalar" in plain
+    folded = {f"{stem}.{key}": value.detach() for key, value in module.state_dict().items()}
+    wanted = effect(module, base)
+    for tensors in (plain, folded):
+        assert relative_error(read(tensors, base, where).updates[where].dense(), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("on_output", [True, False], ids=["[out, 1]", "[1, in]"])
 @pytest.mark.parametrize("kind", DORA)
 def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, on_output):
@@ -176,7 +197,7 @@ def test_a_base_weight_that_is_not_finite_is_refused():
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 1), (1, 2), (48,), (1, 36), (48, 1), (1, 48), (36, 1), (36,)]
+    "shape", [(2, 1), (1, 2), (48,), (1, 36), (48, 1), (1, 48), (36, 1), (36,), ()]
 )
 def test_magnitudes_belong_to_the_axis_their_shape_says_or_are_refused(shape):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
