@@ -133,7 +133,7 @@ def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         for name in target.shapes
         if name.startswith(TEXT_ENCODERS) and name in source.shapes
     }
-    return partners, f"{ours} to {theirs}: {rule.evidence}"
+    return partners, f"{ours} to {theirs}: {rule.evidence.rstrip('.')}"
 
 
 def _refuse_unrelated(source: Base, target: Base) -> NoReturn:

@@ -93,6 +93,7 @@ def fetch(id_: HubId, subfolder: str | None = None) -> Path:
 def _package(id_: HubId) -> Any:
     try:
         import huggingface_hub
+        from huggingface_hub import constants  # noqa: F401 (a submodule, loaded only when asked for)
     except ImportError as error:
         raise UnsupportedFormat(
             f"{id_.name}: no such file or folder. If it is a model on the Hugging Face Hub, "
@@ -106,7 +107,7 @@ def _download(hub: Any, id_: HubId, path: str) -> Path:
     info = hub.HfApi().model_info(id_.repo, revision=id_.revision)
     names = [sibling.rfilename for sibling in info.siblings]
     if path.endswith(_FILES):
-        return Path(hub.hf_hub_download(id_.repo, path, revision=info.sha))
+        return _first(hub, id_, path, info.sha)
     folder = _model_folder(names, path, id_)
     prefix = f"{folder}/" if folder else ""
     here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -119,13 +120,24 @@ def _download(hub: Any, id_: HubId, path: str) -> Path:
                 f"{id_.name}: has {listed} in {folder or 'its root'}; name a file as "
                 f"hf://{id_.repo}/FILE"
             )
-        return Path(hub.hf_hub_download(id_.repo, prefix + files[0], revision=info.sha))
-    found = Path(hub.hf_hub_download(id_.repo, prefix + best.name, revision=info.sha))
+        return _first(hub, id_, prefix + files[0], info.sha)
+    found = _first(hub, id_, prefix + best.name, info.sha)
     if best.sharded:
         for shard in sorted(set(weight_map(found).values())):
             hub.hf_hub_download(id_.repo, prefix + shard, revision=info.sha)
         return found.parent
     return found
+
+
+def _first(hub: Any, id_: HubId, name: str, commit: str) -> Path:
+    """The first file of a download.
+
+    Asked for by branch or tag, so that the cache notes which commit that is and finds it offline.
+    """
+    path = Path(hub.hf_hub_download(id_.repo, name, revision=id_.revision))
+    if commit in path.parts:
+        return path
+    return Path(hub.hf_hub_download(id_.repo, name, revision=commit))  # changed in between
 
 
 def _model_folder(names: list[str], path: str, id_: HubId) -> str:
