@@ -116,7 +116,8 @@ def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with(
     same(adapter, through_diffusers(tensors))
 
 
-def test_an_xlabs_file_has_the_updates_that_diffusers_reads():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_xlabs_file_has_the_updates_that_diffusers_reads(dtype):
     tensors = {}
     for stem, shape in {
         "double_blocks.0.processor.qkv_lora1": (3 * WIDTH, WIDTH),
@@ -126,7 +127,7 @@ def test_an_xlabs_file_has_the_updates_that_diffusers_reads():
         "single_blocks.37.processor.qkv_lora": (3 * WIDTH, WIDTH),
         "single_blocks.37.processor.proj_lora": (WIDTH, 5 * WIDTH),
     }.items():
-        up, down = factors(shape, 4, len(tensors))
+        up, down = factors(shape, 4, len(tensors), dtype)
         tensors |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
     adapter = adapters.read(tensors)
     assert adapter.format == "diffusers"
@@ -183,22 +184,31 @@ def test_a_comfy_file_is_the_kohya_file_under_other_names():
     same(adapter, adapters.read(tensors).updates)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alpha", [None, 2.0, 1.0, 8.0])
 @pytest.mark.parametrize("start", ["lora_transformer_", "lycoris_"])
-def test_one_trainer_and_simple_tuner_are_read(start):
+def test_one_trainer_and_simple_tuner_are_read(start, alpha, dtype):
     modules = ["transformer_blocks.0.attn.to_q", "transformer_blocks.18.attn.add_k_proj",
                "single_transformer_blocks.9.attn.to_v", "context_embedder"]  # fmt: skip
     tensors = {}
     for seed, module in enumerate(modules):
         stem = start + module.replace(".", "_")
-        up, down = factors((8, 6), 2, seed)
+        up, down = factors((8, 6), 2, seed, dtype)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-        tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
     adapter = adapters.read(tensors)
     assert (adapter.format, adapter.spelling) == ("kohya", "diffusers")
-    if start == "lora_transformer_":
-        same(adapter, through_diffusers(tensors))
+    if start == "lora_transformer_" and alpha is not None:
+        same(adapter, through_diffusers(tensors))  # which asks for an alpha
     else:
-        assert list(adapter.updates) == modules
+        scale = 1.0 if alpha is None else alpha / 2
+        expected = {}
+        for module in modules:
+            stem = start + module.replace(".", "_")
+            up, down = (tensors[f"{stem}.lora_{side}.weight"].float() for side in ("up", "down"))
+            expected[module] = LowRank(scale * up, down)
+        same(adapter, expected)
 
 
 def test_the_original_names_of_one_trainer_are_read_part_by_part():

@@ -29,6 +29,9 @@ STEMS = (
     "base_model.model.mid_block.attentions.0.proj_in", "lora_unet_double_blocks_0_img_attn_qkv",
     "lora_te1_text_model_encoder_layers_0_mlp_fc1", "transformer.transformer_blocks.0.attn.to_q",
     "diffusion_model.single_blocks.0.linear1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    "lora_unet.mid_block.attentions.0.proj_in", "transformer.double_blocks.0.img_attn.qkv.1",
+    "unet.middle_block.1.proj_in", "t5.encoder.block.0.layer.0.SelfAttention.q",
+    "lora_unet_mid_block_attentions_0_norm", "lora_unet_final_layer_adaLN_modulation_1",
 )  # fmt: skip
 KINDS = (
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": ()},
@@ -45,6 +48,9 @@ KINDS = (
     {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 4), "lokr_w2": (7, 3), "alpha": ()},
     {"lokr_w1": (2, 4), "lokr_w2_a": (2, 7), "lokr_w2_b": (2, 3), "lokr_t2": (2, 2, 3, 3)},
     {"diff": (14, 12), "diff_b": (14,), "w_norm": (14,)},
+    {"w_norm": (14,), "b_norm": (14,)}, {"diff": (14,), "diff_b": (14,)},
+    {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "lora_B.bias": (14,)},
+    {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": (1,), "scalar": ()},
     {"a1.weight": (12, 4), "a2.weight": (4, 12), "b1.weight": (14, 4), "b2.weight": (4, 12)},
     {"oft_blocks": (7, 2, 2), "rescale": (14, 1), "alpha": ()},
 )  # fmt: skip
@@ -58,12 +64,15 @@ SECONDS = 10.0
 MEGABYTES = 400
 
 
-def whole_file(random):
-    """A file that is sound, of one or two kinds and spellings."""
+def whole_file(random, bent=0.0):
+    """A file of one to three kinds and spellings; a share `bent` of its tensors has odd shapes."""
     tensors = {}
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         stem = random.choice(STEMS)
         for suffix, shape in random.choice(KINDS).items():
+            if random.random() < bent:
+                shape = random.choice([(), (0,), (1,), shape[::-1], shape[:-1], (*shape, 1),
+                                       (14,), (1, 14), (4, 4, 4, 4), (14, 12), (3, 7)])  # fmt: skip
             tensor = torch.randn(
                 shape, generator=torch.Generator().manual_seed(random.randrange(9))
             )
@@ -140,8 +149,8 @@ def reshaped(table, keys, random):
     shape = list(entry["shape"])
     random.shuffle(shape)
     entry["shape"] = random.choice([
-        shape, [*shape, 1], shape[:-1], [1, *shape], [2**62, *shape], [0, *shape], [-1], None, "x",
-        [shape[0] * shape[-1], 1] if shape else [1],
+        shape, [*shape, 1], shape[:-1], [], [0], [1, *shape], [2**62, *shape], [0, *shape], [-1],
+        None, "x", [shape[0] * shape[-1], 1] if shape else [1],
     ])  # fmt: skip
 
 
@@ -206,7 +215,9 @@ def fuzz(count, seed, folder):
     }
     for number in range(count):
         random = Random(f"{seed}/{number}")
-        path.write_bytes(mutated(whole_file(random), random))
+        bent = random.choice([0.0, 0.0, 0.2])
+        whole = whole_file(random, bent)
+        path.write_bytes(whole if bent else mutated(whole, random))
         started = time.perf_counter()
         for name, action in actions.items():
             try:

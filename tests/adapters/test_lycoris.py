@@ -154,9 +154,12 @@ def test_a_scalar_that_was_not_folded_into_the_factors_counts(kind, alpha):
 
 
 @pytest.mark.parametrize("on_output", [True, False], ids=["[out, 1]", "[1, in]"])
-@pytest.mark.parametrize("kind", DORA)
-def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, on_output):
-    module, base, tensors = trained(kind, 2.0, weight_decompose=True, wd_on_out=on_output)
+@pytest.mark.parametrize(("kind", "alpha", "dtype"), [
+    *((kind, 2.0, torch.float32) for kind in DORA),
+    *(("locon", alpha, dtype) for alpha in ALPHAS.values() for dtype in DTYPES),
+])  # fmt: skip
+def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, alpha, dtype, on_output):
+    module, base, tensors = trained(kind, alpha, dtype, weight_decompose=True, wd_on_out=on_output)
     where = KINDS[kind][2]
     adapter = read(tensors, base, where)
     assert adapter.algorithms[where].endswith("+dora")
