@@ -265,4 +265,5 @@ CHOSEN: dict[str, Callable[[Case], Updates]] = {
     ),
     "damped, κ 1": functools.partial(transferred, method="damped", damping=1),
     "damped, κ 4": functools.partial(transferred, method="damped", damping=4),
+    "damped, κ 16": functools.partial(transferred, method="damped", damping=16),
 }

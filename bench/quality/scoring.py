@@ -14,9 +14,9 @@ from judge import CONCEPT, Judge, diversity, mmd
 from model import sample
 from networks import backbone
 from torch import Tensor, nn
-from training import ADAPTERS, JUDGED, TOKENS, task_loss, teacher_pairs
+from training import JUDGED, TOKENS, task_loss, teacher_pairs
 
-SAMPLED = ("copy", "prolora 0.9", "blocks 0.9")
+SAMPLED = ("copy", "prolora 0.9", "blocks 0.9", "auto")
 IMAGES, SAMPLE_STEPS, FEW_STEPS = 120, 10, 2
 
 
@@ -56,8 +56,7 @@ def loss_rows(
     """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}."""
     pairs = held_out_pairs(target)
     table = {}
-    for adapter in ADAPTERS:
-        case = found[adapter]
+    for adapter, case in found.items():
 
         def loss(updates: Updates, adapter: str = adapter) -> float:
             with applied(target, updates):

@@ -11,14 +11,23 @@ import json
 from pathlib import Path
 
 import torch
+from ceiling import fitted_strengths
 from contenders import CHOSEN, METHODS, paired
 from jobs import Job, work
 from judge import Judge, accuracy, train_judge
 from networks import backbone, new_model
 from safetensors.torch import load_file, save_file
-from scoring import SAMPLED, cases, chosen_rows, loss_rows, sample_scores
+from scoring import (
+    SAMPLED,
+    applied,
+    cases,
+    chosen_rows,
+    held_out_pairs,
+    loss_rows,
+    sample_scores,
+)
 from torch import nn
-from training import ADAPTERS, FRESH, KINDS, VARIANTS, train_base, train_lora
+from training import ADAPTERS, FRESH, KINDS, VARIANTS, task_loss, train_base, train_lora
 
 import prolora
 from prolora import LowRank
@@ -125,6 +134,17 @@ def score_chosen(root: Path, arch: str, kind: str, seed: int, out: Path) -> None
     out.write_text(json.dumps(chosen_rows(kind, target, found), indent=1))
 
 
+def score_ceiling(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
+    """Held-out loss of the copy with strengths fitted to the target, for every adapter."""
+    target, found, _ = loaded(root, arch, kind, seed)
+    pairs = held_out_pairs(target)
+    table = {}
+    for adapter, case in found.items():
+        with applied(target, fitted_strengths(kind, adapter, target, case.updates)):
+            table[adapter] = task_loss(target, kind, adapter, pairs)
+    out.write_text(json.dumps(table, indent=1))
+
+
 def score_samples(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
     target, found, oracles = loaded(root, arch, kind, seed)
     judge = load_judge(root)
@@ -158,6 +178,8 @@ def scoring_jobs(root: Path) -> list[Job]:
         scores = [score_losses, score_relation, score_chosen]
         if kind in KINDS:
             scores.append(score_samples)
+        if kind in KINDS and kind not in FRESH and seed == 0:
+            scores.append(score_ceiling)
         for score in scores:
             out = root / arch / f"{kind}-{seed}-{score.__name__.removeprefix('score_')}.json"
             run = functools.partial(score, root, arch, kind, seed)

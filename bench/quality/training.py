@@ -132,6 +132,32 @@ def line_loss(
     return F.mse_loss(output, noise - image)
 
 
+def adapter_loss(kind: str, adapter: str, model: nn.Module, pairs: tuple | None) -> Loss:
+    """What an adapter is trained to minimise on a base of that kind.
+
+    Args:
+        kind: of the base, for its image domain.
+        adapter: one of ADAPTERS.
+        model: the base with what is to be trained.
+        pairs: teacher pairs of the plain base, for "fewstep".
+    """
+    if pairs is not None:
+
+        def along_lines(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(PAIRS, (32,), generator=generator)
+            return line_loss(model, pairs, generator, rows)
+
+        return along_lines
+    if adapter == "concept":
+        new, rare = task_data(kind, "concept", "train")
+        x, y = digits("train")
+        # The usual images are learnt beside it, so that the digits survive (prior preservation).
+        kept = flow_loss(model, (DOMAINS[kind](x), y))
+        learnt = flow_loss(model, (new, rare))
+        return lambda generator: learnt(generator) + 0.3 * kept(generator)
+    return flow_loss(model, task_data(kind, adapter, "train"))
+
+
 def train_lora(arch: str, kind: str, adapter: str, seed: int, model: nn.Module) -> dict:
     """An adapter on one base, trained on that base's own domain; on a target it is the oracle.
 
@@ -145,25 +171,7 @@ def train_lora(arch: str, kind: str, adapter: str, seed: int, model: nn.Module) 
     torch.manual_seed(3000 + seed)
     inner = backbone(model)
     inner.add_adapter(LoraConfig(target_modules=ADAPTED[arch], r=RANK, lora_alpha=RANK))
-    loss: Loss
-    if pairs is not None:
-
-        def loss(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(PAIRS, (32,), generator=generator)
-            return line_loss(model, pairs, generator, rows)
-
-    elif adapter == "concept":
-        x, y = digits("train")
-        new, rare = task_data(kind, "concept", "train")
-        # Half of every batch is the usual images, so that the digits survive (prior preservation).
-        kept = flow_loss(model, (DOMAINS[kind](x), y))
-        learnt = flow_loss(model, (new, rare))
-
-        def loss(generator: torch.Generator) -> Tensor:
-            return learnt(generator) + 0.3 * kept(generator)
-
-    else:
-        loss = flow_loss(model, task_data(kind, adapter, "train"))
+    loss = adapter_loss(kind, adapter, model, pairs)
     fit([p for p in model.parameters() if p.requires_grad], loss, *BUDGET["lora"], 5000 + seed)
     factors = get_peft_model_state_dict(inner)
     return {

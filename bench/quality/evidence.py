@@ -1,0 +1,246 @@
+"""Tables and plots of docs/evidence.md: ``python bench/quality/evidence.py [--work DIR]``.
+
+With --work the scores there are collected into bench/results/quality.json first. The tables are
+written between the marks of docs/evidence.md, the plots into docs/images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import figures
+from results import COPIES, Mean, Row, Table, best, collect, recovered
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench/results/quality.json"
+PAGE = ROOT / "docs/evidence.md"
+RELATED = ("near", "far", "pruned", "continued")
+KINDS = (*RELATED, "independent")
+METHODS = {
+    "copy, strength 1": "copy @ 1",
+    "**auto**": "auto",
+    "copy, automatic strength": "copy, automatic strength",
+    "copy, strength by module": "copy, strength by module",
+    "`damped`, κ = 1": "damped, κ 1",
+    "`damped`, κ = 4": "damped, κ 4",
+    "`damped`, κ = 16": "damped, κ 16",
+    "`blocks`": "blocks 0.9 @ 1",
+    "`blocks`, automatic strength": "blocks, automatic strength",
+    "`prolora`": "prolora 0.9 @ 1",
+    "`prolora`, strength 1.5": "prolora 0.9 @ 1.5",
+    "`prolora`, norm restored": "prolora 0.9 norm restored @ 1",
+    "`subspace`": "subspace 0.9 @ 1",
+    "`lora-x`": "lora-x 0.9 @ 1",
+    "CASA (rank 4r)": "casa @ 1",
+    "copy + dropped blocks' updates": "summed @ 1",
+}
+ABLATION = {
+    "energy 0.5": "prolora 0.5 @ 1",
+    "energy 0.8": "prolora 0.8 @ 1",
+    "energy 0.9": "prolora 0.9 @ 1",
+    "energy 0.99": "prolora 0.99 @ 1",
+    "k = d/4": "prolora d/4 @ 1",
+    "k = d/2": "prolora d/2 @ 1",
+    "k = 3d/4": "prolora 3d/4 @ 1",
+    "energy 0.9, Φ ≥ 0.8": "prolora 0.9 gated 0.8 @ 1",
+    "energy 0.9, Φ ≥ 0.9": "prolora 0.9 gated 0.9 @ 1",
+    "no complement (`subspace`), energy 0.9": "subspace 0.9 @ 1",
+    "no complement (`subspace`), k = d/2": "subspace d/2 @ 1",
+}
+WORKS, FAILS = 0.25, 0.1
+"""A transfer worked if it recovers more than the first, and failed if less than the second."""
+
+
+def cell(mean: Mean | None) -> str:
+    """0.57 [0.50, 0.63], or a dash."""
+    return "–" if mean is None else f"{mean[0]:.2f} [{mean[1]:.2f}, {mean[2]:.2f}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def methods_table(table: Table) -> str:
+    rows = []
+    for name, label in METHODS.items():
+        rows.append([name, *(cell(table.where(kind=k).share(label)) for k in KINDS)])
+    found = [table.where(kind=kind).best_copy() for kind in KINDS]
+    fixed = [
+        f"{cell(table.where(kind=kind).share(label))} at {label.removeprefix('copy @ ')}"
+        for kind, label in zip(KINDS, found, strict=True)
+    ]
+    rows.insert(1, ["copy, best fixed strength for the kind", *fixed])
+    ceiling = ["*ceiling: strengths by module fitted to the target's data, one seed*"]
+    rows.append([*ceiling, *(cell(table.where(kind=k, seed=0).share("ceiling")) for k in KINDS)])
+    return markdown(["", *KINDS], rows)
+
+
+def difference_table(table: Table) -> str:
+    rows = []
+    for name, part in (*((k, table.where(kind=k)) for k in RELATED), ("all four", table)):
+        part = part.where(kind=RELATED)
+        fixed = part.best_copy()
+        rows.append(
+            [
+                name, cell(part.share("auto")), cell(part.difference("auto", "copy @ 1")),
+                f"{cell(part.difference('auto', fixed))} (at {fixed.removeprefix('copy @ ')})",
+                cell(part.difference("copy, automatic strength", fixed)),
+                cell(part.difference("auto", "prolora 0.9 @ 1")),
+            ]
+        )  # fmt: skip
+    head = [
+        "", "auto", "auto − copy at 1", "auto − copy at its best",
+        "copy at automatic − at its best", "auto − `prolora`",
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def adapters_table(table: Table) -> str:
+    rows = []
+    for kind in RELATED:
+        for adapter in sorted({row["adapter"] for row in table.rows}):
+            part = table.where(kind=kind, adapter=adapter)
+            fixed = part.best_copy()
+            labels = ("copy @ 1", fixed, "auto", "blocks 0.9 @ 1", "prolora 0.9 @ 1")
+            cells = [cell(part.share(label)) for label in labels]
+            cells[1] += f" at {fixed.removeprefix('copy @ ')}"
+            rows.append([kind, adapter, *cells])
+    return markdown(["", "", "copy at 1", "at its best", "auto", "`blocks`", "`prolora`"], rows)
+
+
+def ablation_table(table: Table) -> str:
+    rows = [
+        [name, *(cell(table.where(kind=kind).share(label)) for kind in RELATED)]
+        for name, label in ABLATION.items()
+    ]
+    return markdown(["`prolora` with", *RELATED], rows)
+
+
+def samples_table(table: Table, adapters: tuple[str, ...], score: str) -> str:
+    labels = ("none", "copy", "prolora 0.9", "blocks 0.9", "auto", "oracle")
+    rows = []
+    for kind in RELATED:
+        part = table.where(kind=kind, adapter=adapters)
+        cells = []
+        for label in labels:
+
+            def value(row: Row, label: str = label) -> float | None:
+                return (row["samples"] or {}).get(label, {}).get(score)
+
+            mean = part.mean(value)
+            cells.append("–" if mean is None else f"{mean[0]:.3f} [{mean[1]:.3f}, {mean[2]:.3f}]")
+        rows.append([kind, *cells])
+    head = ["", "no adapter", "copy", "`prolora`", "`blocks`", "auto", "trained on the target"]
+    return markdown(head, rows)
+
+
+def verdict_table(table: Table) -> str:
+    rows = []
+    kinds = dict.fromkeys(row["kind"] for row in table.rows if row["verdict"])
+    for kind in sorted(kinds, key=lambda k: (k not in KINDS, KINDS.index(k) if k in KINDS else 0)):
+        for arch in ("unet", "flux"):
+            part = Table([r for r in table.where(kind=kind, arch=arch).rows if r["verdict"]])
+            if not part.rows:
+                continue
+            told = [row["verdict"] for row in part.rows]
+
+            def span(key: str, form: str, told: list[dict] = told) -> str:
+                values = [v[key] for v in told]
+                low, high = format(min(values), form), format(max(values), form)
+                return low if low == high else f"{low} … {high}"
+
+            go = sum(v["go"] for v in told)
+            tried = [label for label in ("damped, κ 4", *COPIES)]
+            rows.append(
+                [
+                    kind, arch, span("drift", ".2f"), span("cosine", ".2f"), span("spread", ".2f"),
+                    span("shift", ".3f"), f"{go} of {len(told)}", cell(part.share("copy @ 1")),
+                    cell(part.share(best(part, tried))),
+                ]
+            )  # fmt: skip
+    head = [
+        "",
+        "",
+        "drift",
+        "cosine",
+        "spread",
+        "shift",
+        "go",
+        "copy at 1",
+        "best of κ 4 and copies",
+    ]
+    return markdown(head, rows)
+
+
+def decisions(table: Table) -> str:
+    """False-go and false-no-go counts over every scored target and adapter."""
+    told = [row for row in table.rows if row["verdict"]]
+    go = [row for row in told if row["verdict"]["go"]]
+    no_go = [row for row in told if not row["verdict"]["go"]]
+    failed = [row for row in go if (recovered(row, "auto") or 0) < FAILS]
+    labels = ("damped, κ 4", "damped, κ 16", *COPIES)
+    missed = [
+        row for row in no_go
+        if max(recovered(row, label) or 0 for label in labels) > WORKS
+    ]  # fmt: skip
+    related = table.where(kind=RELATED).rows
+    kept = [row for row in related if row["verdict"] and row["verdict"]["go"]]
+    return markdown(
+        ["", "count", "of", "rate"],
+        [
+            _rate(f"false go: `auto` went ahead and recovered less than {FAILS}", failed, go),
+            _rate(
+                f"false no-go: refused, though some copy or `damped` recovers more than {WORKS}",
+                missed, no_go,
+            ),
+            _rate("go among the related kinds of the study", kept, related),
+        ],
+    )  # fmt: skip
+
+
+def _rate(name: str, some: list, whole: list) -> list[str]:
+    share = f"{len(some) / len(whole):.1%}" if whole else "–"
+    return [name, str(len(some)), str(len(whole)), share]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="the study's folder")
+    options = parser.parse_args()
+    if options.work:
+        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
+    everything = Table(json.loads(RESULTS.read_text())["rows"])
+    tables: dict[str, Callable[[Table], str]] = {
+        "methods": methods_table,
+        "differences": difference_table,
+        "held-out seeds": lambda t: difference_table(Table([r for r in t.rows if r["seed"]])),
+        "adapters": adapters_table,
+        "ablation": ablation_table,
+        "style distance": lambda t: samples_table(t, ("thick", "slanted"), "mmd"),
+        "concept": lambda t: samples_table(t, ("concept",), "concept"),
+        "few steps": lambda t: samples_table(t, ("fewstep",), "mmd"),
+        "digits": lambda t: samples_table(t, ("thick", "slanted", "fewstep"), "digit"),
+        "diversity": lambda t: samples_table(t, ("thick", "slanted", "concept"), "diversity"),
+        "verdicts": verdict_table,
+        "decisions": decisions,
+    }
+    page = PAGE.read_text() if PAGE.exists() else ""
+    for name, make in tables.items():
+        text = f"<!-- {name} -->\n\n{make(everything)}\n\n<!-- end -->"
+        marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
+        if marked.search(page):
+            page = marked.sub(lambda _, text=text: text, page, count=1)
+        else:
+            print(f"\n## {name}\n\n{make(everything)}")
+    if page:
+        PAGE.write_text(page)
+    figures.draw(everything, ROOT / "docs/images")
+
+
+if __name__ == "__main__":
+    main()

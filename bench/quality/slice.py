@@ -1,0 +1,82 @@
+"""A slice of the study that trains from nothing in two minutes: ``python bench/quality/slice.py``.
+
+Fails (exit code 1) if the methods come out in another order than the study found. It has small
+transformers, one style, one seed and a quarter of the study's training; the margins are wide enough
+for other processors to reproduce the order, not the figures.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import training
+from scoring import cases, chosen_rows, loss_rows
+from training import train_base, train_lora
+
+BUDGET = {
+    "source": (600, 2e-3),
+    "far": (150, 1e-3),
+    "pruned": (150, 1e-3),
+    "independent": (50, 2e-3),
+    "lora": (80, 3e-3),
+}
+ADAPTER = "slanted"
+# Best first: each recovers at least MARGIN more of the gap than the next.
+ORDER = {
+    "far": ("auto", "prolora 0.9 @ 1", "subspace 0.9 @ 1"),
+    "pruned": ("auto", "prolora 0.9 @ 1", "subspace 0.9 @ 1"),
+}
+LEVEL = 0.08
+"""How far `auto` may stay below the copy at its best fixed strength."""
+MARGIN = 0.02
+
+
+def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str, float], bool]:
+    """Share of the gap that each method recovers on a new target, and whether that is a go."""
+    target = train_base("flux", kind, 0, source)
+    found = cases("flux", kind, source, target, {ADAPTER: lora})
+    oracle = train_lora("flux", kind, ADAPTER, 0, target)
+    row = loss_rows(kind, target, found, {ADAPTER: oracle})[ADAPTER]
+    chosen = chosen_rows(kind, target, found)[ADAPTER]
+    gap = row["none"] - row["oracle"]
+    losses = row["losses"] | chosen["losses"]
+    shares = {label: (row["none"] - loss) / gap for label, loss in losses.items()}
+    return shares, chosen["verdict"]["go"]
+
+
+def faults(kind: str, shares: dict[str, float], go: bool) -> list[str]:
+    """What is not as the study found it."""
+    if kind == "independent":
+        worked = [label for label, share in shares.items() if share > 0.1]
+        said = [f"{label} recovers {shares[label]:.2f} of an unrelated base" for label in worked]
+        return [*said, *(["an unrelated base is called a go"] if go else [])]
+    said = [] if go else ["a related base is called a no-go"]
+    for better, worse in zip(ORDER[kind], ORDER[kind][1:], strict=False):
+        if shares[better] < shares[worse] + MARGIN:
+            said.append(f"{better} ({shares[better]:.2f}) not above {worse} ({shares[worse]:.2f})")
+    best = max(share for label, share in shares.items() if label.startswith("copy @"))
+    if shares["auto"] < best - LEVEL:
+        said.append(f"auto ({shares['auto']:.2f}) below the best copy ({best:.2f})")
+    return said
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    training.BUDGET.update(BUDGET)
+    source = train_base("flux", "source", 0, None)
+    lora = train_lora("flux", "source", ADAPTER, 0, source)
+    wrong = 0
+    for kind in (*ORDER, "independent"):
+        shares, go = recovered(kind, source, lora)
+        ranking = sorted(shares.items(), key=lambda item: -item[1])
+        print(f"{kind} ({'go' if go else 'no-go'}):")
+        print("  " + ", ".join(f"{label} {share:.2f}" for label, share in ranking), flush=True)
+        for fault in faults(kind, shares, go):
+            wrong += 1
+            print(f"  NOT AS FOUND: {fault}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
