@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from .adapters.family import claimed_family, guess_family, known_base
 from .adapters.overview import NOT_UNDERSTOOD, Overview, Place, count, look_over
 from .adapters.source import ADAPTER_FILES, Source, open_source
 from .bases import Base, open_base
+from .errors import ProLoRAError
 from .sgm import ldm_to_diffusers
 
 _TOP_TAGS = 10
 # Everything up to the number of the innermost block.
 _BLOCKS = re.compile(
     r"^(?:.*\.)?"
-    r"(?:(?:single_)?transformer_blocks|layers|attentions|resnets|(?:down|up)_blocks)\.\d+\."
+    r"(?:(?:single_)?transformer_blocks|layers|attentions|resnets|block|(?:down|up)_blocks)\.\d+\."
 )
 _LDM_PREFIX = "model.diffusion_model."
 
@@ -112,8 +113,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     Raises:
         UnsupportedFormat: not a safetensors file, or a damaged one.
     """
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ADAPTER_FILES):
-        return _describe_base(open_base(path), str(path))
+    folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
+    if folder or str(path).lower().endswith(".gguf"):
+        return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
     source = open_source(path)
     found = look_over(source)
     common: dict[str, Any] = {
@@ -189,12 +191,20 @@ def _describe_other(source: Source, common: dict[str, Any]) -> Description:
     is_base = bool(inputs) or any(keys.is_base_weight(key) for key in source.headers)
     if not is_base:
         return Description(kind="unknown", reason=_unknown_reason(source), **common)
+    reason = None if inputs else "its weights have names that prolora does not know"
+    if source.path is not None:
+        try:
+            base = open_base(source.path)
+            form = "single-file" if single_file or (base.layout and not inputs) else "diffusers"
+            return replace(_describe_base(base, str(source.path), form), **common)
+        except ProLoRAError as error:
+            reason = str(error)
     return Description(
         kind="base",
         format="single-file" if single_file else "diffusers",
         spelling="sgm" if single_file else "diffusers",
-        supported=bool(inputs),
-        reason=None if inputs else "its weights have names that prolora does not know",
+        supported=reason is None,
+        reason=reason,
         family=guess_family(inputs, source.metadata),
         modules=count(names.place(name) for name in inputs),
         types=count(_type(name) for name in inputs),
@@ -202,14 +212,14 @@ def _describe_other(source: Source, common: dict[str, Any]) -> Description:
     )
 
 
-def _describe_base(base: Base, path: str) -> Description:
+def _describe_base(base: Base, path: str, form: str) -> Description:
     """A base model that `transfer` would open the same way."""
     inputs = {name: shape[1] for name, shape in base.shapes.items()}
     return Description(
         path=path,
         kind="base",
-        format="diffusers",
-        spelling="diffusers",
+        format=form,
+        spelling="diffusers" if form == "diffusers" else "sgm",
         supported=True,
         family=base.layout or guess_family(inputs, {}),
         modules=count(names.place(name) for name in inputs),

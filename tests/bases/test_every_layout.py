@@ -11,6 +11,7 @@ from checkpoints import (
     sparse_shards,
 )
 
+import prolora
 from prolora.bases import layout, open_base
 from prolora.sgm import diffusers_to_ldm
 
@@ -167,3 +168,20 @@ def test_text_encoders_beside_a_folder_are_found_and_pickles_are_left_out(tmp_pa
     base = open_base(tmp_path)
     assert base.shapes == shapes_of("sd15") | prefixed("text_encoder.", CLIP_L)
     assert encoder in base.files
+
+
+@pytest.mark.parametrize("id_", ["sdxl", "flux1-dev", "sd3-medium", "pixart-sigma"])
+def test_inspect_tells_the_architecture_in_every_form(id_, tmp_path):
+    """What it says is what a transfer would open."""
+    plain = sparse_file(tmp_path / "plain.safetensors", single_file(id_))
+    for path in (plain, sparse_gguf(tmp_path / "x.gguf", single_file(id_))):
+        found = prolora.inspect(path)
+        assert (found.kind, found.family, found.supported) == ("base", id_, True)
+        assert sum(found.modules.values()) == len(shapes_of(id_))
+    assert found.format == "gguf" and prolora.inspect(plain).format == "single-file"
+
+
+def test_inspect_says_why_a_base_cannot_be_opened(tmp_path):
+    stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
+    found = prolora.inspect(sparse_file(tmp_path / "x.safetensors", stored))
+    assert found.kind == "base" and not found.supported and "qkv" in found.reason
