@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from .adapters import algorithms
 from .inspection import Description
 
 _FAMILIES = {
@@ -44,14 +45,13 @@ def _facts(found: Description) -> Iterator[tuple[str, str]]:
         known += [f"hash {found.base_hash[:16]}"] if found.base_hash else []
         yield "base", ", ".join(known)
     yield "prolora", _verdict(found)
-    for number, what in _beside(found):
-        yield "also", f"{number} × {what}"
+    yield from _beside(found)
     for reason, number in found.left_out.items():
         yield "stays behind", f"{number} × {reason}"
     if found.types:
-        yield "layers", _counted(found.types, most=8)
-    size = f", {found.size / 1e6:.1f} MB" if found.size else ""
-    yield "stored", f"{found.tensors} tensors{size}: {_counted(found.dtypes)}"
+        yield "layers", _counted(found.types, most=6)
+    size = f", {_size(found.size)}" if found.size else ""
+    yield "stored", f"{_number(found.tensors, 'tensor')}{size}: {_counted(found.dtypes)}"
     if found.trigger_words:
         yield "words", ", ".join(found.trigger_words)
 
@@ -59,12 +59,33 @@ def _facts(found: Description) -> Iterator[tuple[str, str]]:
 def _what(found: Description) -> str:
     spelling = _SPELLINGS.get(found.spelling or "", "")
     if found.kind == "lora":
-        total = sum(found.algorithms.values())
-        kinds = " and ".join(found.algorithms) or "adapter"
-        return f"{kinds} with {total} updates; {found.format or 'unknown'} format, {spelling}"
+        total = _number(sum(place.updates for place in found.places.values()), "update")
+        # Where a file is refused, the type may be another than the one prolora reads by that name.
+        said = map(_kind, found.algorithms) if found.supported else found.algorithms
+        kinds = " and ".join(said) or "adapter"
+        return f"{kinds}, {total}; {found.format or 'unknown'} format, {spelling}"
     if found.kind == "base":
-        return f"base model, {found.format}, {sum(found.modules.values())} weight matrices"
+        total = _number(sum(found.modules.values()), "weight matrix", "weight matrices")
+        return f"base model, {found.format}, {total}"
     return "neither an adapter nor a base model that prolora knows"
+
+
+def _kind(algorithm: str) -> str:
+    """`lora+dora` in words."""
+    plain, _, dora = algorithm.partition("+")
+    return ("DoRA on a " if dora else "") + algorithms.NAMES.get(plain, plain)
+
+
+def _number(count: int, one: str, several: str = "") -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def _size(size: int) -> str:
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if size >= unit
+    )  # fmt: skip
+    return f"{size / unit:.3g} {name}"
 
 
 def _family(found: Description) -> str:
@@ -86,16 +107,20 @@ def _verdict(found: Description) -> str:
     if found.kind == "base":
         return "reads it as --source and --target" if found.supported else f"no: {found.reason}"
     if not found.supported:
-        return f"cannot transfer it: {found.reason}"
+        return f"cannot transfer it: {(found.reason or '').removeprefix(f'{found.path}: ')}"
     if found.needs_base:
         return "can transfer it; its updates depend on the base it was trained on (--source)"
     return "can transfer it and convert it to any format that has its modules"
 
 
-def _beside(found: Description) -> Iterator[tuple[int, str]]:
-    words = {"bias": "trained bias", "norm": "trained weight of a normalisation layer"}
-    for kind, number in found.vectors.items():
-        yield number, words[kind]
+def _beside(found: Description) -> Iterator[tuple[str, str]]:
+    words = {
+        "bias": ("trained bias", "trained biases"),
+        "norm": ("weight of a normalisation layer", "weights of normalisation layers"),
+    }
+    said = [_number(number, *words[kind]) for kind, number in found.vectors.items()]
+    if said:
+        yield "also", " and ".join(said)
 
 
 def _places(found: Description) -> Table:

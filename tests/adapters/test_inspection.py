@@ -255,3 +255,22 @@ def test_a_pickle_and_a_file_that_is_cut_off_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UnsupportedFormat, match="cut off"):
         inspect(path)
+
+
+def test_the_t5_of_flux_is_described_in_the_place_it_is_read_to(tmp_path):
+    tensors = {}
+    for stem, out in (("lora_unet_double_blocks_0_img_attn_qkv", 9),
+                      ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", 3)):  # fmt: skip
+        tensors |= {f"{stem}.lora_up.weight": torch.ones(out, 2),
+                    f"{stem}.lora_down.weight": torch.ones(2, 4)}  # fmt: skip
+    places = inspect(save(tmp_path / "lora", tensors)).places
+    assert list(places) == ["transformer", "text_encoder_2"]
+    assert all(place.scales == {"1": 1} for place in places.values())
+
+
+def test_alphas_of_a_peft_folder_are_those_of_its_configuration(tmp_path):
+    adapters.write(adapter_of(LINEAR, [4, 2]), tmp_path / "out", format="peft")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config |= {"lora_alpha": 1, "alpha_pattern": {"to_q": 3}}
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    assert inspect(tmp_path / "out").alphas == {"1": 5, "3": 1}

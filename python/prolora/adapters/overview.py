@@ -53,7 +53,7 @@ class Overview:
         foreign: path -> rank of LoRA factors on modules that are not known.
         reason: why the file is refused, None if it is not.
         contents: the file's layout, None if it is refused.
-        alphas: name -> alpha.
+        alphas: name -> alpha, of the file or of PEFT's configuration.
         scales: name -> the factor in front of the update.
     """
 
@@ -146,14 +146,6 @@ def look_over(source: Source) -> Overview:
     found = Overview()
     for key, header in source.headers.items():
         _sort(key, header.shape, found)
-    for name, roles in found.roles.items():
-        shapes = {role: source.headers[key].shape for role, key in roles.items()}
-        form = algorithms.form(shapes) if algorithms.missing(shapes.keys()) is None else None
-        if form:
-            found.forms[name] = form
-        alpha = roles.get("alpha")
-        if alpha is not None and math.prod(source.headers[alpha].shape) == 1:
-            found.alphas[name] = source.read(alpha).double().item()
     if not found.is_adapter:
         return found
     try:
@@ -162,7 +154,33 @@ def look_over(source: Source) -> Overview:
         found.contents = contents
     except ProLoRAError as error:
         found.reason = str(error)
+        _guess_forms(source, found)
+    else:
+        _take_over(contents, found)
+    for name, roles in found.roles.items():
+        alpha = roles.get("alpha")
+        if alpha is not None and math.prod(source.headers[alpha].shape) == 1:
+            found.alphas[name] = source.read(alpha).double().item()
     return found
+
+
+def _take_over(contents: Contents, found: Overview) -> None:
+    """What is known of a sound file; which encoder a T5 is, the keys alone do not tell."""
+    found.modules = {slot.module.name: slot.module for slot in contents.slots}
+    found.roles = {slot.module.name: slot.keys for slot in contents.slots}
+    found.forms = {slot.module.name: slot.form for slot in contents.slots}
+    found.alphas = {
+        slot.module.name: slot.peft.alpha(slot.module.local) for slot in contents.slots if slot.peft
+    }
+
+
+def _guess_forms(source: Source, found: Overview) -> None:
+    """The shapes of a refused file, where they go together."""
+    for name, roles in found.roles.items():
+        shapes = {role: source.headers[key].shape for role, key in roles.items()}
+        form = algorithms.form(shapes) if algorithms.missing(shapes.keys()) is None else None
+        if form:
+            found.forms[name] = form
 
 
 def _sort(key: str, shape: tuple[int, ...], found: Overview) -> None:

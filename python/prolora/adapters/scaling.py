@@ -96,12 +96,14 @@ class PeftScaling:
         """The rank of module `name` (its name within the component)."""
         return int(self.ranks.get(name, self.rank_default))
 
+    def alpha(self, name: str) -> float:
+        """The alpha of module `name`."""
+        return self.alphas.get(name, self.alpha_default)
+
     def scale(self, name: str) -> float:
         """α/r, or α/√r for rsLoRA."""
         rank = self.rank(name)
-        return self.alphas.get(name, self.alpha_default) / (
-            math.sqrt(rank) if self.rslora else rank
-        )
+        return self.alpha(name) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
