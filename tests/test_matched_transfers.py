@@ -194,6 +194,19 @@ def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form(
         assert done.adapter.kernels == kernels
 
 
+def test_nothing_is_written_where_no_block_is_recognised(tmp_path):
+    lora, source, _ = write_case(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    apart = {n: torch.randn(w.shape, generator=generator) for n, w in target_weights().items()}
+    for method in ("auto", "copy"):
+        with pytest.raises(UnrelatedBases, match="No-go: no transformer block"):
+            prolora.transfer_file(
+                lora, source, apart, tmp_path / "out.safetensors",
+                match="similarity", method=method,
+            )  # fmt: skip
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_several_loras_are_matched_once(tmp_path, monkeypatch):
     lora, source, target = write_case(tmp_path)
     twin = tmp_path / "twin.safetensors"

@@ -275,6 +275,7 @@ def compare(
 
     Raises:
         UnsupportedFormat: the two bases share no adaptable module of equal shape.
+        UnrelatedBases: blocks were matched by similarity, and none was recognised.
         NonFiniteWeights: NaN or Inf, named.
     """
     source, target = open_base(source), open_base(target)
@@ -286,8 +287,10 @@ def compare(
         for t, s in partners.items()
         if matrix_shape(source.shapes[s]) == matrix_shape(target.shapes[t])
     }
+    if isinstance(match, Matching):
+        match.check_any(source, target)
     if not equal:
-        raise UnsupportedFormat(_nothing_shared(source, target, partners, match))
+        raise UnsupportedFormat(_nothing_shared(source, target, partners))
     taken = set(partners.values())
     factorise = BasisCache(cache).bases if cache else truncated_svd
     rows = []
@@ -306,15 +309,8 @@ def compare(
     )  # fmt: skip
 
 
-def _nothing_shared(source: Base, target: Base, partners: Mapping[str, str], match: Match) -> str:
+def _nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
     """Why there is nothing to compare."""
-    if isinstance(match, Matching):
-        best = max((decision.score for decision in match.decisions), default=_NAN)
-        return (
-            f"no transformer block of {target.name} overlaps with one of {source.name} beyond "
-            f"chance (the best by {best:.2f}, where 1 is equal): no-go, these bases were trained "
-            "apart, or the target drifted too far to tell"
-        )
     if partners:
         return (
             f"every pair of {source.name} and {target.name} has different widths: no published "

@@ -95,6 +95,7 @@ def make_plan(
     Raises:
         UnsupportedFormat: a module the source base does not have; a match that is not understood;
             two architectures of which no blocks correspond.
+        UnrelatedBases: blocks were matched by similarity, and none was recognised.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
             over because every shape differs.
     """
@@ -104,6 +105,8 @@ def make_plan(
     found, plan.rule = feeds(source, target, match)
     plan.table = found
     if isinstance(match, Matching):
+        if own:
+            match.check_any(source, target)
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if dropped == "sum":
         plan.summed = _neighbours(own, found, source, target)

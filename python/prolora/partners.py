@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .bases import Base, correspondence
 from .bases.describe import adaptable_shapes, describe, kind
-from .errors import UnsupportedFormat
+from .errors import UnrelatedBases, UnsupportedFormat
 
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
 
@@ -73,6 +73,17 @@ class Matching:
         found = sum(decision.source is not None for decision in self.decisions)
         least = f", least margin {min(margins):.3f}" if margins else ""
         return f"similarity: {found} of {len(self.decisions)} blocks matched{least}"
+
+    def check_any(self, source: Base, target: Base) -> None:
+        """Raises UnrelatedBases if no block was recognised."""
+        if any(decision.source for decision in self.decisions):
+            return
+        best = max((decision.score for decision in self.decisions), default=math.nan)
+        raise UnrelatedBases(
+            f"No-go: no transformer block of {target.name} overlaps with one of {source.name} "
+            f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
+            "apart, or the target drifted too far to tell; --match name pairs equal names"
+        )
 
 
 Match = str | PathLike[str] | Mapping[str, str] | Matching
