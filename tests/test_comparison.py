@@ -125,10 +125,11 @@ def test_the_verdict_needs_no_decomposition(monkeypatch):
 
 def test_subspaces_are_kept_for_the_transfer_that_follows(tmp_path, monkeypatch):
     lora, source, target = write_case(tmp_path)
-    comparison.compare(source, target, rank=0.99, cache=tmp_path / "cache")
+    options = {"rank": 0.9, "cache": tmp_path / "cache"}
+    comparison.compare(source, target, **options)
     calls = []
     monkeypatch.setattr(cache, "truncated_svd", lambda *a: calls.append(a))
-    done = prolora.transfer(lora, source, target, method="prolora", cache=tmp_path / "cache")
+    done = prolora.transfer(lora, source, target, method="prolora", **options)
     assert done.report.totals["mapped"] == 8 and not calls
 
 

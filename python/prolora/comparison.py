@@ -171,8 +171,7 @@ class Comparison:
             said.append(
                 f"Leading subspaces overlap {self.mean('above'):.2f} above chance (0 unrelated, 1 "
                 f"equal): from {overlaps[least]:.2f} in {least} to {most:.2f}; {passing} of "
-                f"{len(self.modules)} pairs pass the threshold Φ ≥ {DEFAULT_THRESHOLD} of the "
-                "projecting methods."
+                f"{len(self.modules)} pairs reach Φ ≥ {DEFAULT_THRESHOLD} on both sides."
             )
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE]
         if strangers and self.verdict.related:
