@@ -46,3 +46,30 @@ def test_a_dora_moves_as_merged_minus_base(case, tmp_path):
 def test_a_dry_run_plans_a_dora(case):
     report = plan_report(*case)
     assert report.totals["mapped"] == 8 and (report.vectors, len(report.left_out)) == (8, 4)
+
+
+def test_a_dry_run_reads_no_weight_and_factors_nothing(case, monkeypatch):
+    from prolora.adapters import truncation
+    from prolora.bases import Base
+
+    def never(*_):
+        raise AssertionError("a dry run did work")
+
+    monkeypatch.setattr(Base, "read", never)
+    for name in ("from_dense", "from_product", "from_kronecker"):
+        monkeypatch.setattr(truncation, name, never)
+    done = plan_report(*case)
+    assert {(row.source, row.target, row.shape) for row in done.rows("mapped")} == {
+        (name, name, shape) for name, shape in shapes(2).items()
+    }
+
+
+def test_a_dry_run_refuses_what_a_transfer_would(case):
+    lora, source, target = case
+    tensors = lora_tensors()
+    stem = "lora_unet_" + next(iter(shapes(3))).replace(".", "_")
+    tensors[f"{stem}.dora_scale"] = torch.ones(7, 1)
+    save_file(tensors, lora)
+    for run in (plan_report, prolora.transfer):
+        with pytest.raises(prolora.ShapeMismatch, match="DoRA magnitudes"):
+            run(lora, source, target)

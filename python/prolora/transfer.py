@@ -167,14 +167,17 @@ def transfer_file(
 
 
 def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
-    """What `transfer` would map, skip and refuse, from headers alone: no weight is read.
+    """What `transfer` would map, skip and refuse: no weight is read and nothing is factored.
+
+    Ranks and energies are those of a LoRA's own factors; what first has to be made one (DoRA, LoHa,
+    full differences …) counts with the rank the file states and no energy.
 
     The similarity threshold needs weights, so modules it would skip still count as mapped here.
     Matching by similarity needs them too: it alone reads them.
     """
     chosen = Options(**options)
     source, target = open_base(source), open_base(target)
-    adapter = _read(lora, source)
+    adapter = lora if isinstance(lora, Adapter) else adapters.outline(lora, source.shapes)
     plan = _plan(adapter, source, target, chosen)
     report = _blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True

@@ -379,3 +379,13 @@ def test_two_kinds_on_one_module_are_refused(extra):
 def test_a_boft_is_refused_by_name():
     with pytest.raises(UnsupportedFormat, match="BOFT"):
         adapters.read({"lora_unet_conv_in.oft_blocks": torch.ones(2, 3, 4, 4)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_outline_has_the_modules_shapes_and_kernels_of_the_adapter(kind):
+    _, base, tensors = trained(kind)
+    where = KINDS[kind][2]
+    found = adapters.outline(tensors, {where: tuple(base.weight.shape)})
+    whole = read(tensors, base, where)
+    assert found.updates[where].shape == whole.updates[where].shape
+    assert (found.kernels, found.algorithms) == (whole.kernels, whole.algorithms)

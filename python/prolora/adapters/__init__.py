@@ -1,7 +1,7 @@
 """LoRA files <-> `Adapter`."""
 
 from .adapter import Adapter
-from .reading import read
+from .reading import outline, read
 from .writing import check_format, write
 
-__all__ = ["Adapter", "check_format", "read", "write"]
+__all__ = ["Adapter", "check_format", "outline", "read", "write"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from .truncation import Factored
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+Shape = tuple[int, ...]
 ReadWeight = Callable[[str], Tensor]
 """Canonical module name -> weight of the base model; KeyError where it has none."""
 
@@ -78,6 +83,34 @@ def read(
     return found
 
 
+def outline(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Adapter:
+    """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
+
+    LoRAs and LoCons are read in full. An update of any other kind is zeros of its shape, of the
+    rank the file states (1 where it states none).
+
+    Args:
+        source: as for `read`.
+        shapes: canonical module name -> shape of the base model's weight.
+
+    Raises:
+        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read` does, as far as it gets.
+    """
+    opened = open_source(source)
+    contents = lay_out(opened)
+    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
+    found = _empty(contents, opened)
+    for slot in contents.slots:
+        roles = slot.keys.keys()
+        if algorithms.family_of(roles) == "lora" and not algorithms.needs_base(roles):
+            _add(found, slot, scales[slot.module.name], opened, None)
+        else:
+            _add_zeros(found, slot, shapes, opened)
+    for vector in contents.vectors:
+        found.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
+    return found
+
+
 def _check_independent(contents: Contents, source: Source) -> None:
     """Refuses, with no base at hand, an update that depends on its weights."""
     for slot in contents.slots:
@@ -121,10 +154,7 @@ def _add(
     if algorithms.needs_base(slot.keys.keys()):
         weight = _base_weight(slot, read_weight, where)
         if weight is None:
-            why = algorithms.needs_base_reason(slot.keys.keys())
-            adapter.left_out[slot.module.name] = (
-                f"its update is {why}, and this base holds no such text encoder"
-            )
+            _leave_out(adapter, slot)
             return
         kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
         algorithm = slot.form.algorithm
@@ -135,6 +165,14 @@ def _add(
     update = LowRank(found.update.up.float(), found.update.down.float())
     if not (update.up.isfinite().all() and update.down.isfinite().all()):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
+    _put(adapter, slot, update, kernel, found.kept, where)
+
+
+def _put(
+    adapter: Adapter, slot: Slot, update: LowRank, kernel: tuple[int, int] | None, kept: float,
+    where: str,
+) -> None:  # fmt: skip
+    """Puts an update into the adapter, that of a fused weight part by part."""
     matrix = slot.module.matrix
     parts = flux.split(matrix, update, where) if matrix else {slot.module.name: update}
     for name, part in parts.items():
@@ -143,8 +181,32 @@ def _add(
             adapter.kernels[name] = kernel
         if slot.kind != "lora":
             adapter.algorithms[name] = slot.kind
-        if found.kept < 1:
-            adapter.kept_energy[name] = found.kept
+        if kept < 1:
+            adapter.kept_energy[name] = kept
+
+
+def _add_zeros(adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source: Source) -> None:
+    """A slot's modules with updates of the right shape and no content."""
+    where = f"{source.where}: {slot.module.name}"
+    inputs, kernel = slot.form.inputs, slot.kernel
+    if algorithms.needs_base(slot.keys.keys()):
+        found = _of_base(slot, shapes.__getitem__, where)
+        if found is None:
+            _leave_out(adapter, slot)
+            return
+        _check_fit(slot, found, where)
+        magnitudes = {
+            role: torch.empty(source.headers[key].shape, device="meta")
+            for role, key in slot.keys.items()
+            if role in ("dora_scale", "magnitude")
+        }
+        if magnitudes:
+            merging.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
+        inputs = math.prod(found[0][1:])
+        kernel = (found[0][2], found[0][3]) if len(found[0]) == 4 else None
+    rank = max(1, slot.form.rank)
+    zeros = LowRank(torch.zeros(slot.form.out, rank), torch.zeros(rank, inputs))
+    _put(adapter, slot, zeros, kernel, 1.0, where)
 
 
 def _scaled(update: LowRank, scale: float, slot: Slot, source: Source) -> LowRank:
@@ -158,16 +220,23 @@ def _scaled(update: LowRank, scale: float, slot: Slot, source: Source) -> LowRan
     return LowRank(up, update.down)
 
 
-def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tensor | None:
-    """The weight the update is added to, float64, in the row order of the file.
+def _leave_out(adapter: Adapter, slot: Slot) -> None:
+    """Names an update that depends on a text encoder the base does not hold."""
+    why = algorithms.needs_base_reason(slot.keys.keys())
+    adapter.left_out[slot.module.name] = (
+        f"its update is {why}, and this base holds no such text encoder"
+    )
+
+
+def _of_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:
+    """What the base has for every module of a slot.
 
     None for a module of a text encoder that the base does not hold: many bases come without.
     """
-    assert read_weight is not None  # _check_independent
-    parts = []
+    found = []
     for name in slot.module.modules:
         try:
-            weight = read_weight(name)
+            found.append(get(name))
         except KeyError as error:
             if names.place(name) in names.TEXT_ENCODERS:
                 return None
@@ -175,15 +244,27 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
                 f"{where}: the update depends on the weight of {name}, which the source base does "
                 "not have; is this the base it was trained on?"
             ) from error
-        parts.append(weight.detach().to("cpu", torch.float32).double())
-    same = len({part.shape[1:] for part in parts}) == 1
-    whole = torch.cat(parts) if same else parts[0]
-    if slot.module.matrix and slot.module.matrix.swapped:
-        whole = flux.swapped_halves(whole)
-    out, inputs = whole.shape[0], whole.shape[1:].numel()
+    return found
+
+
+def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
+    """The parts of a weight must be those of the update."""
+    out, inputs = sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
+    same = len({shape[1:] for shape in shapes}) == 1
     if not same or out != slot.form.out or slot.form.inputs not in (0, inputs):
         raise ShapeMismatch(
             f"{where}: the update is {slot.form.out}×{slot.form.inputs or '?'}, but the weight it "
-            f"depends on is {list(whole.shape)}"
+            f"depends on is {[out, *shapes[0][1:]]}"
         )
-    return whole
+
+
+def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tensor | None:
+    """The weight the update is added to, float64, in the row order of the file; see `_of_base`."""
+    assert read_weight is not None  # _check_independent
+    parts = _of_base(slot, read_weight, where)
+    if parts is None:
+        return None
+    _check_fit(slot, [tuple(part.shape) for part in parts], where)
+    whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
+    swapped = slot.module.matrix is not None and slot.module.matrix.swapped
+    return flux.swapped_halves(whole) if swapped else whole

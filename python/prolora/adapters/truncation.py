@@ -43,7 +43,8 @@ def from_dense(delta: Tensor) -> Factored:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         used = max(1, int((s > _ROUNDING * s[0]).sum()))
         return Factored(LowRank(*balanced(u[:, :used], s[:used], vt[:used].mT)))
-    basis = truncated_svd(delta, MAX_RANK)
+    # Single precision is as fine as the result is stored, and far finer than what is cut.
+    basis = truncated_svd(delta.float(), MAX_RANK)
     s = basis.S.double()
     kept = _columns(s, size)
     share = s[:kept].square().sum().item() / size if size else 1.0
