@@ -16,8 +16,8 @@ from .bases.cache import BasisCache
 from .bases.modules import is_adaptable, matrix_shape, place
 from .errors import NonFiniteWeights, UnsupportedFormat
 from .linalg.basis import truncated_svd
+from .linalg.choice import Rank
 from .linalg.subspaces import basis_similarity
-from .linalg.triplets import Rank
 from .matching import resolve
 from .options import AUTO, DEFAULT_THRESHOLD, Options
 from .pairing import Match, feeds

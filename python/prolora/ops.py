@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _C
 from .errors import ShapeMismatch
+from .spread import spread
 
 MAX_SVD_COLUMNS: int = _C.max_svd_columns
 
@@ -121,8 +122,8 @@ def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, T
 # measured on one core of a Xeon with AVX-512, best of ten, with other load on the machine:
 #   split_project  float32, r = 32 to 64: 0.8 to 1.05, with less memory; r = 256: 0.7.
 #                  float64, r = 32: 0.85; k = 640, r = 64: 0.6; r = 256: 0.5.
-#   small_svd      n = 8: 1.9; 16: 1.3; 32: 0.8; 64: 0.5; 128: 0.3, so about 24/n a core; but torch
-#                  takes one matrix after the other, and ours spread over the threads.
+#   small_svd      n = 8: 1.9; 16: 1.3; 32: 0.8; 64: 0.5; 128: 0.3, so about 24/n. Both are spread
+#                  over the threads, so the crossing does not depend on their number.
 _MANY_COLUMNS = 64
 _MANY_FLOPS = 5e7
 _LAPACK_COLUMNS = 24
@@ -142,13 +143,23 @@ def _overlap(us: Tensor, ut: Tensor) -> Tensor:
 
 
 def _small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    b, _, n = a.shape
-    if a.is_cpu and n > _LAPACK_COLUMNS * min(b, torch.get_num_threads()):
+    if a.is_cpu and len(a) and a.shape[2] > _LAPACK_COLUMNS:
         return _lapack_svd(a)
     return run_small_svd(_C, a, a.is_cuda)
 
 
 def _lapack_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.linalg.svd, the stack shared out over the threads.
+
+    torch takes one matrix after the other, and at these sizes LAPACK has no use for a second
+    thread.
+    """
+    parts = spread(_lapack_svd_of, list(a.tensor_split(min(len(a), torch.get_num_threads()))))
+    u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return u, s, v
+
+
+def _lapack_svd_of(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """torch.linalg.svd, with the promises of small_svd: noise is 0, non-finite gives NaN."""
     n = a.shape[2]
     finite = a.isfinite().all(dim=(1, 2), keepdim=True)  # [b, 1, 1]

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 
-from .linalg.basis import check_rank
-from .linalg.triplets import Rank
+from .linalg.choice import Rank, check_rank
 from .pairing import Match
 from .projection import DEFAULT_RANK, METHODS
 

@@ -18,10 +18,10 @@ from .errors import NonFiniteWeights, ShapeMismatch
 from .linalg import recompression
 from .linalg.arrays import like, to_tensor
 from .linalg.basis import Basis, truncated_svd
+from .linalg.choice import Rank
 from .linalg.lowrank import LowRank
 from .linalg.precision import is_finite, working_dtype
 from .linalg.subspaces import Similarity, basis_similarity
-from .linalg.triplets import Rank
 
 DEFAULT_RANK: Rank = 0.9
 """The rank rule where the caller gives none: the columns that hold 90 % of a weight's energy.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import OutputError, ProLoRAError
 from ..linalg.basis import FACTORS, FACTS, Basis, stack_bases, truncated_svd
-from ..linalg.triplets import Rank
+from ..linalg.choice import Rank
 from ..storage import SafetensorsFile, write_safetensors
 
 # Part of every name: raise it when an algorithm's results change.

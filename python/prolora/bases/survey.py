@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from ..linalg.basis import truncated_svd
-from ..linalg.triplets import Rank
+from ..linalg.choice import Rank
 from . import open_base
 from .cache import BasisCache
 from .modules import is_adaptable, matrix_shape

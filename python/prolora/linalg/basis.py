@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeights, ShapeMismatch
-from . import krylov
+from ..spread import spread
+from . import gram, krylov
 from .arrays import to_tensor
+from .choice import Rank, check_rank
+from .dense import dense_triplets
 from .precision import working_dtype
-from .triplets import EPS, Rank, Triplets, dense_triplets, rounding_error
+from .refinement import Refined
+from .triplets import Triplets, stacked
 
 # The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
 FACTORS = ("U", "S", "V")
 FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
-# float64 working set of one chunk of a stack, in bytes.
-CHUNK_BYTES = 64 << 20
+# Bytes in float64 of the matrices that are worked on together: what a core's cache holds (so of
+# large ones one at a time), and what keeps a GPU busy.
+CPU_CHUNK_BYTES = 2 << 20
+GPU_CHUNK_BYTES = 1 << 30
+# Entries up to 2^±this need no scaling.
+LARGEST_EXPONENT = 24
 
 
 @dataclass(frozen=True)
@@ -84,14 +92,22 @@ def _batched(basis: Basis) -> Basis:
     return Basis(**fields, rungs=basis.rungs)
 
 
-def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
+def truncated_svd(
+    W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0, snap: bool = False
+) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
 
-    A ladder of algorithms. Few columns of a large matrix (k ≤ d/8, d ≥ 768) come from an adaptive
-    block Krylov iteration; everything else, and whatever that leaves unproven, from the Gram matrix
-    of the short side and its eigenvectors in float64; a spectrum that this cannot resolve (σ_k/σ_1
-    below 1e-5) from LAPACK's SVD in float64. The bound is computed from the residuals of what is
-    returned, so it holds whichever algorithm ran.
+    A ladder of algorithms, and every result says which one gave it (`rungs`):
+
+    - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
+      adaptive depth;
+    - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
+      step with float64 residuals takes out (d ≥ 384, on the CPU);
+    - "gram-f64": the same in float64 throughout;
+    - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
+
+    What one rung cannot prove to `tol`, the next one computes. The bound is computed from the
+    residuals of what is returned. On the CPU the matrices of a stack share out the threads.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
@@ -99,9 +115,13 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
             numerical rank of W: directions that W does not have are not made up.
         tol: `ok` where bound ≤ tol.
         seed: of the Krylov iteration's starting block; the dense algorithms need none.
+        snap: move each matrix's cut by up to 5 % of its columns to where the gap between
+            neighbouring singular values is widest: the subspace then depends least on how W was
+            rounded.
 
     Returns:
-        A Basis; U, S, V are float64 for float64 weights and float32 otherwise.
+        A Basis; U, S, V are float64 for float64 weights and float32 otherwise. The same call gives
+        the same bits, for a given device and number of threads.
 
     Raises:
         ValueError: a rank that is neither.
@@ -113,98 +133,102 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
+    exponents = _exponents(stack)
     size = stack.shape[-2] * stack.shape[-1] * 8
-    chunk = max(1, CHUNK_BYTES // size)
-    parts = [_chunk_basis(part, rank, tol, seed) for part in stack.split(chunk)]
+    chunk = max(1, (CPU_CHUNK_BYTES if stack.is_cpu else GPU_CHUNK_BYTES) // size)
+    jobs = list(zip(stack.split(chunk), exponents.split(chunk), strict=True))
+    parts = spread(lambda job: _chunk_basis(*job, rank, tol, seed, snap), jobs)
     return _gather(parts, weight.shape[:-2])
 
 
-def check_rank(rank: Rank) -> None:
-    """Raises ValueError unless rank is an int ≥ 1 or a float in (0, 1)."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    share = isinstance(rank, float) and 0 < rank < 1
-    if not (whole or share):
-        raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {rank!r}")
+def _exponents(stack: Tensor) -> Tensor:
+    """[b], e with the largest entry of each matrix [b, m, n] between 2^(e-1) and 2^e.
 
-
-def _chunk_basis(stack: Tensor, rank: Rank, tol: float, seed: int) -> Basis:
-    """One chunk [b, m, n], through the ladder."""
-    w = stack.double()
-    scale = w.abs().amax((-2, -1), keepdim=True)  # NaN and Inf come through
-    bad = (~scale.isfinite()).flatten().nonzero().flatten().tolist()
+    Raises:
+        NonFiniteWeights: names the matrices that hold NaN or Inf.
+    """
+    values = stack.float() if stack.element_size() == 1 else stack  # float8 has no maximum
+    scale = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1)))
+    bad = (~scale.isfinite()).nonzero().flatten().tolist()  # NaN comes through
     if bad:
         raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of W")
-    # Down to the range where neither σ² nor a sum of squares over- or underflows.
-    w = w / torch.where(scale > 0, scale, 1.0)
+    return torch.frexp(scale.double())[1]
+
+
+def _chunk_basis(
+    stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int, snap: bool
+) -> Basis:
+    """One chunk [b, m, n], through the ladder."""
+    w = stack.double()
+    # Down to the range where neither σ² nor a sum of squares over- or underflows; by a power of
+    # two, so that float32 still holds the same values.
+    scaled = bool((exponents.abs() > LARGEST_EXPONENT).any())
+    if scaled:
+        w = torch.ldexp(w, -exponents[:, None, None])
     wide = w.shape[-1] >= w.shape[-2]
     w = w if wide else w.mT  # [b, d, n], d ≤ n, from here on
-    found, quality = _ladder(w, rank, tol, seed)
     dtype = working_dtype(stack.dtype)
+    single = None  # w in float32, where that is exact
+    if dtype == torch.float32:
+        single = w.float() if scaled else (stack.float() if wide else stack.float().mT)
+    norm = torch.linalg.matrix_norm(w)
+    found = _ladder(w, single, norm, rank, tol, seed, snap)
+    safe_norm = torch.where(norm > 0, norm, 1.0)
+    last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    bound = found.angle
     short, long = found.short.to(dtype), found.long.to(dtype)
     for exact, stored in ((found.short, short), (found.long, long)):
-        moved = torch.linalg.matrix_norm(exact - stored.double())
-        quality["bound"] = (quality["bound"] + moved).clamp_max(1)
+        if exact.dtype != dtype:
+            bound = bound + torch.linalg.matrix_norm(exact - stored.double())
+    values = torch.ldexp(found.s, exponents[:, None]) if scaled else found.s
     return Basis(
         U=short if wide else long,
         V=long if wide else short,
-        S=(found.s * scale.squeeze(-1)).to(dtype),
+        S=values.to(dtype),
         rank=found.count,
-        ok=quality["bound"] <= tol,
-        rungs=tuple(found.rungs),
-        **quality,
+        energy=(found.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
+        residual=found.residual / safe_norm,
+        gap=torch.where(last > 0, (last - found.following) / last.clamp_min(1e-300), 1.0),
+        bound=bound.clamp_max(1),
+        ok=bound <= tol,
+        rungs=found.rungs,
     )
 
 
-def _ladder(w: Tensor, rank: Rank, tol: float, seed: int) -> tuple[Triplets, dict[str, Tensor]]:
-    """Krylov where few columns are wanted; what it leaves unproven is factorised densely."""
-    found = None
-    if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
-        found = krylov.krylov_triplets(w, rank, tol, seed)
-    if found is None:
-        found = dense_triplets(w, rank)
-        return found, _quality(w, found)
-    quality = _quality(w, found)
-    unproven = (quality["bound"] > tol).nonzero().flatten()
-    if len(unproven):
-        found = found.replaced(unproven, dense_triplets(w[unproven], rank))
-        quality = _quality(w, found)
-    return found, quality
+def _ladder(
+    w: Tensor,
+    single: Tensor | None,
+    norm: Tensor,
+    rank: Rank,
+    tol: float,
+    seed: int,
+    snap: bool,
+) -> Triplets:
+    """Each matrix of w [b, d, n] by the first rung that proves its result."""
+    found: dict[int, Triplets] = {}
 
+    def take(i: int, one: Refined | None, rung: str) -> None:
+        if one is not None and one.angle <= tol:
+            found[i] = one.triplets(rung)
 
-def _quality(w: Tensor, found: Triplets) -> dict[str, Tensor]:
-    """Residual, gap, energy and bound of triplets of w [b, d, n], before they are stored.
-
-    Each vector i has residuals ρ_i² = ‖wv − σu‖² + ‖wᵀu − σv‖². Its distance from the subspace of
-    the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix
-    [0 w; wᵀ 0]), and the sine of the largest angle at most the root of the sum of squares.
-    """
-    d, n = w.shape[-2:]
-    k = found.s.shape[-1]
-    norm = torch.linalg.matrix_norm(w)
-    safe_norm = torch.where(norm > 0, norm, 1.0)
-    right = torch.linalg.vector_norm(w @ found.long - found.short * found.s[:, None], dim=1)
-    used = torch.arange(k, device=w.device) < found.count[:, None]
-    # Rounding of the residuals themselves, spread evenly over the vectors.
-    floor = (rounding_error(w) / max(1, k) ** 0.5)[:, None]
-    rho = (right.square() + found.left.square()).sqrt() + floor
-    distance = found.s - found.ceiling[:, None]
-    sines = torch.where(distance > 0, rho / distance.clamp_min(1e-300), 1.0) * used
-    # The stored columns are orthonormal only up to this: LAPACK's to a small multiple of eps, and
-    # those of the long side, wᵀu/σ, because VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ).
-    last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    total = torch.linalg.vector_norm(right, dim=-1)
-    skew = 20 * d * EPS + torch.where(last > 0, total / last.clamp_min(1e-300), 0.0)
-    angle = torch.linalg.vector_norm(sines, dim=-1) + skew
-    # A square matrix with every column kept spans everything, whatever its spectrum.
-    everything = (found.count >= d) & (d == n) | (norm == 0)
-    angle = torch.where(everything, torch.zeros_like(angle), angle)
-    left = torch.linalg.vector_norm(found.left, dim=-1)
-    return {
-        "energy": (found.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
-        "residual": torch.maximum(total, left) / safe_norm,
-        "gap": torch.where(last > 0, (last - found.following) / last.clamp_min(1e-300), 1.0),
-        "bound": angle.clamp_max(1),
-    }
+    if single is not None:
+        if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
+            leading = krylov.krylov_triplets(w, single, norm, rank, tol, seed, snap)
+            for i, one in enumerate(leading):
+                take(i, one, "krylov")
+        # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
+        if w.is_cpu and gram.suits(w, rank):
+            for i in range(len(w)):
+                if i not in found:
+                    one = gram.gram_triplets(w[i], single[i], float(norm[i]), rank, snap)
+                    take(i, one, "gram-f32")
+    missing = [i for i in range(len(w)) if i not in found]
+    if not found:
+        return dense_triplets(w, norm, rank, snap)
+    if missing:
+        rest = dense_triplets(w[missing], norm[missing], rank, snap)
+        found |= {i: rest.one(row) for row, i in enumerate(missing)}
+    return stacked([found[i] for i in range(len(w))])
 
 
 def _gather(parts: list[Basis], batch: torch.Size) -> Basis:

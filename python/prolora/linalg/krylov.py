@@ -2,9 +2,8 @@
 
 A basis of span{Y, GY, G²Y, …} with G = wwᵀ and Y a random block much narrower than k is grown until
 the Ritz vectors have converged (Musco & Musco 2015; a small block beats a wide one at equal cost:
-Chen, Epperly, Meyer, Musco, Rao 2025). Products run in float32; the last step, a Rayleigh-Ritz
-projection on the Ritz vectors and their image under G, in float64, so that what is returned and
-what is said of it do not carry the rounding of the iteration.
+Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32; `refine` then takes the rounding
+out and says how good the result is, and where it is not good enough the basis grows on.
 
 Randomised SVD with a fixed number of power iterations is the special case that never checks: on the
 spectra of diffusion weights its largest angle to the true subspace is 90°.
@@ -13,17 +12,34 @@ spectra of diffusion weights its largest angle to the true subspace is 90°.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .triplets import Triplets, rounding_error
+from .choice import columns, reach
+from .products import lower_gram, mirrored, times
+from .refinement import Refined, Ritz, refine
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
 MIN_DIMENSION = 768
 SHARE = 8
 # A basis beyond this share of the space costs more than factorising it.
 LARGEST_BASIS = 0.6
+# A basis of about this many times k is needed; from the first on it pays to look.
+USUAL_BASIS = 4
+FIRST_LOOK = 3.25
+# By so much the logarithm of the angle falls as the basis grows by k.
+USUAL_SLOPE = 6.0
+# A product with a narrow block takes this much longer a flop than one with a whole matrix.
+NARROW = 1.3
+# The refinement improves on the estimate of the iteration about this much.
+GAIN = 4
+# A block of width b finds at most b vectors of an eigenspace: as many values this close to each
+# other may hide more of them.
+CLUSTER = 1e-2
+# Columns of a panel that the others explain up to this are dropped.
+DEPENDENT = 1e-6
 
 
 def suits(d: int, k: int) -> bool:
@@ -31,136 +47,152 @@ def suits(d: int, k: int) -> bool:
     return d >= MIN_DIMENSION and k * SHARE <= d
 
 
-def krylov_triplets(w: Tensor, k: int, tol: float, seed: int) -> Triplets | None:
-    """The k leading triplets of w [b, d, n] (float64, d ≤ n), or None where the iteration gives up.
+def krylov_triplets(
+    w: Tensor, single: Tensor, norm: Tensor, k: int, tol: float, seed: int, snap: bool
+) -> list[Refined | None]:
+    """The leading triplets of w [b, d, n] (float64, d ≤ n), None where the iteration gives up.
 
     Args:
         w: the stack; all matrices share the depth that the hardest needs.
+        single: w in float32, equal to it.
+        norm: [b], ‖w‖_F.
         k: columns.
         tol: the sine of the largest principal angle to reach.
         seed: of the starting block; the same for every matrix, so that a stack equals its members.
+        snap: move k to the widest gap near it.
     """
-    b, d, _ = w.shape
-    block = max(8, min(64, k // 4))
-    guard = max(8, k // 8)
-    single = w.float()
-    start = torch.randn(d, block, generator=torch.Generator().manual_seed(seed))
-    basis = _grow(single, start.to(w.device).expand(b, -1, -1), k, guard, tol)
-    return None if basis is None else _polish(w, basis, k)
+    far = k + reach(k) if snap else k
+    found: list[Refined | None] = [None] * len(w)
+    for iterates in _iterate(single, norm, far, tol, seed):
+        for i, ritz in enumerate(iterates):
+            if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
+                cut = int(columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
+                found[i] = refine(w[i], single[i], float(norm[i]), ritz, cut)
+        if all(one is not None and one.angle <= tol for one in found):
+            break
+    return found
 
 
-def _grow(w: Tensor, start: Tensor, k: int, guard: int, tol: float) -> Tensor | None:
-    """Ritz vectors [b, d, k + guard] of wwᵀ once the first k have converged, in float32."""
-    b, d, _ = w.shape
-    width = start.shape[-1]
+def _iterate(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> Iterator[list[Ritz]]:
+    """Ritz vectors of wwᵀ for w [b, d, n] each time that the first k seem to have converged."""
+    b, d, n = w.shape
+    width = max(8, min(64, k // 4))
+    guard = max(16, min(32, k // 8))
     limit = int(LARGEST_BASIS * d)
-    q = _orthonormal(start)
-    if q is None:
-        return None
+    gram = mirrored(lower_gram(w)) if _gram_pays(d, n, USUAL_BASIS * k) else None
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(d, width, generator=generator).to(w.device).expand(b, -1, -1)
     basis = w.new_empty(b, d, limit)
-    projected = torch.zeros(b, limit, limit, dtype=torch.float64, device=w.device)
+    projected = w.new_zeros(b, limit, limit)
+    q = _orthonormal(random, basis[..., :0], norm.new_ones(b), random)
     basis[..., :width] = q
-    size, due, before = width, min(limit - width, max(k + guard, 3 * k)), None
+    size, due, before = width, min(limit - width, max(k + 2 * guard, int(FIRST_LOOK * k))), None
     while True:
         known = basis[..., :size]
-        image = w @ (w.mT @ q)
+        image = times(w, times(w.mT, q)) if gram is None else gram @ q
         # Classical Gram-Schmidt, twice: its coefficients are the new column of QᵀGQ.
         first = known.mT @ image
         image = image - known @ first
         second = known.mT @ image
         image = image - known @ second
-        column = (first + second).double()
+        column = first + second
         projected[:, :size, size - width : size] = column
         projected[:, size - width : size, :size] = column.mT
         if size >= due:
-            sine, vectors = _convergence(projected[:, :size, :size], image, k)
-            if sine <= tol:
-                return known @ vectors[..., : k + guard].float()
-            due = _next_check(size, sine, before, tol, 2 * width)
+            values, vectors = torch.linalg.eigh(projected[:, :size, :size])
+            values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
+            if _clustered(values[:, : k + 1], width):
+                return
+            coupling = torch.linalg.matrix_norm(image.double())
+            tails = torch.linalg.vector_norm(vectors[:, -width:], dim=1)
+            left = coupling[:, None] * tails  # [b, D], the residuals of the Ritz pairs
+            sine = _sine(values, left, k)
+            if sine <= GAIN * tol:
+                p, seen = k + guard, min(size, 2 * (k + guard))
+                ritz = known @ vectors[..., :seen]
+                values = values[:, :seen]
+                beyond = (norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
+                yield [
+                    Ritz(near, far, values[i], float(beyond[i]), float(left[i, p]), False)
+                    for i, (near, far) in enumerate(zip(ritz[..., :p], ritz[..., p:], strict=True))
+                ]
+            due = _next_check(size, sine, before, GAIN * tol, k, width)
             before = size, sine
         if size + width > limit:
-            return None
-        q = _orthonormal(image)
-        if q is None:
-            return None
+            return
+        scale = torch.linalg.matrix_norm(column).double()
+        q = _orthonormal(image, known, scale, random)
         basis[..., size : size + width] = q
         size += width
 
 
-def _convergence(projected: Tensor, image: Tensor, k: int) -> tuple[float, Tensor]:
-    """The largest estimate of the sine of the angle over the stack, and the Ritz vectors.
+def _gram_pays(d: int, n: int, size: int) -> bool:
+    """Whether to form wwᵀ once, for a basis of `size` columns, rather than pass through w twice."""
+    return 2.0 * d * d * n + NARROW * 2.0 * d * d * size < NARROW * 4.0 * d * n * size
+
+
+def _clustered(values: Tensor, width: int) -> bool:
+    """Whether `width` of the values [b, p], descending, lie close enough to hide more of them."""
+    first, last = values[:, : 1 - width or None], values[:, width - 1 :]
+    return bool((first - last <= CLUSTER * first).any())
+
+
+def _sine(values: Tensor, left: Tensor, k: int) -> float:
+    """An estimate of the sine of the angle to the true subspace: residual over gap.
+
+    The largest over the stack.
 
     Args:
-        projected: QᵀGQ [b, D, D], float64.
-        image: [b, d, c], what G maps the last block to outside the basis.
+        values: [b, D].
+        left: [b, D], the residuals: what couples a Ritz vector to what the basis lacks.
         k: columns that must have converged.
     """
-    values, vectors = torch.linalg.eigh(projected)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    # The residual of a Ritz pair is the coupling to what the basis lacks, times the last rows of
-    # its vector; its distance from the true subspace is at most residual over gap.
-    coupling = torch.linalg.matrix_norm(image.double())
-    tails = torch.linalg.vector_norm(vectors[:, -image.shape[-1] :, :k], dim=1)
     gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
-    sines = torch.linalg.vector_norm(coupling[:, None] * tails / gaps, dim=-1)
-    return float(sines.max()), vectors
+    return float(torch.linalg.vector_norm(left[:, :k].double() / gaps, dim=-1).max())
 
 
 def _next_check(
-    size: int, sine: float, before: tuple[int, float] | None, tol: float, step: int
+    size: int, sine: float, before: tuple[int, float] | None, tol: float, k: int, step: int
 ) -> int:
     """The size of the basis at which to look again.
 
     A look costs an eigenproblem of the basis, so it is not taken after every block: the logarithm
     of the angle falls about linearly with the size.
     """
-    if before is None or not 0 < sine < before[1]:
-        return size + step
-    slope = math.log(before[1] / sine) / (size - before[0])
-    return size + min(max(step // 2, int(math.log(sine / tol) / slope)), 4 * step)
+    slope = USUAL_SLOPE / k
+    if before is not None and sine < before[1]:
+        slope = math.log(before[1] / sine) / (size - before[0])
+    return size + min(max(step, int(math.log(max(1.0, sine / tol)) / slope)), 4 * step)
 
 
-def _orthonormal(panel: Tensor) -> Tensor | None:
-    """CholQR2 of a panel [b, d, c] with the small Gram matrix in float64; None if it lacks rank."""
-    for _ in range(2):
-        wide = panel.double()
-        factor, failed = torch.linalg.cholesky_ex(wide.mT @ wide)
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        if bool(failed.any()) or bool((diagonal.amin(-1) <= 1e-6 * diagonal.amax(-1)).any()):
-            return None
-        panel = torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.float()
-    return panel
+def _orthonormal(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+    """Orthonormal columns for a panel [b, d, c] that is orthogonal to `known` already: CholQR2.
 
-
-def _polish(w: Tensor, ritz: Tensor, k: int) -> Triplets:
-    """Rayleigh-Ritz in float64 on the Ritz vectors and their image: the iteration's rounding goes.
-
-    Args:
-        w: [b, d, n], float64.
-        ritz: [b, d, p], p > k, float32.
-        k: columns to return.
+    The Gram matrix of the first pass is in float64, so that a condition of 1e6 is no trouble. What
+    is shorter than that, of `scale` [b], is rounding: see `_completed`.
     """
-    inner = ritz.double()
-    # [b, d, 2p]; one more step of the iteration, and free of its rounding.
-    space = torch.linalg.qr(torch.cat([inner, w @ (w.mT @ inner)], -1))[0]
-    image = w.mT @ space  # [b, n, 2p]
-    values, vectors = torch.linalg.eigh(image.mT @ image)
-    s = values.flip(-1).clamp_min(0).sqrt()
-    vectors = vectors.flip(-1)[..., : k + 1]
-    short, long = space @ vectors, image @ vectors / s[:, None, : k + 1].clamp_min(1e-300)
-    beyond = torch.linalg.vector_norm(
-        (w @ long[..., k:]).squeeze(-1) - short[..., k] * s[:, k : k + 1], dim=-1
-    )
-    following = s[:, k]
-    return Triplets(
-        short=short[..., :k].contiguous(),
-        long=long[..., :k].contiguous(),
-        s=s[:, :k],
-        count=torch.full((len(w),), k, device=w.device),
-        following=following,
-        # The value that follows is within its own residual of this one, if the iteration missed
-        # none: a random start misses a direction with probability zero.
-        ceiling=following + beyond + rounding_error(w),
-        left=torch.zeros_like(s[:, :k]),
-        rungs=["krylov"] * len(w),
-    )
+    q = panel
+    for precise in (True, False):
+        wide = q.double() if precise else q
+        factor, failed = torch.linalg.cholesky_ex((wide.mT @ wide).double())
+        least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+        if bool(failed.any()) or not bool((least > DEPENDENT * scale).all()):
+            return _completed(panel, known, scale, random)
+        eye = torch.eye(q.shape[-1], dtype=factor.dtype, device=q.device).expand_as(factor)
+        q = q @ torch.linalg.solve_triangular(factor, eye, upper=False).mT.float()
+        scale = torch.ones_like(scale)
+    return q
+
+
+def _completed(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+    """The same for a panel of lower rank: columns that the others explain give way to random ones.
+
+    The iteration has exhausted the space that its start reaches in these columns; a weight of low
+    rank has no more, and another one gets the chance to show what the start has missed.
+    """
+    lengths = torch.linalg.qr(panel.double())[1].diagonal(dim1=-2, dim2=-1).abs()
+    dropped = ~(lengths > DEPENDENT * scale[:, None])
+    q = torch.where(dropped[:, None], random, panel / scale.float()[:, None, None])
+    for _ in range(2):
+        q = torch.linalg.qr((q - known @ (known.mT @ q)).double())[0].float()
+    return q

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+EPS = torch.finfo(torch.float64).eps
+EPS32 = torch.finfo(torch.float32).eps
+
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """float64 where any operand is float64, else float32; torch promotes no float8 itself."""

@@ -12,8 +12,8 @@ from .. import ops
 from ..errors import ShapeMismatch
 from .arrays import like, to_tensor
 from .basis import Basis, truncated_svd
+from .choice import Rank
 from .precision import working_dtype
-from .triplets import Rank
 
 
 @dataclass(frozen=True)

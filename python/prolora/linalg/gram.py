@@ -1,0 +1,43 @@
+"""Leading singular triplets from the Gram matrix and its eigenvectors in float32, then repaired.
+
+Costs what the fastest inexact way costs, plus the repair; right wherever float32 leaves something
+to repair, and None where it does not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .choice import Rank, columns
+from .dense import eigh
+from .products import lower_gram
+from .refinement import Refined, Ritz, refine
+
+# Below this the eigensolver in float64 costs no more than the repair.
+MIN_DIMENSION = 384
+
+
+def suits(w: Tensor, rank: Rank) -> bool:
+    """Whether w [..., d, n] is large enough, and something is left to cut off."""
+    d = w.shape[-2]
+    return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
+
+
+def gram_triplets(w: Tensor, single: Tensor, norm: float, rank: Rank, snap: bool) -> Refined | None:
+    """Leading triplets of w [d, n], d ≤ n; `single` is w in float32, `norm` ‖w‖_F."""
+    d = w.shape[0]
+    values, vectors = eigh(lower_gram(single))
+    values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
+    k = int(columns(values.sqrt(), rank, snap))
+    if k >= d:
+        return None
+    p = min(d, k + max(16, min(32, k // 8)))
+    ritz = Ritz(vectors[:, :p], vectors[:, p:], values, None, 0.0, converged=True)
+    found = refine(w, single, norm, ritz, k)
+    if found is not None and isinstance(rank, float) and not snap:
+        # float32 may have misjudged which column is the first to reach the share.
+        energies = found.s.square().cumsum(0)
+        wanted = rank * norm**2 * (1 - 1e-12)
+        if energies[-1] < wanted or (k > 1 and energies[-2] >= wanted):
+            return None
+    return found
