@@ -128,7 +128,8 @@ def _iterate(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> Iterator
 
 def _gram_pays(d: int, n: int, size: int) -> bool:
     """Whether to form wwᵀ once, for a basis of `size` columns, rather than pass through w twice."""
-    return 2.0 * d * d * n + NARROW * 2.0 * d * d * size < NARROW * 4.0 * d * n * size
+    once = 1.25 * d * d * n  # five eighths of the full product: `lower_gram`
+    return once + NARROW * 2.0 * d * d * size < NARROW * 4.0 * d * n * size
 
 
 def _clustered(values: Tensor, width: int) -> bool:
