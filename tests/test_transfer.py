@@ -42,7 +42,8 @@ def expected_update(name, rank=0.9, method="prolora"):
 def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, method, format):
     lora, source, target = case
     out = tmp_path / ("out" if format == "peft" else "out.safetensors")
-    prolora.transfer_file(lora, source, target, out, method=method, format=format, threshold=0)
+    chosen = {"method": method, "format": format, "threshold": 0, "rank": 0.9}
+    prolora.transfer_file(lora, source, target, out, **chosen)
     back = prolora.adapters.read(out)
     assert set(back.updates) == set(shapes(2))
     for name, update in back.updates.items():
@@ -63,7 +64,7 @@ def test_every_module_ends_as_mapped_or_skipped_with_the_reason(case, tmp_path):
 
 def test_the_report_agrees_with_the_reference(case):
     lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     for row in done.report.rows("mapped"):
         m = row.measures
         expected = expected_update(row.source)
@@ -83,10 +84,10 @@ def test_the_report_agrees_with_the_reference(case):
 
 def test_pairs_below_the_threshold_get_no_update_and_keep_their_numbers(case):
     lora, source, target = case
-    free = prolora.transfer(lora, source, target, threshold=0, method="prolora").report
+    free = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9).report
     scores = sorted(min(r.measures.phi_left, r.measures.phi_right) for r in free.rows("mapped"))
     cut = (scores[2] + scores[3]) / 2
-    done = prolora.transfer(lora, source, target, threshold=cut, method="prolora")
+    done = prolora.transfer(lora, source, target, threshold=cut, method="prolora", rank=0.9)
     gated = [row for row in done.report.rows("skipped") if row.measures is not None]
     assert len(gated) == 3 and len(done.adapter.updates) == 5
     for row in gated:
@@ -101,14 +102,21 @@ def test_coverage_below_the_minimum_writes_nothing(case, tmp_path):
         prolora.transfer_file(lora, source, target, out, min_coverage=0.7, method="prolora")
     with pytest.raises(prolora.LowCoverage, match="after the threshold"):
         prolora.transfer_file(
-            lora, source, target, out, min_coverage=0.6, threshold=0.9999, method="prolora"
+            lora,
+            source,
+            target,
+            out,
+            min_coverage=0.6,
+            threshold=0.9999,
+            method="prolora",
+            rank=0.9,
         )
     assert not out.exists()
 
 
 def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch):
     lora, source, target = case
-    done = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     dry = plan_report(lora, source, target)
     assert dry.totals.keys() == done.report.totals.keys()
@@ -129,8 +137,10 @@ def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
 
 def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
     lora, source, target = case
-    whole = prolora.transfer(lora, source, target, threshold=0, method="prolora")
-    cut = prolora.transfer(lora, source, target, threshold=0, out_rank=4, method="prolora")
+    whole = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    cut = prolora.transfer(
+        lora, source, target, threshold=0, out_rank=4, method="prolora", rank=0.9
+    )
     for row in cut.report.rows("mapped"):
         assert row.rank_out <= 4
         full = whole.adapter.updates[row.target]
@@ -175,7 +185,7 @@ def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
 @pytest.mark.parametrize("kind", ["mapping", "module", "base"])
 def test_bases_and_loras_may_already_be_in_memory(case, kind):
     lora, source, target = case
-    expected = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    expected = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     bases = []
     for tensors in (source_weights(), target_weights()):
         if kind == "mapping":
@@ -195,16 +205,16 @@ def test_bases_and_loras_may_already_be_in_memory(case, kind):
                 linear.weight.data = tensor
                 node.add_module(last, linear)
             bases.append(root)
-    done = prolora.transfer(load_file(lora), *bases, threshold=0, method="prolora")
+    done = prolora.transfer(load_file(lora), *bases, threshold=0, method="prolora", rank=0.9)
     for name, update in done.adapter.updates.items():
         assert torch.equal(update.up, expected.adapter.updates[name].up)
 
 
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
-    together = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     monkeypatch.setattr(sys.modules["prolora.moving"], "STACK_BYTES", 1)
-    alone = prolora.transfer(lora, source, target, threshold=0, method="prolora")
+    alone = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     for name, update in alone.adapter.updates.items():
         torch.testing.assert_close(update.dense(), together.adapter.updates[name].dense(),
                                    atol=1e-6, rtol=1e-5)  # fmt: skip

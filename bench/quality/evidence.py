@@ -17,7 +17,7 @@ from results import COPIES, Mean, Row, Table, best, collect, recovered
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/quality.json"
-PAGE = ROOT / "docs/evidence.md"
+PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
 METHODS = {
@@ -77,6 +77,14 @@ def methods_table(table: Table) -> str:
     rows.insert(1, ["copy, best fixed strength for the kind", *fixed])
     ceiling = ["*ceiling: strengths by module fitted to the target's data, one seed*"]
     rows.append([*ceiling, *(cell(table.where(kind=k, seed=0).share("ceiling")) for k in KINDS)])
+    return markdown(["", *KINDS], rows)
+
+
+def readme_table(table: Table) -> str:
+    shown = ("copy, strength 1", "**auto**", "`blocks`", "`prolora`", "`lora-x`")
+    rows = [
+        [name, *(cell(table.where(kind=k).share(METHODS[name])) for k in KINDS)] for name in shown
+    ]
     return markdown(["", *KINDS], rows)
 
 
@@ -208,6 +216,15 @@ def _rate(name: str, some: list, whole: list) -> list[str]:
     return [name, str(len(some)), str(len(whole)), share]
 
 
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The page with each table between its marks, <!-- name --> and <!-- end -->."""
+    for name, table in tables.items():
+        marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
+        text = f"<!-- {name} -->\n\n{table}\n\n<!-- end -->"
+        page = marked.sub(lambda _, text=text: text, page, count=1)
+    return page
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="the study's folder")
@@ -216,6 +233,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
     everything = Table(json.loads(RESULTS.read_text())["rows"])
     tables: dict[str, Callable[[Table], str]] = {
+        "readme": readme_table,
         "methods": methods_table,
         "differences": difference_table,
         "held-out seeds": lambda t: difference_table(Table([r for r in t.rows if r["seed"]])),
@@ -229,16 +247,10 @@ def main() -> None:
         "verdicts": verdict_table,
         "decisions": decisions,
     }
-    page = PAGE.read_text() if PAGE.exists() else ""
-    for name, make in tables.items():
-        text = f"<!-- {name} -->\n\n{make(everything)}\n\n<!-- end -->"
-        marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
-        if marked.search(page):
-            page = marked.sub(lambda _, text=text: text, page, count=1)
-        else:
-            print(f"\n## {name}\n\n{make(everything)}")
-    if page:
-        PAGE.write_text(page)
+    for page in PAGES:
+        page.write_text(
+            filled(page.read_text(), {n: make(everything) for n, make in tables.items()})
+        )
     figures.draw(everything, ROOT / "docs/images")
 
 

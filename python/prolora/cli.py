@@ -55,7 +55,7 @@ TargetOption = Annotated[
     str, typer.Option(help="Base it shall move to: file, folder or hub id (org/name).")
 ]
 RankOption = Annotated[
-    str, typer.Option(help="Columns of the subspaces (320), or the energy they hold (0.9).")
+    str, typer.Option(help="Columns of the subspaces (320), or the energy they hold (0.99).")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 MatchOption = Annotated[
@@ -190,7 +190,7 @@ def inspect(
 def compare(
     source: SourceOption,
     target: TargetOption,
-    rank: RankOption = str(DEFAULT_RANK),
+    rank: RankOption = str(comparison.OVERLAP_RANK),
     match: MatchOption = "name",
     quick: Annotated[
         bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")

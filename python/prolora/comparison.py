@@ -22,12 +22,14 @@ from .matching import resolve
 from .options import AUTO, DEFAULT_THRESHOLD, Options
 from .pairing import Match, feeds
 from .partners import BlockDecision, Matching
-from .projection import DEFAULT_RANK
 from .report import STRANGE, finite, strangers_text
 from .verdict import WHY, Verdict, judge
 
 _ATTENTION = re.compile(r"(^|\.)attn\d?\.")
 _NAN = math.nan
+
+OVERLAP_RANK: Rank = 0.9
+"""Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,8 @@ class Comparison:
             return f"Nothing measured so far beats copying on such a pair: {WHY['copy']}."
         strength = self.verdict.strength
         return (
-            f"Copying can be beaten by '{self.advice.method}', which --method {AUTO} chooses: "
-            f"{WHY[self.advice.method]}. A copy does best at strength {strength:.2g}."
+            f"--method {AUTO} chooses '{self.advice.method}': {WHY[self.advice.method]}. "
+            f"An unchanged copy does best at a strength of about {strength:.2g}."
         )
 
     def _coverage(self) -> str:
@@ -254,7 +256,7 @@ def compare(
     source: Any,
     target: Any,
     *,
-    rank: Rank | None = DEFAULT_RANK,
+    rank: Rank | None = OVERLAP_RANK,
     match: Match = "name",
     cache: str | PathLike[str] | None = None,
     device: str | None = None,

@@ -82,4 +82,5 @@ def damped(delta: Tensor, W_src: Tensor, W_tgt: Tensor, kappa: float) -> Tensor:
     rate = kappa / source.square().sum()
     left = torch.eye(m, dtype=torch.float64) + rate * m * drift @ drift.mT
     right = torch.eye(n, dtype=torch.float64) + rate * n * drift.mT @ drift
-    return torch.linalg.inv(left) @ delta.double() @ torch.linalg.inv(right)
+    result: Tensor = torch.linalg.inv(left) @ delta.double() @ torch.linalg.inv(right)
+    return result
