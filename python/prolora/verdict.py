@@ -104,6 +104,9 @@ def judge(affinity: Affinity) -> Verdict:
 
 WHY = {
     "copy": "what drift there is looks like longer training, which leaves an update's sense alone",
-    "damped": "the target drifted along few directions, and the update is weakened along them",
+    "damped": (
+        "the target drifted along few directions, and the update is weakened along them; a copy "
+        "would show more of it, and more mistakes"
+    ),
 }
 """Why `auto` chose a method."""
