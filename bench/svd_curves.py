@@ -77,6 +77,8 @@ def draw(curves: dict[str, list[dict]], clock: str, path: Path) -> None:
         for series in SERIES:
             panel.plot(x, [row["ms"][series] for row in rows], marker="o", ms=3, label=series)
         panel.set(xlabel=labels[name], xscale="log", yscale="log")
+        panel.set_xticks(x, [str(value) for value in x], rotation=60, fontsize=7)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"ms of {'processor' if clock == 'cpu' else 'wall'} time")
     panels[0].legend()
