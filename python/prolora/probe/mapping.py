@@ -1,0 +1,69 @@
+"""The linear map from the source's residual streams to one of the target's, by ridge regression."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blocks import Streams
+
+
+class RidgeMap:
+    """y ≈ x·T + const over tokens, from covariances that are summed up in float64.
+
+    T = (C_xx + λ·mean(diag C_xx)·I)⁻¹ C_xy with centred covariances. Only sums are kept, so
+    memory does not grow with the number of probes.
+    """
+
+    def __init__(self) -> None:
+        """Starts with no tokens."""
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.matrix: Tensor | None = None
+        self.explained = float("nan")
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds tokens x [..., p] of the source and y [..., q] of the target."""
+        x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+        parts = {"x": x.sum(0), "y": y.sum(0), "xx": x.mT @ x, "xy": x.mT @ y, "yy": y.square()}
+        parts["yy"] = parts["yy"].sum(0)
+        self.count += len(x)
+        for key, part in parts.items():
+            self.sums[key] = self.sums[key] + part if key in self.sums else part
+
+    def solve(self, ridge: float) -> None:
+        """Sets `matrix` [p, q] and `explained`, the share of the variance of y that x explains."""
+        s, n = self.sums, self.count
+        xx = s["xx"] - torch.outer(s["x"], s["x"]) / n
+        xy = s["xy"] - torch.outer(s["x"], s["y"]) / n
+        yy = (s["yy"] - s["y"].square() / n).sum()
+        loaded = xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype).to(xx)
+        t = torch.linalg.solve(loaded, xy)
+        left = yy - 2 * (t * xy).sum() + (t * (xx @ t)).sum()
+        self.matrix, self.explained = t, float(1 - left / yy.clamp_min(1e-30))
+        self.sums = {}
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """The target's change [..., q] for a change [..., p] of the source's streams."""
+        if self.matrix is None:
+            raise RuntimeError("solve comes before use")
+        return (change.double() @ self.matrix).to(change.dtype)
+
+
+def features(found: dict[str, Streams], stream: int, tokens: int) -> Tensor | None:
+    """All the source's streams of that kind and number of tokens, side by side.
+
+    Args:
+        found: the source's blocks and their streams.
+        stream: which output of a block; the last one where a block has fewer.
+        tokens: the target's number of tokens: resolutions must agree.
+
+    Returns:
+        [n, tokens, Σ widths], or None where no block fits. All depths together predict a stream
+        better than any one of them, and no block need be matched to another by hand.
+    """
+    fitting = [
+        block[stream] for block in found.values()
+        if stream < len(block) and block[stream].shape[1] == tokens
+    ]  # fmt: skip
+    return torch.cat(fitting, -1) if fitting else None

@@ -1,0 +1,394 @@
+"""Probing, read from top to bottom: record, map, fit block after block, judge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..errors import ProLoRAError, UnrelatedBases
+from ..linalg.lowrank import LowRank
+from ..report import finite
+from ..version import __version__
+from . import fitting, gate
+from .blocks import as_streams, find_blocks, inputs_of, streams
+from .mapping import RidgeMap, features
+from .trajectories import Call, Sample, applied, output_of, predict, record, weight_of
+
+Progress = Callable[[int, int, str], None]
+STEP_LENGTHS = (1.0, 0.5, 0.25)
+
+Wanted = list[dict[str, tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of a probing.
+
+    Attributes:
+        rank: of every update written.
+        map_ridge: λ of the maps between residual streams, relative to the mean variance.
+        fit_ridge: λ of the updates, relative to the mean diagonal of the curvature.
+        iterations: conjugate-gradient steps of every linearised problem.
+        rounds: how often every block is linearised anew.
+        seed: of the trajectories; the held-out ones use the next three.
+        force: write the LoRA even where the gate refuses it.
+        progress: called as progress(done, total, name).
+    """
+
+    rank: int = 32
+    map_ridge: float = 0.01
+    fit_ridge: float = 0.03
+    iterations: int = 6
+    rounds: int = 2
+    seed: int = 0
+    force: bool = False
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense."""
+        if min(self.rank, self.iterations, self.rounds) < 1:
+            raise ValueError("rank, iterations and rounds must be 1 or more")
+        if self.map_ridge <= 0 or self.fit_ridge <= 0:
+            raise ValueError("map_ridge and fit_ridge must be positive")
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block of the target.
+
+    Attributes:
+        name: the block.
+        explained: share of the variance of its streams that the source's streams predict; empty
+            for the last block, which is fitted to the prediction itself.
+        reached: share of the wanted change of its output that the fit reaches on the probes it was
+            fitted on, after the cut to rank.
+        modules: how many modules got an update.
+    """
+
+    name: str
+    explained: tuple[float, ...]
+    reached: float
+    modules: int
+
+
+@dataclass
+class ProbeReport:
+    """The account of one probing.
+
+    Attributes:
+        probes: calls fitted on, held_out: calls judged on.
+        blocks: one row for every block of the target, in the order in which they were fitted.
+        left_out: module of the LoRA that lies in no block -> why it was not moved.
+        gate: the verdict of the held-out probes.
+        rank: of the updates.
+        seconds: wall time by stage.
+    """
+
+    probes: int
+    held_out: int
+    rank: int
+    blocks: list[BlockReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    gate: gate.Gate | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """The result in plain words."""
+        said = [f"{len(self.blocks)} blocks fitted on {self.probes} calls of the models."]
+        if self.left_out:
+            name, reason = next(iter(self.left_out.items()))
+            said.append(f"{len(self.left_out)} modules were not moved; {name}: {reason}.")
+        if self.gate:
+            said.append(
+                f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."
+            )
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return finite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ProbeTransfer:
+    """A probed LoRA, strength applied, and its account."""
+
+    adapter: Adapter
+    report: ProbeReport
+
+    def save(
+        self, path: str | PathLike[str], *, format: str = "auto", dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes the LoRA whole or not at all; arguments as in `prolora.Transfer.save`."""
+        adapters.write(self.adapter, path, format=format, dtype=dtype)
+
+
+def transfer(
+    source: nn.Module,
+    target: nn.Module,
+    lora: str | PathLike[str] | Adapter | Mapping[str, LowRank],
+    sample_source: Sample,
+    sample_target: Sample,
+    sample_adapted: Sample | None = None,
+    **options: Any,
+) -> ProbeTransfer:
+    """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
+
+    Both models are run on trajectories that they sample themselves from noise: no data. Block by
+    block the wanted residual stream is r_t + (r_s with LoRA − r_s)·T, T a ridge map between the
+    streams of the two bases; the block's linear modules are fitted to it by linearised least
+    squares, with the updates found so far in place. The last block is fitted to the prediction
+    itself: v_t + (v_s with LoRA − v_s).
+
+    Args:
+        source: the module that LoRA names start from (a pipeline's unet or transformer), float32.
+        target: the same of the target; widths and depths may differ. Both must take the same
+            inputs and predict the same quantity.
+        lora: a file, an adapter, or updates by the source's module names.
+        sample_source: runs the source's sampler from noise with the given seed.
+        sample_target: the same for the target.
+        sample_adapted: runs the source while the LoRA is in its weights, where that is done in
+            another way than `sample_source` (few steps, no guidance, a trigger word).
+        options: the fields of `Options`.
+
+    Raises:
+        UnrelatedBases: the gate refuses, and `force` is not set.
+        ProLoRAError: a module, block or dtype that probing does not know, named in the message.
+
+    Returns:
+        The target's adapter and the report. The models' weights are afterwards as before.
+    """
+    chosen = Options(**options)
+    adapter = _adapter(lora)
+    _check(source, target, adapter)
+    frozen = [(p, p.requires_grad) for m in (source, target) for p in m.parameters()]
+    modes = source.training, target.training
+    try:
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        source.eval(), target.eval()
+        samplers = (sample_source, sample_adapted or sample_source, sample_target)
+        return _transfer(source, target, adapter, samplers, chosen)
+    finally:
+        source.train(modes[0]), target.train(modes[1])
+        for parameter, needed in frozen:
+            parameter.requires_grad_(needed)
+
+
+def _transfer(
+    source: nn.Module, target: nn.Module, adapter: Adapter, samplers: tuple[Sample, Sample, Sample],
+    options: Options,
+) -> ProbeTransfer:  # fmt: skip
+    clock = time.perf_counter
+    started = clock()
+
+    def sampled(seed: int) -> list[Call]:
+        calls = record(source, samplers[0], seed, "source")
+        with applied(source, adapter.updates):
+            calls += record(source, samplers[1], seed + 1, "adapted")
+        return calls + record(target, samplers[2], seed + 2, "target")
+
+    calls, held_out = sampled(options.seed), sampled(options.seed + 3)
+    report = ProbeReport(len(calls), len(held_out), options.rank)
+    report.seconds["sample"] = clock() - started
+
+    started = clock()
+    theirs, ours = find_blocks(source, calls[0]), find_blocks(target, calls[0])
+    places = _places(target, ours, theirs, adapter, report)
+    wanted = _wanted(source, target, adapter, calls, theirs, list(places), options, report)
+    report.seconds["map"] = clock() - started
+
+    started = clock()
+    updates: dict[str, LowRank] = {}
+    for i, name in enumerate(places):
+        if options.progress:
+            options.progress(i, len(places), name)
+        updates |= _fit_block(target, name, places[name], calls, wanted, updates, options, report)
+    report.seconds["fit"] = clock() - started
+
+    started = clock()
+    verdict = gate.judge(target, updates, _held_out(source, target, adapter, held_out))
+    report.gate = verdict
+    report.seconds["judge"] = clock() - started
+    if options.progress:
+        options.progress(len(places), len(places), "judged")
+    if verdict.decision == gate.REFUSE and not options.force:
+        raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
+    moved = {n: LowRank(u.up * verdict.strength, u.down) for n, u in updates.items()}
+    told = {"prolora.version": __version__, "prolora.method": "probe"}
+    new = Adapter(moved, format=adapter.format, dtype=adapter.dtype, metadata=told)
+    return ProbeTransfer(new, report)
+
+
+def _adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Adapter:
+    if isinstance(lora, Adapter):
+        return lora
+    if isinstance(lora, str | PathLike):
+        return adapters.read(lora)
+    return Adapter(dict(lora), format="diffusers")
+
+
+def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
+    """Refuses before anything is sampled."""
+    if not adapter.updates:
+        raise ProLoRAError("the LoRA has no updates")
+    for side, model in (("source", source), ("target", target)):
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise ProLoRAError(
+                    f"{name} of the {side} is {parameter.dtype}: probing takes differences of "
+                    "predictions, which need float32; call .float() on the model"
+                )
+    for name in adapter.updates:
+        weight_of(source, name)
+
+
+def _places(
+    target: nn.Module, ours: Sequence[str], theirs: Sequence[str], adapter: Adapter,
+    report: ProbeReport,
+) -> dict[str, list[str]]:  # fmt: skip
+    """Target block -> its linear modules whose role the LoRA adapts in some block of the source."""
+    roles = set()
+    for name in adapter.updates:
+        block = next((b for b in theirs if name.startswith(f"{b}.")), None)
+        if block is None:
+            report.left_out[name] = "it lies in no block; the fit makes up for it in the blocks"
+        else:
+            roles.add(name.removeprefix(f"{block}."))
+    places: dict[str, list[str]] = {}
+    for block in ours:
+        inside = target.get_submodule(block).named_modules()
+        found = [n for n, m in inside if n in roles and isinstance(m, nn.Linear)]
+        if found:
+            places[block] = found
+    if not places:
+        raise ProLoRAError("no block of the target has a module that the LoRA adapts")
+    return places
+
+
+@torch.no_grad()
+def _wanted(
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Call],
+    theirs: Sequence[str], places: Sequence[str], options: Options, report: ProbeReport,
+) -> Wanted:  # fmt: skip
+    """For every call: block -> the streams it should give out, and "" -> the prediction.
+
+    Two rounds over the calls, the first for the covariances of the maps, the second to use them.
+    """
+    inner = places[:-1]  # the last block is fitted to the prediction
+    maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
+    for call in calls:
+        before, plain = streams(source, theirs, call), streams(target, inner, call)
+        for name in inner:
+            for i, stream in enumerate(plain[name]):
+                x = features(before, i, stream.shape[1])
+                if x is not None:
+                    maps[name, i].add(x, stream)
+    used = {key: found for key, found in maps.items() if found.count}
+    for found in used.values():
+        found.solve(options.map_ridge)
+    for name in inner:
+        explained = tuple(used[name, i].explained for i in range(2) if (name, i) in used)
+        report.blocks.append(BlockReport(name, explained, float("nan"), 0))
+    report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
+
+    wanted: Wanted = []
+    for call in calls:
+        before, plain = streams(source, theirs, call), streams(target, inner, call)
+        change = -predict(source, call)
+        with applied(source, adapter.updates):
+            after = streams(source, theirs, call)
+            change += predict(source, call)
+        rows: dict[str, tuple[Tensor, ...]] = {"": (predict(target, call) + change,)}
+        for name in inner:
+            parts = []
+            for i, stream in enumerate(plain[name]):
+                x, y = (features(side, i, stream.shape[1]) for side in (before, after))
+                if x is None or y is None:
+                    parts.append(stream)  # no block of the source has this resolution
+                else:
+                    parts.append(stream + used[name, i](y - x))
+            rows[name] = tuple(parts)
+        wanted.append(rows)
+    return wanted
+
+
+def _fit_block(
+    target: nn.Module, block: str, roles: list[str], calls: list[Call], wanted: Wanted,
+    updates: dict[str, LowRank], options: Options, report: ProbeReport,
+) -> dict[str, LowRank]:  # fmt: skip
+    """The updates of one block, with those of the blocks before it in place."""
+    row = next(i for i, found in enumerate(report.blocks) if found.name == block)
+    last = row == len(report.blocks) - 1
+    with applied(target, updates):
+        if last:
+            problem = fitting.Problem(
+                target, [f"{block}.{role}" for role in roles], calls, [w[""] for w in wanted],
+                lambda result: (output_of(result),), options.fit_ridge, options.iterations,
+            )  # fmt: skip
+        else:
+            problem = fitting.Problem(
+                target.get_submodule(block), roles, [inputs_of(target, block, c) for c in calls],
+                [w.pop(block) for w in wanted], as_streams, options.fit_ridge, options.iterations,
+            )  # fmt: skip
+        small = _solved(problem, options)
+        reached = _reached(problem, {name: update.dense() for name, update in small.items()})
+    old = report.blocks[row]
+    report.blocks[row] = BlockReport(block, old.explained, reached, len(small))
+    return small if last else {f"{block}.{role}": update for role, update in small.items()}
+
+
+def _solved(problem: fitting.Problem, options: Options) -> dict[str, LowRank]:
+    """Gauss–Newton: linearise, solve, go as far as it helps, linearise there; then cut to rank."""
+    total = {name: torch.zeros_like(w) for name, w in problem.weights().items()}
+    best = 0.0
+    for _ in range(options.rounds):
+        in_place = {name: LowRank(d, torch.eye(d.shape[1]).to(d)) for name, d in total.items()}
+        with applied(problem.module, in_place):
+            step, grams = fitting.fit(problem)
+        steps = {
+            length: {n: (d + length * step[n]).to(d.dtype) for n, d in total.items()}
+            for length in STEP_LENGTHS
+        }
+        reached = {length: _reached(problem, moved) for length, moved in steps.items()}
+        length = max(reached, key=lambda found: reached[found])
+        if reached[length] <= best:
+            break  # no step helps
+        total, best = steps[length], reached[length]
+    return {name: fitting.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
+
+
+@torch.no_grad()
+def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
+    """1 − Σ‖wanted − output with updates‖²/Σ‖wanted − output without‖²."""
+    start = problem.weights()
+    moved = {name: start[name] + update for name, update in updates.items()}
+    left = whole = 0.0
+    for call, wanted in zip(problem.calls, problem.wanted, strict=True):
+        outputs = [problem.outputs(call, weights) for weights in (start, moved)]
+        for w, before, after in zip(wanted, *outputs, strict=True):
+            whole += float((w - before).double().square().sum())
+            left += float((w - after).double().square().sum())
+    return 1 - left / whole if whole else 1.0
+
+
+def _held_out(
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Call]
+) -> list[gate.Wanted]:
+    """What the target should do at calls the fit has not seen."""
+    before = [predict(source, call) for call in calls]
+    with applied(source, adapter.updates):
+        after = [predict(source, call) for call in calls]
+    found = []
+    for call, v, w in zip(calls, before, after, strict=True):
+        plain = predict(target, call)
+        found.append(gate.Wanted(call, plain, w - v, plain - v))
+    return found

@@ -1,0 +1,128 @@
+"""The probes: the calls a sampler makes to a model, recorded so that any model can replay them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ProLoRAError, ShapeMismatch
+from ..linalg.lowrank import LowRank
+
+Sample = Callable[[int], Any]
+"""Runs a pipeline from pure noise with the given seed; what it returns is not used."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model: its inputs, and whose trajectory it lies on.
+
+    Attributes:
+        args: positional arguments of the model's forward.
+        kwargs: its keyword arguments.
+        origin: "source", "adapted" (the source with its LoRA) or "target".
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    origin: str
+
+
+def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
+    """The calls that a sampler makes to `model`, in order.
+
+    Args:
+        model: the module that the sampler runs.
+        sample: the sampler, bound to that module.
+        seed: given to the sampler.
+        origin: stored in every call.
+
+    Raises:
+        ProLoRAError: the sampler never called the model.
+    """
+    calls: list[Call] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(_copied(args), _copied(kwargs), origin))
+
+    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            sample(seed)
+    finally:
+        hook.remove()
+    if not calls:
+        raise ProLoRAError(
+            f"the sampler of the {origin} trajectories never called the model it was given for; "
+            "pass the very module that the pipeline runs (its unet or transformer)"
+        )
+    return calls
+
+
+def _copied(value: Any) -> Any:
+    """Tensors cloned, containers rebuilt: samplers may reuse their buffers."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def output_of(result: Any) -> Tensor:
+    """The predicted tensor of a model's return value: itself, the first of a tuple, `.sample`."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, tuple | list):
+        return output_of(result[0])
+    if hasattr(result, "sample"):
+        return output_of(result.sample)
+    raise ProLoRAError(f"a model returned {type(result).__name__}, which holds no prediction")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, call: Call) -> Tensor:
+    """What the model predicts at a recorded call."""
+    return output_of(model(*call.args, **call.kwargs))
+
+
+@contextlib.contextmanager
+def applied(
+    model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
+) -> Iterator[None]:
+    """The model with the updates in its weights, for a while; afterwards bit for bit as before."""
+    kept: dict[str, Tensor] = {}
+    try:
+        for name, update in updates.items():
+            weight = weight_of(model, name)
+            if weight.shape != update.shape:
+                raise ShapeMismatch(
+                    f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
+                )
+            kept[name] = weight.detach().clone()
+            with torch.no_grad():
+                weight += strength * update.dense().to(weight)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in kept.items():
+                weight_of(model, name).copy_(weight)
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight of a linear module by its name."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ProLoRAError(
+            f"the model has no module {name}; pass the module that the LoRA's names start from"
+        ) from error
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ProLoRAError(f"{name} is no linear module; probing moves linear modules only")
+    return weight

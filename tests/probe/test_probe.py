@@ -1,0 +1,219 @@
+"""Probing on toy denoisers whose right answer is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
+from prolora.probe import fitting
+from prolora.probe.mapping import RidgeMap
+from prolora.probe.trajectories import applied, predict, record
+
+WIDTH, BLOCKS = 12, 3
+
+
+class BasicTransformerBlock(nn.Module):
+    """The name is what probing looks for; inside, a residual feed-forward layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x)) + t[:, None, None]))
+
+
+class Denoiser(nn.Module):
+    """(n, 5 tokens, 4) and times (n,) -> a velocity of the same shape."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(BasicTransformerBlock(width) for _ in range(BLOCKS))
+        self.leave = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h, t)
+        return self.leave(h)
+
+
+def sampler(model: nn.Module):
+    def sample(seed: int) -> None:
+        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
+        for i in range(3):
+            x = x - model(x, torch.full((12,), 1 - i / 3)) / 3
+
+    return sample
+
+
+def permuted(model: Denoiser) -> Denoiser:
+    """The same function with the channels of the residual stream in another order."""
+    twin = copy.deepcopy(model)
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(5))
+    twin.enter.weight.data, twin.enter.bias.data = (
+        model.enter.weight.data[order],
+        model.enter.bias.data[order],
+    )
+    twin.leave.weight.data = model.leave.weight.data[:, order]
+    for new, old in zip(twin.blocks, model.blocks, strict=True):
+        new.up.weight.data = old.up.weight.data[:, order]
+        new.down.weight.data = old.down.weight.data[order]
+        new.down.bias.data = old.down.bias.data[order]
+    return twin
+
+
+@pytest.fixture
+def source() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser()
+
+
+@pytest.fixture
+def lora() -> dict[str, LowRank]:
+    generator = torch.Generator().manual_seed(1)
+
+    def update(m: int, n: int) -> LowRank:
+        return LowRank(
+            0.3 * torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator) / 3
+        )
+
+    found = {f"blocks.{i}.up": update(2 * WIDTH, WIDTH) for i in range(BLOCKS)}
+    return found | {f"blocks.{i}.down": update(WIDTH, 2 * WIDTH) for i in range(BLOCKS)}
+
+
+def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
+    options = {"rank": 8, "iterations": 5, "map_ridge": 1e-3, "fit_ridge": 1e-3} | options
+    return probe.transfer(source, target, lora, sampler(source), sampler(target), **options)
+
+
+def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora):
+    target = permuted(source)
+    found = run(source, target, lora)
+    gate = found.report.gate
+    assert gate.decision == "go"
+    assert gate.share["all"] > 0.9
+    assert max(gate.disagreement.values()) < 1e-6
+    # New inputs, with the written LoRA in the target's weights; copying is far off.
+    x, t = torch.randn(64, 5, 4, generator=torch.Generator().manual_seed(9)), torch.full((64,), 0.6)
+
+    def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
+        with torch.no_grad():
+            plain = model(x, t)
+            with applied(model, updates):
+                return model(x, t) - plain
+
+    wanted = change(source, lora)
+    probed, copied = change(target, found.adapter.updates), change(target, lora)
+    assert (probed - wanted).square().sum() < 0.15 * wanted.square().sum()
+    assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
+
+
+def test_unrelated_bases_are_refused_unless_forced(source, lora):
+    torch.manual_seed(99)
+    stranger = Denoiser(width=16)
+    weak = {n: LowRank(0.1 * u.up, u.down) for n, u in lora.items()}
+    with pytest.raises(UnrelatedBases, match="differ by"):
+        run(source, stranger, weak, iterations=1)
+    forced = run(source, stranger, weak, iterations=1, force=True)
+    assert forced.report.gate.decision == "refuse"
+    assert {u.shape[0] for u in forced.adapter.updates.values()} == {16, 32}
+
+
+def test_the_models_are_left_as_they_were(source, lora):
+    target = permuted(source).train()
+    before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())
+    run(source, target, lora, iterations=2, force=True)
+    for model, kept in zip((source, target), before, strict=True):
+        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+        assert all(p.requires_grad for p in model.parameters())
+    assert target.training
+
+
+def test_the_same_seed_gives_the_same_bits(source, lora):
+    target = permuted(source)
+    one, two = (run(source, target, lora, iterations=3, force=True) for _ in range(2))
+    for name, update in one.adapter.updates.items():
+        assert torch.equal(update.up, two.adapter.updates[name].up)
+        assert torch.equal(update.down, two.adapter.updates[name].down)
+
+
+def test_progress_names_every_block(source, lora):
+    seen = []
+    run(
+        source, permuted(source), lora, iterations=1, force=True,
+        progress=lambda done, total, name: seen.append((done, total, name)),
+    )  # fmt: skip
+    assert [done for done, _, _ in seen] == [0, 1, 2, 3]
+    assert seen[0][2] == "blocks.0"
+
+
+def test_what_lies_outside_the_blocks_is_reported(source, lora):
+    outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
+    found = run(source, permuted(source), lora | {"leave": outside}, iterations=2, force=True)
+    assert list(found.report.left_out) == ["leave"]
+    assert "1 modules were not moved" in found.report.sentences()[1]
+
+
+def test_half_precision_and_unknown_modules_are_refused_by_name(source, lora):
+    with pytest.raises(ProLoRAError, match="float32"):
+        run(source, copy.deepcopy(source).half(), lora)
+    with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
+        run(source, source, {"blocks.7.up": next(iter(lora.values()))})
+    blockless = copy.deepcopy(source)
+    blockless.blocks = nn.ModuleList()
+    with pytest.raises(ProLoRAError, match="no block"):
+        run(blockless, source, {"enter": LowRank(torch.zeros(WIDTH, 1), torch.zeros(1, 4))})
+
+
+def test_a_sampler_that_never_calls_the_model_is_refused(source):
+    with pytest.raises(ProLoRAError, match="never called"):
+        record(source, lambda seed: None, 0, "source")
+
+
+def test_recorded_calls_replay_to_the_same_prediction(source):
+    calls = record(source, sampler(source), 3, "source")
+    x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(predict(source, calls[0]), source(x, torch.ones(12)))
+    assert len(calls) == 3
+
+
+def test_the_ridge_map_agrees_with_dense_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, 5, generator=generator)
+    y = x @ torch.randn(5, 4, generator=generator) + 7
+    found = RidgeMap()
+    for part in range(0, 40, 10):
+        found.add(x[part : part + 10], y[part : part + 10])
+    found.solve(1e-9)
+    assert found.explained == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(found(x[:1] - x[1:2]), y[:1] - y[1:2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_linear_block_is_solved_as_dense_ridge_would():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 5, bias=False))
+    x, wanted = torch.randn(200, 6), torch.randn(200, 5)
+    calls = [fitting.Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
+    targets = [(wanted[i : i + 50],) for i in range(0, 200, 50)]
+    problem = fitting.Problem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
+    update = fitting.fit(problem)[0]["0"]
+    exact = torch.linalg.lstsq(x, wanted).solution.mT - block[0].weight.detach()
+    torch.testing.assert_close(update.float(), exact, atol=2e-3, rtol=2e-3)
+
+
+def test_the_cut_keeps_what_the_inputs_can_see():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=generator) * torch.tensor([1, 1, 1, 1e-3, 1e-3, 1e-3])
+    update = torch.randn(6, 6, generator=generator).double()
+    small = fitting.cut(update, (x.mT @ x).double(), 3)
+    got, wanted = x @ small.dense().mT, x @ update.float().mT
+    assert (got - wanted).norm() < 0.01 * wanted.norm()
