@@ -110,6 +110,15 @@ def test_auto_refuses_unrelated_bases_and_a_method_by_name_does_not():
     assert any("No-go" in sentence for sentence in done.report.sentences())
 
 
+def test_auto_damps_strongly_and_warns_where_the_target_became_something_else():
+    source, target = named(source_weights()), named(low_rank_drift(0.3))
+    done = prolora.transfer(lora_tensors(), source, target)
+    assert done.report.verdict.related and not done.report.verdict.go
+    assert done.report.method == "damped" and done.report.damping > 11
+    assert any(sentence.startswith("No-go") for sentence in done.report.sentences())
+    assert done.report.totals["energy_surviving"] < 0.95
+
+
 def test_auto_damps_where_the_target_learnt_something_and_says_so():
     source, target = named(source_weights()), named(low_rank_drift(0.05))
     done = prolora.transfer(lora_tensors(), source, target)

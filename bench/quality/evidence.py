@@ -203,7 +203,7 @@ def decisions(table: Table) -> str:
         [
             _rate(f"false go: `auto` went ahead and recovered less than {FAILS}", failed, go),
             _rate(
-                f"false no-go: refused, though some copy or `damped` recovers more than {WORKS}",
+                f"false no-go: warned off, though some copy or `damped` recovers over {WORKS}",
                 missed, no_go,
             ),
             _rate("go among the related kinds of the study", kept, related),

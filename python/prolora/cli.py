@@ -342,7 +342,8 @@ def show_report(report: Report, every_module: bool = False) -> None:
     if reasons:
         out.print(reasons)
     for sentence in report.sentences():
-        out.print(sentence, highlight=False)
+        style = "bold yellow" if sentence.startswith("No-go") else None
+        out.print(sentence, highlight=False, style=style)
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ class Comparison:
             "verdict": asdict(verdict)
             | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
             "advice": {
-                "method": advice.method if verdict.go else None,
+                "method": advice.method if verdict.related else None,
                 "copying_is_best": self.copying_is_best,
                 "copy_strength": verdict.strength,
                 "damping": advice.damping,

@@ -108,7 +108,7 @@ def transfer(
         affinities = measure(source, target, places, _doing("checking", chosen.progress))
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     verdict = judge(Affinity.total(affinities)) if affinities else None
-    if chosen.method == AUTO and verdict and not verdict.go:
+    if chosen.method == AUTO and verdict and not verdict.related:
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written; --method copy does it anyway")
     decided = verdict.decide(chosen) if verdict else _unmoved(chosen)
     report = _blank_report(adapter, plan, source, target, decided)
