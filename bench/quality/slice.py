@@ -2,7 +2,9 @@
 
 Fails (exit code 1) if the methods come out in another order than the study found. It has small
 transformers, one style, one seed and a quarter of the study's training; the margins are wide enough
-for other processors to reproduce the order, not the figures.
+for other processors to reproduce the order, not the figures. The style is the one whose strength
+matters most; with the thick one `auto` comes out 0.09 below the best copy on the far fine-tune, here
+as in the study.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Go or no-go, and how: what the weights of two bases promise before any image is made.
 
-The constants were fitted to one seed of the study in bench/quality and checked on the others;
-docs/evidence.md shows both.
+Strength and damping were fitted to one seed of the study in bench/quality and checked on the others;
+the limits lie between the few targets where moving works and those where it fails. docs/evidence.md
+shows all of it.
 """
 
 from __future__ import annotations
