@@ -2,9 +2,10 @@
 
 Fails (exit code 1) if the methods come out in another order than the study found. It has small
 transformers, one style, one seed and a quarter of the study's training; the margins are wide enough
-for other processors to reproduce the order, not the figures. The style is the one whose strength
-matters most; with the thick one `auto` comes out 0.09 below the best copy on the far fine-tune, here
-as in the study.
+for other processors to reproduce the order, not the figures.
+
+The style is the slanted one, whose strength matters most. With the thick one `auto` stays about 0.1
+below the best copy on far fine-tunes of the transformer (docs/evidence.md), and LEVEL would not hold.
 """
 
 from __future__ import annotations

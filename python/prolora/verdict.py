@@ -1,7 +1,7 @@
 """Go or no-go, and how: what the weights of two bases promise before any image is made.
 
-Strength and damping were fitted to one seed of the study in bench/quality and checked on the others;
-the limits lie between the few targets where moving works and those where it fails. docs/evidence.md
+Strength and damping were fitted to one seed of the study in bench/quality and checked on others; the
+limits lie between the few targets where moving works and those where it fails. docs/evidence.md
 shows all of it.
 """
 
