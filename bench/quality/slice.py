@@ -5,7 +5,7 @@ transformers, one style, one seed and a quarter of the study's training; the mar
 for other processors to reproduce the order, not the figures.
 
 The style is the slanted one, whose strength matters most. With the thick one `auto` stays about 0.1
-below the best copy on far fine-tunes of the transformer (docs/evidence.md), and LEVEL would not hold.
+below the best copy on far fine-tunes of the transformer (docs/evidence.md): more than LEVEL.
 """
 
 from __future__ import annotations

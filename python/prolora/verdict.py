@@ -1,8 +1,7 @@
 """Go or no-go, and how: what the weights of two bases promise before any image is made.
 
-Strength and damping were fitted to one seed of the study in bench/quality and checked on others; the
-limits lie between the few targets where moving works and those where it fails. docs/evidence.md
-shows all of it.
+Strength and damping were fitted to one seed of the study in bench/quality and checked on others.
+The limits lie between the few targets where moving works and those where it fails.
 """
 
 from __future__ import annotations
