@@ -116,6 +116,33 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
 
 
+class InMilliseconds(Denoiser):
+    """The same denoiser, which takes its times in thousandths and predicts half the velocity."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t / 1000) / 2
+
+
+def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source, lora):
+    target = InMilliseconds()
+    target.load_state_dict(permuted(source).state_dict())
+
+    def sample(seed: int) -> None:
+        x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed))
+        for i in range(3):
+            x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
+
+    found = probe.transfer(
+        source, target, lora, sampler(source), sample, rank=8, iterations=5,
+        map_ridge=1e-3, fit_ridge=1e-3,
+        translate=lambda call: probe.Call((call.args[0], call.args[1] * 1000), {}),
+        translate_back=lambda call: probe.Call((call.args[0], call.args[1] / 1000), {}),
+        convert=lambda call, prediction: prediction / 2,
+    )  # fmt: skip
+    assert found.report.gate.share["all"] > 0.9
+    assert max(found.report.gate.disagreement.values()) < 1e-6
+
+
 def test_unrelated_bases_are_refused_unless_forced(source, lora):
     torch.manual_seed(99)
     stranger = Denoiser(width=16)

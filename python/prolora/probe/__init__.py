@@ -2,5 +2,6 @@
 
 from .gate import Gate
 from .probe import BlockReport, Options, ProbeReport, ProbeTransfer, transfer
+from .trajectories import Call
 
-__all__ = ["BlockReport", "Gate", "Options", "ProbeReport", "ProbeTransfer", "transfer"]
+__all__ = ["BlockReport", "Call", "Gate", "Options", "ProbeReport", "ProbeTransfer", "transfer"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg.lowrank import LowRank
-from .trajectories import Call, applied, predict
+from .trajectories import Call, applied, output_of, predict
 
 GO, WEAKEN, REFUSE = "go", "weaken", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -24,7 +25,7 @@ class Wanted:
     Attributes:
         call: its inputs.
         plain: the target's prediction without updates.
-        change: source with LoRA minus source.
+        change: source with LoRA minus source, in the target's terms.
         apart: target minus source, both without updates.
     """
 
@@ -55,15 +56,19 @@ class Gate:
     reason: str
 
 
-def judge(target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted]) -> Gate:
+def judge(
+    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted],
+    read: Callable[[Any], Tensor] = output_of,
+) -> Gate:  # fmt: skip
     """Chooses the strength, and go, weaken or refuse.
 
     Args:
         target: the target without updates.
         updates: what the fit found.
         held_out: probes of every origin that the fit did not see.
+        read: return value of the target -> its prediction.
     """
-    shares = {strength: _share(target, updates, held_out, strength) for strength in STRENGTHS}
+    shares = {s: _share(target, updates, held_out, s, read) for s in STRENGTHS}
     strength = max(shares, key=lambda s: shares[s]["all"])
     share = shares[strength]
     disagreement = _ratio(held_out, lambda wanted: wanted.apart)
@@ -90,11 +95,12 @@ def judge(target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[
 
 
 def _share(
-    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted], strength: float
-) -> dict[str, float]:
+    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted], strength: float,
+    read: Callable[[Any], Tensor],
+) -> dict[str, float]:  # fmt: skip
     """Share of the wanted change achieved, by origin and for all."""
     with applied(target, updates, strength):
-        missing = [predict(target, w.call) - w.plain - w.change for w in held_out]
+        missing = [predict(target, w.call, read) - w.plain - w.change for w in held_out]
     lost = dict(zip(map(id, held_out), missing, strict=True))
     ratio = _ratio(held_out, lambda wanted: lost[id(wanted)])
     return {origin: 1 - value for origin, value in ratio.items()}

@@ -20,7 +20,16 @@ from ..version import __version__
 from . import fitting, gate
 from .blocks import as_streams, find_blocks, inputs_of, streams
 from .mapping import RidgeMap, features
-from .trajectories import Call, Sample, applied, output_of, predict, record, weight_of
+from .trajectories import Call, Sample, applied, output_of, record, weight_of
+from .translation import (
+    Convert,
+    Question,
+    Read,
+    Translate,
+    Translation,
+    same_call,
+    same_prediction,
+)
 
 Progress = Callable[[int, int, str], None]
 STEP_LENGTHS = (1.0, 0.5, 0.25)
@@ -138,6 +147,11 @@ def transfer(
     sample_source: Sample,
     sample_target: Sample,
     sample_adapted: Sample | None = None,
+    *,
+    translate: Translate | None = None,
+    translate_back: Translate | None = None,
+    convert: Convert | None = None,
+    read: Read | None = None,
     **options: Any,
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
@@ -151,12 +165,17 @@ def transfer(
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), float32.
         target: the same of the target; widths and depths may differ. Both must take the same
-            inputs and predict the same quantity.
+            inputs and predict the same quantity, unless the four functions below translate.
         lora: a file, an adapter, or updates by the source's module names.
         sample_source: runs the source's sampler from noise with the given seed.
         sample_target: the same for the target.
         sample_adapted: runs the source while the LoRA is in its weights, where that is done in
             another way than `sample_source` (few steps, no guidance, a trigger word).
+        translate: turns a call recorded on the source into the call that asks the target the same
+            question (its own text embeddings, its own notion of time); None: the same call.
+        translate_back: turns a call recorded on the target into that of the source.
+        convert: (call of the source, its prediction) -> the prediction in the target's terms.
+        read: return value of either model -> its prediction; None: see `output_of`.
         options: the fields of `Options`.
 
     Raises:
@@ -167,6 +186,10 @@ def transfer(
         The target's adapter and the report. The models' weights are afterwards as before.
     """
     chosen = Options(**options)
+    between = Translation(
+        translate or same_call, translate_back or same_call, convert or same_prediction,
+        read or output_of,
+    )  # fmt: skip
     adapter = _adapter(lora)
     _check(source, target, adapter)
     frozen = [(p, p.requires_grad) for m in (source, target) for p in m.parameters()]
@@ -176,7 +199,7 @@ def transfer(
             parameter.requires_grad_(False)
         source.eval(), target.eval()
         samplers = (sample_source, sample_adapted or sample_source, sample_target)
-        return _transfer(source, target, adapter, samplers, chosen)
+        return _transfer(source, target, adapter, samplers, between, chosen)
     finally:
         source.train(modes[0]), target.train(modes[1])
         for parameter, needed in frozen:
@@ -185,25 +208,26 @@ def transfer(
 
 def _transfer(
     source: nn.Module, target: nn.Module, adapter: Adapter, samplers: tuple[Sample, Sample, Sample],
-    options: Options,
+    between: Translation, options: Options,
 ) -> ProbeTransfer:  # fmt: skip
     clock = time.perf_counter
     started = clock()
 
-    def sampled(seed: int) -> list[Call]:
+    def sampled(seed: int) -> list[Question]:
         calls = record(source, samplers[0], seed, "source")
         with applied(source, adapter.updates):
             calls += record(source, samplers[1], seed + 1, "adapted")
-        return calls + record(target, samplers[2], seed + 2, "target")
+        calls += record(target, samplers[2], seed + 2, "target")
+        return [between.question(call) for call in calls]
 
     calls, held_out = sampled(options.seed), sampled(options.seed + 3)
     report = ProbeReport(len(calls), len(held_out), options.rank)
     report.seconds["sample"] = clock() - started
 
     started = clock()
-    theirs, ours = find_blocks(source, calls[0]), find_blocks(target, calls[0])
+    theirs, ours = find_blocks(source, calls[0].source), find_blocks(target, calls[0].target)
     places = _places(target, ours, theirs, adapter, report)
-    wanted = _wanted(source, target, adapter, calls, theirs, list(places), options, report)
+    wanted = _wanted(source, target, adapter, calls, theirs, list(places), between, options, report)
     report.seconds["map"] = clock() - started
 
     started = clock()
@@ -211,11 +235,16 @@ def _transfer(
     for i, name in enumerate(places):
         if options.progress:
             options.progress(i, len(places), name)
-        updates |= _fit_block(target, name, places[name], calls, wanted, updates, options, report)
+        updates |= _fit_block(
+            target, name, places[name], [call.target for call in calls], wanted, updates,
+            between.read, options, report,
+        )  # fmt: skip
     report.seconds["fit"] = clock() - started
 
     started = clock()
-    verdict = gate.judge(target, updates, _held_out(source, target, adapter, held_out))
+    verdict = gate.judge(
+        target, updates, _held_out(source, target, adapter, held_out, between), between.read
+    )
     report.gate = verdict
     report.seconds["judge"] = clock() - started
     if options.progress:
@@ -276,8 +305,9 @@ def _places(
 
 @torch.no_grad()
 def _wanted(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Call],
-    theirs: Sequence[str], places: Sequence[str], options: Options, report: ProbeReport,
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Question],
+    theirs: Sequence[str], places: Sequence[str], between: Translation, options: Options,
+    report: ProbeReport,
 ) -> Wanted:  # fmt: skip
     """For every call: block -> the streams it should give out, and "" -> the prediction.
 
@@ -286,7 +316,7 @@ def _wanted(
     inner = places[:-1]  # the last block is fitted to the prediction
     maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
     for call in calls:
-        before, plain = streams(source, theirs, call), streams(target, inner, call)
+        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
         for name in inner:
             for i, stream in enumerate(plain[name]):
                 x = features(before, i, stream.shape[1])
@@ -302,12 +332,12 @@ def _wanted(
 
     wanted: Wanted = []
     for call in calls:
-        before, plain = streams(source, theirs, call), streams(target, inner, call)
-        change = -predict(source, call)
+        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
+        change = -between.of_source(source, call)
         with applied(source, adapter.updates):
-            after = streams(source, theirs, call)
-            change += predict(source, call)
-        rows: dict[str, tuple[Tensor, ...]] = {"": (predict(target, call) + change,)}
+            after = streams(source, theirs, call.source)
+            change += between.of_source(source, call)
+        rows: dict[str, tuple[Tensor, ...]] = {"": (between.of_target(target, call) + change,)}
         for name in inner:
             parts = []
             for i, stream in enumerate(plain[name]):
@@ -323,7 +353,7 @@ def _wanted(
 
 def _fit_block(
     target: nn.Module, block: str, roles: list[str], calls: list[Call], wanted: Wanted,
-    updates: dict[str, LowRank], options: Options, report: ProbeReport,
+    updates: dict[str, LowRank], read: Read, options: Options, report: ProbeReport,
 ) -> dict[str, LowRank]:  # fmt: skip
     """The updates of one block, with those of the blocks before it in place."""
     row = next(i for i, found in enumerate(report.blocks) if found.name == block)
@@ -332,7 +362,7 @@ def _fit_block(
         if last:
             problem = fitting.Problem(
                 target, [f"{block}.{role}" for role in roles], calls, [w[""] for w in wanted],
-                lambda result: (output_of(result),), options.fit_ridge, options.iterations,
+                lambda result: (read(result),), options.fit_ridge, options.iterations,
             )  # fmt: skip
         else:
             problem = fitting.Problem(
@@ -381,14 +411,15 @@ def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
 
 
 def _held_out(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Call]
-) -> list[gate.Wanted]:
+    source: nn.Module, target: nn.Module, adapter: Adapter, questions: list[Question],
+    between: Translation,
+) -> list[gate.Wanted]:  # fmt: skip
     """What the target should do at calls the fit has not seen."""
-    before = [predict(source, call) for call in calls]
+    before = [between.of_source(source, question) for question in questions]
     with applied(source, adapter.updates):
-        after = [predict(source, call) for call in calls]
+        after = [between.of_source(source, question) for question in questions]
     found = []
-    for call, v, w in zip(calls, before, after, strict=True):
-        plain = predict(target, call)
-        found.append(gate.Wanted(call, plain, w - v, plain - v))
+    for question, v, w in zip(questions, before, after, strict=True):
+        plain = between.of_target(target, question)
+        found.append(gate.Wanted(question.target, plain, w - v, plain - v))
     return found

@@ -24,12 +24,13 @@ class Call:
     Attributes:
         args: positional arguments of the model's forward.
         kwargs: its keyword arguments.
-        origin: "source", "adapted" (the source with its LoRA) or "target".
+        origin: "source", "adapted" (the source with its LoRA) or "target"; a translated call
+            inherits it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    origin: str
+    origin: str = ""
 
 
 def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
@@ -86,9 +87,9 @@ def output_of(result: Any) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, call: Call) -> Tensor:
+def predict(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output_of) -> Tensor:
     """What the model predicts at a recorded call."""
-    return output_of(model(*call.args, **call.kwargs))
+    return read(model(*call.args, **call.kwargs))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,83 @@
+"""How two models that take different inputs are asked the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .trajectories import Call, output_of, predict
+
+Translate = Callable[[Call], Call]
+"""A call recorded on one model -> the call that asks the other the same question."""
+
+Convert = Callable[[Call, Tensor], Tensor]
+"""A call of the source, its prediction -> what the target predicts when it means the same."""
+
+Read = Callable[[Any], Tensor]
+"""A model's return value -> its prediction."""
+
+
+def same_call(call: Call) -> Call:
+    """The call as it is."""
+    return call
+
+
+def same_prediction(_: Call, prediction: Tensor) -> Tensor:
+    """The prediction as it is."""
+    return prediction
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question at one point of a trajectory, as each model is asked it.
+
+    Attributes:
+        source: the call of the source.
+        target: the call of the target; the very same where both take the same inputs.
+    """
+
+    source: Call
+    target: Call
+
+    @property
+    def origin(self) -> str:
+        """Whose trajectory it lies on: "source", "adapted" or "target"."""
+        return self.source.origin
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What turns the calls and predictions of one model into those of the other.
+
+    Identity throughout by default: both models take the same inputs and predict the same quantity.
+    The number of samples in a call must stay, since updates are fitted sample by sample.
+
+    Attributes:
+        translate: a call recorded on the source -> the call of the target.
+        translate_back: a call recorded on the target -> the call of the source.
+        convert: prediction of the source at its call -> in the target's terms. Differences of
+            converted predictions are what the target shall change by.
+        read: return value of either model -> its prediction.
+    """
+
+    translate: Translate = same_call
+    translate_back: Translate = same_call
+    convert: Convert = same_prediction
+    read: Read = output_of
+
+    def question(self, call: Call) -> Question:
+        """Both calls of a recorded one; whose model recorded it is told by its origin."""
+        if call.origin == "target":
+            return Question(replace(self.translate_back(call), origin=call.origin), call)
+        return Question(call, replace(self.translate(call), origin=call.origin))
+
+    def of_source(self, model: nn.Module, question: Question) -> Tensor:
+        """What the source predicts, in the target's terms."""
+        return self.convert(question.source, predict(model, question.source, self.read))
+
+    def of_target(self, model: nn.Module, question: Question) -> Tensor:
+        """What the target predicts."""
+        return predict(model, question.target, self.read)
