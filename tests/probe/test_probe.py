@@ -154,6 +154,18 @@ def test_unrelated_bases_are_refused_unless_forced(source, lora):
     assert {u.shape[0] for u in forced.adapter.updates.values()} == {16, 32}
 
 
+def test_copying_is_advised_where_it_reaches_as_much_on_the_same_probes(source, lora):
+    same = run(source, copy.deepcopy(source), lora, iterations=1).report.gate
+    assert same.decision == "copy"
+    assert same.copy_share["all"] > 0.999
+    other = run(source, permuted(source), lora).report.gate
+    assert other.decision == "go"
+    assert other.copy_share["all"] < 0.5
+    torch.manual_seed(99)
+    wider = run(source, Denoiser(width=16), lora, iterations=1, force=True).report.gate
+    assert wider.copy_share is None
+
+
 def test_the_models_are_left_as_they_were(source, lora):
     target = permuted(source).train()
     before = copy.deepcopy(source.state_dict()), copy.deepcopy(target.state_dict())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..linalg.lowrank import LowRank
 from .trajectories import Call, applied, output_of, predict
 
-GO, WEAKEN, REFUSE = "go", "weaken", "refuse"
+GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MIN_SHARE = 0.25
 MAX_DISAGREEMENT = 1.0
@@ -40,13 +40,16 @@ class Gate:
     """The verdict of the held-out probes.
 
     Attributes:
-        decision: "go", "weaken" or "refuse".
+        decision: "go", "weaken", "copy" where the source's LoRA as it is does no worse on the same
+            probes, or "refuse".
         strength: the factor on every update: the one of STRENGTHS with the largest share.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> Σ‖v_target − v_source‖²/Σ‖wanted‖². Above 1 the bases differ by
             more than the LoRA's own change: what the source wants says little about the target.
         reason: one sentence.
+        copy_share: what `share` is for the source's LoRA copied, at the strength in STRENGTHS that
+            is best for it; None where its modules or shapes are not the target's.
     """
 
     decision: str
@@ -54,44 +57,78 @@ class Gate:
     share: dict[str, float]
     disagreement: dict[str, float]
     reason: str
+    copy_share: dict[str, float] | None = None
 
 
 def judge(
     target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted],
-    read: Callable[[Any], Tensor] = output_of,
+    read: Callable[[Any], Tensor] = output_of, copied: Mapping[str, LowRank] | None = None,
 ) -> Gate:  # fmt: skip
-    """Chooses the strength, and go, weaken or refuse.
+    """Chooses the strength, and go, weaken, copy or refuse.
 
     Args:
         target: the target without updates.
         updates: what the fit found.
         held_out: probes of every origin that the fit did not see.
         read: return value of the target -> its prediction.
+        copied: the source's LoRA, to be compared where it fits the target's modules.
     """
-    shares = {s: _share(target, updates, held_out, s, read) for s in STRENGTHS}
-    strength = max(shares, key=lambda s: shares[s]["all"])
-    share = shares[strength]
+    strength, share = _best_strength(target, updates, held_out, read)
     disagreement = _ratio(held_out, lambda wanted: wanted.apart)
+    copy_share = None
+    if copied is not None and fits(target, copied):
+        copy_share = _best_strength(target, copied, held_out, read)[1]
+    decision, reason = _decided(strength, share, disagreement, copy_share)
+    return Gate(decision, strength, share, disagreement, reason, copy_share)
+
+
+def _decided(
+    strength: float, share: dict[str, float], disagreement: dict[str, float],
+    copy_share: dict[str, float] | None,
+) -> tuple[str, str]:  # fmt: skip
+    """The decision and its reason."""
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
     # would bend what the LoRA never meant to touch, or miss what it is for.
     worst = min(share[origin] for origin in ("adapted", "target"))
     # Judged where the LoRA leads and where the target itself goes.
     apart = max(disagreement[origin] for origin in ("adapted", "target"))
     if apart > MAX_DISAGREEMENT:
-        reason = (
+        return REFUSE, (
             f"the bases' own predictions differ by {apart:.2g} times the LoRA's change, so the "
             "source cannot say what this LoRA should do here; use --method auto or copy"
         )
-        return Gate(REFUSE, strength, share, disagreement, reason)
+    if copy_share is not None and copy_share["all"] >= share["all"]:
+        return COPY, (
+            f"the LoRA copied as it is reaches {copy_share['all']:.0%} of the wanted change on "
+            f"held-out probes, the fitted one {share['all']:.0%}; use --method auto or copy"
+        )
     if worst < MIN_SHARE:
-        reason = (
+        return REFUSE, (
             f"only {worst:.0%} of the wanted change was reached on held-out probes "
             f"(at least {MIN_SHARE:.0%} is asked for); a larger rank or more probes may help"
         )
-        return Gate(REFUSE, strength, share, disagreement, reason)
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
-    decision = GO if strength == 1.0 else WEAKEN
-    return Gate(decision, strength, share, disagreement, reason)
+    return (GO if strength == 1.0 else WEAKEN), reason
+
+
+def fits(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
+    """Whether the target has every module of the updates, in their shapes."""
+    modules = dict(target.named_modules())
+    for name, update in updates.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or weight.flatten(1).shape != update.shape:
+            return False
+    return True
+
+
+def _best_strength(
+    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted],
+    read: Callable[[Any], Tensor],
+) -> tuple[float, dict[str, float]]:  # fmt: skip
+    """The one of STRENGTHS with the largest share over all probes, and its shares."""
+    shares = {s: _share(target, updates, held_out, s, read) for s in STRENGTHS}
+    strength = max(shares, key=lambda s: shares[s]["all"])
+    return strength, shares[strength]
 
 
 def _share(

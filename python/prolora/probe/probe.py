@@ -243,8 +243,9 @@ def _transfer(
 
     started = clock()
     verdict = gate.judge(
-        target, updates, _held_out(source, target, adapter, held_out, between), between.read
-    )
+        target, updates, _held_out(source, target, adapter, held_out, between), between.read,
+        copied=adapter.updates,
+    )  # fmt: skip
     report.gate = verdict
     report.seconds["judge"] = clock() - started
     if options.progress:
