@@ -21,7 +21,17 @@ from .batch import Outcome, transfer_many
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
 from .matching import resolve
-from .options import AUTO, DEFAULT_THRESHOLD, DROPPED, METHOD_NAMES, TEXT_ENCODER, VECTORS
+from .options import (
+    AUTO,
+    DEFAULT_THRESHOLD,
+    DROPPED,
+    METHOD_NAMES,
+    PROBE,
+    TEXT_ENCODER,
+    VECTORS,
+    Probing,
+    read_prompts,
+)
 from .projection import DEFAULT_RANK
 from .report import Report
 from .transfer import plan_report, transfer_file
@@ -65,6 +75,13 @@ MatchOption = Annotated[
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder that keeps subspaces, so that the next LoRA need not wait."),
+]
+PROBING = "Probing (--method probe)"
+PromptOption = Annotated[
+    list[str],
+    typer.Option(
+        help="Prompt to sample, may be repeated; none: unconditional.", rich_help_panel=PROBING
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
@@ -115,6 +132,46 @@ def transfer(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False,
+    prompt: PromptOption = [],  # noqa: B006 (typer copies it)
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of prompts to sample, one a line.", rich_help_panel=PROBING),
+    ] = None,
+    probe_images: Annotated[
+        int,
+        typer.Option(
+            help="Images each model samples, and as many held out.", rich_help_panel=PROBING
+        ),
+    ] = Probing.images,
+    probe_steps: Annotated[
+        int, typer.Option(help="Steps of the samplers.", rich_help_panel=PROBING)
+    ] = Probing.steps,
+    probe_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width in pixels; default: the smaller of the two pipelines'.",
+            rich_help_panel=PROBING,
+        ),
+    ] = None,
+    probe_guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; default: each pipeline's own.", rich_help_panel=PROBING),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what is done, so that an interrupted run goes on.",
+            rich_help_panel=PROBING,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write the LoRA even where held-out probes speak against it.",
+            rich_help_panel=PROBING,
+        ),
+    ] = False,
     modules: Annotated[bool, typer.Option("--modules", help="A table row per module.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -129,7 +186,16 @@ def transfer(
         "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
         "text_encoder": text_encoder.value, "dropped": dropped.value, "vectors": vectors.value,
         "min_coverage": min_coverage,
+        "probe": Probing(
+            (*prompt, *(read_prompts(prompts) if prompts else ())), probe_images, probe_steps,
+            probe_size, probe_guidance, force, resume,
+        ),
     }  # fmt: skip
+    if method.value != PROBE and options["probe"] != Probing():
+        raise ValueError(
+            "prompts, --probe-…, --resume and --force are for probing: "
+            "add --method probe"
+        )
     old, new = open_base(source), open_base(target)
     if report is not None:
         storage.check_writable(report, [*loras, *old.files, *new.files])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 from .linalg.choice import Rank, check_rank
 from .pairing import Match
@@ -20,10 +21,58 @@ AUTO = "auto"
 TEXT_ENCODER = ("copy", "project", "skip")
 DROPPED = ("skip", "sum")
 VECTORS = ("copy", "skip")
-METHOD_NAMES = (AUTO, *METHODS, "damped")
+PROBE = "probe"
+METHOD_NAMES = (AUTO, *METHODS, "damped", PROBE)
 """What `transfer` takes; `project` takes `METHODS`."""
 
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What method "probe" samples, and within which bounds (docs/probe.md).
+
+    Attributes:
+        prompts: taken in turn; none means unconditional (the empty prompt). Class numbers for
+            models that take classes.
+        images: sampled for each of source, source with LoRA and target, and as many held out.
+        steps: of the samplers.
+        size: height and width in pixels; None means the smaller of the two pipelines' own.
+        guidance: scale; None means each pipeline's own.
+        force: write the LoRA even where the held-out probes speak against it.
+        resume: folder that keeps what was recorded and fitted, so that an interrupted run goes on.
+    """
+
+    prompts: tuple[str, ...] = ()
+    images: int = 8
+    steps: int = 10
+    size: int | None = None
+    guidance: float | None = None
+    force: bool = False
+    resume: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what makes no sense."""
+        if min(self.images, self.steps) < 1:
+            raise ValueError("images and steps of a probing must be 1 or more")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            raise ValueError(f"the size of probes must be a multiple of 8 pixels, not {self.size}")
+
+
+def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
+    """The lines of a text file, empty ones left out.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{file}: cannot be read as text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{file}: has no prompts (one a line)")
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -32,7 +81,8 @@ class Options:
 
     Attributes:
         method: a name of `projection.METHODS`; "damped" (see `damping`); or "auto": what the study
-            in docs/evidence.md found best for bases as far apart as these.
+            in docs/evidence.md found best for bases as far apart as these; "probe" (see `probing`),
+            which runs the models and needs pipeline folders.
         rank: columns of the subspaces, or the share of energy they hold.
         match: "name"; "similarity" (see `matching`); a JSON file or a mapping {target module:
             source module}.
@@ -43,7 +93,8 @@ class Options:
         damping: κ of "damped"; None means chosen from the drift between the bases.
         strength: factor on every update; "auto" is chosen from the drift between the bases. None
             means "auto" for method "auto" and 1 for a method asked for by name.
-        out_rank: "exact" keeps every singular value of the result, an int at most that many.
+        out_rank: "exact" keeps every singular value of the result, an int at most that many. Method
+            "probe" fits updates of that rank; "exact" is its own default there.
         text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
             all else where both bases hold its weights, "skip" leaves it out.
         vectors: "copy" carries trained biases and normalisation layers over to the modules they
@@ -51,6 +102,7 @@ class Options:
         min_coverage: LowCoverage below this share of the LoRA's modules.
         cache: folder that keeps subspaces between LoRAs; None keeps nothing.
         device: where to compute; None means the CPU.
+        probe: what "probe" samples.
         progress: called as progress(done, total, name).
     """
 
@@ -67,6 +119,7 @@ class Options:
     min_coverage: float = 0.0
     cache: str | PathLike[str] | None = None
     device: str | None = None
+    probe: Probing = Probing()
     progress: Progress | None = None
 
     def __post_init__(self) -> None:

@@ -15,12 +15,15 @@ import torch
 from .adapters.adapter import Adapter
 from .bases import Base, load
 from .bases.describe import describe
+from .bases.latents import could_probe
 from .bases.modules import matrix_shape
 from .errors import ShapeMismatch, UnsupportedFormat
 from .linalg.lowrank import LowRank
 from .partners import TEXT_ENCODERS, BlockDecision, Match, Matching, feeds
 
 __all__ = ["Match", "Matching", "Pair", "Plan", "feeds", "folded", "make_plan"]
+
+PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
@@ -100,8 +103,8 @@ def make_plan(
             over because every shape differs.
     """
     plan = Plan()
-    own = _place_text_encoders(adapter, source, target, text_encoder, plan)
-    _check_source(adapter, own, source)
+    own = place_text_encoders(adapter, source, target, text_encoder, plan)
+    check_source(adapter, own, source)
     found, plan.rule = feeds(source, target, match)
     plan.table = found
     if isinstance(match, Matching):
@@ -136,6 +139,7 @@ def _pair(
 ) -> set[str]:
     """Puts the wanted modules that have a partner into the plan, and returns them."""
     placed: set[str] = set()
+    probing = could_probe(source.path, target.path)
     for module, origin in found.items():
         if origin not in wanted:
             continue
@@ -145,6 +149,7 @@ def _pair(
             plan.refused[origin] = (
                 f"{module} is {_text(theirs)} on the target but {_text(ours)} on the source: no "
                 "published data-free method maps between widths"
+                + (PROBE_INSTEAD if probing else "")
             )
             continue
         plan.pairs.append(Pair(origin, module, matrix_shape(ours)))
@@ -153,7 +158,7 @@ def _pair(
     return placed
 
 
-def _place_text_encoders(
+def place_text_encoders(
     adapter: Adapter, source: Base, target: Base, mode: str, plan: Plan
 ) -> list[str]:
     """Decides on text-encoder modules; returned are the others, and with "project" these too."""
@@ -249,7 +254,7 @@ def folded(adapter: Adapter, plan: Plan) -> Adapter:
     return replace(adapter, updates=updates)
 
 
-def _check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
+def check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
     """Every update must belong to a module of the source, and fit it."""
     unknown = [name for name in modules if name not in source.shapes]
     if unknown:

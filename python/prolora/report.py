@@ -161,6 +161,7 @@ class Report:
         strength: the factor on every update.
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
+        probe: the account of method "probe" (`probe.ProbeReport`); None for the others.
         seconds: wall time by stage.
     """
 
@@ -181,6 +182,7 @@ class Report:
     strength: float = 1.0
     damping: float | None = None
     verdict: Verdict | None = None
+    probe: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def rows(self, status: str) -> list[ModuleReport]:
@@ -282,6 +284,14 @@ class Report:
             said.append(
                 f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
                 f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
+            )
+        if self.probe is not None:
+            said += self.probe.sentences()
+            if self.method == "probe":
+                return said
+            said.append(
+                f"So the LoRA moved by weights alone ('{self.method}') is written, at the strength "
+                "that suits it best there."
             )
         if self.dry_run or totals["energy_surviving"] is None:
             return said

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adapters
+from . import adapters, probing
 from .adapters.adapter import Adapter
 from .adapters.metadata import rewritten
 from .adapters.source import PEFT_WEIGHTS
 from .affinity import Affinity, measure
 from .bases import Base, open_base
+from .bases.latents import could_probe
 from .carrying import Carried, carry
-from .errors import LowCoverage, UnrelatedBases
+from .errors import LowCoverage, ProLoRAError, UnrelatedBases
 from .identity import full_hash, identity, short_hash
 from .linalg.lowrank import LowRank
 from .matching import resolve
 from .moving import Clock, carried, move_all
-from .options import AUTO, Options, Progress
+from .options import AUTO, PROBE, Options, Progress
 from .pairing import Plan, folded, make_plan
 from .report import ModuleReport, Report
 from .storage import check_writable
@@ -89,13 +90,17 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
-        UnrelatedBases: method "auto", and the weights have nothing in common.
+        UnrelatedBases: method "auto", and the weights have nothing in common; method "probe", and
+            the held-out probes speak against it.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     chosen = Options(**options)
     clock = Clock()
     with clock("read"):
         source, target = open_base(source), open_base(target)
+    if chosen.method == PROBE:
+        return _probed(lora, source, target, chosen, format)
+    with clock("read"):
         adapter = _read(lora, source)
     with clock("match"):
         plan = _plan(adapter, source, target, chosen)
@@ -109,7 +114,10 @@ def transfer(
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     verdict = judge(Affinity.total(affinities)) if affinities else None
     if chosen.method == AUTO and verdict and not verdict.related:
-        raise UnrelatedBases(f"{verdict.sentence()} Nothing written; --method copy does it anyway")
+        way = " --method copy does it anyway"
+        if could_probe(source.path, target.path):
+            way = f" --method probe looks at the running models and may move it;{way}"
+        raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
     decided = verdict.decide(chosen) if verdict else _unmoved(chosen)
     report = _blank_report(adapter, plan, source, target, decided)
     report.asked, report.verdict = chosen.method, verdict
@@ -136,6 +144,48 @@ def transfer(
     moved = _as_target(adapter, updates, vectors, target, metadata)
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
+
+
+def _probed(
+    lora: Any, source: Base, target: Base, options: Options, format: str | None
+) -> Transfer:
+    """Method "probe": all that can be refused is refused before a model is loaded."""
+    probing.check(source, target, options)
+    adapter = _read(lora, source)
+    plan = probing.plan(adapter, source, target, options)
+    outline = probing.outline(adapter, plan, source, target)
+    blank = replace(adapter, updates=outline, kernels={}, vectors={})
+    adapters.check_format(blank, "auto" if format is None else format)
+    report = probing.report(probing.dry(adapter, source, target, options), source, target, options)
+    if report.coverage < options.min_coverage:
+        raise LowCoverage(_coverage_text(report, options.min_coverage))
+    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    files += [*source.files, *target.files]
+    rival = _by_weights(adapter, source, target, options, format)
+    without = rival.adapter.updates if rival else {}
+    done = probing.probe(adapter, source, target, plan, options, without)
+    if rival and done.rival_serves:
+        return Transfer(*probing.weakened(rival.adapter, rival.report, done), files)
+    report = probing.report(done, source, target, options)
+    report.left_out |= adapter.left_out
+    metadata = _metadata(adapter, plan, source, target, replace(options, strength=done.strength))
+    moved = replace(blank, updates=done.updates, metadata=metadata | done.facts)
+    return Transfer(moved, report, files)
+
+
+def _by_weights(
+    adapter: Adapter, source: Base, target: Base, options: Options, format: str | None
+) -> Transfer | None:
+    """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
+    for method in (AUTO, "copy"):
+        try:
+            chosen = replace(options, method=method, progress=None)
+            return transfer(adapter, source, target, format=format, **vars(chosen))
+        except UnrelatedBases:
+            continue
+        except ProLoRAError:
+            return None
+    return None
 
 
 def transfer_file(
@@ -177,7 +227,15 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
     """
     chosen = Options(**options)
     source, target = open_base(source), open_base(target)
+    if chosen.method == PROBE:
+        probing.check(source, target, chosen)
     adapter = lora if isinstance(lora, Adapter) else adapters.outline(lora, source.shapes)
+    if chosen.method == PROBE:
+        report = probing.report(
+            probing.dry(adapter, source, target, chosen), source, target, chosen
+        )
+        report.dry_run = True
+        return report
     plan = _plan(adapter, source, target, chosen)
     report = _blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True

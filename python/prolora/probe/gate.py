@@ -50,6 +50,7 @@ class Gate:
         reason: one sentence.
         copy_share: what `share` is for the source's LoRA copied, at the strength in STRENGTHS that
             is best for it; None where its modules or shapes are not the target's.
+        copy_strength: that strength.
     """
 
     decision: str
@@ -58,6 +59,15 @@ class Gate:
     disagreement: dict[str, float]
     reason: str
     copy_share: dict[str, float] | None = None
+    copy_strength: float = 1.0
+
+    @property
+    def copy_serves(self) -> bool:
+        """Whether the copied LoRA does no worse, and enough to be worth writing."""
+        return (
+            self.decision == COPY and self.copy_share is not None
+            and min(self.copy_share[origin] for origin in ("adapted", "target")) >= MIN_SHARE
+        )  # fmt: skip
 
 
 def judge(
@@ -75,11 +85,11 @@ def judge(
     """
     strength, share = _best_strength(target, updates, held_out, read)
     disagreement = _ratio(held_out, lambda wanted: wanted.apart)
-    copy_share = None
-    if copied is not None and fits(target, copied):
-        copy_share = _best_strength(target, copied, held_out, read)[1]
+    copy_share, copy_strength = None, 1.0
+    if copied and fits(target, copied):
+        copy_strength, copy_share = _best_strength(target, copied, held_out, read)
     decision, reason = _decided(strength, share, disagreement, copy_share)
-    return Gate(decision, strength, share, disagreement, reason, copy_share)
+    return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength)
 
 
 def _decided(

@@ -152,6 +152,7 @@ def transfer(
     translate_back: Translate | None = None,
     convert: Convert | None = None,
     read: Read | None = None,
+    rival: Mapping[str, LowRank] | None = None,
     **options: Any,
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
@@ -176,6 +177,7 @@ def transfer(
         translate_back: turns a call recorded on the target into that of the source.
         convert: (call of the source, its prediction) -> the prediction in the target's terms.
         read: return value of either model -> its prediction; None: see `output_of`.
+        rival: updates of the target to compare with on the held-out probes; None: the LoRA's own.
         options: the fields of `Options`.
 
     Raises:
@@ -199,7 +201,8 @@ def transfer(
             parameter.requires_grad_(False)
         source.eval(), target.eval()
         samplers = (sample_source, sample_adapted or sample_source, sample_target)
-        return _transfer(source, target, adapter, samplers, between, chosen)
+        compared = adapter.updates if rival is None else rival
+        return _transfer(source, target, adapter, samplers, between, compared, chosen)
     finally:
         source.train(modes[0]), target.train(modes[1])
         for parameter, needed in frozen:
@@ -208,7 +211,7 @@ def transfer(
 
 def _transfer(
     source: nn.Module, target: nn.Module, adapter: Adapter, samplers: tuple[Sample, Sample, Sample],
-    between: Translation, options: Options,
+    between: Translation, rival: Mapping[str, LowRank], options: Options,
 ) -> ProbeTransfer:  # fmt: skip
     clock = time.perf_counter
     started = clock()
@@ -244,7 +247,7 @@ def _transfer(
     started = clock()
     verdict = gate.judge(
         target, updates, _held_out(source, target, adapter, held_out, between), between.read,
-        copied=adapter.updates,
+        copied=rival,
     )  # fmt: skip
     report.gate = verdict
     report.seconds["judge"] = clock() - started
@@ -278,7 +281,7 @@ def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
                     "predictions, which need float32; call .float() on the model"
                 )
     for name in adapter.updates:
-        weight_of(source, name)
+        weight_of(source, name, convolution=True)
 
 
 def _places(

@@ -100,23 +100,23 @@ def applied(
     kept: dict[str, Tensor] = {}
     try:
         for name, update in updates.items():
-            weight = weight_of(model, name)
-            if weight.shape != update.shape:
+            weight = weight_of(model, name, convolution=True)
+            if weight.flatten(1).shape != update.shape:
                 raise ShapeMismatch(
                     f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
                 )
             kept[name] = weight.detach().clone()
             with torch.no_grad():
-                weight += strength * update.dense().to(weight)
+                weight += (strength * update.dense()).reshape(weight.shape).to(weight)
         yield
     finally:
         with torch.no_grad():
             for name, weight in kept.items():
-                weight_of(model, name).copy_(weight)
+                weight_of(model, name, convolution=True).copy_(weight)
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """The weight of a linear module by its name."""
+def weight_of(model: nn.Module, name: str, convolution: bool = False) -> Tensor:
+    """The weight of a linear module by its name, or of a convolution where one may be."""
     try:
         module = model.get_submodule(name)
     except AttributeError as error:
@@ -124,6 +124,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
             f"the model has no module {name}; pass the module that the LoRA's names start from"
         ) from error
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    axes = weight.dim() if isinstance(weight, Tensor) else 0
+    if not isinstance(weight, Tensor) or axes < 2 or (axes > 2 and not convolution):
         raise ProLoRAError(f"{name} is no linear module; probing moves linear modules only")
     return weight

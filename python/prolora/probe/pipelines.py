@@ -1,0 +1,334 @@
+"""Diffusers pipeline folders as the two models and samplers that probing needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import latents
+from ..bases.folder import MODELS, choose
+from ..errors import ProLoRAError, UnsupportedFormat
+from ..options import Probing
+from . import schedules
+from .conditioning import Book, Told, parts, row
+from .schedules import Schedule
+from .trajectories import Call, Sample, output_of
+from .translation import Translation
+
+# Neither is run when latents are asked for; a pipeline does without them.
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+class _Reached(Exception):
+    """Ends a pipeline at the first call of its denoiser."""
+
+
+class Pipeline:
+    """A loaded pipeline: its denoiser and how to run it to the end, or to the first call."""
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        """Around a diffusers pipeline; `name` is for messages.
+
+        Raises:
+            UnsupportedFormat: it has neither unet nor transformer, or another kind of scheduler.
+        """
+        self.pipe, self.name = pipe, name
+        found = next((part for part in MODELS if getattr(pipe, part, None) is not None), None)
+        if found is None:
+            raise UnsupportedFormat(f"{name}: its {type(pipe).__name__} has no unet or transformer")
+        self.denoiser: nn.Module = getattr(pipe, found)
+        self.schedule = Schedule.of(pipe.scheduler, name)
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def size(self) -> int | None:
+        """Height in pixels that the pipeline chooses by itself, where that can be told."""
+        if "height" not in self.accepted:
+            return None
+        config: Any = self.denoiser.config
+        sample = getattr(config, "sample_size", None)
+        sample = getattr(self.pipe, "default_sample_size", sample)
+        sample = sample[0] if isinstance(sample, list | tuple) else sample
+        scale = getattr(self.pipe, "vae_scale_factor", None)
+        return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
+
+    @property
+    def channels(self) -> int:
+        """Of the latents, as the denoiser takes them."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels)
+
+    def run(self, prompt: str, settings: Probing, seed: int) -> None:
+        """Samples one image's latents from noise.
+
+        Raises:
+            ProLoRAError: the pipeline asks for something else, an image for example.
+        """
+        given: dict[str, Any] = {
+            "num_inference_steps": settings.steps, "output_type": "latent",
+            "generator": torch.Generator().manual_seed(seed), "height": settings.size,
+            "width": settings.size, "guidance_scale": settings.guidance,
+            "use_resolution_binning": False,
+        }  # fmt: skip
+        if "class_labels" in self.accepted:
+            given["class_labels"] = [_class_number(prompt, self.name)]
+        elif "prompt" in self.accepted:
+            given["prompt"] = prompt
+        given = {k: v for k, v in given.items() if k in self.accepted and v is not None}
+        try:
+            with torch.no_grad():
+                self.pipe(**given)
+        except (_Reached, ProLoRAError):
+            raise
+        except Exception as error:  # diffusers and models raise what they like
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} cannot sample from a prompt alone: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def sampler(self, settings: Probing, done: Callable[[], None] | None = None) -> Sample:
+        """Samples every image of one set of trajectories, prompts in turn; calls `done` after each.
+
+        The images of a seed share no noise with those of any other.
+        """
+        prompts = _prompts(settings)
+
+        def sample(seed: int) -> None:
+            for i in range(settings.images):
+                prompt = prompts[(seed + i) % len(prompts)]
+                self.run(prompt, settings, seed * settings.images + i)
+                if done:
+                    done()
+
+        return sample
+
+    def book(self, settings: Probing) -> Book:
+        """What the denoiser is told for each prompt, seen in the first call of a sampling.
+
+        The unconditional branch of the guidance comes last; without guidance, the empty prompt.
+        """
+        entries: list[Told] = []
+        negative: Told | None = None
+        for prompt in _prompts(settings):
+            first = self._first_call(prompt, settings)
+            found = parts(self.denoiser, first)
+            if len(found.latent) > 2:
+                raise ProLoRAError(
+                    f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
+                    "branches, which probing does not know"
+                )
+            entries.append(row(found, len(found.latent) - 1))
+            if len(found.latent) == 2:
+                # DiT puts the conditional sample first, all others the unconditional.
+                swapped = "class_labels" in self.accepted
+                negative = row(found, int(swapped))
+                entries[-1] = row(found, int(not swapped))
+        if negative is None and "class_labels" not in self.accepted:
+            empty = self._first_call("", settings)
+            negative = row(parts(self.denoiser, empty), 0)
+        return Book(self.denoiser, [*entries, negative or entries[-1]], found.time)
+
+    def _first_call(self, prompt: str, settings: Probing) -> Call:
+        calls: list[Call] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(args, kwargs))
+            raise _Reached
+
+        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.run(prompt, settings, 0)
+        except _Reached:
+            return calls[0]
+        finally:
+            hook.remove()
+        raise ProLoRAError(f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser")
+
+
+def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
+    """Loads a diffusers pipeline folder, all of it from safetensors, in float32.
+
+    Raises:
+        UnsupportedFormat: no pipeline folder, code of its own, weights as pickles only, or
+            diffusers (transformers, for text encoders) is missing or cannot load it.
+    """
+    index = _checked_index(folder)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UnsupportedFormat(
+            'probing runs the models through diffusers: pip install "prolora[probe]"'
+        ) from error
+    class_ = getattr(diffusers, index["_class_name"], None)
+    if class_ is None:
+        raise UnsupportedFormat(
+            f"{folder}: diffusers {diffusers.__version__} has no {index['_class_name']}; "
+            "pip install -U diffusers"
+        )
+    part = next(part for part in MODELS if isinstance(index.get(part), list))
+    best = choose(file.name for file in (folder / part).glob("*"))
+    options: dict[str, Any] = {name: None for name in _UNUSED if name in index}
+    if best is not None and best.variant:
+        options["variant"] = best.variant
+    try:
+        with _no_bars(diffusers):
+            pipe = class_.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, **options
+            )
+    except ImportError as error:
+        raise UnsupportedFormat(
+            f'{folder}: a package is missing: {error}; pip install "prolora[probe]"'
+        ) from error
+    except Exception as error:  # which one depends on what is missing in the folder
+        raise UnsupportedFormat(
+            f"{folder}: diffusers cannot load this pipeline from safetensors: "
+            f"{type(error).__name__}: {error}. Pickles are not read: save it anew with "
+            "pipe.save_pretrained(FOLDER, safe_serialization=True)"
+        ) from error
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            model.float().eval()  # text encoders may come in the dtype they were saved in
+    return Pipeline(pipe.to(device or "cpu"), folder.name)
+
+
+@contextmanager
+def _no_bars(diffusers: Any) -> Iterator[None]:
+    """Without diffusers' own progress bars, which would run into ours."""
+    logging = diffusers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _checked_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, refused where loading it would run code that is not diffusers' own."""
+    if not latents.is_pipeline(folder):
+        raise UnsupportedFormat(
+            f"{folder}: --method probe runs the models, so each base must be the folder of a whole "
+            f"diffusers pipeline ({latents.INDEX}, scheduler, text encoders, unet or transformer); "
+            "weights alone cannot be sampled"
+        )
+    index = latents.read_json(folder / latents.INDEX)
+    if not isinstance(index.get("_class_name"), str):
+        raise UnsupportedFormat(f"{folder / latents.INDEX}: names no class of diffusers")
+    for name, value in index.items():
+        if isinstance(value, list) and name not in _UNUSED and value[0] is not None:
+            if value[0] not in ("diffusers", "transformers"):
+                raise UnsupportedFormat(
+                    f"{folder / latents.INDEX}: {name} comes from {value[0]!r}, which is code of "
+                    "its own; probing runs nothing but diffusers and transformers"
+                )
+    if not any(isinstance(index.get(part), list) for part in MODELS):
+        raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
+    return index
+
+
+def _prompts(settings: Probing) -> tuple[str, ...]:
+    return settings.prompts or ("",)
+
+
+def _class_number(prompt: str, name: str) -> int:
+    try:
+        return int(prompt or "0")
+    except ValueError:
+        raise ValueError(
+            f"{name} takes classes and no texts: give their numbers as prompts, not {prompt!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pipelines that can be asked the same questions.
+
+    Attributes:
+        source, target: the pipelines.
+        settings: with the size settled.
+        between: turns calls and predictions of one into the other's.
+    """
+
+    source: Pipeline
+    target: Pipeline
+    settings: Probing
+    between: Translation
+
+
+def pair(source: Pipeline, target: Pipeline, settings: Probing) -> Pair:
+    """Settles the size and learns how each model is told the prompts.
+
+    Raises:
+        UnsupportedFormat: predictions that do not turn into each other.
+        ProLoRAError: latents of another number of channels.
+    """
+    names = source.name, target.name
+    same = type(source.denoiser) is type(target.denoiser)
+    schedules.check(source.schedule, target.schedule, same, names)
+    channels = [p.channels for p in (source, target)]
+    if channels[0] != channels[1]:
+        raise ProLoRAError(
+            f"{names[0]} denoises {channels[0]} channels and {names[1]} {channels[1]}: they cannot "
+            "be asked the same question"
+        )
+    if settings.size is None:
+        sizes = [p.size for p in (source, target)]
+        known = [size for size in sizes if size is not None]
+        settings = replace(settings, size=min(known) if known else None)
+    ours, theirs = source.book(settings), target.book(settings)
+    between = Translation(
+        _Carry(ours, theirs, source.schedule, target.schedule),
+        _Carry(theirs, ours, target.schedule, source.schedule),
+        _Convert(source.denoiser, source.schedule, target.schedule),
+        _Read(channels[0]),
+    )
+    return Pair(source, target, settings, between)
+
+
+@dataclass(frozen=True)
+class _Carry:
+    """A call of one model -> the other's: same latents, as noisy, the prompt in its own words."""
+
+    ours: Book
+    theirs: Book
+    schedule: Schedule
+    their_schedule: Schedule
+
+    def __call__(self, call: Call) -> Call:
+        found = parts(self.ours.model, call)
+        prompts = [self.ours.prompt_of(found, i) for i in range(len(found.latent))]
+        time = schedules.time_between(self.schedule, self.their_schedule, found.time)
+        return self.theirs.call(found.latent, time, prompts)
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """A prediction of the source -> in the target's terms."""
+
+    model: nn.Module
+    ours: Schedule
+    theirs: Schedule
+
+    def __call__(self, call: Call, prediction: Tensor) -> Tensor:
+        found = parts(self.model, call)
+        return schedules.converted(self.ours, self.theirs, found.latent, found.time, prediction)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The prediction without the variance that some models (DiT, PixArt) learn beside it."""
+
+    channels: int
+
+    def __call__(self, result: Any) -> Tensor:
+        found = output_of(result)
+        return found[:, : self.channels] if found.dim() == 4 else found

@@ -1,0 +1,216 @@
+"""`--method probe` from pipeline folders to a LoRA file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from prolora import ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat, adapters
+from prolora import transfer as prolora_transfer
+from prolora.bases import latents
+from prolora.cli import app
+from prolora.errors import OutputError
+from prolora.options import Probing
+from prolora.probe import pipelines, schedules
+from prolora.probe.conditioning import parts
+from prolora.probe.trajectories import record
+
+LEAVES = ("attn1.to_v", "ff.net.2")
+FEW = ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "2"]
+SETTINGS = Probing(("cat", "dog"), images=2, steps=3)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """source; twin: the same UNet behind another scheduler; other: own text encoder, predicts v."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        unet = pipelines.open_pipeline(folder / "source").denoiser
+        tiny.save(folder / "twin", unet=unet, scheduler="euler")
+        tiny.save(folder / "other", seed=5, text=12, kind="v_prediction")
+        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(room: Path, target: str, out: Path, *more: str):
+    source = ["--source", str(room / "source"), "--target", str(room / target)]
+    line = ["transfer", str(room / "lora.safetensors"), *source, "-o", str(out), *more]
+    return CliRunner().invoke(app, [*line, "--method", "probe"])
+
+
+def test_each_model_is_asked_in_its_own_words_and_back_again(room):
+    source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
+    pair = pipelines.pair(source, other, SETTINGS)
+    asked = record(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
+    own = record(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
+    there = parts(other.denoiser, pair.between.translate(asked))
+    # Image 0 of seed 0 has the same prompt on both, and both are guided.
+    told = parts(other.denoiser, own).told["encoder_hidden_states",]
+    assert torch.equal(there.told["encoder_hidden_states",], told)
+    assert told.shape == (2, 8, 12)
+    mine = parts(source.denoiser, asked)
+    assert torch.equal(there.latent, mine.latent)
+    assert int(there.time) == int(mine.time)
+    back = parts(source.denoiser, pair.between.translate_back(pair.between.translate(asked)))
+    assert torch.equal(back.latent, mine.latent)
+    for path, value in mine.told.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, back.told[path])
+
+
+def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
+    a = torch.linspace(0.999, 0.005, 1000).double()
+    ours, theirs = schedules.Schedule("epsilon", a), schedules.Schedule("v_prediction", a**1.5)
+    time = torch.tensor([40.0, 500.0, 900.0])
+    there = schedules.time_between(ours, theirs, time)
+    torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))
+    alpha = ours.alpha(time).float()[:, None, None, None]
+    x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(schedules.converted(ours, theirs, x, time, noise), velocity, **close)
+    torch.testing.assert_close(
+        schedules.converted(theirs, ours, x, there, velocity), noise, **close
+    )
+
+
+def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
+    report = tmp_path / "report.json"
+    result = run(room, "twin", tmp_path / "out.safetensors", *FEW, "--report", str(report), "-q")
+    assert result.exit_code == 0, result.output
+    told = json.loads(report.read_text())
+    # The UNet is the same one: copying is perfect, and probing says so.
+    assert told["asked"] == "probe"
+    assert told["method"] == "copy"
+    assert told["probe"]["gate"]["decision"] == "copy"
+    before, after = (
+        adapters.read(file) for file in (room / "lora.safetensors", tmp_path / "out.safetensors")
+    )
+    name = next(iter(before.updates))
+    torch.testing.assert_close(before.updates[name].dense(), after.updates[name].dense())
+
+
+def test_unrelated_bases_write_nothing_unless_forced(room, tmp_path):
+    out = tmp_path / "out.safetensors"
+    result = run(room, "other", out, *FEW)
+    assert result.exit_code != 0
+    assert isinstance(result.exception, UnrelatedBases)
+    assert not out.exists()
+    result = run(room, "other", out, *FEW, "--force", "--json", "--out-rank", "3")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["probe"]["gate"]["decision"] == "refuse"
+    assert told["totals"]["mapped"] == len(adapters.read(out).updates) == 8
+    assert {row["rank_out"] for row in told["modules"]} == {3}
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    assert header["prolora.method"] == "probe"
+    assert header["prolora.probe_decision"] == "refuse"
+    assert header["prolora.target"] == "other"
+
+
+def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines, "open_pipeline", None)
+    result = run(room, "other", tmp_path / "out.safetensors", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["totals"]["mapped"] == 8
+
+
+def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path):
+    found = load_file(room / "lora.safetensors")
+    key = "lora_unet_mid_block_resnets_0_conv1"
+    found[f"{key}.lora_down.weight"] = torch.zeros(1, 16, 3, 3)
+    found[f"{key}.lora_up.weight"] = torch.randn(16, 1, 1, 1)
+    save_file(found, tmp_path / "with.safetensors")
+    done = prolora_transfer(
+        tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
+        probe=Probing(images=1, steps=1, force=True), out_rank=2,
+    )  # fmt: skip
+    skipped = done.report.rows("skipped")
+    assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
+    assert "no transformer block" in skipped[0].reason
+    done.save(tmp_path / "out.safetensors", format="diffusers")
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "words"),
+    [
+        ("file", UnsupportedFormat, "pipeline folder"),
+        ("scaling", UnrelatedBases, "scaling_factor"),
+        ("vae", UnrelatedBases, "trained apart"),
+        ("pickle", UnsupportedFormat, "save_pretrained"),
+        ("code", UnsupportedFormat, "code of its own"),
+        ("flow", UnsupportedFormat, "flow"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broken, error, words):
+    target = tmp_path / "target"
+    if broken == "scaling":
+        tiny.save(target, scaling=0.13025)
+    elif broken == "vae":
+        tiny.save(target, vae_seed=8)
+    else:
+        shutil.copytree(room / "twin", target)
+    index = json.loads((target / "model_index.json").read_text())
+    if broken == "file":
+        target = target / "unet" / "diffusion_pytorch_model.safetensors"
+    elif broken == "pickle":
+        weights = target / "text_encoder" / "model.safetensors"
+        torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    elif broken == "code":
+        index["unet"] = ["my_unet", "Mine"]
+        (target / "model_index.json").write_text(json.dumps(index))
+    elif broken == "flow":
+        flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+        (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
+        index["scheduler"] = ["diffusers", flow["_class_name"]]
+        (target / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(error, match=words):
+        prolora_transfer(
+            room / "lora.safetensors", room / "source", target, method="probe", probe=SETTINGS
+        )
+
+
+def test_options_without_a_use_are_refused(room, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert "match" in str(run(room, "other", out, "--match", "similarity").exception)
+    line = ["transfer", str(room / "lora.safetensors"), "--source", str(room / "source")]
+    line += ["--target", str(room / "other"), "-o", str(out), "--prompt", "x"]
+    assert "--method probe" in str(CliRunner().invoke(app, line).exception)
+    inside = run(room, "twin", room / "twin" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert isinstance(inside.exception, OutputError)
+
+
+def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tmp_path):
+    lora = tiny.updates(pipelines.open_pipeline(room / "source").denoiser, ("attn2.to_k",))
+    wide = tiny.write_lora(tmp_path / "k.safetensors", lora)
+    with pytest.raises(ShapeMismatch, match="--method probe"):
+        prolora_transfer(wide, room / "source", room / "other", method="copy")
+    with pytest.raises(UnrelatedBases, match="--method probe"):
+        prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
+    apart = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
+    assert not latents.could_probe(room / "source", apart)
+    with pytest.raises(ProLoRAError) as refused:
+        prolora_transfer(wide, room / "source", apart, method="copy")
+    assert "--method probe" not in str(refused.value)
