@@ -193,8 +193,7 @@ def transfer(
     }  # fmt: skip
     if method.value != PROBE and options["probe"] != Probing():
         raise ValueError(
-            "prompts, --probe-…, --resume and --force are for probing: "
-            "add --method probe"
+            "prompts, --probe-…, --resume and --force are for probing: add --method probe"
         )
     old, new = open_base(source), open_base(target)
     if report is not None:
@@ -400,7 +399,10 @@ def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
     if report.decisions:
         out.print(console.decisions_table(report.decisions, report.dropped_blocks, every_module))
-    if report.rows("mapped"):
+    if report.probe is not None:
+        out.print(console.probe_table(report))
+        out.print(f"[dim]{console.PROBE_LEGEND}[/dim]", highlight=False)
+    if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):
         out.print(console.transfer_table(report, every_module))
         if not report.dry_run:
             out.print(f"[dim]{console.legend(report)}[/dim]", highlight=False)

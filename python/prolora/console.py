@@ -44,6 +44,9 @@ SUBSPACE_LEGEND = """\
 them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
 
 
+PROBE_LEGEND = """\
+predicted: share of the block's streams that the source's streams tell; reached:
+share of the wanted change of its output, on the probes it was fitted on."""
 COMPARISON_LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
 have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
@@ -120,6 +123,20 @@ def _update_cells(rows: list[ModuleReport]) -> list[str]:
         number(_mean(rows, lambda row: row.norm_ratio)),
         number(_mean(rows, lambda row: row.copy_distance)), rank,
     ]  # fmt: skip
+
+
+def probe_table(report: Report) -> Table:
+    """What probing reached: a row for each block of the target."""
+    table = _table(f"probe: {report.source} → {report.target}")
+    table.add_column("block", overflow="fold")
+    for name in ("modules", "predicted", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for block in report.probe.blocks:
+        predicted = min(block.explained, default=math.nan)
+        table.add_row(
+            block.name, str(block.modules), number(predicted, ".0%"), number(block.reached, ".0%")
+        )
+    return table
 
 
 def reasons_table(report: Report) -> Table | None:

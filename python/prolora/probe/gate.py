@@ -109,8 +109,8 @@ def _decided(
         )
     if copy_share is not None and copy_share["all"] >= share["all"]:
         return COPY, (
-            f"the LoRA copied as it is reaches {copy_share['all']:.0%} of the wanted change on "
-            f"held-out probes, the fitted one {share['all']:.0%}; use --method auto or copy"
+            f"the LoRA moved without probing reaches {copy_share['all']:.0%} of the wanted change "
+            f"on held-out probes, the fitted one {share['all']:.0%}"
         )
     if worst < MIN_SHARE:
         return REFUSE, (

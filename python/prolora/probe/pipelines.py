@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,14 +201,19 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
 
 @contextmanager
 def _no_bars(diffusers: Any) -> Iterator[None]:
-    """Without diffusers' own progress bars, which would run into ours."""
-    logging = diffusers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Without the libraries' own progress bars, which would run into ours."""
+    found = [diffusers.utils.logging]
+    with suppress(ImportError):
+        import transformers
+
+        found.append(transformers.utils.logging)
+    shown = [logging for logging in found if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        for logging in shown:
             logging.enable_progress_bar()
 
 
