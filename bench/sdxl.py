@@ -3,7 +3,8 @@
     python bench/sdxl.py FOLDER [--scale 8] [--feed-forward] [--seed 0]
 
 writes FOLDER/sdxl/unet and FOLDER/ssd-1b/unet (sharded diffusers folders, fp16) and
-FOLDER/lora.safetensors (rank 32, alpha 16, all 560 attention modules in SGM spelling).
+FOLDER/lora.safetensors (rank 32, alpha 16, all 560 attention modules in SGM spelling; with
+--feed-forward also the 140 feed-forward ones).
 
 The weights are made to cost what real ones cost, and to behave like them where a transfer looks:
 
@@ -62,7 +63,7 @@ def write_all(
     Args:
         folder: created if missing.
         scale: all widths are divided by it; names stay. Only 1 gives a layout that is recognised.
-        feed_forward: also the feed-forward weights of the two bases.
+        feed_forward: also the feed-forward modules.
         rank: of the LoRA; its alpha is half of it.
         seed: another seed gives other numbers.
     """
@@ -78,7 +79,12 @@ def write_all(
     sdxl, ssd = (shapes(name, scale, feed_forward) for name in ("sdxl", "ssd-1b"))
     timed("source", lambda: write_unet(generated.source / "unet", sdxl, 0.0, seed))
     timed("target", lambda: write_unet(generated.target / "unet", ssd, NOISE, seed))
-    timed("lora", lambda: write_lora(generated.lora, scale=scale, rank=rank, seed=seed))
+    timed(
+        "lora",
+        lambda: write_lora(
+            generated.lora, scale=scale, feed_forward=feed_forward, rank=rank, seed=seed
+        ),
+    )
     return generated
 
 
@@ -113,11 +119,13 @@ def write_unet(folder: Path, modules: dict[str, tuple[int, int]], noise: float, 
     (folder / name).write_text(json.dumps(index, indent=1))
 
 
-def write_lora(path: Path, *, scale: int = 1, rank: int = 32, seed: int = 0) -> None:
+def write_lora(
+    path: Path, *, scale: int = 1, feed_forward: bool = False, rank: int = 32, seed: int = 0
+) -> None:
     """A kohya LoRA for SDXL: SGM spelling, fp16, alpha = rank / 2, singular values that fall."""
     tensors: dict[str, Tensor] = {}
     fall = torch.arange(1, rank + 1).float().rsqrt()
-    for name, (m, n) in shapes("sdxl", scale, False).items():
+    for name, (m, n) in shapes("sdxl", scale, feed_forward).items():
         generator = _generator(seed, name, "lora")
         key = f"lora_unet_{diffusers_to_ldm(name)}".replace(".", "_")
         up = torch.randn(m, rank, generator=generator) * fall * (0.3 / m**0.5)
@@ -190,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scale", type=int, default=1, help="divide all widths by this")
-    parser.add_argument("--feed-forward", action="store_true", help="also these weights")
+    parser.add_argument("--feed-forward", action="store_true", help="also these modules")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())

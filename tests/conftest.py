@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from prolora import ops
+from prolora import grouped_ops, ops
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
@@ -21,6 +21,14 @@ settings.load_profile("prolora")
 REQUIRED = os.environ.get("PROLORA_REQUIRE", "").split(",")
 SCHEDULES = [0, 1, 2]
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
+    """No test reads or fills the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @dataclass
@@ -37,6 +45,11 @@ class Kernels:
 
     def overlap(self, us: Tensor, ut: Tensor) -> Tensor:
         return ops.run_overlap(self.module, *self._there(us, ut), self.cuda).cpu()
+
+    def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        there = self._there(*us), self._there(*ut)
+        outputs = grouped_ops.run_overlap_table(self.module, *there, self.cuda)
+        return tuple(t.cpu() for t in outputs)
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         outputs = ops.run_small_svd(self.module, *self._there(a), self.cuda)

@@ -132,7 +132,9 @@ def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, m
     from prolora.bases import cache
 
     real, calls = cache.truncated_svd, []
-    monkeypatch.setattr(cache, "truncated_svd", lambda *a: calls.append(len(a[0])) or real(*a))
+    monkeypatch.setattr(
+        cache, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
+    )
     lora, source, target = case
     others = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for other in others:

@@ -213,7 +213,7 @@ def test_bases_and_loras_may_already_be_in_memory(case, kind):
 def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
     lora, source, target = case
     together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
-    monkeypatch.setattr(sys.modules["prolora.moving"], "STACK_BYTES", 1)
+    monkeypatch.setattr(sys.modules["prolora.memory"], "STACK_BYTES", 1)
     alone = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
     for name, update in alone.adapter.updates.items():
         torch.testing.assert_close(update.dense(), together.adapter.updates[name].dense(),
@@ -300,7 +300,7 @@ def test_bad_input_is_refused_by_name_before_any_svd_and_leaves_no_file(
 ):
     lora, source, target, out, error, named = damaged(case, tmp_path, what)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    monkeypatch.setattr(sys.modules["prolora.moving"], "truncated_svd",
+    monkeypatch.setattr(sys.modules["prolora.bases.cache"], "truncated_svd",
                         lambda *a, **k: pytest.fail("an SVD ran"))  # fmt: skip
     with pytest.raises(error, match=named):
         prolora.transfer_file(lora, source, target, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .bases import Base
+from .bases.cache import BasisCache
 from .errors import UnsupportedFormat
 
 # From every file of a folder: the header of a safetensors file, and a few samples of its weights.
@@ -19,9 +20,18 @@ _SAMPLES = 16
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
 
 
-def full_hash(base: Base) -> str | None:
-    """The SHA-256 of a base that is one file, None for all others; read once."""
-    return _sha256(*_state(base.files[0])) if len(base.files) == 1 else None
+def full_hash(base: Base, cache: BasisCache | None = None) -> str | None:
+    """The SHA-256 of a base that is one file, None for all others; read once.
+
+    Args:
+        base: opened from files.
+        cache: remembers the hashes of files between runs.
+    """
+    if len(base.files) != 1:
+        return None
+    file = base.files[0]
+    state = _state(file)
+    return (cache or BasisCache(None)).file_hash(file, lambda: _sha256(*state))
 
 
 def short_hash(base: Base) -> str | None:
@@ -33,7 +43,7 @@ def short_hash(base: Base) -> str | None:
         return hashlib.sha256(file.read(_SHORT_SIZE)).hexdigest()[:8]
 
 
-def identity(base: Base) -> str | None:
+def identity(base: Base, cache: BasisCache | None = None) -> str | None:
     """What tells this base from others: "sha256:…" of one file, "sampled:…" of several.
 
     A folder of shards is not read as a whole: its identity is the SHA-256 of the size of every file
@@ -43,7 +53,7 @@ def identity(base: Base) -> str | None:
     if not base.files:
         return None
     if len(base.files) == 1:
-        return f"sha256:{full_hash(base)}"
+        return f"sha256:{full_hash(base, cache)}"
     states = sorted(_state(file) for file in base.files)
     digest = hashlib.sha256()
     for state in states:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter
 from .bases import Base
-from .bases.cache import BasisCache
+from .bases.cache import BasisCache, name_of
+from .bases.modules import matrix_shape
 from .damping import damped
-from .errors import NonFiniteWeights
-from .linalg.basis import Basis, truncated_svd
+from .errors import NonFiniteWeights, ProLoRAError
+from .linalg.basis import FACTORS, FACTS, Basis
 from .linalg.lowrank import LowRank
-from .options import Options
+from .linalg.subspaces import Similarity, basis_similarity
+from .memory import Memory
+from .options import Options, Progress
 from .pairing import Pair, Plan
 from .projection import project_factors, recompress_parts
 from .report import Measures, ModuleReport
-
-# One stack of weights of the storage dtype, in bytes: what is read and projected at a time.
-STACK_BYTES = 96 << 20
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 
@@ -46,49 +46,191 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
 
-def move_all(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options, clock: Clock
-) -> Iterator[Moved]:
-    """Every pair, its update on the target (None where it was gated) and its row of the report."""
-    done = 0
-    for stack in _stacks(adapter, plan):
-        if options.method == "copy":
-            moved = _copied(adapter, stack)
-        else:
-            with clock("read"):
-                ours = _weights(source, [(pair.source, pair.shape) for pair in stack])
-                theirs = _weights(target, [(pair.target, pair.shape) for pair in stack])
-            if options.method == "damped":
-                with clock("damp"):
-                    moved = _damped(adapter, stack, ours, theirs, options)
-            else:
-                subspaces = BasisCache(options.cache).bases if options.cache else truncated_svd
-                with clock("svd"):
-                    bases = [subspaces(w.to(options.device), options.rank) for w in (ours, theirs)]
-                with clock("project"):
-                    moved = _projected(adapter, stack, bases[0], bases[1], options)
+@dataclass
+class Work:
+    """One LoRA among those that are moved together.
+
+    Attributes:
+        adapter: what is moved.
+        plan: where to.
+        options: how, with method, strength and damping decided.
+        clock: what was done for this LoRA alone, and for all of them.
+        moved: what came of it, in the order in which it was done.
+        error: why it was given up; the others go on.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    options: Options
+    clock: Clock = field(default_factory=Clock)
+    moved: list[Moved] = field(default_factory=list)
+    error: ProLoRAError | None = None
+
+    def take(self, moved: list[Moved]) -> None:
+        """Puts updates at their strength and rank, and keeps them."""
         for pair, update, row in moved:
-            yield pair, *_finished(update, row, options)
-        done += len(stack)
-        if options.progress:
-            options.progress(done, len(plan.pairs), stack[-1].target)
+            self.moved.append((pair, *_finished(update, row, self.options)))
 
 
-def _stacks(adapter: Adapter, plan: Plan) -> Iterator[list[Pair]]:
-    """The pairs in stacks of one weight shape and one rank, none larger than STACK_BYTES."""
-    for shape, pairs in plan.groups().items():
-        by_rank: dict[int, list[Pair]] = {}
-        for pair in pairs:
-            by_rank.setdefault(adapter.updates[pair.source].rank, []).append(pair)
-        size = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
-        for equal in by_rank.values():
-            for i in range(0, len(equal), size):
-                yield equal[i : i + size]
+def move_all(
+    works: Sequence[Work], source: Base, target: Base, cache: BasisCache, memory: Memory,
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Moves every update of every LoRA; each pair of weights is looked at once for all of them.
+
+    Args:
+        works: LoRAs between the same two bases, with equal options but for what `auto` decided.
+        source: where they come from.
+        target: where they go.
+        cache: of the subspaces.
+        memory: how much may be worked on at a time.
+        progress: called as progress(done, total, target module).
+    """
+    for work in works:
+        if work.options.method == "copy":
+            _each([work], lambda work: work.take(_copied(work)))
+    done = 0
+    total = len({pair for work in works for pair in work.plan.pairs})
+    for method in ("damped", "bases"):
+        chosen = [work for work in works if needs(work.options) == method]
+        for stack in _stacks(chosen, memory, method):
+            if method == "damped":
+                _damp(chosen, stack, source, target)
+            else:
+                _project(chosen, stack, source, target, cache)
+            done += len(stack)
+            if progress:
+                progress(min(done, total), total, stack[-1].target)
 
 
-def _weights(base: Base, modules: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+def needs(options: Options) -> str:
+    """What of the weights a method looks at: "nothing", "damped" or "bases"."""
+    return {"copy": "nothing", "damped": "damped"}.get(options.method, "bases")
+
+
+def _each(works: Sequence[Work], step: Callable[[Work], None]) -> None:
+    """A step for every LoRA; one that fails is given up and does not stop the others."""
+    for work in works:
+        if work.error is None:
+            try:
+                step(work)
+            except ProLoRAError as error:
+                work.error = error
+
+
+def _stacks(works: Sequence[Work], memory: Memory, method: str) -> Iterator[list[Pair]]:
+    """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
+    shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
+    for work in works:
+        for shape, pairs in work.plan.groups().items():
+            shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
+    for shape, found in shapes.items():
+        pairs = list(found)
+        size = memory.stack(matrix_shape(shape), method)
+        for i in range(0, len(pairs), size):
+            yield pairs[i : i + size]
+
+
+def _weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
     """The weights of a stack [b, m, n], convolutions flattened."""
-    return torch.stack([base.read(name).reshape(shape) for name, shape in modules])
+    return torch.stack([base.read(name).reshape(shape) for name in modules])
+
+
+def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) -> None:
+    """A stack of pairs, for every LoRA, by method "damped"."""
+    shape = stack[0].shape
+    with _shared(works, "read"):
+        ours = _weights(source, [pair.source for pair in stack], shape)
+        theirs = _weights(target, [pair.target for pair in stack], shape)
+
+    def step(work: Work) -> None:
+        with work.clock("damp"):
+            for places in _of_one_rank(work, stack):
+                pairs = [stack[i] for i in places]
+                if len(places) == len(stack):
+                    work.take(_damped(work, pairs, ours, theirs))
+                else:
+                    work.take(_damped(work, pairs, ours[places], theirs[places]))
+
+    _each(works, step)
+
+
+def _project(
+    works: Sequence[Work], stack: list[Pair], source: Base, target: Base, cache: BasisCache
+) -> None:
+    """A stack of pairs, for every LoRA, by a method that needs subspaces."""
+    options = works[0].options
+    with _shared(works, "svd"):
+        ours = cache.of(source, [pair.source for pair in stack], options.rank, options.device)
+        theirs = cache.of(target, [pair.target for pair in stack], options.rank, options.device)
+    with _shared(works, "overlap"):
+        similar = _similarity(stack, source, target, ours, theirs, cache, options)
+
+    def step(work: Work) -> None:
+        with work.clock("project"):
+            for places in _of_one_rank(work, stack):
+                pairs = [stack[i] for i in places]
+                if len(places) == len(stack):
+                    work.take(_projected(work, pairs, ours, theirs, similar))
+                else:
+                    bases = [_chosen(basis, places) for basis in (ours, theirs)]
+                    some = Similarity(*(x[places] for x in _numbers(similar)))
+                    work.take(_projected(work, pairs, bases[0], bases[1], some))
+
+    _each(works, step)
+
+
+@contextmanager
+def _shared(works: Sequence[Work], stage: str) -> Iterator[None]:
+    """Times what is done for several LoRAs at once, and gives each its share."""
+    clock = Clock()
+    with clock(stage):
+        yield
+    for work in works:
+        seconds = work.clock.seconds
+        seconds[stage] = seconds.get(stage, 0.0) + clock.seconds[stage] / len(works)
+
+
+def _of_one_rank(work: Work, stack: list[Pair]) -> list[list[int]]:
+    """The places in a stack of the pairs that a LoRA has, those of equal rank together."""
+    own = set(work.plan.pairs)
+    found: dict[int, list[int]] = {}
+    for i, pair in enumerate(stack):
+        if pair in own:
+            found.setdefault(work.adapter.updates[pair.source].rank, []).append(i)
+    return list(found.values())
+
+
+def _chosen(basis: Basis, places: list[int]) -> Basis:
+    """Some matrices of a stack."""
+    fields = {name: getattr(basis, name)[places] for name in FACTORS + FACTS}
+    return Basis(**fields, rungs=tuple(basis.rungs[i] for i in places))
+
+
+def _similarity(
+    stack: list[Pair], source: Base, target: Base, ours: Basis, theirs: Basis, cache: BasisCache,
+    options: Options,
+) -> Similarity:  # fmt: skip
+    """The overlap of a stack's bases: the same for every LoRA, so it is kept beside the bases."""
+    notes = cache.pairs(source, target)
+    keys = []
+    for pair in stack:
+        digests = cache.digest(source, pair.source), cache.digest(target, pair.target)
+        names = [name_of(str(digest), options.rank) for digest in digests]
+        keys.append(" ".join(["overlap", *names]))
+    known = [notes.get(key) for key in keys]
+    if None not in known:
+        columns = torch.tensor(known, dtype=torch.float64, device=ours.U.device)
+        return Similarity(*columns.unbind(1))
+    found = basis_similarity(ours, theirs)
+    rows = torch.stack([x.double() for x in _numbers(found)], 1).tolist()
+    for key, row in zip(keys, rows, strict=True):
+        notes.put(key, row)
+    return found
+
+
+def _numbers(similar: Similarity) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return similar.left, similar.right, similar.chance_left, similar.chance_right
 
 
 def _updates(adapter: Adapter, stack: list[Pair], device: str | None) -> LowRank:
@@ -100,18 +242,18 @@ def _updates(adapter: Adapter, stack: list[Pair], device: str | None) -> LowRank
     )
 
 
-def _copied(adapter: Adapter, stack: list[Pair]) -> list[Moved]:
+def _copied(work: Work) -> list[Moved]:
     """The updates as they are."""
+    adapter = work.adapter
     return [
         (pair, adapter.updates[pair.source], carried(adapter, pair.source, pair.target, "copied"))
-        for pair in stack
+        for pair in work.plan.pairs
     ]
 
 
-def _damped(
-    adapter: Adapter, stack: list[Pair], source: Tensor, target: Tensor, options: Options
-) -> list[Moved]:
+def _damped(work: Work, stack: list[Pair], source: Tensor, target: Tensor) -> list[Moved]:
     """The updates weakened along the drift of the weights [b, m, n]."""
+    adapter, options = work.adapter, work.options
     delta = _updates(adapter, stack, options.device)
     moved = damped(delta, source.to(options.device), target.to(options.device), options.kappa)
     before, after = delta.norm(), moved.norm()
@@ -131,11 +273,12 @@ def _damped(
 
 
 def _projected(
-    adapter: Adapter, stack: list[Pair], source: Basis, target: Basis, options: Options
+    work: Work, stack: list[Pair], source: Basis, target: Basis, similar: Similarity
 ) -> list[Moved]:
     """The updates through projection, recompression and the gate on Φ."""
+    adapter, options = work.adapter, work.options
     moved, info = project_factors(
-        _updates(adapter, stack, options.device), source, target, options.method
+        _updates(adapter, stack, options.device), source, target, options.method, similar
     )
     recompressed = recompress_parts(moved, options.method)
     rows: list[Moved] = []

@@ -102,6 +102,7 @@ class Options:
         min_coverage: LowCoverage below this share of the LoRA's modules.
         cache: folder that keeps subspaces between LoRAs; None keeps nothing.
         device: where to compute; None means the CPU.
+        max_memory: bytes this process may take in memory; None sets no bound.
         probe: what "probe" samples.
         progress: called as progress(done, total, name).
     """
@@ -119,6 +120,7 @@ class Options:
     min_coverage: float = 0.0
     cache: str | PathLike[str] | None = None
     device: str | None = None
+    max_memory: int | None = None
     probe: Probing = Probing()
     progress: Progress | None = None
 

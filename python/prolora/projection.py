@@ -159,11 +159,12 @@ def project(
 
 
 def project_factors(
-    delta: LowRank, source: Basis, target: Basis, method: str
+    delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
 ) -> tuple[LowRank, ProjectionInfo]:
     """`project` on factors and bases that exist, with its account; shapes [..., m, r], [..., r, n].
 
-    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix.
+    Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
+    2(m + n)k² flops, may be known already: `similar`.
     """
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
@@ -171,7 +172,7 @@ def project_factors(
     side = METHODS[method]
     left, right = side(up, source.U, target.U), side(down, source.V, target.V)
     moved = LowRank(torch.cat(left, -1), torch.cat(right, -1).mT)
-    info = _account(LowRank(up, down.mT), moved, source, target)
+    info = _account(LowRank(up, down.mT), moved, source, target, similar)
     return moved.to(delta.dtype), info
 
 
@@ -212,7 +213,9 @@ def _project_dense(
     return moved, _account(LowRank(x, eye), LowRank(moved, eye), source, target)
 
 
-def _account(delta: LowRank, moved: LowRank, source: Basis, target: Basis) -> ProjectionInfo:
+def _account(
+    delta: LowRank, moved: LowRank, source: Basis, target: Basis, similar: Similarity | None = None
+) -> ProjectionInfo:
     """What was kept and lost, from r×r Gram matrices in float64: ‖XY‖² = tr((XᵀX)(YYᵀ))."""
     left = [part.double() for part in ops.split_project(source.U, delta.up)]
     right = [part.double() for part in ops.split_project(source.V, delta.down.mT)]
@@ -229,7 +232,7 @@ def _account(delta: LowRank, moved: LowRank, source: Basis, target: Basis) -> Pr
     )
     distance = (after + before - 2 * cross.sum((-2, -1))).clamp_min(0)
     return ProjectionInfo(
-        similarity=basis_similarity(source, target),
+        similarity=similar or basis_similarity(source, target),
         rank_source=source.rank,
         rank_target=target.rank,
         range_energy=share(0, 0),

@@ -79,6 +79,8 @@ class SafetensorsFile:
         path: the file.
         metadata: the header's `__metadata__`, {} if there is none.
         tensors: name -> `TensorInfo`, in header order.
+        data_start: the byte at which the tensors begin.
+        state: inode, size and times of the file: equal as long as nobody has written to it.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -93,9 +95,11 @@ class SafetensorsFile:
             status = os.fstat(file.fileno())
             raw = _read_header(file, self.path, status.st_size)
         self._identity = _identity(status)
-        self._data_start = 8 + len(raw)
+        # The time of the last change of any kind, which no tool can set, belongs to it as well.
+        self.state = (*self._identity[1:], status.st_ctime_ns)
+        self.data_start = 8 + len(raw)
         self.metadata, self.tensors = _parse_header(raw, self.path)
-        _check_extent(self.tensors, self.path, status.st_size - self._data_start)
+        _check_extent(self.tensors, self.path, status.st_size - self.data_start)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in its storage dtype, on the CPU, in memory of its own.
@@ -142,7 +146,7 @@ class SafetensorsFile:
             if _identity(os.fstat(file.fileno())) != self._identity:
                 raise UnsupportedFormat(f"{self.path}: was changed while it was in use; run again")
             try:
-                file.seek(self._data_start + start)
+                file.seek(self.data_start + start)
                 complete = _fill(file, buffer.numpy().data)
             except OSError as error:
                 raise UnsupportedFormat(
@@ -337,12 +341,12 @@ def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> No
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as temporary:
-        _write(temporary, plain, metadata)
+        dump(temporary, plain, metadata)
         _verify(SafetensorsFile(temporary), plain, metadata, path)
 
 
-def _write(path: Path, tensors: Tensors, metadata: Metadata) -> None:
-    """The bytes of a file, the same for the same content.
+def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
+    """Writes a file without any safety; the same bytes for the same content.
 
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.

@@ -18,15 +18,19 @@ from .adapters.metadata import rewritten
 from .adapters.source import PEFT_WEIGHTS
 from .affinity import Affinity, measure
 from .bases import Base, open_base
+from .bases.cache import BasisCache
 from .bases.latents import could_probe
+from .bases.modules import matrix_shape
 from .carrying import Carried, carry
 from .errors import LowCoverage, ProLoRAError, UnrelatedBases
 from .identity import full_hash, identity, short_hash
 from .linalg.lowrank import LowRank
 from .matching import resolve
-from .moving import Clock, carried, move_all
+from .memory import Memory
+from .moving import Clock, Work, carried, move_all, needs
 from .options import AUTO, PROBE, Options, Progress
 from .pairing import Plan, folded, make_plan
+from .recipes import recipe
 from .report import ModuleReport, Report
 from .storage import check_writable
 from .verdict import judge
@@ -64,7 +68,7 @@ class Transfer:
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
         """
-        _check_output(path, self.inputs)
+        check_output(path, self.inputs)
         adapters.write(self.adapter, path, format=format, dtype=dtype)
 
 
@@ -94,38 +98,112 @@ def transfer(
             the held-out probes speak against it.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
-    chosen = Options(**options)
-    clock = Clock()
-    with clock("read"):
-        source, target = open_base(source), open_base(target)
+    return _transfer(lora, open_base(source), open_base(target), Options(**options), format, {})
+
+
+def _transfer(
+    lora: Any, source: Base, target: Base, chosen: Options, format: str | None,
+    notes: Mapping[str, str],
+) -> Transfer:  # fmt: skip
+    """The stages of a transfer, one after the other; `notes` go into the result's header."""
     if chosen.method == PROBE:
         return _probed(lora, source, target, chosen, format)
+    memory = Memory(chosen.max_memory)
+    with BasisCache(chosen.cache).saving() as cache:
+        job = prepare(lora, source, target, chosen, format)
+        settle(job, source, target, cache, memory)
+        move_all([job.work], source, target, cache, memory, chosen.progress)
+        return finish(job, source, target, cache, notes)
+
+
+@dataclass
+class Job:
+    """One LoRA on its way, between the stages of a transfer.
+
+    Attributes:
+        lora: what was given.
+        adapter: what was read of it.
+        plan: where it goes.
+        asked: the options, before anything was decided.
+        work: what is moved, and what has been.
+        affinities: of the pairs of the plan.
+        report: what is known so far.
+    """
+
+    lora: Any
+    adapter: Adapter
+    plan: Plan
+    asked: Options
+    work: Work
+    affinities: dict[str, Affinity] = field(default_factory=dict)
+    report: Report = field(default=None)  # type: ignore[assignment]
+
+
+def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str | None) -> Job:
+    """Reads and plans; all that can be refused without looking at weights is refused here."""
+    clock = Clock()
     with clock("read"):
         adapter = _read(lora, source)
     with clock("match"):
-        plan = _plan(adapter, source, target, chosen)
-    _check_coverage(adapter, plan, chosen.min_coverage)
+        plan = _plan(adapter, source, target, asked)
+    _check_coverage(adapter, plan, asked.min_coverage)
     whole = folded(adapter, plan)
     if format is not None:
-        adapters.check_format(_outline(whole, plan, source, target, chosen), format)
-    with clock("check"):
+        adapters.check_format(_outline(whole, plan, source, target, asked), format)
+    used = {pair.source for pair in plan.pairs}
+    whole = replace(whole, updates={n: x for n, x in whole.updates.items() if n in used})
+    return Job(lora, adapter, plan, asked, Work(whole, plan, asked, clock))
+
+
+def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
+    """Looks at the pairs of weights and decides how to move the LoRA.
+
+    Raises:
+        NonFiniteWeights: NaN or Inf in a weight.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
+        TooLittleMemory: the bound is below what one weight needs.
+    """
+    adapter, plan, asked = job.adapter, job.plan, job.asked
+    memory.check((matrix_shape(pair.shape) for pair in plan.pairs), "affinity")
+    with job.work.clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
-        affinities = measure(source, target, places, _doing("checking", chosen.progress))
+        doing = _doing("checking", asked.progress)
+        affinities = measure(source, target, places, doing, cache, memory)
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     verdict = judge(Affinity.total(affinities)) if affinities else None
-    if chosen.method == AUTO and verdict and not verdict.related:
+    if asked.method == AUTO and verdict and not verdict.related:
         way = " --method copy does it anyway"
         if could_probe(source.path, target.path):
             way = f" --method probe looks at the running models and may move it;{way}"
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
-    decided = verdict.decide(chosen) if verdict else _unmoved(chosen)
+    decided = verdict.decide(asked) if verdict else _unmoved(asked)
+    memory.check((matrix_shape(pair.shape) for pair in plan.pairs), needs(decided))
     report = _blank_report(adapter, plan, source, target, decided)
-    report.asked, report.verdict = chosen.method, verdict
+    report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
-    found = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
+    # What has no place is accounted for now, and its numbers are in nobody's way.
+    left = {*plan.skipped, *plan.refused}
+    updates = {n: _hollow(x) if n in left else x for n, x in adapter.updates.items()}
+    job.adapter, job.report = replace(adapter, updates=updates), report
+    job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
+    job.work.options = decided
+
+
+def finish(
+    job: Job, source: Base, target: Base, cache: BasisCache, notes: Mapping[str, str]
+) -> Transfer:
+    """Makes the adapter of the target, and the report, of what was moved.
+
+    Raises:
+        LowCoverage: fewer modules moved than was asked for.
+        ProLoRAError: what stopped the move.
+    """
+    adapter, plan, report, work = job.adapter, job.plan, job.report, job.work
+    if work.error:
+        raise work.error
     updates: dict[str, LowRank] = {}
-    for pair, update, row in move_all(whole, plan, source, target, decided, clock):
-        own, seen = _own(row, adapter, plan), found[pair.target]
+    for pair, update, row in work.moved:
+        own, seen = _own(row, adapter, plan), job.affinities[pair.target]
         report.modules.append(replace(own, drift=seen.drift, cosine=seen.cosine))
         if update is not None:
             updates[pair.target] = update
@@ -134,16 +212,23 @@ def transfer(
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
     report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs
                                               if pair.target in updates})  # fmt: skip
-    report.seconds = clock.seconds
-    if report.coverage < chosen.min_coverage:
-        raise LowCoverage(_coverage_text(report, chosen.min_coverage))
-    vectors = _carried(adapter, plan, source, target, decided, updates)
+    report.seconds = work.clock.seconds
+    if report.coverage < job.asked.min_coverage:
+        raise LowCoverage(_coverage_text(report, job.asked.min_coverage))
+    vectors = _carried(adapter, plan, source, target, work.options, updates)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
-    with clock("hash"):
-        metadata = _metadata(adapter, plan, source, target, decided)
+    with work.clock("hash"):
+        metadata = _metadata(adapter, plan, source, target, work.options, cache)
+    metadata |= {f"prolora.{key}": text for key, text in notes.items()}
     moved = _as_target(adapter, updates, vectors, target, metadata)
-    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    files = [Path(job.lora)] if isinstance(job.lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
+
+
+def _hollow(update: LowRank) -> LowRank:
+    """An update of the same shape and rank that takes no memory."""
+    zero = torch.zeros(1, 1)
+    return LowRank(zero.expand(update.up.shape), zero.expand(update.down.shape))
 
 
 def _probed(
@@ -204,9 +289,12 @@ def transfer_file(
         OutputError: out cannot be written, or is an input. Also everything `transfer` raises.
     """
     source, target = open_base(source), open_base(target)
-    _check_output(out, [Path(lora), *source.files, *target.files])
-    done = transfer(lora, source, target, format=format, **options)
-    progress = options.get("progress")
+    check_output(out, [Path(lora), *source.files, *target.files])
+    chosen = Options(**options)
+    with BasisCache(chosen.cache).saving() as cache:
+        notes = recipe(Path(lora), source, target, chosen, format, dtype, cache)
+    done = _transfer(lora, source, target, chosen, format, notes)
+    progress = chosen.progress
     if progress:
         moved = len(done.adapter.updates)
         progress(moved, moved, f"writing {Path(out).name}")
@@ -302,7 +390,7 @@ def _summed(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[Modu
     return rows
 
 
-def _check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
+def check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
     """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist."""
     folder = Path(path)
     check_writable(folder / PEFT_WEIGHTS if folder.is_dir() else folder, inputs)
@@ -367,8 +455,9 @@ def _as_target(
 
 
 def _metadata(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
-) -> dict[str, str]:
+    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options,
+    cache: BasisCache | None = None,
+) -> dict[str, str]:  # fmt: skip
     """The header of the result: the LoRA's own, with the target's names and how it was made."""
     provenance = {
         "version": __version__,
@@ -381,12 +470,12 @@ def _metadata(
         "source": source.name,
         "target": target.name,
     }
-    hashes = {"source_hash": identity(source), "target_hash": identity(target)}
+    hashes = {"source_hash": identity(source, cache), "target_hash": identity(target, cache)}
     return rewritten(
         adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
-        target_sha256=full_hash(target),
+        target_sha256=full_hash(target, cache),
         target_short_hash=short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )

@@ -67,6 +67,7 @@ class GgufFile:
     Attributes:
         path: the file.
         tensors: name -> `GgufTensor`, in the order of the header.
+        state: inode, size and times of the file: equal as long as nobody has written to it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,6 +83,7 @@ class GgufFile:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 self._identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+                self.state = (*self._identity, status.st_ctime_ns)
                 self.tensors = _read_header(_Header(file, self.path), status.st_size)
         except OSError as error:
             raise UnsupportedFormat(f"{path}: cannot be read: {error.strerror}") from error

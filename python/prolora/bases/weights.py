@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,29 @@ from torch import Tensor
 from ..errors import UnsupportedFormat
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a weight is read from: equal origins have equal values.
+
+    Attributes:
+        text: files with their states, key, and what is done to what is read.
+        changed: when the youngest of the files was last changed, in ns since 1970.
+    """
+
+    text: str
+    changed: int
+
+    def then(self, what: str) -> Origin:
+        """The origin of what a computation makes of it."""
+        return Origin(f"{self.text} {what}", self.changed)
+
+
 class Weight(Protocol):
     """One weight that has not been read yet; what is read is `dtype` of `shape`."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where its values come from; None if they are in memory, where they may change."""
 
     @property
     def name(self) -> str:
@@ -55,6 +77,10 @@ class TensorFile(Protocol):
         """The file."""
 
     @property
+    def state(self) -> tuple[int, ...]:
+        """Inode, size and times, the times last: equal as long as nobody has written to it."""
+
+    @property
     def tensors(self) -> Mapping[str, Entry]:
         """Key -> what the header says."""
 
@@ -71,6 +97,13 @@ class StoredWeight:
 
     file: TensorFile
     key: str
+
+    @property
+    def origin(self) -> Origin:
+        """The file as it was when it was opened, and the key."""
+        state = " ".join(map(str, self.file.state))
+        path = os.path.abspath(self.file.path)
+        return Origin(f"{path} {state} {self.key}", max(self.file.state[-2:]))
 
     @property
     def name(self) -> str:
@@ -104,6 +137,11 @@ class LoadedWeight:
     name: str
 
     @property
+    def origin(self) -> None:
+        """None: whoever has the tensor may write into it."""
+        return None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """As it is."""
         return tuple(self.tensor.shape)
@@ -129,6 +167,12 @@ class RowsWeight:
     whole: Weight
     start: int
     stop: int
+
+    @property
+    def origin(self) -> Origin | None:
+        """The fused matrix and the rows."""
+        whole = self.whole.origin
+        return whole and whole.then(f"rows {self.start} {self.stop}")
 
     @property
     def name(self) -> str:
@@ -165,6 +209,12 @@ class ConvertedWeight:
 
     stored: Weight
     transposed: bool = False
+
+    @property
+    def origin(self) -> Origin | None:
+        """The stored weight, and what is done to it."""
+        stored = self.stored.origin
+        return stored and stored.then("transposed" if self.transposed else "halves exchanged")
 
     @property
     def name(self) -> str:
@@ -207,6 +257,14 @@ class ScaledWeight:
 
     stored: Weight
     scale: Weight
+
+    @property
+    def origin(self) -> Origin | None:
+        """Both weights."""
+        stored, scale = self.stored.origin, self.scale.origin
+        if stored is None or scale is None:
+            return None
+        return Origin(f"{stored.text} times {scale.text}", max(stored.changed, scale.changed))
 
     @property
     def name(self) -> str:

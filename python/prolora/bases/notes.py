@@ -1,0 +1,73 @@
+"""Small tables beside the bases: numbers that take long to find and few bytes to keep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+from .cache_files import publish
+
+# More entries than any pair of models has weights; what comes beyond pushes the oldest out.
+LIMIT = 20_000
+
+log = logging.getLogger(__name__)
+
+
+class Notes:
+    """A table {text: JSON value} in one file, or in memory alone.
+
+    A table that is damaged counts as empty. Processes that write one table at once lose nothing but
+    entries: every one of them is true by itself, and the last file wins.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads the table, if it is there; None keeps it nowhere."""
+        self._path = path
+        self._known = self._load()
+        self._new: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any | None:
+        """The entry, or None."""
+        return self._new.get(key, self._known.get(key))
+
+    def put(self, key: str, value: Any) -> None:
+        """Adds or replaces an entry; `save` keeps it."""
+        if self.get(key) != value:
+            self._new[key] = value
+
+    def save(self) -> None:
+        """Writes what is new, together with what others have written meanwhile.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if not self._new or self._path is None:
+            return
+        self._known = self._load() | self._new
+        self._new = {}
+        kept = dict(list(self._known.items())[-LIMIT:])
+        body = json.dumps(kept, separators=(",", ":")).encode()
+        publish(self._path, lambda file: _write(file, b"%08x\n" % zlib.crc32(body) + body))
+
+    def _load(self) -> dict[str, Any]:
+        if self._path is None:
+            return {}
+        try:
+            checksum, _, body = self._path.read_bytes().partition(b"\n")
+            if int(checksum, 16) != zlib.crc32(body):
+                raise ValueError("its content is not what was written")
+            found: dict[str, Any] = json.loads(body)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s is not used and will be made again: %s", self._path, error)
+            return {}
+        return found
+
+
+def _write(file: Path, content: bytes) -> None:
+    with open(file, "wb") as opened:
+        opened.write(content)
