@@ -104,6 +104,26 @@ Index overlap_tiles(Index ks, Index kt, bool float64, bool cuda) {
 }
 
 template <class T>
+void overlap_table_of(Address groups, Address table, Address edges, Address shells, Index count,
+                      Index blocks, Index strips, bool cuda, Address stream) {
+  const OverlapTableArgs<T> args{pointer<const OverlapGroup<T>>(groups),
+                                 pointer<double>(table),
+                                 pointer<double>(edges),
+                                 pointer<double>(shells),
+                                 count,
+                                 blocks,
+                                 strips};
+  py::gil_scoped_release release;
+  ON_DEVICE(cuda, overlap_table_cpu(args), overlap_table_cuda(args, stream));
+}
+
+void overlap_table(Address groups, Address table, Address edges, Address shells, Index count,
+                   Index blocks, Index strips, bool float64, bool cuda, Address stream) {
+  auto run = float64 ? overlap_table_of<double> : overlap_table_of<float>;
+  run(groups, table, edges, shells, count, blocks, strips, cuda, stream);
+}
+
+template <class T>
 void small_svd_of(Address a, Address u, Address s, Address v, Address scratch, Index batch, Index m,
                   Index n, bool cuda, Address stream) {
   const SmallSvdArgs<T> args{pointer<const T>(a),
@@ -141,8 +161,11 @@ Index small_svd_scratch(Index batch, Index m, Index n, bool float64, bool cuda) 
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("built_with_cuda") = kBuiltWithCuda;
   m.attr("max_svd_columns") = kMaxSvdColumns;
+  m.attr("overlap_block") = kOverlapBlock;
   m.def("cuda_status", &cuda_status, "(number of usable devices, why there is none)");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU ops use.");
+  m.def("cpu_has_tiles", &cpu_has_tiles,
+        "Whether overlap_table uses the processor's matrix tiles.");
   m.def("split_project", &split_project, arg("u"), arg("x"), arg("coefficients"), arg("par"),
         arg("perp"), arg("batch"), arg("m"), arg("k"), arg("r"), arg("float64"), arg("cuda"),
         arg("stream"));
@@ -150,6 +173,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         arg("m"), arg("ks"), arg("kt"), arg("float64"), arg("cuda"), arg("stream"));
   m.def("overlap_tiles", &overlap_tiles, arg("ks"), arg("kt"), arg("float64"), arg("cuda"),
         "How many partial sums overlap() writes per matrix.");
+  m.def("overlap_table", &overlap_table, arg("groups"), arg("table"), arg("edges"), arg("shells"),
+        arg("count"), arg("blocks"), arg("strips"), arg("float64"), arg("cuda"), arg("stream"));
   m.def("small_svd", &small_svd, arg("a"), arg("u"), arg("s"), arg("v"), arg("scratch"),
         arg("batch"), arg("m"), arg("n"), arg("float64"), arg("cuda"), arg("stream"));
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("float64"),

@@ -9,6 +9,8 @@
 #include <new>
 
 #include "overlap.h"
+#include "overlap_serial.h"
+#include "overlap_table.h"
 #include "serial.h"
 #include "small_svd.h"
 #include "split_project.h"
@@ -71,6 +73,19 @@ void overlap(const OverlapArgs<T>& args) {
 }
 
 template <class T>
+void overlap_table(const OverlapTableArgs<T>& args) {
+#pragma omp parallel for schedule(dynamic) if (args.blocks > 1)
+  for (Index block = 0; block < args.blocks; ++block) {
+    const OverlapPlace place = overlap_place(args, block);
+    const OverlapGroup<T>& group = args.groups[place.group];
+    T c[kOverlapBlock * kOverlapBlock];
+    overlap_product(SerialTile<T>{}, group, place, c, kOverlapBlock);
+    finish_block(args, group, place.matrix, place.row, place.col, c, kOverlapBlock);
+  }
+  add_shells(args);
+}
+
+template <class T>
 void small_svd(const SmallSvdArgs<T>& args) {
   const Index m = args.m;
   const Index n = args.n;
@@ -95,7 +110,8 @@ void small_svd(const SmallSvdArgs<T>& args) {
 }
 
 template <class T>
-constexpr CpuOps<T> kOps = {split_project<T>, overlap<T>, overlap_tiles<T>, small_svd<T>};
+constexpr CpuOps<T> kOps = {split_project<T>, overlap<T>, overlap_tiles<T>, overlap_table<T>,
+                            small_svd<T>};
 
 }  // namespace
 

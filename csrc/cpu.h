@@ -11,6 +11,7 @@ struct CpuOps {
   void (*split_project)(const SplitProjectArgs<T>&);
   void (*overlap)(const OverlapArgs<T>&);
   Index (*overlap_tiles)(Index ks, Index kt);
+  void (*overlap_table)(const OverlapTableArgs<T>&);
   void (*small_svd)(const SmallSvdArgs<T>&);
 };
 

@@ -3,6 +3,12 @@
 #include <cstring>
 
 #include "cpu.h"
+#ifdef PROLORA_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "overlap_amx.h"
+#endif
 
 namespace prolora {
 namespace {
@@ -14,6 +20,19 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+#ifdef PROLORA_AMX
+// Whether the processor has matrix tiles, and the system lets this process use them.
+bool has_amx() {
+  constexpr long kRequestPermission = 0x1023;
+  constexpr long kTileData = 18;
+  static const bool usable = has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+                             __builtin_cpu_supports("amx-tile") &&
+                             __builtin_cpu_supports("amx-bf16") &&
+                             syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return usable;
 }
 #endif
 
@@ -51,6 +70,27 @@ void split_project_cpu(const SplitProjectArgs<T>& args) {
 template <class T>
 void overlap_cpu(const OverlapArgs<T>& args) {
   ops<T>().overlap(args);
+}
+
+template <>
+void overlap_table_cpu(const OverlapTableArgs<double>& args) {
+  ops<double>().overlap_table(args);
+}
+template <>
+void overlap_table_cpu(const OverlapTableArgs<float>& args) {
+#ifdef PROLORA_AMX
+  if (cpu_has_tiles()) return overlap_table_amx(args);
+#endif
+  ops<float>().overlap_table(args);
+}
+
+bool cpu_has_tiles() {
+#ifdef PROLORA_AMX
+  // PROLORA_ISA asks for instructions of its own.
+  return std::getenv("PROLORA_ISA") == nullptr && has_amx();
+#else
+  return false;
+#endif
 }
 
 template <class T>

@@ -30,6 +30,29 @@ struct OverlapArgs {
   Index batch, m, ks, kt;
 };
 
+// overlap_table cuts Usᵀ Ut into blocks of this many rows and columns.
+constexpr Index kOverlapBlock = 64;
+
+// A stack of pairs of one shape; laid out as the int64 numbers that Python writes.
+template <class T>
+struct OverlapGroup {
+  const T* us;  // [batch, m, ks]
+  const T* ut;  // [batch, m, kt]
+  Index batch, m, ks, kt;
+  // Where the group begins, counted over all groups: blocks of Usᵀ Ut, strips of 64 shells, shells.
+  Index first_block, first_strip, first_shell;
+};
+static_assert(sizeof(OverlapGroup<float>) == 9 * sizeof(Index));
+
+template <class T>
+struct OverlapTableArgs {
+  const OverlapGroup<T>* groups;  // [count], on the device too
+  double* table;                  // [blocks], block sums of squares: group, matrix, row, column
+  double* edges;                  // [blocks, 64], scratch
+  double* shells;                 // [Σ batch min(ks, kt)]
+  Index count, blocks, strips;
+};
+
 // The most columns small_svd takes: its working set then still fits in a GPU's shared memory.
 constexpr Index kMaxSvdColumns = 128;
 
@@ -52,6 +75,11 @@ template <class T>
 void overlap_cpu(const OverlapArgs<T>& args);
 template <class T>
 void overlap_cuda(const OverlapArgs<T>& args, std::uintptr_t stream);
+template <class T>
+void overlap_table_cpu(const OverlapTableArgs<T>& args);
+template <class T>
+void overlap_table_cuda(const OverlapTableArgs<T>& args, std::uintptr_t stream);
+
 // How many partial sums a matrix has.
 template <class T>
 Index overlap_tiles_cpu(Index ks, Index kt);
@@ -69,6 +97,9 @@ Index small_svd_scratch_cuda(Index batch, Index m, Index n);
 // The instruction set the CPU ops run with: the best this machine has, or the one that the
 // environment variable PROLORA_ISA names, if the machine has it.
 const char* cpu_isa();
+
+// Whether overlap_table runs in the matrix tiles (AMX) of this processor, for float32.
+bool cpu_has_tiles();
 
 // The number of usable CUDA devices; if it is 0, `why` says what is missing.
 int cuda_device_count(std::string* why);

@@ -144,6 +144,8 @@ struct CudaTile {
       buffer ^= 1;
       if (more) deliver();
     }
+    // All have left the slices: `use` may put something else in their memory.
+    __syncthreads();
 
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {

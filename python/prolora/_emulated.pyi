@@ -1,8 +1,10 @@
 built_with_cuda: bool
 max_svd_columns: int
+overlap_block: int
 
 def cuda_status() -> tuple[int, str]: ...
 def cpu_isa() -> str: ...
+def cpu_has_tiles() -> bool: ...
 def split_project(
     u: int,
     x: int,
@@ -31,6 +33,18 @@ def overlap(
     stream: int,
 ) -> None: ...
 def overlap_tiles(ks: int, kt: int, float64: bool, cuda: bool) -> int: ...
+def overlap_table(
+    groups: int,
+    table: int,
+    edges: int,
+    shells: int,
+    count: int,
+    blocks: int,
+    strips: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
 def small_svd(
     a: int,
     u: int,

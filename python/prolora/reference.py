@@ -37,6 +37,12 @@ def overlap(source: Tensor, target: Tensor) -> Tensor:
     return (source.mT @ target).square().sum((-2, -1))
 
 
+def overlap_curve(source: Tensor, target: Tensor) -> Tensor:
+    """‖U_sᵀU_t‖_F² of the leading k columns of both, for every k: [min(ks, kt)]."""
+    fewest = min(source.shape[-1], target.shape[-1])
+    return torch.stack([overlap(source[:, :k], target[:, :k]) for k in range(1, fewest + 1)])
+
+
 def blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
     """The four blocks of an update in the bases of its own weight: they sum to the update."""
     u, v = leading(weight, k)

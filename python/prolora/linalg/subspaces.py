@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import ShapeMismatch
 from .arrays import like, to_tensor
 from .basis import Basis, truncated_svd
 from .choice import Rank
-from .precision import working_dtype
+from .overlaps import basis_tables
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ def basis_similarity(source: Basis, target: Basis) -> Similarity:
     m, n = source.shape[-2:]
     fewest = torch.minimum(source.rank, target.rank).clamp_min(1).double()
     most = torch.maximum(source.rank, target.rank).double()
-    work = working_dtype(source.U.dtype, target.U.dtype)
+    left, right = (table.blocks.sum((-2, -1)) for table in basis_tables(source, target))
     return Similarity(
-        left=ops.overlap(source.U.to(work), target.U.to(work)) / fewest,
-        right=ops.overlap(source.V.to(work), target.V.to(work)) / fewest,
+        left=left / fewest,
+        right=right / fewest,
         chance_left=most / m,
         chance_right=most / n,
     )
