@@ -159,20 +159,17 @@ def _chunk_basis(
     stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int, snap: bool
 ) -> Basis:
     """One chunk [b, m, n], through the ladder."""
-    w = stack.double()
+    wide = stack.shape[-1] >= stack.shape[-2]
+    dtype = working_dtype(stack.dtype)
+    w = stack.to(dtype) if wide else stack.to(dtype).mT  # [b, d, n], d ≤ n, from here on
     # Down to the range where neither σ² nor a sum of squares over- or underflows; by a power of
     # two, so that float32 still holds the same values.
     scaled = bool((exponents.abs() > LARGEST_EXPONENT).any())
     if scaled:
-        w = torch.ldexp(w, -exponents[:, None, None])
-    wide = w.shape[-1] >= w.shape[-2]
-    w = w if wide else w.mT  # [b, d, n], d ≤ n, from here on
-    dtype = working_dtype(stack.dtype)
-    single = None  # w in float32, where that is exact
-    if dtype == torch.float32:
-        single = w.float() if scaled else (stack.float() if wide else stack.float().mT)
-    norm = torch.linalg.matrix_norm(w)
-    found = _ladder(w, single, norm, rank, tol, seed, snap)
+        w = torch.ldexp(w.double(), -exponents[:, None, None]).to(dtype)
+    rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
+    norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
+    found = _ladder(w, norm, rank, tol, seed, snap)
     safe_norm = torch.where(norm > 0, norm, 1.0)
     last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
     bound = found.angle
@@ -195,38 +192,30 @@ def _chunk_basis(
     )
 
 
-def _ladder(
-    w: Tensor,
-    single: Tensor | None,
-    norm: Tensor,
-    rank: Rank,
-    tol: float,
-    seed: int,
-    snap: bool,
-) -> Triplets:
-    """Each matrix of w [b, d, n] by the first rung that proves its result."""
+def _ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bool) -> Triplets:
+    """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result."""
     found: dict[int, Triplets] = {}
 
     def take(i: int, one: Refined | None, rung: str) -> None:
         if one is not None and one.angle <= tol:
             found[i] = one.triplets(rung)
 
-    if single is not None:
+    if w.dtype == torch.float32:
         if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
-            leading = krylov.krylov_triplets(w, single, norm, rank, tol, seed, snap)
+            leading = krylov.krylov_triplets(w, norm, rank, tol, seed, snap)
             for i, one in enumerate(leading):
                 take(i, one, "krylov")
         # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
-        if w.is_cpu and gram.suits(w, rank):
+        if w.is_cpu and gram.suits(w.shape[-2], rank):
             for i in range(len(w)):
                 if i not in found:
-                    one = gram.gram_triplets(w[i], single[i], float(norm[i]), rank, snap)
+                    one = gram.gram_triplets(w[i], float(norm[i]), rank, snap)
                     take(i, one, "gram-f32")
     missing = [i for i in range(len(w)) if i not in found]
     if not found:
-        return dense_triplets(w, norm, rank, snap)
+        return dense_triplets(w.double(), norm, rank, snap)
     if missing:
-        rest = dense_triplets(w[missing], norm[missing], rank, snap)
+        rest = dense_triplets(w[missing].double(), norm[missing], rank, snap)
         found |= {i: rest.one(row) for row, i in enumerate(missing)}
     return stacked([found[i] for i in range(len(w))])
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .choice import columns, reach
-from .products import lower_gram, mirrored, times
+from .products import Formed, Implied, lower_gram, mirrored, times
 from .refinement import Refined, Ritz, refine
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
@@ -48,13 +48,12 @@ def suits(d: int, k: int) -> bool:
 
 
 def krylov_triplets(
-    w: Tensor, single: Tensor, norm: Tensor, k: int, tol: float, seed: int, snap: bool
+    w: Tensor, norm: Tensor, k: int, tol: float, seed: int, snap: bool
 ) -> list[Refined | None]:
-    """The leading triplets of w [b, d, n] (float64, d ≤ n), None where the iteration gives up.
+    """The leading triplets of w [b, d, n] (float32, d ≤ n), None where the iteration gives up.
 
     Args:
         w: the stack; all matrices share the depth that the hardest needs.
-        single: w in float32, equal to it.
         norm: [b], ‖w‖_F.
         k: columns.
         tol: the sine of the largest principal angle to reach.
@@ -63,23 +62,40 @@ def krylov_triplets(
     """
     far = k + reach(k) if snap else k
     found: list[Refined | None] = [None] * len(w)
-    for iterates in _iterate(single, norm, far, tol, seed):
+    _, d, n = w.shape
+    single, grams = None, list[Formed | Implied]()
+    if _gram_pays(d, n, USUAL_BASIS * k, k):
+        precise = mirrored(lower_gram(w))
+        single = precise.float()
+        grams = [Formed(*pair) for pair in zip(precise, single, strict=True)]
+    for iterates in _iterate(w, single, norm, far, tol, seed):
+        grams = grams or [Implied(one.double(), one) for one in w]
         for i, ritz in enumerate(iterates):
             if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
                 cut = int(columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
-                found[i] = refine(w[i], single[i], float(norm[i]), ritz, cut)
+                found[i] = refine(grams[i], w[i], float(norm[i]), ritz, cut)
         if all(one is not None and one.angle <= tol for one in found):
             break
     return found
 
 
-def _iterate(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> Iterator[list[Ritz]]:
-    """Ritz vectors of wwᵀ for w [b, d, n] each time that the first k seem to have converged."""
-    b, d, n = w.shape
-    width = max(8, min(64, k // 4))
+def _iterate(
+    w: Tensor, gram: Tensor | None, norm: Tensor, k: int, tol: float, seed: int
+) -> Iterator[list[Ritz]]:
+    """Ritz vectors of wwᵀ each time that the first k seem to have converged.
+
+    Args:
+        w: [b, d, n].
+        gram: wwᵀ [b, d, d], where it was formed.
+        norm: [b], ‖w‖_F.
+        k: columns.
+        tol: the sine to reach.
+        seed: of the starting block.
+    """
+    b, d, _ = w.shape
+    width = max(8, min(32, k // 4))
     guard = max(16, min(32, k // 8))
     limit = int(LARGEST_BASIS * d)
-    gram = mirrored(lower_gram(w)) if _gram_pays(d, n, USUAL_BASIS * k) else None
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(d, width, generator=generator).to(w.device).expand(b, -1, -1)
     basis = w.new_empty(b, d, limit)
@@ -126,10 +142,15 @@ def _iterate(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> Iterator
         size += width
 
 
-def _gram_pays(d: int, n: int, size: int) -> bool:
-    """Whether to form wwᵀ once, for a basis of `size` columns, rather than pass through w twice."""
-    once = 1.25 * d * d * n  # five eighths of the full product: `lower_gram`
-    return once + NARROW * 2.0 * d * d * size < NARROW * 4.0 * d * n * size
+def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
+    """Whether to form wwᵀ, for a basis of `size` columns, rather than pass through w twice.
+
+    Flops in float32, those in float64 counted twice: the Gram matrix and its products with the
+    basis, against those with w for the basis and for the residuals of k columns.
+    """
+    with_gram = 2.5 * d * d * n + NARROW * 2.0 * d * d * size
+    without = NARROW * 4.0 * d * n * size + 8.0 * d * n * k
+    return with_gram < without
 
 
 def _clustered(values: Tensor, width: int) -> bool:

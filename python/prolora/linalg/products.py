@@ -3,12 +3,58 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Row blocks of a Gram matrix, and how tall they must be to be worth it.
 BLOCKS = 4
 MIN_BLOCK = 64
+# Columns of a float32 matrix that are taken to float64 at a time.
+PANEL = 640
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Products with G = wwᵀ, from G itself.
+
+    Attributes:
+        precise: G [d, d] in float64.
+        single: the same in float32.
+    """
+
+    precise: Tensor
+    single: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Gx [d, c] for x in float64."""
+        return self.precise @ x
+
+    def rough(self, x: Tensor) -> Tensor:
+        """Gx [d, c] for x in float32."""
+        return self.single @ x
+
+
+@dataclass(frozen=True)
+class Implied:
+    """Products with G = wwᵀ, from w: cheaper where only few are needed.
+
+    Attributes:
+        w: [d, n] in float64.
+        single: the same in float32.
+    """
+
+    w: Tensor
+    single: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Gx [d, c] for x in float64."""
+        return times(self.w, times(self.w.mT, x))
+
+    def rough(self, x: Tensor) -> Tensor:
+        """Gx [d, c] for x in float32."""
+        return times(self.single, times(self.single.mT, x))
 
 
 def times(w: Tensor, x: Tensor) -> Tensor:
@@ -23,17 +69,20 @@ def times(w: Tensor, x: Tensor) -> Tensor:
 
 
 def lower_gram(w: Tensor) -> Tensor:
-    """wwᵀ [..., d, d] of w [..., d, n] without most of what lies above the diagonal.
+    """wwᵀ of w [..., d, n] in float64, of which only the lower triangle is to be read.
 
-    `eigh` reads the lower triangle only, and five eighths of the flops fill it.
+    `eigh` does read no more, and five eighths of the flops fill it. A w in float32
+    is taken to float64 panel by panel: the whole of it would be twice its size.
     """
-    d = w.shape[-2]
-    if d < BLOCKS * MIN_BLOCK:
-        return w @ w.mT
-    gram = w.new_zeros(*w.shape[:-1], d)
-    for low, high in _blocks(d):
-        gram[..., low:high, :high] = w[..., low:high, :] @ w[..., :high, :].mT
-    return gram
+    *batch, d, n = w.shape
+    flat = w.reshape(-1, d, n)
+    gram = w.new_empty(len(flat), d, d, dtype=torch.float64)
+    for i, panel in enumerate(flat.split(PANEL, -1)):
+        part = panel.double()
+        for low, high in _blocks(d):
+            rows = gram[:, low:high, :high]
+            torch.baddbmm(rows, part[:, low:high], part[:, :high].mT, beta=min(i, 1), out=rows)
+    return gram.reshape(*batch, d, d)
 
 
 def mirrored(lower: Tensor) -> Tensor:
@@ -45,5 +94,6 @@ def mirrored(lower: Tensor) -> Tensor:
 
 
 def _blocks(d: int) -> list[tuple[int, int]]:
-    edges = [d * i // BLOCKS for i in range(BLOCKS + 1)]
+    blocks = max(1, min(BLOCKS, d // MIN_BLOCK))
+    edges = [d * i // blocks for i in range(blocks + 1)]
     return list(itertools.pairwise(edges))

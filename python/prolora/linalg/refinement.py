@@ -2,7 +2,7 @@
 
 An eigensolver or a Krylov iteration in float32 leaves an error of about eps32·λ_1/gap in the
 leading eigenspace of G = wwᵀ: too much where the spectrum is dense. It is repaired to first order
-here, for one product with w in float64 and a few in float32:
+here, for one product with G in float64 and a few in float32:
 
 1. Residuals R = GX − XΘ in float64. They are as small as float32's rounding, so float32 then holds
    them to seven digits, and everything derived from them may run in float32.
@@ -24,15 +24,19 @@ import torch
 from torch import Tensor
 
 from .precision import EPS, EPS32
-from .products import times
+from .products import Formed, Implied, times
 from .triplets import Triplets
 
 # Times √length·eps: the rounding of float32 products that are not measured.
 SAFETY = 4
 # A first-order step, or a deviation of VᵀV from I, beyond this is not small.
 LARGEST_STEP = 0.1
-# Columns this close to orthonormal (Frobenius) are as good as LAPACK's in float32.
-SKEW = 5e-5
+# Random vectors that the orthonormality of many columns is judged by.
+PROBES = 32
+# Rows that the rounding of a product is measured on.
+SAMPLE = 48
+# Columns this close to orthonormal (Frobenius, doubled) are as good as LAPACK's in float32.
+SKEW = 1e-4
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ class Refined:
         )
 
 
-def refine(w: Tensor, single: Tensor, norm: float, ritz: Ritz, k: int) -> Refined | None:
+def refine(gram: Formed | Implied, w: Tensor, norm: float, ritz: Ritz, k: int) -> Refined | None:
     """The k leading triplets of w [d, n], d ≤ n, or None where float32 left too little to repair.
 
     Args:
-        w: float64.
-        single: w in float32, exactly equal to it.
+        gram: products with wwᵀ.
+        w: float32.
         norm: ‖w‖_F.
         ritz: with k < p.
         k: columns to return.
@@ -107,13 +111,12 @@ def refine(w: Tensor, single: Tensor, norm: float, ritz: Ritz, k: int) -> Refine
     floor = 10 * (d + n) * EPS * norm**2
 
     x = ritz.near.double()  # [d, p]
-    t = times(w.mT, x)  # [n, p]
-    y = times(w, t)  # [d, p], Gx
-    theta = (x * y).sum(0)
+    y = gram(x)  # [d, p]
+    theta = torch.linalg.vecdot(x, y, dim=0)
     r = torch.addcmul(y, x, theta, value=-1)
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
-    rounding = 2 * math.sqrt(d / p) * float(torch.linalg.matrix_norm(r))
-    theta[start:] = rayleigh_ritz(x[:, start:], t[:, start:], y[:, start:])
+    rounding = 2 * math.sqrt(d / p) * float(torch.linalg.vector_norm(r))
+    theta[start:] = rayleigh_ritz(x[:, start:], y[:, start:])
     r[:, start:] = torch.addcmul(y[:, start:], x[:, start:], theta[start:], value=-1)
     if not theta[k - 1] > theta[k] > 0:
         return None
@@ -134,15 +137,10 @@ def refine(w: Tensor, single: Tensor, norm: float, ritz: Ritz, k: int) -> Refine
         return None
     kept = near[:, :k] + step
     inside = slice(0, start)
-    move = times(single.mT, step[:, inside])
-    images = [t[:, inside].float() + move]
-    lost = SAFETY * math.sqrt(n) * EPS32 * norm * lengths[inside]  # what float32 loses of `move`
 
     # The columns next to the cut have the smallest gaps, and so float64 products.
-    window = x[:, start:k] + step[:, start:]
-    precise = times(w.mT, step[:, start:].double())
-    images.append((t[:, start:k] + precise).float())
-    rho = left_over(window, y[:, start:k] + times(w, precise), theta[start:k], kept)
+    late = step[:, start:].double()
+    rho = left_over(x[:, start:k] + late, y[:, start:k] + gram(late), theta[start:k], kept)
     if ritz.converged:
         # Known without a product: G(X_far E) = X_far Λ E up to rounding, so that what is left is
         # rounding times the step, and the step times what the kept vectors mix among themselves.
@@ -151,36 +149,34 @@ def refine(w: Tensor, single: Tensor, norm: float, ritz: Ritz, k: int) -> Refine
         rest = rounding * lengths[inside] + largest * mixing
         rest += skew * torch.linalg.vector_norm(residual[:, inside], dim=0)
     else:
-        image = y[:, inside] + times(single, move)
+        image = y[:, inside] + gram.rough(step[:, inside])
         rest = left_over(x[:, inside] + step[:, inside], image, theta[inside], kept)
-        rest += 2 * norm * lost
+        rest += 2 * SAFETY * math.sqrt(n) * EPS32 * norm**2 * lengths[inside]
     angle = span_angle(
         torch.cat([rest, rho]) + floor / math.sqrt(k),
         inner[:k].double() * (1 + largest) ** 2,
         theta[:k] - ceiling,
     )
-    lost_in_all = float(torch.linalg.vector_norm(lost))
-    return assembled(kept, torch.cat(images, 1), theta, residual, angle, lost_in_all)
+    return assembled(w, norm, kept, theta, residual, inner[:k], angle)
 
 
-def rayleigh_ritz(x: Tensor, *images: Tensor) -> Tensor:
-    """Rotates x [d, q] to the eigenvectors of G within its span, in place; float64.
+def rayleigh_ritz(x: Tensor, y: Tensor) -> Tensor:
+    """Rotates x [d, q] and y = Gx to the eigenvectors of G within their span, in place; float64.
 
     Args:
         x: any basis, nearly orthonormal; orthonormal afterwards.
-        images: wᵀx first, then what else is to be rotated along.
+        y: [d, q].
 
     Returns:
         The eigenvalues [q], descending.
     """
     factor = torch.linalg.cholesky(x.mT @ x)
-    inner = images[0].mT @ images[0]
-    half = torch.linalg.solve_triangular(factor, inner, upper=False)
+    half = torch.linalg.solve_triangular(factor, x.mT @ y, upper=False)
     values, vectors = torch.linalg.eigh(
         torch.linalg.solve_triangular(factor, half.mT.contiguous(), upper=False)
     )
     rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
-    for columns in (x, *images):
+    for columns in (x, y):
         columns.copy_(columns @ rotation)
     eigenvalues: Tensor = values.flip(-1)
     return eigenvalues
@@ -191,15 +187,16 @@ def _first_order(
 ) -> Tensor:
     """The step of the kept vectors towards the dropped ones: [d, k]."""
     p = near.shape[1]
-    theta = values[:k]
-    behind = inner[k:] / (theta - values[k:p, None]).float()
+    theta, dropped = values[:k].float(), values[k:].float()
+    cut = p - k
+    behind = inner[k:] / (theta - dropped[:cut, None])
     behind[:, start:] = 0  # Rayleigh-Ritz has seen to these
     coupling = ritz.far.mT @ residual  # [q, k]
     step = near[:, k:] @ behind
-    step = torch.addmm(step, ritz.far, coupling / (theta - values[p:, None]).float())
+    step = torch.addmm(step, ritz.far, coupling / (theta - dropped[cut:, None]))
     if ritz.beyond is not None:
         rest = residual - near @ inner - ritz.far @ coupling
-        step += rest / (theta - ritz.beyond).float()
+        step += rest / (theta - ritz.beyond)
     return step
 
 
@@ -232,20 +229,41 @@ def span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
 
 
 def assembled(
-    kept: Tensor, images: Tensor, theta: Tensor, residual: Tensor, angle: float, lost: float
+    w: Tensor,
+    norm: float,
+    kept: Tensor,
+    theta: Tensor,
+    residual: Tensor,
+    mixing: Tensor,
+    angle: float,
 ) -> Refined | None:
-    """Orthonormal factors from eigenvectors [d, k] and their images wᵀx [n, k], both float32."""
+    """Orthonormal factors from eigenvectors, all in float32.
+
+    Args:
+        w: [d, n].
+        norm: ‖w‖_F.
+        kept: x [d, k].
+        theta: [≥ k], float64.
+        residual: [d, k], Gx − xθ.
+        mixing: [k, k], the kept vectors' share of the residual.
+        angle: bound on the sine so far, on the left.
+    """
     k = kept.shape[1]
     s = theta[:k].sqrt()
+    scale = s.float()
+    images = times(w.mT, kept)  # [n, k]
+    lost = _rounding(w, norm, kept, images)
     short, left_skew, _ = _orthonormalised(kept)
-    long, right_skew, turned = _orthonormalised(images / s.float())
+    # VᵀV − I = Σ⁻¹UᵀGUΣ⁻¹ − I, and what makes UᵀGU differ from Θ is known.
+    known = (mixing + mixing.mT) / (2 * scale[:, None] * scale)
+    long, right_skew, turned = _orthonormalised(images / scale, known)
     skew = max(left_skew, right_skew)
     if not skew <= LARGEST_STEP:
         return None
     # Right: span(wᵀX) deviates by Σ_2 Z Σ_1⁻¹, less than Z does on the left; and float32 lost some.
     angle = angle / math.sqrt(max(1e-30, 1 - angle**2)) + lost / float(s[-1])
-    unexplained = float(torch.linalg.matrix_norm(residual / s.float()))
-    further = float(torch.linalg.matrix_norm(turned * s))
+    unexplained = float((torch.linalg.vector_norm(residual, dim=0) / scale).norm())
+    further = 0.0 if turned is None else float(torch.linalg.vector_norm(turned * scale))
     if bool((s.diff() > 0).any()):  # values that are equal up to rounding
         s, order = s.sort(descending=True, stable=True)
         short, long = short[:, order], long[:, order]
@@ -259,16 +277,54 @@ def assembled(
     )
 
 
-def _orthonormalised(x: Tensor) -> tuple[Tensor, float, Tensor]:
+def _rounding(w: Tensor, norm: float, x: Tensor, images: Tensor) -> float:
+    """‖images − wᵀx‖_F for w [d, n], x [d, k], from a sample of the n rows and doubled.
+
+    What float32 loses in a row is in proportion to the norm of that row of wᵀ, so a sample of rows,
+    scaled by their norms, speaks for all.
+    """
+    every = max(1, w.shape[1] // SAMPLE)
+    sample = w[:, ::every].mT.double()  # [SAMPLE, d]
+    lost = torch.linalg.vector_norm(images[::every] - sample @ x.double())
+    seen = torch.linalg.vector_norm(sample).clamp_min(1e-300)
+    return 2 * norm * float(lost / seen)
+
+
+def _orthonormalised(
+    x: Tensor, excess: Tensor | None = None
+) -> tuple[Tensor, float, Tensor | None]:
     """x(3I − xᵀx)/2, a Newton step to the nearest orthonormal columns, where x needs one.
 
+    Args:
+        x: [m, k].
+        excess: xᵀx − I to first order, where it is known.
+
     Returns:
-        The columns, a bound on ‖xᵀx − I‖_F of them, and by what less I they were multiplied; the
-        bound is NaN or above LARGEST_STEP where a step would not have been enough.
+        The columns, ‖xᵀx − I‖_F of them (from above), and by what less I they were multiplied,
+        None if they were not; the second is NaN or large where a step was not enough.
     """
-    excess = x.mT @ x
-    excess.diagonal().sub_(1)
-    skew = float(torch.linalg.matrix_norm(excess.double()))
+    skew = _skew(x)
     if skew <= SKEW or not skew <= LARGEST_STEP:
-        return x, skew, torch.zeros_like(excess)
-    return x - x @ (excess / 2), skew**2, -excess / 2
+        return x, skew, None
+    if excess is None:
+        excess = x.mT @ x
+        excess.diagonal().sub_(1)
+    x = torch.addmm(x, x, excess, alpha=-0.5)
+    return x, _skew(x), excess / -2
+
+
+def _skew(x: Tensor) -> float:
+    """An upper estimate of E = ‖xᵀx − I‖_F for x [m, k], from random vectors where k is large.
+
+    ‖EΩ‖_F²/c has the expectation ‖E‖_F² for Ω of c normal columns, and falls short of a quarter of
+    it with a chance below 1e-6 for c = 32.
+    """
+    k = x.shape[1]
+    if k <= 4 * PROBES:
+        excess = x.mT @ x
+        excess.diagonal().sub_(1)
+        return float(torch.linalg.vector_norm(excess))
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(k, PROBES, generator=generator).to(x.device)
+    missed = x.mT @ (x @ probes) - probes
+    return 2 * float(torch.linalg.vector_norm(missed)) / math.sqrt(PROBES)
