@@ -3,13 +3,17 @@
 Judged by the planted subspace and by LAPACK's ratios, never by comparing singular vectors.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from spectra import orthonormal, planted, power_law, sine
 
 from prolora import truncated_svd
 
 EPS32 = torch.finfo(torch.float32).eps
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 
 
 def bulk(d, n, seed=0):
@@ -179,3 +183,16 @@ def test_orthonormal_rotations_of_a_weight_rotate_its_subspaces():
     assert sine(turn @ plain.U.double(), turned.U) < 2e-3  # the weights were rounded apart
     swapped = truncated_svd(weight.float().mT, 100)
     assert sine(plain.U, swapped.V) <= float(plain.bound + swapped.bound)
+
+
+def test_the_bound_holds_on_every_trained_weight_of_the_mini_family():
+    state = load_file(MINI / "source" / "diffusion_pytorch_model.safetensors")
+    matrices = {name: w.flatten(1) for name, w in state.items() if w.ndim in (2, 4)}
+    assert len(matrices) > 50
+    for name, weight in matrices.items():
+        u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        for rank in (max(1, min(weight.shape) // 4), 0.9):
+            basis = truncated_svd(weight, rank)
+            error, projection = errors(weight, u, vt.mT, basis)
+            assert error <= float(basis.bound), name
+            assert not basis.ok or projection <= 1e-3, name
