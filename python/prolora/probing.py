@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ import torch
 from .adapters.adapter import Adapter
 from .bases import Base, latents
 from .errors import UnrelatedBases, UnsupportedFormat
+from .identity import identity
 from .linalg.lowrank import LowRank
+from .memory import TooLittleMemory, resident, size_text
 from .moving import carried
 from .options import AUTO, DEFAULT_THRESHOLD, PROBE, Options
 from .pairing import Plan, check_source, place_text_encoders
@@ -173,6 +176,12 @@ def probe(
     pair = pipelines.pair(models[0], models[1], options.probe)
     own = _without_text(adapter.updates)
     chosen: dict[str, Any] = {"force": options.probe.force, "progress": options.progress}
+    if options.probe.resume is not None:
+        bases = [identity(base) for base in (source, target)]
+        chosen["resume"] = options.probe.resume
+        chosen["samplers"] = json.dumps([pair.told(), *bases])
+    if options.max_memory is not None:
+        chosen["max_memory"] = _left(options.max_memory)
     if options.out_rank != "exact":
         chosen["rank"] = int(options.out_rank)
     images = itertools.count(1)
@@ -253,6 +262,21 @@ def weakened(adapter: Adapter, account: Report, done: Probed) -> tuple[Adapter, 
     facts = {"prolora.strength": f"{account.strength:.4g}", "prolora.asked": PROBE}
     metadata = adapter.metadata | facts
     return replace(adapter, updates=updates, vectors=vectors, metadata=metadata), account
+
+
+def _left(limit: int) -> int:
+    """What a bound on memory leaves for calls and streams once the models are there.
+
+    Raises:
+        TooLittleMemory: nothing.
+    """
+    taken = resident()
+    if taken >= limit:
+        raise TooLittleMemory(
+            f"--max-memory {size_text(limit)} is too little: the two pipelines alone take "
+            f"{size_text(taken)}"
+        )
+    return limit - taken
 
 
 def _rows(

@@ -119,9 +119,12 @@ def test_unrelated_bases_write_nothing(room, tmp_path):
 
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     out = tmp_path / "out.safetensors"
-    few = ["--probe-images", "1", "--probe-steps", "1", "--out-rank", "3"]
-    result = run(room, "other", out, *few, "--force", "--json")
+    few = ["--probe-images", "1", "--probe-steps", "1", "--out-rank", "3", "--json"]
+    few += ["--resume", str(tmp_path / "kept")]
+    assert isinstance(run(room, "other", out, *few).exception, UnrelatedBases)
+    result = run(room, "other", out, *few, "--force")  # nothing is sampled or fitted again
     assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["probe"]["resumed"] == 4
     told = json.loads(result.stdout)
     assert told["probe"]["gate"]["decision"] == "refuse"
     assert told["totals"]["mapped"] == len(adapters.read(out).updates) == 8
@@ -148,12 +151,17 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     save_file(found, tmp_path / "with.safetensors")
     done = prolora_transfer(
         tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
-        probe=Probing(images=1, steps=1, force=True), out_rank=2,
+        probe=Probing(images=1, steps=1, force=True), out_rank=2, max_memory=100 << 30,
     )  # fmt: skip
     skipped = done.report.rows("skipped")
     assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
     assert "no transformer block" in skipped[0].reason
     done.save(tmp_path / "out.safetensors", format="diffusers")
+    with pytest.raises(ProLoRAError, match="pipelines alone"):
+        prolora_transfer(
+            tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
+            probe=SETTINGS, max_memory=1 << 20,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ class Book:
         """`entries` by prompt, the unconditional one last; `time` as the pipeline gives it."""
         self.model, self.entries = model, list(entries)
         self.time = time
+        self._told: dict[tuple[int, ...], Told] = {}
 
     def prompt_of(self, found: Parts, i: int) -> int:
         """Which entry sample i was told.
@@ -140,7 +141,9 @@ class Book:
 
     def call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
         """The model asked about latents [n, ...] at a time [] or [n], one prompt a sample."""
-        told = stacked([self.entries[k] for k in prompts])
+        if tuple(prompts) not in self._told:
+            self._told[tuple(prompts)] = stacked([self.entries[k] for k in prompts])
+        told = self._told[tuple(prompts)]  # one copy for all steps of an image
         if not (time.is_floating_point() and bool((time != time.round()).any())):
             time = time.to(self.time.dtype)  # a fraction stays one
         elif self.time.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -267,6 +268,15 @@ class Pair:
     target: Pipeline
     settings: Probing
     between: Translation
+
+    def told(self) -> str:
+        """What the samplers do, besides the weights they run: part of the keys of what is kept."""
+        settings = {k: v for k, v in vars(self.settings).items() if k not in ("force", "resume")}
+        schedulers = [
+            (type(p.pipe).__name__, type(p.pipe.scheduler).__name__, dict(p.pipe.scheduler.config))
+            for p in (self.source, self.target)
+        ]
+        return json.dumps([settings, schedulers], default=str)
 
 
 def pair(source: Pipeline, target: Pipeline, settings: Probing) -> Pair:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -17,10 +17,13 @@ from ..errors import ProLoRAError, UnrelatedBases
 from ..linalg.lowrank import LowRank
 from ..report import finite
 from ..version import __version__
-from . import fitting, gate
+from . import fitting, gate, keeping
 from .blocks import as_streams, find_blocks, inputs_of, streams
+from .keeping import Keep
 from .mapping import RidgeMap, features
-from .trajectories import Call, Sample, applied, output_of, record, weight_of
+from .recording import Recorder, Targets, on_shelf
+from .shelf import Rows, Shelf, kept
+from .trajectories import Sample, applied, output_of, weight_of
 from .translation import (
     Convert,
     Question,
@@ -33,8 +36,6 @@ from .translation import (
 
 Progress = Callable[[int, int, str], None]
 STEP_LENGTHS = (1.0, 0.5, 0.25)
-
-Wanted = list[dict[str, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Options:
         rounds: how often every block is linearised anew.
         seed: of the trajectories; the held-out ones use the next three.
         force: write the LoRA even where the gate refuses it.
+        resume: folder that keeps recorded calls and fitted blocks, so that an interrupted probing
+            goes on; what is damaged or was made of anything else is made again.
+        samplers: says what the samplers do (prompts, steps); asked for with `resume`, which cannot
+            look into functions.
+        max_memory: bytes that calls and streams which wait for their use may take; what is above
+            goes to temporary files. Models and one call's activations come on top. None: no bound.
         progress: called as progress(done, total, name).
     """
 
@@ -59,6 +66,9 @@ class Options:
     rounds: int = 2
     seed: int = 0
     force: bool = False
+    resume: str | PathLike[str] | None = None
+    samplers: str = ""
+    max_memory: int | None = None
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +77,13 @@ class Options:
             raise ValueError("rank, iterations and rounds must be 1 or more")
         if self.map_ridge <= 0 or self.fit_ridge <= 0:
             raise ValueError("map_ridge and fit_ridge must be positive")
+        if self.resume is not None and not self.samplers:
+            raise ValueError("resume needs samplers=TEXT that says what the samplers do")
+
+    def told(self) -> str:
+        """The choices that a fitted block depends on."""
+        idle = ("force", "resume", "samplers", "max_memory", "progress")
+        return repr({k: v for k, v in vars(self).items() if k not in idle})
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class ProbeReport:
         left_out: module of the LoRA that lies in no block -> why it was not moved.
         gate: the verdict of the held-out probes.
         rank: of the updates.
+        resumed: blocks that were taken from the folder of an interrupted probing.
         seconds: wall time by stage.
     """
 
@@ -107,6 +125,7 @@ class ProbeReport:
     blocks: list[BlockReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     gate: gate.Gate | None = None
+    resumed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
@@ -215,22 +234,19 @@ def _transfer(
 ) -> ProbeTransfer:  # fmt: skip
     clock = time.perf_counter
     started = clock()
-
-    def sampled(seed: int) -> list[Question]:
-        calls = record(source, samplers[0], seed, "source")
-        with applied(source, adapter.updates):
-            calls += record(source, samplers[1], seed + 1, "adapted")
-        calls += record(target, samplers[2], seed + 2, "target")
-        return [between.question(call) for call in calls]
-
-    calls, held_out = sampled(options.seed), sampled(options.seed + 3)
+    keep = Keep(options.resume)
+    recorder = Recorder(source, target, adapter, samplers, between, keep, options.samplers)
+    quarter = None if options.max_memory is None else options.max_memory // 4
+    calls = on_shelf(recorder.questions(options.seed), quarter)
+    held_out = on_shelf(recorder.questions(options.seed + 3), quarter)
     report = ProbeReport(len(calls), len(held_out), options.rank)
     report.seconds["sample"] = clock() - started
 
     started = clock()
     theirs, ours = find_blocks(source, calls[0].source), find_blocks(target, calls[0].target)
     places = _places(target, ours, theirs, adapter, report)
-    wanted = _wanted(source, target, adapter, calls, theirs, list(places), between, options, report)
+    shelf = Shelf(None if quarter is None else 2 * quarter)
+    _wanted(source, target, adapter, calls, theirs, list(places), between, options, report, shelf)
     report.seconds["map"] = clock() - started
 
     started = clock()
@@ -238,10 +254,23 @@ def _transfer(
     for i, name in enumerate(places):
         if options.progress:
             options.progress(i, len(places), name)
-        updates |= _fit_block(
-            target, name, places[name], [call.target for call in calls], wanted, updates,
-            between.read, options, report,
+        key = "" if keep.folder is None else keeping.fingerprint(
+            recorder.key, options.told(), name, keeping.updates(updates)
         )  # fmt: skip
+        wanted = Rows(shelf, name if i < len(places) - 1 else "", len(calls))
+        found = keep.fitted(f"block-{i}", key)
+        if found is None:
+            fitted = _fit_block(
+                target, name, places[name], calls, wanted, updates, between.read, options, report,
+            )  # fmt: skip
+            keep.keep_fitted(f"block-{i}", key, fitted, {"reached": report.blocks[i].reached})
+        else:
+            fitted, facts = found
+            reached = facts["reached"]
+            report.blocks[i] = replace(report.blocks[i], reached=reached, modules=len(fitted))
+            report.resumed += 1
+        wanted.drop()
+        updates |= fitted
     report.seconds["fit"] = clock() - started
 
     started = clock()
@@ -309,11 +338,13 @@ def _places(
 
 @torch.no_grad()
 def _wanted(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: list[Question],
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
     theirs: Sequence[str], places: Sequence[str], between: Translation, options: Options,
-    report: ProbeReport,
-) -> Wanted:  # fmt: skip
-    """For every call: block -> the streams it should give out, and "" -> the prediction.
+    report: ProbeReport, shelf: Shelf,
+) -> None:  # fmt: skip
+    """Puts on the shelf, by (call, block), the streams a block should give out.
+
+    The prediction is under (call, "").
 
     Two rounds over the calls, the first for the covariances of the maps, the second to use them.
     """
@@ -334,14 +365,13 @@ def _wanted(
         report.blocks.append(BlockReport(name, explained, float("nan"), 0))
     report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
 
-    wanted: Wanted = []
-    for call in calls:
+    for k, call in enumerate(calls):
         before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
         change = -between.of_source(source, call)
         with applied(source, adapter.updates):
             after = streams(source, theirs, call.source)
             change += between.of_source(source, call)
-        rows: dict[str, tuple[Tensor, ...]] = {"": (between.of_target(target, call) + change,)}
+        shelf.put((k, ""), (between.of_target(target, call) + change,))
         for name in inner:
             parts = []
             for i, stream in enumerate(plain[name]):
@@ -350,13 +380,11 @@ def _wanted(
                     parts.append(stream)  # no block of the source has this resolution
                 else:
                     parts.append(stream + used[name, i](y - x))
-            rows[name] = tuple(parts)
-        wanted.append(rows)
-    return wanted
+            shelf.put((k, name), tuple(parts))
 
 
 def _fit_block(
-    target: nn.Module, block: str, roles: list[str], calls: list[Call], wanted: Wanted,
+    target: nn.Module, block: str, roles: list[str], calls: Sequence[Question], wanted: Rows,
     updates: dict[str, LowRank], read: Read, options: Options, report: ProbeReport,
 ) -> dict[str, LowRank]:  # fmt: skip
     """The updates of one block, with those of the blocks before it in place."""
@@ -365,13 +393,15 @@ def _fit_block(
     with applied(target, updates):
         if last:
             problem = fitting.Problem(
-                target, [f"{block}.{role}" for role in roles], calls, [w[""] for w in wanted],
+                target, [f"{block}.{role}" for role in roles], Targets(calls), wanted,
                 lambda result: (read(result),), options.fit_ridge, options.iterations,
             )  # fmt: skip
         else:
+            limit = None if options.max_memory is None else options.max_memory // 4
+            read_by = (inputs_of(target, block, call.target) for call in calls)
             problem = fitting.Problem(
-                target.get_submodule(block), roles, [inputs_of(target, block, c) for c in calls],
-                [w.pop(block) for w in wanted], as_streams, options.fit_ridge, options.iterations,
+                target.get_submodule(block), roles, kept(read_by, Shelf(limit), block), wanted,
+                as_streams, options.fit_ridge, options.iterations,
             )  # fmt: skip
         small = _solved(problem, options)
         reached = _reached(problem, {name: update.dense() for name, update in small.items()})
@@ -415,7 +445,7 @@ def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
 
 
 def _held_out(
-    source: nn.Module, target: nn.Module, adapter: Adapter, questions: list[Question],
+    source: nn.Module, target: nn.Module, adapter: Adapter, questions: Sequence[Question],
     between: Translation,
 ) -> list[gate.Wanted]:  # fmt: skip
     """What the target should do at calls the fit has not seen."""

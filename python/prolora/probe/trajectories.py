@@ -46,9 +46,10 @@ def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Cal
         ProLoRAError: the sampler never called the model.
     """
     calls: list[Call] = []
+    known = _Known()
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(_copied(args), _copied(kwargs), origin))
+        calls.append(Call(known.copied(args), known.copied(kwargs), origin))
 
     hook = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -64,15 +65,31 @@ def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Cal
     return calls
 
 
-def _copied(value: Any) -> Any:
-    """Tensors cloned, containers rebuilt: samplers may reuse their buffers."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value
+class _Known:
+    """Finds what was recorded before: text embeddings are the same ones at every step."""
+
+    def __init__(self) -> None:
+        """Knows nothing."""
+        self._last: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def copied(self, value: Any) -> Any:
+        """Tensors cloned, since samplers reuse buffers, unless an equal one is at hand."""
+        if isinstance(value, Tensor):
+            return self._tensor(value.detach())
+        if isinstance(value, dict):
+            return {key: self.copied(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.copied(item) for item in value)
+        return value
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        last = self._last.setdefault((value.shape, value.dtype, value.device), [])
+        for known in last:
+            if torch.equal(known, value):
+                return known
+        last.append(value.clone())
+        del last[:-3]  # latents are never equal; those before are no longer looked at
+        return last[-1]
 
 
 def output_of(result: Any) -> Tensor:

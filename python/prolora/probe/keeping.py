@@ -1,0 +1,138 @@
+"""What an interrupted probing has done so far, in a folder, and trusted only where it matches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OutputError, UnsupportedFormat
+from ..linalg.lowrank import LowRank
+from ..storage import SafetensorsFile, write_safetensors
+from ..version import __version__
+from . import tape
+from .trajectories import Call
+
+log = logging.getLogger(__name__)
+
+_KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
+
+
+def fingerprint(*parts: str) -> str:
+    """SHA-256 of texts, in hexadecimal."""
+    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
+
+
+def content(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def weights(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    return content(dict(model.named_parameters()) | dict(model.named_buffers()))
+
+
+def updates(found: Mapping[str, LowRank]) -> str:
+    """SHA-256 of updates."""
+    parts = {f"{name}.up": u.up for name, u in found.items()}
+    return content(parts | {f"{name}.down": u.down for name, u in found.items()})
+
+
+class Keep:
+    """Named results in a folder, each under a key that says what it depends on.
+
+    A result is taken back only if its key is the one asked for and its content has the checksum
+    that was written with it; anything else is made again.
+    """
+
+    def __init__(self, folder: str | PathLike[str] | None) -> None:
+        """In a folder, made if it does not exist; None keeps nothing.
+
+        Raises:
+            OutputError: the folder cannot be made.
+        """
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{folder}: cannot be made: {error}") from error
+
+    def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
+        """The tensors and the note kept under a name and key; None where there are none."""
+        path = self._path(name, key)
+        if path is None or not path.exists():
+            return None
+        try:
+            file = SafetensorsFile(path)
+            found = {name: file.read(name) for name in file.tensors}
+            note = file.metadata.get(_NOTE, "")
+            told = file.metadata.get(_KEY), file.metadata.get(_SUM)
+        except UnsupportedFormat as error:
+            log.warning("%s is damaged and made again: %s", path, error)
+            return None
+        if told != (key, fingerprint(content(found), note)):
+            log.warning("%s is damaged or foreign and made again", path)
+            return None
+        return found, note
+
+    def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
+        """Keeps tensors and a note.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        path = self._path(name, key)
+        if path is not None:
+            marks = {_KEY: key, _SUM: fingerprint(content(tensors), note), _NOTE: note}
+            write_safetensors(path, dict(tensors), marks)
+
+    def _path(self, name: str, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}-{key[:16]}.safetensors"
+
+    def calls(
+        self, name: str, key: str, device: torch.device, make: Callable[[], list[Call]]
+    ) -> list[Call]:
+        """Recorded calls: those kept, or those that `make` records, which are kept then."""
+        found = self.recall(name, key)
+        if found is not None:
+            tensors, note = found
+            ordered = [tensors[str(i)].to(device) for i in range(len(tensors))]
+            return tape.decode(ordered, note)
+        calls = make()
+        if self.folder is not None:
+            several, text = tape.encode(calls)
+            self.store(name, key, {str(i): t for i, t in enumerate(several)}, text)
+        return calls
+
+    def fitted(self, name: str, key: str) -> tuple[dict[str, LowRank], dict[str, Any]] | None:
+        """Updates by module, and facts; None where there are none."""
+        found = self.recall(name, key)
+        if found is None:
+            return None
+        tensors, note = found
+        names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+        updates = {n: LowRank(tensors[f"{n}.up"], tensors[f"{n}.down"]) for n in names}
+        return updates, json.loads(note)
+
+    def keep_fitted(
+        self, name: str, key: str, found: Mapping[str, LowRank], facts: Mapping[str, Any]
+    ) -> None:
+        """Keeps updates and facts."""
+        if self.folder is not None:
+            parts = {f"{name}.up": u.up for name, u in found.items()}
+            parts |= {f"{name}.down": u.down for name, u in found.items()}
+            self.store(name, key, parts, json.dumps(facts))

@@ -1,0 +1,140 @@
+"""Probing that is interrupted goes on, and what does not fit in memory lies in files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_probe import Denoiser, lora, permuted, run, sampler, source
+from torch import Tensor
+
+from prolora import LowRank, probe
+from prolora.probe import keeping, tape
+from prolora.probe.shelf import Shelf
+from prolora.probe.trajectories import Call, record
+
+__all__ = ["lora", "source"]  # fixtures
+
+QUICK = {"iterations": 1, "rounds": 1, "rank": 3, "force": True}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(done: int, total: int, name: str) -> None:
+    if name == "blocks.2":
+        raise Interrupted
+
+
+def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
+    assert one.adapter.updates.keys() == two.adapter.updates.keys()
+    for name, update in one.adapter.updates.items():
+        assert torch.equal(update.up, two.adapter.updates[name].up)
+        assert torch.equal(update.down, two.adapter.updates[name].down)
+
+
+def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
+    target = permuted(source)
+    whole = run(source, target, lora, **QUICK)
+    kept = {"resume": tmp_path, "samplers": "three steps"}
+    with pytest.raises(Interrupted):
+        run(source, target, lora, progress=interrupt, **kept, **QUICK)
+
+    def forbidden(seed: int) -> None:
+        raise AssertionError("sampled again")
+
+    again = probe.transfer(
+        source, target, lora, forbidden, forbidden, map_ridge=1e-3, fit_ridge=1e-3, **kept, **QUICK
+    )  # fmt: skip
+    assert again.report.resumed == 2
+    assert_equal(whole, again)
+    assert again.report.blocks == whole.report.blocks
+
+
+def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
+    target = permuted(source)
+    kept = {"resume": tmp_path, "samplers": "three steps"}
+    first = run(source, target, lora, **kept, **QUICK)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6 + 3
+    for i, file in enumerate(files):  # cut off, a bit flipped, another file under its name
+        damaged = bytearray(file.read_bytes())
+        damaged[-1] ^= 1
+        file.write_bytes([damaged[:40], damaged, files[0].read_bytes()][i % 3])
+    second = run(source, target, lora, **kept, **QUICK)
+    assert second.report.resumed == 0
+    assert_equal(first, second)
+    assert run(source, target, lora, **kept, **QUICK).report.resumed == 3
+    # Another LoRA: only the bases' own trajectories are of use.
+    weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
+    third = run(source, target, weaker, **kept, **QUICK)
+    assert third.report.resumed == 0
+    assert len(list(tmp_path.iterdir())) == 9 + 2 + 3
+    with pytest.raises(ValueError, match="samplers"):
+        run(source, target, lora, resume=tmp_path, **QUICK)
+
+
+def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    target = permuted(source)
+    whole = run(source, target, lora, **QUICK)
+    assert not list(tmp_path.iterdir())
+    most = []
+    put = Shelf.put
+
+    def counted(shelf: Shelf, key, bundle) -> None:
+        put(shelf, key, bundle)
+        most.append((shelf.held, shelf.spilled))
+
+    monkeypatch.setattr(Shelf, "put", counted)
+    bounded = run(source, target, lora, max_memory=8000, **QUICK)
+    assert_equal(whole, bounded)
+    assert max(held for held, _ in most) <= 4000
+    assert max(spilled for _, spilled in most) > 8000
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_stays_the_same_is_recorded_once(source):
+    class Told(Denoiser):
+        def forward(self, x: Tensor, t: Tensor, text: Tensor | None = None) -> Tensor:
+            return super().forward(x, t)
+
+    model = Told()
+
+    def sample(seed: int) -> None:
+        for step in (3, 2, 1):
+            model(torch.full((2, 5, 4), float(step)), torch.ones(2), text=torch.arange(6.0))
+
+    calls = record(model, sample, 0, "source")
+    assert calls[0].kwargs["text"] is calls[2].kwargs["text"]
+    assert calls[0].args[0] is not calls[1].args[0]
+    assert calls[0].args[1] is calls[1].args[1]
+
+
+def test_calls_come_back_from_a_file_as_they_were():
+    shared = torch.randn(2, 3)
+    call = Call((shared, 3), {"a": {"b": [shared, None], "c": (True, "x")}, "d": 0.5}, "target")
+    tensors, text = tape.encode([call])
+    assert len(tensors) == 1
+    back = tape.decode(tensors, text)[0]
+    assert back.origin == "target"
+    assert back.args[1] == 3
+    assert back.kwargs["a"]["c"] == (True, "x")
+    assert back.kwargs["a"]["b"][0] is back.args[0]
+    assert back.kwargs["a"]["b"][1] is None
+
+
+def test_a_key_tells_weights_that_differ_in_one_bit(source):
+    before = keeping.weights(source)
+    source.blocks[1].down.bias.data[0] += 1e-6
+    assert keeping.weights(source) != before
+
+
+def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(source, permuted(source), lora, **QUICK)
+    assert not list(Path.cwd().iterdir())
+    assert sampler(source)(0) is None
