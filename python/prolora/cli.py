@@ -14,10 +14,25 @@ import torch
 import typer
 from rich.console import Console
 
-from . import comparison, console, heatmap, inspection, inspection_view, ops, storage
+from . import basis_cli, comparison, console, heatmap, inspection, inspection_view, ops, storage
 from .bases import open_base
-from .bases.survey import survey
+from .basis_cli import show_cache
 from .batch import Outcome, transfer_many
+from .cli_options import (
+    CacheOption,
+    DeviceOption,
+    JsonOption,
+    MatchOption,
+    MemoryOption,
+    NoCacheOption,
+    QuietOption,
+    RankOption,
+    SourceOption,
+    TargetOption,
+    cache_folder,
+    memory_limit,
+    parse_rank,
+)
 from .demo import run_demo
 from .errors import LowCoverage, OutputError, ProLoRAError
 from .matching import resolve
@@ -43,6 +58,7 @@ app = typer.Typer(
     help="Move a LoRA to another base model, without training and without data.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(basis_cli.app, name="basis")
 out = Console()
 err = Console(stderr=True)
 
@@ -57,25 +73,6 @@ AUTO_METHOD, AUTO_FORMAT = Method(AUTO), Format(AUTO)
 COPY_TEXT, SKIP_DROPPED = TextEncoder("copy"), Dropped("skip")
 COPY_VECTORS = Vectors("copy")
 
-# Text and not Path: a base may be an id on the hub, hf://org/name.
-SourceOption = Annotated[
-    str, typer.Option(help="Base the LoRA was trained on: file, folder or hub id (org/name).")
-]
-TargetOption = Annotated[
-    str, typer.Option(help="Base it shall move to: file, folder or hub id (org/name).")
-]
-RankOption = Annotated[
-    str, typer.Option(help="Columns of the subspaces (320), or the energy they hold (0.99).")
-]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-MatchOption = Annotated[
-    str,
-    typer.Option(help="'name', 'similarity', or a JSON file {target module: source module}."),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder that keeps subspaces, so that the next LoRA need not wait."),
-]
 PROBING = "Probing (--method probe)"
 PromptOption = Annotated[
     list[str],
@@ -83,8 +80,6 @@ PromptOption = Annotated[
         help="Prompt to sample, may be repeated; none: unconditional.", rich_help_panel=PROBING
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 
 
 @app.command()
@@ -123,6 +118,8 @@ def transfer(
     dtype: Annotated[Dtype | None, typer.Option(help="Factors' dtype; default: as input.")] = None,
     device: DeviceOption = "cpu",
     cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
+    max_memory: MemoryOption = "",
     report: Annotated[
         Path | None, typer.Option(help="Also write the whole report to this JSON file.")
     ] = None,
@@ -172,6 +169,9 @@ def transfer(
             rich_help_panel=PROBING,
         ),
     ] = False,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Of several LoRAs, also make again what is there.")
+    ] = False,
     modules: Annotated[bool, typer.Option("--modules", help="A table row per module.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -199,8 +199,9 @@ def transfer(
     if report is not None:
         storage.check_writable(report, [*loras, *old.files, *new.files])
     shown = not (quiet or as_json) and err.is_terminal
+    folder = cache if dry_run else cache_folder(cache, no_cache)
     with console.progress_bar("match", shown) as progress:
-        options["match"] = resolve(match, old, new, cache=cache, device=device, progress=progress)
+        options["match"] = resolve(match, old, new, cache=folder, device=device, progress=progress)
     if dry_run:
         outcomes = [Outcome(lora, lora, plan_report(lora, old, new, **options)) for lora in loras]
     else:
@@ -208,18 +209,21 @@ def transfer(
         saving: dict[str, Any] = {
             "format": format.value,
             "dtype": getattr(torch, dtype.value) if dtype else None,
-            "cache": cache,
+            "cache": folder,
             "device": device,
+            "max_memory": memory_limit(max_memory),
         }
         with console.progress_bar("transfer", shown) as progress:
             saving["progress"] = progress
             if len(loras) > 1 or (output.is_dir() and format.value != "peft"):
-                outcomes = transfer_many(loras, old, new, output, **saving, **options)
+                outcomes = transfer_many(loras, old, new, output, redo=redo, **saving, **options)
             else:
                 done = transfer_file(loras[0], old, new, output, **saving, **options)
                 outcomes = [Outcome(loras[0], output, done)]
     if not (as_json or quiet):
         show_outcomes(outcomes, modules)
+        if not dry_run and any(used_subspaces(outcome) for outcome in outcomes):
+            show_cache(folder)
     printed = [outcome.to_dict() for outcome in outcomes]
     text = json.dumps(printed[0] if len(loras) == 1 else printed, indent=1)
     if as_json:
@@ -265,6 +269,8 @@ def compare(
     ] = None,
     device: DeviceOption = "cpu",
     cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
+    max_memory: MemoryOption = "",
     modules: Annotated[bool, typer.Option("--modules", help="A table row per block.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -279,8 +285,9 @@ def compare(
         storage.check_writable(plot, [*old.files, *new.files])
     with console.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
         found = comparison.compare(
-            old, new, rank=None if quick else parse_rank(rank), match=match, cache=cache,
-            device=device, progress=progress,
+            old, new, rank=None if quick else parse_rank(rank), match=match, device=device,
+            cache=cache_folder(cache, no_cache), max_memory=memory_limit(max_memory),
+            progress=progress,
         )  # fmt: skip
     if plot is not None:
         heatmap.save(found, plot)
@@ -297,26 +304,6 @@ def compare(
     out.print(f"Modules were paired by: {found.match}.", highlight=False)
     if plot is not None:
         out.print(f"wrote {plot}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def basis(
-    base: Annotated[str, typer.Argument(help="A base model: file, folder or hub id.")],
-    rank: RankOption = str(DEFAULT_RANK),
-    device: DeviceOption = "cpu",
-    cache: CacheOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Compute a base model's leading subspaces and say how exact they are."""
-    ops.require(device)
-    opened = open_base(base)
-    with console.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
-        rows = survey(opened, parse_rank(rank), cache=cache, device=device, progress=progress)
-    if as_json:
-        print(json.dumps([row.to_dict() for row in rows], indent=1))
-    else:
-        out.print(console.survey_table(opened.name, rows))
 
 
 @app.command()
@@ -361,18 +348,6 @@ def info(as_json: JsonOption = False) -> None:
                 out.print(f"[bold]{name}[/bold]: {value}", highlight=False)
 
 
-def parse_rank(text: str) -> int | float:
-    """'320' as an int, '0.9' as a share of energy."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
-
-
 def parse_strength(text: str) -> float | str | None:
     """'0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
     if text in ("", AUTO):
@@ -387,12 +362,19 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print(console.outcomes_table(outcomes))
+        for line in console.failures(outcomes):
+            out.print(line, highlight=False, soft_wrap=True, style="red")
         return
     report = outcomes[0].report
     if report is not None:
         show_report(report, every_module)
         if not report.dry_run:
             out.print(f"wrote {outcomes[0].out}", highlight=False, soft_wrap=True)
+
+
+def used_subspaces(outcome: Outcome) -> bool:
+    """Whether a LoRA was moved by a method that looks into the basis cache."""
+    return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
 def show_report(report: Report, every_module: bool = False) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .bases.cache_tools import Inventory, Verified
 from .bases.modules import place
 from .bases.survey import ShapeSurvey
 from .batch import Outcome
 from .comparison import Comparison, ModuleComparison, mean_of
+from .memory import size_text
 from .partners import BlockDecision
 from .report import Measures, ModuleReport, Report
 
@@ -159,23 +163,33 @@ def reasons_table(report: Report) -> Table | None:
 
 def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Several LoRAs, a row each: what moved, or why nothing did."""
-    table = _table(f"{len(outcomes)} LoRAs")
+    counts = Counter(outcome.status for outcome in outcomes)
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    table = _table(f"{len(outcomes)} LoRAs: {said}")
     table.add_column("LoRA", overflow="fold")
-    for name in ("moved", "skipped", "kept", "vs copy"):
+    for name in ("mapped", "skipped", "refused", "kept", "vs copy", "s"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("not moved because", overflow="fold")
+    table.add_column("", no_wrap=True)
     for outcome in outcomes:
         if outcome.report:
             totals = outcome.report.totals
-            kept, distance = totals["energy_surviving"], totals["copy_distance"]
-            moved = totals["mapped"] + totals["summed"]
-            left = totals["skipped"] + totals["refused"]
-            counts = str(moved), str(left)
-            table.add_row(outcome.lora.name, *counts, number(kept, ".0%"), number(distance), "")
+            numbers = [str(totals["mapped"] + totals["summed"]), str(totals["skipped"]),
+                       str(totals["refused"]), number(totals["energy_surviving"], ".0%"),
+                       number(totals["copy_distance"]), number(outcome.seconds, ".1f")]  # fmt: skip
+            table.add_row(outcome.lora.name, *numbers, outcome.status)
         else:
-            why = f"{type(outcome.error).__name__}: {outcome.error}"
-            table.add_row(outcome.lora.name, *["–"] * 4, why, style="red")
+            style = "red" if outcome.error else "dim"
+            table.add_row(outcome.lora.name, *["–"] * 6, outcome.status, style=style)
     return table
+
+
+def failures(outcomes: list[Outcome]) -> list[str]:
+    """Why LoRAs were not moved, a line each."""
+    return [
+        f"{outcome.lora.name}: {type(outcome.error).__name__}: {outcome.error}"
+        for outcome in outcomes
+        if outcome.error
+    ]
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -262,3 +276,43 @@ def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
             number(row.seconds, ".1f"),
         )  # fmt: skip
     return table
+
+
+def inventory(found: Inventory) -> list[Table | str]:
+    """What a cache holds: a row for each base model and rank rule, and what else there is."""
+    said: list[Table | str] = []
+    if found.shelves:
+        table = _table(f"{size_text(found.size)} in the cache")
+        table.add_column("base", overflow="fold")
+        for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for shelf in found.shelves:
+            table.add_row(
+                shelf.base or "(in memory)", shelf.rule, str(shelf.count), size_text(shelf.size),
+                shelf.dtypes, f"{shelf.columns_min}…{shelf.columns_max}",
+                number(shelf.bound, ".0e"), date.fromtimestamp(shelf.used).isoformat(),
+            )  # fmt: skip
+        said.append(table)
+    else:
+        said.append("The cache holds no bases.")
+    said.append(f"folder: {found.folder}; index and tables: {size_text(found.notes)}")
+    for (count, size), what in (
+        (found.temporary, "temporary files"),
+        (found.foreign, "files of other versions, or damaged"),
+    ):
+        if count:
+            said.append(f"{count} {what}, {size_text(size)}: `prolora basis prune` removes them")
+    return said
+
+
+def verified(found: Verified, base: str | None, rank: str) -> list[str]:
+    """What a verification found, in sentences."""
+    said = [f"{found.checked} bases are what was written; {len(found.damaged)} are damaged."]
+    said += [f"  {path}: {reason}" for path, reason in found.damaged.items()]
+    if base is not None:
+        said.append(
+            f"{found.recomputed} bases of {base} at rank {rank} were held against its weights: "
+            f"{len(found.wrong or {})} are wrong; {found.absent} weights have none here."
+        )
+        said += [f"  {module}: {reason}" for module, reason in (found.wrong or {}).items()]
+    return said

@@ -101,7 +101,7 @@ class Memory:
 
         Args:
             shape: of a weight.
-            method: "bases", "damped" or "affinity": what is done with them.
+            method: "nothing", "bases", "damped" or "affinity": what is done with them.
         """
         most = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
         if self.limit is None:
@@ -127,6 +127,8 @@ class Memory:
 def _need(shape: tuple[int, int], method: str, count: int) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
     (m, n), d = shape, min(shape)
+    if method == "nothing":
+        return 0
     if method == "affinity":
         return count * 2 * 4 * m * n
     if method == "damped":

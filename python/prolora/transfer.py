@@ -164,7 +164,10 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
         TooLittleMemory: the bound is below what one weight needs.
     """
     adapter, plan, asked = job.adapter, job.plan, job.asked
-    memory.check((matrix_shape(pair.shape) for pair in plan.pairs), "affinity")
+    shapes = {matrix_shape(pair.shape) for pair in plan.pairs}
+    memory.check(shapes, "affinity")
+    if asked.method != AUTO:
+        memory.check(shapes, needs(asked))
     with job.work.clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
         doing = _doing("checking", asked.progress)
@@ -177,7 +180,7 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
             way = f" --method probe looks at the running models and may move it;{way}"
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
     decided = verdict.decide(asked) if verdict else _unmoved(asked)
-    memory.check((matrix_shape(pair.shape) for pair in plan.pairs), needs(decided))
+    memory.check(shapes, needs(decided))
     report = _blank_report(adapter, plan, source, target, decided)
     report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None

@@ -211,13 +211,14 @@ class BasisCache:
             self._notes[name] = Notes(path)
         return self._notes[name]
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where the basis of that name (`name_of`) lies, or would lie."""
         assert self.folder is not None
         return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
         """The basis of that name, or None where there is none that can be trusted."""
-        path = self._path(name)
+        path = self.path(name)
         try:
             found = basis_file.read(path)
             if found.facts.get("name") != name or found.shape != shape:
@@ -244,7 +245,7 @@ class BasisCache:
         return found
 
     def _write(self, stored: StoredBasis) -> None:
-        path = self._path(str(stored.facts["name"]))
+        path = self.path(str(stored.facts["name"]))
         basis_file.write(path, stored)
         self.kept += path.stat().st_size
 

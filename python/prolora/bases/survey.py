@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
-from ..linalg.basis import truncated_svd
+from ..linalg.basis import Basis
 from ..linalg.choice import Rank
+from ..memory import Memory
 from . import open_base
 from .cache import BasisCache
 from .modules import is_adaptable, matrix_shape
@@ -51,6 +52,7 @@ def survey(
     *,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
+    max_memory: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ShapeSurvey]:
     """Computes every adaptable weight's basis and keeps what it says of itself.
@@ -60,32 +62,54 @@ def survey(
         rank: columns, or share of energy.
         cache: folder that keeps the subspaces for later transfers, and gives those it has.
         device: where to compute; None means the CPU.
+        max_memory: bytes this process may take in memory; None sets no bound.
         progress: called as progress(done, total, name).
     """
     base = open_base(base)
-    subspaces = BasisCache(cache).bases if cache else truncated_svd
+    memory = Memory(max_memory)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in base.shapes.items():
         if is_adaptable(name):
             groups.setdefault(matrix_shape(shape), []).append(name)
+    memory.check(groups, "bases")
     total, done, rows = sum(len(names) for names in groups.values()), 0, []
-    for shape, names in groups.items():
-        started = time.perf_counter()
-        found = []
-        for name in names:
-            found.append(subspaces(base.read(name).reshape(1, *shape).to(device), rank)[0])
-            done += 1
-            if progress:
-                progress(done, total, name)
-        columns = [int(basis.rank) for basis in found]
-        rows.append(
-            ShapeSurvey(
-                shape=shape, count=len(names), columns_min=min(columns), columns_max=max(columns),
-                energy=sum(basis.energy.item() for basis in found) / len(found),
-                bound=max(basis.bound.item() for basis in found),
-                flagged=sum(not basis.ok.item() for basis in found),
-                rungs="+".join(sorted({basis.rung for basis in found})),
-                seconds=time.perf_counter() - started,
-            )
-        )  # fmt: skip
+    with BasisCache(cache).saving() as kept:
+        for shape, names in groups.items():
+            started = time.perf_counter()
+            found, start = [], 0
+            while start < len(names):
+                stack = names[start : start + memory.stack(shape, "bases")]
+                bases = kept.of(base, stack, rank, device)
+                found += [_Known(*numbers) for numbers in _numbers(bases)]
+                start, done = start + len(stack), done + len(stack)
+                if progress:
+                    progress(done, total, stack[-1])
+            rows.append(_row(shape, found, time.perf_counter() - started))
     return rows
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is kept of a basis."""
+
+    columns: int
+    energy: float
+    bound: float
+    ok: bool
+    rung: str
+
+
+def _numbers(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
+    columns = (bases.rank, bases.energy, bases.bound, bases.ok)
+    return zip(*(x.tolist() for x in columns), bases.rungs, strict=True)
+
+
+def _row(shape: tuple[int, int], found: list[_Known], seconds: float) -> ShapeSurvey:
+    return ShapeSurvey(
+        shape=shape, count=len(found), columns_min=min(basis.columns for basis in found),
+        columns_max=max(basis.columns for basis in found),
+        energy=sum(basis.energy for basis in found) / len(found),
+        bound=max(basis.bound for basis in found),
+        flagged=sum(not basis.ok for basis in found),
+        rungs="+".join(sorted({basis.rung for basis in found})), seconds=seconds,
+    )  # fmt: skip
