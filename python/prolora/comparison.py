@@ -19,6 +19,7 @@ from .linalg.basis import truncated_svd
 from .linalg.choice import Rank
 from .linalg.subspaces import basis_similarity
 from .matching import resolve
+from .memory import Memory
 from .options import AUTO, DEFAULT_THRESHOLD, Options
 from .pairing import Match, feeds
 from .partners import BlockDecision, Matching
@@ -260,6 +261,7 @@ def compare(
     match: Match = "name",
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
+    max_memory: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
     """Measures drift and overlap of every adaptable pair of weights, and judges them.
@@ -272,9 +274,11 @@ def compare(
         match: how modules are paired, as in `transfer`.
         cache: folder that keeps subspaces, the same as `transfer`'s; None keeps nothing.
         device: where to compute; None means the CPU.
+        max_memory: bytes this process may take in memory; None sets no bound.
         progress: called as progress(done, total, name).
 
     Raises:
+        TooLittleMemory: the bound is below what one pair of weights needs.
         UnsupportedFormat: the two bases share no adaptable module of equal shape.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         NonFiniteWeights: NaN or Inf, named.
@@ -292,6 +296,8 @@ def compare(
         match.check_any(source, target)
     if not equal:
         raise UnsupportedFormat(_nothing_shared(source, target, partners))
+    sizes = {matrix_shape(target.shapes[module]) for module in equal}
+    Memory(max_memory).check(sizes, "affinity" if rank is None else "bases")
     taken = set(partners.values())
     factorise = BasisCache(cache).bases if cache else truncated_svd
     rows = []
