@@ -22,6 +22,7 @@ from prolora.errors import OutputError
 from prolora.options import Probing
 from prolora.probe import pipelines, schedules
 from prolora.probe.conditioning import parts
+from prolora.probe.precision import in_float32
 from prolora.probe.trajectories import record
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -134,6 +135,19 @@ def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     assert header["prolora.method"] == "probe"
     assert header["prolora.probe_decision"] == "refuse"
     assert header["prolora.target"] == "other"
+
+
+def test_a_pipeline_in_half_precision_stays_so_and_samples(room, tmp_path):
+    shutil.copytree(room / "source", tmp_path / "half")
+    unet = pipelines.open_pipeline(room / "source").denoiser
+    unet.half().save_pretrained(tmp_path / "half" / "unet", variant="fp16")
+    (tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    half = pipelines.open_pipeline(tmp_path / "half")
+    assert half.denoiser.dtype == torch.float16
+    with in_float32(half.denoiser):
+        calls = record(half.denoiser, half.sampler(SETTINGS), 0, "source")
+    assert parts(half.denoiser, calls[-1]).latent.dtype == torch.float32
+    assert parts(half.denoiser, calls[-1]).latent.isfinite().all()
 
 
 def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):

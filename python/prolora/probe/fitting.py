@@ -48,7 +48,7 @@ class Problem:
 
     def weights(self) -> Weights:
         """The weights at which the problem is linearised."""
-        return {name: weight_of(self.module, name).detach() for name in self.names}
+        return {name: weight_of(self.module, name).detach().float() for name in self.names}
 
 
 class Curvature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import latents
-from ..bases.folder import MODELS, choose
+from ..bases.folder import MODELS, choose, folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
 from ..options import Probing
 from . import schedules
 from .conditioning import Book, Told, parts, row
+from .precision import HALVES
 from .schedules import Schedule
 from .trajectories import Call, Sample, output_of
 from .translation import Translation
@@ -155,7 +157,9 @@ class Pipeline:
 
 
 def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
-    """Loads a diffusers pipeline folder, all of it from safetensors, in float32.
+    """Loads a diffusers pipeline folder, all of it from safetensors.
+
+    The denoiser stays in the half precision it is stored in (see `precision`); all else is float32.
 
     Raises:
         UnsupportedFormat: no pipeline folder, code of its own, weights as pickles only, or
@@ -176,14 +180,16 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
         )
     part = next(part for part in MODELS if isinstance(index.get(part), list))
     best = choose(file.name for file in (folder / part).glob("*"))
-    options: dict[str, Any] = {name: None for name in _UNUSED if name in index}
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if best is not None and best.variant:
         options["variant"] = best.variant
     try:
         with _no_bars(diffusers):
-            pipe = class_.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, **options
+            denoiser = getattr(diffusers, index[part][1]).from_pretrained(
+                folder / part, torch_dtype=_stored(folder / part), **options
             )
+            unused = {name: None for name in _UNUSED if name in index}
+            pipe = class_.from_pretrained(folder, **{part: denoiser}, **unused, **options)
     except ImportError as error:
         raise UnsupportedFormat(
             f'{folder}: a package is missing: {error}; pip install "prolora[probe]"'
@@ -196,8 +202,16 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
         ) from error
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
-            model.float().eval()  # text encoders may come in the dtype they were saved in
+            model.eval()
+            if model is not denoiser:
+                model.float()  # text encoders may come in the dtype they were saved in
     return Pipeline(pipe.to(device or "cpu"), folder.name)
+
+
+def _stored(folder: Path) -> torch.dtype:
+    """The dtype a model is stored in, if all of it is in one half precision; else float32."""
+    dtypes = {weight.dtype for weight in folder_weights(folder)[0].values()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
 
 @contextmanager
@@ -212,7 +226,9 @@ def _no_bars(diffusers: Any) -> Iterator[None]:
     for logging in shown:
         logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype gets another name
+            yield
     finally:
         for logging in shown:
             logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ProLoRAError, ShapeMismatch
 from ..linalg.lowrank import LowRank
+from .precision import HALVES
 
 Sample = Callable[[int], Any]
 """Runs a pipeline from pure noise with the given seed; what it returns is not used."""
@@ -113,7 +114,10 @@ def predict(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output
 def applied(
     model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
 ) -> Iterator[None]:
-    """The model with the updates in its weights, for a while; afterwards bit for bit as before."""
+    """The model with the updates in its weights, for a while; afterwards bit for bit as before.
+
+    A weight stored in half precision becomes float32 meanwhile: an update is not rounded to it.
+    """
     kept: dict[str, Tensor] = {}
     try:
         for name, update in updates.items():
@@ -122,14 +126,28 @@ def applied(
                 raise ShapeMismatch(
                     f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
                 )
-            kept[name] = weight.detach().clone()
-            with torch.no_grad():
-                weight += (strength * update.dense()).reshape(weight.shape).to(weight)
+            change = (strength * update.dense()).reshape(weight.shape)
+            if weight.dtype in HALVES:
+                kept[name] = weight
+                wide = weight.detach().float() + change.to(weight.device, torch.float32)
+                _replace(model, name, nn.Parameter(wide, requires_grad=False))
+            else:
+                kept[name] = weight.detach().clone()
+                with torch.no_grad():
+                    weight += change.to(weight)
         yield
     finally:
         with torch.no_grad():
             for name, weight in kept.items():
-                weight_of(model, name, convolution=True).copy_(weight)
+                if weight.dtype in HALVES:
+                    _replace(model, name, weight)
+                else:
+                    weight_of(model, name, convolution=True).copy_(weight)
+
+
+def _replace(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Another parameter as the weight of a module."""
+    model.get_submodule(name)._parameters["weight"] = weight  # type: ignore[assignment]
 
 
 def weight_of(model: nn.Module, name: str, convolution: bool = False) -> Tensor:
