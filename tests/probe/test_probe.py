@@ -94,9 +94,10 @@ def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **option
     return probe.transfer(source, target, lora, sampler(source), sampler(target), **options)
 
 
-def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora):
+@pytest.mark.parametrize("strategy", ["joint", "blocks"])
+def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora, strategy):
     target = permuted(source)
-    found = run(source, target, lora)
+    found = run(source, target, lora, strategy=strategy)
     gate = found.report.gate
     assert gate.decision == "go"
     assert gate.share["all"] > 0.9
@@ -187,7 +188,7 @@ def test_the_same_seed_gives_the_same_bits(source, lora):
 def test_progress_names_every_block(source, lora):
     seen = []
     run(
-        source, permuted(source), lora, iterations=1, force=True,
+        source, permuted(source), lora, iterations=1, force=True, strategy="blocks",
         progress=lambda done, total, name: seen.append((done, total, name)),
     )  # fmt: skip
     assert [done for done, _, _ in seen] == [0, 1, 2, 3]
@@ -201,9 +202,9 @@ def test_what_lies_outside_the_blocks_is_reported(source, lora):
     assert "1 modules were not moved" in found.report.sentences()[1]
 
 
-def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
+def test_half_precision_and_unknown_modules_are_refused_by_name(source, lora):
     with pytest.raises(ProLoRAError, match="float32"):
-        run(source, copy.deepcopy(source).double(), lora)
+        run(source, copy.deepcopy(source).half(), lora)
     with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
         run(source, source, {"blocks.7.up": next(iter(lora.values()))})
     blockless = copy.deepcopy(source)

@@ -35,9 +35,9 @@ def loras(model: nn.Module, pattern: str) -> dict[str, LowRank]:
     return found
 
 
-def transfer(model: nn.Module, lora: dict[str, LowRank], sampler):
+def transfer(model: nn.Module, lora: dict[str, LowRank], sampler, **options):
     target = copy.deepcopy(model)
-    return probe.transfer(model, target, lora, sampler(model), sampler(target), iterations=4)
+    return probe.transfer(model, target, lora, sampler(model), sampler(target), **options)
 
 
 def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
@@ -60,12 +60,15 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
 
     pattern = r".*blocks\.\d+\.(attn\.(to_q|to_v|to_out\.0|add_v_proj)|ff\.net\.2|proj_out)"
     lora = loras(model, pattern)
-    found = transfer(model, lora, sampler)
+    found = transfer(model, lora, sampler, strategy="blocks", iterations=4)
     assert found.report.gate.share["all"] > 0.8
     assert [row.name for row in found.report.blocks] == [
         "transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1",
     ]  # fmt: skip
     assert set(lora) <= set(found.adapter.updates)
+    joint = transfer(model, lora, sampler, steps=12)
+    assert joint.report.gate.share["all"] > 0.8
+    assert joint.adapter.updates.keys() == found.adapter.updates.keys()
 
 
 def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(tmp_path):
@@ -82,7 +85,7 @@ def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(t
         return sample
 
     lora = loras(model, r".*transformer_blocks\.0\.(attn[12]\.to_(v|out\.0)|ff\.net\.2)")
-    found = transfer(model, lora, sampler)
+    found = transfer(model, lora, sampler, steps=12)
     assert found.report.gate.share["all"] > 0.8
     assert set(found.adapter.updates) == set(lora)
     found.save(tmp_path / "moved.safetensors")

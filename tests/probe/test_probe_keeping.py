@@ -17,7 +17,7 @@ from prolora.probe.trajectories import Call, record
 
 __all__ = ["lora", "source"]  # fixtures
 
-QUICK = {"iterations": 1, "rounds": 1, "rank": 3, "force": True}
+QUICK = {"strategy": "blocks", "iterations": 1, "rounds": 1, "rank": 3, "force": True}
 
 
 class Interrupted(Exception):
@@ -138,3 +138,15 @@ def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
     run(source, permuted(source), lora, **QUICK)
     assert not list(Path.cwd().iterdir())
     assert sampler(source)(0) is None
+
+
+def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
+    target = permuted(source)
+    quick = {"strategy": "joint", "steps": 3, "rank": 3, "force": True}
+    whole = run(source, target, lora, **quick)
+    kept = {"resume": tmp_path, "samplers": "three steps"}
+    assert_equal(whole, run(source, target, lora, max_memory=8000, **kept, **quick))
+    again = run(source, target, lora, **kept, **quick)
+    assert again.report.resumed == 1
+    assert again.report.steps == whole.report.steps
+    assert_equal(whole, again)

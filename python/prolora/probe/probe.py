@@ -1,10 +1,10 @@
-"""Probing, read from top to bottom: record, map, fit block after block, judge."""
+"""Probing, read from top to bottom: record, fit, judge."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -15,15 +15,14 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..errors import ProLoRAError, UnrelatedBases
 from ..linalg.lowrank import LowRank
-from ..report import finite
 from ..version import __version__
-from . import fitting, gate, keeping
-from .blocks import as_streams, find_blocks, inputs_of, streams
+from . import blockwise, gate, joint, keeping
+from .account import BlockReport, Options, ProbeReport
+from .batches import mixed, samples
+from .blocks import find_blocks
 from .keeping import Keep
-from .mapping import RidgeMap, features
-from .precision import HALVES, in_float32
-from .recording import Recorder, Targets, on_shelf
-from .shelf import Rows, Shelf, kept
+from .recording import Recorder, on_shelf
+from .shelf import Shelf
 from .trajectories import Sample, applied, output_of, weight_of
 from .translation import (
     Convert,
@@ -35,115 +34,11 @@ from .translation import (
     same_prediction,
 )
 
-Progress = Callable[[int, int, str], None]
-STEP_LENGTHS = (1.0, 0.5, 0.25)
+ORIGINS = ("source", "adapted", "target")
+AT_ONCE = 16
+"""Calls replayed between two changes of the source's weights."""
 
-
-@dataclass(frozen=True)
-class Options:
-    """The choices of a probing.
-
-    Attributes:
-        rank: of every update written.
-        map_ridge: λ of the maps between residual streams, relative to the mean variance.
-        fit_ridge: λ of the updates, relative to the mean diagonal of the curvature.
-        iterations: conjugate-gradient steps of every linearised problem.
-        rounds: how often every block is linearised anew.
-        seed: of the trajectories; the held-out ones use the next three.
-        force: write the LoRA even where the gate refuses it.
-        resume: folder that keeps recorded calls and fitted blocks, so that an interrupted probing
-            goes on; what is damaged or was made of anything else is made again.
-        samplers: says what the samplers do (prompts, steps); asked for with `resume`, which cannot
-            look into functions.
-        max_memory: bytes that calls and streams which wait for their use may take; what is above
-            goes to temporary files. Models and one call's activations come on top. None: no bound.
-        progress: called as progress(done, total, name).
-    """
-
-    rank: int = 32
-    map_ridge: float = 0.01
-    fit_ridge: float = 0.03
-    iterations: int = 6
-    rounds: int = 2
-    seed: int = 0
-    force: bool = False
-    resume: str | PathLike[str] | None = None
-    samplers: str = ""
-    max_memory: int | None = None
-    progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what makes no sense."""
-        if min(self.rank, self.iterations, self.rounds) < 1:
-            raise ValueError("rank, iterations and rounds must be 1 or more")
-        if self.map_ridge <= 0 or self.fit_ridge <= 0:
-            raise ValueError("map_ridge and fit_ridge must be positive")
-        if self.resume is not None and not self.samplers:
-            raise ValueError("resume needs samplers=TEXT that says what the samplers do")
-
-    def told(self) -> str:
-        """The choices that a fitted block depends on."""
-        idle = ("force", "resume", "samplers", "max_memory", "progress")
-        return repr({k: v for k, v in vars(self).items() if k not in idle})
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """One block of the target.
-
-    Attributes:
-        name: the block.
-        explained: share of the variance of its streams that the source's streams predict; empty
-            for the last block, which is fitted to the prediction itself.
-        reached: share of the wanted change of its output that the fit reaches on the probes it was
-            fitted on, after the cut to rank.
-        modules: how many modules got an update.
-    """
-
-    name: str
-    explained: tuple[float, ...]
-    reached: float
-    modules: int
-
-
-@dataclass
-class ProbeReport:
-    """The account of one probing.
-
-    Attributes:
-        probes: calls fitted on, held_out: calls judged on.
-        blocks: one row for every block of the target, in the order in which they were fitted.
-        left_out: module of the LoRA that lies in no block -> why it was not moved.
-        gate: the verdict of the held-out probes.
-        rank: of the updates.
-        resumed: blocks that were taken from the folder of an interrupted probing.
-        seconds: wall time by stage.
-    """
-
-    probes: int
-    held_out: int
-    rank: int
-    blocks: list[BlockReport] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    gate: gate.Gate | None = None
-    resumed: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def sentences(self) -> list[str]:
-        """The result in plain words."""
-        said = [f"{len(self.blocks)} blocks fitted on {self.probes} calls of the models."]
-        if self.left_out:
-            name, reason = next(iter(self.left_out.items()))
-            said.append(f"{len(self.left_out)} modules were not moved; {name}: {reason}.")
-        if self.gate:
-            said.append(
-                f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."
-            )
-        return said
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return finite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]
+__all__ = ["BlockReport", "Options", "ProbeReport", "ProbeTransfer", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -177,15 +72,14 @@ def transfer(
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
-    Both models are run on trajectories that they sample themselves from noise: no data. Block by
-    block the wanted residual stream is r_t + (r_s with LoRA − r_s)·T, T a ridge map between the
-    streams of the two bases; the block's linear modules are fitted to it by linearised least
-    squares, with the updates found so far in place. The last block is fitted to the prediction
-    itself: v_t + (v_s with LoRA − v_s).
+    Both models are run on trajectories that they sample themselves from noise: no data. Wanted of
+    the target is v_t + (v_s with LoRA − v_s) at every probe. The linear modules of its blocks are
+    fitted to that by a few Gauss–Newton steps on all of them at once (strategy "joint"), or block
+    by block to r_t + (r_s with LoRA − r_s)·T, T a ridge map between the residual streams of the
+    two bases (strategy "blocks"; the last block is fitted to the prediction).
 
     Args:
-        source: the module that LoRA names start from (a pipeline's unet or transformer), stored
-            in float32, float16 or bfloat16; computed in float32.
+        source: the module that LoRA names start from (a pipeline's unet or transformer), float32.
         target: the same of the target; widths and depths may differ. Both must take the same
             inputs and predict the same quantity, unless the four functions below translate.
         lora: a file, an adapter, or updates by the source's module names.
@@ -223,8 +117,7 @@ def transfer(
         source.eval(), target.eval()
         samplers = (sample_source, sample_adapted or sample_source, sample_target)
         compared = adapter.updates if rival is None else rival
-        with in_float32(source), in_float32(target):
-            return _transfer(source, target, adapter, samplers, between, compared, chosen)
+        return _transfer(source, target, adapter, samplers, between, compared, chosen)
     finally:
         source.train(modes[0]), target.train(modes[1])
         for parameter, needed in frozen:
@@ -246,45 +139,42 @@ def _transfer(
     report.seconds["sample"] = clock() - started
 
     started = clock()
+    if options.strategy == "joint":
+        calls, held_out = _drawn(source, target, calls, held_out, between, options)
+        calls, held_out = on_shelf(calls, quarter), on_shelf(held_out, quarter)
+    report.samples = (_samples(calls), _samples(held_out))
     theirs, ours = find_blocks(source, calls[0].source), find_blocks(target, calls[0].target)
-    places = _places(target, ours, theirs, adapter, report)
-    shelf = Shelf(None if quarter is None else 2 * quarter)
-    _wanted(source, target, adapter, calls, theirs, list(places), between, options, report, shelf)
-    report.seconds["map"] = clock() - started
+    places = _places(source, target, ours, theirs, adapter, report)
+    report.modules = sum(len(found) for found in places.values())
+    report.seconds["draw"] = clock() - started
 
     started = clock()
-    updates: dict[str, LowRank] = {}
-    for i, name in enumerate(places):
+    total = options.steps if options.strategy == "joint" else len(places)
+
+    def told(done: int, name: str) -> None:
         if options.progress:
-            options.progress(i, len(places), name)
-        key = "" if keep.folder is None else keeping.fingerprint(
-            recorder.key, options.told(), name, keeping.updates(updates)
+            options.progress(done, total, name)
+
+    if options.strategy == "joint":
+        updates = _joint(
+            source, target, adapter, calls, places, between, options, report, keep, recorder.key,
+            told,
         )  # fmt: skip
-        wanted = Rows(shelf, name if i < len(places) - 1 else "", len(calls))
-        found = keep.fitted(f"block-{i}", key)
-        if found is None:
-            fitted = _fit_block(
-                target, name, places[name], calls, wanted, updates, between.read, options, report,
-            )  # fmt: skip
-            keep.keep_fitted(f"block-{i}", key, fitted, {"reached": report.blocks[i].reached})
-        else:
-            fitted, facts = found
-            reached = facts["reached"]
-            report.blocks[i] = replace(report.blocks[i], reached=reached, modules=len(fitted))
-            report.resumed += 1
-        wanted.drop()
-        updates |= fitted
+    else:
+        updates = blockwise.fit(
+            source, target, adapter, calls, theirs, places, between, options, report, keep,
+            recorder.key, told,
+        )  # fmt: skip
     report.seconds["fit"] = clock() - started
 
     started = clock()
     verdict = gate.judge(
-        target, updates, _held_out(source, target, adapter, held_out, between), between.read,
+        target, updates, list(_wanted(source, target, adapter, held_out, between)), between.read,
         copied=rival,
     )  # fmt: skip
     report.gate = verdict
     report.seconds["judge"] = clock() - started
-    if options.progress:
-        options.progress(len(places), len(places), "judged")
+    told(total, "judged")
     if verdict.decision == gate.REFUSE and not options.force:
         raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
     moved = {n: LowRank(u.up * verdict.strength, u.down) for n, u in updates.items()}
@@ -307,20 +197,24 @@ def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
         raise ProLoRAError("the LoRA has no updates")
     for side, model in (("source", source), ("target", target)):
         for name, parameter in model.named_parameters():
-            if parameter.dtype not in (torch.float32, *HALVES):
+            if parameter.dtype != torch.float32:
                 raise ProLoRAError(
-                    f"{name} of the {side} is {parameter.dtype}: probing computes in float32 from "
-                    "weights of float32, float16 or bfloat16; call .float() on the model"
+                    f"{name} of the {side} is {parameter.dtype}: probing takes differences of "
+                    "predictions, which need float32; call .float() on the model"
                 )
     for name in adapter.updates:
         weight_of(source, name, convolution=True)
 
 
 def _places(
-    target: nn.Module, ours: Sequence[str], theirs: Sequence[str], adapter: Adapter,
-    report: ProbeReport,
+    source: nn.Module, target: nn.Module, ours: Sequence[str], theirs: Sequence[str],
+    adapter: Adapter, report: ProbeReport,
 ) -> dict[str, list[str]]:  # fmt: skip
-    """Target block -> its linear modules whose role the LoRA adapts in some block of the source."""
+    """Target block -> its linear modules whose role the LoRA adapts in some block of the source.
+
+    Between architectures roles mean nothing: then every linear module of a block is taken, but for
+    those that modulate norms.
+    """
     roles = set()
     for name in adapter.updates:
         block = next((b for b in theirs if name.startswith(f"{b}.")), None)
@@ -328,10 +222,13 @@ def _places(
             report.left_out[name] = "it lies in no block; the fit makes up for it in the blocks"
         else:
             roles.add(name.removeprefix(f"{block}."))
+    known = {type(source.get_submodule(block)).__name__ for block in theirs}
+    alike = any(type(target.get_submodule(block)).__name__ in known for block in ours)
     places: dict[str, list[str]] = {}
     for block in ours:
         inside = target.get_submodule(block).named_modules()
-        found = [n for n, m in inside if n in roles and isinstance(m, nn.Linear)]
+        linear = [name for name, module in inside if isinstance(module, nn.Linear)]
+        found = [n for n in linear if (n in roles if alike else "norm" not in n)]
         if found:
             places[block] = found
     if not places:
@@ -339,124 +236,77 @@ def _places(
     return places
 
 
+def _drawn(
+    source: nn.Module, target: nn.Module, calls: Sequence[Question], held_out: Sequence[Question],
+    between: Translation, options: Options,
+) -> tuple[list[Question], list[Question]]:  # fmt: skip
+    """Samples to fit on and to judge on, in batches that mix many moments."""
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def both(question: Question) -> tuple[Tensor, Tensor]:
+        return between.of_source(source, question), between.of_target(target, question)
+
+    judged = []
+    for origin in ORIGINS:  # apart, since the gate looks at each
+        own = [question for question in held_out if question.origin == origin]
+        judged += mixed(own, max(options.held_out // len(ORIGINS), 1), both, generator)
+    return mixed(calls, options.probes, both, generator), judged
+
+
+def _joint(
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
+    places: dict[str, list[str]], between: Translation, options: Options, report: ProbeReport,
+    keep: Keep, made_of: str, told: Callable[[int, str], None],
+) -> dict[str, LowRank]:  # fmt: skip
+    """All updates at once, at the rank asked for."""
+    key = "" if keep.folder is None else keeping.fingerprint(made_of, options.told())
+    kept = keep.fitted("joint", key)
+    if kept is not None:
+        updates, facts = kept
+        report.steps, report.resumed = facts["steps"], 1
+        return updates
+    shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
+    sizes = []
+    for i, found in enumerate(_wanted(source, target, adapter, calls, between)):
+        shelf.put(i, (found.plain, found.plain + found.change))
+        sizes.append(len(found.plain))
+    queue: list[int] = []
+
+    def draw() -> list[joint.Probe]:
+        """The batches of one step: every probe comes once before any comes again."""
+        chosen: list[int] = []
+        while sum(sizes[i] for i in chosen) < options.batch:
+            if not queue:
+                queue.extend(range(len(calls)))
+            chosen.append(queue.pop(0))
+        return [joint.Probe(calls[i].target, *shelf.get(i)) for i in chosen]
+
+    names = [f"{block}.{role}" for block, found in places.items() for role in found]
+    fitted = joint.fit(
+        target, names, draw, between.read, options.steps, options.damping,
+        lambda step: told(step, f"step {step + 1}"),
+    )  # fmt: skip
+    report.steps = fitted.history
+    updates = joint.cut(fitted, options.rank)
+    keep.keep_fitted("joint", key, updates, {"steps": fitted.history})
+    return updates
+
+
+def _samples(questions: Sequence[Question]) -> int:
+    return sum(samples(question.source) for question in questions)
+
+
 @torch.no_grad()
 def _wanted(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
-    theirs: Sequence[str], places: Sequence[str], between: Translation, options: Options,
-    report: ProbeReport, shelf: Shelf,
-) -> None:  # fmt: skip
-    """Puts on the shelf, by (call, block), the streams a block should give out.
-
-    The prediction is under (call, "").
-
-    Two rounds over the calls, the first for the covariances of the maps, the second to use them.
-    """
-    inner = places[:-1]  # the last block is fitted to the prediction
-    maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
-    for call in calls:
-        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
-        for name in inner:
-            for i, stream in enumerate(plain[name]):
-                x = features(before, i, stream.shape[1])
-                if x is not None:
-                    maps[name, i].add(x, stream)
-    used = {key: found for key, found in maps.items() if found.count}
-    for found in used.values():
-        found.solve(options.map_ridge)
-    for name in inner:
-        explained = tuple(used[name, i].explained for i in range(2) if (name, i) in used)
-        report.blocks.append(BlockReport(name, explained, float("nan"), 0))
-    report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
-
-    for k, call in enumerate(calls):
-        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
-        change = -between.of_source(source, call)
-        with applied(source, adapter.updates):
-            after = streams(source, theirs, call.source)
-            change += between.of_source(source, call)
-        shelf.put((k, ""), (between.of_target(target, call) + change,))
-        for name in inner:
-            parts = []
-            for i, stream in enumerate(plain[name]):
-                x, y = (features(side, i, stream.shape[1]) for side in (before, after))
-                if x is None or y is None:
-                    parts.append(stream)  # no block of the source has this resolution
-                else:
-                    parts.append(stream + used[name, i](y - x))
-            shelf.put((k, name), tuple(parts))
-
-
-def _fit_block(
-    target: nn.Module, block: str, roles: list[str], calls: Sequence[Question], wanted: Rows,
-    updates: dict[str, LowRank], read: Read, options: Options, report: ProbeReport,
-) -> dict[str, LowRank]:  # fmt: skip
-    """The updates of one block, with those of the blocks before it in place."""
-    row = next(i for i, found in enumerate(report.blocks) if found.name == block)
-    last = row == len(report.blocks) - 1
-    with applied(target, updates):
-        if last:
-            problem = fitting.Problem(
-                target, [f"{block}.{role}" for role in roles], Targets(calls), wanted,
-                lambda result: (read(result),), options.fit_ridge, options.iterations,
-            )  # fmt: skip
-        else:
-            limit = None if options.max_memory is None else options.max_memory // 4
-            read_by = (inputs_of(target, block, call.target) for call in calls)
-            problem = fitting.Problem(
-                target.get_submodule(block), roles, kept(read_by, Shelf(limit), block), wanted,
-                as_streams, options.fit_ridge, options.iterations,
-            )  # fmt: skip
-        small = _solved(problem, options)
-        reached = _reached(problem, {name: update.dense() for name, update in small.items()})
-    old = report.blocks[row]
-    report.blocks[row] = BlockReport(block, old.explained, reached, len(small))
-    return small if last else {f"{block}.{role}": update for role, update in small.items()}
-
-
-def _solved(problem: fitting.Problem, options: Options) -> dict[str, LowRank]:
-    """Gauss–Newton: linearise, solve, go as far as it helps, linearise there; then cut to rank."""
-    total = {name: torch.zeros_like(w) for name, w in problem.weights().items()}
-    best = 0.0
-    for _ in range(options.rounds):
-        in_place = {name: LowRank(d, torch.eye(d.shape[1]).to(d)) for name, d in total.items()}
-        with applied(problem.module, in_place):
-            step, grams = fitting.fit(problem)
-        steps = {
-            length: {n: (d + length * step[n]).to(d.dtype) for n, d in total.items()}
-            for length in STEP_LENGTHS
-        }
-        reached = {length: _reached(problem, moved) for length, moved in steps.items()}
-        length = max(reached, key=lambda found: reached[found])
-        if reached[length] <= best:
-            break  # no step helps
-        total, best = steps[length], reached[length]
-    return {name: fitting.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
-
-
-@torch.no_grad()
-def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
-    """1 − Σ‖wanted − output with updates‖²/Σ‖wanted − output without‖²."""
-    start = problem.weights()
-    moved = {name: start[name] + update for name, update in updates.items()}
-    left = whole = 0.0
-    for call, wanted in zip(problem.calls, problem.wanted, strict=True):
-        outputs = [problem.outputs(call, weights) for weights in (start, moved)]
-        for w, before, after in zip(wanted, *outputs, strict=True):
-            whole += float((w - before).double().square().sum())
-            left += float((w - after).double().square().sum())
-    return 1 - left / whole if whole else 1.0
-
-
-def _held_out(
     source: nn.Module, target: nn.Module, adapter: Adapter, questions: Sequence[Question],
     between: Translation,
-) -> list[gate.Wanted]:  # fmt: skip
-    """What the target should do at calls the fit has not seen."""
-    before = [between.of_source(source, question) for question in questions]
-    with applied(source, adapter.updates):
-        after = [between.of_source(source, question) for question in questions]
-    found = []
-    for question, v, w in zip(questions, before, after, strict=True):
-        plain = between.of_target(target, question)
-        found.append(gate.Wanted(question.target, plain, w - v, plain - v))
-    return found
+) -> Iterator[gate.Wanted]:  # fmt: skip
+    """What the target should do at each call."""
+    for start in range(0, len(questions), AT_ONCE):
+        some = questions[start : start + AT_ONCE]
+        before = [between.of_source(source, question) for question in some]
+        with applied(source, adapter.updates):
+            after = [between.of_source(source, question) for question in some]
+        for question, v, w in zip(some, before, after, strict=True):
+            plain = between.of_target(target, question)
+            yield gate.Wanted(question.target, plain, w - v, plain - v)

@@ -1,0 +1,177 @@
+"""Block after block: the wanted residual streams, and the fit of one block at a time to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..linalg.lowrank import LowRank
+from . import fitting, keeping
+from .account import BlockReport, Options, ProbeReport
+from .blocks import as_streams, inputs_of, streams
+from .keeping import Keep
+from .mapping import RidgeMap, features
+from .recording import Targets
+from .shelf import Rows, Shelf, kept
+from .trajectories import applied
+from .translation import Question, Read, Translation
+
+STEP_LENGTHS = (1.0, 0.5, 0.25)
+
+
+def fit(
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
+    theirs: Sequence[str], places: dict[str, list[str]], between: Translation, options: Options,
+    report: ProbeReport, keep: Keep, made_of: str, told: Callable[[int, str], None],
+) -> dict[str, LowRank]:  # fmt: skip
+    """The updates of every block, in the order in which they run; see docs/probe.md.
+
+    Args:
+        source: the source.
+        target: the target.
+        adapter: the LoRA.
+        calls: the probes.
+        theirs: names of the source's blocks.
+        places: target block -> names inside it of the linear modules that get an update.
+        between: translates calls and predictions.
+        options: see there.
+        report: gets a row for every block.
+        keep: where fitted blocks are kept.
+        made_of: what all of it depends on, besides the options.
+        told: called with the number of blocks done and the name of the next.
+    """
+    shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
+    _wanted(source, target, adapter, calls, theirs, list(places), between, options, report, shelf)
+    updates: dict[str, LowRank] = {}
+    for i, name in enumerate(places):
+        told(i, name)
+        key = "" if keep.folder is None else keeping.fingerprint(
+            made_of, options.told(), name, keeping.updates(updates)
+        )  # fmt: skip
+        wanted = Rows(shelf, name if i < len(places) - 1 else "", len(calls))
+        found = keep.fitted(f"block-{i}", key)
+        if found is None:
+            fitted = _fit_block(
+                target, name, places[name], calls, wanted, updates, between.read, options, report,
+            )  # fmt: skip
+            keep.keep_fitted(f"block-{i}", key, fitted, {"reached": report.blocks[i].reached})
+        else:
+            fitted, facts = found
+            reached = facts["reached"]
+            report.blocks[i] = replace(report.blocks[i], reached=reached, modules=len(fitted))
+            report.resumed += 1
+        wanted.drop()
+        updates |= fitted
+    return updates
+
+
+@torch.no_grad()
+def _wanted(
+    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
+    theirs: Sequence[str], places: Sequence[str], between: Translation, options: Options,
+    report: ProbeReport, shelf: Shelf,
+) -> None:  # fmt: skip
+    """Puts on the shelf, by (call, block), the streams a block should give out.
+
+    The prediction is under (call, "").
+
+    Two rounds over the calls, the first for the covariances of the maps, the second to use them.
+    """
+    inner = places[:-1]  # the last block is fitted to the prediction
+    maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
+    for call in calls:
+        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
+        for name in inner:
+            for i, stream in enumerate(plain[name]):
+                x = features(before, i, stream.shape[1])
+                if x is not None:
+                    maps[name, i].add(x, stream)
+    used = {key: found for key, found in maps.items() if found.count}
+    for found in used.values():
+        found.solve(options.map_ridge)
+    for name in inner:
+        explained = tuple(used[name, i].explained for i in range(2) if (name, i) in used)
+        report.blocks.append(BlockReport(name, explained, float("nan"), 0))
+    report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
+
+    for k, call in enumerate(calls):
+        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
+        change = -between.of_source(source, call)
+        with applied(source, adapter.updates):
+            after = streams(source, theirs, call.source)
+            change += between.of_source(source, call)
+        shelf.put((k, ""), (between.of_target(target, call) + change,))
+        for name in inner:
+            parts = []
+            for i, stream in enumerate(plain[name]):
+                x, y = (features(side, i, stream.shape[1]) for side in (before, after))
+                if x is None or y is None:
+                    parts.append(stream)  # no block of the source has this resolution
+                else:
+                    parts.append(stream + used[name, i](y - x))
+            shelf.put((k, name), tuple(parts))
+
+
+def _fit_block(
+    target: nn.Module, block: str, roles: list[str], calls: Sequence[Question], wanted: Rows,
+    updates: dict[str, LowRank], read: Read, options: Options, report: ProbeReport,
+) -> dict[str, LowRank]:  # fmt: skip
+    """The updates of one block, with those of the blocks before it in place."""
+    row = next(i for i, found in enumerate(report.blocks) if found.name == block)
+    last = row == len(report.blocks) - 1
+    with applied(target, updates):
+        if last:
+            problem = fitting.Problem(
+                target, [f"{block}.{role}" for role in roles], Targets(calls), wanted,
+                lambda result: (read(result),), options.fit_ridge, options.iterations,
+            )  # fmt: skip
+        else:
+            limit = None if options.max_memory is None else options.max_memory // 4
+            read_by = (inputs_of(target, block, call.target) for call in calls)
+            problem = fitting.Problem(
+                target.get_submodule(block), roles, kept(read_by, Shelf(limit), block), wanted,
+                as_streams, options.fit_ridge, options.iterations,
+            )  # fmt: skip
+        small = _solved(problem, options)
+        reached = _reached(problem, {name: update.dense() for name, update in small.items()})
+    old = report.blocks[row]
+    report.blocks[row] = BlockReport(block, old.explained, reached, len(small))
+    return small if last else {f"{block}.{role}": update for role, update in small.items()}
+
+
+def _solved(problem: fitting.Problem, options: Options) -> dict[str, LowRank]:
+    """Gauss–Newton: linearise, solve, go as far as it helps, linearise there; then cut to rank."""
+    total = {name: torch.zeros_like(w) for name, w in problem.weights().items()}
+    best = 0.0
+    for _ in range(options.rounds):
+        in_place = {name: LowRank(d, torch.eye(d.shape[1]).to(d)) for name, d in total.items()}
+        with applied(problem.module, in_place):
+            step, grams = fitting.fit(problem)
+        steps = {
+            length: {n: (d + length * step[n]).to(d.dtype) for n, d in total.items()}
+            for length in STEP_LENGTHS
+        }
+        reached = {length: _reached(problem, moved) for length, moved in steps.items()}
+        length = max(reached, key=lambda found: reached[found])
+        if reached[length] <= best:
+            break  # no step helps
+        total, best = steps[length], reached[length]
+    return {name: fitting.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
+
+
+@torch.no_grad()
+def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
+    """1 − Σ‖wanted − output with updates‖²/Σ‖wanted − output without‖²."""
+    start = problem.weights()
+    moved = {name: start[name] + update for name, update in updates.items()}
+    left = whole = 0.0
+    for call, wanted in zip(problem.calls, problem.wanted, strict=True):
+        outputs = [problem.outputs(call, weights) for weights in (start, moved)]
+        for w, before, after in zip(wanted, *outputs, strict=True):
+            whole += float((w - before).double().square().sum())
+            left += float((w - after).double().square().sum())
+    return 1 - left / whole if whole else 1.0

@@ -1,0 +1,128 @@
+"""All updates at once: Gauss–Newton steps, and batches put together from recorded calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_probe import Denoiser, lora, permuted, run, sampler, source
+from torch import Tensor, nn
+
+from prolora import probe
+from prolora.probe import joint
+from prolora.probe.batches import mixed, samples
+from prolora.probe.trajectories import Call, predict, record
+from prolora.probe.translation import Question
+
+__all__ = ["lora", "source"]  # fixtures
+
+
+def test_a_linear_model_is_solved_exactly_in_a_few_steps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    x, update = torch.randn(400, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        plain = model(x)
+    probes = [joint.Probe(Call((x,), {}), plain, plain + x @ update.mT)]
+    found = joint.fit(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
+    torch.testing.assert_close(found.updates["0"], update, atol=2e-2, rtol=2e-2)
+    assert found.history[0] == pytest.approx(0, abs=1e-6)
+    assert found.history[-1] > 0.999
+
+
+def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    x = torch.randn(300, 6)
+    with torch.no_grad():
+        plain = model(x)
+        wanted = model(x @ (torch.eye(6) + 0.1 * torch.randn(6, 6)))
+    probes = [joint.Probe(Call((x,), {}), plain, wanted)]
+    for limit in (100, 5):
+        monkeypatch.setattr(joint, "MAX_FACTOR", limit)
+        found = joint.fit(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
+        assert found.history[-1] > 0.9, limit
+        assert joint.cut(found, 2)["0"].shape == (5, 6)
+
+
+def test_the_cut_at_full_rank_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    x = torch.randn(50, 6)
+    probes = [joint.Probe(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
+    found = joint.fit(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
+    torch.testing.assert_close(joint.cut(found, 5)["0"].dense(), found.updates["0"])
+
+
+def questions(model: nn.Module, seed: int = 0) -> list[Question]:
+    return [Question(call, call) for call in record(model, sampler(model), seed, "source")]
+
+
+def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
+    asked = questions(source)
+
+    def both(question: Question) -> tuple[Tensor, Tensor]:
+        return predict(source, question.source), predict(source, question.target)
+
+    found = mixed(asked, 30, both, torch.Generator().manual_seed(0))
+    assert [samples(question.source) for question in found] == [12, 12, 6]
+    first = found[0].source
+    assert len(first.args[1].unique()) == 3  # times of all three calls
+    whole = torch.cat([predict(source, question.source) for question in asked])
+    for row in predict(source, first):
+        assert (whole - row).abs().amax((1, 2)).min() < 1e-5
+
+
+class OneTime(Denoiser):
+    """Takes one time for all samples of a call, as diffusers' pipelines give it."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t.reshape(-1)[:1].expand(len(x)))
+
+
+def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
+    model = OneTime()
+    model.load_state_dict(source.state_dict())
+    calls = [Call((torch.randn(12, 5, 4), torch.tensor(t)), {}, "source") for t in (0.9, 0.5, 0.1)]
+
+    def both(question: Question) -> tuple[Tensor, Tensor]:
+        return predict(model, question.source), predict(model, question.target)
+
+    asked = [Question(call, call) for call in calls]
+    found = mixed(asked, 20, both, torch.Generator().manual_seed(0))
+    assert len(found) == 2
+    assert all(any(one is other for other in asked) for one in found)
+
+
+def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
+    class FluxSingleTransformerBlock(nn.Module):
+        """Another name and other insides than the source's blocks have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Linear(1, 16)
+            self.mix = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x + torch.tanh(self.mix(x) + self.norm(t[:, None, None]))
+
+    torch.manual_seed(7)
+    other = Denoiser(width=16)
+    other.blocks = nn.ModuleList(FluxSingleTransformerBlock() for _ in range(2))
+    found = run(source, other, lora, force=True, steps=4)
+    assert set(found.adapter.updates) == {"blocks.0.mix", "blocks.1.mix"}
+    assert found.report.modules == 2
+    assert found.report.gate.copy_share is None
+
+
+def test_progress_names_every_step(source, lora):
+    seen = []
+    run(
+        source, permuted(source), lora, force=True, steps=3,
+        progress=lambda done, total, name: seen.append((done, total, name)),
+    )  # fmt: skip
+    assert seen == [(0, 3, "step 1"), (1, 3, "step 2"), (2, 3, "step 3"), (3, 3, "judged")]
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match="joint, blocks"):
+        probe.Options(strategy="both")
