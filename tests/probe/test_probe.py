@@ -202,9 +202,9 @@ def test_what_lies_outside_the_blocks_is_reported(source, lora):
     assert "1 modules were not moved" in found.report.sentences()[1]
 
 
-def test_half_precision_and_unknown_modules_are_refused_by_name(source, lora):
+def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
     with pytest.raises(ProLoRAError, match="float32"):
-        run(source, copy.deepcopy(source).half(), lora)
+        run(source, copy.deepcopy(source).double(), lora)
     with pytest.raises(ProLoRAError, match=r"no module blocks\.7\.up"):
         run(source, source, {"blocks.7.up": next(iter(lora.values()))})
     blockless = copy.deepcopy(source)

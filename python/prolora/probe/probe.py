@@ -21,6 +21,7 @@ from .account import BlockReport, Options, ProbeReport
 from .batches import mixed, samples
 from .blocks import find_blocks
 from .keeping import Keep
+from .precision import HALVES, in_float32
 from .recording import Recorder, on_shelf
 from .shelf import Shelf
 from .trajectories import Sample, applied, output_of, weight_of
@@ -79,7 +80,8 @@ def transfer(
     two bases (strategy "blocks"; the last block is fitted to the prediction).
 
     Args:
-        source: the module that LoRA names start from (a pipeline's unet or transformer), float32.
+        source: the module that LoRA names start from (a pipeline's unet or transformer), stored
+            in float32, float16 or bfloat16; computed in float32.
         target: the same of the target; widths and depths may differ. Both must take the same
             inputs and predict the same quantity, unless the four functions below translate.
         lora: a file, an adapter, or updates by the source's module names.
@@ -117,7 +119,8 @@ def transfer(
         source.eval(), target.eval()
         samplers = (sample_source, sample_adapted or sample_source, sample_target)
         compared = adapter.updates if rival is None else rival
-        return _transfer(source, target, adapter, samplers, between, compared, chosen)
+        with in_float32(source), in_float32(target):
+            return _transfer(source, target, adapter, samplers, between, compared, chosen)
     finally:
         source.train(modes[0]), target.train(modes[1])
         for parameter, needed in frozen:
@@ -197,10 +200,10 @@ def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
         raise ProLoRAError("the LoRA has no updates")
     for side, model in (("source", source), ("target", target)):
         for name, parameter in model.named_parameters():
-            if parameter.dtype != torch.float32:
+            if parameter.dtype not in (torch.float32, *HALVES):
                 raise ProLoRAError(
-                    f"{name} of the {side} is {parameter.dtype}: probing takes differences of "
-                    "predictions, which need float32; call .float() on the model"
+                    f"{name} of the {side} is {parameter.dtype}: probing computes in float32 from "
+                    "weights of float32, float16 or bfloat16; call .float() on the model"
                 )
     for name in adapter.updates:
         weight_of(source, name, convolution=True)
