@@ -26,6 +26,7 @@ from .moving import move_all, needs
 from .options import PROBE, Options, Progress
 from .recipes import is_made, recipe
 from .report import Report
+from .spread import spread
 from .transfer import Job, check_output, finish, prepare, settle, transfer_file
 
 # Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
@@ -179,10 +180,14 @@ def _move(
     def start(task: _Task) -> None:
         check_output(task.out, [task.lora, *inputs])
         task.job = prepare(task.lora, source, target, chosen, format)
-        settle(task.job, source, target, cache, memory)
 
+    def decide(task: _Task, job: Job) -> None:
+        settle(job, source, target, cache, memory)
+
+    spread(lambda task: task.attempt(partial(start, task)), group)
     for task in group:
-        task.attempt(partial(start, task))
+        if task.job is not None:
+            task.attempt(partial(decide, task, task.job))
     jobs = [task.job for task in group if task.job is not None]
     started = time.perf_counter()
     move_all([job.work for job in jobs], source, target, cache, memory, progress)
@@ -196,11 +201,13 @@ def _move(
         done.report.seconds["write"] = time.perf_counter() - begun
         return done.report
 
-    for task in group:
+    def conclude(task: _Task) -> None:
         if task.job is not None:
             report = task.attempt(partial(end, task, task.job))
             task.job = None  # its factors are on the disk now
             _done(task, report)
+
+    spread(conclude, group)
 
 
 def _done(task: _Task, report: Report | None) -> None:

@@ -14,16 +14,18 @@ from .adapters.adapter import Adapter
 from .bases import Base
 from .bases.cache import BasisCache, name_of
 from .bases.modules import matrix_shape
-from .damping import damped
+from .damping import Damper
 from .errors import NonFiniteWeights, ProLoRAError
 from .linalg.basis import FACTORS, FACTS, Basis
 from .linalg.lowrank import LowRank
+from .linalg.precision import is_finite
 from .linalg.subspaces import Similarity, basis_similarity
 from .memory import Memory
 from .options import Options, Progress
 from .pairing import Pair, Plan
 from .projection import project_factors, recompress_parts
 from .report import Measures, ModuleReport
+from .spread import spread
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 
@@ -66,11 +68,6 @@ class Work:
     moved: list[Moved] = field(default_factory=list)
     error: ProLoRAError | None = None
 
-    def take(self, moved: list[Moved]) -> None:
-        """Puts updates at their strength and rank, and keeps them."""
-        for pair, update, row in moved:
-            self.moved.append((pair, *_finished(update, row, self.options)))
-
 
 def move_all(
     works: Sequence[Work], source: Base, target: Base, cache: BasisCache, memory: Memory,
@@ -88,7 +85,10 @@ def move_all(
     """
     for work in works:
         if work.options.method == "copy":
-            _each([work], lambda work: work.take(_copied(work)))
+            try:
+                work.moved += _finished(_copied(work), work.options)
+            except ProLoRAError as error:
+                work.error = error
     done = 0
     total = len({pair for work in works for pair in work.plan.pairs})
     for method in ("damped", "bases"):
@@ -106,16 +106,6 @@ def move_all(
 def needs(options: Options) -> str:
     """What of the weights a method looks at: "nothing", "damped" or "bases"."""
     return {"copy": "nothing", "damped": "damped"}.get(options.method, "bases")
-
-
-def _each(works: Sequence[Work], step: Callable[[Work], None]) -> None:
-    """A step for every LoRA; one that fails is given up and does not stop the others."""
-    for work in works:
-        if work.error is None:
-            try:
-                step(work)
-            except ProLoRAError as error:
-                work.error = error
 
 
 def _stacks(works: Sequence[Work], memory: Memory, method: str) -> Iterator[list[Pair]]:
@@ -143,16 +133,12 @@ def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) 
         ours = _weights(source, [pair.source for pair in stack], shape)
         theirs = _weights(target, [pair.target for pair in stack], shape)
 
-    def step(work: Work) -> None:
-        with work.clock("damp"):
-            for places in _of_one_rank(work, stack):
-                pairs = [stack[i] for i in places]
-                if len(places) == len(stack):
-                    work.take(_damped(work, pairs, ours, theirs))
-                else:
-                    work.take(_damped(work, pairs, ours[places], theirs[places]))
-
-    _each(works, step)
+    damper = Damper(ours.to(works[0].options.device), theirs.to(works[0].options.device))
+    with _shared(works, "damp"):
+        for work in works:  # the factors of one κ serve all
+            if work.error is None:
+                damper.at(work.options.kappa)
+        _in_pieces(works, stack, lambda work, places: _damped(work, stack, places, damper))
 
 
 def _project(
@@ -166,18 +152,46 @@ def _project(
     with _shared(works, "overlap"):
         similar = _similarity(stack, source, target, ours, theirs, cache, options)
 
-    def step(work: Work) -> None:
-        with work.clock("project"):
-            for places in _of_one_rank(work, stack):
-                pairs = [stack[i] for i in places]
-                if len(places) == len(stack):
-                    work.take(_projected(work, pairs, ours, theirs, similar))
-                else:
-                    bases = [_chosen(basis, places) for basis in (ours, theirs)]
-                    some = Similarity(*(x[places] for x in _numbers(similar)))
-                    work.take(_projected(work, pairs, bases[0], bases[1], some))
+    def step(work: Work, places: list[int]) -> list[Moved]:
+        if len(places) == len(stack):
+            return _projected(work, stack, ours, theirs, similar)
+        bases = [_chosen(basis, places) for basis in (ours, theirs)]
+        some = Similarity(*(x[places] for x in _numbers(similar)))
+        return _projected(work, [stack[i] for i in places], bases[0], bases[1], some)
 
-    _each(works, step)
+    with _shared(works, "project"):
+        _in_pieces(works, stack, step)
+
+
+def _in_pieces(
+    works: Sequence[Work], stack: list[Pair], step: Callable[[Work, list[int]], list[Moved]]
+) -> None:
+    """A step for every LoRA, and for its pairs of each rank, over the threads.
+
+    What is done to thin factors is too little at a time for several threads, so each takes a LoRA,
+    or a part of its pairs, of its own.
+    """
+    at_work = [work for work in works if work.error is None]
+    on_gpu = bool(at_work) and at_work[0].options.device not in (None, "cpu")
+    parts = 1 if on_gpu else -(-torch.get_num_threads() // max(1, len(at_work)))
+    pieces = []
+    for work in at_work:
+        for places in _of_one_rank(work, stack):
+            size = -(-len(places) // parts)
+            pieces += [(work, places[i : i + size]) for i in range(0, len(places), size)]
+
+    def attempt(piece: tuple[Work, list[int]]) -> list[Moved] | ProLoRAError:
+        try:
+            return _finished(step(*piece), piece[0].options)
+        except ProLoRAError as error:
+            return error
+
+    done = [attempt(piece) for piece in pieces] if on_gpu else spread(attempt, pieces)
+    for (work, _), found in zip(pieces, done, strict=True):
+        if isinstance(found, ProLoRAError):
+            work.error = work.error or found
+        else:
+            work.moved += found
 
 
 @contextmanager
@@ -251,14 +265,14 @@ def _copied(work: Work) -> list[Moved]:
     ]
 
 
-def _damped(work: Work, stack: list[Pair], source: Tensor, target: Tensor) -> list[Moved]:
+def _damped(work: Work, stack: list[Pair], places: list[int], damper: Damper) -> list[Moved]:
     """The updates weakened along the drift of the weights [b, m, n]."""
     adapter, options = work.adapter, work.options
-    delta = _updates(adapter, stack, options.device)
-    moved = damped(delta, source.to(options.device), target.to(options.device), options.kappa)
+    delta = _updates(adapter, [stack[i] for i in places], options.device)
+    moved = damper.at(options.kappa)(delta, places)
     before, after = delta.norm(), moved.norm()
     rows: list[Moved] = []
-    for i, pair in enumerate(stack):
+    for i, pair in enumerate(stack[place] for place in places):
         row = carried(adapter, pair.source, pair.target, "damped")
         ratio = (after[i] / before[i]).item() if before[i] > 0 else 1.0
         away = LowRank(
@@ -299,10 +313,15 @@ def _projected(
     return rows
 
 
-def _finished(
+def _finished(moved: list[Moved], options: Options) -> list[Moved]:
+    """Updates at their strength and output rank, on the CPU, and accounted for."""
+    return [(pair, *_accounted(update, row, options)) for pair, update, row in moved]
+
+
+def _accounted(
     update: LowRank | None, row: ModuleReport, options: Options
 ) -> tuple[LowRank | None, ModuleReport]:
-    """Strength and output rank applied, on the CPU, and accounted for."""
+    """One of them."""
     if update is None:
         return None, row
     row = row.at_strength(options.factor)
@@ -316,7 +335,7 @@ def _finished(
         row = replace(
             row, rank_cut_energy=max(0.0, 1 - kept), norm_ratio=row.norm_ratio * kept**0.5
         )
-    if not bool(update.up.isfinite().all() and update.down.isfinite().all()):
+    if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
     return update, replace(row, rank_out=update.rank)
 

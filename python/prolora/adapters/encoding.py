@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
+from ..linalg.precision import is_finite
 from . import flux, names, vectors
 from .adapter import Adapter
 from .family import guess_family
@@ -262,7 +263,7 @@ def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
     if len(update.shape) != 2:
         raise ShapeMismatch(f"{name}: an update {list(update.shape)} is not one matrix")
     cast = update.to(dtype)
-    if not (update.up.isfinite().all() and update.down.isfinite().all()):
+    if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{name}: the update holds NaN or Inf, so nothing is written")
     if _holds(cast, update, dtype):
         return cast
@@ -274,7 +275,7 @@ def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
         torch.ldexp(update.down.double(), torch.tensor(-exponent)),
     )
     cast = balanced.to(dtype)
-    if not (cast.up.isfinite().all() and cast.down.isfinite().all()):
+    if not (is_finite(cast.up) and is_finite(cast.down)):
         raise NonFiniteWeights(f"{name}: the update overflows in {dtype}; write --dtype float32")
     if not _holds(cast, balanced, dtype):
         raise OutputError(f"{name}: the update is too small for {dtype}; write --dtype float32")
@@ -285,7 +286,7 @@ def _holds(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
     """Whether both factors survive the cast to within the rounding of the dtype."""
     limit = _ROUNDING.get(dtype, 2.0**-20)
     return all(
-        bool(stored.isfinite().all())
+        is_finite(stored)
         and bool((stored.to(wanted.dtype) - wanted).norm() <= limit * wanted.norm())
         for stored, wanted in ((cast.up, exact.up), (cast.down, exact.down))
     )

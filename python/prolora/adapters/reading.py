@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
+from ..linalg.precision import is_finite
 from . import algorithms, flux, lycoris, merging, names, vectors
 from .adapter import Adapter
 from .layout import Contents, Slot, lay_out, scale_of
@@ -163,7 +164,7 @@ def _add(
         found = lycoris.factored(slot.form.algorithm, tensors)
         found = Factored(_scaled(found.update, scale, slot, source), found.kept)
     update = LowRank(found.update.up.float(), found.update.down.float())
-    if not (update.up.isfinite().all() and update.down.isfinite().all()):
+    if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
     _put(adapter, slot, update, kernel, found.kept, where)
 
@@ -214,7 +215,7 @@ def _scaled(update: LowRank, scale: float, slot: Slot, source: Source) -> LowRan
     if scale == 1.0:
         return update
     up = update.up.mul_(scale)
-    if not up.isfinite().all():
+    if not is_finite(up):
         key = slot.keys.get("up", next(iter(slot.keys.values())))
         raise NonFiniteWeights(f"{source.where}: {key} times {scale:.6g} overflows")
     return LowRank(up, update.down)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..linalg.precision import is_finite
 from ..storage import SafetensorsFile
 from .scaling import json_object
 
@@ -61,7 +62,7 @@ def read_finite(source: Source, key: str) -> Tensor:
         NonFiniteWeights: it holds NaN or Inf.
     """
     tensor = source.read(key).to(torch.float32, copy=True)
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise NonFiniteWeights(
             f"{source.where}: {key} holds NaN or Inf; the training diverged or the file is damaged"
         )

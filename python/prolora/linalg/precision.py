@@ -13,5 +13,13 @@ def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or Inf; takes float8 too, which `torch.isfinite` does not."""
-    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+    """Whether no value is NaN or Inf; takes float8 too, which `torch.isfinite` does not.
+
+    A finite sum has finite terms: one pass that allocates nothing decides almost every tensor. The
+    sum of finite values can overflow, and then every value is looked at.
+    """
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    if values.is_floating_point():
+        if bool(values.sum(dtype=working_dtype(values.dtype)).isfinite()):
+            return True
+    return bool(values.isfinite().all())
