@@ -15,7 +15,7 @@ from .trajectories import Call, applied, output_of, predict
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MIN_SHARE = 0.25
-MAX_DISAGREEMENT = 1.0
+MAX_DISAGREEMENT = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Gate:
         strength: the factor on every update: the one of STRENGTHS with the largest share.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
-        disagreement: origin -> Σ‖v_target − v_source‖²/Σ‖wanted‖². Above 1 the bases differ by
-            more than the LoRA's own change: what the source wants says little about the target.
+        disagreement: origin -> Σ‖v_target − v_source‖²/Σ‖wanted‖². Where the bases differ by much
+            more than the LoRA's own change, what the source wants says little about the target.
         reason: one sentence.
         copy_share: what `share` is for the source's LoRA copied, at the strength in STRENGTHS that
             is best for it; None where its modules or shapes are not the target's.

@@ -83,7 +83,8 @@ class Curvature:
         if factor.dim() == 1:
             return 1 / (factor + shift)
         shifted = factor + shift * torch.eye(len(factor), device=factor.device)
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        return inverse
 
     def direction(self, gradient: Weights) -> Weights:
         """(JᵀJ)⁻¹ gradient, module by module [m, n]."""

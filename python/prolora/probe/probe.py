@@ -181,8 +181,8 @@ def _transfer(
     if verdict.decision == gate.REFUSE and not options.force:
         raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
     moved = {n: LowRank(u.up * verdict.strength, u.down) for n, u in updates.items()}
-    told = {"prolora.version": __version__, "prolora.method": "probe"}
-    new = Adapter(moved, format=adapter.format, dtype=adapter.dtype, metadata=told)
+    facts = {"prolora.version": __version__, "prolora.method": "probe"}
+    new = Adapter(moved, format=adapter.format, dtype=adapter.dtype, metadata=facts)
     return ProbeTransfer(new, report)
 
 
