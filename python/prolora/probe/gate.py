@@ -88,11 +88,11 @@ def judge(
     copy_share, copy_strength = None, 1.0
     if copied and fits(target, copied):
         copy_strength, copy_share = _best_strength(target, copied, held_out, read)
-    decision, reason = _decided(strength, share, disagreement, copy_share)
+    decision, reason = decided(strength, share, disagreement, copy_share)
     return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength)
 
 
-def _decided(
+def decided(
     strength: float, share: dict[str, float], disagreement: dict[str, float],
     copy_share: dict[str, float] | None,
 ) -> tuple[str, str]:  # fmt: skip

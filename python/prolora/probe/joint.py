@@ -81,10 +81,9 @@ class Curvature:
         diagonal = factor if factor.dim() == 1 else factor.diagonal()
         shift = (self.damping**0.5 * diagonal.mean()).clamp_min(1e-30)
         if factor.dim() == 1:
-            return 1 / (factor + shift)
+            return (factor + shift).reciprocal()
         shifted = factor + shift * torch.eye(len(factor), device=factor.device)
-        inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        return inverse
+        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
     def direction(self, gradient: Weights) -> Weights:
         """(JᵀJ)⁻¹ gradient, module by module [m, n]."""
