@@ -41,11 +41,11 @@ def collect(work: Path) -> dict[str, Any]:
             row["verdict"] = chosen.get("verdict")
             row["relation"] = parts["relation"].get("means")
             row["samples"] = parts["samples"].get(adapter)
-            rows.append(_rounded(row))
+            rows.append(rounded(row))
     made = {
         "script": "bench/quality/study.py",
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "date": _git("log", "-1", "--format=%cs"),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": git("log", "-1", "--format=%cs"),
         "torch": torch.__version__,
         "seeds": sorted({row["seed"] for row in rows}),
     }
@@ -56,14 +56,15 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """What git prints."""
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five digits are more than the intervals bear."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

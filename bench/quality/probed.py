@@ -1,0 +1,229 @@
+"""Tables of probing for docs/probe.md: ``python bench/quality/probed.py [--work DIR]``.
+
+With --work the rows that probing.py left in DIR/probing are collected into
+bench/results/probing.json first. Decisions are the gate's at its limits of today.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from evidence import ROOT, cell, filled, markdown
+from results import Row, Table, git, rounded
+
+from prolora.probe import gate
+
+RESULTS = ROOT / "bench/results/probing.json"
+PAGES = (ROOT / "docs/probe.md", ROOT / "docs/evidence.md")
+TARGETS = {
+    "unrelated, same shape: transformers": ("flux", "flux", "independent"),
+    "unrelated, same shape: UNets": ("unet", "unet", "independent"),
+    "unrelated, other width and depth: transformers": ("flux", "flux", "resized"),
+    "transformer → unrelated UNet": ("flux", "unet", "independent"),
+    "UNet → unrelated transformer": ("unet", "flux", "independent"),
+}
+FAR = {"transformers": ("flux", "flux", "far"), "UNets": ("unet", "unet", "far")}
+CURVES = ("probes", "steps", "damping", "rank")
+DEFAULTS = {"probes": 1152, "steps": 32, "damping": 1, "rank": 32}
+
+
+def collect(work: Path) -> dict:
+    """Every row in DIR/probing that belongs to a named set of options."""
+    rows = []
+    for path in sorted((work / "probing").glob("*.json")):
+        name = path.name.split(",")[0]
+        if name == "study" or name.split()[0] in CURVES:
+            rows.append(rounded(json.loads(path.read_text()) | {"name": name}))
+    made = {
+        "script": "bench/quality/probing.py",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": git("log", "-1", "--format=%cs"),
+        "torch": torch.__version__,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
+    }
+    return {"made": made, "rows": rows}
+
+
+def chosen(table: Table, where: tuple[str, str, str], **wanted: object) -> Table:
+    """The study's rows of one kind of target."""
+    arch, to, kind = where
+    wanted = {"name": "study", "method": "probe"} | wanted
+    return table.where(arch=arch, to=to, kind=kind, **wanted)
+
+
+def decision(row: Row) -> str:
+    """What the gate says of a row."""
+    told = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
+    return gate.decided(*told)[0]
+
+
+def gated(row: Row) -> float:
+    """What `--method probe` writes is worth: the copy, or nothing, where the gate says so."""
+    if decision(row) in (gate.GO, gate.WEAKEN):
+        return float(row["score"])
+    return row["copy"] or 0.0
+
+
+def ratio(row: Row) -> float:
+    """Processor time of all but sampling over that of sampling."""
+    seconds = row["seconds"]
+    return sum(seconds.values()) / seconds["sample"] - 1
+
+
+def apart(row: Row) -> float:
+    """The disagreement that the gate looks at."""
+    return max(row["disagreement"][origin] for origin in ("adapted", "target"))
+
+
+def span(values: list[float], form: str = ".2f") -> str:
+    """Lowest … highest."""
+    return f"{min(values):{form}} … {max(values):{form}}" if values else "–"
+
+
+def score(row: Row) -> float:
+    """Share of the gap recovered, without the gate."""
+    return float(row["score"])
+
+
+def targets_table(table: Table) -> str:
+    lines = []
+    for name, where in TARGETS.items():
+        part = chosen(table, where)
+        if not part.rows:
+            continue
+        told = [decision(row) for row in part.rows]
+        yes = sum(d in (gate.GO, gate.WEAKEN) for d in told)
+        copied = part.mean(lambda row: row["copy"])
+        seeds = len({row["seed"] for row in part.rows})
+        lines.append(
+            [
+                name, f"{seeds} × {len(part.rows) // seeds}", f"**{cell(part.mean(score))}**",
+                cell(part.mean(gated)), cell(copied), cell(part.mean(lambda r: r["share"]["all"])),
+                span([apart(row) for row in part.rows]), f"{yes} of {len(told)}",
+                cell(part.mean(ratio)),
+            ]
+        )  # fmt: skip
+    head = [
+        "target", "seeds × LoRAs", "probe", "as gated", "copy", "held-out share", "disagreement",
+        "go", "fitting / sampling",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def adapters_table(table: Table) -> str:
+    names = ("thick", "slanted", "concept", "fewstep")
+    lines = []
+    for name, where in TARGETS.items():
+        part = chosen(table, where)
+        if part.rows:
+            means = [part.where(adapter=adapter).mean(score) for adapter in names]
+            lines.append([name, *(cell(mean) for mean in means)])
+    return markdown(["target", *names], lines)
+
+
+def ceiling_table(table: Table) -> str:
+    lines = []
+    for name, where in TARGETS.items():
+        trained = chosen(table, where, method="distilled")
+        keys = {(row["seed"], row["adapter"]) for row in trained.rows}
+        rows = [r for r in chosen(table, where).rows if (r["seed"], r["adapter"]) in keys]
+        ours = Table(rows)
+        if not rows:
+            continue
+        means = [ours.mean(score), trained.mean(score)]
+        seconds = [
+            sum(sum(row["seconds"].values()) - row["seconds"]["sample"] for row in part.rows)
+            / len(part.rows)
+            for part in (ours, trained)
+        ]
+        lines.append(
+            [
+                name, str(len(rows)), *(cell(mean) for mean in means),
+                f"{means[0][0] / means[1][0]:.2f}", f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s",
+            ]
+        )  # fmt: skip
+    head = [
+        "target", "rows", "probe", "*distilled*", "ratio", "time of probe", "time of *distilled*",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def far_table(table: Table) -> str:
+    lines = []
+    for name, where in FAR.items():
+        part = chosen(table, where)
+        if not part.rows:
+            continue
+        no = sum(decision(row) in (gate.REFUSE, gate.COPY) for row in part.rows)
+
+        def gain(row: Row) -> float | None:
+            return None if row["copy"] is None else gated(row) - row["copy"]
+
+        worst = min(value for row in part.rows if (value := gain(row)) is not None)
+        lines.append(
+            [
+                name, str(len(part.rows)), cell(part.mean(score)),
+                cell(part.mean(lambda row: row["copy"])), cell(part.mean(gated)), f"{worst:.2f}",
+                cell(part.mean(lambda r: r["share"]["all"])),
+                span([apart(row) for row in part.rows]), f"{no} of {len(part.rows)}",
+            ]
+        )  # fmt: skip
+    head = [
+        "far fine-tune", "rows", "probe, forced", "copy", "as gated", "worst gated − copy",
+        "held-out share", "disagreement", "refused or copied",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def curves_table(table: Table) -> str:
+    base = table.where(
+        name="study", method="probe", arch="flux", to="flux", kind="independent", seed=0,
+        adapter="slanted",
+    ).rows  # fmt: skip
+    lines = []
+    for curve in CURVES:
+        found = dict.fromkeys([DEFAULTS[curve]], base[0]) if base else {}
+        for row in table.rows:
+            if row["name"].split()[0] == curve:
+                found[json.loads(row["name"].split()[1])] = row
+        for value in sorted(found):
+            row = found[value]
+            lines.append(
+                [
+                    curve, f"**{value}**" if value == DEFAULTS[curve] else str(value),
+                    f"{row['score']:.2f}", f"{row['share']['all']:.3f}",
+                    f"{row['seconds']['fit'] + row['seconds']['draw']:.1f} s",
+                ]
+            )  # fmt: skip
+    return markdown(
+        ["option", "value", "score", "held-out share", "time of drawing and fit"], lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="the study's folder")
+    options = parser.parse_args()
+    if options.work:
+        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
+    everything = Table(json.loads(RESULTS.read_text())["rows"])
+    tables: dict[str, Callable[[Table], str]] = {
+        "probing": targets_table,
+        "probing adapters": adapters_table,
+        "probing ceiling": ceiling_table,
+        "probing far": far_table,
+        "probing curves": curves_table,
+    }
+    for page in PAGES:
+        page.write_text(
+            filled(page.read_text(), {n: make(everything) for n, make in tables.items()})
+        )
+
+
+if __name__ == "__main__":
+    main()
