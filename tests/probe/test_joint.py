@@ -63,7 +63,7 @@ def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
     def both(question: Question) -> tuple[Tensor, Tensor]:
         return predict(source, question.source), predict(source, question.target)
 
-    found = mixed(asked, 30, both, torch.Generator().manual_seed(0))
+    found = mixed(asked, 30, 48, both, torch.Generator().manual_seed(0))
     assert [samples(question.source) for question in found] == [12, 12, 6]
     first = found[0].source
     assert len(first.args[1].unique()) == 3  # times of all three calls
@@ -88,7 +88,7 @@ def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
         return predict(model, question.source), predict(model, question.target)
 
     asked = [Question(call, call) for call in calls]
-    found = mixed(asked, 20, both, torch.Generator().manual_seed(0))
+    found = mixed(asked, 20, 48, both, torch.Generator().manual_seed(0))
     assert len(found) == 2
     assert all(any(one is other for other in asked) for one in found)
 

@@ -23,9 +23,10 @@ class _Apart(Exception):
 
 
 def mixed(
-    questions: Sequence[Question], limit: int, predict: Check, generator: torch.Generator
-) -> list[Question]:
-    """At most `limit` samples of the questions, drawn at random, in batches of the usual size.
+    questions: Sequence[Question], limit: int, most: int, predict: Check,
+    generator: torch.Generator,
+) -> list[Question]:  # fmt: skip
+    """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
 
     A sampler's call holds one moment of a few images. Fits on such batches see too little at a
     time. So samples are cut out of their calls and batches are put together from several. Whether
@@ -36,6 +37,7 @@ def mixed(
     Args:
         questions: recorded on one or more trajectories.
         limit: samples wanted; all are taken where there are no more.
+        most: samples in a batch, if the calls hold more.
         predict: both models' predictions at a question.
         generator: of the draw.
 
@@ -43,7 +45,7 @@ def mixed(
         Questions; those put together from several origins have the origin "mixed".
     """
     sizes = [samples(question.source) for question in questions]
-    size = max(sizes)
+    size = min(max(sizes), most)
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
     order = torch.randperm(len(rows), generator=generator).tolist()[:limit]
     chosen = [rows[i] for i in order]

@@ -136,9 +136,14 @@ def _best_strength(
     read: Callable[[Any], Tensor],
 ) -> tuple[float, dict[str, float]]:  # fmt: skip
     """The one of STRENGTHS with the largest share over all probes, and its shares."""
-    shares = {s: _share(target, updates, held_out, s, read) for s in STRENGTHS}
-    strength = max(shares, key=lambda s: shares[s]["all"])
-    return strength, shares[strength]
+    best: tuple[float, dict[str, float]] | None = None
+    for strength in reversed(STRENGTHS):
+        share = _share(target, updates, held_out, strength, read)
+        if best is not None and share["all"] <= best[1]["all"]:
+            break  # the error is close to a parabola of the strength: weaker is worse still
+        best = strength, share
+    assert best is not None
+    return best
 
 
 def _share(

@@ -194,7 +194,7 @@ class _Problem:
         if curvature:
             curvature.fade()
         for probe in probes:
-            leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+            leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
             values = list(leaves.values())
             with torch.enable_grad(), _watched(self.target, self.names, curvature) as watch:
                 found = self.outputs(probe.call, leaves)

@@ -252,8 +252,9 @@ def _drawn(
     judged = []
     for origin in ORIGINS:  # apart, since the gate looks at each
         own = [question for question in held_out if question.origin == origin]
-        judged += mixed(own, max(options.held_out // len(ORIGINS), 1), both, generator)
-    return mixed(calls, options.probes, both, generator), judged
+        limit = max(options.held_out // len(ORIGINS), 1)
+        judged += mixed(own, limit, limit, both, generator)
+    return mixed(calls, options.probes, options.batch, both, generator), judged
 
 
 def _joint(
@@ -271,6 +272,8 @@ def _joint(
     shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
     sizes = []
     for i, found in enumerate(_wanted(source, target, adapter, calls, between)):
+        if options.progress:
+            options.progress(i, len(calls), "asking")
         shelf.put(i, (found.plain, found.plain + found.change))
         sizes.append(len(found.plain))
     queue: list[int] = []
