@@ -120,7 +120,12 @@ def test_progress_names_every_step(source, lora):
         source, permuted(source), lora, force=True, steps=3,
         progress=lambda done, total, name: seen.append((done, total, name)),
     )  # fmt: skip
-    assert seen == [(0, 3, "step 1"), (1, 3, "step 2"), (2, 3, "step 3"), (3, 3, "judged")]
+    assert [row for row in seen if row[2] != "asking"] == [
+        (0, 3, "step 1"),
+        (1, 3, "step 2"),
+        (2, 3, "step 3"),
+        (3, 3, "judged"),
+    ]
 
 
 def test_an_unknown_strategy_is_refused():
