@@ -1,4 +1,4 @@
-"""A slice of the study that trains from nothing in two minutes: ``python bench/quality/slice.py``.
+"""A slice of the study, trained from nothing: ``python bench/quality/slice.py``, some minutes.
 
 Fails (exit code 1) if the methods come out in another order than the study found. It has small
 transformers, one style, one seed and a quarter of the study's training; the margins are wide enough
@@ -14,14 +14,17 @@ import sys
 
 import torch
 import training
-from scoring import cases, chosen_rows, loss_rows
-from training import train_base, train_lora
+from probing import PREFIX, Sampler
+from scoring import applied, cases, chosen_rows, loss_rows
+from training import task_loss, train_base, train_lora
+
+from prolora import probe
 
 BUDGET = {
     "source": (600, 2e-3),
     "far": (150, 1e-3),
     "pruned": (150, 1e-3),
-    "independent": (50, 2e-3),
+    "independent": (400, 2e-3),
     "lora": (80, 3e-3),
 }
 ADAPTER = "slanted"
@@ -33,10 +36,16 @@ ORDER = {
 LEVEL = 0.08
 """How far `auto` may stay below the copy at its best fixed strength."""
 MARGIN = 0.02
+PROBED = 0.3
+"""What probing recovers at least of an unrelated base, in a fifth of its usual budget."""
 
 
-def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str, float], bool]:
-    """Share of the gap that each method recovers on a new target, and whether that is a go."""
+def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str, float], bool, str]:
+    """Share of the gap that each method recovers on a new target, and what is said of it.
+
+    Returns:
+        Shares by method; whether the verdict from weights is a go; the decision of probing.
+    """
     target = train_base("flux", kind, 0, source)
     found = cases("flux", kind, source, target, {ADAPTER: lora})
     oracle = train_lora("flux", kind, ADAPTER, 0, target)
@@ -44,17 +53,33 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
     chosen = chosen_rows(kind, target, found)[ADAPTER]
     gap = row["none"] - row["oracle"]
     losses = row["losses"] | chosen["losses"]
+    decision = ""
+    if kind in ("far", "independent"):
+        fitted = probe.transfer(
+            source, target, {f"{PREFIX['flux']}{n}": u for n, u in lora.items()},
+            Sampler(source, ADAPTER, 12, 10), Sampler(target, ADAPTER, 12, 10),
+            steps=12, probes=240, held_out=90, force=True,
+        )  # fmt: skip
+        decision = fitted.report.gate.decision
+        with applied(
+            target, {n.removeprefix(PREFIX["flux"]): u for n, u in fitted.adapter.updates.items()}
+        ):
+            losses["probe"] = task_loss(target, kind, ADAPTER, None)
     shares = {label: (row["none"] - loss) / gap for label, loss in losses.items()}
-    return shares, chosen["verdict"]["go"]
+    return shares, chosen["verdict"]["go"], decision
 
 
-def faults(kind: str, shares: dict[str, float], go: bool) -> list[str]:
+def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list[str]:
     """What is not as the study found it."""
     if kind == "independent":
-        worked = [label for label, share in shares.items() if share > 0.1]
+        worked = [label for label, share in shares.items() if share > 0.1 and label != "probe"]
         said = [f"{label} recovers {shares[label]:.2f} of an unrelated base" for label in worked]
+        if shares["probe"] < PROBED or decision != "go":
+            said.append(f"probing ({decision}) recovers {shares['probe']:.2f} of an unrelated base")
         return [*said, *(["an unrelated base is called a go"] if go else [])]
     said = [] if go else ["a related base is called a no-go"]
+    if kind == "far" and decision not in ("refuse", "copy"):
+        said.append(f"probing calls a far fine-tune a {decision}")
     for better, worse in zip(ORDER[kind], ORDER[kind][1:], strict=False):
         if shares[better] < shares[worse] + MARGIN:
             said.append(f"{better} ({shares[better]:.2f}) not above {worse} ({shares[worse]:.2f})")
@@ -71,11 +96,12 @@ def main() -> int:
     lora = train_lora("flux", "source", ADAPTER, 0, source)
     wrong = 0
     for kind in (*ORDER, "independent"):
-        shares, go = recovered(kind, source, lora)
+        shares, go, decision = recovered(kind, source, lora)
         ranking = sorted(shares.items(), key=lambda item: -item[1])
-        print(f"{kind} ({'go' if go else 'no-go'}):")
+        told = f", probing: {decision}" if decision else ""
+        print(f"{kind} ({'go' if go else 'no-go'}{told}):")
         print("  " + ", ".join(f"{label} {share:.2f}" for label, share in ranking), flush=True)
-        for fault in faults(kind, shares, go):
+        for fault in faults(kind, shares, go, decision):
             wrong += 1
             print(f"  NOT AS FOUND: {fault}", flush=True)
     return 1 if wrong else 0
