@@ -42,6 +42,7 @@ from .options import (
     DROPPED,
     METHOD_NAMES,
     PROBE,
+    STRATEGIES,
     TEXT_ENCODER,
     VECTORS,
     Probing,
@@ -67,11 +68,13 @@ Format = Enum("Format", {n: n for n in ("auto", "kohya", "diffusers", "peft", "c
 TextEncoder = Enum("TextEncoder", {n: n for n in TEXT_ENCODER}, type=str)  # type: ignore[misc]
 Vectors = Enum("Vectors", {n: n for n in VECTORS}, type=str)  # type: ignore[misc]
 Dropped = Enum("Dropped", {n: n for n in DROPPED}, type=str)  # type: ignore[misc]
+Strategy = Enum("Strategy", {n: n for n in STRATEGIES}, type=str)  # type: ignore[misc]
 Dtype = Enum("Dtype", {n: n for n in ("float32", "float16", "bfloat16")}, type=str)  # type: ignore[misc]
 
 AUTO_METHOD, AUTO_FORMAT = Method(AUTO), Format(AUTO)
 COPY_TEXT, SKIP_DROPPED = TextEncoder("copy"), Dropped("skip")
 COPY_VECTORS = Vectors("copy")
+JOINT = Strategy("joint")
 
 PROBING = "Probing (--method probe)"
 PromptOption = Annotated[
@@ -154,6 +157,16 @@ def transfer(
         float | None,
         typer.Option(help="Guidance scale; default: each pipeline's own.", rich_help_panel=PROBING),
     ] = None,
+    probe_strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="All updates at once, or block by block, which takes less memory.",
+            rich_help_panel=PROBING,
+        ),
+    ] = JOINT,
+    probe_fit_steps: Annotated[
+        int, typer.Option(help="Steps of the joint fit.", rich_help_panel=PROBING)
+    ] = Probing.fit_steps,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -188,7 +201,7 @@ def transfer(
         "min_coverage": min_coverage,
         "probe": Probing(
             (*prompt, *(read_prompts(prompts) if prompts else ())), probe_images, probe_steps,
-            probe_size, probe_guidance, force, resume,
+            probe_size, probe_guidance, probe_strategy.value, probe_fit_steps, force, resume,
         ),
     }  # fmt: skip
     if method.value != PROBE and options["probe"] != Probing():
@@ -381,7 +394,7 @@ def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
     if report.decisions:
         out.print(console.decisions_table(report.decisions, report.dropped_blocks, every_module))
-    if report.probe is not None:
+    if report.probe is not None and report.probe.blocks:
         out.print(console.probe_table(report))
         out.print(f"[dim]{console.PROBE_LEGEND}[/dim]", highlight=False)
     if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):

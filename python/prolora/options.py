@@ -22,6 +22,7 @@ TEXT_ENCODER = ("copy", "project", "skip")
 DROPPED = ("skip", "sum")
 VECTORS = ("copy", "skip")
 PROBE = "probe"
+STRATEGIES = ("joint", "blocks")
 METHOD_NAMES = (AUTO, *METHODS, "damped", PROBE)
 """What `transfer` takes; `project` takes `METHODS`."""
 
@@ -39,6 +40,9 @@ class Probing:
         steps: of the samplers.
         size: height and width in pixels; None means the smaller of the two pipelines' own.
         guidance: scale; None means each pipeline's own.
+        strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
+            other, which holds one block's updates and activations at a time.
+        fit_steps: Gauss–Newton steps of "joint"; time is proportional to them.
         force: write the LoRA even where the held-out probes speak against it.
         resume: folder that keeps what was recorded and fitted, so that an interrupted run goes on.
     """
@@ -48,13 +52,19 @@ class Probing:
     steps: int = 10
     size: int | None = None
     guidance: float | None = None
+    strategy: str = "joint"
+    fit_steps: int = 32
     force: bool = False
     resume: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense."""
-        if min(self.images, self.steps) < 1:
+        if min(self.images, self.steps, self.fit_steps) < 1:
             raise ValueError("images and steps of a probing must be 1 or more")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"a probing's strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}"
+            )
         if self.size is not None and (self.size < 8 or self.size % 8):
             raise ValueError(f"the size of probes must be a multiple of 8 pixels, not {self.size}")
 

@@ -175,7 +175,10 @@ def probe(
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
     pair = pipelines.pair(models[0], models[1], options.probe)
     own = _without_text(adapter.updates)
-    chosen: dict[str, Any] = {"force": options.probe.force, "progress": options.progress}
+    chosen: dict[str, Any] = {
+        "force": options.probe.force, "progress": options.progress,
+        "strategy": options.probe.strategy, "steps": options.probe.fit_steps,
+    }  # fmt: skip
     if options.probe.resume is not None:
         bases = [identity(base) for base in (source, target)]
         chosen["resume"] = options.probe.resume
@@ -238,7 +241,14 @@ def report(done: Probed, source: Base, target: Base, options: Options) -> Report
     )  # fmt: skip
 
 
-def weakened(adapter: Adapter, account: Report, done: Probed) -> tuple[Adapter, Report]:
+def marks(notes: Mapping[str, str]) -> dict[str, str]:
+    """Notes on how the file was made, as its header has them."""
+    return {f"prolora.{key}": text for key, text in notes.items()}
+
+
+def weakened(
+    adapter: Adapter, account: Report, done: Probed, notes: Mapping[str, str]
+) -> tuple[Adapter, Report]:
     """A LoRA moved by weights alone, and its report, at the strength that held-out probes chose."""
     factor = done.strength
 
@@ -260,7 +270,7 @@ def weakened(adapter: Adapter, account: Report, done: Probed) -> tuple[Adapter, 
         account, asked=PROBE, probe=done.probe, strength=account.strength * factor, modules=rows
     )
     facts = {"prolora.strength": f"{account.strength:.4g}", "prolora.asked": PROBE}
-    metadata = adapter.metadata | facts
+    metadata = adapter.metadata | facts | marks(notes)
     return replace(adapter, updates=updates, vectors=vectors, metadata=metadata), account
 
 

@@ -107,7 +107,7 @@ def _transfer(
 ) -> Transfer:  # fmt: skip
     """The stages of a transfer, one after the other; `notes` go into the result's header."""
     if chosen.method == PROBE:
-        return _probed(lora, source, target, chosen, format)
+        return _probed(lora, source, target, chosen, format, notes)
     memory = Memory(chosen.max_memory)
     with BasisCache(chosen.cache).saving() as cache:
         job = prepare(lora, source, target, chosen, format)
@@ -235,8 +235,9 @@ def _hollow(update: LowRank) -> LowRank:
 
 
 def _probed(
-    lora: Any, source: Base, target: Base, options: Options, format: str | None
-) -> Transfer:
+    lora: Any, source: Base, target: Base, options: Options, format: str | None,
+    notes: Mapping[str, str],
+) -> Transfer:  # fmt: skip
     """Method "probe": all that can be refused is refused before a model is loaded."""
     probing.check(source, target, options)
     adapter = _read(lora, source)
@@ -253,11 +254,13 @@ def _probed(
     without = rival.adapter.updates if rival else {}
     done = probing.probe(adapter, source, target, plan, options, without)
     if rival and done.rival_serves:
-        return Transfer(*probing.weakened(rival.adapter, rival.report, done), files)
+        return Transfer(*probing.weakened(rival.adapter, rival.report, done, notes), files)
     report = probing.report(done, source, target, options)
     report.left_out |= adapter.left_out
     metadata = _metadata(adapter, plan, source, target, replace(options, strength=done.strength))
-    moved = replace(blank, updates=done.updates, metadata=metadata | done.facts)
+    moved = replace(
+        blank, updates=done.updates, metadata=metadata | done.facts | probing.marks(notes)
+    )
     return Transfer(moved, report, files)
 
 

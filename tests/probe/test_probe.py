@@ -191,8 +191,10 @@ def test_progress_names_every_block(source, lora):
         source, permuted(source), lora, iterations=1, force=True, strategy="blocks",
         progress=lambda done, total, name: seen.append((done, total, name)),
     )  # fmt: skip
-    assert [done for done, _, _ in seen] == [0, 1, 2, 3]
-    assert seen[0][2] == "blocks.0"
+    maps = [row for row in seen if row[2] == "mapping"]
+    assert maps == [(i, 18, "mapping") for i in range(18)]
+    blocks = [(0, 3, "blocks.0"), (1, 3, "blocks.1"), (2, 3, "blocks.2"), (3, 3, "judged")]
+    assert seen == [*maps, *blocks]
 
 
 def test_what_lies_outside_the_blocks_is_reported(source, lora):

@@ -27,6 +27,7 @@ from prolora.probe.trajectories import record
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 FEW = ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "1"]
+FEW += ["--probe-fit-steps", "2"]
 SETTINGS = Probing(("cat", "dog"), images=2, steps=3)
 
 
@@ -63,13 +64,14 @@ def test_each_model_is_asked_in_its_own_words_and_back_again(room):
     asked = record(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
     own = record(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
     there = parts(other.denoiser, pair.between.translate(asked))
+    assert there.time.shape == (2,)  # samples of other times can join them
     # Image 0 of seed 0 has the same prompt on both, and both are guided.
     told = parts(other.denoiser, own).told["encoder_hidden_states",]
     assert torch.equal(there.told["encoder_hidden_states",], told)
     assert told.shape == (2, 8, 12)
     mine = parts(source.denoiser, asked)
     assert torch.equal(there.latent, mine.latent)
-    assert int(there.time) == int(mine.time)
+    assert torch.equal(there.time, mine.time)
     back = parts(source.denoiser, pair.between.translate_back(pair.between.translate(asked)))
     assert torch.equal(back.latent, mine.latent)
     for path, value in mine.told.items():
@@ -120,12 +122,11 @@ def test_unrelated_bases_write_nothing(room, tmp_path):
 
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     out = tmp_path / "out.safetensors"
-    few = ["--probe-images", "1", "--probe-steps", "1", "--out-rank", "3", "--json"]
-    few += ["--resume", str(tmp_path / "kept")]
+    few = [*FEW, "--out-rank", "3", "--json", "--resume", str(tmp_path / "kept")]
     assert isinstance(run(room, "other", out, *few).exception, UnrelatedBases)
     result = run(room, "other", out, *few, "--force")  # nothing is sampled or fitted again
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["probe"]["resumed"] == 4
+    assert json.loads(result.stdout)["probe"]["resumed"] == 1
     told = json.loads(result.stdout)
     assert told["probe"]["gate"]["decision"] == "refuse"
     assert told["totals"]["mapped"] == len(adapters.read(out).updates) == 8
@@ -165,7 +166,8 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     save_file(found, tmp_path / "with.safetensors")
     done = prolora_transfer(
         tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
-        probe=Probing(images=1, steps=1, force=True), out_rank=2, max_memory=100 << 30,
+        probe=Probing(images=1, steps=1, strategy="blocks", force=True), out_rank=2,
+        max_memory=100 << 30,
     )  # fmt: skip
     skipped = done.report.rows("skipped")
     assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
+from ..options import STRATEGIES
 from ..report import finite
 from . import gate
 
 Progress = Callable[[int, int, str], None]
-STRATEGIES = ("joint", "blocks")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def _wanted(
     """
     inner = places[:-1]  # the last block is fitted to the prediction
     maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
-    for call in calls:
+    tell = options.progress or (lambda *_: None)
+    for k, call in enumerate(calls):
+        tell(k, 2 * len(calls), "mapping")
         before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
         for name in inner:
             for i, stream in enumerate(plain[name]):
@@ -99,6 +101,7 @@ def _wanted(
     report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
 
     for k, call in enumerate(calls):
+        tell(len(calls) + k, 2 * len(calls), "mapping")
         before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
         change = -between.of_source(source, call)
         with applied(source, adapter.updates):

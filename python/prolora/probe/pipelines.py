@@ -19,13 +19,14 @@ from ..bases.folder import MODELS, choose, folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
 from ..options import Probing
 from . import schedules
-from .conditioning import Book, Told, parts, row
+from .conditioning import Book, Told, assembled, parts, row
 from .precision import HALVES
 from .schedules import Schedule
 from .trajectories import Call, Sample, output_of
 from .translation import Translation
 
 # Neither is run when latents are asked for; a pipeline does without them.
+_FITTING = ("force", "resume", "strategy", "fit_steps")  # nothing to do with what is sampled
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -86,6 +87,9 @@ class Pipeline:
         elif "prompt" in self.accepted:
             given["prompt"] = prompt
         given = {k: v for k, v in given.items() if k in self.accepted and v is not None}
+        hook = self.denoiser.register_forward_pre_hook(
+            _one_time_a_sample, with_kwargs=True, prepend=True
+        )
         try:
             with torch.no_grad():
                 self.pipe(**given)
@@ -96,6 +100,8 @@ class Pipeline:
                 f"{self.name}: its {type(self.pipe).__name__} cannot sample from a prompt alone: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            hook.remove()
 
     def sampler(self, settings: Probing, done: Callable[[], None] | None = None) -> Sample:
         """Samples every image of one set of trajectories, prompts in turn; calls `done` after each.
@@ -154,6 +160,17 @@ class Pipeline:
         finally:
             hook.remove()
         raise ProLoRAError(f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser")
+
+
+def _one_time_a_sample(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with a time for every sample, so that samples of many moments mix."""
+    found = parts(model, Call(args, kwargs))
+    if found.time.dim():
+        return args, kwargs
+    call = assembled(model, replace(found, time=found.time.expand(len(found.latent)).clone()))
+    return call.args, call.kwargs
 
 
 def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
@@ -287,7 +304,7 @@ class Pair:
 
     def told(self) -> str:
         """What the samplers do, besides the weights they run: part of the keys of what is kept."""
-        settings = {k: v for k, v in vars(self.settings).items() if k not in ("force", "resume")}
+        settings = {k: v for k, v in vars(self.settings).items() if k not in _FITTING}
         schedulers = [
             (type(p.pipe).__name__, type(p.pipe.scheduler).__name__, dict(p.pipe.scheduler.config))
             for p in (self.source, self.target)
