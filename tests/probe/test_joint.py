@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prolora import probe
 from prolora.probe import joint
 from prolora.probe.batches import mixed, samples
+from prolora.probe.fitting import rank_for
 from prolora.probe.trajectories import Call, predict, record
 from prolora.probe.translation import Question
 
@@ -51,6 +52,18 @@ def test_the_cut_at_full_rank_changes_nothing():
     probes = [joint.Probe(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
     found = joint.fit(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
     torch.testing.assert_close(joint.cut(found, 5)["0"].dense(), found.updates["0"])
+
+
+def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
+    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 0.8) == 1
+    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 0.85) == 2
+    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 7) == 3
+    found = run(source, permuted(source), lora, rank=0.9, steps=6)
+    ranks = {update.rank for update in found.adapter.updates.values()}
+    assert 1 <= min(ranks) < max(ranks) <= 12
+    assert found.report.gate.share["all"] > 0.7
+    with pytest.raises(ValueError, match="rank"):
+        probe.Options(rank=2.5)
 
 
 def questions(model: nn.Module, seed: int = 0) -> list[Question]:

@@ -19,7 +19,8 @@ class Options:
     """The choices of a probing.
 
     Attributes:
-        rank: of every update written.
+        rank: of every update written; a number below 1 is the share of what the probes see of an
+            update that must be kept, module by module.
         strategy: "joint", all updates at once on the prediction; or "blocks", one block after the
             other on its residual stream, which holds one block's updates and activations at a time.
         probes: "joint": samples to fit on, drawn from all that the samplers' calls hold.
@@ -42,7 +43,7 @@ class Options:
         progress: called as progress(done, total, name).
     """
 
-    rank: int = 32
+    rank: float = 32
     strategy: str = "joint"
     probes: int = 1152
     held_out: int = 192
@@ -64,7 +65,9 @@ class Options:
         """Refuses what makes no sense."""
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}")
-        counts = ("rank", "probes", "held_out", "steps", "batch", "iterations", "rounds")
+        if self.rank <= 0 or (self.rank > 1 and self.rank != int(self.rank)):
+            raise ValueError("rank must be a whole number, or a share between 0 and 1")
+        counts = ("probes", "held_out", "steps", "batch", "iterations", "rounds")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more")
@@ -106,7 +109,7 @@ class ProbeReport:
     Attributes:
         probes: calls of the models that were recorded to fit on.
         held_out: calls recorded to judge on.
-        rank: of the updates.
+        rank: of the updates, as asked for.
         samples: fitted on, and judged on.
         modules: of the target that got an update.
         steps: "joint": share of the wanted change that was reached before every step, on the
@@ -121,7 +124,7 @@ class ProbeReport:
 
     probes: int
     held_out: int
-    rank: int
+    rank: float
     samples: tuple[int, int] = (0, 0)
     modules: int = 0
     steps: list[float] = field(default_factory=list)

@@ -192,13 +192,22 @@ def _plus(a: Weights, factor: Tensor, b: Weights) -> Weights:
     return {name: a[name] + factor * b[name] for name in a}
 
 
-def cut(update: Tensor, gram: Tensor, rank: int) -> LowRank:
+def rank_for(values: Tensor, rank: float) -> int:
+    """How many singular values to keep: that many, or as many as hold that share (below 1)."""
+    if rank >= 1:
+        return min(int(rank), len(values))
+    squares = values.double().square()
+    held = squares.cumsum(0) / squares.sum().clamp_min(1e-300)
+    return min(int((held < rank).sum()) + 1, len(values))
+
+
+def cut(update: Tensor, gram: Tensor, rank: float) -> LowRank:
     """The low-rank update whose outputs on the probes are closest to those of `update`.
 
     Args:
         update: D [m, n].
         gram: G [n, n], Σ x xᵀ over what the module reads.
-        rank: of the result.
+        rank: of the result; see `rank_for`.
 
     Returns:
         The r leading singular triplets of D·G^½, times G^(−½): reduced-rank regression.
@@ -208,5 +217,6 @@ def cut(update: Tensor, gram: Tensor, rank: int) -> LowRank:
     root = (vectors * values.sqrt()) @ vectors.mT
     back = (vectors / values.sqrt()) @ vectors.mT
     left, kept, right = torch.linalg.svd(update @ root, full_matrices=False)
-    size = kept[:rank].sqrt()
-    return LowRank((left[:, :rank] * size).float(), (size[:, None] * right[:rank] @ back).float())
+    count = rank_for(kept, rank)
+    size = kept[:count].sqrt()
+    return LowRank((left[:, :count] * size).float(), (size[:, None] * right[:count] @ back).float())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..linalg.lowrank import LowRank
+from .fitting import rank_for
 from .trajectories import Call, weight_of
 
 Weights = dict[str, Tensor]
@@ -81,7 +82,7 @@ class Curvature:
         diagonal = factor if factor.dim() == 1 else factor.diagonal()
         shift = (self.damping**0.5 * diagonal.mean()).clamp_min(1e-30)
         if factor.dim() == 1:
-            return (factor + shift).reciprocal()
+            return torch.reciprocal(factor + shift)
         shifted = factor + shift * torch.eye(len(factor), device=factor.device)
         return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
@@ -293,7 +294,7 @@ def _along(factors: list[float], parts: list[Tensor]) -> Tensor:
     return sum((f * p for f, p in zip(factors, parts, strict=True)), torch.zeros(()).to(parts[0]))
 
 
-def cut(found: Fit, rank: int) -> dict[str, LowRank]:
+def cut(found: Fit, rank: float) -> dict[str, LowRank]:
     """Every update at low rank: what the probes see of it is kept.
 
     With R = Σ x xᵀ of what the module reads and S = Σ g gᵀ of what it acts on, both slightly
@@ -304,9 +305,10 @@ def cut(found: Fit, rank: int) -> dict[str, LowRank]:
         left, left_back = _roots(found.curvature.writes[name])
         right, right_back = _roots(found.curvature.reads[name])
         u, s, v = torch.linalg.svd(_times(left, update, right), full_matrices=False)
-        size = s[:rank].sqrt()
-        up = u[:, :rank] * size
-        down = size[:, None] * v[:rank]
+        count = rank_for(s, rank)
+        size = s[:count].sqrt()
+        up = u[:, :count] * size
+        down = size[:, None] * v[:count]
         up = left_back @ up if left_back.dim() == 2 else left_back[:, None] * up
         down = down @ right_back if right_back.dim() == 2 else down * right_back
         small[name] = LowRank(up.contiguous(), down.contiguous())
