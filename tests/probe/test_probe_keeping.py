@@ -11,7 +11,7 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
 from prolora import LowRank, probe
-from prolora.probe import keeping, tape
+from prolora.probe import blockwise, keeping, mapping, tape
 from prolora.probe.shelf import Shelf
 from prolora.probe.trajectories import Call, record
 
@@ -95,6 +95,22 @@ def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
     assert max(held for held, _ in most) <= 4000
     assert max(spilled for _, spilled in most) > 8000
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
+    source, lora, monkeypatch
+):
+    target = permuted(source)
+    whole = run(source, target, lora, **QUICK)
+    monkeypatch.setattr(blockwise, "MAP_BYTES", 1)
+    grouped = run(source, target, lora, **QUICK)
+    assert_equal(whole, grouped)
+    assert grouped.report.blocks == whole.report.blocks
+    found = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
+    assert mapping.features(found, 0, 3).shape == (1, 3, 20)
+    monkeypatch.setattr(mapping, "MAX_COLUMNS", 9)
+    assert mapping.features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
+    assert mapping.features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):

@@ -21,6 +21,8 @@ from .trajectories import applied
 from .translation import Question, Read, Translation
 
 STEP_LENGTHS = (1.0, 0.5, 0.25)
+MAP_BYTES = 4 << 30
+"""Of covariances and maps that are held at a time."""
 
 
 def fit(
@@ -45,51 +47,98 @@ def fit(
         told: called with the number of blocks done and the name of the next.
     """
     shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
-    _wanted(source, target, adapter, calls, theirs, list(places), between, options, report, shelf)
+    names = list(places)
+    report.blocks = [BlockReport(name, (), float("nan"), 0) for name in names]
+    groups = _groups(source, target, calls, theirs, names, options)
     updates: dict[str, LowRank] = {}
-    for i, name in enumerate(places):
+    for i, name in enumerate(names):
         told(i, name)
+        last = i == len(names) - 1
         key = "" if keep.folder is None else keeping.fingerprint(
             made_of, options.told(), name, keeping.updates(updates)
         )  # fmt: skip
-        wanted = Rows(shelf, name if i < len(places) - 1 else "", len(calls))
+        wanted = Rows(shelf, "" if last else name, len(calls))
         found = keep.fitted(f"block-{i}", key)
         if found is None:
+            if (0, wanted.name) not in shelf:
+                group = next(group for group in groups if name in group)
+                _wanted(
+                    source, target, adapter, calls, theirs, group[group.index(name) :], names,
+                    between, options, report, shelf,
+                )  # fmt: skip
             fitted = _fit_block(
                 target, name, places[name], calls, wanted, updates, between.read, options, report,
             )  # fmt: skip
-            keep.keep_fitted(f"block-{i}", key, fitted, {"reached": report.blocks[i].reached})
+            row = report.blocks[i]
+            told_row = {"reached": row.reached, "explained": row.explained}
+            keep.keep_fitted(f"block-{i}", key, fitted, told_row)
         else:
             fitted, facts = found
-            reached = facts["reached"]
-            report.blocks[i] = replace(report.blocks[i], reached=reached, modules=len(fitted))
+            report.blocks[i] = replace(
+                report.blocks[i], reached=facts["reached"], modules=len(fitted),
+                explained=tuple(facts["explained"]),
+            )  # fmt: skip
             report.resumed += 1
-        wanted.drop()
+        if (0, wanted.name) in shelf:
+            wanted.drop()
         updates |= fitted
     return updates
 
 
 @torch.no_grad()
+def _groups(
+    source: nn.Module, target: nn.Module, calls: Sequence[Question], theirs: Sequence[str],
+    names: list[str], options: Options,
+) -> list[list[str]]:  # fmt: skip
+    """The target's blocks in runs whose maps, and wanted streams, fit into memory together.
+
+    Each run costs passes of its own over the calls, so there are as few as can be.
+    """
+    before = streams(source, theirs, calls[0].source)
+    plain = streams(target, names[:-1], calls[0].target)
+    most = None if options.max_memory is None else options.max_memory // 2
+    groups: list[list[str]] = [[]]
+    maps = held = 0
+    for at, name in enumerate(names):
+        map_bytes = stream_bytes = 0
+        for i, stream in enumerate(plain.get(name, ())):
+            x = features(before, i, stream.shape[1], at / max(1, len(names) - 1))
+            p, q = 0 if x is None else x.shape[-1], stream.shape[-1]
+            map_bytes += 8 * p * (p + q)
+            stream_bytes += stream.numel() * stream.element_size() * len(calls)
+        full = maps + map_bytes > MAP_BYTES or (most is not None and held + stream_bytes > most)
+        if full and groups[-1]:
+            groups.append([])
+            maps = held = 0
+        groups[-1].append(name)
+        maps, held = maps + map_bytes, held + stream_bytes
+    return groups
+
+
+@torch.no_grad()
 def _wanted(
     source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
-    theirs: Sequence[str], places: Sequence[str], between: Translation, options: Options,
-    report: ProbeReport, shelf: Shelf,
+    theirs: Sequence[str], group: Sequence[str], names: list[str], between: Translation,
+    options: Options, report: ProbeReport, shelf: Shelf,
 ) -> None:  # fmt: skip
-    """Puts on the shelf, by (call, block), the streams a block should give out.
+    """Puts on the shelf, by (call, block), the streams the blocks of a group should give out.
 
-    The prediction is under (call, "").
+    The prediction, which the last block of all is fitted to, is under (call, "").
 
     Two rounds over the calls, the first for the covariances of the maps, the second to use them.
     """
-    inner = places[:-1]  # the last block is fitted to the prediction
+    inner = [name for name in group if name != names[-1]]
+    depth = {name: at / max(1, len(names) - 1) for at, name in enumerate(names)}
     maps = {(name, i): RidgeMap() for name in inner for i in range(2)}
     tell = options.progress or (lambda *_: None)
     for k, call in enumerate(calls):
         tell(k, 2 * len(calls), "mapping")
+        if not inner:
+            break
         before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
         for name in inner:
             for i, stream in enumerate(plain[name]):
-                x = features(before, i, stream.shape[1])
+                x = features(before, i, stream.shape[1], depth[name])
                 if x is not None:
                     maps[name, i].add(x, stream)
     used = {key: found for key, found in maps.items() if found.count}
@@ -97,8 +146,8 @@ def _wanted(
         found.solve(options.map_ridge)
     for name in inner:
         explained = tuple(used[name, i].explained for i in range(2) if (name, i) in used)
-        report.blocks.append(BlockReport(name, explained, float("nan"), 0))
-    report.blocks.append(BlockReport(places[-1], (), float("nan"), 0))
+        at = names.index(name)
+        report.blocks[at] = replace(report.blocks[at], explained=explained)
 
     for k, call in enumerate(calls):
         tell(len(calls) + k, 2 * len(calls), "mapping")
@@ -107,11 +156,12 @@ def _wanted(
         with applied(source, adapter.updates):
             after = streams(source, theirs, call.source)
             change += between.of_source(source, call)
-        shelf.put((k, ""), (between.of_target(target, call) + change,))
+        if names[-1] in group:
+            shelf.put((k, ""), (between.of_target(target, call) + change,))
         for name in inner:
             parts = []
             for i, stream in enumerate(plain[name]):
-                x, y = (features(side, i, stream.shape[1]) for side in (before, after))
+                x, y = (features(f, i, stream.shape[1], depth[name]) for f in (before, after))
                 if x is None or y is None:
                     parts.append(stream)  # no block of the source has this resolution
                 else:

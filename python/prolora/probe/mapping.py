@@ -50,20 +50,37 @@ class RidgeMap:
         return (change.double() @ self.matrix).to(change.dtype)
 
 
-def features(found: dict[str, Streams], stream: int, tokens: int) -> Tensor | None:
-    """All the source's streams of that kind and number of tokens, side by side.
+MAX_COLUMNS = 6144
+"""Of a map: its covariance takes 8·columns² bytes, and more columns than tokens tell nothing."""
+
+
+def features(
+    found: dict[str, Streams], stream: int, tokens: int, depth: float = 0.5
+) -> Tensor | None:
+    """The source's streams of that kind and number of tokens, side by side.
 
     Args:
         found: the source's blocks and their streams.
         stream: which output of a block; the last one where a block has fewer.
         tokens: the target's number of tokens: resolutions must agree.
+        depth: where in the target the predicted stream lies, 0 … 1: where the source's streams
+            have more than MAX_COLUMNS together, those nearest in depth are taken.
 
     Returns:
         [n, tokens, Σ widths], or None where no block fits. All depths together predict a stream
         better than any one of them, and no block need be matched to another by hand.
     """
     fitting = [
-        block[stream] for block in found.values()
+        (at / max(1, len(found) - 1), block[stream])
+        for at, block in enumerate(found.values())
         if stream < len(block) and block[stream].shape[1] == tokens
-    ]  # fmt: skip
-    return torch.cat(fitting, -1) if fitting else None
+    ]
+    near = sorted(range(len(fitting)), key=lambda i: abs(fitting[i][0] - depth))
+    chosen: list[int] = []
+    columns = 0
+    for i in near:
+        columns += fitting[i][1].shape[-1]
+        if chosen and columns > MAX_COLUMNS:
+            break
+        chosen.append(i)
+    return torch.cat([fitting[i][1] for i in sorted(chosen)], -1) if chosen else None
