@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +31,7 @@ def full_hash(base: Base, cache: BasisCache | None = None) -> str | None:
         return None
     file = base.files[0]
     state = _state(file)
-    return (cache or BasisCache(None)).file_hash(file, lambda: _sha256(*state))
+    return (cache or BasisCache(None)).file_hash(file, "sha256", lambda: _sha256(*state))
 
 
 def short_hash(base: Base) -> str | None:
@@ -54,10 +54,11 @@ def identity(base: Base, cache: BasisCache | None = None) -> str | None:
         return None
     if len(base.files) == 1:
         return f"sha256:{full_hash(base, cache)}"
-    states = sorted(_state(file) for file in base.files)
+    cache = cache or BasisCache(None)
     digest = hashlib.sha256()
-    for state in states:
-        digest.update(_sampled(*state).encode())
+    for state in sorted(_state(file) for file in base.files):
+        sampled = cache.file_hash(state[0], "sampled", partial(_sampled, *state))
+        digest.update(sampled.encode())
     return f"sampled:{digest.hexdigest()}"
 
 

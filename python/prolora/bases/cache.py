@@ -118,7 +118,7 @@ class BasisCache:
                 digests[i] = digest
                 self.learn(base, modules[i], digest)
         names = [name_of(digest, rank) for digest in digests if digest]
-        found = [self._read(name, shape) for name in names]
+        found = self._read_all(names, shape)
         missing = [i for i, basis in enumerate(found) if basis is None]
         if missing:
             if missing != unknown:
@@ -135,7 +135,7 @@ class BasisCache:
             return truncated_svd(weights, rank)
         shape = (weights.shape[1], weights.shape[2])
         names = [name_of(digest, rank) for digest in content_hashes(weights)]
-        found = [self._read(name, shape) for name in names]
+        found = self._read_all(names, shape)
         missing = [i for i, basis in enumerate(found) if basis is None]
         if missing:
             abouts = [_about(names[i], rank, "", "") for i in missing]
@@ -169,13 +169,13 @@ class BasisCache:
         if origin and time.time_ns() - origin.changed > YOUNG:
             self._index(base).put(_short(origin.text), digest)
 
-    def file_hash(self, path: Path, compute: Callable[[], str]) -> str:
-        """A hash of a whole file, computed where its state was not seen before."""
+    def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
+        """A hash of some kind of a file, computed where its state was not seen before."""
         if self.folder is None:
             return compute()
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
-        key = _short(f"{os.path.abspath(path)} {status.st_ino} {status.st_size} {times}")
+        key = _short(f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}")
         notes = self._table("files", "")
         found, old = notes.get(key), time.time_ns() - max(times) > YOUNG
         if not isinstance(found, str):
@@ -215,6 +215,9 @@ class BasisCache:
         """Where the basis of that name (`name_of`) lies, or would lie."""
         assert self.folder is not None
         return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
+
+    def _read_all(self, names: list[str], shape: tuple[int, int]) -> list[StoredBasis | None]:
+        return spread(lambda name: self._read(name, shape), names)
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
         """The basis of that name, or None where there is none that can be trusted."""

@@ -1,0 +1,147 @@
+"""Looking after the cache: what is in it, whether it is sound, and what can go."""
+
+import json
+import os
+import time
+
+import pytest
+from mini import source_weights, target_weights, write_folder
+from spectra import weights
+from typer.testing import CliRunner
+
+import prolora
+from prolora.bases import cache_tools
+from prolora.bases.cache import BasisCache
+from prolora.basis_cli import parse_age
+from prolora.cli import app
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A cache with the bases of two models, and the models."""
+    bases = [
+        prolora.open_base(write_folder(tmp_path / name, made()))
+        for name, made in (("source", source_weights), ("target", target_weights))
+    ]
+    with BasisCache(tmp_path / "cache").saving() as cache:
+        for base in bases:
+            for module in base.shapes:
+                cache.of(base, [module], 0.9)
+    return tmp_path / "cache", *bases
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_list_says_whose_bases_there_are_and_how_large(filled):
+    folder, _, target = filled
+    found = cache_tools.inventory(folder)
+    assert [(s.base, s.rule, s.count, s.dtypes) for s in found.shelves] == [
+        ("source", "0.9", 12, "int16"), ("target", "0.9", 8, "int16"),
+    ]  # fmt: skip
+    assert found.size == size_of(folder) and found.temporary == found.foreign == (0, 0)
+    assert found.shelves[1].columns_max == max(
+        int(prolora.truncated_svd(target.read(name), 0.9).rank) for name in target.shapes
+    )
+    assert cache_tools.inventory(folder / "nothing").size == 0
+
+
+def test_a_verification_finds_what_was_flipped(filled):
+    folder, source, _ = filled
+    assert cache_tools.verify(folder, source, 0.9).to_dict() == {
+        "checked": 20, "damaged": {}, "recomputed": 12, "wrong": {}, "absent": 0, "ok": True,
+    }  # fmt: skip
+    path = sorted(folder.rglob("*.safetensors"))[3]
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    found = cache_tools.verify(folder)
+    assert list(found.damaged) == [str(path)] and not found.ok
+
+
+def test_a_verification_against_the_weights_finds_a_basis_that_is_not_theirs(filled):
+    """A whole file with right checksums, but computed from something else."""
+    folder, source, _ = filled
+    from prolora.bases import basis_file
+    from prolora.bases.cache import content_hash, name_of
+
+    module = next(iter(source.shapes))
+    cache = BasisCache(folder)
+    name = name_of(content_hash(source.read(module)), 0.9)
+    other = prolora.truncated_svd(weights(*source.shapes[module], seed=99)[None], 0.9)[0]
+    basis_file.write(cache.path(name), basis_file.as_stored(other, 1e-3, {"name": name}))
+    found = cache_tools.verify(folder, source, 0.9)
+    assert list(found.wrong) == [module] and "residual" in found.wrong[module]
+
+
+def test_pruning_removes_leftovers_and_nothing_that_is_of_use(filled):
+    folder, *_ = filled
+    whole = size_of(folder)
+    version = next(folder.glob("v*"))
+    stale, fresh = version / "ab" / ".prolora-1.tmp", version / ".prolora-2.tmp"
+    old, mine = folder / "cd" / f"{'0' * 64}.safetensors", folder / "notes-of-mine.txt"
+    for path in (stale, fresh, old, mine):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 10)
+    os.utime(stale, (time.time() - 10_000,) * 2)
+    assert cache_tools.inventory(folder).temporary == (2, 20)
+    said = cache_tools.prune(folder, dry_run=True)
+    assert (said.files, said.size) == (2, 20) and stale.exists()
+    said = cache_tools.prune(folder)
+    assert (said.files, said.size) == (2, 20)
+    assert fresh.exists() and mine.exists() and not stale.exists() and not old.exists()
+    assert size_of(folder) == whole + 20
+
+
+def test_pruning_takes_what_was_not_used_for_longest(filled):
+    folder, source, _ = filled
+    files = sorted(folder.rglob("*.safetensors"))
+    for age, path in enumerate(files):
+        os.utime(path, (time.time() - 86_400 * 2 * age,) * 2)
+    said = cache_tools.prune(folder, older_than=86_400 * 29)
+    assert said.files == 5 and not files[15].exists() and files[14].exists()
+    limit = sum(path.stat().st_size for path in files[:4])
+    cache_tools.prune(folder, max_size=limit)
+    assert [path for path in files if path.exists()] == files[:4]
+    module = list(source.shapes)
+    cache = BasisCache(folder)
+    for name in module:
+        cache.of(source, [name], 0.9)  # is computed again, where it is gone
+    assert cache.hits + cache.misses == 12 and cache.misses >= 8
+    cache_tools.prune(folder, everything=True)
+    assert not list(folder.rglob("*"))
+
+
+def test_ages_are_read_as_people_write_them():
+    assert [parse_age(text) for text in ("12h", "30d", "2w")] == [43_200, 2_592_000, 1_209_600]
+    with pytest.raises(ValueError, match="30d"):
+        parse_age("a month")
+
+
+def test_the_command_line_builds_lists_verifies_and_prunes(filled, tmp_path):
+    def run(*words):
+        found = CliRunner().invoke(app, ["basis", *map(str, words)])
+        return found.exit_code, found.stdout, found.exception
+
+    other = tmp_path / "other"
+    code, text, _ = run(tmp_path / "source", "--rank", 4, "--cache", other, "--json")
+    rows = json.loads(text)
+    assert code == 0 and sum(row["count"] for row in rows) == 12
+    code, text, _ = run("build", tmp_path / "source", "--rank", "4", "--cache", other)
+    assert code == 0 and "in " in text and str(other) in text.replace("\n", "")
+    code, text, _ = run("list", "--cache", other, "--json")
+    assert code == 0 and json.loads(text)["shelves"][0]["count"] == 12
+    code, text, _ = run("list", "--cache", other)
+    assert code == 0 and "source" in text and "KiB in the cache" in text
+    code, text, _ = run("verify", tmp_path / "source", "--rank", 4, "--cache", other)
+    assert code == 0 and "12 bases are what was written" in text
+    path = next(other.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4])
+    code, text, error = run("verify", "--cache", other)
+    assert code == 1 and "1 are damaged" in text and isinstance(error, prolora.ProLoRAError)
+    assert run("prune", "--cache", other, "--json")[0] == 0
+    code, text, _ = run("prune", "--all", "--cache", other)
+    assert code == 0 and "0 B left" in text
+    code, text, _ = run(tmp_path / "source", "--no-cache", "--rank", 4, "--json")
+    assert code == 0 and not list(other.rglob("*"))
