@@ -196,7 +196,7 @@ def transfer(
     options: dict[str, Any] = {
         "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
         "strength": parse_strength(strength),
-        "out_rank": int(out_rank) if out_rank.isdigit() else out_rank,
+        "out_rank": parse_out_rank(out_rank),
         "text_encoder": text_encoder.value, "dropped": dropped.value, "vectors": vectors.value,
         "min_coverage": min_coverage,
         "probe": Probing(
@@ -359,6 +359,14 @@ def info(as_json: JsonOption = False) -> None:
         for name, value in facts.items():
             if value is not None:
                 out.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+
+
+def parse_out_rank(text: str) -> int | float | str:
+    """'16' as an int, '0.95' as a share, 'exact' and all else as they are: options know better."""
+    try:
+        return parse_rank(text)
+    except ValueError:
+        return text
 
 
 def parse_strength(text: str) -> float | str | None:

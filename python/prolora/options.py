@@ -15,7 +15,7 @@ from .projection import DEFAULT_RANK, METHODS
 DEFAULT_THRESHOLD = 0.8
 """The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
 
-OutRank = int | str
+OutRank = int | float | str
 Strength = float | str
 AUTO = "auto"
 TEXT_ENCODER = ("copy", "project", "skip")
@@ -48,8 +48,8 @@ class Probing:
     """
 
     prompts: tuple[str, ...] = ()
-    images: int = 8
-    steps: int = 10
+    images: int = 24
+    steps: int = 25
     size: int | None = None
     guidance: float | None = None
     strategy: str = "joint"
@@ -104,7 +104,8 @@ class Options:
         strength: factor on every update; "auto" is chosen from the drift between the bases. None
             means "auto" for method "auto" and 1 for a method asked for by name.
         out_rank: "exact" keeps every singular value of the result, an int at most that many. Method
-            "probe" fits updates of that rank; "exact" is its own default there.
+            "probe" fits updates of that rank, "exact" being its own default; there a share between
+            0 and 1 keeps that much of every update.
         text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
             all else where both bases hold its weights, "skip" leaves it out.
         vectors: "copy" carries trained biases and normalisation layers over to the modules they
@@ -148,8 +149,13 @@ class Options:
                 raise ValueError(f'strength must be a number or "auto", not {self.strength!r}')
         elif self.strength is not None and not (0 < self.strength < math.inf):
             raise ValueError(f"strength must be a positive number, not {self.strength!r}")
-        if self.out_rank != "exact" and (not isinstance(self.out_rank, int) or self.out_rank < 1):
-            raise ValueError(f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}')
+        share = isinstance(self.out_rank, float) and 0 < self.out_rank < 1
+        whole = isinstance(self.out_rank, int) and self.out_rank >= 1
+        if not (self.out_rank == "exact" or whole or (share and self.method == PROBE)):
+            raise ValueError(
+                f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}; a share is '
+                "for method probe"
+            )
         for name, value, words in (
             ("text_encoder", self.text_encoder, TEXT_ENCODER),
             ("dropped", self.dropped, DROPPED),

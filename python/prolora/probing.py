@@ -186,7 +186,7 @@ def probe(
     if options.max_memory is not None:
         chosen["max_memory"] = _left(options.max_memory)
     if options.out_rank != "exact":
-        chosen["rank"] = int(options.out_rank)
+        chosen["rank"] = options.out_rank
     images = itertools.count(1)
 
     def sampled() -> None:

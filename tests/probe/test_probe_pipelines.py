@@ -166,7 +166,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     save_file(found, tmp_path / "with.safetensors")
     done = prolora_transfer(
         tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
-        probe=Probing(images=1, steps=1, strategy="blocks", force=True), out_rank=2,
+        probe=Probing(images=1, steps=1, strategy="blocks", force=True), out_rank=0.9,
         max_memory=100 << 30,
     )  # fmt: skip
     skipped = done.report.rows("skipped")
@@ -223,6 +223,9 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
 def test_options_without_a_use_are_refused(room, tmp_path):
     out = tmp_path / "out.safetensors"
     assert "match" in str(run(room, "other", out, "--match", "similarity").exception)
+    assert "method probe" in str(run(room, "other", out, "--out-rank", "0").exception)
+    with pytest.raises(ValueError, match="method probe"):
+        prolora_transfer("x", {}, {}, method="copy", out_rank=0.9)
     line = ["transfer", str(room / "lora.safetensors"), "--source", str(room / "source")]
     line += ["--target", str(room / "other"), "-o", str(out), "--prompt", "x"]
     assert "--method probe" in str(CliRunner().invoke(app, line).exception)
