@@ -8,7 +8,7 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
 from prolora import probe
-from prolora.probe import joint
+from prolora.probe import gate, joint
 from prolora.probe.batches import mixed, samples
 from prolora.probe.fitting import rank_for
 from prolora.probe.trajectories import Call, predict, record
@@ -144,3 +144,24 @@ def test_progress_names_every_step(source, lora):
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="joint, blocks"):
         probe.Options(strategy="both")
+
+
+def test_between_related_bases_the_fit_starts_from_the_copy_and_must_halve_what_it_leaves(
+    source, lora
+):
+    torch.manual_seed(3)
+    tuned = Denoiser()
+    tuned.load_state_dict(source.state_dict())
+    with torch.no_grad():
+        for block in tuned.blocks:
+            block.down.weight += 0.02 * torch.randn_like(block.down.weight)
+    found = run(source, tuned, lora, steps=12)
+    assert found.report.start == "copy"
+    assert found.report.steps[0] == pytest.approx(found.report.gate.copy_share["all"], abs=0.05)
+    assert found.report.gate.share["all"] > found.report.gate.copy_share["all"]
+    assert "starting from the copied updates" in found.report.sentences()[0]
+    assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
+    apart = {"adapted": 0.1, "target": 0.1}
+    good, better = dict.fromkeys(("adapted", "target", "all"), 0.93), {"all": 0.9}
+    assert gate.decided(1.0, good, apart, better)[0] == "copy"
+    assert gate.decided(1.0, good, apart, {"all": 0.8})[0] == "go"

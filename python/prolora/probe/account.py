@@ -112,6 +112,7 @@ class ProbeReport:
         rank: of the updates, as asked for.
         samples: fitted on, and judged on.
         modules: of the target that got an update.
+        start: "joint": "copy" where the fit starts from the copied updates, else "zero".
         steps: "joint": share of the wanted change that was reached before every step, on the
             probes of that step.
         blocks: "blocks": one row for every block of the target, in the order of the fit.
@@ -127,6 +128,7 @@ class ProbeReport:
     rank: float
     samples: tuple[int, int] = (0, 0)
     modules: int = 0
+    start: str = "zero"
     steps: list[float] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -139,7 +141,8 @@ class ProbeReport:
         where = f"{len(self.blocks)} blocks, " if self.blocks else ""
         how = f" in {len(self.steps)} steps" if self.steps else ""
         drawn = f"{self.samples[0]} samples of {self.probes} calls of the models"
-        said = [f"{where}{self.modules} modules fitted{how} on {drawn}."]
+        origin = ", starting from the copied updates" if self.start == "copy" else ""
+        said = [f"{where}{self.modules} modules fitted{how} on {drawn}{origin}."]
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             said.append(f"{len(self.left_out)} modules were not moved; {name}: {reason}.")

@@ -16,6 +16,10 @@ GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MIN_SHARE = 0.25
 MAX_DISAGREEMENT = 3.0
+COPY_SERVES = 0.5
+"""A copy that reaches this share is one between related bases."""
+MAX_START = 0.5
+"""Disagreement up to which a fit may start from the copy: beyond it, the fit only spoils it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def decided(
             f"the bases' own predictions differ by {apart:.2g} times the LoRA's change, so the "
             "source cannot say what this LoRA should do here; use --method auto or copy"
         )
-    if copy_share is not None and copy_share["all"] >= share["all"]:
+    if copy_share is not None and _copy_is_better(share["all"], copy_share["all"]):
         return COPY, (
             f"the LoRA moved without probing reaches {copy_share['all']:.0%} of the wanted change "
             f"on held-out probes, the fitted one {share['all']:.0%}"
@@ -119,6 +123,34 @@ def decided(
         )
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
     return (GO if strength == 1.0 else WEAKEN), reason
+
+
+def _copy_is_better(share: float, copied: float) -> bool:
+    """Whether to copy, by the shares that fit and copy reach on held-out probes.
+
+    A copy between related bases does what the LoRA does, off the probes as well; a fit knows the
+    probes only. So where the copy serves, the fit must halve what it leaves.
+    """
+    return copied >= share or (copied >= COPY_SERVES and 1 - share > 0.5 * (1 - copied))
+
+
+def serves(
+    target: nn.Module, copied: Mapping[str, LowRank], probes: Sequence[Wanted],
+    read: Callable[[Any], Tensor],
+) -> bool:  # fmt: skip
+    """Whether copied updates are a start for the fit: the bases agree, and the copy does its work.
+
+    Args:
+        target: the target without updates.
+        copied: of some of its modules.
+        probes: some that the fit may use.
+        read: return value of the target -> its prediction.
+    """
+    if not copied or not fits(target, copied):
+        return False
+    if _ratio(probes, lambda wanted: wanted.apart)["all"] > MAX_START:
+        return False
+    return _share(target, copied, probes, 1.0, read)["all"] >= COPY_SERVES
 
 
 def fits(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ MAX_FACTOR = 4096
 _MOMENTUM = 0.9  # at most: the last direction was found on other probes
 _KEPT = 0.9  # of the factors, when new probes are added: the weights move
 _REFRESH = 4  # steps between two estimates of the curvature
+_ROUNDING = 1e-6  # of the wanted change
 _FIRST = 1e-3  # of the weights' norm, the length of the first trial step
 
 
@@ -117,7 +118,8 @@ class Fit:
 
 def fit(
     target: nn.Module, names: Sequence[str], draw: Callable[[], Sequence[Probe]], read: Read,
-    steps: int, damping: float, told: Callable[[int], None] = lambda _: None,
+    steps: int, damping: float, initial: Mapping[str, LowRank] | None = None,
+    told: Callable[[int], None] = lambda _: None,
 ) -> Fit:  # fmt: skip
     """Minimises Σ ‖f(W + D) − wanted‖² over D by Gauss–Newton steps on fresh probes.
 
@@ -134,10 +136,13 @@ def fit(
         read: return value of the target -> its prediction.
         steps: how many.
         damping: of the curvature, relative to the mean diagonal.
+        initial: updates to start from, of some of the modules.
         told: called with the number of steps done.
     """
     problem = _Problem(target, names, read)
     updates = {name: torch.zeros_like(weight) for name, weight in problem.start.items()}
+    for name, update in (initial or {}).items():
+        updates[name] += update.dense().to(updates[name])
     curvature = Curvature(damping)
     before: Weights | None = None
     lengths = [0.0, _MOMENTUM]
@@ -148,6 +153,8 @@ def fit(
         at = {name: problem.start[name] + update for name, update in updates.items()}
         point = problem.linearised(draw(), at, curvature if renew else None)
         history.append(point.reached)
+        if 1 - point.reached < _ROUNDING:
+            break  # what is missing is what float32 cannot tell
         direction = curvature.direction(point.gradient)
         lines = [direction] if before is None else [direction, before]
         if before is None:

@@ -38,6 +38,8 @@ from .translation import (
 ORIGINS = ("source", "adapted", "target")
 AT_ONCE = 16
 """Calls replayed between two changes of the source's weights."""
+TRIED = 4
+"""Batches on which it is found out whether copied updates serve as a start."""
 
 __all__ = ["BlockReport", "Options", "ProbeReport", "ProbeTransfer", "transfer"]
 
@@ -160,8 +162,8 @@ def _transfer(
 
     if options.strategy == "joint":
         updates = _joint(
-            source, target, adapter, calls, places, between, options, report, keep, recorder.key,
-            told,
+            source, target, adapter, calls, places, between, rival, options, report, keep,
+            recorder.key, told,
         )  # fmt: skip
     else:
         updates = blockwise.fit(
@@ -259,19 +261,23 @@ def _drawn(
 
 def _joint(
     source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
-    places: dict[str, list[str]], between: Translation, options: Options, report: ProbeReport,
-    keep: Keep, made_of: str, told: Callable[[int, str], None],
+    places: dict[str, list[str]], between: Translation, rival: Mapping[str, LowRank],
+    options: Options, report: ProbeReport, keep: Keep, made_of: str,
+    told: Callable[[int, str], None],
 ) -> dict[str, LowRank]:  # fmt: skip
-    """All updates at once, at the rank asked for."""
-    key = "" if keep.folder is None else keeping.fingerprint(made_of, options.told())
+    """All updates at once, at the rank asked for; from the copied ones where these serve."""
+    key = "" if keep.folder is None else keeping.fingerprint(
+        made_of, options.told(), keeping.updates(rival)
+    )  # fmt: skip
     kept = keep.fitted("joint", key)
     if kept is not None:
         updates, facts = kept
-        report.steps, report.resumed = facts["steps"], 1
+        report.steps, report.start, report.resumed = facts["steps"], facts["start"], 1
         return updates
     shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
-    sizes = []
+    sizes, first = [], []
     for i, found in enumerate(_wanted(source, target, adapter, calls, between)):
+        first += [found] if i < TRIED else []
         if options.progress:
             options.progress(i, len(calls), "asking")
         shelf.put(i, (found.plain, found.plain + found.change))
@@ -287,14 +293,19 @@ def _joint(
             chosen.append(queue.pop(0))
         return [joint.Probe(calls[i].target, *shelf.get(i)) for i in chosen]
 
-    names = [f"{block}.{role}" for block, found in places.items() for role in found]
+    names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
+    start = {name: rival[name] for name in names if name in rival}
+    if not gate.serves(target, start, first, between.read):
+        start = {}
+    report.start = "copy" if start else "zero"
     fitted = joint.fit(
-        target, names, draw, between.read, options.steps, options.damping,
+        target, names, draw, between.read, options.steps, options.damping, start,
         lambda step: told(step, f"step {step + 1}"),
     )  # fmt: skip
     report.steps = fitted.history
     updates = joint.cut(fitted, options.rank)
-    keep.keep_fitted("joint", key, updates, {"steps": fitted.history})
+    facts = {"steps": fitted.history, "start": report.start}
+    keep.keep_fitted("joint", key, updates, facts)
     return updates
 
 
