@@ -146,9 +146,7 @@ def test_an_unknown_strategy_is_refused():
         probe.Options(strategy="both")
 
 
-def test_between_related_bases_the_fit_starts_from_the_copy_and_must_halve_what_it_leaves(
-    source, lora
-):
+def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, lora):
     torch.manual_seed(3)
     tuned = Denoiser()
     tuned.load_state_dict(source.state_dict())
@@ -161,7 +159,12 @@ def test_between_related_bases_the_fit_starts_from_the_copy_and_must_halve_what_
     assert found.report.gate.share["all"] > found.report.gate.copy_share["all"]
     assert "starting from the copied updates" in found.report.sentences()[0]
     assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
-    apart = {"adapted": 0.1, "target": 0.1}
-    good, better = dict.fromkeys(("adapted", "target", "all"), 0.93), {"all": 0.9}
-    assert gate.decided(1.0, good, apart, better)[0] == "copy"
-    assert gate.decided(1.0, good, apart, {"all": 0.8})[0] == "go"
+
+
+def test_a_copy_that_serves_is_kept_unless_the_bases_agree():
+    share = dict.fromkeys(("adapted", "target", "all"), 0.93)
+    agree, apart = ({"adapted": 0.1, "target": x} for x in (0.2, 0.9))
+    assert gate.decided(1.0, share, agree, {"all": 0.9})[0] == "go"
+    assert gate.decided(1.0, share, agree, {"all": 0.94})[0] == "copy"
+    assert gate.decided(1.0, share, apart, {"all": 0.9})[0] == "copy"
+    assert gate.decided(1.0, share, apart, {"all": 0.3})[0] == "go"

@@ -19,7 +19,7 @@ MAX_DISAGREEMENT = 3.0
 COPY_SERVES = 0.5
 """A copy that reaches this share is one between related bases."""
 MAX_START = 0.5
-"""Disagreement up to which a fit may start from the copy: beyond it, the fit only spoils it."""
+"""Disagreement up to which a copy that serves is bettered by a fit: beyond it, only spoilt."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def decided(
             f"the bases' own predictions differ by {apart:.2g} times the LoRA's change, so the "
             "source cannot say what this LoRA should do here; use --method auto or copy"
         )
-    if copy_share is not None and _copy_is_better(share["all"], copy_share["all"]):
+    if copy_share is not None and _copy_is_better(share["all"], copy_share["all"], apart):
         return COPY, (
             f"the LoRA moved without probing reaches {copy_share['all']:.0%} of the wanted change "
             f"on held-out probes, the fitted one {share['all']:.0%}"
@@ -125,13 +125,14 @@ def decided(
     return (GO if strength == 1.0 else WEAKEN), reason
 
 
-def _copy_is_better(share: float, copied: float) -> bool:
+def _copy_is_better(share: float, copied: float, apart: float) -> bool:
     """Whether to copy, by the shares that fit and copy reach on held-out probes.
 
-    A copy between related bases does what the LoRA does, off the probes as well; a fit knows the
-    probes only. So where the copy serves, the fit must halve what it leaves.
+    A copy that serves does what the LoRA does off the probes as well, a fit knows the probes only.
+    So there the fit is taken only where the bases agree, and what the source wants can be trusted
+    to the last bit.
     """
-    return copied >= share or (copied >= COPY_SERVES and 1 - share > 0.5 * (1 - copied))
+    return copied >= share or (copied >= COPY_SERVES and apart > MAX_START)
 
 
 def serves(
