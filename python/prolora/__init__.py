@@ -21,6 +21,7 @@ from .linalg.basis import Basis, truncated_svd
 from .linalg.lowrank import LowRank
 from .linalg.subspaces import Similarity, principal_angles, similarity
 from .ops import cuda_status, require_cuda
+from .options import Probing
 from .projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
 from .report import Report
 from .transfer import Transfer, transfer, transfer_file
@@ -41,6 +42,7 @@ __all__ = [
     "Outcome",
     "OutputError",
     "ProLoRAError",
+    "Probing",
     "ProjectionInfo",
     "Report",
     "ShapeMismatch",
