@@ -28,8 +28,14 @@ TARGETS = {
     "UNet → unrelated transformer": ("unet", "flux", "independent"),
 }
 FAR = {"transformers": ("flux", "flux", "far"), "UNets": ("unet", "unet", "far")}
-CURVES = ("probes", "steps", "damping", "rank")
-DEFAULTS = {"probes": 1152, "steps": 32, "damping": 1, "rank": 32}
+RELATED = {
+    "fine-tuned a little (*near*): transformers": ("flux", "flux", "near"),
+    "fine-tuned a little (*near*): UNets": ("unet", "unet", "near"),
+    "trained on (*continued*): transformers": ("flux", "flux", "continued"),
+    "trained on (*continued*): UNets": ("unet", "unet", "continued"),
+}
+CURVES = ("batch", "probes", "steps", "damping", "rank")
+DEFAULTS = {"batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
 
 
 def collect(work: Path) -> dict:
@@ -37,8 +43,10 @@ def collect(work: Path) -> dict:
     rows = []
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        if name == "study" or name.split()[0] in CURVES:
-            rows.append(rounded(json.loads(path.read_text()) | {"name": name}))
+        if name in ("study", "related") or name.split()[0] in CURVES:
+            row = json.loads(path.read_text()) | {"name": name}
+            row.pop("history", None)
+            rows.append(rounded(row))
     made = {
         "script": "bench/quality/probing.py",
         "commit": git("rev-parse", "--short", "HEAD"),
@@ -180,6 +188,29 @@ def far_table(table: Table) -> str:
     return markdown(head, lines)
 
 
+def related_table(table: Table) -> str:
+    lines = []
+    for name, where in RELATED.items():
+        part = chosen(table, where, name="related")
+        if not part.rows:
+            continue
+        fitted = sum(decision(row) in (gate.GO, gate.WEAKEN) for row in part.rows)
+        gains = [gated(row) - row["copy"] for row in part.rows]
+        lines.append(
+            [
+                name, str(len(part.rows)), cell(part.mean(lambda row: row["copy"])),
+                cell(part.mean(score)), f"{fitted} of {len(part.rows)}", cell(part.mean(gated)),
+                cell(part.mean(lambda row: gated(row) - row["copy"])), f"{min(gains):.2f}",
+                span([apart(row) for row in part.rows]),
+            ]
+        )  # fmt: skip
+    head = [
+        "target", "rows", "copy", "probe, forced", "fit taken", "as gated", "gated − copy",
+        "worst gated − copy", "disagreement",
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def curves_table(table: Table) -> str:
     base = table.where(
         name="study", method="probe", arch="flux", to="flux", kind="independent", seed=0,
@@ -217,6 +248,7 @@ def main() -> None:
         "probing adapters": adapters_table,
         "probing ceiling": ceiling_table,
         "probing far": far_table,
+        "probing related": related_table,
         "probing curves": curves_table,
     }
     for page in PAGES:

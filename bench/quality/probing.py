@@ -152,7 +152,7 @@ def probed(case: Case, images: int = IMAGES, steps: int = STEPS, **options: Any)
         "score_at_1": case.score(whole), "copy": case.score(case.lora) if case.fits() else None,
         "decision": verdict.decision, "strength": verdict.strength, "share": verdict.share,
         "copy_share": verdict.copy_share, "disagreement": verdict.disagreement,
-        "seconds": found.report.seconds, "history": found.report.steps,
+        "seconds": found.report.seconds, "history": found.report.steps, "start": found.report.start,
     }  # fmt: skip
 
 

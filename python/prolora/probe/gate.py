@@ -18,7 +18,7 @@ MIN_SHARE = 0.25
 MAX_DISAGREEMENT = 3.0
 COPY_SERVES = 0.5
 """A copy that reaches this share is one between related bases."""
-MAX_START = 0.5
+MAX_START = 0.35
 """Disagreement up to which a copy that serves is bettered by a fit: beyond it, only spoilt."""
 
 
