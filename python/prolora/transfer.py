@@ -14,16 +14,13 @@ from torch import Tensor
 
 from . import adapters, probing
 from .adapters.adapter import Adapter
-from .adapters.metadata import rewritten
 from .adapters.source import PEFT_WEIGHTS
 from .affinity import Affinity, measure
 from .bases import Base, open_base
 from .bases.cache import BasisCache
 from .bases.latents import could_probe
 from .bases.modules import matrix_shape
-from .carrying import Carried, carry
 from .errors import LowCoverage, ProLoRAError, UnrelatedBases
-from .identity import full_hash, identity, short_hash
 from .linalg.lowrank import LowRank
 from .matching import resolve
 from .memory import Memory
@@ -31,10 +28,21 @@ from .moving import Clock, Work, carried, move_all, needs
 from .options import AUTO, PROBE, Options, Progress
 from .pairing import Plan, folded, make_plan
 from .recipes import recipe
-from .report import ModuleReport, Report
+from .report import Report
+from .result import (
+    as_target,
+    blank_report,
+    carried_vectors,
+    check_coverage,
+    coverage_text,
+    hollow,
+    metadata_of,
+    outlined,
+    own_row,
+    summed_rows,
+)
 from .storage import check_writable
 from .verdict import judge
-from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -146,10 +154,10 @@ def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str |
         adapter = _read(lora, source)
     with clock("match"):
         plan = _plan(adapter, source, target, asked)
-    _check_coverage(adapter, plan, asked.min_coverage)
+    check_coverage(adapter, plan, asked.min_coverage)
     whole = folded(adapter, plan)
     if format is not None:
-        adapters.check_format(_outline(whole, plan, source, target, asked), format)
+        adapters.check_format(outlined(whole, plan, source, target, asked), format)
     used = {pair.source for pair in plan.pairs}
     whole = replace(whole, updates={n: x for n, x in whole.updates.items() if n in used})
     return Job(lora, adapter, plan, asked, Work(whole, plan, asked, clock))
@@ -181,12 +189,12 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
     decided = verdict.decide(asked) if verdict else _unmoved(asked)
     memory.check(shapes, needs(decided))
-    report = _blank_report(adapter, plan, source, target, decided)
+    report = blank_report(adapter, plan, source, target, decided)
     report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
     # What has no place is accounted for now, and its numbers are in nobody's way.
     left = {*plan.skipped, *plan.refused}
-    updates = {n: _hollow(x) if n in left else x for n, x in adapter.updates.items()}
+    updates = {n: hollow(x) if n in left else x for n, x in adapter.updates.items()}
     job.adapter, job.report = replace(adapter, updates=updates), report
     job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     job.work.options = decided
@@ -206,32 +214,26 @@ def finish(
         raise work.error
     updates: dict[str, LowRank] = {}
     for pair, update, row in work.moved:
-        own, seen = _own(row, adapter, plan), job.affinities[pair.target]
+        own, seen = own_row(row, adapter, plan), job.affinities[pair.target]
         report.modules.append(replace(own, drift=seen.drift, cosine=seen.cosine))
         if update is not None:
             updates[pair.target] = update
     for name in plan.passed:
         updates[name] = adapter.updates[name]
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
-    report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs
+    report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs
                                               if pair.target in updates})  # fmt: skip
     report.seconds = work.clock.seconds
     if report.coverage < job.asked.min_coverage:
-        raise LowCoverage(_coverage_text(report, job.asked.min_coverage))
-    vectors = _carried(adapter, plan, source, target, work.options, updates)
+        raise LowCoverage(coverage_text(report, job.asked.min_coverage))
+    vectors = carried_vectors(adapter, plan, source, target, work.options, updates)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
     with work.clock("hash"):
-        metadata = _metadata(adapter, plan, source, target, work.options, cache)
+        metadata = metadata_of(adapter, plan, source, target, work.options, cache)
     metadata |= {f"prolora.{key}": text for key, text in notes.items()}
-    moved = _as_target(adapter, updates, vectors, target, metadata)
+    moved = as_target(adapter, updates, vectors, target, metadata)
     files = [Path(job.lora)] if isinstance(job.lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
-
-
-def _hollow(update: LowRank) -> LowRank:
-    """An update of the same shape and rank that takes no memory."""
-    zero = torch.zeros(1, 1)
-    return LowRank(zero.expand(update.up.shape), zero.expand(update.down.shape))
 
 
 def _probed(
@@ -247,7 +249,7 @@ def _probed(
     adapters.check_format(blank, "auto" if format is None else format)
     report = probing.report(probing.dry(adapter, source, target, options), source, target, options)
     if report.coverage < options.min_coverage:
-        raise LowCoverage(_coverage_text(report, options.min_coverage))
+        raise LowCoverage(coverage_text(report, options.min_coverage))
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     files += [*source.files, *target.files]
     rival = _by_weights(adapter, source, target, options, format)
@@ -257,7 +259,7 @@ def _probed(
         return Transfer(*probing.weakened(rival.adapter, rival.report, done, notes), files)
     report = probing.report(done, source, target, options)
     report.left_out |= adapter.left_out
-    metadata = _metadata(adapter, plan, source, target, replace(options, strength=done.strength))
+    metadata = metadata_of(adapter, plan, source, target, replace(options, strength=done.strength))
     moved = replace(
         blank, updates=done.updates, metadata=metadata | done.facts | probing.marks(notes)
     )
@@ -332,16 +334,16 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
         report.dry_run = True
         return report
     plan = _plan(adapter, source, target, chosen)
-    report = _blank_report(adapter, plan, source, target, chosen)
+    report = blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True
     whole = folded(adapter, plan)
     for pair in plan.pairs:
         row = carried(whole, pair.source, pair.target, "would be projected")
-        report.modules.append(_own(row, adapter, plan))
+        report.modules.append(own_row(row, adapter, plan))
     for name in plan.passed:
         report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
-    report.modules += _summed(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
-    vectors = _carried(adapter, plan, source, target, chosen)
+    report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
+    vectors = carried_vectors(adapter, plan, source, target, chosen)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
     return report
 
@@ -367,36 +369,6 @@ def _unmoved(options: Options) -> Options:
     return replace(options, method=method, strength=strength)
 
 
-def _own(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
-    """The row of a module that others may have been added to, with the rank it had in the LoRA."""
-    added = sum(onto == row.source for onto in plan.summed.values())
-    if not added:
-        return row
-    update = adapter.updates.get(row.source)
-    reason = f"{row.reason}; updates of dropped blocks added: {added}"
-    return replace(row, rank_in=update.rank if update else 0, reason=reason)
-
-
-def _summed(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[ModuleReport]:
-    """The rows of the modules that were added to others.
-
-    Args:
-        adapter: the LoRA as it came in.
-        plan: says onto which.
-        moved: source module -> target module of all that was moved.
-    """
-    rows = []
-    for name, onto in plan.summed.items():
-        reason = "its block is gone; added to the update of the nearest that is there"
-        row = replace(carried(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0)
-        if onto in moved:
-            rows.append(replace(row, status="summed"))
-        else:
-            reason = "its block is gone, and the nearest that is there was skipped"
-            rows.append(replace(row, status="skipped", reason=reason))
-    return rows
-
-
 def check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
     """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist."""
     folder = Path(path)
@@ -408,100 +380,3 @@ def _doing(what: str, progress: Progress | None) -> Progress | None:
     if progress is None:
         return None
     return lambda done, total, name: progress(done, total, f"{what} {name}")
-
-
-def _blank_report(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
-) -> Report:
-    """A report that knows the plan: skipped and refused modules are in it already."""
-    report = Report(
-        method=options.method, rank_rule=options.rank, threshold=options.threshold,
-        match=plan.rule, source=source.name, target=target.name, strength=options.factor,
-        left_out=dict(adapter.left_out), kept_energy=dict(adapter.kept_energy),
-        decisions=plan.decisions, dropped_blocks=plan.dropped,
-    )  # fmt: skip
-    for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
-        for name, reason in reasons.items():
-            row = carried(adapter, name, None, reason)
-            report.modules.append(replace(row, status=status, rank_out=0))
-    return report
-
-
-def _carried(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options,
-    moved: Mapping[str, LowRank] | None = None,
-) -> Carried:  # fmt: skip
-    """The biases and normalisation layers of the target."""
-    return carry(
-        adapter, plan, source, target, factor=options.factor, moved=moved, mode=options.vectors,
-        text_encoder=options.text_encoder,
-    )  # fmt: skip
-
-
-def _outline(adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options) -> Adapter:
-    """What the adapter of the target will consist of, before anything is moved."""
-    updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
-    updates |= {name: adapter.updates[name] for name in plan.passed}
-    vectors = _carried(adapter, plan, source, target, options)
-    return _as_target(adapter, updates, vectors, target, adapter.metadata)
-
-
-def _as_target(
-    adapter: Adapter, updates: dict[str, LowRank], vectors: Carried, target: Base,
-    metadata: dict[str, str],
-) -> Adapter:  # fmt: skip
-    """The adapter of the target: its modules, its kernels, its metadata."""
-    kernels: dict[str, tuple[int, int]] = {}
-    for name in updates:
-        shape = target.shapes.get(name, ())
-        if len(shape) == 4:
-            kernels[name] = (shape[2], shape[3])
-    return replace(
-        adapter, updates=updates, kernels=kernels, vectors=vectors.vectors, metadata=metadata
-    )
-
-
-def _metadata(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options,
-    cache: BasisCache | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """The header of the result: the LoRA's own, with the target's names and how it was made."""
-    provenance = {
-        "version": __version__,
-        "method": options.method,
-        "strength": f"{options.factor:.4g}",
-        "rank_rule": str(options.rank),
-        "threshold": str(options.threshold),
-        "match": plan.rule,
-        "dropped": options.dropped,
-        "source": source.name,
-        "target": target.name,
-    }
-    hashes = {"source_hash": identity(source, cache), "target_hash": identity(target, cache)}
-    return rewritten(
-        adapter.metadata,
-        target_name=target.name,
-        target_layout=target.layout,
-        target_sha256=full_hash(target, cache),
-        target_short_hash=short_hash(target),
-        provenance=provenance | {key: value for key, value in hashes.items() if value},
-    )
-
-
-def _check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
-    """Refuses early: the gate can only lower the coverage that names and shapes allow."""
-    placed = {pair.source for pair in plan.pairs} & set(adapter.updates)
-    placed |= {*plan.passed, *plan.summed}
-    coverage = len(placed) / max(1, len(adapter.updates))
-    if coverage < minimum:
-        raise LowCoverage(
-            f"{len(placed)} of {len(adapter.updates)} modules find a place on the target "
-            f"(coverage {coverage:.2f}), fewer than --min-coverage {minimum:g}; nothing written"
-        )
-
-
-def _coverage_text(report: Report, minimum: float) -> str:
-    return (
-        f"coverage {report.coverage:.2f} is below --min-coverage {minimum:g} after the threshold "
-        f"{report.threshold:g} on Φ; nothing written. Lower --threshold, or try --method copy"
-    )
