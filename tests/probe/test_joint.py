@@ -106,6 +106,33 @@ def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
     assert all(any(one is other for other in asked) for one in found)
 
 
+class WithPlaces(Denoiser):
+    """Takes the places of its 5 tokens, as FLUX does."""
+
+    def forward(self, x: Tensor, t: Tensor, places: Tensor | None = None) -> Tensor:
+        return super().forward(x + places[None, :, None], t)
+
+
+@pytest.mark.parametrize("images", [4, 5])
+def test_what_all_samples_share_is_not_cut_even_where_its_length_is_theirs(source, images):
+    model = WithPlaces()
+    model.load_state_dict(source.state_dict())
+    calls = [
+        Call(
+            (torch.randn(images, 5, 4), torch.rand(images)), {"places": torch.arange(5.0)}, "source"
+        )
+        for _ in range(3)
+    ]
+
+    def both(question: Question) -> tuple[Tensor, Tensor]:
+        return predict(model, question.source), predict(model, question.target)
+
+    asked = [Question(call, call) for call in calls]
+    found = mixed(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
+    assert len(found) == 2
+    assert all(torch.equal(one.source.kwargs["places"], torch.arange(5.0)) for one in found)
+
+
 def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
     class FluxSingleTransformerBlock(nn.Module):
         """Another name and other insides than the source's blocks have."""

@@ -76,7 +76,11 @@ def samples(call: Call) -> int:
 def _try(questions: Sequence[Question], chosen: list[tuple[int, int]], predict: Check) -> None:
     """Raises _Apart unless a joined batch gives what the calls gave."""
     sizes = [samples(question.source) for question in questions]
-    joined = predict(_joined([_row(questions[i], row, sizes[i]) for i, row in chosen]))
+    try:
+        joined = predict(_joined([_row(questions[i], row, sizes[i]) for i, row in chosen]))
+    except (RuntimeError, ValueError, IndexError) as error:
+        # A tensor that is shared by all samples has by chance as many rows as there are samples.
+        raise _Apart from error
     for at, (i, row) in enumerate(chosen):
         for new, old in zip(joined, predict(questions[i]), strict=True):
             if len(old) != sizes[i] or len(new) != len(chosen):
