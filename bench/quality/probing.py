@@ -132,13 +132,15 @@ class Case:
         )
 
 
-def probed(case: Case, images: int = IMAGES, steps: int = STEPS, **options: Any) -> dict[str, Any]:
+def probed(
+    case: Case, images: int = IMAGES, sampler_steps: int = STEPS, **options: Any
+) -> dict[str, Any]:
     """One transfer by probing and what it is worth."""
     # Stages in processor time, so that other work on the machine does not count.
     room.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {PREFIX[case.arch] + name: update for name, update in case.lora.items()}
     found = probe.transfer(
-        case.source, case.target, lora, *case.samplers(images, steps), force=True,
+        case.source, case.target, lora, *case.samplers(images, sampler_steps), force=True,
         seed=100 * case.seed, **options,
     )  # fmt: skip
     verdict = found.report.gate
@@ -148,7 +150,7 @@ def probed(case: Case, images: int = IMAGES, steps: int = STEPS, **options: Any)
     }
     whole = {n: type(u)(u.up / verdict.strength, u.down) for n, u in updates.items()}
     return {
-        "images": images, "sampler_steps": steps, **options, "score": case.score(updates),
+        "images": images, "sampler_steps": sampler_steps, **options, "score": case.score(updates),
         "score_at_1": case.score(whole), "copy": case.score(case.lora) if case.fits() else None,
         "decision": verdict.decision, "strength": verdict.strength, "share": verdict.share,
         "copy_share": verdict.copy_share, "disagreement": verdict.disagreement,
