@@ -168,6 +168,15 @@ def test_progress_names_every_step(source, lora):
     ]
 
 
+def test_the_fit_is_sized_by_what_was_sampled():
+    large = probe.Options().sized(7200)
+    assert (large.probes, large.held_out, large.batch) == (1152, 192, 48)
+    small = probe.Options(batch=6).sized(960)
+    assert (small.probes, small.held_out, small.batch) == (220, 48, 6)
+    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.steps < 3 * 960
+    assert probe.Options().sized(10).batch == 4
+
+
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="joint, blocks"):
         probe.Options(strategy="both")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -12,6 +12,8 @@ from ..report import finite
 from . import gate
 
 Progress = Callable[[int, int, str], None]
+MOST = (1152, 192, 48)
+"""Samples to fit on, to judge on, and of a step, however much was sampled."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,11 @@ class Options:
             update that must be kept, module by module.
         strategy: "joint", all updates at once on the prediction; or "blocks", one block after the
             other on its residual stream, which holds one block's updates and activations at a time.
-        probes: "joint": samples to fit on, drawn from all that the samplers' calls hold.
+        probes: "joint": samples to fit on, drawn from all that the samplers' calls hold; None:
+            see `sized`.
         held_out: "joint": samples to judge on, likewise.
         steps: "joint": Gauss–Newton steps.
-        batch: "joint": samples of a step, at least.
+        batch: "joint": samples of a step, at least, likewise.
         damping: "joint": of the curvature, relative to its mean diagonal.
         map_ridge: "blocks": λ of the maps between residual streams, relative to the mean variance.
         fit_ridge: "blocks": λ of the updates, relative to the mean diagonal of the curvature.
@@ -45,10 +48,10 @@ class Options:
 
     rank: float = 32
     strategy: str = "joint"
-    probes: int = 1152
-    held_out: int = 192
+    probes: int | None = None
+    held_out: int | None = None
     steps: int = 32
-    batch: int = 48
+    batch: int | None = None
     damping: float = 1.0
     map_ridge: float = 0.01
     fit_ridge: float = 0.03
@@ -69,13 +72,33 @@ class Options:
             raise ValueError("rank must be a whole number, or a share between 0 and 1")
         counts = ("probes", "held_out", "steps", "batch", "iterations", "rounds")
         for name in counts:
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more")
         for name in ("damping", "map_ridge", "fit_ridge"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
         if self.resume is not None and not self.samplers:
             raise ValueError("resume needs samplers=TEXT that says what the samplers do")
+
+    def sized(self, recorded: int) -> Options:
+        """The options with numbers for None: fit and verdict take about three times the sampling.
+
+        One sample costs a forward pass while it is recorded, three as a probe (source, source with
+        LoRA, target), five in a step (one backward pass is about two) and some seven when it is
+        judged. More than MOST of each bring little (docs/probe.md).
+
+        Args:
+            recorded: samples of all calls, held-out ones included.
+        """
+        probes, held_out, batch = (
+            max(1, min(most, int(share * recorded)))
+            for most, share in zip(MOST, (0.23, 0.05, 0.39 / self.steps), strict=True)
+        )
+        return replace(
+            self, probes=self.probes or probes, held_out=self.held_out or max(held_out, 24),
+            batch=self.batch or max(batch, 4),
+        )  # fmt: skip
 
     def told(self) -> str:
         """The choices that a fitted block depends on."""

@@ -145,6 +145,7 @@ def _transfer(
 
     started = clock()
     if options.strategy == "joint":
+        options = options.sized(_samples(calls) + _samples(held_out))
         calls, held_out = _drawn(source, target, calls, held_out, between, options)
         calls, held_out = on_shelf(calls, quarter), on_shelf(held_out, quarter)
     report.samples = (_samples(calls), _samples(held_out))
@@ -247,6 +248,7 @@ def _drawn(
 ) -> tuple[list[Question], list[Question]]:  # fmt: skip
     """Samples to fit on and to judge on, in batches that mix many moments."""
     generator = torch.Generator().manual_seed(options.seed)
+    assert options.probes and options.held_out and options.batch
 
     def both(question: Question) -> tuple[Tensor, Tensor]:
         return between.of_source(source, question), between.of_target(target, question)
@@ -283,11 +285,12 @@ def _joint(
         shelf.put(i, (found.plain, found.plain + found.change))
         sizes.append(len(found.plain))
     queue: list[int] = []
+    least = options.batch or 1
 
     def draw() -> list[joint.Probe]:
         """The batches of one step: every probe comes once before any comes again."""
         chosen: list[int] = []
-        while sum(sizes[i] for i in chosen) < options.batch:
+        while sum(sizes[i] for i in chosen) < least:
             if not queue:
                 queue.extend(range(len(calls)))
             chosen.append(queue.pop(0))
