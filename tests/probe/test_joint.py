@@ -45,6 +45,28 @@ def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(mo
         assert joint.cut(found, 2)["0"].shape == (5, 6)
 
 
+class WithBlindEnd(nn.Module):
+    """A second layer whose output is thrown away, as in the text stream of a last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.asleep = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.idle(x)
+        return self.used(x)
+
+
+def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
+    torch.manual_seed(0)
+    x = torch.randn(50, 6)
+    probes = [joint.Probe(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
+    found = joint.fit(
+        WithBlindEnd(), ["used", "idle", "asleep"], lambda: probes, lambda y: y, 3, 1.0
+    )
+    assert set(joint.cut(found, 4)) == {"used"}
+
+
 def test_the_cut_at_full_rank_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))

@@ -75,7 +75,7 @@ class Curvature:
 
     def invert(self) -> None:
         """Takes the factors as they are now."""
-        for name in self.reads:
+        for name in self.writes:  # not of what never reaches the prediction
             self.inverse[name] = (self._inverse(self.writes[name]), self._inverse(self.reads[name]))
 
     def _inverse(self, factor: Tensor) -> Tensor:
@@ -88,9 +88,11 @@ class Curvature:
         return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
     def direction(self, gradient: Weights) -> Weights:
-        """(JᵀJ)⁻¹ gradient, module by module [m, n]."""
+        """(JᵀJ)⁻¹ gradient, module by module [m, n]; 0 for what never reaches the prediction."""
         return {
             name: _times(self.inverse[name][0], g, self.inverse[name][1]) * self.tokens[name]
+            if name in self.inverse
+            else torch.zeros_like(g)
             for name, g in gradient.items()
         }
 
@@ -309,6 +311,8 @@ def cut(found: Fit, rank: float) -> dict[str, LowRank]:
     """
     small = {}
     for name, update in found.updates.items():
+        if name not in found.curvature.writes:
+            continue  # whatever it does, the prediction is the same
         left, left_back = _roots(found.curvature.writes[name])
         right, right_back = _roots(found.curvature.reads[name])
         u, s, v = torch.linalg.svd(_times(left, update, right), full_matrices=False)
