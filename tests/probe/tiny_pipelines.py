@@ -44,19 +44,27 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
 
 
-def text_encoder(width: int) -> CLIPTextModel:
-    """One layer."""
-    return CLIPTextModel(
+def vae(scaling: float = 0.18215, seed: int = 0) -> AutoencoderKL:
+    """Always the same one for a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoencoderKL(**VAE, scaling_factor=scaling)
+
+
+def text_encoder(width: int, kind: type = CLIPTextModel) -> nn.Module:
+    """Two layers."""
+    return kind(
         CLIPTextConfig(
             vocab_size=54,
             hidden_size=width,
             intermediate_size=16,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=8,
             bos_token_id=52,
             eos_token_id=53,
             pad_token_id=53,
+            projection_dim=width,
         )
     )
 
@@ -66,12 +74,11 @@ def save(
     scaling: float = 0.18215, unet: UNet2DConditionModel | None = None, scheduler: str = "ddim",
 ) -> Path:  # fmt: skip
     """A Stable Diffusion pipeline whose text encoder has the width `text`."""
-    torch.manual_seed(vae_seed)
-    vae = AutoencoderKL(**VAE, scaling_factor=scaling)
     torch.manual_seed(seed)
     made = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}[scheduler]
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder(text), tokenizer=tokenizer(folder / "vocabulary"),
+        vae=vae(scaling, vae_seed), text_encoder=text_encoder(text),
+        tokenizer=tokenizer(folder / "vocabulary"),
         unet=unet or UNet2DConditionModel(**UNET, cross_attention_dim=text),
         scheduler=made(prediction_type=kind, **ALPHAS), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,

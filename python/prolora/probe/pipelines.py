@@ -80,7 +80,7 @@ class Pipeline:
             "num_inference_steps": settings.steps, "output_type": "latent",
             "generator": torch.Generator().manual_seed(seed), "height": settings.size,
             "width": settings.size, "guidance_scale": settings.guidance,
-            "use_resolution_binning": False,
+            "use_resolution_binning": False, "clean_caption": False,
         }  # fmt: skip
         if "class_labels" in self.accepted:
             given["class_labels"] = [_class_number(prompt, self.name)]
