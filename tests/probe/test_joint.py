@@ -226,3 +226,7 @@ def test_a_copy_that_serves_is_kept_unless_the_bases_agree():
     assert gate.decided(1.0, share, agree, {"all": 0.94})[0] == "copy"
     assert gate.decided(1.0, share, apart, {"all": 0.9})[0] == "copy"
     assert gate.decided(1.0, share, apart, {"all": 0.3})[0] == "go"
+    far = {"adapted": 0.1, "target": 7.0}
+    assert gate.decided(1.0, share, far, {"all": 0.6})[0] == "copy"
+    assert gate.decided(1.0, share, far, {"all": 0.3})[0] == "refuse"
+    assert gate.decided(1.0, share, far, None)[0] == "refuse"

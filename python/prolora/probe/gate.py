@@ -106,15 +106,19 @@ def decided(
     worst = min(share[origin] for origin in ("adapted", "target"))
     # Judged where the LoRA leads and where the target itself goes.
     apart = max(disagreement[origin] for origin in ("adapted", "target"))
-    if apart > MAX_DISAGREEMENT:
+    copied = copy_share["all"] if copy_share else float("-inf")
+    # A copy that serves does what the LoRA does off the probes as well, a fit knows the probes
+    # only: it is taken only where the bases agree and the source's wish can be trusted.
+    kept = copied >= COPY_SERVES and apart > MAX_START
+    if apart > MAX_DISAGREEMENT and not kept:
         return REFUSE, (
             f"the bases' own predictions differ by {apart:.2g} times the LoRA's change, so the "
             "source cannot say what this LoRA should do here; use --method auto or copy"
         )
-    if copy_share is not None and _copy_is_better(share["all"], copy_share["all"], apart):
+    if kept or copied >= share["all"]:
         return COPY, (
-            f"the LoRA moved without probing reaches {copy_share['all']:.0%} of the wanted change "
-            f"on held-out probes, the fitted one {share['all']:.0%}"
+            f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
+            f"probes, the fitted one {share['all']:.0%}; the bases differ by {apart:.2g} times it"
         )
     if worst < MIN_SHARE:
         return REFUSE, (
@@ -123,16 +127,6 @@ def decided(
         )
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
     return (GO if strength == 1.0 else WEAKEN), reason
-
-
-def _copy_is_better(share: float, copied: float, apart: float) -> bool:
-    """Whether to copy, by the shares that fit and copy reach on held-out probes.
-
-    A copy that serves does what the LoRA does off the probes as well, a fit knows the probes only.
-    So there the fit is taken only where the bases agree, and what the source wants can be trusted
-    to the last bit.
-    """
-    return copied >= share or (copied >= COPY_SERVES and apart > MAX_START)
 
 
 def serves(
