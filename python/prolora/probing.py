@@ -296,7 +296,9 @@ def _rows(
     rows = []
     for name in adapter.updates:
         row = carried(adapter, name, name, "text encoder, carried over unchanged")
-        if name in found.skipped:
+        if name in found.skipped and name in updates:  # the fit started from the copy
+            row = _fitted_row(row, adapter.updates[name], updates, "moved without probing")
+        elif name in found.skipped:
             reason = found.skipped[name]
             row = replace(row, target=None, status="skipped", reason=reason, rank_out=0)
         elif name not in found.passed:

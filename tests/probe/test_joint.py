@@ -7,7 +7,7 @@ import torch
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import probe
+from prolora import LowRank, probe
 from prolora.probe import gate, joint
 from prolora.probe.batches import mixed, samples
 from prolora.probe.fitting import rank_for
@@ -216,6 +216,11 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     assert found.report.steps[0] == pytest.approx(found.report.gate.copy_share["all"], abs=0.05)
     assert found.report.gate.share["all"] > found.report.gate.copy_share["all"]
     assert "starting from the copied updates" in found.report.sentences()[0]
+    outside = LowRank(0.1 * torch.ones(4, 1), torch.ones(1, 12) / 12)
+    more = run(source, tuned, lora | {"leave": outside}, steps=12)
+    assert more.report.left_out == {}
+    strength = more.report.gate.strength
+    torch.testing.assert_close(more.adapter.updates["leave"].dense(), strength * outside.dense())
     assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
 
 

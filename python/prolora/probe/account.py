@@ -135,7 +135,8 @@ class ProbeReport:
         rank: of the updates, as asked for.
         samples: fitted on, and judged on.
         modules: of the target that got an update.
-        start: "joint": "copy" where the fit starts from the copied updates, else "zero".
+        start: "joint": "copy" where the fit starts from the copied updates (those outside the
+            blocks stay copied), else "zero".
         steps: "joint": share of the wanted change that was reached before every step, on the
             probes of that step.
         blocks: "blocks": one row for every block of the target, in the order of the fit.

@@ -171,6 +171,8 @@ def _transfer(
             source, target, adapter, calls, theirs, places, between, options, report, keep,
             recorder.key, told,
         )  # fmt: skip
+    for name in updates:
+        report.left_out.pop(name, None)
     report.seconds["fit"] = clock() - started
 
     started = clock()
@@ -297,16 +299,16 @@ def _joint(
         return [joint.Probe(calls[i].target, *shelf.get(i)) for i in chosen]
 
     names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
-    start = {name: rival[name] for name in names if name in rival}
-    if not gate.serves(target, start, first, between.read):
-        start = {}
+    start = dict(rival) if gate.serves(target, rival, first, between.read) else {}
     report.start = "copy" if start else "zero"
-    fitted = joint.fit(
-        target, names, draw, between.read, options.steps, options.damping, start,
-        lambda step: told(step, f"step {step + 1}"),
-    )  # fmt: skip
+    outside = {name: start.pop(name) for name in list(start) if name not in names}
+    with applied(target, outside):  # copied and left so: what is fitted goes on from there
+        fitted = joint.fit(
+            target, names, draw, between.read, options.steps, options.damping, start,
+            lambda step: told(step, f"step {step + 1}"),
+        )  # fmt: skip
     report.steps = fitted.history
-    updates = joint.cut(fitted, options.rank)
+    updates = joint.cut(fitted, options.rank) | outside
     facts = {"steps": fitted.history, "start": report.start}
     keep.keep_fitted("joint", key, updates, facts)
     return updates
