@@ -54,6 +54,31 @@ def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
     assert again.report.blocks == whole.report.blocks
 
 
+def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch):
+    target = permuted(source)
+    joint = {"strategy": "joint", "steps": 9, "batch": 12, "rank": 3, "force": True}
+    whole = run(source, target, lora, **joint)
+    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    kept = {"resume": tmp_path, "samplers": "three steps"}
+
+    def stop(done: int, total: int, name: str) -> None:
+        if name == "step 7":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(source, target, lora, progress=stop, **kept, **joint)
+    assert len(list(tmp_path.glob("fit-*"))) == 1
+    seen = []
+    again = run(
+        source, target, lora, progress=lambda done, total, name: seen.append(name), **kept, **joint
+    )  # fmt: skip
+    assert "step 7" in seen
+    assert "step 6" not in seen
+    assert_equal(whole, again)
+    assert again.report.steps == whole.report.steps
+    assert not list(tmp_path.glob("fit-*"))
+
+
 def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     target = permuted(source)
     kept = {"resume": tmp_path, "samplers": "three steps"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class Fit:
 def fit(
     target: nn.Module, names: Sequence[str], draw: Callable[[], Sequence[Probe]], read: Read,
     steps: int, damping: float, initial: Mapping[str, LowRank] | None = None,
-    told: Callable[[int], None] = lambda _: None,
+    told: Callable[[int], None] = lambda _: None, halfway: Halfway | None = None,
 ) -> Fit:  # fmt: skip
     """Minimises Σ ‖f(W + D) − wanted‖² over D by Gauss–Newton steps on fresh probes.
 
@@ -140,6 +140,7 @@ def fit(
         damping: of the curvature, relative to the mean diagonal.
         initial: updates to start from, of some of the modules.
         told: called with the number of steps done.
+        halfway: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
     """
     problem = _Problem(target, names, read)
     updates = {name: torch.zeros_like(weight) for name, weight in problem.start.items()}
@@ -149,7 +150,14 @@ def fit(
     before: Weights | None = None
     lengths = [0.0, _MOMENTUM]
     history: list[float] = []
+    begin = 0
+    found_state = halfway.recall() if halfway else None
+    if found_state is not None:
+        begin, updates, before, lengths, history = _restored(found_state, problem, curvature)
     for step in range(steps):
+        if step < begin:
+            draw()  # the same probes come to the same steps
+            continue
         told(step)
         renew = step < 2 or step % _REFRESH == 0
         at = {name: problem.start[name] + update for name, update in updates.items()}
@@ -168,7 +176,56 @@ def fit(
         before = {n: _along(found, [line[n] for line in lines]) for n in names}
         lengths[0] = max(found[0], 0.1 * lengths[0])
         updates = {name: update + before[name] for name, update in updates.items()}
+        if halfway and halfway.due():
+            facts = {"step": step + 1, "lengths": lengths, "history": history}
+            halfway.store(*_state(updates, before, curvature, problem, facts))
     return Fit(updates, curvature, history)
+
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class Halfway(Protocol):
+    """Where the state of a fit is kept."""
+
+    def due(self) -> bool:
+        """Whether it is time to keep it."""
+
+    def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keeps it."""
+
+    def recall(self) -> State | None:
+        """What was kept last, if anything."""
+
+
+def _state(
+    updates: Weights, before: Weights, curvature: Curvature, problem: _Problem,
+    facts: dict[str, Any],
+) -> State:  # fmt: skip
+    """All that the steps to come depend on."""
+    groups = {
+        "update": updates, "before": before, "reads": curvature.reads, "writes": curvature.writes
+    }  # fmt: skip
+    tensors = {f"{group}/{n}": t for group, found in groups.items() for n, t in found.items()}
+    tensors["generator"] = problem.generator.get_state()
+    return tensors, facts | {"tokens": curvature.tokens}
+
+
+def _restored(
+    state: State, problem: _Problem, curvature: Curvature
+) -> tuple[int, Weights, Weights, list[float], list[float]]:
+    """Steps done, updates, last step, its lengths, history; generator and curvature are set."""
+    tensors, facts = state
+    groups: dict[str, Weights] = {"update": {}, "before": {}, "reads": {}, "writes": {}}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        if group in groups:
+            groups[group][name] = tensor.to(problem.start[name].device)
+    problem.generator.set_state(tensors["generator"])
+    curvature.reads, curvature.writes = groups["reads"], groups["writes"]
+    curvature.tokens = dict(facts["tokens"])
+    curvature.invert()
+    return facts["step"], groups["update"], groups["before"], facts["lengths"], facts["history"]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,9 @@ from . import tape
 from .trajectories import Call
 
 log = logging.getLogger(__name__)
+
+EVERY = 180.0
+"""Seconds between two states of a fit: writing one of a large model takes some ten of them."""
 
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
@@ -100,6 +104,12 @@ class Keep:
             marks = {_KEY: key, _SUM: fingerprint(content(tensors), note), _NOTE: note}
             write_safetensors(path, dict(tensors), marks)
 
+    def remove(self, name: str, key: str) -> None:
+        """Forgets what is kept under a name and key."""
+        path = self._path(name, key)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
     def _path(self, name: str, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}-{key[:16]}.safetensors"
 
@@ -128,6 +138,10 @@ class Keep:
         updates = {n: LowRank(tensors[f"{n}.up"], tensors[f"{n}.down"]) for n in names}
         return updates, json.loads(note)
 
+    def halfway(self, name: str, key: str) -> Halfway | None:
+        """Where the state of a long fit is kept; None where nothing is."""
+        return None if self.folder is None else Halfway(self, name, key)
+
     def keep_fitted(
         self, name: str, key: str, found: Mapping[str, LowRank], facts: Mapping[str, Any]
     ) -> None:
@@ -136,3 +150,30 @@ class Keep:
             parts = {f"{name}.up": u.up for name, u in found.items()}
             parts |= {f"{name}.down": u.down for name, u in found.items()}
             self.store(name, key, parts, json.dumps(facts))
+
+
+class Halfway:
+    """The state of a fit that takes long, kept every few minutes in one file."""
+
+    def __init__(self, keep: Keep, name: str, key: str) -> None:
+        """In a folder, under a name and key."""
+        self.keep, self.name, self.key = keep, name, key
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether EVERY seconds have gone by."""
+        return time.monotonic() - self.last >= EVERY
+
+    def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keeps a state instead of the one before."""
+        self.keep.store(self.name, self.key, tensors, json.dumps(facts))
+        self.last = time.monotonic()
+
+    def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that was kept last."""
+        found = self.keep.recall(self.name, self.key)
+        return None if found is None else (found[0], json.loads(found[1]))
+
+    def drop(self) -> None:
+        """Forgets it: the fit is done."""
+        self.keep.remove(self.name, self.key)

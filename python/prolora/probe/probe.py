@@ -301,16 +301,19 @@ def _joint(
     names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
     start = dict(rival) if gate.serves(target, rival, first, between.read) else {}
     report.start = "copy" if start else "zero"
+    halfway = keep.halfway("fit", key)
     outside = {name: start.pop(name) for name in list(start) if name not in names}
     with applied(target, outside):  # copied and left so: what is fitted goes on from there
         fitted = joint.fit(
             target, names, draw, between.read, options.steps, options.damping, start,
-            lambda step: told(step, f"step {step + 1}"),
+            lambda step: told(step, f"step {step + 1}"), halfway,
         )  # fmt: skip
     report.steps = fitted.history
     updates = joint.cut(fitted, options.rank) | outside
     facts = {"steps": fitted.history, "start": report.start}
     keep.keep_fitted("joint", key, updates, facts)
+    if halfway:
+        halfway.drop()
     return updates
 
 
