@@ -214,7 +214,16 @@ def probe(
         return Probed(probe=result.report, rival_serves=True, strength=gate.copy_strength)
     done = Probed(probe=result.report, left_out={name: _VECTOR for name in adapter.vectors})
     done.strength = factor * (gate.strength if gate else 1.0)
+    copied = [name for name in found.skipped if name in updates]
+    for name in copied:  # where a fit starts from the copy, what is outside the blocks stays copied
+        del found.skipped[name]
     done.rows = _rows(adapter, found, source, updates, "fitted to the running models")
+    done.rows = [
+        replace(row, reason="copied; the fit in the blocks goes on from there")
+        if row.source in copied
+        else row
+        for row in done.rows
+    ]
     done.rows = [replace(row, strength=done.strength) if row.rank_out else row for row in done.rows]
     done.updates = updates | {name: adapter.updates[name] for name in found.passed}
     done.seconds = dict(result.report.seconds)
@@ -225,6 +234,12 @@ def probe(
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
     }
     return done
+
+
+def kernels(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
+    """(kh, kw) of those that are convolutions of the target."""
+    shapes = {name: target.shapes.get(name, ()) for name in updates}
+    return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
 
 
 def _without_text(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -261,8 +261,9 @@ def _probed(
     report.left_out |= adapter.left_out
     metadata = metadata_of(adapter, plan, source, target, replace(options, strength=done.strength))
     moved = replace(
-        blank, updates=done.updates, metadata=metadata | done.facts | probing.marks(notes)
-    )
+        blank, updates=done.updates, kernels=probing.kernels(done.updates, target),
+        metadata=metadata | done.facts | probing.marks(notes),
+    )  # fmt: skip
     return Transfer(moved, report, files)
 
 

@@ -173,6 +173,16 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
     assert "no transformer block" in skipped[0].reason
     done.save(tmp_path / "out.safetensors", format="diffusers")
+    # Where the fit starts from the copy, the convolution stays copied, as a convolution.
+    done = prolora_transfer(
+        tmp_path / "with.safetensors", room / "source", room / "twin", method="probe",
+        probe=Probing(images=1, steps=1, fit_steps=1, force=True),
+    )  # fmt: skip
+    done.save(tmp_path / "copied.safetensors")
+    assert not done.report.rows("skipped")
+    conv = next(row for row in done.report.modules if row.source == skipped[0].source)
+    assert conv.reason.startswith("copied")
+    assert adapters.read(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
         prolora_transfer(
             tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
