@@ -37,7 +37,8 @@ else
 fi
 export PROLORA_REQUIRE=cpu,cuda
 kernels=("$root"/tests/test_split_project.py "$root"/tests/test_overlap.py
-  "$root"/tests/test_overlap_table.py "$root"/tests/test_small_svd.py)
+  "$root"/tests/test_overlap_table.py "$root"/tests/test_project_pair.py
+  "$root"/tests/test_panel_qr.py "$root"/tests/test_small_svd.py)
 timeout 100 python3 -m pytest -q -p no:cacheprovider -k cuda "${kernels[@]}" "$root/tests/test_ops.py" \
   2>&1 | tee test.log | tail -n 5
 status=${PIPESTATUS[0]}

@@ -124,6 +124,53 @@ void overlap_table(Address groups, Address table, Address edges, Address shells,
 }
 
 template <class T>
+void project_pair_of(Address us, Address ut, Address x, Address coefficients, Address split,
+                     Address moved, Index batch, Index m, Index ks, Index kt, Index r, bool cuda,
+                     Address stream) {
+  const ProjectPairArgs<T> args{pointer<const T>(us),
+                                pointer<const T>(ut),
+                                pointer<const T>(x),
+                                pointer<T>(coefficients),
+                                pointer<T>(split),
+                                pointer<T>(moved),
+                                batch,
+                                m,
+                                ks,
+                                kt,
+                                r};
+  py::gil_scoped_release release;
+  ON_DEVICE(cuda, project_pair_cpu(args), project_pair_cuda(args, stream));
+}
+
+void project_pair(Address us, Address ut, Address x, Address coefficients, Address split,
+                  Address moved, Index batch, Index m, Index ks, Index kt, Index r, bool float64,
+                  bool cuda, Address stream) {
+  auto run = float64 ? project_pair_of<double> : project_pair_of<float>;
+  run(us, ut, x, coefficients, split, moved, batch, m, ks, kt, r, cuda, stream);
+}
+
+template <class T>
+void panel_qr_of(Address panel, Address q, Address l, Address rank, Address scratch, Index batch,
+                 Index r, Index m, bool cuda, Address stream) {
+  const PanelQrArgs<T> args{pointer<const T>(panel),
+                            pointer<T>(q),
+                            pointer<T>(l),
+                            pointer<Index>(rank),
+                            pointer<double>(scratch),
+                            batch,
+                            r,
+                            m};
+  py::gil_scoped_release release;
+  ON_DEVICE(cuda, panel_qr_cpu(args), panel_qr_cuda(args, stream));
+}
+
+void panel_qr(Address panel, Address q, Address l, Address rank, Address scratch, Index batch,
+              Index r, Index m, bool float64, bool cuda, Address stream) {
+  auto run = float64 ? panel_qr_of<double> : panel_qr_of<float>;
+  run(panel, q, l, rank, scratch, batch, r, m, cuda, stream);
+}
+
+template <class T>
 void small_svd_of(Address a, Address u, Address s, Address v, Address scratch, Index batch, Index m,
                   Index n, bool cuda, Address stream) {
   const SmallSvdArgs<T> args{pointer<const T>(a),
@@ -175,6 +222,13 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         "How many partial sums overlap() writes per matrix.");
   m.def("overlap_table", &overlap_table, arg("groups"), arg("table"), arg("edges"), arg("shells"),
         arg("count"), arg("blocks"), arg("strips"), arg("float64"), arg("cuda"), arg("stream"));
+  m.def("project_pair", &project_pair, arg("us"), arg("ut"), arg("x"), arg("coefficients"),
+        arg("split"), arg("moved"), arg("batch"), arg("m"), arg("ks"), arg("kt"), arg("r"),
+        arg("float64"), arg("cuda"), arg("stream"));
+  m.def("panel_qr", &panel_qr, arg("panel"), arg("q"), arg("l"), arg("rank"), arg("scratch"),
+        arg("batch"), arg("r"), arg("m"), arg("float64"), arg("cuda"), arg("stream"));
+  m.def("panel_qr_scratch", &panel_qr_scratch, arg("r"),
+        "Doubles of scratch that panel_qr() needs for a panel.");
   m.def("small_svd", &small_svd, arg("a"), arg("u"), arg("s"), arg("v"), arg("scratch"),
         arg("batch"), arg("m"), arg("n"), arg("float64"), arg("cuda"), arg("stream"));
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("float64"),

@@ -80,6 +80,8 @@ struct CudaWarp {
 };
 
 struct CudaBlock {
+  static constexpr int kTogether = 1;  // neighbours that one i should take: threads share them out
+
   template <class F>
   __device__ __forceinline__ void each(Index n, F f) const {
 #pragma unroll 2

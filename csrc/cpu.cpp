@@ -11,6 +11,8 @@
 #include "overlap.h"
 #include "overlap_serial.h"
 #include "overlap_table.h"
+#include "panel_qr.h"
+#include "project_pair.h"
 #include "serial.h"
 #include "small_svd.h"
 #include "split_project.h"
@@ -86,6 +88,36 @@ void overlap_table(const OverlapTableArgs<T>& args) {
 }
 
 template <class T>
+void project_pair(const ProjectPairArgs<T>& args) {
+  using Tile = SerialTile<T>;
+  const double flops = 12.0 * args.batch * args.m * args.ks * args.r;
+  for (const ProjectStep step : kProjectSteps) {
+    const ProjectRows<T> rows = project_rows(args, step);
+    const bool parallel = flops > kParallelFlops;
+    each_tile(tile_grid<Tile>(rows.k, rows.rows), 0, args.batch, parallel,
+              [&](Index b, Index row, Index col) {
+                project_coefficients(Tile{}, args, step, b, row, col);
+              });
+    each_tile(
+        tile_grid<Tile>(args.m, rows.rows), 0, args.batch, parallel,
+        [&](Index b, Index row, Index col) { project_apply(Tile{}, args, step, b, row, col); });
+  }
+}
+
+template <class T>
+void panel_qr(const PanelQrArgs<T>& args) {
+  const Index r = args.r;
+  const Index m = args.m;
+  const double flops = 8.0 * args.batch * m * r * r;
+#pragma omp parallel for schedule(dynamic) if (flops > kParallelFlops)
+  for (Index b = 0; b < args.batch; ++b) {
+    panel_qr(SerialBlock{}, args.panel + b * r * m, args.q + b * r * m, args.l + b * r * r,
+             args.rank + b, PanelWorkspace::at(args.scratch + b * PanelWorkspace::doubles(r), r), r,
+             m);
+  }
+}
+
+template <class T>
 void small_svd(const SmallSvdArgs<T>& args) {
   const Index m = args.m;
   const Index n = args.n;
@@ -110,8 +142,8 @@ void small_svd(const SmallSvdArgs<T>& args) {
 }
 
 template <class T>
-constexpr CpuOps<T> kOps = {split_project<T>, overlap<T>, overlap_tiles<T>, overlap_table<T>,
-                            small_svd<T>};
+constexpr CpuOps<T> kOps = {split_project<T>, overlap<T>,  overlap_tiles<T>, overlap_table<T>,
+                            project_pair<T>,  panel_qr<T>, small_svd<T>};
 
 }  // namespace
 

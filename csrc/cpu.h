@@ -12,6 +12,8 @@ struct CpuOps {
   void (*overlap)(const OverlapArgs<T>&);
   Index (*overlap_tiles)(Index ks, Index kt);
   void (*overlap_table)(const OverlapTableArgs<T>&);
+  void (*project_pair)(const ProjectPairArgs<T>&);
+  void (*panel_qr)(const PanelQrArgs<T>&);
   void (*small_svd)(const SmallSvdArgs<T>&);
 };
 

@@ -103,6 +103,22 @@ void small_svd_cpu(const SmallSvdArgs<T>& args) {
   ops<T>().small_svd(args);
 }
 
+template <class T>
+void project_pair_cpu(const ProjectPairArgs<T>& args) {
+  ops<T>().project_pair(args);
+}
+
+template <class T>
+void panel_qr_cpu(const PanelQrArgs<T>& args) {
+  ops<T>().panel_qr(args);
+}
+
+Index panel_qr_scratch(Index r) { return 3 * r * r + 2 * r; }
+
+template void project_pair_cpu(const ProjectPairArgs<float>&);
+template void project_pair_cpu(const ProjectPairArgs<double>&);
+template void panel_qr_cpu(const PanelQrArgs<float>&);
+template void panel_qr_cpu(const PanelQrArgs<double>&);
 template void split_project_cpu(const SplitProjectArgs<float>&);
 template void split_project_cpu(const SplitProjectArgs<double>&);
 template void overlap_cpu(const OverlapArgs<float>&);

@@ -30,6 +30,27 @@ struct OverlapArgs {
   Index batch, m, ks, kt;
 };
 
+template <class T>
+struct ProjectPairArgs {
+  const T* us;      // [batch, m, ks], orthonormal columns (zero columns allowed)
+  const T* ut;      // [batch, m, kt]
+  const T* x;       // [batch, r, m]
+  T* coefficients;  // [batch, 2 r, max(ks, kt)], scratch
+  T* split;         // [batch, 2 r, m]: x in the range of us, and in its complement
+  T* moved;         // [batch, 2 r, m]: the first in the range of ut, the second in its complement
+  Index batch, m, ks, kt, r;
+};
+
+template <class T>
+struct PanelQrArgs {
+  const T* panel;   // [batch, r, m]
+  T* q;             // [batch, r, m], orthonormal rows, or zero where a row was dropped
+  T* l;             // [batch, r, r], lower, panel = l q
+  Index* rank;      // [batch], rows kept; -1: not found this way
+  double* scratch;  // [batch, panel_qr_scratch(r)]
+  Index batch, r, m;
+};
+
 // overlap_table cuts Usᵀ Ut into blocks of this many rows and columns.
 constexpr Index kOverlapBlock = 64;
 
@@ -79,6 +100,18 @@ template <class T>
 void overlap_table_cpu(const OverlapTableArgs<T>& args);
 template <class T>
 void overlap_table_cuda(const OverlapTableArgs<T>& args, std::uintptr_t stream);
+
+template <class T>
+void project_pair_cpu(const ProjectPairArgs<T>& args);
+template <class T>
+void project_pair_cuda(const ProjectPairArgs<T>& args, std::uintptr_t stream);
+
+template <class T>
+void panel_qr_cpu(const PanelQrArgs<T>& args);
+template <class T>
+void panel_qr_cuda(const PanelQrArgs<T>& args, std::uintptr_t stream);
+// Numbers of scratch for a panel of r rows.
+Index panel_qr_scratch(Index r);
 
 // How many partial sums a matrix has.
 template <class T>

@@ -58,10 +58,11 @@ struct SerialWarp {
     for (Index i = 0; i < n; ++i) f(i);
   }
 
-  // Partial sums let the compiler use vectors without -ffast-math.
+  // Partial sums let the compiler use vectors without -ffast-math; four of them at a time, or each
+  // addition would wait for the one before.
   template <class T, class F>
   HOST_DEVICE T sum(Index n, F f) const {
-    constexpr int kWidth = Vector<T>::kWidth;
+    constexpr int kWidth = 4 * Vector<T>::kWidth;
     T partial[kWidth] = {};
     Index i = 0;
     for (; i + kWidth <= n; i += kWidth) {
@@ -105,6 +106,8 @@ struct SerialWarp {
 };
 
 struct SerialBlock : SerialWarp {
+  static constexpr int kTogether = 16;
+
   template <class F>
   HOST_DEVICE void each_warp(Index n, F f) const {
     for (Index i = 0; i < n; ++i) f(SerialWarp{}, i);
@@ -145,7 +148,9 @@ struct SerialTile {
       const T* from = b.data + p0 * b.depth_step();
       for (Index p = 0; p < deep; ++p, from += b.depth_step()) {
         T* to = slice + p * kStride;
-        if (b.size == kStride) {
+        if (B::kAlongDepth) {
+          for (Index j = 0; j < kStride; ++j) to[j] = j < b.size ? from[j * b.step()] : T(0);
+        } else if (b.size == kStride) {
           std::memcpy(to, from, sizeof(T) * kStride);
         } else {
           std::memset(to, 0, sizeof(T) * kStride);

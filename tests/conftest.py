@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from prolora import grouped_ops, ops
+from prolora import grouped_ops, ops, row_ops
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
@@ -49,6 +49,14 @@ class Kernels:
     def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         there = self._there(*us), self._there(*ut)
         outputs = grouped_ops.run_overlap_table(self.module, *there, self.cuda)
+        return tuple(t.cpu() for t in outputs)
+
+    def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = row_ops.run_project_pair(self.module, *self._there(us, ut, x), self.cuda)
+        return tuple(t.cpu() for t in outputs)
+
+    def panel_qr(self, panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = row_ops.run_panel_qr(self.module, *self._there(panel), self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,12 @@ MODULE = Path(_C.__file__)
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 PTX = {"sm_80", "sm_120"}
 # (threads in a block, least number of blocks) x registers must fit in 65,536.
-REGISTERS = {"small_svd_kernel": 128, "sum_tiles_kernel": 64, "shells_kernel": 64}
+REGISTERS = {
+    "small_svd_kernel": 128,
+    "sum_tiles_kernel": 64,
+    "shells_kernel": 64,
+    "panel_qr_kernel": 128,
+}
 TILE_REGISTERS = {"f": 128, "d": 255}
 
 
@@ -51,7 +56,13 @@ def test_no_kernel_spills_or_uses_more_registers_than_its_budget(cuobjdump):
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage")
     )
     names = " ".join(name for name, *_ in usage)
-    for kernel in ("split_project_kernel", "overlap_kernel", "overlap_table_kernel", *REGISTERS):
+    for kernel in (
+        "split_project_kernel",
+        "overlap_kernel",
+        "overlap_table_kernel",
+        "project_pair_kernel",
+        *REGISTERS,
+    ):
         assert kernel in names
     for name, registers, stack, local in usage:
         budget = next((n for kernel, n in REGISTERS.items() if kernel in name), None)

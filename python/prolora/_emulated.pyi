@@ -45,6 +45,36 @@ def overlap_table(
     cuda: bool,
     stream: int,
 ) -> None: ...
+def project_pair(
+    us: int,
+    ut: int,
+    x: int,
+    coefficients: int,
+    split: int,
+    moved: int,
+    batch: int,
+    m: int,
+    ks: int,
+    kt: int,
+    r: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
+def panel_qr(
+    panel: int,
+    q: int,
+    l: int,
+    rank: int,
+    scratch: int,
+    batch: int,
+    r: int,
+    m: int,
+    float64: bool,
+    cuda: bool,
+    stream: int,
+) -> None: ...
+def panel_qr_scratch(r: int) -> int: ...
 def small_svd(
     a: int,
     u: int,

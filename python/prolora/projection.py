@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import row_ops
 from .errors import NonFiniteWeights, ShapeMismatch
 from .linalg import recompression
 from .linalg.arrays import like, to_tensor
@@ -32,40 +32,46 @@ tried in docs/evidence.md this one recovers most, since it drops least.
 """
 
 Parts = tuple[Tensor, ...]
-Side = Callable[[Tensor, Tensor, Tensor], Parts]
 
 
-def _prolora(x: Tensor, source: Tensor, target: Tensor) -> Parts:
-    inside, outside = ops.split_project(source, x)
-    return ops.split_project(target, inside)[0], ops.split_project(target, outside)[1]
+@dataclass(frozen=True)
+class Side:
+    """One factor as rows x [..., r, m], taken apart by two bases.
+
+    Attributes:
+        x: the rows.
+        inside, outside: their parts in the range of the source's basis and in its complement.
+        within: what of `inside` lies in the range of the target's basis.
+        without: what of `outside` lies in the complement of the target's.
+    """
+
+    x: Tensor
+    inside: Tensor
+    outside: Tensor
+    within: Tensor
+    without: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, source: Tensor, target: Tensor) -> Side:
+        """Rows x [..., r, m] through U_s [..., m, k] and U_t [..., m, k']."""
+        split, moved = row_ops.project_pair(source, target, x)
+        return cls(x, *split.chunk(2, -2), *moved.chunk(2, -2))
 
 
-def _subspace(x: Tensor, source: Tensor, target: Tensor) -> Parts:
-    return (ops.split_project(target, ops.split_project(source, x)[0])[0],)
-
-
-def _lora_x(x: Tensor, source: Tensor, target: Tensor) -> Parts:
-    return (ops.split_project(target, x)[0],)
-
-
-def _blocks(x: Tensor, source: Tensor, target: Tensor) -> Parts:
-    # The four blocks factor: Σ_ab (P_t^a P_s^a) ΔW (Q_s^b Q_t^b) = L ΔW R. The rank stays r.
-    inside, outside = _prolora(x, source, target)
-    return (inside + outside,)
-
-
-def _copy(x: Tensor, source: Tensor, target: Tensor) -> Parts:
-    return (x,)
-
-
-METHODS: dict[str, Side] = {
-    "prolora": _prolora,  # the paper: range to range, complement to complement
-    "subspace": _subspace,  # the paper's ablation without the complement
-    "lora-x": _lora_x,  # LoRA-X eq. 3: the target's range alone
-    "copy": _copy,  # the update unchanged: the baseline
-    "blocks": _blocks,  # our extension: the mixed blocks are mapped as well
+METHODS: dict[str, Callable[[Side], Parts]] = {
+    # the paper: range to range, complement to complement
+    "prolora": lambda side: (side.within, side.without),
+    # the paper's ablation without the complement
+    "subspace": lambda side: (side.within,),
+    # LoRA-X eq. 3: the target's range alone, of what was inside and of what was outside
+    "lora-x": lambda side: (side.within + (side.outside - side.without),),
+    # the update unchanged: the baseline
+    "copy": lambda side: (side.x,),
+    # our extension: the mixed blocks are mapped as well, and the four blocks factor:
+    # Σ_ab (P_t^a P_s^a) ΔW (Q_s^b Q_t^b) = L ΔW R, so the rank stays r
+    "blocks": lambda side: (side.within + side.without,),
 }
-"""What each method does to one side: x [..., m, r] with U_s [..., m, k], U_t [..., m, k'].
+"""What each method makes of one side.
 
 The parts a method returns are mutually orthogonal (range and complement of one target basis).
 """
@@ -168,11 +174,11 @@ def project_factors(
     """
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
-    up, down = delta.up.to(work), delta.down.to(work).mT  # [..., m, r], [..., n, r]
-    side = METHODS[method]
-    left, right = side(up, source.U, target.U), side(down, source.V, target.V)
-    moved = LowRank(torch.cat(left, -1), torch.cat(right, -1).mT)
-    info = _account(LowRank(up, down.mT), moved, source, target, similar)
+    left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
+    right = Side.of(delta.down.to(work), source.V, target.V)  # rows of n
+    up, down = METHODS[method](left), METHODS[method](right)
+    info = _account(left, right, up, down, source, target, similar)
+    moved = LowRank(torch.cat(up, -2).mT, torch.cat(down, -2))
     return moved.to(delta.dtype), info
 
 
@@ -189,9 +195,9 @@ def recompress_parts(delta: LowRank, method: str, tolerance: float = 1e-6) -> li
     """
     halves = 2 if method == "prolora" else 1
     ups, downs = delta.up.chunk(halves, -1), delta.down.chunk(halves, -2)
-    svds = [recompression.product_svd(u, d) for u, d in zip(ups, downs, strict=True)]
-    u, s, v = recompression.merge_orthogonal(svds)
-    up, down = recompression.balanced(u, s, v)
+    up, s, down = recompression.merged(
+        [recompression.factored(u, d) for u, d in zip(ups, downs, strict=True)]
+    )
     keep = (s > tolerance * s[..., :1]).sum(-1).clamp_min(1).tolist()
     return [
         LowRank(up[i, :, :k].contiguous(), down[i, :k].contiguous()) for i, k in enumerate(keep)
@@ -205,46 +211,57 @@ def _project_dense(
     work = working_dtype(delta.dtype)
     source, target = source.to(work).to(delta.device), target.to(work).to(delta.device)
     x = delta.to(work)
-    side = METHODS[method]
-    moved = torch.zeros_like(x)
-    for i, part in enumerate(side(x, source.U, target.U)):
-        moved = moved + side(part.mT.contiguous(), source.V, target.V)[i].mT
     eye = torch.eye(x.shape[-1], dtype=work, device=x.device).expand(*x.shape[:-2], -1, -1)
-    return moved, _account(LowRank(x, eye), LowRank(moved, eye), source, target)
+    left, right = Side.of(x.mT, source.U, target.U), Side.of(eye, source.V, target.V)
+    up, down = METHODS[method](left), METHODS[method](right)
+    moved = sum((u.mT @ d for u, d in zip(up, down, strict=True)), torch.zeros_like(x))
+    return moved, _account(left, right, up, down, source, target)
 
 
 def _account(
-    delta: LowRank, moved: LowRank, source: Basis, target: Basis, similar: Similarity | None = None
-) -> ProjectionInfo:
-    """What was kept and lost, from r×r Gram matrices in float64: ‖XY‖² = tr((XᵀX)(YYᵀ))."""
-    left = [part.double() for part in ops.split_project(source.U, delta.up)]
-    right = [part.double() for part in ops.split_project(source.V, delta.down.mT)]
-    grams_left, grams_right = ([x.mT @ x for x in side] for side in (left, right))
-    before = delta.norm().square()
-    after = moved.norm().square()
+    left: Side, right: Side, up: Parts, down: Parts, source: Basis, target: Basis,
+    similar: Similarity | None = None,
+) -> ProjectionInfo:  # fmt: skip
+    """What was kept and lost, from r×r Gram matrices in float64: ‖XᵀY‖² = tr((XXᵀ)(YYᵀ))."""
+    sides = ((left, up), (right, down))
+    x, inside, outside = (
+        [getattr(side, name).double() for side, _ in sides] for name in ("x", "inside", "outside")
+    )
+    within, without = ([rows @ rows.mT for rows in part] for part in (inside, outside))
+    parts = [[part.double() for part in moved] for _, moved in sides]
+    before = _inner([rows @ rows.mT for rows in x])
+    # Parts are orthogonal to each other on either side, so no product of two counts.
+    after = _total([_inner([u @ u.mT, d @ d.mT]) for u, d in zip(*parts, strict=True)])
+    cross = _total([_inner([u @ x[0].mT, d @ x[1].mT]) for u, d in zip(*parts, strict=True)])
+    distance = (after + before - 2 * cross).clamp_min(0)
     safe = torch.where(before > 0, before, 1.0)
 
-    def share(i: int, j: int) -> Tensor:
-        return (grams_left[i] * grams_right[j]).sum((-2, -1)).clamp_min(0) / safe
+    def share(of_left: Tensor, of_right: Tensor) -> Tensor:
+        return _inner([of_left, of_right]) / safe
 
-    cross = (moved.up.double().mT @ delta.up.double()) * (
-        moved.down.double() @ delta.down.double().mT
-    )
-    distance = (after + before - 2 * cross.sum((-2, -1))).clamp_min(0)
     return ProjectionInfo(
         similarity=similar or basis_similarity(source, target),
         rank_source=source.rank,
         rank_target=target.rank,
-        range_energy=share(0, 0),
-        null_energy=share(1, 1),
-        range_null_energy=share(0, 1),
-        null_range_energy=share(1, 0),
+        range_energy=share(within[0], within[1]),
+        null_energy=share(without[0], without[1]),
+        range_null_energy=share(within[0], without[1]),
+        null_range_energy=share(without[0], within[1]),
         surviving_energy=after / safe,
         norm_ratio=(after / safe).sqrt(),
         copy_distance=(distance / safe).sqrt(),
         bound=torch.maximum(source.bound, target.bound),
         ok=source.ok & target.ok,
     )
+
+
+def _inner(grams: list[Tensor]) -> Tensor:
+    """⟨L, R⟩ [...] of two Gram matrices [..., r, r], which is never negative but for rounding."""
+    return (grams[0] * grams[1]).sum((-2, -1)).clamp_min(0)
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(0)
 
 
 def _basis(weight: Any, rank: Rank, shape: torch.Size, name: str, conv: bool) -> Basis:

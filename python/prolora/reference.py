@@ -43,6 +43,13 @@ def overlap_curve(source: Tensor, target: Tensor) -> Tensor:
     return torch.stack([overlap(source[:, :k], target[:, :k]) for k in range(1, fewest + 1)])
 
 
+def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [r, m] inside us above outside us, and these inside ut above outside ut: [2r, m]."""
+    inside, outside = x @ projector(us), x @ complement(us)
+    moved = torch.cat([inside @ projector(ut), outside @ complement(ut)], -2)
+    return torch.cat([inside, outside], -2), moved
+
+
 def blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
     """The four blocks of an update in the bases of its own weight: they sum to the update."""
     u, v = leading(weight, k)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, row_ops
 from .precision import working_dtype
 
 # The in-house Jacobi takes cores up to this width; wider ones go to LAPACK or cuSOLVER.
@@ -24,8 +26,59 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
+@dataclass(frozen=True)
+class Factored:
+    """The thin SVD of a product, not yet multiplied out: (Q_lᵀ u) diag(s) (Q_rᵀ v)ᵀ.
+
+    Attributes:
+        left: Q_l [..., d, m], orthonormal rows.
+        u: [..., d, c].
+        s: [..., c], descending.
+        v: [..., d', c].
+        right: Q_r [..., d', n].
+    """
+
+    left: Tensor
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    right: Tensor
+
+
+def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows Q [..., d, m] and L [..., r, d] of panel = L Q [..., r, m], d ≤ min(r, m).
+
+    float32 by Cholesky QR, whatever it cannot do by Householder reflections. Rows that the others
+    span leave zeros in Q.
+    """
+    r, m = panel.shape[-2:]
+    if panel.dtype == torch.float32 and r <= min(m, row_ops.MAX_PANEL_ROWS):
+        q, lower, rank = row_ops.panel_qr(panel)
+        failed = rank < 0
+        if failed.any():
+            # NaN and Inf among them stay what they are.
+            again, upper = torch.linalg.qr(panel[failed].mT)
+            q[failed], lower[failed] = again.mT, upper.mT
+        return q, lower
+    q, upper = torch.linalg.qr(panel.mT)
+    return q.mT, upper.mT
+
+
+def factored(up: Tensor, down: Tensor) -> Factored:
+    """SVD of up @ down: orthonormal rows of both factors, then the SVD of the small core.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+    """
+    q_up, l_up = orthonormal_rows(up.mT)
+    q_down, l_down = orthonormal_rows(down)
+    u, s, v = core_svd(l_up.mT @ l_down)
+    return Factored(q_up, u, s, v, q_down)
+
+
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up @ down: QR of both factors, then the SVD of the small core R_up·R_downᵀ.
+    """Thin SVD of up @ down.
 
     Args:
         up: [..., m, r].
@@ -35,29 +88,43 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U [..., m, d], S [..., d] in descending order and V [..., n, d], d ≤ r. Where a singular
         value is zero the columns of U or V carry no meaning.
     """
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    u, s, v = core_svd(r_up @ r_down.mT)
-    return q_up @ u, s, q_down @ v
+    found = factored(up, down)
+    return found.left.mT @ found.u, found.s, found.right.mT @ found.v
 
 
-def merge_orthogonal(
-    parts: list[tuple[Tensor, Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of a sum of parts whose columns, and whose rows, are orthogonal to each other.
+def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor]:
+    """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
 
     The two halves of ProLoRA are such parts (METHOD §1: range and complement of the same target
-    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width.
+    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width. They
+    are sorted while they are small.
 
     Args:
-        parts: the SVDs (U [..., m, d_i], S [..., d_i], V [..., n, d_i]).
+        parts: SVDs, of shapes that agree but for the numbers of rows and columns.
+
+    Returns:
+        U√S [..., m, c], S [..., c] in descending order and √S·Vᵀ [..., c, n].
     """
-    u = torch.cat([part[0] for part in parts], -1)
-    s = torch.cat([part[1] for part in parts], -1)
-    v = torch.cat([part[2] for part in parts], -1)
-    s, order = torch.sort(s, dim=-1, descending=True, stable=True)
+    s, order = torch.sort(
+        torch.cat([part.s for part in parts], -1), dim=-1, descending=True, stable=True
+    )
+    root = s.clamp_min(0).sqrt().unsqueeze(-2)
     columns = order.unsqueeze(-2)
-    return u.take_along_dim(columns, -1), s, v.take_along_dim(columns, -1)
+
+    def sorted_cores(cores: list[Tensor]) -> Tensor:
+        """Blocks on a diagonal [..., Σd, Σc], columns in order and scaled."""
+        wide = cores[0].new_zeros(*s.shape[:-1], sum(core.shape[-2] for core in cores), s.shape[-1])
+        row = column = 0
+        for core in cores:
+            d, c = core.shape[-2:]
+            wide[..., row : row + d, column : column + c] = core
+            row, column = row + d, column + c
+        return wide.take_along_dim(columns, -1) * root
+
+    left, right = (sorted_cores(cores) for cores in
+                   ([part.u for part in parts], [part.v for part in parts]))  # fmt: skip
+    up = torch.cat([part.left for part in parts], -2).mT @ left
+    return up, s, right.mT @ torch.cat([part.right for part in parts], -2)
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
