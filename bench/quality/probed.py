@@ -34,8 +34,8 @@ RELATED = {
     "trained on (*continued*): transformers": ("flux", "flux", "continued"),
     "trained on (*continued*): UNets": ("unet", "unet", "continued"),
 }
-CURVES = ("batch", "probes", "steps", "damping", "rank")
-DEFAULTS = {"batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
+CURVES = ("images", "batch", "probes", "steps", "damping", "rank")
+DEFAULTS = {"images": 24, "batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
 
 
 def collect(work: Path) -> dict:
@@ -43,7 +43,7 @@ def collect(work: Path) -> dict:
     rows = []
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        if name in ("study", "related") or name.split()[0] in CURVES:
+        if name in ("study", "related", "equal rank") or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
             rows.append(rounded(row))
@@ -143,6 +143,7 @@ def ceiling_table(table: Table) -> str:
         ours = Table(rows)
         if not rows:
             continue
+        same = chosen(table, where, name="equal rank")
         means = [ours.mean(score), trained.mean(score)]
         seconds = [
             sum(sum(row["seconds"].values()) - row["seconds"]["sample"] for row in part.rows)
@@ -152,11 +153,13 @@ def ceiling_table(table: Table) -> str:
         lines.append(
             [
                 name, str(len(rows)), *(cell(mean) for mean in means),
-                f"{means[0][0] / means[1][0]:.2f}", f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s",
+                f"{means[0][0] / means[1][0]:.2f}", cell(same.mean(score)),
+                f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s",
             ]
         )  # fmt: skip
     head = [
-        "target", "rows", "probe", "*distilled*", "ratio", "time of probe", "time of *distilled*",
+        "target", "rows", "probe", "*distilled*", "ratio", "probe, rank 8", "time of probe",
+        "time of *distilled*",
     ]  # fmt: skip
     return markdown(head, lines)
 
@@ -228,11 +231,12 @@ def curves_table(table: Table) -> str:
                 [
                     curve, f"**{value}**" if value == DEFAULTS[curve] else str(value),
                     f"{row['score']:.2f}", f"{row['share']['all']:.3f}",
-                    f"{row['seconds']['fit'] + row['seconds']['draw']:.1f} s",
+                    f"{row['seconds']['fit'] + row['seconds']['draw']:.1f} s", f"{ratio(row):.1f}",
                 ]
             )  # fmt: skip
     return markdown(
-        ["option", "value", "score", "held-out share", "time of drawing and fit"], lines
+        ["option", "value", "score", "held-out share", "drawing and fit", "fitting / sampling"],
+        lines,
     )
 
 
