@@ -85,7 +85,7 @@ def check(source: Base, target: Base, options: Options) -> None:
                 "the models, so both bases must be folders of whole diffusers pipelines "
                 f"({latents.INDEX}, scheduler, text encoders, and unet or transformer). A single "
                 "file becomes one by StableDiffusionPipeline.from_single_file(FILE)"
-                ".save_pretrained(FOLDER) and the like"
+                ".save_pretrained(FOLDER) and the like; a model on the hub by downloading all of it"
             )
     assert source.path is not None and target.path is not None
     latents.check(source.path, target.path)
