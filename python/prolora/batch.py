@@ -157,7 +157,6 @@ def transfer_many(
     groups = list(_groups([task for task in tasks if task.outcome is None], memory))
     with _cache_for(chosen, len(groups)) as cache:
         for group in groups:
-            memory.reserved = sum(_size(task.lora) for task in group) // 2
             progress = _of(group, inputs, asked.progress)
             if chosen.method == PROBE:
                 settings = options | {"progress": progress, "format": format, "dtype": dtype}
@@ -182,13 +181,17 @@ def _move(
         task.job = prepare(task.lora, source, target, chosen, format)
 
     def decide(task: _Task, job: Job) -> None:
+        memory.reserved += job.work.result_bytes()
         settle(job, source, target, cache, memory)
 
+    memory.reserved = 0
     spread(lambda task: task.attempt(partial(start, task)), group)
     for task in group:
         if task.job is not None:
             task.attempt(partial(decide, task, task.job))
     jobs = [task.job for task in group if task.job is not None]
+    memory.reserved = sum(job.work.result_bytes() for job in jobs)
+    memory.begin()
     started = time.perf_counter()
     move_all([job.work for job in jobs], source, target, cache, memory, progress)
     share = (time.perf_counter() - started) / max(1, len(jobs))

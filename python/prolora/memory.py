@@ -79,6 +79,12 @@ class Memory:
 
     limit: int | None = None
     reserved: int = 0
+    _free: int | None = None
+
+    def begin(self) -> None:
+        """Notes what is free now, for the stacks to come: their results take from it as they go."""
+        if self.limit is not None:
+            self._free = self.limit - resident() - self.reserved - SLACK
 
     def check(self, shapes: Iterable[tuple[int, int]], method: str) -> None:
         """Refuses a bound below what one matrix of each shape needs, before anything is done.
@@ -89,7 +95,8 @@ class Memory:
         if self.limit is None:
             return
         worst = max((_need(shape, method, 1) for shape in shapes), default=0)
-        least = resident() + self.reserved + SLACK + worst
+        # The results, and beside them what is worked on, or the file that is made of them.
+        least = resident() + SLACK + self.reserved + max(worst, self.reserved // 2)
         if self.limit < least:
             raise TooLittleMemory(
                 f"--max-memory {size_text(self.limit)} is too little: the largest weight, with "
@@ -106,8 +113,9 @@ class Memory:
         most = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
         if self.limit is None:
             return most
-        free = self.limit - resident() - self.reserved - SLACK
-        while most > 1 and _need(shape, method, most) > free:
+        if self._free is None:
+            self.begin()
+        while most > 1 and _need(shape, method, most) > (self._free or 0):
             most -= 1
         return most
 

@@ -68,6 +68,12 @@ class Work:
     moved: list[Moved] = field(default_factory=list)
     error: ProLoRAError | None = None
 
+    def result_bytes(self) -> int:
+        """What the moved updates take in memory, at most."""
+        width = 2 if self.options.method == "prolora" else 1
+        updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
+        return sum(4 * width * (x.up.numel() + x.down.numel()) for x in updates)
+
 
 def move_all(
     works: Sequence[Work], source: Base, target: Base, cache: BasisCache, memory: Memory,

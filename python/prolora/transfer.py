@@ -119,7 +119,9 @@ def _transfer(
     memory = Memory(chosen.max_memory)
     with BasisCache(chosen.cache).saving() as cache:
         job = prepare(lora, source, target, chosen, format)
+        memory.reserved = job.work.result_bytes()
         settle(job, source, target, cache, memory)
+        memory.begin()
         move_all([job.work], source, target, cache, memory, chosen.progress)
         return finish(job, source, target, cache, notes)
 
@@ -134,6 +136,7 @@ class Job:
         plan: where it goes.
         asked: the options, before anything was decided.
         work: what is moved, and what has been.
+        energies: ‖ΔW_s‖² of the modules without a place.
         affinities: of the pairs of the plan.
         report: what is known so far.
     """
@@ -143,6 +146,7 @@ class Job:
     plan: Plan
     asked: Options
     work: Work
+    energies: dict[str, float]
     affinities: dict[str, Affinity] = field(default_factory=dict)
     report: Report = field(default=None)  # type: ignore[assignment]
 
@@ -160,7 +164,12 @@ def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str |
         adapters.check_format(outlined(whole, plan, source, target, asked), format)
     used = {pair.source for pair in plan.pairs}
     whole = replace(whole, updates={n: x for n, x in whole.updates.items() if n in used})
-    return Job(lora, adapter, plan, asked, Work(whole, plan, asked, clock))
+    # What has no place is accounted for now, and its numbers are in nobody's way.
+    left = {name: adapter.updates[name] for name in (*plan.skipped, *plan.refused)}
+    energies = {name: update.norm().square().item() for name, update in left.items()}
+    updates = {n: hollow(x) if n in left else x for n, x in adapter.updates.items()}
+    adapter = replace(adapter, updates=updates)
+    return Job(lora, adapter, plan, asked, Work(whole, plan, asked, clock), energies)
 
 
 def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
@@ -192,10 +201,10 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
     report = blank_report(adapter, plan, source, target, decided)
     report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
-    # What has no place is accounted for now, and its numbers are in nobody's way.
-    left = {*plan.skipped, *plan.refused}
-    updates = {n: hollow(x) if n in left else x for n, x in adapter.updates.items()}
-    job.adapter, job.report = replace(adapter, updates=updates), report
+    report.modules = [
+        replace(row, energy=job.energies.get(row.source, row.energy)) for row in report.modules
+    ]
+    job.report = report
     job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     job.work.options = decided
 

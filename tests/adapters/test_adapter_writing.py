@@ -293,9 +293,9 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(tmp_path, monkey
     def wrong(path):
         adapter = adapters.read(path)
         updates = {n: LowRank(u.up * 1.01, u.down) for n, u in adapter.updates.items()}
-        return adapter.with_updates(updates)
+        return iter([adapter.with_updates(updates)])
 
-    monkeypatch.setattr(writing, "read", wrong)
+    monkeypatch.setattr(writing, "read_pieces", wrong)
     with pytest.raises(OutputError, match="reads back differently"):
         adapters.write(adapter_of(LINEAR), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
@@ -304,7 +304,7 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(tmp_path, monkey
 def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
     path = kohya_file(tmp_path / "out.safetensors")
     before = path.read_bytes()
-    monkeypatch.setattr(writing, "read", lambda _: adapter_of({}))
+    monkeypatch.setattr(writing, "read_pieces", lambda _: iter([adapter_of({})]))
     with pytest.raises(OutputError, match="other modules"):
         adapters.write(adapter_of(LINEAR), path)
     assert path.read_bytes() == before

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+import json
+from collections.abc import Iterable, Mapping
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from .scaling import METADATA_KEY
@@ -23,6 +26,10 @@ _BASES = {
     "flux1-dev": ("flux1", "flux-1-dev"),
     "flux1-schnell": ("flux1", "flux-1-schnell"),
 }
+
+# The bytes of a file that kohya's older hash is of, and safetensors' names of what LoRAs are in.
+_WINDOW = 0x100000, 0x110000
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 # True only of the file they were written into.
 _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA_KEY)
@@ -118,12 +125,35 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     changes neither. The first covers everything after the header, the second 64 KiB at 1 MiB.
     """
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    # Rust wants plain dense tensors; views of one storage would be refused.
-    data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
-    view = memoryview(data)
-    body = 8 + int.from_bytes(view[:8], "little")
-    window = view[0x100000 : 0x100000 + 0x10000]
-    return {
-        "sshs_model_hash": hashlib.sha256(view[body:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
-    }
+    # As safetensors lays a file out: here no copy of all tensors is made, which it needs twice.
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or next(iter(dtypes)) not in _NAMES:
+        # Rust wants plain dense tensors; views of one storage would be refused.
+        data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
+        view = memoryview(data)
+        return _hashes(8 + int.from_bytes(view[:8], "little"), [view])
+    header: dict[str, object] = {"__metadata__": training} if training else {}
+    start = 0
+    ordered = sorted(tensors.items())
+    for name, tensor in ordered:
+        stop = start + tensor.numel() * tensor.element_size()
+        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    body = (
+        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for _, tensor in ordered
+    )
+    return _hashes(8 + len(text), itertools.chain([memoryview(bytes(8) + text)], body))
+
+
+def _hashes(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
+    """The two hashes of a file that comes in pieces, whose tensors begin at byte `start`."""
+    whole, window, at = hashlib.sha256(), hashlib.sha256(), 0
+    for piece in pieces:
+        whole.update(piece[max(0, start - at) :])
+        window.update(piece[max(0, _WINDOW[0] - at) : max(0, _WINDOW[1] - at)])
+        at += len(piece)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -66,15 +66,14 @@ def read(
     """
     opened = open_source(source, metadata)
     contents = lay_out(opened)
-    if read_weight is None:
-        _check_independent(contents, opened)
-    # Everything that can be refused from the header was; scales before the large tensors.
-    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
     found = _empty(contents, opened)
-    for slot in contents.slots:
-        _add(found, slot, scales[slot.module.name], opened, read_weight)
-    for vector in contents.vectors:
-        found.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
+    for piece in _pieces(opened, contents, read_weight):
+        for mine, more in (
+            (found.updates, piece.updates), (found.kernels, piece.kernels),
+            (found.vectors, piece.vectors), (found.algorithms, piece.algorithms),
+            (found.kept_energy, piece.kept_energy), (found.left_out, piece.left_out),
+        ):  # fmt: skip
+            mine.update(more)  # type: ignore[arg-type]
     if found.left_out:
         first = next(iter(found.left_out.items()))
         log.warning("%s: %d tensors left out: %s: %s", opened.where, len(found.left_out), *first)
@@ -82,6 +81,30 @@ def read(
         name, reason = next(iter(found.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")
     return found
+
+
+def read_pieces(source: StrPath) -> Iterator[Adapter]:
+    """What `read` reads, a module or fused weight at a time, so that no more is in memory."""
+    opened = open_source(source)
+    return _pieces(opened, lay_out(opened), None)
+
+
+def _pieces(
+    opened: Source, contents: Contents, read_weight: ReadWeight | None
+) -> Iterator[Adapter]:
+    """An adapter for every slot, and one for the vectors."""
+    if read_weight is None:
+        _check_independent(contents, opened)
+    # Everything that can be refused from the header was; scales before the large tensors.
+    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
+    for slot in contents.slots:
+        piece = Adapter({})
+        _add(piece, slot, scales[slot.module.name], opened, read_weight)
+        yield piece
+    piece = Adapter({})
+    for vector in contents.vectors:
+        piece.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
+    yield piece
 
 
 def outline(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Adapter:

@@ -18,7 +18,7 @@ from ..storage import check_writable, write_safetensors, write_text_atomically
 from . import encoding, vectors
 from . import metadata as headers
 from .adapter import Adapter
-from .reading import read
+from .reading import read_pieces
 from .scaling import METADATA_KEY
 from .source import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
 
@@ -35,7 +35,7 @@ def write(
 ) -> None:
     """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
 
-    The output is built beside `path`, opened again through `read`, compared with `adapter` module
+    The output is built beside `path`, read back as any user would, compared with `adapter` module
     by module, and only then renamed.
 
     Args:
@@ -149,21 +149,34 @@ def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> N
     Raises:
         OutputError: an update is missing or is off by more than the rounding of `dtype`.
     """
+    seen: set[str] = set()
+    foreign: set[str] = set()
+    kernels: dict[str, tuple[int, int]] = {}
+    found: dict[str, Tensor] = {}
     try:
-        written = read(staged)
+        for piece in read_pieces(staged):
+            for name, update in piece.updates.items():
+                wanted = adapter.updates.get(name)
+                if wanted is None:
+                    foreign |= _nonzero(piece, {name})
+                elif not _equal(update, wanted, dtype):
+                    raise OutputError(
+                        f"{path}: {name} reads back differently from what was written"
+                    )
+            seen |= piece.updates.keys()
+            kernels |= piece.kernels
+            found |= piece.vectors
+    except OutputError:
+        raise
     except ProLoRAError as error:
         raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
-    missing = _nonzero(adapter, adapter.updates.keys() - written.updates.keys())
-    foreign = _nonzero(written, written.updates.keys() - adapter.updates.keys())
-    if missing or foreign or written.kernels != adapter.kernels:
+    missing = _nonzero(adapter, adapter.updates.keys() - seen)
+    if missing or foreign or kernels != adapter.kernels:
         changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
-    for name in adapter.updates.keys() & written.updates.keys():
-        if not _equal(written.updates[name], adapter.updates[name], dtype):
-            raise OutputError(f"{path}: {name} reads back differently from what was written")
-    for name in _used(adapter.vectors) | _used(written.vectors):
-        found, wanted = written.vectors.get(name), adapter.vectors.get(name)
-        if found is None or wanted is None or not vectors.same(found, wanted, dtype):
+    for name in _used(adapter.vectors) | _used(found):
+        back, vector = found.get(name), adapter.vectors.get(name)
+        if back is None or vector is None or not vectors.same(back, vector, dtype):
             raise OutputError(f"{path}: {name} reads back differently from what was written")
 
 
