@@ -13,7 +13,9 @@ import pytest
 import torch
 from timing import seconds
 
-from prolora import ops
+import sdxl
+from prolora import grouped_ops, ops, row_ops
+from prolora.linalg.overlaps import overlap_tables
 
 DTYPES = [torch.float32, torch.float64]
 ROUNDS = 7
@@ -107,3 +109,125 @@ def test_small_svd(benchmark, device, path, n, dtype):
     tolerance = n * torch.finfo(dtype).eps * largest
     torch.testing.assert_close(kernel(a)[1], torch_svd(a)[1], rtol=0, atol=tolerance)
     compare(benchmark, kernel, torch_svd, (a,))
+
+
+def torch_overlap_loop(us, ut):
+    """Layer by layer: the product, its squares, their sum."""
+    return [(x.mT @ y).square().sum() for x, y in zip(us, ut, strict=True)]
+
+
+def sdxl_pairs(rule, device, every):
+    """Left and right bases of the SDXL to SSD-1B pairs of equal name, each `every`-th of a shape."""
+    source, target = (sdxl.shapes(name, 1, True) for name in ("sdxl", "ssd-1b"))
+    counts = {}
+    for name, shape in target.items():
+        if source.get(name) == shape:
+            counts[shape] = counts.get(shape, 0) + 1
+    us, ut = [], []
+    for shape, count in counts.items():
+        k = min(shape) // 2 if rule == "d/2" else min(rule, *shape)
+        for side in shape:
+            one = torch.linalg.qr(random((side, k), torch.float32, "cpu"))[0].contiguous()
+            noise = random((side, k), torch.float32, "cpu").flip(0) * (0.3 / side**0.5)
+            other = torch.linalg.qr(one + noise)[0].contiguous()
+            for _ in range(-(-count // every)):  # memory of their own, as the bases of a model have
+                us.append(one.clone().to(device))
+                ut.append(other.clone().to(device))
+    return us, ut
+
+
+@pytest.mark.parametrize("rule", [128, 320, "d/2"])
+def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
+    """All pairs and both sides in one call, against one after the other."""
+    us, ut = sdxl_pairs(rule, device, 2 if benchmark.enabled else 80)
+
+    def ours(us, ut):
+        return [table.sum() for table, _ in grouped_ops.overlap_table(us, ut)]
+
+    shapes = {x.shape: i for i, x in enumerate(us)}.values()
+    found = ours(us, ut)
+    worst = 0.0
+    for i in shapes:
+        k = us[i].shape[1]
+        exact = (us[i].double().mT @ ut[i].double()).square().sum() / k
+        worst = max(worst, float((found[i] / k - exact).abs()))
+    assert worst < 1e-5
+    benchmark.extra_info["largest error of phi"] = worst
+    benchmark.extra_info["matrix tiles"] = device == "cpu" and grouped_ops.cpu_has_tiles()
+    compare_lists(benchmark, ours, torch_overlap_loop, us, ut)
+
+
+def test_overlap_for_every_number_of_columns(benchmark, device):
+    """The whole curve from one table, against a product for each k."""
+    us, ut = sdxl_pairs(320, device, 1000)
+    us, ut = us[:1], ut[:1]
+
+    def ours(us, ut):
+        return overlap_tables(us, ut)[0].curve()
+
+    def each(us, ut):
+        """A product for every k."""
+        return torch.stack([(us[0][:, :k].mT @ ut[0][:, :k]).square().sum() / k
+                            for k in range(1, us[0].shape[1] + 1)])  # fmt: skip
+
+    torch.testing.assert_close(ours(us, ut).float(), each(us, ut), rtol=0, atol=1e-5)
+    compare_lists(benchmark, ours, each, us, ut)
+
+
+def compare_lists(benchmark, ours, baseline, us, ut):
+    """`compare` for jobs that take lists of tensors."""
+
+    class Held(tuple):
+        is_cuda = us[0].is_cuda
+
+    def of(job):
+        def call(held):
+            return job(*held)
+
+        call.__doc__ = job.__doc__
+        return call
+
+    compare(benchmark, of(ours), of(baseline), (Held((us, ut)),))
+
+
+def torch_project_pair(us, ut, x):
+    """Four projections by torch.bmm, a factor's range and complement one after the other."""
+    inside = us @ (us.mT @ x.mT)
+    outside = x.mT - inside
+    rest = outside - ut @ (ut.mT @ outside)
+    return ut @ (ut.mT @ inside), rest
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 640, 294, 32), (8, 1280, 588, 32), (8, 1280, 128, 32), (2, 10240, 588, 32)],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["op", "kernel"])
+def test_project_pair(benchmark, device, path, shape):
+    """path: as in test_split_project."""
+    b, m, k, r = shape
+    us = torch.linalg.qr(random((b, m, k), torch.float32, device))[0].contiguous()
+    ut = us.flip(0).roll(1, 1).contiguous()
+    x = random((b, r, m), torch.float32, device)
+    kernel = {
+        "op": row_ops.project_pair,
+        "kernel": lambda us, ut, x: row_ops.run_project_pair(ops._C, us, ut, x, us.is_cuda),
+    }[path]
+    moved = torch.cat(torch_project_pair(us, ut, x), 2).mT
+    torch.testing.assert_close(kernel(us, ut, x)[1], moved, rtol=1e-4, atol=1e-4)
+    compare(benchmark, kernel, torch_project_pair, (us, ut, x))
+
+
+def torch_qr(panel):
+    """Householder reflections."""
+    return torch.linalg.qr(panel.mT)
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 1280), (32, 32, 1280), (32, 64, 1280), (4, 32, 10240)],
+                         ids=str)  # fmt: skip
+def test_panel_qr(benchmark, device, shape):
+    panel = random(shape, torch.float32, device)
+    q, lower, _ = row_ops.panel_qr(panel)
+    torch.testing.assert_close(lower @ q, panel, rtol=0, atol=1e-4)
+    compare(benchmark, row_ops.panel_qr, torch_qr, (panel,))

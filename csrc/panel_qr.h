@@ -77,13 +77,13 @@ HOST_DEVICE void panel_pass(const Block& block, T* q, const PanelWorkspace& w, I
     warp.each(1, [&](Index) { w.gram[i * r + j] = sum; });
   });
   block.each(r, [&](Index i) { w.scale[i] = std::sqrt(w.gram[i * r + i]); });
-  block.each(r * r, [&](Index entry) {
-    const Index i = entry / r;
-    const Index j = entry % r;
-    if (j > i) return;
-    const double both = w.scale[i] * w.scale[j];
-    w.gram[entry] = both > 0 ? w.gram[entry] / both : 0.0 * both;  // NaN stays
-    if (i == j && both > 0) w.gram[entry] = 1 + shift;
+  block.each_warp(r, [&](const auto& warp, Index i) {
+    warp.each(i + 1, [&](Index j) {
+      const double both = w.scale[i] * w.scale[j];
+      double& entry = w.gram[i * r + j];
+      entry = both > 0 ? entry / both : 0.0 * both;  // NaN stays
+      if (i == j && both > 0) entry = 1 + shift;
+    });
   });
   for (Index j = 0; j < r; ++j) {
     const double pivot = w.gram[j * r + j];
@@ -94,15 +94,16 @@ HOST_DEVICE void panel_pass(const Block& block, T* q, const PanelWorkspace& w, I
       if (n == 0) w.pivot[j] = pivot;
       w.inverse[i * r + j] = w.gram[i * r + j] * inverse;  // a column of L, for now
     });
-    const Index left = r - j - 1;
-    block.each(left * left, [&](Index n) {
-      const Index i = j + 1 + n / left;
-      const Index k = j + 1 + n % left;
-      if (k <= i) w.gram[i * r + k] -= w.inverse[i * r + j] * w.inverse[k * r + j];
+    block.each_warp(r - j - 1, [&](const auto& warp, Index n) {
+      const Index i = j + 1 + n;
+      const double own = w.inverse[i * r + j];
+      double* row = w.gram + i * r + j + 1;
+      const double* column = w.inverse + (j + 1) * r + j;
+      warp.each(n + 1, [&](Index k) { row[k] -= own * column[k * r]; });
     });
   }
-  block.each(r * r, [&](Index entry) {
-    if (entry % r <= entry / r) w.gram[entry] = w.inverse[entry];
+  block.each_warp(r, [&](const auto& warp, Index i) {
+    warp.each(i + 1, [&](Index j) { w.gram[i * r + j] = w.inverse[i * r + j]; });
   });
   // Columns of L⁻¹ by forward substitution, a dropped row being zero; D goes to the right of L⁻¹.
   block.each(r, [&](Index j) {
@@ -113,12 +114,12 @@ HOST_DEVICE void panel_pass(const Block& block, T* q, const PanelWorkspace& w, I
       w.inverse[i * r + j] = diagonal == 0 ? 0.0 : sum / diagonal;
     }
   });
-  block.each(r * r, [&](Index entry) {
-    const Index i = entry / r;
-    const Index j = entry % r;
-    if (j > i) return;
-    w.inverse[entry] = w.scale[j] > 0 ? w.inverse[entry] / w.scale[j] : 0.0 * w.scale[j];
-    w.gram[entry] *= w.scale[i];
+  block.each_warp(r, [&](const auto& warp, Index i) {
+    warp.each(i + 1, [&](Index j) {
+      double& entry = w.inverse[i * r + j];
+      entry = w.scale[j] > 0 ? entry / w.scale[j] : 0.0 * w.scale[j];
+      w.gram[i * r + j] *= w.scale[i];
+    });
   });
   // Rows from the last to the first, so that those above are still what they were; a column, or as
   // many as fill the vectors of a core, at a time. Sums in double: in T, the rounding of rows that

@@ -123,12 +123,13 @@ def run_small_svd(kernels: ModuleType, a: Tensor, cuda: bool) -> tuple[Tensor, T
 #   split_project  float32, r = 32 to 64: 0.8 to 1.05, with less memory; r = 256: 0.7.
 #                  float64, r = 32: 0.85; k = 640, r = 64: 0.6; r = 256: 0.5.
 #   overlap        0.6 to 0.9 from 64 columns on.
-#   small_svd      n = 8: 1.9; 16: 1.3; 32: 0.8; 64: 0.5; 128: 0.3, so about 24/n. Both are spread
+#   small_svd      n = 8: 1.9; 16: 1.3; 32: 1.7 in stacks, where starting threads for LAPACK takes
+#                  longer than the work; 64: 0.5; 128: 0.3. Both are spread
 #                  over the threads, so the crossing does not depend on their number.
 _MANY_COLUMNS = 64
 _OVERLAP_COLUMNS = 64
 _MANY_FLOPS = 5e7
-_LAPACK_COLUMNS = 24
+_LAPACK_COLUMNS = 32
 
 
 def _split_project(u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
