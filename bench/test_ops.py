@@ -10,10 +10,10 @@ same test; results are compared before they are timed.
 import statistics
 
 import pytest
+import sdxl
 import torch
 from timing import seconds
 
-import sdxl
 from prolora import grouped_ops, ops, row_ops
 from prolora.linalg.overlaps import overlap_tables
 
