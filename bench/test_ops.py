@@ -117,7 +117,7 @@ def torch_overlap_loop(us, ut):
 
 
 def sdxl_pairs(rule, device, every):
-    """Left and right bases of the SDXL to SSD-1B pairs of equal name, each `every`-th of a shape."""
+    """Bases of both sides of the SDXL to SSD-1B pairs of equal name, each `every`-th of a shape."""
     source, target = (sdxl.shapes(name, 1, True) for name in ("sdxl", "ssd-1b"))
     counts = {}
     for name, shape in target.items():
