@@ -96,7 +96,10 @@ def shapes(layout: str, scale: int, feed_forward: bool) -> dict[str, tuple[int, 
     return {name: (m // scale, n // scale) for name, (m, n) in sizes.items()}
 
 
-def write_unet(folder: Path, modules: dict[str, tuple[int, int]], noise: float, seed: int) -> None:
+def write_unet(
+    folder: Path, modules: dict[str, tuple[int, int]], noise: float, seed: int,
+    dtype: torch.dtype = torch.float16,
+) -> None:  # fmt: skip
     """A sharded diffusers folder; never more than one shard is in memory.
 
     Args:
@@ -104,13 +107,14 @@ def write_unet(folder: Path, modules: dict[str, tuple[int, int]], noise: float, 
         modules: module -> shape.
         noise: norm of what is added to each weight, relative to the weight's.
         seed: weights of equal seed and name are equal but for the noise.
+        dtype: of 16 bits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plan = list(_shards(modules))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = f"diffusion_pytorch_model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = {f"{n}.weight": weight(n, modules[n], noise, seed).half() for n in names}
+        tensors = {f"{n}.weight": weight(n, modules[n], noise, seed).to(dtype) for n in names}
         write_safetensors(folder / file, tensors, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     total = sum(2 * m * n for m, n in modules.values())

@@ -12,7 +12,7 @@ part runs in a process of its own, and what `--out` holds of other parts stays t
 * disk: reading and `warm` once more, with none of the files in the page cache.
 * ten: ten LoRAs in one call with an empty cache, against `cold`.
 * hundred: a hundred of rank 8 with a full cache.
-* bounded: `warm` under --max-memory 1GiB, and `cold` too.
+* bounded: `warm` under --max-memory 1.25GiB, and `cold` too.
 * dense: what a warm transfer replaces, for one pair of every shape, scaled up: P·ΔW·Q with the
   projectors as matrices, and with the projectors kept thin but the update dense. The subspaces are
   given to it.
@@ -45,7 +45,7 @@ from prolora.bases.cache import BasisCache
 from prolora.memory import parse_size
 from prolora.pairing import make_plan
 
-BOUND = "1GiB"
+BOUND = "1.25GiB"
 
 
 def paths(folder: Path) -> list[Path]:
@@ -242,8 +242,8 @@ def project_thinly(
     return inside(inside(delta, us, vs), ut, vt) + outside(outside(delta, us, vs), ut, vt)
 
 
-PARTS = {"reading": reading, "cold": cold, "warm": warm, "disk": disk, "bounded": bounded, "dense": dense,
-         "ten": ten, "hundred": hundred}  # fmt: skip
+PARTS = {"reading": reading, "cold": cold, "warm": warm, "disk": disk, "bounded": bounded,
+         "dense": dense, "ten": ten, "hundred": hundred}  # fmt: skip
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:

@@ -145,7 +145,7 @@ def transfer_many(
         asked.match, source, target, cache=asked.cache, device=asked.device, progress=asked.progress
     )
     chosen = replace(asked, match=matched, progress=None)
-    memory = Memory(chosen.max_memory)
+    memory = Memory(chosen.max_memory, rank=chosen.rank)
     with BasisCache(asked.cache).saving() as cache:
         tasks = []
         for lora, name in zip(inputs, names, strict=True):

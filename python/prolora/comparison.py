@@ -297,7 +297,7 @@ def compare(
     if not equal:
         raise UnsupportedFormat(_nothing_shared(source, target, partners))
     sizes = {matrix_shape(target.shapes[module]) for module in equal}
-    Memory(max_memory).check(sizes, "affinity" if rank is None else "bases")
+    Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else "bases")
     taken = set(partners.values())
     factorise = BasisCache(cache).bases if cache else truncated_svd
     rows = []

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 
 from .errors import ProLoRAError
+from .linalg.choice import Rank
 
 # One stack of weights in float32, where nobody sets a bound.
 STACK_BYTES = 96 << 20
 # LoRAs that are worked on together, likewise: what they hold before and after their move.
 LORA_BYTES = 4 << 30
-# What a factorisation takes for a weight [m, n] of short side d, beyond the weight: bytes for each
-# of its mn entries, and for each of the d² of its Gram matrix. Measured (docs/performance.md).
-PER_ENTRY, PER_GRAM_ENTRY = 26, 40
+# What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
+# for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
+# measured (docs/performance.md).
+PER_ENTRY, PER_GRAM, PER_BASIS, PER_CORE = 12, 45, 18, 48
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
@@ -75,10 +77,12 @@ class Memory:
         limit: bytes; None where there is no bound. On a GPU it bounds what is there instead: the
             same stacks, whose size is the same on either.
         reserved: bytes that results will take while weights are worked on.
+        rank: of the subspaces; a share of energy may be all columns, and so may None.
     """
 
     limit: int | None = None
     reserved: int = 0
+    rank: Rank | None = None
     _free: int | None = None
 
     def begin(self) -> None:
@@ -94,7 +98,7 @@ class Memory:
         """
         if self.limit is None:
             return
-        worst = max((_need(shape, method, 1) for shape in shapes), default=0)
+        worst = max((_need(shape, method, 1, self.rank) for shape in shapes), default=0)
         # The results, and beside them what is worked on, or the file that is made of them.
         least = resident() + SLACK + self.reserved + max(worst, self.reserved // 2)
         if self.limit < least:
@@ -115,7 +119,7 @@ class Memory:
             return most
         if self._free is None:
             self.begin()
-        while most > 1 and _need(shape, method, most) > (self._free or 0):
+        while most > 1 and _need(shape, method, most, self.rank) > (self._free or 0):
             most -= 1
         return most
 
@@ -132,7 +136,7 @@ class Memory:
         return min(LORA_BYTES, max(0, self.limit - resident() - SLACK) // 3)
 
 
-def _need(shape: tuple[int, int], method: str, count: int) -> int:
+def _need(shape: tuple[int, int], method: str, count: int, rank: Rank | None) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
     (m, n), d = shape, min(shape)
     if method == "nothing":
@@ -141,7 +145,7 @@ def _need(shape: tuple[int, int], method: str, count: int) -> int:
         return count * 2 * 4 * m * n
     if method == "damped":
         return count * (4 * 4 * m * n + 3 * 4 * d * d)
-    at_once = min(count, torch.get_num_threads())
-    factorised = at_once * (PER_ENTRY * m * n + PER_GRAM_ENTRY * d * d)
-    weights, bases = 4 * m * n, 2 * 4 * (m + n) * d
-    return count * (weights + bases) + factorised
+    k = min(rank, d) if isinstance(rank, int) else d
+    one = PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k
+    weights, bases = 4 * m * n, 2 * 4 * (m + n) * k
+    return count * (weights + bases) + min(count, torch.get_num_threads()) * one

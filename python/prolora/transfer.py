@@ -116,7 +116,7 @@ def _transfer(
     """The stages of a transfer, one after the other; `notes` go into the result's header."""
     if chosen.method == PROBE:
         return _probed(lora, source, target, chosen, format, notes)
-    memory = Memory(chosen.max_memory)
+    memory = Memory(chosen.max_memory, rank=chosen.rank)
     with BasisCache(chosen.cache).saving() as cache:
         job = prepare(lora, source, target, chosen, format)
         memory.reserved = job.work.result_bytes()

@@ -66,7 +66,7 @@ def survey(
         progress: called as progress(done, total, name).
     """
     base = open_base(base)
-    memory = Memory(max_memory)
+    memory = Memory(max_memory, rank=rank)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in base.shapes.items():
         if is_adaptable(name):
