@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Probing:
     strategy: str = "joint"
     fit_steps: int = 32
     force: bool = False
-    resume: str | PathLike[str] | None = None
+    resume: str | PathLike[str] | None = field(default=None, repr=False)  # changes no result
 
     def __post_init__(self) -> None:
         """Refuses what makes no sense."""
