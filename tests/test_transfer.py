@@ -148,6 +148,20 @@ def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
         assert row.rank_cut_energy == pytest.approx(1 - float(kept), abs=1e-5)
 
 
+def test_the_rank_is_cut_to_a_share_of_the_energy_or_of_the_loras_rank(case):
+    lora, source, target = case
+    options = {"threshold": 0, "method": "prolora", "rank": 0.9}
+    whole = prolora.transfer(lora, source, target, **options)
+    by_energy = prolora.transfer(lora, source, target, out_rank=0.9, **options)
+    for row in by_energy.report.rows("mapped"):
+        s = torch.linalg.svdvals(whole.adapter.updates[row.target].dense().double()).square()
+        assert row.rank_out == int((s.cumsum(0) < 0.9 * s.sum()).sum()) + 1
+        assert 0 <= row.rank_cut_energy <= 0.1 + 1e-6
+    halved = prolora.transfer(lora, source, target, out_rank="50%", **options)
+    for row in halved.report.rows("mapped"):
+        assert row.rank_out == -(-row.rank_in // 2)
+
+
 def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     lora, source, _ = case
     done = prolora.transfer(lora, source, source, rank=24, method="prolora")
@@ -309,7 +323,7 @@ def test_bad_input_is_refused_by_name_before_any_svd_and_leaves_no_file(
 
 def test_options_that_make_no_sense_are_refused(case):
     for options in ({"method": "magic"}, {"rank": 2.0}, {"out_rank": 0}, {"out_rank": "half"},
-                    {"text_encoder": "maybe"}):  # fmt: skip
+                    {"out_rank": "0%"}, {"out_rank": 1.0}, {"text_encoder": "maybe"}):  # fmt: skip
         with pytest.raises(ValueError):
             prolora.transfer(*case, **options)
 

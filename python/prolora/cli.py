@@ -106,7 +106,11 @@ def transfer(
         float, typer.Option(help="Skip modules whose Φ is below this on either side.")
     ] = DEFAULT_THRESHOLD,
     out_rank: Annotated[
-        str, typer.Option(help="Highest rank of the output, or 'exact' (at most twice the input).")
+        str,
+        typer.Option(
+            help="Rank of the output: a number, a share of the energy (0.99), a share of the "
+            "LoRA's rank (50%), or 'exact' (at most twice the input)."
+        ),
     ] = "exact",
     dropped: Annotated[
         Dropped, typer.Option(help="Updates of blocks the target lacks: left out, or added on.")

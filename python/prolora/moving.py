@@ -22,6 +22,7 @@ from .linalg.precision import is_finite
 from .linalg.subspaces import Similarity, basis_similarity
 from .memory import Memory
 from .options import Options, Progress
+from .out_rank import cut
 from .pairing import Pair, Plan
 from .projection import project_factors, recompress_parts
 from .report import Measures, ModuleReport
@@ -334,10 +335,11 @@ def _accounted(
     if options.factor != 1:
         update = LowRank(update.up * options.factor, update.down)
     update = update.to("cpu")
-    if options.out_rank != "exact" and int(options.out_rank) < update.rank:
+    smaller = cut(update, options.out_rank, row.rank_in)
+    if smaller is not update:
         whole = update.norm().square().item()
-        update = update.truncate(rank=int(options.out_rank))
-        kept = update.norm().square().item() / whole if whole else 1.0
+        kept = min(1.0, smaller.norm().square().item() / whole) if whole else 1.0
+        update = smaller
         row = replace(
             row, rank_cut_energy=max(0.0, 1 - kept), norm_ratio=row.norm_ratio * kept**0.5
         )

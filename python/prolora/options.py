@@ -9,13 +9,13 @@ from os import PathLike
 from pathlib import Path
 
 from .linalg.choice import Rank, check_rank
+from .out_rank import FORMS, OutRank, makes_sense, percentage
 from .pairing import Match
 from .projection import DEFAULT_RANK, METHODS
 
 DEFAULT_THRESHOLD = 0.8
 """The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
 
-OutRank = int | float | str
 Strength = float | str
 AUTO = "auto"
 TEXT_ENCODER = ("copy", "project", "skip")
@@ -103,9 +103,10 @@ class Options:
         damping: κ of "damped"; None means chosen from the drift between the bases.
         strength: factor on every update; "auto" is chosen from the drift between the bases. None
             means "auto" for method "auto" and 1 for a method asked for by name.
-        out_rank: "exact" keeps every singular value of the result, an int at most that many. Method
-            "probe" fits updates of that rank, "exact" being its own default; there a share between
-            0 and 1 keeps that much of every update.
+        out_rank: "exact" keeps every singular value of the result, an int at most that many, a
+            share between 0 and 1 the fewest that hold that much of an update's energy, "50%" half
+            as many as the LoRA's own rank. Method "probe" fits updates of that rank or share,
+            "exact" being its own default.
         text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
             all else where both bases hold its weights, "skip" leaves it out.
         vectors: "copy" carries trained biases and normalisation layers over to the modules they
@@ -149,12 +150,12 @@ class Options:
                 raise ValueError(f'strength must be a number or "auto", not {self.strength!r}')
         elif self.strength is not None and not (0 < self.strength < math.inf):
             raise ValueError(f"strength must be a positive number, not {self.strength!r}")
-        share = isinstance(self.out_rank, float) and 0 < self.out_rank < 1
-        whole = isinstance(self.out_rank, int) and self.out_rank >= 1
-        if not (self.out_rank == "exact" or whole or (share and self.method == PROBE)):
+        if not makes_sense(self.out_rank):
+            raise ValueError(f"out_rank must be {FORMS}, not {self.out_rank!r}")
+        if self.method == PROBE and percentage(self.out_rank) is not None:
             raise ValueError(
-                f'out_rank must be "exact" or an int ≥ 1, not {self.out_rank!r}; a share is '
-                "for method probe"
+                f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {PROBE} fits new "
+                "ones: give a rank or a share of the energy"
             )
         for name, value, words in (
             ("text_encoder", self.text_encoder, TEXT_ENCODER),

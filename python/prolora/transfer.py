@@ -282,8 +282,7 @@ def _by_weights(
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     for method in (AUTO, "copy"):
         try:
-            rank = options.out_rank if isinstance(options.out_rank, int) else "exact"
-            chosen = replace(options, method=method, out_rank=rank, progress=None)
+            chosen = replace(options, method=method, progress=None)
             return transfer(adapter, source, target, format=format, **vars(chosen))
         except UnrelatedBases:
             continue
