@@ -17,7 +17,7 @@ from .bases.modules import is_adaptable, matrix_shape, place
 from .errors import NonFiniteWeights, UnsupportedFormat
 from .linalg.basis import truncated_svd
 from .linalg.choice import Rank
-from .linalg.subspaces import basis_similarity
+from .linalg.subspaces import angle_quantiles, basis_similarity
 from .matching import resolve
 from .memory import Memory
 from .options import AUTO, DEFAULT_THRESHOLD, Options
@@ -32,6 +32,9 @@ _NAN = math.nan
 OVERLAP_RANK: Rank = 0.9
 """Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
 
+ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The quantiles by which a spectrum of principal angles is told."""
+
 
 @dataclass(frozen=True)
 class ModuleComparison:
@@ -44,6 +47,8 @@ class ModuleComparison:
         phi_left, phi_right, chance_left, chance_right, above_left, above_right: overlap of the
             leading subspaces, see `linalg.subspaces.Similarity`; NaN where it was not asked for.
         columns_source, columns_target: k of the bases; 0 likewise.
+        angles_left, angles_right: principal angles between the subspaces in radians, at the shares
+            ANGLE_SHARES of their number, smallest first; empty likewise.
     """
 
     source: str
@@ -58,6 +63,8 @@ class ModuleComparison:
     above_right: float = _NAN
     columns_source: int = 0
     columns_target: int = 0
+    angles_left: tuple[float, ...] = ()
+    angles_right: tuple[float, ...] = ()
 
     @property
     def place(self) -> str:
@@ -348,10 +355,12 @@ def _compare_module(
         return ModuleComparison(origin, module, shape, affinity)
     bases = [factorise(weight[None].to(device), rank)[0] for weight in (ours, theirs)]
     similar = basis_similarity(*bases)
+    angles = angle_quantiles(*bases, ANGLE_SHARES)
     return ModuleComparison(
         origin, module, shape, affinity,
         phi_left=similar.left.item(), phi_right=similar.right.item(),
         chance_left=similar.chance_left.item(), chance_right=similar.chance_right.item(),
         above_left=similar.above_left.item(), above_right=similar.above_right.item(),
         columns_source=int(bases[0].rank), columns_target=int(bases[1].rank),
+        angles_left=tuple(angles[0].tolist()), angles_right=tuple(angles[1].tolist()),
     )  # fmt: skip

@@ -1,13 +1,15 @@
 """Overlap with its chance level, and principal angles down to the smallest."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from spectra import orthonormal, related, weights
 
-from prolora import ShapeMismatch, principal_angles, reference, similarity
+from prolora import ShapeMismatch, principal_angles, reference, similarity, truncated_svd
+from prolora.linalg.subspaces import angle_quantiles
 
 
 def test_similarity_equals_the_dense_formula():
@@ -73,3 +75,18 @@ def test_stacks_of_subspaces():
     found = principal_angles(x, y)
     assert found.shape == (3, 2)
     torch.testing.assert_close(found[1], principal_angles(x[1], y[1]))
+
+
+def test_planted_angles_from_1e_7_to_a_right_angle_are_found():
+    planted = torch.tensor([1e-7, 1e-6, 1e-4, 1e-3, 0.03, 0.5, 1.0, 1.5], dtype=torch.float64)
+    frame = torch.linalg.qr(torch.randn(60, 16, dtype=torch.float64))[0]
+    x = frame[:, :8]
+    y = x * planted.cos() + frame[:, 8:] * planted.sin()
+    mix = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    found = principal_angles(x, y @ mix)
+    torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-14)
+    bases = [replace(truncated_svd(torch.eye(60, dtype=torch.float64), 8), U=u, V=u)
+             for u in (x, y @ mix)]  # fmt: skip
+    left, right = angle_quantiles(*bases, [i / 7 for i in range(8)])
+    torch.testing.assert_close(left, planted, rtol=1e-5, atol=1e-9)
+    assert torch.equal(left, right)

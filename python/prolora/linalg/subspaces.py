@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,30 @@ def principal_angles(X: Any, Y: Any) -> Any:
     sines = torch.linalg.svdvals(y - x @ inner).flip(-1).clamp(0, 1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
     return like(angles, X)
+
+
+def angle_quantiles(source: Basis, target: Basis, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Quantiles of the principal angles between two bases of one weight each, left and right.
+
+    The angles are those of `principal_angles`, by half the work, since bases are orthonormal: the
+    squared sines are the eigenvalues of EᵀE with E = Y − X(XᵀY), in float64. What float32 bases
+    leave of it is about 1e-7.
+
+    Args:
+        source: a basis of one matrix [m, n].
+        target: likewise.
+        shares: between 0 (the smallest angle) and 1 (the largest).
+
+    Returns:
+        Radians, float64, [len(shares)] each.
+    """
+    found = []
+    for x, y in ((source.U, target.U), (source.V, target.V)):
+        x, y = x.double(), y.double()
+        if x.shape[-1] < y.shape[-1]:
+            x, y = y, x
+        rest = y - x @ (x.mT @ y)
+        sines = torch.linalg.eigvalsh(rest.mT @ rest).clamp(0, 1).sqrt()
+        angles = sines.asin()
+        found.append(angles.quantile(torch.tensor(shares, dtype=angles.dtype, device=x.device)))
+    return found[0], found[1]
