@@ -355,7 +355,7 @@ def _compare_module(
         return ModuleComparison(origin, module, shape, affinity)
     bases = [factorise(weight[None].to(device), rank)[0] for weight in (ours, theirs)]
     similar = basis_similarity(*bases)
-    angles = angle_quantiles(*bases, ANGLE_SHARES)
+    angles = angle_quantiles(bases[0], bases[1], ANGLE_SHARES)
     return ModuleComparison(
         origin, module, shape, affinity,
         phi_left=similar.left.item(), phi_right=similar.right.item(),
