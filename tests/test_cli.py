@@ -101,6 +101,35 @@ def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tm
     assert first["error"]["type"] == "UnsupportedFormat" and second["totals"]["mapped"] == 8
 
 
+def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
+    prolora, case, tmp_path, monkeypatch
+):
+    lora, source, target = case
+    folder = tmp_path / "default"
+    monkeypatch.setenv("PROLORA_CACHE", str(folder))
+    line = ("transfer", lora, "--source", source, "--target", target, "--method", "prolora",
+            "-o", tmp_path / "out.safetensors")  # fmt: skip
+    code, text, _ = prolora(*line, "--no-cache")
+    assert code == 0 and not folder.exists() and "cache:" not in text
+    code, text, _ = prolora(*line)
+    assert code == 0 and f"in {folder}" in text and "KiB" in text
+    assert len(list(folder.rglob("*.safetensors"))) == 16
+    code, _, text = prolora(*line, "--no-cache", "--cache", folder)
+    assert code == 2 and "contradict" in text
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "file" / "cache"))
+    assert prolora(*line)[0] == 0  # a default that cannot be made costs only time
+
+
+def test_a_bound_on_memory_that_is_too_little_is_refused(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--max-memory")
+    code, _, text = prolora(*line, "10MB")
+    assert code == 2 and "TooLittleMemory" in text and not out.exists()
+    assert prolora(*line, "4GiB", "-q")[0] == 0
+
+
 def test_two_inputs_of_one_name_are_refused(prolora, case, tmp_path):
     lora, source, target = case
     (tmp_path / "other").mkdir()
