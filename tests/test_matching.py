@@ -237,8 +237,11 @@ def test_a_plan_by_similarity_says_what_came_second():
 def test_the_cache_gives_the_same_decisions(tmp_path):
     source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
     plain = match_blocks(source, target)
-    assert match_blocks(source, target, cache=tmp_path) == plain
-    assert match_blocks(source, target, cache=tmp_path) == plain
+    cold = match_blocks(source, target, cache=tmp_path)
+    assert match_blocks(source, target, cache=tmp_path) == cold
+    for kept, exact in zip(cold.decisions, plain.decisions, strict=True):
+        assert (kept.source, kept.runner_up) == (exact.source, exact.runner_up)
+        assert kept.score == pytest.approx(exact.score, abs=1e-4)  # bases of 16 bits
     assert any(tmp_path.rglob("*.safetensors"))
 
 
