@@ -247,3 +247,17 @@ def test_bad_input_is_refused_by_name():
         project(delta, source, target, rank=0)
     with pytest.raises(TypeError, match="__dlpack__"):
         project([[1.0]], source, target)
+
+
+@pytest.mark.parametrize("method", ["prolora", "subspace", "lora-x", "copy", "blocks"])
+def test_parameters_are_taken_as_updates_and_gradients_reach_them(method):
+    source, target = weights(24, 30, 0), weights(24, 30, 1)
+    up = torch.nn.Parameter(torch.randn(24, 3))
+    down = torch.nn.Parameter(torch.randn(3, 30))
+    moved = project((up, down), source, target, rank=8, method=method)
+    dense = project(up @ down, source, target, rank=8, method=method)
+    assert torch.allclose(moved.dense(), dense, atol=1e-5)
+    wanted = torch.autograd.grad(dense.square().sum(), (up, down))
+    for found, right in zip(torch.autograd.grad(moved.dense().square().sum(), (up, down)), wanted,
+                            strict=True):  # fmt: skip
+        assert torch.allclose(found, right, rtol=1e-3, atol=1e-4)

@@ -7,6 +7,7 @@ panel_qr       orthonormal rows of thin panels, by Cholesky QR
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,21 @@ def _cancelled(rest: Tensor, whole: Tensor) -> Tensor:
     return places
 
 
+def _keep_bases(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _project_pair_backward(
+    ctx: Any, of_split: Tensor, of_moved: Tensor
+) -> tuple[None, None, Tensor]:
+    """Projectors are symmetric: P_s(g₁ + P_t g₃) + P_s⊥(g₂ + P_t⊥ g₄)."""
+    us, ut = ctx.saved_tensors
+    (inside, outside), (within, without) = of_split.chunk(2, 1), of_moved.chunk(2, 1)
+    inside = inside + within @ ut @ ut.mT
+    outside = outside + without - without @ ut @ ut.mT
+    return None, None, outside + (inside - outside) @ us @ us.mT
+
+
 def _panel_qr(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return run_panel_qr(_C, panel, panel.is_cuda)
 
@@ -103,6 +119,9 @@ for _key in ("CPU", "CUDA"):
     _library.impl("panel_qr", _panel_qr, _key)
 torch.library.register_fake("prolora::project_pair", _project_pair_fake)
 torch.library.register_fake("prolora::panel_qr", _panel_qr_fake)
+torch.library.register_autograd(
+    "prolora::project_pair", _project_pair_backward, setup_context=_keep_bases
+)
 
 
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +136,8 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         split [..., 2r, m]: x usᵀ-inside above x outside, which add up to x; and moved [..., 2r, m]:
-        the first inside ut above the second outside ut. Not differentiable.
+        the first inside ut above the second outside ut. Differentiable in x; the bases are taken
+        as given.
 
     Raises:
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.
