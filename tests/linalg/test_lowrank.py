@@ -79,3 +79,9 @@ def test_senseless_truncations_are_refused():
         update.truncate(rank=0)
     with pytest.raises(ValueError, match="energy"):
         update.truncate(energy=1.5)
+
+
+def test_truncating_parameters_gives_values_without_gradients():
+    up, down = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((20, 4), (4, 30)))
+    cut = LowRank(up, down).truncate(rank=2)
+    assert cut.rank == 2 and not cut.up.requires_grad and not cut.down.requires_grad

@@ -76,6 +76,7 @@ class LowRank:
             energy: keep the fewest that hold this share of Σσ², for every matrix of the stack.
 
         Returns:
-            Factors of the smaller rank; with neither argument, the same product re-factored.
+            Factors of the smaller rank, without gradients; with neither argument, the same product
+            re-factored.
         """
         return LowRank(*recompression.recompress(self.up, self.down, rank, energy))

@@ -67,12 +67,14 @@ def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
 def factored(up: Tensor, down: Tensor) -> Factored:
     """SVD of up @ down: orthonormal rows of both factors, then the SVD of the small core.
 
+    Values alone: where singular values meet, their vectors have no gradient.
+
     Args:
         up: [..., m, r].
         down: [..., r, n].
     """
-    q_up, l_up = orthonormal_rows(up.mT)
-    q_down, l_down = orthonormal_rows(down)
+    q_up, l_up = orthonormal_rows(up.detach().mT)
+    q_down, l_down = orthonormal_rows(down.detach())
     u, s, v = core_svd(l_up.mT @ l_down)
     return Factored(q_up, u, s, v, q_down)
 
