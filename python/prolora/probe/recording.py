@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import overload
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from ..adapters.adapter import Adapter
 from . import keeping
 from .keeping import Keep
+from .lazy import Lazy
 from .shelf import Calls, Shelf
 from .trajectories import Call, Sample, applied, record
 from .translation import Question, Translation
@@ -90,7 +90,7 @@ def on_shelf(questions: Sequence[Question], limit: int | None) -> Sequence[Quest
     return _Questions(*sides)
 
 
-class _Questions(Sequence[Question]):
+class _Questions(Lazy[Question]):
     """Pairs of calls that lie on a shelf."""
 
     def __init__(self, source: Sequence[Call], target: Sequence[Call]) -> None:
@@ -99,17 +99,11 @@ class _Questions(Sequence[Question]):
     def __len__(self) -> int:
         return len(self.source)
 
-    @overload
-    def __getitem__(self, i: int) -> Question: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Question]: ...
-    def __getitem__(self, i: int | slice) -> Question | list[Question]:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
+    def item(self, i: int) -> Question:
         return Question(self.source[i], self.target[i])
 
 
-class Targets(Sequence[Call]):
+class Targets(Lazy[Call]):
     """The calls of the target, out of questions that may lie in files."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
@@ -120,12 +114,6 @@ class Targets(Sequence[Call]):
         """How many."""
         return len(self.questions)
 
-    @overload
-    def __getitem__(self, i: int) -> Call: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Call]: ...
-    def __getitem__(self, i: int | slice) -> Call | list[Call]:
-        """Call i, or several."""
-        if isinstance(i, slice):
-            return [question.target for question in self.questions[i]]
+    def item(self, i: int) -> Call:
+        """Call i."""
         return self.questions[i].target

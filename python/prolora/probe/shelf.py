@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from ..storage import SafetensorsFile, dump
 from . import tape
+from .lazy import Lazy
 from .trajectories import Call
 
 Bundle = tuple[Tensor, ...]
@@ -73,7 +73,7 @@ class Shelf:
         return key in self._bundles or key in self._files
 
 
-class Rows(Sequence[Bundle]):
+class Rows(Lazy[Bundle]):
     """The bundles under (i, name) for i = 0, 1, …, each read when it is asked for."""
 
     def __init__(self, shelf: Shelf, name: str, size: int) -> None:
@@ -84,16 +84,8 @@ class Rows(Sequence[Bundle]):
         """How many."""
         return self.size
 
-    @overload
-    def __getitem__(self, i: int) -> Bundle: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Bundle]: ...
-    def __getitem__(self, i: int | slice) -> Bundle | list[Bundle]:
-        """Bundle i, or several."""
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(self.size))]
-        if not 0 <= i < self.size:
-            raise IndexError(i)
+    def item(self, i: int) -> Bundle:
+        """Bundle i."""
         return self.shelf.get((i, self.name))
 
     def drop(self) -> None:
@@ -112,7 +104,7 @@ def kept(calls: Iterable[Call], shelf: Shelf, name: str) -> Sequence[Call]:
     return found
 
 
-class Calls(Sequence[Call]):
+class Calls(Lazy[Call]):
     """Calls that lie on a shelf."""
 
     def __init__(self, shelf: Shelf, name: str) -> None:
@@ -130,16 +122,8 @@ class Calls(Sequence[Call]):
         """How many."""
         return len(self.texts)
 
-    @overload
-    def __getitem__(self, i: int) -> Call: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Call]: ...
-    def __getitem__(self, i: int | slice) -> Call | list[Call]:
-        """Call i, or several."""
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not 0 <= i < len(self.texts):
-            raise IndexError(i)
+    def item(self, i: int) -> Call:
+        """Call i."""
         return tape.decode(self.shelf.get((i, self.name)), self.texts[i])[0]
 
     def drop(self) -> None:

@@ -1,0 +1,30 @@
+"""Sequences whose items are made, or read, when they are asked for."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar, overload
+
+T = TypeVar("T")
+
+
+class Lazy(Sequence[T]):
+    """What a list is to its reader; a subclass says how many items there are and gives one."""
+
+    @abstractmethod
+    def item(self, i: int) -> T:
+        """Item i, 0 ≤ i < len(self)."""
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[T]: ...
+    def __getitem__(self, i: int | slice) -> T | list[T]:
+        """Item i, or several."""
+        if isinstance(i, slice):
+            return [self.item(k) for k in range(*i.indices(len(self)))]
+        place = i + len(self) if i < 0 else i
+        if not 0 <= place < len(self):
+            raise IndexError(i)
+        return self.item(place)
