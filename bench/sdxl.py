@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from prolora.bases.layout import load
+from prolora.saving import write_safetensors
 from prolora.sgm import diffusers_to_ldm
-from prolora.storage import write_safetensors
 
 POOL = 4
 DEVIATION = 0.025

@@ -19,7 +19,8 @@ from .adapters import read
 from .adapters.adapter import Adapter
 from .errors import ProLoRAError
 from .report import Report
-from .storage import SafetensorsFile, check_writable
+from .saving import check_writable
+from .storage import SafetensorsFile
 from .transfer import transfer, transfer_file
 
 STEPS = 25

@@ -1,4 +1,4 @@
-"""safetensors files: read only after the whole header was checked, written whole or not at all.
+"""safetensors files, read only after the whole header was checked.
 
 Reading uses plain file reads and never a memory map: mapped pages count as resident memory, and a
 tool that walks through a 5 GB checkpoint one weight at a time should need the room of one weight.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -21,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import OutputError, UnsupportedFormat
+from .errors import UnsupportedFormat
 
 StrPath = str | os.PathLike[str]
 Tensors = Mapping[str, Tensor]
@@ -33,7 +31,7 @@ Metadata = Mapping[str, str]
 _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -50,8 +48,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _CONVERT_PICKLE = (
     "import sys, torch, safetensors.torch as s; "
@@ -247,7 +243,7 @@ def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     """One tensor of a header, its size checked against its dtype and shape."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {entry['dtype']!r:.40}")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -287,126 +283,3 @@ def _check_extent(tensors: dict[str, TensorInfo], path: Path, size: int) -> None
         end = info.stop
     if end < size:
         raise UnsupportedFormat(f"{path}: {size - end} unknown bytes after the last tensor")
-
-
-def check_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
-    """Refuses an output path before any work is done for it.
-
-    Args:
-        path: the file that will be written; a symbolic link stands for what it points to.
-        inputs: files or folders that must not be overwritten.
-
-    Raises:
-        OutputError: the folder is missing or cannot be written, `path` is something other than a
-            file, or it is one of `inputs` (also through a symbolic or hard link).
-    """
-    try:
-        target = Path(os.path.realpath(path))
-        if not target.parent.is_dir():
-            raise OutputError(f"{path}: the folder {target.parent} does not exist")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{path}: the folder {target.parent} cannot be written")
-        try:
-            mode = os.lstat(target).st_mode
-        except FileNotFoundError:
-            return
-        if stat.S_ISDIR(mode):
-            raise OutputError(f"{path}: is a folder; name a file in it")
-        if not stat.S_ISREG(mode):
-            raise OutputError(f"{path}: is not a regular file")
-        if not os.access(target, os.W_OK):
-            raise OutputError(f"{path}: exists and is write-protected")
-        for source in map(Path, inputs):
-            folder = Path(os.path.realpath(source)) if source.is_dir() else None
-            if (folder and folder in target.parents) or (
-                source.exists() and os.path.samefile(source, target)
-            ):
-                raise OutputError(f"{path}: would overwrite the input {source}")
-    except (OSError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-
-
-def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> None:
-    """Writes a file that was read back and compared bit by bit before it got its name.
-
-    Args:
-        path: the file; replaced if it exists, untouched if anything fails.
-        tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
-
-    Raises:
-        OutputError: it cannot be written, or reads back differently.
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as temporary:
-        dump(temporary, plain, metadata)
-        _verify(SafetensorsFile(temporary), plain, metadata, path)
-
-
-def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
-    """Writes a file without any safety; the same bytes for the same content.
-
-    Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
-    transfer done twice would give two different files.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide dtypes first keeps every tensor aligned for readers that map the file.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    start = 0
-    for name, tensor in ordered:
-        stop = start + tensor.numel() * tensor.dtype.itemsize
-        dtype = _NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in ordered:
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_text_atomically(path: StrPath, text: str) -> None:
-    """Writes `text` as UTF-8; an existing file stays as it is if anything fails.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with _replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
-
-
-def _verify(file: SafetensorsFile, tensors: Tensors, metadata: Metadata, path: StrPath) -> None:
-    """Compares what is on disk with what was meant, bit by bit: NaN equals NaN, -0 is not 0."""
-    if file.tensors.keys() != tensors.keys() or file.metadata != metadata:
-        raise OutputError(f"{path}: the file reads back with other names or metadata")
-    for name, tensor in tensors.items():
-        back = file.read(name)
-        same = back.dtype == tensor.dtype and back.shape == tensor.shape
-        back_bytes, bytes_ = (t.reshape(-1).view(torch.uint8) for t in (back, tensor))
-        if not same or not torch.equal(back_bytes, bytes_):
-            raise OutputError(f"{path}: {name} reads back differently; the disk may be faulty")
-
-
-@contextmanager
-def _replacing(path: StrPath) -> Iterator[Path]:
-    """A new file beside `path` that takes its name on success and vanishes on any failure."""
-    check_writable(path)
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
-    try:
-        # Not `tempfile`, whose files are private to the user.
-        temporary.touch(0o666, exist_ok=False)
-        mode = (target if target.exists() else temporary).stat().st_mode
-        yield temporary
-        temporary.chmod(stat.S_IMODE(mode))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must never be on the disk before the data
-        os.replace(temporary, target)
-    except (OSError, UnsupportedFormat) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

@@ -41,7 +41,7 @@ from .result import (
     own_row,
     summed_rows,
 )
-from .storage import check_writable
+from .saving import check_writable
 from .verdict import judge
 
 

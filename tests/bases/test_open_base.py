@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prolora.bases import Base, check_finite, layout, open_base
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
+from prolora.saving import write_safetensors
 from prolora.sgm import diffusers_to_ldm
-from prolora.storage import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 K = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -12,7 +12,7 @@ import prolora
 from prolora import LowRank, ShapeMismatch, UnsupportedFormat
 from prolora.adapters.adapter import Adapter
 from prolora.bases import layout, open_base
-from prolora.storage import write_safetensors
+from prolora.saving import write_safetensors
 
 
 def tiny(id_, width=8, blocks=2):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from ..storage import check_writable, write_safetensors, write_text_atomically
+from ..saving import check_writable, write_safetensors, write_text_atomically
 from . import encoding, vectors
 from . import metadata as headers
 from .adapter import Adapter

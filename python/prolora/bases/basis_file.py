@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..errors import ProLoRAError, UnsupportedFormat
 from ..linalg.basis import FACTS, Basis
-from ..storage import SafetensorsFile, dump
+from ..saving import dump
+from ..storage import SafetensorsFile
 from .cache_files import checksum, publish
 
 METADATA_KEY = "prolora.basis"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import OutputError, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from ..storage import SafetensorsFile, write_safetensors
+from ..saving import write_safetensors
+from ..storage import SafetensorsFile
 from ..version import __version__
 from . import tape
 from .trajectories import Call

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..storage import SafetensorsFile, dump
+from ..saving import dump
+from ..storage import SafetensorsFile
 from . import tape
 from .lazy import Lazy
 from .trajectories import Call
