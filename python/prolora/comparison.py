@@ -32,9 +32,6 @@ _NAN = math.nan
 OVERLAP_RANK: Rank = 0.9
 """Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
 
-ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The quantiles by which a spectrum of principal angles is told."""
-
 
 @dataclass(frozen=True)
 class ModuleComparison:
@@ -48,7 +45,7 @@ class ModuleComparison:
             leading subspaces, see `linalg.subspaces.Similarity`; NaN where it was not asked for.
         columns_source, columns_target: k of the bases; 0 likewise.
         angles_left, angles_right: principal angles between the subspaces in radians, at the shares
-            ANGLE_SHARES of their number, smallest first; empty likewise.
+            `linalg.subspaces.ANGLE_SHARES` of their number, smallest first; empty likewise.
     """
 
     source: str
@@ -353,14 +350,14 @@ def _compare_module(
         raise
     if rank is None:
         return ModuleComparison(origin, module, shape, affinity)
-    bases = [factorise(weight[None].to(device), rank)[0] for weight in (ours, theirs)]
+    bases = [factorise(weight[None].to(device), rank) for weight in (ours, theirs)]
     similar = basis_similarity(*bases)
-    angles = angle_quantiles(bases[0], bases[1], ANGLE_SHARES)
+    angles = angle_quantiles(*bases)
     return ModuleComparison(
         origin, module, shape, affinity,
         phi_left=similar.left.item(), phi_right=similar.right.item(),
         chance_left=similar.chance_left.item(), chance_right=similar.chance_right.item(),
         above_left=similar.above_left.item(), above_right=similar.above_right.item(),
         columns_source=int(bases[0].rank), columns_target=int(bases[1].rank),
-        angles_left=tuple(angles[0].tolist()), angles_right=tuple(angles[1].tolist()),
+        angles_left=tuple(angles[0][0].tolist()), angles_right=tuple(angles[1][0].tolist()),
     )  # fmt: skip

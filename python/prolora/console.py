@@ -46,6 +46,9 @@ update, in units of its norm."""
 SUBSPACE_LEGEND = """\
 Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
 them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
+ANGLE_LEGEND = """\
+angle: the median principal angle between the bases' leading subspaces, on the
+side that is farther apart."""
 
 
 PROBE_LEGEND = """\
@@ -57,10 +60,11 @@ have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
 and right; above: the lesser of them over chance, 0 as unrelated … 1 as equal."""
 
 
-def legend(report: Report) -> str:
+def legend(report: Report, every_module: bool = False) -> str:
     """What the columns of `transfer_table` mean."""
-    projected = any(row.measures for row in report.rows("mapped"))
-    return f"{SUBSPACE_LEGEND}\n{LEGEND}" if projected else LEGEND
+    if not any(row.measures for row in report.rows("mapped")):
+        return LEGEND
+    return "\n".join([SUBSPACE_LEGEND, *([ANGLE_LEGEND] if every_module else []), LEGEND])
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -84,7 +88,9 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     mapped = report.rows("mapped")
     projected = any(row.measures for row in mapped)
     subspaces = ["Φ l/r", "above", "mixed"] if projected else []
-    for name in ("n", *subspaces, "drift", "kept", "norm", "vs copy", "rank"):
+    # One row to a module needs no number of them, and 80 columns hold either.
+    first = "angle" if every_module and projected else "n"
+    for name in (first, *subspaces, "drift", "kept", "norm", "vs copy", "rank"):
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[str, list[ModuleReport]] = {}
     for row in mapped:
@@ -92,7 +98,8 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     for name, rows in (*groups.items(), ("all", mapped)):
         cells = _subspace_cells(rows) if projected else []
         style = "bold" if name == "all" else None
-        table.add_row(name, str(len(rows)), *cells, *_update_cells(rows), style=style)
+        own = _angle(rows) if first == "angle" else str(len(rows))
+        table.add_row(name, own, *cells, *_update_cells(rows), style=style)
     return table
 
 
@@ -113,6 +120,12 @@ def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
     mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
     left, right = mean(lambda m: m.phi_left), mean(lambda m: m.phi_right)
     return [f"{number(left)} {number(right)}", number(above), number(mixed, ".0%")]
+
+
+def _angle(rows: list[ModuleReport]) -> str:
+    """The median principal angle in degrees."""
+    angle = math.degrees(_mean(rows, lambda row: row.measures.angle if row.measures else None))
+    return number(angle, ".0f") + "°" * (not math.isnan(angle))
 
 
 def _update_cells(rows: list[ModuleReport]) -> list[str]:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter
+from .alignment import Alignment, align
 from .bases import Base
-from .bases.cache import BasisCache, name_of
+from .bases.cache import BasisCache
 from .bases.modules import matrix_shape
 from .damping import Damper
 from .errors import NonFiniteWeights, ProLoRAError
-from .linalg.basis import FACTORS, FACTS, Basis
+from .linalg.basis import Basis
 from .linalg.lowrank import LowRank
 from .linalg.precision import is_finite
-from .linalg.subspaces import Similarity, basis_similarity
 from .memory import Memory
 from .options import Options, Progress
 from .out_rank import cut
@@ -157,14 +157,11 @@ def _project(
         ours = cache.of(source, [pair.source for pair in stack], options.rank, options.device)
         theirs = cache.of(target, [pair.target for pair in stack], options.rank, options.device)
     with _shared(works, "overlap"):
-        similar = _similarity(stack, source, target, ours, theirs, cache, options)
+        aligned = align(stack, source, target, ours, theirs, cache, options.rank)
 
     def step(work: Work, places: list[int]) -> list[Moved]:
-        if len(places) == len(stack):
-            return _projected(work, stack, ours, theirs, similar)
-        bases = [_chosen(basis, places) for basis in (ours, theirs)]
-        some = Similarity(*(x[places] for x in _numbers(similar)))
-        return _projected(work, [stack[i] for i in places], bases[0], bases[1], some)
+        pairs, parts = [stack[i] for i in places], (ours.take(places), theirs.take(places))
+        return _projected(work, pairs, *parts, aligned.take(places))
 
     with _shared(works, "project"):
         _in_pieces(works, stack, step)
@@ -222,38 +219,6 @@ def _of_one_rank(work: Work, stack: list[Pair]) -> list[list[int]]:
     return list(found.values())
 
 
-def _chosen(basis: Basis, places: list[int]) -> Basis:
-    """Some matrices of a stack."""
-    fields = {name: getattr(basis, name)[places] for name in FACTORS + FACTS}
-    return Basis(**fields, rungs=tuple(basis.rungs[i] for i in places))
-
-
-def _similarity(
-    stack: list[Pair], source: Base, target: Base, ours: Basis, theirs: Basis, cache: BasisCache,
-    options: Options,
-) -> Similarity:  # fmt: skip
-    """The overlap of a stack's bases: the same for every LoRA, so it is kept beside the bases."""
-    notes = cache.pairs(source, target)
-    keys = []
-    for pair in stack:
-        digests = cache.digest(source, pair.source), cache.digest(target, pair.target)
-        names = [name_of(str(digest), options.rank) for digest in digests]
-        keys.append(" ".join(["overlap", *names]))
-    known = [notes.get(key) for key in keys]
-    if None not in known:
-        columns = torch.tensor(known, dtype=torch.float64, device=ours.U.device)
-        return Similarity(*columns.unbind(1))
-    found = basis_similarity(ours, theirs)
-    rows = torch.stack([x.double() for x in _numbers(found)], 1).tolist()
-    for key, row in zip(keys, rows, strict=True):
-        notes.put(key, row)
-    return found
-
-
-def _numbers(similar: Similarity) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return similar.left, similar.right, similar.chance_left, similar.chance_right
-
-
 def _updates(adapter: Adapter, stack: list[Pair], device: str | None) -> LowRank:
     """The source's updates of a stack, [b, m, r] and [b, r, n]."""
     updates = [adapter.updates[pair.source] for pair in stack]
@@ -294,17 +259,20 @@ def _damped(work: Work, stack: list[Pair], places: list[int], damper: Damper) ->
 
 
 def _projected(
-    work: Work, stack: list[Pair], source: Basis, target: Basis, similar: Similarity
+    work: Work, stack: list[Pair], source: Basis, target: Basis, aligned: Alignment
 ) -> list[Moved]:
     """The updates through projection, recompression and the gate on Φ."""
     adapter, options = work.adapter, work.options
     moved, info = project_factors(
-        _updates(adapter, stack, options.device), source, target, options.method, similar
+        _updates(adapter, stack, options.device), source, target, options.method, aligned.similar
     )
     recompressed = recompress_parts(moved, options.method)
     rows: list[Moved] = []
     for i, pair in enumerate(stack):
-        measures = Measures.of(info, i, "+".join(sorted({source.rungs[i], target.rungs[i]})))
+        measures = Measures.of(
+            info, i, "+".join(sorted({source.rungs[i], target.rungs[i]})),
+            aligned.angles_left[i], aligned.angles_right[i],
+        )  # fmt: skip
         row = carried(adapter, pair.source, pair.target, f"projected ({options.method})")
         row = replace(
             row, measures=measures, surviving_energy=info.surviving_energy[i].item(),

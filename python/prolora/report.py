@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .linalg.subspaces import ANGLE_SHARES
 from .partners import BlockDecision
 from .projection import ProjectionInfo
 from .verdict import WHY, Verdict
@@ -16,6 +17,9 @@ STATUSES = ("mapped", "summed", "skipped", "refused")
 
 STRANGE = 0.3
 """Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""
+
+MEDIAN = ANGLE_SHARES.index(0.5)
+"""Where the median is among the quantiles of angles."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Measures:
         bound: upper bound on the sine of the largest angle between used and true bases.
         ok: whether that bound met the tolerance.
         rung: the algorithm that gave the bases.
+        angles_left, angles_right: principal angles between the two subspaces in radians, at the
+            shares `linalg.subspaces.ANGLE_SHARES` of their number, smallest first.
     """
 
     phi_left: float
@@ -49,10 +55,20 @@ class Measures:
     bound: float
     ok: bool
     rung: str
+    angles_left: tuple[float, ...]
+    angles_right: tuple[float, ...]
+
+    @property
+    def angle(self) -> float:
+        """The median principal angle of the side that is farther apart, in radians."""
+        return max(self.angles_left[MEDIAN], self.angles_right[MEDIAN])
 
     @classmethod
-    def of(cls, info: ProjectionInfo, i: int, rung: str) -> Measures:
-        """The numbers of matrix i of a stack."""
+    def of(
+        cls, info: ProjectionInfo, i: int, rung: str, left: tuple[float, ...],
+        right: tuple[float, ...],
+    ) -> Measures:  # fmt: skip
+        """The numbers of matrix i of a stack, with its angles left and right."""
         similar = info.similarity
         stack: dict[str, Any] = {
             "phi_left": similar.left,
@@ -72,8 +88,8 @@ class Measures:
         }
         return cls(
             **{name: values[i].item() for name, values in stack.items()},
-            rung=rung,
-        )
+            rung=rung, angles_left=left, angles_right=right,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def show_report(report: Report, every_module: bool = False) -> None:
     if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):
         out.print(console.transfer_table(report, every_module))
         if not report.dry_run:
-            out.print(f"[dim]{console.legend(report)}[/dim]", highlight=False)
+            out.print(f"[dim]{console.legend(report, every_module)}[/dim]", highlight=False)
     reasons = console.reasons_table(report)
     if reasons:
         out.print(reasons)

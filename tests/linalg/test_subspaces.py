@@ -9,7 +9,7 @@ import torch
 from spectra import orthonormal, related, weights
 
 from prolora import ShapeMismatch, principal_angles, reference, similarity, truncated_svd
-from prolora.linalg.subspaces import angle_quantiles
+from prolora.linalg.subspaces import ANGLE_SHARES, angle_quantiles
 
 
 def test_similarity_equals_the_dense_formula():
@@ -85,8 +85,47 @@ def test_planted_angles_from_1e_7_to_a_right_angle_are_found():
     mix = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     found = principal_angles(x, y @ mix)
     torch.testing.assert_close(found, planted, rtol=1e-6, atol=1e-14)
-    bases = [replace(truncated_svd(torch.eye(60, dtype=torch.float64), 8), U=u, V=u)
-             for u in (x, y @ mix)]  # fmt: skip
-    left, right = angle_quantiles(*bases, [i / 7 for i in range(8)])
-    torch.testing.assert_close(left, planted, rtol=1e-5, atol=1e-9)
+    left, right = angle_quantiles(bases_of(x), bases_of(y @ mix), [i / 7 for i in range(8)])
+    torch.testing.assert_close(left[0], planted, rtol=1e-5, atol=1e-9)
     assert torch.equal(left, right)
+
+
+def bases_of(*frames):
+    """A stack of bases [b, m, m] with the columns [m, k] given, left and right."""
+    stack = torch.stack(frames)
+    b, m, k = stack.shape
+    return replace(truncated_svd(torch.eye(m, dtype=stack.dtype).expand(b, m, m), k), U=stack,
+                   V=stack)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "columns", [(10, 10), (10, 25), (25, 10), (40, 40), (40, 45), (60, 7), (9, 64)]
+)
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_quantiles_are_those_of_all_angles_for_every_share_of_the_space(columns, bits):
+    """In less than half of the space and in more; as computed, and as kept in 16 bits."""
+    generator = torch.Generator().manual_seed(sum(columns))
+    turned = torch.linalg.qr(
+        torch.eye(64, dtype=torch.float64)
+        + 0.1 * torch.randn(64, 64, dtype=torch.float64, generator=generator)
+    )[0]
+    frame = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=generator))[0]
+    x, y = frame[:, : columns[0]], (turned @ frame)[:, : columns[1]]
+    exact = principal_angles(x, y)
+    rounded = [{64: f, 32: f.float(), 16: in_16_bits(f)}[bits] for f in (x, y)]
+    found, _ = angle_quantiles(*(bases_of(f, f) for f in rounded))
+    expected = exact.quantile(torch.tensor(ANGLE_SHARES, dtype=torch.float64))
+    tolerance = {64: 1e-7, 32: 1e-6, 16: 1e-3}[bits]
+    assert found.shape == (2, 5) and torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=tolerance)
+
+
+def in_16_bits(frame):
+    """As a file of the basis cache holds it: whole numbers, each column with its scale."""
+    step = frame.abs().amax(0) / 32767
+    return ((frame / step).round() * step).float()
+
+
+def test_a_weight_of_zeros_has_no_angle():
+    zero, some = truncated_svd(torch.zeros(1, 8, 8), 3), truncated_svd(torch.randn(1, 8, 8), 3)
+    assert all(side.isnan().all() for side in angle_quantiles(zero, some))

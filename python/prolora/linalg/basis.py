@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,13 @@ class Basis:
         fields = {name: getattr(self, name)[i] for name in FACTS}
         fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
         return Basis(**fields, rungs=(self.rungs[i],))
+
+    def take(self, places: Sequence[int]) -> Basis:
+        """Some matrices of a stack [b, m, n]; itself where it is asked for all, in order."""
+        if list(places) == list(range(len(self.U))):
+            return self
+        fields = {name: getattr(self, name)[list(places)] for name in FACTORS + FACTS}
+        return Basis(**fields, rungs=tuple(self.rungs[i] for i in places))
 
 
 def stack_bases(bases: list[Basis]) -> Basis:

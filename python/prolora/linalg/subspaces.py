@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeMismatch
+from ..spread import spread
 from .arrays import like, to_tensor
 from .basis import Basis, truncated_svd
 from .choice import Rank
 from .overlaps import basis_tables
+from .precision import working_dtype
+from .products import lower_gram
+
+ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The quantiles by which a spectrum of principal angles is told: smallest, median and largest."""
 
 
 @dataclass(frozen=True)
@@ -117,28 +123,51 @@ def principal_angles(X: Any, Y: Any) -> Any:
     return like(angles, X)
 
 
-def angle_quantiles(source: Basis, target: Basis, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Quantiles of the principal angles between two bases of one weight each, left and right.
+def angle_quantiles(
+    source: Basis, target: Basis, shares: Sequence[float] = ANGLE_SHARES
+) -> tuple[Tensor, Tensor]:
+    """Quantiles of the principal angles between the bases of a stack, left and right.
 
-    The angles are those of `principal_angles`, by half the work, since bases are orthonormal: the
-    squared sines are the eigenvalues of EᵀE with E = Y − X(XᵀY), in float64. What float32 bases
-    leave of it is about 1e-7.
+    The angles are those of `principal_angles` by an eighth to a half of the work, since bases are
+    orthonormal (`_angles`). Bases in float32 leave of them about 1e-7, and 1e-4 next to a right
+    angle; 16 bits (`bases.basis_file`) leave 1e-5 and 1e-3.
 
     Args:
-        source: a basis of one matrix [m, n].
+        source: bases of a stack of matrices [b, m, n].
         target: likewise.
         shares: between 0 (the smallest angle) and 1 (the largest).
 
     Returns:
-        Radians, float64, [len(shares)] each.
+        Radians, float64, [b, len(shares)] each; NaN where a basis has no column.
     """
-    found = []
-    for x, y in ((source.U, target.U), (source.V, target.V)):
-        x, y = x.double(), y.double()
-        if x.shape[-1] < y.shape[-1]:
-            x, y = y, x
-        rest = y - x @ (x.mT @ y)
-        sines = torch.linalg.eigvalsh(rest.mT @ rest).clamp(0, 1).sqrt()
-        angles = sines.asin()
-        found.append(angles.quantile(torch.tensor(shares, dtype=angles.dtype, device=x.device)))
-    return found[0], found[1]
+    work = working_dtype(source.U.dtype, target.U.dtype)
+    pairs = [(source[i], target[i]) for i in range(len(source.U))]
+    sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
+    wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
+    found = spread(lambda side: _angles(*(x.to(work) for x in side)).quantile(wanted), sides)
+    left, right = torch.stack(found).chunk(2)
+    empty = (torch.minimum(source.rank, target.rank) < 1)[:, None]
+    return left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
+
+
+def _angles(x: Tensor, y: Tensor) -> Tensor:
+    """Principal angles [min(p, q)], ascending, between orthonormal x [m, p] and y [m, q].
+
+    The sines are the singular values of what of Y is outside of X: of Y − X(XᵀY), or, where less
+    than half of the space is outside, of that in coordinates of the outside, which are fewer. It
+    has float32's relative exactness; only its Gram matrix and the eigenvalues need float64, since
+    they square the sines.
+    """
+    if x.shape[-1] < y.shape[-1]:
+        x, y = y, x
+    m, p = x.shape
+    q = y.shape[-1]
+    if p == m:
+        return y.new_zeros(q, dtype=torch.float64)
+    if 2 * p > m:
+        outside = torch.ormqr(*torch.geqrf(x), y, transpose=True)[p:]
+    else:
+        outside = torch.addmm(y, x, x.mT @ y, alpha=-1)
+    tall = outside.shape[0] > q
+    squares = torch.linalg.eigvalsh(lower_gram(outside.mT if tall else outside))
+    return torch.nn.functional.pad(squares.clamp(0, 1).sqrt().asin(), (q - len(squares), 0))
