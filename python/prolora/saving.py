@@ -84,6 +84,21 @@ def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.
     """
+    raw, ordered = _layout(tensors, metadata)
+    with open(path, "wb") as file:
+        file.write(raw)
+        for tensor in ordered:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
+    """Bytes of the file that `dump` makes; the tensors may be on the meta device."""
+    raw, ordered = _layout(tensors, metadata)
+    return len(raw) + sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered)
+
+
+def _layout(tensors: Tensors, metadata: Metadata) -> tuple[bytes, list[Tensor]]:
+    """What a file begins with, and the tensors in the order in which it goes on."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide dtypes first keeps every tensor aligned for readers that map the file.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -95,10 +110,7 @@ def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
         start = stop
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for _, tensor in ordered:
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return len(raw).to_bytes(8, "little") + raw, [tensor for _, tensor in ordered]
 
 
 def write_text_atomically(path: StrPath, text: str) -> None:

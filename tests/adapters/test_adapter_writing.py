@@ -368,4 +368,5 @@ def test_any_adapter_survives_any_format(tmp_path_factory, ranks, format, spelli
     shapes = {name: ALL[name] for name in ranks}
     adapter = adapter_of(shapes, list(ranks.values()), spelling=spelling)
     adapters.write(adapter, path, format=format, dtype=dtype)
+    assert adapters.file_size(adapter, format=format, dtype=dtype) == path.stat().st_size
     same_updates(adapter, dense(adapters.read(path)), max(8 * torch.finfo(dtype).eps, 1e-6))

@@ -9,7 +9,7 @@ import torch
 from lora_files import DATA, factors, save
 
 from prolora import adapters
-from prolora.adapters import encoding, flux, names
+from prolora.adapters import flux, groups, names
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 from prolora.linalg.lowrank import LowRank
 
@@ -313,6 +313,7 @@ def small(rank=(2, 3), **fields):
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
     adapter = small(rank, format=format, spelling=spelling)
     adapters.write(adapter, tmp_path / "out", dtype=dtype)
+    assert adapters.file_size(adapter, dtype=dtype) == (tmp_path / "out").stat().st_size
     back = adapters.read(tmp_path / "out")
     assert (back.format, back.spelling) == (format, spelling)
     same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
@@ -372,16 +373,36 @@ def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks(tmp_path):
     same(adapters.read(written), adapter.updates)
 
 
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
+def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(tmp_path, smallest):
+    """Float16 has few digits left for it, or none, and so it would in any file of this format."""
+    down = 0.1 * factors((8, 12), 4, 0)[1]
+    sizes = {"q": 1.0, "k": 0.1, "v": smallest}
+    updates = {
+        f"transformer_blocks.0.attn.to_{part}": LowRank(
+            0.05 * size * factors((12, 8), 4, i)[0], down
+        )
+        for i, (part, size) in enumerate(sizes.items())
+    }
+    adapter = adapters.Adapter(updates, spelling="sgm")
+    adapters.write(adapter, tmp_path / "out", dtype=torch.float16)
+    back = adapters.read(tmp_path / "out").updates
+    whole = sum(update.norm() for update in updates.values())
+    for name, update in updates.items():
+        read = back[name].dense() if name in back else 0
+        assert (read - update.dense()).norm() < 2e-3 * whole
+
+
 def test_double_blocks_alone_are_told_from_sd3_by_their_width():
     wide = LowRank(*factors((WIDTH, WIDTH), 1, 0))
     narrow = LowRank(*factors((8, 8), 1, 0))
     for update, fits in ((wide, True), (narrow, False)):
         adapter = adapters.Adapter({"transformer_blocks.0.attn.to_q": update}, format="diffusers")
-        paths = encoding.paths(adapter, "kohya")
+        paths = groups.paths(adapter, "kohya")
         assert paths["transformer_blocks.0.attn.to_q"].startswith("lora_unet_double") == fits
         if not fits:
             with pytest.raises(UnsupportedFormat, match="no name in the comfy format"):
-                encoding.paths(adapter, "comfy")
+                groups.paths(adapter, "comfy")
 
 
 @pytest.mark.parametrize(("name", "height"), [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from ..linalg.lowrank import LowRank
 from ..linalg.precision import is_finite
-from . import flux, names, vectors
+from . import names, vectors
 from .adapter import Adapter
-from .family import guess_family
+from .groups import Group, grouped, is_fused, paths_of
 from .scaling import Patterns
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
@@ -40,16 +39,40 @@ def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tenso
         NonFiniteWeights: a factor is not finite, or overflows in `dtype`.
         OutputError: a factor is too small for `dtype` to hold.
     """
+
+    def factors(group: Group, alpha: int) -> LowRank:
+        update = group.update()
+        if _has_alpha(format) and update.rank != alpha:
+            update = LowRank(update.up.double() * (update.rank / alpha), update.down)
+        return _cast(group.modules[0], update, dtype)
+
+    return _tensors(adapter, format, dtype, factors)
+
+
+def outline(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`encode` without the numbers of the updates: their factors are on the meta device."""
+
+    def factors(group: Group, _: int) -> LowRank:
+        m, n = group.shape
+        return LowRank(
+            torch.empty(m, group.rank, dtype=dtype, device="meta"),
+            torch.empty(group.rank, n, dtype=dtype, device="meta"),
+        )
+
+    return _tensors(adapter, format, dtype, factors)
+
+
+def _tensors(
+    adapter: Adapter, format: str, dtype: torch.dtype, factors: Callable[[Group, int], LowRank]
+) -> dict[str, Tensor]:
+    """The tensors by key; `factors` makes a group's, for the alpha of the file."""
     tensors: dict[str, Tensor] = {}
-    has_alpha = format in ("kohya", "comfy")
-    groups = _groups(adapter, format)
+    groups = grouped(adapter, format)
     alpha = common_rank(group.rank for group in groups)
     for group in groups:
-        name, update = group.modules[0], group.update()
-        if has_alpha and update.rank != alpha:
-            update = LowRank(update.up.double() * (update.rank / alpha), update.down)
-        up, down = _shaped(name, _cast(name, update, dtype), adapter.kernels.get(name))
-        if has_alpha:
+        name = group.modules[0]
+        up, down = _shaped(name, factors(group, alpha), adapter.kernels.get(name))
+        if _has_alpha(format):
             tensors[f"{group.path}.lora_up.weight"] = up
             tensors[f"{group.path}.lora_down.weight"] = down
             tensors[f"{group.path}.alpha"] = _alpha(alpha, dtype)
@@ -59,9 +82,13 @@ def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tenso
     return tensors | _vectors(adapter, format, dtype)
 
 
+def _has_alpha(format: str) -> bool:
+    return format in ("kohya", "comfy")
+
+
 def _vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of biases and normalisation layers."""
-    whole = vectors.fused(adapter.vectors, _is_fused(adapter, format))
+    whole = vectors.fused(adapter.vectors, is_fused(adapter, format))
     roles = vectors.roles(whole)
     if format in ("diffusers", "peft"):
         roles = dict.fromkeys(whole, "lora_B.bias")
@@ -87,59 +114,13 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
             f"{homeless[0]}. Write it with --format kohya or comfy, or leave them out (--vectors "
             "skip)"
         )
-    whole = vectors.fused(adapter.vectors, _is_fused(adapter, format))
-    return _paths(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
+    whole = vectors.fused(adapter.vectors, is_fused(adapter, format))
+    return paths_of(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
 
 
 def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
     """Whether the vector can be the bias of its module's second factor."""
     return vector.endswith(".bias") and vectors.module_of(vector) in adapter.updates
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The modules that share one pair of factors in a file: one, but for FLUX's fused weights.
-
-    Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
-    """
-
-    path: str
-    parts: dict[str, LowRank]
-    matrix: flux.Matrix | None
-
-    @property
-    def modules(self) -> list[str]:
-        return list(self.parts)
-
-    @property
-    def rank(self) -> int:
-        first = self.parts[self.modules[0]]
-        return flux.fused_rank(self.matrix, self.parts) if self.matrix else first.rank
-
-    def update(self) -> LowRank:
-        first = self.parts[self.modules[0]]
-        return flux.fuse(self.matrix, self.parts) if self.matrix else first
-
-
-def _groups(adapter: Adapter, format: str) -> list[_Group]:
-    """What a file of that format consists of."""
-    members: dict[str, list[str]] = {}
-    for name, path in paths(adapter, format).items():
-        members.setdefault(path, []).append(name)
-    fused = _is_fused(adapter, format)
-    return [
-        _Group(
-            path,
-            {name: adapter.updates[name] for name in modules},
-            flux.matrix_of(modules[0]) if fused else None,
-        )
-        for path, modules in members.items()
-    ]
-
-
-def _is_fused(adapter: Adapter, format: str) -> bool:
-    """Whether FLUX's weights are those of the original checkpoint in a file of that format."""
-    return format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
 
 
 def ranks(adapter: Adapter, format: str) -> set[int]:
@@ -148,7 +129,7 @@ def ranks(adapter: Adapter, format: str) -> set[int]:
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
-    return {group.rank for group in _groups(adapter, format)}
+    return {group.rank for group in grouped(adapter, format)}
 
 
 def common_rank(ranks: Iterable[int]) -> int:
@@ -161,101 +142,6 @@ def common_rank(ranks: Iterable[int]) -> int:
     """
     counts = Counter(ranks) or Counter([1])
     return max(counts, key=lambda rank: (counts[rank], rank))
-
-
-def paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Canonical name -> module path in the keys of `format`; parts of a fused weight share one.
-
-    Raises:
-        UnsupportedFormat: the format has no name for a module.
-    """
-    found = _paths(adapter, format, list(adapter.updates))
-    if format == "peft":
-        _check_one_component(list(adapter.updates))
-    return found
-
-
-def _paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
-    """The paths of some modules of an adapter, also of those it only has vectors of."""
-    spelling = _kohya_spelling(adapter)
-    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
-    sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
-    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    found: dict[str, str] = {}
-    siblings = [*adapter.updates, *modules]
-    original = _is_flux(adapter)
-    for name in modules:
-        if format == "comfy" and names.place(name) == "transformer" and not original:
-            path = None
-        elif format == "kohya":
-            path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
-        elif format == "comfy":
-            path = names.to_comfy(name, siblings=siblings, clip=clip)
-        elif format == "diffusers":
-            path = names.to_diffusers(name)
-        else:
-            path = "base_model.model." + names.local_name(name)
-        if path is None:
-            raise UnsupportedFormat(
-                f"{name} has no name in the {format} format; write it with --format diffusers"
-            )
-        found[name] = path
-    return found
-
-
-def _check_one_component(modules: list[str]) -> None:
-    """A PEFT folder belongs to one model, and does not say to which text encoder."""
-    places = {names.place(name) for name in modules}
-    if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
-        raise UnsupportedFormat(
-            f"a PEFT folder holds one model, but this adapter has modules of "
-            f"{', '.join(sorted(places))}; write it with --format diffusers or kohya"
-        )
-
-
-def _kohya_spelling(adapter: Adapter) -> str:
-    """The adapter's spelling, with two exceptions.
-
-    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
-    and diffusers crashes on their two-digit SGM blocks. FLUX gets the names of its authors, which
-    are kohya's, unless the file came from OneTrainer, which has a kohya format with diffusers'.
-    """
-    modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
-    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
-        return "diffusers"
-    if any(names.place(name) == "transformer" for name in modules):
-        from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
-        return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
-    return adapter.spelling
-
-
-def _is_flux(adapter: Adapter) -> bool:
-    """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
-    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
-    is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
-    transformer = (name for name in inputs if names.place(name) == "transformer")
-    return is_flux and all(flux.matrix_of(name) for name in transformer)
-
-
-def _has_several_text_encoders(adapter: Adapter) -> bool:
-    """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
-    return any(
-        names.place(name) in ("text_encoder_2", "text_encoder_3", "transformer")
-        or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
-        for name, update in adapter.updates.items()
-    )
-
-
-def _text_width(adapter: Adapter) -> int | None:
-    """The width of the first text encoder."""
-    return next(
-        (
-            update.down.shape[-1]
-            for name, update in adapter.updates.items()
-            if name.startswith("text_encoder.") and name.endswith((".q_proj", ".k_proj", ".v_proj"))
-        ),
-        None,
-    )
 
 
 def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:

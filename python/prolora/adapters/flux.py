@@ -8,7 +8,7 @@ what prolora moves, so that a result does not depend on how a file or a base was
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +186,23 @@ def split(whole: Matrix, update: LowRank, where: str) -> dict[str, LowRank]:
     return {part: LowRank(up.clone(), update.down.clone()) for part, up in parts}
 
 
+def fused_height(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
+    """The rows of `whole`, from those of some of its parts.
+
+    Raises:
+        ShapeMismatch: the parts do not belong to one weight.
+    """
+    if len(whole.parts) == 1:
+        return parts[whole.parts[0]].shape[0]
+    shares = dict(zip(whole.parts, whole.shares, strict=True))
+    units = {parts[name].shape[0] / shares[name] for name in parts}
+    inputs = {parts[name].shape[1] for name in parts}
+    if len(units) > 1 or len(inputs) > 1 or not units.copy().pop().is_integer():
+        shapes = ", ".join(f"{name} {list(update.shape)}" for name, update in parts.items())
+        raise ShapeMismatch(f"{whole.name} cannot be put together from {shapes}")
+    return int(units.pop()) * sum(whole.shares)
+
+
 def fused_rank(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
     """The rank that `fuse` comes to."""
     updates = list(parts.values())
@@ -195,7 +212,8 @@ def fused_rank(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
 
 
 def _share_down(updates: list[LowRank]) -> bool:
-    return all(torch.equal(update.down, updates[0].down) for update in updates)
+    first = updates[0].down
+    return all(update.down is first or torch.equal(update.down, first) for update in updates)
 
 
 def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
@@ -210,21 +228,15 @@ def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
     if len(whole.parts) == 1:
         update = parts[whole.parts[0]]
         return LowRank(swapped_halves(update.up), update.down) if whole.swapped else update
-    shares = dict(zip(whole.parts, whole.shares, strict=True))
-    units = {parts[name].shape[0] / shares[name] for name in parts}
-    inputs = {parts[name].shape[1] for name in parts}
-    if len(units) > 1 or len(inputs) > 1 or not units.copy().pop().is_integer():
-        shapes = ", ".join(f"{name} {list(update.shape)}" for name, update in parts.items())
-        raise ShapeMismatch(f"{whole.name} cannot be put together from {shapes}")
-    unit = int(units.pop())
+    unit = fused_height(whole, parts) // sum(whole.shares)
     present = [name for name in whole.parts if name in parts]
     first = parts[present[0]]
     shared = _share_down(list(parts.values()))
     width = fused_rank(whole, parts)
     up = first.up.new_zeros(unit * sum(whole.shares), width)
     top = left = 0
-    for name in whole.parts:
-        height = unit * shares[name]
+    for name, share in zip(whole.parts, whole.shares, strict=True):
+        height = unit * share
         if name in parts:
             rank = parts[name].rank
             up[top : top + height, left : left + rank] = parts[name].up
@@ -232,6 +244,21 @@ def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
         top += height
     down = first.down if shared else torch.cat([parts[name].down for name in present])
     return LowRank(up, down)
+
+
+def unfuse(whole: Matrix, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
+    """Some parts of an update of the original weight, as `fuse` puts them together again.
+
+    All keep the whole `down`, so that its rank stays what it is; `split` leaves out what a part
+    does not use.
+    """
+    if len(whole.parts) == 1:
+        up = swapped_halves(update.up) if whole.swapped else update.up
+        return {whole.parts[0]: LowRank(up, update.down)}
+    tops = update.up.split(rows(whole, update.shape[0], whole.name))
+    found = dict(zip(whole.parts, tops, strict=True))
+    # Copies: parts must not share memory that a caller may write to.
+    return {name: LowRank(found[name].clone(), update.down.clone()) for name in modules}
 
 
 def swapped_halves(tensor: Tensor) -> Tensor:

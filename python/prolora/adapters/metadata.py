@@ -118,6 +118,10 @@ def of_output(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict
     return kept
 
 
+BLANK_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+"""As long as `kohya_hashes` of any file."""
+
+
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """The two hashes by which user interfaces of the A1111 family know a LoRA.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
 from ..linalg.lowrank import LowRank
-from ..saving import check_writable, write_safetensors, write_text_atomically
-from . import encoding, vectors
+from ..saving import (
+    check_writable,
+    safetensors_size,
+    write_safetensors,
+    write_text_atomically,
+)
+from . import encoding, groups, vectors
 from . import metadata as headers
 from .adapter import Adapter
 from .reading import read_pieces
@@ -53,40 +59,70 @@ def write(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    chosen = check_format(adapter, format)
-    stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
-    if stored not in _DTYPES:
-        raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
+    chosen, stored = check_format(adapter, format), _stored(adapter, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     _check_destination(Path(path), chosen)
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
 
     tensors = encoding.encode(adapter, chosen, stored)
-    header = headers.of_output(
-        adapter.metadata if metadata is None else metadata,
-        chosen,
-        encoding.ranks(adapter, chosen),
-    )
+    header = _header(adapter, chosen, metadata)
     if chosen == "kohya":
         header.update(headers.kohya_hashes(tensors, header))
-    table = encoding.diffusers_metadata(adapter) if chosen == "diffusers" else None
-    if table is not None:
-        header[METADATA_KEY] = json.dumps(table)
-
     if chosen != "peft":
         _publish(
-            Path(path), adapter, stored, lambda staged: write_safetensors(staged, tensors, header)
-        )
+            Path(path), adapter, chosen, stored,
+            lambda staged: write_safetensors(staged, tensors, header),
+        )  # fmt: skip
         return
 
     def write_folder(staged: Path) -> None:
         staged.mkdir()
         write_safetensors(staged / PEFT_WEIGHTS, tensors, header)
-        config = json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True)
-        write_text_atomically(staged / PEFT_CONFIG, config + "\n")
+        write_text_atomically(staged / PEFT_CONFIG, _config_text(adapter))
 
-    _publish(Path(path), adapter, stored, write_folder)
+    _publish(Path(path), adapter, chosen, stored, write_folder)
+
+
+def file_size(adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None) -> int:
+    """Bytes of the file that `write` makes; of the two in a PEFT folder, together.
+
+    Only shapes of updates count, not their numbers. Arguments and errors as those of `write`.
+    """
+    chosen, stored = check_format(adapter, format), _stored(adapter, dtype)
+    header = _header(adapter, chosen)
+    if chosen == "kohya":
+        header.update(headers.BLANK_HASHES)
+    size = safetensors_size(encoding.outline(adapter, chosen, stored), header)
+    return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
+
+
+def _stored(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the factors in the file."""
+    stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
+    if stored not in _DTYPES:
+        raise UnsupportedFormat(f"LoRA factors are not written as {stored}; use float16 or wider")
+    return stored
+
+
+def _header(
+    adapter: Adapter, format: str, metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The file's metadata, all but kohya's hashes."""
+    header = headers.of_output(
+        adapter.metadata if metadata is None else metadata,
+        format,
+        encoding.ranks(adapter, format),
+    )
+    table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
+    if table is not None:
+        header[METADATA_KEY] = json.dumps(table)
+    return header
+
+
+def _config_text(adapter: Adapter) -> str:
+    """PEFT's adapter_config.json."""
+    return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
 
 
 def check_format(adapter: Adapter, format: str) -> str:
@@ -100,7 +136,7 @@ def check_format(adapter: Adapter, format: str) -> str:
         raise UnsupportedFormat(
             f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
         )
-    encoding.paths(adapter, chosen)
+    groups.paths(adapter, chosen)
     encoding.vector_paths(adapter, chosen)
     return chosen
 
@@ -119,14 +155,14 @@ def _check_destination(path: Path, format: str) -> None:
 
 
 def _publish(
-    path: Path, adapter: Adapter, dtype: torch.dtype, build: Callable[[Path], None]
+    path: Path, adapter: Adapter, format: str, dtype: torch.dtype, build: Callable[[Path], None]
 ) -> None:
     """Builds the output beside `path`, verifies it and gives it its name."""
     target = Path(os.path.realpath(path))
     staged = target.with_name(f".prolora-{secrets.token_hex(8)}")
     try:
         build(staged)
-        _verify(staged, adapter, dtype, path)
+        _verify(staged, adapter, format, dtype, path)
         if staged.is_dir() and target.is_dir():
             for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(staged / name, target / name)
@@ -143,12 +179,13 @@ def _publish(
             staged.unlink(missing_ok=True)
 
 
-def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> None:
+def _verify(staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: Path) -> None:
     """Opens the output as any user would and compares every update.
 
     Raises:
         OutputError: an update is missing or is off by more than the rounding of `dtype`.
     """
+    shared = _shared_sizes(adapter, format)
     seen: set[str] = set()
     foreign: set[str] = set()
     kernels: dict[str, tuple[int, int]] = {}
@@ -159,7 +196,7 @@ def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> N
                 wanted = adapter.updates.get(name)
                 if wanted is None:
                     foreign |= _nonzero(piece, {name})
-                elif not _equal(update, wanted, dtype):
+                elif not _equal(update, wanted, dtype, shared.get(name, 0.0)):
                     raise OutputError(
                         f"{path}: {name} reads back differently from what was written"
                     )
@@ -170,7 +207,10 @@ def _verify(staged: Path, adapter: Adapter, dtype: torch.dtype, path: Path) -> N
         raise
     except ProLoRAError as error:
         raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
-    missing = _nonzero(adapter, adapter.updates.keys() - seen)
+    missing = {
+        name for name in adapter.updates.keys() - seen
+        if adapter.updates[name].norm() > _tolerance(dtype) * shared.get(name, 0.0)
+    }  # fmt: skip
     if missing or foreign or kernels != adapter.kernels:
         changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
@@ -190,12 +230,38 @@ def _nonzero(adapter: Adapter, modules: Set[str]) -> set[str]:
     return {name for name in modules if adapter.updates[name].norm() > 0}
 
 
-def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype) -> bool:
-    """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost."""
+def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
+    """Module -> ‖up‖·‖down‖ of the factors that it shares with others in the file."""
+    sizes: dict[str, float] = {}
+    for group in groups.grouped(adapter, format):
+        if len(group.parts) > 1:
+            updates = group.parts.values()
+            up = math.hypot(*(update.up.norm().item() for update in updates))
+            down = math.hypot(*(update.down.norm().item() for update in updates))
+            sizes |= dict.fromkeys(group.parts, up * down)
+    return sizes
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """What rounding both factors can cost, of ‖up‖·‖down‖."""
+    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
+    return max(4 * torch.finfo(dtype).eps, 1e-6)
+
+
+def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
+    """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost.
+
+    Args:
+        found: as it reads back.
+        wanted: as it was meant.
+        dtype: of the factors in the file.
+        shared: ‖up‖·‖down‖ of the factors there, where they are more than this update's: a small
+            part of a fused weight is rounded as the whole is.
+    """
     if found.shape != wanted.shape:
         return False
-    rounding = 2 * torch.finfo(dtype).eps
     pairs = ((found.up, wanted.up), (found.down, wanted.down))
+    rounding = 2 * torch.finfo(dtype).eps
     if found.rank == wanted.rank and all(_close(*pair, rounding) for pair in pairs):
         return True
     # The same product may have other factors, if they were balanced for the dtype or fused.
@@ -203,9 +269,8 @@ def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype) -> bool:
         torch.cat([found.up.double(), -wanted.up.double()], 1),
         torch.cat([found.down.double(), wanted.down.double()], 0),
     )
-    size = wanted.up.double().norm() * wanted.down.double().norm()
-    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
-    return bool(difference.norm() <= max(2 * rounding, 1e-6) * size)
+    size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
+    return bool(difference.norm() <= _tolerance(dtype) * size)
 
 
 def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

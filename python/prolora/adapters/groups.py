@@ -1,0 +1,174 @@
+"""Where each update of an adapter goes in a file, and which of them share a pair of factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UnsupportedFormat
+from ..linalg.lowrank import LowRank
+from . import flux, names, vectors
+from .adapter import Adapter
+from .family import guess_family
+
+
+@dataclass(frozen=True)
+class Group:
+    """The modules that share one pair of factors in a file: one, but for FLUX's fused weights.
+
+    Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
+
+    Attributes:
+        path: the module's name in the keys of the file.
+        parts: module -> its update.
+        matrix: the original weight of FLUX that they are rows of, if it is one.
+    """
+
+    path: str
+    parts: dict[str, LowRank]
+    matrix: flux.Matrix | None
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the parts."""
+        return list(self.parts)
+
+    @property
+    def rank(self) -> int:
+        """Columns of the factors in the file."""
+        return flux.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the factors in the file."""
+        m, n = self._first.shape
+        return (flux.fused_height(self.matrix, self.parts) if self.matrix else m), n
+
+    def update(self) -> LowRank:
+        """The factors in the file."""
+        return flux.fuse(self.matrix, self.parts) if self.matrix else self._first
+
+    def split(self, update: LowRank) -> dict[str, LowRank]:
+        """Module -> its part of other factors of the same shape."""
+        if self.matrix:
+            return flux.unfuse(self.matrix, update, self.parts)
+        return {self.modules[0]: update}
+
+    @property
+    def _first(self) -> LowRank:
+        return self.parts[self.modules[0]]
+
+
+def grouped(adapter: Adapter, format: str) -> list[Group]:
+    """What a file of that format consists of."""
+    members: dict[str, list[str]] = {}
+    for name, path in paths(adapter, format).items():
+        members.setdefault(path, []).append(name)
+    fused = is_fused(adapter, format)
+    return [
+        Group(
+            path,
+            {name: adapter.updates[name] for name in modules},
+            flux.matrix_of(modules[0]) if fused else None,
+        )
+        for path, modules in members.items()
+    ]
+
+
+def is_fused(adapter: Adapter, format: str) -> bool:
+    """Whether FLUX's weights are those of the original checkpoint in a file of that format."""
+    return format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
+
+
+def paths(adapter: Adapter, format: str) -> dict[str, str]:
+    """Canonical name -> module path in the keys of `format`; parts of a fused weight share one.
+
+    Raises:
+        UnsupportedFormat: the format has no name for a module.
+    """
+    found = paths_of(adapter, format, list(adapter.updates))
+    if format == "peft":
+        _check_one_component(list(adapter.updates))
+    return found
+
+
+def paths_of(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
+    """The paths of some modules of an adapter, also of those it only has vectors of."""
+    spelling = _kohya_spelling(adapter)
+    # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
+    sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
+    clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
+    found: dict[str, str] = {}
+    siblings = [*adapter.updates, *modules]
+    original = _is_flux(adapter)
+    for name in modules:
+        if format == "comfy" and names.place(name) == "transformer" and not original:
+            path = None
+        elif format == "kohya":
+            path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
+        elif format == "comfy":
+            path = names.to_comfy(name, siblings=siblings, clip=clip)
+        elif format == "diffusers":
+            path = names.to_diffusers(name)
+        else:
+            path = "base_model.model." + names.local_name(name)
+        if path is None:
+            raise UnsupportedFormat(
+                f"{name} has no name in the {format} format; write it with --format diffusers"
+            )
+        found[name] = path
+    return found
+
+
+def _check_one_component(modules: list[str]) -> None:
+    """A PEFT folder belongs to one model, and does not say to which text encoder."""
+    places = {names.place(name) for name in modules}
+    if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
+        raise UnsupportedFormat(
+            f"a PEFT folder holds one model, but this adapter has modules of "
+            f"{', '.join(sorted(places))}; write it with --format diffusers or kohya"
+        )
+
+
+def _kohya_spelling(adapter: Adapter) -> str:
+    """The adapter's spelling, with two exceptions.
+
+    UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
+    and diffusers crashes on their two-digit SGM blocks. FLUX gets the names of its authors, which
+    are kohya's, unless the file came from OneTrainer, which has a kohya format with diffusers'.
+    """
+    modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
+    if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
+        return "diffusers"
+    if any(names.place(name) == "transformer" for name in modules):
+        from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
+        return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
+    return adapter.spelling
+
+
+def _is_flux(adapter: Adapter) -> bool:
+    """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
+    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
+    is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
+    transformer = (name for name in inputs if names.place(name) == "transformer")
+    return is_flux and all(flux.matrix_of(name) for name in transformer)
+
+
+def _has_several_text_encoders(adapter: Adapter) -> bool:
+    """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
+    return any(
+        names.place(name) in ("text_encoder_2", "text_encoder_3", "transformer")
+        or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
+        for name, update in adapter.updates.items()
+    )
+
+
+def _text_width(adapter: Adapter) -> int | None:
+    """The width of the first text encoder."""
+    return next(
+        (
+            update.down.shape[-1]
+            for name, update in adapter.updates.items()
+            if name.startswith("text_encoder.") and name.endswith((".q_proj", ".k_proj", ".v_proj"))
+        ),
+        None,
+    )
