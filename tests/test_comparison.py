@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sdxl
 import torch
-from mini import source_weights, target_weights, write_case
-from spectra import related
+from mini import BLOCK, source_weights, target_weights, write_case
+from spectra import related, weights
 
 import prolora
 from prolora import (
@@ -20,6 +20,8 @@ from prolora import (
     comparison,
     heatmap,
     open_base,
+    similarity,
+    truncated_svd,
 )
 from prolora.bases import cache, load
 from prolora.errors import OutputError
@@ -120,7 +122,40 @@ def test_the_verdict_needs_no_decomposition(monkeypatch):
     monkeypatch.setattr(comparison, "truncated_svd", None)
     quick = comparison.compare(source, target, rank=None)
     assert quick.verdict == whole.verdict and math.isnan(quick.mean("above"))
+    assert quick.sweep == []
     assert not any("above chance" in sentence for sentence in quick.sentences())
+
+
+@pytest.mark.parametrize("rank", [40, 0.9])
+def test_a_row_of_the_sweep_is_the_similarity_at_that_rank(rank):
+    names = [BLOCK.format(i, "attn1.to_q") for i in range(4)]
+    source = {name: weights(64, 72, seed=i) for i, name in enumerate(names)}
+    target = {name: related(source[name], 0.3 * i + 0.1, 50 + i) for i, name in enumerate(names)}
+    found = comparison.compare(source, target, rank=rank)
+    held = {m.target: min(m.columns_source, m.columns_target) for m in found.modules}
+    assert [row.columns for row in found.sweep][:2] == [16, 32] and found.sweep[-1].whole == 4
+    for row in found.sweep:
+        asked = {name: row.columns if row.columns < held[name] else rank for name in names}
+        exact = [similarity(source[name], target[name], rank=asked[name]) for name in names]
+        for field in ("left", "right"):
+            expected = [getattr(one, field).item() for one in exact]
+            assert getattr(row, f"phi_{field}") == pytest.approx(sum(expected) / 4, abs=1e-5)
+            chance = [getattr(one, f"chance_{field}").item() for one in exact]
+            assert getattr(row, f"chance_{field}") == pytest.approx(sum(chance) / 4)
+        above = [min(one.above_left.item(), one.above_right.item()) for one in exact]
+        assert row.above == pytest.approx(sum(above) / 4, abs=1e-5)
+        least = [min(one.left.item(), one.right.item()) for one in exact]
+        assert row.passing == {f"{t:g}": sum(x >= t for x in least) for t in (0.7, 0.8, 0.9)}
+        energy = [truncated_svd(w[name], asked[name]).energy.item()
+                  for w in (source, target) for name in names]  # fmt: skip
+        assert row.energy == pytest.approx(sum(energy) / 8, abs=1e-5)
+    told = found.to_dict()
+    assert [row["columns"] for row in told["sweep"]] == [row.columns for row in found.sweep]
+    first = found.modules[0]
+    assert told["modules"][0]["points"][-1] == [
+        first.columns_source, first.columns_target,
+        pytest.approx(first.phi_left), pytest.approx(first.phi_right),
+    ]  # fmt: skip
 
 
 def test_subspaces_are_kept_for_the_transfer_that_follows(tmp_path, monkeypatch):
@@ -232,8 +267,13 @@ def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
     assert code == 0 and told["verdict"]["go"] and told["means"]["above_left"] is None
     code, text, _ = run(*line, "--quick")
     assert code == 0 and "Φ l/r" not in text
-    code, _, text = run(*line, "--quick", "--plot", tmp_path / "x.png")
-    assert code == 2 and "give one of them" in text
+    assert "rank sweep" not in run(*line)[1]
+    code, text, _ = run(*line, "--sweep")
+    assert code == 0 and "rank sweep over 8 pairs" in text and "≥ 0.8" in text
+    assert all(len(row) <= 80 for row in text.splitlines())
+    for extra in (("--plot", tmp_path / "x.png"), ("--sweep",)):
+        code, _, text = run(*line, "--quick", *extra)
+        assert code == 2 and f"{extra[0]} " in text and "give one of them" in text
     code, _, text = run(*line, "--plot", tmp_path / "no" / "x.png")
     assert code == 2 and "OutputError" in text
 

@@ -71,6 +71,9 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
     ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A table of the overlaps at fewer columns, too.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the overlaps into this PNG file (needs Pillow).")
     ] = None,
@@ -85,9 +88,10 @@ def compare(
     """Say whether a LoRA can move between two bases, from their weights alone."""
     ops.require(device)
     old, new = open_base(source), open_base(target)
+    if quick and (sweep or plot is not None):
+        asked = "--sweep tells" if sweep else "--plot draws"
+        raise ValueError(f"{asked} overlaps, which --quick leaves out: give one of them")
     if plot is not None:
-        if quick:
-            raise ValueError("--plot draws overlaps, which --quick leaves out: give one of them")
         heatmap.check_pillow()
         check_writable(plot, [*old.files, *new.files])
     with console.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
@@ -106,6 +110,9 @@ def compare(
             out.print(console.decisions_table(found.decisions, found.dropped_blocks, modules))
         out.print(console.comparison_table(found))
         out.print(f"[dim]{console.COMPARISON_LEGEND}[/dim]", highlight=False)
+        if sweep:
+            out.print(console.sweep_table(found))
+            out.print(f"[dim]{console.SWEEP_LEGEND}[/dim]", highlight=False)
     for sentence in found.sentences():
         out.print(sentence, highlight=False)
     out.print(f"Modules were paired by: {found.match}.", highlight=False)

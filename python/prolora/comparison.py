@@ -17,6 +17,7 @@ from .bases.modules import is_adaptable, matrix_shape, place
 from .errors import NonFiniteWeights, UnsupportedFormat
 from .linalg.basis import truncated_svd
 from .linalg.choice import Rank
+from .linalg.overlaps import basis_tables
 from .linalg.subspaces import angle_quantiles, basis_similarity
 from .matching import resolve
 from .memory import Memory
@@ -24,6 +25,7 @@ from .options import AUTO, DEFAULT_THRESHOLD, Options
 from .pairing import Match, feeds
 from .partners import BlockDecision, Matching
 from .report import STRANGE, finite, strangers_text
+from .sweep import Point, SweepRow, curve, sweep
 from .verdict import WHY, Verdict, judge
 
 _ATTENTION = re.compile(r"(^|\.)attn\d?\.")
@@ -46,6 +48,7 @@ class ModuleComparison:
         columns_source, columns_target: k of the bases; 0 likewise.
         angles_left, angles_right: principal angles between the subspaces in radians, at the shares
             `linalg.subspaces.ANGLE_SHARES` of their number, smallest first; empty likewise.
+        points: the overlap at fewer columns, see `sweep`; empty likewise.
     """
 
     source: str
@@ -62,6 +65,7 @@ class ModuleComparison:
     columns_target: int = 0
     angles_left: tuple[float, ...] = ()
     angles_right: tuple[float, ...] = ()
+    points: tuple[Point, ...] = ()
 
     @property
     def place(self) -> str:
@@ -85,8 +89,12 @@ class ModuleComparison:
         return self.affinity.cosine
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self) | {"drift": self.drift, "cosine": self.cosine, "above": self.above}
+        """All of it, for JSON; of each point the columns of both and Φ left and right."""
+        points = [
+            (p.columns_source, p.columns_target, p.phi_left, p.phi_right) for p in self.points
+        ]
+        derived = {"drift": self.drift, "cosine": self.cosine, "above": self.above}
+        return asdict(self) | derived | {"points": points}
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,11 @@ class Comparison:
     def verdict(self) -> Verdict:
         """Go or no-go, from the affinity of all pairs."""
         return judge(Affinity.total(module.affinity for module in self.modules))
+
+    @cached_property
+    def sweep(self) -> list[SweepRow]:
+        """The overlap of all pairs against the number of columns; empty where not asked for."""
+        return sweep([module.points for module in self.modules if module.points])
 
     @property
     def advice(self) -> Options:
@@ -236,6 +249,7 @@ class Comparison:
         fields: dict[str, Any] = asdict(self) | {
             "modules": [module.to_dict() for module in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
+            "sweep": [asdict(row) for row in self.sweep],
             "means": {name: self.mean(name) for name in numbers},
             "verdict": asdict(verdict)
             | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
@@ -350,14 +364,16 @@ def _compare_module(
         raise
     if rank is None:
         return ModuleComparison(origin, module, shape, affinity)
-    bases = [factorise(weight[None].to(device), rank) for weight in (ours, theirs)]
-    similar = basis_similarity(*bases)
-    angles = angle_quantiles(*bases)
+    old, new = (factorise(weight[None].to(device), rank) for weight in (ours, theirs))
+    tables = basis_tables(old, new)
+    similar = basis_similarity(old, new, tables)
+    angles = angle_quantiles(old, new)
     return ModuleComparison(
         origin, module, shape, affinity,
         phi_left=similar.left.item(), phi_right=similar.right.item(),
         chance_left=similar.chance_left.item(), chance_right=similar.chance_right.item(),
         above_left=similar.above_left.item(), above_right=similar.above_right.item(),
-        columns_source=int(bases[0].rank), columns_target=int(bases[1].rank),
+        columns_source=int(old.rank), columns_target=int(new.rank),
         angles_left=tuple(angles[0][0].tolist()), angles_right=tuple(angles[1][0].tolist()),
+        points=curve(old, new, tables),
     )  # fmt: skip

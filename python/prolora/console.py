@@ -21,6 +21,7 @@ from .comparison import Comparison, ModuleComparison, mean_of
 from .memory import size_text
 from .partners import BlockDecision
 from .report import Measures, ModuleReport, Report
+from .sweep import THRESHOLDS
 
 
 @contextmanager
@@ -58,6 +59,11 @@ COMPARISON_LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
 have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
 and right; above: the lesser of them over chance, 0 as unrelated … 1 as equal."""
+
+SWEEP_LEGEND = """\
+k: leading columns of both bases; whole: pairs whose bases hold no more, and so
+count with all of them; energy: share of Σσ² in these columns; ≥: pairs whose Φ
+reaches that on both sides."""
 
 
 def legend(report: Report, every_module: bool = False) -> str:
@@ -232,6 +238,23 @@ def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
         f"{columns[0]}…{columns[-1]}", f"{number(left)} {number(right)}", number(chance),
         number(above),
     ]  # fmt: skip
+
+
+def sweep_table(comparison: Comparison) -> Table:
+    """The overlap of all pairs against the number of columns."""
+    table = _table(f"rank sweep over {len(comparison.modules)} pairs")
+    thresholds = [f"≥ {threshold:g}" for threshold in THRESHOLDS]
+    for heading in ("k", "whole", "energy", "Φ l/r", "chance", "above", *thresholds):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.sweep:
+        last = row is comparison.sweep[-1]
+        table.add_row(
+            "all" if last else str(row.columns), str(row.whole), number(row.energy, ".0%"),
+            f"{number(row.phi_left)} {number(row.phi_right)}",
+            number(max(row.chance_left, row.chance_right)), number(row.above),
+            *map(str, row.passing.values()), style="bold" if last else None,
+        )  # fmt: skip
+    return table
 
 
 def decisions_table(

@@ -14,7 +14,7 @@ from ..spread import spread
 from .arrays import like, to_tensor
 from .basis import Basis, truncated_svd
 from .choice import Rank
-from .overlaps import basis_tables
+from .overlaps import OverlapTable, basis_tables
 from .precision import working_dtype
 from .products import lower_gram
 
@@ -58,8 +58,10 @@ def _above(phi: Tensor, chance: Tensor) -> Tensor:
     return torch.where(undefined, torch.full_like(share, torch.nan), share)
 
 
-def basis_similarity(source: Basis, target: Basis) -> Similarity:
-    """`similarity` of two bases that exist already."""
+def basis_similarity(
+    source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable] | None = None
+) -> Similarity:
+    """`similarity` of two bases that exist already, and perhaps their `basis_tables`."""
     if source.shape != target.shape:
         raise ShapeMismatch(
             f"source {list(source.shape)} and target {list(target.shape)} differ: subspaces of "
@@ -68,7 +70,8 @@ def basis_similarity(source: Basis, target: Basis) -> Similarity:
     m, n = source.shape[-2:]
     fewest = torch.minimum(source.rank, target.rank).clamp_min(1).double()
     most = torch.maximum(source.rank, target.rank).double()
-    left, right = (table.blocks.sum((-2, -1)) for table in basis_tables(source, target))
+    tables = tables or basis_tables(source, target)
+    left, right = (table.blocks.sum((-2, -1)) for table in tables)
     return Similarity(
         left=left / fewest,
         right=right / fewest,
