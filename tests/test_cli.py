@@ -184,6 +184,18 @@ def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dt
     assert adapter.format == format and adapter.dtype == getattr(torch, dtype)
 
 
+def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    words = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--no-cache")
+    code, text, _ = prolora(*words, "--out-rank", "8kB", "--dtype", "bfloat16")
+    assert code == 0 and "Cut to fit 0.008 MB: ranks " in text
+    assert 7500 < out.stat().st_size <= 8000
+    out.unlink()
+    code, _, text = prolora(*words, "--out-rank", "1kB")
+    assert code == 2 and "1000 bytes are too few" in text and not out.exists()
+
+
 @pytest.mark.parametrize(
     "extra, said",
     [

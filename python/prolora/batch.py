@@ -19,6 +19,7 @@ from typing import Any
 from .adapters.source import PEFT_CONFIG, open_source
 from .bases import Base, open_base
 from .bases.cache import BasisCache
+from .budget import Output
 from .errors import OutputError, ProLoRAError
 from .matching import resolve
 from .memory import Memory
@@ -175,10 +176,11 @@ def _move(
 ) -> None:  # fmt: skip
     """The stages of a transfer, for several LoRAs together."""
     inputs = [*source.files, *target.files]
+    output = Output.of(chosen, format, dtype)
 
     def start(task: _Task) -> None:
         check_output(task.out, [task.lora, *inputs])
-        task.job = prepare(task.lora, source, target, chosen, format)
+        task.job = prepare(task.lora, source, target, chosen, output)
 
     def decide(task: _Task, job: Job) -> None:
         memory.reserved += job.work.result_bytes()

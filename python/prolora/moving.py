@@ -305,12 +305,7 @@ def _accounted(
     update = update.to("cpu")
     smaller = cut(update, options.out_rank, row.rank_in)
     if smaller is not update:
-        whole = update.norm().square().item()
-        kept = min(1.0, smaller.norm().square().item() / whole) if whole else 1.0
-        update = smaller
-        row = replace(
-            row, rank_cut_energy=max(0.0, 1 - kept), norm_ratio=row.norm_ratio * kept**0.5
-        )
+        row, update = row.cut(update, smaller), smaller
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
     return update, replace(row, rank_out=update.rank)

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from .linalg.choice import Rank, check_rank
-from .out_rank import FORMS, OutRank, makes_sense, percentage
+from .out_rank import FORMS, OutRank, makes_sense, percentage, size_limit
 from .pairing import Match
 from .projection import DEFAULT_RANK, METHODS
 
@@ -105,8 +105,9 @@ class Options:
             means "auto" for method "auto" and 1 for a method asked for by name.
         out_rank: "exact" keeps every singular value of the result, an int at most that many, a
             share between 0 and 1 the fewest that hold that much of an update's energy, "50%" half
-            as many as the LoRA's own rank. Method "probe" fits updates of that rank or share,
-            "exact" being its own default.
+            as many as the LoRA's own rank, "100MB" those that fit a file of that size, spent where
+            they hold most energy. Method "probe" fits updates of that rank or share, "exact" being
+            its own default.
         text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
             all else where both bases hold its weights, "skip" leaves it out.
         vectors: "copy" carries trained biases and normalisation layers over to the modules they
@@ -152,7 +153,8 @@ class Options:
             raise ValueError(f"strength must be a positive number, not {self.strength!r}")
         if not makes_sense(self.out_rank):
             raise ValueError(f"out_rank must be {FORMS}, not {self.out_rank!r}")
-        if self.method == PROBE and percentage(self.out_rank) is not None:
+        measured = percentage(self.out_rank) or size_limit(self.out_rank)
+        if self.method == PROBE and measured is not None:
             raise ValueError(
                 f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {PROBE} fits new "
                 "ones: give a rank or a share of the energy"

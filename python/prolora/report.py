@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .linalg.lowrank import LowRank
 from .linalg.subspaces import ANGLE_SHARES
 from .partners import BlockDecision
 from .projection import ProjectionInfo
@@ -152,6 +153,17 @@ class ModuleReport:
             copy_distance=math.sqrt(max(0.0, distance)),
         )
 
+    def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
+        """The row of an update that was cut from `whole` to `smaller`."""
+        energy = whole.norm().square().item()
+        kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
+        return replace(
+            self,
+            rank_out=smaller.rank,
+            rank_cut_energy=1 - kept,
+            norm_ratio=self.norm_ratio * kept**0.5,
+        )
+
 
 @dataclass
 class Report:
@@ -175,6 +187,7 @@ class Report:
         dry_run: True where only headers were read: rows then carry no measures.
         asked: the method asked for, where `method` was chosen for the user; else None.
         strength: the factor on every update.
+        file_limit: bytes of the file that the updates were cut for; None where they were not.
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
         probe: the account of method "probe" (`probe.ProbeReport`); None for the others.
@@ -196,6 +209,7 @@ class Report:
     dry_run: bool = False
     asked: str | None = None
     strength: float = 1.0
+    file_limit: int | None = None
     damping: float | None = None
     verdict: Verdict | None = None
     probe: Any = None
@@ -329,6 +343,12 @@ class Report:
             said.append(
                 f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' "
                 "drops; --method blocks keeps them, --method copy changes nothing."
+            )
+        if self.file_limit is not None:
+            ranks = [row.rank_out for row in self.rows("mapped")]
+            said.append(
+                f"Cut to fit {self.file_limit / 1e6:.4g} MB: ranks {min(ranks)} to {max(ranks)}, "
+                f"at the price of {totals['energy_cut']:.1%} of the energy."
             )
         if totals["flagged"]:
             said.append(f"{totals['flagged']} modules missed the accuracy tolerance (see 'ok').")

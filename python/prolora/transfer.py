@@ -20,6 +20,7 @@ from .bases import Base, open_base
 from .bases.cache import BasisCache
 from .bases.latents import could_probe
 from .bases.modules import matrix_shape
+from .budget import Output
 from .errors import LowCoverage, ProLoRAError, UnrelatedBases
 from .linalg.lowrank import LowRank
 from .matching import resolve
@@ -86,6 +87,7 @@ def transfer(
     target: Any,
     *,
     format: str | None = None,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Transfer:
     """Turns a LoRA of one base model into the LoRA of another, without training and without data.
@@ -95,6 +97,7 @@ def transfer(
         source: the base it was trained on: file, folder, mapping, nn.Module or opened Base.
         target: the base it shall move to, likewise.
         format: one the result must fit, as `Transfer.save` takes it; None asks for none.
+        dtype: of the file, likewise; where out_rank is a size, it is one in this format and dtype.
         **options: see `options.Options`.
 
     Raises:
@@ -102,23 +105,26 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
+        OutputError: out_rank is a size that one column a module exceeds.
         UnrelatedBases: method "auto", and the weights have nothing in common; method "probe", and
             the held-out probes speak against it.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
-    return _transfer(lora, open_base(source), open_base(target), Options(**options), format, {})
+    chosen = Options(**options)
+    output = Output.of(chosen, format, dtype)
+    return _transfer(lora, open_base(source), open_base(target), chosen, output, {})
 
 
 def _transfer(
-    lora: Any, source: Base, target: Base, chosen: Options, format: str | None,
+    lora: Any, source: Base, target: Base, chosen: Options, output: Output,
     notes: Mapping[str, str],
 ) -> Transfer:  # fmt: skip
     """The stages of a transfer, one after the other; `notes` go into the result's header."""
     if chosen.method == PROBE:
-        return _probed(lora, source, target, chosen, format, notes)
+        return _probed(lora, source, target, chosen, output.format, notes)
     memory = Memory(chosen.max_memory, rank=chosen.rank)
     with BasisCache(chosen.cache).saving() as cache:
-        job = prepare(lora, source, target, chosen, format)
+        job = prepare(lora, source, target, chosen, output)
         memory.reserved = job.work.result_bytes()
         settle(job, source, target, cache, memory)
         memory.begin()
@@ -135,6 +141,7 @@ class Job:
         adapter: what was read of it.
         plan: where it goes.
         asked: the options, before anything was decided.
+        output: what the result is to be written as.
         work: what is moved, and what has been.
         energies: ‖ΔW_s‖² of the modules without a place.
         affinities: of the pairs of the plan.
@@ -145,13 +152,14 @@ class Job:
     adapter: Adapter
     plan: Plan
     asked: Options
+    output: Output
     work: Work
     energies: dict[str, float]
     affinities: dict[str, Affinity] = field(default_factory=dict)
     report: Report = field(default=None)  # type: ignore[assignment]
 
 
-def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str | None) -> Job:
+def prepare(lora: Any, source: Base, target: Base, asked: Options, output: Output) -> Job:
     """Reads and plans; all that can be refused without looking at weights is refused here."""
     clock = Clock()
     with clock("read"):
@@ -160,8 +168,8 @@ def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str |
         plan = _plan(adapter, source, target, asked)
     check_coverage(adapter, plan, asked.min_coverage)
     whole = folded(adapter, plan)
-    if format is not None:
-        adapters.check_format(outlined(whole, plan, source, target, asked), format)
+    if output != Output():
+        output.check(outlined(whole, plan, source, target, asked))
     used = {pair.source for pair in plan.pairs}
     whole = replace(whole, updates={n: x for n, x in whole.updates.items() if n in used})
     # What has no place is accounted for now, and its numbers are in nobody's way.
@@ -169,7 +177,7 @@ def prepare(lora: Any, source: Base, target: Base, asked: Options, format: str |
     energies = {name: update.norm().square().item() for name, update in left.items()}
     updates = {n: hollow(x) if n in left else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
-    return Job(lora, adapter, plan, asked, Work(whole, plan, asked, clock), energies)
+    return Job(lora, adapter, plan, asked, output, Work(whole, plan, asked, clock), energies)
 
 
 def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
@@ -229,7 +237,7 @@ def finish(
             updates[pair.target] = update
     for name in plan.passed:
         updates[name] = adapter.updates[name]
-        report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
+        report.modules.append(carried(adapter, name, name, "text encoder, carried over"))
     report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs
                                               if pair.target in updates})  # fmt: skip
     report.seconds = work.clock.seconds
@@ -240,7 +248,8 @@ def finish(
     with work.clock("hash"):
         metadata = metadata_of(adapter, plan, source, target, work.options, cache)
     metadata |= {f"prolora.{key}": text for key, text in notes.items()}
-    moved = as_target(adapter, updates, vectors, target, metadata)
+    with work.clock("fit"):
+        moved = job.output.fit(as_target(adapter, updates, vectors, target, metadata), report)
     files = [Path(job.lora)] if isinstance(job.lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
 
@@ -311,7 +320,7 @@ def transfer_file(
     chosen = Options(**options)
     with BasisCache(chosen.cache).saving() as cache:
         notes = recipe(Path(lora), source, target, chosen, format, dtype, cache)
-    done = _transfer(lora, source, target, chosen, format, notes)
+    done = _transfer(lora, source, target, chosen, Output.of(chosen, format, dtype), notes)
     progress = chosen.progress
     if progress:
         moved = len(done.adapter.updates)
@@ -350,7 +359,7 @@ def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
         row = carried(whole, pair.source, pair.target, "would be projected")
         report.modules.append(own_row(row, adapter, plan))
     for name in plan.passed:
-        report.modules.append(carried(adapter, name, name, "text encoder, carried over unchanged"))
+        report.modules.append(carried(adapter, name, name, "text encoder, carried over"))
     report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
     vectors = carried_vectors(adapter, plan, source, target, chosen)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out

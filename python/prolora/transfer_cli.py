@@ -97,7 +97,8 @@ def transfer(
         str,
         typer.Option(
             help="Rank of the output: a number, a share of the energy (0.99), a share of the "
-            "LoRA's rank (50%), or 'exact' (at most twice the input)."
+            "LoRA's rank (50%), what fits a file of a size (100MB), or 'exact' (at most twice the "
+            "input)."
         ),
     ] = "exact",
     dropped: Annotated[

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prolora import LowRank, ShapeMismatch
+from prolora.linalg.recompression import energies
 
 
 def random_update(m, n, r, seed=0, batch=()):
@@ -33,6 +34,19 @@ def test_truncation_is_eckart_young():
     share = float((s[:3] ** 2).sum() / (s**2).sum())
     assert update.truncate(energy=share - 1e-9).rank == 3
     assert update.truncate(energy=share + 1e-9).rank == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 9, 5), (6, 20, 9), (7, 7, 7)])
+def test_energies_are_the_squared_singular_values(shape, dtype):
+    update = random_update(*shape, batch=(2,))
+    update.up[1, :, 0] = update.up[1, :, 1]  # of lower rank than it has columns
+    up, down = 1e6 * update.up.to(dtype), 1e-6 * update.down.to(dtype)
+    found = energies(up, down)
+    wanted = torch.zeros(2, max(shape), dtype=torch.float64)
+    s = torch.linalg.svdvals(up.double() @ down.double())
+    wanted[:, : s.shape[-1]] = s**2
+    torch.testing.assert_close(found, wanted[:, : shape[-1]], rtol=1e-9, atol=1e-9)
 
 
 def test_factors_come_out_balanced():

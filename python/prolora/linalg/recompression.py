@@ -26,6 +26,23 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
+def energies(up: Tensor, down: Tensor) -> Tensor:
+    """σ² [..., r] of up @ down in float64, descending; no vectors, and so a third of the time.
+
+    They are the eigenvalues of Hᵀ(down·downᵀ)H with HHᵀ = upᵀup, which are r×r. Errors are those of
+    float64 in ‖up‖²‖down‖²: what squaring loses of a small σ is nothing of the energy.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+    """
+    up, down = up.detach().double(), down.detach().double()
+    values, vectors = torch.linalg.eigh(up.mT @ up)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    found: Tensor = torch.linalg.eigvalsh(root.mT @ (down @ down.mT) @ root)
+    return found.clamp_min(0).flip(-1)
+
+
 @dataclass(frozen=True)
 class Factored:
     """The thin SVD of a product, not yet multiplied out: (Q_lᵀ u) diag(s) (Q_rᵀ v)ᵀ.
