@@ -24,7 +24,7 @@ from .memory import Memory
 from .options import Options, Progress
 from .out_rank import cut
 from .pairing import Pair, Plan
-from .projection import project_factors, recompress_parts
+from .projection import project_factors
 from .report import Measures, ModuleReport
 from .spread import spread
 
@@ -242,18 +242,17 @@ def _damped(work: Work, stack: list[Pair], places: list[int], damper: Damper) ->
     adapter, options = work.adapter, work.options
     delta = _updates(adapter, [stack[i] for i in places], options.device)
     moved = damper.at(options.kappa)(delta, places)
-    before, after = delta.norm(), moved.norm()
+    apart = LowRank(torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2))
+    norms = zip(*(update.norm().tolist() for update in (delta, moved, apart)), strict=True)
     rows: list[Moved] = []
-    for i, pair in enumerate(stack[place] for place in places):
-        row = carried(adapter, pair.source, pair.target, "damped")
-        ratio = (after[i] / before[i]).item() if before[i] > 0 else 1.0
-        away = LowRank(
-            torch.cat([moved.up[i], -delta.up[i]], 1), torch.cat([moved.down[i], delta.down[i]], 0)
-        ).norm()
-        row = replace(
-            row, surviving_energy=ratio**2, norm_ratio=ratio,
-            copy_distance=(away / before[i]).item() if before[i] > 0 else 0.0,
-        )  # fmt: skip
+    for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
+        pair = stack[place]
+        row = carried(adapter, pair.source, pair.target, "damped", before**2)
+        if before > 0:
+            ratio = after / before
+            row = replace(
+                row, surviving_energy=ratio**2, norm_ratio=ratio, copy_distance=distance / before
+            )
         rows.append((pair, LowRank(moved.up[i], moved.down[i]), row))
     return rows
 
@@ -263,20 +262,21 @@ def _projected(
 ) -> list[Moved]:
     """The updates through projection, recompression and the gate on Φ."""
     adapter, options = work.adapter, work.options
-    moved, info = project_factors(
+    projected = project_factors(
         _updates(adapter, stack, options.device), source, target, options.method, aligned.similar
     )
-    recompressed = recompress_parts(moved, options.method)
+    info, recompressed = projected.info, projected.recompressed()
+    rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
+    measured = Measures.of(info, rungs, aligned.angles_left, aligned.angles_right)
+    account = [x.tolist() for x in (info.energy, info.surviving_energy, info.norm_ratio,
+                                    info.copy_distance)]  # fmt: skip
     rows: list[Moved] = []
-    for i, pair in enumerate(stack):
-        measures = Measures.of(
-            info, i, "+".join(sorted({source.rungs[i], target.rungs[i]})),
-            aligned.angles_left[i], aligned.angles_right[i],
-        )  # fmt: skip
-        row = carried(adapter, pair.source, pair.target, f"projected ({options.method})")
+    for i, (pair, measures) in enumerate(zip(stack, measured, strict=True)):
+        energy, surviving, ratio, distance = (values[i] for values in account)
+        row = carried(adapter, pair.source, pair.target, f"projected ({options.method})", energy)
         row = replace(
-            row, measures=measures, surviving_energy=info.surviving_energy[i].item(),
-            norm_ratio=info.norm_ratio[i].item(), copy_distance=info.copy_distance[i].item(),
+            row, measures=measures, surviving_energy=surviving, norm_ratio=ratio,
+            copy_distance=distance,
         )  # fmt: skip
         side = "left" if measures.phi_left <= measures.phi_right else "right"
         if min(measures.phi_left, measures.phi_right) < options.threshold:
@@ -311,10 +311,14 @@ def _accounted(
     return update, replace(row, rank_out=update.rank)
 
 
-def carried(adapter: Adapter, name: str, target: str | None, reason: str) -> ModuleReport:
-    """The row of a module that goes over as it is."""
+def carried(
+    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
+) -> ModuleReport:
+    """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""
     update = adapter.updates[name]
+    if energy is None:
+        energy = update.norm().square().item()
     return ModuleReport(
         source=name, target=target, status="mapped", reason=reason, shape=tuple(update.shape),
-        rank_in=update.rank, rank_out=update.rank, energy=update.norm().square().item(),
+        rank_in=update.rank, rank_out=update.rank, energy=energy,
     )  # fmt: skip

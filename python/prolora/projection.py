@@ -89,6 +89,7 @@ class ProjectionInfo:
         null_energy: … in the complement on both sides.
         range_null_energy: … written to the range, read from the complement (a mixed block).
         null_range_energy: … written to the complement, read from the range (the other one).
+        energy: ‖ΔW_s‖².
         surviving_energy: ‖ΔW_t‖² / ‖ΔW_s‖².
         norm_ratio: ‖ΔW_t‖ / ‖ΔW_s‖.
         copy_distance: ‖ΔW_t − ΔW_s‖ / ‖ΔW_s‖: 0 where the method does what copying does.
@@ -103,6 +104,7 @@ class ProjectionInfo:
     null_energy: Tensor
     range_null_energy: Tensor
     null_range_energy: Tensor
+    energy: Tensor
     surviving_energy: Tensor
     norm_ratio: Tensor
     copy_distance: Tensor
@@ -156,7 +158,8 @@ def project(
     target = _basis(W_tgt, rank, update.shape, "W_tgt", conv)
     moved: Any
     if isinstance(update, LowRank):
-        moved, info = project_factors(update, source, target, method)
+        found = project_factors(update, source, target, method)
+        moved, info = found.joined(), found.info
     else:
         flat = update.flatten(1) if conv else update
         dense, info = _project_dense(flat, source, target, method)
@@ -166,7 +169,7 @@ def project(
 
 def project_factors(
     delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
-) -> tuple[LowRank, ProjectionInfo]:
+) -> Projected:
     """`project` on factors and bases that exist, with its account; shapes [..., m, r], [..., r, n].
 
     Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
@@ -177,31 +180,79 @@ def project_factors(
     left = Side.of(delta.up.to(work).mT, source.U, target.U)  # rows of m
     right = Side.of(delta.down.to(work), source.V, target.V)  # rows of n
     up, down = METHODS[method](left), METHODS[method](right)
-    info = _account(left, right, up, down, source, target, similar)
-    moved = LowRank(torch.cat(up, -2).mT, torch.cat(down, -2))
-    return moved.to(delta.dtype), info
+    grams = Grams.of(left, up), Grams.of(right, down)
+    info = _account(left, right, *grams, source, target, similar)
+    return Projected(up, down, *grams, info, delta.dtype)
 
 
-def recompress_parts(delta: LowRank, method: str, tolerance: float = 1e-6) -> list[LowRank]:
-    """The moved update of a stack at the smallest exact rank, matrix by matrix.
+@dataclass(frozen=True)
+class Grams:
+    """Inner products of the rows of one factor and of what became of it, in float64.
 
-    Args:
-        delta: what `project_factors` returned, [b, m, R] and [b, R, n].
-        method: the method that made it; its parts are orthogonal, so their SVDs merge.
-        tolerance: singular values below this share of the largest are rounding and are cut.
+    They serve the account and the recompression both: either alone would have to form them.
 
-    Returns:
-        One LowRank per matrix, singular values descending, balanced factors.
+    Attributes:
+        x: XXᵀ [..., r, r] of the factor as it came.
+        rows: the parts that a method made of it, [..., r, m] each.
+        parts: YYᵀ of each part Y.
+        cross: YXᵀ of each.
     """
-    halves = 2 if method == "prolora" else 1
-    ups, downs = delta.up.chunk(halves, -1), delta.down.chunk(halves, -2)
-    up, s, down = recompression.merged(
-        [recompression.factored(u, d) for u, d in zip(ups, downs, strict=True)]
-    )
-    keep = (s > tolerance * s[..., :1]).sum(-1).clamp_min(1).tolist()
-    return [
-        LowRank(up[i, :, :k].contiguous(), down[i, :k].contiguous()) for i, k in enumerate(keep)
-    ]
+
+    x: Tensor
+    rows: Parts
+    parts: Parts
+    cross: Parts
+
+    @classmethod
+    def of(cls, side: Side, moved: Parts) -> Grams:
+        """Of one side."""
+        x = side.x.double()
+        rows = tuple(part.double() for part in moved)
+        return cls(x @ x.mT, rows, tuple(y @ y.mT for y in rows), tuple(y @ x.mT for y in rows))
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Moved updates, as the parts that a method made of their factors, and their account.
+
+    Attributes:
+        up, down: the parts as rows, [..., r, m] and [..., r, n]; mutually orthogonal on each side.
+        left, right: their inner products.
+        info: what was kept and lost.
+        dtype: of the updates that came in.
+    """
+
+    up: Parts
+    down: Parts
+    left: Grams
+    right: Grams
+    info: ProjectionInfo
+    dtype: torch.dtype
+
+    def joined(self) -> LowRank:
+        """The updates as they are, [..., m, R] and [..., R, n] with R = r times the parts."""
+        return LowRank(torch.cat(self.up, -2).mT, torch.cat(self.down, -2)).to(self.dtype)
+
+    def recompressed(self, tolerance: float = 1e-6) -> list[LowRank]:
+        """The updates of a stack at the smallest exact rank, matrix by matrix.
+
+        Args:
+            tolerance: singular values below this share of the largest are rounding and are cut.
+
+        Returns:
+            One LowRank per matrix, singular values descending, balanced factors.
+        """
+        sides = zip(self.left.rows, self.right.rows, self.left.parts, self.right.parts, strict=True)
+        work = working_dtype(self.dtype)
+        up, s, down, order = recompression.merged(
+            [recompression.factored_by_grams(*side, work) for side in sides]
+        )
+        keep = (s > tolerance * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
+        chosen = [places[:k] for places, k in zip(order, keep, strict=True)]
+        return [
+            LowRank(u[i].to(self.dtype).mT.contiguous(), d[i].to(self.dtype))
+            for u, d, i in zip(up, down, chosen, strict=True)
+        ]
 
 
 def _project_dense(
@@ -215,29 +266,31 @@ def _project_dense(
     left, right = Side.of(x.mT, source.U, target.U), Side.of(eye, source.V, target.V)
     up, down = METHODS[method](left), METHODS[method](right)
     moved = sum((u.mT @ d for u, d in zip(up, down, strict=True)), torch.zeros_like(x))
-    return moved, _account(left, right, up, down, source, target)
+    grams = Grams.of(left, up), Grams.of(right, down)
+    return moved, _account(left, right, *grams, source, target)
 
 
 def _account(
-    left: Side, right: Side, up: Parts, down: Parts, source: Basis, target: Basis,
+    left: Side, right: Side, up: Grams, down: Grams, source: Basis, target: Basis,
     similar: Similarity | None = None,
 ) -> ProjectionInfo:  # fmt: skip
-    """What was kept and lost, from r×r Gram matrices in float64: ‖XᵀY‖² = tr((XXᵀ)(YYᵀ))."""
-    sides = ((left, up), (right, down))
-    x, inside, outside = (
-        [getattr(side, name).double() for side, _ in sides] for name in ("x", "inside", "outside")
-    )
-    within, without = ([rows @ rows.mT for rows in part] for part in (inside, outside))
-    parts = [[part.double() for part in moved] for _, moved in sides]
-    before = _inner([rows @ rows.mT for rows in x])
+    """What was kept and lost, from r×r Gram matrices: ‖XᵀY‖² = tr((XXᵀ)(YYᵀ)).
+
+    Distances are differences of large numbers and need float64; shares of the energy do not.
+    """
+    before = _inner(up.x, down.x)
     # Parts are orthogonal to each other on either side, so no product of two counts.
-    after = _total([_inner([u @ u.mT, d @ d.mT]) for u, d in zip(*parts, strict=True)])
-    cross = _total([_inner([u @ x[0].mT, d @ x[1].mT]) for u, d in zip(*parts, strict=True)])
+    after = _total([_inner(u, d) for u, d in zip(up.parts, down.parts, strict=True)])
+    cross = _total([_inner(u, d) for u, d in zip(up.cross, down.cross, strict=True)])
     distance = (after + before - 2 * cross).clamp_min(0)
     safe = torch.where(before > 0, before, 1.0)
+    within, without = (
+        [(rows @ rows.mT).double() for rows in part]
+        for part in ((left.inside, right.inside), (left.outside, right.outside))
+    )
 
     def share(of_left: Tensor, of_right: Tensor) -> Tensor:
-        return _inner([of_left, of_right]) / safe
+        return _inner(of_left, of_right) / safe
 
     return ProjectionInfo(
         similarity=similar or basis_similarity(source, target),
@@ -247,6 +300,7 @@ def _account(
         null_energy=share(without[0], without[1]),
         range_null_energy=share(within[0], without[1]),
         null_range_energy=share(without[0], within[1]),
+        energy=before,
         surviving_energy=after / safe,
         norm_ratio=(after / safe).sqrt(),
         copy_distance=(distance / safe).sqrt(),
@@ -255,9 +309,9 @@ def _account(
     )
 
 
-def _inner(grams: list[Tensor]) -> Tensor:
+def _inner(left: Tensor, right: Tensor) -> Tensor:
     """⟨L, R⟩ [...] of two Gram matrices [..., r, r], which is never negative but for rounding."""
-    return (grams[0] * grams[1]).sum((-2, -1)).clamp_min(0)
+    return (left * right).sum((-2, -1)).clamp_min(0)
 
 
 def _total(terms: list[Tensor]) -> Tensor:

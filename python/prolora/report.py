@@ -66,10 +66,10 @@ class Measures:
 
     @classmethod
     def of(
-        cls, info: ProjectionInfo, i: int, rung: str, left: tuple[float, ...],
-        right: tuple[float, ...],
-    ) -> Measures:  # fmt: skip
-        """The numbers of matrix i of a stack, with its angles left and right."""
+        cls, info: ProjectionInfo, rungs: Sequence[str], left: Sequence[tuple[float, ...]],
+        right: Sequence[tuple[float, ...]],
+    ) -> list[Measures]:  # fmt: skip
+        """The numbers of every matrix of a stack, with its angles left and right."""
         similar = info.similarity
         stack: dict[str, Any] = {
             "phi_left": similar.left,
@@ -87,10 +87,9 @@ class Measures:
             "bound": info.bound,
             "ok": info.ok,
         }
-        return cls(
-            **{name: values[i].item() for name, values in stack.items()},
-            rung=rung, angles_left=left, angles_right=right,
-        )  # fmt: skip
+        rows = zip(*(values.tolist() for values in stack.values()), rungs, left, right, strict=True)
+        names = (*stack, "rung", "angles_left", "angles_right")
+        return [cls(**dict(zip(names, row, strict=True))) for row in rows]
 
 
 @dataclass(frozen=True)

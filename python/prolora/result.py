@@ -23,9 +23,19 @@ from .version import __version__
 
 
 def blank_report(
-    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
-) -> Report:
-    """A report that knows the plan: skipped and refused modules are in it already."""
+    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options,
+    energies: Mapping[str, float] | None = None,
+) -> Report:  # fmt: skip
+    """A report that knows the plan: skipped and refused modules are in it already.
+
+    Args:
+        adapter: the LoRA as it came in.
+        plan: where its modules go.
+        source: base it comes from.
+        target: base it goes to.
+        options: how it is moved.
+        energies: ‖ΔW_s‖² of modules without a place, as far as they are known.
+    """
     report = Report(
         method=options.method, rank_rule=options.rank, threshold=options.threshold,
         match=plan.rule, source=source.name, target=target.name, strength=options.factor,
@@ -34,7 +44,7 @@ def blank_report(
     )  # fmt: skip
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
         for name, reason in reasons.items():
-            row = carried(adapter, name, None, reason)
+            row = carried(adapter, name, None, reason, (energies or {}).get(name))
             report.modules.append(replace(row, status=status, rank_out=0))
     return report
 

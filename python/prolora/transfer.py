@@ -206,12 +206,9 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
     decided = verdict.decide(asked) if verdict else _unmoved(asked)
     memory.check(shapes, needs(decided))
-    report = blank_report(adapter, plan, source, target, decided)
+    report = blank_report(adapter, plan, source, target, decided, job.energies)
     report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
-    report.modules = [
-        replace(row, energy=job.energies.get(row.source, row.energy)) for row in report.modules
-    ]
     job.report = report
     job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     job.work.options = decided

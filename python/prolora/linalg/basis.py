@@ -83,10 +83,11 @@ class Basis:
         return Basis(**fields, rungs=(self.rungs[i],))
 
     def take(self, places: Sequence[int]) -> Basis:
-        """Some matrices of a stack [b, m, n]; itself where it is asked for all, in order."""
-        if list(places) == list(range(len(self.U))):
-            return self
-        fields = {name: getattr(self, name)[list(places)] for name in FACTORS + FACTS}
+        """Some matrices of a stack [b, m, n]; a view of those that lie side by side."""
+        chosen: list[int] | slice = list(places)
+        if chosen == list(range(places[0], places[0] + len(places))):
+            chosen = slice(places[0], places[0] + len(places))
+        fields = {name: getattr(self, name)[chosen] for name in FACTORS + FACTS}
         return Basis(**fields, rungs=tuple(self.rungs[i] for i in places))
 
 

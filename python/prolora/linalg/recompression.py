@@ -45,14 +45,14 @@ def energies(up: Tensor, down: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factored:
-    """The thin SVD of a product, not yet multiplied out: (Q_lᵀ u) diag(s) (Q_rᵀ v)ᵀ.
+    """The thin SVD of a product, not yet multiplied out: (Lᵀ u) diag(s) (Rᵀ v)ᵀ.
 
     Attributes:
-        left: Q_l [..., d, m], orthonormal rows.
-        u: [..., d, c].
+        left: L [..., d, m], rows.
+        u: [..., d, c]; Lᵀ u has orthonormal columns.
         s: [..., c], descending.
         v: [..., d', c].
-        right: Q_r [..., d', n].
+        right: R [..., d', n], likewise with v.
     """
 
     left: Tensor
@@ -96,6 +96,51 @@ def factored(up: Tensor, down: Tensor) -> Factored:
     return Factored(q_up, u, s, v, q_down)
 
 
+def factored_by_grams(
+    up: Tensor, down: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32
+) -> Factored:
+    """The same where XXᵀ of the factors' rows is known: no factor is made orthonormal for it.
+
+    With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
+    carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
+    to its length; such matrices take the way of `factored`.
+
+    Args:
+        up: upᵀ as rows [b, r, m], float64.
+        down: [b, r, n], float64.
+        left: upᵀup [b, r, r], float64.
+        right: down·downᵀ, likewise.
+        dtype: the factors had, and the singular values shall be exact to.
+    """
+    (low_up, bad_up), (low_down, bad_down) = _lower(left), _lower(right)
+    u, s, v = core_svd((low_up.mT @ low_down).to(dtype))
+    u = torch.linalg.solve_triangular(low_up.mT, u.double(), upper=True)
+    v = torch.linalg.solve_triangular(low_down.mT, v.double(), upper=True)
+    bad = bad_up | bad_down
+    if bad.any():
+        again = factored(up[bad].to(dtype).mT, down[bad].to(dtype))
+        up, down = up.clone(), down.clone()
+        up[bad], u[bad], s[bad] = again.left.double(), again.u.double(), again.s
+        down[bad], v[bad] = again.right.double(), again.v.double()
+    return Factored(up, u, s.double(), v, down)
+
+
+# The least sine of the angle between a row and the span of those above it that one Cholesky
+# factorisation in float64 may see: what is lost of orthogonality is its inverse square times 1e-16.
+_TOO_CLOSE = 1e-4
+
+
+def _lower(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of gram [b, r, r], and which are too bad to be used: those are 1."""
+    lower, info = torch.linalg.cholesky_ex(gram)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    close = lower.diagonal(dim1=-2, dim2=-1) < _TOO_CLOSE * lengths
+    bad = (info != 0) | close.any(-1) | (lengths == 0).any(-1)
+    if bad.any():
+        lower[bad] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return lower, bad
+
+
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of up @ down.
 
@@ -111,39 +156,36 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found.left.mT @ found.u, found.s, found.right.mT @ found.v
 
 
-def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor]:
+def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
 
     The two halves of ProLoRA are such parts (METHOD §1: range and complement of the same target
-    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width. They
-    are sorted while they are small.
+    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width.
 
     Args:
         parts: SVDs, of shapes that agree but for the numbers of rows and columns.
 
     Returns:
-        U√S [..., m, c], S [..., c] in descending order and √S·Vᵀ [..., c, n].
+        (U√S)ᵀ [..., c, m], S [..., c] and √S·Vᵀ [..., c, n], part by part; and the order of their
+        rows in which S descends, int64 [..., c].
     """
-    s, order = torch.sort(
-        torch.cat([part.s for part in parts], -1), dim=-1, descending=True, stable=True
-    )
-    root = s.clamp_min(0).sqrt().unsqueeze(-2)
-    columns = order.unsqueeze(-2)
+    s = torch.cat([part.s for part in parts], -1)
+    order = torch.sort(s, dim=-1, descending=True, stable=True)[1]
 
-    def sorted_cores(cores: list[Tensor]) -> Tensor:
-        """Blocks on a diagonal [..., Σd, Σc], columns in order and scaled."""
-        wide = cores[0].new_zeros(*s.shape[:-1], sum(core.shape[-2] for core in cores), s.shape[-1])
-        row = column = 0
-        for core in cores:
-            d, c = core.shape[-2:]
-            wide[..., row : row + d, column : column + c] = core
-            row, column = row + d, column + c
-        return wide.take_along_dim(columns, -1) * root
+    def rows(cores: list[Tensor], sides: list[Tensor]) -> Tensor:
+        """Every part in its place, so that none is copied."""
+        made = sides[0].new_empty(*s.shape, sides[0].shape[-1])
+        start = 0
+        for part, core, side in zip(parts, cores, sides, strict=True):
+            stop = start + core.shape[-1]
+            root = part.s.clamp_min(0).sqrt().unsqueeze(-1)
+            torch.matmul(core.mT * root, side, out=made[..., start:stop, :])
+            start = stop
+        return made
 
-    left, right = (sorted_cores(cores) for cores in
-                   ([part.u for part in parts], [part.v for part in parts]))  # fmt: skip
-    up = torch.cat([part.left for part in parts], -2).mT @ left
-    return up, s, right.mT @ torch.cat([part.right for part in parts], -2)
+    left = rows([part.u for part in parts], [part.left for part in parts])
+    right = rows([part.v for part in parts], [part.right for part in parts])
+    return left, s, right, order
 
 
 def balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
