@@ -44,9 +44,10 @@ class Damper:
     def __init__(self, source: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Takes W_s and W_t [..., m, n]; works in `dtype` or float32, whichever is wider."""
         self._work = torch.promote_types(dtype, torch.float32)
-        ours = source.to(self._work)
-        self._drift = target.to(self._work) - ours
-        self._size = ours.square().sum((-2, -1))
+        # One copy in the working precision and no other: of stacks, touching memory for the first
+        # time takes as long as what is computed.
+        self._drift = target.to(self._work, copy=True).sub_(source)
+        self._size = _squared(source, self._work)
         m, n = self._drift.shape[-2:]
         self._tall = self._drift if m >= n else self._drift.mT
         self._gram = self._tall.mT @ self._tall  # DᵀD on the short side
@@ -60,7 +61,7 @@ class Damper:
         each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
         # A source near zero would ask for endless damping; I + ρ DᵀD must stay definite in
         # rounding.
-        least = self._drift.square().sum((-2, -1)) * each * max(m, n) * torch.finfo(work).eps * 64
+        least = _squared(self._drift, work) * each * max(m, n) * torch.finfo(work).eps * 64
         norm = torch.maximum(self._size, least).clamp_min(torch.finfo(work).tiny)
         rates = (each / norm * m, each / norm * n)
         factors = [_factor(self._gram, rates[0])]
@@ -118,6 +119,13 @@ def _long(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, rate: Tensor) -> Tensor:
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor: Tensor = torch.linalg.cholesky(eye + rate[..., None, None] * gram)
+    shifted = rate[..., None, None] * gram
+    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor: Tensor = torch.linalg.cholesky(shifted)
     return factor
+
+
+def _squared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖X‖_F² [...] of x [..., m, n], summed in `dtype`."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=dtype)
+    return norm.square()

@@ -26,7 +26,6 @@ from .out_rank import cut
 from .pairing import Pair, Plan
 from .projection import project_factors
 from .report import Measures, ModuleReport
-from .spread import spread
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 
@@ -140,12 +139,12 @@ def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) 
         ours = _weights(source, [pair.source for pair in stack], shape)
         theirs = _weights(target, [pair.target for pair in stack], shape)
 
-    damper = Damper(ours.to(works[0].options.device), theirs.to(works[0].options.device))
     with _shared(works, "damp"):
+        damper = Damper(ours.to(works[0].options.device), theirs.to(works[0].options.device))
         for work in works:  # the factors of one κ serve all
             if work.error is None:
                 damper.at(work.options.kappa)
-        _in_pieces(works, stack, lambda work, places: _damped(work, stack, places, damper))
+        _in_turn(works, stack, lambda work, places: _damped(work, stack, places, damper))
 
 
 def _project(
@@ -164,38 +163,24 @@ def _project(
         return _projected(work, pairs, *parts, aligned.take(places))
 
     with _shared(works, "project"):
-        _in_pieces(works, stack, step)
+        _in_turn(works, stack, step)
 
 
-def _in_pieces(
+def _in_turn(
     works: Sequence[Work], stack: list[Pair], step: Callable[[Work, list[int]], list[Moved]]
 ) -> None:
-    """A step for every LoRA, and for its pairs of each rank, over the threads.
+    """A step for every LoRA, and for its pairs of each rank.
 
-    What is done to thin factors is too little at a time for several threads, so each takes a LoRA,
-    or a part of its pairs, of its own.
+    One after the other: torch's own threads share a stack better than threads that share Python.
     """
-    at_work = [work for work in works if work.error is None]
-    on_gpu = bool(at_work) and at_work[0].options.device not in (None, "cpu")
-    parts = 1 if on_gpu else -(-torch.get_num_threads() // max(1, len(at_work)))
-    pieces = []
-    for work in at_work:
-        for places in _of_one_rank(work, stack):
-            size = -(-len(places) // parts)
-            pieces += [(work, places[i : i + size]) for i in range(0, len(places), size)]
-
-    def attempt(piece: tuple[Work, list[int]]) -> list[Moved] | ProLoRAError:
+    for work in works:
+        if work.error is not None:
+            continue
         try:
-            return _finished(step(*piece), piece[0].options)
+            for places in _of_one_rank(work, stack):
+                work.moved += _finished(step(work, places), work.options)
         except ProLoRAError as error:
-            return error
-
-    done = [attempt(piece) for piece in pieces] if on_gpu else spread(attempt, pieces)
-    for (work, _), found in zip(pieces, done, strict=True):
-        if isinstance(found, ProLoRAError):
-            work.error = work.error or found
-        else:
-            work.moved += found
+            work.error = error
 
 
 @contextmanager

@@ -217,7 +217,8 @@ class BasisCache:
         return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
 
     def _read_all(self, names: list[str], shape: tuple[int, int]) -> list[StoredBasis | None]:
-        return spread(lambda name: self._read(name, shape), names)
+        # In turn: threads that open files, each a moment, wait for each other's Python.
+        return [self._read(name, shape) for name in names]
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
         """The basis of that name, or None where there is none that can be trusted."""
@@ -277,12 +278,10 @@ class BasisCache:
             "V": torch.empty(len(parts), shape[1], width, dtype=dtype),
         }
 
-        def fill(i: int) -> None:
-            parts[i].fill("U", factors["U"][i])
-            parts[i].fill("V", factors["V"][i])
-            factors["S"][i, : parts[i].columns] = parts[i].tensors["S"]
-
-        spread(fill, list(range(len(parts))))
+        for i, basis in enumerate(parts):
+            basis.fill("U", factors["U"][i])
+            basis.fill("V", factors["V"][i])
+            factors["S"][i, : basis.columns] = basis.tensors["S"]
         facts = {
             part: torch.tensor([basis.facts[part] for basis in parts], dtype=_DTYPES[part])
             for part in FACTS
