@@ -154,14 +154,18 @@ prolora.transfer_many({list(map(str, loras))!r}, {str(source)!r}, {str(target)!r
     assert [o.status for o in outcomes] == ["already there", "moved", "moved"]
 
 
-def test_progress_names_the_loras_and_the_module(folder):
+def test_progress_names_the_loras_and_what_is_done(folder):
     loras, source, target, moved = folder
     said = []
     prolora.transfer_many(
         loras, source, target, moved, method="prolora", progress=lambda *what: said.append(what)
     )
     assert all(name.startswith("LoRA 1–3 of 3: ") for _, _, name in said)
-    assert said[-1][0] == said[-1][1] == 8
+    words = [(done, total, name.partition(": ")[2]) for done, total, name in said]
+    names = [lora.name for lora in loras]
+    assert words[:3] == [(i, 3, f"reading {name}") for i, name in enumerate(names)]
+    assert words[-4:-1] == [(i, 3, f"writing {name}") for i, name in enumerate(names)]
+    assert words[-5][:2] == (8, 8) and words[-1] == (3, 3, "")
 
 
 def test_inputs_are_never_written_to(folder):

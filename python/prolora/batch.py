@@ -27,7 +27,6 @@ from .moving import move_all, needs
 from .options import PROBE, Options, Progress
 from .recipes import is_made, recipe
 from .report import Report
-from .spread import spread
 from .transfer import Job, check_output, finish, prepare, settle, transfer_file
 
 # Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
@@ -186,8 +185,14 @@ def _move(
         memory.reserved += job.work.result_bytes()
         settle(job, source, target, cache, memory)
 
+    def tell(done: int, what: str) -> None:
+        if progress:
+            progress(done, len(group), what)
+
     memory.reserved = 0
-    spread(lambda task: task.attempt(partial(start, task)), group)
+    for i, task in enumerate(group):
+        tell(i, f"reading {task.lora.name}")
+        task.attempt(partial(start, task))
     for task in group:
         if task.job is not None:
             task.attempt(partial(decide, task, task.job))
@@ -206,13 +211,13 @@ def _move(
         done.report.seconds["write"] = time.perf_counter() - begun
         return done.report
 
-    def conclude(task: _Task) -> None:
+    for i, task in enumerate(group):
         if task.job is not None:
+            tell(i, f"writing {task.lora.name}")
             report = task.attempt(partial(end, task, task.job))
             task.job = None  # its factors are on the disk now
             _done(task, report)
-
-    spread(conclude, group)
+    tell(len(group), "")
 
 
 def _done(task: _Task, report: Report | None) -> None:

@@ -18,9 +18,10 @@ from .bases.modules import place
 from .bases.survey import ShapeSurvey
 from .batch import Outcome
 from .comparison import Comparison, ModuleComparison, mean_of
+from .measures import Measures
 from .memory import size_text
 from .partners import BlockDecision
-from .report import Measures, ModuleReport, Report
+from .report import ModuleReport, Report
 from .sweep import THRESHOLDS
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,14 +21,19 @@ from .errors import NonFiniteWeights, ProLoRAError
 from .linalg.basis import Basis
 from .linalg.lowrank import LowRank
 from .linalg.precision import is_finite
+from .measures import Measures
 from .memory import Memory
 from .options import Options, Progress
 from .out_rank import cut
 from .pairing import Pair, Plan
 from .projection import project_factors
-from .report import Measures, ModuleReport
+from .report import ModuleReport
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
+
+# Columns of the factors of several LoRAs that go through a pair of bases at a time: wider products
+# are no faster, and take more memory.
+COLUMNS = 256
 
 
 class Clock:
@@ -144,7 +150,7 @@ def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) 
         for work in works:  # the factors of one κ serve all
             if work.error is None:
                 damper.at(work.options.kappa)
-        _in_turn(works, stack, lambda work, places: _damped(work, stack, places, damper))
+        _in_turn(works, stack, partial(_damped, damper=damper))
 
 
 def _project(
@@ -157,30 +163,49 @@ def _project(
         theirs = cache.of(target, [pair.target for pair in stack], options.rank, options.device)
     with _shared(works, "overlap"):
         aligned = align(stack, source, target, ours, theirs, cache, options.rank)
-
-    def step(work: Work, places: list[int]) -> list[Moved]:
-        pairs, parts = [stack[i] for i in places], (ours.take(places), theirs.take(places))
-        return _projected(work, pairs, *parts, aligned.take(places))
-
     with _shared(works, "project"):
-        _in_turn(works, stack, step)
+        _in_turn(works, stack, partial(_projected, source=ours, target=theirs, aligned=aligned))
 
 
-def _in_turn(
-    works: Sequence[Work], stack: list[Pair], step: Callable[[Work, list[int]], list[Moved]]
-) -> None:
-    """A step for every LoRA, and for its pairs of each rank.
+def _in_turn(works: Sequence[Work], stack: list[Pair], step: Callable[..., list[Moved]]) -> None:
+    """step(works, stack, places) for LoRAs that have one rank at the same places of a stack.
 
-    One after the other: torch's own threads share a stack better than threads that share Python.
+    It gives what became of every place of the first LoRA, then of the second, and so on. One step
+    after the other: torch's own threads share a stack better than threads that share Python.
     """
+    for together, places in _alike(works, stack):
+        try:
+            moved = step(together, stack, places)
+        except ProLoRAError as error:
+            for work in together:
+                work.error = error
+            continue
+        for i, work in enumerate(together):
+            own = moved[i * len(places) : (i + 1) * len(places)]
+            try:
+                work.moved += _finished(own, work.options)
+            except ProLoRAError as error:
+                work.error = error
+
+
+def _alike(works: Sequence[Work], stack: list[Pair]) -> list[tuple[list[Work], list[int]]]:
+    """LoRAs that have updates of equal rank at the same places of a stack, and those places."""
+    found: dict[tuple[int, ...], list[Work]] = {}
     for work in works:
         if work.error is not None:
             continue
-        try:
-            for places in _of_one_rank(work, stack):
-                work.moved += _finished(step(work, places), work.options)
-        except ProLoRAError as error:
-            work.error = error
+        own, updates = set(work.plan.pairs), work.adapter.updates
+        ranks: dict[int, list[int]] = {}
+        for i, pair in enumerate(stack):
+            if pair in own:
+                ranks.setdefault(updates[pair.source].rank, []).append(i)
+        for rank, places in ranks.items():
+            found.setdefault((rank, *places), []).append(work)
+    groups = []
+    for (rank, *places), alike in found.items():
+        size = max(1, COLUMNS // rank)
+        groups += [(alike[i : i + size], places) for i in range(0, len(alike), size)]
+    return groups
 
 
 @contextmanager
@@ -194,23 +219,16 @@ def _shared(works: Sequence[Work], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + clock.seconds[stage] / len(works)
 
 
-def _of_one_rank(work: Work, stack: list[Pair]) -> list[list[int]]:
-    """The places in a stack of the pairs that a LoRA has, those of equal rank together."""
-    own = set(work.plan.pairs)
-    found: dict[int, list[int]] = {}
-    for i, pair in enumerate(stack):
-        if pair in own:
-            found.setdefault(work.adapter.updates[pair.source].rank, []).append(i)
-    return list(found.values())
+def _updates(works: list[Work], pairs: list[Pair]) -> LowRank:
+    """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
+    updates = [work.adapter.updates[pair.source] for pair in pairs for work in works]
+    device = works[0].options.device
 
+    def stacked(factors: list[Tensor]) -> Tensor:
+        stack: Tensor = torch.stack(factors).to(device).unflatten(0, (len(pairs), len(works)))
+        return stack
 
-def _updates(adapter: Adapter, stack: list[Pair], device: str | None) -> LowRank:
-    """The source's updates of a stack, [b, m, r] and [b, r, n]."""
-    updates = [adapter.updates[pair.source] for pair in stack]
-    return LowRank(
-        torch.stack([update.up for update in updates]).to(device),
-        torch.stack([update.down for update in updates]).to(device),
-    )
+    return LowRank(stacked([x.up for x in updates]), stacked([x.down for x in updates]))
 
 
 def _copied(work: Work) -> list[Moved]:
@@ -222,54 +240,63 @@ def _copied(work: Work) -> list[Moved]:
     ]
 
 
-def _damped(work: Work, stack: list[Pair], places: list[int], damper: Damper) -> list[Moved]:
+def _damped(works: list[Work], stack: list[Pair], places: list[int], damper: Damper) -> list[Moved]:
     """The updates weakened along the drift of the weights [b, m, n]."""
-    adapter, options = work.adapter, work.options
-    delta = _updates(adapter, [stack[i] for i in places], options.device)
-    moved = damper.at(options.kappa)(delta, places)
-    apart = LowRank(torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2))
-    norms = zip(*(update.norm().tolist() for update in (delta, moved, apart)), strict=True)
     rows: list[Moved] = []
-    for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
-        pair = stack[place]
-        row = carried(adapter, pair.source, pair.target, "damped", before**2)
-        if before > 0:
-            ratio = after / before
-            row = replace(
-                row, surviving_energy=ratio**2, norm_ratio=ratio, copy_distance=distance / before
-            )
-        rows.append((pair, LowRank(moved.up[i], moved.down[i]), row))
+    for work in works:  # each may have a κ of its own
+        delta = _updates([work], [stack[i] for i in places])
+        delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
+        moved = damper.at(work.options.kappa)(delta, places)
+        apart = LowRank(
+            torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2)
+        )
+        norms = zip(*(update.norm().tolist() for update in (delta, moved, apart)), strict=True)
+        for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
+            pair = stack[place]
+            row = carried(work.adapter, pair.source, pair.target, "damped", before**2)
+            if before > 0:
+                ratio = after / before
+                row = replace(
+                    row, surviving_energy=ratio**2, norm_ratio=ratio,
+                    copy_distance=distance / before,
+                )  # fmt: skip
+            rows.append((pair, LowRank(moved.up[i], moved.down[i]), row))
     return rows
 
 
 def _projected(
-    work: Work, stack: list[Pair], source: Basis, target: Basis, aligned: Alignment
-) -> list[Moved]:
+    works: list[Work], stack: list[Pair], places: list[int], source: Basis, target: Basis,
+    aligned: Alignment,
+) -> list[Moved]:  # fmt: skip
     """The updates through projection, recompression and the gate on Φ."""
-    adapter, options = work.adapter, work.options
+    options, pairs = works[0].options, [stack[i] for i in places]
+    source, target, aligned = source.take(places), target.take(places), aligned.take(places)
     projected = project_factors(
-        _updates(adapter, stack, options.device), source, target, options.method, aligned.similar
+        _updates(works, pairs), source, target, options.method, aligned.similar
     )
     info, recompressed = projected.info, projected.recompressed()
     rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
     measured = Measures.of(info, rungs, aligned.angles_left, aligned.angles_right)
-    account = [x.tolist() for x in (info.energy, info.surviving_energy, info.norm_ratio,
-                                    info.copy_distance)]  # fmt: skip
+    account = [x.flatten().tolist() for x in (info.energy, info.surviving_energy, info.norm_ratio,
+                                              info.copy_distance)]  # fmt: skip
     rows: list[Moved] = []
-    for i, (pair, measures) in enumerate(zip(stack, measured, strict=True)):
-        energy, surviving, ratio, distance = (values[i] for values in account)
-        row = carried(adapter, pair.source, pair.target, f"projected ({options.method})", energy)
-        row = replace(
-            row, measures=measures, surviving_energy=surviving, norm_ratio=ratio,
-            copy_distance=distance,
-        )  # fmt: skip
-        side = "left" if measures.phi_left <= measures.phi_right else "right"
-        if min(measures.phi_left, measures.phi_right) < options.threshold:
-            reason = f"Φ {side} below the threshold {options.threshold:g}"
-            gated = replace(row, target=None, status="skipped", reason=reason, rank_out=0)
-            rows.append((pair, None, gated))
-        else:
-            rows.append((pair, recompressed[i], row))
+    for first, work in enumerate(works):
+        for i, pair in enumerate(pairs):
+            at = i * len(works) + first
+            energy, surviving, ratio, distance = (values[at] for values in account)
+            measures, what = measured[at], f"projected ({options.method})"
+            row = replace(
+                carried(work.adapter, pair.source, pair.target, what, energy),
+                measures=measures, surviving_energy=surviving, norm_ratio=ratio,
+                copy_distance=distance,
+            )  # fmt: skip
+            side = "left" if measures.phi_left <= measures.phi_right else "right"
+            if min(measures.phi_left, measures.phi_right) < options.threshold:
+                reason = f"Φ {side} below the threshold {options.threshold:g}"
+                gated = replace(row, target=None, status="skipped", reason=reason, rank_out=0)
+                rows.append((pair, None, gated))
+            else:
+                rows.append((pair, recompressed[at], row))
     return rows
 
 

@@ -53,9 +53,17 @@ class Side:
 
     @classmethod
     def of(cls, x: Tensor, source: Tensor, target: Tensor) -> Side:
-        """Rows x [..., r, m] through U_s [..., m, k] and U_t [..., m, k']."""
-        split, moved = row_ops.project_pair(source, target, x)
-        return cls(x, *split.chunk(2, -2), *moved.chunk(2, -2))
+        """Rows x [..., r, m] through U_s [..., m, k] and U_t [..., m, k'].
+
+        Rows of several updates of a weight, [..., l, r, m], go through it as one.
+        """
+        several = x.ndim > source.ndim
+        rows = x.flatten(-3, -2) if several else x
+        split, moved = row_ops.project_pair(source, target, rows)
+        parts = (*split.chunk(2, -2), *moved.chunk(2, -2))
+        if several:
+            parts = tuple(part.unflatten(-2, x.shape[-3:-1]) for part in parts)
+        return cls(x, *parts)
 
 
 METHODS: dict[str, Callable[[Side], Parts]] = {
@@ -80,6 +88,9 @@ The parts a method returns are mutually orthogonal (range and complement of one 
 @dataclass(frozen=True)
 class ProjectionInfo:
     """What a projection kept and lost; every field is [...], one value per matrix, float64.
+
+    Where several updates of each weight were moved at once, those that depend on the update are
+    [..., l].
 
     Attributes:
         similarity: Φ left and right, with chance levels.
@@ -172,6 +183,8 @@ def project_factors(
 ) -> Projected:
     """`project` on factors and bases that exist, with its account; shapes [..., m, r], [..., r, n].
 
+    Several updates of every weight may go at once, [..., l, m, r] and [..., l, r, n].
+
     Nothing of size m×n is formed: flops ≈ 12(m + n)kr per matrix. The overlap of the two bases,
     2(m + n)k² flops, may be known already: `similar`.
     """
@@ -234,7 +247,7 @@ class Projected:
         return LowRank(torch.cat(self.up, -2).mT, torch.cat(self.down, -2)).to(self.dtype)
 
     def recompressed(self, tolerance: float = 1e-6) -> list[LowRank]:
-        """The updates of a stack at the smallest exact rank, matrix by matrix.
+        """The updates of a stack, all its axes flattened, at the smallest exact rank.
 
         Args:
             tolerance: singular values below this share of the largest are rounding and are cut.
@@ -242,11 +255,14 @@ class Projected:
         Returns:
             One LowRank per matrix, singular values descending, balanced factors.
         """
-        sides = zip(self.left.rows, self.right.rows, self.left.parts, self.right.parts, strict=True)
         work = working_dtype(self.dtype)
-        up, s, down, order = recompression.merged(
-            [recompression.factored_by_grams(*side, work) for side in sides]
-        )
+        parts = []
+        for side in zip(
+            self.left.rows, self.right.rows, self.left.parts, self.right.parts, strict=True
+        ):
+            left, right, gram_left, gram_right = (x.flatten(0, -3) for x in side)
+            parts.append(recompression.factored_by_grams(left, right, gram_left, gram_right, work))
+        up, s, down, order = recompression.merged(parts)
         keep = (s > tolerance * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
         chosen = [places[:k] for places, k in zip(order, keep, strict=True)]
         return [
