@@ -192,8 +192,9 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
     assert code == 0 and "Cut to fit 0.008 MB: ranks " in text
     assert 7500 < out.stat().st_size <= 8000
     out.unlink()
-    code, _, text = prolora(*words, "--out-rank", "1kB")
-    assert code == 2 and "1000 bytes are too few" in text and not out.exists()
+    for extra in ((), ("--dry-run",)):
+        code, _, text = prolora(*words, "--out-rank", "1kB", *extra)
+        assert code == 2 and "1000 bytes are too few" in text and not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 import prolora
 from prolora import reference
-from prolora.transfer import plan_report
+from prolora.dry_run import plan_report
 
 
 @pytest.fixture

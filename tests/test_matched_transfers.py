@@ -12,7 +12,7 @@ import prolora
 from prolora import LowRank, UnrelatedBases, adapters, cli, matching, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.bases import load
-from prolora.transfer import plan_report
+from prolora.dry_run import plan_report
 
 COPY = {"method": "copy", "strength": 1.0, "threshold": 0.0}
 

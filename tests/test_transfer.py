@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora import reference
+from prolora.dry_run import plan_report
 from prolora.storage import SafetensorsFile
-from prolora.transfer import plan_report
 
 
 @pytest.fixture

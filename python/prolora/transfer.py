@@ -165,7 +165,7 @@ def prepare(lora: Any, source: Base, target: Base, asked: Options, output: Outpu
     with clock("read"):
         adapter = _read(lora, source)
     with clock("match"):
-        plan = _plan(adapter, source, target, asked)
+        plan = plan_of(adapter, source, target, asked)
     check_coverage(adapter, plan, asked.min_coverage)
     whole = folded(adapter, plan)
     if output != Output():
@@ -328,47 +328,12 @@ def transfer_file(
     return done.report
 
 
-def plan_report(lora: Any, source: Any, target: Any, **options: Any) -> Report:
-    """What `transfer` would map, skip and refuse: no weight is read and nothing is factored.
-
-    Ranks and energies are those of a LoRA's own factors; what first has to be made one (DoRA, LoHa,
-    full differences …) counts with the rank the file states and no energy.
-
-    The similarity threshold needs weights, so modules it would skip still count as mapped here.
-    Matching by similarity needs them too: it alone reads them.
-    """
-    chosen = Options(**options)
-    source, target = open_base(source), open_base(target)
-    if chosen.method == PROBE:
-        probing.check(source, target, chosen)
-    adapter = lora if isinstance(lora, Adapter) else adapters.outline(lora, source.shapes)
-    if chosen.method == PROBE:
-        report = probing.report(
-            probing.dry(adapter, source, target, chosen), source, target, chosen
-        )
-        report.dry_run = True
-        return report
-    plan = _plan(adapter, source, target, chosen)
-    report = blank_report(adapter, plan, source, target, chosen)
-    report.dry_run = True
-    whole = folded(adapter, plan)
-    for pair in plan.pairs:
-        row = carried(whole, pair.source, pair.target, "would be projected")
-        report.modules.append(own_row(row, adapter, plan))
-    for name in plan.passed:
-        report.modules.append(carried(adapter, name, name, "text encoder, carried over"))
-    report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
-    vectors = carried_vectors(adapter, plan, source, target, chosen)
-    report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
-    return report
-
-
 def _read(lora: Any, source: Base) -> Adapter:
     """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
     return lora if isinstance(lora, Adapter) else adapters.read(lora, read_weight=source.read)
 
 
-def _plan(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
+def plan_of(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
     """Where every module goes; weights are read only to match blocks by similarity."""
     match = resolve(
         options.match, source, target,

@@ -30,6 +30,7 @@ from .cli_options import (
     memory_limit,
     parse_rank,
 )
+from .dry_run import plan_report
 from .errors import LowCoverage, OutputError, ProLoRAError
 from .matching import resolve
 from .options import (
@@ -47,7 +48,7 @@ from .options import (
 from .projection import DEFAULT_RANK
 from .report import Report
 from .saving import check_writable, write_text_atomically
-from .transfer import plan_report, transfer_file
+from .transfer import transfer_file
 
 out = Console()
 err = Console(stderr=True)
@@ -205,16 +206,20 @@ def transfer(
     if report is not None:
         check_writable(report, [*loras, *old.files, *new.files])
     shown = not (quiet or as_json) and err.is_terminal
+    factors = getattr(torch, dtype.value) if dtype else None
     folder = cache if dry_run else cache_folder(cache, no_cache)
     with console.progress_bar("match", shown) as progress:
         options["match"] = resolve(match, old, new, cache=folder, device=device, progress=progress)
     if dry_run:
-        outcomes = [Outcome(lora, lora, plan_report(lora, old, new, **options)) for lora in loras]
+        written = {"format": format.value, "dtype": factors}
+        outcomes = [
+            Outcome(lora, lora, plan_report(lora, old, new, **written, **options)) for lora in loras
+        ]
     else:
         assert output is not None
         saving: dict[str, Any] = {
             "format": format.value,
-            "dtype": getattr(torch, dtype.value) if dtype else None,
+            "dtype": factors,
             "cache": folder,
             "device": device,
             "max_memory": memory_limit(max_memory),

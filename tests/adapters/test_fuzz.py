@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 
 from prolora import adapters
+from prolora.dry_run import plan_report
 from prolora.errors import ProLoRAError
 from prolora.inspection import inspect
-from prolora.transfer import plan_report
 
 MODULE = "mid_block.attentions.0.proj_in"
 STEMS = (
