@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .linalg.lowrank import LowRank
+from .linalg.products import lower_gram
 
 
 def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor) -> LowRank:
@@ -50,7 +51,7 @@ class Damper:
         self._size = _squared(source, self._work)
         m, n = self._drift.shape[-2:]
         self._tall = self._drift if m >= n else self._drift.mT
-        self._gram = self._tall.mT @ self._tall  # DᵀD on the short side
+        self._gram = lower_gram(self._tall.mT, self._work)  # DᵀD on the short side
         self._damping: dict[float, Damping] = {}
 
     def at(self, kappa: float | Tensor) -> Damping:
@@ -119,7 +120,7 @@ def _long(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, rate: Tensor) -> Tensor:
-    shifted = rate[..., None, None] * gram
+    shifted = rate[..., None, None] * gram  # of which only the lower triangle means anything
     shifted.diagonal(dim1=-2, dim2=-1).add_(1)
     factor: Tensor = torch.linalg.cholesky(shifted)
     return factor

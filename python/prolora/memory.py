@@ -16,6 +16,9 @@ from .linalg.choice import Rank
 
 # One stack of weights in float32, where nobody sets a bound.
 STACK_BYTES = 96 << 20
+# The same where a stack is hardly more than read. Larger tensors malloc takes from the system afresh
+# every time, and touching new memory for the first time would take as long as the products.
+LIGHT_STACK_BYTES = 24 << 20
 # LoRAs that are worked on together, likewise: what they hold before and after their move.
 LORA_BYTES = 4 << 30
 # What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
@@ -114,7 +117,8 @@ class Memory:
             shape: of a weight.
             method: "nothing", "bases", "damped" or "affinity": what is done with them.
         """
-        most = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
+        room = LIGHT_STACK_BYTES if method == "damped" else STACK_BYTES
+        most = max(1, room // (4 * shape[0] * shape[1]))
         if self.limit is None:
             return most
         if self._free is None:

@@ -262,7 +262,7 @@ class Projected:
         ):
             left, right, gram_left, gram_right = (x.flatten(0, -3) for x in side)
             parts.append(recompression.factored_by_grams(left, right, gram_left, gram_right, work))
-        up, s, down, order = recompression.merged(parts)
+        up, s, down, order = recompression.merged(parts, work)
         keep = (s > tolerance * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
         chosen = [places[:k] for places, k in zip(order, keep, strict=True)]
         return [

@@ -57,7 +57,7 @@ def test_parts_that_are_orthogonal_merge_in_descending_order():
     q, p = torch.linalg.qr(torch.randn(2, 40, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
     x, y = torch.linalg.qr(torch.randn(2, 30, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
     weak = torch.tensor([1.0, 0.1, 1e-3], dtype=torch.float64)[:, None]
-    up, s, down, order = merged([of_grams(weak * q, x), of_grams(p, 0.5 * y)])
+    up, s, down, order = merged([of_grams(weak * q, x), of_grams(p, 0.5 * y)], torch.float64)
     assert torch.allclose(up.mT @ down, (weak * q).mT @ x + p.mT @ (0.5 * y), atol=1e-12)
     wanted = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1, 1e-3], dtype=torch.float64)
     assert torch.allclose(s.take_along_dim(order, -1), wanted.expand(2, -1))

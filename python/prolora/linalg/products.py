@@ -68,17 +68,17 @@ def times(w: Tensor, x: Tensor) -> Tensor:
     return (x.mT @ w.mT).mT
 
 
-def lower_gram(w: Tensor) -> Tensor:
-    """wwᵀ of w [..., d, n] in float64, of which only the lower triangle is to be read.
+def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """wwᵀ of w [..., d, n] in `dtype`, of which only the lower triangle is to be read.
 
-    `eigh` does read no more, and five eighths of the flops fill it. A w in float32
-    is taken to float64 panel by panel: the whole of it would be twice its size.
+    `eigh` and `cholesky` read no more, and five eighths of the flops fill it. A w in another dtype
+    is taken to this one panel by panel: the whole of it would be twice its size.
     """
     *batch, d, n = w.shape
     flat = w.reshape(-1, d, n)
-    gram = w.new_empty(len(flat), d, d, dtype=torch.float64)
-    for i, panel in enumerate(flat.split(PANEL, -1)):
-        part = panel.double()
+    gram = w.new_empty(len(flat), d, d, dtype=dtype)
+    for i, panel in enumerate(flat.split(n if w.dtype == dtype else PANEL, -1)):
+        part = panel.to(dtype)
         for low, high in _blocks(d):
             rows = gram[:, low:high, :high]
             torch.baddbmm(rows, part[:, low:high], part[:, :high].mT, beta=min(i, 1), out=rows)

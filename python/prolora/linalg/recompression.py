@@ -156,7 +156,9 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found.left.mT @ found.u, found.s, found.right.mT @ found.v
 
 
-def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merged(
+    parts: list[Factored], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
 
     The two halves of ProLoRA are such parts (METHOD §1: range and complement of the same target
@@ -164,6 +166,7 @@ def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Args:
         parts: SVDs, of shapes that agree but for the numbers of rows and columns.
+        dtype: of the result.
 
     Returns:
         (U√S)ᵀ [..., c, m], S [..., c] and √S·Vᵀ [..., c, n], part by part; and the order of their
@@ -173,15 +176,11 @@ def merged(parts: list[Factored]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.sort(s, dim=-1, descending=True, stable=True)[1]
 
     def rows(cores: list[Tensor], sides: list[Tensor]) -> Tensor:
-        """Every part in its place, so that none is copied."""
-        made = sides[0].new_empty(*s.shape, sides[0].shape[-1])
-        start = 0
-        for part, core, side in zip(parts, cores, sides, strict=True):
-            stop = start + core.shape[-1]
-            root = part.s.clamp_min(0).sqrt().unsqueeze(-1)
-            torch.matmul(core.mT * root, side, out=made[..., start:stop, :])
-            start = stop
-        return made
+        roots = [part.s.clamp_min(0).sqrt().unsqueeze(-1) for part in parts]
+        made = [
+            (core.mT * root) @ side for core, root, side in zip(cores, roots, sides, strict=True)
+        ]
+        return torch.cat([part.to(dtype) for part in made], -2)
 
     left = rows([part.u for part in parts], [part.left for part in parts])
     right = rows([part.v for part in parts], [part.right for part in parts])
