@@ -16,8 +16,8 @@ from .linalg.choice import Rank
 
 # One stack of weights in float32, where nobody sets a bound.
 STACK_BYTES = 96 << 20
-# The same where a stack is hardly more than read. Larger tensors malloc takes from the system afresh
-# every time, and touching new memory for the first time would take as long as the products.
+# The same where a stack is hardly more than read. For larger tensors malloc asks the system every
+# time, and touching new memory for the first time would take as long as the products.
 LIGHT_STACK_BYTES = 24 << 20
 # LoRAs that are worked on together, likewise: what they hold before and after their move.
 LORA_BYTES = 4 << 30
