@@ -18,12 +18,12 @@ from prolora import (
     UnsupportedFormat,
     cli,
     comparison,
-    heatmap,
     open_base,
     similarity,
     truncated_svd,
 )
 from prolora.bases import cache, load
+from prolora.cli import heatmap
 from prolora.errors import OutputError
 
 MINI = Path(__file__).parents[1] / "examples" / "mini_family" / "weights"

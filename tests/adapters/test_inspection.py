@@ -170,7 +170,7 @@ def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path)
 def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
     from rich.console import Console
 
-    from prolora import inspection_view
+    from prolora.cli import description
 
     sdxl = "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b"
     path = lora_of("sd15", tmp_path / "lora.safetensors")
@@ -178,7 +178,7 @@ def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
     assert (found.family, found.family_claimed) == ("sd15", "sdxl")
     assert found.base_model == "sd_xl_base_1.0.safetensors"
     console = Console(width=80, record=True, file=io.StringIO())
-    for part in inspection_view.parts(found):
+    for part in description.parts(found):
         console.print(part)
     text = console.export_text()
     assert "SD1.x, by its module names and shapes; its metadata says SDXL" in text

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import prolora
 from prolora.bases import cache_tools
 from prolora.bases.cache import BasisCache
-from prolora.basis_cli import parse_age
 from prolora.cli import app
+from prolora.cli.basis import parse_age
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .bases.cache_tools import Inventory, Verified
-from .bases.modules import place
-from .bases.survey import ShapeSurvey
-from .batch import Outcome
-from .comparison import Comparison, ModuleComparison, mean_of
-from .measures import Measures
-from .memory import size_text
-from .partners import BlockDecision
-from .report import ModuleReport, Report
-from .sweep import THRESHOLDS
+from ..bases.cache_tools import Inventory, Verified
+from ..bases.modules import place
+from ..bases.survey import ShapeSurvey
+from ..batch import Outcome
+from ..comparison import Comparison, ModuleComparison, mean_of
+from ..measures import Measures
+from ..memory import size_text
+from ..partners import BlockDecision
+from ..report import ModuleReport, Report
+from ..sweep import THRESHOLDS
 
 
 @contextmanager

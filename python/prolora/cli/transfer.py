@@ -11,11 +11,31 @@ import torch
 import typer
 from rich.console import Console
 
-from . import console, ops
-from .bases import open_base
-from .basis_cli import show_cache
-from .batch import Outcome, transfer_many
-from .cli_options import (
+from .. import ops
+from ..bases import open_base
+from ..batch import Outcome, transfer_many
+from ..dry_run import plan_report
+from ..errors import LowCoverage, OutputError, ProLoRAError
+from ..matching import resolve
+from ..options import (
+    AUTO,
+    DEFAULT_THRESHOLD,
+    DROPPED,
+    METHOD_NAMES,
+    PROBE,
+    STRATEGIES,
+    TEXT_ENCODER,
+    VECTORS,
+    Probing,
+    read_prompts,
+)
+from ..projection import DEFAULT_RANK
+from ..report import Report
+from ..saving import check_writable, write_text_atomically
+from ..transfer import transfer_file
+from . import console
+from .basis import show_cache
+from .common import (
     CacheOption,
     DeviceOption,
     JsonOption,
@@ -30,25 +50,6 @@ from .cli_options import (
     memory_limit,
     parse_rank,
 )
-from .dry_run import plan_report
-from .errors import LowCoverage, OutputError, ProLoRAError
-from .matching import resolve
-from .options import (
-    AUTO,
-    DEFAULT_THRESHOLD,
-    DROPPED,
-    METHOD_NAMES,
-    PROBE,
-    STRATEGIES,
-    TEXT_ENCODER,
-    VECTORS,
-    Probing,
-    read_prompts,
-)
-from .projection import DEFAULT_RANK
-from .report import Report
-from .saving import check_writable, write_text_atomically
-from .transfer import transfer_file
 
 out = Console()
 err = Console(stderr=True)

@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .comparison import Comparison, ModuleComparison, mean_of
-from .errors import OutputError
+from ..comparison import Comparison, ModuleComparison, mean_of
+from ..errors import OutputError
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 AROUND = "proj"  # the column of what stands around a stack of blocks: proj_in and proj_out

@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .adapters import algorithms
-from .inspection import Description
+from ..adapters import algorithms
+from ..inspection import Description
 
 _FAMILIES = {
     "sd15": "SD1.x", "sd21": "SD2.x", "bk-sdm": "BK-SDM (pruned SD1.5)", "sdxl": "SDXL",

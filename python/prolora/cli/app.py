@@ -1,4 +1,4 @@
-"""The command line: arguments in, library calls, tables or JSON out. No logic of its own."""
+"""The commands that take few options, and the way in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import torch
 import typer
 from rich.console import Console
 
-from . import basis_cli, comparison, console, heatmap, inspection, inspection_view, ops
-from .bases import open_base
-from .cli_options import (
+from .. import comparison, inspection, ops
+from ..bases import open_base
+from ..demo import run_demo
+from ..errors import LowCoverage, ProLoRAError
+from ..saving import check_writable
+from ..version import __version__
+from . import basis, console, description, heatmap
+from .common import (
     CacheOption,
     DeviceOption,
     JsonOption,
@@ -30,11 +35,7 @@ from .cli_options import (
     memory_limit,
     parse_rank,
 )
-from .demo import run_demo
-from .errors import LowCoverage, ProLoRAError
-from .saving import check_writable
-from .transfer_cli import AUTO_METHOD, Method, show_report, transfer
-from .version import __version__
+from .transfer import AUTO_METHOD, Method, show_report, transfer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(transfer)
-app.add_typer(basis_cli.app, name="basis")
+app.add_typer(basis.app, name="basis")
 out = Console()
 err = Console(stderr=True)
 
@@ -54,11 +55,11 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is, from its header alone."""
-    description = inspection.inspect(file)
+    found = inspection.inspect(file)
     if as_json:
-        print(json.dumps(description.to_dict(), indent=1))
+        print(json.dumps(found.to_dict(), indent=1))
     else:
-        for part in inspection_view.parts(description):
+        for part in description.parts(found):
             out.print(part, highlight=False)
 
 
@@ -176,7 +177,3 @@ def main() -> None:
         name = type(error).__name__
         err.print(f"[bold red]{name}:[/bold red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

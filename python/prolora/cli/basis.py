@@ -11,11 +11,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from . import console, ops
-from .bases import cache_tools, open_base
-from .bases.cache import default_folder
-from .bases.survey import survey
-from .cli_options import (
+from .. import ops
+from ..bases import cache_tools, open_base
+from ..bases.cache import default_folder
+from ..bases.survey import survey
+from ..errors import ProLoRAError
+from ..memory import parse_size, size_text
+from ..projection import DEFAULT_RANK
+from . import console
+from .common import (
     CacheOption,
     DeviceOption,
     JsonOption,
@@ -27,9 +31,6 @@ from .cli_options import (
     memory_limit,
     parse_rank,
 )
-from .errors import ProLoRAError
-from .memory import parse_size, size_text
-from .projection import DEFAULT_RANK
 
 _AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
