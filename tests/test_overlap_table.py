@@ -57,6 +57,17 @@ def test_groups_of_all_shapes_in_one_call(kernels, dtype):
     assert_tables(us, ut, *kernels.overlap_table(us, ut), torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 20_000, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_torch_give_the_same(dtype, at_a_time, monkeypatch):
+    """What a processor without matrix tiles does."""
+    monkeypatch.setattr(grouped_ops, "PRODUCT", at_a_time)
+    us, ut = problem(SHAPES, dtype)
+    table, shells = grouped_ops._multiplied(us, ut)
+    assert table.dtype == shells.dtype == torch.float64
+    assert_tables(us, ut, table, shells, torch.finfo(dtype).eps)
+
+
 def test_results_repeat_bit_by_bit(kernels):
     us, ut = problem([(3, 100, 70, 80), (1, 64, 64, 64)], torch.float32)
     for first, again in zip(
