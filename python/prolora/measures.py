@@ -54,6 +54,11 @@ class Measures:
         """The median principal angle of the side that is farther apart, in radians."""
         return max(self.angles_left[MEDIAN], self.angles_right[MEDIAN])
 
+    @property
+    def largest_angle(self) -> float:
+        """The largest principal angle of either side, in radians."""
+        return max(self.angles_left[-1], self.angles_right[-1])
+
     @classmethod
     def of(
         cls, info: ProjectionInfo, rungs: Sequence[str], left: Sequence[tuple[float, ...]],

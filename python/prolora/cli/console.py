@@ -49,8 +49,8 @@ SUBSPACE_LEGEND = """\
 Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
 them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
 ANGLE_LEGEND = """\
-angle: the median principal angle between the bases' leading subspaces, on the
-side that is farther apart."""
+angle: the median … the largest principal angle between the bases' leading
+subspaces, on the side that is farther apart."""
 
 
 PROBE_LEGEND = """\
@@ -130,9 +130,12 @@ def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
 
 
 def _angle(rows: list[ModuleReport]) -> str:
-    """The median principal angle in degrees."""
-    angle = math.degrees(_mean(rows, lambda row: row.measures.angle if row.measures else None))
-    return number(angle, ".0f") + "°" * (not math.isnan(angle))
+    """The median and the largest principal angle in degrees."""
+    median = _mean(rows, lambda row: row.measures.angle if row.measures else None)
+    largest = _mean(rows, lambda row: row.measures.largest_angle if row.measures else None)
+    if math.isnan(median):
+        return number(None)
+    return f"{math.degrees(median):.0f}…{math.degrees(largest):.0f}°"
 
 
 def _update_cells(rows: list[ModuleReport]) -> list[str]:
