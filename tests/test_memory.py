@@ -81,3 +81,40 @@ print(json.dumps([bound, within, peak()]))
     both = [prolora.adapters.read(tmp_path / f"{which}.safetensors").updates for which in "ab"]
     for module, update in both[0].items():
         torch.testing.assert_close(update.dense(), both[1][module].dense(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
+def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
+    """What projecting their factors takes beside them is the most, and is cut to fit."""
+    name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
+    modules = [name.format(i) for i in range(24)]
+    for folder in "st":
+        write_folder(tmp_path / folder, {key: weights(640, 640, 1) for key in modules})
+    for i in range(8):
+        tensors = {}
+        for module in modules:
+            key = "lora_unet_" + module.replace(".", "_")
+            tensors[f"{key}.lora_up.weight"] = torch.randn(640, 32).half()
+            tensors[f"{key}.lora_down.weight"] = torch.randn(32, 640).half()
+        save_file(tensors, tmp_path / f"lora{i}.safetensors")
+    code = f"""
+import json, torch, prolora
+from pathlib import Path
+from prolora.memory import resident, SLACK
+torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+options = {{"method": "prolora", "rank": 64, "threshold": 0}}
+loras = sorted(folder.glob("lora*.safetensors"))
+prolora.transfer_file(loras[0], folder / "s", folder / "t", folder / "warm.safetensors",
+                      cache=folder / "c", **options)
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+bound = resident() + (160 << 20) + SLACK
+done = prolora.transfer_many(loras, folder / "s", folder / "t", folder / "moved",
+                             cache=folder / "c", max_memory=bound, **options)
+print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    bound, within, statuses = json.loads(said.stdout)
+    assert statuses == ["moved"] * 8 and within <= bound, (bound, within)

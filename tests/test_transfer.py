@@ -27,14 +27,14 @@ def case(tmp_path):
     return write_case(tmp_path)
 
 
-def expected_update(name, rank=0.9, method="prolora"):
+def expected_update(name, rank=0.9, method="prolora", columns=4):
     """ΔW of the target by the dense float64 formulas, from the raw tensors."""
     key = "lora_unet_" + name.replace(".", "_")
-    tensors = lora_tensors()
+    tensors = lora_tensors(columns)
     delta = tensors[f"{key}.lora_up.weight"].double() @ tensors[f"{key}.lora_down.weight"].double()
     source, target = source_weights()[name], target_weights()[name]
     ks, kt = (reference.columns_for_energy(w, rank) for w in (source, target))
-    return reference.project(delta * 0.5, source, target, ks, kt, method)
+    return reference.project(delta * 2 / columns, source, target, ks, kt, method)
 
 
 @pytest.mark.parametrize("method", prolora.METHODS)
@@ -232,6 +232,19 @@ def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch
     for name, update in alone.adapter.updates.items():
         torch.testing.assert_close(update.dense(), together.adapter.updates[name].dense(),
                                    atol=1e-6, rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", prolora.METHODS)
+def test_a_lora_of_more_columns_than_a_layer_has_is_moved(case, method):
+    """As one of rank 64 on the first convolution of a UNet, which reads 36 numbers."""
+    _, source, target = case
+    options = {"method": method, "threshold": 0, "rank": 0.9}
+    moved = prolora.transfer(lora_tensors(30), source, target, **options).adapter.updates
+    assert set(moved) == set(shapes(2))
+    for name, update in moved.items():
+        expected = expected_update(name, method=method, columns=30)
+        assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
+        assert method == "copy" or update.rank <= 24
 
 
 def test_progress_counts_every_pair_and_an_exception_in_it_cancels(case, tmp_path):

@@ -25,6 +25,8 @@ LORA_BYTES = 4 << 30
 # for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
 # measured (docs/performance.md).
 PER_ENTRY, PER_GRAM, PER_BASIS, PER_CORE = 12, 45, 18, 48
+# What projecting the factors of an update of rank r takes beyond them: bytes for each of (m + n)r.
+PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
@@ -127,6 +129,16 @@ class Memory:
             most -= 1
         return most
 
+    def columns(self, shape: tuple[int, int]) -> int:
+        """How many columns of factors to project at a time, those of all weights [m, n] together.
+
+        Within a bound they fit where the factorisation of a weight was before.
+        """
+        room = STACK_BYTES
+        if self.limit is not None:
+            room = min(room, _factorisation(shape, self.rank))
+        return max(1, room // (PER_COLUMN * sum(shape)))
+
     def at_once(self, shape: tuple[int, int]) -> int:
         """How many pairs of weights [m, n] to compare at a time."""
         threads = torch.get_num_threads()
@@ -150,6 +162,13 @@ def _need(shape: tuple[int, int], method: str, count: int, rank: Rank | None) ->
     if method == "damped":
         return count * (4 * 4 * m * n + 3 * 4 * d * d)
     k = min(rank, d) if isinstance(rank, int) else d
-    one = PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k
     weights, bases = 4 * m * n, 2 * 4 * (m + n) * k
-    return count * (weights + bases) + min(count, torch.get_num_threads()) * one
+    at_once = min(count, torch.get_num_threads())
+    return count * (weights + bases) + at_once * _factorisation(shape, rank)
+
+
+def _factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
+    """Bytes that one takes beside the weight [m, n]."""
+    (m, n), d = shape, min(shape)
+    k = min(rank, d) if isinstance(rank, int) else d
+    return PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k

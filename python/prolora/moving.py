@@ -31,10 +31,6 @@ from .report import ModuleReport
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 
-# Columns of the factors of several LoRAs that go through a pair of bases at a time: wider products
-# are no faster, and take more memory.
-COLUMNS = 256
-
 
 class Clock:
     """Adds up wall seconds by stage."""
@@ -107,9 +103,9 @@ def move_all(
         chosen = [work for work in works if needs(work.options) == method]
         for stack in _stacks(chosen, memory, method):
             if method == "damped":
-                _damp(chosen, stack, source, target)
+                _damp(chosen, stack, source, target, memory)
             else:
-                _project(chosen, stack, source, target, cache)
+                _project(chosen, stack, source, target, cache, memory)
             done += len(stack)
             if progress:
                 progress(min(done, total), total, stack[-1].target)
@@ -138,7 +134,9 @@ def _weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([base.read(name).reshape(shape) for name in modules])
 
 
-def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) -> None:
+def _damp(
+    works: Sequence[Work], stack: list[Pair], source: Base, target: Base, memory: Memory
+) -> None:
     """A stack of pairs, for every LoRA, by method "damped"."""
     shape = stack[0].shape
     with _shared(works, "read"):
@@ -150,12 +148,13 @@ def _damp(works: Sequence[Work], stack: list[Pair], source: Base, target: Base) 
         for work in works:  # the factors of one κ serve all
             if work.error is None:
                 damper.at(work.options.kappa)
-        _in_turn(works, stack, partial(_damped, damper=damper))
+        _in_turn(works, stack, memory, partial(_damped, damper=damper))
 
 
 def _project(
-    works: Sequence[Work], stack: list[Pair], source: Base, target: Base, cache: BasisCache
-) -> None:
+    works: Sequence[Work], stack: list[Pair], source: Base, target: Base, cache: BasisCache,
+    memory: Memory,
+) -> None:  # fmt: skip
     """A stack of pairs, for every LoRA, by a method that needs subspaces."""
     options = works[0].options
     with _shared(works, "svd"):
@@ -164,16 +163,19 @@ def _project(
     with _shared(works, "overlap"):
         aligned = align(stack, source, target, ours, theirs, cache, options.rank)
     with _shared(works, "project"):
-        _in_turn(works, stack, partial(_projected, source=ours, target=theirs, aligned=aligned))
+        step = partial(_projected, source=ours, target=theirs, aligned=aligned)
+        _in_turn(works, stack, memory, step)
 
 
-def _in_turn(works: Sequence[Work], stack: list[Pair], step: Callable[..., list[Moved]]) -> None:
+def _in_turn(
+    works: Sequence[Work], stack: list[Pair], memory: Memory, step: Callable[..., list[Moved]]
+) -> None:
     """step(works, stack, places) for LoRAs that have one rank at the same places of a stack.
 
     It gives what became of every place of the first LoRA, then of the second, and so on. One step
     after the other: torch's own threads share a stack better than threads that share Python.
     """
-    for together, places in _alike(works, stack):
+    for together, places in _alike(works, stack, memory.columns(matrix_shape(stack[0].shape))):
         try:
             moved = step(together, stack, places)
         except ProLoRAError as error:
@@ -188,8 +190,13 @@ def _in_turn(works: Sequence[Work], stack: list[Pair], step: Callable[..., list[
                 work.error = error
 
 
-def _alike(works: Sequence[Work], stack: list[Pair]) -> list[tuple[list[Work], list[int]]]:
-    """LoRAs that have updates of equal rank at the same places of a stack, and those places."""
+def _alike(
+    works: Sequence[Work], stack: list[Pair], columns: int
+) -> list[tuple[list[Work], list[int]]]:
+    """LoRAs that have updates of equal rank at the same places of a stack, and those places.
+
+    So many of either that their factors have at most `columns` columns, or one of both.
+    """
     found: dict[tuple[int, ...], list[Work]] = {}
     for work in works:
         if work.error is not None:
@@ -203,8 +210,15 @@ def _alike(works: Sequence[Work], stack: list[Pair]) -> list[tuple[list[Work], l
             found.setdefault((rank, *places), []).append(work)
     groups = []
     for (rank, *places), alike in found.items():
-        size = max(1, COLUMNS // rank)
-        groups += [(alike[i : i + size], places) for i in range(0, len(alike), size)]
+        most = max(1, columns // max(1, rank))
+        several = max(1, most // len(places))
+        pieces = -(-len(places) // most)  # of equal size
+        size = -(-len(places) // pieces)
+        groups += [
+            (alike[i : i + several], places[j : j + size])
+            for i in range(0, len(alike), several)
+            for j in range(0, len(places), size)
+        ]
     return groups
 
 

@@ -48,6 +48,17 @@ def test_the_product_comes_back_however_close_its_rows_lie(dtype, tolerance):
         assert (used.mT @ used - torch.eye(rank)).abs().max() < 10 * tolerance
 
 
+@pytest.mark.parametrize("m, n", [(60, 4), (4, 50), (5, 3), (6, 6)])
+def test_a_rank_beyond_the_width_of_a_layer_is_cut_to_it(m, n):
+    """A LoRA of rank 64 on the first convolution of a UNet, which reads 36 numbers."""
+    up, down = panels([3.0, 3.0], torch.float32)
+    up, down = up[..., :m], down[..., :n]
+    found = of_grams(up, down)
+    back = found.left.mT @ found.u * found.s.unsqueeze(-2) @ (found.right.mT @ found.v).mT
+    assert found.s.shape[-1] == min(m, n, 6)
+    assert torch.allclose(back, up.double().mT @ down.double(), atol=1e-5)
+
+
 def test_it_agrees_with_the_way_without_inner_products():
     up, down = panels([5.0, 50.0], torch.float32)
     assert torch.allclose(of_grams(up, down).s.float(), factored(up.mT, down).s, rtol=1e-5)

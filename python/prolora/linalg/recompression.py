@@ -103,7 +103,7 @@ def factored_by_grams(
 
     With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
     carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
-    to its length; such matrices take the way of `factored`.
+    to its length; such matrices, and all with more rows than columns, take the way of `factored`.
 
     Args:
         up: upᵀ as rows [b, r, m], float64.
@@ -112,6 +112,9 @@ def factored_by_grams(
         right: down·downᵀ, likewise.
         dtype: the factors had, and the singular values shall be exact to.
     """
+    if up.shape[-2] > min(up.shape[-1], down.shape[-1]):
+        wide = factored(up.to(dtype).mT, down.to(dtype))
+        return Factored(*(x.double() for x in (wide.left, wide.u, wide.s, wide.v, wide.right)))
     (low_up, bad_up), (low_down, bad_down) = _lower(left), _lower(right)
     u, s, v = core_svd((low_up.mT @ low_down).to(dtype))
     u = torch.linalg.solve_triangular(low_up.mT, u.double(), upper=True)
