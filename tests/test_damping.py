@@ -97,3 +97,16 @@ def test_half_precision_weights_and_a_source_of_zeros_are_taken():
     )
     gone = prolora.damped(delta, torch.zeros(16, 16), target, 4.0)
     assert bool(gone.dense().isfinite().all())
+
+
+@pytest.mark.parametrize("ours", [torch.float8_e4m3fn, torch.float16, torch.float64])
+@pytest.mark.parametrize("theirs", [torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_weights_of_any_storage_dtype_are_taken(ours, theirs):
+    delta, source, target = case(24, 40, dtype=torch.float32)
+    source, target = source.to(ours), target.to(theirs)
+    kept = source.clone(), target.clone()
+    moved = prolora.damped(delta, source, target, 3.0)
+    wanted = reference.damped(delta.dense(), source.double(), target.double(), 3.0)
+    assert (moved.dense().double() - wanted).norm() <= 1e-5 * wanted.norm()
+    for weight, before in zip((source, target), kept, strict=True):
+        assert torch.equal(weight.double(), before.double())

@@ -45,10 +45,10 @@ class Damper:
     def __init__(self, source: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Takes W_s and W_t [..., m, n]; works in `dtype` or float32, whichever is wider."""
         self._work = torch.promote_types(dtype, torch.float32)
-        # One copy in the working precision and no other: of stacks, touching memory for the first
-        # time takes as long as what is computed.
-        self._drift = target.to(self._work, copy=True).sub_(source)
-        self._size = _squared(source, self._work)
+        ours = source.to(self._work)  # any storage dtype; float8 takes part in no arithmetic
+        # In place: touching memory for the first time takes as long as what is computed there.
+        self._drift = target.to(self._work, copy=True).sub_(ours)
+        self._size = _squared(ours)
         m, n = self._drift.shape[-2:]
         self._tall = self._drift if m >= n else self._drift.mT
         self._gram = lower_gram(self._tall.mT, self._work)  # DᵀD on the short side
@@ -62,7 +62,7 @@ class Damper:
         each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
         # A source near zero would ask for endless damping; I + ρ DᵀD must stay definite in
         # rounding.
-        least = _squared(self._drift, work) * each * max(m, n) * torch.finfo(work).eps * 64
+        least = _squared(self._drift) * each * max(m, n) * torch.finfo(work).eps * 64
         norm = torch.maximum(self._size, least).clamp_min(torch.finfo(work).tiny)
         rates = (each / norm * m, each / norm * n)
         factors = [_factor(self._gram, rates[0])]
@@ -126,7 +126,7 @@ def _factor(gram: Tensor, rate: Tensor) -> Tensor:
     return factor
 
 
-def _squared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖X‖_F² [...] of x [..., m, n], summed in `dtype`."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=dtype)
+def _squared(x: Tensor) -> Tensor:
+    """‖X‖_F² [...] of x [..., m, n]."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
     return norm.square()
