@@ -24,7 +24,7 @@ from sdxl_to_ssd1b import commit, cpu
 from second_lora import peak
 
 import prolora
-from prolora.memory import parse_size
+from prolora.bases.memory import parse_size
 
 WIDTH = 3072
 DOUBLE, SINGLE, LORA_RANK = 2, 3, 16
@@ -92,10 +92,15 @@ def main() -> None:
         return
     started = time.perf_counter()
     report = prolora.transfer_file(
-        folder / "lora.safetensors", folder / "source", folder / "target",
-        folder / "out.safetensors", method="prolora", rank=words.rank, threshold=0,
+        folder / "lora.safetensors",
+        folder / "source",
+        folder / "target",
+        folder / "out.safetensors",
+        method="prolora",
+        rank=words.rank,
+        threshold=0,
         max_memory=limit,
-    )  # fmt: skip
+    )
     found = {
         "what": f"FLUX-shaped pair, {DOUBLE} double and {SINGLE} single blocks, bfloat16",
         "date": date.today().isoformat(),

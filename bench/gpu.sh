@@ -29,23 +29,23 @@ python3 -m pip install -q --no-index --no-build-isolation --no-deps . \
 cd "$OUT"
 python3 -m prolora info
 if command -v cuobjdump >/dev/null; then
-  cuobjdump --dump-resource-usage "$(python3 -c 'import prolora._C as c; print(c.__file__)')" \
+  cuobjdump --dump-resource-usage "$(python3 -c 'import prolora.core._C as c; print(c.__file__)')" \
     >resources.txt 2>&1
   echo "registers, shared memory and spills: resources.txt"
 else
   echo "cuobjdump: not installed, no table of registers"
 fi
 export PROLORA_REQUIRE=cpu,cuda
-kernels=("$root"/tests/test_split_project.py "$root"/tests/test_overlap.py
-  "$root"/tests/test_overlap_table.py "$root"/tests/test_project_pair.py
-  "$root"/tests/test_panel_qr.py "$root"/tests/test_small_svd.py)
-timeout 100 python3 -m pytest -q -p no:cacheprovider -k cuda "${kernels[@]}" "$root/tests/test_ops.py" \
+kernels=("$root"/tests/core/ops/test_split_project.py "$root"/tests/core/ops/test_overlap.py
+  "$root"/tests/core/ops/test_overlap_table.py "$root"/tests/core/ops/test_project_pair.py
+  "$root"/tests/core/ops/test_panel_qr.py "$root"/tests/core/ops/test_small_svd.py)
+timeout 100 python3 -m pytest -q -p no:cacheprovider -k cuda "${kernels[@]}" "$root/tests/core/ops/test_ops.py" \
   2>&1 | tee test.log | tail -n 5
 status=${PIPESTATUS[0]}
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 -m pytest -q -x -p no:cacheprovider -k "cuda and not hypothesis" "$root/tests/test_small_svd.py" \
+      python3 -m pytest -q -x -p no:cacheprovider -k "cuda and not hypothesis" "$root/tests/core/ops/test_small_svd.py" \
       >"$tool.log" 2>&1
     found=$?
     echo "$tool: exit $found ($(tail -n 1 "$tool.log"))"

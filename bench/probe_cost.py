@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 SDXL = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 2048,
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 2048,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20], "use_linear_projection": True, "layers_per_block": 2,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "layers_per_block": 2,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+}
 ATTENTION = r".*transformer_blocks\.\d+\.attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 ALL = ATTENTION + r"|.*transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
 ALL += r"|.*transformer_blocks\.\d+\.proj_(mlp|out)"
@@ -60,9 +67,11 @@ def sdxl() -> tuple[nn.Module, dict[str, object]]:
         model = UNet2DConditionModel(**SDXL)
         told = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         return model, {
-            "sample": torch.empty(1, 4, 128, 128), "timestep": torch.ones(1),
-            "encoder_hidden_states": torch.empty(1, 77, 2048), "added_cond_kwargs": told,
-        }  # fmt: skip
+            "sample": torch.empty(1, 4, 128, 128),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, 77, 2048),
+            "added_cond_kwargs": told,
+        }
 
 
 def flux() -> tuple[nn.Module, dict[str, object]]:
@@ -70,11 +79,14 @@ def flux() -> tuple[nn.Module, dict[str, object]]:
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
         return model, {
-            "hidden_states": torch.empty(1, 4096, 64), "timestep": torch.ones(1),
-            "encoder_hidden_states": torch.empty(1, 512, 4096), "guidance": torch.ones(1),
-            "pooled_projections": torch.empty(1, 768), "img_ids": torch.empty(4096, 3),
+            "hidden_states": torch.empty(1, 4096, 64),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "guidance": torch.ones(1),
+            "pooled_projections": torch.empty(1, 768),
+            "img_ids": torch.empty(4096, 3),
             "txt_ids": torch.empty(512, 3),
-        }  # fmt: skip
+        }
 
 
 def count(model: nn.Module, sample: dict[str, object], pattern: str) -> dict[str, float]:
@@ -94,8 +106,9 @@ def count(model: nn.Module, sample: dict[str, object], pattern: str) -> dict[str
 
     fused = _Fused()
     own, nn.functional.scaled_dot_product_attention = (
-        nn.functional.scaled_dot_product_attention, fused,
-    )  # fmt: skip
+        nn.functional.scaled_dot_product_attention,
+        fused,
+    )
     try:
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -18,7 +18,7 @@ The weights are made to cost what real ones cost, and to behave like them where 
 
 Everything is a function of the seed and the module's name. Left out are the convolutions,
 `proj_in`, `proj_out`, embeddings and biases: the LoRA does not touch them, and
-`prolora.bases.identify` needs attention alone (and feed-forward, if there is any).
+`prolora.architectures.layouts.identify` needs attention alone (and feed-forward, if there is any).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prolora.bases.layout import load
-from prolora.saving import write_safetensors
-from prolora.sgm import diffusers_to_ldm
+from prolora.architectures.layouts import load
+from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.files.writing import write_safetensors
 
 POOL = 4
 DEVIATION = 0.025
@@ -97,9 +97,12 @@ def shapes(layout: str, scale: int, feed_forward: bool) -> dict[str, tuple[int, 
 
 
 def write_unet(
-    folder: Path, modules: dict[str, tuple[int, int]], noise: float, seed: int,
+    folder: Path,
+    modules: dict[str, tuple[int, int]],
+    noise: float,
+    seed: int,
     dtype: torch.dtype = torch.float16,
-) -> None:  # fmt: skip
+) -> None:
     """A sharded diffusers folder; never more than one shard is in memory.
 
     Args:

@@ -28,16 +28,20 @@ import torch
 from torch import Tensor
 
 import prolora
-from prolora.pairing import make_plan
+from prolora.workflow.plan import make_plan
 
 
 def ours(folder: Path, rank: int | float) -> dict[str, Any]:
     """The whole job through the public file-to-file call."""
     started = time.perf_counter()
     report = prolora.transfer_file(
-        folder / "lora.safetensors", folder / "sdxl", folder / "ssd-1b",
-        folder / "out.safetensors", rank=rank, method="prolora",
-    )  # fmt: skip
+        folder / "lora.safetensors",
+        folder / "sdxl",
+        folder / "ssd-1b",
+        folder / "out.safetensors",
+        rank=rank,
+        method="prolora",
+    )
     seconds = time.perf_counter() - started
     columns = [row.measures.columns_source for row in report.rows("mapped") if row.measures]
     return {
@@ -57,8 +61,12 @@ def automatic(folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     report = prolora.transfer_file(*paths)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "method": report.method, "stages": report.seconds,
-            "peak resident GiB": peak_gib()}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "method": report.method,
+        "stages": report.seconds,
+        "peak resident GiB": peak_gib(),
+    }
 
 
 def second(folder: Path, rank: int | float) -> dict[str, Any]:
@@ -70,8 +78,12 @@ def second(folder: Path, rank: int | float) -> dict[str, Any]:
     report = prolora.transfer_file(*paths, **options)
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in options["cache"].rglob("*.safetensors"))
-    return {"seconds": seconds, "stages": report.seconds, "peak resident GiB": peak_gib(),
-            "cache GiB": size / 2**30}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "stages": report.seconds,
+        "peak resident GiB": peak_gib(),
+        "cache GiB": size / 2**30,
+    }
 
 
 def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:

@@ -41,9 +41,9 @@ from sdxl_to_ssd1b import commit, cpu, project_densely
 from torch import Tensor
 
 import prolora
-from prolora.bases.cache import BasisCache
-from prolora.memory import parse_size
-from prolora.pairing import make_plan
+from prolora.bases.cache.basis_cache import BasisCache
+from prolora.bases.memory import parse_size
+from prolora.workflow.plan import make_plan
 
 BOUND = "1.25GiB"
 
@@ -74,8 +74,13 @@ def one(folder: Path, rank: int | float, **options: Any) -> dict[str, Any]:
         )
     )
     bounds = [row.measures.bound for row in report.rows("mapped") if row.measures]
-    return {"seconds": seconds, "stages": report.seconds, "mapped": report.totals["mapped"],
-            "flagged": report.totals["flagged"], "largest bound": max(bounds)}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "stages": report.seconds,
+        "mapped": report.totals["mapped"],
+        "flagged": report.totals["flagged"],
+        "largest bound": max(bounds),
+    }
 
 
 def reading(folder: Path, rank: int | float) -> dict[str, Any]:
@@ -179,9 +184,14 @@ def many(folder: Path, rank: int | float, lora: Path, count: int) -> dict[str, A
         assert outcome.report is not None
         for stage, spent in outcome.report.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + spent
-    return {"LoRAs": count, "MB each": lora.stat().st_size / 1e6, "seconds": seconds,
-            "moved": sum(outcome.status == "moved" for outcome in outcomes),
-            "stages, threads added up": stages, "peak GiB": peak()}  # fmt: skip
+    return {
+        "LoRAs": count,
+        "MB each": lora.stat().st_size / 1e6,
+        "seconds": seconds,
+        "moved": sum(outcome.status == "moved" for outcome in outcomes),
+        "stages, threads added up": stages,
+        "peak GiB": peak(),
+    }
 
 
 def ten(folder: Path, rank: int | float) -> dict[str, Any]:
@@ -211,8 +221,9 @@ def dense(folder: Path, rank: int | float) -> dict[str, Any]:
         found = [cache.of(source, [pair.source], rank)[0], cache.of(target, [pair.target], rank)[0]]
         bases = [(basis.U, basis.V) for basis in found]
         for name, way in (
-            ("projectors as matrices", project_densely), ("thin projectors", project_thinly),
-        ):  # fmt: skip
+            ("projectors as matrices", project_densely),
+            ("thin projectors", project_thinly),
+        ):
             seconds[name] += len(group) * timed(lambda w=way, d=delta, b=bases: w(d, *b))[0]  # type: ignore[misc]
         run, pairs = run + 1, pairs + len(group)
     return {"seconds": seconds, "pairs": pairs, "pairs really run": run}
@@ -234,8 +245,16 @@ def project_thinly(
     return inside(inside(delta, us, vs), ut, vt) + outside(outside(delta, us, vs), ut, vt)
 
 
-PARTS = {"reading": reading, "cold": cold, "warm": warm, "disk": disk, "bounded": bounded,
-         "dense": dense, "ten": ten, "hundred": hundred}  # fmt: skip
+PARTS = {
+    "reading": reading,
+    "cold": cold,
+    "warm": warm,
+    "disk": disk,
+    "bounded": bounded,
+    "dense": dense,
+    "ten": ten,
+    "hundred": hundred,
+}
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:

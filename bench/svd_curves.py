@@ -53,11 +53,16 @@ def measured(case: tuple[int, int, int, int], clock: str, rounds: int) -> dict[s
     exact = torch.linalg.svd(w[0].double(), full_matrices=False)[0]
     times = {name: statistics.median(t) for name, t in zip(SERIES, taken, strict=True)}
     return {
-        "batch": b, "m": m, "n": n, "k": k, "rung": basis.rung,
+        "batch": b,
+        "m": m,
+        "n": n,
+        "k": k,
+        "rung": basis.rung,
         "ms": {name: round(value, 2) for name, value in times.items()},
         "ratio": round(times[SERIES[0]] / times[SERIES[1]], 3),
-        "sine": sine(exact, basis.U, k), "bound": float(basis.bound.max()),
-    }  # fmt: skip
+        "sine": sine(exact, basis.U, k),
+        "bound": float(basis.bound.max()),
+    }
 
 
 def draw(curves: dict[str, list[dict]], clock: str, path: Path) -> None:
@@ -102,8 +107,12 @@ def main() -> None:
             print(name, row, flush=True)
             curves[name].append(row)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = {"clock": arguments.clock, "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "curves": curves}  # fmt: skip
+    facts = {
+        "clock": arguments.clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "curves": curves,
+    }
     (arguments.out / "truncated_svd_curves.json").write_text(json.dumps(facts, indent=1) + "\n")
     draw(curves, arguments.clock, arguments.out / "truncated_svd_curves.png")
 

@@ -14,8 +14,8 @@ import sdxl
 import torch
 from timing import seconds
 
-from prolora import grouped_ops, ops, row_ops
-from prolora.linalg.overlaps import overlap_tables
+from prolora.core.ops import grouped, operators, rows
+from prolora.core.overlap_tables import overlap_tables
 
 DTYPES = [torch.float32, torch.float64]
 ROUNDS = 7
@@ -43,7 +43,7 @@ def compare(benchmark, ours, baseline, args):
     benchmark.extra_info["device"] = (
         torch.cuda.get_device_name() if args[0].is_cuda else f"{torch.get_num_threads()} threads"
     )
-    benchmark.extra_info["isa"] = ops.cpu_isa()
+    benchmark.extra_info["isa"] = operators.cpu_isa()
 
     def timed():
         ours(*args)
@@ -77,8 +77,8 @@ def test_split_project(benchmark, device, path, shape, dtype):
     b, m, k, r = shape
     u, x = random((b, m, k), dtype, device) / m**0.5, random((b, m, r), dtype, device)
     kernel = {
-        "op": ops.split_project,
-        "kernel": lambda u, x: ops.run_split_project(ops._C, u, x, u.is_cuda),
+        "op": operators.split_project,
+        "kernel": lambda u, x: operators.run_split_project(operators._C, u, x, u.is_cuda),
     }[path]
     for ours, theirs in zip(kernel(u, x), torch_split_project(u, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -90,8 +90,8 @@ def test_split_project(benchmark, device, path, shape, dtype):
 def test_overlap(benchmark, device, shape, dtype):
     us, ut = random(shape, dtype, device), random(shape, dtype, device).flip(0)
     expected = torch_overlap(us.double(), ut.double())
-    torch.testing.assert_close(ops.overlap(us, ut), expected, rtol=1e-4, atol=0)
-    compare(benchmark, ops.overlap, torch_overlap, (us, ut))
+    torch.testing.assert_close(operators.overlap(us, ut), expected, rtol=1e-4, atol=0)
+    compare(benchmark, operators.overlap, torch_overlap, (us, ut))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,8 +102,8 @@ def test_small_svd(benchmark, device, path, n, dtype):
     batch = {64: 512, 128: 256}.get(n, 2048 // n) if path == "op" else 2048 // n
     a = random((batch if benchmark.enabled else 4, n, n), dtype, device)
     kernel = {
-        "op": ops.small_svd,
-        "kernel": lambda a: ops.run_small_svd(ops._C, a, a.is_cuda),
+        "op": operators.small_svd,
+        "kernel": lambda a: operators.run_small_svd(operators._C, a, a.is_cuda),
     }[path]
     largest = 10 * n**0.5
     tolerance = n * torch.finfo(dtype).eps * largest
@@ -142,7 +142,7 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
     us, ut = sdxl_pairs(rule, device, 2 if benchmark.enabled else 80)
 
     def ours(us, ut):
-        return [table.sum() for table, _ in grouped_ops.overlap_table(us, ut)]
+        return [table.sum() for table, _ in grouped.overlap_table(us, ut)]
 
     shapes = {x.shape: i for i, x in enumerate(us)}.values()
     found = ours(us, ut)
@@ -153,7 +153,7 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
         worst = max(worst, float((found[i] / k - exact).abs()))
     assert worst < 1e-5
     benchmark.extra_info["largest error of phi"] = worst
-    benchmark.extra_info["matrix tiles"] = device == "cpu" and grouped_ops.cpu_has_tiles()
+    benchmark.extra_info["matrix tiles"] = device == "cpu" and grouped.cpu_has_tiles()
     compare_lists(benchmark, ours, torch_overlap_loop, us, ut)
 
 
@@ -167,8 +167,12 @@ def test_overlap_for_every_number_of_columns(benchmark, device):
 
     def each(us, ut):
         """A product for every k."""
-        return torch.stack([(us[0][:, :k].mT @ ut[0][:, :k]).square().sum() / k
-                            for k in range(1, us[0].shape[1] + 1)])  # fmt: skip
+        return torch.stack(
+            [
+                (us[0][:, :k].mT @ ut[0][:, :k]).square().sum() / k
+                for k in range(1, us[0].shape[1] + 1)
+            ]
+        )
 
     torch.testing.assert_close(ours(us, ut).float(), each(us, ut), rtol=0, atol=1e-5)
     compare_lists(benchmark, ours, each, us, ut)
@@ -211,8 +215,8 @@ def test_project_pair(benchmark, device, path, shape):
     ut = us.flip(0).roll(1, 1).contiguous()
     x = random((b, r, m), torch.float32, device)
     kernel = {
-        "op": row_ops.project_pair,
-        "kernel": lambda us, ut, x: row_ops.run_project_pair(ops._C, us, ut, x, us.is_cuda),
+        "op": rows.project_pair,
+        "kernel": lambda us, ut, x: rows.run_project_pair(operators._C, us, ut, x, us.is_cuda),
     }[path]
     moved = torch.cat(torch_project_pair(us, ut, x), 2).mT
     torch.testing.assert_close(kernel(us, ut, x)[1], moved, rtol=1e-4, atol=1e-4)
@@ -224,10 +228,11 @@ def torch_qr(panel):
     return torch.linalg.qr(panel.mT)
 
 
-@pytest.mark.parametrize("shape", [(32, 16, 1280), (32, 32, 1280), (32, 64, 1280), (4, 32, 10240)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape", [(32, 16, 1280), (32, 32, 1280), (32, 64, 1280), (4, 32, 10240)], ids=str
+)
 def test_panel_qr(benchmark, device, shape):
     panel = random(shape, torch.float32, device)
-    q, lower, _ = row_ops.panel_qr(panel)
+    q, lower, _ = rows.panel_qr(panel)
     torch.testing.assert_close(lower @ q, panel, rtol=0, atol=1e-4)
-    compare(benchmark, row_ops.panel_qr, torch_qr, (panel,))
+    compare(benchmark, rows.panel_qr, torch_qr, (panel,))

@@ -17,14 +17,27 @@ from timing import seconds
 import prolora
 
 CASES = [
-    (64, 320, 320, 160), (32, 640, 640, 320), (4, 1280, 1280, 128), (4, 1280, 1280, 320),
-    (4, 1280, 1280, 0.9), (4, 1280, 2048, 320), (2, 1280, 5120, 128), (2, 1280, 5120, 320),
-    (2, 10240, 1280, 128), (2, 10240, 1280, 320), (1, 3072, 3072, 128), (1, 3072, 3072, 320),
-]  # fmt: skip
+    (64, 320, 320, 160),
+    (32, 640, 640, 320),
+    (4, 1280, 1280, 128),
+    (4, 1280, 1280, 320),
+    (4, 1280, 1280, 0.9),
+    (4, 1280, 2048, 320),
+    (2, 1280, 5120, 128),
+    (2, 1280, 5120, 320),
+    (2, 10240, 1280, 128),
+    (2, 10240, 1280, 320),
+    (1, 3072, 3072, 128),
+    (1, 3072, 3072, 320),
+]
 GPU_CASES = [
-    (64, 320, 320, 128), (64, 640, 640, 128), (64, 1280, 1280, 128), (64, 1280, 1280, 320),
-    (16, 10240, 1280, 128), (8, 3072, 3072, 128),
-]  # fmt: skip
+    (64, 320, 320, 128),
+    (64, 640, 640, 128),
+    (64, 1280, 1280, 128),
+    (64, 1280, 1280, 320),
+    (16, 10240, 1280, 128),
+    (8, 3072, 3072, 128),
+]
 
 
 def weights(b, m, n, device):
@@ -92,9 +105,11 @@ def test_truncated_svd(benchmark, device, case):
     error = sine(u, basis.U, used)
     assert basis.ok.all() and error <= float(basis.bound[0])
     benchmark.extra_info |= {
-        "case": f"{b} x {m}x{n}, k={k}", "rung": basis.rung, "sine": error,
+        "case": f"{b} x {m}x{n}, k={k}",
+        "rung": basis.rung,
+        "sine": error,
         "bound": float(basis.bound.max()),
-    }  # fmt: skip
+    }
     if benchmark.enabled:
         ours = statistics.median(seconds(prolora.truncated_svd, (w, k)) for _ in range(3))
         for baseline in (lapack, gram, cupy_gram, lowrank):
@@ -103,7 +118,8 @@ def test_truncated_svd(benchmark, device, case):
                 continue
             theirs = statistics.median(seconds(baseline, (w, k)) for _ in range(3))
             benchmark.extra_info[baseline.__doc__] = {
-                "speedup": round(theirs / ours, 3), "ms": round(1e3 * theirs, 1),
+                "speedup": round(theirs / ours, 3),
+                "ms": round(1e3 * theirs, 1),
                 "sine": sine(u, found, used),
-            }  # fmt: skip
+            }
     benchmark.pedantic(prolora.truncated_svd, args=(w, k), rounds=3 if benchmark.enabled else 1)

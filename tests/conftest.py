@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from prolora import grouped_ops, ops, row_ops
+from prolora.core.ops import grouped, operators, rows
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
@@ -40,27 +40,27 @@ class Kernels:
     cuda: bool
 
     def split_project(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = ops.run_split_project(self.module, *self._there(u, x), self.cuda)
+        outputs = operators.run_split_project(self.module, *self._there(u, x), self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def overlap(self, us: Tensor, ut: Tensor) -> Tensor:
-        return ops.run_overlap(self.module, *self._there(us, ut), self.cuda).cpu()
+        return operators.run_overlap(self.module, *self._there(us, ut), self.cuda).cpu()
 
     def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         there = self._there(*us), self._there(*ut)
-        outputs = grouped_ops.run_overlap_table(self.module, *there, self.cuda)
+        outputs = grouped.run_overlap_table(self.module, *there, self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = row_ops.run_project_pair(self.module, *self._there(us, ut, x), self.cuda)
+        outputs = rows.run_project_pair(self.module, *self._there(us, ut, x), self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def panel_qr(self, panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = row_ops.run_panel_qr(self.module, *self._there(panel), self.cuda)
+        outputs = rows.run_panel_qr(self.module, *self._there(panel), self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = ops.run_small_svd(self.module, *self._there(a), self.cuda)
+        outputs = operators.run_small_svd(self.module, *self._there(a), self.cuda)
         return tuple(t.cpu() for t in outputs)
 
     def _there(self, *tensors: Tensor) -> list[Tensor]:
@@ -73,7 +73,7 @@ def missing(backend: str, reason: object) -> None:
 
 def load(backend: str, name: str) -> ModuleType:
     try:
-        return importlib.import_module(f"prolora.{name}")
+        return importlib.import_module(f"prolora.core.{name}")
     except ImportError as error:
         missing(backend, error)
         raise
@@ -101,7 +101,7 @@ def kernels(request, monkeypatch, nan_memory) -> Kernels:
         monkeypatch.setenv("EMU_SEED", variant)
         return Kernels(load(backend, "_emulated"), "cpu", cuda=True)
     if backend == "cuda":
-        count, why = ops.cuda_status()
+        count, why = operators.cuda_status()
         if count == 0:
             missing(backend, why)
         return Kernels(load(backend, "_C"), "cuda", cuda=True)

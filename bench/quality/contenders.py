@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import prolora
 from prolora import Basis, LowRank, Verdict
 from prolora.adapters import Adapter
-from prolora.affinity import Affinity
-from prolora.verdict import judge
+from prolora.comparison.drift import Affinity
+from prolora.comparison.verdict import judge
 
 Updates = dict[str, LowRank]
 

@@ -25,9 +25,13 @@ Sample = Callable[[int], None]
 
 
 def distilled(
-    source: nn.Module, target: nn.Module, lora: Updates, to: str,
-    samplers: tuple[Sample, Sample, Sample], seed: int,
-) -> tuple[Updates, float]:  # fmt: skip
+    source: nn.Module,
+    target: nn.Module,
+    lora: Updates,
+    to: str,
+    samplers: tuple[Sample, Sample, Sample],
+    seed: int,
+) -> tuple[Updates, float]:
     """Trains the target to change its prediction as the LoRA changes the source's.
 
     Args:

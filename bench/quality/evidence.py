@@ -95,16 +95,22 @@ def difference_table(table: Table) -> str:
         fixed = part.best_copy()
         rows.append(
             [
-                name, cell(part.share("auto")), cell(part.difference("auto", "copy @ 1")),
+                name,
+                cell(part.share("auto")),
+                cell(part.difference("auto", "copy @ 1")),
                 f"{cell(part.difference('auto', fixed))} (at {fixed.removeprefix('copy @ ')})",
                 cell(part.difference("copy, automatic strength", fixed)),
                 cell(part.difference("auto", "prolora 0.9 @ 1")),
             ]
-        )  # fmt: skip
+        )
     head = [
-        "", "auto", "auto − copy at 1", "auto − copy at its best",
-        "copy at automatic − at its best", "auto − `prolora`",
-    ]  # fmt: skip
+        "",
+        "auto",
+        "auto − copy at 1",
+        "auto − copy at its best",
+        "copy at automatic − at its best",
+        "auto − `prolora`",
+    ]
     return markdown(head, rows)
 
 
@@ -166,11 +172,17 @@ def verdict_table(table: Table) -> str:
             tried = [label for label in ("damped, κ 4", *COPIES)]
             rows.append(
                 [
-                    kind, arch, span("drift", ".2f"), span("cosine", ".2f"), span("spread", ".2f"),
-                    span("shift", ".3f"), f"{go} of {len(told)}", cell(part.share("copy @ 1")),
+                    kind,
+                    arch,
+                    span("drift", ".2f"),
+                    span("cosine", ".2f"),
+                    span("spread", ".2f"),
+                    span("shift", ".3f"),
+                    f"{go} of {len(told)}",
+                    cell(part.share("copy @ 1")),
                     cell(part.share(best(part, tried))),
                 ]
-            )  # fmt: skip
+            )
     head = [
         "",
         "",
@@ -192,10 +204,7 @@ def decisions(table: Table) -> str:
     no_go = [row for row in told if not row["verdict"]["go"]]
     failed = [row for row in go if (recovered(row, "auto") or 0) < FAILS]
     labels = ("damped, κ 4", "damped, κ 16", *COPIES)
-    missed = [
-        row for row in no_go
-        if max(recovered(row, label) or 0 for label in labels) > WORKS
-    ]  # fmt: skip
+    missed = [row for row in no_go if max(recovered(row, label) or 0 for label in labels) > WORKS]
     related = table.where(kind=RELATED).rows
     kept = [row for row in related if row["verdict"] and row["verdict"]["go"]]
     return markdown(
@@ -204,11 +213,12 @@ def decisions(table: Table) -> str:
             _rate(f"false go: `auto` went ahead and recovered less than {FAILS}", failed, go),
             _rate(
                 f"false no-go: warned off, though some copy or `damped` recovers over {WORKS}",
-                missed, no_go,
+                missed,
+                no_go,
             ),
             _rate("go among the related kinds of the study", kept, related),
         ],
-    )  # fmt: skip
+    )
 
 
 def _rate(name: str, some: list, whole: list) -> list[str]:

@@ -20,9 +20,12 @@ BARS = {
     "lora-x": ("lora-x 0.9 @ 1", "#90cdf4"),
 }
 COLOURS = {
-    "near": "#2f855a", "far": "#c2410c", "pruned": "#2b6cb0", "continued": "#6b46c1",
+    "near": "#2f855a",
+    "far": "#c2410c",
+    "pruned": "#2b6cb0",
+    "continued": "#6b46c1",
     "independent": "#1a202c",
-}  # fmt: skip
+}
 
 
 def draw(table: Table, folder: Path) -> None:
@@ -46,9 +49,14 @@ def _methods(table: Table) -> plt.Figure:
                 continue
             low, high = mean[0] - mean[1], mean[2] - mean[0]
             axes.bar(
-                j + (i - len(BARS) / 2 + 0.5) * width, mean[0], width, color=colour,
-                yerr=[[low], [high]], error_kw={"lw": 0.8}, label=name if j == 0 else None,
-            )  # fmt: skip
+                j + (i - len(BARS) / 2 + 0.5) * width,
+                mean[0],
+                width,
+                color=colour,
+                yerr=[[low], [high]],
+                error_kw={"lw": 0.8},
+                label=name if j == 0 else None,
+            )
     axes.set_xticks(range(len(RELATED) + 1), (*RELATED, "independent"))
     axes.set_ylabel("share of the gap recovered")
     axes.axhline(0, color="black", lw=0.8)
@@ -69,10 +77,14 @@ def _verdicts(table: Table) -> plt.Figure:
         share = recovered(row, best(part, ("damped, κ 4", "damped, κ 1", "copy @ 1")))
         kind = row["kind"] if row["kind"] in COLOURS else "other fine-tunes"
         axes.scatter(
-            told["shift"] if told["cosine"] > 0.5 else 0.2, max(share or 0, -0.3), s=14,
-            color=COLOURS.get(kind, "#d69e2e"), marker="o" if told["go"] else "x",
-            label=None if kind in seen else kind, linewidths=1,
-        )  # fmt: skip
+            told["shift"] if told["cosine"] > 0.5 else 0.2,
+            max(share or 0, -0.3),
+            s=14,
+            color=COLOURS.get(kind, "#d69e2e"),
+            marker="o" if told["go"] else "x",
+            label=None if kind in seen else kind,
+            linewidths=1,
+        )
         seen.add(kind)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlabel("shift of the weights (unrelated bases drawn at 0.2); ○ go, × no-go")
@@ -91,10 +103,16 @@ def _ranks(table: Table) -> plt.Figure:
         means.append(part.share("copy @ 1"))
         points = [(i, mean) for i, mean in enumerate(means) if mean]
         axes.errorbar(
-            [i for i, _ in points], [mean[0] for _, mean in points], marker="o", ms=4, label=kind,
+            [i for i, _ in points],
+            [mean[0] for _, mean in points],
+            marker="o",
+            ms=4,
+            label=kind,
             yerr=[[m[0] - m[1] for _, m in points], [m[2] - m[0] for _, m in points]],
-            color=COLOURS[kind], capsize=2, lw=1.2,
-        )  # fmt: skip
+            color=COLOURS[kind],
+            capsize=2,
+            lw=1.2,
+        )
     axes.set_xticks(range(len(rules) + 1), (*(f"energy {rule}" for rule in rules), "copy"))
     axes.set_ylabel("share of the gap recovered")
     axes.legend(fontsize=8, ncols=4)

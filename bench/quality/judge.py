@@ -21,11 +21,16 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(),
-            nn.Conv2d(32, 48, 3, padding=1, stride=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(48 * 16, 64), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(32, 48, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(48 * 16, 64),
+            nn.ReLU(),
+        )
         self.content, self.style, self.domain = (nn.Linear(64, n) for n in (11, 3, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

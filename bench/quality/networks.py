@@ -104,10 +104,14 @@ class ImageTransformer(nn.Module):
         places = torch.stack([torch.zeros(16), rows.flatten(), columns.flatten()], -1)
         patches = F.pixel_unshuffle(x, 4).flatten(2).mT
         out = self.transformer(
-            hidden_states=patches, encoder_hidden_states=tokens, pooled_projections=tokens.mean(1),
-            timestep=time / 1000, img_ids=places, txt_ids=torch.zeros(tokens.shape[1], 3),
+            hidden_states=patches,
+            encoder_hidden_states=tokens,
+            pooled_projections=tokens.mean(1),
+            timestep=time / 1000,
+            img_ids=places,
+            txt_ids=torch.zeros(tokens.shape[1], 3),
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
         return (F.pixel_shuffle(out.mT.reshape(len(x), 16, 4, 4), 4),)
 
 

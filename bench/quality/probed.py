@@ -110,16 +110,28 @@ def targets_table(table: Table) -> str:
         seeds = len({row["seed"] for row in part.rows})
         lines.append(
             [
-                name, f"{seeds} × {len(part.rows) // seeds}", f"**{cell(part.mean(score))}**",
-                cell(part.mean(gated)), cell(copied), cell(part.mean(lambda r: r["share"]["all"])),
-                span([apart(row) for row in part.rows]), f"{yes} of {len(told)}",
+                name,
+                f"{seeds} × {len(part.rows) // seeds}",
+                f"**{cell(part.mean(score))}**",
+                cell(part.mean(gated)),
+                cell(copied),
+                cell(part.mean(lambda r: r["share"]["all"])),
+                span([apart(row) for row in part.rows]),
+                f"{yes} of {len(told)}",
                 cell(part.mean(ratio)),
             ]
-        )  # fmt: skip
+        )
     head = [
-        "target", "seeds × LoRAs", "probe", "as gated", "copy", "held-out share", "disagreement",
-        "go", "fitting / sampling",
-    ]  # fmt: skip
+        "target",
+        "seeds × LoRAs",
+        "probe",
+        "as gated",
+        "copy",
+        "held-out share",
+        "disagreement",
+        "go",
+        "fitting / sampling",
+    ]
     return markdown(head, lines)
 
 
@@ -152,15 +164,25 @@ def ceiling_table(table: Table) -> str:
         ]
         lines.append(
             [
-                name, str(len(rows)), *(cell(mean) for mean in means),
-                f"{means[0][0] / means[1][0]:.2f}", cell(same.mean(score)),
-                f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s",
+                name,
+                str(len(rows)),
+                *(cell(mean) for mean in means),
+                f"{means[0][0] / means[1][0]:.2f}",
+                cell(same.mean(score)),
+                f"{seconds[0]:.1f} s",
+                f"{seconds[1]:.1f} s",
             ]
-        )  # fmt: skip
+        )
     head = [
-        "target", "rows", "probe", "*distilled*", "ratio", "probe, rank 8", "time of probe",
+        "target",
+        "rows",
+        "probe",
+        "*distilled*",
+        "ratio",
+        "probe, rank 8",
+        "time of probe",
         "time of *distilled*",
-    ]  # fmt: skip
+    ]
     return markdown(head, lines)
 
 
@@ -178,16 +200,28 @@ def far_table(table: Table) -> str:
         worst = min(value for row in part.rows if (value := gain(row)) is not None)
         lines.append(
             [
-                name, str(len(part.rows)), cell(part.mean(score)),
-                cell(part.mean(lambda row: row["copy"])), cell(part.mean(gated)), f"{worst:.2f}",
+                name,
+                str(len(part.rows)),
+                cell(part.mean(score)),
+                cell(part.mean(lambda row: row["copy"])),
+                cell(part.mean(gated)),
+                f"{worst:.2f}",
                 cell(part.mean(lambda r: r["share"]["all"])),
-                span([apart(row) for row in part.rows]), f"{no} of {len(part.rows)}",
+                span([apart(row) for row in part.rows]),
+                f"{no} of {len(part.rows)}",
             ]
-        )  # fmt: skip
+        )
     head = [
-        "far fine-tune", "rows", "probe, forced", "copy", "as gated", "worst gated − copy",
-        "held-out share", "disagreement", "refused or copied",
-    ]  # fmt: skip
+        "far fine-tune",
+        "rows",
+        "probe, forced",
+        "copy",
+        "as gated",
+        "worst gated − copy",
+        "held-out share",
+        "disagreement",
+        "refused or copied",
+    ]
     return markdown(head, lines)
 
 
@@ -201,24 +235,41 @@ def related_table(table: Table) -> str:
         gains = [gated(row) - row["copy"] for row in part.rows]
         lines.append(
             [
-                name, str(len(part.rows)), cell(part.mean(lambda row: row["copy"])),
-                cell(part.mean(score)), f"{fitted} of {len(part.rows)}", cell(part.mean(gated)),
-                cell(part.mean(lambda row: gated(row) - row["copy"])), f"{min(gains):.2f}",
+                name,
+                str(len(part.rows)),
+                cell(part.mean(lambda row: row["copy"])),
+                cell(part.mean(score)),
+                f"{fitted} of {len(part.rows)}",
+                cell(part.mean(gated)),
+                cell(part.mean(lambda row: gated(row) - row["copy"])),
+                f"{min(gains):.2f}",
                 span([apart(row) for row in part.rows]),
             ]
-        )  # fmt: skip
+        )
     head = [
-        "target", "rows", "copy", "probe, forced", "fit taken", "as gated", "gated − copy",
-        "worst gated − copy", "disagreement",
-    ]  # fmt: skip
+        "target",
+        "rows",
+        "copy",
+        "probe, forced",
+        "fit taken",
+        "as gated",
+        "gated − copy",
+        "worst gated − copy",
+        "disagreement",
+    ]
     return markdown(head, lines)
 
 
 def curves_table(table: Table) -> str:
     base = table.where(
-        name="study", method="probe", arch="flux", to="flux", kind="independent", seed=0,
+        name="study",
+        method="probe",
+        arch="flux",
+        to="flux",
+        kind="independent",
+        seed=0,
         adapter="slanted",
-    ).rows  # fmt: skip
+    ).rows
     lines = []
     for curve in CURVES:
         found = dict.fromkeys([DEFAULTS[curve]], base[0]) if base else {}
@@ -229,11 +280,14 @@ def curves_table(table: Table) -> str:
             row = found[value]
             lines.append(
                 [
-                    curve, f"**{value}**" if value == DEFAULTS[curve] else str(value),
-                    f"{row['score']:.2f}", f"{row['share']['all']:.3f}",
-                    f"{row['seconds']['fit'] + row['seconds']['draw']:.1f} s", f"{ratio(row):.1f}",
+                    curve,
+                    f"**{value}**" if value == DEFAULTS[curve] else str(value),
+                    f"{row['score']:.2f}",
+                    f"{row['share']['all']:.3f}",
+                    f"{row['seconds']['fit'] + row['seconds']['draw']:.1f} s",
+                    f"{ratio(row):.1f}",
                 ]
-            )  # fmt: skip
+            )
     return markdown(
         ["option", "value", "score", "held-out share", "drawing and fit", "fitting / sampling"],
         lines,

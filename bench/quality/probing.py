@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from training import ADAPTERS, GUIDANCE, TOKENS, task_loss
 
 from prolora import probe
-from prolora.probe import probe as room
+from prolora.probe import run as room
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
 PREFIX = {"flux": "transformer.", "unet": ""}
@@ -140,9 +140,14 @@ def probed(
     room.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {PREFIX[case.arch] + name: update for name, update in case.lora.items()}
     found = probe.transfer(
-        case.source, case.target, lora, *case.samplers(images, sampler_steps), force=True,
-        seed=100 * case.seed, **options,
-    )  # fmt: skip
+        case.source,
+        case.target,
+        lora,
+        *case.samplers(images, sampler_steps),
+        force=True,
+        seed=100 * case.seed,
+        **options,
+    )
     verdict = found.report.gate
     assert verdict is not None
     updates = {
@@ -150,19 +155,34 @@ def probed(
     }
     whole = {n: type(u)(u.up / verdict.strength, u.down) for n, u in updates.items()}
     return {
-        "images": images, "sampler_steps": sampler_steps, **options, "score": case.score(updates),
-        "score_at_1": case.score(whole), "copy": case.score(case.lora) if case.fits() else None,
-        "decision": verdict.decision, "strength": verdict.strength, "share": verdict.share,
-        "copy_share": verdict.copy_share, "disagreement": verdict.disagreement,
-        "seconds": found.report.seconds, "history": found.report.steps, "start": found.report.start,
-    }  # fmt: skip
+        "images": images,
+        "sampler_steps": sampler_steps,
+        **options,
+        "score": case.score(updates),
+        "score_at_1": case.score(whole),
+        "copy": case.score(case.lora) if case.fits() else None,
+        "decision": verdict.decision,
+        "strength": verdict.strength,
+        "share": verdict.share,
+        "copy_share": verdict.copy_share,
+        "disagreement": verdict.disagreement,
+        "seconds": found.report.seconds,
+        "history": found.report.steps,
+        "start": found.report.start,
+    }
 
 
 def ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[str, Any]:
     """What training on the same trajectories gives; the library does not offer it."""
     started = time.process_time()
-    updates, sampling = distilled(case.source, case.target, case.lora, case.to,
-                                  case.samplers(images, steps), seed=100 * case.seed)  # fmt: skip
+    updates, sampling = distilled(
+        case.source,
+        case.target,
+        case.lora,
+        case.to,
+        case.samplers(images, steps),
+        seed=100 * case.seed,
+    )
     seconds = {"sample": sampling, "train": time.process_time() - started - sampling}
     return {"score": case.score(updates), "seconds": seconds}
 

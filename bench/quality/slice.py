@@ -56,10 +56,16 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
     decision = ""
     if kind in ("far", "independent"):
         fitted = probe.transfer(
-            source, target, {f"{PREFIX['flux']}{n}": u for n, u in lora.items()},
-            Sampler(source, ADAPTER, 12, 10), Sampler(target, ADAPTER, 12, 10),
-            steps=12, probes=240, held_out=90, force=True,
-        )  # fmt: skip
+            source,
+            target,
+            {f"{PREFIX['flux']}{n}": u for n, u in lora.items()},
+            Sampler(source, ADAPTER, 12, 10),
+            Sampler(target, ADAPTER, 12, 10),
+            steps=12,
+            probes=240,
+            held_out=90,
+            force=True,
+        )
         decision = fitted.report.gate.decision
         with applied(
             target, {n.removeprefix(PREFIX["flux"]): u for n, u in fitted.adapter.updates.items()}

@@ -4,9 +4,14 @@ import torch  # noqa: F401  (before the extension, so that both use torch's Open
 
 from .adapters.adapter import Adapter
 from .bases import Base, open_base
-from .batch import Outcome, transfer_many
-from .comparison import Comparison, compare
-from .damping import damped
+from .comparison.comparison import Comparison, compare
+from .comparison.verdict import Verdict
+from .core.basis import Basis, truncated_svd
+from .core.damping import damped
+from .core.lowrank import LowRank
+from .core.ops.operators import cuda_status, require_cuda
+from .core.projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
+from .core.similarity import Similarity, principal_angles, similarity
 from .errors import (
     LowCoverage,
     NonFiniteWeights,
@@ -16,17 +21,12 @@ from .errors import (
     UnrelatedBases,
     UnsupportedFormat,
 )
-from .inspection import Description, inspect
-from .linalg.basis import Basis, truncated_svd
-from .linalg.lowrank import LowRank
-from .linalg.subspaces import Similarity, principal_angles, similarity
-from .ops import cuda_status, require_cuda
-from .options import Probing
-from .projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
-from .report import Report
-from .transfer import Transfer, transfer, transfer_file
-from .verdict import Verdict
+from .probe.settings import Probing
 from .version import __version__
+from .workflow.batch import Outcome, transfer_many
+from .workflow.inspection import Description, inspect
+from .workflow.report import Report
+from .workflow.transfer import Transfer, transfer, transfer_file
 
 __all__ = [
     "DEFAULT_RANK",

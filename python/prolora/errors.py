@@ -1,20 +1,21 @@
 """What prolora refuses, as exceptions: each message names the tensor or file and the way out."""
 
+from .core.errors import NonFiniteWeights, ProLoRAError, ShapeMismatch
 
-class ProLoRAError(ValueError):
-    """Base class of everything prolora refuses."""
+__all__ = [
+    "LowCoverage",
+    "NonFiniteWeights",
+    "OutputError",
+    "ProLoRAError",
+    "ShapeMismatch",
+    "TooLittleMemory",
+    "UnrelatedBases",
+    "UnsupportedFormat",
+]
 
 
 class UnsupportedFormat(ProLoRAError):
     """A file, key or adapter type that prolora cannot read exactly, or will not guess at."""
-
-
-class ShapeMismatch(ProLoRAError):
-    """A tensor whose shape does not fit the module it is meant for."""
-
-
-class NonFiniteWeights(ProLoRAError):
-    """NaN or Inf in a weight or an update."""
 
 
 class LowCoverage(ProLoRAError):
@@ -27,3 +28,7 @@ class UnrelatedBases(ProLoRAError):
 
 class OutputError(ProLoRAError):
     """The output cannot be written where the caller wants it, or would overwrite an input."""
+
+
+class TooLittleMemory(ProLoRAError):
+    """A bound on memory below what a single matrix needs."""

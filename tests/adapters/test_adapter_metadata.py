@@ -42,9 +42,11 @@ def moved(**options):
 def test_what_says_how_the_lora_is_used_is_kept():
     metadata = moved()
     for key in (
-        "ss_tag_frequency", "ss_output_name", "modelspec.trigger_phrase",
+        "ss_tag_frequency",
+        "ss_output_name",
+        "modelspec.trigger_phrase",
         "modelspec.implementation",
-    ):  # fmt: skip
+    ):
         assert metadata[key] == KOHYA[key]
 
 
@@ -62,9 +64,12 @@ def test_the_base_model_becomes_the_target():
 def test_what_is_not_known_of_the_target_is_removed():
     metadata = moved(target_layout=None)
     for key in (
-        "ss_base_model_version", "modelspec.architecture", "ss_v2", "ss_sd_model_hash",
+        "ss_base_model_version",
+        "modelspec.architecture",
+        "ss_v2",
+        "ss_sd_model_hash",
         "ss_new_sd_model_hash",
-    ):  # fmt: skip
+    ):
         assert key not in metadata
 
 

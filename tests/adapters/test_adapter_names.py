@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lora_files import keymaps
 
 from prolora.adapters import names
-from prolora.adapters.words import dotted
-from prolora.sgm import diffusers_to_ldm, ldm_to_diffusers
+from prolora.adapters.kohya_words import dotted
+from prolora.architectures.ldm import diffusers_to_ldm, ldm_to_diffusers
 
 UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
 
@@ -37,11 +37,14 @@ def test_every_checkpoint_name_and_module_name_translate_into_each_other(model):
         assert names.to_comfy(module, siblings=modules) == f"diffusion_model.{ldm}"
 
 
-@pytest.mark.parametrize(("prefix", "encoder", "model", "sdxl"), [
-    ("lora_te_", "text_encoder", "te_clip-l", False),
-    ("lora_te1_", "text_encoder", "te_clip-l", True),
-    ("lora_te2_", "text_encoder_2", "te_openclip-bigg", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prefix", "encoder", "model", "sdxl"),
+    [
+        ("lora_te_", "text_encoder", "te_clip-l", False),
+        ("lora_te1_", "text_encoder", "te_clip-l", True),
+        ("lora_te2_", "text_encoder_2", "te_openclip-bigg", True),
+    ],
+)
 def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, model, sdxl):
     for module in keymaps()["clip"][model]:
         kohya = prefix + module.replace(".", "_")
@@ -64,41 +67,78 @@ def test_two_digit_blocks_of_sd15_are_not_taken_for_block_one():
     assert names.parse(path).name == expected
 
 
-@pytest.mark.parametrize(("siblings", "expected"), [
-    (["up_blocks.0.attentions.0.proj_in"], "output_blocks.2.2.conv"),
-    (["down_blocks.3.resnets.0.conv1"], "output_blocks.2.1.conv"),
-    ([], "output_blocks.2.2.conv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("siblings", "expected"),
+    [
+        (["up_blocks.0.attentions.0.proj_in"], "output_blocks.2.2.conv"),
+        (["down_blocks.3.resnets.0.conv1"], "output_blocks.2.1.conv"),
+        ([], "output_blocks.2.2.conv"),
+    ],
+)
 def test_first_upsampler_is_numbered_by_whether_its_block_has_attention(siblings, expected):
     assert diffusers_to_ldm("up_blocks.0.upsamplers.0.conv", siblings=siblings) == expected
 
 
-@pytest.mark.parametrize("name", [
-    "input_blocks.0.1.proj_in", "input_blocks.3.1.proj_in", "input_blocks.4.2.proj_in",
-    "middle_block.1.in_layers.2", "middle_block.3.in_layers.2", "output_blocks.0.1.conv",
-    "input_blocks.4.0.in_layers.1", "out.1", "input_blocks.-1.0.op", "output_blocks.٣.0.op", "",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "input_blocks.0.1.proj_in",
+        "input_blocks.3.1.proj_in",
+        "input_blocks.4.2.proj_in",
+        "middle_block.1.in_layers.2",
+        "middle_block.3.in_layers.2",
+        "output_blocks.0.1.conv",
+        "input_blocks.4.0.in_layers.1",
+        "out.1",
+        "input_blocks.-1.0.op",
+        "output_blocks.٣.0.op",
+        "",
+    ],
+)
 def test_a_name_that_no_unet_has_translates_to_nothing(name):
     assert ldm_to_diffusers(name) is None
 
 
-@pytest.mark.parametrize("name", [
-    "down_blocks.0.upsamplers.0.conv", "down_blocks.0.attentions.2.proj_in", "mid_block.resnets.2",
-    "down_blocks.0.resnets.0.conv9", "up_blocks.0.attentions.0.ff", "conv", "down_blocks.0",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "down_blocks.0.upsamplers.0.conv",
+        "down_blocks.0.attentions.2.proj_in",
+        "mid_block.resnets.2",
+        "down_blocks.0.resnets.0.conv9",
+        "up_blocks.0.attentions.0.ff",
+        "conv",
+        "down_blocks.0",
+    ],
+)
 def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
     assert diffusers_to_ldm(name) is None
 
 
-@pytest.mark.parametrize("path", [
-    "lora_unet_joint_blocks_0_x_block_attn_qkv", "lora_unet_double_blocks_0_frobnicate",
-    "lora_unet_single_blocks_0_img_attn_qkv", "double_blocks.0.processor.qkv_lora3",
-    "lora_te1_encoder_block_0_layer_0_SelfAttention_q", "lora_te3_text_model_encoder_layers_0",
-    "lora_unet_down_blocks_0_frobnicate", "lora_unet_",
-    "lora_te_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0", "lora_unet_to_q",
-    "unet.frobnicate", "unet", "frobnicate.conv_in", "transformer", "text_encoder", "",
-    "diffusion_model.input_blocks.3.1.conv", "text_encoders.t5.transformer.x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+        "lora_unet_double_blocks_0_frobnicate",
+        "lora_unet_single_blocks_0_img_attn_qkv",
+        "double_blocks.0.processor.qkv_lora3",
+        "lora_te1_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_te3_text_model_encoder_layers_0",
+        "lora_unet_down_blocks_0_frobnicate",
+        "lora_unet_",
+        "lora_te_encoder_layers_0_mlp_fc1",
+        "lora_te3_encoder_block_0",
+        "lora_unet_to_q",
+        "unet.frobnicate",
+        "unet",
+        "frobnicate.conv_in",
+        "transformer",
+        "text_encoder",
+        "",
+        "diffusion_model.input_blocks.3.1.conv",
+        "text_encoders.t5.transformer.x",
+    ],
+)
 def test_an_unknown_path_is_not_guessed_at(path):
     assert names.parse(path) is None
 
@@ -114,9 +154,14 @@ def test_block_arithmetic_is_its_own_inverse_for_any_number_of_layers(
     assert ldm_to_diffusers(ldm, layers) == name
 
 
-@given(st.lists(st.sampled_from(
-    ["down_blocks", "conv_in", "to_q", "time_emb_proj", "0", "17", "proj", "ff", "linear_1"]
-), min_size=1))  # fmt: skip
+@given(
+    st.lists(
+        st.sampled_from(
+            ["down_blocks", "conv_in", "to_q", "time_emb_proj", "0", "17", "proj", "ff", "linear_1"]
+        ),
+        min_size=1,
+    )
+)
 def test_dots_come_back_from_underscores_unless_two_words_make_a_third(words):
     if not any(f"{a}_{b}" in ("conv_in", "linear_1") for a, b in pairwise(words)):
         assert dotted("_".join(words)) == ".".join(words)

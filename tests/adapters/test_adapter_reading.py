@@ -25,32 +25,55 @@ def kohya(**extra):
     return {**pair(UP, DOWN), **{f"{STEM}.{key}": value for key, value in extra.items()}}
 
 
-@pytest.mark.parametrize(("up", "down", "module"), [
-    ("unet.{}.to_q.lora_B.weight", "unet.{}.to_q.lora_A.weight", "{}.to_q"),
-    ("unet.{}.to_q.lora_B.default.weight", "unet.{}.to_q.lora_A.default.weight", "{}.to_q"),
-    ("unet.{}.to_q.lora.up.weight", "unet.{}.to_q.lora.down.weight", "{}.to_q"),
-    ("unet.{}.processor.to_q_lora.up.weight", "unet.{}.processor.to_q_lora.down.weight", "{}.to_q"),
-    ("{}.processor.to_out_lora.up.weight", "{}.processor.to_out_lora.down.weight", "{}.to_out.0"),
-    ("unet.{}.to_k.lora_linear_layer.up.weight", "unet.{}.to_k.lora_linear_layer.down.weight",
-     "{}.to_k"),
-    ("{}.to_v.lora_up.weight", "{}.to_v.lora_down.weight", "{}.to_v"),
-    ("base_model.model.{}.to_q.lora_B.weight", "base_model.model.{}.to_q.lora_A.weight", "{}.to_q"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("up", "down", "module"),
+    [
+        ("unet.{}.to_q.lora_B.weight", "unet.{}.to_q.lora_A.weight", "{}.to_q"),
+        ("unet.{}.to_q.lora_B.default.weight", "unet.{}.to_q.lora_A.default.weight", "{}.to_q"),
+        ("unet.{}.to_q.lora.up.weight", "unet.{}.to_q.lora.down.weight", "{}.to_q"),
+        (
+            "unet.{}.processor.to_q_lora.up.weight",
+            "unet.{}.processor.to_q_lora.down.weight",
+            "{}.to_q",
+        ),
+        (
+            "{}.processor.to_out_lora.up.weight",
+            "{}.processor.to_out_lora.down.weight",
+            "{}.to_out.0",
+        ),
+        (
+            "unet.{}.to_k.lora_linear_layer.up.weight",
+            "unet.{}.to_k.lora_linear_layer.down.weight",
+            "{}.to_k",
+        ),
+        ("{}.to_v.lora_up.weight", "{}.to_v.lora_down.weight", "{}.to_v"),
+        (
+            "base_model.model.{}.to_q.lora_B.weight",
+            "base_model.model.{}.to_q.lora_A.weight",
+            "{}.to_q",
+        ),
+    ],
+)
 def test_every_diffusers_spelling_of_an_attention_layer_is_read(up, down, module):
     attention = f"{BLOCK}.attn1"
     adapter = adapters.read(pair(up.format(attention), down.format(attention)))
     assert list(adapter.updates) == [module.format(attention)]
 
 
-@pytest.mark.parametrize(("path", "module"), [
-    ("text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora", "self_attn.q_proj"),
-    ("text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora", "self_attn.out_proj"),
-    ("text_encoder.text_model.encoder.layers.3.mlp.fc1.lora_linear_layer", "mlp.fc1"),
-    ("text_encoder.text_model.encoder.layers.3.self_attn.k_proj.lora_linear_layer",
-     "self_attn.k_proj"),
-    ("text_encoder.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
-    ("base_model.model.text_model.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "module"),
+    [
+        ("text_encoder.text_model.encoder.layers.3.self_attn.to_q_lora", "self_attn.q_proj"),
+        ("text_encoder.text_model.encoder.layers.3.self_attn.to_out_lora", "self_attn.out_proj"),
+        ("text_encoder.text_model.encoder.layers.3.mlp.fc1.lora_linear_layer", "mlp.fc1"),
+        (
+            "text_encoder.text_model.encoder.layers.3.self_attn.k_proj.lora_linear_layer",
+            "self_attn.k_proj",
+        ),
+        ("text_encoder.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
+        ("base_model.model.text_model.encoder.layers.3.mlp.fc2.lora", "mlp.fc2"),
+    ],
+)
 def test_every_spelling_of_a_text_encoder_layer_is_read(path, module):
     adapter = adapters.read(pair(f"{path}.up.weight", f"{path}.down.weight"))
     assert list(adapter.updates) == [f"text_encoder.text_model.encoder.layers.3.{module}"]
@@ -71,9 +94,16 @@ def test_a_comfy_file_is_read_with_its_alpha():
     assert relative_error(update["mid_block.attentions.0.proj_in"].dense(), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [
-    torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+)
 def test_factors_of_any_storage_dtype_become_float32(tmp_path, dtype):
     tensors = {key: tensor.to(dtype) for key, tensor in kohya().items()}
     adapter = adapters.read(save(tmp_path / "lora.safetensors", tensors))
@@ -111,12 +141,22 @@ def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
-@pytest.mark.parametrize(("suffix", "what"), [
-    ("oft_diag", "OFT"), ("boft_R", "OFT"), ("on_input", "IA3"), ("set_weight", "whole weights"),
-    ("lora_embedding_A", "embedding"), ("modules_to_save.weight", "modules_to_save"),
-    ("reshape_weight", "reshaped"), ("vera_lambda_b", "PEFT"), ("hra_u", "PEFT"),
-    ("oft_r", "OFT"), ("bias_indices", "sparse bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "what"),
+    [
+        ("oft_diag", "OFT"),
+        ("boft_R", "OFT"),
+        ("on_input", "IA3"),
+        ("set_weight", "whole weights"),
+        ("lora_embedding_A", "embedding"),
+        ("modules_to_save.weight", "modules_to_save"),
+        ("reshape_weight", "reshaped"),
+        ("vera_lambda_b", "PEFT"),
+        ("hra_u", "PEFT"),
+        ("oft_r", "OFT"),
+        ("bias_indices", "sparse bias"),
+    ],
+)
 def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):
     with pytest.raises(UnsupportedFormat) as caught:
         adapters.read(kohya(**{suffix: torch.ones(3)}))
@@ -125,13 +165,17 @@ def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what
     assert re.search(r"Merge it|without them", str(caught.value))
 
 
-@pytest.mark.parametrize(("key", "what"), [
-    ("lora_unet_frobnicate.diff_b", "bias"), ("lora_unet_frobnicate.w_norm", "normalisation"),
-    ("lora_unet_frobnicate.diff", "normalisation"),
-    ("double_blocks.0.img_attn.norm.query_norm.scale", "norm"),
-    ("transformer.transformer_blocks.0.attn.norm_added_q.weight", "norm"),
-    ("bundle_emb.trigger.clip_l", "embedding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("lora_unet_frobnicate.diff_b", "bias"),
+        ("lora_unet_frobnicate.w_norm", "normalisation"),
+        ("lora_unet_frobnicate.diff", "normalisation"),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", "norm"),
+        ("transformer.transformer_blocks.0.attn.norm_added_q.weight", "norm"),
+        ("bundle_emb.trigger.clip_l", "embedding"),
+    ],
+)
 def test_what_is_no_update_is_left_out_by_name_and_with_the_reason(key, what):
     adapter = adapters.read({**kohya(), key: torch.ones(3)})
     assert list(adapter.updates) == ["mid_block.attentions.0.proj_in"]
@@ -186,11 +230,16 @@ def test_two_spellings_of_one_module_in_one_file_are_refused():
         adapters.read(tensors)
 
 
-@pytest.mark.parametrize("key", [
-    "model.diffusion_model.input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight",
-    "unet.conv_in.weight", "double_blocks.0.img_attn.qkv.weight",
-    "transformer_blocks.0.attn.to_q.weight",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "down_blocks.0.resnets.0.conv1.weight",
+        "unet.conv_in.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+    ],
+)
 def test_a_base_model_given_as_lora_is_recognised(key):
     with pytest.raises(UnsupportedFormat, match="is a weight of a base model, not a LoRA"):
         adapters.read({key: torch.ones(2, 2)})
@@ -242,10 +291,17 @@ def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path):
         adapters.read(path)
 
 
-@pytest.mark.parametrize(("up", "down"), [
-    ((6, 4), (5, 5)), ((6,), (4, 5)), ((6, 4, 3, 3), (4, 5, 3, 3)), ((6, 4, 1), (4, 5, 1)),
-    ((6, 4, 1, 1), (4, 5)), ((), ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ((6, 4), (5, 5)),
+        ((6,), (4, 5)),
+        ((6, 4, 3, 3), (4, 5, 3, 3)),
+        ((6, 4, 1), (4, 5, 1)),
+        ((6, 4, 1, 1), (4, 5)),
+        ((), ()),
+    ],
+)
 def test_factors_that_do_not_multiply_are_refused(up, down):
     with pytest.raises(ShapeMismatch, match=re.escape(f"{UP} {list(up)}")):
         adapters.read({UP: torch.ones(up), DOWN: torch.ones(down)})
@@ -293,7 +349,7 @@ def test_a_value_that_is_no_tensor_is_refused():
 
 
 def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
-    from prolora.storage import SafetensorsFile
+    from prolora.files.safetensors_file import SafetensorsFile
 
     path = save(tmp_path / "lora.safetensors", {**kohya(), "zzz": torch.ones(1)})
     monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read"))
@@ -303,9 +359,13 @@ def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
 
 @settings(max_examples=50)
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 5),
-    st.sampled_from([(), (1, 1), (3, 3), (1, 3)]), st.floats(-64, 64, width=16), st.integers(0, 99),
-)  # fmt: skip
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.sampled_from([(), (1, 1), (3, 3), (1, 3)]),
+    st.floats(-64, 64, width=16),
+    st.integers(0, 99),
+)
 def test_the_update_is_alpha_over_rank_times_up_times_down(m, n, rank, kernel, alpha, seed):
     up, down = factors((m, n, *kernel), rank, seed)
     tensors = {UP: up, DOWN: down, f"{STEM}.alpha": torch.tensor(alpha)}
@@ -315,11 +375,35 @@ def test_the_update_is_alpha_over_rank_times_up_times_down(m, n, rank, kernel, a
     assert (update.dense() - wanted).norm() <= 1e-6 * size + 1e-30
 
 
-WORDS = st.sampled_from([
-    "unet", "base_model", "model", "text_encoder", "lora_unet_conv_in", "conv_in", "mid_block",
-    "to_q", "processor", "to_q_lora", "lora", "down", "up", "lora_A", "lora_B", "default", "weight",
-    "alpha", "lora_up", "lora_down", "lora_te_text_model", "bias", "hada_w1_a", "0", "",
-])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "unet",
+        "base_model",
+        "model",
+        "text_encoder",
+        "lora_unet_conv_in",
+        "conv_in",
+        "mid_block",
+        "to_q",
+        "processor",
+        "to_q_lora",
+        "lora",
+        "down",
+        "up",
+        "lora_A",
+        "lora_B",
+        "default",
+        "weight",
+        "alpha",
+        "lora_up",
+        "lora_down",
+        "lora_te_text_model",
+        "bias",
+        "hada_w1_a",
+        "0",
+        "",
+    ]
+)
 SHAPES = st.sampled_from([(), (1,), (2, 2), (2, 3), (2, 2, 1, 1), (2, 2, 3, 3), (0, 2)])
 
 

@@ -23,7 +23,7 @@ from lora_files import (
 
 from prolora import adapters
 from prolora.adapters import names
-from prolora.adapters.scaling import METADATA_KEY, from_config
+from prolora.adapters.peft_config import METADATA_KEY, from_config
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
 PATTERNS = dict(
@@ -188,11 +188,24 @@ def test_a_configuration_of_a_component_that_is_not_there_is_refused():
         adapters.read(tensors, metadata={METADATA_KEY: table})
 
 
-@pytest.mark.parametrize("patterns", [
-    {"proj_out": 3}, {"^proj_out": 3}, {r"blocks\.\d+\.proj_out": 3}, {"b.ff": 3, "ff": 5},
-    {"(a|b)": 3}, {"a.*": 3}, {".": 3}, {"": 3}, {"proj": 3}, {r"proj_\w": 3}, {"out$": 3},
-    {f"{UP}.attn2.to_v": 3, "to_v": 5}, {f"{DEEP}.ff": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"proj_out": 3},
+        {"^proj_out": 3},
+        {r"blocks\.\d+\.proj_out": 3},
+        {"b.ff": 3, "ff": 5},
+        {"(a|b)": 3},
+        {"a.*": 3},
+        {".": 3},
+        {"": 3},
+        {"proj": 3},
+        {r"proj_\w": 3},
+        {"out$": 3},
+        {f"{UP}.attn2.to_v": 3, "to_v": 5},
+        {f"{DEEP}.ff": 3},
+    ],
+)
 def test_patterns_pick_the_same_modules_as_in_peft(patterns):
     from peft.utils.other import get_pattern_key
 
@@ -202,20 +215,24 @@ def test_patterns_pick_the_same_modules_as_in_peft(patterns):
         assert scaling.rank(name) == patterns.get(get_pattern_key(patterns, name), 8), name
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
-    ({"bias": "lora_only"}, "biases"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ({"peft_type": "BOFT"}, "'BOFT'"), ({"peft_type": ["LORA"]}, "PEFT method"),
-    ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-    ({"rank_pattern": {"(": 4}}, "not a regular expression"),
-    ({"rank_pattern": {"a": 0}}, "whole number"),
-    ({"rank_pattern": [1]}, "rank_pattern is not a JSON object"),
-    ({"r": 0}, "whole number"),
-    ({"r": True}, "not a number"),
-    ({"lora_alpha": math.inf}, "not a number"),
-    ({"lora_alpha": "8"}, "not a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modules_to_save": ["conv_in"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"peft_type": "BOFT"}, "'BOFT'"),
+        ({"peft_type": ["LORA"]}, "PEFT method"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"rank_pattern": {"(": 4}}, "not a regular expression"),
+        ({"rank_pattern": {"a": 0}}, "whole number"),
+        ({"rank_pattern": [1]}, "rank_pattern is not a JSON object"),
+        ({"r": 0}, "whole number"),
+        ({"r": True}, "not a number"),
+        ({"lora_alpha": math.inf}, "not a number"),
+        ({"lora_alpha": "8"}, "not a number"),
+    ],
+)
 def test_a_configuration_that_asks_for_more_than_up_times_down_is_refused(config, message):
     with pytest.raises(UnsupportedFormat, match=message):
         from_config(config, "here")

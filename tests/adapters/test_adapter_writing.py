@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from prolora import adapters
 from prolora.adapters import Adapter, names, writing
+from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from prolora.linalg.lowrank import LowRank
 
 TEXT = {
     f"{encoder}.text_model.encoder.layers.{layer}.{module}": shape
@@ -62,15 +62,21 @@ def test_every_format_reads_back_to_the_same_updates(tmp_path, format, rank, spe
 
 def stored(adapter, dtype):
     """The adapter as a file of that dtype holds it: rounding is all that may differ."""
-    return adapter.with_updates({n: u.to(dtype).to(torch.float32) for n, u in
-                                 adapter.updates.items()})  # fmt: skip
+    return adapter.with_updates(
+        {n: u.to(dtype).to(torch.float32) for n, u in adapter.updates.items()}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
-@pytest.mark.parametrize(("format", "spelling"), [
-    ("kohya", "diffusers"), ("kohya", "sgm"), ("diffusers", "diffusers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "spelling"),
+    [
+        ("kohya", "diffusers"),
+        ("kohya", "sgm"),
+        ("diffusers", "diffusers"),
+    ],
+)
 def test_diffusers_attaches_exactly_what_was_written(tmp_path, format, spelling, rank, dtype):
     adapter = adapter_of({**LINEAR, **CONV}, rank, spelling=spelling)
     adapters.write(adapter, tmp_path / "out.safetensors", format=format, dtype=dtype)
@@ -117,9 +123,13 @@ def attach_text_encoders(path, adapter):
         return_lora_metadata=True,
     )
     config = CLIPTextConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, projection_dim=8,
-    )  # fmt: skip
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=8,
+    )
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for prefix, kind in encoders.items():
         encoder = kind(config)
@@ -197,23 +207,34 @@ def test_diffusers_files_have_no_alpha_and_no_configuration_unless_ranks_differ(
     assert {key.split(".")[0] for key in table} == {"unet", "text_encoder", "text_encoder_2"}
 
 
-@pytest.mark.parametrize(("shapes", "spelling", "prefix"), [
-    ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "diffusers", "lora_te_"),
-    ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "sgm", "lora_te1_"),
-    (TEXT, "diffusers", "lora_te1_"),
-    ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5),
-      "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (6, 2048)}, "diffusers",
-     "lora_te1_"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shapes", "spelling", "prefix"),
+    [
+        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "diffusers", "lora_te_"),
+        ({"text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "sgm", "lora_te1_"),
+        (TEXT, "diffusers", "lora_te1_"),
+        (
+            {
+                "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5),
+                "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (6, 2048),
+            },
+            "diffusers",
+            "lora_te1_",
+        ),
+    ],
+)
 def test_text_encoders_are_numbered_where_there_are_two(tmp_path, shapes, spelling, prefix):
     adapters.write(adapter_of(shapes, spelling=spelling), tmp_path / "out")
     assert any(key.startswith(prefix) for key in load_file(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("block", "stem"), [
-    ("up_blocks.2", "lora_unet_output_blocks_6_0_in_layers_2"),
-    ("up_blocks.3", "lora_unet_up_blocks_3_resnets_0_conv1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block", "stem"),
+    [
+        ("up_blocks.2", "lora_unet_output_blocks_6_0_in_layers_2"),
+        ("up_blocks.3", "lora_unet_up_blocks_3_resnets_0_conv1"),
+    ],
+)
 def test_sgm_stays_sgm_but_for_the_four_blocks_of_sd1(tmp_path, block, stem):
     shapes = {f"{block}.resnets.0.conv1": (6, 5, 3, 3)}
     adapters.write(adapter_of(shapes, spelling="sgm"), tmp_path / "out")
@@ -322,8 +343,10 @@ def test_a_peft_folder_can_be_written_again(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     for path, format in [
-        (tmp_path, "kohya"), (tmp_path / "no" / "out", "kohya"), (tmp_path / "no" / "out", "peft"),
-    ]:  # fmt: skip
+        (tmp_path, "kohya"),
+        (tmp_path / "no" / "out", "kohya"),
+        (tmp_path / "no" / "out", "peft"),
+    ]:
         with pytest.raises(OutputError):
             adapters.write(adapter_of(LINEAR), path, format=format)
     with pytest.raises(OutputError, match="is a file"):
@@ -336,14 +359,17 @@ def test_an_adapter_without_modules_is_not_written(tmp_path):
         adapters.write(adapter_of({}), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("shapes", "format", "message"), [
-    ({"pos_embed.proj": (6, 5)}, "kohya", "no name in the kohya format"),
-    ({"transformer_blocks.0.attn.to_q": (6, 5)}, "comfy", "no name in the comfy format"),
-    ({"text_encoder_3.encoder.x": (6, 5)}, "kohya", "no name in the kohya format"),
-    (ALL, "peft", "a PEFT folder holds one model"),
-    ({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "peft", "one model"),
-    (LINEAR, "onnx", "unknown format 'onnx'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shapes", "format", "message"),
+    [
+        ({"pos_embed.proj": (6, 5)}, "kohya", "no name in the kohya format"),
+        ({"transformer_blocks.0.attn.to_q": (6, 5)}, "comfy", "no name in the comfy format"),
+        ({"text_encoder_3.encoder.x": (6, 5)}, "kohya", "no name in the kohya format"),
+        (ALL, "peft", "a PEFT folder holds one model"),
+        ({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1": (6, 5)}, "peft", "one model"),
+        (LINEAR, "onnx", "unknown format 'onnx'"),
+    ],
+)
 def test_a_format_that_cannot_hold_the_adapter_is_refused(tmp_path, shapes, format, message):
     with pytest.raises(UnsupportedFormat, match=message):
         adapters.write(adapter_of(shapes), tmp_path / "out", format=format)

@@ -9,23 +9,29 @@ import torch
 from lora_files import DATA, factors, save
 
 from prolora import adapters
-from prolora.adapters import flux, groups, names
+from prolora.adapters import fused_updates, groups, names
+from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
-from prolora.linalg.lowrank import LowRank
 
 WIDTH = 3072
 FUSED = ("double_blocks.0.img_attn.qkv", "double_blocks.3.txt_attn.qkv", "single_blocks.7.linear1")
 PLAIN = (
-    "double_blocks.0.img_attn.proj", "double_blocks.0.txt_mod.lin", "double_blocks.3.txt_mlp.2",
-    "single_blocks.7.linear2", "single_blocks.37.modulation.lin", "time_in.in_layer", "img_in",
-    "final_layer.linear", "final_layer.adaLN_modulation.1",
-)  # fmt: skip
+    "double_blocks.0.img_attn.proj",
+    "double_blocks.0.txt_mod.lin",
+    "double_blocks.3.txt_mlp.2",
+    "single_blocks.7.linear2",
+    "single_blocks.37.modulation.lin",
+    "time_in.in_layer",
+    "img_in",
+    "final_layer.linear",
+    "final_layer.adaLN_modulation.1",
+)
 
 
 @cache
 def keymap():
     """{module: [original name, rows, kohya, OneTrainer, shape]} of the whole model."""
-    return json.loads(gzip.decompress((DATA.parent / "flux.json.gz").read_bytes()))
+    return json.loads(gzip.decompress((DATA.parent / "flux_names.json.gz").read_bytes()))
 
 
 def original_shape(name):
@@ -99,11 +105,11 @@ def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtyp
 def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
     tensors, expected = {}, {}
     for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
-        matrix = flux.matrix(name)
+        matrix = fused_updates.matrix(name)
         parts = {}
         for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
             parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
-        whole = flux.fuse(matrix, parts)
+        whole = fused_updates.fuse(matrix, parts)
         assert whole.rank == rank * len(matrix.parts)
         stem = "lora_unet_" + name.replace(".", "_")
         tensors |= {f"{stem}.lora_up.weight": whole.up, f"{stem}.lora_down.weight": whole.down}
@@ -188,8 +194,12 @@ def test_a_comfy_file_is_the_kohya_file_under_other_names():
 @pytest.mark.parametrize("alpha", [None, 2.0, 1.0, 8.0])
 @pytest.mark.parametrize("start", ["lora_transformer_", "lycoris_"])
 def test_one_trainer_and_simple_tuner_are_read(start, alpha, dtype):
-    modules = ["transformer_blocks.0.attn.to_q", "transformer_blocks.18.attn.add_k_proj",
-               "single_transformer_blocks.9.attn.to_v", "context_embedder"]  # fmt: skip
+    modules = [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.18.attn.add_k_proj",
+        "single_transformer_blocks.9.attn.to_v",
+        "context_embedder",
+    ]
     tensors = {}
     for seed, module in enumerate(modules):
         stem = start + module.replace(".", "_")
@@ -213,6 +223,7 @@ def test_one_trainer_and_simple_tuner_are_read(start, alpha, dtype):
 
 def test_the_original_names_of_one_trainer_are_read_part_by_part():
     """Its "OMI" format: BFL's names, q, k and v counted from 0, and names of its own outside."""
+    clip, t5 = "text_encoder.text_model", "text_encoder_2.encoder.block.0"
     modules = {
         "transformer.double_blocks.0.img_attn.qkv.1": "transformer_blocks.0.attn.to_k",
         "transformer.double_blocks.3.txt_attn.qkv.2": "transformer_blocks.3.attn.add_v_proj",
@@ -221,48 +232,67 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
         "transformer.single_blocks.7.linear1.3": "single_transformer_blocks.7.proj_mlp",
         "transformer.img_in.proj": "x_embedder",
         "transformer.final_layer.adaLN_modulation.1": "norm_out.linear",
-        "clip_l.text_model.encoder.layers.0.mlp.fc1":
-            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
-        "t5.encoder.block.0.layer.0.SelfAttention.q":
-            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-    }  # fmt: skip
+        "clip_l.text_model.encoder.layers.0.mlp.fc1": f"{clip}.encoder.layers.0.mlp.fc1",
+        "t5.encoder.block.0.layer.0.SelfAttention.q": f"{t5}.layer.0.SelfAttention.q",
+    }
     tensors, expected = {}, {}
     for seed, (stem, module) in enumerate(modules.items()):
         up, down = factors((16, 6), 2, seed)
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down,
-                    f"{stem}.alpha": torch.tensor(1.0)}  # fmt: skip
+        tensors |= {
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.alpha": torch.tensor(1.0),
+        }
         if module == "norm_out.linear":
             up = torch.cat(up.chunk(2)[::-1])
         expected[module] = LowRank(up / 2, down)
     same(adapters.read(tensors), expected)
 
 
-@pytest.mark.parametrize(("path", "module"), [
-    ("lora_unet.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
-    ("lora_te1.text_model.encoder.layers.0.mlp.fc1",
-     "text_encoder.text_model.encoder.layers.0.mlp.fc1"),
-    ("lora_te2.encoder.block.0.layer.0.SelfAttention.q",
-     "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"),
-    ("lora_transformer.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
-    ("lora_unet_transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"),
-    ("unet.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
-    ("clip_g.text_model.encoder.layers.0.mlp.fc1",
-     "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"),
-    ("model.diffusion_model.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
-    ("diffusion_model.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "module"),
+    [
+        ("lora_unet.down_blocks.1.attentions.0.proj_in", "down_blocks.1.attentions.0.proj_in"),
+        (
+            "lora_te1.text_model.encoder.layers.0.mlp.fc1",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        ),
+        (
+            "lora_te2.encoder.block.0.layer.0.SelfAttention.q",
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+        ),
+        ("lora_transformer.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q"),
+        ("lora_unet_transformer_blocks_0_attn_to_q", "transformer_blocks.0.attn.to_q"),
+        ("unet.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
+        (
+            "clip_g.text_model.encoder.layers.0.mlp.fc1",
+            "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        ),
+        ("model.diffusion_model.input_blocks.4.1.proj_in", "down_blocks.1.attentions.0.proj_in"),
+        (
+            "diffusion_model.down_blocks.1.attentions.0.proj_in",
+            "down_blocks.1.attentions.0.proj_in",
+        ),
+    ],
+)
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
     assert names.parse(path).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
     tensors = {}
-    modules = ["transformer_blocks.0.ff.net.0.proj", "single_transformer_blocks.3.proj_mlp",
-               "norm_out.linear", "proj_out"]  # fmt: skip
+    modules = [
+        "transformer_blocks.0.ff.net.0.proj",
+        "single_transformer_blocks.3.proj_mlp",
+        "norm_out.linear",
+        "proj_out",
+    ]
     for seed, name in enumerate(modules):
         up, down = factors((8, 6), 2, seed)
-        tensors |= {f"transformer.{name}.lora_B.weight": up,
-                    f"transformer.{name}.lora_A.weight": down}  # fmt: skip
+        tensors |= {
+            f"transformer.{name}.lora_B.weight": up,
+            f"transformer.{name}.lora_A.weight": down,
+        }
     adapter = adapters.read(tensors)
     assert adapter.format == "diffusers"
     same(adapter, through_diffusers(tensors))
@@ -270,14 +300,21 @@ def test_an_ai_toolkit_file_needs_no_alpha():
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
     for module, (original, rows, kohya, onetrainer, shape) in keymap().items():
-        matrix = flux.matrix_of(module)
-        assert matrix.name == original and flux.matrix(original) == matrix
-        heights = flux.rows(matrix, original_shape(original)[0], "here")
+        matrix = fused_updates.matrix_of(module)
+        assert matrix.name == original and fused_updates.matrix(original) == matrix
+        heights = fused_updates.rows(matrix, original_shape(original)[0], "here")
         top = sum(heights[: matrix.parts.index(module)])
         assert [top, top + shape[0]] == (rows or [0, shape[0]])
-        for path in (kohya, onetrainer, f"diffusion_model.{original}", f"transformer.{module}",
-                     f"base_model.model.{module}", original, f"base_model.model.{original}",
-                     onetrainer.replace("lora_transformer_", "lycoris_")):  # fmt: skip
+        for path in (
+            kohya,
+            onetrainer,
+            f"diffusion_model.{original}",
+            f"transformer.{module}",
+            f"base_model.model.{module}",
+            original,
+            f"base_model.model.{original}",
+            onetrainer.replace("lora_transformer_", "lycoris_"),
+        ):
             assert module in names.parse(path).modules, path
         assert names.to_kohya(module, spelling="sgm") == kohya
         assert names.to_kohya(module) == onetrainer
@@ -285,16 +322,21 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
 
 
 SMALL = {
-    "transformer_blocks.0.attn.to_q": (8, 8), "transformer_blocks.0.attn.to_k": (8, 8),
-    "transformer_blocks.0.attn.to_v": (8, 8), "transformer_blocks.0.attn.to_out.0": (8, 8),
-    "transformer_blocks.2.attn.add_v_proj": (8, 8), "transformer_blocks.2.norm1.linear": (48, 8),
-    "single_transformer_blocks.1.attn.to_k": (8, 8), "norm_out.linear": (16, 8),
-    "single_transformer_blocks.1.proj_mlp": (32, 8), "proj_out": (4, 8),
+    "transformer_blocks.0.attn.to_q": (8, 8),
+    "transformer_blocks.0.attn.to_k": (8, 8),
+    "transformer_blocks.0.attn.to_v": (8, 8),
+    "transformer_blocks.0.attn.to_out.0": (8, 8),
+    "transformer_blocks.2.attn.add_v_proj": (8, 8),
+    "transformer_blocks.2.norm1.linear": (48, 8),
+    "single_transformer_blocks.1.attn.to_k": (8, 8),
+    "norm_out.linear": (16, 8),
+    "single_transformer_blocks.1.proj_mlp": (32, 8),
+    "proj_out": (4, 8),
     "single_transformer_blocks.1.proj_out": (8, 40),
     "single_transformer_blocks.5.proj_mlp": (32, 8),
     "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 8),
     "text_encoder_2.encoder.block.3.layer.0.SelfAttention.q": (6, 8),
-}  # fmt: skip
+}
 
 
 def small(rank=(2, 3), **fields):
@@ -307,9 +349,15 @@ def small(rank=(2, 3), **fields):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [(2,), (2, 3)], ids=["one rank", "mixed ranks"])
-@pytest.mark.parametrize(("format", "spelling"), [
-    ("kohya", "sgm"), ("kohya", "diffusers"), ("comfy", "sgm"), ("diffusers", "diffusers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "spelling"),
+    [
+        ("kohya", "sgm"),
+        ("kohya", "diffusers"),
+        ("comfy", "sgm"),
+        ("diffusers", "diffusers"),
+    ],
+)
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
     adapter = small(rank, format=format, spelling=spelling)
     adapters.write(adapter, tmp_path / "out", dtype=dtype)
@@ -367,8 +415,9 @@ def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks(tmp_path):
 
     written = load_file(tmp_path / "out")
     assert written.keys() - tensors.keys() == {
-        "lora_unet_final_layer_linear.alpha", "lora_unet_final_layer_adaLN_modulation_1.alpha",
-    }  # fmt: skip
+        "lora_unet_final_layer_linear.alpha",
+        "lora_unet_final_layer_adaLN_modulation_1.alpha",
+    }
     assert all(written[key].shape == tensors[key].shape for key in tensors)
     same(adapters.read(written), adapter.updates)
 
@@ -405,10 +454,14 @@ def test_double_blocks_alone_are_told_from_sd3_by_their_width():
                 groups.paths(adapter, "comfy")
 
 
-@pytest.mark.parametrize(("name", "height"), [
-    ("double_blocks_0_img_attn_qkv", 10), ("single_blocks_0_linear1", 12),
-    ("final_layer_adaLN_modulation_1", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "height"),
+    [
+        ("double_blocks_0_img_attn_qkv", 10),
+        ("single_blocks_0_linear1", 12),
+        ("final_layer_adaLN_modulation_1", 5),
+    ],
+)
 def test_rows_that_do_not_come_out_even_are_refused(name, height):
     up, down = factors((height, 4), 2, 0)
     stem = f"lora_unet_{name}"
@@ -418,8 +471,10 @@ def test_rows_that_do_not_come_out_even_are_refused(name, height):
 
 def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
     tensors = {}
-    for stem, out in (("lora_unet_double_blocks_0_img_attn_qkv", 9),
-                      ("lora_transformer_transformer_blocks_0_attn_to_k", 3)):  # fmt: skip
+    for stem, out in (
+        ("lora_unet_double_blocks_0_img_attn_qkv", 9),
+        ("lora_transformer_transformer_blocks_0_attn_to_k", 3),
+    ):
         up, down = factors((out, 4), 2, 0)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
     with pytest.raises(UnsupportedFormat, match=r"both update transformer_blocks\.0\.attn\.to_k"):
@@ -427,18 +482,24 @@ def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
 
 
 def test_parts_of_different_weights_are_not_put_together():
-    matrix = flux.matrix("double_blocks.0.img_attn.qkv")
+    matrix = fused_updates.matrix("double_blocks.0.img_attn.qkv")
     parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
     with pytest.raises(ShapeMismatch, match="cannot be put together"):
-        flux.fuse(matrix, parts)
+        fused_updates.fuse(matrix, parts)
 
 
-@pytest.mark.parametrize(("key", "module"), [
-    ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
-    ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
-    ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_2"),
-    ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
+        ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoder_2"),
+        (
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+            "text_encoder_2",
+        ),
+        ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", "text_encoder_3"),
+    ],
+)
 def test_t5_is_the_second_text_encoder_of_flux_whatever_it_is_called(key, module):
     up, down = factors((4, 4), 2, 0)
     stems = (key, "lora_unet_single_blocks_0_linear2")
@@ -451,8 +512,10 @@ def test_t5_is_the_second_text_encoder_of_flux_whatever_it_is_called(key, module
 def test_t5_is_the_third_text_encoder_where_there_is_a_second_clip():
     up, down = factors((4, 4), 2, 0)
     tensors = {}
-    for stem in ("lora_te3_encoder_block_0_layer_0_SelfAttention_q",
-                 "lora_te2_text_model_encoder_layers_0_mlp_fc1"):  # fmt: skip
+    for stem in (
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+    ):
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
     names_ = [names.place(name) for name in adapters.read(tensors).updates]
     assert names_ == ["text_encoder_3", "text_encoder_2"]

@@ -18,47 +18,74 @@ import torch
 from safetensors.torch import save
 
 from prolora import adapters
-from prolora.dry_run import plan_report
 from prolora.errors import ProLoRAError
-from prolora.inspection import inspect
+from prolora.workflow.dry_run import plan_report
+from prolora.workflow.inspection import inspect
 
 MODULE = "mid_block.attentions.0.proj_in"
 STEMS = (
-    "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_middle_block_1_proj_in",
-    "unet.mid_block.attentions.0.proj_in", "diffusion_model.middle_block.1.proj_in",
-    "base_model.model.mid_block.attentions.0.proj_in", "lora_unet_double_blocks_0_img_attn_qkv",
-    "lora_te1_text_model_encoder_layers_0_mlp_fc1", "transformer.transformer_blocks.0.attn.to_q",
-    "diffusion_model.single_blocks.0.linear1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
-    "lora_unet.mid_block.attentions.0.proj_in", "transformer.double_blocks.0.img_attn.qkv.1",
-    "unet.middle_block.1.proj_in", "t5.encoder.block.0.layer.0.SelfAttention.q",
-    "lora_unet_mid_block_attentions_0_norm", "lora_unet_final_layer_adaLN_modulation_1",
-)  # fmt: skip
+    "lora_unet_mid_block_attentions_0_proj_in",
+    "lora_unet_middle_block_1_proj_in",
+    "unet.mid_block.attentions.0.proj_in",
+    "diffusion_model.middle_block.1.proj_in",
+    "base_model.model.mid_block.attentions.0.proj_in",
+    "lora_unet_double_blocks_0_img_attn_qkv",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "transformer.transformer_blocks.0.attn.to_q",
+    "diffusion_model.single_blocks.0.linear1",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    "lora_unet.mid_block.attentions.0.proj_in",
+    "transformer.double_blocks.0.img_attn.qkv.1",
+    "unet.middle_block.1.proj_in",
+    "t5.encoder.block.0.layer.0.SelfAttention.q",
+    "lora_unet_mid_block_attentions_0_norm",
+    "lora_unet_final_layer_adaLN_modulation_1",
+)
 KINDS = (
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": ()},
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12)},
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "dora_scale": (14, 1), "alpha": ()},
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "lora_magnitude_vector": (14,)},
-    {"lora_up.weight": (14, 4, 1, 1), "lora_mid.weight": (4, 4, 3, 3),
-     "lora_down.weight": (4, 12, 1, 1)},
-    {"hada_w1_a": (14, 4), "hada_w1_b": (4, 12), "hada_w2_a": (14, 4), "hada_w2_b": (4, 12),
-     "alpha": ()},
-    {"hada_w1_a": (4, 14), "hada_w1_b": (4, 12), "hada_w2_a": (4, 14), "hada_w2_b": (4, 12),
-     "hada_t1": (4, 4, 3, 3), "hada_t2": (4, 4, 3, 3)},
+    {
+        "lora_up.weight": (14, 4, 1, 1),
+        "lora_mid.weight": (4, 4, 3, 3),
+        "lora_down.weight": (4, 12, 1, 1),
+    },
+    {
+        "hada_w1_a": (14, 4),
+        "hada_w1_b": (4, 12),
+        "hada_w2_a": (14, 4),
+        "hada_w2_b": (4, 12),
+        "alpha": (),
+    },
+    {
+        "hada_w1_a": (4, 14),
+        "hada_w1_b": (4, 12),
+        "hada_w2_a": (4, 14),
+        "hada_w2_b": (4, 12),
+        "hada_t1": (4, 4, 3, 3),
+        "hada_t2": (4, 4, 3, 3),
+    },
     {"lokr_w1": (2, 4), "lokr_w2_a": (7, 2), "lokr_w2_b": (2, 3), "alpha": ()},
     {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 4), "lokr_w2": (7, 3), "alpha": ()},
     {"lokr_w1": (2, 4), "lokr_w2_a": (2, 7), "lokr_w2_b": (2, 3), "lokr_t2": (2, 2, 3, 3)},
     {"diff": (14, 12), "diff_b": (14,), "w_norm": (14,)},
-    {"w_norm": (14,), "b_norm": (14,)}, {"diff": (14,), "diff_b": (14,)},
+    {"w_norm": (14,), "b_norm": (14,)},
+    {"diff": (14,), "diff_b": (14,)},
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "lora_B.bias": (14,)},
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": (1,), "scalar": ()},
     {"a1.weight": (12, 4), "a2.weight": (4, 12), "b1.weight": (14, 4), "b2.weight": (4, 12)},
     {"oft_blocks": (7, 2, 2), "rescale": (14, 1), "alpha": ()},
-)  # fmt: skip
+)
 SUFFIXES = sorted({suffix for kind in KINDS for suffix in kind} | {"weight", "bias", "on_input"})
 CONFIGS = (
-    {"unet.r": 4, "unet.lora_alpha": 8}, {"unet.r": 4, "unet.rank_pattern": {"(a|a)*b": 2}},
-    {"r": 4, "lora_alpha": 1e308, "use_rslora": True}, {"unet.r": "4"}, [], {"unet.use_dora": True},
-)  # fmt: skip
+    {"unet.r": 4, "unet.lora_alpha": 8},
+    {"unet.r": 4, "unet.rank_pattern": {"(a|a)*b": 2}},
+    {"r": 4, "lora_alpha": 1e308, "use_rslora": True},
+    {"unet.r": "4"},
+    [],
+    {"unet.use_dora": True},
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
 SECONDS = 10.0
 MEGABYTES = 400
@@ -71,8 +98,21 @@ def whole_file(random, bent=0.0):
         stem = random.choice(STEMS)
         for suffix, shape in random.choice(KINDS).items():
             if random.random() < bent:
-                shape = random.choice([(), (0,), (1,), shape[::-1], shape[:-1], (*shape, 1),
-                                       (14,), (1, 14), (4, 4, 4, 4), (14, 12), (3, 7)])  # fmt: skip
+                shape = random.choice(
+                    [
+                        (),
+                        (0,),
+                        (1,),
+                        shape[::-1],
+                        shape[:-1],
+                        (*shape, 1),
+                        (14,),
+                        (1, 14),
+                        (4, 4, 4, 4),
+                        (14, 12),
+                        (3, 7),
+                    ]
+                )
             tensor = torch.randn(
                 shape, generator=torch.Generator().manual_seed(random.randrange(9))
             )
@@ -136,11 +176,19 @@ def in_header(change):
 def renamed(table, keys, random):
     key = random.choice(keys)
     stem, _, suffix = key.partition(".")
-    name = random.choice([
-        f"{random.choice(STEMS)}.{random.choice(SUFFIXES)}", f"{stem}.{random.choice(SUFFIXES)}",
-        key[: random.randrange(len(key) + 1)], f"{key}.{suffix}", key.upper(), "x" * 5000,
-        key.replace("0", "9" * random.choice([1, 3, 400])), "." * 50, key.replace("_", "."),
-    ])  # fmt: skip
+    name = random.choice(
+        [
+            f"{random.choice(STEMS)}.{random.choice(SUFFIXES)}",
+            f"{stem}.{random.choice(SUFFIXES)}",
+            key[: random.randrange(len(key) + 1)],
+            f"{key}.{suffix}",
+            key.upper(),
+            "x" * 5000,
+            key.replace("0", "9" * random.choice([1, 3, 400])),
+            "." * 50,
+            key.replace("_", "."),
+        ]
+    )
     table[name] = table.pop(key)
 
 
@@ -148,10 +196,22 @@ def reshaped(table, keys, random):
     entry = table[random.choice(keys)]
     shape = list(entry["shape"])
     random.shuffle(shape)
-    entry["shape"] = random.choice([
-        shape, [*shape, 1], shape[:-1], [], [0], [1, *shape], [2**62, *shape], [0, *shape], [-1],
-        None, "x", [shape[0] * shape[-1], 1] if shape else [1],
-    ])  # fmt: skip
+    entry["shape"] = random.choice(
+        [
+            shape,
+            [*shape, 1],
+            shape[:-1],
+            [],
+            [0],
+            [1, *shape],
+            [2**62, *shape],
+            [0, *shape],
+            [-1],
+            None,
+            "x",
+            [shape[0] * shape[-1], 1] if shape else [1],
+        ]
+    )
 
 
 def retyped(table, keys, random):
@@ -161,10 +221,17 @@ def retyped(table, keys, random):
 
 def moved(table, keys, random):
     entry = table[random.choice(keys)]
-    entry["data_offsets"] = random.choice([
-        [0, 0], [entry["data_offsets"][1], entry["data_offsets"][0]], [-8, 8], [0, 2**63], [0], {},
-        table[random.choice(keys)]["data_offsets"],
-    ])  # fmt: skip
+    entry["data_offsets"] = random.choice(
+        [
+            [0, 0],
+            [entry["data_offsets"][1], entry["data_offsets"][0]],
+            [-8, 8],
+            [0, 2**63],
+            [0],
+            {},
+            table[random.choice(keys)]["data_offsets"],
+        ]
+    )
 
 
 def dropped(table, keys, random):
@@ -177,18 +244,44 @@ def swapped(table, keys, random):
 
 
 def annotated(table, _, random):
-    table["__metadata__"] = random.choice([
-        {"lora_adapter_metadata": json.dumps(random.choice(CONFIGS))}, {"a": 1}, [], "x", None,
-        {"ss_tag_frequency": "[" * 3000}, {"ss_tag_frequency": '{"a": {"b": 1e999}}'},
-        {"lora_adapter_metadata": "{" * 3000}, {"modelspec.trigger_phrase": "\x00"},
-    ])  # fmt: skip
+    table["__metadata__"] = random.choice(
+        [
+            {"lora_adapter_metadata": json.dumps(random.choice(CONFIGS))},
+            {"a": 1},
+            [],
+            "x",
+            None,
+            {"ss_tag_frequency": "[" * 3000},
+            {"ss_tag_frequency": '{"a": {"b": 1e999}}'},
+            {"lora_adapter_metadata": "{" * 3000},
+            {"modelspec.trigger_phrase": "\x00"},
+        ]
+    )
 
 
 MUTATIONS = [
-    flipped, flipped, cut, grown, not_finite, not_finite,
-    *map(in_header, [renamed, renamed, renamed, reshaped, reshaped, retyped, moved, dropped,
-                     swapped, annotated]),
-]  # fmt: skip
+    flipped,
+    flipped,
+    cut,
+    grown,
+    not_finite,
+    not_finite,
+    *map(
+        in_header,
+        [
+            renamed,
+            renamed,
+            renamed,
+            reshaped,
+            reshaped,
+            retyped,
+            moved,
+            dropped,
+            swapped,
+            annotated,
+        ],
+    ),
+]
 
 
 def base():

@@ -18,11 +18,14 @@ def pair(stem, shape=(6, 5), rank=4):
     return {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
 
 
-@pytest.mark.parametrize(("block", "module"), [
-    ("input_blocks_1_1", "down_blocks.0.attentions.0"),
-    ("input_blocks_10_0", "down_blocks.3.resnets.0"),
-    ("output_blocks_11_1", "up_blocks.3.attentions.2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block", "module"),
+    [
+        ("input_blocks_1_1", "down_blocks.0.attentions.0"),
+        ("input_blocks_10_0", "down_blocks.3.resnets.0"),
+        ("output_blocks_11_1", "up_blocks.3.attentions.2"),
+    ],
+)
 def test_two_digit_sgm_blocks_of_sd15_which_crash_diffusers_are_read(block, module):
     is_attention = ".attentions." in module
     rest, part = (
@@ -88,8 +91,11 @@ def test_every_pair_of_formats_converts_into_each_other(tmp_path, first, second,
 def test_a_lokr_becomes_a_plain_lora_in_every_format_and_says_so(tmp_path, format):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     w1, w2 = torch.randn(3, 2), torch.randn(4, 5)
-    metadata = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "lokr"}',
-                "ss_tag_frequency": '{"a": {"cat": 3}}'}  # fmt: skip
+    metadata = {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_args": '{"algo": "lokr"}',
+        "ss_tag_frequency": '{"a": {"cat": 3}}',
+    }
     path = save(tmp_path / "in", {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2}, metadata)
     adapter = adapters.read(path)
     assert adapter.algorithms == {"mid_block.attentions.0.proj_in": "lokr"}

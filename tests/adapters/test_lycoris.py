@@ -9,8 +9,8 @@ from torch import nn
 
 from prolora import adapters
 from prolora.adapters import truncation
+from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from prolora.linalg.lowrank import LowRank
 
 LINEAR = "mid_block.attentions.0.proj_in"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -36,7 +36,7 @@ KINDS = {
     "oft": ("DiagOFTModule", {"constraint": 0}, LINEAR),
     "oft, constrained": ("DiagOFTModule", {"constraint": 2.0**-10}, LINEAR),
     "oft, rescaled": ("DiagOFTModule", {"constraint": 0, "rescaled": True}, CONV),
-}  # fmt: skip
+}
 DORA = [kind for kind in KINDS if kind.startswith(("locon", "tucker", "loha", "lokr"))]
 
 
@@ -70,8 +70,9 @@ def trained(kind, alpha=4.0, dtype=torch.float32, rank=4, **options):
     else:
         parts = module.custom_state_dict() or module.state_dict()
     stem = "lora_unet_" + where.replace(".", "_")
-    tensors = {f"{stem}.{key}": value.detach().to(dtype).contiguous()
-               for key, value in parts.items()}  # fmt: skip
+    tensors = {
+        f"{stem}.{key}": value.detach().to(dtype).contiguous() for key, value in parts.items()
+    }
     if alpha is None:
         tensors.pop(f"{stem}.alpha", None)
     return module, base, tensors
@@ -133,9 +134,18 @@ def test_an_update_is_exact_against_the_formula_of_lycoris(kind):
 
 
 @pytest.mark.parametrize("alpha", [4.0, 2.0])
-@pytest.mark.parametrize("kind", [
-    "locon", "tucker", "loha", "loha with cores", "lokr", "lokr with a core", "glora",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "locon",
+        "tucker",
+        "loha",
+        "loha with cores",
+        "lokr",
+        "lokr with a core",
+        "glora",
+    ],
+)
 def test_a_scalar_that_was_not_folded_into_the_factors_counts(kind, alpha):
     """`use_scalar` trains one; LyCORIS folds it in when it saves, other savers may not."""
     module, base, _ = trained(kind, alpha, use_scalar=True)
@@ -154,10 +164,13 @@ def test_a_scalar_that_was_not_folded_into_the_factors_counts(kind, alpha):
 
 
 @pytest.mark.parametrize("on_output", [True, False], ids=["[out, 1]", "[1, in]"])
-@pytest.mark.parametrize(("kind", "alpha", "dtype"), [
-    *((kind, 2.0, torch.float32) for kind in DORA),
-    *(("locon", alpha, dtype) for alpha in ALPHAS.values() for dtype in DTYPES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "alpha", "dtype"),
+    [
+        *((kind, 2.0, torch.float32) for kind in DORA),
+        *(("locon", alpha, dtype) for alpha in ALPHAS.values() for dtype in DTYPES),
+    ],
+)
 def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, alpha, dtype, on_output):
     module, base, tensors = trained(kind, alpha, dtype, weight_decompose=True, wd_on_out=on_output)
     where = KINDS[kind][2]
@@ -205,8 +218,11 @@ def test_a_base_weight_that_is_not_finite_is_refused():
 def test_magnitudes_belong_to_the_axis_their_shape_says_or_are_refused(shape):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     up, down, base = torch.zeros(48, 2), torch.zeros(2, 36), layer(LINEAR)
-    tensors = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down,
-               f"{stem}.dora_scale": torch.ones(shape)}  # fmt: skip
+    tensors = {
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.dora_scale": torch.ones(shape),
+    }
     axes = {(48,): 1, (48, 1): 1, (1, 36): 0}
     if shape not in axes:
         with pytest.raises(ShapeMismatch, match=r"DoRA magnitudes of a weight \[48, 36\] are not"):
@@ -217,10 +233,16 @@ def test_magnitudes_belong_to_the_axis_their_shape_says_or_are_refused(shape):
     assert relative_error(read(tensors, base, LINEAR).updates[LINEAR].dense(), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("options", [
-    dict(lora_alpha=4), dict(lora_alpha=2), dict(lora_alpha=6, use_rslora=True),
-    dict(lora_alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
-], ids=["rank", "half the rank", "rank-stabilised", "mixed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lora_alpha=4),
+        dict(lora_alpha=2),
+        dict(lora_alpha=6, use_rslora=True),
+        dict(lora_alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
+    ],
+    ids=["rank", "half the rank", "rank-stabilised", "mixed"],
+)
 def test_a_dora_of_peft_is_what_its_merge_adds(tmp_path, options):
     from lora_files import tiny_unet
     from peft import LoraConfig, get_peft_model
@@ -251,9 +273,14 @@ def test_a_dora_of_peft_is_what_its_merge_adds(tmp_path, options):
         assert relative_error(again.updates[name].dense(), update.dense()) < 1e-6
 
 
-@pytest.mark.parametrize("options", [
-    dict(alpha=4), dict(alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
-], ids=["rank", "mixed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(alpha=4),
+        dict(alpha=3, rank_pattern={"proj_in": 2}, alpha_pattern={"conv1": 7.5}),
+    ],
+    ids=["rank", "mixed"],
+)
 @pytest.mark.parametrize("cores", [False, True])
 @pytest.mark.parametrize("method", ["LoHa", "LoKr"])
 def test_a_loha_or_lokr_folder_of_peft_is_what_its_merge_adds(tmp_path, method, cores, options):
@@ -292,9 +319,16 @@ def test_a_peft_dora_without_its_magnitudes_is_refused(tmp_path):
         adapters.read(tmp_path, read_weight=lambda _: torch.ones(48, 36))
 
 
-@pytest.mark.parametrize(("kind", "dora"), [
-    ("loha", False), ("lokr", False), ("full", False), ("loha", True), ("lokr", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "dora"),
+    [
+        ("loha", False),
+        ("lokr", False),
+        ("full", False),
+        ("loha", True),
+        ("lokr", True),
+    ],
+)
 def test_a_fused_flux_weight_comes_apart_whatever_the_kind(kind, dora):
     generator = torch.Generator().manual_seed(4)
 
@@ -303,11 +337,15 @@ def test_a_fused_flux_weight_comes_apart_whatever_the_kind(kind, dora):
 
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     parts = {
-        "loha": {"hada_w1_a": random(24, 2), "hada_w1_b": random(2, 8),
-                 "hada_w2_a": random(24, 2), "hada_w2_b": random(2, 8)},
+        "loha": {
+            "hada_w1_a": random(24, 2),
+            "hada_w1_b": random(2, 8),
+            "hada_w2_a": random(24, 2),
+            "hada_w2_b": random(2, 8),
+        },
         "lokr": {"lokr_w1": random(4, 2), "lokr_w2": random(6, 4)},
         "full": {"diff": random(24, 8)},
-    }[kind]  # fmt: skip
+    }[kind]
     whole = {
         "loha": lambda p: (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]),
         "lokr": lambda p: torch.kron(p["lokr_w1"], p["lokr_w2"]),
@@ -365,10 +403,18 @@ def test_every_way_to_cut_is_the_truncated_svd(monkeypatch, kind, flat):
     assert error == pytest.approx((1 - shares[rank - 1]).sqrt().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("extra", [
-    {"hada_w1_a": (48, 2)}, {"lokr_w1": (4, 4)}, {"diff": (48, 36)}, {"oft_blocks": (4, 12, 12)},
-    {"bm.weight": (2, 2, 3, 3)}, {"rescale": (48, 1)}, {"lokr_t2": (2, 2, 3, 3)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"hada_w1_a": (48, 2)},
+        {"lokr_w1": (4, 4)},
+        {"diff": (48, 36)},
+        {"oft_blocks": (4, 12, 12)},
+        {"bm.weight": (2, 2, 3, 3)},
+        {"rescale": (48, 1)},
+        {"lokr_t2": (2, 2, 3, 3)},
+    ],
+)
 def test_two_kinds_on_one_module_are_refused(extra):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     parts = {"lora_up.weight": (48, 2), "lora_down.weight": (2, 36)} | extra

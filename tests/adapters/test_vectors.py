@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prolora import adapters
+from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from prolora.linalg.lowrank import LowRank
 
 STEM = "lora_unet_mid_block_attentions_0"
 NORM = "mid_block.attentions.0.norm"
@@ -70,8 +70,9 @@ def test_the_bias_of_a_lora_has_the_scale_of_the_lora(tmp_path):
     name = "down_blocks.1.resnets.0.conv1"
     unet = tiny_unet()
     before = unet.get_submodule(name).bias.detach().clone()
-    config = LoraConfig(r=4, lora_alpha=2, target_modules=[name], init_lora_weights=False,
-                        lora_bias=True)  # fmt: skip
+    config = LoraConfig(
+        r=4, lora_alpha=2, target_modules=[name], init_lora_weights=False, lora_bias=True
+    )
     model = get_peft_model(unet, config)
     with torch.no_grad():
         model.base_model.model.get_submodule(name).lora_B["default"].bias.copy_(random(16))
@@ -87,11 +88,15 @@ def test_the_bias_of_a_lora_has_the_scale_of_the_lora(tmp_path):
 def test_formats_that_have_keys_for_them_give_them_back(tmp_path, format, dtype):
     adapter = adapter_of(LINEAR, spelling="sgm")
     adapter.vectors.update(
-        {f"{NORM}.weight": random(6), f"{NORM}.bias": random(6, seed=1),
-         f"{PROJ}.bias": random(32, seed=2), "conv_norm_out.weight": random(8),
-         "text_encoder.text_model.final_layer_norm.bias": random(8),
-         "down_blocks.0.resnets.1.norm2.weight": random(8)}
-    )  # fmt: skip
+        {
+            f"{NORM}.weight": random(6),
+            f"{NORM}.bias": random(6, seed=1),
+            f"{PROJ}.bias": random(32, seed=2),
+            "conv_norm_out.weight": random(8),
+            "text_encoder.text_model.final_layer_norm.bias": random(8),
+            "down_blocks.0.resnets.1.norm2.weight": random(8),
+        }
+    )
     adapters.write(adapter, tmp_path / "out", format=format, dtype=dtype)
     back = adapters.read(tmp_path / "out").vectors
     assert back.keys() == adapter.vectors.keys()
@@ -135,9 +140,13 @@ def test_a_format_without_keys_for_them_is_refused_with_the_way_out(tmp_path, fo
 
 def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again(tmp_path):
     last = "lora_unet_final_layer_adaLN_modulation_1"
-    tensors = {f"{FLUX}.lora_up.weight": random(24, 2), f"{FLUX}.lora_down.weight": random(2, 8),
-               f"{FLUX}.diff_b": random(24), f"{last}.diff_b": random(16),
-               "lora_unet_single_blocks_3_linear1.diff_b": random(14)}  # fmt: skip
+    tensors = {
+        f"{FLUX}.lora_up.weight": random(24, 2),
+        f"{FLUX}.lora_down.weight": random(2, 8),
+        f"{FLUX}.diff_b": random(24),
+        f"{last}.diff_b": random(16),
+        "lora_unet_single_blocks_3_linear1.diff_b": random(14),
+    }
     adapter = adapters.read(tensors)
     names = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "qkv"]
     assert torch.equal(torch.cat([adapter.vectors[n] for n in names]), tensors[f"{FLUX}.diff_b"])
@@ -151,13 +160,26 @@ def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again(tmp_path):
             assert torch.equal(written[key], tensors[key]), key
 
 
-@pytest.mark.parametrize(("key", "tensor", "error", "message"), [
-    (f"{STEM}_norm.w_norm", torch.ones(2, 2), ShapeMismatch, "is not a weight vector"),
-    (f"{STEM}_norm.b_norm", torch.ones(0), ShapeMismatch, "is not a bias vector"),
-    (f"{STEM}_norm.w_norm", torch.ones(2, dtype=torch.int8), UnsupportedFormat, "floating point"),
-    (f"{STEM}_norm.w_norm", torch.tensor([1.0, torch.nan]), NonFiniteWeights, "w_norm holds NaN"),
-    (f"{FLUX}.diff_b", torch.ones(10), ShapeMismatch, "10 rows are not those"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "tensor", "error", "message"),
+    [
+        (f"{STEM}_norm.w_norm", torch.ones(2, 2), ShapeMismatch, "is not a weight vector"),
+        (f"{STEM}_norm.b_norm", torch.ones(0), ShapeMismatch, "is not a bias vector"),
+        (
+            f"{STEM}_norm.w_norm",
+            torch.ones(2, dtype=torch.int8),
+            UnsupportedFormat,
+            "floating point",
+        ),
+        (
+            f"{STEM}_norm.w_norm",
+            torch.tensor([1.0, torch.nan]),
+            NonFiniteWeights,
+            "w_norm holds NaN",
+        ),
+        (f"{FLUX}.diff_b", torch.ones(10), ShapeMismatch, "10 rows are not those"),
+    ],
+)
 def test_what_is_no_vector_is_refused_by_name(key, tensor, error, message):
     with pytest.raises(error, match=message):
         adapters.read({key: tensor})
@@ -181,10 +203,13 @@ def test_a_dtype_that_cannot_hold_a_vector_is_refused(tmp_path):
 
 
 def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tmp_path):
-    vectors = {f"transformer_blocks.0.attn.to_{part}.bias": torch.ones(n)
-               for part, n in (("q", 4), ("k", 6))}  # fmt: skip
+    vectors = {
+        f"transformer_blocks.0.attn.to_{part}.bias": torch.ones(n)
+        for part, n in (("q", 4), ("k", 6))
+    }
     update = LowRank(torch.ones(4, 1), torch.ones(1, 4))
-    adapter = adapters.Adapter({"transformer_blocks.0.attn.to_q": update}, vectors=vectors,
-                               spelling="sgm")  # fmt: skip
+    adapter = adapters.Adapter(
+        {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, spelling="sgm"
+    )
     with pytest.raises(ShapeMismatch, match="does not fit the other parts"):
         adapters.write(adapter, tmp_path / "out", format="kohya")

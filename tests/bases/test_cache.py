@@ -12,9 +12,9 @@ from mini import source_weights, write_case, write_folder
 from spectra import weights
 
 import prolora
-from prolora.bases import basis_file, cache_files
-from prolora.bases import cache as cache_module
-from prolora.bases.cache import TOLERANCE, BasisCache, default_folder
+from prolora.bases.cache import basis_cache as cache_module
+from prolora.bases.cache import basis_file, cache_files
+from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")
 
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 def child(code, *words, **settings):
     """Python that knows the tests' own modules, started."""
-    tests = Path(__file__).parent.parent
+    tests = Path(__file__).parents[1] / "support"
     start = f"import sys; sys.path.insert(0, {str(tests)!r})\n"
     line = [sys.executable, "-c", start + code, *map(str, words)]
     return subprocess.Popen(
@@ -154,7 +154,7 @@ def child(code, *words, **settings):
 FILL = """
 import torch, logging
 from spectra import weights
-from prolora.bases.cache import BasisCache
+from prolora.bases.cache.basis_cache import BasisCache
 logging.basicConfig()
 stack = torch.stack([weights(60, 60, s) for s in range(12)])
 print(float(BasisCache(sys.argv[1]).bases(stack, 5).S.double().sum()))
@@ -173,7 +173,7 @@ def test_processes_that_fill_one_folder_at_once_agree(tmp_path):
 
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path):
     slow = """
-import time, prolora.bases.basis_file as b
+import time, prolora.bases.cache.basis_file as b
 real = b.dump
 def dump(path, tensors, header):
     real(path, tensors, header)
@@ -208,8 +208,13 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     stack = torch.stack([weights(60, 60, s) for s in range(12)])
     assert process.returncode == 0 and err.count("bases are not kept") == 1
     assert float(out) == float(BasisCache(tmp_path / "x").bases(stack, 5).S.double().sum())
-    assert not [path for path in tmp_path.iterdir() if path.name != "x" for path in path.rglob("*")
-                if path.is_file()]  # fmt: skip
+    assert not [
+        path
+        for path in tmp_path.iterdir()
+        if path.name != "x"
+        for path in path.rglob("*")
+        if path.is_file()
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no write permission to take away")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prolora.bases import open_base
-from prolora.storage import SafetensorsFile
+from prolora.files.safetensors_file import SafetensorsFile
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 

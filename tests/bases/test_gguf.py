@@ -11,10 +11,10 @@ import torch
 from checkpoints import gguf_header, gguf_string
 
 from prolora import UnsupportedFormat, open_base
-from prolora.bases import gguf_file
-from prolora.bases.gguf_file import GgufFile
 from prolora.errors import ProLoRAError
-from prolora.storage import SafetensorsFile
+from prolora.files import gguf_file
+from prolora.files.gguf_file import GgufFile
+from prolora.files.safetensors_file import SafetensorsFile
 
 gguf = pytest.importorskip("gguf")
 from gguf.quants import dequantize, quantize  # noqa: E402
@@ -120,8 +120,10 @@ LONG = struct.pack("<Q", 2**60)
         (gguf_header([], gguf_string("a") + struct.pack("<IIQ", 9, 9, 3), 1), "unknown type 9"),
         (gguf_header([], gguf_string("a") + struct.pack("<I", 77), 1), "unknown type 77"),
         (gguf_header([], struct.pack("<Q", 1) + b"\xff", 1), "not UTF-8"),
-        (gguf_header([], gguf_string("general.alignment") + struct.pack("<II", 4, 0), 1),
-         "alignment is 0"),
+        (
+            gguf_header([], gguf_string("general.alignment") + struct.pack("<II", 4, 0), 1),
+            "alignment is 0",
+        ),
         (gguf_header(one() * 2), "occurs twice"),
         (gguf_header(one(())), "has 0 axes"),
         (gguf_header(one((1,) * 5)), "has 5 axes"),
@@ -133,7 +135,7 @@ LONG = struct.pack("<Q", 2**60)
         (gguf_header(one()), "cut off"),
         (gguf_header([*one(), (Q + "x", (32, 32), 0, 2048)]) + b"\0" * 8192, "overlaps"),
     ],
-)  # fmt: skip
+)
 def test_a_header_that_contradicts_itself_is_refused(content, message, tmp_path):
     """Before anything of the size it claims is read or made."""
     path = tmp_path / "x.gguf"

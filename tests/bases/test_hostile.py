@@ -18,16 +18,21 @@ KEYS = {f"{Q}.weight": (4, 4), "conv_in.weight": (4, 4, 3, 3)}
 # Headers of every spelling, so that mutations reach every reader.
 SEEDS = [
     KEYS,
-    {"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (4, 4),
-     "model.diffusion_model.input_blocks.3.0.op.weight": (4, 4, 3, 3),
-     "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 2),
-     "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (6, 2),
-     "conditioner.embedders.1.model.text_projection": (2, 2)},
-    {"double_blocks.0.img_attn.qkv.weight": (12, 4), "single_blocks.0.linear1.weight": (20, 4),
-     "final_layer.adaLN_modulation.1.weight": (8, 4)},
+    {
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (4, 4),
+        "model.diffusion_model.input_blocks.3.0.op.weight": (4, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 2),
+        "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight": (6, 2),
+        "conditioner.embedders.1.model.text_projection": (2, 2),
+    },
+    {
+        "double_blocks.0.img_attn.qkv.weight": (12, 4),
+        "single_blocks.0.linear1.weight": (20, 4),
+        "final_layer.adaLN_modulation.1.weight": (8, 4),
+    },
     {"joint_blocks.0.x_block.attn.qkv.weight": (12, 4), "x_embedder.proj.weight": (4, 2, 2, 2)},
     {"blocks.0.cross_attn.kv_linear.weight": (8, 4), "blocks.0.scale_shift_table": (6, 4)},
-]  # fmt: skip
+]
 SAME_SIZE = {
     "F16": ("F16", "F16", "BF16", "I16", "U16"),
     "F32": ("F32", "F32", "I32", "U32"),
@@ -40,8 +45,11 @@ def seed_file(path, number):
     keys = SEEDS[number % len(SEEDS)]
     if number < len(SEEDS):
         return sparse_file(path, keys)
-    scales = {f"{k.removesuffix('.weight')}.weight_scale": ("F32", (1,))
-              for k, s in keys.items() if k.endswith(".weight")}  # fmt: skip
+    scales = {
+        f"{k.removesuffix('.weight')}.weight_scale": ("F32", (1,))
+        for k, s in keys.items()
+        if k.endswith(".weight")
+    }
     layers = {k.removesuffix(".weight"): {"format": "float8_e4m3fn"} for k in keys}
     note = json.dumps({"layers": {k: v for k, v in layers.items() if f"{k}.weight" in keys}})
     return sparse_file(
@@ -72,16 +80,31 @@ def mutate(content, rng):
         table = json.loads(header)
         name = rng.choice(list(table))
         table[name] = rng.choice((None, [], {}, 1, "x", {"dtype": "F16"}, [[[[]]]], table))
-        header = json.dumps(table, default=str, check_circular=False).encode() if (
-            table[name] is not table) else b"[" * 5000  # fmt: skip
+        header = (
+            json.dumps(table, default=str, check_circular=False).encode()
+            if (table[name] is not table)
+            else b"[" * 5000
+        )
     elif kind == 4:  # another name for a tensor
         table = json.loads(header)
         name = rng.choice(list(table))
         other = rng.choice(
-            ("", "weight", ".weight", f"{Q}.weight", "double_blocks.0.img_attn.qkv.weight",
-             "\ud800", "a" * 5000, "../../x.weight", "transformer_blocks.99999999.attn.to_q.weight",
-             "input_blocks.999.1.proj_in.weight", "x.scale_weight", "scaled_fp8", "x.comfy_quant")
-        )  # fmt: skip
+            (
+                "",
+                "weight",
+                ".weight",
+                f"{Q}.weight",
+                "double_blocks.0.img_attn.qkv.weight",
+                "\ud800",
+                "a" * 5000,
+                "../../x.weight",
+                "transformer_blocks.99999999.attn.to_q.weight",
+                "input_blocks.999.1.proj_in.weight",
+                "x.scale_weight",
+                "scaled_fp8",
+                "x.comfy_quant",
+            )
+        )
         table[other] = table.pop(name)
         header = json.dumps(table).encode()
     elif kind == 6:  # a shape or a dtype that takes as many bytes
@@ -138,9 +161,16 @@ def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path
     folder = sparse_shards(tmp_path / "unet", KEYS, 1)
     index = next(folder.glob("*.json"))
     name = next(folder.glob("*.safetensors")).name
-    for escape in ("../secret.safetensors", "..\\secret.safetensors", "x/../../secret.safetensors",
-                   str(tmp_path / "secret.safetensors"), "secret.safetensors\0.safetensors", 7,
-                   None, ["secret.safetensors"]):  # fmt: skip
+    for escape in (
+        "../secret.safetensors",
+        "..\\secret.safetensors",
+        "x/../../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "secret.safetensors\0.safetensors",
+        7,
+        None,
+        ["secret.safetensors"],
+    ):
         index.write_text(json.dumps({"weight_map": {f"{Q}.weight": escape}}))
         with pytest.raises(UnsupportedFormat, match="no file beside it"):
             open_base(tmp_path / "unet")
@@ -179,12 +209,15 @@ def entry(shape, start, stop, dtype="F16"):
         ({f"{Q}.weight": entry([2**40, 2**40], 0, 32)}, "impossible shape"),
         ({f"{Q}.weight": entry([2**23, 2**24], 0, 2**48 - 1)}, "do not fit"),
         ({f"{Q}.weight": entry([2**20, 2**20], 0, 2**41)}, "cut off"),
-        (b'{"a.weight":{"dtype":"F16","shape":[0,2],"data_offsets":[0,0]},'
-         b'"a.weight":{"dtype":"F16","shape":[0,3],"data_offsets":[0,0]}}', "occurs twice"),
+        (
+            b'{"a.weight":{"dtype":"F16","shape":[0,2],"data_offsets":[0,0]},'
+            b'"a.weight":{"dtype":"F16","shape":[0,3],"data_offsets":[0,0]}}',
+            "occurs twice",
+        ),
         (b"{" * 100_000, "damaged"),
         (b'{"a":' * 100_000, "damaged"),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_refused_before_memory_is_taken(header, message, tmp_path):
     path = raw(tmp_path / "x.safetensors", header, 48)
     with pytest.raises(UnsupportedFormat, match=message):
@@ -214,8 +247,10 @@ def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
         "authors": "double_blocks.{}.img_mlp.{}.weight",
         "scaled": "down_blocks.{}.attentions.0.transformer_blocks.{}.attn1.to_q.weight",
     }[form]
-    keys = {names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1)
-            for i in range(50_000 if form == "scaled" else 100_000)}  # fmt: skip
+    keys = {
+        names.format(1 + i % 300 if form == "ldm" else i % 1000, i): (1, 1)
+        for i in range(50_000 if form == "scaled" else 100_000)
+    }
     other = {}
     if form == "scaled":
         other = {k.replace(".weight", ".weight_scale"): ("F32", (1,)) for k in keys}

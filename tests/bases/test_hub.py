@@ -82,7 +82,7 @@ def test_only_the_shards_of_the_model_are_fetched_in_one_variant(cloud):
         ("hf://org/m", ["only.safetensors", "README.md"], "only.safetensors"),
         ("org/m@main", [FULL, "other.safetensors"], FULL),
     ],
-)  # fmt: skip
+)
 def test_a_file_or_folder_of_a_repository_is_found(cloud, id_, files, wanted):
     for name in files:
         sparse_file(cloud.folder / "org" / "m" / name, KEYS)
@@ -139,8 +139,11 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
         folder.rename(cloud.folder / "org" / repo / "unet")
     out = tmp_path / "out.safetensors"
     where = ["--source", ids[0], "--target", ids[1]]
-    for line in (["transfer", str(lora), *where, "-o", str(out)], ["compare", *where, "--quick"],
-                 ["basis", ids[0], "--rank", "4"]):  # fmt: skip
+    for line in (
+        ["transfer", str(lora), *where, "-o", str(out)],
+        ["compare", *where, "--quick"],
+        ["basis", ids[0], "--rank", "4"],
+    ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])
         with pytest.raises(SystemExit) as stop:
             cli.main()

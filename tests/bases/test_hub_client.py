@@ -77,9 +77,15 @@ def opened(id_, address, home, offline=False):
         "except prolora.UnsupportedFormat as error: print('refused:', error)\n"
         "else: print(base.name, len(base.shapes), base.read(list(base.shapes)[0]).shape)"
     )
-    settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)),
-                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-                "no_proxy": "127.0.0.1"}  # fmt: skip
+    settings = {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
     home.mkdir(exist_ok=True)
     line = [sys.executable, "-c", program, id_, *map(os.path.abspath, sys.path)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=home, env=os.environ | settings)

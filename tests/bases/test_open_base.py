@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prolora.bases import Base, check_finite, layout, open_base
+from prolora.architectures import layouts
+from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.bases import Base, check_finite, open_base
 from prolora.errors import NonFiniteWeights, UnsupportedFormat
-from prolora.saving import write_safetensors
-from prolora.sgm import diffusers_to_ldm
+from prolora.files.writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 K = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -41,7 +42,7 @@ def write(path: Path, content: dict[str, Tensor], **metadata: str) -> Path:
 
 def empty_layout(id_: str) -> dict[str, Tensor]:
     """Zeros with the names and shapes of a layout, all of one element in memory."""
-    known = layout.load(id_)
+    known = layouts.load(id_)
     return {
         name: torch.zeros(1, dtype=torch.float8_e4m3fn).expand(known.shapes[name])
         for name in known.shapes
@@ -110,9 +111,12 @@ def shard(folder: Path, index_name: str = INDEX) -> Path:
 
 @pytest.mark.parametrize(
     "index",
-    [INDEX, "diffusion_pytorch_model.safetensors.index.fp16.json",
-     "diffusion_pytorch_model.fp16.safetensors.index.json"],
-)  # fmt: skip
+    [
+        INDEX,
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+    ],
+)
 def test_shards_are_one_base(index: str, tmp_path: Path) -> None:
     """In every spelling of the index."""
     shard(tmp_path, index)
@@ -232,13 +236,15 @@ def half() -> Tensor:
         ({"text_model.embeddings.weight": half()}, "no UNet or transformer"),
         ({}, "no UNet or transformer"),
         (
-            {"input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": half(),
-             "input_blocks.4.7.transformer_blocks.0.attn1.to_q.weight": half()},
+            {
+                "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": half(),
+                "input_blocks.4.7.transformer_blocks.0.attn1.to_q.weight": half(),
+            },
             "belongs to no known module",
         ),
         ({f"{Q}.weight": half(), Q: half()}, "a second weight for"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plain_base_model_is_refused_with_the_reason(
     content: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:

@@ -11,13 +11,14 @@ from mini import shapes as unet_shapes
 import prolora
 from prolora import LowRank, ShapeMismatch, UnsupportedFormat
 from prolora.adapters.adapter import Adapter
-from prolora.bases import layout, open_base
-from prolora.saving import write_safetensors
+from prolora.architectures import layouts
+from prolora.bases import open_base
+from prolora.files.writing import write_safetensors
 
 
 def tiny(id_, width=8, blocks=2):
     """Weights of the first blocks of a layout, and of what is around them, at a small width."""
-    full = layout.load(id_).shapes
+    full = layouts.load(id_).shapes
     unit = full["transformer_blocks.0.ff.net.2"][0]
     last = max(
         int(match[1]) for name in full if (match := re.match(r"transformer_blocks\.(\d+)", name))
@@ -118,9 +119,9 @@ def test_only_the_rows_of_a_module_are_read(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "x.safetensors", fused(tiny("flux1-dev"), "FLUX"), {})
     base = open_base(tmp_path / "x.safetensors")
     read = []
-    original = prolora.storage.SafetensorsFile._read
+    original = prolora.files.safetensors_file.SafetensorsFile._read
     monkeypatch.setattr(
-        prolora.storage.SafetensorsFile,
+        prolora.files.safetensors_file.SafetensorsFile,
         "_read",
         lambda self, name, dtype, shape, start: (
             read.append((name, shape)) or original(self, name, dtype, shape, start)
@@ -161,7 +162,7 @@ def test_flux_reads_as_diffusers_converts_it():
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
     stored = {}
-    for name, shape in layout.load("flux1-dev").shapes.items():
+    for name, shape in layouts.load("flux1-dev").shapes.items():
         if not re.search(r"blocks\.[1-9]", name):
             key = f"{authors_name(name, 'FLUX')}.weight"
             rows = stored[key].shape[0] if key in stored else 0
@@ -208,11 +209,16 @@ def test_openclip_text_encoders_read_as_diffusers_converts_them():
 
 @pytest.mark.parametrize(
     ("key", "shape"),
-    [("double_blocks.0.img_attn.qkv", (25, 8)), ("double_blocks.0.txt_attn.qkv", (16, 8)),
-     ("single_blocks.0.linear1", (24, 8)), ("single_blocks.0.linear1", (20, 8)),
-     ("joint_blocks.0.x_block.attn.qkv", (24, 9)), ("blocks.0.cross_attn.kv_linear", (24, 8)),
-     ("double_blocks.0.img_attn.qkv", (24, 8, 1))],
-)  # fmt: skip
+    [
+        ("double_blocks.0.img_attn.qkv", (25, 8)),
+        ("double_blocks.0.txt_attn.qkv", (16, 8)),
+        ("single_blocks.0.linear1", (24, 8)),
+        ("single_blocks.0.linear1", (20, 8)),
+        ("joint_blocks.0.x_block.attn.qkv", (24, 9)),
+        ("blocks.0.cross_attn.kv_linear", (24, 8)),
+        ("double_blocks.0.img_attn.qkv", (24, 8, 1)),
+    ],
+)
 def test_a_fused_matrix_that_cannot_be_cut_is_refused(key, shape):
     with pytest.raises(ShapeMismatch, match=re.escape(key)):
         open_base({f"{key}.weight": torch.ones(shape)})

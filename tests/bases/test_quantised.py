@@ -9,7 +9,7 @@ from mini import shapes as mini_shapes
 
 from prolora import UnsupportedFormat, open_base
 from prolora.bases import check_finite
-from prolora.saving import write_safetensors
+from prolora.files.writing import write_safetensors
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -113,7 +113,7 @@ def plain(**more):
         ({f"{Q}.weight": torch.ones(4, 4).to(torch.int8), f"{Q}.SCB": torch.ones(4)}, {}, "SCB"),
         ({f"{Q}.qweight": torch.ones(4, 4).int(), f"{Q}.scales": torch.ones(4)}, {}, "qweight"),
     ],
-)  # fmt: skip
+)
 def test_what_is_quantised_otherwise_is_refused_by_name(content, metadata, message, tmp_path):
     text = metadata if isinstance(metadata, str) else json.dumps(metadata)
     header = {"_quantization_metadata": text} if metadata else {}

@@ -8,9 +8,9 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
 from prolora import LowRank, probe
-from prolora.probe import gate, joint
+from prolora.probe import gate, joint_fit
 from prolora.probe.batches import mixed, samples
-from prolora.probe.fitting import rank_for
+from prolora.probe.block_fit import rank_for
 from prolora.probe.trajectories import Call, predict, record
 from prolora.probe.translation import Question
 
@@ -23,8 +23,8 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     x, update = torch.randn(400, 6), torch.randn(5, 6)
     with torch.no_grad():
         plain = model(x)
-    probes = [joint.Probe(Call((x,), {}), plain, plain + x @ update.mT)]
-    found = joint.fit(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
+    probes = [joint_fit.Probe(Call((x,), {}), plain, plain + x @ update.mT)]
+    found = joint_fit.fit(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
     torch.testing.assert_close(found.updates["0"], update, atol=2e-2, rtol=2e-2)
     assert found.history[0] == pytest.approx(0, abs=1e-6)
     assert found.history[-1] > 0.999
@@ -37,12 +37,12 @@ def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(mo
     with torch.no_grad():
         plain = model(x)
         wanted = model(x @ (torch.eye(6) + 0.1 * torch.randn(6, 6)))
-    probes = [joint.Probe(Call((x,), {}), plain, wanted)]
+    probes = [joint_fit.Probe(Call((x,), {}), plain, wanted)]
     for limit in (100, 5):
-        monkeypatch.setattr(joint, "MAX_FACTOR", limit)
-        found = joint.fit(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
+        monkeypatch.setattr(joint_fit, "MAX_FACTOR", limit)
+        found = joint_fit.fit(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
         assert found.history[-1] > 0.9, limit
-        assert joint.cut(found, 2)["0"].shape == (5, 6)
+        assert joint_fit.cut(found, 2)["0"].shape == (5, 6)
 
 
 class WithBlindEnd(nn.Module):
@@ -60,20 +60,20 @@ class WithBlindEnd(nn.Module):
 def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
     torch.manual_seed(0)
     x = torch.randn(50, 6)
-    probes = [joint.Probe(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
-    found = joint.fit(
+    probes = [joint_fit.Probe(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
+    found = joint_fit.fit(
         WithBlindEnd(), ["used", "idle", "asleep"], lambda: probes, lambda y: y, 3, 1.0
     )
-    assert set(joint.cut(found, 4)) == {"used"}
+    assert set(joint_fit.cut(found, 4)) == {"used"}
 
 
 def test_the_cut_at_full_rank_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
     x = torch.randn(50, 6)
-    probes = [joint.Probe(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
-    found = joint.fit(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
-    torch.testing.assert_close(joint.cut(found, 5)["0"].dense(), found.updates["0"])
+    probes = [joint_fit.Probe(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
+    found = joint_fit.fit(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
+    torch.testing.assert_close(joint_fit.cut(found, 5)["0"].dense(), found.updates["0"])
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
@@ -179,9 +179,13 @@ def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
 def test_progress_names_every_step(source, lora):
     seen = []
     run(
-        source, permuted(source), lora, force=True, steps=3,
+        source,
+        permuted(source),
+        lora,
+        force=True,
+        steps=3,
         progress=lambda done, total, name: seen.append((done, total, name)),
-    )  # fmt: skip
+    )
     assert [row for row in seen if row[2] != "asking"] == [
         (0, 3, "step 1"),
         (1, 3, "step 2"),

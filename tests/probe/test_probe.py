@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
-from prolora.probe import fitting
-from prolora.probe.mapping import RidgeMap
+from prolora.probe import block_fit
+from prolora.probe.ridge_map import RidgeMap
 from prolora.probe.trajectories import applied, predict, record
 
 WIDTH, BLOCKS = 12, 3
@@ -134,12 +134,19 @@ def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source
             x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
 
     found = probe.transfer(
-        source, target, lora, sampler(source), sample, rank=8, iterations=5,
-        map_ridge=1e-3, fit_ridge=1e-3,
+        source,
+        target,
+        lora,
+        sampler(source),
+        sample,
+        rank=8,
+        iterations=5,
+        map_ridge=1e-3,
+        fit_ridge=1e-3,
         translate=lambda call: probe.Call((call.args[0], call.args[1] * 1000), {}),
         translate_back=lambda call: probe.Call((call.args[0], call.args[1] / 1000), {}),
         convert=lambda call, prediction: prediction / 2,
-    )  # fmt: skip
+    )
     assert found.report.gate.share["all"] > 0.9
     assert max(found.report.gate.disagreement.values()) < 1e-6
 
@@ -188,9 +195,14 @@ def test_the_same_seed_gives_the_same_bits(source, lora):
 def test_progress_names_every_block(source, lora):
     seen = []
     run(
-        source, permuted(source), lora, iterations=1, force=True, strategy="blocks",
+        source,
+        permuted(source),
+        lora,
+        iterations=1,
+        force=True,
+        strategy="blocks",
         progress=lambda done, total, name: seen.append((done, total, name)),
-    )  # fmt: skip
+    )
     maps = [row for row in seen if row[2] == "mapping"]
     assert maps == [(i, 18, "mapping") for i in range(18)]
     blocks = [(0, 3, "blocks.0"), (1, 3, "blocks.1"), (2, 3, "blocks.2"), (3, 3, "judged")]
@@ -244,10 +256,10 @@ def test_a_linear_block_is_solved_as_dense_ridge_would():
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 5, bias=False))
     x, wanted = torch.randn(200, 6), torch.randn(200, 5)
-    calls = [fitting.Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
+    calls = [block_fit.Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
     targets = [(wanted[i : i + 50],) for i in range(0, 200, 50)]
-    problem = fitting.Problem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
-    update = fitting.fit(problem)[0]["0"]
+    problem = block_fit.Problem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
+    update = block_fit.fit(problem)[0]["0"]
     exact = torch.linalg.lstsq(x, wanted).solution.mT - block[0].weight.detach()
     torch.testing.assert_close(update.float(), exact, atol=2e-3, rtol=2e-3)
 
@@ -256,6 +268,6 @@ def test_the_cut_keeps_what_the_inputs_can_see():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 6, generator=generator) * torch.tensor([1, 1, 1, 1e-3, 1e-3, 1e-3])
     update = torch.randn(6, 6, generator=generator).double()
-    small = fitting.cut(update, (x.mT @ x).double(), 3)
+    small = block_fit.cut(update, (x.mT @ x).double(), 3)
     got, wanted = x @ small.dense().mT, x @ update.float().mT
     assert (got - wanted).norm() < 0.01 * wanted.norm()

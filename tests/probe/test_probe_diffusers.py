@@ -12,16 +12,30 @@ from torch import nn
 from prolora import LowRank, adapters, probe
 
 FLUX = {
-    "patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 2,
-    "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8,
-    "pooled_projection_dim": 8, "guidance_embeds": False, "axes_dims_rope": [2, 2, 4],
-}  # fmt: skip
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": False,
+    "axes_dims_rope": [2, 2, 4],
+}
 UNET = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "cross_attention_dim": 8,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [8, 16],
-    "attention_head_dim": 2, "norm_num_groups": 4, "use_linear_projection": True,
-}  # fmt: skip
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "cross_attention_dim": 8,
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [8, 16],
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "use_linear_projection": True,
+}
 
 
 def loras(model: nn.Module, pattern: str) -> dict[str, LowRank]:
@@ -50,11 +64,19 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
         def sample(seed: int) -> None:
             x = torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(seed))
             for t in (1.0, 0.5):
-                x = x - 0.5 * run(
-                    hidden_states=x, encoder_hidden_states=text, pooled_projections=text.mean(1),
-                    timestep=torch.full((6,), t), img_ids=ids, txt_ids=torch.zeros(3, 3),
-                    return_dict=False,
-                )[0]  # fmt: skip
+                x = (
+                    x
+                    - 0.5
+                    * run(
+                        hidden_states=x,
+                        encoder_hidden_states=text,
+                        pooled_projections=text.mean(1),
+                        timestep=torch.full((6,), t),
+                        img_ids=ids,
+                        txt_ids=torch.zeros(3, 3),
+                        return_dict=False,
+                    )[0]
+                )
 
         return sample
 
@@ -63,8 +85,10 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
     found = transfer(model, lora, sampler, strategy="blocks", iterations=4)
     assert found.report.gate.share["all"] > 0.8
     assert [row.name for row in found.report.blocks] == [
-        "transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1",
-    ]  # fmt: skip
+        "transformer_blocks.0",
+        "single_transformer_blocks.0",
+        "single_transformer_blocks.1",
+    ]
     assert set(lora) <= set(found.adapter.updates)
     joint = transfer(model, lora, sampler, steps=12)
     assert joint.report.gate.share["all"] > 0.8

@@ -11,8 +11,8 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
 from prolora import LowRank, probe
-from prolora.probe import blockwise, keeping, mapping, tape
-from prolora.probe.shelf import Shelf
+from prolora.probe import blockwise, call_codec, checkpoint, ridge_map
+from prolora.probe.spill import Shelf
 from prolora.probe.trajectories import Call, record
 
 __all__ = ["lora", "source"]  # fixtures
@@ -48,7 +48,7 @@ def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
 
     again = probe.transfer(
         source, target, lora, forbidden, forbidden, map_ridge=1e-3, fit_ridge=1e-3, **kept, **QUICK
-    )  # fmt: skip
+    )
     assert again.report.resumed == 2
     assert_equal(whole, again)
     assert again.report.blocks == whole.report.blocks
@@ -58,7 +58,7 @@ def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypat
     target = permuted(source)
     joint = {"strategy": "joint", "steps": 9, "batch": 12, "rank": 3, "force": True}
     whole = run(source, target, lora, **joint)
-    monkeypatch.setattr(keeping, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
     kept = {"resume": tmp_path, "samplers": "three steps"}
 
     def stop(done: int, total: int, name: str) -> None:
@@ -71,7 +71,7 @@ def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypat
     seen = []
     again = run(
         source, target, lora, progress=lambda done, total, name: seen.append(name), **kept, **joint
-    )  # fmt: skip
+    )
     assert "step 7" in seen
     assert "step 6" not in seen
     assert_equal(whole, again)
@@ -132,10 +132,10 @@ def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
     assert_equal(whole, grouped)
     assert grouped.report.blocks == whole.report.blocks
     found = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
-    assert mapping.features(found, 0, 3).shape == (1, 3, 20)
-    monkeypatch.setattr(mapping, "MAX_COLUMNS", 9)
-    assert mapping.features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
-    assert mapping.features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
+    assert ridge_map.features(found, 0, 3).shape == (1, 3, 20)
+    monkeypatch.setattr(ridge_map, "MAX_COLUMNS", 9)
+    assert ridge_map.features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
+    assert ridge_map.features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):
@@ -158,9 +158,9 @@ def test_text_that_stays_the_same_is_recorded_once(source):
 def test_calls_come_back_from_a_file_as_they_were():
     shared = torch.randn(2, 3)
     call = Call((shared, 3), {"a": {"b": [shared, None], "c": (True, "x")}, "d": 0.5}, "target")
-    tensors, text = tape.encode([call])
+    tensors, text = call_codec.encode([call])
     assert len(tensors) == 1
-    back = tape.decode(tensors, text)[0]
+    back = call_codec.decode(tensors, text)[0]
     assert back.origin == "target"
     assert back.args[1] == 3
     assert back.kwargs["a"]["c"] == (True, "x")
@@ -169,9 +169,9 @@ def test_calls_come_back_from_a_file_as_they_were():
 
 
 def test_a_key_tells_weights_that_differ_in_one_bit(source):
-    before = keeping.weights(source)
+    before = checkpoint.weights(source)
     source.blocks[1].down.bias.data[0] += 1e-6
-    assert keeping.weights(source) != before
+    assert checkpoint.weights(source) != before
 
 
 def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):

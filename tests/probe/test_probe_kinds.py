@@ -37,9 +37,9 @@ from typer.testing import CliRunner
 
 from prolora import adapters
 from prolora.cli import app
-from prolora.options import Probing
 from prolora.probe import pipelines
 from prolora.probe.conditioning import parts
+from prolora.probe.settings import Probing
 from prolora.probe.trajectories import record
 
 
@@ -52,22 +52,33 @@ def quiet():
 
 def sdxl(folder: Path, width: int) -> None:
     unet = UNet2DConditionModel(
-        **tiny.UNET, cross_attention_dim=8 + width, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + width,
-    )  # fmt: skip
+        **tiny.UNET,
+        cross_attention_dim=8 + width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + width,
+    )
     StableDiffusionXLPipeline(
-        vae=tiny.vae(), unet=unet, scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
-        text_encoder=tiny.text_encoder(8), tokenizer=tiny.tokenizer(folder / "vocabulary"),
+        vae=tiny.vae(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
+        text_encoder=tiny.text_encoder(8),
+        tokenizer=tiny.tokenizer(folder / "vocabulary"),
         text_encoder_2=tiny.text_encoder(width, CLIPTextModelWithProjection),
         tokenizer_2=tiny.tokenizer(folder / "vocabulary"),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 def dit(folder: Path, layers: int) -> None:
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
-        num_layers=layers, sample_size=8, patch_size=2,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=8,
+        patch_size=2,
+    )
     DiTPipeline(transformer, tiny.vae(), DDIMScheduler(**tiny.ALPHAS)).save_pretrained(folder)
 
 
@@ -76,19 +87,29 @@ def t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     found = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=found, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=found,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
         model_max_length=16,
-    )  # fmt: skip
+    )
     config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config), tokenizer
 
 
 def pixart(folder: Path) -> None:
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=8, patch_size=2, cross_attention_dim=16, caption_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        cross_attention_dim=16,
+        caption_channels=16,
         use_additional_conditions=False,
-    )  # fmt: skip
+    )
     encoder, tokenizer = t5()
     PixArtAlphaPipeline(
         tokenizer, encoder, tiny.vae(), transformer, DPMSolverMultistepScheduler(**tiny.ALPHAS)
@@ -97,15 +118,27 @@ def pixart(folder: Path) -> None:
 
 def flux(folder: Path, layers: int) -> None:
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=layers, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=8,
-        guidance_embeds=layers == 1, axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=layers == 1,
+        axes_dims_rope=(4, 4, 8),
+    )
     encoder, tokenizer = t5()
     FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), tiny.vae(), tiny.text_encoder(8),
-        tiny.tokenizer(folder / "vocabulary"), encoder, tokenizer, transformer,
-    ).save_pretrained(folder)  # fmt: skip
+        FlowMatchEulerDiscreteScheduler(),
+        tiny.vae(),
+        tiny.text_encoder(8),
+        tiny.tokenizer(folder / "vocabulary"),
+        encoder,
+        tokenizer,
+        transformer,
+    ).save_pretrained(folder)
 
 
 MAKE = {

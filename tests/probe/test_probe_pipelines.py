@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from prolora import ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat, adapters
 from prolora import transfer as prolora_transfer
-from prolora.bases import latents
+from prolora.bases import vae
 from prolora.cli import app
 from prolora.errors import OutputError
-from prolora.options import Probing
 from prolora.probe import pipelines, schedules
 from prolora.probe.conditioning import parts
 from prolora.probe.precision import in_float32
+from prolora.probe.settings import Probing
 from prolora.probe.trajectories import record
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -165,19 +165,26 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     found[f"{key}.lora_up.weight"] = torch.randn(16, 1, 1, 1)
     save_file(found, tmp_path / "with.safetensors")
     done = prolora_transfer(
-        tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
-        probe=Probing(images=1, steps=1, strategy="blocks", force=True), out_rank=0.9,
+        tmp_path / "with.safetensors",
+        room / "source",
+        room / "other",
+        method="probe",
+        probe=Probing(images=1, steps=1, strategy="blocks", force=True),
+        out_rank=0.9,
         max_memory=100 << 30,
-    )  # fmt: skip
+    )
     skipped = done.report.rows("skipped")
     assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
     assert "no transformer block" in skipped[0].reason
     done.save(tmp_path / "out.safetensors", format="diffusers")
     # Where the fit starts from the copy, the convolution stays copied, as a convolution.
     done = prolora_transfer(
-        tmp_path / "with.safetensors", room / "source", room / "twin", method="probe",
+        tmp_path / "with.safetensors",
+        room / "source",
+        room / "twin",
+        method="probe",
         probe=Probing(images=1, steps=1, fit_steps=1, force=True),
-    )  # fmt: skip
+    )
     done.save(tmp_path / "copied.safetensors")
     assert not done.report.rows("skipped")
     conv = next(row for row in done.report.modules if row.source == skipped[0].source)
@@ -185,9 +192,13 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     assert adapters.read(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
         prolora_transfer(
-            tmp_path / "with.safetensors", room / "source", room / "other", method="probe",
-            probe=SETTINGS, max_memory=1 << 20,
-        )  # fmt: skip
+            tmp_path / "with.safetensors",
+            room / "source",
+            room / "other",
+            method="probe",
+            probe=SETTINGS,
+            max_memory=1 << 20,
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +261,7 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     with pytest.raises(UnrelatedBases, match="--method probe"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
     apart = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
-    assert not latents.could_probe(room / "source", apart)
+    assert not vae.could_probe(room / "source", apart)
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", apart, method="copy")
     assert "--method probe" not in str(refused.value)

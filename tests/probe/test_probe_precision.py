@@ -40,8 +40,10 @@ def test_a_unet_in_half_precision_computes_in_float32():
     wide = copy.deepcopy(half).float()
     x, text = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 8)
     call = Call((x.bfloat16(), torch.tensor(500)), {"encoder_hidden_states": text.bfloat16()})
-    same = Call((x.bfloat16().float(), torch.tensor(500)),
-                {"encoder_hidden_states": text.bfloat16().float()})  # fmt: skip
+    same = Call(
+        (x.bfloat16().float(), torch.tensor(500)),
+        {"encoder_hidden_states": text.bfloat16().float()},
+    )
     update = loras(wide, r".*attn1\.to_v")
     with in_float32(half), applied(half, update), applied(wide, update):
         assert torch.equal(predict(half, call), predict(wide, same))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import LowRank
+from ..core.lowrank import LowRank
 
 
 @dataclass(frozen=True)

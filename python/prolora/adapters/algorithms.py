@@ -35,13 +35,24 @@ _ROLES = {
     ),
     "lokr": (
         set(),
-        {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-         "alpha", "dora_scale", "magnitude", "scalar"},
+        {
+            "lokr_w1",
+            "lokr_w1_a",
+            "lokr_w1_b",
+            "lokr_w2",
+            "lokr_w2_a",
+            "lokr_w2_b",
+            "lokr_t2",
+            "alpha",
+            "dora_scale",
+            "magnitude",
+            "scalar",
+        },
     ),
     "full": ({"diff"}, {"alpha"}),
     "glora": ({"a1", "a2", "b1", "b2"}, {"bm", "alpha", "scalar"}),
     "oft": ({"oft_blocks"}, {"rescale", "alpha"}),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,17 @@ class Form:
 def family_of(roles: Set[str]) -> str:
     """Which kind of update tensors of these roles make; "lora" if nothing says otherwise."""
     for role in sorted(roles):
-        for start, family in (("hada_", "loha"), ("lokr_", "lokr"), ("diff", "full"),
-                              ("oft_", "oft"), ("a1", "glora"), ("a2", "glora"),
-                              ("b1", "glora"), ("b2", "glora"), ("bm", "glora")):  # fmt: skip
+        for start, family in (
+            ("hada_", "loha"),
+            ("lokr_", "lokr"),
+            ("diff", "full"),
+            ("oft_", "oft"),
+            ("a1", "glora"),
+            ("a2", "glora"),
+            ("b1", "glora"),
+            ("b2", "glora"),
+            ("bm", "glora"),
+        ):
             if role.startswith(start):
                 return family
     return "lora"
@@ -208,8 +227,13 @@ def _oft(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 _FORMS: dict[str, Callable[[Mapping[str, Shape]], Form | None]] = {
-    "lora": _lora, "loha": _loha, "lokr": _lokr, "full": _full, "glora": _glora, "oft": _oft,
-}  # fmt: skip
+    "lora": _lora,
+    "loha": _loha,
+    "lokr": _lokr,
+    "full": _full,
+    "glora": _glora,
+    "oft": _oft,
+}
 
 
 def needs_base(roles: Set[str]) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.lowrank import LowRank
+from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from ..linalg.lowrank import LowRank
-from ..linalg.precision import is_finite
 from . import names, vectors
 from .adapter import Adapter
 from .groups import Group, grouped, is_fused, paths_of
-from .scaling import Patterns
+from .peft_config import Patterns
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
 

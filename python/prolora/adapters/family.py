@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from . import flux, names
+from . import fused_updates, names
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 _FLUX_WIDTH = 3072
-_FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
+_FLUX_ROOTS = fused_updates.ROOTS | {"single_transformer_blocks"}
 # How ss_base_model_version and modelspec.architecture begin.
 _BY_VERSION = {
     "sdxl": "sdxl",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.lowrank import LowRank
 from ..errors import UnsupportedFormat
-from ..linalg.lowrank import LowRank
-from . import flux, names, vectors
+from . import fused_updates, names, vectors
 from .adapter import Adapter
 from .family import guess_family
 
@@ -25,7 +25,7 @@ class Group:
 
     path: str
     parts: dict[str, LowRank]
-    matrix: flux.Matrix | None
+    matrix: fused_updates.Matrix | None
 
     @property
     def modules(self) -> list[str]:
@@ -35,22 +35,24 @@ class Group:
     @property
     def rank(self) -> int:
         """Columns of the factors in the file."""
-        return flux.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
+        return (
+            fused_updates.fused_rank(self.matrix, self.parts) if self.matrix else self._first.rank
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the factors in the file."""
         m, n = self._first.shape
-        return (flux.fused_height(self.matrix, self.parts) if self.matrix else m), n
+        return (fused_updates.fused_height(self.matrix, self.parts) if self.matrix else m), n
 
     def update(self) -> LowRank:
         """The factors in the file."""
-        return flux.fuse(self.matrix, self.parts) if self.matrix else self._first
+        return fused_updates.fuse(self.matrix, self.parts) if self.matrix else self._first
 
     def split(self, update: LowRank) -> dict[str, LowRank]:
         """Module -> its part of other factors of the same shape."""
         if self.matrix:
-            return flux.unfuse(self.matrix, update, self.parts)
+            return fused_updates.unfuse(self.matrix, update, self.parts)
         return {self.modules[0]: update}
 
     @property
@@ -68,7 +70,7 @@ def grouped(adapter: Adapter, format: str) -> list[Group]:
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
-            flux.matrix_of(modules[0]) if fused else None,
+            fused_updates.matrix_of(modules[0]) if fused else None,
         )
         for path, modules in members.items()
     ]
@@ -150,7 +152,7 @@ def _is_flux(adapter: Adapter) -> bool:
     inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
     is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
     transformer = (name for name in inputs if names.place(name) == "transformer")
-    return is_flux and all(flux.matrix_of(name) for name in transformer)
+    return is_flux and all(fused_updates.matrix_of(name) for name in transformer)
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:

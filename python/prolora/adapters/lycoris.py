@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import LowRank
+from ..core.lowrank import LowRank
 from .truncation import Factored, from_dense, from_kronecker, from_product
 
 Tensors = Mapping[str, Tensor]

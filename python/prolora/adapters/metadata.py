@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .scaling import METADATA_KEY
+from .peft_config import METADATA_KEY
 
 _SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
 _SD1 = ("sd_v1", "stable-diffusion-v1")

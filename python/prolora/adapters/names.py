@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..sgm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
-from . import flux
-from .words import dotted
+from ..architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
+from . import fused_updates
+from .kohya_words import dotted
 
 UNET_ROOTS = frozenset(
     {
@@ -86,7 +86,7 @@ class Named(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
-    matrix: flux.Matrix | None = None
+    matrix: fused_updates.Matrix | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _from_words(words: str, start: str) -> Named | None:
         if root in SGM_ROOTS:
             name = ldm_to_diffusers(words)
             return Named(name, "kohya", "unet.", name, sgm=True) if name else None
-        if matrix := flux.matrix(words):
+        if matrix := fused_updates.matrix(words):
             return _fused(matrix, "kohya")
         if root in UNET_ROOTS:
             return Named(words, "kohya", "unet.", words)
@@ -159,7 +159,7 @@ def _from_kohya_text(number: str, words: str) -> Named | None:
     return Named(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
 
 
-def _fused(matrix: flux.Matrix, format: str, prefix: str = "transformer.") -> Named:
+def _fused(matrix: fused_updates.Matrix, format: str, prefix: str = "transformer.") -> Named:
     """A weight of FLUX in its original spelling; a single part goes by its canonical name."""
     name = matrix.parts[0] if len(matrix.parts) == 1 else matrix.name
     return Named(name, format, prefix, name, sgm=True, matrix=matrix)
@@ -168,7 +168,7 @@ def _fused(matrix: flux.Matrix, format: str, prefix: str = "transformer.") -> Na
 def _from_comfy(path: str) -> Named | None:
     if path.startswith("diffusion_model."):
         path = path.removeprefix("diffusion_model.")
-        if matrix := flux.matrix(path):
+        if matrix := fused_updates.matrix(path):
             return _fused(matrix, "diffusers" if ".processor." in path else "comfy")
         name = ldm_to_diffusers(path)
         if name:
@@ -191,7 +191,7 @@ def _from_dotted(path: str) -> Named | None:
     if path.startswith("base_model.model."):
         family, outer = "peft", "base_model.model."
         path = path.removeprefix(outer)
-    if matrix := flux.matrix(path.removeprefix("transformer.")):
+    if matrix := fused_updates.matrix(path.removeprefix("transformer.")):
         # `proj_out` and the like are diffusers' names too, and never get here. The authors' own
         # spelling has no file format of its own: such a LoRA is written as diffusers writes it.
         return _fused(matrix, "diffusers", outer)
@@ -266,7 +266,7 @@ def to_kohya(
         return path and "lora_unet_" + path.replace(".", "_")
     if where == "transformer":
         if spelling == "sgm":
-            matrix = flux.matrix(name) or flux.matrix_of(name)
+            matrix = fused_updates.matrix(name) or fused_updates.matrix_of(name)
             return "lora_unet_" + matrix.name.replace(".", "_") if matrix else None
         path = "lora_transformer_" + local.replace(".", "_")
         return path if parse(path) else None
@@ -295,7 +295,7 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
         path = diffusers_to_ldm(local, siblings=siblings)
         return path and f"diffusion_model.{path}"
     if where == "transformer":
-        matrix = flux.matrix(name) or flux.matrix_of(name)
+        matrix = fused_updates.matrix(name) or fused_updates.matrix_of(name)
         return f"diffusion_model.{matrix.name}" if matrix else None
     if is_t5(name):
         return f"text_encoders.t5xxl.transformer.{local}"

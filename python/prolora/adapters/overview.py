@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from ..errors import ProLoRAError
 from . import algorithms, keys, names
-from .layout import Contents, lay_out, scale_of
-from .source import Source
+from .contents import Contents, lay_out, scale_of
+from .unread import Source
 
 NOT_UNDERSTOOD = "not understood"
 

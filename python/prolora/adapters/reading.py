@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..core.lowrank import LowRank
+from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from ..linalg.lowrank import LowRank
-from ..linalg.precision import is_finite
-from . import algorithms, flux, lycoris, merging, names, vectors
+from . import algorithms, base_dependent, fused_updates, lycoris, names, vectors
 from .adapter import Adapter
-from .layout import Contents, Slot, lay_out, scale_of
-from .source import Source, StrPath, open_source, read_finite
+from .contents import Contents, Slot, lay_out, scale_of
 from .truncation import Factored
+from .unread import Source, StrPath, open_source, read_finite
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +69,13 @@ def read(
     found = _empty(contents, opened)
     for piece in _pieces(opened, contents, read_weight):
         for mine, more in (
-            (found.updates, piece.updates), (found.kernels, piece.kernels),
-            (found.vectors, piece.vectors), (found.algorithms, piece.algorithms),
-            (found.kept_energy, piece.kept_energy), (found.left_out, piece.left_out),
-        ):  # fmt: skip
+            (found.updates, piece.updates),
+            (found.kernels, piece.kernels),
+            (found.vectors, piece.vectors),
+            (found.algorithms, piece.algorithms),
+            (found.kept_energy, piece.kept_energy),
+            (found.left_out, piece.left_out),
+        ):
             mine.update(more)  # type: ignore[arg-type]
     if found.left_out:
         first = next(iter(found.left_out.items()))
@@ -182,7 +185,7 @@ def _add(
             return
         kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
         algorithm = slot.form.algorithm
-        found = merging.merged_update(algorithm, weight, tensors, scale, where)
+        found = base_dependent.merged_update(algorithm, weight, tensors, scale, where)
     else:
         found = lycoris.factored(slot.form.algorithm, tensors)
         found = Factored(_scaled(found.update, scale, slot, source), found.kept)
@@ -193,12 +196,16 @@ def _add(
 
 
 def _put(
-    adapter: Adapter, slot: Slot, update: LowRank, kernel: tuple[int, int] | None, kept: float,
+    adapter: Adapter,
+    slot: Slot,
+    update: LowRank,
+    kernel: tuple[int, int] | None,
+    kept: float,
     where: str,
-) -> None:  # fmt: skip
+) -> None:
     """Puts an update into the adapter, that of a fused weight part by part."""
     matrix = slot.module.matrix
-    parts = flux.split(matrix, update, where) if matrix else {slot.module.name: update}
+    parts = fused_updates.split(matrix, update, where) if matrix else {slot.module.name: update}
     for name, part in parts.items():
         adapter.updates[name] = part
         if kernel:
@@ -225,7 +232,7 @@ def _add_zeros(adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source
             if role in ("dora_scale", "magnitude")
         }
         if magnitudes:
-            merging.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
+            base_dependent.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
         inputs = math.prod(found[0][1:])
         kernel = (found[0][2], found[0][3]) if len(found[0]) == 4 else None
     rank = max(1, slot.form.rank)
@@ -291,4 +298,4 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
     _check_fit(slot, [tuple(part.shape) for part in parts], where)
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
     swapped = slot.module.matrix is not None and slot.module.matrix.swapped
-    return flux.swapped_halves(whole) if swapped else whole
+    return fused_updates.swapped_halves(whole) if swapped else whole

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg.basis import truncated_svd
-from ..linalg.lowrank import LowRank
-from ..linalg.recompression import balanced, columns_holding, product_svd
+from ..core.basis import truncated_svd
+from ..core.lowrank import LowRank
+from ..core.recompression import balanced, columns_holding, product_svd
 
 MAX_RANK = 256
 ENERGY = 0.999

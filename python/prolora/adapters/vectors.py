@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from . import flux
+from . import fused_updates
 from .names import Named
-from .source import Source, read_finite
+from .unread import Source, read_finite
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check(slot: VectorSlot, source: Source) -> None:
             f"{source.where}: {slot.key} {list(header.shape)} is not a {slot.tensor} vector"
         )
     if slot.module.matrix:
-        flux.rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
+        fused_updates.rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
 
 
 def read(slot: VectorSlot, scale: float, source: Source) -> dict[str, Tensor]:
@@ -76,8 +76,8 @@ def read(slot: VectorSlot, scale: float, source: Source) -> dict[str, Tensor]:
     if matrix is None:
         return {slot.name: vector}
     if matrix.swapped:
-        vector = flux.swapped_halves(vector)
-    parts = vector.split(flux.rows(matrix, len(vector), source.where))
+        vector = fused_updates.swapped_halves(vector)
+    parts = vector.split(fused_updates.rows(matrix, len(vector), source.where))
     found = {
         f"{name}.{slot.tensor}": part.clone()
         for name, part in zip(matrix.parts, parts, strict=True)
@@ -102,7 +102,7 @@ def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
-        matrix = flux.matrix_of(module) if original else None
+        matrix = fused_updates.matrix_of(module) if original else None
         if matrix is None:
             out[name] = vector
             continue
@@ -117,7 +117,9 @@ def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
         if sum(heights) != len(whole):
             raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
         top = sum(heights[: matrix.parts.index(module)])
-        whole[top : top + len(vector)] = flux.swapped_halves(vector) if matrix.swapped else vector
+        whole[top : top + len(vector)] = (
+            fused_updates.swapped_halves(vector) if matrix.swapped else vector
+        )
     return out
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.lowrank import LowRank
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
-from ..linalg.lowrank import LowRank
-from ..saving import (
+from ..files.writing import (
     check_writable,
     safetensors_size,
     write_safetensors,
@@ -24,9 +24,9 @@ from ..saving import (
 from . import encoding, groups, vectors
 from . import metadata as headers
 from .adapter import Adapter
+from .peft_config import METADATA_KEY
 from .reading import read_pieces
-from .scaling import METADATA_KEY
-from .source import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
+from .unread import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,9 +71,12 @@ def write(
         header.update(headers.kohya_hashes(tensors, header))
     if chosen != "peft":
         _publish(
-            Path(path), adapter, chosen, stored,
+            Path(path),
+            adapter,
+            chosen,
+            stored,
             lambda staged: write_safetensors(staged, tensors, header),
-        )  # fmt: skip
+        )
         return
 
     def write_folder(staged: Path) -> None:
@@ -208,9 +211,10 @@ def _verify(staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, pat
     except ProLoRAError as error:
         raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
     missing = {
-        name for name in adapter.updates.keys() - seen
+        name
+        for name in adapter.updates.keys() - seen
         if adapter.updates[name].norm() > _tolerance(dtype) * shared.get(name, 0.0)
-    }  # fmt: skip
+    }
     if missing or foreign or kernels != adapter.kernels:
         changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")

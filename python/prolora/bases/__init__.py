@@ -1,7 +1,7 @@
 """Base models as {module name: weight}, read lazily."""
 
+from ..architectures.layouts import Correspondence, Layout, correspondence, identify, known, load
 from .base import Base, check_finite
-from .layout import Correspondence, Layout, correspondence, identify, known, load
 from .opening import Source, open_base
 
 __all__ = [

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..architectures.layouts import identify
 from ..errors import NonFiniteWeights
-from .layout import identify
 from .weights import Weight
 
 Progress = Callable[[int, int, str], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from ..architectures.modules import is_adaptable, matrix_shape, place
 from .base import Base
-from .modules import is_adaptable, matrix_shape, place
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks\.\d+)\.")
 _QUERY = re.compile(r"\.attn1?\.to_q$")

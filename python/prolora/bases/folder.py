@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UnsupportedFormat
-from ..storage import SafetensorsFile
-from .gguf_file import MAGIC, GgufFile
+from ..files.gguf_file import MAGIC, GgufFile
+from ..files.safetensors_file import SafetensorsFile
 from .weights import StoredWeight
 
 MODELS = ("unet", "transformer")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedFormat
-from ..storage import SafetensorsFile
+from ..files.safetensors_file import SafetensorsFile
 from . import hub
 from .base import Base
-from .encoders import PREFIXES
+from .canonical_names import name_weights
+from .float8 import METADATA_KEY
 from .folder import file_weights, folder_weights, model_folder
-from .naming import name_weights
-from .quantised import METADATA_KEY
+from .text_encoders import PREFIXES
 from .weights import LoadedWeight, StoredWeight, Weight
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base

@@ -13,13 +13,14 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import comparison, inspection, ops
 from ..bases import open_base
-from ..demo import run_demo
+from ..comparison import comparison
+from ..core.ops import operators
 from ..errors import LowCoverage, ProLoRAError
-from ..saving import check_writable
+from ..files.writing import check_writable
 from ..version import __version__
-from . import basis, console, description, heatmap
+from ..workflow import inspection
+from . import basis, heatmap, inspect_table, tables
 from .common import (
     CacheOption,
     DeviceOption,
@@ -35,6 +36,7 @@ from .common import (
     memory_limit,
     parse_rank,
 )
+from .demo import run_demo
 from .transfer import AUTO_METHOD, Method, show_report, transfer
 
 app = typer.Typer(
@@ -59,7 +61,7 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        for part in description.parts(found):
+        for part in inspect_table.parts(found):
             out.print(part, highlight=False)
 
 
@@ -87,7 +89,7 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """Say whether a LoRA can move between two bases, from their weights alone."""
-    ops.require(device)
+    operators.require(device)
     old, new = open_base(source), open_base(target)
     if quick and (sweep or plot is not None):
         asked = "--sweep tells" if sweep else "--plot draws"
@@ -95,12 +97,17 @@ def compare(
     if plot is not None:
         heatmap.check_pillow()
         check_writable(plot, [*old.files, *new.files])
-    with console.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
+    with tables.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
         found = comparison.compare(
-            old, new, rank=None if quick else parse_rank(rank), match=match, device=device,
-            cache=cache_folder(cache, no_cache), max_memory=memory_limit(max_memory),
+            old,
+            new,
+            rank=None if quick else parse_rank(rank),
+            match=match,
+            device=device,
+            cache=cache_folder(cache, no_cache),
+            max_memory=memory_limit(max_memory),
             progress=progress,
-        )  # fmt: skip
+        )
     if plot is not None:
         heatmap.save(found, plot)
     if as_json:
@@ -108,12 +115,12 @@ def compare(
         return
     if not quiet:
         if found.decisions:
-            out.print(console.decisions_table(found.decisions, found.dropped_blocks, modules))
-        out.print(console.comparison_table(found))
-        out.print(f"[dim]{console.COMPARISON_LEGEND}[/dim]", highlight=False)
+            out.print(tables.decisions_table(found.decisions, found.dropped_blocks, modules))
+        out.print(tables.comparison_table(found))
+        out.print(f"[dim]{tables.COMPARISON_LEGEND}[/dim]", highlight=False)
         if sweep:
-            out.print(console.sweep_table(found))
-            out.print(f"[dim]{console.SWEEP_LEGEND}[/dim]", highlight=False)
+            out.print(tables.sweep_table(found))
+            out.print(f"[dim]{tables.SWEEP_LEGEND}[/dim]", highlight=False)
     for sentence in found.sentences():
         out.print(sentence, highlight=False)
     out.print(f"Modules were paired by: {found.match}.", highlight=False)
@@ -133,7 +140,7 @@ def demo(
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
     shown = err.is_terminal
-    with console.progress_bar("demo", shown) as progress:
+    with tables.progress_bar("demo", shown) as progress:
         report, paths = run_demo(
             output, lora=lora, target=target, method=method.value, seed=seed, progress=progress
         )
@@ -145,12 +152,12 @@ def demo(
 @app.command()
 def info(as_json: JsonOption = False) -> None:
     """Say what this installation can do."""
-    count, why = ops.cuda_status()
+    count, why = operators.cuda_status()
     facts = {
         "prolora": __version__,
         "torch": torch.__version__,
         "cpu threads": torch.get_num_threads(),
-        "built with CUDA kernels": ops.built_with_cuda(),
+        "built with CUDA kernels": operators.built_with_cuda(),
         "usable GPUs": count,
         "why no GPU": why or None,
         "torch sees a GPU": torch.cuda.is_available(),

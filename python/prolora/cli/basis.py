@@ -11,14 +11,15 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .. import ops
-from ..bases import cache_tools, open_base
-from ..bases.cache import default_folder
-from ..bases.survey import survey
+from ..bases import open_base
+from ..bases.cache import maintenance
+from ..bases.cache.basis_cache import default_folder
+from ..bases.cache.build import survey
+from ..bases.memory import parse_size, size_text
+from ..core.ops import operators
+from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
-from ..memory import parse_size, size_text
-from ..projection import DEFAULT_RANK
-from . import console
+from . import tables
 from .common import (
     CacheOption,
     DeviceOption,
@@ -66,30 +67,34 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Compute a base model's leading subspaces, keep them, and say how exact they are."""
-    ops.require(device)
+    operators.require(device)
     opened = open_base(base)
     folder = cache_folder(cache, no_cache)
-    with console.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
+    with tables.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
         rows = survey(
-            opened, parse_rank(rank), cache=folder, device=device,
-            max_memory=memory_limit(max_memory), progress=progress,
-        )  # fmt: skip
+            opened,
+            parse_rank(rank),
+            cache=folder,
+            device=device,
+            max_memory=memory_limit(max_memory),
+            progress=progress,
+        )
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return
     if not quiet:
-        out.print(console.survey_table(opened.name, rows))
+        out.print(tables.survey_table(opened.name, rows))
         show_cache(folder)
 
 
 @app.command("list")
 def list_(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     """Say what the cache holds, and how large it is."""
-    found = cache_tools.inventory(cache or default_folder())
+    found = maintenance.inventory(cache or default_folder())
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        for part in console.inventory(found):
+        for part in tables.inventory(found):
             out.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
@@ -106,12 +111,12 @@ def verify(
 ) -> None:
     """Compare everything in the cache with its checksum, and with the weights of a base."""
     folder = cache or default_folder()
-    with console.progress_bar("verify", not (quiet or as_json) and err.is_terminal) as progress:
-        found = cache_tools.verify(folder, base, parse_rank(rank), progress)
+    with tables.progress_bar("verify", not (quiet or as_json) and err.is_terminal) as progress:
+        found = maintenance.verify(folder, base, parse_rank(rank), progress)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     elif not quiet:
-        for sentence in console.verified(found, base, rank):
+        for sentence in tables.verified(found, base, rank):
             out.print(sentence, highlight=False, soft_wrap=True)
     if not found.ok:
         bad = len(found.damaged) + len(found.wrong or {})
@@ -135,11 +140,13 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Remove what is of no use any more: files of killed processes, of other versions, damaged."""
-    found = cache_tools.prune(
-        cache or default_folder(), older_than=parse_age(older_than) if older_than else None,
-        max_size=parse_size(max_size) if max_size else None, everything=everything,
+    found = maintenance.prune(
+        cache or default_folder(),
+        older_than=parse_age(older_than) if older_than else None,
+        max_size=parse_size(max_size) if max_size else None,
+        everything=everything,
         dry_run=dry_run,
-    )  # fmt: skip
+    )
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         return
@@ -161,7 +168,7 @@ def parse_age(text: str) -> float:
 def show_cache(folder: Path | None) -> None:
     """A line that says where subspaces are kept and how much room they take."""
     if folder is not None:
-        size = cache_tools.size_of(folder)
+        size = maintenance.size_of(folder)
         out.print(
             f"[dim]cache: {size_text(size)} in {folder} (`prolora basis list`, `prune`; "
             "--no-cache keeps nothing)[/dim]",

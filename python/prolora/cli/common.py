@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..bases.cache import BasisCache, default_folder
+from ..bases.cache.basis_cache import BasisCache, default_folder
+from ..bases.memory import parse_size
 from ..errors import OutputError
-from ..memory import parse_size
 
 # Text and not Path: a base may be an id on the hub, hf://org/name.
 SourceOption = Annotated[

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..comparison import Comparison, ModuleComparison, mean_of
+from ..comparison.comparison import Comparison, ModuleComparison, mean_of
 from ..errors import OutputError
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
@@ -102,9 +102,14 @@ def draw(comparison: Comparison) -> Any:
     left = max(width(name) for name in rows[0]) + 12
     wide = max(720, left + max(map(len, columns)) * CELL[0])
     heads = [max(width(name) for name in names) + 12 for names in columns]
-    said = [line for sentence in (f"{comparison.source} against {comparison.target}",
-                                  comparison.verdict.sentence())
-            for line in textwrap.wrap(_plain(sentence), wide // 8)]  # fmt: skip
+    said = [
+        line
+        for sentence in (
+            f"{comparison.source} against {comparison.target}",
+            comparison.verdict.sentence(),
+        )
+        for line in textwrap.wrap(_plain(sentence), wide // 8)
+    ]
     top = MARGIN + len(said) * (TEXT + 6) + 16
     heights = [
         28 + head + len(names) * CELL[1] + 20 for head, names in zip(heads, rows, strict=True)

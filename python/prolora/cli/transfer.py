@@ -11,29 +11,20 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import ops
 from ..bases import open_base
-from ..batch import Outcome, transfer_many
-from ..dry_run import plan_report
+from ..comparison.block_matching import resolve
+from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD
+from ..core.ops import operators
+from ..core.projection import DEFAULT_RANK
 from ..errors import LowCoverage, OutputError, ProLoRAError
-from ..matching import resolve
-from ..options import (
-    AUTO,
-    DEFAULT_THRESHOLD,
-    DROPPED,
-    METHOD_NAMES,
-    PROBE,
-    STRATEGIES,
-    TEXT_ENCODER,
-    VECTORS,
-    Probing,
-    read_prompts,
-)
-from ..projection import DEFAULT_RANK
-from ..report import Report
-from ..saving import check_writable, write_text_atomically
-from ..transfer import transfer_file
-from . import console
+from ..files.writing import check_writable, write_text_atomically
+from ..probe.settings import STRATEGIES, Probing, read_prompts
+from ..workflow.batch import Outcome, transfer_many
+from ..workflow.dry_run import plan_report
+from ..workflow.options import DROPPED, METHOD_NAMES, PROBE, TEXT_ENCODER, VECTORS
+from ..workflow.report import Report
+from ..workflow.transfer import transfer_file
+from . import tables
 from .basis import show_cache
 from .common import (
     CacheOption,
@@ -187,18 +178,30 @@ def transfer(
     """Write the LoRA that belongs on another base model."""
     if output is None and not dry_run:
         raise OutputError("-o OUT is missing: where shall the new LoRA be written?")
-    ops.require(device)
+    operators.require(device)
     options: dict[str, Any] = {
-        "rank": parse_rank(rank), "method": method.value, "match": match, "threshold": threshold,
+        "rank": parse_rank(rank),
+        "method": method.value,
+        "match": match,
+        "threshold": threshold,
         "strength": parse_strength(strength),
         "out_rank": parse_out_rank(out_rank),
-        "text_encoder": text_encoder.value, "dropped": dropped.value, "vectors": vectors.value,
+        "text_encoder": text_encoder.value,
+        "dropped": dropped.value,
+        "vectors": vectors.value,
         "min_coverage": min_coverage,
         "probe": Probing(
-            (*prompt, *(read_prompts(prompts) if prompts else ())), probe_images, probe_steps,
-            probe_size, probe_guidance, probe_strategy.value, probe_fit_steps, force, resume,
+            (*prompt, *(read_prompts(prompts) if prompts else ())),
+            probe_images,
+            probe_steps,
+            probe_size,
+            probe_guidance,
+            probe_strategy.value,
+            probe_fit_steps,
+            force,
+            resume,
         ),
-    }  # fmt: skip
+    }
     if method.value != PROBE and options["probe"] != Probing():
         raise ValueError(
             "prompts, --probe-…, --resume and --force are for probing: add --method probe"
@@ -209,7 +212,7 @@ def transfer(
     shown = not (quiet or as_json) and err.is_terminal
     factors = getattr(torch, dtype.value) if dtype else None
     folder = cache if dry_run else cache_folder(cache, no_cache)
-    with console.progress_bar("match", shown) as progress:
+    with tables.progress_bar("match", shown) as progress:
         options["match"] = resolve(match, old, new, cache=folder, device=device, progress=progress)
     if dry_run:
         written = {"format": format.value, "dtype": factors}
@@ -225,7 +228,7 @@ def transfer(
             "device": device,
             "max_memory": memory_limit(max_memory),
         }
-        with console.progress_bar("transfer", shown) as progress:
+        with tables.progress_bar("transfer", shown) as progress:
             saving["progress"] = progress
             if len(loras) > 1 or (output.is_dir() and format.value != "peft"):
                 outcomes = transfer_many(loras, old, new, output, redo=redo, **saving, **options)
@@ -274,8 +277,8 @@ def parse_strength(text: str) -> float | str | None:
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
-        out.print(console.outcomes_table(outcomes))
-        for line in console.failures(outcomes):
+        out.print(tables.outcomes_table(outcomes))
+        for line in tables.failures(outcomes):
             out.print(line, highlight=False, soft_wrap=True, style="red")
         return
     report = outcomes[0].report
@@ -293,15 +296,15 @@ def used_subspaces(outcome: Outcome) -> bool:
 def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
     if report.decisions:
-        out.print(console.decisions_table(report.decisions, report.dropped_blocks, every_module))
+        out.print(tables.decisions_table(report.decisions, report.dropped_blocks, every_module))
     if report.probe is not None and report.probe.blocks:
-        out.print(console.probe_table(report))
-        out.print(f"[dim]{console.PROBE_LEGEND}[/dim]", highlight=False)
+        out.print(tables.probe_table(report))
+        out.print(f"[dim]{tables.PROBE_LEGEND}[/dim]", highlight=False)
     if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):
-        out.print(console.transfer_table(report, every_module))
+        out.print(tables.transfer_table(report, every_module))
         if not report.dry_run:
-            out.print(f"[dim]{console.legend(report, every_module)}[/dim]", highlight=False)
-    reasons = console.reasons_table(report)
+            out.print(f"[dim]{tables.legend(report, every_module)}[/dim]", highlight=False)
+    reasons = tables.reasons_table(report)
     if reasons:
         out.print(reasons)
     for sentence in report.sentences():

@@ -23,9 +23,12 @@ class _Apart(Exception):
 
 
 def mixed(
-    questions: Sequence[Question], limit: int, most: int, predict: Check,
+    questions: Sequence[Question],
+    limit: int,
+    most: int,
+    predict: Check,
     generator: torch.Generator,
-) -> list[Question]:  # fmt: skip
+) -> list[Question]:
     """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
 
     A sampler's call holds one moment of a few images. Fits on such batches see too little at a

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..linalg.lowrank import LowRank
-from . import fitting, keeping
-from .account import BlockReport, Options, ProbeReport
+from ..core.lowrank import LowRank
+from . import block_fit, checkpoint
 from .blocks import as_streams, inputs_of, streams
-from .keeping import Keep
-from .mapping import RidgeMap, features
+from .checkpoint import Keep
 from .recording import Targets
-from .shelf import Rows, Shelf, kept
+from .report import BlockReport, ProbeReport
+from .ridge_map import RidgeMap, features
+from .settings import Options
+from .spill import Rows, Shelf, kept
 from .trajectories import applied
 from .translation import Question, Read, Translation
 
@@ -26,10 +27,19 @@ MAP_BYTES = 4 << 30
 
 
 def fit(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
-    theirs: Sequence[str], places: dict[str, list[str]], between: Translation, options: Options,
-    report: ProbeReport, keep: Keep, made_of: str, told: Callable[[int, str], None],
-) -> dict[str, LowRank]:  # fmt: skip
+    source: nn.Module,
+    target: nn.Module,
+    adapter: Adapter,
+    calls: Sequence[Question],
+    theirs: Sequence[str],
+    places: dict[str, list[str]],
+    between: Translation,
+    options: Options,
+    report: ProbeReport,
+    keep: Keep,
+    made_of: str,
+    told: Callable[[int, str], None],
+) -> dict[str, LowRank]:
     """The updates of every block, in the order in which they run; see docs/probe.md.
 
     Args:
@@ -54,30 +64,51 @@ def fit(
     for i, name in enumerate(names):
         told(i, name)
         last = i == len(names) - 1
-        key = "" if keep.folder is None else keeping.fingerprint(
-            made_of, options.told(), name, keeping.updates(updates)
-        )  # fmt: skip
+        key = (
+            ""
+            if keep.folder is None
+            else checkpoint.fingerprint(made_of, options.told(), name, checkpoint.updates(updates))
+        )
         wanted = Rows(shelf, "" if last else name, len(calls))
         found = keep.fitted(f"block-{i}", key)
         if found is None:
             if (0, wanted.name) not in shelf:
                 group = next(group for group in groups if name in group)
                 _wanted(
-                    source, target, adapter, calls, theirs, group[group.index(name) :], names,
-                    between, options, report, shelf,
-                )  # fmt: skip
+                    source,
+                    target,
+                    adapter,
+                    calls,
+                    theirs,
+                    group[group.index(name) :],
+                    names,
+                    between,
+                    options,
+                    report,
+                    shelf,
+                )
             fitted = _fit_block(
-                target, name, places[name], calls, wanted, updates, between.read, options, report,
-            )  # fmt: skip
+                target,
+                name,
+                places[name],
+                calls,
+                wanted,
+                updates,
+                between.read,
+                options,
+                report,
+            )
             row = report.blocks[i]
             told_row = {"reached": row.reached, "explained": row.explained}
             keep.keep_fitted(f"block-{i}", key, fitted, told_row)
         else:
             fitted, facts = found
             report.blocks[i] = replace(
-                report.blocks[i], reached=facts["reached"], modules=len(fitted),
+                report.blocks[i],
+                reached=facts["reached"],
+                modules=len(fitted),
                 explained=tuple(facts["explained"]),
-            )  # fmt: skip
+            )
             report.resumed += 1
         if (0, wanted.name) in shelf:
             wanted.drop()
@@ -87,9 +118,13 @@ def fit(
 
 @torch.no_grad()
 def _groups(
-    source: nn.Module, target: nn.Module, calls: Sequence[Question], theirs: Sequence[str],
-    names: list[str], options: Options,
-) -> list[list[str]]:  # fmt: skip
+    source: nn.Module,
+    target: nn.Module,
+    calls: Sequence[Question],
+    theirs: Sequence[str],
+    names: list[str],
+    options: Options,
+) -> list[list[str]]:
     """The target's blocks in runs whose maps, and wanted streams, fit into memory together.
 
     Each run costs passes of its own over the calls, so there are as few as can be.
@@ -117,10 +152,18 @@ def _groups(
 
 @torch.no_grad()
 def _wanted(
-    source: nn.Module, target: nn.Module, adapter: Adapter, calls: Sequence[Question],
-    theirs: Sequence[str], group: Sequence[str], names: list[str], between: Translation,
-    options: Options, report: ProbeReport, shelf: Shelf,
-) -> None:  # fmt: skip
+    source: nn.Module,
+    target: nn.Module,
+    adapter: Adapter,
+    calls: Sequence[Question],
+    theirs: Sequence[str],
+    group: Sequence[str],
+    names: list[str],
+    between: Translation,
+    options: Options,
+    report: ProbeReport,
+    shelf: Shelf,
+) -> None:
     """Puts on the shelf, by (call, block), the streams the blocks of a group should give out.
 
     The prediction, which the last block of all is fitted to, is under (call, "").
@@ -170,25 +213,42 @@ def _wanted(
 
 
 def _fit_block(
-    target: nn.Module, block: str, roles: list[str], calls: Sequence[Question], wanted: Rows,
-    updates: dict[str, LowRank], read: Read, options: Options, report: ProbeReport,
-) -> dict[str, LowRank]:  # fmt: skip
+    target: nn.Module,
+    block: str,
+    roles: list[str],
+    calls: Sequence[Question],
+    wanted: Rows,
+    updates: dict[str, LowRank],
+    read: Read,
+    options: Options,
+    report: ProbeReport,
+) -> dict[str, LowRank]:
     """The updates of one block, with those of the blocks before it in place."""
     row = next(i for i, found in enumerate(report.blocks) if found.name == block)
     last = row == len(report.blocks) - 1
     with applied(target, updates):
         if last:
-            problem = fitting.Problem(
-                target, [f"{block}.{role}" for role in roles], Targets(calls), wanted,
-                lambda result: (read(result),), options.fit_ridge, options.iterations,
-            )  # fmt: skip
+            problem = block_fit.Problem(
+                target,
+                [f"{block}.{role}" for role in roles],
+                Targets(calls),
+                wanted,
+                lambda result: (read(result),),
+                options.fit_ridge,
+                options.iterations,
+            )
         else:
             limit = None if options.max_memory is None else options.max_memory // 4
             read_by = (inputs_of(target, block, call.target) for call in calls)
-            problem = fitting.Problem(
-                target.get_submodule(block), roles, kept(read_by, Shelf(limit), block), wanted,
-                as_streams, options.fit_ridge, options.iterations,
-            )  # fmt: skip
+            problem = block_fit.Problem(
+                target.get_submodule(block),
+                roles,
+                kept(read_by, Shelf(limit), block),
+                wanted,
+                as_streams,
+                options.fit_ridge,
+                options.iterations,
+            )
         small = _solved(problem, options)
         reached = _reached(problem, {name: update.dense() for name, update in small.items()})
     old = report.blocks[row]
@@ -196,14 +256,14 @@ def _fit_block(
     return small if last else {f"{block}.{role}": update for role, update in small.items()}
 
 
-def _solved(problem: fitting.Problem, options: Options) -> dict[str, LowRank]:
+def _solved(problem: block_fit.Problem, options: Options) -> dict[str, LowRank]:
     """Gauss–Newton: linearise, solve, go as far as it helps, linearise there; then cut to rank."""
     total = {name: torch.zeros_like(w) for name, w in problem.weights().items()}
     best = 0.0
     for _ in range(options.rounds):
         in_place = {name: LowRank(d, torch.eye(d.shape[1]).to(d)) for name, d in total.items()}
         with applied(problem.module, in_place):
-            step, grams = fitting.fit(problem)
+            step, grams = block_fit.fit(problem)
         steps = {
             length: {n: (d + length * step[n]).to(d.dtype) for n, d in total.items()}
             for length in STEP_LENGTHS
@@ -213,11 +273,11 @@ def _solved(problem: fitting.Problem, options: Options) -> dict[str, LowRank]:
         if reached[length] <= best:
             break  # no step helps
         total, best = steps[length], reached[length]
-    return {name: fitting.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
+    return {name: block_fit.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
 
 
 @torch.no_grad()
-def _reached(problem: fitting.Problem, updates: dict[str, Tensor]) -> float:
+def _reached(problem: block_fit.Problem, updates: dict[str, Tensor]) -> float:
     """1 − Σ‖wanted − output with updates‖²/Σ‖wanted − output without‖²."""
     start = problem.weights()
     moved = {name: start[name] + update for name, update in updates.items()}

@@ -78,9 +78,11 @@ def _flat(values: Mapping[str, Any], above: Path = ()) -> Told:
 def _by_sample(path: Path, value: Any, count: int) -> bool:
     """Whether a value has a row for every sample of the call."""
     return (
-        isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == count
         and path[-1] not in _SHARED
-    )  # fmt: skip
+    )
 
 
 def row(found: Parts, i: int) -> Told:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linalg.lowrank import LowRank
+from ..core.lowrank import LowRank
 from .trajectories import Call, applied, output_of, predict
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
@@ -69,15 +69,19 @@ class Gate:
     def copy_serves(self) -> bool:
         """Whether the copied LoRA does no worse, and enough to be worth writing."""
         return (
-            self.decision == COPY and self.copy_share is not None
+            self.decision == COPY
+            and self.copy_share is not None
             and min(self.copy_share[origin] for origin in ("adapted", "target")) >= MIN_SHARE
-        )  # fmt: skip
+        )
 
 
 def judge(
-    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted],
-    read: Callable[[Any], Tensor] = output_of, copied: Mapping[str, LowRank] | None = None,
-) -> Gate:  # fmt: skip
+    target: nn.Module,
+    updates: Mapping[str, LowRank],
+    held_out: Sequence[Wanted],
+    read: Callable[[Any], Tensor] = output_of,
+    copied: Mapping[str, LowRank] | None = None,
+) -> Gate:
     """Chooses the strength, and go, weaken, copy or refuse.
 
     Args:
@@ -97,9 +101,11 @@ def judge(
 
 
 def decided(
-    strength: float, share: dict[str, float], disagreement: dict[str, float],
+    strength: float,
+    share: dict[str, float],
+    disagreement: dict[str, float],
     copy_share: dict[str, float] | None,
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """The decision and its reason."""
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
     # would bend what the LoRA never meant to touch, or miss what it is for.
@@ -130,9 +136,11 @@ def decided(
 
 
 def serves(
-    target: nn.Module, copied: Mapping[str, LowRank], probes: Sequence[Wanted],
+    target: nn.Module,
+    copied: Mapping[str, LowRank],
+    probes: Sequence[Wanted],
     read: Callable[[Any], Tensor],
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether copied updates are a start for the fit: the bases agree, and the copy does its work.
 
     Args:
@@ -159,9 +167,11 @@ def fits(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
 
 
 def _best_strength(
-    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted],
+    target: nn.Module,
+    updates: Mapping[str, LowRank],
+    held_out: Sequence[Wanted],
     read: Callable[[Any], Tensor],
-) -> tuple[float, dict[str, float]]:  # fmt: skip
+) -> tuple[float, dict[str, float]]:
     """The one of STRENGTHS with the largest share over all probes, and its shares."""
     best: tuple[float, dict[str, float]] | None = None
     for strength in reversed(STRENGTHS):
@@ -174,9 +184,12 @@ def _best_strength(
 
 
 def _share(
-    target: nn.Module, updates: Mapping[str, LowRank], held_out: Sequence[Wanted], strength: float,
+    target: nn.Module,
+    updates: Mapping[str, LowRank],
+    held_out: Sequence[Wanted],
+    strength: float,
     read: Callable[[Any], Tensor],
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Share of the wanted change achieved, by origin and for all."""
     with applied(target, updates, strength):
         missing = [predict(target, w.call, read) - w.plain - w.change for w in held_out]

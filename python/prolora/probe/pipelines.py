@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import latents
+from ..bases import vae
 from ..bases.folder import MODELS, choose, folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
-from ..options import Probing
 from . import schedules
 from .conditioning import Book, Told, assembled, parts, row
 from .precision import HALVES
 from .schedules import Schedule
+from .settings import Probing
 from .trajectories import Call, Sample, output_of
 from .translation import Translation
 
@@ -77,11 +77,15 @@ class Pipeline:
             ProLoRAError: the pipeline asks for something else, an image for example.
         """
         given: dict[str, Any] = {
-            "num_inference_steps": settings.steps, "output_type": "latent",
-            "generator": torch.Generator().manual_seed(seed), "height": settings.size,
-            "width": settings.size, "guidance_scale": settings.guidance,
-            "use_resolution_binning": False, "clean_caption": False,
-        }  # fmt: skip
+            "num_inference_steps": settings.steps,
+            "output_type": "latent",
+            "generator": torch.Generator().manual_seed(seed),
+            "height": settings.size,
+            "width": settings.size,
+            "guidance_scale": settings.guidance,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
         if "class_labels" in self.accepted:
             given["class_labels"] = [_class_number(prompt, self.name)]
         elif "prompt" in self.accepted:
@@ -253,20 +257,20 @@ def _no_bars(diffusers: Any) -> Iterator[None]:
 
 def _checked_index(folder: Path) -> dict[str, Any]:
     """model_index.json, refused where loading it would run code that is not diffusers' own."""
-    if not latents.is_pipeline(folder):
+    if not vae.is_pipeline(folder):
         raise UnsupportedFormat(
             f"{folder}: --method probe runs the models, so each base must be the folder of a whole "
-            f"diffusers pipeline ({latents.INDEX}, scheduler, text encoders, unet or transformer); "
+            f"diffusers pipeline ({vae.INDEX}, scheduler, text encoders, unet or transformer); "
             "weights alone cannot be sampled"
         )
-    index = latents.read_json(folder / latents.INDEX)
+    index = vae.read_json(folder / vae.INDEX)
     if not isinstance(index.get("_class_name"), str):
-        raise UnsupportedFormat(f"{folder / latents.INDEX}: names no class of diffusers")
+        raise UnsupportedFormat(f"{folder / vae.INDEX}: names no class of diffusers")
     for name, value in index.items():
         if isinstance(value, list) and name not in _UNUSED and value[0] is not None:
             if value[0] not in ("diffusers", "transformers"):
                 raise UnsupportedFormat(
-                    f"{folder / latents.INDEX}: {name} comes from {value[0]!r}, which is code of "
+                    f"{folder / vae.INDEX}: {name} comes from {value[0]!r}, which is code of "
                     "its own; probing runs nothing but diffusers and transformers"
                 )
     if not any(isinstance(index.get(part), list) for part in MODELS):

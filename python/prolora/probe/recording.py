@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from . import keeping
-from .keeping import Keep
+from . import checkpoint
+from .checkpoint import Keep
 from .lazy import Lazy
-from .shelf import Calls, Shelf
+from .spill import Calls, Shelf
 from .trajectories import Call, Sample, applied, record
 from .translation import Question, Translation
 
@@ -45,9 +45,9 @@ class Recorder:
         """Origin -> what its trajectories depend on, besides the seed."""
         if self.keep.folder is None:
             return dict.fromkeys(("source", "adapted", "target"), "")
-        source, target = keeping.weights(self.source), keeping.weights(self.target)
-        lora = keeping.updates(self.adapter.updates)
-        print_ = keeping.fingerprint
+        source, target = checkpoint.weights(self.source), checkpoint.weights(self.target)
+        lora = checkpoint.updates(self.adapter.updates)
+        print_ = checkpoint.fingerprint
         return {
             "source": print_(source, self.told),
             "adapted": print_(source, self.told, lora),
@@ -57,7 +57,7 @@ class Recorder:
     @property
     def key(self) -> str:
         """What all of them together depend on."""
-        return keeping.fingerprint(*self.keys.values())
+        return checkpoint.fingerprint(*self.keys.values())
 
     def questions(self, seed: int) -> list[Question]:
         """All the questions of source, LoRA and target, whose seeds are `seed` and the next two."""
@@ -74,7 +74,7 @@ class Recorder:
                 return record(model, sample, seed, origin)
 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        key = keeping.fingerprint(self.keys[origin], str(seed))
+        key = checkpoint.fingerprint(self.keys[origin], str(seed))
         return self.keep.calls(f"calls-{origin}-{seed}", key, device, made)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, ShapeMismatch
-from ..linalg.lowrank import LowRank
 from .precision import HALVES
 
 Sample = Callable[[int], Any]

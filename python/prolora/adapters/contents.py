@@ -1,0 +1,327 @@
+"""What an adapter holds, checked from headers alone: modules, shapes, ranks, where scales are."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
+from . import algorithms, fused_updates, keys, names, vectors
+from .algorithms import Form
+from .family import guess_family
+from .names import Named
+from .peft_config import METADATA_KEY, PeftScaling, from_config, from_metadata
+from .unread import PEFT_CONFIG, Source
+from .vectors import VectorSlot
+
+_CONVOLUTION = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+
+
+@dataclass
+class Slot:
+    """The tensors of one module, or of one weight that several modules are rows of.
+
+    Attributes:
+        module: what the keys' common path means.
+        keys: role -> key in the file.
+        form: kind, shape and rank, known once the shapes are checked.
+        peft: the configuration that gives the scale, if there is one.
+    """
+
+    module: Named
+    keys: dict[str, str] = field(default_factory=dict)
+    form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
+    peft: PeftScaling | None = None
+
+    @property
+    def kind(self) -> str:
+        """The algorithm, with "+dora" if the result is rescaled."""
+        dora = {"dora_scale", "magnitude"} & self.keys.keys()
+        return self.form.algorithm + ("+dora" if dora else "")
+
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
+        if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
+            is_3x3 = _CONVOLUTION.search(self.module.name) and self.form.inputs % 9 == 0
+            return (3, 3) if is_3x3 else None
+        return self.form.kernel
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter file by its header.
+
+    Attributes:
+        slots: one for each update.
+        vectors: one for each bias and each tensor of a normalisation layer.
+        left_out: tensors that are neither -> the reason.
+    """
+
+    slots: list[Slot]
+    vectors: list[VectorSlot]
+    left_out: dict[str, str]
+
+
+def lay_out(source: Source) -> Contents:
+    """The updates of an adapter in file order; no tensor is read.
+
+    Raises:
+        UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
+        ShapeMismatch: tensors that do not go together.
+    """
+    if source.config is not None:
+        from_config(source.config, f"{source.where}: {PEFT_CONFIG}")  # may be of no LoRA at all
+    contents = _group(source)
+    slots = _settle_t5(contents.slots)
+    scalings = _scalings(source, {slot.module.prefix for slot in slots})
+    for slot in slots:
+        _check_complete(slot, source)
+        _check_shapes(slot, source)
+        slot.peft = scalings.get(slot.module.prefix)
+        _check_config(slot, source)
+    _check_parts(slots, source)
+    for vector in contents.vectors:
+        vectors.check(vector, source)
+    return Contents(slots, contents.vectors, contents.left_out)
+
+
+def _group(source: Source) -> Contents:
+    """The understood keys by module; every other key is a reason to refuse the whole file."""
+    if not source.headers:
+        raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
+    slots: dict[str, Slot] = {}
+    found: dict[str, VectorSlot] = {}
+    left_out: dict[str, str] = {}
+    unknown = []
+    for key, header in source.headers.items():
+        parsed = keys.parse(key, header.shape)
+        if isinstance(parsed, keys.Refusal):
+            raise UnsupportedFormat(refusal(source, key, parsed.algorithm))
+        if isinstance(parsed, keys.LeftOut):
+            left_out[key] = parsed.reason
+        elif parsed is None:
+            unknown.append(key)
+        elif isinstance(parsed, keys.Vector):
+            vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
+            other = found.setdefault(vector.name, vector)
+            if other is not vector:
+                raise UnsupportedFormat(
+                    f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
+                    "of the two"
+                )
+        else:
+            slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
+            if parsed.role in slot.keys:
+                raise UnsupportedFormat(
+                    f"{source.where}: {slot.keys[parsed.role]} and {key} are the same factor of "
+                    f"{parsed.module.name}; remove one of the two"
+                )
+            slot.keys[parsed.role] = key
+    if unknown:
+        _refuse_unknown(unknown, source)
+    if not slots and not found:
+        key, reason = next(iter(left_out.items()))
+        raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
+    return Contents(list(slots.values()), list(found.values()), left_out)
+
+
+def refusal(source: Source, key: str, algorithm: str) -> str:
+    """What to tell the user about an adapter type that is not read."""
+    return (
+        f"{source.where}: {key} makes this {keys.REASONS[algorithm]}, which prolora does not read. "
+        f"{keys.REMEDIES[algorithm]}"
+    )
+
+
+def _refuse_unknown(unknown: list[str], source: Source) -> None:
+    """Says what the first keys that are not understood look like."""
+    first = unknown[0]
+    if any(keys.is_base_weight(key) for key in unknown) and not any(
+        keys.split_factor(key) for key in source.headers
+    ):
+        raise UnsupportedFormat(
+            f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as --source "
+            "or --target"
+        )
+    listed = ", ".join(key[:120] for key in unknown[:5])
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    hint = "They belong to no module that prolora knows"
+    if "joint_blocks" in first:
+        hint = (
+            "LoRAs in the spelling of SD3's authors are not read: convert it to diffusers' keys "
+            "(transformer.….lora_A.weight)"
+        )
+    raise UnsupportedFormat(
+        f"{source.where}: {len(unknown)} keys are not understood: {listed}{more}. {hint}"
+    )
+
+
+def _settle_t5(slots: list[Slot]) -> list[Slot]:
+    """Gives kohya's and ComfyUI's T5, numbered third by both, the place diffusers has it in.
+
+    FLUX has two text encoders and T5 is the second; SD3 has three.
+    """
+    modules = [name for slot in slots for name in slot.module.modules]
+    originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
+    has_second_clip = any(
+        names.place(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
+    )
+    inputs = dict.fromkeys([*modules, *originals], 0)
+    if has_second_clip or guess_family(inputs, {}) == "sd3":
+        return slots
+    for slot in slots:
+        module = slot.module
+        if module.format != "diffusers" and module.name.startswith("text_encoder_3."):
+            name = f"text_encoder_2.{module.local}"
+            slot.module = module._replace(name=name, prefix="text_encoder_2.")
+    return slots
+
+
+def _scalings(source: Source, prefixes: set[str]) -> dict[str, PeftScaling]:
+    """Component prefix -> the configuration its modules are scaled by."""
+    if source.config is not None:
+        scaling = from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
+        return dict.fromkeys(prefixes, scaling)
+    return from_metadata(source.metadata, prefixes, source.where)
+
+
+def _check_complete(slot: Slot, source: Source) -> None:
+    """Every tensor of the update must be there, and none of another kind."""
+    present = next(iter(slot.keys.values()))
+    role = algorithms.missing(slot.keys.keys())
+    if role is not None:
+        what = f"the {role} factor of {slot.module.name}"
+        raise UnsupportedFormat(
+            f"{source.where}: {present} has no partner: {what} is missing, so the file is "
+            "incomplete; download or save it again"
+        )
+    role = algorithms.surplus(slot.keys.keys())
+    if role is not None:
+        raise UnsupportedFormat(
+            f"{source.where}: {slot.keys[role]} does not go with {present}: one update of "
+            f"{slot.module.name} in two kinds; remove one of them"
+        )
+
+
+def _check_shapes(slot: Slot, source: Source) -> None:
+    """Finds the form of the update, or says which tensors do not fit."""
+    headers = {role: source.headers[key] for role, key in slot.keys.items()}
+    for role, header in headers.items():
+        if role not in ("alpha", "scalar") and not header.dtype.is_floating_point:
+            raise UnsupportedFormat(
+                f"{source.where}: {slot.keys[role]} is stored as {header.dtype}, not as floating "
+                "point"
+            )
+    if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
+        raise UnsupportedFormat(refusal(source, slot.keys["oft_blocks"], "boft"))
+    for role in ("alpha", "scalar"):
+        if role in headers and headers[role].shape not in ((), (1,), (1, 1)):
+            raise ShapeMismatch(
+                f"{source.where}: {slot.keys[role]} {list(headers[role].shape)} is not one number"
+            )
+    for role, header in headers.items():
+        if 0 in header.shape:
+            raise ShapeMismatch(
+                f"{source.where}: {slot.keys[role]} {list(header.shape)} holds no numbers; remove "
+                f"the tensors of {slot.module.name}, which does nothing, or save the file again"
+            )
+    form = algorithms.form({role: header.shape for role, header in headers.items()})
+    if form is None:
+        listed = " and ".join(
+            f"{slot.keys[role]} {list(header.shape)}"
+            for role, header in sorted(headers.items(), key=lambda item: item[0] != "up")
+            if role not in ("alpha", "scalar")
+        )
+        raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_wanted(slot)}")
+    slot.form = form
+    if slot.module.matrix:
+        where = f"{source.where}: {next(iter(slot.keys.values()))}"
+        fused_updates.rows(slot.module.matrix, form.out, where)
+
+
+def scale_of(slot: Slot, source: Source) -> float:
+    """The factor in front of an update; reads no more than its alpha and scalar.
+
+    Raises:
+        NonFiniteWeights: one of the two is not finite.
+        UnsupportedFormat: alpha and the PEFT configuration contradict each other.
+    """
+    alpha = _number(slot, "alpha", source)
+    # OFT's alpha is a constraint; differences of weights and full LoKrs have no scale.
+    has_scale = slot.form.rank > 0 and slot.form.algorithm != "oft"
+    scale = 1.0
+    if alpha is not None and has_scale:
+        scale = alpha / slot.form.rank
+    if slot.peft is not None:
+        configured = slot.peft.scale(slot.module.local)
+        agree = math.isclose(scale, configured, rel_tol=1e-3, abs_tol=1e-12)
+        if alpha is not None and has_scale and not agree:
+            raise UnsupportedFormat(
+                f"{source.where}: {slot.keys['alpha']} asks for the scale {scale:.6g}, the PEFT "
+                f"configuration for {configured:.6g}; remove the one that is wrong"
+            )
+        scale = configured
+    scalar = _number(slot, "scalar", source)
+    return scale if scalar is None else scale * scalar
+
+
+def _number(slot: Slot, role: str, source: Source) -> float | None:
+    """The value of a tensor of one number, None if the slot has none of that role."""
+    if role not in slot.keys:
+        return None
+    value = float(source.read(slot.keys[role]).double())
+    if not math.isfinite(value):
+        raise NonFiniteWeights(f"{source.where}: {slot.keys[role]} is {value}; the file is damaged")
+    return value
+
+
+def _wanted(slot: Slot) -> str:
+    """The shapes there should be."""
+    family = algorithms.family_of(slot.keys.keys())
+    if family == "lora" and "mid" not in slot.keys:
+        return (
+            "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
+        )
+    return f"they are not the shapes of a {algorithms.NAMES[family]}"
+
+
+def _check_config(slot: Slot, source: Source) -> None:
+    """A configuration for other ranks or another kind describes another file."""
+    if slot.peft is None:
+        return
+    what = PEFT_CONFIG if source.config is not None else METADATA_KEY
+    first = next(iter(slot.keys.values()))
+    family = algorithms.family_of(slot.keys.keys())
+    if family != slot.peft.method:
+        raise UnsupportedFormat(
+            f"{source.where}: {first} is part of a {algorithms.NAMES[family]}, but {what} is that "
+            f"of a {algorithms.NAMES[slot.peft.method]}, so the scale is not known"
+        )
+    rank = slot.peft.rank(slot.module.local)
+    if rank != slot.form.rank and (family == "lora" or slot.form.rank):
+        key = slot.keys.get("down", first)
+        raise ShapeMismatch(
+            f"{source.where}: {key} has rank {slot.form.rank}, but {what} says "
+            f"{rank}. It belongs to another file, so the scale is not known"
+        )
+    if slot.peft.dora and not {"magnitude", "dora_scale"} & slot.keys.keys():
+        raise UnsupportedFormat(
+            f"{source.where}: {what} says DoRA, but the magnitudes of {slot.module.name} are "
+            "missing, so the update is not known; save it again"
+        )
+
+
+def _check_parts(slots: list[Slot], source: Source) -> None:
+    """No module may have an update of its own and one in a fused weight."""
+    seen: dict[str, str] = {}
+    for slot in slots:
+        key = next(iter(slot.keys.values()))
+        for name in slot.module.modules:
+            if name in seen:
+                raise UnsupportedFormat(
+                    f"{source.where}: {seen[name]} and {key} both update {name}; remove one of "
+                    "the two"
+                )
+            seen[name] = key

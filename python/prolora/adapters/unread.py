@@ -1,0 +1,131 @@
+"""Where an adapter comes from: a file, a folder or a state dict, all seen as header + reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.precision import is_finite
+from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..files.safetensors_file import SafetensorsFile
+from .peft_config import json_object
+
+StrPath = str | os.PathLike[str]
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+_PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin")
+ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS, *_PICKLES)
+"""What a folder holds that is an adapter's and not a base model's."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Dtype and shape of a tensor that was not read yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An unread adapter.
+
+    Attributes:
+        where: what to call it in messages.
+        headers: key -> dtype and shape, in file order.
+        read: key -> tensor.
+        metadata: header metadata of the file.
+        config: adapter_config.json of a PEFT folder.
+        path: the file of the weights, if there is one.
+    """
+
+    where: str
+    headers: dict[str, Header]
+    read: Callable[[str], Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None = None
+    path: Path | None = None
+
+
+def read_finite(source: Source, key: str) -> Tensor:
+    """A tensor as float32, in memory of its own.
+
+    Raises:
+        NonFiniteWeights: it holds NaN or Inf.
+    """
+    tensor = source.read(key).to(torch.float32, copy=True)
+    if not is_finite(tensor):
+        raise NonFiniteWeights(
+            f"{source.where}: {key} holds NaN or Inf; the training diverged or the file is damaged"
+        )
+    return tensor
+
+
+def open_source(
+    source: StrPath | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Source:
+    """Opens an adapter without reading a tensor.
+
+    Args:
+        source: a .safetensors file, a PEFT folder, a folder diffusers saved a LoRA in, or a state
+            dict.
+        metadata: replaces the metadata of the file; a state dict has none of its own.
+
+    Raises:
+        UnsupportedFormat: not a readable adapter.
+    """
+    if isinstance(source, Mapping):
+        return _open_mapping(source, dict(metadata or {}))
+    path = Path(source)
+    return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+
+
+def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Source:
+    where = "the state dict"
+    headers = {}
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise UnsupportedFormat(
+                f"{where}: {key!r:.100} is {type(tensor).__name__}; names and torch tensors only"
+            )
+        headers[key] = Header(tensor.dtype, tuple(tensor.shape))
+    return Source(where, headers, lambda key: tensors[key].detach().cpu(), metadata)
+
+
+def _open_file(
+    path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
+) -> Source:
+    file = SafetensorsFile(path)
+    headers = {key: Header(info.dtype, info.shape) for key, info in file.tensors.items()}
+    kept = file.metadata if metadata is None else dict(metadata)
+    return Source(str(path), headers, file.read, kept, config, path)
+
+
+def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Source:
+    if (folder / PEFT_CONFIG).is_file():
+        if (folder / PEFT_WEIGHTS).is_file():
+            try:
+                text = (folder / PEFT_CONFIG).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UnsupportedFormat(
+                    f"{folder / PEFT_CONFIG}: cannot be read: {error}"
+                ) from error
+            config = json_object(text, str(folder / PEFT_CONFIG))
+            return _open_file(folder / PEFT_WEIGHTS, metadata, config)
+    elif (folder / _DIFFUSERS_WEIGHTS).is_file():
+        return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)
+    for name in _PICKLES:
+        if (folder / name).is_file():
+            return _open_file(folder / name, metadata)  # raises, with the command that converts it
+    raise UnsupportedFormat(
+        f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {_DIFFUSERS_WEIGHTS}; "
+        "name a .safetensors file"
+    )

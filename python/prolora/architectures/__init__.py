@@ -1,0 +1,1 @@
+"""Names, shapes and spellings of model families, as data: no tensors, no user files."""

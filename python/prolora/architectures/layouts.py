@@ -1,0 +1,206 @@
+"""Known architectures: names and shapes of their weights, and which block came from which.
+
+The tables are package data (`tables/*.json`). A checkpoint is recognised by what is in it and
+never by what its file is called: every fine-tune of SDXL has the layout `sdxl`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+# In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
+# second half with the attention's output.
+_ATTENTION = re.compile(r"\.attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_proj)$")
+_FEED_FORWARD = re.compile(
+    r"\.ff(?:_context)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
+)
+_IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
+# "{0-18}" in a table stands for every number from 0 to 18.
+_RANGE = re.compile(r"\{(\d+)-(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One architecture.
+
+    Attributes:
+        id: for programs, such as "ssd-1b".
+        title: for people.
+        shapes: canonical module name -> shape of its weight, for every weight of two or more axes.
+        text_encoders: architectures of `text_encoder`, `text_encoder_2`, … in this order.
+    """
+
+    id: str
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]
+    text_encoders: tuple[str, ...] = ()
+
+    @property
+    def attention(self) -> list[str]:
+        """The modules q, k, v and out of all attention layers."""
+        return [name for name in self.shapes if _ATTENTION.search(name)]
+
+    @property
+    def adapted(self) -> list[str]:
+        """Attention and feed-forward: what most LoRAs train."""
+        return [name for name in self.shapes if _is_adapted(name)]
+
+    @property
+    def outside(self) -> set[str]:
+        """The modules outside all blocks: embeddings, first and last layers."""
+        return {name for name in self.shapes if not _IN_BLOCK.search(name)}
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Which source module a target module was made from, or resembles most.
+
+    Equal names are not equal modules: students renumber the blocks they keep.
+
+    Attributes:
+        source: layout id.
+        target: layout id.
+        variant: "" for the default rule of this pair, else what sets this one apart.
+        evidence: where the rule is known from.
+    """
+
+    source: str
+    target: str
+    variant: str
+    evidence: str
+    _steps: tuple[tuple[tuple[re.Pattern[str], str], ...], ...] = ()
+    _no_partner: tuple[re.Pattern[str], ...] = ()
+
+    def source_of(self, target_module: str) -> str | None:
+        """The source module for `target_module`, None where the source layout has none."""
+        if any(pattern.search(target_module) for pattern in self._no_partner):
+            return None
+        name = target_module
+        for step in self._steps:
+            # One substitution a step: up_blocks.0 -> 1 must not go on to 2.
+            for pattern, replacement in step:
+                if pattern.search(name):
+                    name = pattern.sub(replacement, name)
+                    break
+        return name if name in load(self.source).shapes else None
+
+
+@cache
+def known() -> tuple[str, ...]:
+    """The ids of all layouts."""
+    names = (entry.name for entry in resources.files(__package__).joinpath("tables").iterdir())
+    ids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return tuple(id_ for id_ in ids if id_ != "correspondence")
+
+
+@cache
+def load(id_: str) -> Layout:
+    """The layout `id_`.
+
+    Raises:
+        KeyError: no such layout.
+    """
+    if id_ not in known():
+        raise KeyError(f"no layout {id_}; known are {', '.join(known())}")
+    table = json.loads(_text(f"{id_}.json"))
+    shapes = {
+        name: tuple(int(size) for size in shape.split("x"))
+        for shape, names in table["shapes"].items()
+        for pattern in names
+        for name in _spelled_out(pattern)
+    }
+    return Layout(table["id"], table["title"], shapes, tuple(table["text_encoders"]))
+
+
+def _spelled_out(pattern: str) -> list[str]:
+    """The names that an entry of a table stands for."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [f"{pattern[: match.start()]}{number}{pattern[match.end() :]}" for number in numbers]
+
+
+def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The layout of a checkpoint, None if it is none of the known ones.
+
+    The attention must be that of the layout, name by name and shape by shape, and so must the
+    feed-forward unless the checkpoint has none. Everything else is ignored: `proj_in` is a
+    convolution in some files and a linear layer in others, inpainting models have a wider first
+    layer, and extra parameters do not make another architecture. Only where layouts share all their
+    blocks (FLUX dev and schnell, PixArt α and Σ) must the names outside the blocks be there too.
+
+    Args:
+        shapes: canonical module name -> shape.
+    """
+    adapted = {name: _matrix(shape) for name, shape in shapes.items() if _is_adapted(name)}
+    if not adapted:
+        return None
+    has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
+    fitting = []
+    for layout in map(load, known()):
+        names = layout.adapted if has_feed_forward else layout.attention
+        if adapted == {name: layout.shapes[name] for name in names}:
+            fitting.append(layout)
+    if len(fitting) > 1:
+        telling = set().union(*(layout.outside for layout in fitting))
+        present = {name for name in telling if name in shapes}
+        fitting = [layout for layout in fitting if layout.outside == present]
+    return fitting[0].id if fitting else None
+
+
+def correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
+    """The rule for moving from layout `source` to layout `target`, None if there is none.
+
+    Args:
+        source: layout id.
+        target: layout id; the same id gives the identity.
+        variant: one of `variants(source, target)`.
+    """
+    if source == target:
+        return Correspondence(source, target, "", "The same layout.") if not variant else None
+    for rule in _rules():
+        if (rule.source, rule.target, rule.variant) == (source, target, variant):
+            return rule
+    return None
+
+
+def variants(source: str, target: str) -> list[str]:
+    """The rules there are for a pair; the first, "", is the default."""
+    return [r.variant for r in _rules() if (r.source, r.target) == (source, target)]
+
+
+@cache
+def _rules() -> tuple[Correspondence, ...]:
+    return tuple(
+        Correspondence(
+            entry["source"],
+            entry["target"],
+            entry["variant"],
+            entry["evidence"],
+            tuple(tuple((re.compile(a), b) for a, b in step) for step in entry["steps"]),
+            tuple(re.compile(pattern) for pattern in entry["no_partner"]),
+        )
+        for entry in json.loads(_text("correspondence.json"))
+    )
+
+
+def _is_adapted(name: str) -> bool:
+    """Whether this is a module of an attention or of a feed-forward."""
+    if name.startswith("text_encoder"):
+        return False
+    return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1×1 convolution [m, n, 1, 1] is the matrix [m, n]."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath("tables", name).read_text("utf-8")

@@ -1,0 +1,1 @@
+"""Subspaces of base models kept on disk, with an index of contents."""

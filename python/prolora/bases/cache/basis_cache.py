@@ -1,0 +1,320 @@
+"""Subspaces kept on disk: they belong to a base model alone, so the second LoRA finds them there.
+
+A file for each weight, named by the content of the tensor and by what was asked of it: fine-tunes
+that share a tensor share its file, and a renamed checkpoint finds its own. A file that is damaged,
+foreign or of another version is recomputed and never trusted.
+
+So that a weight need not be read to learn its name, an index remembers which content lies where: a
+file that has the inode, size and times it had when its tensors were hashed has them still. Beside
+it lie the few numbers that a transfer wants to know of pairs of weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...architectures.modules import matrix_shape
+from ...core.basis import FACTS, Basis, truncated_svd
+from ...core.parallel import spread
+from ...core.rank_rule import Rank
+from ...errors import OutputError, UnsupportedFormat
+from ..base import Base
+from . import basis_file
+from .basis_file import StoredBasis
+from .tables import Notes
+
+# Part of every name: raise it when an algorithm's results change.
+VERSION = 2
+# What bases are computed to, `truncated_svd`'s default.
+TOLERANCE = 1e-3
+ENVIRONMENT = "PROLORA_CACHE"
+_DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
+# Two writes within one tick of a file system's clock leave the same times: a file that was changed
+# so shortly before it was hashed (ns) is not put into the index.
+YOUNG = 2_000_000_000
+# A basis that is used counts as used for so long (s), before the file's time is set again.
+USED = 86_400
+
+log = logging.getLogger(__name__)
+
+
+def default_folder() -> Path:
+    """Where this platform keeps what may be deleted; PROLORA_CACHE names another folder."""
+    if named := os.environ.get(ENVIRONMENT):
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "prolora"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "prolora" / "cache"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # to be ignored unless it is absolute
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "prolora"
+
+
+class BasisCache:
+    """A folder of bases, or none: then everything is computed and nothing is kept.
+
+    Attributes:
+        folder: made if it does not exist; None keeps nothing.
+        hits: bases taken from the folder so far.
+        misses: bases computed so far.
+        kept: bytes written so far.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        """Opens the folder.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        self.folder = None if folder is None else Path(folder)
+        self.hits = self.misses = self.kept = 0
+        self._notes: dict[str, Notes] = {}
+        # Of this run alone; the bases are held, so that no other gets their id.
+        self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
+        self._failed = False
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: the cache folder cannot be made: {error}") from error
+
+    def of(
+        self, base: Base, modules: Sequence[str], rank: Rank, device: str | None = None
+    ) -> Basis:
+        """The bases of several weights of one matrix shape, as the basis of their stack [b, m, n].
+
+        Args:
+            base: whose weights.
+            modules: which; one that is in the folder is not even read.
+            rank: columns or share of energy, see `truncated_svd`.
+            device: where to compute and where the result is; None means the CPU.
+        """
+        shape = matrix_shape(base.shapes[modules[0]])
+
+        def read(places: Sequence[int]) -> Tensor:
+            return torch.stack([base.read(modules[i]).reshape(shape) for i in places])
+
+        if self.folder is None:
+            return truncated_svd(read(range(len(modules))).to(device), rank)
+        digests = [self.digest(base, module) for module in modules]
+        unknown = [i for i, digest in enumerate(digests) if digest is None]
+        if unknown:
+            weights = read(unknown)
+            for i, digest in zip(unknown, content_hashes(weights), strict=True):
+                digests[i] = digest
+                self.learn(base, modules[i], digest)
+        names = [name_of(digest, rank) for digest in digests if digest]
+        found = self._read_all(names, shape)
+        missing = [i for i, basis in enumerate(found) if basis is None]
+        if missing:
+            if missing != unknown:
+                weights = read(missing)
+            abouts = [_about(names[i], rank, base.name, modules[i]) for i in missing]
+            computed = self._compute(weights.to(device), rank, abouts)
+            for i, stored in zip(missing, computed, strict=True):
+                found[i] = stored
+        return self._stacked(found, missing, shape, device)
+
+    def bases(self, weights: Tensor, rank: Rank) -> Basis:
+        """The same for weights that are in memory, a stack [b, m, n]."""
+        if self.folder is None:
+            return truncated_svd(weights, rank)
+        shape = (weights.shape[1], weights.shape[2])
+        names = [name_of(digest, rank) for digest in content_hashes(weights)]
+        found = self._read_all(names, shape)
+        missing = [i for i, basis in enumerate(found) if basis is None]
+        if missing:
+            abouts = [_about(names[i], rank, "", "") for i in missing]
+            computed = self._compute(weights[missing], rank, abouts)
+            for i, stored in zip(missing, computed, strict=True):
+                found[i] = stored
+        return self._stacked(found, missing, shape, weights.device)
+
+    def digest(self, base: Base, module: str) -> str | None:
+        """The content hash of a weight, if it is known without reading the weight.
+
+        Without a folder it need not outlive this run, and is a name that takes no reading.
+        """
+        if self.folder is None:
+            self._digests[id(base), ""] = (base, "")  # holds the base, so that no other has its id
+            return f"{id(base)} {module}"
+        if (id(base), module) in self._digests:
+            return self._digests[id(base), module][1]
+        origin = base.weights[module].origin
+        if origin is None:
+            return None
+        found = self._index(base).get(_short(origin.text))
+        return found if isinstance(found, str) else None
+
+    def learn(self, base: Base, module: str, digest: str) -> None:
+        """Remembers the content hash of a weight that was read just now."""
+        if self.folder is None:
+            return
+        self._digests[id(base), module] = (base, digest)
+        origin = base.weights[module].origin
+        if origin and time.time_ns() - origin.changed > YOUNG:
+            self._index(base).put(_short(origin.text), digest)
+
+    def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
+        """A hash of some kind of a file, computed where its state was not seen before."""
+        if self.folder is None:
+            return compute()
+        status = path.stat()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        key = _short(f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}")
+        notes = self._table("files", "")
+        found, old = notes.get(key), time.time_ns() - max(times) > YOUNG
+        if not isinstance(found, str):
+            found = compute()
+            if old:
+                notes.put(key, found)
+        return found
+
+    def pairs(self, source: Base, target: Base) -> Notes:
+        """The table of what is known of pairs of weights of two bases."""
+        return self._table("pairs", f"{source.path or source.name} {target.path or target.name}")
+
+    @contextmanager
+    def saving(self) -> Iterator[BasisCache]:
+        """Keeps what was learnt in the body, also where that fails."""
+        try:
+            yield self
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the index and the tables."""
+        for notes in self._notes.values():
+            self._try(notes.save)
+
+    def _index(self, base: Base) -> Notes:
+        return self._table("index", str(base.path))
+
+    def _table(self, kind: str, of: str) -> Notes:
+        name = f"{kind}-{_short(of)}.json"
+        if name not in self._notes:
+            path = self.folder and self.folder / f"v{VERSION}" / name
+            self._notes[name] = Notes(path)
+        return self._notes[name]
+
+    def path(self, name: str) -> Path:
+        """Where the basis of that name (`name_of`) lies, or would lie."""
+        assert self.folder is not None
+        return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
+
+    def _read_all(self, names: list[str], shape: tuple[int, int]) -> list[StoredBasis | None]:
+        # In turn: threads that open files, each a moment, wait for each other's Python.
+        return [self._read(name, shape) for name in names]
+
+    def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
+        """The basis of that name, or None where there is none that can be trusted."""
+        path = self.path(name)
+        try:
+            found = basis_file.read(path)
+            if found.facts.get("name") != name or found.shape != shape:
+                raise UnsupportedFormat("it is of another weight")
+            if time.time() - path.stat().st_mtime > USED:
+                os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (UnsupportedFormat, OSError) as error:
+            log.warning("%s is not used and will be made again: %s", path, error)
+            return None
+        return found
+
+    def _compute(
+        self, weights: Tensor, rank: Rank, abouts: list[dict[str, str]]
+    ) -> list[StoredBasis]:
+        """Bases of a stack [b, m, n], as they are kept: warm or cold, the result is the same."""
+        computed = truncated_svd(weights, rank, tol=TOLERANCE)
+        found = []
+        for i, about in enumerate(abouts):
+            stored = basis_file.as_stored(computed[i].to("cpu"), TOLERANCE, about)
+            self._try(partial(self._write, stored))
+            found.append(stored)
+        return found
+
+    def _write(self, stored: StoredBasis) -> None:
+        path = self.path(str(stored.facts["name"]))
+        basis_file.write(path, stored)
+        self.kept += path.stat().st_size
+
+    def _try(self, write: Any) -> None:
+        """Writes; a full or read-only disk costs only the time to come, and is tried once."""
+        if self._failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._failed = True
+            log.warning("%s: bases are not kept: %s", self.folder, error)
+
+    def _stacked(
+        self,
+        stored: list[StoredBasis | None],
+        missing: list[int],
+        shape: tuple[int, int],
+        device: Any,
+    ) -> Basis:
+        """Single bases as that of their stack."""
+        self.misses += len(missing)
+        self.hits += len(stored) - len(missing)
+        parts = [basis for basis in stored if basis is not None]
+        width, dtype = max(basis.columns for basis in parts), parts[0].dtype
+        factors = {
+            "U": torch.empty(len(parts), shape[0], width, dtype=dtype),
+            "S": torch.zeros(len(parts), width, dtype=dtype),
+            "V": torch.empty(len(parts), shape[1], width, dtype=dtype),
+        }
+
+        for i, basis in enumerate(parts):
+            basis.fill("U", factors["U"][i])
+            basis.fill("V", factors["V"][i])
+            factors["S"][i, : basis.columns] = basis.tensors["S"]
+        facts = {
+            part: torch.tensor([basis.facts[part] for basis in parts], dtype=_DTYPES[part])
+            for part in FACTS
+        }
+        rungs = tuple(str(basis.facts["rung"]) for basis in parts)
+        whole = Basis(**factors, **facts, rungs=rungs)
+        return whole.to(device) if device is not None else whole
+
+
+def content_hash(weight: Tensor) -> str:
+    """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode())
+    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def content_hashes(weights: Tensor) -> list[str]:
+    """Of every matrix of a stack [b, m, n], over the threads."""
+    return spread(content_hash, list(weights))
+
+
+def name_of(digest: str, rank: Rank) -> str:
+    """The name of a basis: of what, by which rule, how exact, by which version."""
+    text = f"{digest} {rank!r} {TOLERANCE} {VERSION}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _about(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
+    return {"name": name, "rule": repr(rank), "base": base, "module": module}
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,191 @@
+"""One basis in a file: 16 bits a number where that is exact enough, mapped into memory when read.
+
+The columns of U and V are kept as whole numbers of 16 bits, each column with its own scale: half
+the size of float32, and about five times as exact as float16, whose digits go by the size of each
+entry. What this costs is measured when the file is written and is part of the `bound` of what is
+read: for the stored X = U − E, both the sine of the angle to the true subspace and the error of the
+projector XXᵀ grow by at most 2‖E‖ + ‖E‖². Where that passes the tolerance, the numbers are kept as
+they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.basis import FACTS, Basis
+from ...errors import ProLoRAError, UnsupportedFormat
+from ...files.safetensors_file import SafetensorsFile
+from ...files.writing import dump
+from .cache_files import checksum, publish
+
+METADATA_KEY = "prolora.basis"
+LARGEST = 32767
+# float32 errs this much, and more, in what it says of an error.
+SLACK = 1.01
+
+
+@dataclass(frozen=True)
+class StoredBasis:
+    """The basis of one weight [m, n], as it lies in its file.
+
+    Attributes:
+        tensors: "U" [m, k], "S" [k], "V" [n, k]; where they are whole numbers, "U.scale" and
+            "V.scale" [k].
+        facts: the numbers known of it (`core.basis.FACTS`), its `rung`, its `name`, and where it
+            was first needed (`base`, `module`, `rule`).
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape m × n of the weight."""
+        return self.tensors["U"].shape[0], self.tensors["V"].shape[0]
+
+    @property
+    def columns(self) -> int:
+        """The columns in use, k."""
+        return self.tensors["S"].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis that `fill` gives: float32, or float64."""
+        return self.tensors["S"].dtype
+
+    @property
+    def compact(self) -> bool:
+        """Whether U and V are kept in 16 bits."""
+        return not self.tensors["U"].is_floating_point()
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Writes U or V into out [m or n, K ≥ k], zeros behind its columns."""
+        stored, k = self.tensors[name], self.columns
+        out[:, k:] = 0
+        out[:, :k] = stored
+        if self.compact:
+            out[:, :k] *= self.tensors[f"{name}.scale"]
+
+
+def compact(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
+    """The tensors of a basis of one matrix as they are stored, and its bound as they are read."""
+    bound = float(basis.bound)
+    plain = {name: getattr(basis, name).detach().cpu().contiguous() for name in ("U", "S", "V")}
+    if basis.U.dtype != torch.float32:
+        return plain, bound
+    short, worst = {"S": plain["S"]}, 0.0
+    for name in ("U", "V"):
+        scale = plain[name].abs().amax(0) / LARGEST
+        scale = torch.where(scale > 0, scale, 1.0)
+        short[name] = (plain[name] / scale).round_().to(torch.int16)
+        short[f"{name}.scale"] = scale
+        error = norm_bound(plain[name] - short[name] * scale)
+        worst = max(worst, 2 * error + error * error)
+    if bound + worst > tol:
+        return plain, bound
+    return short, bound + worst
+
+
+def norm_bound(x: Tensor) -> float:
+    """An upper bound on ‖x‖₂ of x [m, k], within a factor k^⅛ of it: ‖(xᵀx)²‖_F^¼."""
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    if largest == 0:
+        return 0.0
+    x = x / largest
+    gram = x.mT @ x
+    return SLACK * largest * float(torch.linalg.matrix_norm(gram @ gram).sqrt().sqrt())
+
+
+def write(path: Path, stored: StoredBasis) -> None:
+    """Keeps a basis.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    facts = dict(stored.facts) | {"checksum": checksum(_in_order(stored.tensors))}
+    text = json.dumps(facts, sort_keys=True)
+    header = {METADATA_KEY: text, f"{METADATA_KEY}.crc32": str(zlib.crc32(text.encode()))}
+    publish(path, lambda file: dump(file, stored.tensors, header))
+
+
+def as_stored(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis:
+    """A basis of one weight [m, n] as a file keeps it, whether or not one is written.
+
+    Args:
+        basis: of one weight.
+        tol: the tolerance its bound must meet.
+        about: what else is known of it; "name" among it.
+    """
+    tensors, bound = compact(basis, tol)
+    facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
+    facts |= {"bound": min(1.0, bound), "rung": basis.rung} | dict(about)
+    return StoredBasis(tensors, facts)
+
+
+def read(path: Path) -> StoredBasis:
+    """A basis whose numbers are those that were written; they are mapped, not read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnsupportedFormat: it is damaged, or no basis.
+        OSError: it cannot be read.
+    """
+    try:
+        file = SafetensorsFile(path)
+        facts = _facts(file)
+        tensors = _mapped(file)
+        if facts["checksum"] != checksum(_in_order(tensors)):
+            raise UnsupportedFormat("its content is not what was written")
+        if not {"U", "S", "V"} <= tensors.keys() or not set(FACTS) <= facts.keys():
+            raise UnsupportedFormat("it is no basis")
+    except (ProLoRAError, ValueError, KeyError, TypeError) as error:
+        if not path.exists():
+            raise FileNotFoundError(path) from error
+        raise UnsupportedFormat(f"{path}: {error}") from error
+    return StoredBasis(tensors, facts)
+
+
+def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts of a file, and dtypes and shapes, from its header alone; raises as `read` does."""
+    try:
+        file = SafetensorsFile(path)
+        sizes = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+        return _facts(file), sizes
+    except (ProLoRAError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedFormat(f"{path}: {error}") from error
+
+
+def _facts(file: SafetensorsFile) -> dict[str, Any]:
+    text = file.metadata[METADATA_KEY]
+    if file.metadata[f"{METADATA_KEY}.crc32"] != str(zlib.crc32(text.encode())):
+        raise UnsupportedFormat("its header is not what was written")
+    facts: dict[str, Any] = json.loads(text)
+    if not isinstance(facts["bound"], float) or not math.isfinite(facts["bound"]):
+        raise UnsupportedFormat("its header makes no sense")
+    return facts
+
+
+def _mapped(file: SafetensorsFile) -> dict[str, Tensor]:
+    """Views of the file: pages that nobody looks at are never read."""
+    with open(file.path, "rb") as opened:
+        # Private to this process: torch wants memory it may write to, and nobody will.
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = torch.frombuffer(mapped, dtype=torch.uint8)[file.data_start :]
+    return {
+        name: data[info.start : info.stop].view(info.dtype).view(info.shape)
+        for name, info in file.tensors.items()
+    }
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in sorted(tensors)]

@@ -1,0 +1,118 @@
+"""The leading subspaces of a whole base model, summarised by shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+from ...architectures.modules import is_adaptable, matrix_shape
+from ...core.basis import Basis
+from ...core.rank_rule import Rank
+from .. import open_base
+from ..memory import Memory
+from .basis_cache import BasisCache
+
+
+@dataclass(frozen=True)
+class ShapeSurvey:
+    """All adaptable weights of one shape.
+
+    Attributes:
+        shape: out × in.
+        count: matrices.
+        columns_min, columns_max: k that the rank rule chose.
+        energy: mean share of ‖W‖² in these columns.
+        bound: the largest upper bound on the sine of the largest principal angle.
+        flagged: matrices whose bound exceeds the tolerance.
+        rungs: algorithms used.
+        seconds: wall time.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    columns_min: int
+    columns_max: int
+    energy: float
+    bound: float
+    flagged: int
+    rungs: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def survey(
+    base: Any,
+    rank: Rank,
+    *,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[ShapeSurvey]:
+    """Computes every adaptable weight's basis and keeps what it says of itself.
+
+    Args:
+        base: as `open_base` takes it.
+        rank: columns, or share of energy.
+        cache: folder that keeps the subspaces for later transfers, and gives those it has.
+        device: where to compute; None means the CPU.
+        max_memory: bytes this process may take in memory; None sets no bound.
+        progress: called as progress(done, total, name).
+    """
+    base = open_base(base)
+    memory = Memory(max_memory, rank=rank)
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, shape in base.shapes.items():
+        if is_adaptable(name):
+            groups.setdefault(matrix_shape(shape), []).append(name)
+    memory.check(groups, "bases")
+    total, done, rows = sum(len(names) for names in groups.values()), 0, []
+    with BasisCache(cache).saving() as kept:
+        for shape, names in groups.items():
+            started = time.perf_counter()
+            found, start = [], 0
+            while start < len(names):
+                stack = names[start : start + memory.stack(shape, "bases")]
+                bases = kept.of(base, stack, rank, device)
+                found += [_Known(*numbers) for numbers in _numbers(bases)]
+                start, done = start + len(stack), done + len(stack)
+                if progress:
+                    progress(done, total, stack[-1])
+            rows.append(_row(shape, found, time.perf_counter() - started))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is kept of a basis."""
+
+    columns: int
+    energy: float
+    bound: float
+    ok: bool
+    rung: str
+
+
+def _numbers(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
+    columns = (bases.rank, bases.energy, bases.bound, bases.ok)
+    return zip(*(x.tolist() for x in columns), bases.rungs, strict=True)
+
+
+def _row(shape: tuple[int, int], found: list[_Known], seconds: float) -> ShapeSurvey:
+    return ShapeSurvey(
+        shape=shape,
+        count=len(found),
+        columns_min=min(basis.columns for basis in found),
+        columns_max=max(basis.columns for basis in found),
+        energy=sum(basis.energy for basis in found) / len(found),
+        bound=max(basis.bound for basis in found),
+        flagged=sum(not basis.ok for basis in found),
+        rungs="+".join(sorted({basis.rung for basis in found})),
+        seconds=seconds,
+    )

@@ -1,0 +1,347 @@
+"""What is in a cache folder: listed, verified, and thrown away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...architectures.modules import is_adaptable, matrix_shape
+from ...core.rank_rule import Rank
+from ...errors import ProLoRAError
+from .. import open_base
+from . import basis_file
+from .basis_cache import VERSION, BasisCache, content_hash, name_of
+from .cache_files import TEMPORARY
+
+Progress = Callable[[int, int, str], None]
+
+# A temporary file that nobody has written to for so long (s) belongs to a process that is dead.
+STALE = 3600
+# Orthonormal columns of 16 bits each err this much at most; beyond it something is wrong.
+ORTHONORMAL = 2e-3
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The bases that one base model was the first to need, by one rank rule.
+
+    Attributes:
+        base: name of the base model; "" for weights that were in memory.
+        rule: the rank rule: columns, or share of energy.
+        count: bases.
+        size: bytes.
+        dtypes: how U and V are kept: "int16", "float32", "float64".
+        columns_min, columns_max: k.
+        bound: the largest bound on the sine of an angle to the true subspace.
+        used: when the last of them was used, in seconds since 1970, to a day.
+    """
+
+    base: str
+    rule: str
+    count: int
+    size: int
+    dtypes: str
+    columns_min: int
+    columns_max: int
+    bound: float
+    used: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a folder holds.
+
+    Attributes:
+        folder: which.
+        shelves: bases of this version, by base model and rank rule.
+        size: bytes of everything, index and tables too.
+        notes: bytes of index and tables.
+        temporary: (files, bytes) that writers at work, or killed, have left.
+        foreign: (files, bytes) of other versions, and what is damaged.
+    """
+
+    folder: Path
+    shelves: list[Shelf]
+    size: int
+    notes: int
+    temporary: tuple[int, int]
+    foreign: tuple[int, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def inventory(folder: str | PathLike[str]) -> Inventory:
+    """Looks through a cache folder, at headers alone; one that does not exist is empty."""
+    folder = Path(folder)
+    shelves: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any], int, float]]] = {}
+    counts = {"notes": [0, 0], "temporary": [0, 0], "foreign": [0, 0]}
+
+    def count(kind: str, size: int) -> None:
+        counts[kind][0] += 1
+        counts[kind][1] += size
+
+    for path in _files(folder):
+        status = path.stat()
+        if path.match(TEMPORARY):
+            count("temporary", status.st_size)
+        elif path.suffix == ".json":
+            count("notes", status.st_size)
+        elif _version(path, folder) != VERSION:
+            count("foreign", status.st_size)
+        else:
+            try:
+                facts, sizes = basis_file.describe(path)
+                place = str(facts.get("base", "")), str(facts.get("rule", ""))
+            except (ProLoRAError, OSError):
+                count("foreign", status.st_size)
+                continue
+            row = (facts, sizes, status.st_size, status.st_mtime)
+            shelves.setdefault(place, []).append(row)
+    found = [_shelf(*place, rows) for place, rows in sorted(shelves.items())]
+    size = sum(kind[1] for kind in counts.values()) + sum(shelf.size for shelf in found)
+    return Inventory(
+        folder,
+        found,
+        size,
+        counts["notes"][1],
+        (counts["temporary"][0], counts["temporary"][1]),
+        (counts["foreign"][0], counts["foreign"][1]),
+    )
+
+
+def _shelf(base: str, rule: str, rows: list[tuple[Any, Any, int, float]]) -> Shelf:
+    columns = [sizes["S"][1][0] for _, sizes, _, _ in rows]
+    dtypes = {str(sizes["U"][0]).removeprefix("torch.") for _, sizes, _, _ in rows}
+    return Shelf(
+        base=base,
+        rule=rule,
+        count=len(rows),
+        size=sum(size for _, _, size, _ in rows),
+        dtypes="+".join(sorted(dtypes)),
+        columns_min=min(columns),
+        columns_max=max(columns),
+        bound=max(facts["bound"] for facts, _, _, _ in rows),
+        used=max(used for _, _, _, used in rows),
+    )
+
+
+def size_of(folder: str | PathLike[str]) -> int:
+    """Bytes of all files of a cache folder."""
+    return sum(path.stat().st_size for path in _files(Path(folder)))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a verification found.
+
+    Attributes:
+        checked: bases whose numbers are those that were written.
+        damaged: files that are not, with the reason.
+        recomputed: bases held against the weights they were computed from.
+        wrong: modules whose basis is not that of the weight, with the reason.
+        absent: modules of the base without a basis of that rule here.
+    """
+
+    checked: int
+    damaged: dict[str, str]
+    recomputed: int = 0
+    wrong: dict[str, str] | None = None
+    absent: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damaged and not self.wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self) | {"ok": self.ok}
+
+
+def verify(
+    folder: str | PathLike[str],
+    base: Any = None,
+    rank: Rank | None = None,
+    progress: Progress | None = None,
+) -> Verified:
+    """Reads every basis and compares it with its checksum; with a base, also with the weights.
+
+    Args:
+        folder: the cache folder.
+        base: as `open_base` takes it: all its adaptable weights are read, hashed, and ‖WV − US‖/‖W‖
+            and the orthonormality of U and V computed anew.
+        rank: the rule whose bases are held against the weights.
+        progress: called as progress(done, total, name).
+    """
+    files = [p for p in _files(Path(folder)) if p.suffix == ".safetensors"]
+    files = [path for path in files if _version(path, Path(folder)) == VERSION]
+    damaged: dict[str, str] = {}
+    for done, path in enumerate(files, 1):
+        try:
+            if basis_file.read(path).facts.get("name") != path.stem:
+                raise ProLoRAError("it is of another weight")
+        except (ProLoRAError, OSError) as error:
+            damaged[str(path)] = str(error)
+        if progress:
+            progress(done, len(files), path.stem)
+    if base is None or rank is None:
+        return Verified(len(files) - len(damaged), damaged)
+    opened, wrong, recomputed, absent = open_base(base), {}, 0, 0
+    cache = BasisCache(folder)
+    modules = [name for name in opened.shapes if is_adaptable(name)]
+    for done, module in enumerate(modules, 1):
+        weight = opened.read(module).reshape(matrix_shape(opened.shapes[module]))
+        path = cache.path(name_of(content_hash(weight), rank))
+        if not path.exists():
+            absent += 1
+        elif str(path) not in damaged:
+            recomputed += 1
+            reason = _disagreement(weight, basis_file.read(path))
+            if reason:
+                wrong[module] = reason
+        if progress:
+            progress(done, len(modules), module)
+    return Verified(len(files) - len(damaged), damaged, recomputed, wrong, absent)
+
+
+def _disagreement(weight: Tensor, stored: basis_file.StoredBasis) -> str:
+    """Why a basis cannot be that of the weight [m, n]; "" if it can."""
+    w = weight.double()
+    u, v = (torch.empty(size, stored.columns, dtype=torch.float64) for size in stored.shape)
+    stored.fill("U", u)
+    stored.fill("V", v)
+    s = stored.tensors["S"].double()
+    norm = float(torch.linalg.matrix_norm(w)) or 1.0
+    left = [w @ v - u * s, w.mT @ u - v * s]
+    residual = max(float(torch.linalg.matrix_norm(part)) for part in left) / norm
+    allowed = float(stored.facts["residual"]) + 2 * float(stored.facts["bound"])
+    if residual > allowed:
+        return f"residual {residual:.1e}, and {allowed:.1e} was promised"
+    rank = int(stored.facts["rank"])
+    eye = torch.eye(rank, dtype=torch.float64)
+    skew = max(float((x[:, :rank].mT @ x[:, :rank] - eye).abs().max()) for x in (u, v))
+    return f"its columns are not orthonormal: {skew:.1e}" if skew > ORTHONORMAL else ""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was thrown away.
+
+    Attributes:
+        files: how many.
+        size: bytes.
+        left: bytes that are still there.
+    """
+
+    files: int
+    size: int
+    left: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def prune(
+    folder: str | PathLike[str],
+    *,
+    older_than: float | None = None,
+    max_size: int | None = None,
+    everything: bool = False,
+    dry_run: bool = False,
+) -> Pruned:
+    """Throws away what is of no use: stale temporary files, other versions, damaged headers.
+
+    Args:
+        folder: the cache folder. Files that are no part of a cache are left alone.
+        older_than: also bases that were not used for so many seconds.
+        max_size: also those that were not used for longest, until no more bytes are left.
+        everything: all of the cache.
+        dry_run: only say what would go.
+    """
+    folder, now = Path(folder), time.time()
+    kept: list[tuple[float, int, Path]] = []
+    gone: list[tuple[int, Path]] = []
+    for path in _files(folder):
+        status = path.stat()
+        age = now - status.st_mtime
+        if path.match(TEMPORARY):
+            useless = everything or age > STALE
+        elif _version(path, folder) != VERSION:
+            useless = True
+        elif path.suffix == ".json":
+            useless = everything
+        else:
+            useless = everything or _damaged(path) or (older_than is not None and age > older_than)
+            if not useless:
+                kept.append((status.st_mtime, status.st_size, path))
+        if useless:
+            gone.append((status.st_size, path))
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in sorted(kept):
+        if max_size is None or total <= max_size:
+            break
+        total -= size
+        gone.append((size, path))
+    removed = 0
+    for size, path in gone:
+        if not dry_run:
+            path.unlink(missing_ok=True)
+        removed += size
+    if not dry_run:
+        _remove_empty(folder)
+    left = sum(path.stat().st_size for path in _files(folder)) - (removed if dry_run else 0)
+    return Pruned(len(gone), removed, left)
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        basis_file.describe(path)
+    except (ProLoRAError, OSError):
+        return True
+    return False
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of a cache below `folder`, and no others."""
+    for versioned in sorted(folder.glob("v*")):
+        if _number(versioned.name) is None or not versioned.is_dir():
+            continue
+        for pattern in ("*.json", TEMPORARY, f"??/{TEMPORARY}", "??/*.safetensors"):
+            yield from sorted(versioned.glob(pattern))
+    # The first version had none in its paths.
+    for path in sorted(folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
+        if len(path.stem) == 64:
+            yield path
+
+
+def _version(path: Path, folder: Path) -> int | None:
+    return _number(path.relative_to(folder).parts[0]) or 1
+
+
+def _number(name: str) -> int | None:
+    return int(name[1:]) if name[:1] == "v" and name[1:].isdigit() else None
+
+
+def _remove_empty(folder: Path) -> None:
+    """Folders that hold nothing any more."""
+    for pattern in ("v*/??", "v*", "[0-9a-f][0-9a-f]"):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not any(path.iterdir()):
+                try:
+                    path.rmdir()
+                except OSError:  # somebody has just put a file there
+                    continue

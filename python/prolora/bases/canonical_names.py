@@ -1,0 +1,151 @@
+"""Which module every key of a checkpoint belongs to, and which checkpoints are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+
+from ..architectures.ldm import ldm_to_diffusers
+from ..errors import UnsupportedFormat
+from .float8 import with_scales
+from .fused_weights import Spelling, spelling_of
+from .text_encoders import split_encoders
+from .weights import Weight
+
+# What a UNet's or transformer's keys start with where one file holds several models.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_LDM = ("input_blocks.", "middle_block.", "output_blocks.")
+_LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
+_DIFFUSERS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+)
+
+_ADAPTER = re.compile(
+    r"^(?:lora_(?:unet|te\d?|transformer)_|lycoris_)"
+    r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
+    r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
+)
+_FLOATS = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
+_SPELLINGS = "diffusers, LDM/SGM, or the authors' of FLUX, SD3 and PixArt"
+
+
+def name_weights(
+    weights: Mapping[str, Weight], where: str, *, metadata: Iterable[str] = (), strict: bool = True
+) -> dict[str, Weight]:
+    """Canonical module name -> weight, for all weights of two or more axes.
+
+    Args:
+        weights: the keys of the whole checkpoint.
+        where: what messages call it.
+        metadata: what the headers say of quantised layers (`quantised.METADATA_KEY`).
+        strict: also refuse names that belong to no UNet or transformer.
+
+    Raises:
+        UnsupportedFormat: an adapter, a quantised model that is not read, a spelling that is not
+            known, or two keys for one module.
+        ShapeMismatch: a fused matrix that cannot be cut as its name says.
+    """
+    _refuse_adapters(weights, where)
+    weights = with_scales(weights, metadata, where)
+    encoders, weights = split_encoders(weights, where)
+    prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in weights)), "")
+    model = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
+    if prefix in ("unet.", "transformer.") and not _has(model, _DIFFUSERS):
+        model = weights  # a model of another kind, with a part of that name
+    names = _Names(model)
+    if strict and not names.known:
+        raise UnsupportedFormat(
+            f"{where}: holds no UNet or transformer in a spelling that is known ({_SPELLINGS}); "
+            f"it starts with {', '.join(list(model)[:3]) or 'nothing'}"
+        )
+    named = _canonical(model, names, where)
+    return named | encoders
+
+
+class _Names:
+    """How the keys of one checkpoint are spelled.
+
+    Attributes:
+        known: whether they are in one of the spellings at all.
+    """
+
+    def __init__(self, keys: Collection[str]) -> None:
+        diffusers = _has(keys, _DIFFUSERS)
+        self._ldm = _has(keys, _LDM) and not diffusers
+        self._authors: Spelling | None = None if diffusers else spelling_of(keys)
+        self._layers = _ldm_layers(keys) if self._ldm else 0
+        self.known = diffusers or self._ldm or self._authors is not None
+
+    def views(self, key: str, weight: Weight, where: str) -> dict[str, Weight]:
+        """The modules that a key's weight holds; {} for a key of something else.
+
+        Raises:
+            UnsupportedFormat: a key inside a block that is not understood: a missing update would
+                be silent, while other parts (a control branch) may well be foreign.
+        """
+        path = key.removesuffix(".weight")
+        if self._authors is not None:
+            views = self._authors.views(path, weight, where)
+            if views is None and key.endswith(".weight") and self._authors.in_block(path):
+                raise UnsupportedFormat(
+                    f"{where}: {key} belongs to no known module of {self._authors.title}"
+                )
+            return views or {}
+        if self._ldm:
+            module = ldm_to_diffusers(path, self._layers)
+            if module is None and ".transformer_blocks." in key:
+                raise UnsupportedFormat(f"{where}: {key} belongs to no known module")
+            return {module: weight} if module else {}
+        return {path: weight}
+
+
+def _canonical(model: Mapping[str, Weight], names: _Names, where: str) -> dict[str, Weight]:
+    """The weights of `model` under their module names."""
+    named: dict[str, Weight] = {}
+    for key, weight in model.items():
+        if len(weight.shape) < 2:
+            continue
+        for module, view in names.views(key, weight, where).items():
+            if weight.dtype not in _FLOATS:
+                if key.endswith(".weight"):
+                    raise UnsupportedFormat(
+                        f"{where}: {key} is stored as {weight.dtype}: models quantised like this "
+                        "are not read; use the fp16 or bf16 version"
+                    )
+                continue  # tables such as position_ids
+            if module in named:
+                raise UnsupportedFormat(f"{where}: {key} is a second weight for {module}")
+            named[module] = view
+    return named
+
+
+def _ldm_layers(keys: Iterable[str]) -> int:
+    """Layers per block: the first downsampler follows those of the first block (BK-SDM has 1)."""
+    matches = (_LDM_DOWNSAMPLER.fullmatch(key) for key in keys)
+    return max(1, min((int(match[1]) - 1 for match in matches if match), default=2))
+
+
+def _has(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
+    return any(key.startswith(prefixes) for key in keys)
+
+
+def _refuse_adapters(keys: Collection[str], where: str) -> None:
+    key = next((key for key in keys if _ADAPTER.search(key)), None)
+    if key is not None:
+        raise UnsupportedFormat(
+            f"{where}: is a LoRA or a model with one attached ({key}), not a base model; give the "
+            "checkpoint it was trained on, with nothing attached"
+        )

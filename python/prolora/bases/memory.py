@@ -1,0 +1,179 @@
+"""How much may be in memory at a time: stacks of weights and LoRAs are cut to fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core.rank_rule import Rank
+from ..errors import TooLittleMemory
+
+# One stack of weights in float32, where nobody sets a bound.
+STACK_BYTES = 96 << 20
+# The same where a stack is hardly more than read. For larger tensors malloc asks the system every
+# time, and touching new memory for the first time would take as long as the products.
+LIGHT_STACK_BYTES = 24 << 20
+# LoRAs that are worked on together, likewise: what they hold before and after their move.
+LORA_BYTES = 4 << 30
+# What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
+# for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was
+# measured (docs/performance.md).
+PER_ENTRY, PER_GRAM, PER_BASIS, PER_CORE = 12, 45, 18, 48
+# What projecting the factors of an update of rank r takes beyond them: bytes for each of (m + n)r.
+PER_COLUMN = 56
+# Python, torch and their buffers grow a little while they work.
+SLACK = 48 << 20
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "2GiB", "500MB", "1.5g", "1000000".
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?\s*", text.lower())
+    if not match or not float(match[1]):
+        raise ValueError(f"a size is a number with a unit, as 2GiB or 500MB, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def size_text(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; its peak so far where only that is known."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 400 << 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+@dataclass
+class Memory:
+    """A bound on the resident memory of this process, or none.
+
+    Attributes:
+        limit: bytes; None where there is no bound. On a GPU it bounds what is there instead: the
+            same stacks, whose size is the same on either.
+        reserved: bytes that results will take while weights are worked on.
+        rank: of the subspaces; a share of energy may be all columns, and so may None.
+    """
+
+    limit: int | None = None
+    reserved: int = 0
+    rank: Rank | None = None
+    _free: int | None = None
+
+    def begin(self) -> None:
+        """Notes what is free now, for the stacks to come: their results take from it as they go."""
+        if self.limit is not None:
+            self._free = self.limit - resident() - self.reserved - SLACK
+
+    def check(self, shapes: Iterable[tuple[int, int]], method: str) -> None:
+        """Refuses a bound below what one matrix of each shape needs, before anything is done.
+
+        Raises:
+            TooLittleMemory: says how much is needed.
+        """
+        if self.limit is None:
+            return
+        worst = max((_need(shape, method, 1, self.rank) for shape in shapes), default=0)
+        # The results, and beside them what is worked on, or the file that is made of them.
+        least = resident() + SLACK + self.reserved + max(worst, self.reserved // 2)
+        if self.limit < least:
+            raise TooLittleMemory(
+                f"--max-memory {size_text(self.limit)} is too little: the largest weight, with "
+                f"what prolora and this LoRA take, needs {size_text(least * 1.02)}"
+            )
+
+    def stack(self, shape: tuple[int, int], method: str) -> int:
+        """How many weights [m, n] to work on at a time, at least one.
+
+        Args:
+            shape: of a weight.
+            method: "nothing", "bases", "damped" or "affinity": what is done with them.
+        """
+        room = LIGHT_STACK_BYTES if method == "damped" else STACK_BYTES
+        most = max(1, room // (4 * shape[0] * shape[1]))
+        if self.limit is None:
+            return most
+        if self._free is None:
+            self.begin()
+        while most > 1 and _need(shape, method, most, self.rank) > (self._free or 0):
+            most -= 1
+        return most
+
+    def columns(self, shape: tuple[int, int]) -> int:
+        """How many columns of factors to project at a time, those of all weights [m, n] together.
+
+        Within a bound they fit where the factorisation of a weight was before.
+        """
+        room = STACK_BYTES
+        if self.limit is not None:
+            room = min(room, _factorisation(shape, self.rank))
+        return max(1, room // (PER_COLUMN * sum(shape)))
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        """How many pairs of weights [m, n] to compare at a time."""
+        threads = torch.get_num_threads()
+        return threads if self.limit is None else min(threads, self.stack(shape, "affinity"))
+
+    @property
+    def for_loras(self) -> int:
+        """Bytes that LoRAs which are moved together may take."""
+        if self.limit is None:
+            return LORA_BYTES
+        return min(LORA_BYTES, max(0, self.limit - resident() - SLACK) // 3)
+
+
+def _need(shape: tuple[int, int], method: str, count: int, rank: Rank | None) -> int:
+    """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
+    (m, n), d = shape, min(shape)
+    if method == "nothing":
+        return 0
+    if method == "affinity":
+        return count * 2 * 4 * m * n
+    if method == "damped":
+        return count * (4 * 4 * m * n + 3 * 4 * d * d)
+    k = min(rank, d) if isinstance(rank, int) else d
+    weights, bases = 4 * m * n, 2 * 4 * (m + n) * k
+    at_once = min(count, torch.get_num_threads())
+    return count * (weights + bases) + at_once * _factorisation(shape, rank)
+
+
+def _factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
+    """Bytes that one takes beside the weight [m, n]."""
+    (m, n), d = shape, min(shape)
+    k = min(rank, d) if isinstance(rank, int) else d
+    return PER_ENTRY * m * n + PER_GRAM * d * d + PER_BASIS * (m + n) * k + PER_CORE * k * k

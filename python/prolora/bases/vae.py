@@ -1,0 +1,142 @@
+"""Whether two pipelines denoise the same latents: told by their VAEs, from files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UnrelatedBases, UnsupportedFormat
+from .folder import MODELS, folder_weights
+
+INDEX = "model_index.json"
+_JSON_LIMIT = 4 << 20
+_DEFAULTS: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+PROBED = (
+    "UNet2DConditionModel",
+    "FluxTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "DiTTransformer2DModel",
+    "Transformer2DModel",
+)
+"""The denoisers whose blocks probing knows."""
+MIN_COSINE = 0.9
+"""Of two VAEs' encoders: fine-tunes and copies have 1, VAEs trained apart far less."""
+
+
+def is_pipeline(folder: str | Path | None) -> bool:
+    """Whether a path is the folder of a whole diffusers pipeline."""
+    return folder is not None and (Path(folder) / INDEX).is_file()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object.
+
+    Raises:
+        UnsupportedFormat: it is missing, too large or none.
+    """
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise ValueError("too large")
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UnsupportedFormat(f"{path}: cannot be read as JSON: {error}") from error
+    return found
+
+
+def why_apart(source: Path, target: Path) -> str | None:
+    """Why the latents of two pipeline folders are not the same quantity, from their configurations.
+
+    A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
+    latents are noise to the other, and no question can be asked of both. None where nothing speaks
+    against it; `check` looks at the weights as well.
+    """
+    ours, theirs = (_configuration(folder) for folder in (source, target))
+    if ours is None and theirs is None:
+        return None  # both denoise pixels
+    if ours is None or theirs is None:
+        return "one of them denoises pixels and the other a VAE's latents"
+    different = [key for key in ours if ours[key] != theirs[key]]
+    if not different:
+        return None
+    facts = ", ".join(f"{key} {ours[key]} against {theirs[key]}" for key in different)
+    return f"their VAEs differ ({facts}), so a latent of one means nothing to the other"
+
+
+def could_probe(source: Path | None, target: Path | None) -> bool:
+    """Whether `--method probe` could move a LoRA between two bases, as far as files tell.
+
+    Both must be whole pipelines of a known kind with the same latents; whether the result would be
+    any good is known only after sampling.
+    """
+    if source is None or target is None or not (is_pipeline(source) and is_pipeline(target)):
+        return False
+    try:
+        kinds = [_denoiser_class(folder) for folder in (source, target)]
+        return all(kind in PROBED for kind in kinds) and why_apart(source, target) is None
+    except UnsupportedFormat:
+        return False
+
+
+def _denoiser_class(folder: Path) -> str | None:
+    """The class of a pipeline's UNet or transformer."""
+    for part in MODELS:
+        if (folder / part / "config.json").is_file():
+            return read_json(folder / part / "config.json").get("_class_name")
+    return None
+
+
+def check(source: Path, target: Path) -> None:
+    """Refuses pipelines whose latents are different spaces.
+
+    Raises:
+        UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
+        UnsupportedFormat: a VAE without readable safetensors.
+    """
+    reason = why_apart(source, target)
+    if reason is None and _configuration(source) is not None:
+        cosine = _encoders_cosine(source / "vae", target / "vae")
+        if cosine < MIN_COSINE:
+            reason = (
+                f"their VAEs' encoders were trained apart (cosine {cosine:.2f}, at least "
+                f"{MIN_COSINE} is asked for), so a latent of one means nothing to the other"
+            )
+    if reason is not None:
+        raise UnrelatedBases(
+            f"probing cannot ask {source.name} and {target.name} the same question: {reason}. "
+            "Only bases that share a VAE can be probed: SD1.5, SD2.1, BK-SDM, PixArt α; or SDXL, "
+            "SSD-1B, Vega, PixArt Σ"
+        )
+
+
+def _configuration(folder: Path) -> dict[str, Any] | None:
+    """What fixes a latent space; None for pipelines without a VAE."""
+    if not (folder / "vae").is_dir():
+        return None
+    found = read_json(folder / "vae" / "config.json")
+    space = {key: found.get(key, default) for key, default in _DEFAULTS.items()}
+    space["shift_factor"] = space["shift_factor"] or 0.0
+    blocks = found.get("block_out_channels")
+    space["downsampling"] = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
+    return space
+
+
+def _encoders_cosine(source: Path, target: Path) -> float:
+    """⟨a, b⟩/(‖a‖‖b‖) over the matrices and kernels of two encoders; 0 where none fit."""
+    ours, theirs = (folder_weights(folder)[0] for folder in (source, target))
+    dot = norm_a = norm_b = 0.0
+    for key, weight in ours.items():
+        other = theirs.get(key)
+        if not key.startswith("encoder.") or len(weight.shape) < 2:
+            continue
+        if other is None or other.shape != weight.shape:
+            return 0.0
+        a, b = (w.read().to(torch.float32).flatten() for w in (weight, other))
+        dot += float(a @ b)
+        norm_a += float(a @ a)
+        norm_b += float(b @ b)
+    return dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else 0.0

@@ -1,0 +1,397 @@
+"""Tables and progress bars for people; everything here only shows what the library computed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..architectures.modules import place
+from ..bases.cache.build import ShapeSurvey
+from ..bases.cache.maintenance import Inventory, Verified
+from ..bases.memory import size_text
+from ..comparison.comparison import Comparison, ModuleComparison, mean_of
+from ..comparison.module_map import BlockDecision
+from ..comparison.rank_sweep import THRESHOLDS
+from ..workflow.batch import Outcome
+from ..workflow.module_report import Measures
+from ..workflow.report import ModuleReport, Report
+
+
+@contextmanager
+def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, name) that draws a bar on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[name]}", justify="left"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def update(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, name=name[-48:])
+
+        yield update
+
+
+LEGEND = """\
+drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
+norm: ratio of norms, target to source; vs copy: distance to the unchanged
+update, in units of its norm."""
+SUBSPACE_LEGEND = """\
+Φ: overlap of the bases' leading subspaces, left and right; above: the lesser of
+them over chance, 0 … 1; mixed: share of energy in the update's mixed blocks."""
+ANGLE_LEGEND = """\
+angle: the median … the largest principal angle between the bases' leading
+subspaces, on the side that is farther apart."""
+
+
+PROBE_LEGEND = """\
+predicted: share of the block's streams that the source's streams tell; reached:
+share of the wanted change of its output, on the probes it was fitted on."""
+COMPARISON_LEGEND = """\
+drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
+have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
+and right; above: the lesser of them over chance, 0 as unrelated … 1 as equal."""
+
+SWEEP_LEGEND = """\
+k: leading columns of both bases; whole: pairs whose bases hold no more, and so
+count with all of them; energy: share of Σσ² in these columns; ≥: pairs whose Φ
+reaches that on both sides."""
+
+
+def legend(report: Report, every_module: bool = False) -> str:
+    """What the columns of `transfer_table` mean."""
+    if not any(row.measures for row in report.rows("mapped")):
+        return LEGEND
+    return "\n".join([SUBSPACE_LEGEND, *([ANGLE_LEGEND] if every_module else []), LEGEND])
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None or value != value else format(value, form)
+
+
+def _table(title: str) -> Table:
+    """An empty table in the house style: narrow enough for 80 columns."""
+    return Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+    )
+
+
+def transfer_table(report: Report, every_module: bool = False) -> Table:
+    """What was mapped: a row for each part of the model, or for each module."""
+    title = f"{report.method}: {report.source} → {report.target}"
+    table = _table(title)
+    table.add_column("module" if every_module else "place", overflow="fold")
+    mapped = report.rows("mapped")
+    projected = any(row.measures for row in mapped)
+    subspaces = ["Φ l/r", "above", "mixed"] if projected else []
+    # One row to a module needs no number of them, and 80 columns hold either.
+    first = "angle" if every_module and projected else "n"
+    for name in (first, *subspaces, "drift", "kept", "norm", "vs copy", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    groups: dict[str, list[ModuleReport]] = {}
+    for row in mapped:
+        groups.setdefault(row.source if every_module else place(row.source), []).append(row)
+    for name, rows in (*groups.items(), ("all", mapped)):
+        cells = _subspace_cells(rows) if projected else []
+        style = "bold" if name == "all" else None
+        own = _angle(rows) if first == "angle" else str(len(rows))
+        table.add_row(name, own, *cells, *_update_cells(rows), style=style)
+    return table
+
+
+def _mean(rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]) -> float:
+    """The mean over the rows that have the value, weighted by the energy of their updates."""
+    found = [(row.energy, got) for row in rows if (got := value(row)) is not None]
+    weight = sum(energy for energy, _ in found)
+    return sum(energy * got for energy, got in found) / weight if weight else math.nan
+
+
+def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
+    """What the subspaces of the two bases say about the rows."""
+
+    def mean(value: Callable[[Measures], float]) -> float:
+        return _mean(rows, lambda row: value(row.measures) if row.measures else None)
+
+    above = min(mean(lambda m: m.above_left), mean(lambda m: m.above_right))
+    mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
+    left, right = mean(lambda m: m.phi_left), mean(lambda m: m.phi_right)
+    return [f"{number(left)} {number(right)}", number(above), number(mixed, ".0%")]
+
+
+def _angle(rows: list[ModuleReport]) -> str:
+    """The median and the largest principal angle in degrees."""
+    median = _mean(rows, lambda row: row.measures.angle if row.measures else None)
+    largest = _mean(rows, lambda row: row.measures.largest_angle if row.measures else None)
+    if math.isnan(median):
+        return number(None)
+    return f"{math.degrees(median):.0f}…{math.degrees(largest):.0f}°"
+
+
+def _update_cells(rows: list[ModuleReport]) -> list[str]:
+    """What became of the updates of the rows."""
+    ranks = sorted({row.rank_out for row in rows})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}…{ranks[-1]}"
+    drift = _mean(rows, lambda row: row.drift)
+    if all(row.drift is None and row.measures is None for row in rows):
+        return ["–", "–", "–", "–", rank]  # a dry run, or a text encoder carried over
+    return [
+        number(drift),
+        number(_mean(rows, lambda row: row.surviving_energy), ".0%"),
+        number(_mean(rows, lambda row: row.norm_ratio)),
+        number(_mean(rows, lambda row: row.copy_distance)),
+        rank,
+    ]
+
+
+def probe_table(report: Report) -> Table:
+    """What probing reached: a row for each block of the target."""
+    table = _table(f"probe: {report.source} → {report.target}")
+    table.add_column("block", overflow="fold")
+    for name in ("modules", "predicted", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for block in report.probe.blocks:
+        predicted = min(block.explained, default=math.nan)
+        table.add_row(
+            block.name, str(block.modules), number(predicted, ".0%"), number(block.reached, ".0%")
+        )
+    return table
+
+
+def reasons_table(report: Report) -> Table | None:
+    """Why modules have no place in the output; None where all of them have one."""
+    reasons = report.reasons()
+    if not reasons:
+        return None
+    table = Table(
+        title="without a place of their own",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+    )
+    for name, justify in (("n", "right"), ("status", "left"), ("why", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for (status, reason), count in sorted(reasons.items(), key=lambda item: -item[1]):
+        table.add_row(str(count), status, reason)
+    return table
+
+
+def outcomes_table(outcomes: list[Outcome]) -> Table:
+    """Several LoRAs, a row each: what moved, or why nothing did."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    table = _table(f"{len(outcomes)} LoRAs: {said}")
+    table.add_column("LoRA", overflow="fold")
+    for name in ("mapped", "skipped", "refused", "kept", "vs copy", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for outcome in outcomes:
+        if outcome.report:
+            totals = outcome.report.totals
+            numbers = [
+                str(totals["mapped"] + totals["summed"]),
+                str(totals["skipped"]),
+                str(totals["refused"]),
+                number(totals["energy_surviving"], ".0%"),
+                number(totals["copy_distance"]),
+                number(outcome.seconds, ".1f"),
+            ]
+            table.add_row(outcome.lora.name, *numbers, outcome.status)
+        else:
+            style = "red" if outcome.error else "dim"
+            table.add_row(outcome.lora.name, *["–"] * 6, outcome.status, style=style)
+    return table
+
+
+def failures(outcomes: list[Outcome]) -> list[str]:
+    """Why LoRAs were not moved, a line each."""
+    return [
+        f"{outcome.lora.name}: {type(outcome.error).__name__}: {outcome.error}"
+        for outcome in outcomes
+        if outcome.error
+    ]
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Overlap and drift by place."""
+    title = f"{comparison.source} against {comparison.target}"
+    table = _table(title)
+    table.add_column("place", no_wrap=True)
+    overlaps = any(module.columns_source for module in comparison.modules)
+    subspaces = ("k", "Φ l/r", "chance", "above") if overlaps else ()
+    for heading in ("pairs", *subspaces, "drift", "cosine"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, modules in (*comparison.places().items(), ("all", comparison.modules)):
+        table.add_row(
+            name,
+            str(len(modules)),
+            *(_overlap_cells(modules) if overlaps else []),
+            number(mean_of(modules, "drift")),
+            number(mean_of(modules, "cosine")),
+            style="bold" if name == "all" else None,
+        )
+    return table
+
+
+def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
+    """Columns, overlap and chance of a part of the model."""
+    columns = sorted(module.columns_source for module in modules)
+    left, right, above = (mean_of(modules, f) for f in ("phi_left", "phi_right", "above"))
+    chance = max(mean_of(modules, "chance_left"), mean_of(modules, "chance_right"))
+    return [
+        f"{columns[0]}…{columns[-1]}",
+        f"{number(left)} {number(right)}",
+        number(chance),
+        number(above),
+    ]
+
+
+def sweep_table(comparison: Comparison) -> Table:
+    """The overlap of all pairs against the number of columns."""
+    table = _table(f"rank sweep over {len(comparison.modules)} pairs")
+    thresholds = [f"≥ {threshold:g}" for threshold in THRESHOLDS]
+    for heading in ("k", "whole", "energy", "Φ l/r", "chance", "above", *thresholds):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.sweep:
+        last = row is comparison.sweep[-1]
+        table.add_row(
+            "all" if last else str(row.columns),
+            str(row.whole),
+            number(row.energy, ".0%"),
+            f"{number(row.phi_left)} {number(row.phi_right)}",
+            number(max(row.chance_left, row.chance_right)),
+            number(row.above),
+            *map(str, row.passing.values()),
+            style="bold" if last else None,
+        )
+    return table
+
+
+def decisions_table(
+    decisions: Sequence[BlockDecision], dropped: Sequence[str], every_block: bool = False
+) -> Table:
+    """Where blocks came from: a row for each stack of blocks, or for each block."""
+    table = _table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
+    if every_block:
+        headings = ("block", "from", "score", "runner-up", "its score", "margin")
+        for i, heading in enumerate(headings):
+            names = heading in ("block", "from", "runner-up")
+            table.add_column(heading, justify="left" if names else "right", no_wrap=i > 0)
+        for decision in decisions:
+            table.add_row(
+                decision.target,
+                decision.source or "none",
+                number(decision.score),
+                decision.runner_up or "–",
+                number(decision.runner_up_score),
+                number(decision.margin),
+                style=None if decision.source else "yellow",
+            )
+        return table
+    table.add_column("place", no_wrap=True)
+    table.add_column("block←from", overflow="fold")
+    for heading in ("score", "margin"):
+        table.add_column(f"least {heading}", justify="right", no_wrap=True)
+    places: dict[str, list[BlockDecision]] = {}
+    for decision in decisions:
+        places.setdefault(decision.target.rpartition(".")[0], []).append(decision)
+    for name, several in places.items():
+        table.add_row(
+            name.removesuffix(".transformer_blocks"),
+            _from(name, several),
+            number(min(decision.score for decision in several)),
+            number(min(decision.margin for decision in several)),
+        )
+    return table
+
+
+def _from(place: str, decisions: list[BlockDecision]) -> str:
+    """`0←0 1←3`, with the source's place where it is another."""
+    found = []
+    for decision in decisions:
+        theirs, _, index = (decision.source or "").rpartition(".")
+        other = "" if theirs in ("", place) else theirs.removesuffix(".transformer_blocks") + "."
+        found.append(f"{decision.target.rpartition('.')[2]}←{other}{index or 'none'}")
+    return " ".join(found)
+
+
+def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
+    """The subspaces of a base, a row per shape."""
+    table = _table(name)
+    for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "×".join(map(str, row.shape)),
+            str(row.count),
+            f"{row.columns_min}…{row.columns_max}",
+            number(row.energy, ".1%"),
+            number(row.bound, ".1e"),
+            str(row.flagged),
+            row.rungs,
+            number(row.seconds, ".1f"),
+        )
+    return table
+
+
+def inventory(found: Inventory) -> list[Table | str]:
+    """What a cache holds: a row for each base model and rank rule, and what else there is."""
+    said: list[Table | str] = []
+    if found.shelves:
+        table = _table(f"{size_text(found.size)} in the cache")
+        table.add_column("base", overflow="fold")
+        for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for shelf in found.shelves:
+            table.add_row(
+                shelf.base or "(in memory)",
+                shelf.rule,
+                str(shelf.count),
+                size_text(shelf.size),
+                shelf.dtypes,
+                f"{shelf.columns_min}…{shelf.columns_max}",
+                number(shelf.bound, ".0e"),
+                date.fromtimestamp(shelf.used).isoformat(),
+            )
+        said.append(table)
+    else:
+        said.append("The cache holds no bases.")
+    said.append(f"folder: {found.folder}; index and tables: {size_text(found.notes)}")
+    for (count, size), what in (
+        (found.temporary, "temporary files"),
+        (found.foreign, "files of other versions, or damaged"),
+    ):
+        if count:
+            said.append(f"{count} {what}, {size_text(size)}: `prolora basis prune` removes them")
+    return said
+
+
+def verified(found: Verified, base: str | None, rank: str) -> list[str]:
+    """What a verification found, in sentences."""
+    said = [f"{found.checked} bases are what was written; {len(found.damaged)} are damaged."]
+    said += [f"  {path}: {reason}" for path, reason in found.damaged.items()]
+    if base is not None:
+        said.append(
+            f"{found.recomputed} bases of {base} at rank {rank} were held against its weights: "
+            f"{len(found.wrong or {})} are wrong; {found.absent} weights have none here."
+        )
+        said += [f"  {module}: {reason}" for module, reason in (found.wrong or {}).items()]
+    return said

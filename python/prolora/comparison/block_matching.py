@@ -1,0 +1,353 @@
+"""Which transformer block was made from which, told from the weights alone and not from names.
+
+Blocks of the same kind and shapes are compared by how much the leading singular subspaces of their
+attention matrices overlap, beyond what chance gives. Training drifts and pruning renumbers, but
+neither changes the order of the blocks: the assignment is one-to-one and monotone, among the blocks
+of a place (one stack of blocks) and among the places.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from ..architectures.modules import is_adaptable, matrix_shape
+from ..bases import Base
+from ..bases.base import Progress, check_finite
+from ..bases.cache.basis_cache import BasisCache
+from ..core.basis import Basis, stack_bases, truncated_svd
+from ..core.ops import operators
+from ..core.precision import working_dtype
+from ..errors import NonFiniteWeights, UnsupportedFormat
+from .assignment import monotone_assignment
+from .module_map import BlockDecision, Match, Matching
+
+# Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
+# directions last, and the fewer columns, the lower the chance level and the cost.
+COLUMNS_SHARE, MOST_COLUMNS = 8, 160
+# Short sides of the matrices compared, added up, from which on more would tell nothing new: all
+# eight attention matrices of a block up to 640 wide, four at 1280, two at 3072.
+ENOUGH_DIMENSIONS = 5120
+# Weights in float32 that are in memory at a time, in bytes.
+STACK_BYTES = 96 << 20
+# From here on an overlap counts as a relation: a score that blocks of one model do not reach among
+# each other, though they read and write the same features (at most 0.06 in the mini family), and so
+# many standard deviations beyond chance, which matters where matrices are small.
+MIN_SCORE = 0.1
+MIN_DEVIATIONS = 6.0
+
+_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+_EVIDENCE = re.compile(r"(?:^|\.)attn\d?\.")
+_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        place: the stack it is in, `down_blocks.2.attentions.0.transformer_blocks`.
+        index: its number there.
+        shapes: module name inside the block -> out × in.
+    """
+
+    place: str
+    index: int
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What its modules' names begin with."""
+        return f"{self.place}.{self.index}"
+
+
+def match_blocks(
+    source: Base,
+    target: Base,
+    *,
+    min_score: float = MIN_SCORE,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Matching:
+    """Finds the source's block for every transformer block of the target.
+
+    The modules around a stack of blocks (`proj_in`, `proj_out`) follow its blocks. Modules outside
+    all blocks are paired by equal name and shape, there is one of each. Convolutions are left
+    alone: nothing here says where they went.
+
+    Args:
+        source: the base with the blocks to look among.
+        target: the base whose blocks are asked for.
+        min_score: pairs of blocks that score less are not made.
+        cache: folder that keeps subspaces; None keeps nothing.
+        device: where to compute; None means the CPU.
+        progress: called as progress(done, total, name).
+
+    Raises:
+        UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
+        NonFiniteWeights: NaN or Inf, named.
+    """
+    groups = _groups(source, target)
+    if not groups:
+        raise UnsupportedFormat(
+            f"{source.name} and {target.name} have no transformer blocks of the same kind and "
+            "shape: there is nothing to match by similarity"
+        )
+    subspaces = _Subspaces(cache, device, progress, _work(groups))
+    decisions: list[BlockDecision] = []
+    partners: dict[str, str] = {}
+    dropped: list[str] = []
+    places: dict[str, str] = {}
+    for ours, theirs in groups:
+        scores, deviations = _compare(source, ours, target, theirs, subspaces)
+        related = torch.where(
+            (scores >= min_score) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
+        )
+        pairs, stacks = _assign(related, ours, theirs)
+        places |= stacks
+        taken = set(pairs.values())
+        dropped += [block.name for i, block in enumerate(ours) if i not in taken]
+        for j, block in enumerate(theirs):
+            decision = _decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
+            decisions.append(decision)
+            if decision.source is not None:
+                partners[decision.target] = decision.source
+    table = dict(_table(source, target, partners, places))
+    order = {block.name: i for i, block in enumerate(blocks(target))}
+    decisions.sort(key=lambda decision: order[decision.target])
+    return Matching(table, tuple(decisions), tuple(dropped))
+
+
+def resolve(
+    match: Match,
+    source: Base,
+    target: Base,
+    *,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Match:
+    """`"similarity"` as the `Matching` it stands for; every other match as it is.
+
+    `pairing` reads no weights, so whoever makes a plan calls this first.
+    """
+    if isinstance(match, str) and match == "similarity":
+        return match_blocks(source, target, cache=cache, device=device, progress=progress)
+    return match
+
+
+def blocks(base: Base) -> list[Block]:
+    """The transformer blocks of a base, in the order in which a forward pass meets them."""
+    found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+    for module, shape in base.shapes.items():
+        match = _BLOCK.fullmatch(module)
+        if match and is_adaptable(module):
+            found.setdefault((match[1], int(match[2])), {})[match[3]] = matrix_shape(shape)
+    return [Block(*key, found[key]) for key in sorted(found, key=_order)]
+
+
+def _order(key: tuple[str, int]) -> tuple[object, ...]:
+    """Down, middle, up; FLUX's double blocks before its single ones."""
+    place, index = key
+    stage = _STAGES.get(place.split(".")[0], 3)
+    numbers = tuple(int(word) for word in place.split(".") if word.isdigit())
+    return stage, "single_" in place, numbers, place, index
+
+
+def _groups(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]:
+    """Blocks of both bases that may belong together: the same kind, modules and shapes."""
+    ours, theirs = blocks(source), blocks(target)
+    shared = {name for block in ours for name in block.shapes}
+    shared &= {name for block in theirs for name in block.shapes}
+
+    def signature(block: Block) -> tuple[object, ...]:
+        kind = block.place.rpartition(".")[2]
+        shapes = [(name, shape) for name, shape in block.shapes.items() if name in shared]
+        return kind, tuple(sorted(shapes))
+
+    found: dict[tuple[object, ...], tuple[list[Block], list[Block]]] = {}
+    for side, list_ in enumerate((ours, theirs)):
+        for block in list_:
+            found.setdefault(signature(block), ([], []))[side].append(block)
+    return [pair for (_, shapes), pair in found.items() if shapes and all(pair)]
+
+
+def _evidence(ours: Block, theirs: Block) -> list[str]:
+    """The modules that are compared: attention, or whatever both have.
+
+    Not all of them where matrices are large: the more dimensions, the less two subspaces overlap by
+    chance, and the more a singular value decomposition costs.
+    """
+    names = [name for name in sorted(theirs.shapes) if name in ours.shapes]
+    chosen: list[str] = []
+    dimensions = 0
+    for name in [name for name in names if _EVIDENCE.search(name)] or names:
+        if dimensions >= ENOUGH_DIMENSIONS:
+            break
+        chosen.append(name)
+        dimensions += min(theirs.shapes[name])
+    return chosen
+
+
+def _work(groups: list[tuple[list[Block], list[Block]]]) -> int:
+    """Weights to factorise."""
+    return sum(
+        len(_evidence(ours[0], theirs[0])) * (len(ours) + len(theirs)) for ours, theirs in groups
+    )
+
+
+class _Subspaces:
+    """Leading subspaces of weights, one module name over many blocks at a time."""
+
+    def __init__(
+        self,
+        cache: str | PathLike[str] | None,
+        device: str | None,
+        progress: Progress | None,
+        total: int,
+    ) -> None:
+        self._factorise = BasisCache(cache).bases if cache else truncated_svd
+        self._device, self._progress, self._total, self._done = device, progress, total, 0
+
+    def of(self, base: Base, blocks: list[Block], module: str) -> Basis:
+        """The bases of one module of every block, stacked [blocks, m, n]."""
+        shape = blocks[0].shapes[module]
+        rank = max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
+        names = [f"{block.name}.{module}" for block in blocks]
+        size = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
+        found: list[Basis] = []
+        for some in (names[i : i + size] for i in range(0, len(names), size)):
+            weights = torch.stack([base.read(name).reshape(shape).float() for name in some])
+            try:
+                bases = self._factorise(weights.to(self._device), rank)
+            except NonFiniteWeights:
+                check_finite(base, some)  # says which one
+                raise
+            found += [bases[i] for i in range(len(some))]
+            self._done += len(some)
+            if self._progress:
+                self._progress(self._done, self._total, some[-1])
+        return stack_bases(found)
+
+
+def _compare(
+    source: Base, ours: list[Block], target: Base, theirs: list[Block], subspaces: _Subspaces
+) -> tuple[Tensor, Tensor]:
+    """(scores, deviations) [our blocks, their blocks], see `BlockDecision`."""
+    modules = _evidence(ours[0], theirs[0])
+    above = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
+    excess, variance = torch.zeros_like(above), torch.zeros_like(above)
+    for module in modules:
+        a, b = subspaces.of(source, ours, module), subspaces.of(target, theirs, module)
+        for left, right in ((a.U, b.U), (a.V, b.V)):
+            phi, chance, spread = _overlaps(left, a.rank, right, b.rank)
+            above += (phi - chance) / (1 - chance).clamp_min(1e-12) / (2 * len(modules))
+            excess += phi - chance
+            variance += spread
+    return above, excess / variance.sqrt().clamp_min(1e-12)
+
+
+def _overlaps(
+    left: Tensor, left_rank: Tensor, right: Tensor, right_rank: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Φ, its mean and its variance between unrelated subspaces), all [a, b], on the CPU.
+
+    For random subspaces of p and q out of d dimensions, ‖XᵀY‖² has mean pq/d and variance
+    2pq(d−p)(d−q)/(d²(d−1)(d+2)).
+
+    Args:
+        left: [a, d, k] orthonormal columns.
+        left_rank: [a], columns in use.
+        right: [b, d, k'] likewise.
+        right_rank: [b].
+    """
+    d = left.shape[1]
+    work = working_dtype(left.dtype, right.dtype)
+    left, right = left.to(work), right.to(work)
+    columns = [
+        operators.overlap(left, one.expand(len(left), *one.shape).contiguous()) for one in right
+    ]
+    p = left_rank.double().cpu().clamp_min(1)[:, None]
+    q = right_rank.double().cpu().clamp_min(1)[None, :]
+    fewest = torch.minimum(p, q)
+    spread = 2 * p * q * (d - p) * (d - q) / (d**2 * max(1, d - 1) * (d + 2))
+    phi = torch.stack(columns, dim=1).double().cpu() / fewest
+    return phi, p * q / d / fewest, spread / fewest.square()
+
+
+def _assign(
+    scores: Tensor, ours: list[Block], theirs: list[Block]
+) -> tuple[dict[int, int], dict[str, str]]:
+    """({their block: our block} by index, {their place: our place}), monotone on both levels."""
+    ours_in, theirs_in = _by_place(ours), _by_place(theirs)
+    inner = {
+        (a, b): monotone_assignment(scores[ours_in[a]][:, theirs_in[b]])
+        for a in ours_in
+        for b in theirs_in
+    }
+    totals = torch.zeros(len(ours_in), len(theirs_in), dtype=torch.float64)
+    for x, a in enumerate(ours_in):
+        for y, b in enumerate(theirs_in):
+            block = scores[ours_in[a]][:, theirs_in[b]]
+            totals[x, y] = sum(float(block[i, j]) for i, j in inner[a, b])
+    pairs: dict[int, int] = {}
+    stacks: dict[str, str] = {}
+    for x, y in monotone_assignment(totals):
+        a, b = list(ours_in)[x], list(theirs_in)[y]
+        stacks[b] = a
+        pairs |= {theirs_in[b][j]: ours_in[a][i] for i, j in inner[a, b]}
+    return pairs, stacks
+
+
+def _by_place(blocks: list[Block]) -> dict[str, list[int]]:
+    """Place -> indices of its blocks, in order."""
+    found: dict[str, list[int]] = {}
+    for i, block in enumerate(blocks):
+        found.setdefault(block.place, []).append(i)
+    return found
+
+
+def _decision(
+    block: Block, chosen: int | None, scores: Tensor, deviations: Tensor, ours: list[Block]
+) -> BlockDecision:
+    """What was chosen for a block, and the best of the others."""
+    ranked = sorted(range(len(ours)), key=lambda i: -float(scores[i]))
+    best = ranked[0] if chosen is None else chosen
+    others = [i for i in ranked if i != best]
+    return BlockDecision(
+        target=block.name,
+        source=None if chosen is None else ours[chosen].name,
+        score=float(scores[best]),
+        deviations=float(deviations[best]),
+        runner_up=ours[others[0]].name if others else None,
+        runner_up_score=float(scores[others[0]]) if others else math.nan,
+    )
+
+
+def _table(
+    source: Base, target: Base, partners: Mapping[str, str], places: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(target module, source module): inside matched blocks, around them, outside all."""
+    stacks = {b.rpartition(".")[0]: a.rpartition(".")[0] for b, a in places.items()}
+    for module in target.shapes:
+        match = _BLOCK.fullmatch(module)
+        stack = ".".join(module.split(".")[:-1])
+        if match:
+            origin = partners.get(f"{match[1]}.{match[2]}")
+            found = origin and f"{origin}.{match[3]}"
+        elif stack and stack in stacks:
+            found = f"{stacks[stack]}.{module.rpartition('.')[2]}"
+        elif module.split(".")[0] in _STAGES:
+            found = None
+        else:
+            same = source.shapes.get(module) == target.shapes[module]
+            found = module if same else None
+        if found and found in source.shapes:
+            yield module, found

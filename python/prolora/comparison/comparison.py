@@ -1,0 +1,393 @@
+"""How two base models relate, from their weights alone: before any LoRA is moved."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+from ..architectures.modules import is_adaptable, matrix_shape, place
+from ..bases import Base, check_finite, open_base
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.memory import Memory
+from ..core.basis import truncated_svd
+from ..core.overlap_tables import basis_tables
+from ..core.rank_rule import Rank
+from ..core.similarity import angle_quantiles, basis_similarity
+from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..files.jsontext import finite
+from .block_matching import resolve
+from .drift import Affinity
+from .module_map import BlockDecision, Match, Matching, feeds
+from .rank_sweep import Point, SweepRow, curve, sweep
+from .verdict import AUTO, DEFAULT_THRESHOLD, STRANGE, WHY, Decision, Verdict, judge, strangers_text
+
+_ATTENTION = re.compile(r"(^|\.)attn\d?\.")
+_NAN = math.nan
+
+OVERLAP_RANK: Rank = 0.9
+"""Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
+
+
+@dataclass(frozen=True)
+class ModuleComparison:
+    """One pair of weights.
+
+    Attributes:
+        source, target: module names.
+        shape: out × in.
+        affinity: norms and products behind drift and cosine.
+        phi_left, phi_right, chance_left, chance_right, above_left, above_right: overlap of the
+            leading subspaces, see `core.similarity.Similarity`; NaN where it was not asked for.
+        columns_source, columns_target: k of the bases; 0 likewise.
+        angles_left, angles_right: principal angles between the subspaces in radians, at the shares
+            `core.similarity.ANGLE_SHARES` of their number, smallest first; empty likewise.
+        points: the overlap at fewer columns, see `sweep`; empty likewise.
+    """
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    affinity: Affinity
+    phi_left: float = _NAN
+    phi_right: float = _NAN
+    chance_left: float = _NAN
+    chance_right: float = _NAN
+    above_left: float = _NAN
+    above_right: float = _NAN
+    columns_source: int = 0
+    columns_target: int = 0
+    angles_left: tuple[float, ...] = ()
+    angles_right: tuple[float, ...] = ()
+    points: tuple[Point, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """The part of the model: `down_blocks.1`, `mid_block`, … or the first name element."""
+        return place(self.target)
+
+    @property
+    def above(self) -> float:
+        """The lesser of the two sides' overlaps above chance; NaN if neither has one."""
+        sides = [side for side in (self.above_left, self.above_right) if not math.isnan(side)]
+        return min(sides, default=_NAN)
+
+    @property
+    def drift(self) -> float:
+        """‖W_t − W_s‖_F / ‖W_s‖_F; about √2 for unrelated weights of equal norm."""
+        return self.affinity.drift
+
+    @property
+    def cosine(self) -> float:
+        """⟨W_s, W_t⟩ / (‖W_s‖‖W_t‖); about 0 for unrelated weights."""
+        return self.affinity.cosine
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON; of each point the columns of both and Φ left and right."""
+        points = [
+            (p.columns_source, p.columns_target, p.phi_left, p.phi_right) for p in self.points
+        ]
+        derived = {"drift": self.drift, "cosine": self.cosine, "above": self.above}
+        return asdict(self) | derived | {"points": points}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a LoRA of the source would find a weight of its shape on the target.
+
+    Attributes:
+        attention: (modules with a place, modules) of a LoRA on all attention weights.
+        adaptable: likewise, on all weights that LoRAs are commonly trained on.
+    """
+
+    attention: tuple[int, int]
+    adaptable: tuple[int, int]
+
+    @classmethod
+    def of(cls, source: Base, placed: Iterable[str]) -> Coverage:
+        """Counts the source's modules that are among `placed`."""
+        taken = set(placed)
+        adaptable = [name for name in source.shapes if is_adaptable(name)]
+        attention = [name for name in adaptable if _ATTENTION.search(name)]
+        a, b = (
+            (sum(name in taken for name in names), len(names)) for names in (attention, adaptable)
+        )
+        return cls(a, b)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two bases, module by module.
+
+    Attributes:
+        source, target: their names.
+        match: how modules were paired.
+        modules: the pairs of equal shape.
+        without_partner: adaptable source modules that no target module takes.
+        other_shape: pairs whose widths differ.
+        coverage: what a LoRA of the source could expect.
+        decisions: where blocks were matched by similarity, every one with its runner-up.
+        dropped_blocks: the source's blocks that feed none, likewise.
+    """
+
+    source: str
+    target: str
+    match: str
+    modules: list[ModuleComparison]
+    without_partner: int
+    other_shape: int
+    coverage: Coverage
+    decisions: tuple[BlockDecision, ...] = ()
+    dropped_blocks: tuple[str, ...] = ()
+
+    def mean(self, field: str) -> float:
+        """The mean of a number of `ModuleComparison` over the pairs where it is defined."""
+        return mean_of(self.modules, field)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Go or no-go, from the affinity of all pairs."""
+        return judge(Affinity.total(module.affinity for module in self.modules))
+
+    @cached_property
+    def sweep(self) -> list[SweepRow]:
+        """The overlap of all pairs against the number of columns; empty where not asked for."""
+        return sweep([module.points for module in self.modules if module.points])
+
+    @property
+    def advice(self) -> Decision:
+        """What `transfer` would settle on by itself."""
+        return self.verdict.decide()
+
+    @property
+    def copying_is_best(self) -> bool:
+        """Whether nothing known does better than the LoRA as it is."""
+        return self.verdict.go and self.advice.method == "copy"
+
+    def places(self) -> dict[str, list[ModuleComparison]]:
+        """The pairs by part of the model, in the target's order."""
+        found: dict[str, list[ModuleComparison]] = {}
+        for module in self.modules:
+            found.setdefault(module.place, []).append(module)
+        return found
+
+    def sentences(self) -> list[str]:
+        """The answer in plain words, with the numbers behind it."""
+        said = [self.verdict.sentence(), self._lineage()]
+        overlaps = {
+            name: overlap
+            for name, part in self.places().items()
+            if not math.isnan(overlap := mean_of(part, "above"))
+        }
+        if overlaps:
+            least, most = min(overlaps, key=overlaps.__getitem__), max(overlaps.values())
+            passing = sum(min(m.phi_left, m.phi_right) >= DEFAULT_THRESHOLD for m in self.modules)
+            said.append(
+                f"Leading subspaces overlap {self.mean('above'):.2f} above chance (0 unrelated, 1 "
+                f"equal): from {overlaps[least]:.2f} in {least} to {most:.2f}; {passing} of "
+                f"{len(self.modules)} pairs reach Φ ≥ {DEFAULT_THRESHOLD} on both sides."
+            )
+        strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE]
+        if strangers and self.verdict.related:
+            said.append(strangers_text(strangers))
+        said += [self._copying(), self._coverage()]
+        if self.decisions:
+            found = sum(decision.source is not None for decision in self.decisions)
+            said.append(
+                f"{found} of {len(self.decisions)} blocks of the target were recognised; "
+                f"{len(self.dropped_blocks)} blocks of the source feed none."
+            )
+        return said
+
+    def _lineage(self) -> str:
+        """Whether the two come from each other."""
+        cosine, drift = round(self.verdict.cosine, 2) + 0.0, self.verdict.drift  # no "-0.00"
+        if self.verdict.related:
+            return (
+                f"Same lineage: the paired weights point the same way (cosine {cosine:.2f}, where "
+                f"models trained apart have 0) and differ by {drift:.0%} of their norm."
+            )
+        return (
+            f"No common lineage: the paired weights do not point the same way (cosine "
+            f"{cosine:.2f}; related models have nearly 1)."
+        )
+
+    def _copying(self) -> str:
+        """Whether the LoRA as it is can be beaten."""
+        if not self.verdict.go:
+            return "Copying does not work here, and no method that knows weights alone does better."
+        if self.copying_is_best:
+            return f"Nothing measured so far beats copying on such a pair: {WHY['copy']}."
+        strength = self.verdict.strength
+        return (
+            f"--method {AUTO} chooses '{self.advice.method}': {WHY[self.advice.method]}. "
+            f"An unchanged copy does best at a strength of about {strength:.2g}."
+        )
+
+    def _coverage(self) -> str:
+        """What a LoRA can expect."""
+        (a, all_a), (b, all_b) = self.coverage.attention, self.coverage.adaptable
+        lost = f"{self.without_partner} modules have no partner on the target"
+        if self.other_shape:
+            lost += f", {self.other_shape} pairs have different widths and are refused"
+        return (
+            f"Of a LoRA on the source's attention, {a} of {all_a} modules "
+            f"({a / max(1, all_a):.0%}) find a place; with feed-forward and projections, {b} of "
+            f"{all_b} ({b / max(1, all_b):.0%}). {lost}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON (NaN as None)."""
+        numbers = ("phi_left", "phi_right", "above_left", "above_right", "drift")
+        verdict, advice = self.verdict, self.advice
+        fields: dict[str, Any] = asdict(self) | {
+            "modules": [module.to_dict() for module in self.modules],
+            "decisions": [decision.to_dict() for decision in self.decisions],
+            "sweep": [asdict(row) for row in self.sweep],
+            "means": {name: self.mean(name) for name in numbers},
+            "verdict": asdict(verdict)
+            | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
+            "advice": {
+                "method": advice.method if verdict.related else None,
+                "copying_is_best": self.copying_is_best,
+                "copy_strength": verdict.strength,
+                "damping": advice.damping,
+            },
+            "summary": self.sentences(),
+        }
+        found: dict[str, Any] = finite(fields)
+        return found
+
+
+def mean_of(modules: Iterable[ModuleComparison], field: str) -> float:
+    """The mean of a number over the modules where it is one; NaN if there is none."""
+    found = [got for module in modules if not math.isnan(got := float(getattr(module, field)))]
+    return math.fsum(found) / len(found) if found else _NAN
+
+
+def compare(
+    source: Any,
+    target: Any,
+    *,
+    rank: Rank | None = OVERLAP_RANK,
+    match: Match = "name",
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Comparison:
+    """Measures drift and overlap of every adaptable pair of weights, and judges them.
+
+    Args:
+        source: base model as `transfer` takes it.
+        target: base model.
+        rank: columns, or share of energy, of the subspaces compared. None compares none: the
+            verdict needs each weight read once and no singular value decomposition.
+        match: how modules are paired, as in `transfer`.
+        cache: folder that keeps subspaces, the same as `transfer`'s; None keeps nothing.
+        device: where to compute; None means the CPU.
+        max_memory: bytes this process may take in memory; None sets no bound.
+        progress: called as progress(done, total, name).
+
+    Raises:
+        TooLittleMemory: the bound is below what one pair of weights needs.
+        UnsupportedFormat: the two bases share no adaptable module of equal shape.
+        UnrelatedBases: blocks were matched by similarity, and none was recognised.
+        NonFiniteWeights: NaN or Inf, named.
+    """
+    source, target = open_base(source), open_base(target)
+    match = resolve(match, source, target, cache=cache, device=device, progress=progress)
+    partners, rule = feeds(source, target, match)
+    partners = {t: s for t, s in partners.items() if is_adaptable(t)}
+    equal = {
+        t: s
+        for t, s in partners.items()
+        if matrix_shape(source.shapes[s]) == matrix_shape(target.shapes[t])
+    }
+    if isinstance(match, Matching):
+        match.check_any(source, target)
+    if not equal:
+        raise UnsupportedFormat(_nothing_shared(source, target, partners))
+    sizes = {matrix_shape(target.shapes[module]) for module in equal}
+    Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else "bases")
+    taken = set(partners.values())
+    factorise = BasisCache(cache).bases if cache else truncated_svd
+    rows = []
+    for done, (module, origin) in enumerate(equal.items(), 1):
+        rows.append(_compare_module(source, origin, target, module, rank, factorise, device))
+        if progress:
+            progress(done, len(equal), module)
+    blocks = match if isinstance(match, Matching) else None
+    return Comparison(
+        source.name,
+        target.name,
+        rule,
+        rows,
+        without_partner=sum(is_adaptable(n) and n not in taken for n in source.shapes),
+        other_shape=len(partners) - len(equal),
+        coverage=Coverage.of(source, equal.values()),
+        decisions=blocks.decisions if blocks else (),
+        dropped_blocks=blocks.dropped if blocks else (),
+    )
+
+
+def _nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
+    """Why there is nothing to compare."""
+    if partners:
+        return (
+            f"every pair of {source.name} and {target.name} has different widths: no published "
+            "data-free method maps between widths"
+        )
+    return (
+        f"{source.name} and {target.name} have no attention or feed-forward module of equal "
+        "name and shape: weights alone cannot relate them"
+    )
+
+
+def _compare_module(
+    source: Base,
+    origin: str,
+    target: Base,
+    module: str,
+    rank: Rank | None,
+    factorise: Callable[..., Any],
+    device: str | None,
+) -> ModuleComparison:
+    """One pair."""
+    shape = matrix_shape(target.shapes[module])
+    ours, theirs = (
+        base.read(name).reshape(shape) for base, name in ((source, origin), (target, module))
+    )
+    try:
+        affinity = Affinity.of(ours, theirs)
+    except NonFiniteWeights:
+        check_finite(source, [origin])  # says which tensor, and where in it
+        check_finite(target, [module])
+        raise
+    if rank is None:
+        return ModuleComparison(origin, module, shape, affinity)
+    old, new = (factorise(weight[None].to(device), rank) for weight in (ours, theirs))
+    tables = basis_tables(old, new)
+    similar = basis_similarity(old, new, tables)
+    angles = angle_quantiles(old, new)
+    return ModuleComparison(
+        origin,
+        module,
+        shape,
+        affinity,
+        phi_left=similar.left.item(),
+        phi_right=similar.right.item(),
+        chance_left=similar.chance_left.item(),
+        chance_right=similar.chance_right.item(),
+        above_left=similar.above_left.item(),
+        above_right=similar.above_right.item(),
+        columns_source=int(old.rank),
+        columns_target=int(new.rank),
+        angles_left=tuple(angles[0][0].tolist()),
+        angles_right=tuple(angles[1][0].tolist()),
+        points=curve(old, new, tables),
+    )

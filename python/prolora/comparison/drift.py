@@ -1,0 +1,200 @@
+"""How far two base models stand apart where a LoRA acts: from weights alone, without any SVD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..architectures.modules import matrix_shape
+from ..bases import Base, check_finite
+from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache, content_hash
+from ..bases.cache.tables import Notes
+from ..bases.memory import Memory
+from ..core.parallel import spread
+from ..errors import NonFiniteWeights
+
+BLOCK = 1 << 18
+"""Entries that are worked on at a time."""
+
+PROBES = 32
+"""Random vectors behind each spread; over the many modules of a model their noise cancels."""
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """Norms and products of a pair of weights, or their sums over many pairs.
+
+    Attributes:
+        source: ‖W_s‖²_F.
+        target: ‖W_t‖²_F.
+        product: ⟨W_s, W_t⟩ = tr(W_sᵀ W_t).
+        difference: ‖D‖²_F of the drift D = W_t − W_s.
+        spread_difference: ‖D‖²_F times the spread of D, see `spread`.
+    """
+
+    source: float
+    target: float
+    product: float
+    difference: float
+    spread_difference: float
+
+    @property
+    def drift(self) -> float:
+        """‖W_t − W_s‖ / ‖W_s‖: 0 for equal weights, about √2 for unrelated ones of equal norm."""
+        return math.sqrt(self.difference / self.source) if self.source > 0 else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """⟨W_s, W_t⟩ / (‖W_s‖‖W_t‖): 1 for equal weights, about 0 for unrelated ones."""
+        norms = math.sqrt(self.source * self.target)
+        return self.product / norms if norms > 0 else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Over how many directions the drift is spread: 1 like noise, towards 0 along few.
+
+        The effective rank (Σσ²)²/Σσ⁴ of D over mn/(m + n), what a matrix of noise has; for many
+        pairs the mean, weighted by the energy of the drift.
+        """
+        return self.spread_difference / self.difference if self.difference > 0 else 1.0
+
+    @classmethod
+    def of(cls, source: Tensor, target: Tensor) -> Affinity:
+        """Two weights [m, n], of any float dtype; summed in float32 or better.
+
+        Raises:
+            NonFiniteWeights: NaN or Inf in either.
+        """
+        wide = torch.float64 in (source.dtype, target.dtype)
+        work = torch.float64 if wide else torch.float32
+        m, n = source.shape
+        # A few rows at a time stay in a core's cache, and need no memory of a weight's size.
+        rows = max(1, BLOCK // max(1, n))
+        blocks = [(source[i : i + rows], target[i : i + rows]) for i in range(0, m, rows)]
+        # The largest entry is taken out, so that squares of large finite weights stay finite.
+        scale = max((_largest(part.to(work)) for pair in blocks for part in pair), default=0.0)
+        if scale == 0:
+            return cls(0.0, 0.0, 0.0, 0.0, 0.0)
+        # Σσ⁴ = ‖DᵀD‖² is the mean of ‖DᵀDz‖² over random z: products instead of a Gram matrix.
+        generator = torch.Generator().manual_seed(m * n)
+        z = torch.randn(n, PROBES, generator=generator, dtype=work)
+        image = torch.zeros_like(z)
+        sums = [0.0] * 4
+        for pair in blocks:
+            ours, theirs = (part.to(work) / scale for part in pair)
+            away = theirs - ours
+            products = ((ours, ours), (theirs, theirs), (ours, theirs), (away, away))
+            for i, (x, y) in enumerate(products):
+                sums[i] += float(torch.dot(x.flatten(), y.flatten()))
+            image.addmm_(away.mT, away @ z)
+        quartic = float(image.square().sum()) / PROBES
+        sums.append(sums[3] * _spread(sums[3], quartic, m, n))
+        return cls(*(value * scale * scale for value in sums))
+
+    @classmethod
+    def total(cls, parts: Iterable[Affinity]) -> Affinity:
+        """The sums over several pairs: drift and cosine of all of them taken as one vector."""
+        rows = [astuple(part) for part in parts]
+        columns = zip(*rows, strict=True) if rows else ([0.0] for _ in fields(cls))
+        return cls(*(math.fsum(column) for column in columns))
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude in x.
+
+    Raises:
+        NonFiniteWeights: it is not finite.
+    """
+    largest = float(torch.maximum(x.amax(), -x.amin())) if x.numel() else 0.0
+    if not math.isfinite(largest):
+        raise NonFiniteWeights("NaN or Inf in a weight")
+    return largest
+
+
+def _spread(energy: float, quartic: float, m: int, n: int) -> float:
+    """Effective rank of a drift [m, n] over that of noise; energy Σσ², quartic Σσ⁴."""
+    if energy == 0:
+        return 1.0
+    return min(1.0, energy**2 / max(quartic, 1e-300) / (m * n / (m + n + 1)))
+
+
+def measure(
+    source: Base,
+    target: Base,
+    pairs: Sequence[tuple[str, str]],
+    progress: Progress | None = None,
+    cache: BasisCache | None = None,
+    memory: Memory | None = None,
+) -> list[Affinity]:
+    """The affinity of every pair; weights are read a few pairs at a time, each once.
+
+    A pair that the cache knows is not read at all: it was finite when it was looked at.
+
+    Args:
+        source: the base that a LoRA comes from.
+        target: the base it goes to.
+        pairs: (source module, target module) of equal matrix shape.
+        progress: called as progress(done, total, target module).
+        cache: remembers the affinities of weights by their content.
+        memory: bounds how many pairs are in memory at a time.
+
+    Raises:
+        NonFiniteWeights: names the first tensor that holds NaN or Inf, and its file.
+    """
+    cache = cache or BasisCache(None)
+    notes = cache.pairs(source, target)
+    found = [_known(source, target, pair, cache, notes) for pair in pairs]
+    missing = [i for i, affinity in enumerate(found) if affinity is None]
+    total, start, memory = len(missing), 0, memory or Memory()
+    while start < total:
+        shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
+        part = missing[start : start + memory.at_once(shape)]
+        jobs = [(source, target, pairs[i], cache.folder is not None) for i in part]
+        seen = spread(lambda job: _measured(*job), jobs)
+        for i, (affinity, *digests) in zip(part, seen, strict=True):
+            found[i] = affinity
+            for base, module, digest in zip((source, target), pairs[i], digests, strict=True):
+                cache.learn(base, module, digest)
+            names = [cache.digest(*at) for at in zip((source, target), pairs[i], strict=True)]
+            notes.put(_note(*map(str, names)), list(astuple(affinity)))
+        start += len(part)
+        if progress:
+            progress(start, total, pairs[part[-1]][1])
+    return [affinity for affinity in found if affinity is not None]
+
+
+def _known(
+    source: Base, target: Base, pair: tuple[str, str], cache: BasisCache, notes: Notes
+) -> Affinity | None:
+    """What was measured of a pair before."""
+    digests = [cache.digest(*at) for at in zip((source, target), pair, strict=True)]
+    if None in digests:
+        return None
+    numbers = notes.get(_note(*map(str, digests)))
+    return Affinity(*numbers) if isinstance(numbers, list) else None
+
+
+def _note(source: str, target: str) -> str:
+    return f"affinity {PROBES} {source} {target}"
+
+
+def _measured(
+    source: Base, target: Base, pair: tuple[str, str], hashed: bool
+) -> tuple[Affinity, str, str]:
+    """The affinity of a pair, and the content hashes of the two, if they are asked for."""
+    shape = matrix_shape(target.shapes[pair[1]])
+    ours, theirs = source.read(pair[0]).reshape(shape), target.read(pair[1]).reshape(shape)
+    try:
+        affinity = Affinity.of(ours, theirs)
+    except NonFiniteWeights:
+        check_finite(source, [pair[0]])  # says which tensor, and where in it
+        check_finite(target, [pair[1]])
+        raise
+    if not hashed:
+        return affinity, "", ""
+    return affinity, content_hash(ours), content_hash(theirs)

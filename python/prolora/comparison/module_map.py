@@ -1,0 +1,184 @@
+"""Which module of the source belongs to which of the target, over all modules of two bases.
+
+By name and block rules, by a map, or by what `matching` found; no weight is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..bases import Base, correspondence
+from ..bases.describe import adaptable_shapes, describe, kind
+from ..errors import UnrelatedBases, UnsupportedFormat
+
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+
+
+@dataclass(frozen=True)
+class BlockDecision:
+    """Where one block of the target came from, and what else it could have been.
+
+    Attributes:
+        target: the target's block.
+        source: the block that feeds it; None if none overlaps beyond chance, or all that do feed
+            others.
+        score: mean above-chance overlap of the two over modules and sides: 0 as unrelated, 1 as
+            equal; of the best candidate where source is None.
+        deviations: how many standard deviations the overlap lies beyond chance.
+        runner_up: the source's block with the next best score; None if there is no other.
+        runner_up_score: its score, NaN if there is none.
+    """
+
+    target: str
+    source: str | None
+    score: float
+    deviations: float
+    runner_up: str | None
+    runner_up_score: float
+
+    @property
+    def margin(self) -> float:
+        """Score over runner-up; below 0 where the order of the blocks overruled the overlap."""
+        return self.score - self.runner_up_score
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, the margin too."""
+        return asdict(self) | {"margin": self.margin}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Partners found by `matching.match_blocks`; taken wherever a `Match` is.
+
+    Attributes:
+        table: target module -> source module.
+        decisions: one for every block of the target, in its order.
+        dropped: the source's blocks that feed none.
+    """
+
+    table: Mapping[str, str]
+    decisions: tuple[BlockDecision, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def rule(self) -> str:
+        """For the report."""
+        margins = [d.margin for d in self.decisions if d.source and not math.isnan(d.margin)]
+        found = sum(decision.source is not None for decision in self.decisions)
+        least = f", least margin {min(margins):.3f}" if margins else ""
+        return f"similarity: {found} of {len(self.decisions)} blocks matched{least}"
+
+    def check_any(self, source: Base, target: Base) -> None:
+        """Raises UnrelatedBases if no block was recognised."""
+        if any(decision.source for decision in self.decisions):
+            return
+        best = max((decision.score for decision in self.decisions), default=math.nan)
+        raise UnrelatedBases(
+            f"No-go: no transformer block of {target.name} overlaps with one of {source.name} "
+            f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
+            "apart, or the target drifted too far to tell; --match name pairs equal names"
+        )
+
+
+Match = str | PathLike[str] | Mapping[str, str] | Matching
+"""`"name"`, a JSON file {target module: source module}, such a mapping, or what similarity found.
+
+`"similarity"` itself needs weights: `matching.resolve` turns it into a `Matching`."""
+
+
+def feeds(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
+    """{target module: source module} over all modules that have a partner, and the rule's name.
+
+    Raises:
+        UnsupportedFormat: a match that is not understood, or two architectures of which no blocks
+            correspond.
+    """
+    if isinstance(match, Matching):
+        return dict(match.table), match.rule
+    if isinstance(match, str) and match == "name":
+        return _feeds_by_name(source, target)
+    if isinstance(match, str) and match == "similarity":
+        raise UnsupportedFormat(
+            "matching by similarity reads weights: call comparison.block_matching.resolve first"
+        )
+    if isinstance(match, Mapping):
+        table, rule_name = dict(match), "the caller's map"
+    else:
+        table, rule_name = _read_map(Path(match)), f"the map {Path(match).name}"
+    for side, names, base in (("target", table, target), ("source", table.values(), source)):
+        missing = [name for name in names if name not in base.shapes]
+        if missing:
+            raise UnsupportedFormat(
+                f"{rule_name} names {side} modules that {base.name} lacks, the first: {missing[0]}"
+            )
+    return table, rule_name
+
+
+def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
+    """Equal names, or the block rule of two known layouts, read in either direction."""
+    ours, theirs = source.layout, target.layout
+    if ours is None or theirs is None or ours == theirs:
+        same = {name: name for name in target.shapes if name in source.shapes}
+        if not same:
+            _refuse_unrelated(source, target)
+        return same, "same name"
+    rule = correspondence(ours, theirs)
+    if rule is not None:
+        found = (
+            (name, start) for name in target.shapes if (start := rule.source_of(name)) is not None
+        )
+    else:
+        rule = correspondence(theirs, ours)
+        if rule is None:
+            _refuse_unrelated(source, target)
+        found = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
+    partners = {t: s for t, s in found if t in target.shapes and s in source.shapes}
+    partners |= {
+        name: name
+        for name in target.shapes
+        if name.startswith(TEXT_ENCODERS) and name in source.shapes
+    }
+    return partners, f"{ours} to {theirs}: {rule.evidence.rstrip('.')}"
+
+
+def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
+    """Two bases of which nothing is known that belongs together: by kind, by width, or at all."""
+    what = f"{source.name} is {describe(source)}, {target.name} is {describe(target)}"
+    shared = adaptable_shapes(source) & adaptable_shapes(target)
+    if kind(source) != kind(target) or not shared:
+        why = (
+            ""
+            if shared
+            else ", and no attention or feed-forward weight of one has the shape of "
+            "any of the other"
+        )
+        raise UnsupportedFormat(
+            f"{what}: these are different architectures, no block of one corresponds to a block of "
+            f"the other{why}. No data-free method maps between them; train the LoRA on the target"
+        )
+    raise UnsupportedFormat(
+        f"{what}: nothing is known about which of their blocks belong together, and equal names "
+        "need not be equal modules. Try --match similarity, or give --match a JSON file "
+        "{target module: source module}"
+    )
+
+
+def _read_map(path: Path) -> dict[str, str]:
+    """A user's map file."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UnsupportedFormat(
+            f'--match takes "name", "similarity" or a JSON file {{target module: source '
+            f"module}}; {path} is neither ({error})"
+        ) from error
+    strings = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
+    if not strings:
+        raise UnsupportedFormat(f"{path} must hold one JSON object of target: source names")
+    return dict(table)

@@ -1,0 +1,104 @@
+"""What the bases of two weights have in common, computed once for each pair of weights.
+
+It is the same for every LoRA, and so it is kept beside the bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..bases import Base
+from ..bases.cache.basis_cache import BasisCache, name_of
+from ..core.basis import Basis
+from ..core.rank_rule import Rank
+from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
+
+# What a note of a pair begins with; another word where it holds other numbers.
+NOTE = "alignment"
+OVERLAPS, ANGLES = 4, len(ANGLE_SHARES)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the bases of a stack of pairs lie to each other.
+
+    Attributes:
+        similar: Φ with its chance level, [b] each.
+        angles_left, angles_right: of each pair the principal angles in radians, at the shares
+            ANGLE_SHARES of their number, smallest first.
+    """
+
+    similar: Similarity
+    angles_left: list[tuple[float, ...]]
+    angles_right: list[tuple[float, ...]]
+
+    def take(self, places: Sequence[int]) -> Alignment:
+        """Some pairs of the stack."""
+        chosen = list(places)
+        return Alignment(
+            Similarity(*(x[chosen] for x in _overlaps(self.similar))),
+            [self.angles_left[i] for i in chosen],
+            [self.angles_right[i] for i in chosen],
+        )
+
+
+def align(
+    stack: Sequence[tuple[str, str]],
+    source: Base,
+    target: Base,
+    ours: Basis,
+    theirs: Basis,
+    cache: BasisCache,
+    rank: Rank,
+) -> Alignment:
+    """The alignment of a stack of pairs, of which only what is not known is computed.
+
+    Args:
+        stack: the pairs of modules (source, target).
+        source: whose weights `ours` are the bases of, taken from `cache` in this run.
+        target: of `theirs`, likewise.
+        ours: the source's bases, [b, m, n].
+        theirs: the target's.
+        cache: where it is kept.
+        rank: the rule of the bases.
+    """
+    notes = cache.pairs(source, target)
+    keys = []
+    for ours_name, theirs_name in stack:
+        digests = cache.digest(source, ours_name), cache.digest(target, theirs_name)
+        keys.append(" ".join([NOTE, *(name_of(str(digest), rank) for digest in digests)]))
+    known = [_row(notes.get(key)) for key in keys]
+    missing = [i for i, row in enumerate(known) if row is None]
+    if missing:
+        found = _compute(ours.take(missing), theirs.take(missing))
+        for i, row in zip(missing, found, strict=True):
+            notes.put(keys[i], row)
+            known[i] = row
+    rows = [row for row in known if row is not None]
+    columns = torch.tensor(rows, dtype=torch.float64, device=ours.U.device)[:, :OVERLAPS]
+    return Alignment(
+        Similarity(*columns.unbind(1)),
+        [tuple(row[OVERLAPS : OVERLAPS + ANGLES]) for row in rows],
+        [tuple(row[OVERLAPS + ANGLES :]) for row in rows],
+    )
+
+
+def _compute(ours: Basis, theirs: Basis) -> list[list[float]]:
+    """The numbers of each pair of a stack: the overlaps, then the angles left and right."""
+    similar = torch.stack([x.double() for x in _overlaps(basis_similarity(ours, theirs))], 1)
+    return torch.cat([similar, *angle_quantiles(ours, theirs)], 1).tolist()
+
+
+def _overlaps(similar: Similarity) -> tuple[torch.Tensor, ...]:
+    return similar.left, similar.right, similar.chance_left, similar.chance_right
+
+
+def _row(note: Any) -> list[float] | None:
+    """The numbers of a note, or None where it is not what `_compute` makes."""
+    if not isinstance(note, list) or len(note) != OVERLAPS + 2 * ANGLES:
+        return None
+    return note if all(isinstance(number, float) for number in note) else None

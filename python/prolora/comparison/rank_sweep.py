@@ -1,0 +1,142 @@
+"""Overlap against the number of columns: what another rank or another threshold would find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.basis import Basis
+from ..core.overlap_tables import OverlapTable
+from .verdict import DEFAULT_THRESHOLD
+
+FEWEST = 16
+"""Columns of the first point; each further point has twice as many."""
+
+THRESHOLDS = (0.7, DEFAULT_THRESHOLD, 0.9)
+"""The Φ for which passing pairs are counted."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pair of bases [m, n], cut to their leading columns.
+
+    Attributes:
+        columns_source, columns_target: how many; unequal only where both are whole.
+        energy: share of ‖W‖_F² that they hold, the mean of source and target.
+        phi_left, phi_right: overlap Φ.
+        chance_left, chance_right: what unrelated weights would score.
+    """
+
+    columns_source: int
+    columns_target: int
+    energy: float
+    phi_left: float
+    phi_right: float
+    chance_left: float
+    chance_right: float
+
+    @property
+    def above(self) -> float:
+        """The lesser of the two sides' (Φ − chance)/(1 − chance); NaN where neither has one."""
+        sides = ((self.phi_left, self.chance_left), (self.phi_right, self.chance_right))
+        return min(((p - c) / (1 - c) for p, c in sides if c < 1), default=math.nan)
+
+    def passes(self, threshold: float) -> bool:
+        """Whether both sides reach it, as the gate of `transfer` demands."""
+        return min(self.phi_left, self.phi_right) >= threshold
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """All pairs at one number of columns.
+
+    Attributes:
+        columns: of both bases; a pair with a basis that holds no more counts with its whole bases.
+        whole: how many pairs do.
+        energy, phi_left, phi_right, chance_left, chance_right, above: means of `Point`'s over the
+            pairs, where they are defined.
+        passing: threshold -> how many pairs reach it on both sides.
+    """
+
+    columns: int
+    whole: int
+    energy: float
+    phi_left: float
+    phi_right: float
+    chance_left: float
+    chance_right: float
+    above: float
+    passing: dict[str, int]
+
+    @classmethod
+    def of(cls, columns: int, pairs: Sequence[Sequence[Point]]) -> SweepRow:
+        """The row of pairs, each with its `curve`."""
+        points = [_point(curve, columns) for curve in pairs]
+        return cls(
+            columns=columns,
+            whole=sum(p is curve[-1] for p, curve in zip(points, pairs, strict=True)),
+            energy=_mean([p.energy for p in points]),
+            phi_left=_mean([p.phi_left for p in points]),
+            phi_right=_mean([p.phi_right for p in points]),
+            chance_left=_mean([p.chance_left for p in points]),
+            chance_right=_mean([p.chance_right for p in points]),
+            above=_mean([p.above for p in points]),
+            passing={f"{t:g}": sum(p.passes(t) for p in points) for t in THRESHOLDS},
+        )
+
+
+def curve(
+    source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable]
+) -> tuple[Point, ...]:
+    """The points of a pair: at 16, 32, 64 … columns, and whole.
+
+    Args:
+        source: the basis of one matrix, as a stack of it [1, m, n].
+        target: likewise.
+        tables: of the two, left and right (`core.overlap_tables.basis_tables`).
+    """
+    m, n = source.shape[-2:]
+    held = source.U.shape[-1], target.U.shape[-1]
+    shares = [_shares(basis) for basis in (source, target)]
+
+    def point(ks: int, kt: int) -> Point:
+        left, right = (table.at(ks, kt).item() for table in tables)
+        energy = (shares[0][ks - 1] + shares[1][kt - 1]) / 2
+        return Point(ks, kt, energy, left, right, max(ks, kt) / m, max(ks, kt) / n)
+
+    return (*(point(k, k) for k in _steps(min(held))), point(*held))
+
+
+def sweep(pairs: Sequence[Sequence[Point]]) -> list[SweepRow]:
+    """The rows of pairs, each with its `curve`, up to the columns of the largest basis."""
+    if not pairs:
+        return []
+    most = max(max(points[-1].columns_source, points[-1].columns_target) for points in pairs)
+    return [SweepRow.of(columns, pairs) for columns in (*_steps(most), most)]
+
+
+def _steps(most: int) -> list[int]:
+    """16, 32, 64 … below `most`."""
+    found = []
+    columns = FEWEST
+    while columns < most:
+        found.append(columns)
+        columns *= 2
+    return found
+
+
+def _point(points: Sequence[Point], columns: int) -> Point:
+    """That with so many columns; the last, which is whole, where there is none."""
+    return next((p for p in points[:-1] if p.columns_source == columns), points[-1])
+
+
+def _shares(basis: Basis) -> list[float]:
+    """The share of energy that the leading 1, 2, 3 … columns hold."""
+    squares = basis.S[0].double().square().cumsum(-1)
+    return (squares / squares[-1].clamp_min(1e-300) * basis.energy[0]).tolist()
+
+
+def _mean(values: list[float]) -> float:
+    found = [value for value in values if not math.isnan(value)]
+    return math.fsum(found) / len(found) if found else math.nan

@@ -1,0 +1,155 @@
+"""Go or no-go, and how: what the weights of two bases promise before any image is made.
+
+Strength and damping were fitted to one seed of the study in bench/quality and checked on others.
+The limits lie between the few targets where moving works and those where it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .drift import Affinity
+
+STRANGE = 0.3
+"""Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""
+
+DEFAULT_THRESHOLD = 0.8
+"""The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
+
+AUTO = "auto"
+"""The method and the strength that follow from the verdict."""
+
+MIN_COSINE = 0.7
+"""Below this cosine the bases share no coordinates, and no update keeps its sense."""
+
+NOISE_SPREAD = 0.42
+"""A drift over this share of its directions, or more, is what longer training leaves behind."""
+
+MAX_SHIFT = 0.075
+"""Beyond this shift the target does something else with the same weights."""
+
+HALF_SHIFT = 0.062
+"""The shift at which a plain copy does best at half its strength."""
+
+DAMPING = 2000.0
+"""κ of the method `damped`, per squared shift."""
+
+MIN_DAMPING = 0.05
+"""A smaller κ changes nothing worth the time; the update is copied."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How to move a LoRA, settled.
+
+    Attributes:
+        method: a name of `project`'s, or "damped".
+        strength: factor on every update.
+        damping: κ of "damped".
+    """
+
+    method: str
+    strength: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to expect of a LoRA of the source on the target.
+
+    Attributes:
+        drift: ‖W_t − W_s‖/‖W_s‖ over the modules that matter.
+        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) over them.
+        spread: over how many directions the drift is spread, see `Affinity.spread`.
+    """
+
+    drift: float
+    cosine: float
+    spread: float
+
+    @property
+    def shift(self) -> float:
+        """The drift, times how far it is from noise: what the target has learnt that is new."""
+        return self.drift * max(0.0, 1 - self.spread / NOISE_SPREAD)
+
+    @property
+    def go(self) -> bool:
+        """Whether moving a LoRA between these bases is worth while."""
+        return self.related and self.shift <= MAX_SHIFT
+
+    @property
+    def related(self) -> bool:
+        """Whether one base comes from the other, or both from a third."""
+        return self.cosine >= MIN_COSINE
+
+    @property
+    def strength(self) -> float:
+        """The factor that suits an unchanged copy best: 1 / (1 + (shift / HALF_SHIFT)³)."""
+        return 1 / (1 + (self.shift / HALF_SHIFT) ** 3)
+
+    @property
+    def kappa(self) -> float:
+        """The κ of `damped` that suits these bases; 0 is the copy."""
+        return DAMPING * self.shift**2
+
+    def decide(
+        self,
+        method: str = AUTO,
+        strength: float | str | None = None,
+        damping: float | None = None,
+    ) -> Decision:
+        """Settles what is left to the verdict.
+
+        Args:
+            method: AUTO, or the one that was asked for.
+            strength: AUTO, a number, or None: AUTO for method AUTO and 1 for any other.
+            damping: κ; None lets the drift decide.
+        """
+        if method == AUTO:
+            method = "damped" if self.kappa >= MIN_DAMPING else "copy"
+        if strength == AUTO and method != "damped":
+            strength = self.strength
+        elif strength is None or strength == AUTO:
+            strength = 1.0
+        return Decision(method, float(strength), self.kappa if damping is None else damping)
+
+    def sentence(self) -> str:
+        """The verdict in plain words, with the numbers behind it."""
+        facts = f"drift {self.drift:.2f}, cosine {self.cosine:.2f}, shift {self.shift:.3f}"
+        if not self.related:
+            return (
+                f"No-go: the weights of these bases have nothing in common ({facts}); they were "
+                "trained apart, and no update of one means anything to the other."
+            )
+        if not self.go:
+            return (
+                f"No-go: the target has learnt something else ({facts}); on bases as far apart "
+                "as these, moved LoRAs did little or harm."
+            )
+        return f"Go ({facts})."
+
+
+def judge(affinity: Affinity) -> Verdict:
+    """The verdict on a pair of bases, from `Affinity.total` over the modules that matter."""
+    return Verdict(affinity.drift, affinity.cosine, affinity.spread)
+
+
+WHY = {
+    "copy": "what drift there is looks like longer training, which leaves an update's sense alone",
+    "damped": (
+        "the target drifted along few directions, and the update is weakened along them; a copy "
+        "would show more of it, and more mistakes"
+    ),
+}
+"""Why `auto` chose a method."""
+
+
+def strangers_text(pairs: Sequence[tuple[str, str]]) -> str:
+    """The warning about pairs (source, target) whose weights have nothing in common."""
+    source, target = pairs[0]
+    return (
+        f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "
+        f"below {STRANGE}), the first {source} → {target}. Equal names need not be equal modules: "
+        "--match similarity finds renumbered blocks."
+    )

@@ -1,0 +1,245 @@
+"""Leading singular subspaces of weights, each with a bound on how wrong it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arrays import to_tensor
+from .errors import NonFiniteWeights, ShapeMismatch
+from .parallel import spread
+from .precision import working_dtype
+from .rank_rule import Rank, check_rank
+from .svd import gram, krylov
+from .svd.dense import dense_triplets
+from .svd.refinement import Refined
+from .svd.triplets import Triplets, stacked
+
+# The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
+FACTORS = ("U", "S", "V")
+FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
+# Bytes in float64 of the matrices that are worked on together: what a core's cache holds (so of
+# large ones one at a time), and what keeps a GPU busy.
+CPU_CHUNK_BYTES = 2 << 20
+GPU_CHUNK_BYTES = 1 << 30
+# Entries up to 2^±this need no scaling.
+LARGEST_EXPONENT = 24
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The leading singular triplets of one weight [m, n] or of a stack [..., m, n].
+
+    Attributes:
+        U: [..., m, k], orthonormal columns; a matrix that needs fewer than k has zero columns.
+        S: [..., k], descending.
+        V: [..., n, k].
+        rank: int64 [...], the columns in use.
+        energy: [...], the share of ‖W‖_F² that these columns hold.
+        residual: [...], the larger of ‖WV − US‖_F and ‖WᵀU − VS‖_F, over ‖W‖_F.
+        gap: [...], (σ_k − σ_{k+1}) / σ_k at k = rank; 1 where nothing is left outside.
+        bound: [...], upper bound on the sine of the largest principal angle between these subspaces
+            and the true ones, left and right; 1 where the spectrum has no gap at k.
+        ok: bool [...], whether the projectors are exact to the tolerance asked for.
+        rungs: the algorithm that produced each matrix of the stack, flattened.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    rank: Tensor
+    energy: Tensor
+    residual: Tensor
+    gap: Tensor
+    bound: Tensor
+    ok: Tensor
+    rungs: tuple[str, ...]
+
+    @property
+    def rung(self) -> str:
+        """The algorithm used; of a stack, each one that was used, joined by '+'."""
+        return "+".join(sorted(set(self.rungs)))
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., m, n] of the weight."""
+        return torch.Size((*self.U.shape[:-1], self.V.shape[-2]))
+
+    def to(self, where: torch.dtype | torch.device | str) -> Basis:
+        """U, S and V cast to a dtype, or every tensor moved to a device."""
+        names = FACTORS if isinstance(where, torch.dtype) else FACTORS + FACTS
+        moved = {name: getattr(self, name).to(where) for name in names}
+        return Basis(**{**self.__dict__, **moved})
+
+    def __getitem__(self, i: int) -> Basis:
+        """The basis of matrix i of a stack [b, m, n], without the columns it does not use."""
+        k = max(1, int(self.rank[i]))
+        fields = {name: getattr(self, name)[i] for name in FACTS}
+        fields |= {"U": self.U[i, :, :k], "S": self.S[i, :k], "V": self.V[i, :, :k]}
+        return Basis(**fields, rungs=(self.rungs[i],))
+
+    def take(self, places: Sequence[int]) -> Basis:
+        """Some matrices of a stack [b, m, n]; a view of those that lie side by side."""
+        chosen: list[int] | slice = list(places)
+        if chosen == list(range(places[0], places[0] + len(places))):
+            chosen = slice(places[0], places[0] + len(places))
+        fields = {name: getattr(self, name)[chosen] for name in FACTORS + FACTS}
+        return Basis(**fields, rungs=tuple(self.rungs[i] for i in places))
+
+
+def stack_bases(bases: list[Basis]) -> Basis:
+    """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
+    return _gather([_batched(basis) for basis in bases], torch.Size((len(bases),)))
+
+
+def _batched(basis: Basis) -> Basis:
+    fields = {name: getattr(basis, name)[None] for name in FACTORS + FACTS}
+    return Basis(**fields, rungs=basis.rungs)
+
+
+def truncated_svd(
+    W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0, snap: bool = False
+) -> Basis:
+    """Leading singular subspaces of W, never silently inaccurate.
+
+    A ladder of algorithms, and every result says which one gave it (`rungs`):
+
+    - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
+      adaptive depth;
+    - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
+      step with float64 residuals takes out (d ≥ 384, on the CPU);
+    - "gram-f64": the same in float64 throughout;
+    - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
+
+    What one rung cannot prove to `tol`, the next one computes. The bound is computed from the
+    residuals of what is returned. On the CPU the matrices of a stack share out the threads.
+
+    Args:
+        W: [m, n] or a stack [..., m, n], any float dtype.
+        rank: columns (int ≥ 1) or the share of Σσ² to hold (float in (0, 1)). Never more than the
+            numerical rank of W: directions that W does not have are not made up.
+        tol: `ok` where bound ≤ tol.
+        seed: of the Krylov iteration's starting block; the dense algorithms need none.
+        snap: move each matrix's cut by up to 5 % of its columns to where the gap between
+            neighbouring singular values is widest: the subspace then depends least on how W was
+            rounded.
+
+    Returns:
+        A Basis; U, S, V are float64 for float64 weights and float32 otherwise. The same call gives
+        the same bits, for a given device and number of threads.
+
+    Raises:
+        ValueError: a rank that is neither.
+        ShapeMismatch: W has fewer than two dimensions or an empty side.
+        NonFiniteWeights: W holds NaN or Inf.
+    """
+    weight = to_tensor(W)
+    check_rank(rank)
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
+    stack = weight.detach().reshape(-1, *weight.shape[-2:])
+    exponents = _exponents(stack)
+    size = stack.shape[-2] * stack.shape[-1] * 8
+    chunk = max(1, (CPU_CHUNK_BYTES if stack.is_cpu else GPU_CHUNK_BYTES) // size)
+    jobs = list(zip(stack.split(chunk), exponents.split(chunk), strict=True))
+    parts = spread(lambda job: _chunk_basis(*job, rank, tol, seed, snap), jobs)
+    return _gather(parts, weight.shape[:-2])
+
+
+def _exponents(stack: Tensor) -> Tensor:
+    """[b], e with the largest entry of each matrix [b, m, n] between 2^(e-1) and 2^e.
+
+    Raises:
+        NonFiniteWeights: names the matrices that hold NaN or Inf.
+    """
+    values = stack.float() if stack.element_size() == 1 else stack  # float8 has no maximum
+    scale = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1)))
+    bad = (~scale.isfinite()).nonzero().flatten().tolist()  # NaN comes through
+    if bad:
+        raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of W")
+    return torch.frexp(scale.double())[1]
+
+
+def _chunk_basis(
+    stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int, snap: bool
+) -> Basis:
+    """One chunk [b, m, n], through the ladder."""
+    wide = stack.shape[-1] >= stack.shape[-2]
+    dtype = working_dtype(stack.dtype)
+    w = stack.to(dtype) if wide else stack.to(dtype).mT  # [b, d, n], d ≤ n, from here on
+    # Down to the range where neither σ² nor a sum of squares over- or underflows; by a power of
+    # two, so that float32 still holds the same values.
+    scaled = bool((exponents.abs() > LARGEST_EXPONENT).any())
+    if scaled:
+        w = torch.ldexp(w.double(), -exponents[:, None, None]).to(dtype)
+    rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
+    norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
+    found = _ladder(w, norm, rank, tol, seed, snap)
+    safe_norm = torch.where(norm > 0, norm, 1.0)
+    last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    bound = found.angle
+    short, long = found.short.to(dtype), found.long.to(dtype)
+    for exact, stored in ((found.short, short), (found.long, long)):
+        if exact.dtype != dtype:
+            bound = bound + torch.linalg.matrix_norm(exact - stored.double())
+    values = torch.ldexp(found.s, exponents[:, None]) if scaled else found.s
+    return Basis(
+        U=short if wide else long,
+        V=long if wide else short,
+        S=values.to(dtype),
+        rank=found.count,
+        energy=(found.s.square().sum(-1) / safe_norm.square()).clamp_max(1),
+        residual=found.residual / safe_norm,
+        gap=torch.where(last > 0, (last - found.following) / last.clamp_min(1e-300), 1.0),
+        bound=bound.clamp_max(1),
+        ok=bound <= tol,
+        rungs=found.rungs,
+    )
+
+
+def _ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bool) -> Triplets:
+    """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result."""
+    found: dict[int, Triplets] = {}
+
+    def take(i: int, one: Refined | None, rung: str) -> None:
+        if one is not None and one.angle <= tol:
+            found[i] = one.triplets(rung)
+
+    if w.dtype == torch.float32:
+        if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
+            leading = krylov.krylov_triplets(w, norm, rank, tol, seed, snap)
+            for i, one in enumerate(leading):
+                take(i, one, "krylov")
+        # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
+        if w.is_cpu and gram.suits(w.shape[-2], rank):
+            for i in range(len(w)):
+                if i not in found:
+                    one = gram.gram_triplets(w[i], float(norm[i]), rank, snap)
+                    take(i, one, "gram-f32")
+    missing = [i for i in range(len(w)) if i not in found]
+    if not found:
+        return dense_triplets(w.double(), norm, rank, snap)
+    if missing:
+        rest = dense_triplets(w[missing].double(), norm[missing], rank, snap)
+        found |= {i: rest.one(row) for row, i in enumerate(missing)}
+    return stacked([found[i] for i in range(len(w))])
+
+
+def _gather(parts: list[Basis], batch: torch.Size) -> Basis:
+    """The chunks of a stack as one Basis with the leading dimensions restored."""
+    width = max((part.U.shape[-1] for part in parts), default=1)
+
+    def widened(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+
+    fields: dict[str, Any] = {}
+    for name in FACTORS:
+        fields[name] = torch.cat([widened(getattr(part, name)) for part in parts])
+    for name in FACTS:
+        fields[name] = torch.cat([getattr(part, name) for part in parts])
+    fields = {name: x.reshape((*batch, *x.shape[1:])) for name, x in fields.items()}
+    return Basis(**fields, rungs=tuple(rung for part in parts for rung in part.rungs))

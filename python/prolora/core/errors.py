@@ -1,0 +1,13 @@
+"""What the mathematics refuses: each message names the tensor and the way out."""
+
+
+class ProLoRAError(ValueError):
+    """Base class of everything prolora refuses."""
+
+
+class ShapeMismatch(ProLoRAError):
+    """A tensor whose shape does not fit the module it is meant for."""
+
+
+class NonFiniteWeights(ProLoRAError):
+    """NaN or Inf in a weight or an update."""

@@ -1,0 +1,82 @@
+"""A matrix (or a stack) kept as the product of two thin factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import recompression
+from .errors import ShapeMismatch
+from .precision import working_dtype
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update ΔW = up @ down, never multiplied out unless asked.
+
+    Attributes:
+        up: [..., m, r], the "B" of a LoRA.
+        down: [..., r, n], the "A" of a LoRA.
+    """
+
+    up: Tensor
+    down: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuses factors that do not multiply."""
+        up, down = self.up.shape, self.down.shape
+        if len(up) < 2 or len(up) != len(down) or up[:-2] != down[:-2] or up[-1] != down[-2]:
+            raise ShapeMismatch(
+                f"up {list(up)} and down {list(down)} do not multiply: "
+                "they must be [..., m, r] and [..., r, n]"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `up` (an upper bound on the rank of the product)."""
+        return self.up.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., m, n]."""
+        return torch.Size((*self.up.shape[:-1], self.down.shape[-1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The factors' dtype."""
+        return self.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The factors' device."""
+        return self.up.device
+
+    def dense(self) -> Tensor:
+        """The product [..., m, n] in the factors' dtype, formed in float32 or better."""
+        work = working_dtype(self.dtype)
+        return (self.up.to(work) @ self.down.to(work)).to(self.dtype)
+
+    def norm(self) -> Tensor:
+        """‖up·down‖_F [...], in float64, from r×r Gram matrices: tr((upᵀup)(down·downᵀ))."""
+        up, down = self.up.double(), self.down.double()
+        gram = (up.mT @ up) * (down @ down.mT)
+        return gram.sum((-2, -1)).clamp_min(0).sqrt()
+
+    def to(self, where: torch.dtype | torch.device | str) -> LowRank:
+        """Both factors cast to a dtype or moved to a device."""
+        return LowRank(self.up.to(where), self.down.to(where))
+
+    def truncate(self, rank: int | None = None, energy: float | None = None) -> LowRank:
+        """The closest product of lower rank (Eckart–Young), with balanced factors U√S and √S·Vᵀ.
+
+        Args:
+            rank: keep at most this many singular values.
+            energy: keep the fewest that hold this share of Σσ², for every matrix of the stack.
+
+        Returns:
+            Factors of the smaller rank, without gradients; with neither argument, the same product
+            re-factored.
+        """
+        return LowRank(*recompression.recompress(self.up, self.down, rank, energy))

@@ -1,0 +1,237 @@
+"""Products of thin factors brought to the fewest columns, without forming the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops import operators, rows
+from .precision import working_dtype
+
+# The in-house Jacobi takes cores up to this width; wider ones go to LAPACK or cuSOLVER.
+MAX_JACOBI_COLUMNS = 128
+
+
+def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of small matrices core [..., p, q] -> U [..., p, d], S [..., d], V [..., q, d]."""
+    p, q = core.shape[-2:]
+    if q > p:
+        v, s, u = core_svd(core.mT)
+        return u, s, v
+    if q <= MAX_JACOBI_COLUMNS:
+        return operators.small_svd(core)
+    u, s, vt = torch.linalg.svd(core, full_matrices=False)
+    return u, s, vt.mT
+
+
+def energies(up: Tensor, down: Tensor) -> Tensor:
+    """σ² [..., r] of up @ down in float64, descending; no vectors, and so a third of the time.
+
+    They are the eigenvalues of Hᵀ(down·downᵀ)H with HHᵀ = upᵀup, which are r×r. Errors are those of
+    float64 in ‖up‖²‖down‖²: what squaring loses of a small σ is nothing of the energy.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+    """
+    up, down = up.detach().double(), down.detach().double()
+    values, vectors = torch.linalg.eigh(up.mT @ up)
+    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    found: Tensor = torch.linalg.eigvalsh(root.mT @ (down @ down.mT) @ root)
+    return found.clamp_min(0).flip(-1)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The thin SVD of a product, not yet multiplied out: (Lᵀ u) diag(s) (Rᵀ v)ᵀ.
+
+    Attributes:
+        left: L [..., d, m], rows.
+        u: [..., d, c]; Lᵀ u has orthonormal columns.
+        s: [..., c], descending.
+        v: [..., d', c].
+        right: R [..., d', n], likewise with v.
+    """
+
+    left: Tensor
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    right: Tensor
+
+
+def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows Q [..., d, m] and L [..., r, d] of panel = L Q [..., r, m], d ≤ min(r, m).
+
+    float32 by Cholesky QR, whatever it cannot do by Householder reflections. Rows that the others
+    span leave zeros in Q.
+    """
+    r, m = panel.shape[-2:]
+    if panel.dtype == torch.float32 and r <= min(m, rows.MAX_PANEL_ROWS):
+        q, lower, rank = rows.panel_qr(panel)
+        failed = rank < 0
+        if failed.any():
+            # NaN and Inf among them stay what they are.
+            again, upper = torch.linalg.qr(panel[failed].mT)
+            q[failed], lower[failed] = again.mT, upper.mT
+        return q, lower
+    q, upper = torch.linalg.qr(panel.mT)
+    return q.mT, upper.mT
+
+
+def factored(up: Tensor, down: Tensor) -> Factored:
+    """SVD of up @ down: orthonormal rows of both factors, then the SVD of the small core.
+
+    Values alone: where singular values meet, their vectors have no gradient.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+    """
+    q_up, l_up = orthonormal_rows(up.detach().mT)
+    q_down, l_down = orthonormal_rows(down.detach())
+    u, s, v = core_svd(l_up.mT @ l_down)
+    return Factored(q_up, u, s, v, q_down)
+
+
+def factored_by_grams(
+    up: Tensor, down: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32
+) -> Factored:
+    """The same where XXᵀ of the factors' rows is known: no factor is made orthonormal for it.
+
+    With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
+    carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
+    to its length; such matrices, and all with more rows than columns, take the way of `factored`.
+
+    Args:
+        up: upᵀ as rows [b, r, m], float64.
+        down: [b, r, n], float64.
+        left: upᵀup [b, r, r], float64.
+        right: down·downᵀ, likewise.
+        dtype: the factors had, and the singular values shall be exact to.
+    """
+    if up.shape[-2] > min(up.shape[-1], down.shape[-1]):
+        wide = factored(up.to(dtype).mT, down.to(dtype))
+        return Factored(*(x.double() for x in (wide.left, wide.u, wide.s, wide.v, wide.right)))
+    (low_up, bad_up), (low_down, bad_down) = _lower(left), _lower(right)
+    u, s, v = core_svd((low_up.mT @ low_down).to(dtype))
+    u = torch.linalg.solve_triangular(low_up.mT, u.double(), upper=True)
+    v = torch.linalg.solve_triangular(low_down.mT, v.double(), upper=True)
+    bad = bad_up | bad_down
+    if bad.any():
+        again = factored(up[bad].to(dtype).mT, down[bad].to(dtype))
+        up, down = up.clone(), down.clone()
+        up[bad], u[bad], s[bad] = again.left.double(), again.u.double(), again.s
+        down[bad], v[bad] = again.right.double(), again.v.double()
+    return Factored(up, u, s.double(), v, down)
+
+
+# The least sine of the angle between a row and the span of those above it that one Cholesky
+# factorisation in float64 may see: what is lost of orthogonality is its inverse square times 1e-16.
+_TOO_CLOSE = 1e-4
+
+
+def _lower(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of gram [b, r, r], and which are too bad to be used: those are 1."""
+    lower, info = torch.linalg.cholesky_ex(gram)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    close = lower.diagonal(dim1=-2, dim2=-1) < _TOO_CLOSE * lengths
+    bad = (info != 0) | close.any(-1) | (lengths == 0).any(-1)
+    if bad.any():
+        lower[bad] = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return lower, bad
+
+
+def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of up @ down.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+
+    Returns:
+        U [..., m, d], S [..., d] in descending order and V [..., n, d], d ≤ r. Where a singular
+        value is zero the columns of U or V carry no meaning.
+    """
+    found = factored(up, down)
+    return found.left.mT @ found.u, found.s, found.right.mT @ found.v
+
+
+def merged(
+    parts: list[Factored], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
+
+    The two halves of ProLoRA are such parts (METHOD §1: range and complement of the same target
+    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width.
+
+    Args:
+        parts: SVDs, of shapes that agree but for the numbers of rows and columns.
+        dtype: of the result.
+
+    Returns:
+        (U√S)ᵀ [..., c, m], S [..., c] and √S·Vᵀ [..., c, n], part by part; and the order of their
+        rows in which S descends, int64 [..., c].
+    """
+    s = torch.cat([part.s for part in parts], -1)
+    order = torch.sort(s, dim=-1, descending=True, stable=True)[1]
+
+    def rows(cores: list[Tensor], sides: list[Tensor]) -> Tensor:
+        roots = [part.s.clamp_min(0).sqrt().unsqueeze(-1) for part in parts]
+        made = [
+            (core.mT * root) @ side for core, root, side in zip(cores, roots, sides, strict=True)
+        ]
+        return torch.cat([part.to(dtype) for part in made], -2)
+
+    left = rows([part.u for part in parts], [part.left for part in parts])
+    right = rows([part.v for part in parts], [part.right for part in parts])
+    return left, s, right, order
+
+
+def balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors U√S [..., m, d] and √S·Vᵀ [..., d, n]: equal norms are kindest to half precision."""
+    root = s.clamp_min(0).sqrt()
+    return u * root.unsqueeze(-2), (v * root.unsqueeze(-2)).mT
+
+
+def columns_holding(s: Tensor, energy: float) -> Tensor:
+    """The fewest leading values of s [..., d] that hold the share `energy` of Σs²: int64 [...]."""
+    cumulative = s.double().square().cumsum(-1)
+    wanted = energy * cumulative[..., -1:]
+    # The slack keeps energy=1 from asking for one column more than rounding can deliver.
+    short = cumulative < wanted * (1 - 1e-12)
+    return (short.sum(-1) + 1).clamp_max(s.shape[-1])
+
+
+def recompress(
+    up: Tensor, down: Tensor, rank: int | None = None, energy: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Best factors of up @ down at a lower rank (Eckart–Young), in the factors' dtype.
+
+    Args:
+        up: [..., m, r].
+        down: [..., r, n].
+        rank: at most this many columns.
+        energy: the fewest columns that hold this share of Σσ² for every matrix of the stack.
+
+    Returns:
+        Balanced factors [..., m, d] and [..., d, n].
+
+    Raises:
+        ValueError: rank < 1, or energy outside (0, 1].
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must lie in (0, 1], not {energy}")
+    work = working_dtype(up.dtype)
+    u, s, v = product_svd(up.to(work), down.to(work))
+    keep = s.shape[-1]
+    if energy is not None and s.numel():
+        keep = int(columns_holding(s, energy).max())
+    if rank is not None:
+        keep = min(keep, rank)
+    new_up, new_down = balanced(u[..., :keep], s[..., :keep], v[..., :keep])
+    return new_up.to(up.dtype), new_down.to(down.dtype)

@@ -1,0 +1,1 @@
+"""Leading singular subspaces: the ladder of algorithms behind `truncated_svd`."""

@@ -1,0 +1,220 @@
+"""Leading singular triplets by block Krylov iteration: a few columns of a large matrix.
+
+A basis of span{Y, GY, G²Y, …} with G = wwᵀ and Y a random block much narrower than k is grown until
+the Ritz vectors have converged (Musco & Musco 2015; a small block beats a wide one at equal cost:
+Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32; `refine` then takes the rounding
+out and says how good the result is, and where it is not good enough the basis grows on.
+
+Randomised SVD with a fixed number of power iterations is the special case that never checks: on the
+spectra of diffusion weights its largest angle to the true subspace is 90°.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..rank_rule import columns, reach
+from .products import Formed, Implied, lower_gram, mirrored, times
+from .refinement import Refined, Ritz, refine
+
+# Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
+MIN_DIMENSION = 768
+SHARE = 8
+# A basis beyond this share of the space costs more than factorising it.
+LARGEST_BASIS = 0.6
+# A basis of about this many times k is needed; from the first on it pays to look.
+USUAL_BASIS = 4
+FIRST_LOOK = 3.25
+# By so much the logarithm of the angle falls as the basis grows by k.
+USUAL_SLOPE = 6.0
+# A product with a narrow block takes this much longer a flop than one with a whole matrix.
+NARROW = 1.3
+# The refinement improves on the estimate of the iteration about this much.
+GAIN = 4
+# A block of width b finds at most b vectors of an eigenspace: as many values this close to each
+# other may hide more of them.
+CLUSTER = 1e-2
+# Columns of a panel that the others explain up to this are dropped.
+DEPENDENT = 1e-6
+
+
+def suits(d: int, k: int) -> bool:
+    """Whether k columns of a d-dimensional space are few enough."""
+    return d >= MIN_DIMENSION and k * SHARE <= d
+
+
+def krylov_triplets(
+    w: Tensor, norm: Tensor, k: int, tol: float, seed: int, snap: bool
+) -> list[Refined | None]:
+    """The leading triplets of w [b, d, n] (float32, d ≤ n), None where the iteration gives up.
+
+    Args:
+        w: the stack; all matrices share the depth that the hardest needs.
+        norm: [b], ‖w‖_F.
+        k: columns.
+        tol: the sine of the largest principal angle to reach.
+        seed: of the starting block; the same for every matrix, so that a stack equals its members.
+        snap: move k to the widest gap near it.
+    """
+    far = k + reach(k) if snap else k
+    found: list[Refined | None] = [None] * len(w)
+    _, d, n = w.shape
+    single, grams = None, list[Formed | Implied]()
+    if _gram_pays(d, n, USUAL_BASIS * k, k):
+        precise = mirrored(lower_gram(w))
+        single = precise.float()
+        grams = [Formed(*pair) for pair in zip(precise, single, strict=True)]
+    for iterates in _iterate(w, single, norm, far, tol, seed):
+        grams = grams or [Implied(one.double(), one) for one in w]
+        for i, ritz in enumerate(iterates):
+            if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
+                cut = int(columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
+                found[i] = refine(grams[i], w[i], float(norm[i]), ritz, cut)
+        if all(one is not None and one.angle <= tol for one in found):
+            break
+    return found
+
+
+def _iterate(
+    w: Tensor, gram: Tensor | None, norm: Tensor, k: int, tol: float, seed: int
+) -> Iterator[list[Ritz]]:
+    """Ritz vectors of wwᵀ each time that the first k seem to have converged.
+
+    Args:
+        w: [b, d, n].
+        gram: wwᵀ [b, d, d], where it was formed.
+        norm: [b], ‖w‖_F.
+        k: columns.
+        tol: the sine to reach.
+        seed: of the starting block.
+    """
+    b, d, _ = w.shape
+    width = max(8, min(32, k // 4))
+    guard = max(16, min(32, k // 8))
+    limit = int(LARGEST_BASIS * d)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(d, width, generator=generator).to(w.device).expand(b, -1, -1)
+    basis = w.new_empty(b, d, limit)
+    projected = w.new_zeros(b, limit, limit)
+    q = _orthonormal(random, basis[..., :0], norm.new_ones(b), random)
+    basis[..., :width] = q
+    size, due, before = width, min(limit - width, max(k + 2 * guard, int(FIRST_LOOK * k))), None
+    while True:
+        known = basis[..., :size]
+        image = times(w, times(w.mT, q)) if gram is None else gram @ q
+        # Classical Gram-Schmidt, twice: its coefficients are the new column of QᵀGQ.
+        first = known.mT @ image
+        image = image - known @ first
+        second = known.mT @ image
+        image = image - known @ second
+        column = first + second
+        projected[:, :size, size - width : size] = column
+        projected[:, size - width : size, :size] = column.mT
+        if size >= due:
+            values, vectors = torch.linalg.eigh(projected[:, :size, :size])
+            values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
+            if _clustered(values[:, : k + 1], width):
+                return
+            coupling = torch.linalg.matrix_norm(image.double())
+            tails = torch.linalg.vector_norm(vectors[:, -width:], dim=1)
+            left = coupling[:, None] * tails  # [b, D], the residuals of the Ritz pairs
+            sine = _sine(values, left, k)
+            if sine <= GAIN * tol:
+                p, seen = k + guard, min(size, 2 * (k + guard))
+                ritz = known @ vectors[..., :seen]
+                values = values[:, :seen]
+                beyond = (norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
+                yield [
+                    Ritz(near, far, values[i], float(beyond[i]), float(left[i, p]), False)
+                    for i, (near, far) in enumerate(zip(ritz[..., :p], ritz[..., p:], strict=True))
+                ]
+            due = _next_check(size, sine, before, GAIN * tol, k, width)
+            before = size, sine
+        if size + width > limit:
+            return
+        scale = torch.linalg.matrix_norm(column).double()
+        q = _orthonormal(image, known, scale, random)
+        basis[..., size : size + width] = q
+        size += width
+
+
+def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
+    """Whether to form wwᵀ, for a basis of `size` columns, rather than pass through w twice.
+
+    Flops in float32, those in float64 counted twice: the Gram matrix and its products with the
+    basis, against those with w for the basis and for the residuals of k columns.
+    """
+    with_gram = 2.5 * d * d * n + NARROW * 2.0 * d * d * size
+    without = NARROW * 4.0 * d * n * size + 8.0 * d * n * k
+    return with_gram < without
+
+
+def _clustered(values: Tensor, width: int) -> bool:
+    """Whether `width` of the values [b, p], descending, lie close enough to hide more of them."""
+    first, last = values[:, : 1 - width or None], values[:, width - 1 :]
+    return bool((first - last <= CLUSTER * first).any())
+
+
+def _sine(values: Tensor, left: Tensor, k: int) -> float:
+    """An estimate of the sine of the angle to the true subspace: residual over gap.
+
+    The largest over the stack.
+
+    Args:
+        values: [b, D].
+        left: [b, D], the residuals: what couples a Ritz vector to what the basis lacks.
+        k: columns that must have converged.
+    """
+    gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
+    return float(torch.linalg.vector_norm(left[:, :k].double() / gaps, dim=-1).max())
+
+
+def _next_check(
+    size: int, sine: float, before: tuple[int, float] | None, tol: float, k: int, step: int
+) -> int:
+    """The size of the basis at which to look again.
+
+    A look costs an eigenproblem of the basis, so it is not taken after every block: the logarithm
+    of the angle falls about linearly with the size.
+    """
+    slope = USUAL_SLOPE / k
+    if before is not None and sine < before[1]:
+        slope = math.log(before[1] / sine) / (size - before[0])
+    return size + min(max(step, int(math.log(max(1.0, sine / tol)) / slope)), 4 * step)
+
+
+def _orthonormal(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+    """Orthonormal columns for a panel [b, d, c] that is orthogonal to `known` already: CholQR2.
+
+    The Gram matrix of the first pass is in float64, so that a condition of 1e6 is no trouble. What
+    is shorter than that, of `scale` [b], is rounding: see `_completed`.
+    """
+    q = panel
+    for precise in (True, False):
+        wide = q.double() if precise else q
+        factor, failed = torch.linalg.cholesky_ex((wide.mT @ wide).double())
+        least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+        if bool(failed.any()) or not bool((least > DEPENDENT * scale).all()):
+            return _completed(panel, known, scale, random)
+        eye = torch.eye(q.shape[-1], dtype=factor.dtype, device=q.device).expand_as(factor)
+        q = q @ torch.linalg.solve_triangular(factor, eye, upper=False).mT.float()
+        scale = torch.ones_like(scale)
+    return q
+
+
+def _completed(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+    """The same for a panel of lower rank: columns that the others explain give way to random ones.
+
+    The iteration has exhausted the space that its start reaches in these columns; a weight of low
+    rank has no more, and another one gets the chance to show what the start has missed.
+    """
+    lengths = torch.linalg.qr(panel.double())[1].diagonal(dim1=-2, dim2=-1).abs()
+    dropped = ~(lengths > DEPENDENT * scale[:, None])
+    q = torch.where(dropped[:, None], random, panel / scale.float()[:, None, None])
+    for _ in range(2):
+        q = torch.linalg.qr((q - known @ (known.mT @ q)).double())[0].float()
+    return q

@@ -1,0 +1,124 @@
+"""Leading singular triplets of a stack, and how far they can be from the true ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..precision import EPS
+from .products import times
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Leading singular triplets of w [b, d, n], d ≤ n.
+
+    Attributes:
+        short: [b, d, k] singular vectors of the short side, zero columns beyond `count`.
+        long: [b, n, k] of the long side, likewise.
+        s: [b, k], float64, descending, zero beyond `count`.
+        count: int64 [b], columns in use.
+        following: [b], the estimate of the first singular value left out, 0 if there is none.
+        residual: [b], the larger of ‖w·long − short·s‖_F and ‖wᵀ·short − long·s‖_F, or a bound.
+        angle: [b], upper bound on the sine of the largest angle to the true subspaces, at most 1.
+        rungs: the algorithm of each matrix.
+    """
+
+    short: Tensor
+    long: Tensor
+    s: Tensor
+    count: Tensor
+    following: Tensor
+    residual: Tensor
+    angle: Tensor
+    rungs: tuple[str, ...]
+
+    def one(self, i: int) -> Triplets:
+        """Matrix i alone, as a stack of one."""
+        k = max(1, int(self.count[i]))
+        only = slice(i, i + 1)
+        return Triplets(
+            self.short[only, :, :k],
+            self.long[only, :, :k],
+            self.s[only, :k],
+            self.count[only],
+            self.following[only],
+            self.residual[only],
+            self.angle[only],
+            self.rungs[only],
+        )
+
+
+def stacked(parts: list[Triplets]) -> Triplets:
+    """The stacks one after the other, padded with zero columns to one width."""
+    if len(parts) == 1:
+        return parts[0]
+    k = max(part.s.shape[-1] for part in parts)
+    fields = {}
+    for name in ("short", "long", "s", "count", "following", "residual", "angle"):
+        tensors = [getattr(part, name) for part in parts]
+        if name in ("short", "long", "s"):
+            tensors = [torch.nn.functional.pad(x, (0, k - x.shape[-1])) for x in tensors]
+        fields[name] = torch.cat(tensors)
+    return Triplets(**fields, rungs=tuple(rung for part in parts for rung in part.rungs))
+
+
+def rounding_error(w: Tensor, norm: Tensor) -> Tensor:
+    """[b], how far float64 products and LAPACK may move a singular value of w [b, d, n].
+
+    Args:
+        w: [b, d, n].
+        norm: [b], ‖w‖_F.
+    """
+    return norm * (10 * (w.shape[-2] + w.shape[-1]) * EPS)
+
+
+def residual_and_angle(
+    w: Tensor,
+    short: Tensor,
+    long: Tensor,
+    s: Tensor,
+    count: Tensor,
+    ceiling: Tensor,
+    left: Tensor,
+    error: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `Triplets` says of triplets of w [b, d, n] from their residuals, all in float64.
+
+    Each vector i has residuals ρ_i² = ‖wv − σu‖² + ‖wᵀu − σv‖². Its distance from the subspace of
+    the true leading vectors is at most ρ_i/(σ_i − σ_{k+1}) (Davis & Kahan, on the symmetric matrix
+    [0 w; wᵀ 0]), and the sine of the largest angle at most the root of the sum of squares.
+
+    Args:
+        w: [b, d, n].
+        short: [b, d, k], orthonormal as LAPACK leaves them.
+        long: [b, n, k].
+        s: [b, k].
+        count: [b], columns in use.
+        ceiling: [b], upper bound on σ_{k+1}.
+        left: [b, k], ‖wᵀu − σv‖.
+        error: [b], `rounding_error`.
+    """
+    d, n = w.shape[-2:]
+    k = s.shape[-1]
+    right = torch.linalg.vector_norm(times(w, long) - short * s[:, None], dim=1)
+    used = torch.arange(k, device=w.device) < count[:, None]
+    # Rounding of the residuals themselves, spread evenly over the vectors.
+    floor = (error / max(1, k) ** 0.5)[:, None]
+    rho = (right.square() + left.square()).sqrt() + floor
+    distance = s - ceiling[:, None]
+    sines = torch.where(distance > 0, rho / distance.clamp_min(1e-300), 1.0) * used
+    # The stored columns are orthonormal only up to this: LAPACK's to a small multiple of eps, and
+    # those of the long side, wᵀu/σ, because VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ).
+    last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    total = torch.linalg.vector_norm(right, dim=-1)
+    skew = 20 * d * EPS + torch.where(last > 0, total / last.clamp_min(1e-300), 0.0)
+    angle = torch.linalg.vector_norm(sines, dim=-1) + skew
+    # A square matrix with every column kept spans everything, whatever its spectrum; and a zero
+    # matrix has nothing to be found.
+    everything = (count >= d) & (d == n) | (count == 0)
+    angle = torch.where(everything, torch.zeros_like(angle), angle)
+    residual = torch.maximum(total, torch.linalg.vector_norm(left, dim=-1))
+    return residual, angle.clamp_max(1)

@@ -1,0 +1,1 @@
+"""Bytes on disk, checked before they are used and written whole; nothing of LoRA."""

@@ -1,0 +1,285 @@
+"""safetensors files, read only after the whole header was checked.
+
+Reading uses plain file reads and never a memory map: mapped pages count as resident memory, and a
+tool that walks through a 5 GB checkpoint one weight at a time should need the room of one weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedFormat
+
+StrPath = str | os.PathLike[str]
+Tensors = Mapping[str, Tensor]
+Metadata = Mapping[str, str]
+
+# Both are checked before anything of that size is allocated. The safetensors library calls longer
+# headers than the first no safetensors file. The second is what is read here: text made to harm
+# takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
+_LONGEST_HEADER = 100_000_000
+_HEADER_LIMIT = 32 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_CONVERT_PICKLE = (
+    "import sys, torch, safetensors.torch as s; "
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+    "d = d.get('state_dict', d); "
+    "s.save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
+    "sys.argv[2])"
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a header; `start` and `stop` are bytes counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header was read and checked; tensors are read one at a time.
+
+    Attributes:
+        path: the file.
+        metadata: the header's `__metadata__`, {} if there is none.
+        tensors: name -> `TensorInfo`, in header order.
+        data_start: the byte at which the tensors begin.
+        state: inode, size and times of the file: equal as long as nobody has written to it.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        """Reads the header.
+
+        Raises:
+            UnsupportedFormat: the file is missing, unreadable, cut off, not a safetensors file, or
+                its header contradicts itself.
+        """
+        self.path = Path(path)
+        with self._open() as file:
+            status = os.fstat(file.fileno())
+            raw = _read_header(file, self.path, status.st_size)
+        self._identity = _identity(status)
+        # The time of the last change of any kind, which no tool can set, belongs to it as well.
+        self.state = (*self._identity[1:], status.st_ctime_ns)
+        self.data_start = 8 + len(raw)
+        self.metadata, self.tensors = _parse_header(raw, self.path)
+        _check_extent(self.tensors, self.path, status.st_size - self.data_start)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in its storage dtype, on the CPU, in memory of its own.
+
+        Raises:
+            KeyError: no such tensor.
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        info = self.tensors[name]
+        return self._read(name, info.dtype, info.shape, info.start)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) along the first axis of `name`; nothing else is read.
+
+        Raises:
+            KeyError: no such tensor.
+            IndexError: not 0 <= start <= stop <= rows, or the tensor is a scalar.
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        info = self.tensors[name]
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise IndexError(f"{self.path}: rows {start}:{stop} of {name}, which is {info.shape}")
+        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+        shape = (stop - start, *info.shape[1:])
+        return self._read(name, info.dtype, shape, info.start + start * row_bytes)
+
+    def _open(self) -> BinaryIO:
+        """The open file, unbuffered: reads go straight into the tensor's own memory."""
+        try:
+            if stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would block
+                return open(self.path, "rb", buffering=0)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnsupportedFormat(f"{self.path}: cannot be read: {reason}") from error
+        raise UnsupportedFormat(f"{self.path}: not a file; a .safetensors file is needed")
+
+    def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+        """`shape` elements of `dtype` from byte `start` of the data."""
+        size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        with self._open() as file:
+            if _identity(os.fstat(file.fileno())) != self._identity:
+                raise UnsupportedFormat(f"{self.path}: was changed while it was in use; run again")
+            try:
+                file.seek(self.data_start + start)
+                complete = _fill(file, buffer.numpy().data)
+            except OSError as error:
+                raise UnsupportedFormat(
+                    f"{self.path}: {name} cannot be read: {error.strerror}"
+                ) from error
+        if not complete:
+            raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
+        # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
+        flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
+        return flat.reshape(shape)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file is replaced or rewritten."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _fill(file: BinaryIO, view: memoryview) -> bool:
+    """Reads until `view` is full; one read call is free to return less. False: the file ended."""
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
+    """The JSON text of the header, its length checked before it is read."""
+    head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
+    if len(head) < 9 or head[8:] != b"{" or length > _LONGEST_HEADER:
+        _refuse_other_formats(head, path)
+    if length > _HEADER_LIMIT:
+        raise UnsupportedFormat(
+            f"{path}: its header has {length} bytes, more than any real one; if that is metadata, "
+            "save the file without it"
+        )
+    if 8 + length > size:
+        raise UnsupportedFormat(
+            f"{path}: cut off inside its header ({size} bytes of at least {8 + length}); "
+            "download it again"
+        )
+    raw = bytearray(length)
+    file.seek(8)
+    if not _fill(file, memoryview(raw)):
+        raise UnsupportedFormat(f"{path}: ends inside its header; run again")
+    return bytes(raw)
+
+
+def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
+    """Says what a file is that does not start like a safetensors file."""
+    if head.startswith((b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
+        converted = path.with_suffix(".safetensors")
+        if converted == path:  # a pickle that was merely renamed
+            converted = path.with_suffix(".converted.safetensors")
+        command = (
+            f'python -c "{_CONVERT_PICKLE}" {shlex.quote(str(path))} {shlex.quote(str(converted))}'
+        )
+        raise UnsupportedFormat(
+            f"{path}: a pickle checkpoint; it can run code when it is loaded, so it is not read. "
+            f"Convert it once:\n{command}"
+        )
+    if head.startswith(b"GGUF"):
+        raise UnsupportedFormat(
+            f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
+            ".safetensors file"
+        )
+    if not head:
+        raise UnsupportedFormat(f"{path}: empty file; download it again")
+    raise UnsupportedFormat(f"{path}: not a safetensors file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; two entries of one name would hide one of them."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """(metadata, tensors) of a header's JSON text."""
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)
+        if b"\\u" in raw:  # an escape can spell half a character, which nothing can print or save
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedFormat(f"{path}: its header is damaged: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UnsupportedFormat(f"{path}: its metadata is not text")
+    return metadata, {name: _parse_entry(name, entry, path) for name, entry in header.items()}
+
+
+def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
+    """One tensor of a header, its size checked against its dtype and shape."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise UnsupportedFormat(f"{path}: {name} has the unknown dtype {entry['dtype']!r:.40}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape, 16) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
+    start, stop = offsets
+    # Beside a 0, torch still multiplies the other sizes: 0 x 2^40 x 2^40 overflows its strides.
+    if math.prod(max(size, 1) for size in shape) >= 2**48:
+        raise UnsupportedFormat(f"{path}: {name} has an impossible shape")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise UnsupportedFormat(
+            f"{path}: {name}: bytes {start} to {stop} do not fit {entry['dtype']} of shape "
+            f"{shape!r:.80}"
+        )
+    return TensorInfo(dtype, tuple(shape), start, stop)
+
+
+def _are_sizes(values: object, most: int) -> bool:
+    """A list of at most `most` whole numbers; 2^48 is beyond any file (True is no number here)."""
+    if not isinstance(values, list) or len(values) > most:
+        return False
+    return all(type(v) is int and 0 <= v < 2**48 for v in values)
+
+
+def _check_extent(tensors: dict[str, TensorInfo], path: Path, size: int) -> None:
+    """The tensors must tile the `size` bytes after the header: no overlap, no hole, no excess."""
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != end:
+            what = "overlaps what is" if info.start < end else "leaves a hole"
+            raise UnsupportedFormat(f"{path}: its header is damaged: {name} {what} before it")
+        if info.stop > size:
+            raise UnsupportedFormat(
+                f"{path}: cut off: {name} ends at byte {info.stop} of the data, the file at "
+                f"{size}; download it again"
+            )
+        end = info.stop
+    if end < size:
+        raise UnsupportedFormat(f"{path}: {size - end} unknown bytes after the last tensor")

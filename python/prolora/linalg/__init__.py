@@ -1,1 +1,0 @@
-"""Mathematics on stacks of matrices. Knows torch and the native ops, nothing of LoRA files."""

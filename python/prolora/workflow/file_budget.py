@@ -1,0 +1,164 @@
+"""A LoRA cut to the size of a file: its columns are spent where they hold most energy."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from .. import adapters
+from ..adapters import Adapter, Group
+from ..core.lowrank import LowRank
+from ..core.parallel import spread
+from ..core.recompression import energies
+from ..errors import OutputError
+from .options import Options
+from .out_rank import size_limit
+from .report import Report
+
+# More than a transfer adds to the header of a file: where it came from and how it was made.
+ADDED_HEADER = 2048
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the result of a transfer is to be written as.
+
+    Attributes:
+        format: one it must fit, as `adapters.write` takes it; None asks for none.
+        dtype: of the factors, likewise.
+        limit: bytes of the file; None sets no bound.
+    """
+
+    format: str | None = None
+    dtype: torch.dtype | None = None
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, options: Options, format: str | None, dtype: torch.dtype | None) -> Output:
+        """What the options ask for, in that format and dtype."""
+        return cls(format, dtype, size_limit(options.out_rank))
+
+    def check(self, outline: Adapter) -> None:
+        """Refuses what the format cannot hold, or the size, before anything is moved.
+
+        Args:
+            outline: the modules of the result; only shapes count.
+
+        Raises:
+            UnsupportedFormat: the format has no name for a module.
+            OutputError: with one column a module it is still too large.
+        """
+        if self.format is not None:
+            adapters.check_format(outline, self.format)
+        if self.limit is not None and (outline.updates or outline.vectors):
+            groups = self._groups(outline)
+            least = self._size(outline, groups, [1] * len(groups))
+            if least > self.limit:
+                raise self._too_small(least + ADDED_HEADER)
+
+    def fit(self, adapter: Adapter, report: Report) -> Adapter:
+        """The adapter with as many columns as fit; the report says what that cost.
+
+        Columns go in the order of their energy per byte, over all modules together, and each
+        module (FLUX's fused weights as one) keeps its first in any case: no column that is left
+        out has more energy per byte than one that is kept beyond those.
+
+        Args:
+            adapter: the result of a transfer; the same object comes back where nothing is cut.
+            report: its account, which is brought up to date.
+
+        Raises:
+            OutputError: with one column a module it is still too large.
+        """
+        if self.limit is None or not (adapter.updates or adapter.vectors):
+            return adapter
+        if self._file_size(adapter) <= self.limit:
+            return adapter
+        groups = self._groups(adapter)
+        order = _by_energy_per_byte(groups)
+
+        def size(picks: int) -> int:
+            return self._size(adapter, groups, _counts(order[:picks], len(groups)))
+
+        # What a file takes beside its factors depends on the ranks, so the writer is asked. Where
+        # the search ends the writer has said yes, whether or not sizes rise with every pick.
+        picks = bisect_right(range(len(order) + 1), self.limit, key=size) - 1
+        if picks < 0:
+            raise self._too_small(size(0))
+        counts = _counts(order[:picks], len(groups))
+        pieces = spread(_cut, list(zip(groups, counts, strict=True)))
+        found = {name: update for parts in pieces for name, update in parts.items()}
+        smaller = adapter.with_updates({name: found[name] for name in adapter.updates})
+        _account(report, adapter, smaller)
+        report.file_limit = self.limit
+        return smaller
+
+    def _groups(self, adapter: Adapter) -> list[Group]:
+        return adapters.grouped(adapter, adapters.check_format(adapter, self._format))
+
+    @property
+    def _format(self) -> str:
+        return "auto" if self.format is None else self.format
+
+    def _file_size(self, adapter: Adapter) -> int:
+        return adapters.file_size(adapter, format=self._format, dtype=self.dtype)
+
+    def _size(self, adapter: Adapter, groups: list[Group], counts: list[int]) -> int:
+        """Bytes of the file where each group of modules has so many columns."""
+        updates: dict[str, LowRank] = {}
+        zero = torch.zeros(1, 1)
+        for group, rank in zip(groups, counts, strict=True):
+            down = zero.expand(rank, group.shape[1])  # one for all, as in a cut group
+            for name, part in group.parts.items():
+                updates[name] = LowRank(zero.expand(part.shape[0], rank), down)
+        updates = {name: updates[name] for name in adapter.updates}
+        return self._file_size(adapter.with_updates(updates))
+
+    def _too_small(self, least: int) -> OutputError:
+        return OutputError(
+            f"out_rank: {self.limit} bytes are too few for this LoRA, which takes "
+            f"{math.ceil(least / 1000)}kB with one column in every module"
+        )
+
+
+def _by_energy_per_byte(groups: list[Group]) -> list[int]:
+    """The group of every column but each group's first, those of most energy per byte first."""
+    if not groups:
+        return []  # biases and norms alone
+    further = spread(_further, groups)
+    owners = torch.repeat_interleave(torch.tensor([len(columns) for columns in further]))
+    order: list[int] = owners[torch.cat(further).argsort(descending=True, stable=True)].tolist()
+    return order
+
+
+def _further(group: Group) -> torch.Tensor:
+    """Energy per number of all columns of a group but the first, descending."""
+    update = group.update()
+    return energies(update.up, update.down)[1:] / sum(group.shape)
+
+
+def _counts(picks: list[int], groups: int) -> list[int]:
+    """Columns of every group: its first, and those picked."""
+    found = Counter(picks)
+    return [1 + found[i] for i in range(groups)]
+
+
+def _cut(piece: tuple[Group, int]) -> dict[str, LowRank]:
+    """The parts of a group with so many columns; the same objects where it had no more."""
+    group, rank = piece
+    if rank == group.rank:
+        return group.parts
+    return group.split(group.update().truncate(rank=rank))
+
+
+def _account(report: Report, before: Adapter, after: Adapter) -> None:
+    """Tells the rows of the report what their modules were cut to."""
+    for i, row in enumerate(report.modules):
+        update = before.updates.get(row.target or "") if row.status == "mapped" else None
+        if update is None or after.updates[str(row.target)] is update:
+            continue
+        report.modules[i] = row.cut(update, after.updates[str(row.target)])

@@ -1,0 +1,268 @@
+"""What a file is, from its header and a few numbers: `prolora inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters import keys, names
+from ..adapters.family import claimed_family, guess_family, known_base
+from ..adapters.overview import NOT_UNDERSTOOD, Overview, Place, count, look_over
+from ..adapters.unread import ADAPTER_FILES, Source, open_source
+from ..architectures.ldm import ldm_to_diffusers
+from ..bases import Base, open_base
+from ..errors import ProLoRAError
+
+_TOP_TAGS = 10
+# Everything up to the number of the innermost block.
+_BLOCKS = re.compile(
+    r"^(?:.*\.)?"
+    r"(?:(?:single_)?transformer_blocks|layers|attentions|resnets|block|(?:down|up)_blocks)\.\d+\."
+)
+_LDM_PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `inspect` found out.
+
+    Attributes:
+        path: the file or folder.
+        kind: "lora", "base" (a checkpoint) or "unknown".
+        format: "kohya", "diffusers", "peft" or "comfy" for a LoRA, "single-file" or "diffusers"
+            for a base.
+        spelling: "diffusers" or "sgm" module names.
+        algorithm: "lora", "locon" (with k×k convolutions), "tucker", "loha", "lokr", "full",
+            "glora", "oft", with "+dora" behind where the result is rescaled; "norm" for a file of
+            normalisation layers alone; or the type that is not supported; the rarest where a file
+            has several.
+        algorithms: number of modules by algorithm.
+        supported: whether prolora can transfer it (a LoRA) or knows its keys (a base).
+        reason: why not.
+        needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
+        family: guess of the base model: "sd15", "sdxl", "ssd-1b", …: by names and shapes, and
+            where they say nothing by the metadata.
+        family_claimed: what the metadata says of it: by the hash of the base model where it is a
+            known one, else by version or architecture.
+        base_model: the base model that the metadata names, or that its hash is known to be of.
+        base_hash: its SHA-256 (or short hash) as the metadata gives it.
+        modules: number of modules by place, {"unet": 722, …}; "not understood" for the others.
+        types: number of modules by type, {"attn1.to_q": 70, …}.
+        ranks: number of modules by rank.
+        rank_min: lowest rank.
+        rank_max: highest rank.
+        alphas: number of modules by alpha; "none" for modules without.
+        places: part of the pipeline -> algorithms, ranks, alphas and scales (α/r, or what PEFT's
+            configuration asks for) of its updates.
+        vectors: number of trained biases ("bias") and of weights of normalisation layers ("norm").
+        left_out: number of tensors that are not moved, by reason.
+        dtypes: number of tensors by storage dtype.
+        tensors: number of tensors.
+        size: bytes of the weight file.
+        trigger_words: the most frequent training tags, most frequent first.
+    """
+
+    path: str
+    kind: str
+    format: str | None = None
+    spelling: str | None = None
+    algorithm: str | None = None
+    algorithms: dict[str, int] = field(default_factory=dict)
+    supported: bool = False
+    reason: str | None = None
+    needs_base: bool = False
+    family: str | None = None
+    family_claimed: str | None = None
+    base_model: str | None = None
+    base_hash: str | None = None
+    modules: dict[str, int] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+    rank_min: int | None = None
+    rank_max: int | None = None
+    alphas: dict[str, int] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    vectors: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    size: int = 0
+    trigger_words: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON (whose objects have text as keys)."""
+        table = asdict(self)
+        for part in (table, *table["places"].values()):
+            part["ranks"] = {str(rank): number for rank, number in part["ranks"].items()}
+        return table
+
+
+def inspect(path: str | os.PathLike[str]) -> Description:
+    """Says what a file or folder is; reads headers and the alphas, never a weight.
+
+    Adapter types that prolora does not transfer are described all the same, with the reason.
+
+    Args:
+        path: a .safetensors file, a folder with an adapter, or a diffusers folder of a base.
+
+    Raises:
+        UnsupportedFormat: not a safetensors file, or a damaged one.
+    """
+    folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
+    if folder or str(path).lower().endswith(".gguf"):
+        return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
+    source = open_source(path)
+    found = look_over(source)
+    common: dict[str, Any] = {
+        "path": str(path),
+        "dtypes": count(str(h.dtype).removeprefix("torch.") for h in source.headers.values()),
+        "tensors": len(source.headers),
+        "size": source.path.stat().st_size if source.path else 0,
+        "family_claimed": claimed_family(source.metadata),
+        "base_model": _base_model(source.metadata),
+        "base_hash": _base_hash(source.metadata),
+        "trigger_words": _trigger_words(source.metadata),
+    }
+    if found.is_adapter:
+        return _describe_adapter(source, found, common)
+    return _describe_other(source, common)
+
+
+def _describe_adapter(source: Source, found: Overview, common: dict[str, Any]) -> Description:
+    kinds, ranks = found.algorithms, found.ranks
+    first = next(iter(found.modules.values()), None) or next(
+        (module for module, _ in found.vectors), None
+    )
+    vectors = Counter("bias" if tensor == "bias" else "norm" for _, tensor in found.vectors)
+    inputs = found.inputs | dict.fromkeys((m.name for m, _ in found.vectors), 0)
+    places = found.places()
+    alphas: Counter[str] = Counter()
+    for place in places.values():
+        alphas.update(place.alphas)
+    return Description(
+        kind="lora",
+        format="peft" if source.config is not None else first and first.format,
+        spelling="sgm" if any(m.sgm for m in found.modules.values()) else "diffusers",
+        algorithm=next(reversed(kinds), None),
+        algorithms=kinds,
+        supported=found.reason is None,
+        reason=found.reason,
+        needs_base=found.needs_base,
+        family=guess_family(inputs, source.metadata),
+        modules=count(
+            [*map(names.place, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
+        ),
+        types=count(_type(name) for name in found.canonical),
+        places=places,
+        ranks=dict(sorted(Counter(ranks).items())),
+        rank_min=min(ranks, default=None),
+        rank_max=max(ranks, default=None),
+        alphas=dict(alphas.most_common()),
+        vectors=dict(vectors),
+        left_out=count(found.contents.left_out.values() if found.contents else found.left_out),
+        **common,
+    )
+
+
+def _type(name: str) -> str:
+    """What a module does, without where it is: `attn1.to_q`, `ff.net.2`, `mlp.fc1`, `conv1`."""
+    return _BLOCKS.sub("", names.local_name(name)) or name
+
+
+def _describe_other(source: Source, common: dict[str, Any]) -> Description:
+    """A base checkpoint, or something else altogether."""
+    inputs: dict[str, int] = {}
+    single_file = False
+    for key, header in source.headers.items():
+        path = key.removesuffix(".weight")
+        if path == key or len(header.shape) < 2:
+            continue
+        module = names.parse(path.removeprefix(_LDM_PREFIX))
+        original = ldm_to_diffusers(path.removeprefix(_LDM_PREFIX))
+        is_original = original is not None or (module is not None and module.sgm)
+        single_file = single_file or is_original or key.startswith(_LDM_PREFIX)
+        found = module.modules if module else (original,)
+        inputs |= {name: header.shape[1] for name in found if name is not None}
+    is_base = bool(inputs) or any(keys.is_base_weight(key) for key in source.headers)
+    if not is_base:
+        return Description(kind="unknown", reason=_unknown_reason(source), **common)
+    reason = None if inputs else "its weights have names that prolora does not know"
+    if source.path is not None:
+        try:
+            base = open_base(source.path)
+            form = "single-file" if single_file or (base.layout and not inputs) else "diffusers"
+            return replace(_describe_base(base, str(source.path), form), **common)
+        except ProLoRAError as error:
+            reason = str(error)
+    return Description(
+        kind="base",
+        format="single-file" if single_file else "diffusers",
+        spelling="sgm" if single_file else "diffusers",
+        supported=reason is None,
+        reason=reason,
+        family=guess_family(inputs, source.metadata),
+        modules=count(names.place(name) for name in inputs),
+        types=count(_type(name) for name in inputs),
+        **common,
+    )
+
+
+def _describe_base(base: Base, path: str, form: str) -> Description:
+    """A base model that `transfer` would open the same way."""
+    inputs = {name: shape[1] for name, shape in base.shapes.items()}
+    return Description(
+        path=path,
+        kind="base",
+        format=form,
+        spelling="diffusers" if form == "diffusers" else "sgm",
+        supported=True,
+        family=base.layout or guess_family(inputs, {}),
+        modules=count(names.place(name) for name in inputs),
+        types=count(_type(name) for name in inputs),
+        dtypes=count(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
+        tensors=len(inputs),
+        size=sum(file.stat().st_size for file in base.files),
+    )
+
+
+def _unknown_reason(source: Source) -> str:
+    if not source.headers:
+        return "it holds no tensors"
+    return (
+        f"its keys are neither a LoRA's nor a base model's: {', '.join(list(source.headers)[:3])}"
+    )
+
+
+def _base_model(metadata: dict[str, str]) -> str | None:
+    """The base model by hash, name or version, as far as the metadata tells."""
+    known = known_base(metadata)
+    if known:
+        return known[0]
+    fields = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+    return next((Path(metadata[f]).name for f in fields if metadata.get(f)), None)
+
+
+def _base_hash(metadata: dict[str, str]) -> str | None:
+    """The hash of the base model's file, the full one where there is one."""
+    fields = ("ss_new_sd_model_hash", "ss_sd_model_hash")
+    return next((metadata[f] for f in fields if metadata.get(f)), None)
+
+
+def _trigger_words(metadata: dict[str, str]) -> list[str]:
+    """The trigger phrase if there is one, then the most frequent tags of the training set."""
+    words = [metadata["modelspec.trigger_phrase"]] if "modelspec.trigger_phrase" in metadata else []
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except (ValueError, RecursionError):
+        return words
+    counts: Counter[str] = Counter()
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        for tag, number in tags.items() if isinstance(tags, dict) else ():
+            if isinstance(number, int):
+                counts[tag.strip()] += number
+    return words + [tag for tag, _ in counts.most_common(_TOP_TAGS) if tag not in words]

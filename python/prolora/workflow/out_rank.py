@@ -1,0 +1,67 @@
+"""How many columns an update keeps when it is written: a number, a share, a size, or all."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ..bases.memory import parse_size
+from ..core.lowrank import LowRank
+
+OutRank = int | float | str
+
+EXACT = "exact"
+FORMS = (
+    '"exact", an int ≥ 1, a share of the energy between 0 and 1, a percentage such as "50%", or '
+    'the size of a file such as "100MB"'
+)
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+def percentage(out_rank: OutRank) -> float | None:
+    """The number before the % of "50%", None of all else."""
+    found = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
+    return float(found[1]) if found else None
+
+
+def size_limit(out_rank: OutRank) -> int | None:
+    """The bytes of "100MB", None of all else: a number without a unit is a rank."""
+    if not isinstance(out_rank, str) or not out_rank.strip()[-1:].isalpha():
+        return None
+    try:
+        return parse_size(out_rank)
+    except ValueError:
+        return None
+
+
+def makes_sense(out_rank: OutRank) -> bool:
+    """Whether it is one of `FORMS`."""
+    if isinstance(out_rank, str):
+        number = percentage(out_rank) or size_limit(out_rank) or 0
+        return out_rank == EXACT or number > 0
+    if isinstance(out_rank, float):
+        return 0 < out_rank < 1
+    return out_rank >= 1
+
+
+def cut(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
+    """The update [m, n] at its output rank; the same object where nothing is cut.
+
+    Args:
+        update: the moved update.
+        out_rank: "exact" keeps it; an int keeps at most that many singular values; a float the
+            fewest that hold this share of Σσ²; "50%" half as many as the LoRA's own rank, rounded
+            up; a size, which is one of all updates together (see `budget`), keeps it too.
+        rank_in: the rank that the module has in the LoRA.
+    """
+    if out_rank == EXACT or size_limit(out_rank) is not None:
+        return update
+    if isinstance(out_rank, float):
+        return update.truncate(energy=out_rank)
+    share = percentage(out_rank)
+    if share is None:
+        most = int(out_rank)
+    else:
+        most = max(1, math.ceil((rank_in or update.rank) * share / 100))
+    return update.truncate(rank=most) if most < update.rank else update

@@ -1,0 +1,276 @@
+"""Which source module feeds which target module: a transfer's plan, made from names and shapes.
+
+No weight is read here. Every module of the adapter ends in the plan exactly once, as a pair, as
+summed onto another, as skipped with the reason, or as refused with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..architectures.modules import matrix_shape
+from ..bases import Base, load
+from ..bases.describe import describe
+from ..bases.vae import could_probe
+from ..comparison.module_map import TEXT_ENCODERS, BlockDecision, Match, Matching, feeds
+from ..core.lowrank import LowRank
+from ..errors import ShapeMismatch, UnsupportedFormat
+
+PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
+
+_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One update's way: the adapter's module `source` feeds the target module `target`."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Plan:
+    """Where every module of an adapter goes.
+
+    Attributes:
+        pairs: modules to project, in the target's order. A source may feed several targets.
+        passed: text-encoder modules, carried over unchanged.
+        summed: module of a dropped block -> the surviving neighbour's module its update is added to
+            before anything is projected (`folded`). That module has a pair.
+        skipped: source module -> why it has no place on the target.
+        refused: source module -> why nothing well defined can be written.
+        rule: how the pairs were found, for the report.
+        table: target module -> source module, over all modules of the two bases.
+        decisions: with `match` by similarity, where every block came from and what came second.
+        dropped: with `match` by similarity, the source's blocks that feed none.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+    summed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    rule: str = "same name"
+    table: Mapping[str, str] = field(default_factory=dict)
+    decisions: tuple[BlockDecision, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def groups(self) -> dict[tuple[int, ...], list[Pair]]:
+        """The pairs by weight shape: each group is one stack of equal matrices."""
+        groups: dict[tuple[int, ...], list[Pair]] = {}
+        for pair in self.pairs:
+            groups.setdefault(pair.shape, []).append(pair)
+        return groups
+
+
+def make_plan(
+    adapter: Adapter,
+    source: Base,
+    target: Base,
+    match: Match = "name",
+    text_encoder: str = "copy",
+    dropped: str = "skip",
+) -> Plan:
+    """Pairs the adapter's modules with the target's.
+
+    Args:
+        adapter: the LoRA of the source base.
+        source: the base it was trained on; every module of the adapter must exist there.
+        target: the base it shall move to.
+        match: "name" pairs equal names, corrected by the block rules of `bases/layouts` where both
+            layouts are known and renumbered blocks make equal names wrong (BK-SDM, SD1.5 ↔ SDXL);
+            a JSON file or mapping {target: source} replaces that, and so does a `Matching`.
+        text_encoder: "copy" carries text-encoder modules over unchanged where the target has that
+            encoder, "project" treats them like all others, "skip" leaves them out.
+        dropped: what becomes of the updates of transformer blocks that the target has dropped:
+            "skip" leaves them out, "sum" adds them to those of the nearest block of the same place
+            that is still there (of two equally near, the earlier).
+
+    Raises:
+        UnsupportedFormat: a module the source base does not have; a match that is not understood;
+            two architectures of which no blocks correspond.
+        UnrelatedBases: blocks were matched by similarity, and none was recognised.
+        ShapeMismatch: an update that does not fit its source module, or no module at all can go
+            over because every shape differs.
+    """
+    plan = Plan()
+    own = place_text_encoders(adapter, source, target, text_encoder, plan)
+    check_source(adapter, own, source)
+    found, plan.rule = feeds(source, target, match)
+    plan.table = found
+    if isinstance(match, Matching):
+        if own:
+            match.check_any(source, target)
+        plan.decisions, plan.dropped = match.decisions, match.dropped
+    if dropped == "sum":
+        plan.summed = _neighbours(own, found, source, target)
+    elif dropped != "skip":
+        raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
+    placed = _pair(found, {*own, *plan.summed.values()}, source, target, plan)
+    for name in own:
+        if name not in placed and name not in plan.summed:
+            plan.skipped[name] = _why_skipped(name, match)
+    if plan.refused and not plan.pairs:
+        name, reason = next(iter(plan.refused.items()))
+        raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
+    return plan
+
+
+def _why_skipped(name: str, match: Match) -> str:
+    """Why a module has no partner."""
+    if not isinstance(match, Matching):
+        return "the target has no such module"
+    if _BLOCK.fullmatch(name):
+        return "no block of the target is similar enough to this one"
+    return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
+
+
+def _pair(
+    found: Mapping[str, str], wanted: set[str], source: Base, target: Base, plan: Plan
+) -> set[str]:
+    """Puts the wanted modules that have a partner into the plan, and returns them."""
+    placed: set[str] = set()
+    probing = could_probe(source.path, target.path)
+    for module, origin in found.items():
+        if origin not in wanted:
+            continue
+        placed.add(origin)
+        ours, theirs = source.shapes[origin], target.shapes[module]
+        if matrix_shape(ours) != matrix_shape(theirs):
+            plan.refused[origin] = (
+                f"{module} is {_text(theirs)} on the target but {_text(ours)} on the source: no "
+                "published data-free method maps between widths"
+                + (PROBE_INSTEAD if probing else "")
+            )
+            continue
+        plan.pairs.append(Pair(origin, module, matrix_shape(ours)))
+    for pair in plan.pairs:
+        plan.refused.pop(pair.source, None)  # it found a place on another target module
+    return placed
+
+
+def place_text_encoders(
+    adapter: Adapter, source: Base, target: Base, mode: str, plan: Plan
+) -> list[str]:
+    """Decides on text-encoder modules; returned are the others, and with "project" these too."""
+    own = []
+    for name in adapter.updates:
+        if not name.startswith(TEXT_ENCODERS):
+            own.append(name)
+        elif mode == "skip":
+            plan.skipped[name] = "text encoder, left out as asked"
+        elif (reason := _other_encoder(name, source, target)) is not None:
+            plan.skipped[name] = reason
+        elif mode == "copy":
+            plan.passed.append(name)
+        elif name in source.shapes and name in target.shapes:
+            own.append(name)
+        else:
+            base = target if name in source.shapes else source
+            plan.refused[name] = (
+                f"{base.name} holds no weights of this text encoder, so its update cannot be "
+                "projected; give the whole pipeline or checkpoint, or copy text encoders"
+            )
+    return own
+
+
+def _other_encoder(name: str, source: Base, target: Base) -> str | None:
+    """Why a text-encoder module has no place: the target reads another encoder there."""
+    if source.layout is None or target.layout is None:
+        return None
+    number = TEXT_ENCODERS.index(name[: name.index(".") + 1])
+    ours, theirs = (load(base.layout or "").text_encoders for base in (source, target))
+    mine = ours[number] if number < len(ours) else None
+    there = theirs[number] if number < len(theirs) else None
+    if mine is None or mine == there:
+        return None
+    return f"the target has {there or 'no text encoder'} where the source has {mine}"
+
+
+def _neighbours(
+    modules: list[str], found: Mapping[str, str], source: Base, target: Base
+) -> dict[str, str]:
+    """Module of a dropped block -> the same module of its nearest surviving neighbour."""
+    fitting = {
+        origin
+        for module, origin in found.items()
+        if matrix_shape(source.shapes[origin]) == matrix_shape(target.shapes[module])
+    }
+    alive = {origin for origin in found.values() if _BLOCK.fullmatch(origin)}
+    survivors: dict[str, set[int]] = {}
+    for origin in alive:
+        place, index, _ = _split(origin)
+        survivors.setdefault(place, set()).add(index)
+    summed = {}
+    for module in modules:
+        if not _BLOCK.fullmatch(module):
+            continue
+        place, index, leaf = _split(module)
+        near = survivors.get(place, set())
+        if index in near or not near:
+            continue
+        neighbour = min(near, key=lambda other: (abs(other - index), other))
+        onto = f"{place}.{neighbour}.{leaf}"
+        same = source.shapes.get(onto) == source.shapes[module]
+        if onto in fitting and same:
+            summed[module] = onto
+    return summed
+
+
+def _split(module: str) -> tuple[str, int, str]:
+    """(place, number of the block, rest) of a module inside a transformer block."""
+    match = _BLOCK.fullmatch(module)
+    assert match is not None
+    return match[1], int(match[2]), match[3]
+
+
+def folded(adapter: Adapter, plan: Plan) -> Adapter:
+    """The adapter with the updates of dropped blocks added to those of their neighbours.
+
+    Sums of factors are their concatenation, so nothing is lost or formed; a module that had no
+    update of its own gets one. The modules that were added elsewhere are no longer in it.
+    """
+    if not plan.summed:
+        return adapter
+    parts: dict[str, list[LowRank]] = {}
+    for name, update in adapter.updates.items():
+        parts.setdefault(plan.summed.get(name, name), []).append(update)
+    updates = {
+        name: LowRank(
+            torch.cat([update.up for update in several], dim=-1),
+            torch.cat([update.down for update in several], dim=-2),
+        )
+        for name, several in parts.items()
+    }
+    return replace(adapter, updates=updates)
+
+
+def check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
+    """Every update must belong to a module of the source, and fit it."""
+    unknown = [name for name in modules if name not in source.shapes]
+    if unknown:
+        layout = f" (layout {source.layout})" if source.layout else f" ({describe(source)})"
+        raise UnsupportedFormat(
+            f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the source base "
+            f"{source.name}{layout}, the first: {unknown[0]}. Is this LoRA for another "
+            "architecture, or --source the wrong base? `prolora inspect` says what it is for"
+        )
+    for name in modules:
+        update = adapter.updates[name]
+        expected = matrix_shape(source.shapes[name])
+        if tuple(update.shape) != expected:
+            raise ShapeMismatch(
+                f"the LoRA's update of {name} is {_text(tuple(update.shape))}, but that module of "
+                f"{source.name} is {_text(expected)} ({source.tensor_name(name)})"
+            )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "×".join(str(length) for length in shape)

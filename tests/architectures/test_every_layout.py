@@ -1,0 +1,193 @@
+"""Every known architecture opens from every form it is published in, with all of its names."""
+
+import pytest
+import torch
+from checkpoints import (
+    clip,
+    fused_shapes,
+    open_clip,
+    sparse_file,
+    sparse_gguf,
+    sparse_shards,
+)
+
+import prolora
+from prolora.architectures import layouts
+from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.bases import open_base
+
+TRANSFORMERS = {
+    "flux1-dev": "FLUX",
+    "flux1-schnell": "FLUX",
+    "sd3-medium": "SD3",
+    "sd3.5-medium": "SD3",
+    "pixart-alpha": "PixArt",
+    "pixart-sigma": "PixArt",
+}
+UNETS = [id_ for id_ in layouts.known() if id_ not in TRANSFORMERS]
+FULL = "diffusion_pytorch_model.safetensors"
+# Buffers and norms that the real files have beside their weights.
+BESIDE = {
+    "FLUX": {"double_blocks.0.img_attn.norm.query_norm.scale": (128,)},
+    "SD3": {"pos_embed": (1, 64, 1536), "joint_blocks.0.x_block.attn.ln_q.weight": (64,)},
+    "PixArt": {"y_embedder.y_embedding": (120, 4096), "pos_embed": (1, 64, 1152)},
+}
+
+
+def shapes_of(id_):
+    return dict(layouts.load(id_).shapes)
+
+
+def keys(shapes):
+    """Modules as keys; bare parameters have no `.weight`."""
+    return {n if n.endswith("_table") else f"{n}.weight": shape for n, shape in shapes.items()}
+
+
+def single_file(id_):
+    """The keys of a single-file checkpoint, without prefix."""
+    shapes = shapes_of(id_)
+    if id_ in TRANSFORMERS:
+        return keys(fused_shapes(shapes, TRANSFORMERS[id_]))
+    layers = 1 if id_.startswith("bk") else 2
+    named = {
+        diffusers_to_ldm(name, siblings=shapes, layers_per_block=layers): shape
+        for name, shape in shapes.items()
+    }
+    assert len(named) == len(shapes)
+    return keys(named)
+
+
+def assert_complete(base, id_):
+    assert base.shapes == shapes_of(id_)
+    assert base.layout == id_
+
+
+@pytest.mark.parametrize("id_", layouts.known())
+def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
+    part = "transformer" if id_ in TRANSFORMERS else "unet"
+    whole = keys(shapes_of(id_))
+    sparse_file(tmp_path / "one" / part / FULL, whole)
+    sparse_shards(tmp_path / "two" / part, whole)
+    for folder, files in (("one", 1), ("two", 3)):
+        base = open_base(tmp_path / folder)
+        assert_complete(base, id_)
+        assert len(base.files) == files and set(base.dtypes.values()) == {torch.float16}
+        last = list(base.shapes)[-1]
+        assert tuple(base.read(last).shape) == base.shapes[last]
+
+
+@pytest.mark.parametrize("id_", layouts.known())
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
+def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
+    """Beside another model, as in the files people download."""
+    stored = {prefix + key: shape for key, shape in single_file(id_).items()}
+    stored |= {prefix + key: shape for key, shape in BESIDE.get(TRANSFORMERS.get(id_), {}).items()}
+    if prefix:
+        stored |= {"first_stage_model.decoder.conv_in.weight": (4, 4, 3, 3), "vae.x.weight": (2, 2)}
+    base = open_base(sparse_file(tmp_path / "x.safetensors", stored, "BF16"))
+    assert_complete(base, id_)
+    for name in [next(iter(base.shapes)), *[n for n in base.shapes if "to_v" in n][:1]]:
+        weight = base.read(name)
+        assert tuple(weight.shape) == base.shapes[name] and weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("id_", layouts.known())
+def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path):
+    part = "transformer." if id_ in TRANSFORMERS else "unet."
+    stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
+    assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
+
+
+@pytest.mark.parametrize("id_", layouts.known())
+def test_in_float8_plain_and_with_scales(id_, tmp_path):
+    """Convolutions and tables stay in half precision, as in the files people make."""
+    stored = single_file(id_)
+    small = {key: ("F16", s) for key, s in stored.items() if len(s) != 2 or "_table" in key}
+    large = {key: shape for key, shape in stored.items() if key not in small}
+    base = open_base(sparse_file(tmp_path / "plain.safetensors", large, "F8_E5M2", other=small))
+    assert_complete(base, id_)
+    assert torch.float8_e5m2 in base.dtypes.values()
+    scales = {key.replace(".weight", ".scale_weight"): ("F32", (1,)) for key in large}
+    scales["scaled_fp8"] = ("F8_E4M3", (2,))
+    path = sparse_file(tmp_path / "scaled.safetensors", large, "F8_E4M3", other={**small, **scales})
+    base = open_base(path)
+    assert_complete(base, id_)
+    assert set(base.dtypes.values()) == {torch.float32, torch.float16} - (
+        set() if small else {torch.float16}
+    )
+
+
+@pytest.mark.parametrize("id_", layouts.known())
+def test_as_gguf(id_, tmp_path):
+    pytest.importorskip("gguf")
+    base = open_base(sparse_gguf(tmp_path / "x.gguf", single_file(id_)))
+    assert_complete(base, id_)
+    value = next(name for name in base.shapes if name.endswith("to_v"))
+    assert tuple(base.read(value).shape) == base.shapes[value]
+
+
+CLIP_L = clip(768, 12, 49408, projection=False)
+BIG_G = clip(1280, 32, 49408, projection=True)
+
+
+def prefixed(prefix, shapes):
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def test_text_encoders_are_found_in_single_files(tmp_path):
+    """74 and 195 weights: SD1.5's, SDXL's two with OpenCLIP's names, ComfyUI's names, FLUX's T5."""
+    assert (len(CLIP_L), len(BIG_G)) == (74, 195)
+    first, second = prefixed("text_encoder.", CLIP_L), prefixed("text_encoder_2.", BIG_G)
+    sdxl, sd15 = (prefixed("model.diffusion_model.", single_file(id_)) for id_ in ("sdxl", "sd15"))
+    tables = {"position_ids": ("U8", (1, 77))}
+    forms = {
+        "sd15": (sd15 | prefixed("cond_stage_model.transformer.", keys(CLIP_L)), first),
+        "sdxl": (
+            sdxl
+            | prefixed("conditioner.embedders.0.transformer.", keys(CLIP_L))
+            | prefixed("conditioner.embedders.1.model.", open_clip(BIG_G)),
+            first | second,
+        ),
+    }
+    comfy = sdxl | prefixed("text_encoders.clip_l.transformer.", keys(CLIP_L))
+    comfy |= prefixed("text_encoders.clip_g.transformer.", keys(BIG_G))
+    for id_, (stored, encoders) in [*forms.items(), ("sdxl", (comfy, first | second))]:
+        base = open_base(sparse_file(tmp_path / "x.safetensors", stored, other=tables))
+        assert base.shapes == shapes_of(id_) | encoders
+        assert base.layout == id_
+    t5 = {"encoder.block.0.layer.0.SelfAttention.q.weight": (64, 64), "shared.weight": (9, 64)}
+    flux = single_file("flux1-dev")
+    flux |= prefixed("text_encoders.clip_l.transformer.", keys(CLIP_L))
+    flux |= prefixed("text_encoders.t5xxl.transformer.", t5)
+    base = open_base(sparse_file(tmp_path / "x.safetensors", flux))
+    assert base.shapes["text_encoder_2.shared"] == (9, 64)
+    assert len(base.shapes) == 504 + 74 + 2 and base.layout == "flux1-dev"
+
+
+def test_text_encoders_beside_a_folder_are_found_and_pickles_are_left_out(tmp_path):
+    sparse_file(tmp_path / "unet" / FULL, keys(shapes_of("sd15")))
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK")
+    assert open_base(tmp_path).shapes == shapes_of("sd15")
+    stored = {name.removeprefix("text_model."): shape for name, shape in keys(CLIP_L).items()}
+    encoder = sparse_file(tmp_path / "text_encoder" / "model.safetensors", stored)
+    base = open_base(tmp_path)
+    assert base.shapes == shapes_of("sd15") | prefixed("text_encoder.", CLIP_L)
+    assert encoder in base.files
+
+
+@pytest.mark.parametrize("id_", ["sdxl", "flux1-dev", "sd3-medium", "pixart-sigma"])
+def test_inspect_tells_the_architecture_in_every_form(id_, tmp_path):
+    """What it says is what a transfer would open."""
+    plain = sparse_file(tmp_path / "plain.safetensors", single_file(id_))
+    for path in (plain, sparse_gguf(tmp_path / "x.gguf", single_file(id_))):
+        found = prolora.inspect(path)
+        assert (found.kind, found.family, found.supported) == ("base", id_, True)
+        assert sum(found.modules.values()) == len(shapes_of(id_))
+    assert found.format == "gguf" and prolora.inspect(plain).format == "single-file"
+
+
+def test_inspect_says_why_a_base_cannot_be_opened(tmp_path):
+    stored = {"double_blocks.0.img_attn.qkv.weight": (25, 8), "img_in.weight": (8, 4)}
+    found = prolora.inspect(sparse_file(tmp_path / "x.safetensors", stored))
+    assert found.kind == "base" and not found.supported and "qkv" in found.reason

@@ -1,0 +1,120 @@
+"""--max-memory: read as people write it, refused where it is too little, and kept to."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from mini import write_case, write_folder
+from safetensors.torch import save_file
+from spectra import related, weights
+
+import prolora
+from prolora.bases.memory import Memory, TooLittleMemory, parse_size, resident, size_text
+
+
+def test_sizes_are_read_as_people_write_them():
+    wanted = {"2GiB": 2 << 30, "500MB": 500 * 10**6, "1.5g": 15 * 10**8, "64": 64, "3 kib": 3072}
+    assert {text: parse_size(text) for text in wanted} == wanted
+    for text in ("", "GiB", "0", "-1MB", "2 bananas", "1e9"):
+        with pytest.raises(ValueError, match="2GiB"):
+            parse_size(text)
+    assert size_text(1536) == "1.5 KiB" and size_text(3 << 40) == "3072.0 GiB"
+
+
+def test_a_bound_cuts_stacks_and_never_below_one():
+    free, bound = Memory(), Memory(resident() + (400 << 20))
+    shape = (1280, 1280)
+    assert 1 <= bound.stack(shape, "bases") < free.stack(shape, "bases")
+    assert Memory(1).stack(shape, "bases") == 1
+
+
+@pytest.mark.parametrize("method", ["prolora", "damped", "copy", "auto"])
+def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
+    tmp_path, monkeypatch, method
+):
+    lora, source, target = write_case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
+    with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
+        prolora.transfer_file(lora, source, target, out, method=method, max_memory=1 << 20)
+    with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
+        prolora.compare(source, target, max_memory=1 << 20)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
+def test_the_bound_is_kept_and_changes_nothing(tmp_path):
+    name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
+    ours = {name.format(i): weights(640, 640, i) for i in range(24)}
+    theirs = {key: related(weight, 0.1, 7) for key, weight in ours.items()}
+    write_folder(tmp_path / "s", ours)
+    write_folder(tmp_path / "t", theirs)
+    tensors = {}
+    for module in ours:
+        key = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{key}.lora_up.weight"] = torch.randn(640, 4)
+        tensors[f"{key}.lora_down.weight"] = torch.randn(4, 640)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    # Once without a bound, and once with one that leaves 40 MiB above what the process begins with.
+    code = f"""
+import json, torch, prolora
+from prolora.bases.memory import resident, SLACK
+torch.set_num_threads(1)
+prolora.truncated_svd(torch.randn(640, 640), 64)
+folder = {str(tmp_path)!r}
+paths = [f"{{folder}}/{{name}}" for name in ("lora.safetensors", "s", "t")]
+def peak():
+    status = open("/proc/self/status").read()  # not ru_maxrss, which the parent's peak is part of
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+bound = resident() + (40 << 20) + SLACK
+prolora.transfer_file(*paths, f"{{folder}}/a.safetensors", method="prolora", rank=64,
+                      threshold=0, max_memory=bound)
+within = peak()
+prolora.transfer_file(*paths, f"{{folder}}/b.safetensors", method="prolora", rank=64, threshold=0)
+print(json.dumps([bound, within, peak()]))
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    bound, within, free = json.loads(said.stdout)
+    assert within <= bound and within < free - (10 << 20), (bound, within, free)
+    both = [prolora.adapters.read(tmp_path / f"{which}.safetensors").updates for which in "ab"]
+    for module, update in both[0].items():
+        torch.testing.assert_close(update.dense(), both[1][module].dense(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
+def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
+    """What projecting their factors takes beside them is the most, and is cut to fit."""
+    name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
+    modules = [name.format(i) for i in range(24)]
+    for folder in "st":
+        write_folder(tmp_path / folder, {key: weights(640, 640, 1) for key in modules})
+    for i in range(8):
+        tensors = {}
+        for module in modules:
+            key = "lora_unet_" + module.replace(".", "_")
+            tensors[f"{key}.lora_up.weight"] = torch.randn(640, 32).half()
+            tensors[f"{key}.lora_down.weight"] = torch.randn(32, 640).half()
+        save_file(tensors, tmp_path / f"lora{i}.safetensors")
+    code = f"""
+import json, torch, prolora
+from pathlib import Path
+from prolora.bases.memory import resident, SLACK
+torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+options = {{"method": "prolora", "rank": 64, "threshold": 0}}
+loras = sorted(folder.glob("lora*.safetensors"))
+prolora.transfer_file(loras[0], folder / "s", folder / "t", folder / "warm.safetensors",
+                      cache=folder / "c", **options)
+def peak():
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+bound = resident() + (160 << 20) + SLACK
+done = prolora.transfer_many(loras, folder / "s", folder / "t", folder / "moved",
+                             cache=folder / "c", max_memory=bound, **options)
+print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    bound, within, statuses = json.loads(said.stdout)
+    assert statuses == ["moved"] * 8 and within <= bound, (bound, within)

@@ -1,0 +1,331 @@
+"""The command line: exit codes, JSON, tables, files."""
+
+import json
+import re
+
+import pytest
+import torch
+from mini import write_case
+from safetensors.torch import load_file, save_file
+
+from prolora import adapters, cli
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+@pytest.fixture
+def prolora(monkeypatch, capsys):
+    """Runs a command line; gives exit code, standard output and standard error."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["prolora", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+def test_transfer_writes_the_lora_the_report_and_a_table(prolora, case, tmp_path):
+    lora, source, target = case
+    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    code, text, _ = prolora(
+        "transfer", lora, "--source", source, "--target", target, "-o", out, "--report", report
+    )
+    assert code == 0
+    assert "8 of 12 modules moved" in text and "the target has no such module" in text
+    assert len(adapters.read(out).updates) == 8
+    stored = json.loads(report.read_text())
+    assert stored["totals"]["mapped"] == 8 and len(stored["modules"]) == 12
+
+
+def test_json_is_all_that_json_prints(prolora, case, tmp_path):
+    lora, source, target = case
+    line = ("transfer", lora, "--source", source, "--target", target, "--json")
+    code, text, _ = prolora(*line, "-o", tmp_path / "out.safetensors", "--threshold", 0)
+    assert code == 0
+    real = json.loads(text)
+    code, text, _ = prolora(*line, "--dry-run")
+    assert code == 0 and json.loads(text)["totals"].keys() == real["totals"].keys()
+    assert json.loads(text)["totals"]["mapped"] == 8
+
+
+def test_a_dry_run_writes_nothing(prolora, case, tmp_path):
+    lora, source, target = case
+    before = sorted(tmp_path.rglob("*"))
+    code, text, _ = prolora(
+        "transfer",
+        lora,
+        "--source",
+        source,
+        "--target",
+        target,
+        "--dry-run",
+        "-o",
+        tmp_path / "out.safetensors",
+    )
+    assert code == 0 and "8 of 12" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "--min-coverage", 0.9)
+    for extra in (("-o", out), ("--dry-run",)):
+        code, _, text = prolora(*line, *extra)
+        assert code == 3 and "LowCoverage" in text
+    assert not out.exists()
+
+
+def test_several_loras_go_into_a_folder(prolora, case, tmp_path):
+    lora, source, target = case
+    second = tmp_path / "second.safetensors"
+    save_file(load_file(lora), second)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    code, _, _ = prolora(
+        "transfer", lora, second, "--source", source, "--target", target, "-o", folder, "-q"
+    )
+    assert code == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["lora.safetensors", "second.safetensors"]
+
+
+def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tmp_path):
+    lora, source, target = case
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(lora.read_bytes()[:-9])
+    folder, report = tmp_path / "moved", tmp_path / "report.json"
+    line = ("transfer", bad, lora, "--source", source, "--target", target, "-o", folder)
+    code, text, complaint = prolora(*line, "--report", report)
+    assert code == 2 and "1 of 2 LoRAs were not moved: bad.safetensors" in complaint
+    assert "UnsupportedFormat" in text and "lora.safetensors" in text
+    assert [p.name for p in folder.iterdir()] == ["lora.safetensors"]
+    first, second = json.loads(report.read_text())
+    assert first["error"]["type"] == "UnsupportedFormat" and second["totals"]["mapped"] == 8
+
+
+def test_subspaces_are_kept_in_the_default_cache_unless_told_not_to(
+    prolora, case, tmp_path, monkeypatch
+):
+    lora, source, target = case
+    folder = tmp_path / "default"
+    monkeypatch.setenv("PROLORA_CACHE", str(folder))
+    line = (
+        "transfer",
+        lora,
+        "--source",
+        source,
+        "--target",
+        target,
+        "--method",
+        "prolora",
+        "-o",
+        tmp_path / "out.safetensors",
+    )
+    code, text, _ = prolora(*line, "--no-cache")
+    assert code == 0 and not folder.exists() and "cache:" not in text
+    code, text, _ = prolora(*line)
+    assert code == 0 and f"in {folder}" in text and "KiB" in text
+    assert len(list(folder.rglob("*.safetensors"))) == 16
+    code, _, text = prolora(*line, "--no-cache", "--cache", folder)
+    assert code == 2 and "contradict" in text
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "file" / "cache"))
+    assert prolora(*line)[0] == 0  # a default that cannot be made costs only time
+
+
+def test_a_bound_on_memory_that_is_too_little_is_refused(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--max-memory")
+    code, _, text = prolora(*line, "10MB")
+    assert code == 2 and "TooLittleMemory" in text and not out.exists()
+    assert prolora(*line, "4GiB", "-q")[0] == 0
+
+
+def test_two_inputs_of_one_name_are_refused(prolora, case, tmp_path):
+    lora, source, target = case
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / lora.name
+    twin.write_bytes(lora.read_bytes())
+    code, _, text = prolora(
+        "transfer", lora, twin, "--source", source, "--target", target, "-o", tmp_path / "moved"
+    )
+    assert code == 2 and f"become {lora.name} and overwrite each other" in text
+
+
+def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
+    lora, source, target = case
+    second = tmp_path / "second.safetensors"
+    second.write_bytes(lora.read_bytes())
+    line = ("--source", source, "--target", target, "-q", "-o")
+    folder = tmp_path / "peft"
+    assert prolora("transfer", lora, second, *line, folder, "--format", "peft")[0] == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["lora", "second"]
+    for format, suffix in (("auto", ""), ("kohya", ".safetensors")):
+        moved = tmp_path / format
+        code, _, _ = prolora(
+            "transfer",
+            folder / "lora",
+            folder / "second",
+            "--source",
+            target,
+            "--target",
+            target,
+            "-q",
+            "-o",
+            moved,
+            "--format",
+            format,
+        )
+        assert code == 0
+        assert sorted(p.name for p in moved.iterdir()) == [f"lora{suffix}", f"second{suffix}"]
+        assert adapters.read(moved / f"lora{suffix}").updates
+
+
+def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):
+    from prolora.bases.cache import basis_cache
+
+    real, calls = basis_cache.truncated_svd, []
+    monkeypatch.setattr(
+        basis_cache, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
+    )
+    lora, source, target = case
+    others = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for other in others:
+        other.write_bytes(lora.read_bytes())
+    code, _, _ = prolora(
+        "transfer",
+        *others,
+        "--source",
+        source,
+        "--target",
+        target,
+        "-o",
+        tmp_path / "moved",
+        "-q",
+        "--method",
+        "prolora",
+    )
+    assert code == 0 and sum(calls) == 16 and len(list((tmp_path / "moved").iterdir())) == 3
+
+
+@pytest.mark.parametrize("format, dtype", [("kohya", "float16"), ("diffusers", "bfloat16")])
+def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dtype):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    code, _, _ = prolora(
+        "transfer",
+        lora,
+        "--source",
+        source,
+        "--target",
+        target,
+        "-o",
+        out,
+        "--format",
+        format,
+        "--dtype",
+        dtype,
+        "-q",
+    )
+    assert code == 0
+    adapter = adapters.read(out)
+    assert adapter.format == format and adapter.dtype == getattr(torch, dtype)
+
+
+def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    words = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--no-cache")
+    code, text, _ = prolora(*words, "--out-rank", "8kB", "--dtype", "bfloat16")
+    assert code == 0 and "Cut to fit 0.008 MB: ranks " in text
+    assert 7500 < out.stat().st_size <= 8000
+    out.unlink()
+    for extra in ((), ("--dry-run",)):
+        code, _, text = prolora(*words, "--out-rank", "1kB", *extra)
+        assert code == 2 and "1000 bytes are too few" in text and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        ((), "-o OUT is missing"),
+        (("-o", "no/such/folder/x.safetensors"), "OutputError"),
+        (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
+        (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
+        (("-o", "x.safetensors", "--out-rank", "half"), "out_rank must be"),
+        (("-o", "x.safetensors", "--match", "nowhere.json"), "UnsupportedFormat"),
+    ],
+)
+def test_what_is_refused_says_why_and_exits_with_two(
+    prolora, case, tmp_path, monkeypatch, extra, said
+):
+    monkeypatch.chdir(tmp_path)
+    lora, source, target = case
+    code, _, text = prolora("transfer", lora, "--source", source, "--target", target, *extra)
+    assert code == 2 and said in text
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_asking_for_cuda_without_a_gpu_says_why(prolora, case):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    lora, source, target = case
+    code, _, text = prolora(
+        "transfer", lora, "--source", source, "--target", target, "-o", "x", "--device", "cuda"
+    )
+    assert code == 2 and re.search(r"no usable CUDA device \(.+\)", text)
+
+
+def test_compare_measures_overlap_and_drift(prolora, case):
+    _, source, target = case
+    code, text, _ = prolora("compare", "--source", source, "--target", target, "--json")
+    found = json.loads(text)
+    assert code == 0 and len(found["modules"]) == 8 and found["without_partner"] == 4
+    assert found["means"]["drift"] == pytest.approx(0.1, rel=1e-3)
+    code, text, _ = prolora("compare", "--source", source, "--target", target)
+    assert code == 0 and "down_blocks.1" in text
+
+
+def test_basis_says_how_exact_the_subspaces_are(prolora, case):
+    _, source, _ = case
+    code, text, _ = prolora("basis", source, "--json", "--rank", 8)
+    rows = json.loads(text)
+    assert code == 0 and {tuple(row["shape"]) for row in rows} == {(24, 24), (24, 40), (24, 96)}
+    assert all(row["columns_max"] == 8 and row["bound"] < 1e-3 for row in rows)
+    code, text, _ = prolora("basis", source)
+    assert code == 0 and "24×40" in text
+
+
+def test_inspect_describes_a_lora(prolora, case):
+    lora, *_ = case
+    code, text, _ = prolora("inspect", lora, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["kind"] == "lora" and found["format"] == "kohya"
+    code, text, _ = prolora("inspect", lora)
+    assert code == 0 and "kohya" in text
+
+
+def test_inspect_describes_a_base_folder(prolora, case):
+    _, source, _ = case
+    code, text, _ = prolora("inspect", source, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["kind"] == "base" and found["modules"] == {"unet": 12}
+
+
+def test_info_says_what_this_installation_can_do(prolora):
+    code, text, _ = prolora("info", "--json")
+    facts = json.loads(text)
+    assert code == 0 and facts["torch"] == torch.__version__
+    if facts["usable GPUs"] == 0:
+        assert facts["why no GPU"]
+    assert prolora("info")[0] == 0

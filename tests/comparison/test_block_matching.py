@@ -1,0 +1,293 @@
+"""Blocks are told by their weights: renumbered, pruned, drifted and unrelated ones."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import sdxl
+import torch
+from spectra import related
+
+from prolora import NonFiniteWeights, UnsupportedFormat, open_base
+from prolora.comparison import block_matching
+from prolora.comparison.block_matching import match_blocks, resolve
+from prolora.workflow.plan import feeds, make_plan
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
+BLOCK = re.compile(r"(.+\.transformer_blocks)\.(\d+)\.(.+)")
+
+
+def found(result):
+    return {decision.target: decision.source for decision in result.decisions}
+
+
+def renumbered(weights, kept):
+    """(weights of the blocks `kept(place, indices)`, numbered from 0, and which was which)."""
+    places = {}
+    for name in weights:
+        if match := BLOCK.fullmatch(name):
+            places.setdefault(match[1], set()).add(int(match[2]))
+    origin = {
+        f"{place}.{new}": f"{place}.{old}"
+        for place, indices in places.items()
+        for new, old in enumerate(kept(place, sorted(indices)))
+    }
+    back = {old: new for new, old in origin.items()}
+    moved = {}
+    for name, weight in weights.items():
+        match = BLOCK.fullmatch(name)
+        if not match:
+            moved[name] = weight
+        elif f"{match[1]}.{match[2]}" in back:
+            moved[f"{back[f'{match[1]}.{match[2]}']}.{match[3]}"] = weight
+    return moved, origin
+
+
+def weights_of(member):
+    base = open_base(MINI / member)
+    return {name: base.read(name) for name in base.shapes}
+
+
+def test_the_block_map_of_the_pruned_student_is_recovered():
+    """It kept the first block of every place, all of the last attention's, none of the middle's."""
+    result = match_blocks(open_base(MINI / "source"), open_base(MINI / "pruned"))
+    assert len(result.decisions) == 12
+    assert all(decision.source == decision.target for decision in result.decisions)
+    assert min(decision.margin for decision in result.decisions) > 0.8
+    assert min(decision.score for decision in result.decisions) > 0.85
+    assert "mid_block.attentions.0.transformer_blocks.1" in result.dropped
+    assert len(result.dropped) == 11
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_student_that_kept_other_blocks_under_new_numbers_is_recovered(seed):
+    """Any choice of blocks of the fine-tuned member; equal names would be wrong."""
+    rng = random.Random(seed)
+
+    def some(place, indices):
+        return sorted(rng.sample(indices, rng.randint(1, len(indices))))
+
+    target, origin = renumbered(weights_of("finetuned"), some)
+    result = match_blocks(open_base(MINI / "source"), open_base(target))
+    assert found(result) == origin
+    assert any(new != old for new, old in origin.items())
+    assert min(decision.margin for decision in result.decisions) > 0.7
+
+
+def test_renumbered_places_are_recovered_like_those_of_the_bk_students():
+    """The student's second attention of a stage is the teacher's third."""
+    target = {
+        name.replace("up_blocks.0.attentions.2.", "up_blocks.0.attentions.1."): weight
+        for name, weight in weights_of("finetuned").items()
+        if not name.startswith("up_blocks.0.attentions.1.")
+    }
+    source = open_base(MINI / "source")
+    table, rule = feeds(source, open_base(target), match_blocks(source, open_base(target)))
+    module = "up_blocks.0.attentions.{}.transformer_blocks.2.attn1.to_q"
+    assert table[module.format(1)] == module.format(2)
+    assert table["up_blocks.0.attentions.1.proj_in"] == "up_blocks.0.attentions.2.proj_in"
+    assert table["time_embedding.linear_1"] == "time_embedding.linear_1"
+    assert "up_blocks.0.resnets.1.conv1" not in table
+    assert rule.startswith("similarity: 20 of 20 blocks")
+
+
+def pruned_pair(drift, seed, scale=16):
+    """An SDXL-shaped source, an SSD-1B-shaped student of a random choice of blocks, and the map."""
+    rng = random.Random(seed)
+    ours, theirs = (sdxl.shapes(name, scale, False) for name in ("sdxl", "ssd-1b"))
+    wanted = {}
+    for name in theirs:
+        match = BLOCK.fullmatch(name)
+        wanted.setdefault(match[1], set()).add(match[2])
+
+    def some(place, indices):
+        return sorted(rng.sample(indices, len(wanted.get(place, ()))))
+
+    names, origin = renumbered({name: name for name in ours}, some)
+    source = {name: sdxl.weight(name, shape, 0.0, seed) for name, shape in ours.items()}
+    target = {new: sdxl.weight(old, ours[old], drift, seed) for new, old in names.items()}
+    assert target.keys() == theirs.keys()
+    return open_base(source), open_base(target), origin
+
+
+@pytest.mark.parametrize("drift", [0.15, 1.0, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_sdxl_shaped_students_are_recovered_up_to_a_drift_of_twice_the_weights(drift, seed):
+    """At a sixteenth of the width; drift is ‖W_t − W_s‖ / ‖W_s‖."""
+    source, target, origin = pruned_pair(drift, seed)
+    result = match_blocks(source, target)
+    assert found(result) == origin and len(origin) == 34
+    assert min(decision.margin for decision in result.decisions) > 0.1
+    assert len(result.dropped) == 70 - 34
+
+
+@pytest.mark.parametrize("drift", [3.0, 4.0])
+def test_beyond_that_blocks_are_declined_and_not_guessed(drift):
+    source, target, origin = pruned_pair(drift, 0)
+    result = match_blocks(source, target)
+    declined = [decision for decision in result.decisions if decision.source is None]
+    assert declined and (drift < 4 or len(declined) == 34)
+    assert all(d.source in (None, origin[d.target]) for d in result.decisions)
+    assert all(decision.score < block_matching.MIN_SCORE for decision in declined)
+
+
+@pytest.mark.parametrize(("drift", "all_found"), [(2.0, True), (3.0, False)])
+def test_the_mini_family_is_recovered_under_noise_of_twice_its_weights(drift, all_found):
+    """Beyond, blocks are declined here too: trained weights, and noise in all directions."""
+    rng = random.Random(0)
+    target, origin = renumbered(
+        weights_of("finetuned"),
+        lambda _, indices: sorted(rng.sample(indices, len(indices) // 2 + 1)),
+    )
+    noisy = {
+        name: related(weight.float(), drift, i) for i, (name, weight) in enumerate(target.items())
+    }
+    decisions = match_blocks(open_base(MINI / "source"), open_base(noisy)).decisions
+    assert all(d.source in (None, origin[d.target]) for d in decisions)
+    assert (sum(d.source is None for d in decisions) == 0) is all_found
+
+
+def test_signs_of_singular_vectors_decide_nothing():
+    """The negative of a matrix has the same subspaces, with the signs of one side turned."""
+    source, target, _ = pruned_pair(0.5, 0)
+    turned = {name: -target.read(name) for name in target.shapes}
+    plain, other = match_blocks(source, target), match_blocks(source, open_base(turned))
+    assert plain.table == other.table
+    for one, two in zip(plain.decisions, other.decisions, strict=True):
+        assert one.runner_up == two.runner_up and one.score == pytest.approx(two.score, abs=1e-5)
+
+
+def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
+    """Double blocks 4 … 15 dropped and the last three renumbered, as in a published pruning."""
+    leaves = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
+    names = [f"transformer_blocks.{i}.attn.{leaf}" for i in range(19) for leaf in leaves]
+    names += [f"single_transformer_blocks.{i}.attn.{leaf}" for i in range(9) for leaf in leaves[:3]]
+    names += [f"single_transformer_blocks.{i}.norm.linear" for i in range(9)]
+    source = {name: sdxl.weight(name, (48, 48), 0.0, 0) for name in names}
+    source["norm_out.linear"] = torch.ones(96, 48)
+    kept = {
+        "transformer_blocks": [0, 1, 2, 3, 16, 17, 18],
+        "single_transformer_blocks": [0, 2, 3, 5, 8],
+    }
+    origin = {
+        f"{place}.{new}": f"{place}.{old}"
+        for place, indices in kept.items()
+        for new, old in enumerate(indices)
+    }
+    target = {"norm_out.linear": torch.ones(96, 48)}
+    for new, old in origin.items():
+        for name in names:
+            if name.startswith(f"{old}."):
+                target[new + name.removeprefix(old)] = sdxl.weight(name, (48, 48), 0.5, 0)
+    result = match_blocks(open_base(source), open_base(target))
+    assert found(result) == origin
+    assert result.table["single_transformer_blocks.4.norm.linear"] == (
+        "single_transformer_blocks.8.norm.linear"
+    )
+    assert result.table["norm_out.linear"] == "norm_out.linear"
+    assert set(result.table) == set(target)
+
+
+def test_how_much_is_in_memory_at_a_time_changes_nothing(monkeypatch):
+    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+    whole = match_blocks(source, target)
+    monkeypatch.setattr(block_matching, "STACK_BYTES", 1)
+    assert match_blocks(source, target).table == whole.table
+
+
+def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():
+    source, _, _ = pruned_pair(0.0, 0)
+    _, target, _ = pruned_pair(0.0, 1)
+    result = match_blocks(source, target)
+    assert not any(decision.source for decision in result.decisions) and not result.table
+    # The variance that the deviations are counted in is that of unrelated subspaces.
+    deviations = torch.tensor([decision.deviations for decision in result.decisions])
+    assert 1 < deviations.mean() < 4  # the largest of 70 or so normal numbers
+
+
+def test_deviations_of_random_subspaces_are_standard_normal():
+    generator = torch.Generator().manual_seed(0)
+    stacks = [
+        torch.linalg.qr(torch.randn(40, 24, k, generator=generator, dtype=torch.float64)).Q
+        for k in (3, 5)
+    ]
+    ranks = [torch.full((40,), k) for k in (3, 5)]
+    phi, chance, spread = block_matching._overlaps(stacks[0], ranks[0], stacks[1], ranks[1])
+    normal = (phi - chance) / spread.sqrt()
+    assert abs(float(normal.mean())) < 0.05 and abs(float(normal.std()) - 1) < 0.05
+
+
+def test_a_plan_by_similarity_says_what_came_second():
+    from prolora import LowRank
+    from prolora.adapters.adapter import Adapter
+
+    source, target, origin = pruned_pair(0.15, 0)
+    result = resolve("similarity", source, target)
+    assert resolve("name", source, target) == "name"
+    adapter = Adapter(
+        {n: LowRank(torch.ones(m, 1), torch.ones(1, k)) for n, (m, k) in source.shapes.items()}
+    )
+    plan = make_plan(adapter, source, target, result)
+    assert len(plan.pairs) == 272 and len(plan.skipped) == 560 - 272
+    for pair in plan.pairs:
+        new, old = (BLOCK.fullmatch(name) for name in (pair.target, pair.source))
+        assert origin[f"{new[1]}.{new[2]}"] == f"{old[1]}.{old[2]}" and new[3] == old[3]
+    assert plan.decisions == result.decisions and plan.rule == result.rule
+    assert set(plan.skipped.values()) == {"no block of the target is similar enough to this one"}
+    assert all(d.runner_up not in (None, d.source) for d in plan.decisions)
+    with pytest.raises(UnsupportedFormat, match="resolve first"):
+        make_plan(adapter, source, target, "similarity")
+
+
+def test_the_cache_gives_the_same_decisions(tmp_path):
+    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+    plain = match_blocks(source, target)
+    cold = match_blocks(source, target, cache=tmp_path)
+    assert match_blocks(source, target, cache=tmp_path) == cold
+    for kept, exact in zip(cold.decisions, plain.decisions, strict=True):
+        assert (kept.source, kept.runner_up) == (exact.source, exact.runner_up)
+        assert kept.score == pytest.approx(exact.score, abs=1e-4)  # bases of 16 bits
+    assert any(tmp_path.rglob("*.safetensors"))
+
+
+def test_progress_counts_every_matrix_that_is_factorised():
+    seen = []
+    match_blocks(
+        open_base(MINI / "source"),
+        open_base(MINI / "pruned"),
+        progress=lambda done, total, name: seen.append((done, total, name)),
+    )
+    assert seen[-1][0] == seen[-1][1] == 8 * (23 + 12)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+
+
+def test_of_wide_blocks_fewer_matrices_are_compared(monkeypatch):
+    """And the same map is found."""
+    source, target, origin = pruned_pair(0.5, 0)
+    seen = []
+    monkeypatch.setattr(block_matching, "ENOUGH_DIMENSIONS", 120)  # 40- and 80-wide blocks
+    result = match_blocks(source, target, progress=lambda *step: seen.append(step))
+    assert found(result) == origin
+    assert seen[-1][0] == seen[-1][1] == 3 * (10 + 8) + 2 * (60 + 26)
+
+
+def test_bases_without_common_blocks_and_damaged_weights_are_refused():
+    source = open_base(MINI / "source")
+    with pytest.raises(UnsupportedFormat, match="no transformer blocks of the same kind"):
+        match_blocks(source, open_base({"transformer_blocks.0.attn.to_q": torch.ones(8, 8)}))
+    weights = weights_of("pruned")
+    name = "up_blocks.0.attentions.2.transformer_blocks.1.attn1.to_k"
+    weights[name] = weights[name].clone()
+    weights[name][3, 4] = float("nan")
+    with pytest.raises(NonFiniteWeights, match=re.escape(name)):
+        match_blocks(source, open_base(weights))

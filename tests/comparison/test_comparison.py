@@ -1,0 +1,305 @@
+"""Go or no-go from weights alone: lineage, overlaps, coverage, and a picture of them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import sdxl
+import torch
+from mini import BLOCK, source_weights, target_weights, write_case
+from spectra import related, weights
+
+import prolora
+from prolora import (
+    NonFiniteWeights,
+    UnrelatedBases,
+    UnsupportedFormat,
+    cli,
+    open_base,
+    similarity,
+    truncated_svd,
+)
+from prolora.bases import load
+from prolora.bases.cache import basis_cache
+from prolora.cli import heatmap
+from prolora.comparison import comparison
+from prolora.errors import OutputError
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
+INDEPENDENT = Path(__file__).parent / "data" / "independent.safetensors"
+
+
+def judged(source, target):
+    """The verdict without overlaps: it does not need them."""
+    return comparison.compare(source, target, rank=None).verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("source", "pruned"),
+        ("source", "finetuned"),
+        ("pruned", "source"),
+        ("finetuned", "source"),
+        ("pruned", "finetuned"),
+        ("finetuned", "pruned"),
+    ],
+)
+def test_relatives_of_the_mini_family_are_a_go_in_either_direction(source, target):
+    verdict = judged(MINI / source, MINI / target)
+    assert verdict.related and verdict.go and verdict.cosine > 0.95
+
+
+@pytest.mark.parametrize("member", ["source", "pruned", "finetuned"])
+def test_a_model_trained_apart_is_a_no_go_for_all_of_the_mini_family(member):
+    """Same shape, data and labels, other initial weights; only its attention is kept, in float8."""
+    for pair in ((MINI / member, INDEPENDENT), (INDEPENDENT, MINI / member)):
+        verdict = judged(*pair)
+        assert not verdict.related and not verdict.go and abs(verdict.cosine) < 0.05
+    found = comparison.compare(MINI / member, INDEPENDENT, rank=8)
+    assert found.verdict == judged(MINI / member, INDEPENDENT) and abs(found.mean("above")) < 0.1
+    said = " ".join(found.sentences())
+    assert "No-go" in said and "No common lineage" in said and "Copying does not work" in said
+    assert not found.copying_is_best and found.to_dict()["advice"]["method"] is None
+    with pytest.raises(UnrelatedBases, match=r"No-go: no transformer block.*beyond chance"):
+        comparison.compare(MINI / member, INDEPENDENT, match="similarity")
+
+
+def generated(seed, scale=32):
+    """The attention weights of a Vega at a small width, another model for each seed."""
+    shapes = sdxl.shapes("segmind-vega", scale, False)
+    return {name: sdxl.weight(name, shape, 0.0, seed) for name, shape in shapes.items()}
+
+
+def test_72_generated_pairs_are_told_apart_without_a_false_verdict():
+    """36 drifted by 5 % to 60 % of their norm in directions of their own; 36 trained apart."""
+    models = {seed: open_base(generated(seed)) for seed in range(9)}
+    false_go = false_no_go = 0
+    drifts = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+    for seed in range(6):
+        for i, drift in enumerate(drifts):
+            moved = {
+                name: related(weight.read(), drift, 1000 * i + seed)
+                for name, weight in models[seed].weights.items()
+            }
+            verdict = judged(models[seed], moved)
+            assert verdict.drift == pytest.approx(drift, rel=1e-3)
+            false_no_go += not (verdict.go and verdict.related)
+    pairs = [(a, b) for a in models for b in models if a < b]
+    for a, b in pairs:
+        verdict = judged(models[a], models[b])
+        false_go += verdict.go or verdict.related
+    assert (len(pairs), len(drifts) * 6) == (36, 36)
+    assert (false_go, false_no_go) == (0, 0)
+
+
+def test_a_merged_lora_leaves_the_lineage_as_it_is():
+    """However much it changes few directions: lineage is one thing, whether to move another."""
+    generator = torch.Generator().manual_seed(0)
+    source = generated(0)
+    for drift in (0.02, 0.1, 0.3):
+        merged = {}
+        for name, weight in source.items():
+            m, n = weight.shape
+            delta = torch.randn(m, 2, generator=generator) @ torch.randn(2, n, generator=generator)
+            merged[name] = weight + drift * weight.norm() * delta / delta.norm()
+        verdict = judged(source, merged)
+        assert verdict.related and verdict.spread < 0.3
+
+
+def test_the_answer_is_in_plain_sentences_with_the_numbers():
+    found = comparison.compare(MINI / "source", MINI / "pruned")
+    said = found.sentences()
+    assert said[0] == found.verdict.sentence()
+    assert "Same lineage" in said[1] and f"cosine {found.verdict.cosine:.2f}" in said[1]
+    assert "above chance" in said[2] and "140 of 140 pairs" in said[2]
+    assert any("copy does best" in sentence or "beats copying" in sentence for sentence in said)
+    assert "96 of 184 modules (52%)" in said[-1] and "140 of 252 (56%)" in said[-1]
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["verdict"]["go"] and told["verdict"]["related"] and told["summary"] == said
+    assert told["coverage"] == {"attention": [96, 184], "adaptable": [140, 252]}
+    assert told["advice"]["copying_is_best"] is (found.advice.method == "copy")
+
+
+def test_the_verdict_needs_no_decomposition(monkeypatch):
+    source, target = MINI / "source", MINI / "finetuned"
+    whole = comparison.compare(source, target)
+    monkeypatch.setattr(comparison, "truncated_svd", None)
+    quick = comparison.compare(source, target, rank=None)
+    assert quick.verdict == whole.verdict and math.isnan(quick.mean("above"))
+    assert quick.sweep == []
+    assert not any("above chance" in sentence for sentence in quick.sentences())
+
+
+@pytest.mark.parametrize("rank", [40, 0.9])
+def test_a_row_of_the_sweep_is_the_similarity_at_that_rank(rank):
+    names = [BLOCK.format(i, "attn1.to_q") for i in range(4)]
+    source = {name: weights(64, 72, seed=i) for i, name in enumerate(names)}
+    target = {name: related(source[name], 0.3 * i + 0.1, 50 + i) for i, name in enumerate(names)}
+    found = comparison.compare(source, target, rank=rank)
+    held = {m.target: min(m.columns_source, m.columns_target) for m in found.modules}
+    assert [row.columns for row in found.sweep][:2] == [16, 32] and found.sweep[-1].whole == 4
+    for row in found.sweep:
+        asked = {name: row.columns if row.columns < held[name] else rank for name in names}
+        exact = [similarity(source[name], target[name], rank=asked[name]) for name in names]
+        for field in ("left", "right"):
+            expected = [getattr(one, field).item() for one in exact]
+            assert getattr(row, f"phi_{field}") == pytest.approx(sum(expected) / 4, abs=1e-5)
+            chance = [getattr(one, f"chance_{field}").item() for one in exact]
+            assert getattr(row, f"chance_{field}") == pytest.approx(sum(chance) / 4)
+        above = [min(one.above_left.item(), one.above_right.item()) for one in exact]
+        assert row.above == pytest.approx(sum(above) / 4, abs=1e-5)
+        least = [min(one.left.item(), one.right.item()) for one in exact]
+        assert row.passing == {f"{t:g}": sum(x >= t for x in least) for t in (0.7, 0.8, 0.9)}
+        energy = [
+            truncated_svd(w[name], asked[name]).energy.item()
+            for w in (source, target)
+            for name in names
+        ]
+        assert row.energy == pytest.approx(sum(energy) / 8, abs=1e-5)
+    told = found.to_dict()
+    assert [row["columns"] for row in told["sweep"]] == [row.columns for row in found.sweep]
+    first = found.modules[0]
+    assert told["modules"][0]["points"][-1] == [
+        first.columns_source,
+        first.columns_target,
+        pytest.approx(first.phi_left),
+        pytest.approx(first.phi_right),
+    ]
+
+
+def test_subspaces_are_kept_for_the_transfer_that_follows(tmp_path, monkeypatch):
+    lora, source, target = write_case(tmp_path)
+    options = {"rank": 0.9, "cache": tmp_path / "cache"}
+    comparison.compare(source, target, **options)
+    calls = []
+    monkeypatch.setattr(basis_cache, "truncated_svd", lambda *a: calls.append(a))
+    done = prolora.transfer(lora, source, target, method="prolora", **options)
+    assert done.report.totals["mapped"] == 8 and not calls
+
+
+def test_blocks_are_matched_by_similarity_and_the_decisions_told():
+    found = comparison.compare(MINI / "source", MINI / "pruned", match="similarity", rank=None)
+    told = found.to_dict()
+    assert len(told["decisions"]) == 12 and len(told["dropped_blocks"]) == 11
+    assert all(decision["margin"] > 0.5 for decision in told["decisions"])
+    assert "12 of 12 blocks of the target were recognised" in found.sentences()[-1]
+
+
+def full(layout):
+    """A base of full size whose weights take no room."""
+    zero = torch.zeros(())
+    return open_base({name: zero.expand(shape) for name, shape in load(layout).shapes.items()})
+
+
+def test_across_widths_the_counts_are_those_of_the_layouts():
+    found = comparison.compare(full("sd15"), full("sdxl"), rank=None)
+    assert found.coverage.attention == (66, 128) and not found.verdict.go
+    attention = [m for m in found.modules if ".attn" in m.target]
+    assert len({m.source for m in attention}) == 66
+    assert (
+        f"{found.other_shape} pairs have different widths and are refused"
+        in (found.sentences()[-1])
+    )
+
+
+def test_other_architectures_are_refused_with_the_reason():
+    with pytest.raises(UnsupportedFormat, match=r"different architectures.*No data-free method"):
+        comparison.compare(full("sdxl"), full("flux1-dev"))
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    target = target_weights()
+    name = list(target)[3]
+    target[name] = target[name].clone()
+    target[name][1, 2] = math.inf
+    with pytest.raises(NonFiniteWeights, match=name.replace(".", r"\.")):
+        comparison.compare(source_weights(), target, rank=None)
+
+
+def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    found = comparison.compare(MINI / "source", MINI / "pruned")
+    depth, kind = heatmap.by_depth(found), heatmap.by_module(found)
+    place = "up_blocks.0.attentions.2"
+    assert {column for row, column in depth if row == place} == {"0", "1", "2", heatmap.AROUND}
+    values = [m.above for m in found.modules if f"{place}.transformer_blocks.1." in m.target]
+    assert depth[place, "1"] == pytest.approx(sum(values) / len(values))
+    values = [
+        m.above
+        for m in found.modules
+        if m.target.startswith(place) and m.target.endswith("attn2.to_v")
+    ]
+    assert len(values) == 3 and kind[place, "attn2.to_v"] == pytest.approx(sum(values) / 3)
+    heatmap.save(found, tmp_path / "map.png")
+    image = image_module.open(tmp_path / "map.png")
+    assert image.format == "PNG" and min(image.size) > 400
+    colours = {colour for _, colour in image.getcolors(1 << 20)}
+    assert {heatmap.shade(value) for value in [*depth.values(), *kind.values()]} <= colours
+
+
+def test_colours_run_from_pale_to_dark():
+    shades = [sum(heatmap.shade(i / 20)) for i in range(21)]
+    assert shades == sorted(shades, reverse=True) and len(set(shades)) == 21
+    assert heatmap.shade(-0.1) == heatmap.shade(0) and heatmap.shade(2) == heatmap.shade(1)
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
+    quick = comparison.compare(source_weights(), target_weights(), rank=None)
+    with pytest.raises(OutputError, match="--quick"):
+        heatmap.save(quick, tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(OutputError, match=r'pip install "prolora\[plot\]"'):
+        heatmap.check_pillow()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line; gives exit code, standard output and standard error."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["prolora", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        streams = capsys.readouterr()
+        return stop.value.code or 0, streams.out, streams.err
+
+    return run
+
+
+def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
+    pytest.importorskip("PIL")
+    _, source, target = write_case(tmp_path)
+    line = ("compare", "--source", source, "--target", target)
+    code, text, _ = run(*line, "--plot", tmp_path / "map.png", "--match", "similarity")
+    assert code == 0 and "Go (drift 0.10" in text and "Same lineage" in text
+    assert "down_blocks.1" in text and "0←0 1←1" in text
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    code, text, _ = run(*line, "--json", "--quick")
+    told = json.loads(text)
+    assert code == 0 and told["verdict"]["go"] and told["means"]["above_left"] is None
+    code, text, _ = run(*line, "--quick")
+    assert code == 0 and "Φ l/r" not in text
+    assert "rank sweep" not in run(*line)[1]
+    code, text, _ = run(*line, "--sweep")
+    assert code == 0 and "rank sweep over 8 pairs" in text and "≥ 0.8" in text
+    assert all(len(row) <= 80 for row in text.splitlines())
+    for extra in (("--plot", tmp_path / "x.png"), ("--sweep",)):
+        code, _, text = run(*line, "--quick", *extra)
+        assert code == 2 and f"{extra[0]} " in text and "give one of them" in text
+    code, _, text = run(*line, "--plot", tmp_path / "no" / "x.png")
+    assert code == 2 and "OutputError" in text
+
+
+def test_sdxl_to_flux_is_refused_on_the_command_line(run, tmp_path):
+    from checkpoints import sparse_file
+
+    paths = []
+    for layout in ("sdxl", "flux1-dev"):
+        keys = {f"{name}.weight": shape for name, shape in load(layout).shapes.items()}
+        paths.append(sparse_file(tmp_path / f"{layout}.safetensors", keys))
+    code, out, said = run("compare", "--source", paths[0], "--target", paths[1])
+    assert code == 2 and not out and "different architectures" in said
+    assert "No data-free method maps between them" in said

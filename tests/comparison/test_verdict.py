@@ -1,0 +1,169 @@
+"""What the weights of two bases promise, and what `auto` makes of it."""
+
+import math
+
+import pytest
+import torch
+from mini import lora_tensors, source_weights, target_weights
+from spectra import related, weights
+
+import prolora
+from prolora.cli.demo import family
+from prolora.comparison.drift import Affinity
+from prolora.comparison.verdict import MAX_SHIFT, MIN_COSINE, Verdict, judge
+from prolora.errors import NonFiniteWeights
+
+
+def named(tensors):
+    return {f"{name}.weight": tensor for name, tensor in tensors.items()}
+
+
+def unrelated():
+    return {
+        name: weights(*w.shape, seed=900 + i)
+        for i, (name, w) in enumerate(target_weights().items())
+    }
+
+
+def low_rank_drift(strength, rank=1):
+    """A target that learnt something: a drift along few directions of every weight."""
+    found = {}
+    for i, (name, weight) in enumerate(list(source_weights().items())[:8]):
+        generator = torch.Generator().manual_seed(i)
+        m, n = weight.shape
+        drift = torch.randn(m, rank, generator=generator) @ torch.randn(
+            rank, n, generator=generator
+        )
+        found[name] = weight + strength * weight.norm() / drift.norm() * drift
+    return found
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 16), (16, 64)])
+def test_drift_and_cosine_are_those_of_the_dense_weights(shape):
+    source = weights(*shape, seed=3)
+    target = related(source, 0.2, 4)
+    found = Affinity.of(source, target)
+    assert found.drift == pytest.approx(float((target - source).norm() / source.norm()), rel=1e-5)
+    cosine = float((source * target).sum() / (source.norm() * target.norm()))
+    assert found.cosine == pytest.approx(cosine, rel=1e-5)
+
+
+def test_spread_is_near_one_for_noise_and_near_nothing_for_a_single_direction():
+    source = weights(192, 128, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    noise = torch.randn(192, 128, generator=generator)
+    line = torch.outer(noise[:, 0], noise[0])
+    assert Affinity.of(source, source + 0.1 * noise).spread > 0.85
+    assert Affinity.of(source, source + 0.1 * line).spread < 0.05
+
+
+def test_the_total_is_that_of_one_long_vector():
+    pairs = [(weights(16, 24, seed=i), weights(16, 24, seed=50 + i)) for i in range(4)]
+    total = Affinity.total(Affinity.of(*pair) for pair in pairs)
+    source, target = (torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1))
+    assert total.drift == pytest.approx(float((target - source).norm() / source.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_neither_tiny_nor_huge_weights_overflow(scale):
+    source = weights(16, 16, seed=1)
+    plain = Affinity.of(source, related(source, 0.3, 2))
+    scaled = Affinity.of(source.double() * scale, related(source, 0.3, 2).double() * scale)
+    assert scaled.drift == pytest.approx(plain.drift, rel=1e-5)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    bad = torch.ones(4, 4)
+    bad[0, 0] = math.nan
+    with pytest.raises(NonFiniteWeights):
+        Affinity.of(torch.ones(4, 4), bad)
+
+
+def test_equal_bases_are_copied_at_full_strength():
+    verdict = judge(Affinity.of(weights(32, 32, seed=1), weights(32, 32, seed=1)))
+    assert verdict.go and verdict.strength == 1 and verdict.kappa == 0
+    assert verdict.decide().method == "copy"
+
+
+def test_the_more_a_target_learnt_the_weaker_the_update():
+    told = [Verdict(drift, 0.99, 0.2) for drift in (0.0, 0.05, 0.1, 0.2)]
+    strengths, kappas = [v.strength for v in told], [v.kappa for v in told]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] == 1
+    assert kappas == sorted(kappas) and kappas[0] == 0
+
+
+def test_drift_that_looks_like_noise_weakens_nothing():
+    assert Verdict(0.3, 0.95, 0.6).shift == 0 and Verdict(0.3, 0.95, 0.6).go
+
+
+def test_no_go_is_said_of_unrelated_bases_and_of_targets_that_learnt_something_else():
+    apart, changed = Verdict(1.4, MIN_COSINE - 0.1, 0.9), Verdict(2 * MAX_SHIFT, 0.95, 0.0)
+    assert not apart.go and "No-go" in apart.sentence() and "nothing in common" in apart.sentence()
+    assert not changed.go and changed.related and "No-go" in changed.sentence()
+
+
+def test_auto_refuses_unrelated_bases_and_a_method_by_name_does_not():
+    source, target = named(source_weights()), named(unrelated())
+    with pytest.raises(prolora.UnrelatedBases, match="nothing in common"):
+        prolora.transfer(lora_tensors(), source, target)
+    done = prolora.transfer(lora_tensors(), source, target, method="copy")
+    assert done.report.rows("mapped") and not done.report.verdict.go
+    assert any("No-go" in sentence for sentence in done.report.sentences())
+
+
+def test_auto_damps_strongly_and_warns_where_the_target_became_something_else():
+    source, target = named(source_weights()), named(low_rank_drift(0.3))
+    done = prolora.transfer(lora_tensors(), source, target)
+    assert done.report.verdict.related and not done.report.verdict.go
+    assert done.report.method == "damped" and done.report.damping > 11
+    assert any(sentence.startswith("No-go") for sentence in done.report.sentences())
+    assert done.report.totals["energy_surviving"] < 0.95
+
+
+def test_auto_damps_where_the_target_learnt_something_and_says_so():
+    source, target = named(source_weights()), named(low_rank_drift(0.05))
+    done = prolora.transfer(lora_tensors(), source, target)
+    assert done.report.method == "damped" and done.report.asked == "auto"
+    assert done.report.damping == pytest.approx(done.report.verdict.kappa)
+    assert any("'auto' chose 'damped'" in sentence for sentence in done.report.sentences())
+    row = done.report.rows("mapped")[0]
+    wanted = prolora.damped(
+        prolora.transfer(lora_tensors(), source, target, method="copy").adapter.updates[row.target],
+        source[f"{row.source}.weight"],
+        target[f"{row.target}.weight"],
+        done.report.damping,
+    )
+    torch.testing.assert_close(done.adapter.updates[row.target].dense(), wanted.dense())
+    assert row.norm_ratio < 1 and row.copy_distance > 0
+
+
+def test_auto_copies_where_the_drift_is_noise():
+    source = named(source_weights())
+    target = {
+        name: weight
+        + 0.05
+        * weight.norm()
+        / weight.numel() ** 0.5
+        * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+        for i, (name, weight) in enumerate(source.items())
+    }
+    done = prolora.transfer(lora_tensors(), source, target)
+    assert done.report.method == "copy" and done.report.strength == 1
+
+
+def test_automatic_strength_is_applied_to_every_update():
+    source, target = named(source_weights()), named(low_rank_drift(0.06))
+    plain = prolora.transfer(lora_tensors(), source, target, method="copy")
+    weaker = prolora.transfer(lora_tensors(), source, target, method="copy", strength="auto")
+    factor = weaker.report.verdict.strength
+    assert 0 < factor < 1 and weaker.report.strength == factor
+    for name, update in weaker.adapter.updates.items():
+        torch.testing.assert_close(update.dense(), factor * plain.adapter.updates[name].dense())
+
+
+@pytest.mark.parametrize("target", ["pruned", "finetuned"])
+def test_relatives_of_the_mini_family_are_a_go(target):
+    models = family()
+    done = prolora.transfer(models / "loras/thick.safetensors", models / "source", models / target)
+    assert done.report.verdict.go and done.report.verdict.cosine > 0.9
+    assert 0 < done.report.totals["energy_surviving"] <= 1

@@ -1,0 +1,100 @@
+"""What is inside the compiled module: architectures, registers, libraries, names of arguments."""
+
+import ast
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from prolora.core import _C
+
+MODULE = Path(_C.__file__)
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
+PTX = {"sm_80", "sm_120"}
+# (threads in a block, least number of blocks) x registers must fit in 65,536.
+REGISTERS = {
+    "small_svd_kernel": 128,
+    "sum_tiles_kernel": 64,
+    "shells_kernel": 64,
+    "panel_qr_kernel": 128,
+}
+TILE_REGISTERS = {"f": 128, "d": 255}
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    if not _C.built_with_cuda:
+        pytest.skip("this build has no CUDA kernels")
+    tool = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations if spec and not tool else []:
+        wheel = Path(root) / "cu13/bin/cuobjdump"
+        tool = str(wheel) if wheel.exists() else tool
+    if not tool:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump")
+    return lambda *options: run(tool, *options, str(MODULE))
+
+
+def test_every_architecture_has_machine_code(cuobjdump):
+    listing = cuobjdump("--list-elf", "--list-ptx")
+    cubins = set(re.findall(r"(sm_\d+)\.cubin", listing))
+    if len(cubins) < len(ARCHITECTURES):
+        pytest.skip(f"built for {', '.join(sorted(cubins))} only")
+    assert cubins == ARCHITECTURES
+    assert set(re.findall(r"(sm_\d+)\.ptx", listing)) == PTX
+
+
+def test_no_kernel_spills_or_uses_more_registers_than_its_budget(cuobjdump):
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage")
+    )
+    names = " ".join(name for name, *_ in usage)
+    for kernel in (
+        "split_project_kernel",
+        "overlap_kernel",
+        "overlap_table_kernel",
+        "project_pair_kernel",
+        *REGISTERS,
+    ):
+        assert kernel in names
+    for name, registers, stack, local in usage:
+        budget = next((n for kernel, n in REGISTERS.items() if kernel in name), None)
+        if budget is None:
+            budget = TILE_REGISTERS[re.search(r"_kernelI([fd])", name)[1]]
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= budget, name
+
+
+def test_module_needs_neither_torch_nor_a_driver():
+    if not shutil.which("readelf"):
+        pytest.skip("no readelf")
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", str(MODULE)))
+    assert needed
+    for library in needed:
+        assert not re.match(r"lib(torch|c10|cuda|cudart|cublas|cusolver|nv)", library), library
+
+
+@pytest.mark.parametrize("name", ["_C", "_emulated"])
+def test_stub_names_every_function_and_argument(name):
+    # pybind11 functions have no inspectable signature; the first line of their docstring does.
+    stub = ast.parse((Path(__file__).parents[3] / f"python/prolora/core/{name}.pyi").read_text())
+    written = {
+        node.name: [a.arg for a in node.args.args]
+        for node in stub.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    attributes = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    compiled = {}
+    for key, value in vars(_C).items():
+        if callable(value) and not key.startswith("_"):
+            signature = value.__doc__.splitlines()[0]
+            compiled[key] = re.findall(r"(\w+): ", signature)
+    assert written == compiled
+    assert attributes == {k for k, v in vars(_C).items() if not callable(v) and k[0] != "_"}

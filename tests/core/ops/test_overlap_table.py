@@ -1,0 +1,169 @@
+"""overlap_table: every backend against sums of (UsᵀUt)² in float64, for all leading columns."""
+
+import pytest
+import torch
+from spectra import orthonormal
+
+from prolora import errors
+from prolora.core import _C, reference
+from prolora.core.ops import grouped, operators
+from prolora.core.overlap_tables import overlap_tables
+
+DTYPES = [torch.float32, torch.float64]
+# (b, m, ks, kt) of the groups of one call: ragged, wide, tall, single, empty each way.
+SHAPES = [
+    (2, 40, 9, 5),
+    (1, 1, 1, 1),
+    (2, 90, 130, 70),
+    (1, 50, 65, 200),
+    (1, 1300, 33, 64),
+    (0, 4, 2, 3),
+    (2, 0, 2, 3),
+    (2, 4, 0, 3),
+    (2, 4, 2, 0),
+]
+
+
+def problem(shapes, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    us = [torch.randn(b, m, k, dtype=dtype, generator=generator) for b, m, k, _ in shapes]
+    ut = [torch.randn(b, m, k, dtype=dtype, generator=generator) for b, m, _, k in shapes]
+    return us, ut
+
+
+def assert_tables(us, ut, table, shells, eps):
+    """`eps`: of the products."""
+    for s, t in zip(us, ut, strict=True):
+        blocks, _, count = grouped._sizes(s, t)
+        mine, table = table[:blocks], table[blocks:]
+        curve, shells = shells[:count].reshape(len(s), -1 if count else 0), shells[count:]
+        if not blocks:
+            continue
+        mine = mine.reshape(len(s), -(-s.shape[2] // 64), -(-t.shape[2] // 64))
+        square = (s.double().mT @ t.double()).square()
+        scale = (s.double().norm(dim=(1, 2)) * t.double().norm(dim=(1, 2))).square()
+        tolerance = ((s.shape[1] + 8) * eps * scale).max()
+        for i in range(mine.shape[1]):
+            for j in range(mine.shape[2]):
+                exact = square[:, 64 * i : 64 * i + 64, 64 * j : 64 * j + 64].sum((1, 2))
+                assert ((mine[:, i, j] - exact).abs() <= tolerance).all()
+        for k in range(curve.shape[1]):
+            exact = square[:, : k + 1, : k + 1].sum((1, 2))
+            assert ((curve[:, : k + 1].sum(1) - exact).abs() <= tolerance).all()
+    assert not len(table) and not len(shells)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_of_all_shapes_in_one_call(kernels, dtype):
+    us, ut = problem(SHAPES, dtype)
+    assert_tables(us, ut, *kernels.overlap_table(us, ut), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 20_000, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_torch_give_the_same(dtype, at_a_time, monkeypatch):
+    """What a processor without matrix tiles does."""
+    monkeypatch.setattr(grouped, "PRODUCT", at_a_time)
+    us, ut = problem(SHAPES, dtype)
+    table, shells = grouped._multiplied(us, ut)
+    assert table.dtype == shells.dtype == torch.float64
+    assert_tables(us, ut, table, shells, torch.finfo(dtype).eps)
+
+
+def test_results_repeat_bit_by_bit(kernels):
+    us, ut = problem([(3, 100, 70, 80), (1, 64, 64, 64)], torch.float32)
+    for first, again in zip(
+        kernels.overlap_table(us, ut), kernels.overlap_table(us, ut), strict=True
+    ):
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrix_tiles_keep_six_digits(threads, monkeypatch):
+    """Few pairs share out their blocks over the threads, many the pairs; panels are 1280 deep."""
+    monkeypatch.delenv("PROLORA_ISA", raising=False)
+    if not grouped.cpu_has_tiles():
+        pytest.skip("cpu: this processor or build has no matrix tiles")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shapes in (SHAPES, [(1, 1300, 140, 150)], [(3, 90, 70, 33)]):
+            us, ut = problem(shapes, torch.float32)
+            found = grouped.run_overlap_table(_C, us, ut, False)
+            assert_tables(us, ut, *found, 2.0**-17)
+            again = grouped.run_overlap_table(_C, us, ut, False)
+            assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["dense", "coordinates", "two levels", "equal magnitudes"])
+def test_phi_is_exact_to_2e_6_whatever_the_columns_look_like(kind):
+    """Columns whose entries all round the same way would show a bias of the arithmetic."""
+    m, k = 512, 96
+    generator = torch.Generator().manual_seed(0)
+    signs = sign_matrix(m)[:, :k]
+    if kind == "dense":
+        u = orthonormal(m, k, generator)
+    elif kind == "coordinates":
+        u = torch.eye(m)[:, 7 : 7 + k]
+    elif kind == "two levels":
+        levels = torch.where(torch.arange(m) % 2 == 0, 0.9, 1.1).double()
+        u = torch.linalg.qr(signs * levels[:, None])[0]
+    else:
+        u = signs / m**0.5
+    t = torch.linalg.qr(u.double() + 0.01 * torch.randn(m, k, generator=generator).double())[0]
+    source, target = u.float(), t.float()
+    exact = reference.overlap(source.double(), target.double())
+    assert abs(float(operators.overlap(source, target) - exact)) / k < 1e-7
+    (table,) = overlap_tables([source], [target])
+    assert abs(float(table.at(k) - exact / k)) < 2e-6
+
+
+def sign_matrix(m):
+    """An orthogonal matrix [m, m] of ±1, up to √m (Sylvester)."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < m:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)], 0)
+    return signs
+
+
+def test_one_table_answers_for_every_number_of_columns():
+    us = torch.linalg.qr(torch.randn(2, 150, 100, dtype=torch.float64))[0]
+    ut = torch.linalg.qr(torch.randn(2, 150, 130, dtype=torch.float64))[0]
+    (table,) = overlap_tables([us], [ut])
+    curve = torch.stack([reference.overlap_curve(a, b) for a, b in zip(us, ut, strict=True)])
+    torch.testing.assert_close(table.shells.cumsum(-1), curve)
+    torch.testing.assert_close(
+        table.curve()[:, 36], reference.overlap(us[..., :37], ut[..., :37]) / 37
+    )
+    torch.testing.assert_close(table.at(37), table.curve()[:, 36])
+    for a, b in ((64, 128), (100, 130), (100, 64), (0, 64)):
+        exact = reference.overlap(us[..., :a], ut[..., :b])
+        torch.testing.assert_close(table.shared(a, b), exact, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="steps of 64 and at 100 and 130, not 37 and 64"):
+        table.at(37, 64)
+    with pytest.raises(ValueError, match="100 and 130 columns, not 101 and 101"):
+        table.at(101)
+
+
+def test_single_matrices_and_stacks_mix():
+    us, ut = problem([(1, 30, 7, 9), (3, 20, 70, 5)], torch.float64)
+    tables = overlap_tables([us[0][0], us[1]], [ut[0][0], ut[1]])
+    assert tables[0].shells.shape == (7,) and tables[1].blocks.shape == (3, 2, 1)
+    assert grouped.overlap_table([], []) == []
+
+
+def test_groups_must_agree():
+    with pytest.raises(errors.ShapeMismatch, match=r"\(5, 3\).*\(4, 3\)"):
+        grouped.overlap_table([torch.zeros(5, 3)], [torch.zeros(4, 3)])
+    two = [torch.zeros(5, 3), torch.zeros(5, 3).double()]
+    with pytest.raises(TypeError, match="one dtype and device"):
+        grouped.overlap_table(two, two)
+    with pytest.raises(TypeError, match="float16"):
+        grouped.overlap_table([two[0].half()], [two[0].half()])
+
+
+def test_operator_passes_torchs_own_checks():
+    us, ut = problem([(2, 20, 7, 9), (1, 9, 70, 3)], torch.float32)
+    torch.library.opcheck(torch.ops.prolora.overlap_table.default, (us, ut))

@@ -1,0 +1,100 @@
+"""project_pair: every backend against the projectors in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prolora import errors
+from prolora.core import reference
+from prolora.core.ops import rows
+
+DTYPES = [torch.float32, torch.float64]
+# (b, m, ks, kt, r)
+SHAPES = [(2, 40, 9, 5, 4), (1, 1, 1, 1, 1), (1, 131, 67, 40, 33), (3, 33, 5, 20, 17)]
+EMPTY = [(0, 4, 2, 3, 1), (2, 4, 0, 3, 2), (2, 4, 2, 0, 2), (2, 4, 2, 3, 0)]
+
+
+def problem(shape, dtype, seed=0):
+    b, m, ks, kt, r = shape
+    generator = torch.Generator().manual_seed(seed)
+    us, ut = (
+        torch.linalg.qr(torch.randn(b, m, k, dtype=torch.float64, generator=generator))[0]
+        for k in (min(ks, m), min(kt, m))
+    )
+    x = torch.randn(b, r, m, dtype=torch.float64, generator=generator)
+    return us.to(dtype), ut.to(dtype), x.to(dtype)
+
+
+def assert_moved(us, ut, x, found):
+    expected = reference.project_pair(us.double(), ut.double(), x.double())
+    tolerance = 8 * (x.shape[2] + 8) * torch.finfo(x.dtype).eps
+    for got, exact in zip(found, expected, strict=True):
+        assert got.dtype == x.dtype and got.shape == exact.shape
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_range_goes_to_range_and_complement_to_complement(kernels, shape, dtype):
+    us, ut, x = problem(shape, dtype)
+    assert_moved(us, ut, x, kernels.project_pair(us, ut, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_left_of_rows_almost_within_is_still_orthogonal(kernels, dtype):
+    """1e-6 (1e-14) of a row lies outside: one pass would leave as much of U in it."""
+    us, ut, x = problem((2, 80, 20, 20, 5), dtype)
+    tiny = 32 * torch.finfo(dtype).eps
+    inside = x @ us @ us.mT
+    outside = x - inside
+    x = inside + tiny * (outside - outside @ us @ us.mT)
+    ops = (kernels.project_pair, rows.project_pair)
+    for split, _ in (op(us, us, x) for op in ops):
+        rest = split[:, 5:].double()
+        rest = rest / rest.norm(dim=2, keepdim=True)
+        assert (rest @ us.double()).abs().max() < 100 * torch.finfo(dtype).eps
+    for _, moved in (op(ut, us, inside) for op in ops):
+        # and in the target's complement, of what the source left outside
+        assert (moved[:, 5:].double() @ us.double()).abs().max() < 100 * torch.finfo(dtype).eps
+
+
+def test_results_repeat_bit_by_bit(kernels):
+    given = problem((2, 150, 20, 30, 33), torch.float32)
+    for first, again in zip(
+        kernels.project_pair(*given), kernels.project_pair(*given), strict=True
+    ):
+        assert torch.equal(first, again)
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, n) for n in (3, 60, 50, 50, 20)]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(shape, dtype, seed):
+    us, ut, x = problem(shape, dtype, seed)
+    assert_moved(us, ut, x, rows.project_pair(us, ut, x))
+
+
+def test_leading_dimensions_are_kept_and_shapes_must_agree():
+    us, ut, x = problem((6, 20, 5, 4, 3), torch.float64)
+    split, moved = rows.project_pair(
+        us.reshape(2, 3, 20, 5), ut.reshape(2, 3, 20, 4), x.reshape(2, 3, 3, 20)
+    )
+    assert split.shape == moved.shape == (2, 3, 6, 20)
+    assert torch.equal(split[1, 2], rows.project_pair(us[5], ut[5], x[5])[0])
+    with pytest.raises(errors.ShapeMismatch, match=r"\(6, 20, 5\).*\(6, 19, 3\)"):
+        rows.project_pair(us, ut, x[..., :19])
+
+
+def test_operator_passes_torchs_own_checks():
+    us, ut, x = problem((2, 9, 4, 3, 2), torch.float32)
+    torch.library.opcheck(torch.ops.prolora.project_pair.default, (us, ut, x))
+
+
+def test_updates_have_gradients():
+    us, ut, x = problem((2, 9, 4, 3, 2), torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rows.project_pair(us, ut, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: rows.project_pair(us, ut, x), (x,))

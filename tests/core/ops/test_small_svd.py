@@ -1,0 +1,151 @@
+"""small_svd is judged as LAPACK's own tests judge an SVD: reconstruction, orthogonality, order and
+values of s; never by comparing vectors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prolora.core.ops import operators
+
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(3, 7, 5), (2, 1, 1), (1, 20, 1), (1, 20, 2), (2, 16, 16), (1, 40, 33), (40, 3, 2)]
+LIMIT = 30  # times n eps
+
+
+def random(shape, dtype, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_svd(a, u, s, v, svals=None):
+    b, _, n = a.shape
+    assert (u.shape, s.shape, v.shape) == (a.shape, (b, n), (b, n, n))
+    assert u.dtype == s.dtype == v.dtype == a.dtype
+    if a.numel() == 0:
+        return
+    unit = LIMIT * n * torch.finfo(a.dtype).eps
+    a, u, s, v = a.double(), u.double(), s.double(), v.double()
+    size = a.norm(dim=(1, 2))
+    # Also right for sizes whose squares are beyond double's range.
+    assert ((a - (u * s[:, None]) @ v.mT).norm(dim=(1, 2)) <= unit * size).all()
+    eye = torch.eye(n, dtype=torch.float64)
+    assert ((v.mT @ v - eye).norm(dim=(1, 2)) <= unit).all()
+    kept = (s > 0).double()
+    assert ((u.mT @ u - torch.diag_embed(kept)).norm(dim=(1, 2)) <= unit).all()
+    assert (s >= 0).all() and (s.diff(dim=1) <= 0).all()
+    if svals is None:
+        svals = torch.linalg.svdvals(a)
+    assert ((s - svals).abs().amax(1) <= unit / 5 * svals.amax(1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_factors_rebuild_the_matrix(kernels, shape, dtype):
+    a = random(shape, dtype)
+    assert_svd(a, *kernels.small_svd(a))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (2, 0, 0)], ids=str)
+def test_empty_problems_give_empty_factors(kernels, shape):
+    a = torch.empty(shape)
+    assert_svd(a, *kernels.small_svd(a))
+
+
+def test_matrices_too_large_for_shared_memory(kernels, monkeypatch):
+    monkeypatch.setenv("EMU_SHARED_BYTES", "4000")
+    a = random((2, 40, 23), torch.float32)
+    assert_svd(a, *kernels.small_svd(a))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_no_scale_overflows_or_underflows(kernels, scale):
+    a = random((2, 12, 7), torch.float32).clamp(-3, 3) * scale
+    u, s, v = kernels.small_svd(a)
+    assert s.isfinite().all()
+    back = 1 / scale
+    scaled = a.double() * back
+    unit = LIMIT * 7 * torch.finfo(torch.float32).eps
+    rebuilt = (u.double() * (s.double() * back)[:, None]) @ v.double().mT
+    # Subnormal inputs carry fewer digits: their last unit bounds what can be asked.
+    coarse = 2.0**-149 * back * 10
+    assert ((scaled - rebuilt).norm(dim=(1, 2)) <= unit * scaled.norm(dim=(1, 2)) + coarse).all()
+
+
+def test_subnormal_and_huge_doubles(kernels):
+    for scale in (1e-310, 1e300):
+        a = random((1, 9, 4), torch.float64) * scale
+        u, s, v = kernels.small_svd(a)
+        rebuilt = (u * s[:, None]) @ v.mT
+        torch.testing.assert_close(rebuilt / scale, a / scale, rtol=0, atol=1e-10)
+
+
+def test_zero_matrix_has_zero_values_and_orthonormal_v(kernels):
+    u, s, v = kernels.small_svd(torch.zeros(2, 6, 3))
+    assert not u.any() and not s.any()
+    torch.testing.assert_close(v.mT @ v, torch.eye(3).expand(2, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_missing_rank_gives_exact_zeros(kernels, dtype):
+    a = random((2, 18, 3), dtype) @ random((2, 3, 11), dtype, seed=1)
+    u, s, v = kernels.small_svd(a)
+    assert_svd(a, u, s, v)
+    assert (s[:, :3] > 0).all() and not s[:, 3:].any() and not u[:, :, 3:].any()
+
+
+def test_repeated_values_and_duplicate_columns(kernels):
+    a = torch.cat([torch.eye(8), torch.eye(8)[:, :3]], dim=1)[None]
+    a = torch.cat([a, torch.zeros(1, 4, 11)], dim=1)
+    assert_svd(a, *kernels.small_svd(a))
+
+
+def test_columns_of_very_different_size(kernels):
+    a = random((1, 30, 12), torch.float64) * torch.logspace(0, -14, 12, dtype=torch.float64)
+    assert_svd(a, *kernels.small_svd(a))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_matrices_end_as_nan_and_spare_the_others(kernels, bad):
+    a = random((3, 9, 5), torch.float32)
+    a[1, 4, 2] = bad
+    u, s, v = kernels.small_svd(a)
+    assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()
+    assert_svd(a[::2], u[::2], s[::2], v[::2])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widest_matrices_by_either_path(threads, dtype):
+    # One matrix, or few threads: LAPACK; a batch over many threads: ours.
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = random((2, 140, 128), dtype)
+        assert_svd(a, *operators.small_svd(a))
+        assert_svd(a, *operators.run_small_svd(operators._C, a, False))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_lapack_path_keeps_the_promises():
+    a = random((2, 60, 50), torch.float32)
+    a[0, :, 7:] = 0
+    a[1, 3, 3] = torch.nan
+    u, s, v = operators._lapack_svd(a)
+    assert_svd(a[:1], u[:1], s[:1], v[:1])
+    assert not s[0, 7:].any() and not u[0, :, 7:].any()
+    assert u[1].isnan().all() and s[1].isnan().all() and v[1].isnan().all()
+
+
+@given(
+    b=st.integers(0, 3),
+    n=st.integers(0, 40),
+    more=st.integers(0, 60),
+    rank=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_rank(b, n, more, rank, dtype, seed):
+    a = random((b, n + more, rank), dtype, seed) @ random((b, rank, n), dtype, seed + 1)
+    assert_svd(a, *operators.small_svd(a))
+    assert_svd(a, *operators.run_small_svd(operators._C, a, False))

@@ -1,0 +1,204 @@
+"""The spectrum zoo: on any weight the bound is never below the error, and `ok` is never wrong.
+
+Judged by the planted subspace and by LAPACK's ratios, never by comparing singular vectors.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from spectra import orthonormal, planted, power_law, sine
+
+from prolora import truncated_svd
+
+EPS32 = torch.finfo(torch.float32).eps
+MINI = Path(__file__).parents[3] / "examples" / "mini_family" / "weights"
+
+
+def bulk(d, n, seed=0):
+    """The singular values of a random d × n matrix: Marchenko-Pastur."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(d, n, dtype=torch.float64, generator=generator)
+    return torch.linalg.svdvals(noise / n**0.5)
+
+
+def spiked(d, n, spikes):
+    """A bulk with `spikes` values above it."""
+    return torch.cat([torch.linspace(6, 3, spikes, dtype=torch.float64), bulk(d, n)[spikes:]])
+
+
+def clusters(d, size, width, seed=0):
+    """Groups of `size` values that lie within `width` of each other."""
+    generator = torch.Generator().manual_seed(seed)
+    jitter = torch.rand(d, dtype=torch.float64, generator=generator)
+    levels = 0.8 ** (torch.arange(d) // size)
+    return (levels * (1 + width * jitter)).sort(descending=True)[0]
+
+
+# Name: (m, n, singular values, columns). d = 400 is the float32 Gram rung, d = 800 the Krylov one.
+SMALL, LARGE = 400, 800
+ZOO = {
+    "i^-0.5": (SMALL, SMALL, power_law(SMALL, 0.5), 150),
+    "i^-0.5, wide": (SMALL, 900, power_law(SMALL, 0.5), 200),
+    "i^-0.5, tall": (900, SMALL, power_law(SMALL, 0.5), 100),
+    "i^-1": (SMALL, SMALL, power_law(SMALL, 1.0), 60),
+    "i^-2, beyond a float32 Gram matrix": (SMALL, SMALL, power_law(SMALL, 2.0), 150),
+    "k inside the bulk": (SMALL, 500, spiked(SMALL, 500, 20), 80),
+    "steps, cut at one": (SMALL, SMALL, torch.tensor([4.0] * 100 + [1.0] * 300), 100),
+    "clusters, cut between two": (SMALL, SMALL, clusters(SMALL, 50, 1e-3), 100),
+    "clusters, cut inside one": (SMALL, SMALL, clusters(SMALL, 50, 1e-6), 120),
+    "repeated value at the cut": (SMALL, SMALL, torch.tensor([2.0] * 50 + [1.0] * 350), 100),
+    "rank below k": (SMALL, 500, torch.linspace(2, 1, 60), 100),
+    "rank one": (SMALL, SMALL, torch.ones(1), 5),
+    "all columns but one": (SMALL, SMALL, power_law(SMALL, 0.5), SMALL - 1),
+    "tiny": (SMALL, SMALL, 1e-30 * power_law(SMALL, 0.5), 150),
+    "huge": (SMALL, SMALL, 1e30 * power_law(SMALL, 0.5), 150),
+    "large, i^-0.5": (LARGE, LARGE, power_law(LARGE, 0.5), 80),
+    "large, i^-1": (LARGE, 1000, power_law(LARGE, 1.0), 40),
+    "large, k inside the bulk": (LARGE, LARGE, spiked(LARGE, LARGE, 20), 60),
+    "large, more equal values than a block has columns": (
+        LARGE,
+        LARGE,
+        torch.cat([torch.full((60,), 2.0), power_law(LARGE - 60, 0.5)]),
+        60,
+    ),
+    "large, equal values hidden above the cut": (
+        LARGE,
+        LARGE,
+        torch.cat([torch.full((60,), 2.0), power_law(LARGE - 60, 0.5)]),
+        90,
+    ),
+    "large, rank below k": (LARGE, LARGE, torch.linspace(2, 1, 30), 64),
+    "large, rank a little above k": (LARGE, LARGE, torch.linspace(2, 1, 90), 64),
+}
+NO_GAP = {"repeated value at the cut"}
+
+
+def errors(weight, u, v, basis):
+    """Sines to the planted subspaces, and the error of P·B for random B on both sides."""
+    k = int(basis.rank)
+    generator = torch.Generator().manual_seed(7)
+    sines, projections = [], []
+    for exact, found in ((u[:, :k], basis.U[:, :k]), (v[:, :k], basis.V[:, :k])):
+        found = found.double()
+        sines.append(sine(exact, found))
+        b = torch.randn(len(exact), 4, dtype=torch.float64, generator=generator)
+        wanted, got = exact @ (exact.mT @ b), found @ (found.mT @ b)
+        projections.append(float((wanted - got).norm() / b.norm()))
+    return max(sines), max(projections)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_bound_holds_and_ok_means_a_projector_good_to_a_thousandth(name):
+    m, n, values, k = ZOO[name]
+    weight = planted(m, n, values)[0].float()
+    # The subspaces of the weight as stored: rounding to float32 moves those that were planted.
+    u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    v = vt.mT
+    basis = truncated_svd(weight, k)
+    if name in NO_GAP:
+        assert not basis.ok
+        return
+    error, projection = errors(weight, u, v, basis)
+    used = int(basis.rank)
+    assert used == k and error <= float(basis.bound)
+    assert not basis.ok or projection <= 1e-3
+    # LAPACK's ratios, for results kept in float32.
+    big = max(m, n) * EPS32
+    s = basis.S[:used].double()
+    left, right = basis.U[:, :used].double(), basis.V[:, :used].double()
+    identity = torch.eye(used, dtype=torch.float64)
+    norm = float(values.double().norm())
+    assert float((left.mT @ left - identity).norm()) < 2 * big
+    assert float((right.mT @ right - identity).norm()) < 2 * big
+    missed = weight.double() @ right - left * s
+    assert float(missed.norm()) <= max(2 * float(basis.residual), 10 * EPS32) * norm
+    assert float(basis.residual) < big
+    assert (basis.S.diff() <= 0).all() and (basis.S >= 0).all()
+
+
+def test_the_zoo_passes_every_rung_of_the_ladder():
+    rungs = set()
+    for name in ("i^-0.5", "i^-2, beyond a float32 Gram matrix", "large, i^-0.5"):
+        m, n, values, k = ZOO[name]
+        rungs.add(truncated_svd(planted(m, n, values)[0].float(), k).rung)
+    steep = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
+    rungs.add(truncated_svd(steep, 24).rung)
+    assert rungs == {"gram-f32", "gram-f64", "krylov", "svd-f64"}
+
+
+@pytest.mark.parametrize("kind", ["outlier channels", "rows of very different size"])
+def test_channels_far_larger_than_the_rest_do_not_blind_the_fast_rung(kind):
+    """What makes the weights of diffusion models harder than random ones."""
+    weight = planted(SMALL, SMALL, power_law(SMALL, 0.5))[0]
+    if kind == "outlier channels":
+        weight[:, ::97] *= 50
+    else:
+        weight *= torch.logspace(0, -3, SMALL, dtype=torch.float64)[:, None]
+    weight = weight.half()
+    u, _, vt = torch.linalg.svd(weight.double())
+    basis = truncated_svd(weight, 120)
+    error, projection = errors(weight, u, vt.mT, basis)
+    assert error <= float(basis.bound)
+    assert basis.ok and projection <= 1e-3
+
+
+def test_a_batch_of_mixed_difficulty_equals_its_members_and_repeats_bit_for_bit():
+    names = ("i^-0.5", "i^-1", "steps, cut at one", "k inside the bulk", "rank one")
+    stack = torch.stack([planted(SMALL, 500, ZOO[name][2])[0].float() for name in names])
+    together, again = truncated_svd(stack, 100), truncated_svd(stack, 100)
+    for field in ("U", "S", "V", "bound", "residual"):
+        assert torch.equal(getattr(together, field), getattr(again, field))
+    for i, weight in enumerate(stack):
+        alone = truncated_svd(weight, 100)
+        assert together.rungs[i] == alone.rung
+        k = int(alone.rank)
+        assert int(together.rank[i]) == k
+        apart = sine(alone.U[:, :k], together.U[i, :, :k])
+        assert apart <= float(alone.bound + together.bound[i]) or apart < 1e-6
+
+
+def test_snap_moves_the_cut_to_the_widest_gap_within_five_percent():
+    values = power_law(SMALL, 0.5)
+    values[104:] *= 0.9
+    weight, u, _ = planted(SMALL, SMALL, values)
+    plain, snapped = (truncated_svd(weight.float(), 100, snap=snap) for snap in (False, True))
+    assert int(plain.rank) == 100 and int(snapped.rank) == 104
+    assert snapped.gap > 10 * plain.gap
+    assert sine(u[:, :104], snapped.U) <= float(snapped.bound)
+    large = power_law(LARGE, 0.5)
+    large[57:] *= 0.9
+    snapped = truncated_svd(planted(LARGE, LARGE, large)[0].float(), 60, snap=True)
+    assert snapped.rung == "krylov" and int(snapped.rank) == 57
+
+
+def test_energy_counts_the_same_columns_on_the_float32_rung_as_in_float64():
+    for seed in range(3):
+        weight = planted(SMALL, SMALL, power_law(SMALL, 0.5), seed)[0].float()
+        single, double = truncated_svd(weight, 0.9), truncated_svd(weight.double(), 0.9)
+        assert single.rung == "gram-f32" and double.rung == "gram-f64"
+        assert int(single.rank) == int(double.rank)
+        assert float(single.energy) == pytest.approx(float(double.energy), abs=1e-6)
+
+
+def test_orthonormal_rotations_of_a_weight_rotate_its_subspaces():
+    weight = planted(SMALL, SMALL, power_law(SMALL, 0.5))[0]
+    turn = orthonormal(SMALL, SMALL, torch.Generator().manual_seed(3))
+    plain, turned = truncated_svd(weight.float(), 100), truncated_svd((turn @ weight).float(), 100)
+    assert sine(turn @ plain.U.double(), turned.U) < 2e-3  # the weights were rounded apart
+    swapped = truncated_svd(weight.float().mT, 100)
+    assert sine(plain.U, swapped.V) <= float(plain.bound + swapped.bound)
+
+
+def test_the_bound_holds_on_every_trained_weight_of_the_mini_family():
+    state = load_file(MINI / "source" / "diffusion_pytorch_model.safetensors")
+    matrices = {name: w.flatten(1) for name, w in state.items() if w.ndim in (2, 4)}
+    assert len(matrices) > 50
+    for name, weight in matrices.items():
+        u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        for rank in (max(1, min(weight.shape) // 4), 0.9):
+            basis = truncated_svd(weight, rank)
+            error, projection = errors(weight, u, vt.mT, basis)
+            assert error <= float(basis.bound), name
+            assert not basis.ok or projection <= 1e-3, name

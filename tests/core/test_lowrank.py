@@ -1,0 +1,101 @@
+"""LowRank: products that are never multiplied out, and their best truncation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prolora import LowRank, ShapeMismatch
+from prolora.core.recompression import energies
+
+
+def random_update(m, n, r, seed=0, batch=()):
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(*batch, m, r, dtype=torch.float64, generator=generator)
+    return LowRank(up, torch.randn(*batch, r, n, dtype=torch.float64, generator=generator))
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 24), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_norm_and_refactoring_equal_the_dense_product(m, n, r, seed):
+    update = random_update(m, n, r, seed)
+    dense = update.dense()
+    assert update.norm() == pytest.approx(float(dense.norm()), rel=1e-10)
+    refactored = update.truncate()
+    assert refactored.rank <= min(m, n, r)
+    torch.testing.assert_close(refactored.dense(), dense)
+
+
+def test_truncation_is_eckart_young():
+    update = random_update(30, 20, 8)
+    u, s, vt = torch.linalg.svd(update.dense())
+    best = u[:, :3] * s[:3] @ vt[:3]
+    torch.testing.assert_close(update.truncate(rank=3).dense(), best)
+    share = float((s[:3] ** 2).sum() / (s**2).sum())
+    assert update.truncate(energy=share - 1e-9).rank == 3
+    assert update.truncate(energy=share + 1e-9).rank == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 9, 5), (6, 20, 9), (7, 7, 7)])
+def test_energies_are_the_squared_singular_values(shape, dtype):
+    update = random_update(*shape, batch=(2,))
+    update.up[1, :, 0] = update.up[1, :, 1]  # of lower rank than it has columns
+    up, down = 1e6 * update.up.to(dtype), 1e-6 * update.down.to(dtype)
+    found = energies(up, down)
+    wanted = torch.zeros(2, max(shape), dtype=torch.float64)
+    s = torch.linalg.svdvals(up.double() @ down.double())
+    wanted[:, : s.shape[-1]] = s**2
+    torch.testing.assert_close(found, wanted[:, : shape[-1]], rtol=1e-9, atol=1e-9)
+
+
+def test_factors_come_out_balanced():
+    update = random_update(30, 20, 4)
+    lopsided = LowRank(update.up * 1e6, update.down * 1e-6).truncate()
+    assert lopsided.up.norm() == pytest.approx(float(lopsided.down.norm()), rel=1e-9)
+
+
+def test_a_stack_is_truncated_like_its_members():
+    stack = random_update(12, 9, 5, batch=(3,))
+    cut = stack.truncate(rank=2)
+    for i in range(3):
+        alone = LowRank(stack.up[i], stack.down[i]).truncate(rank=2)
+        torch.testing.assert_close(cut.dense()[i], alone.dense())
+
+
+@pytest.mark.parametrize("r", [96, 160])
+def test_ranks_beyond_the_in_house_svd_work_too(r):
+    update = random_update(200, 180, r).to(torch.float32)
+    torch.testing.assert_close(update.truncate().dense(), update.dense(), atol=1e-3, rtol=1e-3)
+
+
+def test_half_precision_is_kept_but_computed_in_float32():
+    update = random_update(16, 16, 4).to(torch.float16)
+    cut = update.truncate(rank=4)
+    assert cut.dtype == torch.float16
+    assert (cut.dense().float() - update.dense().float()).abs().max() < 0.05
+
+
+def test_a_zero_update_stays_zero():
+    zero = LowRank(torch.zeros(5, 2), torch.randn(2, 4))
+    assert zero.truncate(energy=0.9).dense().abs().max() == 0
+
+
+@pytest.mark.parametrize("up, down", [((3, 2), (3, 4)), ((3,), (3,)), ((2, 3, 2), (2, 4))])
+def test_factors_that_do_not_multiply_are_refused(up, down):
+    with pytest.raises(ShapeMismatch, match="do not multiply"):
+        LowRank(torch.zeros(up), torch.zeros(down))
+
+
+def test_senseless_truncations_are_refused():
+    update = random_update(4, 4, 2)
+    with pytest.raises(ValueError, match="rank"):
+        update.truncate(rank=0)
+    with pytest.raises(ValueError, match="energy"):
+        update.truncate(energy=1.5)
+
+
+def test_truncating_parameters_gives_values_without_gradients():
+    up, down = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((20, 4), (4, 30)))
+    cut = LowRank(up, down).truncate(rank=2)
+    assert cut.rank == 2 and not cut.up.requires_grad and not cut.down.requires_grad

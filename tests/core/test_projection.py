@@ -1,0 +1,270 @@
+"""project: equal to the papers' dense formulas, and the properties every method must have."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spectra import related, weights
+
+from prolora import METHODS, LowRank, NonFiniteWeights, ShapeMismatch, project, truncated_svd
+from prolora.core import reference
+
+SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
+METHOD = st.sampled_from(sorted(METHODS))
+
+
+def case(m, n, r, seed, drift=0.3):
+    """W_src, W_tgt and an update in float64."""
+    source = weights(m, n, seed).double()
+    target = related(source, drift, seed + 1)
+    generator = torch.Generator().manual_seed(seed + 2)
+    up = torch.randn(m, r, dtype=torch.float64, generator=generator)
+    down = torch.randn(r, n, dtype=torch.float64, generator=generator)
+    return source, target, LowRank(up, down)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+@given(SHAPES, st.integers(1, 6), METHOD, st.integers(0, 999), st.data())
+@settings(max_examples=80, deadline=None)
+def test_factor_form_equals_the_dense_formula(shape, r, method, seed, data):
+    source, target, delta = case(*shape, r, seed)
+    k = data.draw(st.integers(1, min(shape)))
+    expected = reference.project(delta.dense(), source, target, k, k, method)
+    factors = project(delta, source, target, rank=k, method=method)
+    dense = project(delta.dense(), source, target, rank=k, method=method)
+    scale = max(1.0, float(expected.norm()))
+    assert (factors.dense() - expected).norm() < 1e-9 * scale
+    assert (dense - expected).norm() < 1e-9 * scale
+    assert factors.rank <= 2 * r
+
+
+@given(SHAPES, METHOD, st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_energy_rule_gives_each_base_its_own_columns(shape, method, seed):
+    source, target, delta = case(*shape, 3, seed)
+    ks, kt = (reference.columns_for_energy(w, 0.8) for w in (source, target))
+    expected = reference.project(delta.dense(), source, target, ks, kt, method)
+    found, info = project(delta, source, target, rank=0.8, method=method, return_info=True)
+    assert (int(info.rank_source), int(info.rank_target)) == (ks, kt)
+    assert (found.dense() - expected).norm() < 1e-8 * max(1.0, float(expected.norm()))
+
+
+@given(st.integers(2, 20), st.integers(1, 5), METHOD, st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_equal_square_bases_of_full_rank_make_every_method_the_identity(n, r, method, seed):
+    source, _, delta = case(n, n, r, seed)
+    assert (
+        relative(project(delta, source, source, rank=n, method=method).dense(), delta.dense())
+        < 1e-9
+    )
+
+
+@given(st.integers(3, 20), st.integers(3, 20), st.integers(0, 999), st.data())
+@settings(max_examples=40, deadline=None)
+def test_equal_bases_lose_exactly_the_mixed_blocks(m, n, seed, data):
+    source, _, delta = case(m, n, 3, seed)
+    k = data.draw(st.integers(1, min(m, n) - 1))
+    parts = reference.blocks(delta.dense(), source, k)
+    found, info = project(delta, source, source, rank=k, return_info=True)
+    assert relative(found.dense(), parts["range"] + parts["null"]) < 1e-9
+    energy = float(delta.dense().square().sum())
+    for name, share in (
+        ("range", info.range_energy),
+        ("null", info.null_energy),
+        ("range_null", info.range_null_energy),
+        ("null_range", info.null_range_energy),
+    ):
+        assert float(share) == pytest.approx(float(parts[name].square().sum()) / energy, abs=1e-9)
+
+
+@given(SHAPES, METHOD, st.integers(0, 999), st.data())
+@settings(max_examples=40, deadline=None)
+def test_flipping_singular_pair_signs_changes_nothing(shape, method, seed, data):
+    source, target, delta = case(*shape, 3, seed)
+    k = data.draw(st.integers(1, min(shape)))
+    bases = [truncated_svd(w, k) for w in (source, target)]
+    flipped = []
+    for basis in bases:
+        signs = 1.0 - 2 * torch.tensor(
+            data.draw(
+                st.lists(st.booleans(), min_size=basis.U.shape[-1], max_size=basis.U.shape[-1])
+            ),
+            dtype=torch.float64,
+        )
+        flipped.append(
+            type(basis)(**{**basis.__dict__, "U": basis.U * signs, "V": basis.V * signs})
+        )
+    before, info = project(delta, *bases, method=method, return_info=True)
+    after, info_after = project(delta, *flipped, method=method, return_info=True)
+    assert (before.dense() - after.dense()).norm() < 1e-10 * max(1, float(before.norm()))
+    assert info.similarity.left == pytest.approx(float(info_after.similarity.left), abs=1e-12)
+    assert info.copy_distance == pytest.approx(float(info_after.copy_distance), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_equals_its_members(method):
+    cases = [case(12, 18, 4, seed) for seed in range(5)]
+    source, target = (torch.stack([c[i] for c in cases]) for i in (0, 1))
+    delta = LowRank(torch.stack([c[2].up for c in cases]), torch.stack([c[2].down for c in cases]))
+    found, info = project(delta, source, target, rank=0.7, method=method, return_info=True)
+    for i, (ws, wt, update) in enumerate(cases):
+        alone, one = project(update, ws, wt, rank=0.7, method=method, return_info=True)
+        torch.testing.assert_close(found.dense()[i], alone.dense())
+        assert float(info.norm_ratio[i]) == pytest.approx(float(one.norm_ratio))
+        assert float(info.surviving_energy[i]) == pytest.approx(float(one.surviving_energy))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_are_untouched(method):
+    source, target, delta = case(10, 8, 3, seed=0)
+    copies = [x.clone() for x in (source, target, delta.up, delta.down)]
+    project(delta, source, target, rank=4, method=method)
+    project(delta.dense(), source, target, rank=4, method=method)
+    for before, after in zip(copies, (source, target, delta.up, delta.down), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_contraction_and_the_account_adds_up(method):
+    source, target, delta = case(20, 16, 4, seed=3)
+    found, info = project(delta, source, target, rank=6, method=method, return_info=True)
+    blocks = info.range_energy + info.null_energy + info.range_null_energy + info.null_range_energy
+    assert float(blocks) == pytest.approx(1)
+    assert float(info.norm_ratio) <= 1 + 1e-9
+    ratio = float(found.dense().norm() / delta.dense().norm())
+    assert float(info.norm_ratio) == pytest.approx(ratio)
+    assert float(info.surviving_energy) == pytest.approx(ratio**2)
+    distance = relative(found.dense(), delta.dense())
+    assert float(info.copy_distance) == pytest.approx(distance, abs=1e-7)
+
+
+def test_a_rotation_inside_a_cluster_changes_nothing():
+    """Equal singular values leave their vectors undefined; the projectors do not notice."""
+    source, target, delta = case(12, 12, 3, seed=5)
+    basis = truncated_svd(source, 6)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    turned = type(basis)(**{**basis.__dict__, "U": basis.U @ turn, "V": basis.V @ turn})
+    goal = truncated_svd(target, 6)
+    torch.testing.assert_close(
+        project(delta, basis, goal).dense(), project(delta, turned, goal).dense()
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+)
+def test_any_float_dtype_goes_in_and_comes_out(dtype):
+    source, target, delta = case(16, 12, 3, seed=1)
+    small = delta.dense().float() * 0.3
+    stored = small.to(dtype)
+    found = project(stored, source.to(dtype), target.to(dtype), rank=5)
+    assert found.dtype == dtype and found.shape == stored.shape
+    exact = reference.project(
+        stored.to(torch.float64),
+        source.to(dtype).double(),
+        target.to(dtype).double(),
+        5,
+        5,
+        "prolora",
+    )
+    tolerance = 2 * torch.finfo(dtype).eps
+    assert relative(found.to(torch.float64), exact) < tolerance + 1e-5
+    factors = project(LowRank(delta.up.to(dtype), delta.down.to(dtype)), source, target, rank=5)
+    assert factors.dtype == dtype
+
+
+def test_a_convolution_is_its_flattened_matrix():
+    generator = torch.Generator().manual_seed(0)
+    ws, wt, delta = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(3))
+    found = project(delta, ws, wt, rank=4)
+    assert found.shape == delta.shape
+    flat = project(delta.flatten(1), ws.flatten(1), wt.flatten(1), rank=4)
+    torch.testing.assert_close(found.flatten(1), flat)
+    factors = project((torch.randn(6, 2), torch.randn(2, 36)), ws, wt, rank=4)
+    assert factors.shape == (6, 36)
+
+
+def test_a_pair_of_factors_is_a_lowrank():
+    source, target, delta = case(9, 7, 2, seed=0)
+    pair = project((delta.up, delta.down), source, target, rank=3)
+    torch.testing.assert_close(pair.dense(), project(delta, source, target, rank=3).dense())
+
+
+def test_numpy_arrays_come_back_as_numpy():
+    source, target, delta = case(9, 7, 2, seed=0)
+    dense = delta.dense().numpy()
+    dense.flags.writeable = False
+    found = project(dense, source.numpy(), target.numpy(), rank=3)
+    assert isinstance(found, np.ndarray) and found.dtype == np.float64
+    expected = project(delta.dense(), source, target, rank=3)
+    np.testing.assert_allclose(found, expected.numpy())
+
+
+def test_any_library_with_dlpack_gets_its_own_arrays_back(monkeypatch):
+    """What cupy does, done by a stand-in: cupy itself needs a GPU to make an array."""
+    import sys
+    import types
+
+    fake = types.ModuleType("fakecupy")
+
+    class ndarray:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    ndarray.__module__ = "fakecupy.core"
+    fake.from_dlpack = lambda x: ndarray(torch.from_dlpack(x))
+    monkeypatch.setitem(sys.modules, "fakecupy", fake)
+    source, target, delta = case(9, 7, 2, seed=0)
+    found = project(ndarray(delta.dense()), ndarray(source), ndarray(target), rank=3)
+    assert type(found) is ndarray
+    torch.testing.assert_close(found.tensor, project(delta.dense(), source, target, rank=3))
+
+
+def test_a_zero_update_stays_zero_and_its_account_is_finite():
+    source, target, _ = case(9, 7, 2, seed=0)
+    found, info = project(torch.zeros(9, 7), source, target, rank=3, return_info=True)
+    assert found.abs().max() == 0
+    assert float(info.norm_ratio) == 0 and float(info.copy_distance) == 0
+
+
+def test_bad_input_is_refused_by_name():
+    source, target, delta = case(9, 7, 2, seed=0)
+    with pytest.raises(ShapeMismatch, match="W_tgt"):
+        project(delta, source, target.T, rank=3)
+    broken = target.clone()
+    broken[0, 0] = torch.inf
+    with pytest.raises(NonFiniteWeights, match="W_tgt"):
+        project(delta, source, broken, rank=3)
+    with pytest.raises(NonFiniteWeights, match=r"delta\.up"):
+        project((delta.up * torch.nan, delta.down), source, target, rank=3)
+    with pytest.raises(ValueError, match="unknown method"):
+        project(delta, source, target, method="magic")
+    with pytest.raises(ValueError, match="rank must be"):
+        project(delta, source, target, rank=0)
+    with pytest.raises(TypeError, match="__dlpack__"):
+        project([[1.0]], source, target)
+
+
+@pytest.mark.parametrize("method", ["prolora", "subspace", "lora-x", "copy", "blocks"])
+def test_parameters_are_taken_as_updates_and_gradients_reach_them(method):
+    source, target = weights(24, 30, 0), weights(24, 30, 1)
+    up = torch.nn.Parameter(torch.randn(24, 3))
+    down = torch.nn.Parameter(torch.randn(3, 30))
+    moved = project((up, down), source, target, rank=8, method=method)
+    dense = project(up @ down, source, target, rank=8, method=method)
+    assert torch.allclose(moved.dense(), dense, atol=1e-5)
+    wanted = torch.autograd.grad(dense.square().sum(), (up, down))
+    for found, right in zip(
+        torch.autograd.grad(moved.dense().square().sum(), (up, down)), wanted, strict=True
+    ):
+        assert torch.allclose(found, right, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,75 @@
+"""SVDs of thin products from inner products that are known already."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from prolora.core.recompression import Factored, factored, factored_by_grams, merged
+
+
+def panels(conditions: list[float], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """up [b, r, m] and down [b, r, n] as rows; singular values of up over that many decades."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ups = []
+    for condition in conditions:
+        q = torch.linalg.qr(normal(60, 6))[0]
+        spread = torch.logspace(0, -1, 6, base=condition, dtype=torch.float64)
+        ups.append(torch.linalg.qr(normal(6, 6))[0] * spread @ q.mT)
+    return torch.stack(ups).to(dtype), normal(len(conditions), 6, 50).to(dtype)
+
+
+def of_grams(up: Tensor, down: Tensor) -> Factored:
+    dtype = up.dtype
+    up, down = up.double(), down.double()
+    return factored_by_grams(up, down, up @ up.mT, down @ down.mT, dtype)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-7)])
+def test_the_product_comes_back_however_close_its_rows_lie(dtype, tolerance):
+    """Some of these go by Cholesky, some by reflections, side by side in a stack."""
+    up, down = panels([1.0, 1e2, 1e6, 10.0, 1e12], dtype)
+    up[3, 2] = 0
+    up[3, 4] = up[3, 1]
+    found = of_grams(up, down)
+    u, v = found.left.mT @ found.u, found.right.mT @ found.v
+    wanted = up.double().mT @ down.double()
+    error = (u * found.s.unsqueeze(-2) @ v.mT - wanted).norm(dim=(1, 2))
+    assert (error <= tolerance * wanted.norm(dim=(1, 2))).all()
+    assert (found.s.diff(dim=-1) <= 0).all()
+    for i, values in enumerate(found.s):
+        # Of what is rounding beside the largest, nothing is promised.
+        rank = int((values > tolerance * values[0]).sum())
+        used = u[i, :, :rank]
+        assert rank >= 3
+        assert (used.mT @ used - torch.eye(rank)).abs().max() < 10 * tolerance
+
+
+@pytest.mark.parametrize("m, n", [(60, 4), (4, 50), (5, 3), (6, 6)])
+def test_a_rank_beyond_the_width_of_a_layer_is_cut_to_it(m, n):
+    """A LoRA of rank 64 on the first convolution of a UNet, which reads 36 numbers."""
+    up, down = panels([3.0, 3.0], torch.float32)
+    up, down = up[..., :m], down[..., :n]
+    found = of_grams(up, down)
+    back = found.left.mT @ found.u * found.s.unsqueeze(-2) @ (found.right.mT @ found.v).mT
+    assert found.s.shape[-1] == min(m, n, 6)
+    assert torch.allclose(back, up.double().mT @ down.double(), atol=1e-5)
+
+
+def test_it_agrees_with_the_way_without_inner_products():
+    up, down = panels([5.0, 50.0], torch.float32)
+    assert torch.allclose(of_grams(up, down).s.float(), factored(up.mT, down).s, rtol=1e-5)
+
+
+def test_parts_that_are_orthogonal_merge_in_descending_order():
+    q, p = torch.linalg.qr(torch.randn(2, 40, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
+    x, y = torch.linalg.qr(torch.randn(2, 30, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
+    weak = torch.tensor([1.0, 0.1, 1e-3], dtype=torch.float64)[:, None]
+    up, s, down, order = merged([of_grams(weak * q, x), of_grams(p, 0.5 * y)], torch.float64)
+    assert torch.allclose(up.mT @ down, (weak * q).mT @ x + p.mT @ (0.5 * y), atol=1e-12)
+    wanted = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1, 1e-3], dtype=torch.float64)
+    assert torch.allclose(s.take_along_dim(order, -1), wanted.expand(2, -1))
+    assert torch.allclose((up * up).sum(-1), s)  # balanced

@@ -1,0 +1,97 @@
+"""A disk of a few pages that really is full, where this machine lets tests mount one."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mini import write_case
+
+import prolora
+from prolora import adapters
+from prolora.bases.cache.basis_cache import BasisCache
+from prolora.errors import OutputError
+from prolora.files.writing import write_safetensors, write_text_atomically
+
+ROOM = 64 << 10
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    tool = shutil.which("mount")
+    line = [tool, "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder]
+    done = subprocess.run(line, capture_output=True, text=True) if tool else None
+    if done is None or done.returncode:
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip() if done else 'no mount'}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leaves no byte free."""
+    with open(disk / "ballast", "wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_an_output_that_does_not_fit_leaves_the_old_one(disk: Path) -> None:
+    path, text = disk / "x.safetensors", disk / "x.json"
+    write_safetensors(path, {"a": torch.ones(4)}, {})
+    write_text_atomically(text, "{}")
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="No space left"):
+        write_safetensors(path, {"a": torch.zeros(ROOM)}, {})
+    fill(disk)
+    with pytest.raises(OutputError, match="No space left"):
+        write_text_atomically(text, "x" * 5000)
+    assert path.read_bytes() == before and text.read_text() == "{}"
+    assert sorted(os.listdir(disk)) == ["ballast", "x.json", "x.safetensors"]
+
+
+def test_a_cache_that_is_full_costs_only_time(
+    disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fitted is whole and used, what did not is not there, and the result is the same."""
+    lora, source, target = write_case(tmp_path)
+    options = {"method": "prolora", "threshold": 0}
+    wanted = prolora.transfer(lora, source, target, cache=tmp_path / "roomy", **options)
+    fill(disk)
+    with open(disk / "ballast", "r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size - 12 * 4096)
+    for _ in range(2):
+        found = prolora.transfer(lora, source, target, cache=disk / "cache", **options)
+        for name, update in found.adapter.updates.items():
+            assert torch.equal(update.dense(), wanted.adapter.updates[name].dense())
+    assert "bases are not kept" in caplog.text
+    assert not list(disk.rglob("*.tmp"))
+    cache = BasisCache(disk / "cache")
+    opened = prolora.open_base(source)
+    for module in opened.shapes:
+        cache.of(opened, [module], 0.99)
+    assert 0 < cache.hits < 16
+
+
+def test_a_lora_that_does_not_fit_stops_no_other(disk: Path, tmp_path: Path) -> None:
+    lora, source, target = write_case(tmp_path)
+    big = tmp_path / "big.safetensors"
+    shutil.copy(lora, big)
+    adapter = adapters.read(big)
+    kept = dict(list(adapter.updates.items())[:1])
+    adapters.write(
+        type(adapter)(**(vars(adapter) | {"updates": kept})), tmp_path / "small.safetensors"
+    )
+    fill(disk)
+    with open(disk / "ballast", "r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size - 2 * 4096)
+    outcomes = prolora.transfer_many(
+        [big, tmp_path / "small.safetensors"], source, target, disk / "moved"
+    )
+    assert [outcome.status for outcome in outcomes] == ["failed", "moved"]
+    assert isinstance(outcomes[0].error, OutputError)
+    assert [path.name for path in (disk / "moved").iterdir()] == ["small.safetensors"]

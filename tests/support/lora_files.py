@@ -1,0 +1,134 @@
+"""Small LoRAs in every spelling, and what diffusers makes of them."""
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from prolora.adapters import Adapter
+from prolora.core.lowrank import LowRank
+
+DATA = Path(__file__).parent / "keymaps.json.gz"
+
+# Modules of `tiny_unet`, canonical: linear layers, a 1×1 and 3×3 convolutions.
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+DEEP = "down_blocks.2.attentions.1.transformer_blocks.1"
+UP = "up_blocks.0.attentions.2.transformer_blocks.0"
+LINEAR = {
+    f"{BLOCK}.attn1.to_q": (16, 16),
+    f"{BLOCK}.attn2.to_k": (16, 24),
+    f"{BLOCK}.attn1.to_out.0": (16, 16),
+    f"{DEEP}.ff.net.0.proj": (256, 32),
+    f"{UP}.attn2.to_v": (32, 24),
+    "mid_block.attentions.0.proj_in": (32, 32),
+}
+CONV = {
+    "down_blocks.1.resnets.0.conv1": (16, 8, 3, 3),
+    "down_blocks.1.resnets.0.conv_shortcut": (16, 8, 1, 1),
+    "up_blocks.0.upsamplers.0.conv": (32, 32, 3, 3),
+}
+
+
+@cache
+def keymaps():
+    """{"unets": {model: {module: [kohya, kohya SGM, ldm, shape]}}, "clip": {model: {…}}}."""
+    return json.loads(gzip.decompress(DATA.read_bytes()))
+
+
+@cache
+def tiny_unet_config():
+    """SDXL's block structure at a hundredth of its width."""
+    return dict(
+        sample_size=8,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=24,
+        norm_num_groups=4,
+    )
+
+
+def factors(shape, rank, seed, dtype=torch.float32):
+    """(up [out, r], down [r, in]) or their convolution shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(shape[0], rank, generator=generator)
+    down = torch.randn(rank, *shape[1:], generator=generator)
+    return up.reshape(*up.shape, *[1] * (len(shape) - 2)).to(dtype), down.to(dtype)
+
+
+def adapter_of(shapes, rank=4, **fields):
+    """An adapter with random updates; `rank` is a number or a list that is cycled through."""
+    ranks = rank if isinstance(rank, list) else [rank]
+    updates, kernels = {}, {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        up, down = factors(shape, ranks[seed % len(ranks)], seed)
+        updates[name] = LowRank(up.flatten(1), down.flatten(1))
+        if len(shape) == 4:
+            kernels[name] = tuple(shape[2:])
+    return Adapter(updates, kernels, **fields)
+
+
+def save(path, tensors, metadata=None):
+    """A safetensors file; gives the path back."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def kohya_file(path, rank=4, alpha=None, metadata=None):
+    """One linear module in kohya's spelling."""
+    up, down = factors((6, 5), rank, 0)
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    if alpha is not None:
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    return save(path, tensors, metadata)
+
+
+def relative_error(found, wanted):
+    """‖found − wanted‖ / ‖wanted‖."""
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def attached(model):
+    """Module name -> ΔW [out, in·kh·kw] of the LoRA that PEFT attached to a model."""
+    updates = {}
+    for name, module in model.named_modules():
+        if getattr(module, "lora_A", None):
+            updates[name] = module.get_delta_weight(next(iter(module.lora_A))).detach().flatten(1)
+    return updates
+
+
+def same_updates(adapter, found, tolerance=1e-6):
+    """Asserts that `found` are exactly the updates of `adapter`."""
+    assert set(found) == set(adapter.updates)
+    for name, update in adapter.updates.items():
+        assert relative_error(found[name], update.dense()) < tolerance, name
+
+
+def tiny_unet():
+    """A fresh UNet with SDXL's blocks."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**tiny_unet_config())
+
+
+def through_diffusers(path, unet=None):
+    """Module name -> ΔW after diffusers' own loader attached a file to a UNet."""
+    from types import SimpleNamespace
+
+    from diffusers import StableDiffusionXLPipeline
+
+    unet = unet or tiny_unet()
+    state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        str(path), unet_config=SimpleNamespace(layers_per_block=2), return_lora_metadata=True
+    )
+    unet.load_lora_adapter(state, network_alphas=alphas, metadata=metadata, prefix="unet")
+    return attached(unet)

@@ -1,0 +1,179 @@
+"""Folders of LoRAs: weights are looked at once for all, one bad file stops none, runs go on."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from mini import lora_tensors, shapes, write_case
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora import adapters
+from prolora.bases.cache import basis_cache as cache_module
+from prolora.files.safetensors_file import SafetensorsFile
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three LoRAs that differ in values, ranks and modules, and the two bases."""
+    lora, source, target = write_case(tmp_path)
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    for name, rank, modules in (("a", 4, 12), ("b", 2, 12), ("c", 4, 5)):
+        kept = {"lora_unet_" + module.replace(".", "_") for module in list(shapes(3))[:modules]}
+        tensors = {
+            key: tensor
+            for key, tensor in lora_tensors(rank).items()
+            if key.partition(".")[0] in kept
+        }
+        save_file(tensors, loras / f"{name}.safetensors")
+    lora.unlink()
+    return sorted(loras.iterdir()), source, target, tmp_path / "moved"
+
+
+def counted(monkeypatch):
+    """Modules whose weight is read, in order."""
+    read, real = [], prolora.Base.read
+    monkeypatch.setattr(
+        prolora.Base, "read", lambda base, name: read.append((base.name, name)) or real(base, name)
+    )
+    return read
+
+
+@pytest.mark.parametrize("method", ["auto", "prolora", "damped", "copy"])
+def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
+    loras, source, target, moved = folder
+    options = {"method": method, "threshold": 0}
+    if method == "damped":
+        options["damping"] = 3.0
+    for outcome in prolora.transfer_many(loras, source, target, moved, **options):
+        alone = tmp_path / "alone.safetensors"
+        report = prolora.transfer_file(outcome.lora, source, target, alone, **options)
+        assert (
+            outcome.status == "moved"
+            and outcome.report.totals["mapped"] == (report.totals["mapped"])
+        )
+        both = adapters.read(outcome.out).updates, adapters.read(alone).updates
+        assert both[0].keys() == both[1].keys()
+        for name, update in both[0].items():
+            wanted = both[1][name].dense()
+            assert (update.dense() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("method, reads", [("prolora", 2), ("damped", 2), ("auto", 1)])
+def test_a_weight_is_read_as_often_for_many_as_for_one(folder, monkeypatch, method, reads):
+    loras, source, target, moved = folder
+    read = counted(monkeypatch)
+    prolora.transfer_many(loras, source, target, moved, method=method)
+    # Once to be judged, and once to be used, if the method uses it.
+    assert {read.count(which) for which in read} == {reads}
+
+
+def test_groups_that_fit_into_memory_do_not_factorise_again(folder, monkeypatch):
+    loras, source, target, moved = folder
+    monkeypatch.setattr(sys.modules["prolora.bases.memory"], "LORA_BYTES", 1)
+    real, calls = cache_module.truncated_svd, []
+    monkeypatch.setattr(
+        cache_module, "truncated_svd", lambda w, *a, **k: calls.append(len(w)) or real(w, *a, **k)
+    )
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
+    assert [outcome.status for outcome in outcomes] == ["moved"] * 3 and sum(calls) == 16
+
+
+def test_one_bad_lora_stops_no_other(folder):
+    loras, source, target, moved = folder
+    bad = loras[1]
+    tensors = load_file(bad)
+    tensors[next(iter(tensors))].view(-1)[0] = torch.nan
+    save_file(tensors, bad)
+    loras.insert(0, bad.with_name("no-lora.safetensors"))
+    loras[0].write_bytes(b"nothing")
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="prolora")
+    assert [outcome.status for outcome in outcomes] == ["failed", "moved", "failed", "moved"]
+    assert isinstance(outcomes[2].error, prolora.NonFiniteWeights)
+    assert sorted(path.name for path in moved.iterdir()) == ["a.safetensors", "c.safetensors"]
+
+
+def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
+    loras, source, target, moved = folder
+    first = prolora.transfer_many(loras[:2], source, target, moved)
+    times = [outcome.out.stat().st_mtime_ns for outcome in first]
+    again = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in again] == ["already there", "already there", "moved"]
+    assert [o.out.stat().st_mtime_ns for o in again[:2]] == times
+    assert again[0].to_dict()["status"] == "already there"
+    redone = prolora.transfer_many(loras, source, target, moved, redo=True)
+    assert [o.status for o in redone] == ["moved"] * 3
+
+
+def test_a_result_of_anything_else_is_made_again(folder):
+    loras, source, target, moved = folder
+    prolora.transfer_many(loras, source, target, moved)
+
+    def statuses(**options):
+        found = prolora.transfer_many(loras, source, target, moved, **options)
+        return [outcome.status for outcome in found]
+
+    assert statuses() == ["already there"] * 3
+    assert statuses(strength=0.5) == ["moved"] * 3  # another option
+    assert statuses(strength=0.5, dtype=torch.float16) == ["moved"] * 3
+    assert statuses(strength=0.5, dtype=torch.float16, cache=moved.parent / "c") == (
+        ["already there"] * 3
+    )
+    assert statuses() == ["moved"] * 3
+    save_file(lora_tensors(3), loras[0])  # another LoRA of that name
+    out = moved / loras[1].name
+    out.write_bytes(out.read_bytes()[:-8])  # cut off
+    assert statuses() == ["moved", "moved", "already there"]
+    assert SafetensorsFile(out).metadata["prolora.lora_hash"].startswith("sha256:")
+    weights = next(target.glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] *= 1.01
+    save_file(tensors, weights)  # another base of that name
+    assert statuses() == ["moved"] * 3
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(folder):
+    loras, source, target, moved = folder
+    code = f"""
+import sys, time, prolora
+from prolora import memory
+memory.LORA_BYTES = 1
+save = prolora.Transfer.save
+def slow(done, path, **k):
+    save(done, path, **k)
+    print("saved", flush=True)
+    time.sleep(60)
+prolora.Transfer.save = slow
+prolora.transfer_many({list(map(str, loras))!r}, {str(source)!r}, {str(target)!r}, {str(moved)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "saved\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    outcomes = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in outcomes] == ["already there", "moved", "moved"]
+
+
+def test_progress_names_the_loras_and_what_is_done(folder):
+    loras, source, target, moved = folder
+    said = []
+    prolora.transfer_many(
+        loras, source, target, moved, method="prolora", progress=lambda *what: said.append(what)
+    )
+    assert all(name.startswith("LoRA 1–3 of 3: ") for _, _, name in said)
+    words = [(done, total, name.partition(": ")[2]) for done, total, name in said]
+    names = [lora.name for lora in loras]
+    assert words[:3] == [(i, 3, f"reading {name}") for i, name in enumerate(names)]
+    assert words[-4:-1] == [(i, 3, f"writing {name}") for i, name in enumerate(names)]
+    assert words[-5][:2] == (8, 8) and words[-1] == (3, 3, "")
+
+
+def test_inputs_are_never_written_to(folder):
+    loras, source, target, _ = folder
+    before = {path: path.read_bytes() for path in loras}
+    outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, redo=True)
+    assert all(isinstance(outcome.error, prolora.OutputError) for outcome in outcomes)
+    assert {path: path.read_bytes() for path in loras} == before

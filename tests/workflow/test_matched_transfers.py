@@ -1,0 +1,277 @@
+"""Transfers whose blocks are matched by similarity, and what becomes of blocks that are gone."""
+
+import json
+
+import pytest
+import torch
+from mini import BLOCK, MODULES, lora_tensors, source_weights, target_weights, write_case
+from safetensors.torch import load_file
+from spectra import related
+
+import prolora
+from prolora import LowRank, UnrelatedBases, adapters, cli, open_base
+from prolora.adapters.adapter import Adapter
+from prolora.bases import load
+from prolora.comparison import block_matching
+from prolora.workflow.dry_run import plan_report
+
+COPY = {"method": "copy", "strength": 1.0, "threshold": 0.0}
+
+
+def student():
+    """The last two of the source's three blocks, drifted, under the numbers 0 and 1."""
+    source = source_weights()
+    return {
+        BLOCK.format(new, name): related(source[BLOCK.format(new + 1, name)], 0.1, 50 + 4 * new + i)
+        for new in range(2)
+        for i, name in enumerate(MODULES)
+    }
+
+
+def updates_of(source):
+    adapter = adapters.read(lora_tensors())
+    assert set(adapter.updates) == set(source)
+    return adapter.updates
+
+
+def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
+    """By name it would get those of others, and auto refuses what then looks unrelated."""
+    source, target = source_weights(), student()
+    updates = updates_of(source)
+    done = prolora.transfer(lora_tensors(), source, target, match="similarity", **COPY)
+    assert len(done.adapter.updates) == 8
+    for new in range(2):
+        for name in MODULES:
+            moved = done.adapter.updates[BLOCK.format(new, name)]
+            wanted = updates[BLOCK.format(new + 1, name)]
+            torch.testing.assert_close(moved.dense(), wanted.dense())
+    assert done.report.verdict.go and done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)
+    with pytest.raises(UnrelatedBases):
+        prolora.transfer(lora_tensors(), source, target)
+
+
+def test_a_pairing_that_is_wrong_in_part_is_pointed_out():
+    """One module holds the weights of another block: in total the bases still look related."""
+    source = source_weights()
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    swapped = dict(target)
+    swapped[BLOCK.format(2, "attn1.to_q")] = target[BLOCK.format(1, "attn1.to_q")]
+    done = prolora.transfer(lora_tensors(), source, swapped, method="copy", threshold=0.0)
+    said = " ".join(done.report.sentences())
+    assert done.report.verdict.related
+    assert len(done.report.strangers()) == 1 and "Careful" in said and "1 pairs" in said
+    assert "--match similarity" in " ".join(prolora.compare(source, swapped, rank=None).sentences())
+    fine = prolora.transfer(lora_tensors(), source, target, method="copy", threshold=0.0)
+    assert not fine.report.strangers() and "Careful" not in " ".join(fine.report.sentences())
+
+
+def test_the_report_holds_every_decision_with_its_runner_up_and_margin(tmp_path):
+    done = prolora.transfer(
+        lora_tensors(), source_weights(), student(), match="similarity", cache=tmp_path, **COPY
+    )
+    told = json.loads(done.report.to_json())
+    place = BLOCK.format(0, "").rpartition(".0.")[0]
+    assert [(d["target"], d["source"]) for d in told["decisions"]] == [
+        (f"{place}.{new}", f"{place}.{new + 1}") for new in range(2)
+    ]
+    for decision in told["decisions"]:
+        assert decision["runner_up"] not in (None, decision["source"])
+        assert decision["margin"] == pytest.approx(decision["score"] - decision["runner_up_score"])
+        assert decision["margin"] > 0.3
+    assert told["dropped_blocks"] == [f"{place}.0"]
+    assert told["match"].startswith("similarity: 2 of 2 blocks")
+    assert "match" in told["seconds"] and list(tmp_path.rglob("*.safetensors"))
+
+
+def test_updates_of_a_dropped_block_are_skipped_or_summed_and_never_lost():
+    """Summed, the survivor's update is the sum, and the report has a row for both."""
+    source, target = source_weights(), target_weights()  # its blocks 0 and 1
+    updates = updates_of(source)
+    left = prolora.transfer(lora_tensors(), source, target, **COPY)
+    assert (left.report.totals["mapped"], left.report.totals["skipped"]) == (8, 4)
+    assert left.report.totals["summed"] == 0
+    done = prolora.transfer(lora_tensors(), source, target, dropped="sum", **COPY)
+    totals = done.report.totals
+    assert (totals["mapped"], totals["summed"], totals["skipped"]) == (8, 4, 0)
+    assert totals["coverage"] == totals["energy_mapped"] == 1
+    assert totals["energy_surviving"] == pytest.approx(1, rel=1e-5)
+    for name in MODULES:
+        last, gone = BLOCK.format(1, name), BLOCK.format(2, name)
+        wanted = updates[last].dense() + updates[gone].dense()
+        torch.testing.assert_close(done.adapter.updates[last].dense(), wanted)
+        (row,) = [row for row in done.report.modules if row.source == gone]
+        assert (row.status, row.onto, row.target) == ("summed", last, last)
+        (row,) = [row for row in done.report.modules if row.source == last]
+        assert row.rank_in == updates[last].rank and "added: 1" in row.reason
+        assert row.energy == pytest.approx(float(wanted.square().sum()), rel=1e-4)
+    said = " ".join(done.report.sentences())
+    assert "12 of 12 modules moved" in said and "4 of them added to others" in said
+    dry = plan_report(lora_tensors(), source, target, dropped="sum")
+    for key in ("mapped", "summed", "skipped", "coverage"):
+        assert dry.totals[key] == totals[key]
+
+
+def test_what_was_added_to_a_module_below_the_threshold_is_skipped_with_it():
+    target = target_weights()
+    name = BLOCK.format(1, "attn1.to_q")
+    target[name] = torch.randn(target[name].shape, generator=torch.Generator().manual_seed(0))
+    done = prolora.transfer(
+        lora_tensors(), source_weights(), target, dropped="sum", method="blocks", rank=6
+    )
+    gated = {row.source: row for row in done.report.rows("skipped")}
+    assert set(gated) == {name, BLOCK.format(2, "attn1.to_q")}
+    assert "the nearest that is there was skipped" in gated[BLOCK.format(2, "attn1.to_q")].reason
+    assert done.report.coverage == pytest.approx(10 / 12)
+
+
+def test_a_survivor_without_an_update_of_its_own_is_no_module_of_the_lora():
+    """It is written all the same, and coverage stays a share of the LoRA."""
+    generator = torch.Generator().manual_seed(0)
+    alone = Adapter(
+        {
+            BLOCK.format(2, "attn1.to_q"): LowRank(
+                torch.randn(24, 2, generator=generator), torch.randn(2, 24, generator=generator)
+            )
+        }
+    )
+    done = prolora.transfer(
+        alone, source_weights(), target_weights(), dropped="sum", min_coverage=1.0, **COPY
+    )
+    assert list(done.adapter.updates) == [BLOCK.format(1, "attn1.to_q")]
+    assert done.report.coverage == 1 and done.report.totals["summed"] == 1
+    assert "1 of 1 modules moved" in done.report.sentences()[0]
+
+
+def test_text_encoders_are_projected_when_asked_for():
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 24, generator=generator)
+    source = source_weights() | {name: weight}
+    target = target_weights() | {name: related(weight, 0.1, 3)}
+    tensors = lora_tensors()
+    key = "lora_te_" + name.removeprefix("text_encoder.").replace(".", "_")
+    tensors[f"{key}.lora_up.weight"] = torch.randn(24, 4, generator=generator)
+    tensors[f"{key}.lora_down.weight"] = torch.randn(4, 24, generator=generator)
+    projected = prolora.transfer(
+        tensors, source, target, text_encoder="project", method="prolora", threshold=0.0
+    )
+    (row,) = [row for row in projected.report.modules if row.source == name]
+    assert row.measures and row.reason == "projected (prolora)" and row.drift
+    copied = prolora.transfer(tensors, source, target, method="prolora", threshold=0.0)
+    (row,) = [row for row in copied.report.modules if row.source == name]
+    assert "carried over" in row.reason
+    change = copied.adapter.updates[name].dense() - projected.adapter.updates[name].dense()
+    assert change.norm() > 0.05 * copied.adapter.updates[name].norm()
+    for option in ("text_encoder", "dropped"):
+        with pytest.raises(ValueError, match=f"{option} must be one of"):
+            prolora.transfer(tensors, source, target, **{option: "average"})
+
+
+def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form():
+    """A 1×1 convolution becomes a linear layer and back; a 3×3 one keeps its kernel."""
+    generator = torch.Generator().manual_seed(0)
+    place = "down_blocks.1.attentions.0.proj_in"
+    conv = "down_blocks.1.resnets.0.conv1"
+    square = torch.randn(24, 24, generator=generator)
+    kernel = torch.randn(24, 24, 3, 3, generator=generator)
+    convolved = {place: square[..., None, None], conv: kernel}
+    linear = {place: related(square, 0.1, 1), conv: related(kernel, 0.1, 2)}
+    updates = {
+        place: LowRank(
+            torch.randn(24, 2, generator=generator), torch.randn(2, 24, generator=generator)
+        ),
+        conv: LowRank(
+            torch.randn(24, 2, generator=generator), torch.randn(2, 216, generator=generator)
+        ),
+    }
+    for pair in ((convolved, linear), (linear, convolved)):
+        done = prolora.transfer(Adapter(updates), *pair, method="prolora", rank=8, threshold=0.0)
+        assert done.report.totals["mapped"] == 2
+        for name in (place, conv):
+            ours, theirs = (base[name].reshape(24, -1) for base in pair)
+            wanted = prolora.project(updates[name].dense(), ours, theirs, rank=8)
+            torch.testing.assert_close(
+                done.adapter.updates[name].dense(), wanted, atol=1e-4, rtol=1e-4
+            )
+        kernels = {conv: (3, 3)} | ({place: (1, 1)} if pair[1] is convolved else {})
+        assert done.adapter.kernels == kernels
+
+
+def test_nothing_is_written_where_no_block_is_recognised(tmp_path):
+    lora, source, _ = write_case(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    apart = {n: torch.randn(w.shape, generator=generator) for n, w in target_weights().items()}
+    for method in ("auto", "copy"):
+        with pytest.raises(UnrelatedBases, match="No-go: no transformer block"):
+            prolora.transfer_file(
+                lora,
+                source,
+                apart,
+                tmp_path / "out.safetensors",
+                match="similarity",
+                method=method,
+            )
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_several_loras_are_matched_once(tmp_path, monkeypatch):
+    lora, source, target = write_case(tmp_path)
+    twin = tmp_path / "twin.safetensors"
+    twin.write_bytes(lora.read_bytes())
+    real, calls = block_matching.match_blocks, []
+    monkeypatch.setattr(
+        block_matching, "match_blocks", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    outcomes = prolora.transfer_many(
+        [lora, twin], source, target, tmp_path / "out", match="similarity", dropped="sum"
+    )
+    assert len(calls) == 1 and all(o.report.totals["summed"] == 4 for o in outcomes)
+
+
+def zeros(layout):
+    zero = torch.zeros(())
+    return {name: zero.expand(shape) for name, shape in load(layout).shapes.items()}
+
+
+def test_a_bk_student_gets_the_updates_of_the_blocks_it_was_made_from():
+    """At full width, with weights: under equal names the very same transfer is refused."""
+    old, new = (f"up_blocks.1.attentions.{i}.transformer_blocks.0.attn1.to_q" for i in (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(1280, 1280, generator=generator) / 36 for _ in range(2)]
+    source, target = zeros("sd15"), zeros("bk-sdm-base")
+    source[old], source[new] = weights
+    target[new] = related(source[old], 0.1, 1)
+    assert open_base(target).layout == "bk-sdm-base"
+    updates = {
+        name: LowRank(
+            torch.randn(1280, 4, generator=generator), torch.randn(4, 1280, generator=generator)
+        )
+        for name in (old, new)
+    }
+    done = prolora.transfer(Adapter(updates), source, target)
+    assert list(done.adapter.updates) == [new] and done.report.verdict.go
+    moved, wanted = done.adapter.updates[new].dense(), updates[old].dense()
+    assert (moved - wanted).norm() < 0.2 * wanted.norm()
+    assert done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)
+    with pytest.raises(UnrelatedBases):
+        prolora.transfer(Adapter(updates), source, target, match={new: new})
+
+
+def test_the_command_line_shows_what_was_matched_and_summed(tmp_path, monkeypatch, capsys):
+    lora, source, target = write_case(tmp_path)
+    out = tmp_path / "out.safetensors"
+    line = ["prolora", "transfer", lora, "--source", source, "--target", target, "-o", out]
+    line += ["--match", "similarity", "--dropped", "sum", "--text-encoder", "project"]
+    monkeypatch.setattr("sys.argv", [*map(str, line)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    text = capsys.readouterr().out
+    assert not stop.value.code
+    assert "blocks matched by similarity; 1 of the source feed none" in text
+    assert "0←0 1←1" in text and "summed" in text and "4 of them added to others" in text
+    assert load_file(out)
+    with pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr("sys.argv", [*map(str, line), "--modules", "--json", "--dry-run"])
+        cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert not stop.value.code and told["totals"]["summed"] == 4 and len(told["decisions"]) == 2

@@ -1,0 +1,33 @@
+"""The forms of --out-rank."""
+
+import pytest
+
+from prolora.workflow.options import Options
+from prolora.workflow.out_rank import makes_sense, percentage, size_limit
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("100MB", 10**8),
+        ("1.5 GiB", 3 << 29),
+        ("900k", 900_000),
+        ("5000B", 5000),
+        (" 2mib ", 2 << 20),
+    ],
+)
+def test_a_number_with_a_unit_is_the_size_of_a_file(text, size):
+    assert size_limit(text) == size and makes_sense(text)
+    assert percentage(text) is None
+
+
+@pytest.mark.parametrize("form", ["100", "exact", "50%", "MB", "0MB", "-1MB", "half", "", 100, 0.5])
+def test_nothing_else_is_a_size(form):
+    assert size_limit(form) is None
+    assert makes_sense(form) == (form in ("exact", "50%", 100, 0.5))
+
+
+@pytest.mark.parametrize("form", ["50%", "100MB"])
+def test_what_is_measured_by_the_lora_or_its_file_is_not_for_probing(form):
+    with pytest.raises(ValueError, match="is for LoRAs that are moved"):
+        Options(method="probe", out_rank=form)

@@ -1,0 +1,371 @@
+"""The main job, end to end: what comes out, what the report says, and what is refused."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from mini import (
+    lora_tensors,
+    shapes,
+    source_weights,
+    target_weights,
+    write_case,
+    write_folder,
+)
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora.core import reference
+from prolora.files.safetensors_file import SafetensorsFile
+from prolora.workflow.dry_run import plan_report
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+def expected_update(name, rank=0.9, method="prolora", columns=4):
+    """ΔW of the target by the dense float64 formulas, from the raw tensors."""
+    key = "lora_unet_" + name.replace(".", "_")
+    tensors = lora_tensors(columns)
+    delta = tensors[f"{key}.lora_up.weight"].double() @ tensors[f"{key}.lora_down.weight"].double()
+    source, target = source_weights()[name], target_weights()[name]
+    ks, kt = (reference.columns_for_energy(w, rank) for w in (source, target))
+    return reference.project(delta * 2 / columns, source, target, ks, kt, method)
+
+
+@pytest.mark.parametrize("method", prolora.METHODS)
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
+def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, method, format):
+    lora, source, target = case
+    out = tmp_path / ("out" if format == "peft" else "out.safetensors")
+    chosen = {"method": method, "format": format, "threshold": 0, "rank": 0.9}
+    prolora.transfer_file(lora, source, target, out, **chosen)
+    back = prolora.adapters.read(out)
+    assert set(back.updates) == set(shapes(2))
+    for name, update in back.updates.items():
+        expected = expected_update(name, method=method)
+        assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
+
+
+def test_every_module_ends_as_mapped_or_skipped_with_the_reason(case, tmp_path):
+    lora, source, target = case
+    report = prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+    assert {row.source for row in report.modules} == set(shapes(3))
+    totals = report.totals
+    assert (totals["mapped"], totals["skipped"], totals["refused"]) == (8, 4, 0)
+    assert totals["coverage"] == pytest.approx(8 / 12)
+    for row in report.rows("skipped"):
+        assert row.reason == "the target has no such module" and row.rank_out == 0
+
+
+def test_the_report_agrees_with_the_reference(case):
+    lora, source, target = case
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    for row in done.report.rows("mapped"):
+        m = row.measures
+        expected = expected_update(row.source)
+        copied = expected_update(row.source, method="copy")
+        assert row.norm_ratio == pytest.approx(float(expected.norm() / copied.norm()), rel=1e-4)
+        assert row.surviving_energy == pytest.approx(row.norm_ratio**2, rel=1e-4)
+        distance = float((expected - copied).norm() / copied.norm())
+        assert row.copy_distance == pytest.approx(distance, rel=1e-3)
+        found = prolora.similarity(
+            source_weights()[row.source], target_weights()[row.source], rank=0.9
+        )
+        assert m.phi_left == pytest.approx(float(found.left), abs=1e-5)
+        assert m.above_right == pytest.approx(float(found.above_right), abs=1e-5)
+        blocks = m.range_energy + m.null_energy + m.range_null_energy + m.null_range_energy
+        assert blocks == pytest.approx(1, abs=1e-5)
+        assert row.rank_in == 4 and row.rank_out <= 8
+
+
+def test_pairs_below_the_threshold_get_no_update_and_keep_their_numbers(case):
+    lora, source, target = case
+    free = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9).report
+    scores = sorted(min(r.measures.phi_left, r.measures.phi_right) for r in free.rows("mapped"))
+    cut = (scores[2] + scores[3]) / 2
+    done = prolora.transfer(lora, source, target, threshold=cut, method="prolora", rank=0.9)
+    gated = [row for row in done.report.rows("skipped") if row.measures is not None]
+    assert len(gated) == 3 and len(done.adapter.updates) == 5
+    for row in gated:
+        assert min(row.measures.phi_left, row.measures.phi_right) < cut
+        assert "below the threshold" in row.reason and row.target is None
+
+
+def test_coverage_below_the_minimum_writes_nothing(case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(prolora.LowCoverage, match="8 of 12"):
+        prolora.transfer_file(lora, source, target, out, min_coverage=0.7, method="prolora")
+    with pytest.raises(prolora.LowCoverage, match="after the threshold"):
+        prolora.transfer_file(
+            lora,
+            source,
+            target,
+            out,
+            min_coverage=0.6,
+            threshold=0.9999,
+            method="prolora",
+            rank=0.9,
+        )
+    assert not out.exists()
+
+
+def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypatch):
+    lora, source, target = case
+    done = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
+    dry = plan_report(lora, source, target)
+    assert dry.totals.keys() == done.report.totals.keys()
+    for key in ("mapped", "skipped", "refused", "coverage"):
+        assert dry.totals[key] == done.report.totals[key]
+    assert dry.totals["energy_surviving"] is None
+    json.dumps(dry.to_dict(), allow_nan=False)
+
+
+def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
+    lora, source, target = case
+    done = prolora.transfer(lora, source, target, method="copy")
+    before = prolora.adapters.read(lora)
+    for name, update in done.adapter.updates.items():
+        assert torch.equal(update.up, before.updates[name].up)
+        assert torch.equal(update.down, before.updates[name].down)
+
+
+def test_cutting_the_rank_is_reported_with_the_energy_it_costs(case):
+    lora, source, target = case
+    whole = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    cut = prolora.transfer(
+        lora, source, target, threshold=0, out_rank=4, method="prolora", rank=0.9
+    )
+    for row in cut.report.rows("mapped"):
+        assert row.rank_out <= 4
+        full = whole.adapter.updates[row.target]
+        kept = cut.adapter.updates[row.target].norm() ** 2 / full.norm() ** 2
+        assert row.rank_cut_energy == pytest.approx(1 - float(kept), abs=1e-5)
+
+
+def test_the_rank_is_cut_to_a_share_of_the_energy_or_of_the_loras_rank(case):
+    lora, source, target = case
+    options = {"threshold": 0, "method": "prolora", "rank": 0.9}
+    whole = prolora.transfer(lora, source, target, **options)
+    by_energy = prolora.transfer(lora, source, target, out_rank=0.9, **options)
+    for row in by_energy.report.rows("mapped"):
+        s = torch.linalg.svdvals(whole.adapter.updates[row.target].dense().double()).square()
+        assert row.rank_out == int((s.cumsum(0) < 0.9 * s.sum()).sum()) + 1
+        assert 0 <= row.rank_cut_energy <= 0.1 + 1e-6
+    halved = prolora.transfer(lora, source, target, out_rank="50%", **options)
+    for row in halved.report.rows("mapped"):
+        assert row.rank_out == -(-row.rank_in // 2)
+
+
+def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
+    lora, source, _ = case
+    done = prolora.transfer(lora, source, source, rank=24, method="prolora")
+    before = prolora.adapters.read(lora)
+    square = [name for name, (m, n) in shapes(3).items() if m == n]
+    for name in square:
+        torch.testing.assert_close(
+            done.adapter.updates[name].dense(), before.updates[name].dense(), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_metadata_is_kept_and_says_where_the_lora_belongs_now(case, tmp_path):
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    prolora.transfer_file(lora, source, target, out, method="prolora")
+    metadata = SafetensorsFile(out).metadata
+    assert "trigger" in metadata["ss_tag_frequency"]
+    assert metadata["ss_sd_model_name"] == "target"
+    assert metadata["prolora.method"] == "prolora" and metadata["prolora.source"] == "source"
+    assert len(metadata["sshs_model_hash"]) == 64
+
+
+def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
+    lora, source, target = case
+    done = prolora.transfer(lora, source, target)
+    for _ in range(2):
+        done.save(tmp_path / "peft", format="peft")
+    again = prolora.transfer(tmp_path / "peft", target, target)
+    assert set(again.adapter.updates) == set(shapes(2))
+    with pytest.raises(prolora.OutputError):
+        again.save(tmp_path / "peft", format="peft")
+    with pytest.raises(prolora.OutputError, match=r"directory|folder"):
+        done.save(tmp_path / "peft", format="kohya")
+
+
+@pytest.mark.parametrize("kind", ["mapping", "module", "base"])
+def test_bases_and_loras_may_already_be_in_memory(case, kind):
+    lora, source, target = case
+    expected = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    bases = []
+    for tensors in (source_weights(), target_weights()):
+        if kind == "mapping":
+            bases.append(tensors)
+        elif kind == "base":
+            bases.append(prolora.open_base(tensors))
+        else:
+            root = torch.nn.Module()
+            for name, tensor in tensors.items():
+                node = root
+                *path, last = name.split(".")
+                for part in path:
+                    if part not in dict(node.named_children()):
+                        node.add_module(part, torch.nn.Module())
+                    node = getattr(node, part)
+                linear = torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+                linear.weight.data = tensor
+                node.add_module(last, linear)
+            bases.append(root)
+    done = prolora.transfer(load_file(lora), *bases, threshold=0, method="prolora", rank=0.9)
+    for name, update in done.adapter.updates.items():
+        assert torch.equal(update.up, expected.adapter.updates[name].up)
+
+
+def test_the_result_does_not_depend_on_how_weights_are_stacked(case, monkeypatch):
+    lora, source, target = case
+    together = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    monkeypatch.setattr(sys.modules["prolora.bases.memory"], "STACK_BYTES", 1)
+    alone = prolora.transfer(lora, source, target, threshold=0, method="prolora", rank=0.9)
+    for name, update in alone.adapter.updates.items():
+        torch.testing.assert_close(
+            update.dense(), together.adapter.updates[name].dense(), atol=1e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", prolora.METHODS)
+def test_a_lora_of_more_columns_than_a_layer_has_is_moved(case, method):
+    """As one of rank 64 on the first convolution of a UNet, which reads 36 numbers."""
+    _, source, target = case
+    options = {"method": method, "threshold": 0, "rank": 0.9}
+    moved = prolora.transfer(lora_tensors(30), source, target, **options).adapter.updates
+    assert set(moved) == set(shapes(2))
+    for name, update in moved.items():
+        expected = expected_update(name, method=method, columns=30)
+        assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
+        assert method == "copy" or update.rank <= 24
+
+
+def test_progress_counts_every_pair_and_an_exception_in_it_cancels(case, tmp_path):
+    lora, source, target = case
+    seen = []
+    prolora.transfer(lora, source, target, progress=lambda *a: seen.append(a))
+    assert seen[-1][:2] == (8, 8)
+
+    def stop(done, total, name):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        prolora.transfer_file(lora, source, target, out, progress=stop)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["lora.safetensors"]
+
+
+def damaged(case, tmp_path, what):
+    """(lora, source, target, out, error, what its message must name) of a bad transfer."""
+    lora, source, target = case
+    out = tmp_path / "out.safetensors"
+    weights_file = target / "diffusion_pytorch_model.safetensors"
+    name = next(iter(shapes(1)))
+    key = "lora_unet_" + name.replace(".", "_")
+    if what == "truncated LoRA":
+        lora.write_bytes(lora.read_bytes()[:-100])
+        return lora, source, target, out, prolora.UnsupportedFormat, "alpha|lora_"
+    if what == "truncated base":
+        weights_file.write_bytes(weights_file.read_bytes()[:-100])
+        return lora, source, target, out, prolora.UnsupportedFormat, r"transformer_blocks"
+    if what == "NaN in a base weight":
+        tensors = load_file(weights_file)
+        tensors[f"{name}.weight"][3, 4] = math.nan
+        save_file(tensors, weights_file)
+        return lora, source, target, out, prolora.NonFiniteWeights, name.replace(".", r"\.")
+    if what == "Inf in the LoRA":
+        tensors = load_file(lora)
+        tensors[f"{key}.lora_up.weight"][0, 0] = math.inf
+        save_file(tensors, lora)
+        return lora, source, target, out, prolora.NonFiniteWeights, key
+    if what == "LoRA for another architecture":
+        tensors = {
+            f"transformer.single_transformer_blocks.0.proj_mlp.lora_{x}.weight": t
+            for x, t in (("A", torch.ones(2, 8)), ("B", torch.ones(32, 2)))
+        }
+        save_file(tensors, lora)
+        error = prolora.UnsupportedFormat
+        return lora, source, target, out, error, r"single_transformer_blocks\.0\.proj_mlp"
+    if what == "module whose shape does not fit":
+        tensors = load_file(lora)
+        tensors[f"{key}.lora_up.weight"] = torch.ones(25, 4)
+        save_file(tensors, lora)
+        return lora, source, target, out, prolora.ShapeMismatch, name.replace(".", r"\.")
+    if what == "unknown key":
+        tensors = load_file(lora) | {"surprise.weight": torch.ones(1)}
+        save_file(tensors, lora)
+        return lora, source, target, out, prolora.UnsupportedFormat, "surprise"
+    if what == "unwritable output":
+        missing = tmp_path / "no" / "such" / "out.safetensors"
+        return lora, source, target, missing, prolora.OutputError, "no"
+    if what == "output equal to input":
+        return lora, source, target, lora, prolora.OutputError, "lora.safetensors"
+    if what == "output equal to a base":
+        return lora, source, target, weights_file, prolora.OutputError, "diffusion_pytorch_model"
+    if what == "pickle":
+        file = tmp_path / "lora.ckpt"
+        torch.save(load_file(lora), file)
+        return file, source, target, out, prolora.UnsupportedFormat, "safetensors"
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "truncated LoRA",
+        "truncated base",
+        "NaN in a base weight",
+        "Inf in the LoRA",
+        "LoRA for another architecture",
+        "module whose shape does not fit",
+        "unknown key",
+        "unwritable output",
+        "output equal to input",
+        "output equal to a base",
+        "pickle",
+    ],
+)
+def test_bad_input_is_refused_by_name_before_any_svd_and_leaves_no_file(
+    case, tmp_path, monkeypatch, what
+):
+    lora, source, target, out, error, named = damaged(case, tmp_path, what)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(
+        sys.modules["prolora.bases.cache.basis_cache"],
+        "truncated_svd",
+        lambda *a, **k: pytest.fail("an SVD ran"),
+    )
+    with pytest.raises(error, match=named):
+        prolora.transfer_file(lora, source, target, out)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_options_that_make_no_sense_are_refused(case):
+    for options in (
+        {"method": "magic"},
+        {"rank": 2.0},
+        {"out_rank": 0},
+        {"out_rank": "half"},
+        {"out_rank": "0%"},
+        {"out_rank": 1.0},
+        {"text_encoder": "maybe"},
+    ):
+        with pytest.raises(ValueError):
+            prolora.transfer(*case, **options)
+
+
+def test_a_target_of_another_width_is_refused_with_both_shapes(case, tmp_path):
+    lora, source, _ = case
+    wide = {name: torch.ones(32, 32) for name in shapes(2)}
+    with pytest.raises(prolora.ShapeMismatch, match="32×32 on the target but 24"):
+        prolora.transfer(lora, source, write_folder(tmp_path / "wide", wide))
