@@ -134,7 +134,7 @@ def test_metadata_of_the_file_is_kept_and_can_be_replaced(tmp_path):
 
 def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
     code = (
-        "import sys, prolora.adapters, prolora.inspection\n"
+        "import sys, prolora.adapters, prolora.workflow.inspection\n"
         "sys.exit(bool({'diffusers', 'peft', 'transformers'} & set(sys.modules)))"
     )
     environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(folder):
     loras, source, target, moved = folder
     code = f"""
 import sys, time, prolora
-from prolora import memory
+from prolora.bases import memory
 memory.LORA_BYTES = 1
 save = prolora.Transfer.save
 def slow(done, path, **k):
