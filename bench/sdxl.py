@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prolora.architectures.layouts import load
+from prolora.architectures.layouts import load_layout
 from prolora.architectures.ldm import diffusers_to_ldm
 from prolora.files.writing import write_safetensors
 
@@ -90,7 +90,7 @@ def write_all(
 
 def shapes(layout: str, scale: int, feed_forward: bool) -> dict[str, tuple[int, int]]:
     """Module -> (rows, columns) of a layout's weights, in the order of their names."""
-    known = load(layout)
+    known = load_layout(layout)
     names = known.adapted if feed_forward else known.attention
     sizes = {name: known.shapes[name] for name in sorted(names)}
     return {name: (m // scale, n // scale) for name, (m, n) in sizes.items()}

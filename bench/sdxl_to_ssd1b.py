@@ -88,7 +88,7 @@ def second(folder: Path, rank: int | float) -> dict[str, Any]:
 
 def baseline(folder: Path, rank: int | float, every: int) -> dict[str, Any]:
     """Layer by layer: LAPACK's SVD in float32, dense projectors."""
-    adapter = prolora.adapters.read(folder / "lora.safetensors")
+    adapter = prolora.adapters.read_adapter(folder / "lora.safetensors")
     source, target = (prolora.open_base(folder / name) for name in ("sdxl", "ssd-1b"))
     seconds = {"svd": 0.0, "project": 0.0}
     pairs = sampled = 0

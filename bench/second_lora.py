@@ -210,7 +210,7 @@ def hundred(folder: Path, rank: int | float) -> dict[str, Any]:
 
 def dense(folder: Path, rank: int | float) -> dict[str, Any]:
     """Layer by layer with dense updates, subspaces given; one pair of each shape stands for all."""
-    adapter = prolora.adapters.read(paths(folder)[0])
+    adapter = prolora.adapters.read_adapter(paths(folder)[0])
     source, target = (prolora.open_base(path) for path in paths(folder)[1:3])
     cache = BasisCache(folder / f"cache-{rank}")
     seconds = {"projectors as matrices": 0.0, "thin projectors": 0.0}

@@ -20,7 +20,7 @@ import prolora
 from prolora import Basis, LowRank, Verdict
 from prolora.adapters import Adapter
 from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import judge
+from prolora.comparison.verdict import judge_affinity
 
 Updates = dict[str, LowRank]
 
@@ -216,14 +216,14 @@ def transferred(case: Case, **options: Any) -> Updates:
 def verdict(case: Case) -> Verdict:
     """What the weights of the pair say."""
     pairs = [(case.source[name], case.target[name]) for name in case.target]
-    return judge(Affinity.total(Affinity.of(*pair) for pair in pairs))
+    return judge_affinity(Affinity.total(Affinity.of(*pair) for pair in pairs))
 
 
 def copied_by_module(case: Case) -> Updates:
     """Copy, each module at the strength that its own drift calls for."""
     return {
         name: LowRank(
-            update.up * judge(Affinity.of(case.source[name], case.target[name])).strength,
+            update.up * judge_affinity(Affinity.of(case.source[name], case.target[name])).strength,
             update.down,
         )
         for name, update in case.updates.items()

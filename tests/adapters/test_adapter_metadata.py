@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prolora import adapters
-from prolora.adapters.metadata import kohya_hashes, rewritten
+from prolora.adapters.metadata import kohya_hashes, rewrite_metadata
 
 KOHYA = {
     "ss_base_model_version": "sd_v1",
@@ -36,7 +36,7 @@ def moved(**options):
     arguments = dict(
         target_name="new", target_layout="sdxl", provenance={"source": "old", "method": "prolora"}
     )
-    return rewritten(KOHYA, **{**arguments, **options})
+    return rewrite_metadata(KOHYA, **{**arguments, **options})
 
 
 def test_what_says_how_the_lora_is_used_is_kept():
@@ -84,7 +84,7 @@ def test_provenance_replaces_that_of_an_earlier_transfer():
 
 
 def test_metadata_is_made_for_a_lora_that_had_none():
-    metadata = rewritten({}, target_name="new", target_layout="ssd-1b", provenance={})
+    metadata = rewrite_metadata({}, target_name="new", target_layout="ssd-1b", provenance={})
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["ss_training_comment"] == "moved from another base model to new by prolora"
 
@@ -99,8 +99,8 @@ def test_rewriting_changes_nothing_it_is_given(layout):
 @pytest.mark.parametrize(("rank", "text"), [(4, "4"), ([4, 2], "Dynamic")])
 def test_rank_and_alpha_in_the_header_are_those_of_the_new_file(tmp_path, rank, text):
     adapter = adapter_of(LINEAR, rank, metadata=KOHYA)
-    adapters.write(adapter, tmp_path / "out")
-    metadata = adapters.read(tmp_path / "out").metadata
+    adapters.write_adapter(adapter, tmp_path / "out")
+    metadata = adapters.read_adapter(tmp_path / "out").metadata
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (text, text)
     assert metadata["ss_tag_frequency"] == KOHYA["ss_tag_frequency"]
 
@@ -108,7 +108,7 @@ def test_rank_and_alpha_in_the_header_are_those_of_the_new_file(tmp_path, rank, 
 @pytest.mark.parametrize("size", [16, 1024])
 def test_kohya_hashes_are_those_of_the_file_with_training_metadata_only(tmp_path, size):
     adapter = adapter_of({"conv_in": (size, size)}, 256, metadata=KOHYA)
-    adapters.write(adapter, tmp_path / "out.safetensors", dtype=torch.float32)
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors", dtype=torch.float32)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         metadata = file.metadata()
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
@@ -128,8 +128,8 @@ def test_kohya_hashes_do_not_depend_on_titles():
 
 @pytest.mark.parametrize("format", ["diffusers", "peft", "comfy"])
 def test_other_formats_carry_no_kohya_hash(tmp_path, format):
-    adapters.write(adapter_of(LINEAR, metadata=KOHYA), tmp_path / "out", format=format)
-    metadata = adapters.read(tmp_path / "out").metadata
+    adapters.write_adapter(adapter_of(LINEAR, metadata=KOHYA), tmp_path / "out", format=format)
+    metadata = adapters.read_adapter(tmp_path / "out").metadata
     assert not {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"} & metadata.keys()
 
 
@@ -137,5 +137,7 @@ def test_a_stale_configuration_is_replaced(tmp_path):
     stale = {"lora_adapter_metadata": json.dumps({"unet.r": 99, "unet.lora_alpha": 1})}
     for rank in (4, [4, 2]):
         adapter = adapter_of(LINEAR, rank, metadata=stale)
-        adapters.write(adapter, tmp_path / "out", format="diffusers")
-        assert "99" not in adapters.read(tmp_path / "out").metadata.get("lora_adapter_metadata", "")
+        adapters.write_adapter(adapter, tmp_path / "out", format="diffusers")
+        assert "99" not in adapters.read_adapter(tmp_path / "out").metadata.get(
+            "lora_adapter_metadata", ""
+        )

@@ -56,7 +56,7 @@ def kohya(**extra):
 )
 def test_every_diffusers_spelling_of_an_attention_layer_is_read(up, down, module):
     attention = f"{BLOCK}.attn1"
-    adapter = adapters.read(pair(up.format(attention), down.format(attention)))
+    adapter = adapters.read_adapter(pair(up.format(attention), down.format(attention)))
     assert list(adapter.updates) == [module.format(attention)]
 
 
@@ -75,13 +75,13 @@ def test_every_diffusers_spelling_of_an_attention_layer_is_read(up, down, module
     ],
 )
 def test_every_spelling_of_a_text_encoder_layer_is_read(path, module):
-    adapter = adapters.read(pair(f"{path}.up.weight", f"{path}.down.weight"))
+    adapter = adapters.read_adapter(pair(f"{path}.up.weight", f"{path}.down.weight"))
     assert list(adapter.updates) == [f"text_encoder.text_model.encoder.layers.3.{module}"]
 
 
 def test_modules_of_a_transformer_lose_their_prefix():
     stem = "transformer.single_transformer_blocks.3.proj_mlp"
-    adapter = adapters.read(pair(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight"))
+    adapter = adapters.read_adapter(pair(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight"))
     assert list(adapter.updates) == ["single_transformer_blocks.3.proj_mlp"]
     assert adapter.format == "diffusers"
 
@@ -89,7 +89,7 @@ def test_modules_of_a_transformer_lose_their_prefix():
 def test_a_comfy_file_is_read_with_its_alpha():
     stem = "diffusion_model.middle_block.1.proj_in"
     tensors = pair(f"{stem}.lora_up.weight", f"{stem}.lora_down.weight")
-    update = adapters.read({**tensors, f"{stem}.alpha": torch.tensor(2.0)}).updates
+    update = adapters.read_adapter({**tensors, f"{stem}.alpha": torch.tensor(2.0)}).updates
     wanted = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"] / 2
     assert relative_error(update["mid_block.attentions.0.proj_in"].dense(), wanted) < 1e-6
 
@@ -106,7 +106,7 @@ def test_a_comfy_file_is_read_with_its_alpha():
 )
 def test_factors_of_any_storage_dtype_become_float32(tmp_path, dtype):
     tensors = {key: tensor.to(dtype) for key, tensor in kohya().items()}
-    adapter = adapters.read(save(tmp_path / "lora.safetensors", tensors))
+    adapter = adapters.read_adapter(save(tmp_path / "lora.safetensors", tensors))
     (update,) = adapter.updates.values()
     assert adapter.dtype == dtype
     assert torch.equal(update.up, tensors[UP].float())
@@ -115,21 +115,21 @@ def test_factors_of_any_storage_dtype_become_float32(tmp_path, dtype):
 
 def test_factors_of_different_dtypes_count_as_float32():
     tensors = kohya()
-    assert adapters.read({**tensors, UP: tensors[UP].half()}).dtype == torch.float32
+    assert adapters.read_adapter({**tensors, UP: tensors[UP].half()}).dtype == torch.float32
 
 
 def test_a_state_dict_is_never_changed():
     tensors = kohya(alpha=torch.tensor(2.0))
     before = {key: tensor.clone() for key, tensor in tensors.items()}
-    update = adapters.read(tensors).updates["mid_block.attentions.0.proj_in"]
+    update = adapters.read_adapter(tensors).updates["mid_block.attentions.0.proj_in"]
     update.down.zero_()
     assert all(torch.equal(before[key], tensors[key]) for key in tensors)
 
 
 def test_metadata_of_the_file_is_kept_and_can_be_replaced(tmp_path):
     path = kohya_file(tmp_path / "lora.safetensors", metadata={"ss_tag_frequency": "{}"})
-    assert adapters.read(path).metadata == {"ss_tag_frequency": "{}"}
-    assert adapters.read(path, metadata={"a": "b"}).metadata == {"a": "b"}
+    assert adapters.read_adapter(path).metadata == {"ss_tag_frequency": "{}"}
+    assert adapters.read_adapter(path, metadata={"a": "b"}).metadata == {"a": "b"}
 
 
 def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
@@ -159,7 +159,7 @@ def test_importing_the_adapters_imports_neither_diffusers_nor_peft():
 )
 def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what):
     with pytest.raises(UnsupportedFormat) as caught:
-        adapters.read(kohya(**{suffix: torch.ones(3)}))
+        adapters.read_adapter(kohya(**{suffix: torch.ones(3)}))
     assert f"{STEM}.{suffix}" in str(caught.value)
     assert what in str(caught.value)
     assert re.search(r"Merge it|without them", str(caught.value))
@@ -177,7 +177,7 @@ def test_other_adapter_types_are_refused_with_the_key_and_a_way_out(suffix, what
     ],
 )
 def test_what_is_no_update_is_left_out_by_name_and_with_the_reason(key, what):
-    adapter = adapters.read({**kohya(), key: torch.ones(3)})
+    adapter = adapters.read_adapter({**kohya(), key: torch.ones(3)})
     assert list(adapter.updates) == ["mid_block.attentions.0.proj_in"]
     assert list(adapter.left_out) == [key]
     assert what in adapter.left_out[key]
@@ -185,20 +185,20 @@ def test_what_is_no_update_is_left_out_by_name_and_with_the_reason(key, what):
 
 def test_a_file_with_nothing_but_left_out_tensors_is_refused():
     with pytest.raises(UnsupportedFormat, match="holds no update"):
-        adapters.read({"bundle_emb.trigger.clip_l": torch.ones(3)})
+        adapters.read_adapter({"bundle_emb.trigger.clip_l": torch.ones(3)})
 
 
 def test_a_bias_in_a_peft_folder_is_refused():
     stem = "base_model.model.conv_in"
     tensors = pair(f"{stem}.lora_B.weight", f"{stem}.lora_A.weight")
     with pytest.raises(UnsupportedFormat, match=rf"{stem}\.bias makes this trained biases"):
-        adapters.read({**tensors, f"{stem}.bias": torch.ones(3)})
+        adapters.read_adapter({**tensors, f"{stem}.bias": torch.ones(3)})
 
 
 def test_unknown_keys_are_listed_five_at_most():
     extra = {f"lora_unet_unknown{i}.lora_up.weight": torch.ones(2, 2) for i in range(7)}
     with pytest.raises(UnsupportedFormat) as caught:
-        adapters.read({**kohya(), **extra})
+        adapters.read_adapter({**kohya(), **extra})
     assert "7 keys are not understood" in str(caught.value)
     assert "unknown4" in str(caught.value) and "unknown5" not in str(caught.value)
     assert "and 2 more" in str(caught.value)
@@ -206,7 +206,7 @@ def test_unknown_keys_are_listed_five_at_most():
 
 def test_the_family_that_is_not_read_yet_comes_with_a_hint():
     with pytest.raises(UnsupportedFormat, match="SD3"):
-        adapters.read(
+        adapters.read_adapter(
             {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(4, 4)}
         )
 
@@ -215,19 +215,19 @@ def test_the_family_that_is_not_read_yet_comes_with_a_hint():
 def test_a_factor_without_its_partner_is_refused(missing):
     tensors = {key: tensor for key, tensor in kohya().items() if key != missing}
     with pytest.raises(UnsupportedFormat, match=f"{STEM}.* has no partner"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 def test_an_alpha_without_factors_is_refused():
     with pytest.raises(UnsupportedFormat, match=r"conv_in\.alpha has no partner"):
-        adapters.read({**kohya(), "lora_unet_conv_in.alpha": torch.tensor(1.0)})
+        adapters.read_adapter({**kohya(), "lora_unet_conv_in.alpha": torch.tensor(1.0)})
 
 
 def test_two_spellings_of_one_module_in_one_file_are_refused():
     other = "lora_unet_middle_block_1_proj_in"
     tensors = {**kohya(), **pair(f"{other}.lora_up.weight", f"{other}.lora_down.weight")}
     with pytest.raises(UnsupportedFormat, match="are the same factor"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 @pytest.mark.parametrize(
@@ -242,12 +242,12 @@ def test_two_spellings_of_one_module_in_one_file_are_refused():
 )
 def test_a_base_model_given_as_lora_is_recognised(key):
     with pytest.raises(UnsupportedFormat, match="is a weight of a base model, not a LoRA"):
-        adapters.read({key: torch.ones(2, 2)})
+        adapters.read_adapter({key: torch.ones(2, 2)})
 
 
 def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(UnsupportedFormat, match="no tensors"):
-        adapters.read(save(tmp_path / "lora.safetensors", {}))
+        adapters.read_adapter(save(tmp_path / "lora.safetensors", {}))
 
 
 @pytest.mark.parametrize("name", ["lora.pt", "lora.ckpt"])
@@ -256,22 +256,22 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path, name):
     path.parent.mkdir()
     torch.save(kohya(), path)
     with pytest.raises(UnsupportedFormat, match="pickle") as caught:
-        adapters.read(path)
+        adapters.read_adapter(path)
     command = shlex.split(str(caught.value).rsplit("\n", 1)[1])
     subprocess.run([sys.executable, *command[1:]], check=True)
-    assert list(adapters.read(command[-1]).updates) == ["mid_block.attentions.0.proj_in"]
+    assert list(adapters.read_adapter(command[-1]).updates) == ["mid_block.attentions.0.proj_in"]
 
 
 def test_a_peft_folder_with_a_pickle_is_refused_with_the_command(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     torch.save(kohya(), tmp_path / "adapter_model.bin")
     with pytest.raises(UnsupportedFormat, match="pickle"):
-        adapters.read(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(UnsupportedFormat, match=r"holds neither adapter_config\.json"):
-        adapters.read(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
@@ -279,16 +279,16 @@ def test_a_damaged_peft_configuration_is_refused(tmp_path, text):
     (tmp_path / "adapter_config.json").write_bytes(text)
     kohya_file(tmp_path / "adapter_model.safetensors")
     with pytest.raises(UnsupportedFormat, match=r"adapter_config\.json"):
-        adapters.read(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path):
     with pytest.raises(UnsupportedFormat, match="cannot be read"):
-        adapters.read(tmp_path / "nothing.safetensors")
+        adapters.read_adapter(tmp_path / "nothing.safetensors")
     path = kohya_file(tmp_path / "lora.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UnsupportedFormat, match="cut off"):
-        adapters.read(path)
+        adapters.read_adapter(path)
 
 
 @pytest.mark.parametrize(
@@ -304,29 +304,29 @@ def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path):
 )
 def test_factors_that_do_not_multiply_are_refused(up, down):
     with pytest.raises(ShapeMismatch, match=re.escape(f"{UP} {list(up)}")):
-        adapters.read({UP: torch.ones(up), DOWN: torch.ones(down)})
+        adapters.read_adapter({UP: torch.ones(up), DOWN: torch.ones(down)})
 
 
 @pytest.mark.parametrize(("up", "down"), [((6, 0), (0, 5)), ((6, 4), (4, 0)), ((0, 4), (4, 5))])
 def test_factors_of_rank_0_and_empty_tensors_are_refused_by_name(up, down):
     with pytest.raises(ShapeMismatch, match=r"mid_block_attentions_0.* holds no numbers; remove"):
-        adapters.read({UP: torch.ones(up), DOWN: torch.ones(down)})
+        adapters.read_adapter({UP: torch.ones(up), DOWN: torch.ones(down)})
 
 
 def test_a_convolution_may_have_a_flat_up_factor():
-    adapter = adapters.read({UP: torch.ones(6, 4), DOWN: torch.ones(4, 5, 3, 3)})
+    adapter = adapters.read_adapter({UP: torch.ones(6, 4), DOWN: torch.ones(4, 5, 3, 3)})
     assert adapter.kernels == {"mid_block.attentions.0.proj_in": (3, 3)}
     assert adapter.updates["mid_block.attentions.0.proj_in"].shape == (6, 45)
 
 
 def test_an_alpha_of_several_numbers_is_refused():
     with pytest.raises(ShapeMismatch, match="not one number"):
-        adapters.read(kohya(alpha=torch.ones(2)))
+        adapters.read_adapter(kohya(alpha=torch.ones(2)))
 
 
 def test_integer_factors_are_refused():
     with pytest.raises(UnsupportedFormat, match=r"stored as torch\.int8"):
-        adapters.read({**kohya(), DOWN: torch.ones(4, 5, dtype=torch.int8)})
+        adapters.read_adapter({**kohya(), DOWN: torch.ones(4, 5, dtype=torch.int8)})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -335,17 +335,17 @@ def test_a_value_that_is_not_finite_is_refused_by_name(key, value):
     tensors = kohya(alpha=torch.tensor(1.0))
     tensors[key] = tensors[key].clone().fill_(value)
     with pytest.raises(NonFiniteWeights, match=re.escape(key)):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 def test_a_scale_that_overflows_is_refused():
     with pytest.raises(NonFiniteWeights, match="overflows"):
-        adapters.read({**kohya(alpha=torch.tensor(1e38)), UP: torch.full((6, 4), 1e10)})
+        adapters.read_adapter({**kohya(alpha=torch.tensor(1e38)), UP: torch.full((6, 4), 1e10)})
 
 
 def test_a_value_that_is_no_tensor_is_refused():
     with pytest.raises(UnsupportedFormat, match=r"alpha' is float"):
-        adapters.read(kohya(alpha=2.0))
+        adapters.read_adapter(kohya(alpha=2.0))
 
 
 def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
     path = save(tmp_path / "lora.safetensors", {**kohya(), "zzz": torch.ones(1)})
     monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(UnsupportedFormat, match="zzz"):
-        adapters.read(path)
+        adapters.read_adapter(path)
 
 
 @settings(max_examples=50)
@@ -369,7 +369,7 @@ def test_a_wrong_key_is_found_before_any_tensor_is_read(tmp_path, monkeypatch):
 def test_the_update_is_alpha_over_rank_times_up_times_down(m, n, rank, kernel, alpha, seed):
     up, down = factors((m, n, *kernel), rank, seed)
     tensors = {UP: up, DOWN: down, f"{STEM}.alpha": torch.tensor(alpha)}
-    (update,) = adapters.read(tensors).updates.values()
+    (update,) = adapters.read_adapter(tensors).updates.values()
     wanted = (alpha / rank) * up.double().flatten(1) @ down.double().flatten(1)
     size = abs(alpha) / rank * up.norm().item() * down.norm().item()
     assert (update.dense() - wanted).norm() <= 1e-6 * size + 1e-30
@@ -412,7 +412,7 @@ SHAPES = st.sampled_from([(), (1,), (2, 2), (2, 3), (2, 2, 1, 1), (2, 2, 3, 3), 
 def test_any_state_dict_is_read_or_refused_with_a_reason(shapes):
     tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
     try:
-        adapter = adapters.read(tensors)
+        adapter = adapters.read_adapter(tensors)
     except ProLoRAError as error:
         assert len(str(error)) > 20
     else:

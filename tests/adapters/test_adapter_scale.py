@@ -23,7 +23,7 @@ from lora_files import (
 
 from prolora import adapters
 from prolora.adapters import names
-from prolora.adapters.peft_config import METADATA_KEY, from_config
+from prolora.adapters.peft_config import METADATA_KEY, scaling_from_config
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
 PATTERNS = dict(
@@ -57,7 +57,7 @@ def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha,
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
-    adapter = adapters.read(save(tmp_path / "lora.safetensors", tensors))
+    adapter = adapters.read_adapter(save(tmp_path / "lora.safetensors", tensors))
     assert (adapter.format, adapter.spelling) == ("kohya", spelling)
     assert adapter.kernels == {name: shape[2:] for name, shape in CONV.items()}
     found = through_diffusers(tmp_path / "lora.safetensors")
@@ -79,7 +79,7 @@ def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
             tensors[f"{stem}.alpha"] = torch.tensor(seed / 2, dtype=torch.float16)
             scale = seed / 2 / (seed + 1)
         expected[name] = scale * up @ down
-    same_updates(adapters.read(tensors), expected)
+    same_updates(adapters.read_adapter(tensors), expected)
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -103,7 +103,7 @@ def test_peft_folder_has_the_scale_that_peft_applies(tmp_path, options, dtype):
     model.save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     save(weights, {key: tensor.to(dtype) for key, tensor in load_file(weights).items()})
-    adapter = adapters.read(tmp_path)
+    adapter = adapters.read_adapter(tmp_path)
     assert (adapter.format, adapter.dtype) == ("peft", dtype)
     same_updates(adapter, attached(model.base_model.model))
 
@@ -122,17 +122,17 @@ def test_diffusers_file_has_the_scale_of_the_configuration_in_its_header(tmp_pat
         unet_lora_layers={k: t.to(dtype) for k, t in get_peft_model_state_dict(unet).items()},
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
-    adapter = adapters.read(tmp_path / "pytorch_lora_weights.safetensors")
+    adapter = adapters.read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
     assert adapter.format == "diffusers"
     same_updates(adapter, attached(unet))
-    assert adapters.read(tmp_path).updates.keys() == adapter.updates.keys()
+    assert adapters.read_adapter(tmp_path).updates.keys() == adapter.updates.keys()
 
 
 def test_diffusers_folder_of_one_model_has_its_configuration_without_a_prefix(tmp_path):
     unet = tiny_unet()
     unet.add_adapter(peft_config(CONFIGS["mixed and rank-stabilised"]))
     unet.save_lora_adapter(tmp_path)
-    same_updates(adapters.read(tmp_path), attached(unet))
+    same_updates(adapters.read_adapter(tmp_path), attached(unet))
 
 
 def test_each_component_has_the_scale_under_its_own_prefix():
@@ -145,7 +145,7 @@ def test_each_component_has_the_scale_under_its_own_prefix():
     tensors = {f"{m}.lora_A.weight": down for m in modules}
     tensors |= {f"{m}.lora_B.weight": up for m in modules}
     table = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 2}
-    adapter = adapters.read(tensors, metadata={METADATA_KEY: json.dumps(table)})
+    adapter = adapters.read_adapter(tensors, metadata={METADATA_KEY: json.dumps(table)})
     for (path, scale), update in zip(modules.items(), adapter.updates.values(), strict=True):
         assert relative_error(update.dense(), scale * up @ down) < 1e-6, path
 
@@ -154,8 +154,8 @@ def test_an_alpha_beside_diffusers_keys_counts():
     up, down = factors((6, 5), 4, 0)
     stem = "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-    plain = adapters.read(tensors).updates["mid_block.attentions.0.proj_in"]
-    half = adapters.read({**tensors, f"{stem}.alpha": torch.tensor([2.0])})
+    plain = adapters.read_adapter(tensors).updates["mid_block.attentions.0.proj_in"]
+    half = adapters.read_adapter({**tensors, f"{stem}.alpha": torch.tensor([2.0])})
     assert torch.equal(plain.up / 2, half.updates["mid_block.attentions.0.proj_in"].up)
 
 
@@ -165,10 +165,10 @@ def test_an_alpha_against_the_configuration_is_refused():
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     tensors[f"{stem}.alpha"] = torch.tensor(2.0)
     table = json.dumps({"unet.r": 4, "unet.lora_alpha": 2})
-    adapters.read(tensors, metadata={METADATA_KEY: table})
+    adapters.read_adapter(tensors, metadata={METADATA_KEY: table})
     table = json.dumps({"unet.r": 4, "unet.lora_alpha": 4})
     with pytest.raises(UnsupportedFormat, match=rf"{stem}\.alpha asks for the scale 0\.5"):
-        adapters.read(tensors, metadata={METADATA_KEY: table})
+        adapters.read_adapter(tensors, metadata={METADATA_KEY: table})
 
 
 def test_a_configuration_for_another_rank_is_refused():
@@ -177,7 +177,7 @@ def test_a_configuration_for_another_rank_is_refused():
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     table = json.dumps({"unet.r": 16, "unet.lora_alpha": 16})
     with pytest.raises(ShapeMismatch, match="has rank 4, but lora_adapter_metadata says 16"):
-        adapters.read(tensors, metadata={METADATA_KEY: table})
+        adapters.read_adapter(tensors, metadata={METADATA_KEY: table})
 
 
 def test_a_configuration_of_a_component_that_is_not_there_is_refused():
@@ -185,7 +185,7 @@ def test_a_configuration_of_a_component_that_is_not_there_is_refused():
     tensors = {"conv_in.lora_A.weight": down, "conv_in.lora_B.weight": up}
     table = json.dumps({"unet.r": 4, "unet.lora_alpha": 2})
     with pytest.raises(UnsupportedFormat, match="the scale is not known"):
-        adapters.read(tensors, metadata={METADATA_KEY: table})
+        adapters.read_adapter(tensors, metadata={METADATA_KEY: table})
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_configuration_of_a_component_that_is_not_there_is_refused():
 def test_patterns_pick_the_same_modules_as_in_peft(patterns):
     from peft.utils.other import get_pattern_key
 
-    scaling = from_config({"r": 8, "rank_pattern": patterns}, "here")
+    scaling = scaling_from_config({"r": 8, "rank_pattern": patterns}, "here")
     modules = ["proj_out", "blocks.0.proj_out", "a", "x.a", "a.b", "b.ff", "c.b.ff", *LINEAR, DEEP]
     for name in modules:
         assert scaling.rank(name) == patterns.get(get_pattern_key(patterns, name), 8), name
@@ -235,14 +235,14 @@ def test_patterns_pick_the_same_modules_as_in_peft(patterns):
 )
 def test_a_configuration_that_asks_for_more_than_up_times_down_is_refused(config, message):
     with pytest.raises(UnsupportedFormat, match=message):
-        from_config(config, "here")
+        scaling_from_config(config, "here")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"unet.r": "4"}', "[" * 100_000])
 def test_a_damaged_configuration_in_the_header_is_refused(tmp_path, text):
     path = kohya_file(tmp_path / "lora.safetensors")
     with pytest.raises(UnsupportedFormat, match=METADATA_KEY):
-        adapters.read(path, metadata={METADATA_KEY: text})
+        adapters.read_adapter(path, metadata={METADATA_KEY: text})
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 3)])
@@ -258,5 +258,5 @@ def test_a_locon_is_the_update_that_lycoris_rebuilds(kernel):
     layer = torch.nn.Conv2d(5, 6, kernel, bias=False)
     theirs = modules.make_module(kind, weights, "lora_unet_conv_in", layer)
     wanted = theirs.get_diff_weight(1.0, (6, 5, *kernel))[0].detach().reshape(6, -1)
-    ours = adapters.read(tensors).updates["conv_in"]
+    ours = adapters.read_adapter(tensors).updates["conv_in"]
     assert relative_error(ours.dense(), wanted) < 1e-6

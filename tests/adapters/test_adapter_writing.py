@@ -49,8 +49,8 @@ def dense(adapter):
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "comfy"])
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, rank, spelling):
     adapter = adapter_of(ALL, rank, format="kohya", spelling=spelling)
-    adapters.write(adapter, tmp_path / "out.safetensors", format=format)
-    back = adapters.read(tmp_path / "out.safetensors")
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors", format=format)
+    back = adapters.read_adapter(tmp_path / "out.safetensors")
     same_updates(adapter, dense(back))
     assert back.kernels == adapter.kernels
     assert back.format == format
@@ -79,9 +79,9 @@ def stored(adapter, dtype):
 )
 def test_diffusers_attaches_exactly_what_was_written(tmp_path, format, spelling, rank, dtype):
     adapter = adapter_of({**LINEAR, **CONV}, rank, spelling=spelling)
-    adapters.write(adapter, tmp_path / "out.safetensors", format=format, dtype=dtype)
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors", format=format, dtype=dtype)
     found = through_diffusers(tmp_path / "out.safetensors")
-    same_updates(adapters.read(tmp_path / "out.safetensors"), found)
+    same_updates(adapters.read_adapter(tmp_path / "out.safetensors"), found)
     same_updates(adapter, found, max(1e-6, 2 * torch.finfo(dtype).eps))
     if rank == 4:  # mixed ranks change one factor before it is rounded
         same_updates(stored(adapter, dtype), found)
@@ -99,14 +99,14 @@ def test_text_encoders_of_a_kohya_file_are_those_that_diffusers_attaches(tmp_pat
             # The same for all: diffusers takes the most common one for attention modules.
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
     save(tmp_path / "out.safetensors", tensors)
-    attach_text_encoders(tmp_path / "out.safetensors", adapters.read(tensors))
+    attach_text_encoders(tmp_path / "out.safetensors", adapters.read_adapter(tensors))
 
 
 @pytest.mark.parametrize("rank", [4, MIXED], ids=["one rank", "mixed ranks"])
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_diffusers_attaches_both_text_encoders_exactly(tmp_path, format, rank):
     adapter = adapter_of({**LINEAR, **TEXT}, rank, spelling="sgm")
-    adapters.write(adapter, tmp_path / "out.safetensors", format=format)
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors", format=format)
     attach_text_encoders(tmp_path / "out.safetensors", adapter)
 
 
@@ -150,10 +150,10 @@ def test_peft_attaches_exactly_what_was_written(tmp_path, rank):
     from peft import PeftModel
 
     adapter = adapter_of({**LINEAR, **CONV}, rank)
-    adapters.write(adapter, tmp_path / "out", format="peft")
+    adapters.write_adapter(adapter, tmp_path / "out", format="peft")
     model = PeftModel.from_pretrained(tiny_unet(), tmp_path / "out")
     same_updates(adapter, attached(model.base_model.model))
-    back = adapters.read(tmp_path / "out")
+    back = adapters.read_adapter(tmp_path / "out")
     same_updates(adapter, dense(back))
     assert back.format == "peft"
 
@@ -163,8 +163,8 @@ def test_a_module_whose_name_ends_another_keeps_its_own_rank(tmp_path):
     shapes |= {f"single_transformer_blocks.{i}.proj_mlp": (5, 7) for i in (0, 1)}
     adapter = adapter_of(shapes, [2, 3, 3, 3])
     for format in ("diffusers", "peft"):
-        adapters.write(adapter, tmp_path / format, format=format)
-        same_updates(adapter, dense(adapters.read(tmp_path / format)))
+        adapters.write_adapter(adapter, tmp_path / format, format=format)
+        same_updates(adapter, dense(adapters.read_adapter(tmp_path / format)))
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"^proj_out": 2}
 
@@ -172,12 +172,12 @@ def test_a_module_whose_name_ends_another_keeps_its_own_rank(tmp_path):
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
 def test_auto_writes_the_format_the_adapter_came_in(tmp_path, format):
     adapter = adapter_of(LINEAR, format=format)
-    adapters.write(adapter, tmp_path / "out")
-    assert adapters.read(tmp_path / "out").format == format
+    adapters.write_adapter(adapter, tmp_path / "out")
+    assert adapters.read_adapter(tmp_path / "out").format == format
 
 
 def test_kohya_alpha_is_the_rank_as_a_scalar_of_the_same_dtype(tmp_path):
-    adapters.write(adapter_of(ALL, 4, dtype=torch.float16), tmp_path / "out.safetensors")
+    adapters.write_adapter(adapter_of(ALL, 4, dtype=torch.float16), tmp_path / "out.safetensors")
     tensors = load_file(tmp_path / "out.safetensors")
     alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert len(alphas) == len(ALL)
@@ -186,12 +186,12 @@ def test_kohya_alpha_is_the_rank_as_a_scalar_of_the_same_dtype(tmp_path):
 
 def test_an_alpha_that_the_dtype_cannot_hold_is_stored_wider(tmp_path):
     adapter = adapter_of({"conv_in": (300, 300)}, 257, dtype=torch.bfloat16)
-    adapters.write(adapter, tmp_path / "out.safetensors")
+    adapters.write_adapter(adapter, tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["lora_unet_conv_in.alpha"] == 257
 
 
 def test_convolutions_are_written_in_the_shape_of_convolutions(tmp_path):
-    adapters.write(adapter_of(CONV), tmp_path / "out.safetensors")
+    adapters.write_adapter(adapter_of(CONV), tmp_path / "out.safetensors")
     shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "out.safetensors").items()}
     stem = "lora_unet_down_blocks_1_resnets_0_conv1"
     assert shapes[f"{stem}.lora_down.weight"] == (4, 8, 3, 3)
@@ -199,11 +199,11 @@ def test_convolutions_are_written_in_the_shape_of_convolutions(tmp_path):
 
 
 def test_diffusers_files_have_no_alpha_and_no_configuration_unless_ranks_differ(tmp_path):
-    adapters.write(adapter_of(ALL), tmp_path / "one", format="diffusers")
+    adapters.write_adapter(adapter_of(ALL), tmp_path / "one", format="diffusers")
     assert not any(key.endswith("alpha") for key in load_file(tmp_path / "one"))
-    assert "lora_adapter_metadata" not in adapters.read(tmp_path / "one").metadata
-    adapters.write(adapter_of(ALL, MIXED), tmp_path / "mixed", format="diffusers")
-    table = json.loads(adapters.read(tmp_path / "mixed").metadata["lora_adapter_metadata"])
+    assert "lora_adapter_metadata" not in adapters.read_adapter(tmp_path / "one").metadata
+    adapters.write_adapter(adapter_of(ALL, MIXED), tmp_path / "mixed", format="diffusers")
+    table = json.loads(adapters.read_adapter(tmp_path / "mixed").metadata["lora_adapter_metadata"])
     assert {key.split(".")[0] for key in table} == {"unet", "text_encoder", "text_encoder_2"}
 
 
@@ -224,7 +224,7 @@ def test_diffusers_files_have_no_alpha_and_no_configuration_unless_ranks_differ(
     ],
 )
 def test_text_encoders_are_numbered_where_there_are_two(tmp_path, shapes, spelling, prefix):
-    adapters.write(adapter_of(shapes, spelling=spelling), tmp_path / "out")
+    adapters.write_adapter(adapter_of(shapes, spelling=spelling), tmp_path / "out")
     assert any(key.startswith(prefix) for key in load_file(tmp_path / "out"))
 
 
@@ -237,13 +237,13 @@ def test_text_encoders_are_numbered_where_there_are_two(tmp_path, shapes, spelli
 )
 def test_sgm_stays_sgm_but_for_the_four_blocks_of_sd1(tmp_path, block, stem):
     shapes = {f"{block}.resnets.0.conv1": (6, 5, 3, 3)}
-    adapters.write(adapter_of(shapes, spelling="sgm"), tmp_path / "out")
+    adapters.write_adapter(adapter_of(shapes, spelling="sgm"), tmp_path / "out")
     assert f"{stem}.alpha" in load_file(tmp_path / "out")
 
 
 def test_comfy_calls_the_text_encoder_of_sd2_by_its_own_name(tmp_path):
     shapes = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (1024, 1024)}
-    adapters.write(adapter_of(shapes, 1), tmp_path / "out", format="comfy")
+    adapters.write_adapter(adapter_of(shapes, 1), tmp_path / "out", format="comfy")
     assert all(
         key.startswith("text_encoders.clip_h.transformer.text_model.")
         for key in load_file(tmp_path / "out")
@@ -253,21 +253,23 @@ def test_comfy_calls_the_text_encoder_of_sd2_by_its_own_name(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_factors_are_stored_in_the_dtype_asked_for(tmp_path, dtype):
     adapter = adapter_of(LINEAR)
-    adapters.write(adapter, tmp_path / "out", dtype=dtype)
+    adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
     assert {t.dtype for t in load_file(tmp_path / "out").values()} == {dtype}
-    same_updates(adapter, dense(adapters.read(tmp_path / "out")), 4 * torch.finfo(dtype).eps)
+    same_updates(
+        adapter, dense(adapters.read_adapter(tmp_path / "out")), 4 * torch.finfo(dtype).eps
+    )
 
 
 def test_float8_is_written_as_float16(tmp_path):
-    adapters.write(adapter_of(LINEAR, dtype=torch.float8_e4m3fn), tmp_path / "out")
-    assert adapters.read(tmp_path / "out").dtype == torch.float16
+    adapters.write_adapter(adapter_of(LINEAR, dtype=torch.float8_e4m3fn), tmp_path / "out")
+    assert adapters.read_adapter(tmp_path / "out").dtype == torch.float16
     with pytest.raises(UnsupportedFormat, match="not written as"):
-        adapters.write(adapter_of(LINEAR), tmp_path / "out", dtype=torch.float8_e4m3fn)
+        adapters.write_adapter(adapter_of(LINEAR), tmp_path / "out", dtype=torch.float8_e4m3fn)
 
 
 def test_a_file_that_is_read_and_written_again_has_the_same_factors(tmp_path):
     path = kohya_file(tmp_path / "in.safetensors", alpha=4.0)
-    adapters.write(adapters.read(path), tmp_path / "out.safetensors")
+    adapters.write_adapter(adapters.read_adapter(path), tmp_path / "out.safetensors")
     before, after = load_file(path), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -283,42 +285,42 @@ def scaled(up, down):
 @pytest.mark.parametrize(("up", "down"), [(1e6, 1e-3), (1e-9, 1e3), (1e-6, 1.0), (0.0, 1.0)])
 def test_unbalanced_factors_are_balanced_where_float16_cannot_hold_them(tmp_path, up, down):
     adapter = scaled(up, down)
-    adapters.write(adapter, tmp_path / "out", dtype=torch.float16)
-    found = adapters.read(tmp_path / "out").updates["conv_in"].dense()
+    adapters.write_adapter(adapter, tmp_path / "out", dtype=torch.float16)
+    found = adapters.read_adapter(tmp_path / "out").updates["conv_in"].dense()
     wanted = adapter.updates["conv_in"].dense()
     assert (found - wanted).norm() <= 4e-3 * wanted.norm()
 
 
 def test_an_overflow_names_the_module_and_the_way_out(tmp_path):
     with pytest.raises(NonFiniteWeights, match=r"conv_in: .*--dtype float32"):
-        adapters.write(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float16)
+        adapters.write_adapter(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
-    adapters.write(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float32)
+    adapters.write_adapter(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float32)
 
 
 def test_an_underflow_names_the_module_and_the_way_out(tmp_path):
     with pytest.raises(OutputError, match=r"conv_in: .*too small.*--dtype float32"):
-        adapters.write(scaled(1e-9, 1e-9), tmp_path / "out", dtype=torch.float16)
+        adapters.write_adapter(scaled(1e-9, 1e-9), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_is_not_written(tmp_path, value):
     with pytest.raises(NonFiniteWeights, match="conv_in"):
-        adapters.write(scaled(value, 1.0), tmp_path / "out")
+        adapters.write_adapter(scaled(value, 1.0), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
 def test_a_file_that_reads_back_differently_never_gets_its_name(tmp_path, monkeypatch, format):
     def wrong(path):
-        adapter = adapters.read(path)
+        adapter = adapters.read_adapter(path)
         updates = {n: LowRank(u.up * 1.01, u.down) for n, u in adapter.updates.items()}
         return iter([adapter.with_updates(updates)])
 
     monkeypatch.setattr(writing, "read_pieces", wrong)
     with pytest.raises(OutputError, match="reads back differently"):
-        adapters.write(adapter_of(LINEAR), tmp_path / "out", format=format)
+        adapters.write_adapter(adapter_of(LINEAR), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,7 +329,7 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
     before = path.read_bytes()
     monkeypatch.setattr(writing, "read_pieces", lambda _: iter([adapter_of({})]))
     with pytest.raises(OutputError, match="other modules"):
-        adapters.write(adapter_of(LINEAR), path)
+        adapters.write_adapter(adapter_of(LINEAR), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -335,8 +337,8 @@ def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatc
 def test_a_peft_folder_can_be_written_again(tmp_path):
     for rank in (4, MIXED):
         adapter = adapter_of(LINEAR, rank)
-        adapters.write(adapter, tmp_path / "out", format="peft")
-        same_updates(adapter, dense(adapters.read(tmp_path / "out")))
+        adapters.write_adapter(adapter, tmp_path / "out", format="peft")
+        same_updates(adapter, dense(adapters.read_adapter(tmp_path / "out")))
     assert len(list((tmp_path / "out").iterdir())) == 2
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -348,15 +350,15 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         (tmp_path / "no" / "out", "peft"),
     ]:
         with pytest.raises(OutputError):
-            adapters.write(adapter_of(LINEAR), path, format=format)
+            adapters.write_adapter(adapter_of(LINEAR), path, format=format)
     with pytest.raises(OutputError, match="is a file"):
         path = kohya_file(tmp_path / "file")
-        adapters.write(adapter_of(LINEAR), path, format="peft")
+        adapters.write_adapter(adapter_of(LINEAR), path, format="peft")
 
 
 def test_an_adapter_without_modules_is_not_written(tmp_path):
     with pytest.raises(OutputError, match="no module is left"):
-        adapters.write(adapter_of({}), tmp_path / "out")
+        adapters.write_adapter(adapter_of({}), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -372,14 +374,14 @@ def test_an_adapter_without_modules_is_not_written(tmp_path):
 )
 def test_a_format_that_cannot_hold_the_adapter_is_refused(tmp_path, shapes, format, message):
     with pytest.raises(UnsupportedFormat, match=message):
-        adapters.write(adapter_of(shapes), tmp_path / "out", format=format)
+        adapters.write_adapter(adapter_of(shapes), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_update_that_does_not_fit_its_kernel_is_refused(tmp_path):
     adapter = replace(adapter_of({"conv_in": (6, 5)}), kernels={"conv_in": (3, 3)})
     with pytest.raises(ShapeMismatch, match="does not fit a kernel"):
-        adapters.write(adapter, tmp_path / "out")
+        adapters.write_adapter(adapter, tmp_path / "out")
 
 
 @settings(max_examples=30, deadline=None)
@@ -393,6 +395,6 @@ def test_any_adapter_survives_any_format(tmp_path_factory, ranks, format, spelli
     path = tmp_path_factory.mktemp("out") / "out.safetensors"
     shapes = {name: ALL[name] for name in ranks}
     adapter = adapter_of(shapes, list(ranks.values()), spelling=spelling)
-    adapters.write(adapter, path, format=format, dtype=dtype)
-    assert adapters.file_size(adapter, format=format, dtype=dtype) == path.stat().st_size
-    same_updates(adapter, dense(adapters.read(path)), max(8 * torch.finfo(dtype).eps, 1e-6))
+    adapters.write_adapter(adapter, path, format=format, dtype=dtype)
+    assert adapters.adapter_file_size(adapter, format=format, dtype=dtype) == path.stat().st_size
+    same_updates(adapter, dense(adapters.read_adapter(path)), max(8 * torch.finfo(dtype).eps, 1e-6))

@@ -97,7 +97,7 @@ ALPHAS = {
 @pytest.mark.parametrize("alpha", ALPHAS.values(), ids=ALPHAS.keys())
 def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtype):
     tensors = kohya_flux(alpha=alpha, dtype=dtype)
-    adapter = adapters.read(save(tmp_path / "lora", tensors))
+    adapter = adapters.read_adapter(save(tmp_path / "lora", tensors))
     assert (adapter.format, adapter.spelling, adapter.dtype) == ("kohya", "sgm", dtype)
     same(adapter, through_diffusers(tensors))
 
@@ -105,16 +105,16 @@ def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtyp
 def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
     tensors, expected = {}, {}
     for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
-        matrix = fused_updates.matrix(name)
+        matrix = fused_updates.find_flux_weight(name)
         parts = {}
         for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
             parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
-        whole = fused_updates.fuse(matrix, parts)
+        whole = fused_updates.fuse_updates(matrix, parts)
         assert whole.rank == rank * len(matrix.parts)
         stem = "lora_unet_" + name.replace(".", "_")
         tensors |= {f"{stem}.lora_up.weight": whole.up, f"{stem}.lora_down.weight": whole.down}
         expected |= parts
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     assert {name: u.rank for name, u in adapter.updates.items()} == {
         name: u.rank for name, u in expected.items()
     }
@@ -135,7 +135,7 @@ def test_an_xlabs_file_has_the_updates_that_diffusers_reads(dtype):
     }.items():
         up, down = factors(shape, 4, len(tensors), dtype)
         tensors |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     assert adapter.format == "diffusers"
     same(adapter, through_diffusers(tensors))
 
@@ -157,7 +157,7 @@ def test_a_control_lora_of_the_authors_is_read_with_its_bias_and_its_norms_named
     norms = [f"{part}.norm.{norm}.scale" for part in parts for norm in ("query_norm", "key_norm")]
     bias = "double_blocks.4.img_mlp.0.lora_B.bias"
     extra = {key: torch.ones(128) for key in norms} | {bias: torch.ones(4 * WIDTH)}
-    adapter = adapters.read(tensors | extra)
+    adapter = adapters.read_adapter(tensors | extra)
     expected = through_diffusers(tensors | extra)
     assert len(adapter.updates) == 504
     # diffusers swaps the halves of `down` of the last layer too, which are no rows of the weight.
@@ -174,7 +174,7 @@ def test_a_control_lora_of_the_authors_is_read_with_its_bias_and_its_norms_named
 def test_a_fal_file_is_read():
     blocks = [entry[0] for entry in keymap().values() if "_blocks." in entry[0]]
     tensors = original_file("base_model.model.", dict.fromkeys((*blocks, "final_layer.linear")))
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     same(adapter, through_diffusers(tensors))
 
 
@@ -185,9 +185,9 @@ def test_a_comfy_file_is_the_kohya_file_under_other_names():
         stem = "lora_unet_" + name.replace(".", "_")
         for key in [key for key in tensors if key.startswith(f"{stem}.")]:
             renamed[f"diffusion_model.{name}{key.removeprefix(stem)}"] = tensors[key]
-    adapter = adapters.read(renamed)
+    adapter = adapters.read_adapter(renamed)
     assert adapter.format == "comfy"
-    same(adapter, adapters.read(tensors).updates)
+    same(adapter, adapters.read_adapter(tensors).updates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -207,7 +207,7 @@ def test_one_trainer_and_simple_tuner_are_read(start, alpha, dtype):
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     assert (adapter.format, adapter.spelling) == ("kohya", "diffusers")
     if start == "lora_transformer_" and alpha is not None:
         same(adapter, through_diffusers(tensors))  # which asks for an alpha
@@ -246,7 +246,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
         if module == "norm_out.linear":
             up = torch.cat(up.chunk(2)[::-1])
         expected[module] = LowRank(up / 2, down)
-    same(adapters.read(tensors), expected)
+    same(adapters.read_adapter(tensors), expected)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert names.parse(path).name == module
+    assert names.parse_path(path).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
@@ -293,16 +293,16 @@ def test_an_ai_toolkit_file_needs_no_alpha():
             f"transformer.{name}.lora_B.weight": up,
             f"transformer.{name}.lora_A.weight": down,
         }
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     assert adapter.format == "diffusers"
     same(adapter, through_diffusers(tensors))
 
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
     for module, (original, rows, kohya, onetrainer, shape) in keymap().items():
-        matrix = fused_updates.matrix_of(module)
-        assert matrix.name == original and fused_updates.matrix(original) == matrix
-        heights = fused_updates.rows(matrix, original_shape(original)[0], "here")
+        matrix = fused_updates.find_weight_holding(module)
+        assert matrix.name == original and fused_updates.find_flux_weight(original) == matrix
+        heights = fused_updates.split_rows(matrix, original_shape(original)[0], "here")
         top = sum(heights[: matrix.parts.index(module)])
         assert [top, top + shape[0]] == (rows or [0, shape[0]])
         for path in (
@@ -315,7 +315,7 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
             f"base_model.model.{original}",
             onetrainer.replace("lora_transformer_", "lycoris_"),
         ):
-            assert module in names.parse(path).modules, path
+            assert module in names.parse_path(path).modules, path
         assert names.to_kohya(module, spelling="sgm") == kohya
         assert names.to_kohya(module) == onetrainer
         assert names.to_comfy(module) == f"diffusion_model.{original}"
@@ -360,9 +360,9 @@ def small(rank=(2, 3), **fields):
 )
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
     adapter = small(rank, format=format, spelling=spelling)
-    adapters.write(adapter, tmp_path / "out", dtype=dtype)
-    assert adapters.file_size(adapter, dtype=dtype) == (tmp_path / "out").stat().st_size
-    back = adapters.read(tmp_path / "out")
+    adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
+    assert adapters.adapter_file_size(adapter, dtype=dtype) == (tmp_path / "out").stat().st_size
+    back = adapters.read_adapter(tmp_path / "out")
     assert (back.format, back.spelling) == (format, spelling)
     same(back, adapter.updates, max(8 * torch.finfo(dtype).eps, 1e-6))
 
@@ -371,21 +371,23 @@ def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling,
 @pytest.mark.parametrize("first", ["kohya", "comfy", "diffusers"])
 def test_every_pair_of_formats_converts_into_each_other(tmp_path, first, second):
     adapter = small((2, 3), spelling="sgm")
-    adapters.write(adapter, tmp_path / "one", format=first)
-    adapters.write(adapters.read(tmp_path / "one"), tmp_path / "two", format=second)
-    same(adapters.read(tmp_path / "two"), adapter.updates)
+    adapters.write_adapter(adapter, tmp_path / "one", format=first)
+    adapters.write_adapter(adapters.read_adapter(tmp_path / "one"), tmp_path / "two", format=second)
+    same(adapters.read_adapter(tmp_path / "two"), adapter.updates)
 
 
 def test_a_peft_folder_holds_the_transformer_alone(tmp_path):
     adapter = small((2, 3), spelling="sgm")
     with pytest.raises(UnsupportedFormat, match="a PEFT folder holds one model"):
-        adapters.write(adapter, tmp_path / "out", format="peft")
+        adapters.write_adapter(adapter, tmp_path / "out", format="peft")
     updates = {n: u for n, u in adapter.updates.items() if not n.startswith("text_encoder")}
     for first, second in (("peft", "kohya"), ("comfy", "peft"), ("peft", "diffusers")):
-        adapters.write(adapter.with_updates(updates), tmp_path / f"{first}1{second}", format=first)
-        one = adapters.read(tmp_path / f"{first}1{second}")
-        adapters.write(one, tmp_path / f"{first}2{second}", format=second)
-        same(adapters.read(tmp_path / f"{first}2{second}"), updates)
+        adapters.write_adapter(
+            adapter.with_updates(updates), tmp_path / f"{first}1{second}", format=first
+        )
+        one = adapters.read_adapter(tmp_path / f"{first}1{second}")
+        adapters.write_adapter(one, tmp_path / f"{first}2{second}", format=second)
+        same(adapters.read_adapter(tmp_path / f"{first}2{second}"), updates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -394,13 +396,13 @@ def test_diffusers_reads_what_is_written(tmp_path, format, dtype):
     from safetensors.torch import load_file
 
     # A transfer changes q, k and v apart from each other, and may leave one of them out.
-    read = adapters.read(kohya_flux(alpha=ALPHAS["half the rank"]))
+    read = adapters.read_adapter(kohya_flux(alpha=ALPHAS["half the rank"]))
     updates = {
         name: LowRank(update.up, update.down + 0.1 * i)
         for i, (name, update) in enumerate(read.updates.items())
         if name != "transformer_blocks.3.attn.add_k_proj" and name != "norm_out.linear"
     }
-    adapters.write(read.with_updates(updates), tmp_path / "out", format=format, dtype=dtype)
+    adapters.write_adapter(read.with_updates(updates), tmp_path / "out", format=format, dtype=dtype)
     found = through_diffusers(load_file(tmp_path / "out"))
     left_over = found.pop("transformer_blocks.3.attn.add_k_proj", None)
     assert left_over is None or left_over.norm() == 0
@@ -409,8 +411,8 @@ def test_diffusers_reads_what_is_written(tmp_path, format, dtype):
 
 def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks(tmp_path):
     tensors = kohya_flux(alpha=ALPHAS["half the rank"])
-    adapter = adapters.read(tensors)
-    adapters.write(adapter, tmp_path / "out")
+    adapter = adapters.read_adapter(tensors)
+    adapters.write_adapter(adapter, tmp_path / "out")
     from safetensors.torch import load_file
 
     written = load_file(tmp_path / "out")
@@ -419,7 +421,7 @@ def test_a_kohya_file_that_is_written_again_keeps_its_fused_ranks(tmp_path):
         "lora_unet_final_layer_adaLN_modulation_1.alpha",
     }
     assert all(written[key].shape == tensors[key].shape for key in tensors)
-    same(adapters.read(written), adapter.updates)
+    same(adapters.read_adapter(written), adapter.updates)
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9])
@@ -434,8 +436,8 @@ def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(tmp_path, sma
         for i, (part, size) in enumerate(sizes.items())
     }
     adapter = adapters.Adapter(updates, spelling="sgm")
-    adapters.write(adapter, tmp_path / "out", dtype=torch.float16)
-    back = adapters.read(tmp_path / "out").updates
+    adapters.write_adapter(adapter, tmp_path / "out", dtype=torch.float16)
+    back = adapters.read_adapter(tmp_path / "out").updates
     whole = sum(update.norm() for update in updates.values())
     for name, update in updates.items():
         read = back[name].dense() if name in back else 0
@@ -447,11 +449,11 @@ def test_double_blocks_alone_are_told_from_sd3_by_their_width():
     narrow = LowRank(*factors((8, 8), 1, 0))
     for update, fits in ((wide, True), (narrow, False)):
         adapter = adapters.Adapter({"transformer_blocks.0.attn.to_q": update}, format="diffusers")
-        paths = groups.paths(adapter, "kohya")
+        paths = groups.file_paths(adapter, "kohya")
         assert paths["transformer_blocks.0.attn.to_q"].startswith("lora_unet_double") == fits
         if not fits:
             with pytest.raises(UnsupportedFormat, match="no name in the comfy format"):
-                groups.paths(adapter, "comfy")
+                groups.file_paths(adapter, "comfy")
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_rows_that_do_not_come_out_even_are_refused(name, height):
     up, down = factors((height, 4), 2, 0)
     stem = f"lora_unet_{name}"
     with pytest.raises(ShapeMismatch, match=stem):
-        adapters.read({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down})
+        adapters.read_adapter({f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down})
 
 
 def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
@@ -478,14 +480,14 @@ def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
         up, down = factors((out, 4), 2, 0)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
     with pytest.raises(UnsupportedFormat, match=r"both update transformer_blocks\.0\.attn\.to_k"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 def test_parts_of_different_weights_are_not_put_together():
-    matrix = fused_updates.matrix("double_blocks.0.img_attn.qkv")
+    matrix = fused_updates.find_flux_weight("double_blocks.0.img_attn.qkv")
     parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
     with pytest.raises(ShapeMismatch, match="cannot be put together"):
-        fused_updates.fuse(matrix, parts)
+        fused_updates.fuse_updates(matrix, parts)
 
 
 @pytest.mark.parametrize(
@@ -505,7 +507,7 @@ def test_t5_is_the_second_text_encoder_of_flux_whatever_it_is_called(key, module
     stems = (key, "lora_unet_single_blocks_0_linear2")
     tensors = {f"{s}.lora_up.weight": up for s in stems}
     tensors |= {f"{s}.lora_down.weight": down for s in stems}
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     assert next(iter(adapter.updates)) == f"{module}.encoder.block.0.layer.0.SelfAttention.q"
 
 
@@ -517,5 +519,5 @@ def test_t5_is_the_third_text_encoder_where_there_is_a_second_clip():
         "lora_te2_text_model_encoder_layers_0_mlp_fc1",
     ):
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-    names_ = [names.place(name) for name in adapters.read(tensors).updates]
+    names_ = [names.find_component(name) for name in adapters.read_adapter(tensors).updates]
     assert names_ == ["text_encoder_3", "text_encoder_2"]

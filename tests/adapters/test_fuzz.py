@@ -303,7 +303,7 @@ def fuzz(count, seed, folder):
     path = folder / "lora.safetensors"
     actions = {
         "inspect": lambda: inspect(path),
-        "read": lambda: adapters.read(path, read_weight=read_weight),
+        "read": lambda: adapters.read_adapter(path, read_weight=read_weight),
         "dry run": lambda: plan_report(path, weights, weights),
     }
     for number in range(count):

@@ -31,7 +31,7 @@ def test_two_digit_sgm_blocks_of_sd15_which_crash_diffusers_are_read(block, modu
     rest, part = (
         ("transformer_blocks_0_attn1_to_q", ATTENTION) if is_attention else ("in_layers_2", "conv1")
     )
-    adapter = adapters.read(pair(f"lora_unet_{block}_{rest}"))
+    adapter = adapters.read_adapter(pair(f"lora_unet_{block}_{rest}"))
     assert list(adapter.updates) == [f"{module}.{part}"]
 
 
@@ -40,8 +40,8 @@ def test_an_export_keeps_the_effect_of_an_alpha_that_is_not_the_rank(tmp_path, f
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = pair(stem) | {f"{stem}.alpha": torch.tensor(1.0)}
     wanted = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"] / 4
-    adapters.write(adapters.read(tensors), tmp_path / "out", format=format)
-    (update,) = adapters.read(tmp_path / "out").updates.values()
+    adapters.write_adapter(adapters.read_adapter(tensors), tmp_path / "out", format=format)
+    (update,) = adapters.read_adapter(tmp_path / "out").updates.values()
     assert relative_error(update.dense(), wanted) < 1e-6
 
 
@@ -49,9 +49,9 @@ def test_a_dora_scale_is_never_dropped():
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = pair(stem) | {f"{stem}.dora_scale": torch.ones(6, 1)}
     with pytest.raises(UnsupportedFormat, match="DoRA"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
     weight = torch.eye(6, 5)
-    read = adapters.read(tensors, read_weight=lambda _: weight)
+    read = adapters.read_adapter(tensors, read_weight=lambda _: weight)
     (update,) = read.updates.values()
     merged = weight + update.dense()
     assert torch.allclose(merged.norm(dim=1), torch.ones(6), atol=1e-6)
@@ -66,7 +66,7 @@ def test_a_file_with_peft_keys_and_no_metadata_has_the_scale_its_own_configurati
     for rslora, scale in ((False, 0.5), (True, 1.0)):
         config = {"r": 4, "lora_alpha": 2, "use_rslora": rslora}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        (update,) = adapters.read(tmp_path).updates.values()
+        (update,) = adapters.read_adapter(tmp_path).updates.values()
         assert relative_error(update.dense(), scale * up @ down) < 1e-6
 
 
@@ -78,10 +78,10 @@ FORMATS = ["kohya", "diffusers", "peft", "comfy"]
 @pytest.mark.parametrize("first", FORMATS)
 def test_every_pair_of_formats_converts_into_each_other(tmp_path, first, second, dtype):
     adapter = adapter_of({**LINEAR, **CONV}, [4, 2, 4], dtype=dtype)
-    adapters.write(adapter, tmp_path / "one", format=first)
-    one = adapters.read(tmp_path / "one")
-    adapters.write(one, tmp_path / "two", format=second)
-    two = adapters.read(tmp_path / "two")
+    adapters.write_adapter(adapter, tmp_path / "one", format=first)
+    one = adapters.read_adapter(tmp_path / "one")
+    adapters.write_adapter(one, tmp_path / "two", format=second)
+    two = adapters.read_adapter(tmp_path / "two")
     assert two.kernels == one.kernels == adapter.kernels
     wanted = {name: update.dense() for name, update in adapter.updates.items()}
     same_updates(two, wanted, max(8 * torch.finfo(dtype).eps, 1e-6))
@@ -97,10 +97,10 @@ def test_a_lokr_becomes_a_plain_lora_in_every_format_and_says_so(tmp_path, forma
         "ss_tag_frequency": '{"a": {"cat": 3}}',
     }
     path = save(tmp_path / "in", {f"{stem}.lokr_w1": w1, f"{stem}.lokr_w2": w2}, metadata)
-    adapter = adapters.read(path)
+    adapter = adapters.read_adapter(path)
     assert adapter.algorithms == {"mid_block.attentions.0.proj_in": "lokr"}
-    adapters.write(adapter, tmp_path / "out", format=format)
-    back = adapters.read(tmp_path / "out")
+    adapters.write_adapter(adapter, tmp_path / "out", format=format)
+    back = adapters.read_adapter(tmp_path / "out")
     (update,) = back.updates.values()
     assert relative_error(update.dense(), torch.kron(w1, w2)) < 1e-6
     assert back.metadata["ss_network_module"] == "networks.lora"

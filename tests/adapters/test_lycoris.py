@@ -96,7 +96,7 @@ def effect(module, base):
 
 def read(tensors, base, where):
     weights = {where: base.weight.detach()}
-    return adapters.read(tensors, read_weight=weights.__getitem__)
+    return adapters.read_adapter(tensors, read_weight=weights.__getitem__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,7 +182,7 @@ def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, alpha, dt
 def test_a_dora_without_its_base_is_refused_and_never_read_as_a_lora():
     _, _, tensors = trained("locon", weight_decompose=True)
     with pytest.raises(UnsupportedFormat, match=rf"update of {CONV} is rescaled .*give the base"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 def test_a_dora_of_a_text_encoder_is_named_among_what_is_left_out():
@@ -199,7 +199,7 @@ def test_a_dora_of_a_text_encoder_is_named_among_what_is_left_out():
 def test_a_base_without_the_module_or_of_another_shape_is_refused():
     tensors = trained("glora")[2]
     with pytest.raises(UnsupportedFormat, match=f"weight of {LINEAR}.*source base does not have"):
-        adapters.read(tensors, read_weight={}.__getitem__)
+        adapters.read_adapter(tensors, read_weight={}.__getitem__)
     with pytest.raises(ShapeMismatch, match=LINEAR):
         read(tensors, nn.Linear(5, 48, bias=False), LINEAR)
 
@@ -260,15 +260,15 @@ def test_a_dora_of_peft_is_what_its_merge_adds(tmp_path, options):
             if "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path)
-    adapter = adapters.read(tmp_path, read_weight=weights.__getitem__)
+    adapter = adapters.read_adapter(tmp_path, read_weight=weights.__getitem__)
     merged = model.merge_and_unload()
     assert set(adapter.updates) == set(targets)
     for name, update in adapter.updates.items():
         wanted = merged.get_submodule(name).weight.detach().double() - weights[name].double()
         assert relative_error(update.dense().double(), wanted.flatten(1)) < 3e-6
     (tmp_path / "again").mkdir()
-    adapters.write(adapter, tmp_path / "again" / "out", format="kohya")
-    again = adapters.read(tmp_path / "again" / "out")
+    adapters.write_adapter(adapter, tmp_path / "again" / "out", format="kohya")
+    again = adapters.read_adapter(tmp_path / "again" / "out")
     for name, update in adapter.updates.items():
         assert relative_error(again.updates[name].dense(), update.dense()) < 1e-6
 
@@ -295,7 +295,7 @@ def test_a_loha_or_lokr_folder_of_peft_is_what_its_merge_adds(tmp_path, method, 
     )
     model = peft.get_peft_model(unet, config)
     model.save_pretrained(tmp_path)
-    adapter = adapters.read(tmp_path)
+    adapter = adapters.read_adapter(tmp_path)
     deltas = {
         name: model.base_model.model.get_submodule(name).get_delta_weight("default")
         for name in targets
@@ -316,7 +316,7 @@ def test_a_peft_dora_without_its_magnitudes_is_refused(tmp_path):
     save(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4, "use_dora": true}')
     with pytest.raises(UnsupportedFormat, match=r"magnitudes of .* are missing"):
-        adapters.read(tmp_path, read_weight=lambda _: torch.ones(48, 36))
+        adapters.read_adapter(tmp_path, read_weight=lambda _: torch.ones(48, 36))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_fused_flux_weight_comes_apart_whatever_the_kind(kind, dora):
         merged = weight + whole
         whole = parts["dora_scale"] * merged / merged.norm(dim=0, keepdim=True) - weight
     tensors = {f"{stem}.{role}": tensor for role, tensor in parts.items()}
-    adapter = adapters.read(tensors, read_weight=weights.__getitem__)
+    adapter = adapters.read_adapter(tensors, read_weight=weights.__getitem__)
     assert list(adapter.updates) == names
     for name, wanted in zip(names, whole.chunk(3), strict=True):
         assert relative_error(adapter.updates[name].dense(), wanted) < 2e-6
@@ -372,7 +372,7 @@ def test_what_has_too_high_a_rank_is_cut_to_the_stated_energy_and_says_what_it_k
     delta = torch.linalg.qr(torch.randn(40, 24, generator=generator))[0] * spectrum
     delta = delta @ torch.linalg.qr(torch.randn(32, 24, generator=generator))[0].mT
     stem = "lora_unet_mid_block_attentions_0_proj_in"
-    adapter = adapters.read({f"{stem}.diff": delta})
+    adapter = adapters.read_adapter({f"{stem}.diff": delta})
     (update,), (kept,) = adapter.updates.values(), adapter.kept_energy.values()
     assert update.rank == 5  # 1 − ¼⁵ ≥ 0.999 > 1 − ¼⁴
     assert kept == pytest.approx(1 - 0.25**5, abs=1e-6)
@@ -390,9 +390,9 @@ def test_every_way_to_cut_is_the_truncated_svd(monkeypatch, kind, flat):
         w2 = u * 10.0 ** -torch.arange(6) * s[0] @ vt
     delta = torch.kron(w1, w2).double()
     found = {
-        "dense": lambda: truncation.from_dense(delta),
-        "product": lambda: truncation.from_product(LowRank(delta, torch.eye(28).double())),
-        "kronecker": lambda: truncation.from_kronecker(w1, w2),
+        "dense": lambda: truncation.truncate_dense(delta),
+        "product": lambda: truncation.truncate_product(LowRank(delta, torch.eye(28).double())),
+        "kronecker": lambda: truncation.truncate_kronecker(w1, w2),
     }[kind]()
     s = torch.linalg.svdvals(delta)
     shares = s.square().cumsum(0) / s.square().sum()
@@ -419,19 +419,21 @@ def test_two_kinds_on_one_module_are_refused(extra):
     stem = "lora_unet_mid_block_attentions_0_proj_in"
     parts = {"lora_up.weight": (48, 2), "lora_down.weight": (2, 36)} | extra
     with pytest.raises(UnsupportedFormat, match=stem):
-        adapters.read({f"{stem}.{role}": torch.ones(shape) for role, shape in parts.items()})
+        adapters.read_adapter(
+            {f"{stem}.{role}": torch.ones(shape) for role, shape in parts.items()}
+        )
 
 
 def test_a_boft_is_refused_by_name():
     with pytest.raises(UnsupportedFormat, match="BOFT"):
-        adapters.read({"lora_unet_conv_in.oft_blocks": torch.ones(2, 3, 4, 4)})
+        adapters.read_adapter({"lora_unet_conv_in.oft_blocks": torch.ones(2, 3, 4, 4)})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_outline_has_the_modules_shapes_and_kernels_of_the_adapter(kind):
     _, base, tensors = trained(kind)
     where = KINDS[kind][2]
-    found = adapters.outline(tensors, {where: tuple(base.weight.shape)})
+    found = adapters.outline_adapter(tensors, {where: tuple(base.weight.shape)})
     whole = read(tensors, base, where)
     assert found.updates[where].shape == whole.updates[where].shape
     assert (found.kernels, found.algorithms) == (whole.kernels, whole.algorithms)

@@ -40,7 +40,7 @@ def test_a_norm_is_what_lycoris_adds_to_its_weight_and_bias(dtype):
         module.b_norm.copy_(random(6, seed=1).to(dtype))
     parts = module.custom_state_dict() or module.state_dict()
     tensors = {f"{STEM}_norm.{key}": value.detach().to(dtype) for key, value in parts.items()}
-    found = adapters.read(tensors).vectors
+    found = adapters.read_adapter(tensors).vectors
     weight, bias = module.get_merged_weight()
     assert torch.allclose(norm.weight + found[f"{NORM}.weight"], weight, atol=1e-7)
     assert torch.allclose(norm.bias + found[f"{NORM}.bias"], bias, atol=1e-7)
@@ -56,7 +56,7 @@ def test_the_bias_of_a_full_difference_is_what_lycoris_adds():
         module.bias.copy_(random(6))
     diff = {"diff": module.weight, "diff_b": module.bias}
     tensors = {f"{STEM}_proj_in.{key}": value.detach() for key, value in diff.items()}
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     merged, bias = module.get_merged_weight()
     update = adapter.updates[PROJ].dense()
     assert torch.allclose(base.weight + update, merged, atol=1e-6)
@@ -77,7 +77,7 @@ def test_the_bias_of_a_lora_has_the_scale_of_the_lora(tmp_path):
     with torch.no_grad():
         model.base_model.model.get_submodule(name).lora_B["default"].bias.copy_(random(16))
     model.save_pretrained(tmp_path)
-    adapter = adapters.read(tmp_path)
+    adapter = adapters.read_adapter(tmp_path)
     added = model.merge_and_unload().get_submodule(name).bias.detach() - before
     assert torch.allclose(adapter.vectors[f"{name}.bias"], added, atol=1e-6)
     assert torch.allclose(added, random(16) / 2, atol=1e-6)
@@ -97,8 +97,8 @@ def test_formats_that_have_keys_for_them_give_them_back(tmp_path, format, dtype)
             "down_blocks.0.resnets.1.norm2.weight": random(8),
         }
     )
-    adapters.write(adapter, tmp_path / "out", format=format, dtype=dtype)
-    back = adapters.read(tmp_path / "out").vectors
+    adapters.write_adapter(adapter, tmp_path / "out", format=format, dtype=dtype)
+    back = adapters.read_adapter(tmp_path / "out").vectors
     assert back.keys() == adapter.vectors.keys()
     for name, vector in back.items():
         assert torch.equal(vector, adapter.vectors[name].to(dtype).float()), name
@@ -112,7 +112,7 @@ def test_diffusers_and_peft_attach_the_biases_of_updated_modules(tmp_path, forma
         {f"{name}.bias": random(adapter.updates[name].shape[0]) for name in biased}
     )
     out = tmp_path / ("out.safetensors" if format == "diffusers" else "out")
-    adapters.write(adapter, out, format=format)
+    adapters.write_adapter(adapter, out, format=format)
     unet = tiny_unet()
     if format == "diffusers":
         found = through_diffusers(out, unet)
@@ -125,7 +125,7 @@ def test_diffusers_and_peft_attach_the_biases_of_updated_modules(tmp_path, forma
     for name in biased:
         (layer,) = unet.get_submodule(name).lora_B.values()
         assert torch.equal(layer.bias.detach(), adapter.vectors[f"{name}.bias"])
-    assert adapters.read(out).vectors.keys() == adapter.vectors.keys()
+    assert adapters.read_adapter(out).vectors.keys() == adapter.vectors.keys()
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
@@ -134,7 +134,7 @@ def test_a_format_without_keys_for_them_is_refused_with_the_way_out(tmp_path, fo
     adapter = adapter_of(LINEAR)
     adapter.vectors[name] = torch.ones(6)
     with pytest.raises(UnsupportedFormat, match=f"{name}.*--format kohya or comfy"):
-        adapters.write(adapter, tmp_path / "out", format=format)
+        adapters.write_adapter(adapter, tmp_path / "out", format=format)
     assert not any(tmp_path.iterdir())
 
 
@@ -147,13 +147,13 @@ def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again(tmp_path):
         f"{last}.diff_b": random(16),
         "lora_unet_single_blocks_3_linear1.diff_b": random(14),
     }
-    adapter = adapters.read(tensors)
+    adapter = adapters.read_adapter(tensors)
     names = [f"transformer_blocks.0.attn.to_{part}.bias" for part in "qkv"]
     assert torch.equal(torch.cat([adapter.vectors[n] for n in names]), tensors[f"{FLUX}.diff_b"])
     # The two halves are the other way round in diffusers.
     shift, scale = tensors[f"{last}.diff_b"].chunk(2)
     assert torch.equal(adapter.vectors["norm_out.linear.bias"], torch.cat([scale, shift]))
-    adapters.write(adapter, tmp_path / "out")
+    adapters.write_adapter(adapter, tmp_path / "out")
     written = load_file(tmp_path / "out")
     for key in tensors:
         if key.endswith("diff_b"):
@@ -182,13 +182,13 @@ def test_a_fused_bias_of_flux_comes_apart_and_is_put_together_again(tmp_path):
 )
 def test_what_is_no_vector_is_refused_by_name(key, tensor, error, message):
     with pytest.raises(error, match=message):
-        adapters.read({key: tensor})
+        adapters.read_adapter({key: tensor})
 
 
 def test_one_bias_in_two_spellings_is_refused():
     tensors = {f"{STEM}_norm.b_norm": torch.ones(2), f"{STEM}_norm.diff_b": torch.ones(2)}
     with pytest.raises(UnsupportedFormat, match=r"are both the mid_block.attentions.0.norm.bias"):
-        adapters.read(tensors)
+        adapters.read_adapter(tensors)
 
 
 def test_a_dtype_that_cannot_hold_a_vector_is_refused(tmp_path):
@@ -199,7 +199,7 @@ def test_a_dtype_that_cannot_hold_a_vector_is_refused(tmp_path):
     ):
         adapter = adapters.Adapter({}, vectors={f"{NORM}.weight": torch.full((4,), value)})
         with pytest.raises(error, match=f"{NORM}.weight"):
-            adapters.write(adapter, tmp_path / "out", dtype=torch.float16)
+            adapters.write_adapter(adapter, tmp_path / "out", dtype=torch.float16)
 
 
 def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tmp_path):
@@ -212,4 +212,4 @@ def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tm
         {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, spelling="sgm"
     )
     with pytest.raises(ShapeMismatch, match="does not fit the other parts"):
-        adapters.write(adapter, tmp_path / "out", format="kohya")
+        adapters.write_adapter(adapter, tmp_path / "out", format="kohya")

@@ -51,63 +51,65 @@ PAIRS = {
 
 def test_every_layout_has_the_published_number_of_attention_modules() -> None:
     """In a UNet a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
-    assert {id_: len(layouts.load(id_).attention) for id_ in layouts.known()} == ATTENTION
-    for id_ in layouts.known():
+    assert {
+        id_: len(layouts.load_layout(id_).attention) for id_ in layouts.known_layouts()
+    } == ATTENTION
+    for id_ in layouts.known_layouts():
         feed_forward = FEED_FORWARD.get(id_, ATTENTION[id_] // 4)
-        assert len(layouts.load(id_).adapted) == ATTENTION[id_] + feed_forward
-        assert layouts.load(id_).text_encoders
-        assert layouts.load(id_).id == id_ and layouts.load(id_).title
+        assert len(layouts.load_layout(id_).adapted) == ATTENTION[id_] + feed_forward
+        assert layouts.load_layout(id_).text_encoders
+        assert layouts.load_layout(id_).id == id_ and layouts.load_layout(id_).title
 
 
 def test_an_unknown_layout_is_a_key_error_that_lists_the_known() -> None:
     """Also for the table beside them, which is none."""
     for id_ in ("sd9", "correspondence", "../layouts/sdxl"):
         with pytest.raises(KeyError, match="known are bk-sdm-base"):
-            layouts.load(id_)
+            layouts.load_layout(id_)
 
 
 @pytest.mark.parametrize("id_", ATTENTION)
 def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) -> None:
     """Whole, attention alone, with foreign parameters, with other spellings of 1×1."""
-    known = layouts.load(id_)
+    known = layouts.load_layout(id_)
     shapes = dict(known.shapes)
-    assert layouts.identify(shapes) == id_
+    assert layouts.identify_layout(shapes) == id_
     alone = None if id_ in TWINS else id_
-    assert layouts.identify({n: shapes[n] for n in known.attention}) == alone
-    assert layouts.identify({n: shapes[n] for n in known.adapted}) == alone
+    assert layouts.identify_layout({n: shapes[n] for n in known.attention}) == alone
+    assert layouts.identify_layout({n: shapes[n] for n in known.adapted}) == alone
     conv = {n: (*s, 1, 1) if len(s) == 2 else s for n, s in shapes.items()}
     linear = {n: s[:2] if s[2:] == (1, 1) else s for n, s in shapes.items()}
-    assert layouts.identify(conv) == layouts.identify(linear) == id_
+    assert layouts.identify_layout(conv) == layouts.identify_layout(linear) == id_
     first = "conv_in" if "conv_in" in shapes else "pos_embed.proj"
     inpainting = {**shapes, first: (320, 9, 3, 3), "control.zero": (5, 5)}
     if first not in shapes:
         del inpainting[first]
-    assert layouts.identify(inpainting) == id_
+    assert layouts.identify_layout(inpainting) == id_
 
 
 @pytest.mark.parametrize("id_", ATTENTION)
 def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_: str) -> None:
     """Missing, additional or of another shape; half a feed-forward is an incomplete file."""
-    known = layouts.load(id_)
+    known = layouts.load_layout(id_)
     first, last = known.adapted[0], known.adapted[-1]
     for name in (first, last):
         shapes = dict(known.shapes)
         del shapes[name]
-        assert layouts.identify(shapes) is None
-        assert layouts.identify({**known.shapes, name: (7, 7)}) is None
+        assert layouts.identify_layout(shapes) is None
+        assert layouts.identify_layout({**known.shapes, name: (7, 7)}) is None
     extra = "down_blocks.1.attentions.0.transformer_blocks.99.attn1.to_q"
     text = "text_encoder.text_model.encoder.layers.0.self_attn.to_q"
-    assert layouts.identify({**known.shapes, text: (640, 640)}) == id_
-    assert layouts.identify({**known.shapes, extra: (640, 640)}) is None
-    assert layouts.identify({}) is None
+    assert layouts.identify_layout({**known.shapes, text: (640, 640)}) == id_
+    assert layouts.identify_layout({**known.shapes, extra: (640, 640)}) is None
+    assert layouts.identify_layout({}) is None
 
 
 @pytest.mark.parametrize(("source", "target", "variant"), PAIRS)
 def test_the_rules_map_as_many_modules_as_published(source: str, target: str, variant: str) -> None:
     """Counted again here from rules and layouts."""
-    rule = layouts.correspondence(source, target, variant)
+    rule = layouts.find_correspondence(source, target, variant)
     assert rule is not None and rule.evidence
-    ours, theirs = layouts.load(source), layouts.load(target)
+    ours, theirs = layouts.load_layout(source), layouts.load_layout(target)
     mapped = {n: s for n in theirs.attention if (s := rule.source_of(n)) is not None}
     same = sum(ours.shapes[s] == theirs.shapes[n] for n, s in mapped.items())
     assert (len(mapped), same) == PAIRS[source, target, variant]
@@ -116,11 +118,11 @@ def test_the_rules_map_as_many_modules_as_published(source: str, target: str, va
 
 def test_all_rules_are_among_the_published_ones() -> None:
     """The default comes first."""
-    for source in layouts.known():
-        for target in layouts.known():
+    for source in layouts.known_layouts():
+        for target in layouts.known_layouts():
             expected = [v for s, t, v in PAIRS if (s, t) == (source, target)]
-            assert layouts.variants(source, target) == expected
-            rule = layouts.correspondence(source, target)
+            assert layouts.rule_variants(source, target) == expected
+            rule = layouts.find_correspondence(source, target)
             assert (rule is None) == (source != target and not expected)
 
 
@@ -141,26 +143,26 @@ def test_renumbered_blocks_find_their_origin(
     source: str, target: str, module: str, origin: str | None
 ) -> None:
     """Equal names would be wrong in every first case."""
-    rule = layouts.correspondence(source, target)
+    rule = layouts.find_correspondence(source, target)
     assert rule is not None and rule.source_of(module) == origin
 
 
 def test_twins_are_told_apart_by_what_lies_outside_their_blocks() -> None:
     """A relative of FLUX with the same blocks and another embedding of time is not FLUX."""
-    dev = layouts.load("flux1-dev").shapes
+    dev = layouts.load_layout("flux1-dev").shapes
     embedders = [name for name in dev if "guidance_embedder" in name]
     assert len(embedders) == 2
     schnell = {name: shape for name, shape in dev.items() if name not in embedders}
-    assert layouts.identify(schnell) == "flux1-schnell"
-    assert layouts.identify({**schnell, embedders[0]: dev[embedders[0]]}) is None
+    assert layouts.identify_layout(schnell) == "flux1-schnell"
+    assert layouts.identify_layout({**schnell, embedders[0]: dev[embedders[0]]}) is None
     chroma = {name: shape for name, shape in schnell.items() if "time_text_embed" not in name}
-    assert layouts.identify(chroma) is None
+    assert layouts.identify_layout(chroma) is None
 
 
 def test_the_cosine_variant_moves_the_last_block_only() -> None:
     """32 of the 272 attention matrices."""
-    by_name = layouts.correspondence("sdxl", "ssd-1b")
-    by_cosine = layouts.correspondence("sdxl", "ssd-1b", "by weight cosine")
+    by_name = layouts.find_correspondence("sdxl", "ssd-1b")
+    by_cosine = layouts.find_correspondence("sdxl", "ssd-1b", "by weight cosine")
     assert by_name and by_cosine
-    names = layouts.load("ssd-1b").attention
+    names = layouts.load_layout("ssd-1b").attention
     assert sum(by_name.source_of(n) != by_cosine.source_of(n) for n in names) == 32

@@ -64,16 +64,16 @@ def test_sixteen_bits_are_as_exact_as_the_bound_says(tmp_path, shape, rank):
             error = torch.linalg.matrix_norm(true @ true.mT - got @ got.mT, ord=2)
             assert error <= kept.bound[i] <= TOLERANCE and kept.ok[i]
             assert kept.bound[i] >= plain.bound[i]
-    assert all(basis_file.read(path).compact for path in files_of(tmp_path))
+    assert all(basis_file.read_basis(path).compact for path in files_of(tmp_path))
 
 
 def test_a_basis_that_sixteen_bits_would_spoil_keeps_its_digits(tmp_path):
     basis = prolora.truncated_svd(weights(50, 40, 0)[None], 10)[0]
-    stored = basis_file.as_stored(basis, float(basis.bound) + 1e-7, {"name": "x"})
+    stored = basis_file.make_stored_basis(basis, float(basis.bound) + 1e-7, {"name": "x"})
     assert not stored.compact and torch.equal(stored.tensors["U"], basis.U)
     assert stored.facts["bound"] == float(basis.bound)
     wide = prolora.truncated_svd(weights(50, 40, 0)[None].double(), 10)[0]
-    assert basis_file.as_stored(wide, 1e-3, {}).tensors["V"].dtype == torch.float64
+    assert basis_file.make_stored_basis(wide, 1e-3, {}).tensors["V"].dtype == torch.float64
 
 
 def test_only_what_is_missing_is_computed(stack, tmp_path):
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_recomputed_and_mended(stack, tmp_path, how, caplog):
 def test_pages_that_changed_places_show():
     data = torch.arange(4096, dtype=torch.float32)
     swapped = torch.cat([data[2048:], data[:2048]])
-    assert cache_files.checksum([data]) != cache_files.checksum([swapped])
+    assert cache_files.compute_checksum([data]) != cache_files.compute_checksum([swapped])
 
 
 def test_the_file_of_another_weight_is_not_believed(stack, tmp_path):
@@ -174,14 +174,14 @@ def test_processes_that_fill_one_folder_at_once_agree(tmp_path):
 def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(tmp_path):
     slow = """
 import time, prolora.bases.cache.basis_file as b
-real = b.dump
+real = b.dump_safetensors
 def dump(path, tensors, header):
     real(path, tensors, header)
     with open(path, "r+b") as file:
         file.truncate(200)  # as it is halfway
     print("writing", flush=True)
     time.sleep(60)
-b.dump = dump
+b.dump_safetensors = dump
 """
     process = child(slow + FILL, tmp_path)
     assert process.stdout.readline() == "writing\n"
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(stack, tmp_path, caplog):
 @pytest.fixture
 def aged(monkeypatch):
     """Every file is old enough for the index."""
-    monkeypatch.setattr(cache_module, "YOUNG", -(10**18))
+    monkeypatch.setattr(cache_module, "SETTLING_TIME", -(10**18))
 
 
 def test_a_weight_that_the_index_knows_is_not_read(tmp_path, monkeypatch, aged):
@@ -292,7 +292,7 @@ def test_a_transfer_with_a_warm_cache_writes_the_same_lora_and_reads_no_weight(
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     prolora.transfer_file(lora, source, target, outs[2], cache=tmp_path / "cache", method="prolora")
     assert outs[1].read_bytes() == outs[2].read_bytes()
-    plain, warm = prolora.adapters.read(outs[0]), prolora.adapters.read(outs[2])
+    plain, warm = prolora.adapters.read_adapter(outs[0]), prolora.adapters.read_adapter(outs[2])
     for name, update in plain.updates.items():
         wanted = update.dense()
         assert (warm.updates[name].dense() - wanted).norm() < 2e-3 * wanted.norm()

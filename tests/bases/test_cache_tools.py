@@ -36,7 +36,7 @@ def size_of(folder):
 
 def test_a_list_says_whose_bases_there_are_and_how_large(filled):
     folder, _, target = filled
-    found = maintenance.inventory(folder)
+    found = maintenance.take_inventory(folder)
     assert [(s.base, s.rule, s.count, s.dtypes) for s in found.shelves] == [
         ("source", "0.9", 12, "int16"),
         ("target", "0.9", 8, "int16"),
@@ -45,12 +45,12 @@ def test_a_list_says_whose_bases_there_are_and_how_large(filled):
     assert found.shelves[1].columns_max == max(
         int(prolora.truncated_svd(target.read(name), 0.9).rank) for name in target.shapes
     )
-    assert maintenance.inventory(folder / "nothing").size == 0
+    assert maintenance.take_inventory(folder / "nothing").size == 0
 
 
 def test_a_verification_finds_what_was_flipped(filled):
     folder, source, _ = filled
-    assert maintenance.verify(folder, source, 0.9).to_dict() == {
+    assert maintenance.verify_cache(folder, source, 0.9).to_dict() == {
         "checked": 20,
         "damaged": {},
         "recomputed": 12,
@@ -62,7 +62,7 @@ def test_a_verification_finds_what_was_flipped(filled):
     content = bytearray(path.read_bytes())
     content[-9] ^= 4
     path.write_bytes(content)
-    found = maintenance.verify(folder)
+    found = maintenance.verify_cache(folder)
     assert list(found.damaged) == [str(path)] and not found.ok
 
 
@@ -70,14 +70,16 @@ def test_a_verification_against_the_weights_finds_a_basis_that_is_not_theirs(fil
     """A whole file with right checksums, but computed from something else."""
     folder, source, _ = filled
     from prolora.bases.cache import basis_file
-    from prolora.bases.cache.basis_cache import content_hash, name_of
+    from prolora.bases.cache.basis_cache import basis_name, hash_weight
 
     module = next(iter(source.shapes))
     cache = BasisCache(folder)
-    name = name_of(content_hash(source.read(module)), 0.9)
+    name = basis_name(hash_weight(source.read(module)), 0.9)
     other = prolora.truncated_svd(weights(*source.shapes[module], seed=99)[None], 0.9)[0]
-    basis_file.write(cache.path(name), basis_file.as_stored(other, 1e-3, {"name": name}))
-    found = maintenance.verify(folder, source, 0.9)
+    basis_file.write_basis(
+        cache.path(name), basis_file.make_stored_basis(other, 1e-3, {"name": name})
+    )
+    found = maintenance.verify_cache(folder, source, 0.9)
     assert list(found.wrong) == [module] and "residual" in found.wrong[module]
 
 
@@ -91,10 +93,10 @@ def test_pruning_removes_leftovers_and_nothing_that_is_of_use(filled):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x" * 10)
     os.utime(stale, (time.time() - 10_000,) * 2)
-    assert maintenance.inventory(folder).temporary == (2, 20)
-    said = maintenance.prune(folder, dry_run=True)
+    assert maintenance.take_inventory(folder).temporary == (2, 20)
+    said = maintenance.prune_cache(folder, dry_run=True)
     assert (said.files, said.size) == (2, 20) and stale.exists()
-    said = maintenance.prune(folder)
+    said = maintenance.prune_cache(folder)
     assert (said.files, said.size) == (2, 20)
     assert fresh.exists() and mine.exists() and not stale.exists() and not old.exists()
     assert size_of(folder) == whole + 20
@@ -105,17 +107,17 @@ def test_pruning_takes_what_was_not_used_for_longest(filled):
     files = sorted(folder.rglob("*.safetensors"))
     for age, path in enumerate(files):
         os.utime(path, (time.time() - 86_400 * 2 * age,) * 2)
-    said = maintenance.prune(folder, older_than=86_400 * 29)
+    said = maintenance.prune_cache(folder, older_than=86_400 * 29)
     assert said.files == 5 and not files[15].exists() and files[14].exists()
     limit = sum(path.stat().st_size for path in files[:4])
-    maintenance.prune(folder, max_size=limit)
+    maintenance.prune_cache(folder, max_size=limit)
     assert [path for path in files if path.exists()] == files[:4]
     module = list(source.shapes)
     cache = BasisCache(folder)
     for name in module:
         cache.of(source, [name], 0.9)  # is computed again, where it is gone
     assert cache.hits + cache.misses == 12 and cache.misses >= 8
-    maintenance.prune(folder, everything=True)
+    maintenance.prune_cache(folder, everything=True)
     assert not list(folder.rglob("*"))
 
 

@@ -58,8 +58,8 @@ def test_small_models_have_the_names_spectra_and_relation_of_large_ones(
 
 def test_full_size_names_and_shapes_are_those_of_the_layouts(sdxl: ModuleType) -> None:
     """So that the full-size files are recognised, with and without feed-forward."""
-    from prolora.bases import identify
+    from prolora.bases import identify_layout
 
     for id_ in ("sdxl", "ssd-1b"):
         for feed_forward in (False, True):
-            assert identify(sdxl.shapes(id_, 1, feed_forward)) == id_
+            assert identify_layout(sdxl.shapes(id_, 1, feed_forward)) == id_

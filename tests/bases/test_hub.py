@@ -157,14 +157,14 @@ def test_what_is_a_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for name in ("org/x.safetensors", "org/x.ckpt", "models/sdxl", "/a/b", "a/b/c", "x", "../a"):
-        assert hub.parse(name) is None, name
-    assert hub.parse("org/m@rev") == hub.HubId("org/m", "rev")
-    assert hub.parse("hf://models/sdxl/a/") == hub.HubId("models/sdxl", None, "a")
-    assert hub.parse(str(Path("hf://org/m@1/x"))) == hub.HubId("org/m", "1", "x")
-    assert hub.parse("hf:///m") is None
+        assert hub.parse_hub_id(name) is None, name
+    assert hub.parse_hub_id("org/m@rev") == hub.HubId("org/m", "rev")
+    assert hub.parse_hub_id("hf://models/sdxl/a/") == hub.HubId("models/sdxl", None, "a")
+    assert hub.parse_hub_id(str(Path("hf://org/m@1/x"))) == hub.HubId("org/m", "1", "x")
+    assert hub.parse_hub_id("hf:///m") is None
     for name in ("hf://org", "hf://org/m/../../x", "hf://org/m@a b/c"):
         with pytest.raises(UnsupportedFormat, match="a hub id is"):
-            hub.parse(name)
+            hub.parse_hub_id(name)
 
 
 def test_opening_a_local_base_imports_no_hub_and_no_gguf():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from spectra import related, weights
 
 import prolora
-from prolora.bases.memory import Memory, TooLittleMemory, parse_size, resident, size_text
+from prolora.bases.memory import Memory, TooLittleMemory, format_size, parse_size, resident_bytes
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -20,11 +20,11 @@ def test_sizes_are_read_as_people_write_them():
     for text in ("", "GiB", "0", "-1MB", "2 bananas", "1e9"):
         with pytest.raises(ValueError, match="2GiB"):
             parse_size(text)
-    assert size_text(1536) == "1.5 KiB" and size_text(3 << 40) == "3072.0 GiB"
+    assert format_size(1536) == "1.5 KiB" and format_size(3 << 40) == "3072.0 GiB"
 
 
 def test_a_bound_cuts_stacks_and_never_below_one():
-    free, bound = Memory(), Memory(resident() + (400 << 20))
+    free, bound = Memory(), Memory(resident_bytes() + (400 << 20))
     shape = (1280, 1280)
     assert 1 <= bound.stack(shape, "bases") < free.stack(shape, "bases")
     assert Memory(1).stack(shape, "bases") == 1
@@ -60,7 +60,7 @@ def test_the_bound_is_kept_and_changes_nothing(tmp_path):
     # Once without a bound, and once with one that leaves 40 MiB above what the process begins with.
     code = f"""
 import json, torch, prolora
-from prolora.bases.memory import resident, SLACK
+from prolora.bases.memory import SLACK, resident_bytes
 torch.set_num_threads(1)
 prolora.truncated_svd(torch.randn(640, 640), 64)
 folder = {str(tmp_path)!r}
@@ -68,7 +68,7 @@ paths = [f"{{folder}}/{{name}}" for name in ("lora.safetensors", "s", "t")]
 def peak():
     status = open("/proc/self/status").read()  # not ru_maxrss, which the parent's peak is part of
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
-bound = resident() + (40 << 20) + SLACK
+bound = resident_bytes() + (40 << 20) + SLACK
 prolora.transfer_file(*paths, f"{{folder}}/a.safetensors", method="prolora", rank=64,
                       threshold=0, max_memory=bound)
 within = peak()
@@ -78,7 +78,9 @@ print(json.dumps([bound, within, peak()]))
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     bound, within, free = json.loads(said.stdout)
     assert within <= bound and within < free - (10 << 20), (bound, within, free)
-    both = [prolora.adapters.read(tmp_path / f"{which}.safetensors").updates for which in "ab"]
+    both = [
+        prolora.adapters.read_adapter(tmp_path / f"{which}.safetensors").updates for which in "ab"
+    ]
     for module, update in both[0].items():
         torch.testing.assert_close(update.dense(), both[1][module].dense(), rtol=1e-4, atol=1e-4)
 
@@ -100,7 +102,7 @@ def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
     code = f"""
 import json, torch, prolora
 from pathlib import Path
-from prolora.bases.memory import resident, SLACK
+from prolora.bases.memory import SLACK, resident_bytes
 torch.set_num_threads(1)
 folder = Path({str(tmp_path)!r})
 options = {{"method": "prolora", "rank": 64, "threshold": 0}}
@@ -110,7 +112,7 @@ prolora.transfer_file(loras[0], folder / "s", folder / "t", folder / "warm.safet
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) << 10
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-bound = resident() + (160 << 20) + SLACK
+bound = resident_bytes() + (160 << 20) + SLACK
 done = prolora.transfer_many(loras, folder / "s", folder / "t", folder / "moved",
                              cache=folder / "c", max_memory=bound, **options)
 print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))

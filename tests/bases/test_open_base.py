@@ -42,7 +42,7 @@ def write(path: Path, content: dict[str, Tensor], **metadata: str) -> Path:
 
 def empty_layout(id_: str) -> dict[str, Tensor]:
     """Zeros with the names and shapes of a layout, all of one element in memory."""
-    known = layouts.load(id_)
+    known = layouts.load_layout(id_)
     return {
         name: torch.zeros(1, dtype=torch.float8_e4m3fn).expand(known.shapes[name])
         for name in known.shapes

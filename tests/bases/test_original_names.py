@@ -18,7 +18,7 @@ from prolora.files.writing import write_safetensors
 
 def tiny(id_, width=8, blocks=2):
     """Weights of the first blocks of a layout, and of what is around them, at a small width."""
-    full = layouts.load(id_).shapes
+    full = layouts.load_layout(id_).shapes
     unit = full["transformer_blocks.0.ff.net.2"][0]
     last = max(
         int(match[1]) for name in full if (match := re.match(r"transformer_blocks\.(\d+)", name))
@@ -162,7 +162,7 @@ def test_flux_reads_as_diffusers_converts_it():
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
     stored = {}
-    for name, shape in layouts.load("flux1-dev").shapes.items():
+    for name, shape in layouts.load_layout("flux1-dev").shapes.items():
         if not re.search(r"blocks\.[1-9]", name):
             key = f"{authors_name(name, 'FLUX')}.weight"
             rows = stored[key].shape[0] if key in stored else 0

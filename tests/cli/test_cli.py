@@ -41,7 +41,7 @@ def test_transfer_writes_the_lora_the_report_and_a_table(prolora, case, tmp_path
     )
     assert code == 0
     assert "8 of 12 modules moved" in text and "the target has no such module" in text
-    assert len(adapters.read(out).updates) == 8
+    assert len(adapters.read_adapter(out).updates) == 8
     stored = json.loads(report.read_text())
     assert stored["totals"]["mapped"] == 8 and len(stored["modules"]) == 12
 
@@ -188,7 +188,7 @@ def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
         )
         assert code == 0
         assert sorted(p.name for p in moved.iterdir()) == [f"lora{suffix}", f"second{suffix}"]
-        assert adapters.read(moved / f"lora{suffix}").updates
+        assert adapters.read_adapter(moved / f"lora{suffix}").updates
 
 
 def test_each_weight_is_factorised_once_for_all_loras(prolora, case, tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_format_and_dtype_are_what_was_asked(prolora, case, tmp_path, format, dt
         "-q",
     )
     assert code == 0
-    adapter = adapters.read(out)
+    adapter = adapters.read_adapter(out)
     assert adapter.format == format and adapter.dtype == getattr(torch, dtype)
 
 

@@ -20,17 +20,17 @@ def test_the_demo_writes_the_lora_the_report_and_a_picture(tmp_path, lora, targe
     )
     moved, account, picture = paths
     assert json.loads(account.read_text())["totals"]["mapped"] == report.totals["mapped"] > 0
-    assert len(adapters.read(moved).updates) == report.totals["mapped"]
+    assert len(adapters.read_adapter(moved).updates) == report.totals["mapped"]
     with Image.open(picture) as image:
         assert image.size[1] == 5 * (16 * demo.SCALE + 4)
     assert steps[-1][0] == steps[-1][1] == 5
 
 
 def test_the_shipped_family_is_what_its_page_says():
-    family = demo.family()
+    family = demo.find_models()
     source, pruned, tuned = (open_base(family / n) for n in ("source", "pruned", "finetuned"))
     for lora, alpha in (("thick", 8), ("slanted", 4)):
-        adapter = adapters.read(family / "loras" / f"{lora}.safetensors")
+        adapter = adapters.read_adapter(family / "loras" / f"{lora}.safetensors")
         assert len(adapter.updates) == 252 and set(adapter.updates) <= set(source.shapes)
         assert {update.rank for update in adapter.updates.values()} == {8}
         assert adapter.metadata["ss_network_alpha"] in (str(alpha), str(float(alpha)))
@@ -42,7 +42,7 @@ def test_merging_adds_the_update_and_leaves_the_original_alone():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     before = model[0].weight.clone()
     update = demo.Adapter({"0": adapters.adapter.LowRank(torch.ones(3, 1), torch.ones(1, 4))})
-    changed = demo.merged(model, update)
+    changed = demo.merge_adapter(model, update)
     torch.testing.assert_close(changed[0].weight, before + 1)
     assert torch.equal(model[0].weight, before)
 

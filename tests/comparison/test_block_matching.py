@@ -11,8 +11,8 @@ from spectra import related
 
 from prolora import NonFiniteWeights, UnsupportedFormat, open_base
 from prolora.comparison import block_matching
-from prolora.comparison.block_matching import match_blocks, resolve
-from prolora.workflow.plan import feeds, make_plan
+from prolora.comparison.block_matching import match_blocks, resolve_match
+from prolora.workflow.plan import find_partners, make_plan
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 BLOCK = re.compile(r"(.+\.transformer_blocks)\.(\d+)\.(.+)")
@@ -83,7 +83,7 @@ def test_renumbered_places_are_recovered_like_those_of_the_bk_students():
         if not name.startswith("up_blocks.0.attentions.1.")
     }
     source = open_base(MINI / "source")
-    table, rule = feeds(source, open_base(target), match_blocks(source, open_base(target)))
+    table, rule = find_partners(source, open_base(target), match_blocks(source, open_base(target)))
     module = "up_blocks.0.attentions.{}.transformer_blocks.2.attn1.to_q"
     assert table[module.format(1)] == module.format(2)
     assert table["up_blocks.0.attentions.1.proj_in"] == "up_blocks.0.attentions.2.proj_in"
@@ -222,7 +222,7 @@ def test_deviations_of_random_subspaces_are_standard_normal():
         for k in (3, 5)
     ]
     ranks = [torch.full((40,), k) for k in (3, 5)]
-    phi, chance, spread = block_matching._overlaps(stacks[0], ranks[0], stacks[1], ranks[1])
+    phi, chance, spread = block_matching._measure_overlaps(stacks[0], ranks[0], stacks[1], ranks[1])
     normal = (phi - chance) / spread.sqrt()
     assert abs(float(normal.mean())) < 0.05 and abs(float(normal.std()) - 1) < 0.05
 
@@ -232,8 +232,8 @@ def test_a_plan_by_similarity_says_what_came_second():
     from prolora.adapters.adapter import Adapter
 
     source, target, origin = pruned_pair(0.15, 0)
-    result = resolve("similarity", source, target)
-    assert resolve("name", source, target) == "name"
+    result = resolve_match("similarity", source, target)
+    assert resolve_match("name", source, target) == "name"
     adapter = Adapter(
         {n: LowRank(torch.ones(m, 1), torch.ones(1, k)) for n, (m, k) in source.shapes.items()}
     )

@@ -21,7 +21,7 @@ from prolora import (
     similarity,
     truncated_svd,
 )
-from prolora.bases import load
+from prolora.bases import load_layout
 from prolora.bases.cache import basis_cache
 from prolora.cli import heatmap
 from prolora.comparison import comparison
@@ -191,7 +191,9 @@ def test_blocks_are_matched_by_similarity_and_the_decisions_told():
 def full(layout):
     """A base of full size whose weights take no room."""
     zero = torch.zeros(())
-    return open_base({name: zero.expand(shape) for name, shape in load(layout).shapes.items()})
+    return open_base(
+        {name: zero.expand(shape) for name, shape in load_layout(layout).shapes.items()}
+    )
 
 
 def test_across_widths_the_counts_are_those_of_the_layouts():
@@ -222,7 +224,7 @@ def test_a_weight_that_is_not_finite_is_named():
 def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     found = comparison.compare(MINI / "source", MINI / "pruned")
-    depth, kind = heatmap.by_depth(found), heatmap.by_module(found)
+    depth, kind = heatmap.overlap_by_depth(found), heatmap.overlap_by_module(found)
     place = "up_blocks.0.attentions.2"
     assert {column for row, column in depth if row == place} == {"0", "1", "2", heatmap.AROUND}
     values = [m.above for m in found.modules if f"{place}.transformer_blocks.1." in m.target]
@@ -233,23 +235,25 @@ def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
         if m.target.startswith(place) and m.target.endswith("attn2.to_v")
     ]
     assert len(values) == 3 and kind[place, "attn2.to_v"] == pytest.approx(sum(values) / 3)
-    heatmap.save(found, tmp_path / "map.png")
+    heatmap.save_heatmap(found, tmp_path / "map.png")
     image = image_module.open(tmp_path / "map.png")
     assert image.format == "PNG" and min(image.size) > 400
     colours = {colour for _, colour in image.getcolors(1 << 20)}
-    assert {heatmap.shade(value) for value in [*depth.values(), *kind.values()]} <= colours
+    assert {heatmap.shade_cell(value) for value in [*depth.values(), *kind.values()]} <= colours
 
 
 def test_colours_run_from_pale_to_dark():
-    shades = [sum(heatmap.shade(i / 20)) for i in range(21)]
+    shades = [sum(heatmap.shade_cell(i / 20)) for i in range(21)]
     assert shades == sorted(shades, reverse=True) and len(set(shades)) == 21
-    assert heatmap.shade(-0.1) == heatmap.shade(0) and heatmap.shade(2) == heatmap.shade(1)
+    assert heatmap.shade_cell(-0.1) == heatmap.shade_cell(0) and heatmap.shade_cell(
+        2
+    ) == heatmap.shade_cell(1)
 
 
 def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     quick = comparison.compare(source_weights(), target_weights(), rank=None)
     with pytest.raises(OutputError, match="--quick"):
-        heatmap.save(quick, tmp_path / "x.png")
+        heatmap.save_heatmap(quick, tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(OutputError, match=r'pip install "prolora\[plot\]"'):
         heatmap.check_pillow()
@@ -298,7 +302,7 @@ def test_sdxl_to_flux_is_refused_on_the_command_line(run, tmp_path):
 
     paths = []
     for layout in ("sdxl", "flux1-dev"):
-        keys = {f"{name}.weight": shape for name, shape in load(layout).shapes.items()}
+        keys = {f"{name}.weight": shape for name, shape in load_layout(layout).shapes.items()}
         paths.append(sparse_file(tmp_path / f"{layout}.safetensors", keys))
     code, out, said = run("compare", "--source", paths[0], "--target", paths[1])
     assert code == 2 and not out and "different architectures" in said

@@ -8,9 +8,9 @@ from mini import lora_tensors, source_weights, target_weights
 from spectra import related, weights
 
 import prolora
-from prolora.cli.demo import family
+from prolora.cli.demo import find_models
 from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import MAX_SHIFT, MIN_COSINE, Verdict, judge
+from prolora.comparison.verdict import MAX_SHIFT, MIN_COSINE, Verdict, judge_affinity
 from prolora.errors import NonFiniteWeights
 
 
@@ -80,7 +80,7 @@ def test_a_weight_that_is_not_finite_is_refused():
 
 
 def test_equal_bases_are_copied_at_full_strength():
-    verdict = judge(Affinity.of(weights(32, 32, seed=1), weights(32, 32, seed=1)))
+    verdict = judge_affinity(Affinity.of(weights(32, 32, seed=1), weights(32, 32, seed=1)))
     assert verdict.go and verdict.strength == 1 and verdict.kappa == 0
     assert verdict.decide().method == "copy"
 
@@ -163,7 +163,7 @@ def test_automatic_strength_is_applied_to_every_update():
 
 @pytest.mark.parametrize("target", ["pruned", "finetuned"])
 def test_relatives_of_the_mini_family_are_a_go(target):
-    models = family()
+    models = find_models()
     done = prolora.transfer(models / "loras/thick.safetensors", models / "source", models / target)
     assert done.report.verdict.go and done.report.verdict.cosine > 0.9
     assert 0 < done.report.totals["energy_surviving"] <= 1

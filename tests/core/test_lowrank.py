@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prolora import LowRank, ShapeMismatch
-from prolora.core.recompression import energies
+from prolora.core.recompression import product_energies
 
 
 def random_update(m, n, r, seed=0, batch=()):
@@ -42,7 +42,7 @@ def test_energies_are_the_squared_singular_values(shape, dtype):
     update = random_update(*shape, batch=(2,))
     update.up[1, :, 0] = update.up[1, :, 1]  # of lower rank than it has columns
     up, down = 1e6 * update.up.to(dtype), 1e-6 * update.down.to(dtype)
-    found = energies(up, down)
+    found = product_energies(up, down)
     wanted = torch.zeros(2, max(shape), dtype=torch.float64)
     s = torch.linalg.svdvals(up.double() @ down.double())
     wanted[:, : s.shape[-1]] = s**2

@@ -33,7 +33,7 @@ def relative(a, b):
 def test_factor_form_equals_the_dense_formula(shape, r, method, seed, data):
     source, target, delta = case(*shape, r, seed)
     k = data.draw(st.integers(1, min(shape)))
-    expected = reference.project(delta.dense(), source, target, k, k, method)
+    expected = reference.project_dense(delta.dense(), source, target, k, k, method)
     factors = project(delta, source, target, rank=k, method=method)
     dense = project(delta.dense(), source, target, rank=k, method=method)
     scale = max(1.0, float(expected.norm()))
@@ -47,7 +47,7 @@ def test_factor_form_equals_the_dense_formula(shape, r, method, seed, data):
 def test_energy_rule_gives_each_base_its_own_columns(shape, method, seed):
     source, target, delta = case(*shape, 3, seed)
     ks, kt = (reference.columns_for_energy(w, 0.8) for w in (source, target))
-    expected = reference.project(delta.dense(), source, target, ks, kt, method)
+    expected = reference.project_dense(delta.dense(), source, target, ks, kt, method)
     found, info = project(delta, source, target, rank=0.8, method=method, return_info=True)
     assert (int(info.rank_source), int(info.rank_target)) == (ks, kt)
     assert (found.dense() - expected).norm() < 1e-8 * max(1.0, float(expected.norm()))
@@ -68,7 +68,7 @@ def test_equal_square_bases_of_full_rank_make_every_method_the_identity(n, r, me
 def test_equal_bases_lose_exactly_the_mixed_blocks(m, n, seed, data):
     source, _, delta = case(m, n, 3, seed)
     k = data.draw(st.integers(1, min(m, n) - 1))
-    parts = reference.blocks(delta.dense(), source, k)
+    parts = reference.split_blocks(delta.dense(), source, k)
     found, info = project(delta, source, source, rank=k, return_info=True)
     assert relative(found.dense(), parts["range"] + parts["null"]) < 1e-9
     energy = float(delta.dense().square().sum())
@@ -163,7 +163,7 @@ def test_any_float_dtype_goes_in_and_comes_out(dtype):
     stored = small.to(dtype)
     found = project(stored, source.to(dtype), target.to(dtype), rank=5)
     assert found.dtype == dtype and found.shape == stored.shape
-    exact = reference.project(
+    exact = reference.project_dense(
         stored.to(torch.float64),
         source.to(dtype).double(),
         target.to(dtype).double(),

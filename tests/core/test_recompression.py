@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from prolora.core.recompression import Factored, factored, factored_by_grams, merged
+from prolora.core.recompression import (
+    ProductSvd,
+    factor_product,
+    factor_product_by_grams,
+    merge_products,
+)
 
 
 def panels(conditions: list[float], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -22,10 +27,10 @@ def panels(conditions: list[float], dtype: torch.dtype, seed: int = 0) -> tuple[
     return torch.stack(ups).to(dtype), normal(len(conditions), 6, 50).to(dtype)
 
 
-def of_grams(up: Tensor, down: Tensor) -> Factored:
+def of_grams(up: Tensor, down: Tensor) -> ProductSvd:
     dtype = up.dtype
     up, down = up.double(), down.double()
-    return factored_by_grams(up, down, up @ up.mT, down @ down.mT, dtype)
+    return factor_product_by_grams(up, down, up @ up.mT, down @ down.mT, dtype)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-7)])
@@ -61,14 +66,16 @@ def test_a_rank_beyond_the_width_of_a_layer_is_cut_to_it(m, n):
 
 def test_it_agrees_with_the_way_without_inner_products():
     up, down = panels([5.0, 50.0], torch.float32)
-    assert torch.allclose(of_grams(up, down).s.float(), factored(up.mT, down).s, rtol=1e-5)
+    assert torch.allclose(of_grams(up, down).s.float(), factor_product(up.mT, down).s, rtol=1e-5)
 
 
 def test_parts_that_are_orthogonal_merge_in_descending_order():
     q, p = torch.linalg.qr(torch.randn(2, 40, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
     x, y = torch.linalg.qr(torch.randn(2, 30, 6, dtype=torch.float64))[0].mT.chunk(2, -2)
     weak = torch.tensor([1.0, 0.1, 1e-3], dtype=torch.float64)[:, None]
-    up, s, down, order = merged([of_grams(weak * q, x), of_grams(p, 0.5 * y)], torch.float64)
+    up, s, down, order = merge_products(
+        [of_grams(weak * q, x), of_grams(p, 0.5 * y)], torch.float64
+    )
     assert torch.allclose(up.mT @ down, (weak * q).mT @ x + p.mT @ (0.5 * y), atol=1e-12)
     wanted = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1, 1e-3], dtype=torch.float64)
     assert torch.allclose(s.take_along_dim(order, -1), wanted.expand(2, -1))

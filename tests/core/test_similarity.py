@@ -17,9 +17,12 @@ def test_similarity_equals_the_dense_formula():
     source = weights(40, 60, seed=0)
     target = related(source, 0.3, seed=1)
     found = similarity(source, target, rank=10)
-    (us, vs), (ut, vt) = reference.leading(source, 10), reference.leading(target, 10)
-    assert found.left == pytest.approx(float(reference.overlap(us, ut)) / 10, abs=1e-6)
-    assert found.right == pytest.approx(float(reference.overlap(vs, vt)) / 10, abs=1e-6)
+    (us, vs), (ut, vt) = (
+        reference.leading_vectors(source, 10),
+        reference.leading_vectors(target, 10),
+    )
+    assert found.left == pytest.approx(float(reference.subspace_overlap(us, ut)) / 10, abs=1e-6)
+    assert found.right == pytest.approx(float(reference.subspace_overlap(vs, vt)) / 10, abs=1e-6)
     assert found.chance_left == 10 / 40 and found.chance_right == 10 / 60
 
 

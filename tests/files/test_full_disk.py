@@ -81,9 +81,9 @@ def test_a_lora_that_does_not_fit_stops_no_other(disk: Path, tmp_path: Path) -> 
     lora, source, target = write_case(tmp_path)
     big = tmp_path / "big.safetensors"
     shutil.copy(lora, big)
-    adapter = adapters.read(big)
+    adapter = adapters.read_adapter(big)
     kept = dict(list(adapter.updates.items())[:1])
-    adapters.write(
+    adapters.write_adapter(
         type(adapter)(**(vars(adapter) | {"updates": kept})), tmp_path / "small.safetensors"
     )
     fill(disk)

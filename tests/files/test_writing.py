@@ -74,7 +74,7 @@ def test_views_and_tied_tensors_are_written_whole(tmp_path: Path) -> None:
     [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")],
     ids=["interrupt", "disk full"],
 )
-@pytest.mark.parametrize("step", ["dump", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["dump_safetensors", "fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     step: str, failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,11 +86,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     def fail(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr(writing if step == "dump" else os, step, fail)
+    monkeypatch.setattr(writing if step == "dump_safetensors" else os, step, fail)
     expected = OutputError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         write_safetensors(path, {"a": torch.zeros(4)}, {})
-    if step != "dump":
+    if step != "dump_safetensors":
         with pytest.raises(expected):
             write_text_atomically(path, "text")
     monkeypatch.undo()
@@ -102,12 +102,12 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A faulty disk, played by a writer that changes one sign."""
-    real = writing.dump
+    real = writing.dump_safetensors
 
     def wrong(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         real(path, {name: -tensor for name, tensor in tensors.items()}, metadata)
 
-    monkeypatch.setattr(writing, "dump", wrong)
+    monkeypatch.setattr(writing, "dump_safetensors", wrong)
     with pytest.raises(OutputError, match="a reads back differently"):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(4)}, {})
     assert not list(tmp_path.iterdir())

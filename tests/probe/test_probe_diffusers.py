@@ -113,7 +113,7 @@ def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(t
     assert found.report.gate.share["all"] > 0.8
     assert set(found.adapter.updates) == set(lora)
     found.save(tmp_path / "moved.safetensors")
-    back = adapters.read(tmp_path / "moved.safetensors")
+    back = adapters.read_adapter(tmp_path / "moved.safetensors")
     name = next(iter(lora))
     torch.testing.assert_close(
         back.updates[name].dense(), found.adapter.updates[name].dense(), atol=1e-6, rtol=1e-5

@@ -209,7 +209,7 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
     assert gate["share"]["all"] > 0.5
     assert gate["copy_share"]["all"] < 0.5
     assert told["method"] == "probe"
-    found = adapters.read(tmp_path / "out.safetensors").updates
+    found = adapters.read_adapter(tmp_path / "out.safetensors").updates
     assert set(found) == {row["target"] for row in told["modules"]}
     # Twice the same command: the same file, to the bit.
     for name in ("one", "two"):

@@ -107,7 +107,8 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     assert told["method"] == "copy"
     assert told["probe"]["gate"]["decision"] == "copy"
     before, after = (
-        adapters.read(file) for file in (room / "lora.safetensors", tmp_path / "out.safetensors")
+        adapters.read_adapter(file)
+        for file in (room / "lora.safetensors", tmp_path / "out.safetensors")
     )
     name = next(iter(before.updates))
     torch.testing.assert_close(before.updates[name].dense(), after.updates[name].dense())
@@ -129,7 +130,7 @@ def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     assert json.loads(result.stdout)["probe"]["resumed"] == 1
     told = json.loads(result.stdout)
     assert told["probe"]["gate"]["decision"] == "refuse"
-    assert told["totals"]["mapped"] == len(adapters.read(out).updates) == 8
+    assert told["totals"]["mapped"] == len(adapters.read_adapter(out).updates) == 8
     assert {row["rank_out"] for row in told["modules"]} == {3}
     with safe_open(out, "pt") as file:
         header = file.metadata()
@@ -189,7 +190,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     assert not done.report.rows("skipped")
     conv = next(row for row in done.report.modules if row.source == skipped[0].source)
     assert conv.reason.startswith("copied")
-    assert adapters.read(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
+    assert adapters.read_adapter(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
         prolora_transfer(
             tmp_path / "with.safetensors",
@@ -261,7 +262,7 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     with pytest.raises(UnrelatedBases, match="--method probe"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
     apart = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
-    assert not vae.could_probe(room / "source", apart)
+    assert not vae.can_probe(room / "source", apart)
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", apart, method="copy")
     assert "--method probe" not in str(refused.value)

@@ -55,7 +55,7 @@ def test_together_they_become_what_each_becomes_alone(folder, tmp_path, method):
             outcome.status == "moved"
             and outcome.report.totals["mapped"] == (report.totals["mapped"])
         )
-        both = adapters.read(outcome.out).updates, adapters.read(alone).updates
+        both = adapters.read_adapter(outcome.out).updates, adapters.read_adapter(alone).updates
         assert both[0].keys() == both[1].keys()
         for name, update in both[0].items():
             wanted = both[1][name].dense()

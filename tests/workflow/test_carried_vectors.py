@@ -11,7 +11,7 @@ from prolora.bases import open_base
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError, UnsupportedFormat
 from prolora.workflow.plan import make_plan
-from prolora.workflow.vectors import carry
+from prolora.workflow.vectors import carry_vectors
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 STEM = "lora_unet_" + BLOCK.replace(".", "_")
@@ -38,7 +38,7 @@ def bases(tmp_path):
 def moved(tmp_path, bases, tensors, **options):
     save_file(tensors, tmp_path / "in")
     report = prolora.transfer_file(tmp_path / "in", *bases, tmp_path / "out", **options)
-    return report, prolora.adapters.read(tmp_path / "out")
+    return report, prolora.adapters.read_adapter(tmp_path / "out")
 
 
 def test_norms_go_where_the_matrices_of_their_block_go(tmp_path, bases):
@@ -71,7 +71,7 @@ def test_norms_follow_the_block_rule_and_not_the_name():
         f"up_blocks.1.attentions.{i}.norm.weight": torch.full((8,), 1.0 + i) for i in range(3)
     }
     adapter = Adapter({"up_blocks.1.attentions.2.proj_in": update}, vectors=vectors)
-    found = carry(adapter, make_plan(adapter, source, target, table), source, target)
+    found = carry_vectors(adapter, make_plan(adapter, source, target, table), source, target)
     assert {name: vector[0].item() for name, vector in found.vectors.items()} == {
         "up_blocks.1.attentions.0.norm.weight": 1.0,
         "up_blocks.1.attentions.1.norm.weight": 3.0,
@@ -137,14 +137,14 @@ def test_the_header_says_which_files_the_bases_were(tmp_path):
 
 def test_a_folder_of_shards_is_known_by_samples_of_every_file(tmp_path):
     from prolora.bases import Base
-    from prolora.bases.identity import full_hash, identity
+    from prolora.bases.identity import compute_identity, compute_sha256
 
     files = [tmp_path / f"{i}" for i in range(2)]
     for file in files:
         file.write_bytes(bytes(3 << 20))
     base = Base("b", {}, tmp_path, files)
-    first = identity(base)
-    assert first.startswith("sampled:") and full_hash(base) is None
+    first = compute_identity(base)
+    assert first.startswith("sampled:") and compute_sha256(base) is None
     files[1].write_bytes(bytes(3 << 20)[:-1] + b"x")
-    assert identity(base) != first
-    assert identity(Base("memory", {})) is None
+    assert compute_identity(base) != first
+    assert compute_identity(Base("memory", {})) is None

@@ -11,9 +11,9 @@ from mini import lora_tensors, source_weights, target_weights, write_case
 
 import prolora
 from prolora import LowRank, OutputError, adapters
-from prolora.adapters import Adapter, fused_updates, grouped
+from prolora.adapters import Adapter, fused_updates, group_modules
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.workflow.file_budget import Output
+from prolora.workflow.file_budget import OutputForm
 from prolora.workflow.report import ModuleReport, Report
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -70,12 +70,12 @@ def with_rank_one(adapter):
 
 def halfway(adapter, **written):
     """A size between the least and that of the whole."""
-    sizes = [adapters.file_size(x, **written) for x in (with_rank_one(adapter), adapter)]
+    sizes = [adapters.adapter_file_size(x, **written) for x in (with_rank_one(adapter), adapter)]
     return sum(sizes) // 2
 
 
 def size_on_disk(adapter, path, **written):
-    adapters.write(adapter, path, **written)
+    adapters.write_adapter(adapter, path, **written)
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
@@ -101,10 +101,10 @@ def test_the_file_is_as_large_as_it_may_be_and_no_larger(
     adapter = adapter_of(shapes, ranks, (1, 3, 0.2), spelling=spelling, vectors=vectors)
     written = {"format": format, "dtype": dtype}
     limit = halfway(adapter, **written)
-    smaller = Output(**written, limit=limit).fit(adapter, report_of(adapter))
+    smaller = OutputForm(**written, limit=limit).fit(adapter, report_of(adapter))
     size = size_on_disk(smaller, tmp_path / "out", **written)
-    assert size == adapters.file_size(smaller, **written)
-    column = max(sum(group.shape) for group in grouped(adapter, format)) * dtype.itemsize
+    assert size == adapters.adapter_file_size(smaller, **written)
+    column = max(sum(group.shape) for group in group_modules(adapter, format)) * dtype.itemsize
     # Another column would not fit, with what it adds to the header.
     assert limit - column - 300 < size <= limit
 
@@ -120,10 +120,12 @@ def test_no_column_left_out_has_more_energy_per_byte_than_one_that_is_kept(
 ):
     adapter = adapter_of(UNET, ranks, scales)
     written = {"format": format, "dtype": torch.float16}
-    low, high = (adapters.file_size(x, **written) for x in (with_rank_one(adapter), adapter))
+    low, high = (
+        adapters.adapter_file_size(x, **written) for x in (with_rank_one(adapter), adapter)
+    )
     limit = int(low + share * (high - low))
-    smaller = Output(**written, limit=limit).fit(adapter, report_of(adapter))
-    assert adapters.file_size(smaller, **written) <= limit
+    smaller = OutputForm(**written, limit=limit).fit(adapter, report_of(adapter))
+    assert adapters.adapter_file_size(smaller, **written) <= limit
     kept, left_out = [], []
     for name, update in adapter.updates.items():
         per_byte = torch.linalg.svdvals(update.dense().double()).square() / sum(update.shape)
@@ -140,12 +142,14 @@ def test_no_column_left_out_has_more_energy_per_byte_than_one_that_is_kept(
 def test_a_fused_weight_of_flux_is_cut_as_the_one_matrix_that_the_file_holds(tmp_path):
     adapter = adapter_of(FLUX, (6,), spelling="sgm")
     written = {"format": "kohya", "dtype": torch.float32}
-    smaller = Output(**written, limit=halfway(adapter, **written)).fit(adapter, report_of(adapter))
-    adapters.write(smaller, tmp_path / "out", **written)
-    back = adapters.read(tmp_path / "out")
-    groups = {group.path: group for group in grouped(adapter, "kohya")}
+    smaller = OutputForm(**written, limit=halfway(adapter, **written)).fit(
+        adapter, report_of(adapter)
+    )
+    adapters.write_adapter(smaller, tmp_path / "out", **written)
+    back = adapters.read_adapter(tmp_path / "out")
+    groups = {group.path: group for group in group_modules(adapter, "kohya")}
     assert any(len(group.parts) == 3 for group in groups.values())
-    for cut in grouped(smaller, "kohya"):
+    for cut in group_modules(smaller, "kohya"):
         whole = groups[cut.path].update().dense()
         file = SafetensorsFile(tmp_path / "out").tensors[f"{cut.path}.lora_down.weight"]
         assert file.shape[0] == cut.rank <= groups[cut.path].rank
@@ -161,16 +165,16 @@ def test_what_fits_is_left_as_it_is():
     adapter = adapter_of(UNET, (4, 2))
     report = report_of(adapter)
     rows = list(report.modules)
-    limit = adapters.file_size(adapter)
-    assert Output(limit=limit).fit(adapter, report) is adapter
+    limit = adapters.adapter_file_size(adapter)
+    assert OutputForm(limit=limit).fit(adapter, report) is adapter
     assert report.modules == rows and report.file_limit is None
-    assert Output(limit=limit - 1).fit(adapter, report) is not adapter
+    assert OutputForm(limit=limit - 1).fit(adapter, report) is not adapter
 
 
 def test_the_report_says_what_each_module_lost():
     adapter = adapter_of(UNET, (8,), (1, 0.1))
     report = report_of(adapter)
-    smaller = Output(limit=halfway(adapter)).fit(adapter, report)
+    smaller = OutputForm(limit=halfway(adapter)).fit(adapter, report)
     for row in report.modules:
         whole, cut = adapter.updates[row.source], smaller.updates[row.source]
         assert row.rank_out == cut.rank
@@ -217,20 +221,20 @@ def test_a_size_below_one_column_a_module_is_refused_before_a_weight_is_read(mon
 
 def test_a_size_that_only_the_header_exceeds_is_refused_at_the_end():
     adapter = replace(adapter_of(UNET, (4,)), metadata={"ss_tag_frequency": "x" * 3000})
-    limit = adapters.file_size(with_rank_one(adapter))
-    assert Output(limit=limit).fit(adapter, report_of(adapter))
+    limit = adapters.adapter_file_size(with_rank_one(adapter))
+    assert OutputForm(limit=limit).fit(adapter, report_of(adapter))
     with pytest.raises(OutputError, match=f"takes {-(-limit // 1000)}kB"):
-        Output(limit=limit - 1).fit(adapter, report_of(adapter))
+        OutputForm(limit=limit - 1).fit(adapter, report_of(adapter))
 
 
 def test_biases_alone_cannot_be_cut():
     adapter = Adapter({}, vectors={f"{BLOCK}.ff.net.0.proj.bias": torch.ones(64)})
-    limit = adapters.file_size(adapter)
-    assert Output(limit=limit).fit(adapter, report_of(adapter)) is adapter
+    limit = adapters.adapter_file_size(adapter)
+    assert OutputForm(limit=limit).fit(adapter, report_of(adapter)) is adapter
     with pytest.raises(OutputError, match="too few"):
-        Output(limit=limit - 1).check(adapter)
+        OutputForm(limit=limit - 1).check(adapter)
     with pytest.raises(OutputError, match="too few"):
-        Output(limit=limit - 1).fit(adapter, report_of(adapter))
+        OutputForm(limit=limit - 1).fit(adapter, report_of(adapter))
 
 
 @pytest.mark.parametrize("method", ["copy", "damped", "prolora"])
@@ -255,11 +259,11 @@ def test_files_fit_alone_and_together_and_are_made_again_for_another_size(tmp_pa
 
 
 def test_rows_that_a_part_does_not_use_do_not_widen_a_fused_weight():
-    matrix = fused_updates.matrix("double_blocks.0.img_attn.qkv")
+    matrix = fused_updates.find_flux_weight("double_blocks.0.img_attn.qkv")
     up = torch.randn(36, 4)
     up[:12, 2:] = 0
     whole = LowRank(up, torch.randn(4, 12))
-    parts = fused_updates.unfuse(matrix, whole, matrix.parts)
+    parts = fused_updates.unfuse_update(matrix, whole, matrix.parts)
     assert fused_updates.fused_rank(matrix, parts) == 4
-    again = fused_updates.fuse(matrix, parts)
+    again = fused_updates.fuse_updates(matrix, parts)
     assert torch.equal(again.up, whole.up) and torch.equal(again.down, whole.down)

@@ -74,7 +74,7 @@ def test_a_flux_checkpoint_of_its_authors_is_a_single_file_base(tmp_path, prefix
 @pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
 def test_every_format_is_told(tmp_path, format):
     adapter = adapter_of({**LINEAR, **CONV}, [4, 4, 2], spelling="sgm", dtype=torch.bfloat16)
-    adapters.write(adapter, tmp_path / "out", format=format)
+    adapters.write_adapter(adapter, tmp_path / "out", format=format)
     found = inspect(tmp_path / "out")
     assert found.format == format
     assert found.spelling == ("sgm" if format in ("kohya", "comfy") else "diffusers")
@@ -160,7 +160,7 @@ def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
 
 def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
     adapter = adapter_of({**LINEAR, "text_encoder.text_model.encoder.layers.0.mlp.fc1": (6, 5)})
-    adapters.write(adapter, tmp_path / "lora")
+    adapters.write_adapter(adapter, tmp_path / "lora")
     tensors = load_file(tmp_path / "lora")
     tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
     tensors["lora_unet_mid_block_attentions_0_norm.w_norm"] = torch.ones(3)
@@ -187,7 +187,7 @@ def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
     assert (found.family, found.family_claimed) == ("sd15", "sdxl")
     assert found.base_model == "sd_xl_base_1.0.safetensors"
     console = Console(width=80, record=True, file=io.StringIO())
-    for part in inspect_table.parts(found):
+    for part in inspect_table.description_parts(found):
         console.print(part)
     text = console.export_text()
     assert "SD1.x, by its module names and shapes; its metadata says SDXL" in text
@@ -284,7 +284,7 @@ def test_the_t5_of_flux_is_described_in_the_place_it_is_read_to(tmp_path):
 
 
 def test_alphas_of_a_peft_folder_are_those_of_its_configuration(tmp_path):
-    adapters.write(adapter_of(LINEAR, [4, 2]), tmp_path / "out", format="peft")
+    adapters.write_adapter(adapter_of(LINEAR, [4, 2]), tmp_path / "out", format="peft")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     config |= {"lora_alpha": 1, "alpha_pattern": {"to_q": 3}}
     (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))

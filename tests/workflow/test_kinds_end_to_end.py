@@ -26,19 +26,19 @@ def case(tmp_path):
 def test_a_dora_moves_as_merged_minus_base(case, tmp_path):
     report = prolora.transfer_file(*case, tmp_path / "out", method="prolora", rank=0.9, threshold=0)
     tensors = lora_tensors()
-    for name, update in prolora.adapters.read(tmp_path / "out").updates.items():
+    for name, update in prolora.adapters.read_adapter(tmp_path / "out").updates.items():
         key = "lora_unet_" + name.replace(".", "_")
         up, down = (tensors[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
         source, target = source_weights()[name].double(), target_weights()[name]
         merged = source + 0.5 * up @ down
         merged *= 1.05 * source.norm(dim=1, keepdim=True) / merged.norm(dim=1, keepdim=True)
         ks, kt = (reference.columns_for_energy(w, 0.9) for w in (source, target))
-        expected = reference.project(merged - source, source, target, ks, kt, "prolora")
+        expected = reference.project_dense(merged - source, source, target, ks, kt, "prolora")
         assert (update.dense().double() - expected).norm() < 3e-6 * expected.norm()
     # A bias goes where its module goes; the third block has no place on the target.
     assert (report.vectors, len(report.left_out)) == (8, 4)
     assert "4 tensors of the file stay behind" in " ".join(report.sentences())
-    vectors = prolora.adapters.read(tmp_path / "out").vectors
+    vectors = prolora.adapters.read_adapter(tmp_path / "out").vectors
     assert set(vectors) == {f"{name}.bias" for name in shapes(2)}
     assert all(torch.equal(vector, torch.ones(24)) for vector in vectors.values())
 
@@ -56,7 +56,7 @@ def test_a_dry_run_reads_no_weight_and_factors_nothing(case, monkeypatch):
         raise AssertionError("a dry run did work")
 
     monkeypatch.setattr(Base, "read", never)
-    for name in ("from_dense", "from_product", "from_kronecker"):
+    for name in ("truncate_dense", "truncate_product", "truncate_kronecker"):
         monkeypatch.setattr(truncation, name, never)
     done = plan_report(*case)
     assert {(row.source, row.target, row.shape) for row in done.rows("mapped")} == {

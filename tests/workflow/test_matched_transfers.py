@@ -11,7 +11,7 @@ from spectra import related
 import prolora
 from prolora import LowRank, UnrelatedBases, adapters, cli, open_base
 from prolora.adapters.adapter import Adapter
-from prolora.bases import load
+from prolora.bases import load_layout
 from prolora.comparison import block_matching
 from prolora.workflow.dry_run import plan_report
 
@@ -29,7 +29,7 @@ def student():
 
 
 def updates_of(source):
-    adapter = adapters.read(lora_tensors())
+    adapter = adapters.read_adapter(lora_tensors())
     assert set(adapter.updates) == set(source)
     return adapter.updates
 
@@ -230,7 +230,7 @@ def test_several_loras_are_matched_once(tmp_path, monkeypatch):
 
 def zeros(layout):
     zero = torch.zeros(())
-    return {name: zero.expand(shape) for name, shape in load(layout).shapes.items()}
+    return {name: zero.expand(shape) for name, shape in load_layout(layout).shapes.items()}
 
 
 def test_a_bk_student_gets_the_updates_of_the_blocks_it_was_made_from():

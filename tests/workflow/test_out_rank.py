@@ -3,7 +3,7 @@
 import pytest
 
 from prolora.workflow.options import Options
-from prolora.workflow.out_rank import makes_sense, percentage, size_limit
+from prolora.workflow.out_rank import is_out_rank, parse_percentage, parse_size_limit
 
 
 @pytest.mark.parametrize(
@@ -17,14 +17,14 @@ from prolora.workflow.out_rank import makes_sense, percentage, size_limit
     ],
 )
 def test_a_number_with_a_unit_is_the_size_of_a_file(text, size):
-    assert size_limit(text) == size and makes_sense(text)
-    assert percentage(text) is None
+    assert parse_size_limit(text) == size and is_out_rank(text)
+    assert parse_percentage(text) is None
 
 
 @pytest.mark.parametrize("form", ["100", "exact", "50%", "MB", "0MB", "-1MB", "half", "", 100, 0.5])
 def test_nothing_else_is_a_size(form):
-    assert size_limit(form) is None
-    assert makes_sense(form) == (form in ("exact", "50%", 100, 0.5))
+    assert parse_size_limit(form) is None
+    assert is_out_rank(form) == (form in ("exact", "50%", 100, 0.5))
 
 
 @pytest.mark.parametrize("form", ["50%", "100MB"])

@@ -9,20 +9,22 @@ import torch
 from prolora import LowRank, ShapeMismatch, UnsupportedFormat, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import matrix_shape
-from prolora.bases import load
-from prolora.workflow.plan import feeds, folded, make_plan
+from prolora.bases import load_layout
+from prolora.workflow.plan import find_partners, make_plan, sum_dropped_blocks
 
 
 def base(layout):
     """A base of that layout whose weights take no room: views of one zero."""
     zero = torch.zeros(())
-    return open_base({name: zero.expand(shape) for name, shape in load(layout).shapes.items()})
+    return open_base(
+        {name: zero.expand(shape) for name, shape in load_layout(layout).shapes.items()}
+    )
 
 
 def lora(layout, chosen=None):
     """A rank-1 LoRA on all attention modules of a layout."""
-    shapes = load(layout).shapes
-    names = chosen or load(layout).attention
+    shapes = load_layout(layout).shapes
+    names = chosen or load_layout(layout).attention
     return Adapter(
         {
             name: LowRank(torch.ones(m, 1), torch.ones(1, n))
@@ -75,7 +77,7 @@ def test_the_pairs_of_the_known_layouts(source, target, mapped, skipped, refused
 )
 def test_every_weight_of_a_model_has_its_rule(source, target, mapped, skipped, refused):
     """A LoRA on all of them: convolutions, projections, embeddings and modulation too."""
-    shapes = load(source).shapes
+    shapes = load_layout(source).shapes
     adapter = lora(source, list(shapes))
     plan = make_plan(adapter, base(source), base(target))
     assert (len(plan.pairs), len(plan.skipped), len(plan.refused)) == (mapped, skipped, refused)
@@ -84,20 +86,22 @@ def test_every_weight_of_a_model_has_its_rule(source, target, mapped, skipped, r
 
 def test_projections_are_paired_whether_they_are_convolutions_or_linear():
     """1×1 convolutions in SD1.5, linear in SDXL; 3×3 ones are flattened."""
-    plan = make_plan(lora("sd15", list(load("sd15").shapes)), base("sd15"), base("sdxl"))
+    plan = make_plan(lora("sd15", list(load_layout("sd15").shapes)), base("sd15"), base("sdxl"))
     pairs = {pair.target: pair for pair in plan.pairs}
     into = pairs["down_blocks.2.attentions.0.proj_in"]
     assert into.source == "down_blocks.2.attentions.0.proj_in" and into.shape == (1280, 1280)
-    assert load("sd15").shapes[into.source] == (1280, 1280, 1, 1)
+    assert load_layout("sd15").shapes[into.source] == (1280, 1280, 1, 1)
     conv = pairs["mid_block.resnets.0.conv1"]
     assert conv.shape == (1280, 1280 * 9)
 
 
 def test_modulation_of_flux_is_paired_and_of_other_widths_refused():
-    names = [n for n in load("flux1-dev").shapes if re.search(r"\.norm(1|1_context)?\.linear", n)]
+    names = [
+        n for n in load_layout("flux1-dev").shapes if re.search(r"\.norm(1|1_context)?\.linear", n)
+    ]
     plan = make_plan(lora("flux1-dev", names), base("flux1-dev"), base("flux1-schnell"))
     assert len(plan.pairs) == len(names) == 19 + 19 + 38 and not plan.skipped
-    names = [n for n in load("sd3-medium").shapes if n.endswith(".norm1.linear")]
+    names = [n for n in load_layout("sd3-medium").shapes if n.endswith(".norm1.linear")]
     plan = make_plan(lora("sd3-medium", names), base("sd3-medium"), base("sd3.5-medium"))
     assert len(plan.refused) == 13
     assert "maps between widths" in plan.refused["transformer_blocks.0.norm1.linear"]
@@ -117,7 +121,7 @@ def test_students_that_renumber_their_blocks_are_not_matched_by_name():
     pairs = {pair.target: pair.source for pair in plan.pairs}
     module = "up_blocks.1.attentions.{}.transformer_blocks.0.attn1.to_q"
     assert pairs[module.format(1)] == module.format(2)
-    back, _ = feeds(base("bk-sdm-base"), base("sd15"))
+    back, _ = find_partners(base("bk-sdm-base"), base("sd15"))
     assert back[module.format(2)] == module.format(1)
     assert module.format(1) not in back
 
@@ -127,7 +131,9 @@ def test_matching_students_by_name_would_go_wrong_without_a_word(student, wrong)
     """Equal shapes everywhere: only the pairs themselves tell the rule from equal names."""
     adapter = lora("sd15")
     plan = make_plan(adapter, base("sd15"), base(student))
-    names = {name: name for name in load(student).shapes if name in load("sd15").shapes}
+    names = {
+        name: name for name in load_layout(student).shapes if name in load_layout("sd15").shapes
+    }
     by_name = make_plan(adapter, base("sd15"), base(student), names)
     assert len(by_name.pairs) == len(plan.pairs) and not by_name.refused
     differing = {p.target for p in plan.pairs} & {
@@ -185,7 +191,7 @@ def test_an_update_that_does_not_fit_its_module_names_both_shapes_and_the_tensor
 
 
 def test_a_plan_where_every_width_differs_is_refused():
-    names = [n for n in load("sd15").attention if n.endswith("attn2.to_k")]
+    names = [n for n in load_layout("sd15").attention if n.endswith("attn2.to_k")]
     with pytest.raises(ShapeMismatch, match="no module of this LoRA fits"):
         make_plan(lora("sd15", names), base("sd15"), base("sd21"))
 
@@ -214,7 +220,7 @@ def test_a_users_map_replaces_the_rule_and_may_feed_one_source_to_several_target
 
 def test_text_encoder_modules_pass_through_or_are_skipped_as_asked():
     name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    adapter = lora("sdxl", load("sdxl").attention[:1])
+    adapter = lora("sdxl", load_layout("sdxl").attention[:1])
     adapter.updates[name] = LowRank(torch.ones(768, 1), torch.ones(1, 768))
     plan = make_plan(adapter, base("sdxl"), base("ssd-1b"))
     assert plan.passed == [name] and len(plan.pairs) == 1
@@ -227,7 +233,7 @@ TEXT = "{}.text_model.encoder.layers.0.self_attn.q_proj"
 
 def with_text(layout, *encoders):
     """A LoRA on one attention module and on the named text encoders."""
-    adapter = lora(layout, load(layout).attention[:1])
+    adapter = lora(layout, load_layout(layout).attention[:1])
     for encoder in encoders:
         adapter.updates[TEXT.format(encoder)] = LowRank(torch.ones(8, 1), torch.ones(1, 8))
     return adapter
@@ -292,7 +298,7 @@ def test_updates_of_dropped_blocks_are_summed_onto_the_nearest_survivor():
     }
     skipped = make_plan(adapter, source, target, table)
     assert len(skipped.skipped) == 8 and not skipped.summed
-    assert folded(adapter, skipped) is adapter
+    assert sum_dropped_blocks(adapter, skipped) is adapter
     plan = make_plan(adapter, source, target, table, dropped="sum")
     onto = {0: 1, 2: 1, 3: 4, 5: 4}
     assert plan.summed == {
@@ -301,7 +307,7 @@ def test_updates_of_dropped_blocks_are_summed_onto_the_nearest_survivor():
         for leaf in ("to_q", "to_k")
     }
     assert plan.pairs == skipped.pairs and not plan.skipped
-    whole = folded(adapter, plan)
+    whole = sum_dropped_blocks(adapter, plan)
     assert set(whole.updates) == set(table.values())
     for leaf in ("to_q", "to_k"):
         sums = [
@@ -322,7 +328,7 @@ def test_a_survivor_without_an_update_of_its_own_gets_that_of_the_dropped_block(
     alone = Adapter({name.format(1): adapter.updates[name.format(1)]})
     plan = make_plan(alone, source, target, dropped="sum")
     assert [(p.source, p.target) for p in plan.pairs] == [(name.format(0), name.format(0))]
-    moved = folded(alone, plan).updates
+    moved = sum_dropped_blocks(alone, plan).updates
     torch.testing.assert_close(moved[name.format(0)].dense(), alone.updates[name.format(1)].dense())
     plan = make_plan(lora("sdxl"), base("sdxl"), base("ssd-1b"), dropped="sum")
     assert len(plan.pairs) == 272 and len(plan.summed) == 560 - 272 - 80

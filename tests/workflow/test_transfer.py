@@ -34,7 +34,7 @@ def expected_update(name, rank=0.9, method="prolora", columns=4):
     delta = tensors[f"{key}.lora_up.weight"].double() @ tensors[f"{key}.lora_down.weight"].double()
     source, target = source_weights()[name], target_weights()[name]
     ks, kt = (reference.columns_for_energy(w, rank) for w in (source, target))
-    return reference.project(delta * 2 / columns, source, target, ks, kt, method)
+    return reference.project_dense(delta * 2 / columns, source, target, ks, kt, method)
 
 
 @pytest.mark.parametrize("method", prolora.METHODS)
@@ -44,7 +44,7 @@ def test_the_written_file_holds_the_update_of_the_dense_formula(case, tmp_path, 
     out = tmp_path / ("out" if format == "peft" else "out.safetensors")
     chosen = {"method": method, "format": format, "threshold": 0, "rank": 0.9}
     prolora.transfer_file(lora, source, target, out, **chosen)
-    back = prolora.adapters.read(out)
+    back = prolora.adapters.read_adapter(out)
     assert set(back.updates) == set(shapes(2))
     for name, update in back.updates.items():
         expected = expected_update(name, method=method)
@@ -130,7 +130,7 @@ def test_a_dry_run_has_the_keys_of_a_real_one_and_reads_no_weight(case, monkeypa
 def test_copy_is_bit_for_bit_the_input_on_the_paired_modules(case):
     lora, source, target = case
     done = prolora.transfer(lora, source, target, method="copy")
-    before = prolora.adapters.read(lora)
+    before = prolora.adapters.read_adapter(lora)
     for name, update in done.adapter.updates.items():
         assert torch.equal(update.up, before.updates[name].up)
         assert torch.equal(update.down, before.updates[name].down)
@@ -166,7 +166,7 @@ def test_the_rank_is_cut_to_a_share_of_the_energy_or_of_the_loras_rank(case):
 def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     lora, source, _ = case
     done = prolora.transfer(lora, source, source, rank=24, method="prolora")
-    before = prolora.adapters.read(lora)
+    before = prolora.adapters.read_adapter(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
         torch.testing.assert_close(

@@ -1,8 +1,17 @@
 """LoRA files <-> `Adapter`."""
 
 from .adapter import Adapter
-from .groups import Group, grouped
-from .reading import outline, read
-from .writing import check_format, file_size, write
+from .groups import Group, group_modules
+from .reading import outline_adapter, read_adapter
+from .writing import adapter_file_size, check_format, write_adapter
 
-__all__ = ["Adapter", "Group", "check_format", "file_size", "grouped", "outline", "read", "write"]
+__all__ = [
+    "Adapter",
+    "Group",
+    "adapter_file_size",
+    "check_format",
+    "group_modules",
+    "outline_adapter",
+    "read_adapter",
+    "write_adapter",
+]

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 # A few small factors of a damaged file could otherwise ask for terabytes.
 MAX_SIDE = 1 << 18
 
-NAMES = {
+ALGORITHM_NAMES = {
     "lora": "LoRA",
     "locon": "LoCon",
     "tucker": "LoCon with a Tucker core",
@@ -60,7 +60,7 @@ class Form:
     """What the shapes of a module's tensors say.
 
     Attributes:
-        algorithm: a key of `NAMES`.
+        algorithm: a key of `ALGORITHM_NAMES`.
         out: rows of ΔW.
         inputs: columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows.
         rank: the rank the file states, which alpha is divided by; 0 for none.
@@ -74,7 +74,7 @@ class Form:
     kernel: tuple[int, int] | None = None
 
 
-def family_of(roles: Set[str]) -> str:
+def kind_of_roles(roles: Set[str]) -> str:
     """Which kind of update tensors of these roles make; "lora" if nothing says otherwise."""
     for role in sorted(roles):
         for start, family in (
@@ -93,9 +93,9 @@ def family_of(roles: Set[str]) -> str:
     return "lora"
 
 
-def missing(roles: Set[str]) -> str | None:
+def find_missing_role(roles: Set[str]) -> str | None:
     """A role that is needed and not there, None if nothing is missing."""
-    family = family_of(roles)
+    family = kind_of_roles(roles)
     gone = sorted(_ROLES[family][0] - roles)
     if family == "lokr" and not gone:
         for half in ("lokr_w1", "lokr_w2"):
@@ -108,9 +108,9 @@ def missing(roles: Set[str]) -> str | None:
     return gone[0] if gone else None
 
 
-def surplus(roles: Set[str]) -> str | None:
+def find_surplus_role(roles: Set[str]) -> str | None:
     """A role that does not go with the others, None if all do."""
-    family = family_of(roles)
+    family = kind_of_roles(roles)
     extra = roles - _ROLES[family][0] - _ROLES[family][1]
     if {"dora_scale", "magnitude"} <= roles:
         extra = {"magnitude"}
@@ -122,11 +122,11 @@ def surplus(roles: Set[str]) -> str | None:
     return min(extra) if extra else None
 
 
-def form(shapes: Mapping[str, Shape]) -> Form | None:
+def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     """The form of an update from the shapes of its tensors by role; None if they do not fit."""
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
-    found = _FORMS[family_of(shapes.keys())](shapes)
+    found = _FORMS[kind_of_roles(shapes.keys())](shapes)
     if found is None or not (1 <= found.out <= MAX_SIDE and found.inputs <= MAX_SIDE):
         return None
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
@@ -134,7 +134,7 @@ def form(shapes: Mapping[str, Shape]) -> Form | None:
     return found
 
 
-def _lora(shapes: Mapping[str, Shape]) -> Form | None:
+def _lora_form(shapes: Mapping[str, Shape]) -> Form | None:
     down, up = shapes["down"], shapes["up"]
     core = shapes.get("mid", down)
     fits = len(down) in (2, 4) and len(up) in (2, 4)
@@ -153,7 +153,7 @@ def _lora(shapes: Mapping[str, Shape]) -> Form | None:
     return Form(algorithm, up[0], math.prod(down[1:]), down[0], kernel)
 
 
-def _loha(shapes: Mapping[str, Shape]) -> Form | None:
+def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:
     w1_a, w1_b, w2_a, w2_b = (shapes[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     if any(len(shape) != 2 for shape in (w1_a, w1_b, w2_a, w2_b)):
         return None
@@ -169,7 +169,7 @@ def _loha(shapes: Mapping[str, Shape]) -> Form | None:
     return Form("loha", w1_a[1], w1_b[1] * math.prod(kernel), w1_b[0], kernel) if fits else None
 
 
-def _lokr(shapes: Mapping[str, Shape]) -> Form | None:
+def _lokr_form(shapes: Mapping[str, Shape]) -> Form | None:
     """Rank and scale: alpha counts only where a half is factored, and the inner size is then r."""
     w1 = _whole_or_product(shapes, "lokr_w1")
     w2 = _whole_or_product(shapes, "lokr_w2")
@@ -196,7 +196,7 @@ def _whole_or_product(shapes: Mapping[str, Shape], half: str) -> Shape | None:
     return (a[0], *b[1:]) if a[1] == b[0] else None
 
 
-def _full(shapes: Mapping[str, Shape]) -> Form | None:
+def _difference_form(shapes: Mapping[str, Shape]) -> Form | None:
     diff = shapes["diff"]
     if len(diff) not in (2, 4):
         return None
@@ -204,19 +204,19 @@ def _full(shapes: Mapping[str, Shape]) -> Form | None:
     return Form("full", diff[0], math.prod(diff[1:]), 0, kernel)
 
 
-def _glora(shapes: Mapping[str, Shape]) -> Form | None:
+def _glora_form(shapes: Mapping[str, Shape]) -> Form | None:
     """ΔW = W·a1·a2 + b1·b2; on a convolution a1 and a2 act on its input channels."""
     a1, a2, b1, b2 = (shapes[role] for role in ("a1", "a2", "b1", "b2"))
     if any(len(shape) not in (2, 4) for shape in (a1, a2, b1, b2)):
         return None
     fits = a1[1] == a2[0] and a1[0] == a2[1] and math.prod(a1[2:]) == math.prod(a2[2:]) == 1
-    product = _lora({"up": b1, "down": b2} | ({"mid": shapes["bm"]} if "bm" in shapes else {}))
+    product = _lora_form({"up": b1, "down": b2} | ({"mid": shapes["bm"]} if "bm" in shapes else {}))
     if not fits or product is None or product.inputs % a1[0]:
         return None
     return Form("glora", product.out, product.inputs, a2[0], product.kernel)
 
 
-def _oft(shapes: Mapping[str, Shape]) -> Form | None:
+def _oft_form(shapes: Mapping[str, Shape]) -> Form | None:
     blocks = shapes["oft_blocks"]
     if len(blocks) != 3 or blocks[1] != blocks[2]:
         return None
@@ -227,12 +227,12 @@ def _oft(shapes: Mapping[str, Shape]) -> Form | None:
 
 
 _FORMS: dict[str, Callable[[Mapping[str, Shape]], Form | None]] = {
-    "lora": _lora,
-    "loha": _loha,
-    "lokr": _lokr,
-    "full": _full,
-    "glora": _glora,
-    "oft": _oft,
+    "lora": _lora_form,
+    "loha": _loha_form,
+    "lokr": _lokr_form,
+    "full": _difference_form,
+    "glora": _glora_form,
+    "oft": _oft_form,
 }
 
 

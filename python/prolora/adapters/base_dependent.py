@@ -13,12 +13,12 @@ from torch import Tensor
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
 from . import lycoris
-from .truncation import Factored, from_dense, from_product
+from .truncation import TruncatedUpdate, truncate_dense, truncate_product
 
 Tensors = Mapping[str, Tensor]
 
 
-def dora(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> Tensor:
+def dora_update(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> Tensor:
     """ΔW = m·V/‖V‖ − W with V = W + δ, the norms along the axis that m belongs to.
 
     Args:
@@ -66,7 +66,7 @@ def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tupl
     )
 
 
-def oft(weight: Tensor, tensors: Tensors) -> Tensor:
+def oft_update(weight: Tensor, tensors: Tensors) -> Tensor:
     """ΔW = s·(RᵀW) − W, R block-diagonal with the Cayley transforms (I + Q)(I − Q)⁻¹.
 
     Q is the skew part of a block; `alpha` here bounds its norm (the constraint, per row of W), and
@@ -90,7 +90,7 @@ def oft(weight: Tensor, tensors: Tensors) -> Tensor:
     return update
 
 
-def glora(weight: Tensor, tensors: Tensors) -> LowRank:
+def glora_update(weight: Tensor, tensors: Tensors) -> LowRank:
     """ΔW = W·a1·a2 + b1·b2 without its scale: a product of factors once W is known.
 
     On a convolution a1 and a2 act on the input channels, alike at every place of the kernel.
@@ -100,7 +100,7 @@ def glora(weight: Tensor, tensors: Tensors) -> LowRank:
     same = torch.eye(size, dtype=torch.float64)
     left = weight.double().flatten(1) @ torch.kron(a1, same)
     parts = {"up": tensors["b1"], "down": tensors["b2"]}
-    product = lycoris.lora(parts | ({"mid": tensors["bm"]} if "bm" in tensors else {}))
+    product = lycoris.lora_product(parts | ({"mid": tensors["bm"]} if "bm" in tensors else {}))
     return LowRank(
         torch.cat([left, product.up.double()], 1),
         torch.cat([torch.kron(a2, same), product.down.double()], 0),
@@ -109,11 +109,12 @@ def glora(weight: Tensor, tensors: Tensors) -> LowRank:
 
 def merged_update(
     algorithm: str, weight: Tensor, tensors: Tensors, scale: float, where: str
-) -> Factored:
+) -> TruncatedUpdate:
     """The update of a module whose ΔW depends on W, scale included.
 
     Args:
-        algorithm: as in `algorithms.NAMES`; with DoRA's magnitudes among the tensors, what δ is.
+        algorithm: as in `algorithms.ALGORITHM_NAMES`; with DoRA's magnitudes among the
+            tensors, what δ is.
         weight: W [out, in] or [out, in, kh, kw].
         tensors: role -> tensor.
         scale: α/r.
@@ -123,7 +124,7 @@ def merged_update(
         ShapeMismatch: DoRA's magnitudes fit neither axis, or GLoRA's factors not the weight.
     """
     if algorithm == "oft":
-        return from_dense(oft(weight, tensors).flatten(1))
+        return truncate_dense(oft_update(weight, tensors).flatten(1))
     if algorithm == "glora":
         channels = tensors["a1"].shape[0]
         if channels != weight.shape[1]:
@@ -131,8 +132,8 @@ def merged_update(
                 f"{where}: a1 is for {channels} input channels, the base weight is "
                 f"{list(weight.shape)}"
             )
-        product = glora(weight, tensors)
-        return from_product(LowRank(product.up * scale, product.down))
+        product = glora_update(weight, tensors)
+        return truncate_product(LowRank(product.up * scale, product.down))
     # δ in full: cutting it here would move the norms that the magnitudes are put on.
-    delta = scale * lycoris.dense(algorithm, tensors).reshape(weight.shape)
-    return from_dense(dora(weight, delta, tensors, where).flatten(1))
+    delta = scale * lycoris.dense_update(algorithm, tensors).reshape(weight.shape)
+    return truncate_dense(dora_update(weight, delta, tensors, where).flatten(1))

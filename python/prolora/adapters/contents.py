@@ -10,12 +10,12 @@ from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import algorithms, fused_updates, keys, names, vectors
 from .algorithms import Form
 from .family import guess_family
-from .names import Named
-from .peft_config import METADATA_KEY, PeftScaling, from_config, from_metadata
-from .unread import PEFT_CONFIG, Source
+from .names import ModulePath
+from .peft_config import METADATA_KEY, PeftScaling, scaling_from_config, scalings_from_metadata
+from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
 
-_CONVOLUTION = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+_CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Slot:
         peft: the configuration that gives the scale, if there is one.
     """
 
-    module: Named
+    module: ModulePath
     keys: dict[str, str] = field(default_factory=dict)
     form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
     peft: PeftScaling | None = None
@@ -44,7 +44,7 @@ class Slot:
     def kernel(self) -> tuple[int, int] | None:
         """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
         if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
-            is_3x3 = _CONVOLUTION.search(self.module.name) and self.form.inputs % 9 == 0
+            is_3x3 = _CONVOLUTION_NAME.search(self.module.name) and self.form.inputs % 9 == 0
             return (3, 3) if is_3x3 else None
         return self.form.kernel
 
@@ -64,7 +64,7 @@ class Contents:
     left_out: dict[str, str]
 
 
-def lay_out(source: Source) -> Contents:
+def parse_contents(source: UnreadAdapter) -> Contents:
     """The updates of an adapter in file order; no tensor is read.
 
     Raises:
@@ -72,10 +72,12 @@ def lay_out(source: Source) -> Contents:
         ShapeMismatch: tensors that do not go together.
     """
     if source.config is not None:
-        from_config(source.config, f"{source.where}: {PEFT_CONFIG}")  # may be of no LoRA at all
-    contents = _group(source)
+        scaling_from_config(
+            source.config, f"{source.where}: {PEFT_CONFIG}"
+        )  # may be of no LoRA at all
+    contents = _group_keys(source)
     slots = _settle_t5(contents.slots)
-    scalings = _scalings(source, {slot.module.prefix for slot in slots})
+    scalings = _peft_scalings(source, {slot.module.prefix for slot in slots})
     for slot in slots:
         _check_complete(slot, source)
         _check_shapes(slot, source)
@@ -83,11 +85,11 @@ def lay_out(source: Source) -> Contents:
         _check_config(slot, source)
     _check_parts(slots, source)
     for vector in contents.vectors:
-        vectors.check(vector, source)
+        vectors.check_vector(vector, source)
     return Contents(slots, contents.vectors, contents.left_out)
 
 
-def _group(source: Source) -> Contents:
+def _group_keys(source: UnreadAdapter) -> Contents:
     """The understood keys by module; every other key is a reason to refuse the whole file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
@@ -96,14 +98,14 @@ def _group(source: Source) -> Contents:
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
-        parsed = keys.parse(key, header.shape)
-        if isinstance(parsed, keys.Refusal):
-            raise UnsupportedFormat(refusal(source, key, parsed.algorithm))
-        if isinstance(parsed, keys.LeftOut):
+        parsed = keys.parse_key(key, header.shape)
+        if isinstance(parsed, keys.RefusedKey):
+            raise UnsupportedFormat(explain_refusal(source, key, parsed.algorithm))
+        if isinstance(parsed, keys.LeftOutKey):
             left_out[key] = parsed.reason
         elif parsed is None:
             unknown.append(key)
-        elif isinstance(parsed, keys.Vector):
+        elif isinstance(parsed, keys.VectorKey):
             vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
             other = found.setdefault(vector.name, vector)
             if other is not vector:
@@ -127,7 +129,7 @@ def _group(source: Source) -> Contents:
     return Contents(list(slots.values()), list(found.values()), left_out)
 
 
-def refusal(source: Source, key: str, algorithm: str) -> str:
+def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
     """What to tell the user about an adapter type that is not read."""
     return (
         f"{source.where}: {key} makes this {keys.REASONS[algorithm]}, which prolora does not read. "
@@ -135,7 +137,7 @@ def refusal(source: Source, key: str, algorithm: str) -> str:
     )
 
 
-def _refuse_unknown(unknown: list[str], source: Source) -> None:
+def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
     if any(keys.is_base_weight(key) for key in unknown) and not any(
@@ -166,7 +168,7 @@ def _settle_t5(slots: list[Slot]) -> list[Slot]:
     modules = [name for slot in slots for name in slot.module.modules]
     originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
     has_second_clip = any(
-        names.place(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
+        names.find_component(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
     )
     inputs = dict.fromkeys([*modules, *originals], 0)
     if has_second_clip or guess_family(inputs, {}) == "sd3":
@@ -179,25 +181,25 @@ def _settle_t5(slots: list[Slot]) -> list[Slot]:
     return slots
 
 
-def _scalings(source: Source, prefixes: set[str]) -> dict[str, PeftScaling]:
+def _peft_scalings(source: UnreadAdapter, prefixes: set[str]) -> dict[str, PeftScaling]:
     """Component prefix -> the configuration its modules are scaled by."""
     if source.config is not None:
-        scaling = from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
+        scaling = scaling_from_config(source.config, f"{source.where}: {PEFT_CONFIG}")
         return dict.fromkeys(prefixes, scaling)
-    return from_metadata(source.metadata, prefixes, source.where)
+    return scalings_from_metadata(source.metadata, prefixes, source.where)
 
 
-def _check_complete(slot: Slot, source: Source) -> None:
+def _check_complete(slot: Slot, source: UnreadAdapter) -> None:
     """Every tensor of the update must be there, and none of another kind."""
     present = next(iter(slot.keys.values()))
-    role = algorithms.missing(slot.keys.keys())
+    role = algorithms.find_missing_role(slot.keys.keys())
     if role is not None:
         what = f"the {role} factor of {slot.module.name}"
         raise UnsupportedFormat(
             f"{source.where}: {present} has no partner: {what} is missing, so the file is "
             "incomplete; download or save it again"
         )
-    role = algorithms.surplus(slot.keys.keys())
+    role = algorithms.find_surplus_role(slot.keys.keys())
     if role is not None:
         raise UnsupportedFormat(
             f"{source.where}: {slot.keys[role]} does not go with {present}: one update of "
@@ -205,7 +207,7 @@ def _check_complete(slot: Slot, source: Source) -> None:
         )
 
 
-def _check_shapes(slot: Slot, source: Source) -> None:
+def _check_shapes(slot: Slot, source: UnreadAdapter) -> None:
     """Finds the form of the update, or says which tensors do not fit."""
     headers = {role: source.headers[key] for role, key in slot.keys.items()}
     for role, header in headers.items():
@@ -215,7 +217,7 @@ def _check_shapes(slot: Slot, source: Source) -> None:
                 "point"
             )
     if "oft_blocks" in headers and len(headers["oft_blocks"].shape) == 4:
-        raise UnsupportedFormat(refusal(source, slot.keys["oft_blocks"], "boft"))
+        raise UnsupportedFormat(explain_refusal(source, slot.keys["oft_blocks"], "boft"))
     for role in ("alpha", "scalar"):
         if role in headers and headers[role].shape not in ((), (1,), (1, 1)):
             raise ShapeMismatch(
@@ -227,28 +229,28 @@ def _check_shapes(slot: Slot, source: Source) -> None:
                 f"{source.where}: {slot.keys[role]} {list(header.shape)} holds no numbers; remove "
                 f"the tensors of {slot.module.name}, which does nothing, or save the file again"
             )
-    form = algorithms.form({role: header.shape for role, header in headers.items()})
+    form = algorithms.derive_form({role: header.shape for role, header in headers.items()})
     if form is None:
         listed = " and ".join(
             f"{slot.keys[role]} {list(header.shape)}"
             for role, header in sorted(headers.items(), key=lambda item: item[0] != "up")
             if role not in ("alpha", "scalar")
         )
-        raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_wanted(slot)}")
+        raise ShapeMismatch(f"{source.where}: {listed} do not multiply: {_expected_shapes(slot)}")
     slot.form = form
     if slot.module.matrix:
         where = f"{source.where}: {next(iter(slot.keys.values()))}"
-        fused_updates.rows(slot.module.matrix, form.out, where)
+        fused_updates.split_rows(slot.module.matrix, form.out, where)
 
 
-def scale_of(slot: Slot, source: Source) -> float:
+def scale_of(slot: Slot, source: UnreadAdapter) -> float:
     """The factor in front of an update; reads no more than its alpha and scalar.
 
     Raises:
         NonFiniteWeights: one of the two is not finite.
         UnsupportedFormat: alpha and the PEFT configuration contradict each other.
     """
-    alpha = _number(slot, "alpha", source)
+    alpha = _read_number(slot, "alpha", source)
     # OFT's alpha is a constraint; differences of weights and full LoKrs have no scale.
     has_scale = slot.form.rank > 0 and slot.form.algorithm != "oft"
     scale = 1.0
@@ -263,11 +265,11 @@ def scale_of(slot: Slot, source: Source) -> float:
                 f"configuration for {configured:.6g}; remove the one that is wrong"
             )
         scale = configured
-    scalar = _number(slot, "scalar", source)
+    scalar = _read_number(slot, "scalar", source)
     return scale if scalar is None else scale * scalar
 
 
-def _number(slot: Slot, role: str, source: Source) -> float | None:
+def _read_number(slot: Slot, role: str, source: UnreadAdapter) -> float | None:
     """The value of a tensor of one number, None if the slot has none of that role."""
     if role not in slot.keys:
         return None
@@ -277,27 +279,28 @@ def _number(slot: Slot, role: str, source: Source) -> float | None:
     return value
 
 
-def _wanted(slot: Slot) -> str:
+def _expected_shapes(slot: Slot) -> str:
     """The shapes there should be."""
-    family = algorithms.family_of(slot.keys.keys())
+    family = algorithms.kind_of_roles(slot.keys.keys())
     if family == "lora" and "mid" not in slot.keys:
         return (
             "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
         )
-    return f"they are not the shapes of a {algorithms.NAMES[family]}"
+    return f"they are not the shapes of a {algorithms.ALGORITHM_NAMES[family]}"
 
 
-def _check_config(slot: Slot, source: Source) -> None:
+def _check_config(slot: Slot, source: UnreadAdapter) -> None:
     """A configuration for other ranks or another kind describes another file."""
     if slot.peft is None:
         return
     what = PEFT_CONFIG if source.config is not None else METADATA_KEY
     first = next(iter(slot.keys.values()))
-    family = algorithms.family_of(slot.keys.keys())
+    family = algorithms.kind_of_roles(slot.keys.keys())
     if family != slot.peft.method:
         raise UnsupportedFormat(
-            f"{source.where}: {first} is part of a {algorithms.NAMES[family]}, but {what} is that "
-            f"of a {algorithms.NAMES[slot.peft.method]}, so the scale is not known"
+            f"{source.where}: {first} is part of a {algorithms.ALGORITHM_NAMES[family]}, but "
+            f"{what} is that of a {algorithms.ALGORITHM_NAMES[slot.peft.method]}, so the "
+            "scale is not known"
         )
     rank = slot.peft.rank(slot.module.local)
     if rank != slot.form.rank and (family == "lora" or slot.form.rank):
@@ -313,7 +316,7 @@ def _check_config(slot: Slot, source: Source) -> None:
         )
 
 
-def _check_parts(slots: list[Slot], source: Source) -> None:
+def _check_parts(slots: list[Slot], source: UnreadAdapter) -> None:
     """No module may have an update of its own and one in a fused weight."""
     seen: dict[str, str] = {}
     for slot in slots:

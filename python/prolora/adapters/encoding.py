@@ -16,7 +16,7 @@ from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from . import names, vectors
 from .adapter import Adapter
-from .groups import Group, grouped, is_fused, paths_of
+from .groups import Group, find_paths, group_modules, is_fused
 from .peft_config import Patterns
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
@@ -25,7 +25,7 @@ FORMATS = ("kohya", "diffusers", "peft", "comfy")
 _ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
 
 
-def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def encode_adapter(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of an adapter file, by key.
 
     Args:
@@ -44,13 +44,13 @@ def encode(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tenso
         update = group.update()
         if _has_alpha(format) and update.rank != alpha:
             update = LowRank(update.up.double() * (update.rank / alpha), update.down)
-        return _cast(group.modules[0], update, dtype)
+        return _cast_factors(group.modules[0], update, dtype)
 
-    return _tensors(adapter, format, dtype, factors)
+    return _encode_groups(adapter, format, dtype, factors)
 
 
-def outline(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`encode` without the numbers of the updates: their factors are on the meta device."""
+def outline_tensors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`encode_adapter` without the numbers of the updates: their factors are on the meta device."""
 
     def factors(group: Group, _: int) -> LowRank:
         m, n = group.shape
@@ -59,42 +59,42 @@ def outline(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tens
             torch.empty(group.rank, n, dtype=dtype, device="meta"),
         )
 
-    return _tensors(adapter, format, dtype, factors)
+    return _encode_groups(adapter, format, dtype, factors)
 
 
-def _tensors(
+def _encode_groups(
     adapter: Adapter, format: str, dtype: torch.dtype, factors: Callable[[Group, int], LowRank]
 ) -> dict[str, Tensor]:
     """The tensors by key; `factors` makes a group's, for the alpha of the file."""
     tensors: dict[str, Tensor] = {}
-    groups = grouped(adapter, format)
+    groups = group_modules(adapter, format)
     alpha = common_rank(group.rank for group in groups)
     for group in groups:
         name = group.modules[0]
-        up, down = _shaped(name, factors(group, alpha), adapter.kernels.get(name))
+        up, down = _shape_factors(name, factors(group, alpha), adapter.kernels.get(name))
         if _has_alpha(format):
             tensors[f"{group.path}.lora_up.weight"] = up
             tensors[f"{group.path}.lora_down.weight"] = down
-            tensors[f"{group.path}.alpha"] = _alpha(alpha, dtype)
+            tensors[f"{group.path}.alpha"] = _alpha_tensor(alpha, dtype)
         else:
             tensors[f"{group.path}.lora_B.weight"] = up
             tensors[f"{group.path}.lora_A.weight"] = down
-    return tensors | _vectors(adapter, format, dtype)
+    return tensors | _encode_vectors(adapter, format, dtype)
 
 
 def _has_alpha(format: str) -> bool:
     return format in ("kohya", "comfy")
 
 
-def _vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of biases and normalisation layers."""
-    whole = vectors.fused(adapter.vectors, is_fused(adapter, format))
-    roles = vectors.roles(whole)
+    whole = vectors.fuse_vectors(adapter.vectors, is_fused(adapter, format))
+    roles = vectors.vector_suffixes(whole)
     if format in ("diffusers", "peft"):
         roles = dict.fromkeys(whole, "lora_B.bias")
     paths = vector_paths(adapter, format)
     return {
-        f"{paths[vectors.module_of(name)]}.{role}": vectors.cast(name, whole[name], dtype)
+        f"{paths[vectors.module_of(name)]}.{role}": vectors.cast_vector(name, whole[name], dtype)
         for name, role in roles.items()
     }
 
@@ -114,8 +114,8 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
             f"{homeless[0]}. Write it with --format kohya or comfy, or leave them out (--vectors "
             "skip)"
         )
-    whole = vectors.fused(adapter.vectors, is_fused(adapter, format))
-    return paths_of(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
+    whole = vectors.fuse_vectors(adapter.vectors, is_fused(adapter, format))
+    return find_paths(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
 
 
 def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
@@ -123,13 +123,13 @@ def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
     return vector.endswith(".bias") and vectors.module_of(vector) in adapter.updates
 
 
-def ranks(adapter: Adapter, format: str) -> set[int]:
+def file_ranks(adapter: Adapter, format: str) -> set[int]:
     """All ranks there will be in a file of that format; a fused weight has the sum of its parts'.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
-    return {group.rank for group in grouped(adapter, format)}
+    return {group.rank for group in group_modules(adapter, format)}
 
 
 def common_rank(ranks: Iterable[int]) -> int:
@@ -144,14 +144,14 @@ def common_rank(ranks: Iterable[int]) -> int:
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
-def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
+def _cast_factors(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
     """The factors in `dtype`, balanced by a power of two if the dtype cannot hold them as is."""
     if len(update.shape) != 2:
         raise ShapeMismatch(f"{name}: an update {list(update.shape)} is not one matrix")
     cast = update.to(dtype)
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{name}: the update holds NaN or Inf, so nothing is written")
-    if _holds(cast, update, dtype):
+    if _survives_cast(cast, update, dtype):
         return cast
     # A power of two moves size from one factor to the other without rounding.
     ratio = update.down.abs().max().item() / max(update.up.abs().max().item(), 1e-300)
@@ -163,12 +163,12 @@ def _cast(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
     cast = balanced.to(dtype)
     if not (is_finite(cast.up) and is_finite(cast.down)):
         raise NonFiniteWeights(f"{name}: the update overflows in {dtype}; write --dtype float32")
-    if not _holds(cast, balanced, dtype):
+    if not _survives_cast(cast, balanced, dtype):
         raise OutputError(f"{name}: the update is too small for {dtype}; write --dtype float32")
     return cast
 
 
-def _holds(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
+def _survives_cast(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
     """Whether both factors survive the cast to within the rounding of the dtype."""
     limit = _ROUNDING.get(dtype, 2.0**-20)
     return all(
@@ -178,7 +178,9 @@ def _holds(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
     )
 
 
-def _shaped(name: str, update: LowRank, kernel: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+def _shape_factors(
+    name: str, update: LowRank, kernel: tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
     """Factors as files keep them: up [out, r], down [r, in], or [out, r, 1, 1], [r, in, kh, kw]."""
     up, down = update.up.contiguous(), update.down.contiguous()
     if kernel is None:
@@ -188,7 +190,7 @@ def _shaped(name: str, update: LowRank, kernel: tuple[int, int] | None) -> tuple
     return up[:, :, None, None], down.reshape(update.rank, -1, *kernel)
 
 
-def _alpha(value: int, dtype: torch.dtype) -> Tensor:
+def _alpha_tensor(value: int, dtype: torch.dtype) -> Tensor:
     """Alpha as a 0-d tensor, in the factors' dtype if that can hold it."""
     alpha = torch.tensor(float(value), dtype=dtype)
     return alpha if alpha.item() == value else torch.tensor(float(value))
@@ -204,12 +206,12 @@ def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, 
     ranks = {
         name: update.rank
         for name, update in adapter.updates.items()
-        if component in (None, names.place(name))
+        if component in (None, names.find_component(name))
     }
     common = Counter(ranks.values()).most_common(1)[0][0]
     local = {_config_name(name): rank for name, rank in ranks.items()}
     pattern = {name: rank for name, rank in local.items() if rank != common}
-    pattern = _anchored(pattern, local, common)
+    pattern = _anchor_patterns(pattern, local, common)
     return {
         "peft_type": "LORA",
         "r": common,
@@ -232,7 +234,7 @@ def _config_name(name: str) -> str:
     return re.sub(r"^text_model\.(?=encoder\.)", "", names.local_name(name))
 
 
-def _anchored(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
+def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
     """The pattern, in the `^…` form where a plain name would also catch longer ones.
 
     `proj_out` also fits `single_transformer_blocks.0.proj_out`: PEFT reads the keys as regular
@@ -253,7 +255,7 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any] | None:
     if len({update.rank for update in adapter.updates.values()}) <= 1:
         return None
     table: dict[str, Any] = {}
-    for component in dict.fromkeys(map(names.place, adapter.updates)):
+    for component in dict.fromkeys(map(names.find_component, adapter.updates)):
         for option, value in peft_config(adapter, component=component).items():
             table[f"{component}.{option}"] = value
     return table

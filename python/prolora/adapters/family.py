@@ -55,9 +55,9 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
         metadata: header metadata of the file.
     """
     claimed = claimed_family(metadata)
-    unet = [name for name in inputs if names.place(name) == "unet"]
+    unet = [name for name in inputs if names.find_component(name) == "unet"]
     if not unet:
-        transformer = [name for name in inputs if names.place(name) == "transformer"]
+        transformer = [name for name in inputs if names.find_component(name) == "transformer"]
         return _transformer_family(transformer, inputs) or claimed
     widths = (inputs[name] for name in unet if name.endswith(_CONTEXT))
     context = next((width for width in widths if width), None)

@@ -63,7 +63,7 @@ _BLOCK_BACK = re.compile(r"(single_)?transformer_blocks\.(\d{1,3})\.(.+)")
 
 
 @dataclass(frozen=True)
-class Matrix:
+class FluxWeight:
     """A weight of the original checkpoint.
 
     Attributes:
@@ -82,7 +82,7 @@ class Matrix:
         return tuple(4 if part.endswith(".proj_mlp") else 1 for part in self.parts)
 
 
-def matrix(name: str) -> Matrix | None:
+def find_flux_weight(name: str) -> FluxWeight | None:
     """The original weight of that name, None if there is none.
 
     XLabs' processors are names too, and so are the parts that OneTrainer counts from 0
@@ -94,7 +94,7 @@ def matrix(name: str) -> Matrix | None:
     if name == "img_in.proj":  # OneTrainer's name of it
         name = "img_in"
     if name in _OUTSIDE:
-        return Matrix(name, (_OUTSIDE[name],), swapped=_OUTSIDE[name] == "norm_out.linear")
+        return FluxWeight(name, (_OUTSIDE[name],), swapped=_OUTSIDE[name] == "norm_out.linear")
     if match := _XLABS.fullmatch(name):
         return _xlabs_matrix(match[1], match[2], match[3])
     match = _BLOCK.fullmatch(name)
@@ -109,38 +109,38 @@ def matrix(name: str) -> Matrix | None:
     else:
         return None
     prefix = f"{block}transformer_blocks.{match[2]}."
-    return Matrix(name, tuple(prefix + part for part in parts))
+    return FluxWeight(name, tuple(prefix + part for part in parts))
 
 
-def _xlabs_matrix(kind: str, block: str, processor: str) -> Matrix | None:
+def _xlabs_matrix(kind: str, block: str, processor: str) -> FluxWeight | None:
     if kind == "double":
         name = _XLABS_DOUBLE.get(processor)
-        return matrix(f"double_blocks.{block}.{name}") if name else None
+        return find_flux_weight(f"double_blocks.{block}.{name}") if name else None
     if processor == "proj_lora":
-        return matrix(f"single_blocks.{block}.linear2")
+        return find_flux_weight(f"single_blocks.{block}.linear2")
     if processor != "qkv_lora":
         return None
     # No feed-forward rows here, unlike in `linear1`.
-    linear1 = matrix(f"single_blocks.{block}.linear1")
-    return linear1 and Matrix(f"single_blocks.{block}.qkv", linear1.parts[:3])
+    linear1 = find_flux_weight(f"single_blocks.{block}.linear1")
+    return linear1 and FluxWeight(f"single_blocks.{block}.qkv", linear1.parts[:3])
 
 
-def matrix_of(module: str) -> Matrix | None:
+def find_weight_holding(module: str) -> FluxWeight | None:
     """The original weight that a canonical module is, or is rows of."""
     for name, canonical in _OUTSIDE.items():
         if canonical == module:
-            return matrix(name)
+            return find_flux_weight(name)
     match = _BLOCK_BACK.fullmatch(module)
     if not match:
         return None
     kind, table = ("single", _SINGLE) if match[1] else ("double", _DOUBLE)
     for original, parts in table.items():
         if match[3] in parts:
-            return matrix(f"{kind}_blocks.{match[2]}.{original}")
+            return find_flux_weight(f"{kind}_blocks.{match[2]}.{original}")
     return None
 
 
-def rows(whole: Matrix, height: int, where: str) -> list[int]:
+def split_rows(whole: FluxWeight, height: int, where: str) -> list[int]:
     """The height of every part of a weight of `height` rows.
 
     Raises:
@@ -155,7 +155,7 @@ def rows(whole: Matrix, height: int, where: str) -> list[int]:
     return [share * unit * (2 if whole.swapped else 1) for share in whole.shares]
 
 
-def split(whole: Matrix, update: LowRank, where: str) -> dict[str, LowRank]:
+def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, LowRank]:
     """The updates of the parts; exact.
 
     Columns of `up` that are zero in all rows of a part say nothing about it and are left out: this
@@ -170,9 +170,9 @@ def split(whole: Matrix, update: LowRank, where: str) -> dict[str, LowRank]:
     Raises:
         ShapeMismatch: the rows are not those of the parts.
     """
-    heights = rows(whole, update.shape[0], where)
+    heights = split_rows(whole, update.shape[0], where)
     if len(whole.parts) == 1:
-        up = swapped_halves(update.up) if whole.swapped else update.up
+        up = swap_halves(update.up) if whole.swapped else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
     found = {}
     for part, up in zip(whole.parts, update.up.split(heights), strict=True):
@@ -186,7 +186,7 @@ def split(whole: Matrix, update: LowRank, where: str) -> dict[str, LowRank]:
     return {part: LowRank(up.clone(), update.down.clone()) for part, up in parts}
 
 
-def fused_height(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
+def fused_height(whole: FluxWeight, parts: Mapping[str, LowRank]) -> int:
     """The rows of `whole`, from those of some of its parts.
 
     Raises:
@@ -203,8 +203,8 @@ def fused_height(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
     return int(units.pop()) * sum(whole.shares)
 
 
-def fused_rank(whole: Matrix, parts: Mapping[str, LowRank]) -> int:
-    """The rank that `fuse` comes to."""
+def fused_rank(whole: FluxWeight, parts: Mapping[str, LowRank]) -> int:
+    """The rank that `fuse_updates` comes to."""
     updates = list(parts.values())
     if len(whole.parts) == 1 or _share_down(updates):
         return updates[0].rank
@@ -216,7 +216,7 @@ def _share_down(updates: list[LowRank]) -> bool:
     return all(update.down is first or torch.equal(update.down, first) for update in updates)
 
 
-def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
+def fuse_updates(whole: FluxWeight, parts: Mapping[str, LowRank]) -> LowRank:
     """The update of the original weight, from those of its parts; a part without one gets zeros.
 
     Where all parts have one `down`, it is kept and the rank with it. Otherwise `up` is
@@ -227,7 +227,7 @@ def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
     """
     if len(whole.parts) == 1:
         update = parts[whole.parts[0]]
-        return LowRank(swapped_halves(update.up), update.down) if whole.swapped else update
+        return LowRank(swap_halves(update.up), update.down) if whole.swapped else update
     unit = fused_height(whole, parts) // sum(whole.shares)
     present = [name for name in whole.parts if name in parts]
     first = parts[present[0]]
@@ -246,22 +246,22 @@ def fuse(whole: Matrix, parts: Mapping[str, LowRank]) -> LowRank:
     return LowRank(up, down)
 
 
-def unfuse(whole: Matrix, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
-    """Some parts of an update of the original weight, as `fuse` puts them together again.
+def unfuse_update(whole: FluxWeight, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
+    """Some parts of an update of the original weight, as `fuse_updates` puts them together again.
 
-    All keep the whole `down`, so that its rank stays what it is; `split` leaves out what a part
-    does not use.
+    All keep the whole `down`, so that its rank stays what it is; `split_update` leaves out what a
+    part does not use.
     """
     if len(whole.parts) == 1:
-        up = swapped_halves(update.up) if whole.swapped else update.up
+        up = swap_halves(update.up) if whole.swapped else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
-    tops = update.up.split(rows(whole, update.shape[0], whole.name))
+    tops = update.up.split(split_rows(whole, update.shape[0], whole.name))
     found = dict(zip(whole.parts, tops, strict=True))
     # Copies: parts must not share memory that a caller may write to.
     return {name: LowRank(found[name].clone(), update.down.clone()) for name in modules}
 
 
-def swapped_halves(tensor: Tensor) -> Tensor:
+def swap_halves(tensor: Tensor) -> Tensor:
     """The lower half of the rows above the upper half."""
     upper, lower = tensor.chunk(2)
     return torch.cat([lower, upper])

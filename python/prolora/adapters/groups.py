@@ -25,7 +25,7 @@ class Group:
 
     path: str
     parts: dict[str, LowRank]
-    matrix: fused_updates.Matrix | None
+    matrix: fused_updates.FluxWeight | None
 
     @property
     def modules(self) -> list[str]:
@@ -47,12 +47,12 @@ class Group:
 
     def update(self) -> LowRank:
         """The factors in the file."""
-        return fused_updates.fuse(self.matrix, self.parts) if self.matrix else self._first
+        return fused_updates.fuse_updates(self.matrix, self.parts) if self.matrix else self._first
 
     def split(self, update: LowRank) -> dict[str, LowRank]:
         """Module -> its part of other factors of the same shape."""
         if self.matrix:
-            return fused_updates.unfuse(self.matrix, update, self.parts)
+            return fused_updates.unfuse_update(self.matrix, update, self.parts)
         return {self.modules[0]: update}
 
     @property
@@ -60,17 +60,17 @@ class Group:
         return self.parts[self.modules[0]]
 
 
-def grouped(adapter: Adapter, format: str) -> list[Group]:
+def group_modules(adapter: Adapter, format: str) -> list[Group]:
     """What a file of that format consists of."""
     members: dict[str, list[str]] = {}
-    for name, path in paths(adapter, format).items():
+    for name, path in file_paths(adapter, format).items():
         members.setdefault(path, []).append(name)
     fused = is_fused(adapter, format)
     return [
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
-            fused_updates.matrix_of(modules[0]) if fused else None,
+            fused_updates.find_weight_holding(modules[0]) if fused else None,
         )
         for path, modules in members.items()
     ]
@@ -81,19 +81,19 @@ def is_fused(adapter: Adapter, format: str) -> bool:
     return format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
 
 
-def paths(adapter: Adapter, format: str) -> dict[str, str]:
+def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
     """Canonical name -> module path in the keys of `format`; parts of a fused weight share one.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
-    found = paths_of(adapter, format, list(adapter.updates))
+    found = find_paths(adapter, format, list(adapter.updates))
     if format == "peft":
         _check_one_component(list(adapter.updates))
     return found
 
 
-def paths_of(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
+def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
     """The paths of some modules of an adapter, also of those it only has vectors of."""
     spelling = _kohya_spelling(adapter)
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
@@ -103,7 +103,7 @@ def paths_of(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str
     siblings = [*adapter.updates, *modules]
     original = _is_flux(adapter)
     for name in modules:
-        if format == "comfy" and names.place(name) == "transformer" and not original:
+        if format == "comfy" and names.find_component(name) == "transformer" and not original:
             path = None
         elif format == "kohya":
             path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
@@ -123,7 +123,7 @@ def paths_of(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str
 
 def _check_one_component(modules: list[str]) -> None:
     """A PEFT folder belongs to one model, and does not say to which text encoder."""
-    places = {names.place(name) for name in modules}
+    places = {names.find_component(name) for name in modules}
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
             f"a PEFT folder holds one model, but this adapter has modules of "
@@ -141,7 +141,7 @@ def _kohya_spelling(adapter: Adapter) -> str:
     modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    if any(names.place(name) == "transformer" for name in modules):
+    if any(names.find_component(name) == "transformer" for name in modules):
         from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
         return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
     return adapter.spelling
@@ -151,14 +151,14 @@ def _is_flux(adapter: Adapter) -> bool:
     """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
     inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
     is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
-    transformer = (name for name in inputs if names.place(name) == "transformer")
-    return is_flux and all(fused_updates.matrix_of(name) for name in transformer)
+    transformer = (name for name in inputs if names.find_component(name) == "transformer")
+    return is_flux and all(fused_updates.find_weight_holding(name) for name in transformer)
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:
     """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
     return any(
-        names.place(name) in ("text_encoder_2", "text_encoder_3", "transformer")
+        names.find_component(name) in ("text_encoder_2", "text_encoder_3", "transformer")
         or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
         for name, update in adapter.updates.items()
     )

@@ -45,7 +45,7 @@ _VECTOR = re.compile(
 
 
 @dataclass(frozen=True)
-class Key:
+class FactorKey:
     """A key that is understood: one tensor of one module's update.
 
     Attributes:
@@ -53,12 +53,12 @@ class Key:
         role: "down", "up", "mid", "alpha", "dora_scale", "magnitude" or LyCORIS' own suffix.
     """
 
-    module: names.Named
+    module: names.ModulePath
     role: str
 
 
 @dataclass(frozen=True)
-class Vector:
+class VectorKey:
     """A key of what is added to a bias, or to the weight of a normalisation layer.
 
     Attributes:
@@ -67,20 +67,20 @@ class Vector:
         scaled: the scale of the module's update is in front of it.
     """
 
-    module: names.Named
+    module: names.ModulePath
     tensor: str
     scaled: bool = False
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeftOutKey:
     """A key of something prolora does not move, and that is no reason to refuse the rest."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedKey:
     """A key of an adapter type that is not read.
 
     Attributes:
@@ -146,7 +146,9 @@ REMEDIES = {
 }
 
 
-def parse(key: str, shape: tuple[int, ...] = ()) -> Key | Vector | LeftOut | Refusal | None:
+def parse_key(
+    key: str, shape: tuple[int, ...] = ()
+) -> FactorKey | VectorKey | LeftOutKey | RefusedKey | None:
     """What a key says; None if it is not understood.
 
     Args:
@@ -155,20 +157,20 @@ def parse(key: str, shape: tuple[int, ...] = ()) -> Key | Vector | LeftOut | Ref
     """
     for pattern, algorithm in _REFUSED:
         if match := pattern.search(key):
-            return Refusal(algorithm, key[: match.start()])
+            return RefusedKey(algorithm, key[: match.start()])
     for pattern, reason in _LEFT_OUT:
         if pattern.search(key):
-            return LeftOut(reason)
+            return LeftOutKey(reason)
     if match := _VECTOR.fullmatch(key):
-        module = names.parse(match["path"])
+        module = names.parse_path(match["path"])
         if module is None:
-            return LeftOut(FOREIGN_VECTOR)
-        return Vector(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
+            return LeftOutKey(FOREIGN_VECTOR)
+        return VectorKey(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
     found = split_role(key)
-    module = names.parse(found[0]) if found else None
+    module = names.parse_path(found[0]) if found else None
     if found and found[1] == "diff" and len(shape) == 1:
-        return Vector(module, "weight") if module else LeftOut(FOREIGN_VECTOR)
-    return Key(module, found[1]) if found and module else None
+        return VectorKey(module, "weight") if module else LeftOutKey(FOREIGN_VECTOR)
+    return FactorKey(module, found[1]) if found and module else None
 
 
 def split_role(key: str) -> tuple[str, str] | None:
@@ -202,4 +204,4 @@ def is_base_weight(key: str) -> bool:
     """Whether the key is a plain weight of a base model."""
     if not key.endswith((".weight", ".bias")) or split_role(key):
         return False
-    return key.startswith(_BASE_ROOTS) or names.parse(key.rsplit(".", 1)[0]) is not None
+    return key.startswith(_BASE_ROOTS) or names.parse_path(key.rsplit(".", 1)[0]) is not None

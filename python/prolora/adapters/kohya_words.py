@@ -41,7 +41,7 @@ _WORDS = frozenset(
 _LONGEST = max(map(len, _WORDS))
 
 
-def dotted(underscored: str) -> str | None:
+def restore_dots(underscored: str) -> str | None:
     """`down_blocks_0_conv_in` -> `down_blocks.0.conv_in`; None where a word is not known.
 
     At every place the longest known word wins, so `conv_in` is never read as `conv.in`.

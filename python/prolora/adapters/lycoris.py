@@ -11,34 +11,34 @@ import torch
 from torch import Tensor
 
 from ..core.lowrank import LowRank
-from .truncation import Factored, from_dense, from_kronecker, from_product
+from .truncation import TruncatedUpdate, truncate_dense, truncate_kronecker, truncate_product
 
 Tensors = Mapping[str, Tensor]
 
 
-def factored(algorithm: str, tensors: Tensors) -> Factored:
+def factor_update(algorithm: str, tensors: Tensors) -> TruncatedUpdate:
     """ΔW of a module, without its scale.
 
     Args:
         algorithm: "lora", "locon", "tucker", "loha", "lokr" or "full".
-        tensors: role -> tensor, shapes as checked by `algorithms.form`.
+        tensors: role -> tensor, shapes as checked by `algorithms.derive_form`.
     """
     if algorithm == "loha":
         # r₁·r₂ columns, which is no saving where a side of ΔW is shorter.
         first, second = (_hadamard_half(tensors, i) for i in (1, 2))
         shortest = min(first[0].shape[0], first[1].shape[1])
         if first[0].shape[1] * second[0].shape[1] >= shortest:
-            return from_dense(dense(algorithm, tensors))
-        return from_product(_khatri_rao(first, second))
+            return truncate_dense(dense_update(algorithm, tensors))
+        return truncate_product(_khatri_rao(first, second))
     if algorithm == "lokr":
-        return from_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
+        return truncate_kronecker(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
     if algorithm == "full":
-        return from_dense(tensors["diff"].flatten(1))
-    return Factored(lora(tensors))
+        return truncate_dense(tensors["diff"].flatten(1))
+    return TruncatedUpdate(lora_product(tensors))
 
 
-def dense(algorithm: str, tensors: Tensors) -> Tensor:
-    """ΔW [m, n] in full, float64, without its scale; arguments as for `factored`."""
+def dense_update(algorithm: str, tensors: Tensors) -> Tensor:
+    """ΔW [m, n] in full, float64, without its scale; arguments as for `factor_update`."""
     if algorithm == "lokr":
         return torch.kron(_kronecker_half(tensors, "lokr_w1"), _second_half(tensors))
     if algorithm == "full":
@@ -46,11 +46,11 @@ def dense(algorithm: str, tensors: Tensors) -> Tensor:
     if algorithm == "loha":
         (up1, down1), (up2, down2) = (_hadamard_half(tensors, i) for i in (1, 2))
         return (up1 @ down1) * (up2 @ down2)
-    product = lora(tensors)
+    product = lora_product(tensors)
     return product.up.double() @ product.down.double()
 
 
-def lora(tensors: Tensors) -> LowRank:
+def lora_product(tensors: Tensors) -> LowRank:
     """ΔW = up·down; with a Tucker core up·(mid ×₂ down), of the same rank."""
     up, down = tensors["up"].flatten(1), tensors["down"]
     if "mid" not in tensors:

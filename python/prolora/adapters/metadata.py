@@ -35,7 +35,7 @@ _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA_KEY)
 
 
-def rewritten(
+def rewrite_metadata(
     metadata: Mapping[str, str],
     *,
     target_name: str,
@@ -63,12 +63,12 @@ def rewritten(
         if key not in _OF_THE_FILE and not key.startswith("prolora.")
     }
     version, architecture = _base_ids(target_layout)
-    _replace(kept, "ss_base_model_version", version)
-    _replace(kept, "modelspec.architecture", architecture and f"{architecture}/lora")
-    _replace(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
+    _replace_entry(kept, "ss_base_model_version", version)
+    _replace_entry(kept, "modelspec.architecture", architecture and f"{architecture}/lora")
+    _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
-    _replace(kept, "ss_sd_model_hash", target_short_hash)
-    _replace(kept, "ss_new_sd_model_hash", target_sha256)
+    _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
+    _replace_entry(kept, "ss_new_sd_model_hash", target_sha256)
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
     kept["modelspec.merged_from"] = f"{lora}, {target_name}"
@@ -87,18 +87,18 @@ def _base_ids(layout: str | None) -> tuple[str | None, str | None]:
     return _BASES.get(layout or "", (None, None))
 
 
-def _replace(metadata: dict[str, str], key: str, value: str | None) -> None:
+def _replace_entry(metadata: dict[str, str], key: str, value: str | None) -> None:
     """Sets an entry, or removes it if its new value is not known."""
     metadata.pop(key, None)
     if value is not None:
         metadata[key] = value
 
 
-def of_output(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
+def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) -> dict[str, str]:
     """The metadata of a new file, without what was true of the old one only.
 
     Args:
-        metadata: as read or `rewritten`.
+        metadata: as read or `rewrite_metadata`.
         format: of the new file.
         ranks: all ranks in it.
     """
@@ -135,7 +135,7 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         # Rust wants plain dense tensors; views of one storage would be refused.
         data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
         view = memoryview(data)
-        return _hashes(8 + int.from_bytes(view[:8], "little"), [view])
+        return _hash_pieces(8 + int.from_bytes(view[:8], "little"), [view])
     header: dict[str, object] = {"__metadata__": training} if training else {}
     start = 0
     ordered = sorted(tensors.items())
@@ -150,10 +150,10 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for _, tensor in ordered
     )
-    return _hashes(8 + len(text), itertools.chain([memoryview(bytes(8) + text)], body))
+    return _hash_pieces(8 + len(text), itertools.chain([memoryview(bytes(8) + text)], body))
 
 
-def _hashes(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
+def _hash_pieces(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:
     """The two hashes of a file that comes in pieces, whose tensors begin at byte `start`."""
     whole, window, at = hashlib.sha256(), hashlib.sha256(), 0
     for piece in pieces:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
 from . import fused_updates
-from .kohya_words import dotted
+from .kohya_words import restore_dots
 
 UNET_ROOTS = frozenset(
     {
@@ -67,7 +67,7 @@ _PROCESSOR = re.compile(r"\.processor(?=\.)")
 _CLIP_PROJECTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-class Named(NamedTuple):
+class ModulePath(NamedTuple):
     """What a module path in a file means.
 
     Attributes:
@@ -86,7 +86,7 @@ class Named(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
-    matrix: fused_updates.Matrix | None = None
+    matrix: fused_updates.FluxWeight | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Named(NamedTuple):
         return self.matrix.parts if self.matrix else (self.name,)
 
 
-def place(name: str) -> str:
+def find_component(name: str) -> str:
     """The part of the pipeline a module belongs to, e.g. "unet", "transformer", "text_encoder"."""
     root = name.split(".", 1)[0]
     if root in TEXT_ENCODERS:
@@ -108,7 +108,7 @@ def local_name(name: str) -> str:
     return rest if root in TEXT_ENCODERS else name
 
 
-def parse(path: str) -> Named | None:
+def parse_path(path: str) -> ModulePath | None:
     """What the module path of a key means, or None if it is not understood."""
     if path.startswith(("lora_", "lycoris_")):
         return _from_kohya(path)
@@ -118,36 +118,36 @@ def parse(path: str) -> Named | None:
     return _from_dotted(path)
 
 
-def _from_kohya(path: str) -> Named | None:
+def _from_kohya(path: str) -> ModulePath | None:
     """`lora_unet_down_blocks_0_…`; OneTrainer also keeps the dots: `lora_unet.down_blocks.0.…`."""
     if match := _KOHYA_TEXT.fullmatch(path):
-        words = dotted(match[3]) if match[2] == "_" else match[3]
+        words = restore_dots(match[3]) if match[2] == "_" else match[3]
         return _from_kohya_text(match[1], words) if words else None
     for start in ("lora_unet", "lora_transformer", "lycoris"):
         rest = path.removeprefix(start)
         if rest != path and rest[:1] in ("_", "."):
-            words = dotted(rest[1:]) if rest[0] == "_" else rest[1:]
+            words = restore_dots(rest[1:]) if rest[0] == "_" else rest[1:]
             return _from_words(words, start) if words else None
     return None
 
 
-def _from_words(words: str, start: str) -> Named | None:
+def _from_words(words: str, start: str) -> ModulePath | None:
     """A module of a UNet or transformer, from `lora_unet_…` and its kin."""
     root = words.split(".")[0]
     if start != "lora_transformer":
         if root in SGM_ROOTS:
             name = ldm_to_diffusers(words)
-            return Named(name, "kohya", "unet.", name, sgm=True) if name else None
-        if matrix := fused_updates.matrix(words):
-            return _fused(matrix, "kohya")
+            return ModulePath(name, "kohya", "unet.", name, sgm=True) if name else None
+        if matrix := fused_updates.find_flux_weight(words):
+            return _flux_path(matrix, "kohya")
         if root in UNET_ROOTS:
-            return Named(words, "kohya", "unet.", words)
+            return ModulePath(words, "kohya", "unet.", words)
     if root in _TRANSFORMER_ROOTS:
-        return Named(words, "kohya", "transformer.", words)
+        return ModulePath(words, "kohya", "transformer.", words)
     return None
 
 
-def _from_kohya_text(number: str, words: str) -> Named | None:
+def _from_kohya_text(number: str, words: str) -> ModulePath | None:
     """A module of a text encoder; OneTrainer counts FLUX's T5 as the second, kohya as the third."""
     is_t5 = _T5.fullmatch(words) is not None
     if not is_t5 and words.split(".")[0] not in ("text_model", "text_projection"):
@@ -156,45 +156,47 @@ def _from_kohya_text(number: str, words: str) -> Named | None:
     if number not in numbers:
         return None
     encoder = TEXT_ENCODERS[numbers[number] - 1]
-    return Named(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
+    return ModulePath(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
 
 
-def _fused(matrix: fused_updates.Matrix, format: str, prefix: str = "transformer.") -> Named:
+def _flux_path(
+    matrix: fused_updates.FluxWeight, format: str, prefix: str = "transformer."
+) -> ModulePath:
     """A weight of FLUX in its original spelling; a single part goes by its canonical name."""
     name = matrix.parts[0] if len(matrix.parts) == 1 else matrix.name
-    return Named(name, format, prefix, name, sgm=True, matrix=matrix)
+    return ModulePath(name, format, prefix, name, sgm=True, matrix=matrix)
 
 
-def _from_comfy(path: str) -> Named | None:
+def _from_comfy(path: str) -> ModulePath | None:
     if path.startswith("diffusion_model."):
         path = path.removeprefix("diffusion_model.")
-        if matrix := fused_updates.matrix(path):
-            return _fused(matrix, "diffusers" if ".processor." in path else "comfy")
+        if matrix := fused_updates.find_flux_weight(path):
+            return _flux_path(matrix, "diffusers" if ".processor." in path else "comfy")
         name = ldm_to_diffusers(path)
         if name:
-            return Named(name, "comfy", "unet.", name, sgm=True)
+            return ModulePath(name, "comfy", "unet.", name, sgm=True)
         # Some trainers put diffusers' names behind ComfyUI's prefix.
         root = path.split(".")[0]
         if root in UNET_ROOTS:
-            return Named(path, "comfy", "unet.", path)
+            return ModulePath(path, "comfy", "unet.", path)
         known = root in _TRANSFORMER_ROOTS
-        return Named(path, "comfy", "transformer.", path) if known else None
+        return ModulePath(path, "comfy", "transformer.", path) if known else None
     match = _COMFY_TEXT_PATH.fullmatch(path)
     if not match or (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
         return None
     encoder = _COMFY_TEXT[match[1]]
-    return Named(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
+    return ModulePath(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
 
 
-def _from_dotted(path: str) -> Named | None:
+def _from_dotted(path: str) -> ModulePath | None:
     family, outer = "diffusers", ""
     if path.startswith("base_model.model."):
         family, outer = "peft", "base_model.model."
         path = path.removeprefix(outer)
-    if matrix := fused_updates.matrix(path.removeprefix("transformer.")):
+    if matrix := fused_updates.find_flux_weight(path.removeprefix("transformer.")):
         # `proj_out` and the like are diffusers' names too, and never get here. The authors' own
         # spelling has no file format of its own: such a LoRA is written as diffusers writes it.
-        return _fused(matrix, "diffusers", outer)
+        return _flux_path(matrix, "diffusers", outer)
     path = _PROCESSOR.sub("", path)
     root, _, rest = path.partition(".")
     if root in _ONETRAINER_TEXT:
@@ -203,25 +205,25 @@ def _from_dotted(path: str) -> Named | None:
             return None
         encoder = _ONETRAINER_TEXT[root]
         # Not "diffusers": its T5 is the third, which `layout` counts again where it is the second.
-        return Named(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
+        return ModulePath(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
-        return Named(f"{root}.{local}", family, f"{root}.", local)
+        return ModulePath(f"{root}.{local}", family, f"{root}.", local)
     if root == "unet":
         if rest.split(".")[0] in SGM_ROOTS:
             name = ldm_to_diffusers(rest)
-            return Named(name, family, "unet.", name, sgm=True) if name else None
+            return ModulePath(name, family, "unet.", name, sgm=True) if name else None
         known = rest.split(".")[0] in UNET_ROOTS
-        return Named(_unet_local(rest), family, "unet.", _unet_local(rest)) if known else None
+        return ModulePath(_unet_local(rest), family, "unet.", _unet_local(rest)) if known else None
     if root == "transformer":
-        return Named(rest, family, "transformer.", rest) if rest else None
+        return ModulePath(rest, family, "transformer.", rest) if rest else None
     if root in UNET_ROOTS:
-        return Named(_unet_local(path), family, outer, _unet_local(path))
+        return ModulePath(_unet_local(path), family, outer, _unet_local(path))
     if root in _TRANSFORMER_ROOTS:
-        return Named(path, family, outer, path)
+        return ModulePath(path, family, outer, path)
     if root == "text_model" or path.startswith("encoder.layers."):
         local = _clip_local(path)
-        return Named(f"text_encoder.{local}", family, outer, local)
+        return ModulePath(f"text_encoder.{local}", family, outer, local)
     return None
 
 
@@ -246,7 +248,7 @@ def _clip_local(name: str) -> str:
 
 def is_t5(name: str) -> bool:
     """Whether a canonical name is a module of a T5 text encoder."""
-    return place(name) in TEXT_ENCODERS and _T5.fullmatch(local_name(name)) is not None
+    return find_component(name) in TEXT_ENCODERS and _T5.fullmatch(local_name(name)) is not None
 
 
 def to_kohya(
@@ -260,16 +262,16 @@ def to_kohya(
         siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
         sdxl: the model has two text encoders, which are then numbered.
     """
-    where, local = place(name), local_name(name)
+    where, local = find_component(name), local_name(name)
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings) if spelling == "sgm" else local
         return path and "lora_unet_" + path.replace(".", "_")
     if where == "transformer":
         if spelling == "sgm":
-            matrix = fused_updates.matrix(name) or fused_updates.matrix_of(name)
+            matrix = fused_updates.find_flux_weight(name) or fused_updates.find_weight_holding(name)
             return "lora_unet_" + matrix.name.replace(".", "_") if matrix else None
         path = "lora_transformer_" + local.replace(".", "_")
-        return path if parse(path) else None
+        return path if parse_path(path) else None
     if is_t5(name):
         return "lora_te3_" + local.replace(".", "_")
     if where == "text_encoder":
@@ -279,7 +281,7 @@ def to_kohya(
 
 def to_diffusers(name: str) -> str:
     """The diffusers path of a module: `unet.…`, `transformer.…`, `text_encoder.…`."""
-    return f"{place(name)}.{local_name(name)}"
+    return f"{find_component(name)}.{local_name(name)}"
 
 
 def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -> str | None:
@@ -290,12 +292,12 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
         siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
         clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
     """
-    where, local = place(name), local_name(name)
+    where, local = find_component(name), local_name(name)
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings)
         return path and f"diffusion_model.{path}"
     if where == "transformer":
-        matrix = fused_updates.matrix(name) or fused_updates.matrix_of(name)
+        matrix = fused_updates.find_flux_weight(name) or fused_updates.find_weight_holding(name)
         return f"diffusion_model.{matrix.name}" if matrix else None
     if is_t5(name):
         return f"text_encoders.t5xxl.transformer.{local}"

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from ..errors import ProLoRAError
 from . import algorithms, keys, names
-from .contents import Contents, lay_out, scale_of
-from .unread import Source
+from .contents import Contents, parse_contents, scale_of
+from .unread import UnreadAdapter
 
 NOT_UNDERSTOOD = "not understood"
 
 
 @dataclass(frozen=True)
-class Place:
+class ComponentOverview:
     """One part of a pipeline, as a file updates it.
 
     Attributes:
@@ -57,11 +57,11 @@ class Overview:
         scales: name -> the factor in front of the update.
     """
 
-    modules: dict[str, names.Named] = field(default_factory=dict)
+    modules: dict[str, names.ModulePath] = field(default_factory=dict)
     roles: dict[str, dict[str, str]] = field(default_factory=dict)
     forms: dict[str, algorithms.Form] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
-    vectors: list[tuple[names.Named, str]] = field(default_factory=list)
+    vectors: list[tuple[names.ModulePath, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     foreign: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
@@ -101,7 +101,7 @@ class Overview:
         roles = self.roles[name].keys()
         form = self.forms.get(name)
         dora = {"dora_scale", "magnitude"} & roles
-        family = form.algorithm if form else algorithms.family_of(roles)
+        family = form.algorithm if form else algorithms.kind_of_roles(roles)
         return family + ("+dora" if dora else "")
 
     @property
@@ -109,7 +109,7 @@ class Overview:
         """Number of updates by algorithm, most frequent first."""
         kinds = [algorithm for _, algorithm in self.refused] + [self.kind(n) for n in self.roles]
         kinds += ["norm"] * (not kinds and bool(self.vectors))
-        return count(kinds or ["lora"] * len(self.foreign))
+        return count_values(kinds or ["lora"] * len(self.foreign))
 
     @property
     def ranks(self) -> list[int]:
@@ -117,46 +117,52 @@ class Overview:
         known = [form.rank for form in self.forms.values() if form.rank]
         return [*known, *self.foreign.values()]
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, ComponentOverview]:
         """Part of the pipeline -> its updates; what is on unknown modules goes last."""
         members: dict[str, list[str]] = {}
-        for name in sorted(self.modules, key=lambda n: names.place(n) in names.TEXT_ENCODERS):
-            members.setdefault(names.place(name), []).append(name)
+        for name in sorted(
+            self.modules, key=lambda n: names.find_component(n) in names.TEXT_ENCODERS
+        ):
+            members.setdefault(names.find_component(name), []).append(name)
         refused = dict(self.refused)
         found = {}
         for place, modules in members.items():
             ranks = Counter(self.forms[n].rank for n in modules if n in self.forms)
             ranks.pop(0, None)
             kinds = (self.kind(n) if n in self.roles else refused.get(n, "norm") for n in modules)
-            found[place] = Place(
+            found[place] = ComponentOverview(
                 len(modules),
-                count(kinds),
+                count_values(kinds),
                 dict(sorted(ranks.items())),
-                count(f"{self.alphas[n]:g}" if n in self.alphas else "none" for n in modules),
-                count(f"{self.scales[n]:.4g}" for n in modules if n in self.scales),
+                count_values(
+                    f"{self.alphas[n]:g}" if n in self.alphas else "none" for n in modules
+                ),
+                count_values(f"{self.scales[n]:.4g}" for n in modules if n in self.scales),
             )
         if self.foreign:
             ranks = Counter(self.foreign.values())
-            found[NOT_UNDERSTOOD] = Place(len(self.foreign), {}, dict(sorted(ranks.items())))
+            found[NOT_UNDERSTOOD] = ComponentOverview(
+                len(self.foreign), {}, dict(sorted(ranks.items()))
+            )
         return found
 
 
-def look_over(source: Source) -> Overview:
+def look_over(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     found = Overview()
     for key, header in source.headers.items():
-        _sort(key, header.shape, found)
+        _sort_key(key, header.shape, found)
     if not found.is_adapter:
         return found
     try:
-        contents = lay_out(source)
+        contents = parse_contents(source)
         found.scales = {slot.module.name: scale_of(slot, source) for slot in contents.slots}
         found.contents = contents
     except ProLoRAError as error:
         found.reason = str(error)
         _guess_forms(source, found)
     else:
-        _take_over(contents, found)
+        _use_contents(contents, found)
     for name, roles in found.roles.items():
         alpha = roles.get("alpha")
         if alpha is not None and math.prod(source.headers[alpha].shape) == 1:
@@ -164,7 +170,7 @@ def look_over(source: Source) -> Overview:
     return found
 
 
-def _take_over(contents: Contents, found: Overview) -> None:
+def _use_contents(contents: Contents, found: Overview) -> None:
     """What is known of a sound file; which encoder a T5 is, the keys alone do not tell."""
     found.modules = {slot.module.name: slot.module for slot in contents.slots}
     found.roles = {slot.module.name: slot.keys for slot in contents.slots}
@@ -174,24 +180,28 @@ def _take_over(contents: Contents, found: Overview) -> None:
     }
 
 
-def _guess_forms(source: Source, found: Overview) -> None:
+def _guess_forms(source: UnreadAdapter, found: Overview) -> None:
     """The shapes of a refused file, where they go together."""
     for name, roles in found.roles.items():
         shapes = {role: source.headers[key].shape for role, key in roles.items()}
-        form = algorithms.form(shapes) if algorithms.missing(shapes.keys()) is None else None
+        form = (
+            algorithms.derive_form(shapes)
+            if algorithms.find_missing_role(shapes.keys()) is None
+            else None
+        )
         if form:
             found.forms[name] = form
 
 
-def _sort(key: str, shape: tuple[int, ...], found: Overview) -> None:
+def _sort_key(key: str, shape: tuple[int, ...], found: Overview) -> None:
     """Puts a key where it belongs."""
-    parsed = keys.parse(key, shape)
-    if isinstance(parsed, keys.Vector):
+    parsed = keys.parse_key(key, shape)
+    if isinstance(parsed, keys.VectorKey):
         found.vectors.append((parsed.module, parsed.tensor))
-    elif isinstance(parsed, keys.LeftOut):
+    elif isinstance(parsed, keys.LeftOutKey):
         found.left_out.append(parsed.reason)
-    elif isinstance(parsed, keys.Refusal):
-        module = names.parse(parsed.path)
+    elif isinstance(parsed, keys.RefusedKey):
+        module = names.parse_path(parsed.path)
         name = module.name if module else parsed.path
         found.refused.append((name, parsed.algorithm))
         if module:
@@ -205,6 +215,6 @@ def _sort(key: str, shape: tuple[int, ...], found: Overview) -> None:
         found.roles.setdefault(parsed.module.name, {})[parsed.role] = key
 
 
-def count(values: Iterable[str]) -> dict[str, int]:
+def count_values(values: Iterable[str]) -> dict[str, int]:
     """Value -> number of times, most frequent first."""
     return dict(Counter(values).most_common())

@@ -58,7 +58,7 @@ class Patterns:
                     f"{where}: the pattern {pattern!r:.100} is not a regular expression: {error}"
                 ) from error
             tail = _LITERAL_TAIL.fullmatch(pattern)
-            number = _number(value, f"the pattern {pattern!r:.100}", where)
+            number = _check_number(value, f"the pattern {pattern!r:.100}", where)
             self._entries.append((tail[1] if tail else "", compiled, number))
 
     def get(self, name: str, default: float) -> float:
@@ -106,7 +106,7 @@ class PeftScaling:
         return self.alpha(name) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
+def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
     """Reads a LoraConfig, LoHaConfig or LoKrConfig as PEFT saves it.
 
     Args:
@@ -137,12 +137,12 @@ def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
             f"{where}: init_lora_weights is {init!r:.40}, which changes the base weights. "
             "Let PEFT save it as a plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    rank = _number(config.get("r", 8), "r", where)
+    rank = _check_number(config.get("r", 8), "r", where)
     scaling = PeftScaling(
         rank,
-        _number(config.get(alpha, 8), alpha, where),
-        Patterns(_table(config, "rank_pattern", where), where),
-        Patterns(_table(config, "alpha_pattern", where), where),
+        _check_number(config.get(alpha, 8), alpha, where),
+        Patterns(_check_table(config, "rank_pattern", where), where),
+        Patterns(_check_table(config, "alpha_pattern", where), where),
         bool(config.get("use_rslora")),
         bool(config.get("use_dora")),
         method.lower(),
@@ -153,7 +153,7 @@ def from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
     return scaling
 
 
-def from_metadata(
+def scalings_from_metadata(
     metadata: Mapping[str, str], prefixes: set[str], where: str
 ) -> dict[str, PeftScaling]:
     """The scales a diffusers file keeps in its header, by component prefix ("unet.", "", …).
@@ -162,12 +162,12 @@ def from_metadata(
 
     Raises:
         UnsupportedFormat: the entry is not a JSON object, is about no component of the file, or
-            `from_config` refuses it.
+            `scaling_from_config` refuses it.
     """
     text = metadata.get(METADATA_KEY)
     if text is None:
         return {}
-    table = json_object(text, f"{where}: {METADATA_KEY}")
+    table = parse_json_object(text, f"{where}: {METADATA_KEY}")
     scalings = {}
     for prefix in sorted(prefixes):
         config = {
@@ -177,7 +177,9 @@ def from_metadata(
         }
         if config:
             component = prefix.rstrip(".") or "all modules"
-            scalings[prefix] = from_config(config, f"{where}: {METADATA_KEY} of {component}")
+            scalings[prefix] = scaling_from_config(
+                config, f"{where}: {METADATA_KEY} of {component}"
+            )
     if table and not scalings:
         raise UnsupportedFormat(
             f"{where}: {METADATA_KEY} is about {next(iter(table)):.100}, which is not in the file, "
@@ -186,7 +188,7 @@ def from_metadata(
     return scalings
 
 
-def json_object(text: str, where: str) -> dict[str, Any]:
+def parse_json_object(text: str, where: str) -> dict[str, Any]:
     """Parses a JSON object.
 
     Raises:
@@ -201,13 +203,13 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     return table
 
 
-def _number(value: object, what: str, where: str) -> float:
+def _check_number(value: object, what: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UnsupportedFormat(f"{where}: {what} is {value!r:.40}, not a number")
     return value
 
 
-def _table(config: Mapping[str, Any], option: str, where: str) -> dict[str, float]:
+def _check_table(config: Mapping[str, Any], option: str, where: str) -> dict[str, float]:
     table = config.get(option) or {}
     if not isinstance(table, dict):
         raise UnsupportedFormat(f"{where}: {option} is not a JSON object")

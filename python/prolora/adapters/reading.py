@@ -15,9 +15,9 @@ from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import algorithms, base_dependent, fused_updates, lycoris, names, vectors
 from .adapter import Adapter
-from .contents import Contents, Slot, lay_out, scale_of
-from .truncation import Factored
-from .unread import Source, StrPath, open_source, read_finite
+from .contents import Contents, Slot, parse_contents, scale_of
+from .truncation import TruncatedUpdate
+from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ ReadWeight = Callable[[str], Tensor]
 """Canonical module name -> weight of the base model; KeyError where it has none."""
 
 
-def read(
+def read_adapter(
     source: StrPath | Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
@@ -64,10 +64,10 @@ def read(
             other than the configuration's.
         NonFiniteWeights: NaN or Inf in a tensor or an update.
     """
-    opened = open_source(source, metadata)
-    contents = lay_out(opened)
-    found = _empty(contents, opened)
-    for piece in _pieces(opened, contents, read_weight):
+    opened = open_adapter(source, metadata)
+    contents = parse_contents(opened)
+    found = _start_adapter(contents, opened)
+    for piece in _read_slots(opened, contents, read_weight):
         for mine, more in (
             (found.updates, piece.updates),
             (found.kernels, piece.kernels),
@@ -87,13 +87,13 @@ def read(
 
 
 def read_pieces(source: StrPath) -> Iterator[Adapter]:
-    """What `read` reads, a module or fused weight at a time, so that no more is in memory."""
-    opened = open_source(source)
-    return _pieces(opened, lay_out(opened), None)
+    """What `read_adapter` reads, one module or fused weight at a time to save memory."""
+    opened = open_adapter(source)
+    return _read_slots(opened, parse_contents(opened), None)
 
 
-def _pieces(
-    opened: Source, contents: Contents, read_weight: ReadWeight | None
+def _read_slots(
+    opened: UnreadAdapter, contents: Contents, read_weight: ReadWeight | None
 ) -> Iterator[Adapter]:
     """An adapter for every slot, and one for the vectors."""
     if read_weight is None:
@@ -102,43 +102,48 @@ def _pieces(
     scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
         piece = Adapter({})
-        _add(piece, slot, scales[slot.module.name], opened, read_weight)
+        _add_update(piece, slot, scales[slot.module.name], opened, read_weight)
         yield piece
     piece = Adapter({})
     for vector in contents.vectors:
-        piece.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
+        piece.vectors.update(
+            vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
+        )
     yield piece
 
 
-def outline(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Adapter:
+def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Adapter:
     """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
 
     LoRAs and LoCons are read in full. An update of any other kind is zeros of its shape, of the
     rank the file states (1 where it states none).
 
     Args:
-        source: as for `read`.
+        source: as for `read_adapter`.
         shapes: canonical module name -> shape of the base model's weight.
 
     Raises:
-        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read` does, as far as it gets.
+        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, as far as it
+            gets.
     """
-    opened = open_source(source)
-    contents = lay_out(opened)
+    opened = open_adapter(source)
+    contents = parse_contents(opened)
     scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
-    found = _empty(contents, opened)
+    found = _start_adapter(contents, opened)
     for slot in contents.slots:
         roles = slot.keys.keys()
-        if algorithms.family_of(roles) == "lora" and not algorithms.needs_base(roles):
-            _add(found, slot, scales[slot.module.name], opened, None)
+        if algorithms.kind_of_roles(roles) == "lora" and not algorithms.needs_base(roles):
+            _add_update(found, slot, scales[slot.module.name], opened, None)
         else:
             _add_zeros(found, slot, shapes, opened)
     for vector in contents.vectors:
-        found.vectors.update(vectors.read(vector, scales.get(vector.module.name, 1.0), opened))
+        found.vectors.update(
+            vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
+        )
     return found
 
 
-def _check_independent(contents: Contents, source: Source) -> None:
+def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
     """Refuses, with no base at hand, an update that depends on its weights."""
     for slot in contents.slots:
         if algorithms.needs_base(slot.keys.keys()):
@@ -149,12 +154,14 @@ def _check_independent(contents: Contents, source: Source) -> None:
             )
 
 
-def _empty(contents: Contents, source: Source) -> Adapter:
+def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
     """An adapter that knows its format, spelling and dtype, and has no updates yet."""
     modules = [slot.module for slot in contents.slots]
     modules += [vector.module for vector in contents.vectors]
     # The text encoders of a file may be spelled in another format than the rest.
-    first = next((m for m in modules if names.place(m.name) not in names.TEXT_ENCODERS), modules[0])
+    first = next(
+        (m for m in modules if names.find_component(m.name) not in names.TEXT_ENCODERS), modules[0]
+    )
     dtypes = {
         source.headers[key].dtype
         for slot in contents.slots
@@ -171,8 +178,12 @@ def _empty(contents: Contents, source: Source) -> Adapter:
     )
 
 
-def _add(
-    adapter: Adapter, slot: Slot, scale: float, source: Source, read_weight: ReadWeight | None
+def _add_update(
+    adapter: Adapter,
+    slot: Slot,
+    scale: float,
+    source: UnreadAdapter,
+    read_weight: ReadWeight | None,
 ) -> None:
     """Works out one slot and puts its module, or all parts of a fused weight, into the adapter."""
     where = f"{source.where}: {slot.module.name}"
@@ -187,15 +198,15 @@ def _add(
         algorithm = slot.form.algorithm
         found = base_dependent.merged_update(algorithm, weight, tensors, scale, where)
     else:
-        found = lycoris.factored(slot.form.algorithm, tensors)
-        found = Factored(_scaled(found.update, scale, slot, source), found.kept)
+        found = lycoris.factor_update(slot.form.algorithm, tensors)
+        found = TruncatedUpdate(_scale_update(found.update, scale, slot, source), found.kept)
     update = LowRank(found.update.up.float(), found.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
-    _put(adapter, slot, update, kernel, found.kept, where)
+    _store_parts(adapter, slot, update, kernel, found.kept, where)
 
 
-def _put(
+def _store_parts(
     adapter: Adapter,
     slot: Slot,
     update: LowRank,
@@ -205,7 +216,9 @@ def _put(
 ) -> None:
     """Puts an update into the adapter, that of a fused weight part by part."""
     matrix = slot.module.matrix
-    parts = fused_updates.split(matrix, update, where) if matrix else {slot.module.name: update}
+    parts = (
+        fused_updates.split_update(matrix, update, where) if matrix else {slot.module.name: update}
+    )
     for name, part in parts.items():
         adapter.updates[name] = part
         if kernel:
@@ -216,12 +229,14 @@ def _put(
             adapter.kept_energy[name] = kept
 
 
-def _add_zeros(adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source: Source) -> None:
+def _add_zeros(
+    adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source: UnreadAdapter
+) -> None:
     """A slot's modules with updates of the right shape and no content."""
     where = f"{source.where}: {slot.module.name}"
     inputs, kernel = slot.form.inputs, slot.kernel
     if algorithms.needs_base(slot.keys.keys()):
-        found = _of_base(slot, shapes.__getitem__, where)
+        found = _look_up_base(slot, shapes.__getitem__, where)
         if found is None:
             _leave_out(adapter, slot)
             return
@@ -237,10 +252,10 @@ def _add_zeros(adapter: Adapter, slot: Slot, shapes: Mapping[str, Shape], source
         kernel = (found[0][2], found[0][3]) if len(found[0]) == 4 else None
     rank = max(1, slot.form.rank)
     zeros = LowRank(torch.zeros(slot.form.out, rank), torch.zeros(rank, inputs))
-    _put(adapter, slot, zeros, kernel, 1.0, where)
+    _store_parts(adapter, slot, zeros, kernel, 1.0, where)
 
 
-def _scaled(update: LowRank, scale: float, slot: Slot, source: Source) -> LowRank:
+def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapter) -> LowRank:
     """The scale in `up`."""
     if scale == 1.0:
         return update
@@ -259,7 +274,7 @@ def _leave_out(adapter: Adapter, slot: Slot) -> None:
     )
 
 
-def _of_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:
+def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:
     """What the base has for every module of a slot.
 
     None for a module of a text encoder that the base does not hold: many bases come without.
@@ -269,7 +284,7 @@ def _of_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:
         try:
             found.append(get(name))
         except KeyError as error:
-            if names.place(name) in names.TEXT_ENCODERS:
+            if names.find_component(name) in names.TEXT_ENCODERS:
                 return None
             raise UnsupportedFormat(
                 f"{where}: the update depends on the weight of {name}, which the source base does "
@@ -290,12 +305,12 @@ def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
 
 
 def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tensor | None:
-    """The weight the update is added to, float64, in the row order of the file; see `_of_base`."""
+    """The weight the update is added to, float64, in the file's row order; see `_look_up_base`."""
     assert read_weight is not None  # _check_independent
-    parts = _of_base(slot, read_weight, where)
+    parts = _look_up_base(slot, read_weight, where)
     if parts is None:
         return None
     _check_fit(slot, [tuple(part.shape) for part in parts], where)
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
     swapped = slot.module.matrix is not None and slot.module.matrix.swapped
-    return fused_updates.swapped_halves(whole) if swapped else whole
+    return fused_updates.swap_halves(whole) if swapped else whole

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.basis import truncated_svd
 from ..core.lowrank import LowRank
-from ..core.recompression import balanced, columns_holding, product_svd
+from ..core.recompression import balance_factors, columns_holding, product_svd
 
 MAX_RANK = 256
 ENERGY = 0.999
@@ -23,7 +23,7 @@ ENERGY = 0.999
 _ROUNDING = 1e-9
 
 
-class Factored(NamedTuple):
+class TruncatedUpdate(NamedTuple):
     """An update as a product, and how much of it that is.
 
     Attributes:
@@ -35,37 +35,41 @@ class Factored(NamedTuple):
     kept: float = 1.0
 
 
-def from_dense(delta: Tensor) -> Factored:
+def truncate_dense(delta: Tensor) -> TruncatedUpdate:
     """ΔW [m, n] as a product of balanced factors."""
     delta = delta.double()
     size = delta.square().sum().item()
     if min(delta.shape) <= MAX_RANK:
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
         used = max(1, int((s > _ROUNDING * s[0]).sum()))
-        return Factored(LowRank(*balanced(u[:, :used], s[:used], vt[:used].mT)))
+        return TruncatedUpdate(LowRank(*balance_factors(u[:, :used], s[:used], vt[:used].mT)))
     # Single precision is as fine as the result is stored, and far finer than what is cut.
     basis = truncated_svd(delta.float(), MAX_RANK)
     s = basis.S.double()
-    kept = _columns(s, size)
+    kept = _count_columns(s, size)
     share = s[:kept].square().sum().item() / size if size else 1.0
-    update = LowRank(*balanced(basis.U[:, :kept].double(), s[:kept], basis.V[:, :kept].double()))
-    return Factored(update, min(1.0, share))
+    update = LowRank(
+        *balance_factors(basis.U[:, :kept].double(), s[:kept], basis.V[:, :kept].double())
+    )
+    return TruncatedUpdate(update, min(1.0, share))
 
 
-def from_product(update: LowRank) -> Factored:
+def truncate_product(update: LowRank) -> TruncatedUpdate:
     """A product that may be wider than it needs to be, cut to the rule of this file."""
     if update.rank <= MAX_RANK:
-        return Factored(update)
+        return TruncatedUpdate(update)
     if update.rank >= min(update.shape):
-        return from_dense(update.up.double() @ update.down.double())
+        return truncate_dense(update.up.double() @ update.down.double())
     u, s, v = product_svd(update.up.double(), update.down.double())
     size = s.square().sum().item()
-    kept = _columns(s, size)
+    kept = _count_columns(s, size)
     share = s[:kept].square().sum().item() / size if size else 1.0
-    return Factored(LowRank(*balanced(u[:, :kept], s[:kept], v[:, :kept])), min(1.0, share))
+    return TruncatedUpdate(
+        LowRank(*balance_factors(u[:, :kept], s[:kept], v[:, :kept])), min(1.0, share)
+    )
 
 
-def from_kronecker(w1: Tensor, w2: Tensor) -> Factored:
+def truncate_kronecker(w1: Tensor, w2: Tensor) -> TruncatedUpdate:
     """kron(w1, w2) of [a, b] and [c, d] as a product, from the SVDs of the two.
 
     The singular values are all products σᵢ(w1)·σⱼ(w2), so the largest are found without forming
@@ -76,7 +80,7 @@ def from_kronecker(w1: Tensor, w2: Tensor) -> Factored:
     s, order = products.sort(descending=True, stable=True)
     used = max(1, int((s > _ROUNDING * s[0]).sum()))
     size = s.square().sum().item()
-    kept = used if used <= MAX_RANK else _columns(s, size)
+    kept = used if used <= MAX_RANK else _count_columns(s, size)
     i, j = order[:kept] // len(s2), order[:kept] % len(s2)
     # Column (i, j) of kron(u1, u2) is kron(u1[:, i], u2[:, j]).
     u, v = (
@@ -84,7 +88,7 @@ def from_kronecker(w1: Tensor, w2: Tensor) -> Factored:
         for left, right in ((u1, u2), (v1, v2))
     )
     share = 1.0 if used <= MAX_RANK or not size else s[:kept].square().sum().item() / size
-    return Factored(LowRank(*balanced(u, s[:kept], v)), min(1.0, share))
+    return TruncatedUpdate(LowRank(*balance_factors(u, s[:kept], v)), min(1.0, share))
 
 
 def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +96,7 @@ def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
-def _columns(s: Tensor, size: float) -> int:
+def _count_columns(s: Tensor, size: float) -> int:
     """How many of the leading singular values the rule keeps of Σσ² = `size`."""
     if s.square().sum().item() < ENERGY * size:
         return min(MAX_RANK, len(s))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.safetensors_file import SafetensorsFile
-from .peft_config import json_object
+from .peft_config import parse_json_object
 
 StrPath = str | os.PathLike[str]
 
@@ -27,7 +27,7 @@ ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS, *_PICKLES)
 
 
 @dataclass(frozen=True)
-class Header:
+class TensorHeader:
     """Dtype and shape of a tensor that was not read yet."""
 
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Source:
+class UnreadAdapter:
     """An unread adapter.
 
     Attributes:
@@ -48,14 +48,14 @@ class Source:
     """
 
     where: str
-    headers: dict[str, Header]
+    headers: dict[str, TensorHeader]
     read: Callable[[str], Tensor]
     metadata: dict[str, str]
     config: dict[str, Any] | None = None
     path: Path | None = None
 
 
-def read_finite(source: Source, key: str) -> Tensor:
+def read_finite(source: UnreadAdapter, key: str) -> Tensor:
     """A tensor as float32, in memory of its own.
 
     Raises:
@@ -69,9 +69,9 @@ def read_finite(source: Source, key: str) -> Tensor:
     return tensor
 
 
-def open_source(
+def open_adapter(
     source: StrPath | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> Source:
+) -> UnreadAdapter:
     """Opens an adapter without reading a tensor.
 
     Args:
@@ -88,7 +88,7 @@ def open_source(
     return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
 
 
-def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Source:
+def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> UnreadAdapter:
     where = "the state dict"
     headers = {}
     for key, tensor in tensors.items():
@@ -96,20 +96,20 @@ def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> So
             raise UnsupportedFormat(
                 f"{where}: {key!r:.100} is {type(tensor).__name__}; names and torch tensors only"
             )
-        headers[key] = Header(tensor.dtype, tuple(tensor.shape))
-    return Source(where, headers, lambda key: tensors[key].detach().cpu(), metadata)
+        headers[key] = TensorHeader(tensor.dtype, tuple(tensor.shape))
+    return UnreadAdapter(where, headers, lambda key: tensors[key].detach().cpu(), metadata)
 
 
 def _open_file(
     path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
-) -> Source:
+) -> UnreadAdapter:
     file = SafetensorsFile(path)
-    headers = {key: Header(info.dtype, info.shape) for key, info in file.tensors.items()}
+    headers = {key: TensorHeader(info.dtype, info.shape) for key, info in file.tensors.items()}
     kept = file.metadata if metadata is None else dict(metadata)
-    return Source(str(path), headers, file.read, kept, config, path)
+    return UnreadAdapter(str(path), headers, file.read, kept, config, path)
 
 
-def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Source:
+def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdapter:
     if (folder / PEFT_CONFIG).is_file():
         if (folder / PEFT_WEIGHTS).is_file():
             try:
@@ -118,7 +118,7 @@ def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> Source:
                 raise UnsupportedFormat(
                     f"{folder / PEFT_CONFIG}: cannot be read: {error}"
                 ) from error
-            config = json_object(text, str(folder / PEFT_CONFIG))
+            config = parse_json_object(text, str(folder / PEFT_CONFIG))
             return _open_file(folder / PEFT_WEIGHTS, metadata, config)
     elif (folder / _DIFFUSERS_WEIGHTS).is_file():
         return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)

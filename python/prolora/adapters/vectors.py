@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from . import fused_updates
-from .names import Named
-from .unread import Source, read_finite
+from .names import ModulePath
+from .unread import UnreadAdapter, read_finite
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class VectorSlot:
         scaled: the scale of the module's update is in front of it.
     """
 
-    module: Named
+    module: ModulePath
     tensor: str
     key: str
     scaled: bool
@@ -41,7 +41,7 @@ class VectorSlot:
         return f"{self.module.name}.{self.tensor}"
 
 
-def check(slot: VectorSlot, source: Source) -> None:
+def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
     """Refuses what is no vector, or not the bias of the FLUX weight it says it is.
 
     Raises:
@@ -58,10 +58,10 @@ def check(slot: VectorSlot, source: Source) -> None:
             f"{source.where}: {slot.key} {list(header.shape)} is not a {slot.tensor} vector"
         )
     if slot.module.matrix:
-        fused_updates.rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
+        fused_updates.split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
 
 
-def read(slot: VectorSlot, scale: float, source: Source) -> dict[str, Tensor]:
+def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[str, Tensor]:
     """The vectors of a slot by name, float32: one, but for the parts of a fused FLUX weight.
 
     Raises:
@@ -76,8 +76,8 @@ def read(slot: VectorSlot, scale: float, source: Source) -> dict[str, Tensor]:
     if matrix is None:
         return {slot.name: vector}
     if matrix.swapped:
-        vector = fused_updates.swapped_halves(vector)
-    parts = vector.split(fused_updates.rows(matrix, len(vector), source.where))
+        vector = fused_updates.swap_halves(vector)
+    parts = vector.split(fused_updates.split_rows(matrix, len(vector), source.where))
     found = {
         f"{name}.{slot.tensor}": part.clone()
         for name, part in zip(matrix.parts, parts, strict=True)
@@ -91,7 +91,7 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
+def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
     """The vectors as a file holds them: in the original spelling of FLUX, its weights' own biases.
 
     A part without a bias of its own gets zeros.
@@ -102,7 +102,7 @@ def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
-        matrix = fused_updates.matrix_of(module) if original else None
+        matrix = fused_updates.find_weight_holding(module) if original else None
         if matrix is None:
             out[name] = vector
             continue
@@ -118,12 +118,12 @@ def fused(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
             raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
         top = sum(heights[: matrix.parts.index(module)])
         whole[top : top + len(vector)] = (
-            fused_updates.swapped_halves(vector) if matrix.swapped else vector
+            fused_updates.swap_halves(vector) if matrix.swapped else vector
         )
     return out
 
 
-def roles(names: Iterable[str]) -> dict[str, str]:
+def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
     """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it."""
     every = set(names)
     found = {}
@@ -134,7 +134,7 @@ def roles(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def cast(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
     """The vector in the dtype of a file.
 
     Raises:
@@ -146,12 +146,12 @@ def cast(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
     stored = vector.to(dtype)
     if not stored.isfinite().all():
         raise NonFiniteWeights(f"{name}: overflows in {dtype}; write --dtype float32")
-    if not same(stored, vector, dtype):
+    if not vectors_match(stored, vector, dtype):
         raise OutputError(f"{name}: is too small for {dtype}; write --dtype float32")
     return stored
 
 
-def same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+def vectors_match(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     """Whether two vectors are equal to within the rounding of `dtype`."""
     if found.shape != wanted.shape:
         return False

@@ -31,7 +31,7 @@ from .unread import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def write(
+def write_adapter(
     adapter: Adapter,
     path: StrPath,
     *,
@@ -59,18 +59,18 @@ def write(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    chosen, stored = check_format(adapter, format), _stored(adapter, dtype)
+    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     _check_destination(Path(path), chosen)
     adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
 
-    tensors = encoding.encode(adapter, chosen, stored)
-    header = _header(adapter, chosen, metadata)
+    tensors = encoding.encode_adapter(adapter, chosen, stored)
+    header = _file_metadata(adapter, chosen, metadata)
     if chosen == "kohya":
         header.update(headers.kohya_hashes(tensors, header))
     if chosen != "peft":
-        _publish(
+        _publish_output(
             Path(path),
             adapter,
             chosen,
@@ -84,23 +84,26 @@ def write(
         write_safetensors(staged / PEFT_WEIGHTS, tensors, header)
         write_text_atomically(staged / PEFT_CONFIG, _config_text(adapter))
 
-    _publish(Path(path), adapter, chosen, stored, write_folder)
+    _publish_output(Path(path), adapter, chosen, stored, write_folder)
 
 
-def file_size(adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None) -> int:
-    """Bytes of the file that `write` makes; of the two in a PEFT folder, together.
+def adapter_file_size(
+    adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
+) -> int:
+    """Bytes of the file that `write_adapter` makes; of the two in a PEFT folder, together.
 
-    Only shapes of updates count, not their numbers. Arguments and errors as those of `write`.
+    Only shapes of updates count, not their numbers. Arguments and errors are those of
+    `write_adapter`.
     """
-    chosen, stored = check_format(adapter, format), _stored(adapter, dtype)
-    header = _header(adapter, chosen)
+    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
+    header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
         header.update(headers.BLANK_HASHES)
-    size = safetensors_size(encoding.outline(adapter, chosen, stored), header)
+    size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
     return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
 
 
-def _stored(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
+def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the factors in the file."""
     stored = dtype or (adapter.dtype if adapter.dtype in _DTYPES else torch.float16)
     if stored not in _DTYPES:
@@ -108,14 +111,14 @@ def _stored(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
     return stored
 
 
-def _header(
+def _file_metadata(
     adapter: Adapter, format: str, metadata: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The file's metadata, all but kohya's hashes."""
-    header = headers.of_output(
+    header = headers.clean_metadata(
         adapter.metadata if metadata is None else metadata,
         format,
-        encoding.ranks(adapter, format),
+        encoding.file_ranks(adapter, format),
     )
     table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
     if table is not None:
@@ -139,7 +142,7 @@ def check_format(adapter: Adapter, format: str) -> str:
         raise UnsupportedFormat(
             f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"
         )
-    groups.paths(adapter, chosen)
+    groups.file_paths(adapter, chosen)
     encoding.vector_paths(adapter, chosen)
     return chosen
 
@@ -157,7 +160,7 @@ def _check_destination(path: Path, format: str) -> None:
             raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")
 
 
-def _publish(
+def _publish_output(
     path: Path, adapter: Adapter, format: str, dtype: torch.dtype, build: Callable[[Path], None]
 ) -> None:
     """Builds the output beside `path`, verifies it and gives it its name."""
@@ -165,7 +168,7 @@ def _publish(
     staged = target.with_name(f".prolora-{secrets.token_hex(8)}")
     try:
         build(staged)
-        _verify(staged, adapter, format, dtype, path)
+        _verify_output(staged, adapter, format, dtype, path)
         if staged.is_dir() and target.is_dir():
             for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(staged / name, target / name)
@@ -182,7 +185,9 @@ def _publish(
             staged.unlink(missing_ok=True)
 
 
-def _verify(staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: Path) -> None:
+def _verify_output(
+    staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: Path
+) -> None:
     """Opens the output as any user would and compares every update.
 
     Raises:
@@ -198,8 +203,8 @@ def _verify(staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, pat
             for name, update in piece.updates.items():
                 wanted = adapter.updates.get(name)
                 if wanted is None:
-                    foreign |= _nonzero(piece, {name})
-                elif not _equal(update, wanted, dtype, shared.get(name, 0.0)):
+                    foreign |= _nonzero_updates(piece, {name})
+                elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
                     raise OutputError(
                         f"{path}: {name} reads back differently from what was written"
                     )
@@ -213,23 +218,23 @@ def _verify(staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, pat
     missing = {
         name
         for name in adapter.updates.keys() - seen
-        if adapter.updates[name].norm() > _tolerance(dtype) * shared.get(name, 0.0)
+        if adapter.updates[name].norm() > _product_tolerance(dtype) * shared.get(name, 0.0)
     }
     if missing or foreign or kernels != adapter.kernels:
         changed = sorted(missing | foreign) or ["a convolution's kernel"]
         raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
-    for name in _used(adapter.vectors) | _used(found):
+    for name in _nonzero_vectors(adapter.vectors) | _nonzero_vectors(found):
         back, vector = found.get(name), adapter.vectors.get(name)
-        if back is None or vector is None or not vectors.same(back, vector, dtype):
+        if back is None or vector is None or not vectors.vectors_match(back, vector, dtype):
             raise OutputError(f"{path}: {name} reads back differently from what was written")
 
 
-def _used(found: Mapping[str, Tensor]) -> set[str]:
+def _nonzero_vectors(found: Mapping[str, Tensor]) -> set[str]:
     """Those vectors that are more than zeros: a part of a fused bias may be no more."""
     return {name for name, vector in found.items() if vector.any()}
 
 
-def _nonzero(adapter: Adapter, modules: Set[str]) -> set[str]:
+def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
     """Those modules whose update is more than zeros: rows of zeros in a fused weight are none."""
     return {name for name in modules if adapter.updates[name].norm() > 0}
 
@@ -237,7 +242,7 @@ def _nonzero(adapter: Adapter, modules: Set[str]) -> set[str]:
 def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
     """Module -> ‖up‖·‖down‖ of the factors that it shares with others in the file."""
     sizes: dict[str, float] = {}
-    for group in groups.grouped(adapter, format):
+    for group in groups.group_modules(adapter, format):
         if len(group.parts) > 1:
             updates = group.parts.values()
             up = math.hypot(*(update.up.norm().item() for update in updates))
@@ -246,13 +251,13 @@ def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
     return sizes
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def _product_tolerance(dtype: torch.dtype) -> float:
     """What rounding both factors can cost, of ‖up‖·‖down‖."""
     # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
     return max(4 * torch.finfo(dtype).eps, 1e-6)
 
 
-def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
+def _updates_match(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
     """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost.
 
     Args:
@@ -266,7 +271,7 @@ def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -
         return False
     pairs = ((found.up, wanted.up), (found.down, wanted.down))
     rounding = 2 * torch.finfo(dtype).eps
-    if found.rank == wanted.rank and all(_close(*pair, rounding) for pair in pairs):
+    if found.rank == wanted.rank and all(_factors_match(*pair, rounding) for pair in pairs):
         return True
     # The same product may have other factors, if they were balanced for the dtype or fused.
     difference = LowRank(
@@ -274,10 +279,10 @@ def _equal(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -
         torch.cat([found.down.double(), wanted.down.double()], 0),
     )
     size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
-    return bool(difference.norm() <= _tolerance(dtype) * size)
+    return bool(difference.norm() <= _product_tolerance(dtype) * size)
 
 
-def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+def _factors_match(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """‖found − wanted‖_F against ‖wanted‖_F; false where either overflows float32."""
     size = wanted.norm()
     return bool(size.isfinite() and (found - wanted).norm() <= tolerance * size)

@@ -87,11 +87,11 @@ class Correspondence:
                 if pattern.search(name):
                     name = pattern.sub(replacement, name)
                     break
-        return name if name in load(self.source).shapes else None
+        return name if name in load_layout(self.source).shapes else None
 
 
 @cache
-def known() -> tuple[str, ...]:
+def known_layouts() -> tuple[str, ...]:
     """The ids of all layouts."""
     names = (entry.name for entry in resources.files(__package__).joinpath("tables").iterdir())
     ids = sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
@@ -99,25 +99,25 @@ def known() -> tuple[str, ...]:
 
 
 @cache
-def load(id_: str) -> Layout:
+def load_layout(id_: str) -> Layout:
     """The layout `id_`.
 
     Raises:
         KeyError: no such layout.
     """
-    if id_ not in known():
-        raise KeyError(f"no layout {id_}; known are {', '.join(known())}")
-    table = json.loads(_text(f"{id_}.json"))
+    if id_ not in known_layouts():
+        raise KeyError(f"no layout {id_}; known are {', '.join(known_layouts())}")
+    table = json.loads(_read_table(f"{id_}.json"))
     shapes = {
         name: tuple(int(size) for size in shape.split("x"))
         for shape, names in table["shapes"].items()
         for pattern in names
-        for name in _spelled_out(pattern)
+        for name in _expand_range(pattern)
     }
     return Layout(table["id"], table["title"], shapes, tuple(table["text_encoders"]))
 
 
-def _spelled_out(pattern: str) -> list[str]:
+def _expand_range(pattern: str) -> list[str]:
     """The names that an entry of a table stands for."""
     match = _RANGE.search(pattern)
     if match is None:
@@ -126,7 +126,7 @@ def _spelled_out(pattern: str) -> list[str]:
     return [f"{pattern[: match.start()]}{number}{pattern[match.end() :]}" for number in numbers]
 
 
-def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The layout of a checkpoint, None if it is none of the known ones.
 
     The attention must be that of the layout, name by name and shape by shape, and so must the
@@ -138,12 +138,12 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     Args:
         shapes: canonical module name -> shape.
     """
-    adapted = {name: _matrix(shape) for name, shape in shapes.items() if _is_adapted(name)}
+    adapted = {name: _drop_kernel(shape) for name, shape in shapes.items() if _is_adapted(name)}
     if not adapted:
         return None
     has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
     fitting = []
-    for layout in map(load, known()):
+    for layout in map(load_layout, known_layouts()):
         names = layout.adapted if has_feed_forward else layout.attention
         if adapted == {name: layout.shapes[name] for name in names}:
             fitting.append(layout)
@@ -154,7 +154,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return fitting[0].id if fitting else None
 
 
-def correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
+def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
     """The rule for moving from layout `source` to layout `target`, None if there is none.
 
     Args:
@@ -164,19 +164,19 @@ def correspondence(source: str, target: str, variant: str = "") -> Correspondenc
     """
     if source == target:
         return Correspondence(source, target, "", "The same layout.") if not variant else None
-    for rule in _rules():
+    for rule in _load_rules():
         if (rule.source, rule.target, rule.variant) == (source, target, variant):
             return rule
     return None
 
 
-def variants(source: str, target: str) -> list[str]:
+def rule_variants(source: str, target: str) -> list[str]:
     """The rules there are for a pair; the first, "", is the default."""
-    return [r.variant for r in _rules() if (r.source, r.target) == (source, target)]
+    return [r.variant for r in _load_rules() if (r.source, r.target) == (source, target)]
 
 
 @cache
-def _rules() -> tuple[Correspondence, ...]:
+def _load_rules() -> tuple[Correspondence, ...]:
     return tuple(
         Correspondence(
             entry["source"],
@@ -186,7 +186,7 @@ def _rules() -> tuple[Correspondence, ...]:
             tuple(tuple((re.compile(a), b) for a, b in step) for step in entry["steps"]),
             tuple(re.compile(pattern) for pattern in entry["no_partner"]),
         )
-        for entry in json.loads(_text("correspondence.json"))
+        for entry in json.loads(_read_table("correspondence.json"))
     )
 
 
@@ -197,10 +197,10 @@ def _is_adapted(name: str) -> bool:
     return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _drop_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A 1×1 convolution [m, n, 1, 1] is the matrix [m, n]."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _text(name: str) -> str:
+def _read_table(name: str) -> str:
     return resources.files(__package__).joinpath("tables", name).read_text("utf-8")

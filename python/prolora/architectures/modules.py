@@ -22,7 +22,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], size
 
 
-def place(module: str) -> str:
+def find_stage(module: str) -> str:
     """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")
     if parts[0] in ("transformer_blocks", "single_transformer_blocks"):  # one stack for the model

@@ -1,18 +1,25 @@
 """Base models as {module name: weight}, read lazily."""
 
-from ..architectures.layouts import Correspondence, Layout, correspondence, identify, known, load
+from ..architectures.layouts import (
+    Correspondence,
+    Layout,
+    find_correspondence,
+    identify_layout,
+    known_layouts,
+    load_layout,
+)
 from .base import Base, check_finite
-from .opening import Source, open_base
+from .opening import BaseLike, open_base
 
 __all__ = [
     "Base",
+    "BaseLike",
     "Correspondence",
     "Layout",
-    "Source",
     "check_finite",
-    "correspondence",
-    "identify",
-    "known",
-    "load",
+    "find_correspondence",
+    "identify_layout",
+    "known_layouts",
+    "load_layout",
     "open_base",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architectures.layouts import identify
+from ..architectures.layouts import identify_layout
 from ..errors import NonFiniteWeights
 from .weights import Weight
 
@@ -48,7 +48,7 @@ class Base:
     @cached_property
     def layout(self) -> str | None:
         """The id of the architecture (`layout.known`), None if it is not a known one."""
-        return identify(self.shapes)
+        return identify_layout(self.shapes)
 
     def read(self, module: str) -> Tensor:
         """The weight of `module` in its storage dtype; do not write into it.

@@ -9,8 +9,8 @@ import torch
 
 from ..architectures.ldm import ldm_to_diffusers
 from ..errors import UnsupportedFormat
-from .float8 import with_scales
-from .fused_weights import Spelling, spelling_of
+from .float8 import apply_scales
+from .fused_weights import Spelling, find_spelling
 from .text_encoders import split_encoders
 from .weights import Weight
 
@@ -59,23 +59,23 @@ def name_weights(
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     _refuse_adapters(weights, where)
-    weights = with_scales(weights, metadata, where)
+    weights = apply_scales(weights, metadata, where)
     encoders, weights = split_encoders(weights, where)
     prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in weights)), "")
     model = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-    if prefix in ("unet.", "transformer.") and not _has(model, _DIFFUSERS):
+    if prefix in ("unet.", "transformer.") and not _has_prefix(model, _DIFFUSERS):
         model = weights  # a model of another kind, with a part of that name
-    names = _Names(model)
+    names = _KeySpelling(model)
     if strict and not names.known:
         raise UnsupportedFormat(
             f"{where}: holds no UNet or transformer in a spelling that is known ({_SPELLINGS}); "
             f"it starts with {', '.join(list(model)[:3]) or 'nothing'}"
         )
-    named = _canonical(model, names, where)
+    named = _name_modules(model, names, where)
     return named | encoders
 
 
-class _Names:
+class _KeySpelling:
     """How the keys of one checkpoint are spelled.
 
     Attributes:
@@ -83,10 +83,10 @@ class _Names:
     """
 
     def __init__(self, keys: Collection[str]) -> None:
-        diffusers = _has(keys, _DIFFUSERS)
-        self._ldm = _has(keys, _LDM) and not diffusers
-        self._authors: Spelling | None = None if diffusers else spelling_of(keys)
-        self._layers = _ldm_layers(keys) if self._ldm else 0
+        diffusers = _has_prefix(keys, _DIFFUSERS)
+        self._ldm = _has_prefix(keys, _LDM) and not diffusers
+        self._authors: Spelling | None = None if diffusers else find_spelling(keys)
+        self._layers = _count_ldm_layers(keys) if self._ldm else 0
         self.known = diffusers or self._ldm or self._authors is not None
 
     def views(self, key: str, weight: Weight, where: str) -> dict[str, Weight]:
@@ -112,7 +112,9 @@ class _Names:
         return {path: weight}
 
 
-def _canonical(model: Mapping[str, Weight], names: _Names, where: str) -> dict[str, Weight]:
+def _name_modules(
+    model: Mapping[str, Weight], names: _KeySpelling, where: str
+) -> dict[str, Weight]:
     """The weights of `model` under their module names."""
     named: dict[str, Weight] = {}
     for key, weight in model.items():
@@ -132,13 +134,13 @@ def _canonical(model: Mapping[str, Weight], names: _Names, where: str) -> dict[s
     return named
 
 
-def _ldm_layers(keys: Iterable[str]) -> int:
+def _count_ldm_layers(keys: Iterable[str]) -> int:
     """Layers per block: the first downsampler follows those of the first block (BK-SDM has 1)."""
     matches = (_LDM_DOWNSAMPLER.fullmatch(key) for key in keys)
     return max(1, min((int(match[1]) - 1 for match in matches if match), default=2))
 
 
-def _has(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
+def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefixes) for key in keys)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from ..architectures.modules import is_adaptable, matrix_shape, place
+from ..architectures.modules import find_stage, is_adaptable, matrix_shape
 from .base import Base
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks\.\d+)\.")
@@ -13,7 +13,7 @@ _QUERY = re.compile(r"\.attn1?\.to_q$")
 _CONTEXT = re.compile(r"\.attn2\.to_k$|^context_embedder$|^caption_projection\.linear_1$")
 
 
-def kind(base: Base) -> str:
+def classify_model(base: Base) -> str:
     """`"UNet"`, `"transformer"` or `"model"` where it shows neither's blocks."""
     roots = {module.split(".", 1)[0] for module in base.shapes}
     if roots & {"down_blocks", "up_blocks", "mid_block"}:
@@ -21,25 +21,28 @@ def kind(base: Base) -> str:
     return "transformer" if roots & {"transformer_blocks", "single_transformer_blocks"} else "model"
 
 
-def describe(base: Base) -> str:
+def describe_base(base: Base) -> str:
     """One line: kind, transformer blocks by place, widths, and what text features it reads."""
     blocks = {match[1] for module in base.shapes if (match := _BLOCK.match(module))}
     if not blocks:
-        return f"a {kind(base)} without transformer blocks ({len(base.shapes)} weights)"
-    places = Counter(place(name) if kind(base) == "UNet" else name.split(".")[0] for name in blocks)
+        return f"a {classify_model(base)} without transformer blocks ({len(base.shapes)} weights)"
+    places = Counter(
+        find_stage(name) if classify_model(base) == "UNet" else name.split(".")[0]
+        for name in blocks
+    )
     counts = ", ".join(f"{count} in {where}" for where, count in sorted(places.items()))
     widths = {base.shapes[module][0] for module in base.shapes if _QUERY.search(module)}
     context = {base.shapes[module][1] for module in base.shapes if _CONTEXT.search(module)}
-    said = f"a {kind(base)} with {len(blocks)} transformer blocks ({counts})"
+    said = f"a {classify_model(base)} with {len(blocks)} transformer blocks ({counts})"
     if widths:
-        said += f" of width {_listed(widths)}"
-    return said + (f", reading text features of {_listed(context)}" if context else "")
+        said += f" of width {_join_numbers(widths)}"
+    return said + (f", reading text features of {_join_numbers(context)}" if context else "")
 
 
-def adaptable_shapes(base: Base) -> set[tuple[int, int]]:
+def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:
     """The shapes of the modules that LoRAs are commonly trained on, as out × in."""
     return {matrix_shape(shape) for module, shape in base.shapes.items() if is_adaptable(module)}
 
 
-def _listed(numbers: set[int]) -> str:
+def _join_numbers(numbers: set[int]) -> str:
     return "/".join(str(number) for number in sorted(numbers))

@@ -31,7 +31,7 @@ _REFUSED = re.compile(
 _NOTE_LIMIT = 65_536
 
 
-def with_scales(
+def apply_scales(
     weights: Mapping[str, Weight], metadata: Iterable[str], where: str
 ) -> dict[str, Weight]:
     """The weights with every float8 weight and its scale made one.
@@ -45,8 +45,8 @@ def with_scales(
         UnsupportedFormat: another kind of quantisation, a scale of another shape, or a scale that
             is missing.
     """
-    _refuse_others(weights, where)
-    formats = _formats(weights, metadata, where)
+    _refuse_other_formats(weights, where)
+    formats = _read_formats(weights, metadata, where)
     scales = {key: weight for key, weight in weights.items() if key.endswith(_SCALES)}
     notes = (*_SCALES, *_OF_ACTIVATIONS, _NOTE)
     plain = {
@@ -59,7 +59,7 @@ def with_scales(
         stored = plain.get(f"{module}.weight")
         if stored is None:
             raise UnsupportedFormat(f"{where}: {key} scales {module}.weight, which is not there")
-        plain[f"{module}.weight"] = _scaled(stored, scale, key, where)
+        plain[f"{module}.weight"] = _apply_scale(stored, scale, key, where)
     old = any(key.rpartition(".")[2] == _MARKER for key in weights)
     for key, weight in plain.items():
         module = key.removesuffix(".weight")
@@ -73,7 +73,7 @@ def with_scales(
     return plain
 
 
-def _scaled(stored: Weight, scale: Weight, key: str, where: str) -> ScaledWeight:
+def _apply_scale(stored: Weight, scale: Weight, key: str, where: str) -> ScaledWeight:
     """The weight and its scale, if this is a notation that is read."""
     size = math.prod(scale.shape)
     rows = stored.shape[0] if stored.shape else 0
@@ -93,7 +93,9 @@ def _scaled(stored: Weight, scale: Weight, key: str, where: str) -> ScaledWeight
     return ScaledWeight(stored, scale)
 
 
-def _formats(weights: Mapping[str, Weight], metadata: Iterable[str], where: str) -> dict[str, str]:
+def _read_formats(
+    weights: Mapping[str, Weight], metadata: Iterable[str], where: str
+) -> dict[str, str]:
     """Module (as the keys spell it) -> format, of every layer said to be quantised."""
     found: dict[str, str] = {}
     for text in metadata:
@@ -101,15 +103,15 @@ def _formats(weights: Mapping[str, Weight], metadata: Iterable[str], where: str)
         if not isinstance(layers, dict):
             raise UnsupportedFormat(f"{where}: {METADATA_KEY} lists no layers")
         for module, note in layers.items():
-            found[_as_in_keys(module, weights)] = _format(note, module, where)
+            found[_find_module_key(module, weights)] = _check_format(note, module, where)
     for key in weights:
         if key.endswith(_NOTE):
             module = key.removesuffix(_NOTE)
-            found[module] = _format(_read_note(weights[key], key, where), module, where)
+            found[module] = _check_format(_read_note(weights[key], key, where), module, where)
     return found
 
 
-def _as_in_keys(module: str, weights: Mapping[str, Weight]) -> str:
+def _find_module_key(module: str, weights: Mapping[str, Weight]) -> str:
     """Some writers leave out the prefix of the model."""
     if f"{module}.weight" in weights:
         return module
@@ -117,7 +119,7 @@ def _as_in_keys(module: str, weights: Mapping[str, Weight]) -> str:
     return prefixed if f"{prefixed}.weight" in weights else module
 
 
-def _format(note: object, module: str, where: str) -> str:
+def _check_format(note: object, module: str, where: str) -> str:
     """The format of one layer, if it is one that is read."""
     format_ = note.get("format") if isinstance(note, dict) else None
     if format_ not in _FLOAT8:
@@ -145,7 +147,7 @@ def _json_object(text: str | bytes, what: str) -> dict[str, object]:
     return found
 
 
-def _refuse_others(keys: Collection[str], where: str) -> None:
+def _refuse_other_formats(keys: Collection[str], where: str) -> None:
     key = next((key for key in keys if _REFUSED.search(key)), None)
     if key is not None:
         raise UnsupportedFormat(

@@ -50,7 +50,7 @@ class Candidate:
         return rank, self.variant, self.sharded
 
 
-def model_folder(path: Path, subfolder: str | None) -> Path:
+def find_model_folder(path: Path, subfolder: str | None) -> Path:
     """The folder with the weights: `path` itself or the part of the pipeline in it.
 
     Raises:
@@ -67,7 +67,7 @@ def model_folder(path: Path, subfolder: str | None) -> Path:
     return path / parts[0] if parts else path
 
 
-def folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
     """({key: weight}, files) of the model in `folder`.
 
     Raises:
@@ -78,23 +78,23 @@ def folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
         files = sorted(entry for entry in folder.iterdir() if entry.is_file())
     except OSError as error:
         raise UnsupportedFormat(f"{folder}: cannot be read: {error.strerror}") from error
-    best = choose(file.name for file in files)
+    best = choose_candidate(file.name for file in files)
     if best is None:
-        return _only_file(folder, files)
-    return _sharded(folder / best.name) if best.sharded else _single(folder / best.name)
+        return _open_only_checkpoint(folder, files)
+    return _open_shards(folder / best.name) if best.sharded else _open_single(folder / best.name)
 
 
-def choose(names: Iterable[str]) -> Candidate | None:
+def choose_candidate(names: Iterable[str]) -> Candidate | None:
     """The file or index to read, of the names in a model's folder; None if none is diffusers'."""
     names = list(names)
     for stem in _STEMS:
-        candidates = [found for name in names if (found := _candidate(name, stem))]
+        candidates = [found for name in names if (found := _parse_candidate(name, stem))]
         if candidates:
             return min(candidates, key=lambda candidate: candidate.order)
     return None
 
 
-def _candidate(name: str, stem: str) -> Candidate | None:
+def _parse_candidate(name: str, stem: str) -> Candidate | None:
     """Reads "stem[.variant].safetensors" and the three spellings of "….index.json"."""
     words = name.split(".")
     if words[0] != stem or "safetensors" not in words or _SHARD.search(name):
@@ -106,11 +106,13 @@ def _candidate(name: str, stem: str) -> Candidate | None:
     return Candidate(name, ".".join(rest), sharded)
 
 
-def _only_file(folder: Path, files: list[Path]) -> tuple[dict[str, StoredWeight], list[Path]]:
+def _open_only_checkpoint(
+    folder: Path, files: list[Path]
+) -> tuple[dict[str, StoredWeight], list[Path]]:
     """A folder without diffusers' file names: its only checkpoint, if there is just one."""
     tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
-        return _single(tensors[0])
+        return _open_single(tensors[0])
     if any(_SHARD.search(file.name) for file in tensors):
         raise UnsupportedFormat(f"{folder}: has shards but not their .safetensors.index.json")
     if tensors:
@@ -122,11 +124,11 @@ def _only_file(folder: Path, files: list[Path]) -> tuple[dict[str, StoredWeight]
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
 
-def _single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
-    return file_weights(path), [path]
+def _open_single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+    return open_file_weights(path), [path]
 
 
-def file_weights(path: Path) -> dict[str, StoredWeight]:
+def open_file_weights(path: Path) -> dict[str, StoredWeight]:
     """The keys of a single file, safetensors or GGUF by what it begins with.
 
     Raises:
@@ -142,11 +144,11 @@ def file_weights(path: Path) -> dict[str, StoredWeight]:
     return {key: StoredWeight(file, key) for key in file.tensors}
 
 
-def _sharded(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
+def _open_shards(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
     """The weights the index lists; a shard may hold others, which are not part of the model."""
     shards: dict[str, SafetensorsFile] = {}
     weights: dict[str, StoredWeight] = {}
-    for key, name in weight_map(index).items():
+    for key, name in read_weight_map(index).items():
         if name not in shards:
             path = index.parent / name
             if not path.is_file():
@@ -160,7 +162,7 @@ def _sharded(index: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
     return weights, [shard.path for shard in shards.values()]
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """{key: shard} of an index whose shards all lie beside it.
 
     Raises:

@@ -151,7 +151,7 @@ class Spelling:
             module = names.replace(".N.", fill)
             swapped = _is_shift_and_scale(module, weight.shape)
             return {module: ConvertedWeight(weight) if swapped else weight}
-        return _rows([name.replace(".N.", fill) for name in names], path, weight, where)
+        return _split_rows([name.replace(".N.", fill) for name in names], path, weight, where)
 
     def in_block(self, path: str) -> bool:
         """Whether it lies in one of the transformer's blocks, which are known completely."""
@@ -170,7 +170,7 @@ _SIGNS = {
 }
 
 
-def spelling_of(keys: Iterable[str]) -> Spelling | None:
+def find_spelling(keys: Iterable[str]) -> Spelling | None:
     """The authors' spelling that keys without prefix are in, if they are in one."""
     for key in keys:
         for spelling in _SPELLINGS:
@@ -179,7 +179,7 @@ def spelling_of(keys: Iterable[str]) -> Spelling | None:
     return None
 
 
-def _rows(names: list[str], path: str, weight: Weight, where: str) -> dict[str, Weight]:
+def _split_rows(names: list[str], path: str, weight: Weight, where: str) -> dict[str, Weight]:
     """The modules of a fused matrix [m, n]: n rows each, the last the rest where marked "…"."""
     rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
     open_end = names[-1].endswith("…")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedFormat
-from .folder import MODELS, choose, weight_map
+from .folder import MODELS, choose_candidate, read_weight_map
 
 # A `Path` made of "hf://org/name" has lost the second slash.
 _SCHEME = re.compile(r"hf://?(?=[^/])")
@@ -38,7 +38,7 @@ class HubId:
         return "/".join(filter(None, (self.repo, self.path)))
 
 
-def parse(source: str) -> HubId | None:
+def parse_hub_id(source: str) -> HubId | None:
     """Reads `org/name[@revision]` and `hf://org/name[@revision][/path]`, None for anything else.
 
     A name that looks like a file, or that lies in a folder that exists here, is a path.
@@ -59,7 +59,7 @@ def parse(source: str) -> HubId | None:
     return HubId(match[1], match[2], rest.strip("/"))
 
 
-def fetch(id_: HubId, subfolder: str | None = None) -> Path:
+def fetch_model(id_: HubId, subfolder: str | None = None) -> Path:
     """The local file or folder of a model, downloaded unless the hub's cache has it.
 
     Only weights of the UNet or transformer are fetched, in one variant. With the environment
@@ -73,13 +73,13 @@ def fetch(id_: HubId, subfolder: str | None = None) -> Path:
         UnsupportedFormat: `huggingface_hub` is not installed, the hub does not give the files, or
             the repository has no weights that can be told apart.
     """
-    hub = _package(id_)
+    hub = _import_hub(id_)
     path = "/".join(filter(None, (id_.path, subfolder)))
     try:
         if hub.constants.HF_HUB_OFFLINE:
             folder = hub.snapshot_download(id_.repo, revision=id_.revision, local_files_only=True)
             return Path(folder) / path
-        return _download(hub, id_, path)
+        return _download_model(hub, id_, path)
     except UnsupportedFormat:
         raise
     # Which errors the hub's client raises depends on its version and on that of its HTTP library.
@@ -90,7 +90,7 @@ def fetch(id_: HubId, subfolder: str | None = None) -> Path:
         ) from error
 
 
-def _package(id_: HubId) -> Any:
+def _import_hub(id_: HubId) -> Any:
     try:
         import huggingface_hub
         from huggingface_hub import constants  # noqa: F401 (a submodule, loaded only when asked for)
@@ -102,16 +102,16 @@ def _package(id_: HubId) -> Any:
     return huggingface_hub
 
 
-def _download(hub: Any, id_: HubId, path: str) -> Path:
+def _download_model(hub: Any, id_: HubId, path: str) -> Path:
     """Fetches what `_wanted` names, all of one commit."""
     info = hub.HfApi().model_info(id_.repo, revision=id_.revision)
     names = [sibling.rfilename for sibling in info.siblings]
     if path.endswith(_FILES):
-        return _first(hub, id_, path, info.sha)
-    folder = _model_folder(names, path, id_)
+        return _download_first(hub, id_, path, info.sha)
+    folder = _find_model_folder(names, path, id_)
     prefix = f"{folder}/" if folder else ""
     here = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    best = choose(here)
+    best = choose_candidate(here)
     if best is None:
         files = [name for name in here if name.endswith(_FILES) and "/" not in name]
         if len(files) != 1:
@@ -120,16 +120,16 @@ def _download(hub: Any, id_: HubId, path: str) -> Path:
                 f"{id_.name}: has {listed} in {folder or 'its root'}; name a file as "
                 f"hf://{id_.repo}/FILE"
             )
-        return _first(hub, id_, prefix + files[0], info.sha)
-    found = _first(hub, id_, prefix + best.name, info.sha)
+        return _download_first(hub, id_, prefix + files[0], info.sha)
+    found = _download_first(hub, id_, prefix + best.name, info.sha)
     if best.sharded:
-        for shard in sorted(set(weight_map(found).values())):
+        for shard in sorted(set(read_weight_map(found).values())):
             hub.hf_hub_download(id_.repo, prefix + shard, revision=info.sha)
         return found.parent
     return found
 
 
-def _first(hub: Any, id_: HubId, name: str, commit: str) -> Path:
+def _download_first(hub: Any, id_: HubId, name: str, commit: str) -> Path:
     """The first file of a download.
 
     Asked for by branch or tag, so that the cache notes which commit that is and finds it offline.
@@ -140,7 +140,7 @@ def _first(hub: Any, id_: HubId, name: str, commit: str) -> Path:
     return Path(hub.hf_hub_download(id_.repo, name, revision=commit))  # changed in between
 
 
-def _model_folder(names: list[str], path: str, id_: HubId) -> str:
+def _find_model_folder(names: list[str], path: str, id_: HubId) -> str:
     """The folder with the weights, "" for the root."""
     if path:
         return path

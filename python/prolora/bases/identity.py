@@ -20,7 +20,7 @@ _SAMPLES = 16
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
 
 
-def full_hash(base: Base, cache: BasisCache | None = None) -> str | None:
+def compute_sha256(base: Base, cache: BasisCache | None = None) -> str | None:
     """The SHA-256 of a base that is one file, None for all others; read once.
 
     Args:
@@ -30,20 +30,20 @@ def full_hash(base: Base, cache: BasisCache | None = None) -> str | None:
     if len(base.files) != 1:
         return None
     file = base.files[0]
-    state = _state(file)
-    return (cache or BasisCache(None)).file_hash(file, "sha256", lambda: _sha256(*state))
+    state = _file_state(file)
+    return (cache or BasisCache(None)).file_hash(file, "sha256", lambda: _hash_whole(*state))
 
 
-def short_hash(base: Base) -> str | None:
+def compute_short_hash(base: Base) -> str | None:
     """The eight digits that kohya writes as `ss_sd_model_hash`, of a base that is one file."""
     if len(base.files) != 1:
         return None
-    with _opened(base.files[0]) as file:
+    with _open_file(base.files[0]) as file:
         file.seek(_SHORT_START)
         return hashlib.sha256(file.read(_SHORT_SIZE)).hexdigest()[:8]
 
 
-def identity(base: Base, cache: BasisCache | None = None) -> str | None:
+def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
     """What tells this base from others: "sha256:…" of one file, "sampled:…" of several.
 
     A folder of shards is not read as a whole: its identity is the SHA-256 of the size of every file
@@ -53,16 +53,16 @@ def identity(base: Base, cache: BasisCache | None = None) -> str | None:
     if not base.files:
         return None
     if len(base.files) == 1:
-        return f"sha256:{full_hash(base, cache)}"
+        return f"sha256:{compute_sha256(base, cache)}"
     cache = cache or BasisCache(None)
     digest = hashlib.sha256()
-    for state in sorted(_state(file) for file in base.files):
-        sampled = cache.file_hash(state[0], "sampled", partial(_sampled, *state))
+    for state in sorted(_file_state(file) for file in base.files):
+        sampled = cache.file_hash(state[0], "sampled", partial(_hash_samples, *state))
         digest.update(sampled.encode())
     return f"sampled:{digest.hexdigest()}"
 
 
-def _state(file: Path) -> tuple[Path, int, int]:
+def _file_state(file: Path) -> tuple[Path, int, int]:
     """A file and what changes when it is rewritten."""
     try:
         status = file.stat()
@@ -72,7 +72,7 @@ def _state(file: Path) -> tuple[Path, int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
@@ -81,18 +81,18 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 @lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, modified: int) -> str:
+def _hash_whole(path: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256()
-    with _opened(path) as file:
+    with _open_file(path) as file:
         while block := file.read(_SAMPLE):
             digest.update(block)
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=256)
-def _sampled(path: Path, size: int, modified: int) -> str:
+def _hash_samples(path: Path, size: int, modified: int) -> str:
     digest = hashlib.sha256(f"{size} ".encode())
-    with _opened(path) as file:
+    with _open_file(path) as file:
         for i in range(_SAMPLES):
             file.seek(i * max(0, size - _SAMPLE) // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))

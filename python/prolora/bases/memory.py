@@ -55,7 +55,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def size_text(size: float) -> str:
+def format_size(size: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
@@ -64,7 +64,7 @@ def size_text(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of this process that are in memory now; its peak so far where only that is known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -98,7 +98,7 @@ class Memory:
     def begin(self) -> None:
         """Notes what is free now, for the stacks to come: their results take from it as they go."""
         if self.limit is not None:
-            self._free = self.limit - resident() - self.reserved - SLACK
+            self._free = self.limit - resident_bytes() - self.reserved - SLACK
 
     def check(self, shapes: Iterable[tuple[int, int]], method: str) -> None:
         """Refuses a bound below what one matrix of each shape needs, before anything is done.
@@ -108,13 +108,13 @@ class Memory:
         """
         if self.limit is None:
             return
-        worst = max((_need(shape, method, 1, self.rank) for shape in shapes), default=0)
+        worst = max((_bytes_of_stack(shape, method, 1, self.rank) for shape in shapes), default=0)
         # The results, and beside them what is worked on, or the file that is made of them.
-        least = resident() + SLACK + self.reserved + max(worst, self.reserved // 2)
+        least = resident_bytes() + SLACK + self.reserved + max(worst, self.reserved // 2)
         if self.limit < least:
             raise TooLittleMemory(
-                f"--max-memory {size_text(self.limit)} is too little: the largest weight, with "
-                f"what prolora and this LoRA take, needs {size_text(least * 1.02)}"
+                f"--max-memory {format_size(self.limit)} is too little: the largest weight, with "
+                f"what prolora and this LoRA take, needs {format_size(least * 1.02)}"
             )
 
     def stack(self, shape: tuple[int, int], method: str) -> int:
@@ -130,7 +130,7 @@ class Memory:
             return most
         if self._free is None:
             self.begin()
-        while most > 1 and _need(shape, method, most, self.rank) > (self._free or 0):
+        while most > 1 and _bytes_of_stack(shape, method, most, self.rank) > (self._free or 0):
             most -= 1
         return most
 
@@ -141,7 +141,7 @@ class Memory:
         """
         room = STACK_BYTES
         if self.limit is not None:
-            room = min(room, _factorisation(shape, self.rank))
+            room = min(room, _bytes_of_factorisation(shape, self.rank))
         return max(1, room // (PER_COLUMN * sum(shape)))
 
     def at_once(self, shape: tuple[int, int]) -> int:
@@ -154,10 +154,10 @@ class Memory:
         """Bytes that LoRAs which are moved together may take."""
         if self.limit is None:
             return LORA_BYTES
-        return min(LORA_BYTES, max(0, self.limit - resident() - SLACK) // 3)
+        return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
 
 
-def _need(shape: tuple[int, int], method: str, count: int, rank: Rank | None) -> int:
+def _bytes_of_stack(shape: tuple[int, int], method: str, count: int, rank: Rank | None) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
     (m, n), d = shape, min(shape)
     if method == "nothing":
@@ -169,10 +169,10 @@ def _need(shape: tuple[int, int], method: str, count: int, rank: Rank | None) ->
     k = min(rank, d) if isinstance(rank, int) else d
     weights, bases = 4 * m * n, 2 * 4 * (m + n) * k
     at_once = min(count, torch.get_num_threads())
-    return count * (weights + bases) + at_once * _factorisation(shape, rank)
+    return count * (weights + bases) + at_once * _bytes_of_factorisation(shape, rank)
 
 
-def _factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
+def _bytes_of_factorisation(shape: tuple[int, int], rank: Rank | None) -> int:
     """Bytes that one takes beside the weight [m, n]."""
     (m, n), d = shape, min(shape)
     k = min(rank, d) if isinstance(rank, int) else d

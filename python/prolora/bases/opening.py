@@ -16,16 +16,16 @@ from . import hub
 from .base import Base
 from .canonical_names import name_weights
 from .float8 import METADATA_KEY
-from .folder import file_weights, folder_weights, model_folder
+from .folder import find_model_folder, open_file_weights, open_folder_weights
 from .text_encoders import PREFIXES
 from .weights import LoadedWeight, StoredWeight, Weight
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
+BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
 
 log = logging.getLogger(__name__)
 
 
-def open_base(source: Source, *, subfolder: str | None = None) -> Base:
+def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
     """Opens a base model; only headers are read.
 
     Args:
@@ -72,30 +72,30 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     path = Path(source)
     name = path.resolve().name
     if not path.exists():
-        id_ = hub.parse(os.fspath(source))
+        id_ = hub.parse_hub_id(os.fspath(source))
         if id_ is None:
             raise UnsupportedFormat(
                 f"{path}: no such file or folder, nor the id of a model on the hub (org/name)"
             )
-        path, name, subfolder = hub.fetch(id_, subfolder), id_.name, None
+        path, name, subfolder = hub.fetch_model(id_, subfolder), id_.name, None
     weights: dict[str, Weight] = {}
     if path.is_dir():
-        stored, files = folder_weights(model_folder(path, subfolder))
+        stored, files = open_folder_weights(find_model_folder(path, subfolder))
         weights.update(stored)
         if subfolder is None:
-            encoders, more = _beside(path)
+            encoders, more = _open_text_encoders(path)
             files = [*files, *more]
             weights.update(encoders)
     else:
-        weights.update(file_weights(path))
+        weights.update(open_file_weights(path))
         files = [path]
     named = name_weights(
-        weights, str(path), metadata=_quantisation(weights), strict=subfolder is None
+        weights, str(path), metadata=_read_quantisation(weights), strict=subfolder is None
     )
     return Base(name, named, path, files)
 
 
-def _beside(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
+def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
     """The text encoders of a pipeline folder; one that cannot be read is left out.
 
     A transfer needs them only to compare, and many folders hold them as pickles alone.
@@ -107,7 +107,7 @@ def _beside(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
         if not folder.is_dir():
             continue
         try:
-            stored, more = folder_weights(folder)
+            stored, more = open_folder_weights(folder)
         except UnsupportedFormat as error:
             log.info("the text encoder %s is left out: %s", folder, error)
             continue
@@ -116,7 +116,7 @@ def _beside(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
     return weights, files
 
 
-def _quantisation(weights: Mapping[str, Weight]) -> list[str]:
+def _read_quantisation(weights: Mapping[str, Weight]) -> list[str]:
     """What the headers' metadata say of quantised layers."""
     files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
     headers = [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]

@@ -53,7 +53,7 @@ def split_encoders(
     Raises:
         ShapeMismatch: a fused matrix that cannot be cut in three.
     """
-    stored = [*_STORED, (_T5, _t5_prefix(weights), False)]
+    stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
     encoders: dict[str, Weight] = {}
     rest: dict[str, Weight] = {}
     starts = tuple(start for start, _, _ in stored)
@@ -64,28 +64,28 @@ def split_encoders(
         start, prefix, open_clip = next(entry for entry in stored if key.startswith(entry[0]))
         local = key.removeprefix(start)
         if open_clip:
-            named = _from_open_clip(local, weight, where)
+            named = _convert_open_clip(local, weight, where)
         else:
-            named = {_as_in_files(local.removesuffix(".weight")): weight}
+            named = {_add_text_model(local.removesuffix(".weight")): weight}
         for module, view in named.items():
             if len(view.shape) >= 2 and view.dtype.is_floating_point:
                 encoders[prefix + module] = view
     return encoders, rest
 
 
-def _as_in_files(module: str) -> str:
+def _add_text_model(module: str) -> str:
     """Files and LoRAs have CLIP's outer `text_model.`, which transformers 5 leaves out."""
     is_clip = module.startswith(("encoder.layers.", "embeddings."))
     return f"text_model.{module}" if is_clip else module
 
 
-def _t5_prefix(keys: Iterable[str]) -> str:
+def _find_t5_prefix(keys: Iterable[str]) -> str:
     """SD3 has two CLIPs before T5, FLUX one, PixArt none."""
     starts = ("text_encoders.clip_l.", "text_encoders.clip_g.")
     return PREFIXES[len({start for key in keys for start in starts if key.startswith(start)})]
 
 
-def _from_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:
+def _convert_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:
     """The modules that one tensor of OpenCLIP holds."""
     if local in _OPEN_CLIP:
         return {_OPEN_CLIP[local]: weight}

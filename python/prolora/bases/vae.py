@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import UnrelatedBases, UnsupportedFormat
-from .folder import MODELS, folder_weights
+from .folder import MODELS, open_folder_weights
 
-INDEX = "model_index.json"
+PIPELINE_INDEX = "model_index.json"
 _JSON_LIMIT = 4 << 20
 _DEFAULTS: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
 PROBED = (
@@ -28,7 +28,7 @@ MIN_COSINE = 0.9
 
 def is_pipeline(folder: str | Path | None) -> bool:
     """Whether a path is the folder of a whole diffusers pipeline."""
-    return folder is not None and (Path(folder) / INDEX).is_file()
+    return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,14 +48,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def why_apart(source: Path, target: Path) -> str | None:
+def explain_vae_difference(source: Path, target: Path) -> str | None:
     """Why the latents of two pipeline folders are not the same quantity, from their configurations.
 
     A latent means something only to the VAE it belongs to: where the VAEs differ, one model's
     latents are noise to the other, and no question can be asked of both. None where nothing speaks
-    against it; `check` looks at the weights as well.
+    against it; `check_latents` looks at the weights as well.
     """
-    ours, theirs = (_configuration(folder) for folder in (source, target))
+    ours, theirs = (_read_configuration(folder) for folder in (source, target))
     if ours is None and theirs is None:
         return None  # both denoise pixels
     if ours is None or theirs is None:
@@ -67,7 +67,7 @@ def why_apart(source: Path, target: Path) -> str | None:
     return f"their VAEs differ ({facts}), so a latent of one means nothing to the other"
 
 
-def could_probe(source: Path | None, target: Path | None) -> bool:
+def can_probe(source: Path | None, target: Path | None) -> bool:
     """Whether `--method probe` could move a LoRA between two bases, as far as files tell.
 
     Both must be whole pipelines of a known kind with the same latents; whether the result would be
@@ -76,13 +76,15 @@ def could_probe(source: Path | None, target: Path | None) -> bool:
     if source is None or target is None or not (is_pipeline(source) and is_pipeline(target)):
         return False
     try:
-        kinds = [_denoiser_class(folder) for folder in (source, target)]
-        return all(kind in PROBED for kind in kinds) and why_apart(source, target) is None
+        kinds = [_read_denoiser_class(folder) for folder in (source, target)]
+        return (
+            all(kind in PROBED for kind in kinds) and explain_vae_difference(source, target) is None
+        )
     except UnsupportedFormat:
         return False
 
 
-def _denoiser_class(folder: Path) -> str | None:
+def _read_denoiser_class(folder: Path) -> str | None:
     """The class of a pipeline's UNet or transformer."""
     for part in MODELS:
         if (folder / part / "config.json").is_file():
@@ -90,16 +92,16 @@ def _denoiser_class(folder: Path) -> str | None:
     return None
 
 
-def check(source: Path, target: Path) -> None:
+def check_latents(source: Path, target: Path) -> None:
     """Refuses pipelines whose latents are different spaces.
 
     Raises:
         UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
         UnsupportedFormat: a VAE without readable safetensors.
     """
-    reason = why_apart(source, target)
-    if reason is None and _configuration(source) is not None:
-        cosine = _encoders_cosine(source / "vae", target / "vae")
+    reason = explain_vae_difference(source, target)
+    if reason is None and _read_configuration(source) is not None:
+        cosine = _compare_encoders(source / "vae", target / "vae")
         if cosine < MIN_COSINE:
             reason = (
                 f"their VAEs' encoders were trained apart (cosine {cosine:.2f}, at least "
@@ -113,7 +115,7 @@ def check(source: Path, target: Path) -> None:
         )
 
 
-def _configuration(folder: Path) -> dict[str, Any] | None:
+def _read_configuration(folder: Path) -> dict[str, Any] | None:
     """What fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
         return None
@@ -125,9 +127,9 @@ def _configuration(folder: Path) -> dict[str, Any] | None:
     return space
 
 
-def _encoders_cosine(source: Path, target: Path) -> float:
+def _compare_encoders(source: Path, target: Path) -> float:
     """⟨a, b⟩/(‖a‖‖b‖) over the matrices and kernels of two encoders; 0 where none fit."""
-    ours, theirs = (folder_weights(folder)[0] for folder in (source, target))
+    ours, theirs = (open_folder_weights(folder)[0] for folder in (source, target))
     dot = norm_a = norm_b = 0.0
     for key, weight in ours.items():
         other = theirs.get(key)

@@ -57,7 +57,7 @@ class Weight(Protocol):
         """Rows [start, stop) of it; nothing else is read."""
 
 
-class Entry(Protocol):
+class TensorEntry(Protocol):
     """What a file's header says of one tensor."""
 
     @property
@@ -81,7 +81,7 @@ class TensorFile(Protocol):
         """Inode, size and times, the times last: equal as long as nobody has written to it."""
 
     @property
-    def tensors(self) -> Mapping[str, Entry]:
+    def tensors(self) -> Mapping[str, TensorEntry]:
         """Key -> what the header says."""
 
     def read(self, name: str) -> Tensor:

@@ -61,7 +61,7 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        for part in inspect_table.parts(found):
+        for part in inspect_table.description_parts(found):
             out.print(part, highlight=False)
 
 
@@ -109,7 +109,7 @@ def compare(
             progress=progress,
         )
     if plot is not None:
-        heatmap.save(found, plot)
+        heatmap.save_heatmap(found, plot)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         return

@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 from ..bases import open_base
 from ..bases.cache import maintenance
 from ..bases.cache.basis_cache import default_folder
-from ..bases.cache.build import survey
-from ..bases.memory import parse_size, size_text
+from ..bases.cache.build import survey_base
+from ..bases.memory import format_size, parse_size
 from ..core.ops import operators
 from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
@@ -71,7 +71,7 @@ def build(
     opened = open_base(base)
     folder = cache_folder(cache, no_cache)
     with tables.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
-        rows = survey(
+        rows = survey_base(
             opened,
             parse_rank(rank),
             cache=folder,
@@ -88,13 +88,13 @@ def build(
 
 
 @app.command("list")
-def list_(cache: CacheOption = None, as_json: JsonOption = False) -> None:
+def list_cache(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     """Say what the cache holds, and how large it is."""
-    found = maintenance.inventory(cache or default_folder())
+    found = maintenance.take_inventory(cache or default_folder())
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        for part in tables.inventory(found):
+        for part in tables.inventory_parts(found):
             out.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
@@ -112,11 +112,11 @@ def verify(
     """Compare everything in the cache with its checksum, and with the weights of a base."""
     folder = cache or default_folder()
     with tables.progress_bar("verify", not (quiet or as_json) and err.is_terminal) as progress:
-        found = maintenance.verify(folder, base, parse_rank(rank), progress)
+        found = maintenance.verify_cache(folder, base, parse_rank(rank), progress)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     elif not quiet:
-        for sentence in tables.verified(found, base, rank):
+        for sentence in tables.verification_lines(found, base, rank):
             out.print(sentence, highlight=False, soft_wrap=True)
     if not found.ok:
         bad = len(found.damaged) + len(found.wrong or {})
@@ -140,7 +140,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Remove what is of no use any more: files of killed processes, of other versions, damaged."""
-    found = maintenance.prune(
+    found = maintenance.prune_cache(
         cache or default_folder(),
         older_than=parse_age(older_than) if older_than else None,
         max_size=parse_size(max_size) if max_size else None,
@@ -152,7 +152,7 @@ def prune(
         return
     word = "would be removed" if dry_run else "removed"
     out.print(
-        f"{found.files} files, {size_text(found.size)}, {word}; {size_text(found.left)} left.",
+        f"{found.files} files, {format_size(found.size)}, {word}; {format_size(found.left)} left.",
         highlight=False,
     )
 
@@ -168,9 +168,9 @@ def parse_age(text: str) -> float:
 def show_cache(folder: Path | None) -> None:
     """A line that says where subspaces are kept and how much room they take."""
     if folder is not None:
-        size = maintenance.size_of(folder)
+        size = maintenance.measure_cache(folder)
         out.print(
-            f"[dim]cache: {size_text(size)} in {folder} (`prolora basis list`, `prune`; "
+            f"[dim]cache: {format_size(size)} in {folder} (`prolora basis list`, `prune`; "
             "--no-cache keeps nothing)[/dim]",
             highlight=False,
             soft_wrap=True,

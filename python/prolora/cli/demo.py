@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import read
+from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..errors import ProLoRAError
 from ..files.safetensors_file import SafetensorsFile
@@ -29,7 +29,7 @@ NULL_LABEL = 10
 SCALE = 4  # pixels of the picture for each of a sample
 
 
-def family() -> Path:
+def find_models() -> Path:
     """The folder of the shipped models: in an installed package, else in the source tree."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "mini_family", package.parents[1] / "examples/mini_family/weights"):
@@ -69,7 +69,7 @@ def run_demo(
         raise ProLoRAError(
             "the demo samples images with diffusers: pip install 'prolora[demo]'"
         ) from error
-    models = family()
+    models = find_models()
     targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
     source = targets.pop("source")
     files = {path.stem: path for path in models.glob("loras/*.safetensors")}
@@ -98,21 +98,21 @@ def run_demo(
     copied = transfer(file, source, goal, method="copy").adapter
     rows: list[tuple[str, nn.Module]] = [
         ("source", base),
-        ("source + LoRA", merged(base, read(file))),
+        ("source + LoRA", merge_adapter(base, read_adapter(file))),
         (target, other),
-        (f"{target} + copied LoRA", merged(other, copied)),
-        (f"{target} + {report.method}", merged(other, read(moved))),
+        (f"{target} + copied LoRA", merge_adapter(other, copied)),
+        (f"{target} + {report.method}", merge_adapter(other, read_adapter(moved))),
     ]
     images = []
     for done, (name, unet) in enumerate(rows):
         progress(done, len(rows), f"sampling: {name}")
-        images.append(sample(unet, table, seed))
+        images.append(sample_digits(unet, table, seed))
     progress(len(rows), len(rows), "done")
-    draw([name for name, _ in rows], torch.stack(images), picture)
+    draw_samples([name for name, _ in rows], torch.stack(images), picture)
     return report, [moved, account, picture]
 
 
-def merged(unet: nn.Module, adapter: Adapter) -> nn.Module:
+def merge_adapter(unet: nn.Module, adapter: Adapter) -> nn.Module:
     """A copy of the model with the adapter's updates added to its weights."""
     changed = copy.deepcopy(unet)
     for name, update in adapter.updates.items():
@@ -122,7 +122,7 @@ def merged(unet: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 @torch.no_grad()
-def sample(unet: nn.Module, table: Tensor, seed: int) -> Tensor:
+def sample_digits(unet: nn.Module, table: Tensor, seed: int) -> Tensor:
     """One image of each digit: Euler steps of a rectified flow with classifier-free guidance.
 
     Args:
@@ -143,7 +143,7 @@ def sample(unet: nn.Module, table: Tensor, seed: int) -> Tensor:
     return x[:, 0].clamp(-1, 1)
 
 
-def draw(names: list[str], images: Tensor, path: Path) -> None:
+def draw_samples(names: list[str], images: Tensor, path: Path) -> None:
     """A PNG with a captioned row of images [rows, columns, h, w] for each name."""
     from PIL import Image, ImageDraw
 

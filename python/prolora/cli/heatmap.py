@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..comparison.comparison import Comparison, ModuleComparison, mean_of
+from ..comparison.comparison import Comparison, ModuleComparison, average_field
 from ..errors import OutputError
 
 _BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
@@ -27,24 +27,26 @@ NOTHING, INK = (255, 255, 255), (32, 32, 32)
 Cells = dict[tuple[str, str], float]
 
 
-def by_depth(comparison: Comparison) -> Cells:
+def overlap_by_depth(comparison: Comparison) -> Cells:
     """(place, number of the block or `AROUND`) -> mean overlap above chance of its modules."""
-    return _cells(comparison, lambda place, depth, leaf: (place, depth))
+    return _average_cells(comparison, lambda place, depth, leaf: (place, depth))
 
 
-def by_module(comparison: Comparison) -> Cells:
+def overlap_by_module(comparison: Comparison) -> Cells:
     """(place, module inside a block) -> mean overlap above chance over the place's blocks."""
-    return _cells(comparison, lambda place, depth, leaf: (place, leaf))
+    return _average_cells(comparison, lambda place, depth, leaf: (place, leaf))
 
 
-def _cells(comparison: Comparison, key: Callable[[str, str, str], tuple[str, str]]) -> Cells:
+def _average_cells(
+    comparison: Comparison, key: Callable[[str, str, str], tuple[str, str]]
+) -> Cells:
     groups: dict[tuple[str, str], list[ModuleComparison]] = {}
     for module in comparison.modules:
-        groups.setdefault(key(*_position(module.target)), []).append(module)
-    return {found: mean_of(modules, "above") for found, modules in groups.items()}
+        groups.setdefault(key(*_split_module(module.target)), []).append(module)
+    return {found: average_field(modules, "above") for found, modules in groups.items()}
 
 
-def _position(module: str) -> tuple[str, str, str]:
+def _split_module(module: str) -> tuple[str, str, str]:
     """(place, depth, leaf); a UNet's place is the attention that holds a stack of blocks."""
     match = _BLOCK.fullmatch(module)
     if match:
@@ -54,14 +56,14 @@ def _position(module: str) -> tuple[str, str, str]:
     return place, AROUND, leaf
 
 
-def save(comparison: Comparison, path: str | PathLike[str]) -> None:
+def save_heatmap(comparison: Comparison, path: str | PathLike[str]) -> None:
     """Draws the two heat maps into a PNG file.
 
     Raises:
         OutputError: Pillow is missing, the comparison holds no overlaps, or the file cannot be
             written.
     """
-    image = draw(comparison)
+    image = draw_heatmap(comparison)
     try:
         image.save(Path(path), format="PNG")
     except OSError as error:
@@ -70,10 +72,10 @@ def save(comparison: Comparison, path: str | PathLike[str]) -> None:
 
 def check_pillow() -> None:
     """Raises OutputError, with the way out, where Pillow is not installed."""
-    _pillow()
+    _import_pillow()
 
 
-def _pillow() -> tuple[Any, Any, Any]:
+def _import_pillow() -> tuple[Any, Any, Any]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
@@ -81,16 +83,16 @@ def _pillow() -> tuple[Any, Any, Any]:
     return Image, ImageDraw, ImageFont
 
 
-def draw(comparison: Comparison) -> Any:
+def draw_heatmap(comparison: Comparison) -> Any:
     """The picture, as a PIL image.
 
     Raises:
         OutputError: Pillow is missing, or the comparison holds no overlaps.
     """
-    tables = [by_depth(comparison), by_module(comparison)]
+    tables = [overlap_by_depth(comparison), overlap_by_module(comparison)]
     if all(math.isnan(value) for value in tables[0].values()):
         raise OutputError("there is no overlap to draw: compare without --quick")
-    image_module, draw_module, font_module = _pillow()
+    image_module, draw_module, font_module = _import_pillow()
     fonts = {size: font_module.load_default(size) for size in (TEXT, SMALL)}
     ruler = draw_module.Draw(image_module.new("RGB", (1, 1)))
 
@@ -98,7 +100,7 @@ def draw(comparison: Comparison) -> Any:
         return int(ruler.textlength(text, fonts[size])) + 1
 
     rows = [list(dict.fromkeys(place for place, _ in table)) for table in tables]
-    columns = [_columns(table) for table in tables]
+    columns = [_sort_columns(table) for table in tables]
     left = max(width(name) for name in rows[0]) + 12
     wide = max(720, left + max(map(len, columns)) * CELL[0])
     heads = [max(width(name) for name in names) + 12 for names in columns]
@@ -108,7 +110,7 @@ def draw(comparison: Comparison) -> Any:
             f"{comparison.source} against {comparison.target}",
             comparison.verdict.sentence(),
         )
-        for line in textwrap.wrap(_plain(sentence), wide // 8)
+        for line in textwrap.wrap(_replace_letters(sentence), wide // 8)
     ]
     top = MARGIN + len(said) * (TEXT + 6) + 16
     heights = [
@@ -133,20 +135,20 @@ def draw(comparison: Comparison) -> Any:
             for x, name in enumerate(columns[number]):
                 if (place, name) in table:
                     cell = (corner[0] + x * CELL[0], corner[1] + y * CELL[1])
-                    _cell(pen, cell, table[place, name], fonts[SMALL])
+                    _draw_cell(pen, cell, table[place, name], fonts[SMALL])
         top += heights[number]
-    _legend(pen, (MARGIN + left, top), fonts[SMALL])
+    _draw_legend(pen, (MARGIN + left, top), fonts[SMALL])
     return picture
 
 
-def _columns(table: Cells) -> list[str]:
+def _sort_columns(table: Cells) -> list[str]:
     """The columns in order: numbers by value, then names as they come."""
     names = list(dict.fromkeys(name for _, name in table))
     numbers = sorted((name for name in names if name.isdigit()), key=int)
     return numbers + [name for name in names if not name.isdigit()]
 
 
-def _cell(pen: Any, corner: tuple[int, int], value: float, font: Any) -> None:
+def _draw_cell(pen: Any, corner: tuple[int, int], value: float, font: Any) -> None:
     """One cell with its number; a cross where chance alone gives 1 and nothing can be said."""
     x, y = corner
     box = (x, y, x + CELL[0] - 2, y + CELL[1] - 2)
@@ -154,22 +156,22 @@ def _cell(pen: Any, corner: tuple[int, int], value: float, font: Any) -> None:
         pen.rectangle(box, NOTHING, RAMP[1])
         pen.line((box[0], box[3], box[2], box[1]), RAMP[1])
         return
-    colour = shade(value)
+    colour = shade_cell(value)
     pen.rectangle(box, colour)
     ink = NOTHING if sum(colour) < 400 else INK
     pen.text((x + CELL[0] // 2 - 1, y + CELL[1] // 2 - 1), f"{value:.2f}", ink, font, anchor="mm")
 
 
-def _legend(pen: Any, corner: tuple[int, int], font: Any) -> None:
+def _draw_legend(pen: Any, corner: tuple[int, int], font: Any) -> None:
     """The colours and what they mean."""
     x, y = corner
     for i in range(200):
-        pen.line((x + i, y, x + i, y + 12), shade(i / 199))
+        pen.line((x + i, y, x + i, y + 12), shade_cell(i / 199))
     for i, text in ((0, "0: as unrelated weights"), (200, "1: equal subspaces")):
         pen.text((x + i, y + 18), text, INK, font, anchor="la")
 
 
-def shade(value: float) -> tuple[int, int, int]:
+def shade_cell(value: float) -> tuple[int, int, int]:
     """The colour of an overlap above chance; below 0 as 0."""
     position = min(max(value, 0.0), 1.0) * (len(RAMP) - 1)
     i = min(int(position), len(RAMP) - 2)
@@ -180,6 +182,6 @@ def shade(value: float) -> tuple[int, int, int]:
     return r, g, b
 
 
-def _plain(text: str) -> str:
+def _replace_letters(text: str) -> str:
     """The letters that the built-in font has."""
     return text.encode("latin-1", "replace").decode("latin-1")

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..architectures.modules import place
+from ..architectures.modules import find_stage
 from ..bases.cache.build import ShapeSurvey
-from ..bases.cache.maintenance import Inventory, Verified
-from ..bases.memory import size_text
-from ..comparison.comparison import Comparison, ModuleComparison, mean_of
+from ..bases.cache.maintenance import Inventory, VerifyResult
+from ..bases.memory import format_size
+from ..comparison.comparison import Comparison, ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..workflow.batch import Outcome
@@ -70,19 +70,19 @@ count with all of them; energy: share of Σσ² in these columns; ≥: pairs who
 reaches that on both sides."""
 
 
-def legend(report: Report, every_module: bool = False) -> str:
+def transfer_legend(report: Report, every_module: bool = False) -> str:
     """What the columns of `transfer_table` mean."""
     if not any(row.measures for row in report.rows("mapped")):
         return LEGEND
     return "\n".join([SUBSPACE_LEGEND, *([ANGLE_LEGEND] if every_module else []), LEGEND])
 
 
-def number(value: float | None, form: str = ".2f") -> str:
+def format_number(value: float | None, form: str = ".2f") -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None or value != value else format(value, form)
 
 
-def _table(title: str) -> Table:
+def _empty_table(title: str) -> Table:
     """An empty table in the house style: narrow enough for 80 columns."""
     return Table(
         title=title,
@@ -98,7 +98,7 @@ def _table(title: str) -> Table:
 def transfer_table(report: Report, every_module: bool = False) -> Table:
     """What was mapped: a row for each part of the model, or for each module."""
     title = f"{report.method}: {report.source} → {report.target}"
-    table = _table(title)
+    table = _empty_table(title)
     table.add_column("module" if every_module else "place", overflow="fold")
     mapped = report.rows("mapped")
     projected = any(row.measures for row in mapped)
@@ -109,16 +109,18 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[str, list[ModuleReport]] = {}
     for row in mapped:
-        groups.setdefault(row.source if every_module else place(row.source), []).append(row)
+        groups.setdefault(row.source if every_module else find_stage(row.source), []).append(row)
     for name, rows in (*groups.items(), ("all", mapped)):
         cells = _subspace_cells(rows) if projected else []
         style = "bold" if name == "all" else None
-        own = _angle(rows) if first == "angle" else str(len(rows))
+        own = _angle_text(rows) if first == "angle" else str(len(rows))
         table.add_row(name, own, *cells, *_update_cells(rows), style=style)
     return table
 
 
-def _mean(rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]) -> float:
+def _weighted_mean(
+    rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
+) -> float:
     """The mean over the rows that have the value, weighted by the energy of their updates."""
     found = [(row.energy, got) for row in rows if (got := value(row)) is not None]
     weight = sum(energy for energy, _ in found)
@@ -129,20 +131,24 @@ def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
     """What the subspaces of the two bases say about the rows."""
 
     def mean(value: Callable[[Measures], float]) -> float:
-        return _mean(rows, lambda row: value(row.measures) if row.measures else None)
+        return _weighted_mean(rows, lambda row: value(row.measures) if row.measures else None)
 
     above = min(mean(lambda m: m.above_left), mean(lambda m: m.above_right))
     mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
     left, right = mean(lambda m: m.phi_left), mean(lambda m: m.phi_right)
-    return [f"{number(left)} {number(right)}", number(above), number(mixed, ".0%")]
+    return [
+        f"{format_number(left)} {format_number(right)}",
+        format_number(above),
+        format_number(mixed, ".0%"),
+    ]
 
 
-def _angle(rows: list[ModuleReport]) -> str:
+def _angle_text(rows: list[ModuleReport]) -> str:
     """The median and the largest principal angle in degrees."""
-    median = _mean(rows, lambda row: row.measures.angle if row.measures else None)
-    largest = _mean(rows, lambda row: row.measures.largest_angle if row.measures else None)
+    median = _weighted_mean(rows, lambda row: row.measures.angle if row.measures else None)
+    largest = _weighted_mean(rows, lambda row: row.measures.largest_angle if row.measures else None)
     if math.isnan(median):
-        return number(None)
+        return format_number(None)
     return f"{math.degrees(median):.0f}…{math.degrees(largest):.0f}°"
 
 
@@ -150,28 +156,31 @@ def _update_cells(rows: list[ModuleReport]) -> list[str]:
     """What became of the updates of the rows."""
     ranks = sorted({row.rank_out for row in rows})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}…{ranks[-1]}"
-    drift = _mean(rows, lambda row: row.drift)
+    drift = _weighted_mean(rows, lambda row: row.drift)
     if all(row.drift is None and row.measures is None for row in rows):
         return ["–", "–", "–", "–", rank]  # a dry run, or a text encoder carried over
     return [
-        number(drift),
-        number(_mean(rows, lambda row: row.surviving_energy), ".0%"),
-        number(_mean(rows, lambda row: row.norm_ratio)),
-        number(_mean(rows, lambda row: row.copy_distance)),
+        format_number(drift),
+        format_number(_weighted_mean(rows, lambda row: row.surviving_energy), ".0%"),
+        format_number(_weighted_mean(rows, lambda row: row.norm_ratio)),
+        format_number(_weighted_mean(rows, lambda row: row.copy_distance)),
         rank,
     ]
 
 
 def probe_table(report: Report) -> Table:
     """What probing reached: a row for each block of the target."""
-    table = _table(f"probe: {report.source} → {report.target}")
+    table = _empty_table(f"probe: {report.source} → {report.target}")
     table.add_column("block", overflow="fold")
     for name in ("modules", "predicted", "reached"):
         table.add_column(name, justify="right", no_wrap=True)
     for block in report.probe.blocks:
         predicted = min(block.explained, default=math.nan)
         table.add_row(
-            block.name, str(block.modules), number(predicted, ".0%"), number(block.reached, ".0%")
+            block.name,
+            str(block.modules),
+            format_number(predicted, ".0%"),
+            format_number(block.reached, ".0%"),
         )
     return table
 
@@ -198,7 +207,7 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Several LoRAs, a row each: what moved, or why nothing did."""
     counts = Counter(outcome.status for outcome in outcomes)
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    table = _table(f"{len(outcomes)} LoRAs: {said}")
+    table = _empty_table(f"{len(outcomes)} LoRAs: {said}")
     table.add_column("LoRA", overflow="fold")
     for name in ("mapped", "skipped", "refused", "kept", "vs copy", "s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -210,9 +219,9 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
                 str(totals["mapped"] + totals["summed"]),
                 str(totals["skipped"]),
                 str(totals["refused"]),
-                number(totals["energy_surviving"], ".0%"),
-                number(totals["copy_distance"]),
-                number(outcome.seconds, ".1f"),
+                format_number(totals["energy_surviving"], ".0%"),
+                format_number(totals["copy_distance"]),
+                format_number(outcome.seconds, ".1f"),
             ]
             table.add_row(outcome.lora.name, *numbers, outcome.status)
         else:
@@ -221,7 +230,7 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def failures(outcomes: list[Outcome]) -> list[str]:
+def failure_lines(outcomes: list[Outcome]) -> list[str]:
     """Why LoRAs were not moved, a line each."""
     return [
         f"{outcome.lora.name}: {type(outcome.error).__name__}: {outcome.error}"
@@ -233,7 +242,7 @@ def failures(outcomes: list[Outcome]) -> list[str]:
 def comparison_table(comparison: Comparison) -> Table:
     """Overlap and drift by place."""
     title = f"{comparison.source} against {comparison.target}"
-    table = _table(title)
+    table = _empty_table(title)
     table.add_column("place", no_wrap=True)
     overlaps = any(module.columns_source for module in comparison.modules)
     subspaces = ("k", "Φ l/r", "chance", "above") if overlaps else ()
@@ -244,8 +253,8 @@ def comparison_table(comparison: Comparison) -> Table:
             name,
             str(len(modules)),
             *(_overlap_cells(modules) if overlaps else []),
-            number(mean_of(modules, "drift")),
-            number(mean_of(modules, "cosine")),
+            format_number(average_field(modules, "drift")),
+            format_number(average_field(modules, "cosine")),
             style="bold" if name == "all" else None,
         )
     return table
@@ -254,19 +263,19 @@ def comparison_table(comparison: Comparison) -> Table:
 def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
     """Columns, overlap and chance of a part of the model."""
     columns = sorted(module.columns_source for module in modules)
-    left, right, above = (mean_of(modules, f) for f in ("phi_left", "phi_right", "above"))
-    chance = max(mean_of(modules, "chance_left"), mean_of(modules, "chance_right"))
+    left, right, above = (average_field(modules, f) for f in ("phi_left", "phi_right", "above"))
+    chance = max(average_field(modules, "chance_left"), average_field(modules, "chance_right"))
     return [
         f"{columns[0]}…{columns[-1]}",
-        f"{number(left)} {number(right)}",
-        number(chance),
-        number(above),
+        f"{format_number(left)} {format_number(right)}",
+        format_number(chance),
+        format_number(above),
     ]
 
 
 def sweep_table(comparison: Comparison) -> Table:
     """The overlap of all pairs against the number of columns."""
-    table = _table(f"rank sweep over {len(comparison.modules)} pairs")
+    table = _empty_table(f"rank sweep over {len(comparison.modules)} pairs")
     thresholds = [f"≥ {threshold:g}" for threshold in THRESHOLDS]
     for heading in ("k", "whole", "energy", "Φ l/r", "chance", "above", *thresholds):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -275,10 +284,10 @@ def sweep_table(comparison: Comparison) -> Table:
         table.add_row(
             "all" if last else str(row.columns),
             str(row.whole),
-            number(row.energy, ".0%"),
-            f"{number(row.phi_left)} {number(row.phi_right)}",
-            number(max(row.chance_left, row.chance_right)),
-            number(row.above),
+            format_number(row.energy, ".0%"),
+            f"{format_number(row.phi_left)} {format_number(row.phi_right)}",
+            format_number(max(row.chance_left, row.chance_right)),
+            format_number(row.above),
             *map(str, row.passing.values()),
             style="bold" if last else None,
         )
@@ -289,7 +298,7 @@ def decisions_table(
     decisions: Sequence[BlockDecision], dropped: Sequence[str], every_block: bool = False
 ) -> Table:
     """Where blocks came from: a row for each stack of blocks, or for each block."""
-    table = _table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
+    table = _empty_table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
     if every_block:
         headings = ("block", "from", "score", "runner-up", "its score", "margin")
         for i, heading in enumerate(headings):
@@ -299,10 +308,10 @@ def decisions_table(
             table.add_row(
                 decision.target,
                 decision.source or "none",
-                number(decision.score),
+                format_number(decision.score),
                 decision.runner_up or "–",
-                number(decision.runner_up_score),
-                number(decision.margin),
+                format_number(decision.runner_up_score),
+                format_number(decision.margin),
                 style=None if decision.source else "yellow",
             )
         return table
@@ -316,14 +325,14 @@ def decisions_table(
     for name, several in places.items():
         table.add_row(
             name.removesuffix(".transformer_blocks"),
-            _from(name, several),
-            number(min(decision.score for decision in several)),
-            number(min(decision.margin for decision in several)),
+            _origins_text(name, several),
+            format_number(min(decision.score for decision in several)),
+            format_number(min(decision.margin for decision in several)),
         )
     return table
 
 
-def _from(place: str, decisions: list[BlockDecision]) -> str:
+def _origins_text(place: str, decisions: list[BlockDecision]) -> str:
     """`0←0 1←3`, with the source's place where it is another."""
     found = []
     for decision in decisions:
@@ -335,7 +344,7 @@ def _from(place: str, decisions: list[BlockDecision]) -> str:
 
 def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
     """The subspaces of a base, a row per shape."""
-    table = _table(name)
+    table = _empty_table(name)
     for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -343,20 +352,20 @@ def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
             "×".join(map(str, row.shape)),
             str(row.count),
             f"{row.columns_min}…{row.columns_max}",
-            number(row.energy, ".1%"),
-            number(row.bound, ".1e"),
+            format_number(row.energy, ".1%"),
+            format_number(row.bound, ".1e"),
             str(row.flagged),
             row.rungs,
-            number(row.seconds, ".1f"),
+            format_number(row.seconds, ".1f"),
         )
     return table
 
 
-def inventory(found: Inventory) -> list[Table | str]:
+def inventory_parts(found: Inventory) -> list[Table | str]:
     """What a cache holds: a row for each base model and rank rule, and what else there is."""
     said: list[Table | str] = []
     if found.shelves:
-        table = _table(f"{size_text(found.size)} in the cache")
+        table = _empty_table(f"{format_size(found.size)} in the cache")
         table.add_column("base", overflow="fold")
         for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -365,26 +374,26 @@ def inventory(found: Inventory) -> list[Table | str]:
                 shelf.base or "(in memory)",
                 shelf.rule,
                 str(shelf.count),
-                size_text(shelf.size),
+                format_size(shelf.size),
                 shelf.dtypes,
                 f"{shelf.columns_min}…{shelf.columns_max}",
-                number(shelf.bound, ".0e"),
+                format_number(shelf.bound, ".0e"),
                 date.fromtimestamp(shelf.used).isoformat(),
             )
         said.append(table)
     else:
         said.append("The cache holds no bases.")
-    said.append(f"folder: {found.folder}; index and tables: {size_text(found.notes)}")
+    said.append(f"folder: {found.folder}; index and tables: {format_size(found.notes)}")
     for (count, size), what in (
         (found.temporary, "temporary files"),
         (found.foreign, "files of other versions, or damaged"),
     ):
         if count:
-            said.append(f"{count} {what}, {size_text(size)}: `prolora basis prune` removes them")
+            said.append(f"{count} {what}, {format_size(size)}: `prolora basis prune` removes them")
     return said
 
 
-def verified(found: Verified, base: str | None, rank: str) -> list[str]:
+def verification_lines(found: VerifyResult, base: str | None, rank: str) -> list[str]:
     """What a verification found, in sentences."""
     said = [f"{found.checked} bases are what was written; {len(found.damaged)} are damaged."]
     said += [f"  {path}: {reason}" for path, reason in found.damaged.items()]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ..bases import open_base
-from ..comparison.block_matching import resolve
+from ..comparison.block_matching import resolve_match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ..core.ops import operators
 from ..core.projection import DEFAULT_RANK
@@ -213,7 +213,9 @@ def transfer(
     factors = getattr(torch, dtype.value) if dtype else None
     folder = cache if dry_run else cache_folder(cache, no_cache)
     with tables.progress_bar("match", shown) as progress:
-        options["match"] = resolve(match, old, new, cache=folder, device=device, progress=progress)
+        options["match"] = resolve_match(
+            match, old, new, cache=folder, device=device, progress=progress
+        )
     if dry_run:
         written = {"format": format.value, "dtype": factors}
         outcomes = [
@@ -278,7 +280,7 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print(tables.outcomes_table(outcomes))
-        for line in tables.failures(outcomes):
+        for line in tables.failure_lines(outcomes):
             out.print(line, highlight=False, soft_wrap=True, style="red")
         return
     report = outcomes[0].report
@@ -303,7 +305,7 @@ def show_report(report: Report, every_module: bool = False) -> None:
     if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):
         out.print(tables.transfer_table(report, every_module))
         if not report.dry_run:
-            out.print(f"[dim]{tables.legend(report, every_module)}[/dim]", highlight=False)
+            out.print(f"[dim]{tables.transfer_legend(report, every_module)}[/dim]", highlight=False)
     reasons = tables.reasons_table(report)
     if reasons:
         out.print(reasons)

@@ -94,38 +94,38 @@ def match_blocks(
         UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
         NonFiniteWeights: NaN or Inf, named.
     """
-    groups = _groups(source, target)
+    groups = _group_blocks(source, target)
     if not groups:
         raise UnsupportedFormat(
             f"{source.name} and {target.name} have no transformer blocks of the same kind and "
             "shape: there is nothing to match by similarity"
         )
-    subspaces = _Subspaces(cache, device, progress, _work(groups))
+    subspaces = _Subspaces(cache, device, progress, _count_weights(groups))
     decisions: list[BlockDecision] = []
     partners: dict[str, str] = {}
     dropped: list[str] = []
     places: dict[str, str] = {}
     for ours, theirs in groups:
-        scores, deviations = _compare(source, ours, target, theirs, subspaces)
+        scores, deviations = _score_blocks(source, ours, target, theirs, subspaces)
         related = torch.where(
             (scores >= min_score) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
         )
-        pairs, stacks = _assign(related, ours, theirs)
+        pairs, stacks = _assign_blocks(related, ours, theirs)
         places |= stacks
         taken = set(pairs.values())
         dropped += [block.name for i, block in enumerate(ours) if i not in taken]
         for j, block in enumerate(theirs):
-            decision = _decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
+            decision = _record_decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
             decisions.append(decision)
             if decision.source is not None:
                 partners[decision.target] = decision.source
-    table = dict(_table(source, target, partners, places))
-    order = {block.name: i for i, block in enumerate(blocks(target))}
+    table = dict(_pair_modules(source, target, partners, places))
+    order = {block.name: i for i, block in enumerate(list_blocks(target))}
     decisions.sort(key=lambda decision: order[decision.target])
     return Matching(table, tuple(decisions), tuple(dropped))
 
 
-def resolve(
+def resolve_match(
     match: Match,
     source: Base,
     target: Base,
@@ -143,17 +143,17 @@ def resolve(
     return match
 
 
-def blocks(base: Base) -> list[Block]:
+def list_blocks(base: Base) -> list[Block]:
     """The transformer blocks of a base, in the order in which a forward pass meets them."""
     found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
     for module, shape in base.shapes.items():
         match = _BLOCK.fullmatch(module)
         if match and is_adaptable(module):
             found.setdefault((match[1], int(match[2])), {})[match[3]] = matrix_shape(shape)
-    return [Block(*key, found[key]) for key in sorted(found, key=_order)]
+    return [Block(*key, found[key]) for key in sorted(found, key=_block_order)]
 
 
-def _order(key: tuple[str, int]) -> tuple[object, ...]:
+def _block_order(key: tuple[str, int]) -> tuple[object, ...]:
     """Down, middle, up; FLUX's double blocks before its single ones."""
     place, index = key
     stage = _STAGES.get(place.split(".")[0], 3)
@@ -161,9 +161,9 @@ def _order(key: tuple[str, int]) -> tuple[object, ...]:
     return stage, "single_" in place, numbers, place, index
 
 
-def _groups(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]:
+def _group_blocks(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]:
     """Blocks of both bases that may belong together: the same kind, modules and shapes."""
-    ours, theirs = blocks(source), blocks(target)
+    ours, theirs = list_blocks(source), list_blocks(target)
     shared = {name for block in ours for name in block.shapes}
     shared &= {name for block in theirs for name in block.shapes}
 
@@ -179,7 +179,7 @@ def _groups(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]
     return [pair for (_, shapes), pair in found.items() if shapes and all(pair)]
 
 
-def _evidence(ours: Block, theirs: Block) -> list[str]:
+def _choose_evidence(ours: Block, theirs: Block) -> list[str]:
     """The modules that are compared: attention, or whatever both have.
 
     Not all of them where matrices are large: the more dimensions, the less two subspaces overlap by
@@ -196,10 +196,11 @@ def _evidence(ours: Block, theirs: Block) -> list[str]:
     return chosen
 
 
-def _work(groups: list[tuple[list[Block], list[Block]]]) -> int:
+def _count_weights(groups: list[tuple[list[Block], list[Block]]]) -> int:
     """Weights to factorise."""
     return sum(
-        len(_evidence(ours[0], theirs[0])) * (len(ours) + len(theirs)) for ours, theirs in groups
+        len(_choose_evidence(ours[0], theirs[0])) * (len(ours) + len(theirs))
+        for ours, theirs in groups
     )
 
 
@@ -237,24 +238,24 @@ class _Subspaces:
         return stack_bases(found)
 
 
-def _compare(
+def _score_blocks(
     source: Base, ours: list[Block], target: Base, theirs: list[Block], subspaces: _Subspaces
 ) -> tuple[Tensor, Tensor]:
     """(scores, deviations) [our blocks, their blocks], see `BlockDecision`."""
-    modules = _evidence(ours[0], theirs[0])
+    modules = _choose_evidence(ours[0], theirs[0])
     above = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
     excess, variance = torch.zeros_like(above), torch.zeros_like(above)
     for module in modules:
         a, b = subspaces.of(source, ours, module), subspaces.of(target, theirs, module)
         for left, right in ((a.U, b.U), (a.V, b.V)):
-            phi, chance, spread = _overlaps(left, a.rank, right, b.rank)
+            phi, chance, spread = _measure_overlaps(left, a.rank, right, b.rank)
             above += (phi - chance) / (1 - chance).clamp_min(1e-12) / (2 * len(modules))
             excess += phi - chance
             variance += spread
     return above, excess / variance.sqrt().clamp_min(1e-12)
 
 
-def _overlaps(
+def _measure_overlaps(
     left: Tensor, left_rank: Tensor, right: Tensor, right_rank: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(Φ, its mean and its variance between unrelated subspaces), all [a, b], on the CPU.
@@ -282,11 +283,11 @@ def _overlaps(
     return phi, p * q / d / fewest, spread / fewest.square()
 
 
-def _assign(
+def _assign_blocks(
     scores: Tensor, ours: list[Block], theirs: list[Block]
 ) -> tuple[dict[int, int], dict[str, str]]:
     """({their block: our block} by index, {their place: our place}), monotone on both levels."""
-    ours_in, theirs_in = _by_place(ours), _by_place(theirs)
+    ours_in, theirs_in = _group_by_stack(ours), _group_by_stack(theirs)
     inner = {
         (a, b): monotone_assignment(scores[ours_in[a]][:, theirs_in[b]])
         for a in ours_in
@@ -306,7 +307,7 @@ def _assign(
     return pairs, stacks
 
 
-def _by_place(blocks: list[Block]) -> dict[str, list[int]]:
+def _group_by_stack(blocks: list[Block]) -> dict[str, list[int]]:
     """Place -> indices of its blocks, in order."""
     found: dict[str, list[int]] = {}
     for i, block in enumerate(blocks):
@@ -314,7 +315,7 @@ def _by_place(blocks: list[Block]) -> dict[str, list[int]]:
     return found
 
 
-def _decision(
+def _record_decision(
     block: Block, chosen: int | None, scores: Tensor, deviations: Tensor, ours: list[Block]
 ) -> BlockDecision:
     """What was chosen for a block, and the best of the others."""
@@ -331,7 +332,7 @@ def _decision(
     )
 
 
-def _table(
+def _pair_modules(
     source: Base, target: Base, partners: Mapping[str, str], places: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """(target module, source module): inside matched blocks, around them, outside all."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from ..architectures.modules import is_adaptable, matrix_shape, place
+from ..architectures.modules import find_stage, is_adaptable, matrix_shape
 from ..bases import Base, check_finite, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
@@ -19,12 +19,21 @@ from ..core.overlap_tables import basis_tables
 from ..core.rank_rule import Rank
 from ..core.similarity import angle_quantiles, basis_similarity
 from ..errors import NonFiniteWeights, UnsupportedFormat
-from ..files.jsontext import finite
-from .block_matching import resolve
+from ..files.jsontext import replace_nonfinite
+from .block_matching import resolve_match
 from .drift import Affinity
-from .module_map import BlockDecision, Match, Matching, feeds
-from .rank_sweep import Point, SweepRow, curve, sweep
-from .verdict import AUTO, DEFAULT_THRESHOLD, STRANGE, WHY, Decision, Verdict, judge, strangers_text
+from .module_map import BlockDecision, Match, Matching, find_partners
+from .rank_sweep import OverlapPoint, SweepRow, sweep_columns, trace_curve
+from .verdict import (
+    AUTO,
+    DEFAULT_THRESHOLD,
+    METHOD_REASONS,
+    STRANGE_COSINE,
+    Decision,
+    Verdict,
+    describe_strangers,
+    judge_affinity,
+)
 
 _ATTENTION = re.compile(r"(^|\.)attn\d?\.")
 _NAN = math.nan
@@ -46,7 +55,7 @@ class ModuleComparison:
         columns_source, columns_target: k of the bases; 0 likewise.
         angles_left, angles_right: principal angles between the subspaces in radians, at the shares
             `core.similarity.ANGLE_SHARES` of their number, smallest first; empty likewise.
-        points: the overlap at fewer columns, see `sweep`; empty likewise.
+        points: the overlap at fewer columns, see `sweep_columns`; empty likewise.
     """
 
     source: str
@@ -63,12 +72,12 @@ class ModuleComparison:
     columns_target: int = 0
     angles_left: tuple[float, ...] = ()
     angles_right: tuple[float, ...] = ()
-    points: tuple[Point, ...] = ()
+    points: tuple[OverlapPoint, ...] = ()
 
     @property
     def place(self) -> str:
         """The part of the model: `down_blocks.1`, `mid_block`, … or the first name element."""
-        return place(self.target)
+        return find_stage(self.target)
 
     @property
     def above(self) -> float:
@@ -146,17 +155,17 @@ class Comparison:
 
     def mean(self, field: str) -> float:
         """The mean of a number of `ModuleComparison` over the pairs where it is defined."""
-        return mean_of(self.modules, field)
+        return average_field(self.modules, field)
 
     @cached_property
     def verdict(self) -> Verdict:
         """Go or no-go, from the affinity of all pairs."""
-        return judge(Affinity.total(module.affinity for module in self.modules))
+        return judge_affinity(Affinity.total(module.affinity for module in self.modules))
 
     @cached_property
     def sweep(self) -> list[SweepRow]:
         """The overlap of all pairs against the number of columns; empty where not asked for."""
-        return sweep([module.points for module in self.modules if module.points])
+        return sweep_columns([module.points for module in self.modules if module.points])
 
     @property
     def advice(self) -> Decision:
@@ -181,7 +190,7 @@ class Comparison:
         overlaps = {
             name: overlap
             for name, part in self.places().items()
-            if not math.isnan(overlap := mean_of(part, "above"))
+            if not math.isnan(overlap := average_field(part, "above"))
         }
         if overlaps:
             least, most = min(overlaps, key=overlaps.__getitem__), max(overlaps.values())
@@ -191,9 +200,9 @@ class Comparison:
                 f"equal): from {overlaps[least]:.2f} in {least} to {most:.2f}; {passing} of "
                 f"{len(self.modules)} pairs reach Φ ≥ {DEFAULT_THRESHOLD} on both sides."
             )
-        strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE]
+        strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
-            said.append(strangers_text(strangers))
+            said.append(describe_strangers(strangers))
         said += [self._copying(), self._coverage()]
         if self.decisions:
             found = sum(decision.source is not None for decision in self.decisions)
@@ -221,10 +230,13 @@ class Comparison:
         if not self.verdict.go:
             return "Copying does not work here, and no method that knows weights alone does better."
         if self.copying_is_best:
-            return f"Nothing measured so far beats copying on such a pair: {WHY['copy']}."
+            return (
+                f"Nothing measured so far beats copying on such a pair: {METHOD_REASONS['copy']}."
+            )
         strength = self.verdict.strength
         return (
-            f"--method {AUTO} chooses '{self.advice.method}': {WHY[self.advice.method]}. "
+            f"--method {AUTO} chooses '{self.advice.method}': "
+            f"{METHOD_REASONS[self.advice.method]}. "
             f"An unchanged copy does best at a strength of about {strength:.2g}."
         )
 
@@ -259,11 +271,11 @@ class Comparison:
             },
             "summary": self.sentences(),
         }
-        found: dict[str, Any] = finite(fields)
+        found: dict[str, Any] = replace_nonfinite(fields)
         return found
 
 
-def mean_of(modules: Iterable[ModuleComparison], field: str) -> float:
+def average_field(modules: Iterable[ModuleComparison], field: str) -> float:
     """The mean of a number over the modules where it is one; NaN if there is none."""
     found = [got for module in modules if not math.isnan(got := float(getattr(module, field)))]
     return math.fsum(found) / len(found) if found else _NAN
@@ -300,8 +312,8 @@ def compare(
         NonFiniteWeights: NaN or Inf, named.
     """
     source, target = open_base(source), open_base(target)
-    match = resolve(match, source, target, cache=cache, device=device, progress=progress)
-    partners, rule = feeds(source, target, match)
+    match = resolve_match(match, source, target, cache=cache, device=device, progress=progress)
+    partners, rule = find_partners(source, target, match)
     partners = {t: s for t, s in partners.items() if is_adaptable(t)}
     equal = {
         t: s
@@ -311,7 +323,7 @@ def compare(
     if isinstance(match, Matching):
         match.check_any(source, target)
     if not equal:
-        raise UnsupportedFormat(_nothing_shared(source, target, partners))
+        raise UnsupportedFormat(_explain_nothing_shared(source, target, partners))
     sizes = {matrix_shape(target.shapes[module]) for module in equal}
     Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else "bases")
     taken = set(partners.values())
@@ -335,7 +347,7 @@ def compare(
     )
 
 
-def _nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
+def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
     """Why there is nothing to compare."""
     if partners:
         return (
@@ -389,5 +401,5 @@ def _compare_module(
         columns_target=int(new.rank),
         angles_left=tuple(angles[0][0].tolist()),
         angles_right=tuple(angles[1][0].tolist()),
-        points=curve(old, new, tables),
+        points=trace_curve(old, new, tables),
     )

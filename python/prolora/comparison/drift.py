@@ -12,16 +12,16 @@ from torch import Tensor
 from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite
 from ..bases.base import Progress
-from ..bases.cache.basis_cache import BasisCache, content_hash
-from ..bases.cache.tables import Notes
+from ..bases.cache.basis_cache import BasisCache, hash_weight
+from ..bases.cache.tables import JsonTable
 from ..bases.memory import Memory
-from ..core.parallel import spread
+from ..core.parallel import map_on_threads
 from ..errors import NonFiniteWeights
 
-BLOCK = 1 << 18
+BLOCK_ENTRIES = 1 << 18
 """Entries that are worked on at a time."""
 
-PROBES = 32
+RANDOM_VECTORS = 32
 """Random vectors behind each spread; over the many modules of a model their noise cancels."""
 
 
@@ -34,7 +34,7 @@ class Affinity:
         target: ‖W_t‖²_F.
         product: ⟨W_s, W_t⟩ = tr(W_sᵀ W_t).
         difference: ‖D‖²_F of the drift D = W_t − W_s.
-        spread_difference: ‖D‖²_F times the spread of D, see `spread`.
+        spread_difference: ‖D‖²_F times the spread of D, see `map_on_threads`.
     """
 
     source: float
@@ -74,15 +74,17 @@ class Affinity:
         work = torch.float64 if wide else torch.float32
         m, n = source.shape
         # A few rows at a time stay in a core's cache, and need no memory of a weight's size.
-        rows = max(1, BLOCK // max(1, n))
+        rows = max(1, BLOCK_ENTRIES // max(1, n))
         blocks = [(source[i : i + rows], target[i : i + rows]) for i in range(0, m, rows)]
         # The largest entry is taken out, so that squares of large finite weights stay finite.
-        scale = max((_largest(part.to(work)) for pair in blocks for part in pair), default=0.0)
+        scale = max(
+            (_largest_entry(part.to(work)) for pair in blocks for part in pair), default=0.0
+        )
         if scale == 0:
             return cls(0.0, 0.0, 0.0, 0.0, 0.0)
         # Σσ⁴ = ‖DᵀD‖² is the mean of ‖DᵀDz‖² over random z: products instead of a Gram matrix.
         generator = torch.Generator().manual_seed(m * n)
-        z = torch.randn(n, PROBES, generator=generator, dtype=work)
+        z = torch.randn(n, RANDOM_VECTORS, generator=generator, dtype=work)
         image = torch.zeros_like(z)
         sums = [0.0] * 4
         for pair in blocks:
@@ -92,8 +94,8 @@ class Affinity:
             for i, (x, y) in enumerate(products):
                 sums[i] += float(torch.dot(x.flatten(), y.flatten()))
             image.addmm_(away.mT, away @ z)
-        quartic = float(image.square().sum()) / PROBES
-        sums.append(sums[3] * _spread(sums[3], quartic, m, n))
+        quartic = float(image.square().sum()) / RANDOM_VECTORS
+        sums.append(sums[3] * _relative_rank(sums[3], quartic, m, n))
         return cls(*(value * scale * scale for value in sums))
 
     @classmethod
@@ -104,7 +106,7 @@ class Affinity:
         return cls(*(math.fsum(column) for column in columns))
 
 
-def _largest(x: Tensor) -> float:
+def _largest_entry(x: Tensor) -> float:
     """The largest magnitude in x.
 
     Raises:
@@ -116,14 +118,14 @@ def _largest(x: Tensor) -> float:
     return largest
 
 
-def _spread(energy: float, quartic: float, m: int, n: int) -> float:
+def _relative_rank(energy: float, quartic: float, m: int, n: int) -> float:
     """Effective rank of a drift [m, n] over that of noise; energy Σσ², quartic Σσ⁴."""
     if energy == 0:
         return 1.0
     return min(1.0, energy**2 / max(quartic, 1e-300) / (m * n / (m + n + 1)))
 
 
-def measure(
+def measure_affinities(
     source: Base,
     target: Base,
     pairs: Sequence[tuple[str, str]],
@@ -148,42 +150,42 @@ def measure(
     """
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
-    found = [_known(source, target, pair, cache, notes) for pair in pairs]
+    found = [_look_up_affinity(source, target, pair, cache, notes) for pair in pairs]
     missing = [i for i, affinity in enumerate(found) if affinity is None]
     total, start, memory = len(missing), 0, memory or Memory()
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
         part = missing[start : start + memory.at_once(shape)]
         jobs = [(source, target, pairs[i], cache.folder is not None) for i in part]
-        seen = spread(lambda job: _measured(*job), jobs)
+        seen = map_on_threads(lambda job: _measure_pair(*job), jobs)
         for i, (affinity, *digests) in zip(part, seen, strict=True):
             found[i] = affinity
             for base, module, digest in zip((source, target), pairs[i], digests, strict=True):
                 cache.learn(base, module, digest)
             names = [cache.digest(*at) for at in zip((source, target), pairs[i], strict=True)]
-            notes.put(_note(*map(str, names)), list(astuple(affinity)))
+            notes.put(_affinity_key(*map(str, names)), list(astuple(affinity)))
         start += len(part)
         if progress:
             progress(start, total, pairs[part[-1]][1])
     return [affinity for affinity in found if affinity is not None]
 
 
-def _known(
-    source: Base, target: Base, pair: tuple[str, str], cache: BasisCache, notes: Notes
+def _look_up_affinity(
+    source: Base, target: Base, pair: tuple[str, str], cache: BasisCache, notes: JsonTable
 ) -> Affinity | None:
     """What was measured of a pair before."""
     digests = [cache.digest(*at) for at in zip((source, target), pair, strict=True)]
     if None in digests:
         return None
-    numbers = notes.get(_note(*map(str, digests)))
+    numbers = notes.get(_affinity_key(*map(str, digests)))
     return Affinity(*numbers) if isinstance(numbers, list) else None
 
 
-def _note(source: str, target: str) -> str:
-    return f"affinity {PROBES} {source} {target}"
+def _affinity_key(source: str, target: str) -> str:
+    return f"affinity {RANDOM_VECTORS} {source} {target}"
 
 
-def _measured(
+def _measure_pair(
     source: Base, target: Base, pair: tuple[str, str], hashed: bool
 ) -> tuple[Affinity, str, str]:
     """The affinity of a pair, and the content hashes of the two, if they are asked for."""
@@ -197,4 +199,4 @@ def _measured(
         raise
     if not hashed:
         return affinity, "", ""
-    return affinity, content_hash(ours), content_hash(theirs)
+    return affinity, hash_weight(ours), hash_weight(theirs)

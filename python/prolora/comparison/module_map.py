@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..bases import Base, correspondence
-from ..bases.describe import adaptable_shapes, describe, kind
+from ..bases import Base, find_correspondence
+from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
@@ -92,7 +92,7 @@ Match = str | PathLike[str] | Mapping[str, str] | Matching
 `"similarity"` itself needs weights: `matching.resolve` turns it into a `Matching`."""
 
 
-def feeds(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
+def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
     """{target module: source module} over all modules that have a partner, and the rule's name.
 
     Raises:
@@ -102,7 +102,7 @@ def feeds(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, 
     if isinstance(match, Matching):
         return dict(match.table), match.rule
     if isinstance(match, str) and match == "name":
-        return _feeds_by_name(source, target)
+        return _partners_by_name(source, target)
     if isinstance(match, str) and match == "similarity":
         raise UnsupportedFormat(
             "matching by similarity reads weights: call comparison.block_matching.resolve first"
@@ -120,7 +120,7 @@ def feeds(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, 
     return table, rule_name
 
 
-def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
+def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
     """Equal names, or the block rule of two known layouts, read in either direction."""
     ours, theirs = source.layout, target.layout
     if ours is None or theirs is None or ours == theirs:
@@ -128,13 +128,13 @@ def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         if not same:
             _refuse_unrelated(source, target)
         return same, "same name"
-    rule = correspondence(ours, theirs)
+    rule = find_correspondence(ours, theirs)
     if rule is not None:
         found = (
             (name, start) for name in target.shapes if (start := rule.source_of(name)) is not None
         )
     else:
-        rule = correspondence(theirs, ours)
+        rule = find_correspondence(theirs, ours)
         if rule is None:
             _refuse_unrelated(source, target)
         found = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
@@ -149,9 +149,9 @@ def _feeds_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
 
 def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
     """Two bases of which nothing is known that belongs together: by kind, by width, or at all."""
-    what = f"{source.name} is {describe(source)}, {target.name} is {describe(target)}"
-    shared = adaptable_shapes(source) & adaptable_shapes(target)
-    if kind(source) != kind(target) or not shared:
+    what = f"{source.name} is {describe_base(source)}, {target.name} is {describe_base(target)}"
+    shared = list_adaptable_shapes(source) & list_adaptable_shapes(target)
+    if classify_model(source) != classify_model(target) or not shared:
         why = (
             ""
             if shared

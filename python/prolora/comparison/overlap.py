@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ..bases import Base
-from ..bases.cache.basis_cache import BasisCache, name_of
+from ..bases.cache.basis_cache import BasisCache, basis_name
 from ..core.basis import Basis
 from ..core.rank_rule import Rank
 from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
 
 # What a note of a pair begins with; another word where it holds other numbers.
-NOTE = "alignment"
+KEY_PREFIX = "alignment"
 OVERLAPS, ANGLES = 4, len(ANGLE_SHARES)
 
 
@@ -40,13 +40,13 @@ class Alignment:
         """Some pairs of the stack."""
         chosen = list(places)
         return Alignment(
-            Similarity(*(x[chosen] for x in _overlaps(self.similar))),
+            Similarity(*(x[chosen] for x in _similarity_columns(self.similar))),
             [self.angles_left[i] for i in chosen],
             [self.angles_right[i] for i in chosen],
         )
 
 
-def align(
+def align_bases(
     stack: Sequence[tuple[str, str]],
     source: Base,
     target: Base,
@@ -70,11 +70,11 @@ def align(
     keys = []
     for ours_name, theirs_name in stack:
         digests = cache.digest(source, ours_name), cache.digest(target, theirs_name)
-        keys.append(" ".join([NOTE, *(name_of(str(digest), rank) for digest in digests)]))
-    known = [_row(notes.get(key)) for key in keys]
+        keys.append(" ".join([KEY_PREFIX, *(basis_name(str(digest), rank) for digest in digests)]))
+    known = [_check_row(notes.get(key)) for key in keys]
     missing = [i for i, row in enumerate(known) if row is None]
     if missing:
-        found = _compute(ours.take(missing), theirs.take(missing))
+        found = _compute_rows(ours.take(missing), theirs.take(missing))
         for i, row in zip(missing, found, strict=True):
             notes.put(keys[i], row)
             known[i] = row
@@ -87,18 +87,20 @@ def align(
     )
 
 
-def _compute(ours: Basis, theirs: Basis) -> list[list[float]]:
+def _compute_rows(ours: Basis, theirs: Basis) -> list[list[float]]:
     """The numbers of each pair of a stack: the overlaps, then the angles left and right."""
-    similar = torch.stack([x.double() for x in _overlaps(basis_similarity(ours, theirs))], 1)
+    similar = torch.stack(
+        [x.double() for x in _similarity_columns(basis_similarity(ours, theirs))], 1
+    )
     return torch.cat([similar, *angle_quantiles(ours, theirs)], 1).tolist()
 
 
-def _overlaps(similar: Similarity) -> tuple[torch.Tensor, ...]:
+def _similarity_columns(similar: Similarity) -> tuple[torch.Tensor, ...]:
     return similar.left, similar.right, similar.chance_left, similar.chance_right
 
 
-def _row(note: Any) -> list[float] | None:
-    """The numbers of a note, or None where it is not what `_compute` makes."""
+def _check_row(note: Any) -> list[float] | None:
+    """The numbers of a note, or None where it is not what `_compute_rows` makes."""
     if not isinstance(note, list) or len(note) != OVERLAPS + 2 * ANGLES:
         return None
     return note if all(isinstance(number, float) for number in note) else None

@@ -10,7 +10,7 @@ from ..core.basis import Basis
 from ..core.overlap_tables import OverlapTable
 from .verdict import DEFAULT_THRESHOLD
 
-FEWEST = 16
+FEWEST_COLUMNS = 16
 """Columns of the first point; each further point has twice as many."""
 
 THRESHOLDS = (0.7, DEFAULT_THRESHOLD, 0.9)
@@ -18,7 +18,7 @@ THRESHOLDS = (0.7, DEFAULT_THRESHOLD, 0.9)
 
 
 @dataclass(frozen=True)
-class Point:
+class OverlapPoint:
     """One pair of bases [m, n], cut to their leading columns.
 
     Attributes:
@@ -54,7 +54,8 @@ class SweepRow:
     Attributes:
         columns: of both bases; a pair with a basis that holds no more counts with its whole bases.
         whole: how many pairs do.
-        energy, phi_left, phi_right, chance_left, chance_right, above: means of `Point`'s over the
+        energy, phi_left, phi_right, chance_left, chance_right, above: means of `OverlapPoint`'s
+            over the
             pairs, where they are defined.
         passing: threshold -> how many pairs reach it on both sides.
     """
@@ -70,25 +71,25 @@ class SweepRow:
     passing: dict[str, int]
 
     @classmethod
-    def of(cls, columns: int, pairs: Sequence[Sequence[Point]]) -> SweepRow:
-        """The row of pairs, each with its `curve`."""
-        points = [_point(curve, columns) for curve in pairs]
+    def of(cls, columns: int, pairs: Sequence[Sequence[OverlapPoint]]) -> SweepRow:
+        """The row of pairs, each with its `trace_curve`."""
+        points = [_find_point(curve, columns) for curve in pairs]
         return cls(
             columns=columns,
             whole=sum(p is curve[-1] for p, curve in zip(points, pairs, strict=True)),
-            energy=_mean([p.energy for p in points]),
-            phi_left=_mean([p.phi_left for p in points]),
-            phi_right=_mean([p.phi_right for p in points]),
-            chance_left=_mean([p.chance_left for p in points]),
-            chance_right=_mean([p.chance_right for p in points]),
-            above=_mean([p.above for p in points]),
+            energy=_mean_defined([p.energy for p in points]),
+            phi_left=_mean_defined([p.phi_left for p in points]),
+            phi_right=_mean_defined([p.phi_right for p in points]),
+            chance_left=_mean_defined([p.chance_left for p in points]),
+            chance_right=_mean_defined([p.chance_right for p in points]),
+            above=_mean_defined([p.above for p in points]),
             passing={f"{t:g}": sum(p.passes(t) for p in points) for t in THRESHOLDS},
         )
 
 
-def curve(
+def trace_curve(
     source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable]
-) -> tuple[Point, ...]:
+) -> tuple[OverlapPoint, ...]:
     """The points of a pair: at 16, 32, 64 … columns, and whole.
 
     Args:
@@ -98,45 +99,45 @@ def curve(
     """
     m, n = source.shape[-2:]
     held = source.U.shape[-1], target.U.shape[-1]
-    shares = [_shares(basis) for basis in (source, target)]
+    shares = [_energy_shares(basis) for basis in (source, target)]
 
-    def point(ks: int, kt: int) -> Point:
+    def point(ks: int, kt: int) -> OverlapPoint:
         left, right = (table.at(ks, kt).item() for table in tables)
         energy = (shares[0][ks - 1] + shares[1][kt - 1]) / 2
-        return Point(ks, kt, energy, left, right, max(ks, kt) / m, max(ks, kt) / n)
+        return OverlapPoint(ks, kt, energy, left, right, max(ks, kt) / m, max(ks, kt) / n)
 
-    return (*(point(k, k) for k in _steps(min(held))), point(*held))
+    return (*(point(k, k) for k in _column_steps(min(held))), point(*held))
 
 
-def sweep(pairs: Sequence[Sequence[Point]]) -> list[SweepRow]:
-    """The rows of pairs, each with its `curve`, up to the columns of the largest basis."""
+def sweep_columns(pairs: Sequence[Sequence[OverlapPoint]]) -> list[SweepRow]:
+    """The rows of pairs, each with its `trace_curve`, up to the columns of the largest basis."""
     if not pairs:
         return []
     most = max(max(points[-1].columns_source, points[-1].columns_target) for points in pairs)
-    return [SweepRow.of(columns, pairs) for columns in (*_steps(most), most)]
+    return [SweepRow.of(columns, pairs) for columns in (*_column_steps(most), most)]
 
 
-def _steps(most: int) -> list[int]:
+def _column_steps(most: int) -> list[int]:
     """16, 32, 64 … below `most`."""
     found = []
-    columns = FEWEST
+    columns = FEWEST_COLUMNS
     while columns < most:
         found.append(columns)
         columns *= 2
     return found
 
 
-def _point(points: Sequence[Point], columns: int) -> Point:
+def _find_point(points: Sequence[OverlapPoint], columns: int) -> OverlapPoint:
     """That with so many columns; the last, which is whole, where there is none."""
     return next((p for p in points[:-1] if p.columns_source == columns), points[-1])
 
 
-def _shares(basis: Basis) -> list[float]:
+def _energy_shares(basis: Basis) -> list[float]:
     """The share of energy that the leading 1, 2, 3 … columns hold."""
     squares = basis.S[0].double().square().cumsum(-1)
     return (squares / squares[-1].clamp_min(1e-300) * basis.energy[0]).tolist()
 
 
-def _mean(values: list[float]) -> float:
+def _mean_defined(values: list[float]) -> float:
     found = [value for value in values if not math.isnan(value)]
     return math.fsum(found) / len(found) if found else math.nan

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .drift import Affinity
 
-STRANGE = 0.3
+STRANGE_COSINE = 0.3
 """Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""
 
 DEFAULT_THRESHOLD = 0.8
@@ -130,12 +130,12 @@ class Verdict:
         return f"Go ({facts})."
 
 
-def judge(affinity: Affinity) -> Verdict:
+def judge_affinity(affinity: Affinity) -> Verdict:
     """The verdict on a pair of bases, from `Affinity.total` over the modules that matter."""
     return Verdict(affinity.drift, affinity.cosine, affinity.spread)
 
 
-WHY = {
+METHOD_REASONS = {
     "copy": "what drift there is looks like longer training, which leaves an update's sense alone",
     "damped": (
         "the target drifted along few directions, and the update is weakened along them; a copy "
@@ -145,11 +145,12 @@ WHY = {
 """Why `auto` chose a method."""
 
 
-def strangers_text(pairs: Sequence[tuple[str, str]]) -> str:
+def describe_strangers(pairs: Sequence[tuple[str, str]]) -> str:
     """The warning about pairs (source, target) whose weights have nothing in common."""
     source, target = pairs[0]
     return (
         f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "
-        f"below {STRANGE}), the first {source} → {target}. Equal names need not be equal modules: "
+        f"below {STRANGE_COSINE}), the first {source} → {target}. Equal names need not "
+        "be equal modules: "
         "--match similarity finds renumbered blocks."
     )

@@ -23,7 +23,7 @@ def to_tensor(array: Any) -> Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
 
-def like(tensor: Tensor, template: Any) -> Any:
+def to_kind_of(tensor: Tensor, template: Any) -> Any:
     """The tensor as the kind of array that `template` is."""
     if isinstance(template, Tensor):
         return tensor

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .arrays import to_tensor
 from .errors import NonFiniteWeights, ShapeMismatch
-from .parallel import spread
+from .parallel import map_on_threads
 from .precision import working_dtype
 from .rank_rule import Rank, check_rank
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
 from .svd.refinement import Refined
-from .svd.triplets import Triplets, stacked
+from .svd.triplets import Triplets, join_triplets
 
 # The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
 FACTORS = ("U", "S", "V")
@@ -93,10 +93,10 @@ class Basis:
 
 def stack_bases(bases: list[Basis]) -> Basis:
     """Bases of single matrices [m, n] as the basis of their stack [b, m, n]."""
-    return _gather([_batched(basis) for basis in bases], torch.Size((len(bases),)))
+    return _join_bases([_add_batch_axis(basis) for basis in bases], torch.Size((len(bases),)))
 
 
-def _batched(basis: Basis) -> Basis:
+def _add_batch_axis(basis: Basis) -> Basis:
     fields = {name: getattr(basis, name)[None] for name in FACTORS + FACTS}
     return Basis(**fields, rungs=basis.rungs)
 
@@ -142,15 +142,15 @@ def truncated_svd(
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
-    exponents = _exponents(stack)
+    exponents = _scale_exponents(stack)
     size = stack.shape[-2] * stack.shape[-1] * 8
     chunk = max(1, (CPU_CHUNK_BYTES if stack.is_cpu else GPU_CHUNK_BYTES) // size)
     jobs = list(zip(stack.split(chunk), exponents.split(chunk), strict=True))
-    parts = spread(lambda job: _chunk_basis(*job, rank, tol, seed, snap), jobs)
-    return _gather(parts, weight.shape[:-2])
+    parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed, snap), jobs)
+    return _join_bases(parts, weight.shape[:-2])
 
 
-def _exponents(stack: Tensor) -> Tensor:
+def _scale_exponents(stack: Tensor) -> Tensor:
     """[b], e with the largest entry of each matrix [b, m, n] between 2^(e-1) and 2^e.
 
     Raises:
@@ -178,7 +178,7 @@ def _chunk_basis(
         w = torch.ldexp(w.double(), -exponents[:, None, None]).to(dtype)
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
-    found = _ladder(w, norm, rank, tol, seed, snap)
+    found = _descend_ladder(w, norm, rank, tol, seed, snap)
     safe_norm = torch.where(norm > 0, norm, 1.0)
     last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
     bound = found.angle
@@ -201,7 +201,9 @@ def _chunk_basis(
     )
 
 
-def _ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bool) -> Triplets:
+def _descend_ladder(
+    w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bool
+) -> Triplets:
     """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result."""
     found: dict[int, Triplets] = {}
 
@@ -210,12 +212,12 @@ def _ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bo
             found[i] = one.triplets(rung)
 
     if w.dtype == torch.float32:
-        if isinstance(rank, int) and krylov.suits(w.shape[-2], rank):
+        if isinstance(rank, int) and krylov.suits_krylov(w.shape[-2], rank):
             leading = krylov.krylov_triplets(w, norm, rank, tol, seed, snap)
             for i, one in enumerate(leading):
                 take(i, one, "krylov")
         # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
-        if w.is_cpu and gram.suits(w.shape[-2], rank):
+        if w.is_cpu and gram.suits_gram(w.shape[-2], rank):
             for i in range(len(w)):
                 if i not in found:
                     one = gram.gram_triplets(w[i], float(norm[i]), rank, snap)
@@ -226,10 +228,10 @@ def _ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bo
     if missing:
         rest = dense_triplets(w[missing].double(), norm[missing], rank, snap)
         found |= {i: rest.one(row) for row, i in enumerate(missing)}
-    return stacked([found[i] for i in range(len(w))])
+    return join_triplets([found[i] for i in range(len(w))])
 
 
-def _gather(parts: list[Basis], batch: torch.Size) -> Basis:
+def _join_bases(parts: list[Basis], batch: torch.Size) -> Basis:
     """The chunks of a stack as one Basis with the leading dimensions restored."""
     width = max((part.U.shape[-1] for part in parts), default=1)
 

@@ -48,7 +48,7 @@ class Damper:
         ours = source.to(self._work)  # any storage dtype; float8 takes part in no arithmetic
         # In place: touching memory for the first time takes as long as what is computed there.
         self._drift = target.to(self._work, copy=True).sub_(ours)
-        self._size = _squared(ours)
+        self._size = _squared_norms(ours)
         m, n = self._drift.shape[-2:]
         self._tall = self._drift if m >= n else self._drift.mT
         self._gram = lower_gram(self._tall.mT, self._work)  # DᵀD on the short side
@@ -62,11 +62,11 @@ class Damper:
         each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
         # A source near zero would ask for endless damping; I + ρ DᵀD must stay definite in
         # rounding.
-        least = _squared(self._drift) * each * max(m, n) * torch.finfo(work).eps * 64
+        least = _squared_norms(self._drift) * each * max(m, n) * torch.finfo(work).eps * 64
         norm = torch.maximum(self._size, least).clamp_min(torch.finfo(work).tiny)
         rates = (each / norm * m, each / norm * n)
-        factors = [_factor(self._gram, rates[0])]
-        factors.append(factors[0] if m == n else _factor(self._gram, rates[1]))
+        factors = [_factorise_damping(self._gram, rates[0])]
+        factors.append(factors[0] if m == n else _factorise_damping(self._gram, rates[1]))
         made = Damping(self._tall, m >= n, rates, (factors[0], factors[1]))
         if not isinstance(kappa, Tensor):
             self._damping[kappa] = made
@@ -95,38 +95,42 @@ class Damping:
         tall, rates, factors = self.tall, self.rates, self.factors
         if places is not None and len(places) < len(tall):
             tall = tall[places]
-            rates = (_of(rates[0], places), _of(rates[1], places))
+            rates = (_select_rates(rates[0], places), _select_rates(rates[1], places))
             factors = (factors[0][places], factors[1][places])
         up, down = delta.up.to(work), delta.down.to(work).mT  # [..., m, r], [..., n, r]
-        left, right = (_long, _short) if self.is_tall else (_short, _long)
+        left, right = (
+            (_solve_long_side, _solve_short_side)
+            if self.is_tall
+            else (_solve_short_side, _solve_long_side)
+        )
         up = left(up, tall, factors[0], rates[0])
         down = right(down, tall, factors[1], rates[1])
         return LowRank(up, down.mT).to(delta.up.dtype)
 
 
-def _of(rate: Tensor, places: list[int]) -> Tensor:
+def _select_rates(rate: Tensor, places: list[int]) -> Tensor:
     return rate[places] if rate.ndim else rate
 
 
-def _short(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
+def _solve_short_side(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
     """(I + ρ DᵀD)⁻¹ x on the short side: x [..., d, r]."""
     return torch.cholesky_solve(x, factor)
 
 
-def _long(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
+def _solve_long_side(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> Tensor:
     """(I + ρ DDᵀ)⁻¹ x = x − ρ D (I + ρ DᵀD)⁻¹ Dᵀx on the long side (Woodbury): x [..., l, r]."""
     inner = torch.cholesky_solve(tall.mT @ x, factor)
     return x - rate[..., None, None] * (tall @ inner)
 
 
-def _factor(gram: Tensor, rate: Tensor) -> Tensor:
+def _factorise_damping(gram: Tensor, rate: Tensor) -> Tensor:
     shifted = rate[..., None, None] * gram  # of which only the lower triangle means anything
     shifted.diagonal(dim1=-2, dim2=-1).add_(1)
     factor: Tensor = torch.linalg.cholesky(shifted)
     return factor
 
 
-def _squared(x: Tensor) -> Tensor:
+def _squared_norms(x: Tensor) -> Tensor:
     """‖X‖_F² [...] of x [..., m, n]."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
     return norm.square()

@@ -79,4 +79,4 @@ class LowRank:
             Factors of the smaller rank, without gradients; with neither argument, the same product
             re-factored.
         """
-        return LowRank(*recompression.recompress(self.up, self.down, rank, energy))
+        return LowRank(*recompression.recompress_factors(self.up, self.down, rank, energy))

@@ -12,7 +12,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def spread(job: Callable[[In], Out], items: list[In]) -> list[Out]:
+def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
     """[job(item) for item in items], on as many threads as torch has been given.
 
     LAPACK's threads spend much of their time waiting for each other at the sizes of diffusion

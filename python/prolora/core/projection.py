@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import recompression
-from .arrays import like, to_tensor
+from .arrays import to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .errors import NonFiniteWeights, ShapeMismatch
 from .lowrank import LowRank
@@ -165,8 +165,8 @@ def project(
     update = delta if isinstance(delta, LowRank) else to_tensor(delta)
     _check_finite(update)
     conv = isinstance(update, Tensor) and update.ndim == 4
-    source = _basis(W_src, rank, update.shape, "W_src", conv)
-    target = _basis(W_tgt, rank, update.shape, "W_tgt", conv)
+    source = _make_basis(W_src, rank, update.shape, "W_src", conv)
+    target = _make_basis(W_tgt, rank, update.shape, "W_tgt", conv)
     moved: Any
     if isinstance(update, LowRank):
         found = project_factors(update, source, target, method)
@@ -174,7 +174,7 @@ def project(
     else:
         flat = update.flatten(1) if conv else update
         dense, info = _project_dense(flat, source, target, method)
-        moved = like(dense.to(update.dtype).reshape(update.shape), delta)
+        moved = to_kind_of(dense.to(update.dtype).reshape(update.shape), delta)
     return (moved, info) if return_info else moved
 
 
@@ -194,7 +194,7 @@ def project_factors(
     right = Side.of(delta.down.to(work), source.V, target.V)  # rows of n
     up, down = METHODS[method](left), METHODS[method](right)
     grams = Grams.of(left, up), Grams.of(right, down)
-    info = _account(left, right, *grams, source, target, similar)
+    info = _measure_projection(left, right, *grams, source, target, similar)
     return Projected(up, down, *grams, info, delta.dtype)
 
 
@@ -261,8 +261,10 @@ class Projected:
             self.left.rows, self.right.rows, self.left.parts, self.right.parts, strict=True
         ):
             left, right, gram_left, gram_right = (x.flatten(0, -3) for x in side)
-            parts.append(recompression.factored_by_grams(left, right, gram_left, gram_right, work))
-        up, s, down, order = recompression.merged(parts, work)
+            parts.append(
+                recompression.factor_product_by_grams(left, right, gram_left, gram_right, work)
+            )
+        up, s, down, order = recompression.merge_products(parts, work)
         keep = (s > tolerance * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
         chosen = [places[:k] for places, k in zip(order, keep, strict=True)]
         return [
@@ -283,10 +285,10 @@ def _project_dense(
     up, down = METHODS[method](left), METHODS[method](right)
     moved = sum((u.mT @ d for u, d in zip(up, down, strict=True)), torch.zeros_like(x))
     grams = Grams.of(left, up), Grams.of(right, down)
-    return moved, _account(left, right, *grams, source, target)
+    return moved, _measure_projection(left, right, *grams, source, target)
 
 
-def _account(
+def _measure_projection(
     left: Side,
     right: Side,
     up: Grams,
@@ -299,10 +301,10 @@ def _account(
 
     Distances are differences of large numbers and need float64; shares of the energy do not.
     """
-    before = _inner(up.x, down.x)
+    before = _inner_product(up.x, down.x)
     # Parts are orthogonal to each other on either side, so no product of two counts.
-    after = _total([_inner(u, d) for u, d in zip(up.parts, down.parts, strict=True)])
-    cross = _total([_inner(u, d) for u, d in zip(up.cross, down.cross, strict=True)])
+    after = _sum_terms([_inner_product(u, d) for u, d in zip(up.parts, down.parts, strict=True)])
+    cross = _sum_terms([_inner_product(u, d) for u, d in zip(up.cross, down.cross, strict=True)])
     distance = (after + before - 2 * cross).clamp_min(0)
     safe = torch.where(before > 0, before, 1.0)
     within, without = (
@@ -311,7 +313,7 @@ def _account(
     )
 
     def share(of_left: Tensor, of_right: Tensor) -> Tensor:
-        return _inner(of_left, of_right) / safe
+        return _inner_product(of_left, of_right) / safe
 
     return ProjectionInfo(
         similarity=similar or basis_similarity(source, target),
@@ -330,16 +332,16 @@ def _account(
     )
 
 
-def _inner(left: Tensor, right: Tensor) -> Tensor:
+def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     """⟨L, R⟩ [...] of two Gram matrices [..., r, r], which is never negative but for rounding."""
     return (left * right).sum((-2, -1)).clamp_min(0)
 
 
-def _total(terms: list[Tensor]) -> Tensor:
+def _sum_terms(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def _basis(weight: Any, rank: Rank, shape: torch.Size, name: str, conv: bool) -> Basis:
+def _make_basis(weight: Any, rank: Rank, shape: torch.Size, name: str, conv: bool) -> Basis:
     """The basis of a weight that must have the update's shape."""
     if isinstance(weight, Basis):
         flat = torch.Size((shape[0], shape[1:].numel())) if conv else shape

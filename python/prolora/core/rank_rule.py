@@ -22,12 +22,12 @@ def check_rank(rank: Rank) -> None:
         raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {rank!r}")
 
 
-def reach(k: int) -> int:
+def snap_reach(k: int) -> int:
     """By how many columns `snap` may move k."""
     return int(SNAP * k)
 
 
-def columns(s: Tensor, rank: Rank, snap: bool) -> Tensor:
+def count_columns(s: Tensor, rank: Rank, snap: bool) -> Tensor:
     """The number of leading values of s [..., d], descending, that the rule asks for: int64 [...].
 
     Args:
@@ -43,17 +43,17 @@ def columns(s: Tensor, rank: Rank, snap: bool) -> Tensor:
     if not snap:
         return wanted
     flat = zip(s.reshape(-1, d), wanted.flatten().tolist(), strict=True)
-    moved = [snapped(values, k) for values, k in flat]
+    moved = [snap_cut(values, k) for values, k in flat]
     return torch.tensor(moved, dtype=torch.int64, device=s.device).reshape(wanted.shape)
 
 
-def snapped(s: Tensor, k: int) -> int:
+def snap_cut(s: Tensor, k: int) -> int:
     """The cut near k with the widest gap behind it, relative to the last value kept.
 
     A subspace that ends between nearly equal values changes with every rounding of the weight; a
     few columns further it may not. Of equal gaps the one nearest to k wins.
     """
-    low, high = max(1, k - reach(k)), min(len(s) - 1, k + reach(k))
+    low, high = max(1, k - snap_reach(k)), min(len(s) - 1, k + snap_reach(k))
     if low >= high:
         return k
     last, following = s[low - 1 : high], s[low : high + 1]

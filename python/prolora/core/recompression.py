@@ -26,7 +26,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
-def energies(up: Tensor, down: Tensor) -> Tensor:
+def product_energies(up: Tensor, down: Tensor) -> Tensor:
     """σ² [..., r] of up @ down in float64, descending; no vectors, and so a third of the time.
 
     They are the eigenvalues of Hᵀ(down·downᵀ)H with HHᵀ = upᵀup, which are r×r. Errors are those of
@@ -44,7 +44,7 @@ def energies(up: Tensor, down: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Factored:
+class ProductSvd:
     """The thin SVD of a product, not yet multiplied out: (Lᵀ u) diag(s) (Rᵀ v)ᵀ.
 
     Attributes:
@@ -81,7 +81,7 @@ def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
     return q.mT, upper.mT
 
 
-def factored(up: Tensor, down: Tensor) -> Factored:
+def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
     """SVD of up @ down: orthonormal rows of both factors, then the SVD of the small core.
 
     Values alone: where singular values meet, their vectors have no gradient.
@@ -93,17 +93,18 @@ def factored(up: Tensor, down: Tensor) -> Factored:
     q_up, l_up = orthonormal_rows(up.detach().mT)
     q_down, l_down = orthonormal_rows(down.detach())
     u, s, v = core_svd(l_up.mT @ l_down)
-    return Factored(q_up, u, s, v, q_down)
+    return ProductSvd(q_up, u, s, v, q_down)
 
 
-def factored_by_grams(
+def factor_product_by_grams(
     up: Tensor, down: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32
-) -> Factored:
+) -> ProductSvd:
     """The same where XXᵀ of the factors' rows is known: no factor is made orthonormal for it.
 
     With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
     carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
-    to its length; such matrices, and all with more rows than columns, take the way of `factored`.
+    to its length; such matrices, and all with more rows than columns, take the way of
+    `factor_product`.
 
     Args:
         up: upᵀ as rows [b, r, m], float64.
@@ -113,19 +114,19 @@ def factored_by_grams(
         dtype: the factors had, and the singular values shall be exact to.
     """
     if up.shape[-2] > min(up.shape[-1], down.shape[-1]):
-        wide = factored(up.to(dtype).mT, down.to(dtype))
-        return Factored(*(x.double() for x in (wide.left, wide.u, wide.s, wide.v, wide.right)))
-    (low_up, bad_up), (low_down, bad_down) = _lower(left), _lower(right)
+        wide = factor_product(up.to(dtype).mT, down.to(dtype))
+        return ProductSvd(*(x.double() for x in (wide.left, wide.u, wide.s, wide.v, wide.right)))
+    (low_up, bad_up), (low_down, bad_down) = _cholesky_factors(left), _cholesky_factors(right)
     u, s, v = core_svd((low_up.mT @ low_down).to(dtype))
     u = torch.linalg.solve_triangular(low_up.mT, u.double(), upper=True)
     v = torch.linalg.solve_triangular(low_down.mT, v.double(), upper=True)
     bad = bad_up | bad_down
     if bad.any():
-        again = factored(up[bad].to(dtype).mT, down[bad].to(dtype))
+        again = factor_product(up[bad].to(dtype).mT, down[bad].to(dtype))
         up, down = up.clone(), down.clone()
         up[bad], u[bad], s[bad] = again.left.double(), again.u.double(), again.s
         down[bad], v[bad] = again.right.double(), again.v.double()
-    return Factored(up, u, s.double(), v, down)
+    return ProductSvd(up, u, s.double(), v, down)
 
 
 # The least sine of the angle between a row and the span of those above it that one Cholesky
@@ -133,7 +134,7 @@ def factored_by_grams(
 _TOO_CLOSE = 1e-4
 
 
-def _lower(gram: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factors of gram [b, r, r], and which are too bad to be used: those are 1."""
     lower, info = torch.linalg.cholesky_ex(gram)
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
@@ -155,12 +156,12 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U [..., m, d], S [..., d] in descending order and V [..., n, d], d ≤ r. Where a singular
         value is zero the columns of U or V carry no meaning.
     """
-    found = factored(up, down)
+    found = factor_product(up, down)
     return found.left.mT @ found.u, found.s, found.right.mT @ found.v
 
 
-def merged(
-    parts: list[Factored], dtype: torch.dtype = torch.float32
+def merge_products(
+    parts: list[ProductSvd], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
 
@@ -190,7 +191,7 @@ def merged(
     return left, s, right, order
 
 
-def balanced(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Factors U√S [..., m, d] and √S·Vᵀ [..., d, n]: equal norms are kindest to half precision."""
     root = s.clamp_min(0).sqrt()
     return u * root.unsqueeze(-2), (v * root.unsqueeze(-2)).mT
@@ -205,7 +206,7 @@ def columns_holding(s: Tensor, energy: float) -> Tensor:
     return (short.sum(-1) + 1).clamp_max(s.shape[-1])
 
 
-def recompress(
+def recompress_factors(
     up: Tensor, down: Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Best factors of up @ down at a lower rank (Eckart–Young), in the factors' dtype.
@@ -233,5 +234,5 @@ def recompress(
         keep = int(columns_holding(s, energy).max())
     if rank is not None:
         keep = min(keep, rank)
-    new_up, new_down = balanced(u[..., :keep], s[..., :keep], v[..., :keep])
+    new_up, new_down = balance_factors(u[..., :keep], s[..., :keep], v[..., :keep])
     return new_up.to(up.dtype), new_down.to(down.dtype)

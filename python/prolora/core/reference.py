@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def leading_vectors(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """U [m, k] and V [n, k] of the thin SVD of weight [m, n]."""
     u, _, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     return u[..., :k], vt.mT[..., :k]
@@ -22,17 +22,17 @@ def columns_for_energy(weight: Tensor, energy: float) -> int:
     return int((squares.cumsum(-1) < energy * squares.sum()).sum()) + 1
 
 
-def projector(basis: Tensor) -> Tensor:
+def range_projector(basis: Tensor) -> Tensor:
     """UUᵀ [m, m] of an orthonormal U [m, k]."""
     return basis @ basis.mT
 
 
-def complement(basis: Tensor) -> Tensor:
+def complement_projector(basis: Tensor) -> Tensor:
     """I − UUᵀ [m, m]."""
-    return torch.eye(basis.shape[-2], dtype=basis.dtype) - projector(basis)
+    return torch.eye(basis.shape[-2], dtype=basis.dtype) - range_projector(basis)
 
 
-def overlap(source: Tensor, target: Tensor) -> Tensor:
+def subspace_overlap(source: Tensor, target: Tensor) -> Tensor:
     """‖U_sᵀU_t‖_F²."""
     return (source.mT @ target).square().sum((-2, -1))
 
@@ -40,41 +40,43 @@ def overlap(source: Tensor, target: Tensor) -> Tensor:
 def overlap_curve(source: Tensor, target: Tensor) -> Tensor:
     """‖U_sᵀU_t‖_F² of the leading k columns of both, for every k: [min(ks, kt)]."""
     fewest = min(source.shape[-1], target.shape[-1])
-    return torch.stack([overlap(source[:, :k], target[:, :k]) for k in range(1, fewest + 1)])
+    return torch.stack(
+        [subspace_overlap(source[:, :k], target[:, :k]) for k in range(1, fewest + 1)]
+    )
 
 
 def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x [r, m] inside us above outside us, and these inside ut above outside ut: [2r, m]."""
-    inside, outside = x @ projector(us), x @ complement(us)
-    moved = torch.cat([inside @ projector(ut), outside @ complement(ut)], -2)
+    inside, outside = x @ range_projector(us), x @ complement_projector(us)
+    moved = torch.cat([inside @ range_projector(ut), outside @ complement_projector(ut)], -2)
     return torch.cat([inside, outside], -2), moved
 
 
-def blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
+def split_blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
     """The four blocks of an update in the bases of its own weight: they sum to the update."""
-    u, v = leading(weight, k)
+    u, v = leading_vectors(weight, k)
     delta = delta.double()
     return {
-        "range": projector(u) @ delta @ projector(v),
-        "null": complement(u) @ delta @ complement(v),
-        "range_null": projector(u) @ delta @ complement(v),
-        "null_range": complement(u) @ delta @ projector(v),
+        "range": range_projector(u) @ delta @ range_projector(v),
+        "null": complement_projector(u) @ delta @ complement_projector(v),
+        "range_null": range_projector(u) @ delta @ complement_projector(v),
+        "null_range": complement_projector(u) @ delta @ range_projector(v),
     }
 
 
-def project(
+def project_dense(
     delta: Tensor, W_src: Tensor, W_tgt: Tensor, k_src: int, k_tgt: int, method: str
 ) -> Tensor:
     """ΔW_t [m, n] of METHOD §1 and §3, term by term as the papers print it."""
     delta = delta.double()
     if method == "copy":
         return delta
-    u, v = leading(W_tgt, k_tgt)
-    inside_left, inside_right = projector(u), projector(v)
-    outside_left, outside_right = complement(u), complement(v)
+    u, v = leading_vectors(W_tgt, k_tgt)
+    inside_left, inside_right = range_projector(u), range_projector(v)
+    outside_left, outside_right = complement_projector(u), complement_projector(v)
     if method == "lora-x":
         return inside_left @ delta @ inside_right
-    part = blocks(delta, W_src, k_src)
+    part = split_blocks(delta, W_src, k_src)
     within = inside_left @ part["range"] @ inside_right
     if method == "subspace":
         return within
@@ -87,7 +89,7 @@ def project(
     raise ValueError(method)
 
 
-def damped(delta: Tensor, W_src: Tensor, W_tgt: Tensor, kappa: float) -> Tensor:
+def damp_dense(delta: Tensor, W_src: Tensor, W_tgt: Tensor, kappa: float) -> Tensor:
     """(I + κ_l DDᵀ)⁻¹ ΔW (I + κ_r DᵀD)⁻¹ [m, n] with D = W_t − W_s, see `damping`."""
     source = W_src.double()
     drift = W_tgt.double() - source

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import like, to_tensor
+from .arrays import to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .errors import ShapeMismatch
 from .overlap_tables import OverlapTable, basis_tables
-from .parallel import spread
+from .parallel import map_on_threads
 from .precision import working_dtype
 from .rank_rule import Rank
 from .svd.products import lower_gram
@@ -44,15 +44,15 @@ class Similarity:
     @property
     def above_left(self) -> Tensor:
         """(Φ − chance)/(1 − chance): 0 as unrelated, 1 as equal, NaN where chance is 1."""
-        return _above(self.left, self.chance_left)
+        return _above_chance(self.left, self.chance_left)
 
     @property
     def above_right(self) -> Tensor:
         """The same on the right."""
-        return _above(self.right, self.chance_right)
+        return _above_chance(self.right, self.chance_right)
 
 
-def _above(phi: Tensor, chance: Tensor) -> Tensor:
+def _above_chance(phi: Tensor, chance: Tensor) -> Tensor:
     undefined = chance >= 1
     share = (phi - chance) / torch.where(undefined, 1.0, 1 - chance)
     return torch.where(undefined, torch.full_like(share, torch.nan), share)
@@ -123,7 +123,7 @@ def principal_angles(X: Any, Y: Any) -> Any:
     cosines = torch.linalg.svdvals(inner).clamp(0, 1)
     sines = torch.linalg.svdvals(y - x @ inner).flip(-1).clamp(0, 1)
     angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
-    return like(angles, X)
+    return to_kind_of(angles, X)
 
 
 def angle_quantiles(
@@ -132,7 +132,8 @@ def angle_quantiles(
     """Quantiles of the principal angles between the bases of a stack, left and right.
 
     The angles are those of `principal_angles` by an eighth to a half of the work, since bases are
-    orthonormal (`_angles`). Bases in float32 leave of them about 1e-7, and 1e-4 next to a right
+    orthonormal (`_angles_between`). Bases in float32 leave of them about 1e-7, and 1e-4 next to
+    a right
     angle; 16 bits (`bases.basis_file`) leave 1e-5 and 1e-3.
 
     Args:
@@ -147,13 +148,15 @@ def angle_quantiles(
     pairs = [(source[i], target[i]) for i in range(len(source.U))]
     sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
     wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
-    found = spread(lambda side: _angles(*(x.to(work) for x in side)).quantile(wanted), sides)
+    found = map_on_threads(
+        lambda side: _angles_between(*(x.to(work) for x in side)).quantile(wanted), sides
+    )
     left, right = torch.stack(found).chunk(2)
     empty = (torch.minimum(source.rank, target.rank) < 1)[:, None]
     return left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
 
 
-def _angles(x: Tensor, y: Tensor) -> Tensor:
+def _angles_between(x: Tensor, y: Tensor) -> Tensor:
     """Principal angles [min(p, q)], ascending, between orthonormal x [m, p] and y [m, q].
 
     The sines are the singular values of what of Y is outside of X: of Y − X(XᵀY), or, where less

@@ -97,13 +97,13 @@ class GgufFile:
                 itself, a quantised type that `gguf` does not know, or `gguf` is not installed.
         """
         self.path = Path(path)
-        quants()
+        load_quants()
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 self._identity = (status.st_ino, status.st_size, status.st_mtime_ns)
                 self.state = (*self._identity, status.st_ctime_ns)
-                self.tensors = _read_header(_Header(file, self.path), status.st_size)
+                self.tensors = _read_tensors(_HeaderReader(file, self.path), status.st_size)
         except OSError as error:
             raise UnsupportedFormat(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -148,7 +148,7 @@ class GgufFile:
             raise UnsupportedFormat(f"{self.path}: {name}: {error.strerror}") from error
         if info.code in _PLAIN:
             return raw.view(_PLAIN[info.code])
-        return torch.from_numpy(quants().dequantize(raw.numpy(), info.code))
+        return torch.from_numpy(load_quants().dequantize(raw.numpy(), info.code))
 
 
 class _Quants:
@@ -177,7 +177,7 @@ class _Quants:
 
 
 @cache
-def quants() -> _Quants:
+def load_quants() -> _Quants:
     """The `gguf` package.
 
     Raises:
@@ -194,7 +194,7 @@ def quants() -> _Quants:
     return _Quants(gguf)
 
 
-class _Header:
+class _HeaderReader:
     """The beginning of a file, read piece by piece and never beyond a limit."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
@@ -256,7 +256,7 @@ class _Header:
         return self.number(_SCALARS[code])
 
 
-def _read_header(header: _Header, size: int) -> dict[str, GgufTensor]:
+def _read_tensors(header: _HeaderReader, size: int) -> dict[str, GgufTensor]:
     """The tensors of a file of `size` bytes."""
     if header.bytes(4) != MAGIC:
         raise header.refuse("it does not begin with GGUF")
@@ -278,22 +278,24 @@ def _read_header(header: _Header, size: int) -> dict[str, GgufTensor]:
     if not isinstance(alignment, int) or not 1 <= alignment <= _ALIGNMENT_LIMIT:
         raise header.refuse(f"its alignment is {alignment!r:.40}")
     start = -(-header.position // alignment) * alignment
-    placed = {name: _placed(name, *entry, start, metadata, header) for name, entry in found.items()}
+    placed = {
+        name: _place_tensor(name, *entry, start, metadata, header) for name, entry in found.items()
+    }
     _check_extent(placed, size, header)
     return placed
 
 
-def _placed(
+def _place_tensor(
     name: str,
     shape: tuple[int, ...],
     code: int,
     offset: int,
     start: int,
     metadata: dict[str, Any],
-    header: _Header,
+    header: _HeaderReader,
 ) -> GgufTensor:
     """One tensor, its size known from its type and shape."""
-    block = quants().block(code)
+    block = load_quants().block(code)
     if block is None:
         raise UnsupportedFormat(
             f"{header.path}: {name} is stored as GGUF type {code}, which the installed gguf cannot "
@@ -314,7 +316,7 @@ def _placed(
     return GgufTensor(dtype, shape, code, start + offset, row_bytes, (rows, columns))
 
 
-def _check_extent(tensors: dict[str, GgufTensor], size: int, header: _Header) -> None:
+def _check_extent(tensors: dict[str, GgufTensor], size: int, header: _HeaderReader) -> None:
     """No tensor may overlap another or end beyond the file."""
     end, before = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: item[1].start):

@@ -90,7 +90,7 @@ class SafetensorsFile:
         with self._open() as file:
             status = os.fstat(file.fileno())
             raw = _read_header(file, self.path, status.st_size)
-        self._identity = _identity(status)
+        self._identity = _file_identity(status)
         # The time of the last change of any kind, which no tool can set, belongs to it as well.
         self.state = (*self._identity[1:], status.st_ctime_ns)
         self.data_start = 8 + len(raw)
@@ -139,11 +139,11 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         buffer = torch.empty(size, dtype=torch.uint8)
         with self._open() as file:
-            if _identity(os.fstat(file.fileno())) != self._identity:
+            if _file_identity(os.fstat(file.fileno())) != self._identity:
                 raise UnsupportedFormat(f"{self.path}: was changed while it was in use; run again")
             try:
                 file.seek(self.data_start + start)
-                complete = _fill(file, buffer.numpy().data)
+                complete = _fill_buffer(file, buffer.numpy().data)
             except OSError as error:
                 raise UnsupportedFormat(
                     f"{self.path}: {name} cannot be read: {error.strerror}"
@@ -155,12 +155,12 @@ class SafetensorsFile:
         return flat.reshape(shape)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def _file_identity(status: os.stat_result) -> tuple[int, int, int, int]:
     """What changes when a file is replaced or rewritten."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _fill(file: BinaryIO, view: memoryview) -> bool:
+def _fill_buffer(file: BinaryIO, view: memoryview) -> bool:
     """Reads until `view` is full; one read call is free to return less. False: the file ended."""
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
         )
     raw = bytearray(length)
     file.seek(8)
-    if not _fill(file, memoryview(raw)):
+    if not _fill_buffer(file, memoryview(raw)):
         raise UnsupportedFormat(f"{path}: ends inside its header; run again")
     return bytes(raw)
 
@@ -217,7 +217,7 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
     raise UnsupportedFormat(f"{path}: not a safetensors file")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; two entries of one name would hide one of them."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
@@ -228,7 +228,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     """(metadata, tensors) of a header's JSON text."""
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
         if b"\\u" in raw:  # an escape can spell half a character, which nothing can print or save
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

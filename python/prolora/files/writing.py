@@ -73,18 +73,18 @@ def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> No
         OutputError: it cannot be written, or reads back differently.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as temporary:
-        dump(temporary, plain, metadata)
-        _verify(SafetensorsFile(temporary), plain, metadata, path)
+    with _replace_file(path) as temporary:
+        dump_safetensors(temporary, plain, metadata)
+        _verify_safetensors(SafetensorsFile(temporary), plain, metadata, path)
 
 
-def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
+def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     """Writes a file without any safety; the same bytes for the same content.
 
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.
     """
-    raw, ordered = _layout(tensors, metadata)
+    raw, ordered = _lay_out_file(tensors, metadata)
     with open(path, "wb") as file:
         file.write(raw)
         for tensor in ordered:
@@ -92,12 +92,12 @@ def dump(path: Path, tensors: Tensors, metadata: Metadata) -> None:
 
 
 def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
-    """Bytes of the file that `dump` makes; the tensors may be on the meta device."""
-    raw, ordered = _layout(tensors, metadata)
+    """Bytes of the file that `dump_safetensors` makes; the tensors may be on the meta device."""
+    raw, ordered = _lay_out_file(tensors, metadata)
     return len(raw) + sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered)
 
 
-def _layout(tensors: Tensors, metadata: Metadata) -> tuple[bytes, list[Tensor]]:
+def _lay_out_file(tensors: Tensors, metadata: Metadata) -> tuple[bytes, list[Tensor]]:
     """What a file begins with, and the tensors in the order in which it goes on."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     # Wide dtypes first keeps every tensor aligned for readers that map the file.
@@ -119,11 +119,13 @@ def write_text_atomically(path: StrPath, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with _replacing(path) as temporary:
+    with _replace_file(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
-def _verify(file: SafetensorsFile, tensors: Tensors, metadata: Metadata, path: StrPath) -> None:
+def _verify_safetensors(
+    file: SafetensorsFile, tensors: Tensors, metadata: Metadata, path: StrPath
+) -> None:
     """Compares what is on disk with what was meant, bit by bit: NaN equals NaN, -0 is not 0."""
     if file.tensors.keys() != tensors.keys() or file.metadata != metadata:
         raise OutputError(f"{path}: the file reads back with other names or metadata")
@@ -136,7 +138,7 @@ def _verify(file: SafetensorsFile, tensors: Tensors, metadata: Metadata, path: S
 
 
 @contextmanager
-def _replacing(path: StrPath) -> Iterator[Path]:
+def _replace_file(path: StrPath) -> Iterator[Path]:
     """A new file beside `path` that takes its name on success and vanishes on any failure."""
     check_writable(path)
     target = Path(os.path.realpath(path))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import vae
-from ..bases.folder import MODELS, choose, folder_weights
+from ..bases.folder import MODELS, choose_candidate, open_folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
 from . import schedules
 from .conditioning import Book, Told, assembled, parts, row
@@ -200,7 +200,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
             "pip install -U diffusers"
         )
     part = next(part for part in MODELS if isinstance(index.get(part), list))
-    best = choose(file.name for file in (folder / part).glob("*"))
+    best = choose_candidate(file.name for file in (folder / part).glob("*"))
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if best is not None and best.variant:
         options["variant"] = best.variant
@@ -231,7 +231,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
 
 def _stored(folder: Path) -> torch.dtype:
     """The dtype a model is stored in, if all of it is in one half precision; else float32."""
-    dtypes = {weight.dtype for weight in folder_weights(folder)[0].values()}
+    dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
 
@@ -260,17 +260,19 @@ def _checked_index(folder: Path) -> dict[str, Any]:
     if not vae.is_pipeline(folder):
         raise UnsupportedFormat(
             f"{folder}: --method probe runs the models, so each base must be the folder of a whole "
-            f"diffusers pipeline ({vae.INDEX}, scheduler, text encoders, unet or transformer); "
+            f"diffusers pipeline ({vae.PIPELINE_INDEX}, scheduler, text encoders, unet or "
+            "transformer); "
             "weights alone cannot be sampled"
         )
-    index = vae.read_json(folder / vae.INDEX)
+    index = vae.read_json(folder / vae.PIPELINE_INDEX)
     if not isinstance(index.get("_class_name"), str):
-        raise UnsupportedFormat(f"{folder / vae.INDEX}: names no class of diffusers")
+        raise UnsupportedFormat(f"{folder / vae.PIPELINE_INDEX}: names no class of diffusers")
     for name, value in index.items():
         if isinstance(value, list) and name not in _UNUSED and value[0] is not None:
             if value[0] not in ("diffusers", "transformers"):
                 raise UnsupportedFormat(
-                    f"{folder / vae.INDEX}: {name} comes from {value[0]!r}, which is code of "
+                    f"{folder / vae.PIPELINE_INDEX}: {name} comes from {value[0]!r}, which "
+                    "is code of "
                     "its own; probing runs nothing but diffusers and transformers"
                 )
     if not any(isinstance(index.get(part), list) for part in MODELS):

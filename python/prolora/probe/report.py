@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..files.jsontext import finite
+from ..files.jsontext import replace_nonfinite
 from . import gate
 
 
@@ -81,4 +81,4 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return finite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]
+        return replace_nonfinite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]

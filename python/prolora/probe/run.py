@@ -48,7 +48,7 @@ class ProbeTransfer:
         self, path: str | PathLike[str], *, format: str = "auto", dtype: torch.dtype | None = None
     ) -> None:
         """Writes the LoRA whole or not at all; arguments as in `prolora.Transfer.save`."""
-        adapters.write(self.adapter, path, format=format, dtype=dtype)
+        adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
 def transfer(
@@ -218,7 +218,7 @@ def _adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Ada
     if isinstance(lora, Adapter):
         return lora
     if isinstance(lora, str | PathLike):
-        return adapters.read(lora)
+        return adapters.read_adapter(lora)
     return Adapter(dict(lora), format="diffusers")
 
 

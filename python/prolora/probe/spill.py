@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import dump
+from ..files.writing import dump_safetensors
 from . import call_codec
 from .lazy import Lazy
 from .trajectories import Call
@@ -46,7 +46,7 @@ class Shelf:
             self._folder = tempfile.TemporaryDirectory(prefix="prolora-probe-")
         path = Path(self._folder.name) / f"{len(self._files)}-{self.spilled}.safetensors"
         named = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(bundle)}
-        dump(path, named, {})
+        dump_safetensors(path, named, {})
         self._files[key] = path, device
         self.spilled += size
 

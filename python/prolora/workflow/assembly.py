@@ -8,18 +8,18 @@ from dataclasses import replace
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.metadata import rewritten
+from ..adapters.metadata import rewrite_metadata
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.identity import full_hash, identity, short_hash
+from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..core.lowrank import LowRank
 from ..errors import LowCoverage
 from ..version import __version__
-from .move_updates import carried
+from .move_updates import describe_unchanged
 from .options import Options
 from .plan import Plan
 from .report import ModuleReport, Report
-from .vectors import Carried, carry
+from .vectors import CarriedVectors, carry_vectors
 
 
 def blank_report(
@@ -55,12 +55,12 @@ def blank_report(
     )
     for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
         for name, reason in reasons.items():
-            row = carried(adapter, name, None, reason, (energies or {}).get(name))
+            row = describe_unchanged(adapter, name, None, reason, (energies or {}).get(name))
             report.modules.append(replace(row, status=status, rank_out=0))
     return report
 
 
-def own_row(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
+def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
     """The row of a module that others may have been added to, with the rank it had in the LoRA."""
     added = sum(onto == row.source for onto in plan.summed.values())
     if not added:
@@ -70,7 +70,9 @@ def own_row(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
     return replace(row, rank_in=update.rank if update else 0, reason=reason)
 
 
-def summed_rows(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[ModuleReport]:
+def list_summed_modules(
+    adapter: Adapter, plan: Plan, moved: Mapping[str, str]
+) -> list[ModuleReport]:
     """The rows of the modules that were added to others.
 
     Args:
@@ -81,7 +83,9 @@ def summed_rows(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[
     rows = []
     for name, onto in plan.summed.items():
         reason = "its block is gone; added to the update of the nearest that is there"
-        row = replace(carried(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0)
+        row = replace(
+            describe_unchanged(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0
+        )
         if onto in moved:
             rows.append(replace(row, status="summed"))
         else:
@@ -90,7 +94,7 @@ def summed_rows(adapter: Adapter, plan: Plan, moved: Mapping[str, str]) -> list[
     return rows
 
 
-def hollow(update: LowRank) -> LowRank:
+def hollow_update(update: LowRank) -> LowRank:
     """An update of the same shape and rank that takes no memory."""
     zero = torch.zeros(1, 1)
     return LowRank(zero.expand(update.up.shape), zero.expand(update.down.shape))
@@ -108,7 +112,7 @@ def check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
         )
 
 
-def coverage_text(report: Report, minimum: float) -> str:
+def explain_low_coverage(report: Report, minimum: float) -> str:
     """Why a finished transfer is not written."""
     return (
         f"coverage {report.coverage:.2f} is below --min-coverage {minimum:g} after the threshold "
@@ -116,24 +120,26 @@ def coverage_text(report: Report, minimum: float) -> str:
     )
 
 
-def outlined(adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options) -> Adapter:
+def outline_result(
+    adapter: Adapter, plan: Plan, source: Base, target: Base, options: Options
+) -> Adapter:
     """What the adapter of the target will consist of, before anything is moved."""
     updates = {pair.target: adapter.updates[pair.source] for pair in plan.pairs}
     updates |= {name: adapter.updates[name] for name in plan.passed}
-    vectors = carried_vectors(adapter, plan, source, target, options)
-    return as_target(adapter, updates, vectors, target, adapter.metadata)
+    vectors = place_vectors_of(adapter, plan, source, target, options)
+    return assemble_adapter(adapter, updates, vectors, target, adapter.metadata)
 
 
-def carried_vectors(
+def place_vectors_of(
     adapter: Adapter,
     plan: Plan,
     source: Base,
     target: Base,
     options: Options,
     moved: Mapping[str, LowRank] | None = None,
-) -> Carried:
+) -> CarriedVectors:
     """The biases and normalisation layers of the target."""
-    return carry(
+    return carry_vectors(
         adapter,
         plan,
         source,
@@ -145,10 +151,10 @@ def carried_vectors(
     )
 
 
-def as_target(
+def assemble_adapter(
     adapter: Adapter,
     updates: dict[str, LowRank],
-    vectors: Carried,
+    vectors: CarriedVectors,
     target: Base,
     metadata: dict[str, str],
 ) -> Adapter:
@@ -163,7 +169,7 @@ def as_target(
     )
 
 
-def metadata_of(
+def build_metadata(
     adapter: Adapter,
     plan: Plan,
     source: Base,
@@ -183,12 +189,15 @@ def metadata_of(
         "source": source.name,
         "target": target.name,
     }
-    hashes = {"source_hash": identity(source, cache), "target_hash": identity(target, cache)}
-    return rewritten(
+    hashes = {
+        "source_hash": compute_identity(source, cache),
+        "target_hash": compute_identity(target, cache),
+    }
+    return rewrite_metadata(
         adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
-        target_sha256=full_hash(target, cache),
-        target_short_hash=short_hash(target),
+        target_sha256=compute_sha256(target, cache),
+        target_short_hash=compute_short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )

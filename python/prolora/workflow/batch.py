@@ -16,19 +16,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import PEFT_CONFIG, open_source
+from ..adapters.unread import PEFT_CONFIG, open_adapter
 from ..bases import Base, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..comparison.block_matching import resolve
+from ..comparison.block_matching import resolve_match
 from ..errors import OutputError, ProLoRAError
-from .file_budget import Output
-from .move_updates import move_all, needs
+from .file_budget import OutputForm
+from .move_updates import move_all, weights_needed
 from .options import PROBE, Options
 from .report import Report
-from .resume import is_made, recipe
-from .transfer import Job, check_output, finish, prepare, settle, transfer_file
+from .resume import is_made, make_recipe
+from .transfer import Job, check_output, decide_method, finish_job, prepare_job, transfer_file
 
 # Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
 BYTES_A_NUMBER = 12
@@ -144,7 +144,7 @@ def transfer_many(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
-    matched = resolve(
+    matched = resolve_match(
         asked.match, source, target, cache=asked.cache, device=asked.device, progress=asked.progress
     )
     chosen = replace(asked, match=matched, progress=None)
@@ -152,27 +152,27 @@ def transfer_many(
     with BasisCache(asked.cache).saving() as cache:
         tasks = []
         for lora, name in zip(inputs, names, strict=True):
-            notes = recipe(lora, source, target, asked, format, dtype, cache)
+            notes = make_recipe(lora, source, target, asked, format, dtype, cache)
             task = _Task(lora, folder / name, notes)
             if not redo and is_made(task.out, notes):
                 task.outcome = Outcome(lora, task.out, kept=True)
             tasks.append(task)
-    groups = list(_groups([task for task in tasks if task.outcome is None], memory))
-    with _cache_for(chosen, len(groups)) as cache:
+    groups = list(_group_tasks([task for task in tasks if task.outcome is None], memory))
+    with _open_cache(chosen, len(groups)) as cache:
         for group in groups:
-            progress = _of(group, inputs, asked.progress)
+            progress = _label_progress(group, inputs, asked.progress)
             if chosen.method == PROBE:
                 settings = options | {"progress": progress, "format": format, "dtype": dtype}
                 for task in group:
                     move = partial(transfer_file, task.lora, source, target, task.out, **settings)
-                    _done(task, task.attempt(move))
+                    _record_report(task, task.attempt(move))
             else:
-                _move(group, source, target, chosen, format, dtype, cache, memory, progress)
+                _move_group(group, source, target, chosen, format, dtype, cache, memory, progress)
             cache.save()
     return [task.outcome for task in tasks if task.outcome is not None]
 
 
-def _move(
+def _move_group(
     group: list[_Task],
     source: Base,
     target: Base,
@@ -185,15 +185,15 @@ def _move(
 ) -> None:
     """The stages of a transfer, for several LoRAs together."""
     inputs = [*source.files, *target.files]
-    output = Output.of(chosen, format, dtype)
+    output = OutputForm.of(chosen, format, dtype)
 
     def start(task: _Task) -> None:
         check_output(task.out, [task.lora, *inputs])
-        task.job = prepare(task.lora, source, target, chosen, output)
+        task.job = prepare_job(task.lora, source, target, chosen, output)
 
     def decide(task: _Task, job: Job) -> None:
         memory.reserved += job.work.result_bytes()
-        settle(job, source, target, cache, memory)
+        decide_method(job, source, target, cache, memory)
 
     def tell(done: int, what: str) -> None:
         if progress:
@@ -215,7 +215,7 @@ def _move(
 
     def end(task: _Task, job: Job) -> Report:
         task.seconds += share
-        done = finish(job, source, target, cache, task.notes)
+        done = finish_job(job, source, target, cache, task.notes)
         begun = time.perf_counter()
         done.save(task.out, format=format, dtype=dtype)
         done.report.seconds["write"] = time.perf_counter() - begun
@@ -226,21 +226,21 @@ def _move(
             tell(i, f"writing {task.lora.name}")
             report = task.attempt(partial(end, task, task.job))
             task.job = None  # its factors are on the disk now
-            _done(task, report)
+            _record_report(task, report)
     tell(len(group), "")
 
 
-def _done(task: _Task, report: Report | None) -> None:
+def _record_report(task: _Task, report: Report | None) -> None:
     if report is not None:
         task.outcome = Outcome(task.lora, task.out, report=report, seconds=task.seconds)
 
 
-def _groups(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
+def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
     """The LoRAs in groups that fit into memory, at least one each."""
     group: list[_Task] = []
     size = 0
     for task in tasks:
-        more = _size(task.lora)
+        more = _estimate_size(task.lora)
         if group and size + more > memory.for_loras:
             yield group
             group, size = [], 0
@@ -250,10 +250,10 @@ def _groups(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
         yield group
 
 
-def _size(lora: Path) -> int:
+def _estimate_size(lora: Path) -> int:
     """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
     try:
-        headers = open_source(lora).headers.values()
+        headers = open_adapter(lora).headers.values()
     except ProLoRAError:
         return 0
     numbers = 0
@@ -266,9 +266,9 @@ def _size(lora: Path) -> int:
 
 
 @contextmanager
-def _cache_for(options: Options, groups: int) -> Iterator[BasisCache]:
+def _open_cache(options: Options, groups: int) -> Iterator[BasisCache]:
     """The cache asked for; without one, what is needed again goes to a temporary folder."""
-    if options.cache is None and groups > 1 and needs(options) == "bases":
+    if options.cache is None and groups > 1 and weights_needed(options) == "bases":
         with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
             yield BasisCache(temporary)
         return
@@ -284,7 +284,9 @@ def _output_name(lora: Path, format: str) -> str:
     return f"{lora.name}.safetensors" if lora.is_dir() else lora.name
 
 
-def _of(group: list[_Task], inputs: list[Path], progress: Progress | None) -> Progress | None:
+def _label_progress(
+    group: list[_Task], inputs: list[Path], progress: Progress | None
+) -> Progress | None:
     """The caller's callback, told which LoRAs are at work."""
     if progress is None:
         return None

@@ -10,13 +10,19 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import open_base
 from . import probe_transfer
-from .assembly import blank_report, carried_vectors, outlined, own_row, summed_rows
-from .file_budget import Output
-from .move_updates import carried
+from .assembly import (
+    blank_report,
+    describe_summed_module,
+    list_summed_modules,
+    outline_result,
+    place_vectors_of,
+)
+from .file_budget import OutputForm
+from .move_updates import describe_unchanged
 from .options import PROBE, Options
-from .plan import folded
+from .plan import sum_dropped_blocks
 from .report import Report
-from .transfer import plan_of
+from .transfer import plan_transfer
 
 
 def plan_report(
@@ -50,27 +56,29 @@ def plan_report(
     chosen = Options(**options)
     source, target = open_base(source), open_base(target)
     if chosen.method == PROBE:
-        probe_transfer.check(source, target, chosen)
-    adapter = lora if isinstance(lora, Adapter) else adapters.outline(lora, source.shapes)
+        probe_transfer.check_probing(source, target, chosen)
+    adapter = lora if isinstance(lora, Adapter) else adapters.outline_adapter(lora, source.shapes)
     if chosen.method == PROBE:
-        report = probe_transfer.report(
-            probe_transfer.dry(adapter, source, target, chosen), source, target, chosen
+        report = probe_transfer.build_probe_report(
+            probe_transfer.outline_probing(adapter, source, target, chosen), source, target, chosen
         )
         report.dry_run = True
         return report
-    plan = plan_of(adapter, source, target, chosen)
-    whole = folded(adapter, plan)
-    output = Output.of(chosen, format, dtype)
-    if output != Output():
-        output.check(outlined(whole, plan, source, target, chosen))
+    plan = plan_transfer(adapter, source, target, chosen)
+    whole = sum_dropped_blocks(adapter, plan)
+    output = OutputForm.of(chosen, format, dtype)
+    if output != OutputForm():
+        output.check(outline_result(whole, plan, source, target, chosen))
     report = blank_report(adapter, plan, source, target, chosen)
     report.dry_run = True
     for pair in plan.pairs:
-        row = carried(whole, pair.source, pair.target, "would be projected")
-        report.modules.append(own_row(row, adapter, plan))
+        row = describe_unchanged(whole, pair.source, pair.target, "would be projected")
+        report.modules.append(describe_summed_module(row, adapter, plan))
     for name in plan.passed:
-        report.modules.append(carried(adapter, name, name, "text encoder, carried over"))
-    report.modules += summed_rows(adapter, plan, {pair.source: pair.target for pair in plan.pairs})
-    vectors = carried_vectors(adapter, plan, source, target, chosen)
+        report.modules.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
+    report.modules += list_summed_modules(
+        adapter, plan, {pair.source: pair.target for pair in plan.pairs}
+    )
+    vectors = place_vectors_of(adapter, plan, source, target, chosen)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
     return report

@@ -12,11 +12,11 @@ import torch
 from .. import adapters
 from ..adapters import Adapter, Group
 from ..core.lowrank import LowRank
-from ..core.parallel import spread
-from ..core.recompression import energies
+from ..core.parallel import map_on_threads
+from ..core.recompression import product_energies
 from ..errors import OutputError
 from .options import Options
-from .out_rank import size_limit
+from .out_rank import parse_size_limit
 from .report import Report
 
 # More than a transfer adds to the header of a file: where it came from and how it was made.
@@ -24,7 +24,7 @@ ADDED_HEADER = 2048
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputForm:
     """What the result of a transfer is to be written as.
 
     Attributes:
@@ -38,9 +38,9 @@ class Output:
     limit: int | None = None
 
     @classmethod
-    def of(cls, options: Options, format: str | None, dtype: torch.dtype | None) -> Output:
+    def of(cls, options: Options, format: str | None, dtype: torch.dtype | None) -> OutputForm:
         """What the options ask for, in that format and dtype."""
-        return cls(format, dtype, size_limit(options.out_rank))
+        return cls(format, dtype, parse_size_limit(options.out_rank))
 
     def check(self, outline: Adapter) -> None:
         """Refuses what the format cannot hold, or the size, before anything is moved.
@@ -82,30 +82,30 @@ class Output:
         order = _by_energy_per_byte(groups)
 
         def size(picks: int) -> int:
-            return self._size(adapter, groups, _counts(order[:picks], len(groups)))
+            return self._size(adapter, groups, _count_columns(order[:picks], len(groups)))
 
         # What a file takes beside its factors depends on the ranks, so the writer is asked. Where
         # the search ends the writer has said yes, whether or not sizes rise with every pick.
         picks = bisect_right(range(len(order) + 1), self.limit, key=size) - 1
         if picks < 0:
             raise self._too_small(size(0))
-        counts = _counts(order[:picks], len(groups))
-        pieces = spread(_cut, list(zip(groups, counts, strict=True)))
+        counts = _count_columns(order[:picks], len(groups))
+        pieces = map_on_threads(_cut_group, list(zip(groups, counts, strict=True)))
         found = {name: update for parts in pieces for name, update in parts.items()}
         smaller = adapter.with_updates({name: found[name] for name in adapter.updates})
-        _account(report, adapter, smaller)
+        _update_rows(report, adapter, smaller)
         report.file_limit = self.limit
         return smaller
 
     def _groups(self, adapter: Adapter) -> list[Group]:
-        return adapters.grouped(adapter, adapters.check_format(adapter, self._format))
+        return adapters.group_modules(adapter, adapters.check_format(adapter, self._format))
 
     @property
     def _format(self) -> str:
         return "auto" if self.format is None else self.format
 
     def _file_size(self, adapter: Adapter) -> int:
-        return adapters.file_size(adapter, format=self._format, dtype=self.dtype)
+        return adapters.adapter_file_size(adapter, format=self._format, dtype=self.dtype)
 
     def _size(self, adapter: Adapter, groups: list[Group], counts: list[int]) -> int:
         """Bytes of the file where each group of modules has so many columns."""
@@ -129,25 +129,25 @@ def _by_energy_per_byte(groups: list[Group]) -> list[int]:
     """The group of every column but each group's first, those of most energy per byte first."""
     if not groups:
         return []  # biases and norms alone
-    further = spread(_further, groups)
+    further = map_on_threads(_column_energies, groups)
     owners = torch.repeat_interleave(torch.tensor([len(columns) for columns in further]))
     order: list[int] = owners[torch.cat(further).argsort(descending=True, stable=True)].tolist()
     return order
 
 
-def _further(group: Group) -> torch.Tensor:
+def _column_energies(group: Group) -> torch.Tensor:
     """Energy per number of all columns of a group but the first, descending."""
     update = group.update()
-    return energies(update.up, update.down)[1:] / sum(group.shape)
+    return product_energies(update.up, update.down)[1:] / sum(group.shape)
 
 
-def _counts(picks: list[int], groups: int) -> list[int]:
+def _count_columns(picks: list[int], groups: int) -> list[int]:
     """Columns of every group: its first, and those picked."""
     found = Counter(picks)
     return [1 + found[i] for i in range(groups)]
 
 
-def _cut(piece: tuple[Group, int]) -> dict[str, LowRank]:
+def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
     """The parts of a group with so many columns; the same objects where it had no more."""
     group, rank = piece
     if rank == group.rank:
@@ -155,7 +155,7 @@ def _cut(piece: tuple[Group, int]) -> dict[str, LowRank]:
     return group.split(group.update().truncate(rank=rank))
 
 
-def _account(report: Report, before: Adapter, after: Adapter) -> None:
+def _update_rows(report: Report, before: Adapter, after: Adapter) -> None:
     """Tells the rows of the report what their modules were cut to."""
     for i, row in enumerate(report.modules):
         update = before.updates.get(row.target or "") if row.status == "mapped" else None

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..adapters import keys, names
 from ..adapters.family import claimed_family, guess_family, known_base
-from ..adapters.overview import NOT_UNDERSTOOD, Overview, Place, count, look_over
-from ..adapters.unread import ADAPTER_FILES, Source, open_source
+from ..adapters.overview import NOT_UNDERSTOOD, ComponentOverview, Overview, count_values, look_over
+from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
 from ..bases import Base, open_base
 from ..errors import ProLoRAError
@@ -86,7 +86,7 @@ class Description:
     rank_min: int | None = None
     rank_max: int | None = None
     alphas: dict[str, int] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, ComponentOverview] = field(default_factory=dict)
     vectors: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -116,11 +116,13 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
     if folder or str(path).lower().endswith(".gguf"):
         return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
-    source = open_source(path)
+    source = open_adapter(path)
     found = look_over(source)
     common: dict[str, Any] = {
         "path": str(path),
-        "dtypes": count(str(h.dtype).removeprefix("torch.") for h in source.headers.values()),
+        "dtypes": count_values(
+            str(h.dtype).removeprefix("torch.") for h in source.headers.values()
+        ),
         "tensors": len(source.headers),
         "size": source.path.stat().st_size if source.path else 0,
         "family_claimed": claimed_family(source.metadata),
@@ -133,7 +135,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     return _describe_other(source, common)
 
 
-def _describe_adapter(source: Source, found: Overview, common: dict[str, Any]) -> Description:
+def _describe_adapter(
+    source: UnreadAdapter, found: Overview, common: dict[str, Any]
+) -> Description:
     kinds, ranks = found.algorithms, found.ranks
     first = next(iter(found.modules.values()), None) or next(
         (module for module, _ in found.vectors), None
@@ -154,27 +158,29 @@ def _describe_adapter(source: Source, found: Overview, common: dict[str, Any]) -
         reason=found.reason,
         needs_base=found.needs_base,
         family=guess_family(inputs, source.metadata),
-        modules=count(
-            [*map(names.place, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
+        modules=count_values(
+            [*map(names.find_component, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
         ),
-        types=count(_type(name) for name in found.canonical),
+        types=count_values(_layer_type(name) for name in found.canonical),
         places=places,
         ranks=dict(sorted(Counter(ranks).items())),
         rank_min=min(ranks, default=None),
         rank_max=max(ranks, default=None),
         alphas=dict(alphas.most_common()),
         vectors=dict(vectors),
-        left_out=count(found.contents.left_out.values() if found.contents else found.left_out),
+        left_out=count_values(
+            found.contents.left_out.values() if found.contents else found.left_out
+        ),
         **common,
     )
 
 
-def _type(name: str) -> str:
+def _layer_type(name: str) -> str:
     """What a module does, without where it is: `attn1.to_q`, `ff.net.2`, `mlp.fc1`, `conv1`."""
     return _BLOCKS.sub("", names.local_name(name)) or name
 
 
-def _describe_other(source: Source, common: dict[str, Any]) -> Description:
+def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Description:
     """A base checkpoint, or something else altogether."""
     inputs: dict[str, int] = {}
     single_file = False
@@ -182,7 +188,7 @@ def _describe_other(source: Source, common: dict[str, Any]) -> Description:
         path = key.removesuffix(".weight")
         if path == key or len(header.shape) < 2:
             continue
-        module = names.parse(path.removeprefix(_LDM_PREFIX))
+        module = names.parse_path(path.removeprefix(_LDM_PREFIX))
         original = ldm_to_diffusers(path.removeprefix(_LDM_PREFIX))
         is_original = original is not None or (module is not None and module.sgm)
         single_file = single_file or is_original or key.startswith(_LDM_PREFIX)
@@ -206,8 +212,8 @@ def _describe_other(source: Source, common: dict[str, Any]) -> Description:
         supported=reason is None,
         reason=reason,
         family=guess_family(inputs, source.metadata),
-        modules=count(names.place(name) for name in inputs),
-        types=count(_type(name) for name in inputs),
+        modules=count_values(names.find_component(name) for name in inputs),
+        types=count_values(_layer_type(name) for name in inputs),
         **common,
     )
 
@@ -222,15 +228,15 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
         spelling="diffusers" if form == "diffusers" else "sgm",
         supported=True,
         family=base.layout or guess_family(inputs, {}),
-        modules=count(names.place(name) for name in inputs),
-        types=count(_type(name) for name in inputs),
-        dtypes=count(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
+        modules=count_values(names.find_component(name) for name in inputs),
+        types=count_values(_layer_type(name) for name in inputs),
+        dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
         tensors=len(inputs),
         size=sum(file.stat().st_size for file in base.files),
     )
 
 
-def _unknown_reason(source: Source) -> str:
+def _unknown_reason(source: UnreadAdapter) -> str:
     if not source.headers:
         return "it holds no tensors"
     return (

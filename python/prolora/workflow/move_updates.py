@@ -17,7 +17,7 @@ from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..comparison.overlap import Alignment, align
+from ..comparison.overlap import Alignment, align_bases
 from ..core.basis import Basis
 from ..core.damping import Damper
 from ..core.lowrank import LowRank
@@ -26,7 +26,7 @@ from ..core.projection import project_factors
 from ..errors import NonFiniteWeights, ProLoRAError
 from .module_report import Measures
 from .options import Options
-from .out_rank import cut
+from .out_rank import cut_rank
 from .plan import Pair, Plan
 from .report import ModuleReport
 
@@ -52,7 +52,7 @@ class Clock:
 
 
 @dataclass
-class Work:
+class LoraWork:
     """One LoRA among those that are moved together.
 
     Attributes:
@@ -79,7 +79,7 @@ class Work:
 
 
 def move_all(
-    works: Sequence[Work],
+    works: Sequence[LoraWork],
     source: Base,
     target: Base,
     cache: BasisCache,
@@ -99,29 +99,29 @@ def move_all(
     for work in works:
         if work.options.method == "copy":
             try:
-                work.moved += _finished(_copied(work), work.options)
+                work.moved += _finish_updates(_copy_updates(work), work.options)
             except ProLoRAError as error:
                 work.error = error
     done = 0
     total = len({pair for work in works for pair in work.plan.pairs})
     for method in ("damped", "bases"):
-        chosen = [work for work in works if needs(work.options) == method]
-        for stack in _stacks(chosen, memory, method):
+        chosen = [work for work in works if weights_needed(work.options) == method]
+        for stack in _iterate_stacks(chosen, memory, method):
             if method == "damped":
-                _damp(chosen, stack, source, target, memory)
+                _damp_stack(chosen, stack, source, target, memory)
             else:
-                _project(chosen, stack, source, target, cache, memory)
+                _project_stack(chosen, stack, source, target, cache, memory)
             done += len(stack)
             if progress:
                 progress(min(done, total), total, stack[-1].target)
 
 
-def needs(options: Options) -> str:
+def weights_needed(options: Options) -> str:
     """What of the weights a method looks at: "nothing", "damped" or "bases"."""
     return {"copy": "nothing", "damped": "damped"}.get(options.method, "bases")
 
 
-def _stacks(works: Sequence[Work], memory: Memory, method: str) -> Iterator[list[Pair]]:
+def _iterate_stacks(works: Sequence[LoraWork], memory: Memory, method: str) -> Iterator[list[Pair]]:
     """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for work in works:
@@ -134,30 +134,30 @@ def _stacks(works: Sequence[Work], memory: Memory, method: str) -> Iterator[list
             yield pairs[i : i + size]
 
 
-def _weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
+def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
     """The weights of a stack [b, m, n], convolutions flattened."""
     return torch.stack([base.read(name).reshape(shape) for name in modules])
 
 
-def _damp(
-    works: Sequence[Work], stack: list[Pair], source: Base, target: Base, memory: Memory
+def _damp_stack(
+    works: Sequence[LoraWork], stack: list[Pair], source: Base, target: Base, memory: Memory
 ) -> None:
     """A stack of pairs, for every LoRA, by method "damped"."""
     shape = stack[0].shape
-    with _shared(works, "read"):
-        ours = _weights(source, [pair.source for pair in stack], shape)
-        theirs = _weights(target, [pair.target for pair in stack], shape)
+    with _share_time(works, "read"):
+        ours = _stack_weights(source, [pair.source for pair in stack], shape)
+        theirs = _stack_weights(target, [pair.target for pair in stack], shape)
 
-    with _shared(works, "damp"):
+    with _share_time(works, "damp"):
         damper = Damper(ours.to(works[0].options.device), theirs.to(works[0].options.device))
         for work in works:  # the factors of one κ serve all
             if work.error is None:
                 damper.at(work.options.kappa)
-        _in_turn(works, stack, memory, partial(_damped, damper=damper))
+        _move_in_turn(works, stack, memory, partial(_damp_updates, damper=damper))
 
 
-def _project(
-    works: Sequence[Work],
+def _project_stack(
+    works: Sequence[LoraWork],
     stack: list[Pair],
     source: Base,
     target: Base,
@@ -166,11 +166,11 @@ def _project(
 ) -> None:
     """A stack of pairs, for every LoRA, by a method that needs subspaces."""
     options = works[0].options
-    with _shared(works, "svd"):
+    with _share_time(works, "svd"):
         ours = cache.of(source, [pair.source for pair in stack], options.rank, options.device)
         theirs = cache.of(target, [pair.target for pair in stack], options.rank, options.device)
-    with _shared(works, "overlap"):
-        aligned = align(
+    with _share_time(works, "overlap"):
+        aligned = align_bases(
             [(pair.source, pair.target) for pair in stack],
             source,
             target,
@@ -179,20 +179,22 @@ def _project(
             cache,
             options.rank,
         )
-    with _shared(works, "project"):
-        step = partial(_projected, source=ours, target=theirs, aligned=aligned)
-        _in_turn(works, stack, memory, step)
+    with _share_time(works, "project"):
+        step = partial(_project_updates, source=ours, target=theirs, aligned=aligned)
+        _move_in_turn(works, stack, memory, step)
 
 
-def _in_turn(
-    works: Sequence[Work], stack: list[Pair], memory: Memory, step: Callable[..., list[Moved]]
+def _move_in_turn(
+    works: Sequence[LoraWork], stack: list[Pair], memory: Memory, step: Callable[..., list[Moved]]
 ) -> None:
     """step(works, stack, places) for LoRAs that have one rank at the same places of a stack.
 
     It gives what became of every place of the first LoRA, then of the second, and so on. One step
     after the other: torch's own threads share a stack better than threads that share Python.
     """
-    for together, places in _alike(works, stack, memory.columns(matrix_shape(stack[0].shape))):
+    for together, places in _group_equal_ranks(
+        works, stack, memory.columns(matrix_shape(stack[0].shape))
+    ):
         try:
             moved = step(together, stack, places)
         except ProLoRAError as error:
@@ -202,19 +204,19 @@ def _in_turn(
         for i, work in enumerate(together):
             own = moved[i * len(places) : (i + 1) * len(places)]
             try:
-                work.moved += _finished(own, work.options)
+                work.moved += _finish_updates(own, work.options)
             except ProLoRAError as error:
                 work.error = error
 
 
-def _alike(
-    works: Sequence[Work], stack: list[Pair], columns: int
-) -> list[tuple[list[Work], list[int]]]:
+def _group_equal_ranks(
+    works: Sequence[LoraWork], stack: list[Pair], columns: int
+) -> list[tuple[list[LoraWork], list[int]]]:
     """LoRAs that have updates of equal rank at the same places of a stack, and those places.
 
     So many of either that their factors have at most `columns` columns, or one of both.
     """
-    found: dict[tuple[int, ...], list[Work]] = {}
+    found: dict[tuple[int, ...], list[LoraWork]] = {}
     for work in works:
         if work.error is not None:
             continue
@@ -240,7 +242,7 @@ def _alike(
 
 
 @contextmanager
-def _shared(works: Sequence[Work], stage: str) -> Iterator[None]:
+def _share_time(works: Sequence[LoraWork], stage: str) -> Iterator[None]:
     """Times what is done for several LoRAs at once, and gives each its share."""
     clock = Clock()
     with clock(stage):
@@ -250,7 +252,7 @@ def _shared(works: Sequence[Work], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + clock.seconds[stage] / len(works)
 
 
-def _updates(works: list[Work], pairs: list[Pair]) -> LowRank:
+def _stack_updates(works: list[LoraWork], pairs: list[Pair]) -> LowRank:
     """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
     updates = [work.adapter.updates[pair.source] for pair in pairs for work in works]
     device = works[0].options.device
@@ -262,20 +264,26 @@ def _updates(works: list[Work], pairs: list[Pair]) -> LowRank:
     return LowRank(stacked([x.up for x in updates]), stacked([x.down for x in updates]))
 
 
-def _copied(work: Work) -> list[Moved]:
+def _copy_updates(work: LoraWork) -> list[Moved]:
     """The updates as they are."""
     adapter = work.adapter
     return [
-        (pair, adapter.updates[pair.source], carried(adapter, pair.source, pair.target, "copied"))
+        (
+            pair,
+            adapter.updates[pair.source],
+            describe_unchanged(adapter, pair.source, pair.target, "copied"),
+        )
         for pair in work.plan.pairs
     ]
 
 
-def _damped(works: list[Work], stack: list[Pair], places: list[int], damper: Damper) -> list[Moved]:
+def _damp_updates(
+    works: list[LoraWork], stack: list[Pair], places: list[int], damper: Damper
+) -> list[Moved]:
     """The updates weakened along the drift of the weights [b, m, n]."""
     rows: list[Moved] = []
     for work in works:  # each may have a κ of its own
-        delta = _updates([work], [stack[i] for i in places])
+        delta = _stack_updates([work], [stack[i] for i in places])
         delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
         moved = damper.at(work.options.kappa)(delta, places)
         apart = LowRank(
@@ -284,7 +292,7 @@ def _damped(works: list[Work], stack: list[Pair], places: list[int], damper: Dam
         norms = zip(*(update.norm().tolist() for update in (delta, moved, apart)), strict=True)
         for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
             pair = stack[place]
-            row = carried(work.adapter, pair.source, pair.target, "damped", before**2)
+            row = describe_unchanged(work.adapter, pair.source, pair.target, "damped", before**2)
             if before > 0:
                 ratio = after / before
                 row = replace(
@@ -297,8 +305,8 @@ def _damped(works: list[Work], stack: list[Pair], places: list[int], damper: Dam
     return rows
 
 
-def _projected(
-    works: list[Work],
+def _project_updates(
+    works: list[LoraWork],
     stack: list[Pair],
     places: list[int],
     source: Basis,
@@ -309,7 +317,7 @@ def _projected(
     options, pairs = works[0].options, [stack[i] for i in places]
     source, target, aligned = source.take(places), target.take(places), aligned.take(places)
     projected = project_factors(
-        _updates(works, pairs), source, target, options.method, aligned.similar
+        _stack_updates(works, pairs), source, target, options.method, aligned.similar
     )
     info, recompressed = projected.info, projected.recompressed()
     rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
@@ -325,7 +333,7 @@ def _projected(
             energy, surviving, ratio, distance = (values[at] for values in account)
             measures, what = measured[at], f"projected ({options.method})"
             row = replace(
-                carried(work.adapter, pair.source, pair.target, what, energy),
+                describe_unchanged(work.adapter, pair.source, pair.target, what, energy),
                 measures=measures,
                 surviving_energy=surviving,
                 norm_ratio=ratio,
@@ -341,12 +349,12 @@ def _projected(
     return rows
 
 
-def _finished(moved: list[Moved], options: Options) -> list[Moved]:
+def _finish_updates(moved: list[Moved], options: Options) -> list[Moved]:
     """Updates at their strength and output rank, on the CPU, and accounted for."""
-    return [(pair, *_accounted(update, row, options)) for pair, update, row in moved]
+    return [(pair, *_finish_update(update, row, options)) for pair, update, row in moved]
 
 
-def _accounted(
+def _finish_update(
     update: LowRank | None, row: ModuleReport, options: Options
 ) -> tuple[LowRank | None, ModuleReport]:
     """One of them."""
@@ -356,7 +364,7 @@ def _accounted(
     if options.factor != 1:
         update = LowRank(update.up * options.factor, update.down)
     update = update.to("cpu")
-    smaller = cut(update, options.out_rank, row.rank_in)
+    smaller = cut_rank(update, options.out_rank, row.rank_in)
     if smaller is not update:
         row, update = row.cut(update, smaller), smaller
     if not (is_finite(update.up) and is_finite(update.down)):
@@ -364,7 +372,7 @@ def _accounted(
     return update, replace(row, rank_out=update.rank)
 
 
-def carried(
+def describe_unchanged(
     adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
 ) -> ModuleReport:
     """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""

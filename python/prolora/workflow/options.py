@@ -12,7 +12,7 @@ from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.projection import DEFAULT_RANK, METHODS
 from ..core.rank_rule import Rank, check_rank
 from ..probe.settings import Probing
-from .out_rank import FORMS, OutRank, makes_sense, percentage, size_limit
+from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
 Strength = float | str
 TEXT_ENCODER = ("copy", "project", "skip")
@@ -89,9 +89,9 @@ class Options:
                 raise ValueError(f'strength must be a number or "auto", not {self.strength!r}')
         elif self.strength is not None and not (0 < self.strength < math.inf):
             raise ValueError(f"strength must be a positive number, not {self.strength!r}")
-        if not makes_sense(self.out_rank):
-            raise ValueError(f"out_rank must be {FORMS}, not {self.out_rank!r}")
-        measured = percentage(self.out_rank) or size_limit(self.out_rank)
+        if not is_out_rank(self.out_rank):
+            raise ValueError(f"out_rank must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
+        measured = parse_percentage(self.out_rank) or parse_size_limit(self.out_rank)
         if self.method == PROBE and measured is not None:
             raise ValueError(
                 f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {PROBE} fits new "

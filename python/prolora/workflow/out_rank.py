@@ -11,7 +11,7 @@ from ..core.lowrank import LowRank
 OutRank = int | float | str
 
 EXACT = "exact"
-FORMS = (
+OUT_RANK_FORMS = (
     '"exact", an int ≥ 1, a share of the energy between 0 and 1, a percentage such as "50%", or '
     'the size of a file such as "100MB"'
 )
@@ -19,13 +19,13 @@ FORMS = (
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
-def percentage(out_rank: OutRank) -> float | None:
+def parse_percentage(out_rank: OutRank) -> float | None:
     """The number before the % of "50%", None of all else."""
     found = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
     return float(found[1]) if found else None
 
 
-def size_limit(out_rank: OutRank) -> int | None:
+def parse_size_limit(out_rank: OutRank) -> int | None:
     """The bytes of "100MB", None of all else: a number without a unit is a rank."""
     if not isinstance(out_rank, str) or not out_rank.strip()[-1:].isalpha():
         return None
@@ -35,17 +35,17 @@ def size_limit(out_rank: OutRank) -> int | None:
         return None
 
 
-def makes_sense(out_rank: OutRank) -> bool:
-    """Whether it is one of `FORMS`."""
+def is_out_rank(out_rank: OutRank) -> bool:
+    """Whether it is one of `OUT_RANK_FORMS`."""
     if isinstance(out_rank, str):
-        number = percentage(out_rank) or size_limit(out_rank) or 0
+        number = parse_percentage(out_rank) or parse_size_limit(out_rank) or 0
         return out_rank == EXACT or number > 0
     if isinstance(out_rank, float):
         return 0 < out_rank < 1
     return out_rank >= 1
 
 
-def cut(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
+def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
     """The update [m, n] at its output rank; the same object where nothing is cut.
 
     Args:
@@ -55,11 +55,11 @@ def cut(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
             up; a size, which is one of all updates together (see `budget`), keeps it too.
         rank_in: the rank that the module has in the LoRA.
     """
-    if out_rank == EXACT or size_limit(out_rank) is not None:
+    if out_rank == EXACT or parse_size_limit(out_rank) is not None:
         return update
     if isinstance(out_rank, float):
         return update.truncate(energy=out_rank)
-    share = percentage(out_rank)
+    share = parse_percentage(out_rank)
     if share is None:
         most = int(out_rank)
     else:

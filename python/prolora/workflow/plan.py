@@ -14,10 +14,10 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..architectures.modules import matrix_shape
-from ..bases import Base, load
-from ..bases.describe import describe
-from ..bases.vae import could_probe
-from ..comparison.module_map import TEXT_ENCODERS, BlockDecision, Match, Matching, feeds
+from ..bases import Base, load_layout
+from ..bases.describe import describe_base
+from ..bases.vae import can_probe
+from ..comparison.module_map import TEXT_ENCODERS, BlockDecision, Match, Matching, find_partners
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
 
@@ -43,7 +43,7 @@ class Plan:
         pairs: modules to project, in the target's order. A source may feed several targets.
         passed: text-encoder modules, carried over unchanged.
         summed: module of a dropped block -> the surviving neighbour's module its update is added to
-            before anything is projected (`folded`). That module has a pair.
+            before anything is projected (`sum_dropped_blocks`). That module has a pair.
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
         rule: how the pairs were found, for the report.
@@ -102,18 +102,18 @@ def make_plan(
     """
     plan = Plan()
     own = place_text_encoders(adapter, source, target, text_encoder, plan)
-    check_source(adapter, own, source)
-    found, plan.rule = feeds(source, target, match)
+    check_fits_source(adapter, own, source)
+    found, plan.rule = find_partners(source, target, match)
     plan.table = found
     if isinstance(match, Matching):
         if own:
             match.check_any(source, target)
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if dropped == "sum":
-        plan.summed = _neighbours(own, found, source, target)
+        plan.summed = _find_neighbours(own, found, source, target)
     elif dropped != "skip":
         raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
-    placed = _pair(found, {*own, *plan.summed.values()}, source, target, plan)
+    placed = _pair_modules(found, {*own, *plan.summed.values()}, source, target, plan)
     for name in own:
         if name not in placed and name not in plan.summed:
             plan.skipped[name] = _why_skipped(name, match)
@@ -132,12 +132,12 @@ def _why_skipped(name: str, match: Match) -> str:
     return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
 
 
-def _pair(
+def _pair_modules(
     found: Mapping[str, str], wanted: set[str], source: Base, target: Base, plan: Plan
 ) -> set[str]:
     """Puts the wanted modules that have a partner into the plan, and returns them."""
     placed: set[str] = set()
-    probing = could_probe(source.path, target.path)
+    probing = can_probe(source.path, target.path)
     for module, origin in found.items():
         if origin not in wanted:
             continue
@@ -145,7 +145,8 @@ def _pair(
         ours, theirs = source.shapes[origin], target.shapes[module]
         if matrix_shape(ours) != matrix_shape(theirs):
             plan.refused[origin] = (
-                f"{module} is {_text(theirs)} on the target but {_text(ours)} on the source: no "
+                f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the "
+                "source: no "
                 "published data-free method maps between widths"
                 + (PROBE_INSTEAD if probing else "")
             )
@@ -166,7 +167,7 @@ def place_text_encoders(
             own.append(name)
         elif mode == "skip":
             plan.skipped[name] = "text encoder, left out as asked"
-        elif (reason := _other_encoder(name, source, target)) is not None:
+        elif (reason := _explain_other_encoder(name, source, target)) is not None:
             plan.skipped[name] = reason
         elif mode == "copy":
             plan.passed.append(name)
@@ -181,12 +182,12 @@ def place_text_encoders(
     return own
 
 
-def _other_encoder(name: str, source: Base, target: Base) -> str | None:
+def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
     """Why a text-encoder module has no place: the target reads another encoder there."""
     if source.layout is None or target.layout is None:
         return None
     number = TEXT_ENCODERS.index(name[: name.index(".") + 1])
-    ours, theirs = (load(base.layout or "").text_encoders for base in (source, target))
+    ours, theirs = (load_layout(base.layout or "").text_encoders for base in (source, target))
     mine = ours[number] if number < len(ours) else None
     there = theirs[number] if number < len(theirs) else None
     if mine is None or mine == there:
@@ -194,7 +195,7 @@ def _other_encoder(name: str, source: Base, target: Base) -> str | None:
     return f"the target has {there or 'no text encoder'} where the source has {mine}"
 
 
-def _neighbours(
+def _find_neighbours(
     modules: list[str], found: Mapping[str, str], source: Base, target: Base
 ) -> dict[str, str]:
     """Module of a dropped block -> the same module of its nearest surviving neighbour."""
@@ -206,13 +207,13 @@ def _neighbours(
     alive = {origin for origin in found.values() if _BLOCK.fullmatch(origin)}
     survivors: dict[str, set[int]] = {}
     for origin in alive:
-        place, index, _ = _split(origin)
+        place, index, _ = _split_name(origin)
         survivors.setdefault(place, set()).add(index)
     summed = {}
     for module in modules:
         if not _BLOCK.fullmatch(module):
             continue
-        place, index, leaf = _split(module)
+        place, index, leaf = _split_name(module)
         near = survivors.get(place, set())
         if index in near or not near:
             continue
@@ -224,14 +225,14 @@ def _neighbours(
     return summed
 
 
-def _split(module: str) -> tuple[str, int, str]:
+def _split_name(module: str) -> tuple[str, int, str]:
     """(place, number of the block, rest) of a module inside a transformer block."""
     match = _BLOCK.fullmatch(module)
     assert match is not None
     return match[1], int(match[2]), match[3]
 
 
-def folded(adapter: Adapter, plan: Plan) -> Adapter:
+def sum_dropped_blocks(adapter: Adapter, plan: Plan) -> Adapter:
     """The adapter with the updates of dropped blocks added to those of their neighbours.
 
     Sums of factors are their concatenation, so nothing is lost or formed; a module that had no
@@ -252,11 +253,11 @@ def folded(adapter: Adapter, plan: Plan) -> Adapter:
     return replace(adapter, updates=updates)
 
 
-def check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
+def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> None:
     """Every update must belong to a module of the source, and fit it."""
     unknown = [name for name in modules if name not in source.shapes]
     if unknown:
-        layout = f" (layout {source.layout})" if source.layout else f" ({describe(source)})"
+        layout = f" (layout {source.layout})" if source.layout else f" ({describe_base(source)})"
         raise UnsupportedFormat(
             f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the source base "
             f"{source.name}{layout}, the first: {unknown[0]}. Is this LoRA for another "
@@ -267,10 +268,11 @@ def check_source(adapter: Adapter, modules: list[str], source: Base) -> None:
         expected = matrix_shape(source.shapes[name])
         if tuple(update.shape) != expected:
             raise ShapeMismatch(
-                f"the LoRA's update of {name} is {_text(tuple(update.shape))}, but that module of "
-                f"{source.name} is {_text(expected)} ({source.tensor_name(name)})"
+                f"the LoRA's update of {name} is {_shape_text(tuple(update.shape))}, but that "
+                "module of "
+                f"{source.name} is {_shape_text(expected)} ({source.tensor_name(name)})"
             )
 
 
-def _text(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(str(length) for length in shape)

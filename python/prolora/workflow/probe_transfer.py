@@ -14,16 +14,16 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..bases import Base, vae
-from ..bases.identity import identity
-from ..bases.memory import resident, size_text
+from ..bases.identity import compute_identity
+from ..bases.memory import format_size, resident_bytes
 from ..comparison.module_map import TEXT_ENCODERS
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ..core.lowrank import LowRank
 from ..core.projection import DEFAULT_RANK
 from ..errors import TooLittleMemory, UnrelatedBases, UnsupportedFormat
-from .move_updates import carried
+from .move_updates import describe_unchanged
 from .options import PROBE, Options
-from .plan import Plan, check_source, place_text_encoders
+from .plan import Plan, check_fits_source, place_text_encoders
 from .report import ModuleReport, Report
 
 # A block that repeats, in diffusers' names, and the module inside.
@@ -33,7 +33,7 @@ _VECTOR = "probing fits matrices only, no biases or normalisation layers"
 
 
 @dataclass
-class Probed:
+class ProbeResult:
     """What probing made of a LoRA.
 
     Attributes:
@@ -58,7 +58,7 @@ class Probed:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check(source: Base, target: Base, options: Options) -> None:
+def check_probing(source: Base, target: Base, options: Options) -> None:
     """Refuses before any model is loaded.
 
     Raises:
@@ -86,15 +86,16 @@ def check(source: Base, target: Base, options: Options) -> None:
             raise UnsupportedFormat(
                 f"the {side} {base.path or base.name} is no pipeline folder: --method probe runs "
                 "the models, so both bases must be folders of whole diffusers pipelines "
-                f"({vae.INDEX}, scheduler, text encoders, and unet or transformer). A single "
+                f"({vae.PIPELINE_INDEX}, scheduler, text encoders, and unet or "
+                "transformer). A single "
                 "file becomes one by StableDiffusionPipeline.from_single_file(FILE)"
                 ".save_pretrained(FOLDER) and the like; a model on the hub by downloading all of it"
             )
     assert source.path is not None and target.path is not None
-    vae.check(source.path, target.path)
+    vae.check_latents(source.path, target.path)
 
 
-def plan(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
+def plan_probing(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
     """Which modules are fitted (as pairs, by the name on the source), passed on or skipped.
 
     Raises:
@@ -102,30 +103,30 @@ def plan(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan
     """
     found = Plan(rule="running models")
     own = place_text_encoders(adapter, source, target, options.text_encoder, found)
-    check_source(adapter, own, source)
-    for name in [n for n in found.passed if _other_width(n, source, target)]:
+    check_fits_source(adapter, own, source)
+    for name in [n for n in found.passed if _has_other_width(n, source, target)]:
         found.passed.remove(name)
         found.skipped[name] = "the target has another text encoder, where it means nothing"
-    inside = fitted(own, source)
+    inside = fitted_modules(own, source)
     found.skipped |= {name: _NO_PLACE for name in own if name not in inside}
     return found
 
 
-def _other_width(name: str, source: Base, target: Base) -> bool:
+def _has_other_width(name: str, source: Base, target: Base) -> bool:
     """Whether the target's text encoder cannot hold this update."""
     return name in source.shapes and source.shapes[name] != target.shapes.get(name)
 
 
-def fitted(names: list[str], source: Base) -> set[str]:
+def fitted_modules(names: list[str], source: Base) -> set[str]:
     """Those of the LoRA's modules whose change is fitted: linear ones in transformer blocks."""
     return {n for n in names if _IN_BLOCK.fullmatch(n) and len(source.shapes.get(n, ())) == 2}
 
 
-def places(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
+def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
     """Target module -> shape, of all that may get an update: the roles that the LoRA adapts."""
     roles = {
         match[1]
-        for name in fitted(list(adapter.updates), source)
+        for name in fitted_modules(list(adapter.updates), source)
         if (match := _IN_BLOCK.fullmatch(name))
     }
     return {
@@ -135,38 +136,41 @@ def places(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int,
     }
 
 
-def outline(adapter: Adapter, plan: Plan, source: Base, target: Base) -> dict[str, LowRank]:
+def outline_fit(adapter: Adapter, plan: Plan, source: Base, target: Base) -> dict[str, LowRank]:
     """Updates of the names and shapes that will be written, without values."""
     found = {
         name: LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
-        for name, shape in places(adapter, source, target).items()
+        for name, shape in target_modules(adapter, source, target).items()
     }
     return found | {name: adapter.updates[name] for name in plan.passed}
 
 
-def dry(adapter: Adapter, source: Base, target: Base, options: Options) -> Probed:
+def outline_probing(adapter: Adapter, source: Base, target: Base, options: Options) -> ProbeResult:
     """What would be fitted, from names and shapes alone."""
-    found, there = plan(adapter, source, target, options), places(adapter, source, target)
-    done = Probed(left_out={name: _VECTOR for name in adapter.vectors})
-    done.rows = _rows(adapter, found, source, dict.fromkeys(there), "would be fitted")
+    found, there = (
+        plan_probing(adapter, source, target, options),
+        target_modules(adapter, source, target),
+    )
+    done = ProbeResult(left_out={name: _VECTOR for name in adapter.vectors})
+    done.rows = _list_modules(adapter, found, source, dict.fromkeys(there), "would be fitted")
     return done
 
 
-def probe(
+def run_probing(
     adapter: Adapter,
     source: Base,
     target: Base,
     found: Plan,
     options: Options,
     rival: Mapping[str, LowRank],
-) -> Probed:
+) -> ProbeResult:
     """Runs the pipelines, fits, and compares with the LoRA moved by weights alone.
 
     Args:
         adapter: the LoRA of the source.
         source: the base it was trained on, a pipeline folder.
         target: the base it shall move to, likewise.
-        found: from `plan`.
+        found: from `plan_probing`.
         options: of the transfer.
         rival: the updates that the target would get without probing; empty where there are none.
 
@@ -181,7 +185,7 @@ def probe(
     assert source.path is not None and target.path is not None
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
     pair = pipelines.pair(models[0], models[1], options.probe)
-    own = _without_text(adapter.updates)
+    own = _drop_text_encoders(adapter.updates)
     chosen: dict[str, Any] = {
         "force": options.probe.force,
         "progress": options.progress,
@@ -189,11 +193,11 @@ def probe(
         "steps": options.probe.fit_steps,
     }
     if options.probe.resume is not None:
-        bases = [identity(base) for base in (source, target)]
+        bases = [compute_identity(base) for base in (source, target)]
         chosen["resume"] = options.probe.resume
         chosen["samplers"] = json.dumps([pair.told(), *bases])
     if options.max_memory is not None:
-        chosen["max_memory"] = _left(options.max_memory)
+        chosen["max_memory"] = _memory_left(options.max_memory)
     if options.out_rank != "exact":
         chosen["rank"] = options.out_rank
     images = itertools.count(1)
@@ -212,7 +216,7 @@ def probe(
         translate_back=pair.between.translate_back,
         convert=pair.between.convert,
         read=pair.between.read,
-        rival=_without_text(rival),
+        rival=_drop_text_encoders(rival),
         **chosen,
     )
     factor = options.factor
@@ -226,13 +230,13 @@ def probe(
             raise UnrelatedBases(
                 f"neither probing nor moving by weights serves here: {gate.reason}"
             )
-        return Probed(probe=result.report, rival_serves=True, strength=gate.copy_strength)
-    done = Probed(probe=result.report, left_out={name: _VECTOR for name in adapter.vectors})
+        return ProbeResult(probe=result.report, rival_serves=True, strength=gate.copy_strength)
+    done = ProbeResult(probe=result.report, left_out={name: _VECTOR for name in adapter.vectors})
     done.strength = factor * (gate.strength if gate else 1.0)
     copied = [name for name in found.skipped if name in updates]
     for name in copied:  # where a fit starts from the copy, what is outside the blocks stays copied
         del found.skipped[name]
-    done.rows = _rows(adapter, found, source, updates, "fitted to the running models")
+    done.rows = _list_modules(adapter, found, source, updates, "fitted to the running models")
     done.rows = [
         replace(row, reason="copied; the fit in the blocks goes on from there")
         if row.source in copied
@@ -251,18 +255,18 @@ def probe(
     return done
 
 
-def kernels(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
+def kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
     """(kh, kw) of those that are convolutions of the target."""
     shapes = {name: target.shapes.get(name, ()) for name in updates}
     return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
 
 
-def _without_text(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def _drop_text_encoders(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
     return {name: u for name, u in updates.items() if not name.startswith(TEXT_ENCODERS)}
 
 
-def report(done: Probed, source: Base, target: Base, options: Options) -> Report:
+def build_probe_report(done: ProbeResult, source: Base, target: Base, options: Options) -> Report:
     """The report of a probing, or of what one would do."""
     return Report(
         method=PROBE,
@@ -279,13 +283,13 @@ def report(done: Probed, source: Base, target: Base, options: Options) -> Report
     )
 
 
-def marks(notes: Mapping[str, str]) -> dict[str, str]:
+def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
     """Notes on how the file was made, as its header has them."""
     return {f"prolora.{key}": text for key, text in notes.items()}
 
 
-def weakened(
-    adapter: Adapter, account: Report, done: Probed, notes: Mapping[str, str]
+def scale_transfer(
+    adapter: Adapter, account: Report, done: ProbeResult, notes: Mapping[str, str]
 ) -> tuple[Adapter, Report]:
     """A LoRA moved by weights alone, and its report, at the strength that held-out probes chose."""
     factor = done.strength
@@ -308,32 +312,32 @@ def weakened(
         account, asked=PROBE, probe=done.probe, strength=account.strength * factor, modules=rows
     )
     facts = {"prolora.strength": f"{account.strength:.4g}", "prolora.asked": PROBE}
-    metadata = adapter.metadata | facts | marks(notes)
+    metadata = adapter.metadata | facts | prefix_notes(notes)
     return replace(adapter, updates=updates, vectors=vectors, metadata=metadata), account
 
 
-def _left(limit: int) -> int:
+def _memory_left(limit: int) -> int:
     """What a bound on memory leaves for calls and streams once the models are there.
 
     Raises:
         TooLittleMemory: nothing.
     """
-    taken = resident()
+    taken = resident_bytes()
     if taken >= limit:
         raise TooLittleMemory(
-            f"--max-memory {size_text(limit)} is too little: the two pipelines alone take "
-            f"{size_text(taken)}"
+            f"--max-memory {format_size(limit)} is too little: the two pipelines alone take "
+            f"{format_size(taken)}"
         )
     return limit - taken
 
 
-def _rows(
+def _list_modules(
     adapter: Adapter, found: Plan, source: Base, updates: Mapping[str, LowRank | None], how: str
 ) -> list[ModuleReport]:
     """What became of every module of the LoRA, and the target's further modules."""
     rows = []
     for name in adapter.updates:
-        row = carried(adapter, name, name, "text encoder, carried over unchanged")
+        row = describe_unchanged(adapter, name, name, "text encoder, carried over unchanged")
         if name in found.skipped and name in updates:  # the fit started from the copy
             row = _fitted_row(row, adapter.updates[name], updates, "moved without probing")
         elif name in found.skipped:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..comparison.module_map import BlockDecision
-from ..comparison.verdict import STRANGE, WHY, Verdict, strangers_text
+from ..comparison.verdict import METHOD_REASONS, STRANGE_COSINE, Verdict, describe_strangers
 from ..core.lowrank import LowRank
-from ..files.jsontext import finite
+from ..files.jsontext import replace_nonfinite
 from .module_report import Measures
 
 STATUSES = ("mapped", "summed", "skipped", "refused")
@@ -204,7 +204,9 @@ class Report:
         In a pair of related bases they are the mark of a wrong pairing: blocks were renumbered.
         """
         return [
-            row for row in self.rows("mapped") if row.cosine is not None and row.cosine < STRANGE
+            row
+            for row in self.rows("mapped")
+            if row.cosine is not None and row.cosine < STRANGE_COSINE
         ]
 
     def reasons(self) -> dict[tuple[str, str], int]:
@@ -252,9 +254,9 @@ class Report:
             said.append(self.verdict.sentence())
         strangers = self.strangers()
         if strangers and self.verdict and self.verdict.related:
-            said.append(strangers_text([(row.source, str(row.target)) for row in strangers]))
+            said.append(describe_strangers([(row.source, str(row.target)) for row in strangers]))
         if self.asked == "auto" and self.verdict:
-            said.append(f"Method 'auto' chose '{self.method}': {WHY[self.method]}.")
+            said.append(f"Method 'auto' chose '{self.method}': {METHOD_REASONS[self.method]}.")
         said.append(
             f"The moved modules hold {totals['energy_mapped']:.0%} of the LoRA's energy; "
             f"'{self.method}' at strength {self.strength:.2g} keeps "
@@ -284,7 +286,7 @@ class Report:
             "totals": self.totals,
             "summary": self.sentences(),
         }
-        return finite(fields)  # type: ignore[no-any-return]
+        return replace_nonfinite(fields)  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
         """`to_dict` as text."""

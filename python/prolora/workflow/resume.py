@@ -13,7 +13,7 @@ from typing import Any
 from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
-from ..bases.identity import identity
+from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..errors import ProLoRAError
 from ..files.safetensors_file import SafetensorsFile
@@ -25,7 +25,7 @@ KEYS = ("lora_hash", "recipe")
 _INDIFFERENT = ("cache", "device", "progress", "max_memory")
 
 
-def recipe(
+def make_recipe(
     lora: Path,
     source: Base,
     target: Base,
@@ -46,14 +46,14 @@ def recipe(
         cache: remembers the hashes of files.
     """
     chosen = {
-        field.name: _plain(getattr(options, field.name))
+        field.name: _jsonable(getattr(options, field.name))
         for field in fields(options)
         if field.name not in _INDIFFERENT
     }
-    bases = [identity(base, cache) or base.name for base in (source, target)]
+    bases = [compute_identity(base, cache) or base.name for base in (source, target)]
     text = json.dumps([__version__, bases, chosen, format, str(dtype)], sort_keys=True)
     return {
-        "lora_hash": f"sha256:{_hash(lora)}",
+        "lora_hash": f"sha256:{_hash_adapter(lora)}",
         "recipe": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
     }
 
@@ -68,18 +68,18 @@ def is_made(out: Path, wanted: Mapping[str, str]) -> bool:
     return all(metadata.get(f"prolora.{key}") == wanted[key] for key in KEYS)
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     """An option as JSON can hold it."""
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        return _hash(Path(value)) if Path(value).exists() else str(value)
+        return _hash_adapter(Path(value)) if Path(value).exists() else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)
 
 
-def _hash(path: Path) -> str:
+def _hash_adapter(path: Path) -> str:
     """SHA-256 of a file, or of the files of an adapter's folder."""
     digest = hashlib.sha256()
     files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]

@@ -20,32 +20,32 @@ from ..bases import Base, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..bases.vae import could_probe
-from ..comparison.block_matching import resolve
-from ..comparison.drift import Affinity, measure
-from ..comparison.verdict import AUTO, judge
+from ..bases.vae import can_probe
+from ..comparison.block_matching import resolve_match
+from ..comparison.drift import Affinity, measure_affinities
+from ..comparison.verdict import AUTO, judge_affinity
 from ..core.lowrank import LowRank
 from ..errors import LowCoverage, ProLoRAError, UnrelatedBases
 from ..files.writing import check_writable
 from . import probe_transfer
 from .assembly import (
-    as_target,
+    assemble_adapter,
     blank_report,
-    carried_vectors,
+    build_metadata,
     check_coverage,
-    coverage_text,
-    hollow,
-    metadata_of,
-    outlined,
-    own_row,
-    summed_rows,
+    describe_summed_module,
+    explain_low_coverage,
+    hollow_update,
+    list_summed_modules,
+    outline_result,
+    place_vectors_of,
 )
-from .file_budget import Output
-from .move_updates import Clock, Work, carried, move_all, needs
+from .file_budget import OutputForm
+from .move_updates import Clock, LoraWork, describe_unchanged, move_all, weights_needed
 from .options import PROBE, Options
-from .plan import Plan, folded, make_plan
+from .plan import Plan, make_plan, sum_dropped_blocks
 from .report import Report
-from .resume import recipe
+from .resume import make_recipe
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Transfer:
             NonFiniteWeights: a factor overflows in dtype.
         """
         check_output(path, self.inputs)
-        adapters.write(self.adapter, path, format=format, dtype=dtype)
+        adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
 def transfer(
@@ -113,29 +113,29 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     chosen = Options(**options)
-    output = Output.of(chosen, format, dtype)
-    return _transfer(lora, open_base(source), open_base(target), chosen, output, {})
+    output = OutputForm.of(chosen, format, dtype)
+    return _transfer_opened(lora, open_base(source), open_base(target), chosen, output, {})
 
 
-def _transfer(
+def _transfer_opened(
     lora: Any,
     source: Base,
     target: Base,
     chosen: Options,
-    output: Output,
+    output: OutputForm,
     notes: Mapping[str, str],
 ) -> Transfer:
     """The stages of a transfer, one after the other; `notes` go into the result's header."""
     if chosen.method == PROBE:
-        return _probed(lora, source, target, chosen, output.format, notes)
+        return _transfer_by_probing(lora, source, target, chosen, output.format, notes)
     memory = Memory(chosen.max_memory, rank=chosen.rank)
     with BasisCache(chosen.cache).saving() as cache:
-        job = prepare(lora, source, target, chosen, output)
+        job = prepare_job(lora, source, target, chosen, output)
         memory.reserved = job.work.result_bytes()
-        settle(job, source, target, cache, memory)
+        decide_method(job, source, target, cache, memory)
         memory.begin()
         move_all([job.work], source, target, cache, memory, chosen.progress)
-        return finish(job, source, target, cache, notes)
+        return finish_job(job, source, target, cache, notes)
 
 
 @dataclass
@@ -158,35 +158,35 @@ class Job:
     adapter: Adapter
     plan: Plan
     asked: Options
-    output: Output
-    work: Work
+    output: OutputForm
+    work: LoraWork
     energies: dict[str, float]
     affinities: dict[str, Affinity] = field(default_factory=dict)
     report: Report = field(default=None)  # type: ignore[assignment]
 
 
-def prepare(lora: Any, source: Base, target: Base, asked: Options, output: Output) -> Job:
+def prepare_job(lora: Any, source: Base, target: Base, asked: Options, output: OutputForm) -> Job:
     """Reads and plans; all that can be refused without looking at weights is refused here."""
     clock = Clock()
     with clock("read"):
-        adapter = _read(lora, source)
+        adapter = _read_lora(lora, source)
     with clock("match"):
-        plan = plan_of(adapter, source, target, asked)
+        plan = plan_transfer(adapter, source, target, asked)
     check_coverage(adapter, plan, asked.min_coverage)
-    whole = folded(adapter, plan)
-    if output != Output():
-        output.check(outlined(whole, plan, source, target, asked))
+    whole = sum_dropped_blocks(adapter, plan)
+    if output != OutputForm():
+        output.check(outline_result(whole, plan, source, target, asked))
     used = {pair.source for pair in plan.pairs}
     whole = replace(whole, updates={n: x for n, x in whole.updates.items() if n in used})
     # What has no place is accounted for now, and its numbers are in nobody's way.
     left = {name: adapter.updates[name] for name in (*plan.skipped, *plan.refused)}
     energies = {name: update.norm().square().item() for name, update in left.items()}
-    updates = {n: hollow(x) if n in left else x for n, x in adapter.updates.items()}
+    updates = {n: hollow_update(x) if n in left else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
-    return Job(lora, adapter, plan, asked, output, Work(whole, plan, asked, clock), energies)
+    return Job(lora, adapter, plan, asked, output, LoraWork(whole, plan, asked, clock), energies)
 
 
-def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
+def decide_method(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
     """Looks at the pairs of weights and decides how to move the LoRA.
 
     Raises:
@@ -198,20 +198,20 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
     shapes = {matrix_shape(pair.shape) for pair in plan.pairs}
     memory.check(shapes, "affinity")
     if asked.method != AUTO:
-        memory.check(shapes, needs(asked))
+        memory.check(shapes, weights_needed(asked))
     with job.work.clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
-        doing = _doing("checking", asked.progress)
-        affinities = measure(source, target, places, doing, cache, memory)
+        doing = _label_stage("checking", asked.progress)
+        affinities = measure_affinities(source, target, places, doing, cache, memory)
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
-    verdict = judge(Affinity.total(affinities)) if affinities else None
+    verdict = judge_affinity(Affinity.total(affinities)) if affinities else None
     if asked.method == AUTO and verdict and not verdict.related:
         way = " --method copy does it anyway"
-        if could_probe(source.path, target.path):
+        if can_probe(source.path, target.path):
             way = f" --method probe looks at the running models and may move it;{way}"
         raise UnrelatedBases(f"{verdict.sentence()} Nothing written;{way}")
     decided = asked.decide(verdict)
-    memory.check(shapes, needs(decided))
+    memory.check(shapes, weights_needed(decided))
     report = blank_report(adapter, plan, source, target, decided, job.energies)
     report.asked, report.verdict = asked.method, verdict
     report.damping = decided.kappa if decided.method == "damped" else None
@@ -220,7 +220,7 @@ def settle(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memo
     job.work.options = decided
 
 
-def finish(
+def finish_job(
     job: Job, source: Base, target: Base, cache: BasisCache, notes: Mapping[str, str]
 ) -> Transfer:
     """Makes the adapter of the target, and the report, of what was moved.
@@ -234,31 +234,33 @@ def finish(
         raise work.error
     updates: dict[str, LowRank] = {}
     for pair, update, row in work.moved:
-        own, seen = own_row(row, adapter, plan), job.affinities[pair.target]
+        own, seen = describe_summed_module(row, adapter, plan), job.affinities[pair.target]
         report.modules.append(replace(own, drift=seen.drift, cosine=seen.cosine))
         if update is not None:
             updates[pair.target] = update
     for name in plan.passed:
         updates[name] = adapter.updates[name]
-        report.modules.append(carried(adapter, name, name, "text encoder, carried over"))
-    report.modules += summed_rows(
+        report.modules.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
+    report.modules += list_summed_modules(
         adapter, plan, {pair.source: pair.target for pair in plan.pairs if pair.target in updates}
     )
     report.seconds = work.clock.seconds
     if report.coverage < job.asked.min_coverage:
-        raise LowCoverage(coverage_text(report, job.asked.min_coverage))
-    vectors = carried_vectors(adapter, plan, source, target, work.options, updates)
+        raise LowCoverage(explain_low_coverage(report, job.asked.min_coverage))
+    vectors = place_vectors_of(adapter, plan, source, target, work.options, updates)
     report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
     with work.clock("hash"):
-        metadata = metadata_of(adapter, plan, source, target, work.options, cache)
+        metadata = build_metadata(adapter, plan, source, target, work.options, cache)
     metadata |= {f"prolora.{key}": text for key, text in notes.items()}
     with work.clock("fit"):
-        moved = job.output.fit(as_target(adapter, updates, vectors, target, metadata), report)
+        moved = job.output.fit(
+            assemble_adapter(adapter, updates, vectors, target, metadata), report
+        )
     files = [Path(job.lora)] if isinstance(job.lora, str | PathLike) else []
     return Transfer(moved, report, [*files, *source.files, *target.files])
 
 
-def _probed(
+def _transfer_by_probing(
     lora: Any,
     source: Base,
     target: Base,
@@ -267,37 +269,41 @@ def _probed(
     notes: Mapping[str, str],
 ) -> Transfer:
     """Method "probe": all that can be refused is refused before a model is loaded."""
-    probe_transfer.check(source, target, options)
-    adapter = _read(lora, source)
-    plan = probe_transfer.plan(adapter, source, target, options)
-    outline = probe_transfer.outline(adapter, plan, source, target)
+    probe_transfer.check_probing(source, target, options)
+    adapter = _read_lora(lora, source)
+    plan = probe_transfer.plan_probing(adapter, source, target, options)
+    outline = probe_transfer.outline_fit(adapter, plan, source, target)
     blank = replace(adapter, updates=outline, kernels={}, vectors={})
     adapters.check_format(blank, "auto" if format is None else format)
-    report = probe_transfer.report(
-        probe_transfer.dry(adapter, source, target, options), source, target, options
+    report = probe_transfer.build_probe_report(
+        probe_transfer.outline_probing(adapter, source, target, options), source, target, options
     )
     if report.coverage < options.min_coverage:
-        raise LowCoverage(coverage_text(report, options.min_coverage))
+        raise LowCoverage(explain_low_coverage(report, options.min_coverage))
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     files += [*source.files, *target.files]
-    rival = _by_weights(adapter, source, target, options, format)
+    rival = _transfer_by_weights(adapter, source, target, options, format)
     without = rival.adapter.updates if rival else {}
-    done = probe_transfer.probe(adapter, source, target, plan, options, without)
+    done = probe_transfer.run_probing(adapter, source, target, plan, options, without)
     if rival and done.rival_serves:
-        return Transfer(*probe_transfer.weakened(rival.adapter, rival.report, done, notes), files)
-    report = probe_transfer.report(done, source, target, options)
+        return Transfer(
+            *probe_transfer.scale_transfer(rival.adapter, rival.report, done, notes), files
+        )
+    report = probe_transfer.build_probe_report(done, source, target, options)
     report.left_out |= adapter.left_out
-    metadata = metadata_of(adapter, plan, source, target, replace(options, strength=done.strength))
+    metadata = build_metadata(
+        adapter, plan, source, target, replace(options, strength=done.strength)
+    )
     moved = replace(
         blank,
         updates=done.updates,
-        kernels=probe_transfer.kernels(done.updates, target),
-        metadata=metadata | done.facts | probe_transfer.marks(notes),
+        kernels=probe_transfer.kernel_sizes(done.updates, target),
+        metadata=metadata | done.facts | probe_transfer.prefix_notes(notes),
     )
     return Transfer(moved, report, files)
 
 
-def _by_weights(
+def _transfer_by_weights(
     adapter: Adapter, source: Base, target: Base, options: Options, format: str | None
 ) -> Transfer | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
@@ -331,8 +337,10 @@ def transfer_file(
     check_output(out, [Path(lora), *source.files, *target.files])
     chosen = Options(**options)
     with BasisCache(chosen.cache).saving() as cache:
-        notes = recipe(Path(lora), source, target, chosen, format, dtype, cache)
-    done = _transfer(lora, source, target, chosen, Output.of(chosen, format, dtype), notes)
+        notes = make_recipe(Path(lora), source, target, chosen, format, dtype, cache)
+    done = _transfer_opened(
+        lora, source, target, chosen, OutputForm.of(chosen, format, dtype), notes
+    )
     progress = chosen.progress
     if progress:
         moved = len(done.adapter.updates)
@@ -343,20 +351,22 @@ def transfer_file(
     return done.report
 
 
-def _read(lora: Any, source: Base) -> Adapter:
+def _read_lora(lora: Any, source: Base) -> Adapter:
     """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
-    return lora if isinstance(lora, Adapter) else adapters.read(lora, read_weight=source.read)
+    return (
+        lora if isinstance(lora, Adapter) else adapters.read_adapter(lora, read_weight=source.read)
+    )
 
 
-def plan_of(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
+def plan_transfer(adapter: Adapter, source: Base, target: Base, options: Options) -> Plan:
     """Where every module goes; weights are read only to match blocks by similarity."""
-    match = resolve(
+    match = resolve_match(
         options.match,
         source,
         target,
         cache=options.cache,
         device=options.device,
-        progress=_doing("matching", options.progress),
+        progress=_label_stage("matching", options.progress),
     )
     return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
 
@@ -367,7 +377,7 @@ def check_output(path: str | PathLike[str], inputs: list[Path]) -> None:
     check_writable(folder / PEFT_WEIGHTS if folder.is_dir() else folder, inputs)
 
 
-def _doing(what: str, progress: Progress | None) -> Progress | None:
+def _label_stage(what: str, progress: Progress | None) -> Progress | None:
     """The caller's callback, told what is done to weights that are not yet moved."""
     if progress is None:
         return None

@@ -18,7 +18,7 @@ from .plan import Plan
 
 
 @dataclass
-class Carried:
+class CarriedVectors:
     """What became of an adapter's vectors.
 
     Attributes:
@@ -30,7 +30,7 @@ class Carried:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def carry(
+def carry_vectors(
     adapter: Adapter,
     plan: Plan,
     source: Base,
@@ -40,7 +40,7 @@ def carry(
     moved: Collection[str] | None = None,
     mode: str = "copy",
     text_encoder: str = "copy",
-) -> Carried:
+) -> CarriedVectors:
     """Places the vectors of an adapter on the target.
 
     Args:
@@ -53,7 +53,7 @@ def carry(
         mode: "copy", or "skip" to leave all of them out.
         text_encoder: "skip" leaves out those of text encoders; otherwise they stay as they are.
     """
-    found = Carried()
+    found = CarriedVectors()
     for name, vector in adapter.vectors.items():
         module, _, tensor = name.rpartition(".")
         if mode == "skip":
@@ -64,7 +64,7 @@ def carry(
             strength = 1.0
         else:
             strength = factor
-            places = list(_partners(module, len(vector), plan, source, target))
+            places = list(_find_partners(module, len(vector), plan, source, target))
             reason = "the target has no such module of that width"
             if moved is not None and module in adapter.updates and places:
                 places = [place for place in places if place in moved]
@@ -87,7 +87,9 @@ def _in_text_encoder(module: str, plan: Plan, mode: str) -> tuple[list[str], str
     return [module], ""
 
 
-def _partners(module: str, width: int, plan: Plan, source: Base, target: Base) -> Iterator[str]:
+def _find_partners(
+    module: str, width: int, plan: Plan, source: Base, target: Base
+) -> Iterator[str]:
     """The target's modules that `module` became: through its own weight, else its siblings'.
 
     Norms have no weight matrix, and go where the matrices of the same block went: `norm1` beside

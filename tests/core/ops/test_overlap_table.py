@@ -114,7 +114,7 @@ def test_phi_is_exact_to_2e_6_whatever_the_columns_look_like(kind):
         u = signs / m**0.5
     t = torch.linalg.qr(u.double() + 0.01 * torch.randn(m, k, generator=generator).double())[0]
     source, target = u.float(), t.float()
-    exact = reference.overlap(source.double(), target.double())
+    exact = reference.subspace_overlap(source.double(), target.double())
     assert abs(float(operators.overlap(source, target) - exact)) / k < 1e-7
     (table,) = overlap_tables([source], [target])
     assert abs(float(table.at(k) - exact / k)) < 2e-6
@@ -135,11 +135,11 @@ def test_one_table_answers_for_every_number_of_columns():
     curve = torch.stack([reference.overlap_curve(a, b) for a, b in zip(us, ut, strict=True)])
     torch.testing.assert_close(table.shells.cumsum(-1), curve)
     torch.testing.assert_close(
-        table.curve()[:, 36], reference.overlap(us[..., :37], ut[..., :37]) / 37
+        table.curve()[:, 36], reference.subspace_overlap(us[..., :37], ut[..., :37]) / 37
     )
     torch.testing.assert_close(table.at(37), table.curve()[:, 36])
     for a, b in ((64, 128), (100, 130), (100, 64), (0, 64)):
-        exact = reference.overlap(us[..., :a], ut[..., :b])
+        exact = reference.subspace_overlap(us[..., :a], ut[..., :b])
         torch.testing.assert_close(table.shared(a, b), exact, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="steps of 64 and at 100 and 130, not 37 and 64"):
         table.at(37, 64)

@@ -27,32 +27,32 @@ from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
-from ...core.parallel import spread
+from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...errors import OutputError, UnsupportedFormat
 from ..base import Base
 from . import basis_file
 from .basis_file import StoredBasis
-from .tables import Notes
+from .tables import JsonTable
 
 # Part of every name: raise it when an algorithm's results change.
 VERSION = 2
 # What bases are computed to, `truncated_svd`'s default.
 TOLERANCE = 1e-3
-ENVIRONMENT = "PROLORA_CACHE"
+CACHE_VARIABLE = "PROLORA_CACHE"
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
 # so shortly before it was hashed (ns) is not put into the index.
-YOUNG = 2_000_000_000
+SETTLING_TIME = 2_000_000_000
 # A basis that is used counts as used for so long (s), before the file's time is set again.
-USED = 86_400
+TOUCH_INTERVAL = 86_400
 
 log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
     """Where this platform keeps what may be deleted; PROLORA_CACHE names another folder."""
-    if named := os.environ.get(ENVIRONMENT):
+    if named := os.environ.get(CACHE_VARIABLE):
         return Path(named).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "prolora"
@@ -81,7 +81,7 @@ class BasisCache:
         """
         self.folder = None if folder is None else Path(folder)
         self.hits = self.misses = self.kept = 0
-        self._notes: dict[str, Notes] = {}
+        self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
         self._failed = False
@@ -114,16 +114,16 @@ class BasisCache:
         unknown = [i for i, digest in enumerate(digests) if digest is None]
         if unknown:
             weights = read(unknown)
-            for i, digest in zip(unknown, content_hashes(weights), strict=True):
+            for i, digest in zip(unknown, hash_weights(weights), strict=True):
                 digests[i] = digest
                 self.learn(base, modules[i], digest)
-        names = [name_of(digest, rank) for digest in digests if digest]
+        names = [basis_name(digest, rank) for digest in digests if digest]
         found = self._read_all(names, shape)
         missing = [i for i, basis in enumerate(found) if basis is None]
         if missing:
             if missing != unknown:
                 weights = read(missing)
-            abouts = [_about(names[i], rank, base.name, modules[i]) for i in missing]
+            abouts = [_describe_basis(names[i], rank, base.name, modules[i]) for i in missing]
             computed = self._compute(weights.to(device), rank, abouts)
             for i, stored in zip(missing, computed, strict=True):
                 found[i] = stored
@@ -134,11 +134,11 @@ class BasisCache:
         if self.folder is None:
             return truncated_svd(weights, rank)
         shape = (weights.shape[1], weights.shape[2])
-        names = [name_of(digest, rank) for digest in content_hashes(weights)]
+        names = [basis_name(digest, rank) for digest in hash_weights(weights)]
         found = self._read_all(names, shape)
         missing = [i for i, basis in enumerate(found) if basis is None]
         if missing:
-            abouts = [_about(names[i], rank, "", "") for i in missing]
+            abouts = [_describe_basis(names[i], rank, "", "") for i in missing]
             computed = self._compute(weights[missing], rank, abouts)
             for i, stored in zip(missing, computed, strict=True):
                 found[i] = stored
@@ -157,7 +157,7 @@ class BasisCache:
         origin = base.weights[module].origin
         if origin is None:
             return None
-        found = self._index(base).get(_short(origin.text))
+        found = self._index(base).get(_short_hash(origin.text))
         return found if isinstance(found, str) else None
 
     def learn(self, base: Base, module: str, digest: str) -> None:
@@ -166,8 +166,8 @@ class BasisCache:
             return
         self._digests[id(base), module] = (base, digest)
         origin = base.weights[module].origin
-        if origin and time.time_ns() - origin.changed > YOUNG:
-            self._index(base).put(_short(origin.text), digest)
+        if origin and time.time_ns() - origin.changed > SETTLING_TIME:
+            self._index(base).put(_short_hash(origin.text), digest)
 
     def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
         """A hash of some kind of a file, computed where its state was not seen before."""
@@ -175,16 +175,18 @@ class BasisCache:
             return compute()
         status = path.stat()
         times = status.st_mtime_ns, status.st_ctime_ns
-        key = _short(f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}")
+        key = _short_hash(
+            f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}"
+        )
         notes = self._table("files", "")
-        found, old = notes.get(key), time.time_ns() - max(times) > YOUNG
+        found, old = notes.get(key), time.time_ns() - max(times) > SETTLING_TIME
         if not isinstance(found, str):
             found = compute()
             if old:
                 notes.put(key, found)
         return found
 
-    def pairs(self, source: Base, target: Base) -> Notes:
+    def pairs(self, source: Base, target: Base) -> JsonTable:
         """The table of what is known of pairs of weights of two bases."""
         return self._table("pairs", f"{source.path or source.name} {target.path or target.name}")
 
@@ -201,18 +203,18 @@ class BasisCache:
         for notes in self._notes.values():
             self._try(notes.save)
 
-    def _index(self, base: Base) -> Notes:
+    def _index(self, base: Base) -> JsonTable:
         return self._table("index", str(base.path))
 
-    def _table(self, kind: str, of: str) -> Notes:
-        name = f"{kind}-{_short(of)}.json"
+    def _table(self, kind: str, of: str) -> JsonTable:
+        name = f"{kind}-{_short_hash(of)}.json"
         if name not in self._notes:
             path = self.folder and self.folder / f"v{VERSION}" / name
-            self._notes[name] = Notes(path)
+            self._notes[name] = JsonTable(path)
         return self._notes[name]
 
     def path(self, name: str) -> Path:
-        """Where the basis of that name (`name_of`) lies, or would lie."""
+        """Where the basis of that name (`basis_name`) lies, or would lie."""
         assert self.folder is not None
         return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
 
@@ -224,10 +226,10 @@ class BasisCache:
         """The basis of that name, or None where there is none that can be trusted."""
         path = self.path(name)
         try:
-            found = basis_file.read(path)
+            found = basis_file.read_basis(path)
             if found.facts.get("name") != name or found.shape != shape:
                 raise UnsupportedFormat("it is of another weight")
-            if time.time() - path.stat().st_mtime > USED:
+            if time.time() - path.stat().st_mtime > TOUCH_INTERVAL:
                 os.utime(path)
         except FileNotFoundError:
             return None
@@ -243,14 +245,14 @@ class BasisCache:
         computed = truncated_svd(weights, rank, tol=TOLERANCE)
         found = []
         for i, about in enumerate(abouts):
-            stored = basis_file.as_stored(computed[i].to("cpu"), TOLERANCE, about)
+            stored = basis_file.make_stored_basis(computed[i].to("cpu"), TOLERANCE, about)
             self._try(partial(self._write, stored))
             found.append(stored)
         return found
 
     def _write(self, stored: StoredBasis) -> None:
         path = self.path(str(stored.facts["name"]))
-        basis_file.write(path, stored)
+        basis_file.write_basis(path, stored)
         self.kept += path.stat().st_size
 
     def _try(self, write: Any) -> None:
@@ -294,27 +296,27 @@ class BasisCache:
         return whole.to(device) if device is not None else whole
 
 
-def content_hash(weight: Tensor) -> str:
+def hash_weight(weight: Tensor) -> str:
     """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
     digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode())
     digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def content_hashes(weights: Tensor) -> list[str]:
+def hash_weights(weights: Tensor) -> list[str]:
     """Of every matrix of a stack [b, m, n], over the threads."""
-    return spread(content_hash, list(weights))
+    return map_on_threads(hash_weight, list(weights))
 
 
-def name_of(digest: str, rank: Rank) -> str:
+def basis_name(digest: str, rank: Rank) -> str:
     """The name of a basis: of what, by which rule, how exact, by which version."""
     text = f"{digest} {rank!r} {TOLERANCE} {VERSION}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _about(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
+def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
     return {"name": name, "rule": repr(rank), "base": base, "module": module}
 
 
-def _short(text: str) -> str:
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]

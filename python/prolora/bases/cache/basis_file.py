@@ -25,13 +25,13 @@ from torch import Tensor
 from ...core.basis import FACTS, Basis
 from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.safetensors_file import SafetensorsFile
-from ...files.writing import dump
-from .cache_files import checksum, publish
+from ...files.writing import dump_safetensors
+from .cache_files import compute_checksum, publish_file
 
 METADATA_KEY = "prolora.basis"
-LARGEST = 32767
+LARGEST_INTEGER = 32767
 # float32 errs this much, and more, in what it says of an error.
-SLACK = 1.01
+ERROR_SLACK = 1.01
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StoredBasis:
             out[:, :k] *= self.tensors[f"{name}.scale"]
 
 
-def compact(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
+def compress_basis(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
     """The tensors of a basis of one matrix as they are stored, and its bound as they are read."""
     bound = float(basis.bound)
     plain = {name: getattr(basis, name).detach().cpu().contiguous() for name in ("U", "S", "V")}
@@ -85,40 +85,40 @@ def compact(basis: Basis, tol: float) -> tuple[dict[str, Tensor], float]:
         return plain, bound
     short, worst = {"S": plain["S"]}, 0.0
     for name in ("U", "V"):
-        scale = plain[name].abs().amax(0) / LARGEST
+        scale = plain[name].abs().amax(0) / LARGEST_INTEGER
         scale = torch.where(scale > 0, scale, 1.0)
         short[name] = (plain[name] / scale).round_().to(torch.int16)
         short[f"{name}.scale"] = scale
-        error = norm_bound(plain[name] - short[name] * scale)
+        error = bound_norm(plain[name] - short[name] * scale)
         worst = max(worst, 2 * error + error * error)
     if bound + worst > tol:
         return plain, bound
     return short, bound + worst
 
 
-def norm_bound(x: Tensor) -> float:
+def bound_norm(x: Tensor) -> float:
     """An upper bound on ‖x‖₂ of x [m, k], within a factor k^⅛ of it: ‖(xᵀx)²‖_F^¼."""
     largest = float(x.abs().amax()) if x.numel() else 0.0
     if largest == 0:
         return 0.0
     x = x / largest
     gram = x.mT @ x
-    return SLACK * largest * float(torch.linalg.matrix_norm(gram @ gram).sqrt().sqrt())
+    return ERROR_SLACK * largest * float(torch.linalg.matrix_norm(gram @ gram).sqrt().sqrt())
 
 
-def write(path: Path, stored: StoredBasis) -> None:
+def write_basis(path: Path, stored: StoredBasis) -> None:
     """Keeps a basis.
 
     Raises:
         OSError: it cannot be written.
     """
-    facts = dict(stored.facts) | {"checksum": checksum(_in_order(stored.tensors))}
+    facts = dict(stored.facts) | {"checksum": compute_checksum(_sort_tensors(stored.tensors))}
     text = json.dumps(facts, sort_keys=True)
     header = {METADATA_KEY: text, f"{METADATA_KEY}.crc32": str(zlib.crc32(text.encode()))}
-    publish(path, lambda file: dump(file, stored.tensors, header))
+    publish_file(path, lambda file: dump_safetensors(file, stored.tensors, header))
 
 
-def as_stored(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis:
+def make_stored_basis(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis:
     """A basis of one weight [m, n] as a file keeps it, whether or not one is written.
 
     Args:
@@ -126,13 +126,13 @@ def as_stored(basis: Basis, tol: float, about: Mapping[str, str]) -> StoredBasis
         tol: the tolerance its bound must meet.
         about: what else is known of it; "name" among it.
     """
-    tensors, bound = compact(basis, tol)
+    tensors, bound = compress_basis(basis, tol)
     facts: dict[str, Any] = {part: getattr(basis, part).item() for part in FACTS}
     facts |= {"bound": min(1.0, bound), "rung": basis.rung} | dict(about)
     return StoredBasis(tensors, facts)
 
 
-def read(path: Path) -> StoredBasis:
+def read_basis(path: Path) -> StoredBasis:
     """A basis whose numbers are those that were written; they are mapped, not read.
 
     Raises:
@@ -142,9 +142,9 @@ def read(path: Path) -> StoredBasis:
     """
     try:
         file = SafetensorsFile(path)
-        facts = _facts(file)
-        tensors = _mapped(file)
-        if facts["checksum"] != checksum(_in_order(tensors)):
+        facts = _read_facts(file)
+        tensors = _map_tensors(file)
+        if facts["checksum"] != compute_checksum(_sort_tensors(tensors)):
             raise UnsupportedFormat("its content is not what was written")
         if not {"U", "S", "V"} <= tensors.keys() or not set(FACTS) <= facts.keys():
             raise UnsupportedFormat("it is no basis")
@@ -155,17 +155,17 @@ def read(path: Path) -> StoredBasis:
     return StoredBasis(tensors, facts)
 
 
-def describe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The facts of a file, and dtypes and shapes, from its header alone; raises as `read` does."""
+def read_basis_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts of a file, and dtypes and shapes, from the header alone; raises as `read_basis`."""
     try:
         file = SafetensorsFile(path)
         sizes = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
-        return _facts(file), sizes
+        return _read_facts(file), sizes
     except (ProLoRAError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedFormat(f"{path}: {error}") from error
 
 
-def _facts(file: SafetensorsFile) -> dict[str, Any]:
+def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
     text = file.metadata[METADATA_KEY]
     if file.metadata[f"{METADATA_KEY}.crc32"] != str(zlib.crc32(text.encode())):
         raise UnsupportedFormat("its header is not what was written")
@@ -175,7 +175,7 @@ def _facts(file: SafetensorsFile) -> dict[str, Any]:
     return facts
 
 
-def _mapped(file: SafetensorsFile) -> dict[str, Tensor]:
+def _map_tensors(file: SafetensorsFile) -> dict[str, Tensor]:
     """Views of the file: pages that nobody looks at are never read."""
     with open(file.path, "rb") as opened:
         # Private to this process: torch wants memory it may write to, and nobody will.
@@ -187,5 +187,5 @@ def _mapped(file: SafetensorsFile) -> dict[str, Tensor]:
     }
 
 
-def _in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+def _sort_tensors(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [tensors[name] for name in sorted(tensors)]

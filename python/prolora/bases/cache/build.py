@@ -46,7 +46,7 @@ class ShapeSurvey:
         return asdict(self)
 
 
-def survey(
+def survey_base(
     base: Any,
     rank: Rank,
     *,
@@ -80,16 +80,16 @@ def survey(
             while start < len(names):
                 stack = names[start : start + memory.stack(shape, "bases")]
                 bases = kept.of(base, stack, rank, device)
-                found += [_Known(*numbers) for numbers in _numbers(bases)]
+                found += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
                 start, done = start + len(stack), done + len(stack)
                 if progress:
                     progress(done, total, stack[-1])
-            rows.append(_row(shape, found, time.perf_counter() - started))
+            rows.append(_summarise_shape(shape, found, time.perf_counter() - started))
     return rows
 
 
 @dataclass(frozen=True)
-class _Known:
+class _BasisSummary:
     """What is kept of a basis."""
 
     columns: int
@@ -99,12 +99,14 @@ class _Known:
     rung: str
 
 
-def _numbers(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
+def _basis_facts(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
     columns = (bases.rank, bases.energy, bases.bound, bases.ok)
     return zip(*(x.tolist() for x in columns), bases.rungs, strict=True)
 
 
-def _row(shape: tuple[int, int], found: list[_Known], seconds: float) -> ShapeSurvey:
+def _summarise_shape(
+    shape: tuple[int, int], found: list[_BasisSummary], seconds: float
+) -> ShapeSurvey:
     return ShapeSurvey(
         shape=shape,
         count=len(found),

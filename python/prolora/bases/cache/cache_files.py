@@ -22,7 +22,7 @@ TEMPORARY = ".prolora-*.tmp"
 _PAGE_WORDS = 1024
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> None:
+def publish_file(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a file beside `path` that then takes its name, replacing what has it.
 
     Raises:
@@ -39,7 +39,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
+def compute_checksum(tensors: Iterable[Tensor]) -> int:
     """CRC-32 over the sums of every 4 KiB: at the speed of memory, and a flipped bit shows.
 
     The sums are of 32-bit words, without carry; the CRC over them tells pages that changed places,

@@ -17,19 +17,19 @@ from ...core.rank_rule import Rank
 from ...errors import ProLoRAError
 from .. import open_base
 from . import basis_file
-from .basis_cache import VERSION, BasisCache, content_hash, name_of
+from .basis_cache import VERSION, BasisCache, basis_name, hash_weight
 from .cache_files import TEMPORARY
 
 Progress = Callable[[int, int, str], None]
 
 # A temporary file that nobody has written to for so long (s) belongs to a process that is dead.
-STALE = 3600
+STALE_SECONDS = 3600
 # Orthonormal columns of 16 bits each err this much at most; beyond it something is wrong.
-ORTHONORMAL = 2e-3
+MAX_SKEW = 2e-3
 
 
 @dataclass(frozen=True)
-class Shelf:
+class BasisGroup:
     """The bases that one base model was the first to need, by one rank rule.
 
     Attributes:
@@ -72,7 +72,7 @@ class Inventory:
     """
 
     folder: Path
-    shelves: list[Shelf]
+    shelves: list[BasisGroup]
     size: int
     notes: int
     temporary: tuple[int, int]
@@ -83,7 +83,7 @@ class Inventory:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def inventory(folder: str | PathLike[str]) -> Inventory:
+def take_inventory(folder: str | PathLike[str]) -> Inventory:
     """Looks through a cache folder, at headers alone; one that does not exist is empty."""
     folder = Path(folder)
     shelves: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any], int, float]]] = {}
@@ -93,24 +93,24 @@ def inventory(folder: str | PathLike[str]) -> Inventory:
         counts[kind][0] += 1
         counts[kind][1] += size
 
-    for path in _files(folder):
+    for path in _list_files(folder):
         status = path.stat()
         if path.match(TEMPORARY):
             count("temporary", status.st_size)
         elif path.suffix == ".json":
             count("notes", status.st_size)
-        elif _version(path, folder) != VERSION:
+        elif _file_version(path, folder) != VERSION:
             count("foreign", status.st_size)
         else:
             try:
-                facts, sizes = basis_file.describe(path)
+                facts, sizes = basis_file.read_basis_header(path)
                 place = str(facts.get("base", "")), str(facts.get("rule", ""))
             except (ProLoRAError, OSError):
                 count("foreign", status.st_size)
                 continue
             row = (facts, sizes, status.st_size, status.st_mtime)
             shelves.setdefault(place, []).append(row)
-    found = [_shelf(*place, rows) for place, rows in sorted(shelves.items())]
+    found = [_summarise_group(*place, rows) for place, rows in sorted(shelves.items())]
     size = sum(kind[1] for kind in counts.values()) + sum(shelf.size for shelf in found)
     return Inventory(
         folder,
@@ -122,10 +122,10 @@ def inventory(folder: str | PathLike[str]) -> Inventory:
     )
 
 
-def _shelf(base: str, rule: str, rows: list[tuple[Any, Any, int, float]]) -> Shelf:
+def _summarise_group(base: str, rule: str, rows: list[tuple[Any, Any, int, float]]) -> BasisGroup:
     columns = [sizes["S"][1][0] for _, sizes, _, _ in rows]
     dtypes = {str(sizes["U"][0]).removeprefix("torch.") for _, sizes, _, _ in rows}
-    return Shelf(
+    return BasisGroup(
         base=base,
         rule=rule,
         count=len(rows),
@@ -138,13 +138,13 @@ def _shelf(base: str, rule: str, rows: list[tuple[Any, Any, int, float]]) -> She
     )
 
 
-def size_of(folder: str | PathLike[str]) -> int:
+def measure_cache(folder: str | PathLike[str]) -> int:
     """Bytes of all files of a cache folder."""
-    return sum(path.stat().st_size for path in _files(Path(folder)))
+    return sum(path.stat().st_size for path in _list_files(Path(folder)))
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifyResult:
     """What a verification found.
 
     Attributes:
@@ -171,12 +171,12 @@ class Verified:
         return asdict(self) | {"ok": self.ok}
 
 
-def verify(
+def verify_cache(
     folder: str | PathLike[str],
     base: Any = None,
     rank: Rank | None = None,
     progress: Progress | None = None,
-) -> Verified:
+) -> VerifyResult:
     """Reads every basis and compares it with its checksum; with a base, also with the weights.
 
     Args:
@@ -186,38 +186,38 @@ def verify(
         rank: the rule whose bases are held against the weights.
         progress: called as progress(done, total, name).
     """
-    files = [p for p in _files(Path(folder)) if p.suffix == ".safetensors"]
-    files = [path for path in files if _version(path, Path(folder)) == VERSION]
+    files = [p for p in _list_files(Path(folder)) if p.suffix == ".safetensors"]
+    files = [path for path in files if _file_version(path, Path(folder)) == VERSION]
     damaged: dict[str, str] = {}
     for done, path in enumerate(files, 1):
         try:
-            if basis_file.read(path).facts.get("name") != path.stem:
+            if basis_file.read_basis(path).facts.get("name") != path.stem:
                 raise ProLoRAError("it is of another weight")
         except (ProLoRAError, OSError) as error:
             damaged[str(path)] = str(error)
         if progress:
             progress(done, len(files), path.stem)
     if base is None or rank is None:
-        return Verified(len(files) - len(damaged), damaged)
+        return VerifyResult(len(files) - len(damaged), damaged)
     opened, wrong, recomputed, absent = open_base(base), {}, 0, 0
     cache = BasisCache(folder)
     modules = [name for name in opened.shapes if is_adaptable(name)]
     for done, module in enumerate(modules, 1):
         weight = opened.read(module).reshape(matrix_shape(opened.shapes[module]))
-        path = cache.path(name_of(content_hash(weight), rank))
+        path = cache.path(basis_name(hash_weight(weight), rank))
         if not path.exists():
             absent += 1
         elif str(path) not in damaged:
             recomputed += 1
-            reason = _disagreement(weight, basis_file.read(path))
+            reason = _explain_disagreement(weight, basis_file.read_basis(path))
             if reason:
                 wrong[module] = reason
         if progress:
             progress(done, len(modules), module)
-    return Verified(len(files) - len(damaged), damaged, recomputed, wrong, absent)
+    return VerifyResult(len(files) - len(damaged), damaged, recomputed, wrong, absent)
 
 
-def _disagreement(weight: Tensor, stored: basis_file.StoredBasis) -> str:
+def _explain_disagreement(weight: Tensor, stored: basis_file.StoredBasis) -> str:
     """Why a basis cannot be that of the weight [m, n]; "" if it can."""
     w = weight.double()
     u, v = (torch.empty(size, stored.columns, dtype=torch.float64) for size in stored.shape)
@@ -233,11 +233,11 @@ def _disagreement(weight: Tensor, stored: basis_file.StoredBasis) -> str:
     rank = int(stored.facts["rank"])
     eye = torch.eye(rank, dtype=torch.float64)
     skew = max(float((x[:, :rank].mT @ x[:, :rank] - eye).abs().max()) for x in (u, v))
-    return f"its columns are not orthonormal: {skew:.1e}" if skew > ORTHONORMAL else ""
+    return f"its columns are not orthonormal: {skew:.1e}" if skew > MAX_SKEW else ""
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruneResult:
     """What was thrown away.
 
     Attributes:
@@ -255,14 +255,14 @@ class Pruned:
         return asdict(self)
 
 
-def prune(
+def prune_cache(
     folder: str | PathLike[str],
     *,
     older_than: float | None = None,
     max_size: int | None = None,
     everything: bool = False,
     dry_run: bool = False,
-) -> Pruned:
+) -> PruneResult:
     """Throws away what is of no use: stale temporary files, other versions, damaged headers.
 
     Args:
@@ -275,17 +275,19 @@ def prune(
     folder, now = Path(folder), time.time()
     kept: list[tuple[float, int, Path]] = []
     gone: list[tuple[int, Path]] = []
-    for path in _files(folder):
+    for path in _list_files(folder):
         status = path.stat()
         age = now - status.st_mtime
         if path.match(TEMPORARY):
-            useless = everything or age > STALE
-        elif _version(path, folder) != VERSION:
+            useless = everything or age > STALE_SECONDS
+        elif _file_version(path, folder) != VERSION:
             useless = True
         elif path.suffix == ".json":
             useless = everything
         else:
-            useless = everything or _damaged(path) or (older_than is not None and age > older_than)
+            useless = (
+                everything or _is_damaged(path) or (older_than is not None and age > older_than)
+            )
             if not useless:
                 kept.append((status.st_mtime, status.st_size, path))
         if useless:
@@ -303,22 +305,22 @@ def prune(
         removed += size
     if not dry_run:
         _remove_empty(folder)
-    left = sum(path.stat().st_size for path in _files(folder)) - (removed if dry_run else 0)
-    return Pruned(len(gone), removed, left)
+    left = sum(path.stat().st_size for path in _list_files(folder)) - (removed if dry_run else 0)
+    return PruneResult(len(gone), removed, left)
 
 
-def _damaged(path: Path) -> bool:
+def _is_damaged(path: Path) -> bool:
     try:
-        basis_file.describe(path)
+        basis_file.read_basis_header(path)
     except (ProLoRAError, OSError):
         return True
     return False
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _list_files(folder: Path) -> Iterator[Path]:
     """The files of a cache below `folder`, and no others."""
     for versioned in sorted(folder.glob("v*")):
-        if _number(versioned.name) is None or not versioned.is_dir():
+        if _parse_version(versioned.name) is None or not versioned.is_dir():
             continue
         for pattern in ("*.json", TEMPORARY, f"??/{TEMPORARY}", "??/*.safetensors"):
             yield from sorted(versioned.glob(pattern))
@@ -328,11 +330,11 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _version(path: Path, folder: Path) -> int | None:
-    return _number(path.relative_to(folder).parts[0]) or 1
+def _file_version(path: Path, folder: Path) -> int | None:
+    return _parse_version(path.relative_to(folder).parts[0]) or 1
 
 
-def _number(name: str) -> int | None:
+def _parse_version(name: str) -> int | None:
     return int(name[1:]) if name[:1] == "v" and name[1:].isdigit() else None
 
 

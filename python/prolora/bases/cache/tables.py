@@ -8,15 +8,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .cache_files import publish
+from .cache_files import publish_file
 
 # More entries than any pair of models has weights; what comes beyond pushes the oldest out.
-LIMIT = 20_000
+MOST_ENTRIES = 20_000
 
 log = logging.getLogger(__name__)
 
 
-class Notes:
+class JsonTable:
     """A table {text: JSON value} in one file, or in memory alone.
 
     A table that is damaged counts as empty. Processes that write one table at once lose nothing but
@@ -48,9 +48,11 @@ class Notes:
             return
         self._known = self._load() | self._new
         self._new = {}
-        kept = dict(list(self._known.items())[-LIMIT:])
+        kept = dict(list(self._known.items())[-MOST_ENTRIES:])
         body = json.dumps(kept, separators=(",", ":")).encode()
-        publish(self._path, lambda file: _write(file, b"%08x\n" % zlib.crc32(body) + body))
+        publish_file(
+            self._path, lambda file: _write_bytes(file, b"%08x\n" % zlib.crc32(body) + body)
+        )
 
     def _load(self) -> dict[str, Any]:
         if self._path is None:
@@ -68,6 +70,6 @@ class Notes:
         return found
 
 
-def _write(file: Path, content: bytes) -> None:
+def _write_bytes(file: Path, content: bytes) -> None:
     with open(file, "wb") as opened:
         opened.write(content)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _C
 from ..errors import ShapeMismatch
-from ..parallel import spread
+from ..parallel import map_on_threads
 
 MAX_SVD_COLUMNS: int = _C.max_svd_columns
 
@@ -161,7 +161,9 @@ def _lapack_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch takes one matrix after the other, and at these sizes LAPACK has no use for a second
     thread.
     """
-    parts = spread(_lapack_svd_of, list(a.tensor_split(min(len(a), torch.get_num_threads()))))
+    parts = map_on_threads(
+        _lapack_svd_of, list(a.tensor_split(min(len(a), torch.get_num_threads())))
+    )
     u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return u, s, v
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..arrays import to_tensor
 from ..precision import EPS
-from ..rank_rule import Rank, columns
-from .products import lower_gram, times
+from ..rank_rule import Rank, count_columns
+from .products import lower_gram, multiply_narrow
 from .triplets import Triplets, residual_and_angle, rounding_error
 
 # Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
@@ -24,9 +24,9 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank, snap: bool) -> Triplets:
         rank: the columns to return, as a rule.
         snap: whether the rule may be moved to the widest gap near it.
     """
-    eigenvalues, vectors = eigh(lower_gram(w))
+    eigenvalues, vectors = eigh_stack(lower_gram(w))
     short, s = vectors.flip(-1), eigenvalues.flip(-1).clamp_min(0).sqrt()  # [b, d, d], [b, d]
-    count = _columns(s, rank, snap, w.shape[-2:])
+    count = _count_columns(s, rank, snap, w.shape[-2:])
     last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
     fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
     right: dict[int, Tensor] = {}
@@ -34,11 +34,11 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank, snap: bool) -> Triplets:
         short[i], s[i], vt = torch.linalg.svd(w[i], full_matrices=False)
         right[i] = vt.mT
     if right:
-        count = _columns(s, rank, snap, w.shape[-2:])
+        count = _count_columns(s, rank, snap, w.shape[-2:])
     k = max(1, int(count.max())) if len(w) else 1
     used = torch.arange(k, device=w.device) < count[:, None]
     short, kept = short[..., :k] * used[:, None], s[:, :k] * used
-    long = times(w.mT, short) / torch.where(kept > 0, kept, 1.0)[:, None]
+    long = multiply_narrow(w.mT, short) / torch.where(kept > 0, kept, 1.0)[:, None]
     left = torch.zeros_like(kept)
     for i, vectors in right.items():
         long[i] = vectors[:, :k] * used[i]
@@ -54,7 +54,7 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank, snap: bool) -> Triplets:
     return Triplets(short, long, kept, count, following, residual, angle, rungs)
 
 
-def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """torch.linalg.eigh of a stack [..., d, d], through CuPy's batched solver on a GPU.
 
     torch loops over the matrices on a GPU; CuPy, where it is installed, hands the stack to
@@ -75,7 +75,7 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _columns(s: Tensor, rank: Rank, snap: bool, shape: torch.Size) -> Tensor:
+def _count_columns(s: Tensor, rank: Rank, snap: bool, shape: torch.Size) -> Tensor:
     """How many columns the rule asks for, at most the numerical rank: int64 [b]."""
     numerical = (s > max(shape) * EPS * s[:, :1]).sum(-1)
-    return torch.minimum(columns(s, rank, snap), numerical)
+    return torch.minimum(count_columns(s, rank, snap), numerical)

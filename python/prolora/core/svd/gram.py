@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rank_rule import Rank, columns
-from .dense import eigh
-from .products import Formed, lower_gram, mirrored
-from .refinement import Refined, Ritz, refine
+from ..rank_rule import Rank, count_columns
+from .dense import eigh_stack
+from .products import FormedGram, lower_gram, mirror_lower
+from .refinement import Refined, Ritz, refine_triplets
 
 # Below this the eigensolver in float64 costs no more than the repair.
 MIN_DIMENSION = 384
 
 
-def suits(d: int, rank: Rank) -> bool:
+def suits_gram(d: int, rank: Rank) -> bool:
     """Whether the short side d is long enough, and something is left to cut off."""
     return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
 
@@ -26,16 +26,16 @@ def suits(d: int, rank: Rank) -> bool:
 def gram_triplets(w: Tensor, norm: float, rank: Rank, snap: bool) -> Refined | None:
     """Leading triplets of w [d, n], float32, d ≤ n; `norm` is ‖w‖_F."""
     d = w.shape[0]
-    precise = mirrored(lower_gram(w))
+    precise = mirror_lower(lower_gram(w))
     single = precise.float()
-    values, vectors = eigh(single)
+    values, vectors = eigh_stack(single)
     values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
-    k = int(columns(values.sqrt(), rank, snap))
+    k = int(count_columns(values.sqrt(), rank, snap))
     if k >= d:
         return None
     p = min(d, k + max(16, min(32, k // 8)))
     ritz = Ritz(vectors[:, :p], vectors[:, p:], values, None, 0.0, converged=True)
-    found = refine(Formed(precise, single), w, norm, ritz, k)
+    found = refine_triplets(FormedGram(precise, single), w, norm, ritz, k)
     if found is not None and isinstance(rank, float) and not snap:
         # float32 may have misjudged which column is the first to reach the share.
         energies = found.s.square().cumsum(0)

@@ -2,7 +2,8 @@
 
 A basis of span{Y, GY, G²Y, …} with G = wwᵀ and Y a random block much narrower than k is grown until
 the Ritz vectors have converged (Musco & Musco 2015; a small block beats a wide one at equal cost:
-Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32; `refine` then takes the rounding
+Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32; `refine_triplets` then takes the
+rounding
 out and says how good the result is, and where it is not good enough the basis grows on.
 
 Randomised SVD with a fixed number of power iterations is the special case that never checks: on the
@@ -17,9 +18,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..rank_rule import columns, reach
-from .products import Formed, Implied, lower_gram, mirrored, times
-from .refinement import Refined, Ritz, refine
+from ..rank_rule import count_columns, snap_reach
+from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower, multiply_narrow
+from .refinement import Refined, Ritz, refine_triplets
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
 MIN_DIMENSION = 768
@@ -42,7 +43,7 @@ CLUSTER = 1e-2
 DEPENDENT = 1e-6
 
 
-def suits(d: int, k: int) -> bool:
+def suits_krylov(d: int, k: int) -> bool:
     """Whether k columns of a d-dimensional space are few enough."""
     return d >= MIN_DIMENSION and k * SHARE <= d
 
@@ -60,26 +61,26 @@ def krylov_triplets(
         seed: of the starting block; the same for every matrix, so that a stack equals its members.
         snap: move k to the widest gap near it.
     """
-    far = k + reach(k) if snap else k
+    far = k + snap_reach(k) if snap else k
     found: list[Refined | None] = [None] * len(w)
     _, d, n = w.shape
-    single, grams = None, list[Formed | Implied]()
+    single, grams = None, list[FormedGram | ImpliedGram]()
     if _gram_pays(d, n, USUAL_BASIS * k, k):
-        precise = mirrored(lower_gram(w))
+        precise = mirror_lower(lower_gram(w))
         single = precise.float()
-        grams = [Formed(*pair) for pair in zip(precise, single, strict=True)]
-    for iterates in _iterate(w, single, norm, far, tol, seed):
-        grams = grams or [Implied(one.double(), one) for one in w]
+        grams = [FormedGram(*pair) for pair in zip(precise, single, strict=True)]
+    for iterates in _iterate_blocks(w, single, norm, far, tol, seed):
+        grams = grams or [ImpliedGram(one.double(), one) for one in w]
         for i, ritz in enumerate(iterates):
             if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
-                cut = int(columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
-                found[i] = refine(grams[i], w[i], float(norm[i]), ritz, cut)
+                cut = int(count_columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
+                found[i] = refine_triplets(grams[i], w[i], float(norm[i]), ritz, cut)
         if all(one is not None and one.angle <= tol for one in found):
             break
     return found
 
 
-def _iterate(
+def _iterate_blocks(
     w: Tensor, gram: Tensor | None, norm: Tensor, k: int, tol: float, seed: int
 ) -> Iterator[list[Ritz]]:
     """Ritz vectors of wwᵀ each time that the first k seem to have converged.
@@ -100,12 +101,12 @@ def _iterate(
     random = torch.randn(d, width, generator=generator).to(w.device).expand(b, -1, -1)
     basis = w.new_empty(b, d, limit)
     projected = w.new_zeros(b, limit, limit)
-    q = _orthonormal(random, basis[..., :0], norm.new_ones(b), random)
+    q = _orthonormal_panel(random, basis[..., :0], norm.new_ones(b), random)
     basis[..., :width] = q
     size, due, before = width, min(limit - width, max(k + 2 * guard, int(FIRST_LOOK * k))), None
     while True:
         known = basis[..., :size]
-        image = times(w, times(w.mT, q)) if gram is None else gram @ q
+        image = multiply_narrow(w, multiply_narrow(w.mT, q)) if gram is None else gram @ q
         # Classical Gram-Schmidt, twice: its coefficients are the new column of QᵀGQ.
         first = known.mT @ image
         image = image - known @ first
@@ -117,12 +118,12 @@ def _iterate(
         if size >= due:
             values, vectors = torch.linalg.eigh(projected[:, :size, :size])
             values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
-            if _clustered(values[:, : k + 1], width):
+            if _is_clustered(values[:, : k + 1], width):
                 return
             coupling = torch.linalg.matrix_norm(image.double())
             tails = torch.linalg.vector_norm(vectors[:, -width:], dim=1)
             left = coupling[:, None] * tails  # [b, D], the residuals of the Ritz pairs
-            sine = _sine(values, left, k)
+            sine = _estimate_sine(values, left, k)
             if sine <= GAIN * tol:
                 p, seen = k + guard, min(size, 2 * (k + guard))
                 ritz = known @ vectors[..., :seen]
@@ -137,7 +138,7 @@ def _iterate(
         if size + width > limit:
             return
         scale = torch.linalg.matrix_norm(column).double()
-        q = _orthonormal(image, known, scale, random)
+        q = _orthonormal_panel(image, known, scale, random)
         basis[..., size : size + width] = q
         size += width
 
@@ -153,13 +154,13 @@ def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
     return with_gram < without
 
 
-def _clustered(values: Tensor, width: int) -> bool:
+def _is_clustered(values: Tensor, width: int) -> bool:
     """Whether `width` of the values [b, p], descending, lie close enough to hide more of them."""
     first, last = values[:, : 1 - width or None], values[:, width - 1 :]
     return bool((first - last <= CLUSTER * first).any())
 
 
-def _sine(values: Tensor, left: Tensor, k: int) -> float:
+def _estimate_sine(values: Tensor, left: Tensor, k: int) -> float:
     """An estimate of the sine of the angle to the true subspace: residual over gap.
 
     The largest over the stack.
@@ -187,11 +188,11 @@ def _next_check(
     return size + min(max(step, int(math.log(max(1.0, sine / tol)) / slope)), 4 * step)
 
 
-def _orthonormal(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+def _orthonormal_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
     """Orthonormal columns for a panel [b, d, c] that is orthogonal to `known` already: CholQR2.
 
     The Gram matrix of the first pass is in float64, so that a condition of 1e6 is no trouble. What
-    is shorter than that, of `scale` [b], is rounding: see `_completed`.
+    is shorter than that, of `scale` [b], is rounding: see `_complete_panel`.
     """
     q = panel
     for precise in (True, False):
@@ -199,14 +200,14 @@ def _orthonormal(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) ->
         factor, failed = torch.linalg.cholesky_ex((wide.mT @ wide).double())
         least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
         if bool(failed.any()) or not bool((least > DEPENDENT * scale).all()):
-            return _completed(panel, known, scale, random)
+            return _complete_panel(panel, known, scale, random)
         eye = torch.eye(q.shape[-1], dtype=factor.dtype, device=q.device).expand_as(factor)
         q = q @ torch.linalg.solve_triangular(factor, eye, upper=False).mT.float()
         scale = torch.ones_like(scale)
     return q
 
 
-def _completed(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
+def _complete_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
     """The same for a panel of lower rank: columns that the others explain give way to random ones.
 
     The iteration has exhausted the space that its start reaches in these columns; a weight of low

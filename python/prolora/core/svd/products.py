@@ -16,7 +16,7 @@ PANEL = 640
 
 
 @dataclass(frozen=True)
-class Formed:
+class FormedGram:
     """Products with G = wwᵀ, from G itself.
 
     Attributes:
@@ -37,7 +37,7 @@ class Formed:
 
 
 @dataclass(frozen=True)
-class Implied:
+class ImpliedGram:
     """Products with G = wwᵀ, from w: cheaper where only few are needed.
 
     Attributes:
@@ -50,14 +50,14 @@ class Implied:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Gx [d, c] for x in float64."""
-        return times(self.w, times(self.w.mT, x))
+        return multiply_narrow(self.w, multiply_narrow(self.w.mT, x))
 
     def rough(self, x: Tensor) -> Tensor:
         """Gx [d, c] for x in float32."""
-        return times(self.single, times(self.single.mT, x))
+        return multiply_narrow(self.single, multiply_narrow(self.single.mT, x))
 
 
-def times(w: Tensor, x: Tensor) -> Tensor:
+def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
     """The product of a large w [..., m, n], perhaps a transposed view, and a narrow x [..., n, c].
 
     Where w is a transposed view, xᵀ times the matrix in memory reads it row by row and takes half
@@ -79,21 +79,21 @@ def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     gram = w.new_empty(len(flat), d, d, dtype=dtype)
     for i, panel in enumerate(flat.split(n if w.dtype == dtype else PANEL, -1)):
         part = panel.to(dtype)
-        for low, high in _blocks(d):
+        for low, high in _row_blocks(d):
             rows = gram[:, low:high, :high]
             torch.baddbmm(rows, part[:, low:high], part[:, :high].mT, beta=min(i, 1), out=rows)
     return gram.reshape(*batch, d, d)
 
 
-def mirrored(lower: Tensor) -> Tensor:
+def mirror_lower(lower: Tensor) -> Tensor:
     """The symmetric matrix of which `lower_gram` gave the lower part; in place."""
     d = lower.shape[-1]
-    for low, high in _blocks(d):
+    for low, high in _row_blocks(d):
         lower[..., :low, low:high] = lower[..., low:high, :low].mT
     return lower
 
 
-def _blocks(d: int) -> list[tuple[int, int]]:
+def _row_blocks(d: int) -> list[tuple[int, int]]:
     blocks = max(1, min(BLOCKS, d // MIN_BLOCK))
     edges = [d * i // blocks for i in range(blocks + 1)]
     return list(itertools.pairwise(edges))

@@ -12,7 +12,7 @@ here, for one product with G in float64 and a few in float32:
    the invariance equation of the subspace to first order: the error is squared.
 
 Pairs that are both kept are left alone, for they change the vectors but not their span. The bound
-rests on the residuals of what is returned (`span_angle`), so a step that failed is seen.
+rests on the residuals of what is returned (`bound_span_angle`), so a step that failed is seen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..precision import EPS, EPS32
-from .products import Formed, Implied, times
+from .products import FormedGram, ImpliedGram, multiply_narrow
 from .triplets import Triplets
 
 # Times √length·eps: the rounding of float32 products that are not measured.
@@ -95,7 +95,9 @@ class Refined:
         )
 
 
-def refine(gram: Formed | Implied, w: Tensor, norm: float, ritz: Ritz, k: int) -> Refined | None:
+def refine_triplets(
+    gram: FormedGram | ImpliedGram, w: Tensor, norm: float, ritz: Ritz, k: int
+) -> Refined | None:
     """The k leading triplets of w [d, n], d ≤ n, or None where float32 left too little to repair.
 
     Args:
@@ -140,7 +142,7 @@ def refine(gram: Formed | Implied, w: Tensor, norm: float, ritz: Ritz, k: int) -
 
     # The columns next to the cut have the smallest gaps, and so float64 products.
     late = step[:, start:].double()
-    rho = left_over(x[:, start:k] + late, y[:, start:k] + gram(late), theta[start:k], kept)
+    rho = outside_norms(x[:, start:k] + late, y[:, start:k] + gram(late), theta[start:k], kept)
     if ritz.converged:
         # Known without a product: G(X_far E) = X_far Λ E up to rounding, so that what is left is
         # rounding times the step, and the step times what the kept vectors mix among themselves.
@@ -150,14 +152,14 @@ def refine(gram: Formed | Implied, w: Tensor, norm: float, ritz: Ritz, k: int) -
         rest += skew * torch.linalg.vector_norm(residual[:, inside], dim=0)
     else:
         image = y[:, inside] + gram.rough(step[:, inside])
-        rest = left_over(x[:, inside] + step[:, inside], image, theta[inside], kept)
+        rest = outside_norms(x[:, inside] + step[:, inside], image, theta[inside], kept)
         rest += 2 * SAFETY * math.sqrt(n) * EPS32 * norm**2 * lengths[inside]
-    angle = span_angle(
+    angle = bound_span_angle(
         torch.cat([rest, rho]) + floor / math.sqrt(k),
         inner[:k].double() * (1 + largest) ** 2,
         theta[:k] - ceiling,
     )
-    return assembled(w, norm, kept, theta, residual, inner[:k], angle)
+    return assemble_factors(w, norm, kept, theta, residual, inner[:k], angle)
 
 
 def rayleigh_ritz(x: Tensor, y: Tensor) -> Tensor:
@@ -200,7 +202,7 @@ def _first_order(
     return step
 
 
-def left_over(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
+def outside_norms(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
     """Norms of the parts of Gx − xθ that lie outside the span of `kept`."""
     r = (image - x * theta).float()
     basis = kept.float()
@@ -208,7 +210,7 @@ def left_over(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
     return norms
 
 
-def span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
+def bound_span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
     """Bound on the sine of the largest angle between span(X) and the true leading eigenspace.
 
     GX = X(Θ + F) + R with columns ‖R_j‖ ≤ ρ_j, and P the projector on the eigenvectors dropped,
@@ -228,7 +230,7 @@ def span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
     return min(1.0, float(torch.linalg.vector_norm(rho / distance)) / (1 - feedback))
 
 
-def assembled(
+def assemble_factors(
     w: Tensor,
     norm: float,
     kept: Tensor,
@@ -251,12 +253,12 @@ def assembled(
     k = kept.shape[1]
     s = theta[:k].sqrt()
     scale = s.float()
-    images = times(w.mT, kept)  # [n, k]
-    lost = _rounding(w, norm, kept, images)
-    short, left_skew, _ = _orthonormalised(kept)
+    images = multiply_narrow(w.mT, kept)  # [n, k]
+    lost = _measure_rounding(w, norm, kept, images)
+    short, left_skew, _ = _orthonormalise_columns(kept)
     # VᵀV − I = Σ⁻¹UᵀGUΣ⁻¹ − I, and what makes UᵀGU differ from Θ is known.
     known = (mixing + mixing.mT) / (2 * scale[:, None] * scale)
-    long, right_skew, turned = _orthonormalised(images / scale, known)
+    long, right_skew, turned = _orthonormalise_columns(images / scale, known)
     skew = max(left_skew, right_skew)
     if not skew <= LARGEST_STEP:
         return None
@@ -277,7 +279,7 @@ def assembled(
     )
 
 
-def _rounding(w: Tensor, norm: float, x: Tensor, images: Tensor) -> float:
+def _measure_rounding(w: Tensor, norm: float, x: Tensor, images: Tensor) -> float:
     """‖images − wᵀx‖_F for w [d, n], x [d, k], from a sample of the n rows and doubled.
 
     What float32 loses in a row is in proportion to the norm of that row of wᵀ, so a sample of rows,
@@ -290,7 +292,7 @@ def _rounding(w: Tensor, norm: float, x: Tensor, images: Tensor) -> float:
     return 2 * norm * float(lost / seen)
 
 
-def _orthonormalised(
+def _orthonormalise_columns(
     x: Tensor, excess: Tensor | None = None
 ) -> tuple[Tensor, float, Tensor | None]:
     """x(3I − xᵀx)/2, a Newton step to the nearest orthonormal columns, where x needs one.
@@ -303,17 +305,17 @@ def _orthonormalised(
         The columns, ‖xᵀx − I‖_F of them (from above), and by what less I they were multiplied,
         None if they were not; the second is NaN or large where a step was not enough.
     """
-    skew = _skew(x)
+    skew = _estimate_skew(x)
     if skew <= SKEW or not skew <= LARGEST_STEP:
         return x, skew, None
     if excess is None:
         excess = x.mT @ x
         excess.diagonal().sub_(1)
     x = torch.addmm(x, x, excess, alpha=-0.5)
-    return x, _skew(x), excess / -2
+    return x, _estimate_skew(x), excess / -2
 
 
-def _skew(x: Tensor) -> float:
+def _estimate_skew(x: Tensor) -> float:
     """An upper estimate of E = ‖xᵀx − I‖_F for x [m, k], from random vectors where k is large.
 
     ‖EΩ‖_F²/c has the expectation ‖E‖_F² for Ω of c normal columns, and falls short of a quarter of

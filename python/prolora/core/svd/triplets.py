@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..precision import EPS
-from .products import times
+from .products import multiply_narrow
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Triplets:
         )
 
 
-def stacked(parts: list[Triplets]) -> Triplets:
+def join_triplets(parts: list[Triplets]) -> Triplets:
     """The stacks one after the other, padded with zero columns to one width."""
     if len(parts) == 1:
         return parts[0]
@@ -103,7 +103,7 @@ def residual_and_angle(
     """
     d, n = w.shape[-2:]
     k = s.shape[-1]
-    right = torch.linalg.vector_norm(times(w, long) - short * s[:, None], dim=1)
+    right = torch.linalg.vector_norm(multiply_narrow(w, long) - short * s[:, None], dim=1)
     used = torch.arange(k, device=w.device) < count[:, None]
     # Rounding of the residuals themselves, spread evenly over the vectors.
     floor = (error / max(1, k) ** 0.5)[:, None]
