@@ -67,7 +67,7 @@ def chosen(table: Table, where: tuple[str, str, str], **wanted: object) -> Table
 def decision(row: Row) -> str:
     """What the gate says of a row."""
     told = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
-    return gate.decided(*told)[0]
+    return gate.decide_gate(*told)[0]
 
 
 def gated(row: Row) -> float:

@@ -139,7 +139,7 @@ def probed(
     # Stages in processor time, so that other work on the machine does not count.
     room.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {PREFIX[case.arch] + name: update for name, update in case.lora.items()}
-    found = probe.transfer(
+    found = probe.fit_lora(
         case.source,
         case.target,
         lora,

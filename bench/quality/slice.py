@@ -55,7 +55,7 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
     losses = row["losses"] | chosen["losses"]
     decision = ""
     if kind in ("far", "independent"):
-        fitted = probe.transfer(
+        fitted = probe.fit_lora(
             source,
             target,
             {f"{PREFIX['flux']}{n}": u for n, u in lora.items()},

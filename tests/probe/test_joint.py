@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from prolora import LowRank, probe
 from prolora.probe import gate, joint_fit
-from prolora.probe.batches import mixed, samples
+from prolora.probe.batches import count_samples, mix_samples
 from prolora.probe.block_fit import rank_for
-from prolora.probe.trajectories import Call, predict, record
+from prolora.probe.trajectories import Call, predict_call, record_calls
 from prolora.probe.translation import Question
 
 __all__ = ["lora", "source"]  # fixtures
@@ -23,8 +23,8 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     x, update = torch.randn(400, 6), torch.randn(5, 6)
     with torch.no_grad():
         plain = model(x)
-    probes = [joint_fit.Probe(Call((x,), {}), plain, plain + x @ update.mT)]
-    found = joint_fit.fit(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
+    probes = [joint_fit.ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
+    found = joint_fit.fit_jointly(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
     torch.testing.assert_close(found.updates["0"], update, atol=2e-2, rtol=2e-2)
     assert found.history[0] == pytest.approx(0, abs=1e-6)
     assert found.history[-1] > 0.999
@@ -37,12 +37,12 @@ def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(mo
     with torch.no_grad():
         plain = model(x)
         wanted = model(x @ (torch.eye(6) + 0.1 * torch.randn(6, 6)))
-    probes = [joint_fit.Probe(Call((x,), {}), plain, wanted)]
+    probes = [joint_fit.ProbeBatch(Call((x,), {}), plain, wanted)]
     for limit in (100, 5):
         monkeypatch.setattr(joint_fit, "MAX_FACTOR", limit)
-        found = joint_fit.fit(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
+        found = joint_fit.fit_jointly(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
         assert found.history[-1] > 0.9, limit
-        assert joint_fit.cut(found, 2)["0"].shape == (5, 6)
+        assert joint_fit.cut_by_factors(found, 2)["0"].shape == (5, 6)
 
 
 class WithBlindEnd(nn.Module):
@@ -60,20 +60,20 @@ class WithBlindEnd(nn.Module):
 def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
     torch.manual_seed(0)
     x = torch.randn(50, 6)
-    probes = [joint_fit.Probe(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
-    found = joint_fit.fit(
+    probes = [joint_fit.ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
+    found = joint_fit.fit_jointly(
         WithBlindEnd(), ["used", "idle", "asleep"], lambda: probes, lambda y: y, 3, 1.0
     )
-    assert set(joint_fit.cut(found, 4)) == {"used"}
+    assert set(joint_fit.cut_by_factors(found, 4)) == {"used"}
 
 
 def test_the_cut_at_full_rank_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
     x = torch.randn(50, 6)
-    probes = [joint_fit.Probe(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
-    found = joint_fit.fit(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
-    torch.testing.assert_close(joint_fit.cut(found, 5)["0"].dense(), found.updates["0"])
+    probes = [joint_fit.ProbeBatch(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
+    found = joint_fit.fit_jointly(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
+    torch.testing.assert_close(joint_fit.cut_by_factors(found, 5)["0"].dense(), found.updates["0"])
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
@@ -85,25 +85,25 @@ def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
     assert 1 <= min(ranks) < max(ranks) <= 12
     assert found.report.gate.share["all"] > 0.7
     with pytest.raises(ValueError, match="rank"):
-        probe.Options(rank=2.5)
+        probe.FitSettings(rank=2.5)
 
 
 def questions(model: nn.Module, seed: int = 0) -> list[Question]:
-    return [Question(call, call) for call in record(model, sampler(model), seed, "source")]
+    return [Question(call, call) for call in record_calls(model, sampler(model), seed, "source")]
 
 
 def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
     asked = questions(source)
 
     def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict(source, question.source), predict(source, question.target)
+        return predict_call(source, question.source), predict_call(source, question.target)
 
-    found = mixed(asked, 30, 48, both, torch.Generator().manual_seed(0))
-    assert [samples(question.source) for question in found] == [12, 12, 6]
+    found = mix_samples(asked, 30, 48, both, torch.Generator().manual_seed(0))
+    assert [count_samples(question.source) for question in found] == [12, 12, 6]
     first = found[0].source
     assert len(first.args[1].unique()) == 3  # times of all three calls
-    whole = torch.cat([predict(source, question.source) for question in asked])
-    for row in predict(source, first):
+    whole = torch.cat([predict_call(source, question.source) for question in asked])
+    for row in predict_call(source, first):
         assert (whole - row).abs().amax((1, 2)).min() < 1e-5
 
 
@@ -120,10 +120,10 @@ def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
     calls = [Call((torch.randn(12, 5, 4), torch.tensor(t)), {}, "source") for t in (0.9, 0.5, 0.1)]
 
     def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict(model, question.source), predict(model, question.target)
+        return predict_call(model, question.source), predict_call(model, question.target)
 
     asked = [Question(call, call) for call in calls]
-    found = mixed(asked, 20, 48, both, torch.Generator().manual_seed(0))
+    found = mix_samples(asked, 20, 48, both, torch.Generator().manual_seed(0))
     assert len(found) == 2
     assert all(any(one is other for other in asked) for one in found)
 
@@ -147,10 +147,10 @@ def test_what_all_samples_share_is_not_cut_even_where_its_length_is_theirs(sourc
     ]
 
     def both(question: Question) -> tuple[Tensor, Tensor]:
-        return predict(model, question.source), predict(model, question.target)
+        return predict_call(model, question.source), predict_call(model, question.target)
 
     asked = [Question(call, call) for call in calls]
-    found = mixed(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
+    found = mix_samples(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
     assert len(found) == 2
     assert all(torch.equal(one.source.kwargs["places"], torch.arange(5.0)) for one in found)
 
@@ -195,17 +195,17 @@ def test_progress_names_every_step(source, lora):
 
 
 def test_the_fit_is_sized_by_what_was_sampled():
-    large = probe.Options().sized(7200)
+    large = probe.FitSettings().sized(7200)
     assert (large.probes, large.held_out, large.batch) == (1152, 192, 48)
-    small = probe.Options(batch=6).sized(960)
+    small = probe.FitSettings(batch=6).sized(960)
     assert (small.probes, small.held_out, small.batch) == (220, 48, 6)
     assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.steps < 3 * 960
-    assert probe.Options().sized(10).batch == 4
+    assert probe.FitSettings().sized(10).batch == 4
 
 
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="joint, blocks"):
-        probe.Options(strategy="both")
+        probe.FitSettings(strategy="both")
 
 
 def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, lora):
@@ -231,11 +231,11 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
 def test_a_copy_that_serves_is_kept_unless_the_bases_agree():
     share = dict.fromkeys(("adapted", "target", "all"), 0.93)
     agree, apart = ({"adapted": 0.1, "target": x} for x in (0.2, 0.9))
-    assert gate.decided(1.0, share, agree, {"all": 0.9})[0] == "go"
-    assert gate.decided(1.0, share, agree, {"all": 0.94})[0] == "copy"
-    assert gate.decided(1.0, share, apart, {"all": 0.9})[0] == "copy"
-    assert gate.decided(1.0, share, apart, {"all": 0.3})[0] == "go"
+    assert gate.decide_gate(1.0, share, agree, {"all": 0.9})[0] == "go"
+    assert gate.decide_gate(1.0, share, agree, {"all": 0.94})[0] == "copy"
+    assert gate.decide_gate(1.0, share, apart, {"all": 0.9})[0] == "copy"
+    assert gate.decide_gate(1.0, share, apart, {"all": 0.3})[0] == "go"
     far = {"adapted": 0.1, "target": 7.0}
-    assert gate.decided(1.0, share, far, {"all": 0.6})[0] == "copy"
-    assert gate.decided(1.0, share, far, {"all": 0.3})[0] == "refuse"
-    assert gate.decided(1.0, share, far, None)[0] == "refuse"
+    assert gate.decide_gate(1.0, share, far, {"all": 0.6})[0] == "copy"
+    assert gate.decide_gate(1.0, share, far, {"all": 0.3})[0] == "refuse"
+    assert gate.decide_gate(1.0, share, far, None)[0] == "refuse"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
 from prolora.probe import block_fit
 from prolora.probe.ridge_map import RidgeMap
-from prolora.probe.trajectories import applied, predict, record
+from prolora.probe.trajectories import apply_updates, predict_call, record_calls
 
 WIDTH, BLOCKS = 12, 3
 
@@ -91,7 +91,7 @@ def lora() -> dict[str, LowRank]:
 
 def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
     options = {"rank": 8, "iterations": 5, "map_ridge": 1e-3, "fit_ridge": 1e-3} | options
-    return probe.transfer(source, target, lora, sampler(source), sampler(target), **options)
+    return probe.fit_lora(source, target, lora, sampler(source), sampler(target), **options)
 
 
 @pytest.mark.parametrize("strategy", ["joint", "blocks"])
@@ -108,7 +108,7 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
         with torch.no_grad():
             plain = model(x, t)
-            with applied(model, updates):
+            with apply_updates(model, updates):
                 return model(x, t) - plain
 
     wanted = change(source, lora)
@@ -133,7 +133,7 @@ def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source
         for i in range(3):
             x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
 
-    found = probe.transfer(
+    found = probe.fit_lora(
         source,
         target,
         lora,
@@ -229,14 +229,14 @@ def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
 
 def test_a_sampler_that_never_calls_the_model_is_refused(source):
     with pytest.raises(ProLoRAError, match="never called"):
-        record(source, lambda seed: None, 0, "source")
+        record_calls(source, lambda seed: None, 0, "source")
 
 
 def test_recorded_calls_replay_to_the_same_prediction(source):
-    calls = record(source, sampler(source), 3, "source")
+    calls = record_calls(source, sampler(source), 3, "source")
     x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        assert torch.equal(predict(source, calls[0]), source(x, torch.ones(12)))
+        assert torch.equal(predict_call(source, calls[0]), source(x, torch.ones(12)))
     assert len(calls) == 3
 
 
@@ -258,8 +258,8 @@ def test_a_linear_block_is_solved_as_dense_ridge_would():
     x, wanted = torch.randn(200, 6), torch.randn(200, 5)
     calls = [block_fit.Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
     targets = [(wanted[i : i + 50],) for i in range(0, 200, 50)]
-    problem = block_fit.Problem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
-    update = block_fit.fit(problem)[0]["0"]
+    problem = block_fit.BlockProblem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
+    update = block_fit.fit_block(problem)[0]["0"]
     exact = torch.linalg.lstsq(x, wanted).solution.mT - block[0].weight.detach()
     torch.testing.assert_close(update.float(), exact, atol=2e-3, rtol=2e-3)
 
@@ -268,6 +268,6 @@ def test_the_cut_keeps_what_the_inputs_can_see():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 6, generator=generator) * torch.tensor([1, 1, 1, 1e-3, 1e-3, 1e-3])
     update = torch.randn(6, 6, generator=generator).double()
-    small = block_fit.cut(update, (x.mT @ x).double(), 3)
+    small = block_fit.cut_by_gram(update, (x.mT @ x).double(), 3)
     got, wanted = x @ small.dense().mT, x @ update.float().mT
     assert (got - wanted).norm() < 0.01 * wanted.norm()

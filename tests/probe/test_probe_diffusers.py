@@ -51,7 +51,7 @@ def loras(model: nn.Module, pattern: str) -> dict[str, LowRank]:
 
 def transfer(model: nn.Module, lora: dict[str, LowRank], sampler, **options):
     target = copy.deepcopy(model)
-    return probe.transfer(model, target, lora, sampler(model), sampler(target), **options)
+    return probe.fit_lora(model, target, lora, sampler(model), sampler(target), **options)
 
 
 def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():

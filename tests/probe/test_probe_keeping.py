@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prolora import LowRank, probe
 from prolora.probe import blockwise, call_codec, checkpoint, ridge_map
-from prolora.probe.spill import Shelf
-from prolora.probe.trajectories import Call, record
+from prolora.probe.spill import SpillStore
+from prolora.probe.trajectories import Call, record_calls
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -46,7 +46,7 @@ def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
     def forbidden(seed: int) -> None:
         raise AssertionError("sampled again")
 
-    again = probe.transfer(
+    again = probe.fit_lora(
         source, target, lora, forbidden, forbidden, map_ridge=1e-3, fit_ridge=1e-3, **kept, **QUICK
     )
     assert again.report.resumed == 2
@@ -58,7 +58,7 @@ def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypat
     target = permuted(source)
     joint = {"strategy": "joint", "steps": 9, "batch": 12, "rank": 3, "force": True}
     whole = run(source, target, lora, **joint)
-    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
     kept = {"resume": tmp_path, "samplers": "three steps"}
 
     def stop(done: int, total: int, name: str) -> None:
@@ -108,13 +108,13 @@ def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
     whole = run(source, target, lora, **QUICK)
     assert not list(tmp_path.iterdir())
     most = []
-    put = Shelf.put
+    put = SpillStore.put
 
-    def counted(shelf: Shelf, key, bundle) -> None:
+    def counted(shelf: SpillStore, key, bundle) -> None:
         put(shelf, key, bundle)
         most.append((shelf.held, shelf.spilled))
 
-    monkeypatch.setattr(Shelf, "put", counted)
+    monkeypatch.setattr(SpillStore, "put", counted)
     bounded = run(source, target, lora, max_memory=8000, **QUICK)
     assert_equal(whole, bounded)
     assert max(held for held, _ in most) <= 4000
@@ -132,10 +132,10 @@ def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
     assert_equal(whole, grouped)
     assert grouped.report.blocks == whole.report.blocks
     found = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
-    assert ridge_map.features(found, 0, 3).shape == (1, 3, 20)
+    assert ridge_map.source_features(found, 0, 3).shape == (1, 3, 20)
     monkeypatch.setattr(ridge_map, "MAX_COLUMNS", 9)
-    assert ridge_map.features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
-    assert ridge_map.features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
+    assert ridge_map.source_features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
+    assert ridge_map.source_features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):
@@ -149,7 +149,7 @@ def test_text_that_stays_the_same_is_recorded_once(source):
         for step in (3, 2, 1):
             model(torch.full((2, 5, 4), float(step)), torch.ones(2), text=torch.arange(6.0))
 
-    calls = record(model, sample, 0, "source")
+    calls = record_calls(model, sample, 0, "source")
     assert calls[0].kwargs["text"] is calls[2].kwargs["text"]
     assert calls[0].args[0] is not calls[1].args[0]
     assert calls[0].args[1] is calls[1].args[1]
@@ -158,9 +158,9 @@ def test_text_that_stays_the_same_is_recorded_once(source):
 def test_calls_come_back_from_a_file_as_they_were():
     shared = torch.randn(2, 3)
     call = Call((shared, 3), {"a": {"b": [shared, None], "c": (True, "x")}, "d": 0.5}, "target")
-    tensors, text = call_codec.encode([call])
+    tensors, text = call_codec.encode_calls([call])
     assert len(tensors) == 1
-    back = call_codec.decode(tensors, text)[0]
+    back = call_codec.decode_calls(tensors, text)[0]
     assert back.origin == "target"
     assert back.args[1] == 3
     assert back.kwargs["a"]["c"] == (True, "x")
@@ -169,9 +169,9 @@ def test_calls_come_back_from_a_file_as_they_were():
 
 
 def test_a_key_tells_weights_that_differ_in_one_bit(source):
-    before = checkpoint.weights(source)
+    before = checkpoint.hash_model(source)
     source.blocks[1].down.bias.data[0] += 1e-6
-    assert checkpoint.weights(source) != before
+    assert checkpoint.hash_model(source) != before
 
 
 def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):

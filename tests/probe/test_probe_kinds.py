@@ -38,9 +38,9 @@ from typer.testing import CliRunner
 from prolora import adapters
 from prolora.cli import app
 from prolora.probe import pipelines
-from prolora.probe.conditioning import parts
+from prolora.probe.conditioning import split_call
 from prolora.probe.settings import Probing
-from prolora.probe.trajectories import record
+from prolora.probe.trajectories import record_calls
 
 
 @pytest.fixture(autouse=True)
@@ -156,13 +156,13 @@ def test_both_models_are_asked_the_same_question(kind, tmp_path):
         make(tmp_path / name)
     source, target = (pipelines.open_pipeline(tmp_path / name) for name in ("source", "target"))
     prompts = ("3", "7") if "class" in kind else ("cat", "dog")
-    pair = pipelines.pair(source, target, Probing(prompts, images=2, steps=2, size=16))
-    recorded = record(source.denoiser, source.sampler(pair.settings), 0, "source")
-    own = record(target.denoiser, target.sampler(pair.settings), 0, "target")
+    pair = pipelines.pair_pipelines(source, target, Probing(prompts, images=2, steps=2, size=16))
+    recorded = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+    own = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
     assert len(recorded) == len(own) == 4
     for call, theirs in zip(recorded, own, strict=True):  # the same prompts in the same order
         question = pair.between.question(call)
-        asked, told = (parts(target.denoiser, c).told for c in (question.target, theirs))
+        asked, told = (split_call(target.denoiser, c).told for c in (question.target, theirs))
         assert asked.keys() == told.keys()
         for path, value in told.items():
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b

@@ -20,10 +20,10 @@ from prolora.bases import vae
 from prolora.cli import app
 from prolora.errors import OutputError
 from prolora.probe import pipelines, schedules
-from prolora.probe.conditioning import parts
+from prolora.probe.conditioning import split_call
 from prolora.probe.precision import in_float32
 from prolora.probe.settings import Probing
-from prolora.probe.trajectories import record
+from prolora.probe.trajectories import record_calls
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 FEW = ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "1"]
@@ -60,19 +60,19 @@ def run(room: Path, target: str, out: Path, *more: str):
 
 def test_each_model_is_asked_in_its_own_words_and_back_again(room):
     source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
-    pair = pipelines.pair(source, other, SETTINGS)
-    asked = record(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
-    own = record(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
-    there = parts(other.denoiser, pair.between.translate(asked))
+    pair = pipelines.pair_pipelines(source, other, SETTINGS)
+    asked = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
+    own = record_calls(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
+    there = split_call(other.denoiser, pair.between.translate(asked))
     assert there.time.shape == (2,)  # samples of other times can join them
     # Image 0 of seed 0 has the same prompt on both, and both are guided.
-    told = parts(other.denoiser, own).told["encoder_hidden_states",]
+    told = split_call(other.denoiser, own).told["encoder_hidden_states",]
     assert torch.equal(there.told["encoder_hidden_states",], told)
     assert told.shape == (2, 8, 12)
-    mine = parts(source.denoiser, asked)
+    mine = split_call(source.denoiser, asked)
     assert torch.equal(there.latent, mine.latent)
     assert torch.equal(there.time, mine.time)
-    back = parts(source.denoiser, pair.between.translate_back(pair.between.translate(asked)))
+    back = split_call(source.denoiser, pair.between.translate_back(pair.between.translate(asked)))
     assert torch.equal(back.latent, mine.latent)
     for path, value in mine.told.items():
         if isinstance(value, torch.Tensor):
@@ -91,9 +91,11 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
     x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(schedules.converted(ours, theirs, x, time, noise), velocity, **close)
     torch.testing.assert_close(
-        schedules.converted(theirs, ours, x, there, velocity), noise, **close
+        schedules.convert_prediction(ours, theirs, x, time, noise), velocity, **close
+    )
+    torch.testing.assert_close(
+        schedules.convert_prediction(theirs, ours, x, there, velocity), noise, **close
     )
 
 
@@ -147,9 +149,9 @@ def test_a_pipeline_in_half_precision_stays_so_and_samples(room, tmp_path):
     half = pipelines.open_pipeline(tmp_path / "half")
     assert half.denoiser.dtype == torch.float16
     with in_float32(half.denoiser):
-        calls = record(half.denoiser, half.sampler(SETTINGS), 0, "source")
-    assert parts(half.denoiser, calls[-1]).latent.dtype == torch.float32
-    assert parts(half.denoiser, calls[-1]).latent.isfinite().all()
+        calls = record_calls(half.denoiser, half.sampler(SETTINGS), 0, "source")
+    assert split_call(half.denoiser, calls[-1]).latent.dtype == torch.float32
+    assert split_call(half.denoiser, calls[-1]).latent.isfinite().all()
 
 
 def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):

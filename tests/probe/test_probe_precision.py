@@ -12,7 +12,7 @@ from test_probe_diffusers import UNET, loras
 from torch import nn
 
 from prolora.probe.precision import in_float32
-from prolora.probe.trajectories import Call, applied, predict
+from prolora.probe.trajectories import Call, apply_updates, predict_call
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -45,8 +45,8 @@ def test_a_unet_in_half_precision_computes_in_float32():
         {"encoder_hidden_states": text.bfloat16().float()},
     )
     update = loras(wide, r".*attn1\.to_v")
-    with in_float32(half), applied(half, update), applied(wide, update):
-        assert torch.equal(predict(half, call), predict(wide, same))
+    with in_float32(half), apply_updates(half, update), apply_updates(wide, update):
+        assert torch.equal(predict_call(half, call), predict_call(wide, same))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 

@@ -12,21 +12,21 @@ from torch import Tensor
 from .trajectories import Call
 from .translation import Question
 
-Check = Callable[[Question], tuple[Tensor, Tensor]]
+PredictBoth = Callable[[Question], tuple[Tensor, Tensor]]
 """What both models predict at a question."""
 
 _TOLERANCE = 1e-3  # of the prediction's norm; batches of other sizes sum up in another order
 
 
-class _Apart(Exception):
+class _CannotShareBatch(Exception):
     """The samples of these calls cannot share a batch."""
 
 
-def mixed(
+def mix_samples(
     questions: Sequence[Question],
     limit: int,
     most: int,
-    predict: Check,
+    predict: PredictBoth,
     generator: torch.Generator,
 ) -> list[Question]:
     """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
@@ -47,19 +47,24 @@ def mixed(
     Returns:
         Questions; those put together from several origins have the origin "mixed".
     """
-    sizes = [samples(question.source) for question in questions]
+    sizes = [count_samples(question.source) for question in questions]
     size = min(max(sizes), most)
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
     order = torch.randperm(len(rows), generator=generator).tolist()[:limit]
     chosen = [rows[i] for i in order]
     try:
         if size > 1 or len(questions) > 1:
-            _try(questions, chosen[: min(size, 4)], predict)
+            _check_joined_batch(questions, chosen[: min(size, 4)], predict)
         return [
-            _joined([_row(questions[i], row, sizes[i]) for i, row in chosen[start : start + size]])
+            _join_samples(
+                [
+                    _cut_sample(questions[i], row, sizes[i])
+                    for i, row in chosen[start : start + size]
+                ]
+            )
             for start in range(0, len(chosen), size)
         ]
-    except _Apart:
+    except _CannotShareBatch:
         kept, count = [], 0
         for i in torch.randperm(len(questions), generator=generator).tolist():
             if count < limit:
@@ -68,7 +73,7 @@ def mixed(
         return kept
 
 
-def samples(call: Call) -> int:
+def count_samples(call: Call) -> int:
     """How many samples a call holds: the length of its first tensor that has more axes than one."""
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
@@ -76,85 +81,89 @@ def samples(call: Call) -> int:
     return 1
 
 
-def _try(questions: Sequence[Question], chosen: list[tuple[int, int]], predict: Check) -> None:
+def _check_joined_batch(
+    questions: Sequence[Question], chosen: list[tuple[int, int]], predict: PredictBoth
+) -> None:
     """Raises _Apart unless a joined batch gives what the calls gave."""
-    sizes = [samples(question.source) for question in questions]
+    sizes = [count_samples(question.source) for question in questions]
     try:
-        joined = predict(_joined([_row(questions[i], row, sizes[i]) for i, row in chosen]))
+        joined = predict(
+            _join_samples([_cut_sample(questions[i], row, sizes[i]) for i, row in chosen])
+        )
     except (RuntimeError, ValueError, IndexError) as error:
         # A tensor that is shared by all samples has by chance as many rows as there are samples.
-        raise _Apart from error
+        raise _CannotShareBatch from error
     for at, (i, row) in enumerate(chosen):
         for new, old in zip(joined, predict(questions[i]), strict=True):
             if len(old) != sizes[i] or len(new) != len(chosen):
-                raise _Apart
+                raise _CannotShareBatch
             if (new[at] - old[row]).norm() > _TOLERANCE * old[row].norm():
-                raise _Apart
+                raise _CannotShareBatch
 
 
-def _row(question: Question, row: int, size: int) -> Question:
+def _cut_sample(question: Question, row: int, size: int) -> Question:
     """One sample of a question."""
 
     def part(call: Call) -> Call:
         return replace(
             call,
-            args=tuple(_picked(value, row, size) for value in call.args),
-            kwargs={key: _picked(value, row, size) for key, value in call.kwargs.items()},
+            args=tuple(_cut_rows(value, row, size) for value in call.args),
+            kwargs={key: _cut_rows(value, row, size) for key, value in call.kwargs.items()},
         )
 
     return Question(part(question.source), part(question.target))
 
 
-def _picked(value: Any, row: int, size: int) -> Any:
+def _cut_rows(value: Any, row: int, size: int) -> Any:
     """The row of every tensor with that many rows; anything else as it is."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-        return _Row(value[row : row + 1])
+        return _SampleRow(value[row : row + 1])
     if isinstance(value, dict):
-        return {key: _picked(item, row, size) for key, item in value.items()}
+        return {key: _cut_rows(item, row, size) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_picked(item, row, size) for item in value)
+        return type(value)(_cut_rows(item, row, size) for item in value)
     return value
 
 
-class _Row:
+class _SampleRow:
     """Marks a tensor that was cut, and so is to be joined."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-def _joined(questions: list[Question]) -> Question:
+def _join_samples(questions: list[Question]) -> Question:
     """Several samples as one question."""
     origins = {question.origin for question in questions}
     origin = origins.pop() if len(origins) == 1 else "mixed"
 
     def one(calls: list[Call]) -> Call:
-        args = _merged([call.args for call in calls])
-        return Call(args, _merged([call.kwargs for call in calls]), origin)
+        args = _merge_values([call.args for call in calls])
+        return Call(args, _merge_values([call.kwargs for call in calls]), origin)
 
     return Question(one([q.source for q in questions]), one([q.target for q in questions]))
 
 
-def _merged(values: list[Any]) -> Any:
+def _merge_values(values: list[Any]) -> Any:
     """Rows one below the other; what is no row must be the same in all."""
     first = values[0]
     if any(type(value) is not type(first) for value in values):
-        raise _Apart
-    if isinstance(first, _Row):
+        raise _CannotShareBatch
+    if isinstance(first, _SampleRow):
         if len({value.tensor.shape for value in values}) > 1:
-            raise _Apart
+            raise _CannotShareBatch
         return torch.cat([value.tensor for value in values])
     if isinstance(first, dict):
         if any(value.keys() != first.keys() for value in values):
-            raise _Apart
-        return {key: _merged([value[key] for value in values]) for key in first}
+            raise _CannotShareBatch
+        return {key: _merge_values([value[key] for value in values]) for key in first}
     if isinstance(first, list | tuple):
         if any(len(value) != len(first) for value in values):
-            raise _Apart
-        return type(first)(_merged(list(items)) for items in zip(*values, strict=True))
+            raise _CannotShareBatch
+        return type(first)(_merge_values(list(items)) for items in zip(*values, strict=True))
     if isinstance(first, Tensor):
         if any(value.shape != first.shape or not torch.equal(value, first) for value in values):
-            raise _Apart
+            raise _CannotShareBatch
     elif any(value is not first and value != first for value in values):
-        raise _Apart
+        raise _CannotShareBatch
     return first

@@ -20,7 +20,7 @@ _STEP = 1e-3  # of the weights' norm: float32 keeps four digits of a derivative 
 
 
 @dataclass(frozen=True)
-class Problem:
+class BlockProblem:
     """min over D of Σ ‖f(W + D) − wanted‖² + ridge, linearised at the module's weights W.
 
     Attributes:
@@ -51,7 +51,7 @@ class Problem:
         return {name: weight_of(self.module, name).detach().float() for name in self.names}
 
 
-class Curvature:
+class BlockCurvature:
     """A Kronecker-factored estimate of JᵀJ, as preconditioner and scale of the ridge.
 
     For each module, JᵀJ ≈ diag(s) ⊗ G: G = Σ x xᵀ over the tokens x it reads, s how strongly each
@@ -86,7 +86,7 @@ class Curvature:
         return {n: p.double() + self.parts[n][3] * at[n] for n, p in product.items()}
 
 
-def fit(problem: Problem) -> tuple[Weights, Weights]:
+def fit_block(problem: BlockProblem) -> tuple[Weights, Weights]:
     """Solves the linearised problem by preconditioned conjugate gradients.
 
     No graph outlives one call: J·D is a difference of two forward passes and Jᵀ·y one backward
@@ -97,27 +97,27 @@ def fit(problem: Problem) -> tuple[Weights, Weights]:
         reads, for the cut to low rank.
     """
     start = problem.weights()
-    grams, back, right, base = _survey(problem, start)
-    curvature = Curvature(grams, back, problem.ridge)
+    grams, back, right, base = _survey_block(problem, start)
+    curvature = BlockCurvature(grams, back, problem.ridge)
     solution = {name: torch.zeros_like(r) for name, r in right.items()}
     rest = right
     step = curvature.solve(rest)
-    direction, power = step, _dot(rest, step)
+    direction, power = step, _inner_product(rest, step)
     for _ in range(problem.iterations):
         if power <= 0:
             break  # nothing is missing
-        curved = curvature.penalised(_normal(problem, start, base, direction), direction)
-        length = power / _dot(direction, curved)
-        solution = _plus(solution, length, direction)
-        rest = _plus(rest, -length, curved)
+        curved = curvature.penalised(_normal_product(problem, start, base, direction), direction)
+        length = power / _inner_product(direction, curved)
+        solution = _add_scaled(solution, length, direction)
+        rest = _add_scaled(rest, -length, curved)
         step = curvature.solve(rest)
-        before, power = power, _dot(rest, step)
-        direction = _plus(step, power / before, direction)
+        before, power = power, _inner_product(rest, step)
+        direction = _add_scaled(step, power / before, direction)
     return solution, grams
 
 
-def _survey(
-    problem: Problem, start: Weights
+def _survey_block(
+    problem: BlockProblem, start: Weights
 ) -> tuple[Weights, Weights, Weights, list[tuple[Tensor, ...]]]:
     """One pass: Gram matrices, random back-projections, Jᵀ·missing, and the outputs at W."""
     generator = torch.Generator().manual_seed(0)
@@ -143,8 +143,8 @@ def _survey(
                 outputs = problem.outputs(call, leaves)
             noise = tuple(torch.randn(o.shape, generator=generator).to(o) for o in outputs)
             missing = tuple((w - o).detach() for w, o in zip(wanted, outputs, strict=True))
-            _pull(outputs, noise, leaves, back, keep=True)
-            _pull(outputs, missing, leaves, right)
+            _add_pullback(outputs, noise, leaves, back, keep=True)
+            _add_pullback(outputs, missing, leaves, right)
             base.append(tuple(o.detach() for o in outputs))
     finally:
         for hook in hooks:
@@ -152,7 +152,7 @@ def _survey(
     return grams, back, right, base
 
 
-def _pull(
+def _add_pullback(
     outputs: tuple[Tensor, ...],
     along: tuple[Tensor, ...],
     leaves: Weights,
@@ -168,11 +168,13 @@ def _pull(
             into[name] += gradient
 
 
-def _normal(
-    problem: Problem, start: Weights, base: list[tuple[Tensor, ...]], direction: Weights
+def _normal_product(
+    problem: BlockProblem, start: Weights, base: list[tuple[Tensor, ...]], direction: Weights
 ) -> Weights:
     """JᵀJ·direction, summed over the calls."""
-    size = _dot(start, start).sqrt() / _dot(direction, direction).sqrt().clamp_min(1e-30)
+    size = _inner_product(start, start).sqrt() / _inner_product(
+        direction, direction
+    ).sqrt().clamp_min(1e-30)
     step = float(_STEP * size)
     moved = {name: (w + step * direction[name]).to(w.dtype) for name, w in start.items()}
     product = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in start.items()}
@@ -183,15 +185,15 @@ def _normal(
         leaves = {name: w.clone().requires_grad_() for name, w in start.items()}
         with torch.enable_grad():
             outputs = problem.outputs(call, leaves)
-        _pull(outputs, slope, leaves, product)
+        _add_pullback(outputs, slope, leaves, product)
     return product
 
 
-def _dot(a: Weights, b: Weights) -> Tensor:
+def _inner_product(a: Weights, b: Weights) -> Tensor:
     return torch.stack([(a[name].double() * b[name].double()).sum() for name in a]).sum()
 
 
-def _plus(a: Weights, factor: Tensor, b: Weights) -> Weights:
+def _add_scaled(a: Weights, factor: Tensor, b: Weights) -> Weights:
     return {name: a[name] + factor * b[name] for name in a}
 
 
@@ -204,7 +206,7 @@ def rank_for(values: Tensor, rank: float) -> int:
     return min(int((held < rank).sum()) + 1, len(values))
 
 
-def cut(update: Tensor, gram: Tensor, rank: float) -> LowRank:
+def cut_by_gram(update: Tensor, gram: Tensor, rank: float) -> LowRank:
     """The low-rank update whose outputs on the probes are closest to those of `update`.
 
     Args:

@@ -18,7 +18,7 @@ Streams = tuple[Tensor, ...]
 """One block's outputs, each [n, tokens, width]: UNets have one, FLUX text and image."""
 
 
-class _Reached(Exception):
+class _ReachedBlock(Exception):
     """Ends a forward pass at the block whose inputs are wanted."""
 
 
@@ -53,7 +53,7 @@ def as_streams(output: Any) -> Streams:
 
 
 @torch.no_grad()
-def streams(model: nn.Module, names: Collection[str], call: Call) -> dict[str, Streams]:
+def read_streams(model: nn.Module, names: Collection[str], call: Call) -> dict[str, Streams]:
     """The outputs of the named blocks during one call."""
     found: dict[str, Streams] = {}
 
@@ -81,12 +81,12 @@ def inputs_of(model: nn.Module, name: str, call: Call) -> Call:
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached.append(Call(args, kwargs, call.origin))
-        raise _Reached
+        raise _ReachedBlock
 
     hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(*call.args, **call.kwargs)
-    except _Reached:
+    except _ReachedBlock:
         pass
     finally:
         hook.remove()

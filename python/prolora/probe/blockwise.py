@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..core.lowrank import LowRank
 from . import block_fit, checkpoint
-from .blocks import as_streams, inputs_of, streams
-from .checkpoint import Keep
-from .recording import Targets
+from .blocks import as_streams, inputs_of, read_streams
+from .checkpoint import Checkpoints
+from .recording import TargetCalls
 from .report import BlockReport, ProbeReport
-from .ridge_map import RidgeMap, features
-from .settings import Options
-from .spill import Rows, Shelf, kept
-from .trajectories import applied
+from .ridge_map import RidgeMap, source_features
+from .settings import FitSettings
+from .spill import SpilledRows, SpillStore, spill_calls
+from .trajectories import apply_updates
 from .translation import Question, Read, Translation
 
 STEP_LENGTHS = (1.0, 0.5, 0.25)
@@ -26,7 +26,7 @@ MAP_BYTES = 4 << 30
 """Of covariances and maps that are held at a time."""
 
 
-def fit(
+def fit_blocks(
     source: nn.Module,
     target: nn.Module,
     adapter: Adapter,
@@ -34,9 +34,9 @@ def fit(
     theirs: Sequence[str],
     places: dict[str, list[str]],
     between: Translation,
-    options: Options,
+    options: FitSettings,
     report: ProbeReport,
-    keep: Keep,
+    keep: Checkpoints,
     made_of: str,
     told: Callable[[int, str], None],
 ) -> dict[str, LowRank]:
@@ -56,10 +56,10 @@ def fit(
         made_of: what all of it depends on, besides the options.
         told: called with the number of blocks done and the name of the next.
     """
-    shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
+    shelf = SpillStore(None if options.max_memory is None else options.max_memory // 2)
     names = list(places)
     report.blocks = [BlockReport(name, (), float("nan"), 0) for name in names]
-    groups = _groups(source, target, calls, theirs, names, options)
+    groups = _group_blocks(source, target, calls, theirs, names, options)
     updates: dict[str, LowRank] = {}
     for i, name in enumerate(names):
         told(i, name)
@@ -67,14 +67,16 @@ def fit(
         key = (
             ""
             if keep.folder is None
-            else checkpoint.fingerprint(made_of, options.told(), name, checkpoint.updates(updates))
+            else checkpoint.hash_texts(
+                made_of, options.told(), name, checkpoint.hash_updates(updates)
+            )
         )
-        wanted = Rows(shelf, "" if last else name, len(calls))
+        wanted = SpilledRows(shelf, "" if last else name, len(calls))
         found = keep.fitted(f"block-{i}", key)
         if found is None:
             if (0, wanted.name) not in shelf:
                 group = next(group for group in groups if name in group)
-                _wanted(
+                _store_wanted_streams(
                     source,
                     target,
                     adapter,
@@ -117,27 +119,27 @@ def fit(
 
 
 @torch.no_grad()
-def _groups(
+def _group_blocks(
     source: nn.Module,
     target: nn.Module,
     calls: Sequence[Question],
     theirs: Sequence[str],
     names: list[str],
-    options: Options,
+    options: FitSettings,
 ) -> list[list[str]]:
     """The target's blocks in runs whose maps, and wanted streams, fit into memory together.
 
     Each run costs passes of its own over the calls, so there are as few as can be.
     """
-    before = streams(source, theirs, calls[0].source)
-    plain = streams(target, names[:-1], calls[0].target)
+    before = read_streams(source, theirs, calls[0].source)
+    plain = read_streams(target, names[:-1], calls[0].target)
     most = None if options.max_memory is None else options.max_memory // 2
     groups: list[list[str]] = [[]]
     maps = held = 0
     for at, name in enumerate(names):
         map_bytes = stream_bytes = 0
         for i, stream in enumerate(plain.get(name, ())):
-            x = features(before, i, stream.shape[1], at / max(1, len(names) - 1))
+            x = source_features(before, i, stream.shape[1], at / max(1, len(names) - 1))
             p, q = 0 if x is None else x.shape[-1], stream.shape[-1]
             map_bytes += 8 * p * (p + q)
             stream_bytes += stream.numel() * stream.element_size() * len(calls)
@@ -151,7 +153,7 @@ def _groups(
 
 
 @torch.no_grad()
-def _wanted(
+def _store_wanted_streams(
     source: nn.Module,
     target: nn.Module,
     adapter: Adapter,
@@ -160,9 +162,9 @@ def _wanted(
     group: Sequence[str],
     names: list[str],
     between: Translation,
-    options: Options,
+    options: FitSettings,
     report: ProbeReport,
-    shelf: Shelf,
+    shelf: SpillStore,
 ) -> None:
     """Puts on the shelf, by (call, block), the streams the blocks of a group should give out.
 
@@ -178,10 +180,13 @@ def _wanted(
         tell(k, 2 * len(calls), "mapping")
         if not inner:
             break
-        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
+        before, plain = (
+            read_streams(source, theirs, call.source),
+            read_streams(target, inner, call.target),
+        )
         for name in inner:
             for i, stream in enumerate(plain[name]):
-                x = features(before, i, stream.shape[1], depth[name])
+                x = source_features(before, i, stream.shape[1], depth[name])
                 if x is not None:
                     maps[name, i].add(x, stream)
     used = {key: found for key, found in maps.items() if found.count}
@@ -194,17 +199,22 @@ def _wanted(
 
     for k, call in enumerate(calls):
         tell(len(calls) + k, 2 * len(calls), "mapping")
-        before, plain = streams(source, theirs, call.source), streams(target, inner, call.target)
+        before, plain = (
+            read_streams(source, theirs, call.source),
+            read_streams(target, inner, call.target),
+        )
         change = -between.of_source(source, call)
-        with applied(source, adapter.updates):
-            after = streams(source, theirs, call.source)
+        with apply_updates(source, adapter.updates):
+            after = read_streams(source, theirs, call.source)
             change += between.of_source(source, call)
         if names[-1] in group:
             shelf.put((k, ""), (between.of_target(target, call) + change,))
         for name in inner:
             parts = []
             for i, stream in enumerate(plain[name]):
-                x, y = (features(f, i, stream.shape[1], depth[name]) for f in (before, after))
+                x, y = (
+                    source_features(f, i, stream.shape[1], depth[name]) for f in (before, after)
+                )
                 if x is None or y is None:
                     parts.append(stream)  # no block of the source has this resolution
                 else:
@@ -217,21 +227,21 @@ def _fit_block(
     block: str,
     roles: list[str],
     calls: Sequence[Question],
-    wanted: Rows,
+    wanted: SpilledRows,
     updates: dict[str, LowRank],
     read: Read,
-    options: Options,
+    options: FitSettings,
     report: ProbeReport,
 ) -> dict[str, LowRank]:
     """The updates of one block, with those of the blocks before it in place."""
     row = next(i for i, found in enumerate(report.blocks) if found.name == block)
     last = row == len(report.blocks) - 1
-    with applied(target, updates):
+    with apply_updates(target, updates):
         if last:
-            problem = block_fit.Problem(
+            problem = block_fit.BlockProblem(
                 target,
                 [f"{block}.{role}" for role in roles],
-                Targets(calls),
+                TargetCalls(calls),
                 wanted,
                 lambda result: (read(result),),
                 options.fit_ridge,
@@ -240,44 +250,47 @@ def _fit_block(
         else:
             limit = None if options.max_memory is None else options.max_memory // 4
             read_by = (inputs_of(target, block, call.target) for call in calls)
-            problem = block_fit.Problem(
+            problem = block_fit.BlockProblem(
                 target.get_submodule(block),
                 roles,
-                kept(read_by, Shelf(limit), block),
+                spill_calls(read_by, SpillStore(limit), block),
                 wanted,
                 as_streams,
                 options.fit_ridge,
                 options.iterations,
             )
-        small = _solved(problem, options)
-        reached = _reached(problem, {name: update.dense() for name, update in small.items()})
+        small = _solve_block(problem, options)
+        reached = _share_reached(problem, {name: update.dense() for name, update in small.items()})
     old = report.blocks[row]
     report.blocks[row] = BlockReport(block, old.explained, reached, len(small))
     return small if last else {f"{block}.{role}": update for role, update in small.items()}
 
 
-def _solved(problem: block_fit.Problem, options: Options) -> dict[str, LowRank]:
+def _solve_block(problem: block_fit.BlockProblem, options: FitSettings) -> dict[str, LowRank]:
     """Gauss–Newton: linearise, solve, go as far as it helps, linearise there; then cut to rank."""
     total = {name: torch.zeros_like(w) for name, w in problem.weights().items()}
     best = 0.0
     for _ in range(options.rounds):
         in_place = {name: LowRank(d, torch.eye(d.shape[1]).to(d)) for name, d in total.items()}
-        with applied(problem.module, in_place):
-            step, grams = block_fit.fit(problem)
+        with apply_updates(problem.module, in_place):
+            step, grams = block_fit.fit_block(problem)
         steps = {
             length: {n: (d + length * step[n]).to(d.dtype) for n, d in total.items()}
             for length in STEP_LENGTHS
         }
-        reached = {length: _reached(problem, moved) for length, moved in steps.items()}
+        reached = {length: _share_reached(problem, moved) for length, moved in steps.items()}
         length = max(reached, key=lambda found: reached[found])
         if reached[length] <= best:
             break  # no step helps
         total, best = steps[length], reached[length]
-    return {name: block_fit.cut(d.double(), grams[name], options.rank) for name, d in total.items()}
+    return {
+        name: block_fit.cut_by_gram(d.double(), grams[name], options.rank)
+        for name, d in total.items()
+    }
 
 
 @torch.no_grad()
-def _reached(problem: block_fit.Problem, updates: dict[str, Tensor]) -> float:
+def _share_reached(problem: block_fit.BlockProblem, updates: dict[str, Tensor]) -> float:
     """1 − Σ‖wanted − output with updates‖²/Σ‖wanted − output without‖²."""
     start = problem.weights()
     moved = {name: start[name] + update for name, update in updates.items()}

@@ -14,7 +14,7 @@ from .trajectories import Call
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def encode(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
+def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
     """The tensors of some calls, each object once, and a text that says where they belong.
 
     Raises:
@@ -47,8 +47,8 @@ def encode(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
     return tensors, json.dumps(rows)
 
 
-def decode(tensors: Sequence[Tensor], text: str) -> list[Call]:
-    """What `encode` took apart."""
+def decode_calls(tensors: Sequence[Tensor], text: str) -> list[Call]:
+    """What `encode_calls` took apart."""
 
     def made(told: dict[str, Any]) -> Any:
         ((kind, value),) = told.items()

@@ -24,18 +24,18 @@ from .trajectories import Call
 
 log = logging.getLogger(__name__)
 
-EVERY = 180.0
+SECONDS_BETWEEN_STATES = 180.0
 """Seconds between two states of a fit: writing one of a large model takes some ten of them."""
 
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
 
-def fingerprint(*parts: str) -> str:
+def hash_texts(*parts: str) -> str:
     """SHA-256 of texts, in hexadecimal."""
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
-def content(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, their names, shapes and dtypes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -45,18 +45,18 @@ def content(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def weights(model: nn.Module) -> str:
+def hash_model(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers."""
-    return content(dict(model.named_parameters()) | dict(model.named_buffers()))
+    return hash_tensors(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
-def updates(found: Mapping[str, LowRank]) -> str:
+def hash_updates(found: Mapping[str, LowRank]) -> str:
     """SHA-256 of updates."""
     parts = {f"{name}.up": u.up for name, u in found.items()}
-    return content(parts | {f"{name}.down": u.down for name, u in found.items()})
+    return hash_tensors(parts | {f"{name}.down": u.down for name, u in found.items()})
 
 
-class Keep:
+class Checkpoints:
     """Named results in a folder, each under a key that says what it depends on.
 
     A result is taken back only if its key is the one asked for and its content has the checksum
@@ -89,7 +89,7 @@ class Keep:
         except UnsupportedFormat as error:
             log.warning("%s is damaged and made again: %s", path, error)
             return None
-        if told != (key, fingerprint(content(found), note)):
+        if told != (key, hash_texts(hash_tensors(found), note)):
             log.warning("%s is damaged or foreign and made again", path)
             return None
         return found, note
@@ -102,7 +102,7 @@ class Keep:
         """
         path = self._path(name, key)
         if path is not None:
-            marks = {_KEY: key, _SUM: fingerprint(content(tensors), note), _NOTE: note}
+            marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
             write_safetensors(path, dict(tensors), marks)
 
     def remove(self, name: str, key: str) -> None:
@@ -122,10 +122,10 @@ class Keep:
         if found is not None:
             tensors, note = found
             ordered = [tensors[str(i)].to(device) for i in range(len(tensors))]
-            return call_codec.decode(ordered, note)
+            return call_codec.decode_calls(ordered, note)
         calls = make()
         if self.folder is not None:
-            several, text = call_codec.encode(calls)
+            several, text = call_codec.encode_calls(calls)
             self.store(name, key, {str(i): t for i, t in enumerate(several)}, text)
         return calls
 
@@ -139,9 +139,9 @@ class Keep:
         updates = {n: LowRank(tensors[f"{n}.up"], tensors[f"{n}.down"]) for n in names}
         return updates, json.loads(note)
 
-    def halfway(self, name: str, key: str) -> Halfway | None:
+    def halfway(self, name: str, key: str) -> StateFile | None:
         """Where the state of a long fit is kept; None where nothing is."""
-        return None if self.folder is None else Halfway(self, name, key)
+        return None if self.folder is None else StateFile(self, name, key)
 
     def keep_fitted(
         self, name: str, key: str, found: Mapping[str, LowRank], facts: Mapping[str, Any]
@@ -153,17 +153,17 @@ class Keep:
             self.store(name, key, parts, json.dumps(facts))
 
 
-class Halfway:
+class StateFile:
     """The state of a fit that takes long, kept every few minutes in one file."""
 
-    def __init__(self, keep: Keep, name: str, key: str) -> None:
+    def __init__(self, keep: Checkpoints, name: str, key: str) -> None:
         """In a folder, under a name and key."""
         self.keep, self.name, self.key = keep, name, key
         self.last = time.monotonic()
 
     def due(self) -> bool:
         """Whether EVERY seconds have gone by."""
-        return time.monotonic() - self.last >= EVERY
+        return time.monotonic() - self.last >= SECONDS_BETWEEN_STATES
 
     def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keeps a state instead of the one before."""

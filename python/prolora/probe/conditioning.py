@@ -14,7 +14,7 @@ from ..errors import ProLoRAError
 from .trajectories import Call
 
 Path = tuple[str, ...]
-Told = dict[Path, Any]
+Conditioning = dict[Path, Any]
 """What a call says besides latent and time, nested arguments by their path."""
 
 # Positions of tokens: one table for the whole batch.
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3  # of a squared norm: text encoders round otherwise in a batch
 
 
 @dataclass(frozen=True)
-class Parts:
+class CallParts:
     """One call of a denoiser.
 
     Attributes:
@@ -34,10 +34,10 @@ class Parts:
 
     latent: Tensor
     time: Tensor
-    told: Told
+    told: Conditioning
 
 
-def parts(model: nn.Module, call: Call) -> Parts:
+def split_call(model: nn.Module, call: Call) -> CallParts:
     """A call taken apart by the names in the model's `forward`.
 
     Raises:
@@ -50,10 +50,10 @@ def parts(model: nn.Module, call: Call) -> Parts:
     if "timestep" not in given:
         raise ProLoRAError(f"{type(model).__name__} takes no timestep; probing needs a denoiser")
     time = torch.as_tensor(given.pop("timestep"), device=latent.device)
-    return Parts(latent, time, _flat(given))
+    return CallParts(latent, time, _flatten_nested(given))
 
 
-def assembled(model: nn.Module, found: Parts) -> Call:
+def build_call(model: nn.Module, found: CallParts) -> Call:
     """A call of the model with those parts."""
     first = next(iter(inspect.signature(model.forward).parameters))
     kwargs: dict[str, Any] = {first: found.latent, "timestep": found.time}
@@ -65,11 +65,11 @@ def assembled(model: nn.Module, found: Parts) -> Call:
     return Call((), kwargs)
 
 
-def _flat(values: Mapping[str, Any], above: Path = ()) -> Told:
-    found: Told = {}
+def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning:
+    found: Conditioning = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, (*above, name))
+            found |= _flatten_nested(value, (*above, name))
         else:
             found[(*above, name)] = value
     return found
@@ -85,7 +85,7 @@ def _by_sample(path: Path, value: Any, count: int) -> bool:
     )
 
 
-def row(found: Parts, i: int) -> Told:
+def sample_conditioning(found: CallParts, i: int) -> Conditioning:
     """What sample i of a call is told, as in a call of one sample."""
     count = len(found.latent)
     return {
@@ -94,13 +94,13 @@ def row(found: Parts, i: int) -> Told:
     }
 
 
-def stacked(rows: Sequence[Told]) -> Told:
+def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
     """One call's worth of what several samples are told.
 
     Raises:
         ProLoRAError: texts of two lengths.
     """
-    found: Told = {}
+    found: Conditioning = {}
     for path, value in rows[0].items():
         values = [other[path] for other in rows]
         if not _by_sample(path, value, 1):
@@ -115,23 +115,23 @@ def stacked(rows: Sequence[Told]) -> Told:
     return found
 
 
-class Book:
+class PromptTable:
     """What one model is told for each prompt, and without any: the same order for both models."""
 
-    def __init__(self, model: nn.Module, entries: Sequence[Told], time: Tensor) -> None:
+    def __init__(self, model: nn.Module, entries: Sequence[Conditioning], time: Tensor) -> None:
         """`entries` by prompt, the unconditional one last; `time` as the pipeline gives it."""
         self.model, self.entries = model, list(entries)
         self.time = time
-        self._told: dict[tuple[int, ...], Told] = {}
+        self._told: dict[tuple[int, ...], Conditioning] = {}
 
-    def prompt_of(self, found: Parts, i: int) -> int:
+    def prompt_of(self, found: CallParts, i: int) -> int:
         """Which entry sample i was told.
 
         Raises:
             ProLoRAError: none of them.
         """
-        told = row(found, i)
-        distances = [_distance(told, entry) for entry in self.entries]
+        told = sample_conditioning(found, i)
+        distances = [_conditioning_distance(told, entry) for entry in self.entries]
         best = min(range(len(distances)), key=lambda k: distances[k])
         if distances[best] > _TOLERANCE:
             raise ProLoRAError(
@@ -144,7 +144,7 @@ class Book:
     def call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
         """The model asked about latents [n, ...] at a time [] or [n], one prompt a sample."""
         if tuple(prompts) not in self._told:
-            self._told[tuple(prompts)] = stacked([self.entries[k] for k in prompts])
+            self._told[tuple(prompts)] = stack_conditionings([self.entries[k] for k in prompts])
         told = self._told[tuple(prompts)]  # one copy for all steps of an image
         if not (time.is_floating_point() and bool((time != time.round()).any())):
             time = time.to(self.time.dtype)  # a fraction stays one
@@ -156,10 +156,10 @@ class Book:
             time = time.expand(len(latent))
         if not self.time.dim() and time.dim() and bool((time == time[0]).all()):
             time = time[0]
-        return assembled(self.model, Parts(latent, time, told))
+        return build_call(self.model, CallParts(latent, time, told))
 
 
-def _distance(a: Told, b: Told) -> float:
+def _conditioning_distance(a: Conditioning, b: Conditioning) -> float:
     """Mean of ‖x − y‖²/(‖x‖² + ‖y‖²) over the tensors with a row for each sample."""
     found = []
     for path, x in a.items():

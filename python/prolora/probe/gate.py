@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
-from .trajectories import Call, applied, output_of, predict
+from .trajectories import Call, apply_updates, output_of, predict_call
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -23,7 +23,7 @@ MAX_START = 0.35
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedChange:
     """What the target should predict at one held-out call.
 
     Attributes:
@@ -75,10 +75,10 @@ class Gate:
         )
 
 
-def judge(
+def judge_updates(
     target: nn.Module,
     updates: Mapping[str, LowRank],
-    held_out: Sequence[Wanted],
+    held_out: Sequence[WantedChange],
     read: Callable[[Any], Tensor] = output_of,
     copied: Mapping[str, LowRank] | None = None,
 ) -> Gate:
@@ -92,15 +92,15 @@ def judge(
         copied: the source's LoRA, to be compared where it fits the target's modules.
     """
     strength, share = _best_strength(target, updates, held_out, read)
-    disagreement = _ratio(held_out, lambda wanted: wanted.apart)
+    disagreement = _energy_ratio(held_out, lambda wanted: wanted.apart)
     copy_share, copy_strength = None, 1.0
-    if copied and fits(target, copied):
+    if copied and fits_target(target, copied):
         copy_strength, copy_share = _best_strength(target, copied, held_out, read)
-    decision, reason = decided(strength, share, disagreement, copy_share)
+    decision, reason = decide_gate(strength, share, disagreement, copy_share)
     return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength)
 
 
-def decided(
+def decide_gate(
     strength: float,
     share: dict[str, float],
     disagreement: dict[str, float],
@@ -135,10 +135,10 @@ def decided(
     return (GO if strength == 1.0 else WEAKEN), reason
 
 
-def serves(
+def copy_is_start(
     target: nn.Module,
     copied: Mapping[str, LowRank],
-    probes: Sequence[Wanted],
+    probes: Sequence[WantedChange],
     read: Callable[[Any], Tensor],
 ) -> bool:
     """Whether copied updates are a start for the fit: the bases agree, and the copy does its work.
@@ -149,14 +149,14 @@ def serves(
         probes: some that the fit may use.
         read: return value of the target -> its prediction.
     """
-    if not copied or not fits(target, copied):
+    if not copied or not fits_target(target, copied):
         return False
-    if _ratio(probes, lambda wanted: wanted.apart)["all"] > MAX_START:
+    if _energy_ratio(probes, lambda wanted: wanted.apart)["all"] > MAX_START:
         return False
-    return _share(target, copied, probes, 1.0, read)["all"] >= COPY_SERVES
+    return _share_achieved(target, copied, probes, 1.0, read)["all"] >= COPY_SERVES
 
 
-def fits(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
+def fits_target(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
     """Whether the target has every module of the updates, in their shapes."""
     modules = dict(target.named_modules())
     for name, update in updates.items():
@@ -169,13 +169,13 @@ def fits(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
 def _best_strength(
     target: nn.Module,
     updates: Mapping[str, LowRank],
-    held_out: Sequence[Wanted],
+    held_out: Sequence[WantedChange],
     read: Callable[[Any], Tensor],
 ) -> tuple[float, dict[str, float]]:
     """The one of STRENGTHS with the largest share over all probes, and its shares."""
     best: tuple[float, dict[str, float]] | None = None
     for strength in reversed(STRENGTHS):
-        share = _share(target, updates, held_out, strength, read)
+        share = _share_achieved(target, updates, held_out, strength, read)
         if best is not None and share["all"] <= best[1]["all"]:
             break  # the error is close to a parabola of the strength: weaker is worse still
         best = strength, share
@@ -183,22 +183,24 @@ def _best_strength(
     return best
 
 
-def _share(
+def _share_achieved(
     target: nn.Module,
     updates: Mapping[str, LowRank],
-    held_out: Sequence[Wanted],
+    held_out: Sequence[WantedChange],
     strength: float,
     read: Callable[[Any], Tensor],
 ) -> dict[str, float]:
     """Share of the wanted change achieved, by origin and for all."""
-    with applied(target, updates, strength):
-        missing = [predict(target, w.call, read) - w.plain - w.change for w in held_out]
+    with apply_updates(target, updates, strength):
+        missing = [predict_call(target, w.call, read) - w.plain - w.change for w in held_out]
     lost = dict(zip(map(id, held_out), missing, strict=True))
-    ratio = _ratio(held_out, lambda wanted: lost[id(wanted)])
+    ratio = _energy_ratio(held_out, lambda wanted: lost[id(wanted)])
     return {origin: 1 - value for origin, value in ratio.items()}
 
 
-def _ratio(held_out: Sequence[Wanted], part: Callable[[Wanted], Tensor]) -> dict[str, float]:
+def _energy_ratio(
+    held_out: Sequence[WantedChange], part: Callable[[WantedChange], Tensor]
+) -> dict[str, float]:
     """Σ‖part‖²/Σ‖wanted change‖² by origin, and over all."""
     found = {}
     for origin in (*dict.fromkeys(w.call.origin for w in held_out), "all"):

@@ -29,7 +29,7 @@ _FIRST = 1e-3  # of the weights' norm, the length of the first trial step
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeBatch:
     """One batch.
 
     Attributes:
@@ -90,21 +90,22 @@ class Curvature:
     def direction(self, gradient: Weights) -> Weights:
         """(JᵀJ)⁻¹ gradient, module by module [m, n]; 0 for what never reaches the prediction."""
         return {
-            name: _times(self.inverse[name][0], g, self.inverse[name][1]) * self.tokens[name]
+            name: _multiply_factors(self.inverse[name][0], g, self.inverse[name][1])
+            * self.tokens[name]
             if name in self.inverse
             else torch.zeros_like(g)
             for name, g in gradient.items()
         }
 
 
-def _times(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+def _multiply_factors(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """left·matrix·right, each side full or a diagonal."""
     half = left @ matrix if left.dim() == 2 else left[:, None] * matrix
     return half @ right if right.dim() == 2 else half * right
 
 
 @dataclass(frozen=True)
-class Fit:
+class JointFit:
     """What was found.
 
     Attributes:
@@ -118,17 +119,17 @@ class Fit:
     history: list[float]
 
 
-def fit(
+def fit_jointly(
     target: nn.Module,
     names: Sequence[str],
-    draw: Callable[[], Sequence[Probe]],
+    draw: Callable[[], Sequence[ProbeBatch]],
     read: Read,
     steps: int,
     damping: float,
     initial: Mapping[str, LowRank] | None = None,
     told: Callable[[int], None] = lambda _: None,
-    halfway: Halfway | None = None,
-) -> Fit:
+    halfway: FitState | None = None,
+) -> JointFit:
     """Minimises Σ ‖f(W + D) − wanted‖² over D by Gauss–Newton steps on fresh probes.
 
     Each step linearises the target at W + D, takes the direction d = (JᵀJ)⁻¹Jᵀ·missing with a
@@ -148,7 +149,7 @@ def fit(
         told: called with the number of steps done.
         halfway: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
     """
-    problem = _Problem(target, names, read)
+    problem = _JointProblem(target, names, read)
     updates = {name: torch.zeros_like(weight) for name, weight in problem.start.items()}
     for name, update in (initial or {}).items():
         updates[name] += update.dense().to(updates[name])
@@ -159,7 +160,7 @@ def fit(
     begin = 0
     found_state = halfway.recall() if halfway else None
     if found_state is not None:
-        begin, updates, before, lengths, history = _restored(found_state, problem, curvature)
+        begin, updates, before, lengths, history = _restore_state(found_state, problem, curvature)
     for step in range(steps):
         if step < begin:
             draw()  # the same probes come to the same steps
@@ -174,24 +175,26 @@ def fit(
         direction = curvature.direction(point.gradient)
         lines = [direction] if before is None else [direction, before]
         if before is None:
-            lengths[0] = float(_FIRST * _norm(at) / _norm(direction).clamp_min(1e-30))
+            lengths[0] = float(
+                _FIRST * _weights_norm(at) / _weights_norm(direction).clamp_min(1e-30)
+            )
             lengths[0] = problem.solved(point, lines, lengths)[0]
         found = problem.solved(point, lines, lengths)
         if not any(found):
             break  # nothing is missing, or no step helps
-        before = {n: _along(found, [line[n] for line in lines]) for n in names}
+        before = {n: _weighted_sum(found, [line[n] for line in lines]) for n in names}
         lengths[0] = max(found[0], 0.1 * lengths[0])
         updates = {name: update + before[name] for name, update in updates.items()}
         if halfway and halfway.due():
             facts = {"step": step + 1, "lengths": lengths, "history": history}
-            halfway.store(*_state(updates, before, curvature, problem, facts))
-    return Fit(updates, curvature, history)
+            halfway.store(*_pack_state(updates, before, curvature, problem, facts))
+    return JointFit(updates, curvature, history)
 
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-class Halfway(Protocol):
+class FitState(Protocol):
     """Where the state of a fit is kept."""
 
     def due(self) -> bool:
@@ -204,11 +207,11 @@ class Halfway(Protocol):
         """What was kept last, if anything."""
 
 
-def _state(
+def _pack_state(
     updates: Weights,
     before: Weights,
     curvature: Curvature,
-    problem: _Problem,
+    problem: _JointProblem,
     facts: dict[str, Any],
 ) -> State:
     """All that the steps to come depend on."""
@@ -223,8 +226,8 @@ def _state(
     return tensors, facts | {"tokens": curvature.tokens}
 
 
-def _restored(
-    state: State, problem: _Problem, curvature: Curvature
+def _restore_state(
+    state: State, problem: _JointProblem, curvature: Curvature
 ) -> tuple[int, Weights, Weights, list[float], list[float]]:
     """Steps done, updates, last step, its lengths, history; generator and curvature are set."""
     tensors, facts = state
@@ -241,17 +244,17 @@ def _restored(
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Linearisation:
     """The target linearised at some weights, on the probes of one step."""
 
-    probes: Sequence[Probe]
+    probes: Sequence[ProbeBatch]
     weights: Weights
     base: list[Tensor]
     gradient: Weights
     reached: float
 
 
-class _Problem:
+class _JointProblem:
     """The target as a function of the weights of some modules."""
 
     def __init__(self, target: nn.Module, names: Sequence[str], read: Read) -> None:
@@ -265,8 +268,8 @@ class _Problem:
         return self.read(functional_call(self.target, state, call.args, call.kwargs))
 
     def linearised(
-        self, probes: Sequence[Probe], weights: Weights, curvature: Curvature | None
-    ) -> _Point:
+        self, probes: Sequence[ProbeBatch], weights: Weights, curvature: Curvature | None
+    ) -> _Linearisation:
         """Predictions and Jᵀ·missing; the probes are added to the curvature where one is given."""
         gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         base, left, whole = [], 0.0, 0.0
@@ -275,7 +278,10 @@ class _Problem:
         for probe in probes:
             leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
             values = list(leaves.values())
-            with torch.enable_grad(), _watched(self.target, self.names, curvature) as watch:
+            with (
+                torch.enable_grad(),
+                _record_curvature(self.target, self.names, curvature) as watch,
+            ):
                 found = self.outputs(probe.call, leaves)
                 if curvature:
                     noise = torch.randn(found.shape, generator=self.generator).to(found)
@@ -292,10 +298,12 @@ class _Problem:
             whole += float((probe.wanted - probe.plain).double().square().sum())
         if curvature:
             curvature.invert()
-        return _Point(probes, weights, base, gradient, 1 - left / max(whole, 1e-30))
+        return _Linearisation(probes, weights, base, gradient, 1 - left / max(whole, 1e-30))
 
     @torch.no_grad()
-    def solved(self, point: _Point, lines: list[Weights], lengths: list[float]) -> list[float]:
+    def solved(
+        self, point: _Linearisation, lines: list[Weights], lengths: list[float]
+    ) -> list[float]:
         """The c that minimises ‖missing − Σ cᵢ·J·lineᵢ‖, that of the last step within 0..0.9."""
         size = len(lines)
         right = torch.zeros(size, dtype=torch.float64)
@@ -320,15 +328,15 @@ class _Problem:
 
 
 @contextlib.contextmanager
-def _watched(
+def _record_curvature(
     target: nn.Module, names: Sequence[str], curvature: Curvature | None
-) -> Iterator[_Watch]:
+) -> Iterator[_OutputHooks]:
     """Hooks that add what the modules read, and what reaches back to them, to the curvature.
 
     Yields:
         The hooks on the way back, to be cleared before another backward pass.
     """
-    watch = _Watch()
+    watch = _OutputHooks()
     if curvature is None:
         yield watch
         return
@@ -352,7 +360,7 @@ def _watched(
             hook.remove()
 
 
-class _Watch:
+class _OutputHooks:
     """The hooks on outputs of one forward pass."""
 
     def __init__(self) -> None:
@@ -364,15 +372,15 @@ class _Watch:
             hook.remove()
 
 
-def _norm(weights: Weights) -> Tensor:
+def _weights_norm(weights: Weights) -> Tensor:
     return torch.stack([w.double().square().sum() for w in weights.values()]).sum().sqrt()
 
 
-def _along(factors: list[float], parts: list[Tensor]) -> Tensor:
+def _weighted_sum(factors: list[float], parts: list[Tensor]) -> Tensor:
     return sum((f * p for f, p in zip(factors, parts, strict=True)), torch.zeros(()).to(parts[0]))
 
 
-def cut(found: Fit, rank: float) -> dict[str, LowRank]:
+def cut_by_factors(found: JointFit, rank: float) -> dict[str, LowRank]:
     """Every update at low rank: what the probes see of it is kept.
 
     With R = Σ x xᵀ of what the module reads and S = Σ g gᵀ of what it acts on, both slightly
@@ -382,9 +390,9 @@ def cut(found: Fit, rank: float) -> dict[str, LowRank]:
     for name, update in found.updates.items():
         if name not in found.curvature.writes:
             continue  # whatever it does, the prediction is the same
-        left, left_back = _roots(found.curvature.writes[name])
-        right, right_back = _roots(found.curvature.reads[name])
-        u, s, v = torch.linalg.svd(_times(left, update, right), full_matrices=False)
+        left, left_back = _factor_roots(found.curvature.writes[name])
+        right, right_back = _factor_roots(found.curvature.reads[name])
+        u, s, v = torch.linalg.svd(_multiply_factors(left, update, right), full_matrices=False)
         count = rank_for(s, rank)
         size = s[:count].sqrt()
         up = u[:, :count] * size
@@ -395,7 +403,7 @@ def cut(found: Fit, rank: float) -> dict[str, LowRank]:
     return small
 
 
-def _roots(factor: Tensor) -> tuple[Tensor, Tensor]:
+def _factor_roots(factor: Tensor) -> tuple[Tensor, Tensor]:
     """(F + 0.01·mean(diag F)·I)^(½) and its inverse, of a factor [n, n] or a diagonal [n]."""
     if factor.dim() == 1:
         root = (factor + 0.01 * factor.mean().clamp_min(1e-30)).sqrt()

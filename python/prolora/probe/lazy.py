@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 T = TypeVar("T")
 
 
-class Lazy(Sequence[T]):
+class LazySequence(Sequence[T]):
     """What a list is to its reader; a subclass says how many items there are and gives one."""
 
     @abstractmethod

@@ -18,7 +18,7 @@ from ..bases import vae
 from ..bases.folder import MODELS, choose_candidate, open_folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
 from . import schedules
-from .conditioning import Book, Told, assembled, parts, row
+from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
 from .precision import HALVES
 from .schedules import Schedule
 from .settings import Probing
@@ -30,7 +30,7 @@ _FITTING = ("force", "resume", "strategy", "fit_steps")  # nothing to do with wh
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-class _Reached(Exception):
+class _ReachedDenoiser(Exception):
     """Ends a pipeline at the first call of its denoiser."""
 
 
@@ -97,7 +97,7 @@ class Pipeline:
         try:
             with torch.no_grad():
                 self.pipe(**given)
-        except (_Reached, ProLoRAError):
+        except (_ReachedDenoiser, ProLoRAError):
             raise
         except Exception as error:  # diffusers and models raise what they like
             raise ProLoRAError(
@@ -112,7 +112,7 @@ class Pipeline:
 
         The images of a seed share no noise with those of any other.
         """
-        prompts = _prompts(settings)
+        prompts = _prompts_or_empty(settings)
 
         def sample(seed: int) -> None:
             for i in range(settings.images):
@@ -123,43 +123,43 @@ class Pipeline:
 
         return sample
 
-    def book(self, settings: Probing) -> Book:
+    def book(self, settings: Probing) -> PromptTable:
         """What the denoiser is told for each prompt, seen in the first call of a sampling.
 
         The unconditional branch of the guidance comes last; without guidance, the empty prompt.
         """
-        entries: list[Told] = []
-        negative: Told | None = None
-        for prompt in _prompts(settings):
+        entries: list[Conditioning] = []
+        negative: Conditioning | None = None
+        for prompt in _prompts_or_empty(settings):
             first = self._first_call(prompt, settings)
-            found = parts(self.denoiser, first)
+            found = split_call(self.denoiser, first)
             if len(found.latent) > 2:
                 raise ProLoRAError(
                     f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
                     "branches, which probing does not know"
                 )
-            entries.append(row(found, len(found.latent) - 1))
+            entries.append(sample_conditioning(found, len(found.latent) - 1))
             if len(found.latent) == 2:
                 # DiT puts the conditional sample first, all others the unconditional.
                 swapped = "class_labels" in self.accepted
-                negative = row(found, int(swapped))
-                entries[-1] = row(found, int(not swapped))
+                negative = sample_conditioning(found, int(swapped))
+                entries[-1] = sample_conditioning(found, int(not swapped))
         if negative is None and "class_labels" not in self.accepted:
             empty = self._first_call("", settings)
-            negative = row(parts(self.denoiser, empty), 0)
-        return Book(self.denoiser, [*entries, negative or entries[-1]], found.time)
+            negative = sample_conditioning(split_call(self.denoiser, empty), 0)
+        return PromptTable(self.denoiser, [*entries, negative or entries[-1]], found.time)
 
     def _first_call(self, prompt: str, settings: Probing) -> Call:
         calls: list[Call] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(Call(args, kwargs))
-            raise _Reached
+            raise _ReachedDenoiser
 
         hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.run(prompt, settings, 0)
-        except _Reached:
+        except _ReachedDenoiser:
             return calls[0]
         finally:
             hook.remove()
@@ -170,10 +170,10 @@ def _one_time_a_sample(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with a time for every sample, so that samples of many moments mix."""
-    found = parts(model, Call(args, kwargs))
+    found = split_call(model, Call(args, kwargs))
     if found.time.dim():
         return args, kwargs
-    call = assembled(model, replace(found, time=found.time.expand(len(found.latent)).clone()))
+    call = build_call(model, replace(found, time=found.time.expand(len(found.latent)).clone()))
     return call.args, call.kwargs
 
 
@@ -207,7 +207,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
     try:
         with _no_bars(diffusers):
             denoiser = getattr(diffusers, index[part][1]).from_pretrained(
-                folder / part, torch_dtype=_stored(folder / part), **options
+                folder / part, torch_dtype=_stored_dtype(folder / part), **options
             )
             unused = {name: None for name in _UNUSED if name in index}
             pipe = class_.from_pretrained(folder, **{part: denoiser}, **unused, **options)
@@ -229,7 +229,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
     return Pipeline(pipe.to(device or "cpu"), folder.name)
 
 
-def _stored(folder: Path) -> torch.dtype:
+def _stored_dtype(folder: Path) -> torch.dtype:
     """The dtype a model is stored in, if all of it is in one half precision; else float32."""
     dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
@@ -280,7 +280,7 @@ def _checked_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _prompts(settings: Probing) -> tuple[str, ...]:
+def _prompts_or_empty(settings: Probing) -> tuple[str, ...]:
     return settings.prompts or ("",)
 
 
@@ -294,7 +294,7 @@ def _class_number(prompt: str, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PipelinePair:
     """Two pipelines that can be asked the same questions.
 
     Attributes:
@@ -318,7 +318,7 @@ class Pair:
         return json.dumps([settings, schedulers], default=str)
 
 
-def pair(source: Pipeline, target: Pipeline, settings: Probing) -> Pair:
+def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> PipelinePair:
     """Settles the size and learns how each model is told the prompts.
 
     Raises:
@@ -327,7 +327,7 @@ def pair(source: Pipeline, target: Pipeline, settings: Probing) -> Pair:
     """
     names = source.name, target.name
     same = type(source.denoiser) is type(target.denoiser)
-    schedules.check(source.schedule, target.schedule, same, names)
+    schedules.check_schedules(source.schedule, target.schedule, same, names)
     channels = [p.channels for p in (source, target)]
     if channels[0] != channels[1]:
         raise ProLoRAError(
@@ -340,32 +340,32 @@ def pair(source: Pipeline, target: Pipeline, settings: Probing) -> Pair:
         settings = replace(settings, size=min(known) if known else None)
     ours, theirs = source.book(settings), target.book(settings)
     between = Translation(
-        _Carry(ours, theirs, source.schedule, target.schedule),
-        _Carry(theirs, ours, target.schedule, source.schedule),
-        _Convert(source.denoiser, source.schedule, target.schedule),
-        _Read(channels[0]),
+        _CallTranslator(ours, theirs, source.schedule, target.schedule),
+        _CallTranslator(theirs, ours, target.schedule, source.schedule),
+        _PredictionConverter(source.denoiser, source.schedule, target.schedule),
+        _PredictionReader(channels[0]),
     )
-    return Pair(source, target, settings, between)
+    return PipelinePair(source, target, settings, between)
 
 
 @dataclass(frozen=True)
-class _Carry:
+class _CallTranslator:
     """A call of one model -> the other's: same latents, as noisy, the prompt in its own words."""
 
-    ours: Book
-    theirs: Book
+    ours: PromptTable
+    theirs: PromptTable
     schedule: Schedule
     their_schedule: Schedule
 
     def __call__(self, call: Call) -> Call:
-        found = parts(self.ours.model, call)
+        found = split_call(self.ours.model, call)
         prompts = [self.ours.prompt_of(found, i) for i in range(len(found.latent))]
         time = schedules.time_between(self.schedule, self.their_schedule, found.time)
         return self.theirs.call(found.latent, time, prompts)
 
 
 @dataclass(frozen=True)
-class _Convert:
+class _PredictionConverter:
     """A prediction of the source -> in the target's terms."""
 
     model: nn.Module
@@ -373,12 +373,14 @@ class _Convert:
     theirs: Schedule
 
     def __call__(self, call: Call, prediction: Tensor) -> Tensor:
-        found = parts(self.model, call)
-        return schedules.converted(self.ours, self.theirs, found.latent, found.time, prediction)
+        found = split_call(self.model, call)
+        return schedules.convert_prediction(
+            self.ours, self.theirs, found.latent, found.time, prediction
+        )
 
 
 @dataclass(frozen=True)
-class _Read:
+class _PredictionReader:
     """The prediction without the variance that some models (DiT, PixArt) learn beside it."""
 
     channels: int

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def _single(value: Any) -> Any:
+def _widen_halves(value: Any) -> Any:
     """Half-precision tensors as float32, in any nesting."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALVES else value
     if isinstance(value, dict):
-        return {key: _single(item) for key, item in value.items()}
+        return {key: _widen_halves(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_single(item) for item in value)
+        return type(value)(_widen_halves(item) for item in value)
     return value
 
 
-class _Widened:
+class _WidenedModule:
     """The hooks of one module: its own weights in float32 while it runs."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -39,7 +39,7 @@ class _Widened:
             if parameter is not None and parameter.dtype in HALVES:
                 self.kept[name] = parameter
                 module._parameters[name] = parameter.detach().float()  # type: ignore[assignment]
-        return _single(args), _single(kwargs)
+        return _widen_halves(args), _widen_halves(kwargs)
 
     def after(self, module: nn.Module, *_: Any) -> None:
         for name, parameter in self.kept.items():
@@ -59,7 +59,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             own = any(p is not None and p.dtype in HALVES for p in module._parameters.values())
             if own or (module is model and any(p.dtype in HALVES for p in model.parameters())):
-                widened = _Widened(module)
+                widened = _WidenedModule(module)
                 pre = module.register_forward_pre_hook(
                     widened.before, with_kwargs=True, prepend=True
                 )

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..adapters.adapter import Adapter
 from . import checkpoint
-from .checkpoint import Keep
-from .lazy import Lazy
-from .spill import Calls, Shelf
-from .trajectories import Call, Sample, applied, record
+from .checkpoint import Checkpoints
+from .lazy import LazySequence
+from .spill import SpilledCalls, SpillStore
+from .trajectories import Call, Sample, apply_updates, record_calls
 from .translation import Question, Translation
 
 
@@ -37,7 +37,7 @@ class Recorder:
     adapter: Adapter
     samplers: tuple[Sample, Sample, Sample]
     between: Translation
-    keep: Keep = field(default_factory=lambda: Keep(None))
+    keep: Checkpoints = field(default_factory=lambda: Checkpoints(None))
     told: str = ""
 
     @cached_property
@@ -45,9 +45,9 @@ class Recorder:
         """Origin -> what its trajectories depend on, besides the seed."""
         if self.keep.folder is None:
             return dict.fromkeys(("source", "adapted", "target"), "")
-        source, target = checkpoint.weights(self.source), checkpoint.weights(self.target)
-        lora = checkpoint.updates(self.adapter.updates)
-        print_ = checkpoint.fingerprint
+        source, target = checkpoint.hash_model(self.source), checkpoint.hash_model(self.target)
+        lora = checkpoint.hash_updates(self.adapter.updates)
+        print_ = checkpoint.hash_texts
         return {
             "source": print_(source, self.told),
             "adapted": print_(source, self.told, lora),
@@ -57,7 +57,7 @@ class Recorder:
     @property
     def key(self) -> str:
         """What all of them together depend on."""
-        return checkpoint.fingerprint(*self.keys.values())
+        return checkpoint.hash_texts(*self.keys.values())
 
     def questions(self, seed: int) -> list[Question]:
         """All the questions of source, LoRA and target, whose seeds are `seed` and the next two."""
@@ -69,28 +69,28 @@ class Recorder:
     def _calls(self, origin: str, model: nn.Module, sample: Sample, seed: int) -> list[Call]:
         def made() -> list[Call]:
             if origin != "adapted":
-                return record(model, sample, seed, origin)
-            with applied(model, self.adapter.updates):
-                return record(model, sample, seed, origin)
+                return record_calls(model, sample, seed, origin)
+            with apply_updates(model, self.adapter.updates):
+                return record_calls(model, sample, seed, origin)
 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        key = checkpoint.fingerprint(self.keys[origin], str(seed))
+        key = checkpoint.hash_texts(self.keys[origin], str(seed))
         return self.keep.calls(f"calls-{origin}-{seed}", key, device, made)
 
 
-def on_shelf(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
     """The questions with what is above the limit (bytes) in temporary files; None: no limit."""
     if limit is None:
         return questions
-    shelf = Shelf(limit)
-    sides = Calls(shelf, "source"), Calls(shelf, "target")
+    shelf = SpillStore(limit)
+    sides = SpilledCalls(shelf, "source"), SpilledCalls(shelf, "target")
     for question in questions:
         sides[0].append(question.source)
         sides[1].append(question.target)
-    return _Questions(*sides)
+    return _SpilledQuestions(*sides)
 
 
-class _Questions(Lazy[Question]):
+class _SpilledQuestions(LazySequence[Question]):
     """Pairs of calls that lie on a shelf."""
 
     def __init__(self, source: Sequence[Call], target: Sequence[Call]) -> None:
@@ -103,7 +103,7 @@ class _Questions(Lazy[Question]):
         return Question(self.source[i], self.target[i])
 
 
-class Targets(Lazy[Call]):
+class TargetCalls(LazySequence[Call]):
     """The calls of the target, out of questions that may lie in files."""
 
     def __init__(self, questions: Sequence[Question]) -> None:

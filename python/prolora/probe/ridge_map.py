@@ -54,7 +54,7 @@ MAX_COLUMNS = 6144
 """Of a map: its covariance takes 8·columns² bytes, and more columns than tokens tell nothing."""
 
 
-def features(
+def source_features(
     found: dict[str, Streams], stream: int, tokens: int, depth: float = 0.5
 ) -> Tensor | None:
     """The source's streams of that kind and number of tokens, side by side.

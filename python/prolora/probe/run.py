@@ -17,24 +17,24 @@ from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, UnrelatedBases
 from ..version import __version__
 from . import blockwise, checkpoint, gate, joint_fit
-from .batches import mixed, samples
+from .batches import count_samples, mix_samples
 from .blocks import find_blocks
-from .checkpoint import Keep
+from .checkpoint import Checkpoints
 from .precision import HALVES, in_float32
-from .recording import Recorder, on_shelf
+from .recording import Recorder, spill_questions
 from .report import BlockReport, ProbeReport
-from .settings import Options
-from .spill import Shelf
-from .trajectories import Sample, applied, output_of, weight_of
+from .settings import FitSettings
+from .spill import SpillStore
+from .trajectories import Sample, apply_updates, output_of, weight_of
 from .translation import Convert, Question, Read, Translate, Translation, same_call, same_prediction
 
 ORIGINS = ("source", "adapted", "target")
-AT_ONCE = 16
+CALLS_AT_ONCE = 16
 """Calls replayed between two changes of the source's weights."""
-TRIED = 4
+BATCHES_TO_TRY_COPY = 4
 """Batches on which it is found out whether copied updates serve as a start."""
 
-__all__ = ["BlockReport", "Options", "ProbeReport", "ProbeTransfer", "transfer"]
+__all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ProbeTransfer:
         adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
-def transfer(
+def fit_lora(
     source: nn.Module,
     target: nn.Module,
     lora: str | PathLike[str] | Adapter | Mapping[str, LowRank],
@@ -90,7 +90,7 @@ def transfer(
         convert: (call of the source, its prediction) -> the prediction in the target's terms.
         read: return value of either model -> its prediction; None: see `output_of`.
         rival: updates of the target to compare with on the held-out probes; None: the LoRA's own.
-        options: the fields of `Options`.
+        options: the fields of `FitSettings`.
 
     Raises:
         UnrelatedBases: the gate refuses, and `force` is not set.
@@ -99,15 +99,15 @@ def transfer(
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
-    chosen = Options(**options)
+    chosen = FitSettings(**options)
     between = Translation(
         translate or same_call,
         translate_back or same_call,
         convert or same_prediction,
         read or output_of,
     )
-    adapter = _adapter(lora)
-    _check(source, target, adapter)
+    adapter = _as_adapter(lora)
+    _check_models(source, target, adapter)
     frozen = [(p, p.requires_grad) for m in (source, target) for p in m.parameters()]
     modes = source.training, target.training
     try:
@@ -117,40 +117,40 @@ def transfer(
         samplers = (sample_source, sample_adapted or sample_source, sample_target)
         compared = adapter.updates if rival is None else rival
         with in_float32(source), in_float32(target):
-            return _transfer(source, target, adapter, samplers, between, compared, chosen)
+            return _record_fit_judge(source, target, adapter, samplers, between, compared, chosen)
     finally:
         source.train(modes[0]), target.train(modes[1])
         for parameter, needed in frozen:
             parameter.requires_grad_(needed)
 
 
-def _transfer(
+def _record_fit_judge(
     source: nn.Module,
     target: nn.Module,
     adapter: Adapter,
     samplers: tuple[Sample, Sample, Sample],
     between: Translation,
     rival: Mapping[str, LowRank],
-    options: Options,
+    options: FitSettings,
 ) -> ProbeTransfer:
     clock = time.perf_counter
     started = clock()
-    keep = Keep(options.resume)
+    keep = Checkpoints(options.resume)
     recorder = Recorder(source, target, adapter, samplers, between, keep, options.samplers)
     quarter = None if options.max_memory is None else options.max_memory // 4
-    calls = on_shelf(recorder.questions(options.seed), quarter)
-    held_out = on_shelf(recorder.questions(options.seed + 3), quarter)
+    calls = spill_questions(recorder.questions(options.seed), quarter)
+    held_out = spill_questions(recorder.questions(options.seed + 3), quarter)
     report = ProbeReport(len(calls), len(held_out), options.rank)
     report.seconds["sample"] = clock() - started
 
     started = clock()
     if options.strategy == "joint":
-        options = options.sized(_samples(calls) + _samples(held_out))
-        calls, held_out = _drawn(source, target, calls, held_out, between, options)
-        calls, held_out = on_shelf(calls, quarter), on_shelf(held_out, quarter)
-    report.samples = (_samples(calls), _samples(held_out))
+        options = options.sized(_count_samples(calls) + _count_samples(held_out))
+        calls, held_out = _draw_samples(source, target, calls, held_out, between, options)
+        calls, held_out = spill_questions(calls, quarter), spill_questions(held_out, quarter)
+    report.samples = (_count_samples(calls), _count_samples(held_out))
     theirs, ours = find_blocks(source, calls[0].source), find_blocks(target, calls[0].target)
-    places = _places(source, target, ours, theirs, adapter, report)
+    places = _choose_modules(source, target, ours, theirs, adapter, report)
     report.modules = sum(len(found) for found in places.values())
     report.seconds["draw"] = clock() - started
 
@@ -162,7 +162,7 @@ def _transfer(
             options.progress(done, total, name)
 
     if options.strategy == "joint":
-        updates = _joint(
+        updates = _fit_jointly(
             source,
             target,
             adapter,
@@ -177,7 +177,7 @@ def _transfer(
             told,
         )
     else:
-        updates = blockwise.fit(
+        updates = blockwise.fit_blocks(
             source,
             target,
             adapter,
@@ -196,10 +196,10 @@ def _transfer(
     report.seconds["fit"] = clock() - started
 
     started = clock()
-    verdict = gate.judge(
+    verdict = gate.judge_updates(
         target,
         updates,
-        list(_wanted(source, target, adapter, held_out, between)),
+        list(_wanted_changes(source, target, adapter, held_out, between)),
         between.read,
         copied=rival,
     )
@@ -214,7 +214,7 @@ def _transfer(
     return ProbeTransfer(new, report)
 
 
-def _adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Adapter:
+def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Adapter:
     if isinstance(lora, Adapter):
         return lora
     if isinstance(lora, str | PathLike):
@@ -222,7 +222,7 @@ def _adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Ada
     return Adapter(dict(lora), format="diffusers")
 
 
-def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
+def _check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
     """Refuses before anything is sampled."""
     if not adapter.updates:
         raise ProLoRAError("the LoRA has no updates")
@@ -237,7 +237,7 @@ def _check(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
         weight_of(source, name, convolution=True)
 
 
-def _places(
+def _choose_modules(
     source: nn.Module,
     target: nn.Module,
     ours: Sequence[str],
@@ -271,13 +271,13 @@ def _places(
     return places
 
 
-def _drawn(
+def _draw_samples(
     source: nn.Module,
     target: nn.Module,
     calls: Sequence[Question],
     held_out: Sequence[Question],
     between: Translation,
-    options: Options,
+    options: FitSettings,
 ) -> tuple[list[Question], list[Question]]:
     """Samples to fit on and to judge on, in batches that mix many moments."""
     generator = torch.Generator().manual_seed(options.seed)
@@ -290,11 +290,11 @@ def _drawn(
     for origin in ORIGINS:  # apart, since the gate looks at each
         own = [question for question in held_out if question.origin == origin]
         limit = max(options.held_out // len(ORIGINS), 1)
-        judged += mixed(own, limit, limit, both, generator)
-    return mixed(calls, options.probes, options.batch, both, generator), judged
+        judged += mix_samples(own, limit, limit, both, generator)
+    return mix_samples(calls, options.probes, options.batch, both, generator), judged
 
 
-def _joint(
+def _fit_jointly(
     source: nn.Module,
     target: nn.Module,
     adapter: Adapter,
@@ -302,9 +302,9 @@ def _joint(
     places: dict[str, list[str]],
     between: Translation,
     rival: Mapping[str, LowRank],
-    options: Options,
+    options: FitSettings,
     report: ProbeReport,
-    keep: Keep,
+    keep: Checkpoints,
     made_of: str,
     told: Callable[[int, str], None],
 ) -> dict[str, LowRank]:
@@ -312,17 +312,17 @@ def _joint(
     key = (
         ""
         if keep.folder is None
-        else checkpoint.fingerprint(made_of, options.told(), checkpoint.updates(rival))
+        else checkpoint.hash_texts(made_of, options.told(), checkpoint.hash_updates(rival))
     )
     kept = keep.fitted("joint", key)
     if kept is not None:
         updates, facts = kept
         report.steps, report.start, report.resumed = facts["steps"], facts["start"], 1
         return updates
-    shelf = Shelf(None if options.max_memory is None else options.max_memory // 2)
+    shelf = SpillStore(None if options.max_memory is None else options.max_memory // 2)
     sizes, first = [], []
-    for i, found in enumerate(_wanted(source, target, adapter, calls, between)):
-        first += [found] if i < TRIED else []
+    for i, found in enumerate(_wanted_changes(source, target, adapter, calls, between)):
+        first += [found] if i < BATCHES_TO_TRY_COPY else []
         if options.progress:
             options.progress(i, len(calls), "asking")
         shelf.put(i, (found.plain, found.plain + found.change))
@@ -330,22 +330,22 @@ def _joint(
     queue: list[int] = []
     least = options.batch or 1
 
-    def draw() -> list[joint_fit.Probe]:
+    def draw() -> list[joint_fit.ProbeBatch]:
         """The batches of one step: every probe comes once before any comes again."""
         chosen: list[int] = []
         while sum(sizes[i] for i in chosen) < least:
             if not queue:
                 queue.extend(range(len(calls)))
             chosen.append(queue.pop(0))
-        return [joint_fit.Probe(calls[i].target, *shelf.get(i)) for i in chosen]
+        return [joint_fit.ProbeBatch(calls[i].target, *shelf.get(i)) for i in chosen]
 
     names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
-    start = dict(rival) if gate.serves(target, rival, first, between.read) else {}
+    start = dict(rival) if gate.copy_is_start(target, rival, first, between.read) else {}
     report.start = "copy" if start else "zero"
     halfway = keep.halfway("fit", key)
     outside = {name: start.pop(name) for name in list(start) if name not in names}
-    with applied(target, outside):  # copied and left so: what is fitted goes on from there
-        fitted = joint_fit.fit(
+    with apply_updates(target, outside):  # copied and left so: what is fitted goes on from there
+        fitted = joint_fit.fit_jointly(
             target,
             names,
             draw,
@@ -357,7 +357,7 @@ def _joint(
             halfway,
         )
     report.steps = fitted.history
-    updates = joint_fit.cut(fitted, options.rank) | outside
+    updates = joint_fit.cut_by_factors(fitted, options.rank) | outside
     facts = {"steps": fitted.history, "start": report.start}
     keep.keep_fitted("joint", key, updates, facts)
     if halfway:
@@ -365,24 +365,24 @@ def _joint(
     return updates
 
 
-def _samples(questions: Sequence[Question]) -> int:
-    return sum(samples(question.source) for question in questions)
+def _count_samples(questions: Sequence[Question]) -> int:
+    return sum(count_samples(question.source) for question in questions)
 
 
 @torch.no_grad()
-def _wanted(
+def _wanted_changes(
     source: nn.Module,
     target: nn.Module,
     adapter: Adapter,
     questions: Sequence[Question],
     between: Translation,
-) -> Iterator[gate.Wanted]:
+) -> Iterator[gate.WantedChange]:
     """What the target should do at each call."""
-    for start in range(0, len(questions), AT_ONCE):
-        some = questions[start : start + AT_ONCE]
+    for start in range(0, len(questions), CALLS_AT_ONCE):
+        some = questions[start : start + CALLS_AT_ONCE]
         before = [between.of_source(source, question) for question in some]
-        with applied(source, adapter.updates):
+        with apply_updates(source, adapter.updates):
             after = [between.of_source(source, question) for question in some]
         for question, v, w in zip(some, before, after, strict=True):
             plain = between.of_target(target, question)
-            yield gate.Wanted(question.target, plain, w - v, plain - v)
+            yield gate.WantedChange(question.target, plain, w - v, plain - v)

@@ -75,7 +75,7 @@ def time_between(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
     return theirs.time(ours.alpha(time)).to(time.device)
 
 
-def converted(
+def convert_prediction(
     ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor, prediction: Tensor
 ) -> Tensor:
     """A prediction of one kind as the other: ε = √ᾱ·v + √(1−ᾱ)·x and back.
@@ -97,7 +97,9 @@ def converted(
     return (prediction - noise * latent) / signal
 
 
-def check(source: Schedule, target: Schedule, same_class: bool, names: tuple[str, str]) -> None:
+def check_schedules(
+    source: Schedule, target: Schedule, same_class: bool, names: tuple[str, str]
+) -> None:
     """Refuses conventions that do not turn into each other.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..bases.base import Progress
 
 STRATEGIES = ("joint", "blocks")
-MOST = (1152, 192, 48)
+MAX_SAMPLES = (1152, 192, 48)
 """Samples to fit on, to judge on, and of a step, however much was sampled."""
 
 
@@ -70,7 +70,7 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Options:
+class FitSettings:
     """The choices of a probing.
 
     Attributes:
@@ -134,7 +134,7 @@ class Options:
         if self.resume is not None and not self.samplers:
             raise ValueError("resume needs samplers=TEXT that says what the samplers do")
 
-    def sized(self, recorded: int) -> Options:
+    def sized(self, recorded: int) -> FitSettings:
         """The options with numbers for None: fit and verdict take about three times the sampling.
 
         One sample costs a forward pass while it is recorded, three as a probe (source, source with
@@ -146,7 +146,7 @@ class Options:
         """
         probes, held_out, batch = (
             max(1, min(most, int(share * recorded)))
-            for most, share in zip(MOST, (0.23, 0.05, 0.39 / self.steps), strict=True)
+            for most, share in zip(MAX_SAMPLES, (0.23, 0.05, 0.39 / self.steps), strict=True)
         )
         return replace(
             self,

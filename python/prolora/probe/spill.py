@@ -12,13 +12,13 @@ from torch import Tensor
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import dump_safetensors
 from . import call_codec
-from .lazy import Lazy
+from .lazy import LazySequence
 from .trajectories import Call
 
 Bundle = tuple[Tensor, ...]
 
 
-class Shelf:
+class SpillStore:
     """Bundles of tensors under keys, each put once and taken once or more.
 
     All of it lies in the machine's memory, not in a GPU's; what is put while the bound is reached
@@ -74,10 +74,10 @@ class Shelf:
         return key in self._bundles or key in self._files
 
 
-class Rows(Lazy[Bundle]):
+class SpilledRows(LazySequence[Bundle]):
     """The bundles under (i, name) for i = 0, 1, …, each read when it is asked for."""
 
-    def __init__(self, shelf: Shelf, name: str, size: int) -> None:
+    def __init__(self, shelf: SpillStore, name: str, size: int) -> None:
         """Of a shelf."""
         self.shelf, self.name, self.size = shelf, name, size
 
@@ -95,27 +95,27 @@ class Rows(Lazy[Bundle]):
             self.shelf.take((i, self.name))
 
 
-def kept(calls: Iterable[Call], shelf: Shelf, name: str) -> Sequence[Call]:
+def spill_calls(calls: Iterable[Call], shelf: SpillStore, name: str) -> Sequence[Call]:
     """Calls one after the other onto a shelf; a plain list where it has no bound."""
     if shelf.max_bytes is None:
         return list(calls)
-    found = Calls(shelf, name)
+    found = SpilledCalls(shelf, name)
     for call in calls:
         found.append(call)
     return found
 
 
-class Calls(Lazy[Call]):
+class SpilledCalls(LazySequence[Call]):
     """Calls that lie on a shelf."""
 
-    def __init__(self, shelf: Shelf, name: str) -> None:
+    def __init__(self, shelf: SpillStore, name: str) -> None:
         """Empty; `name` must be nobody else's on the shelf."""
         self.shelf, self.name = shelf, name
         self.texts: list[str] = []
 
     def append(self, call: Call) -> None:
         """Puts one on the shelf."""
-        tensors, text = call_codec.encode([call])
+        tensors, text = call_codec.encode_calls([call])
         self.shelf.put((len(self.texts), self.name), tuple(tensors))
         self.texts.append(text)
 
@@ -125,7 +125,7 @@ class Calls(Lazy[Call]):
 
     def item(self, i: int) -> Call:
         """Call i."""
-        return call_codec.decode(self.shelf.get((i, self.name)), self.texts[i])[0]
+        return call_codec.decode_calls(self.shelf.get((i, self.name)), self.texts[i])[0]
 
     def drop(self) -> None:
         """Frees what they take."""

@@ -34,7 +34,7 @@ class Call:
     origin: str = ""
 
 
-def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
+def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:
     """The calls that a sampler makes to `model`, in order.
 
     Args:
@@ -47,7 +47,7 @@ def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Cal
         ProLoRAError: the sampler never called the model.
     """
     calls: list[Call] = []
-    known = _Known()
+    known = _TensorPool()
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(Call(known.copied(args), known.copied(kwargs), origin))
@@ -66,7 +66,7 @@ def record(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Cal
     return calls
 
 
-class _Known:
+class _TensorPool:
     """Finds what was recorded before: text embeddings are the same ones at every step."""
 
     def __init__(self) -> None:
@@ -105,13 +105,13 @@ def output_of(result: Any) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output_of) -> Tensor:
+def predict_call(model: nn.Module, call: Call, read: Callable[[Any], Tensor] = output_of) -> Tensor:
     """What the model predicts at a recorded call."""
     return read(model(*call.args, **call.kwargs))
 
 
 @contextlib.contextmanager
-def applied(
+def apply_updates(
     model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
 ) -> Iterator[None]:
     """The model with the updates in its weights, for a while; afterwards bit for bit as before.

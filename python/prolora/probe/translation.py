@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .trajectories import Call, output_of, predict
+from .trajectories import Call, output_of, predict_call
 
 Translate = Callable[[Call], Call]
 """A call recorded on one model -> the call that asks the other the same question."""
@@ -76,8 +76,8 @@ class Translation:
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:
         """What the source predicts, in the target's terms."""
-        return self.convert(question.source, predict(model, question.source, self.read))
+        return self.convert(question.source, predict_call(model, question.source, self.read))
 
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
         """What the target predicts."""
-        return predict(model, question.target, self.read)
+        return predict_call(model, question.target, self.read)

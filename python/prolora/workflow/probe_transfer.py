@@ -184,7 +184,7 @@ def run_probing(
 
     assert source.path is not None and target.path is not None
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
-    pair = pipelines.pair(models[0], models[1], options.probe)
+    pair = pipelines.pair_pipelines(models[0], models[1], options.probe)
     own = _drop_text_encoders(adapter.updates)
     chosen: dict[str, Any] = {
         "force": options.probe.force,
@@ -206,7 +206,7 @@ def run_probing(
         if options.progress:
             options.progress(next(images), 6 * options.probe.images, "sampling")
 
-    result = room.transfer(
+    result = room.fit_lora(
         pair.source.denoiser,
         pair.target.denoiser,
         adapter.with_updates(own),
