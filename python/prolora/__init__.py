@@ -9,8 +9,10 @@ from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
 from .core.damping import damped
 from .core.lowrank import LowRank
+from .core.methods import METHODS, Method, MethodName
 from .core.ops.operators import cuda_status, require_cuda
-from .core.projection import DEFAULT_RANK, METHODS, ProjectionInfo, project
+from .core.projection import DEFAULT_RANK, project
+from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
 from .errors import (
     LowCoverage,
@@ -38,6 +40,8 @@ __all__ = [
     "Description",
     "LowCoverage",
     "LowRank",
+    "Method",
+    "MethodName",
     "NonFiniteWeights",
     "Outcome",
     "OutputError",

@@ -1,5 +1,7 @@
 """project: equal to the papers' dense formulas, and the properties every method must have."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,14 @@ from spectra import related, weights
 
 from prolora import METHODS, LowRank, NonFiniteWeights, ShapeMismatch, project, truncated_svd
 from prolora.core import reference
+from prolora.core.methods import Needs
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
-METHOD = st.sampled_from(sorted(METHODS))
+# Those that know the weights by their bases, and those that `project` takes.
+BY_BASES = [name for name, method in METHODS.items() if method.split]
+PROJECT_METHODS = [name for name, method in METHODS.items() if method.needs is not Needs.MODELS]
+METHOD = st.sampled_from(sorted(BY_BASES))
+KAPPA = {"damped": {"kappa": 3.0}}
 
 
 def case(m, n, r, seed, drift=0.3):
@@ -105,33 +112,39 @@ def test_flipping_singular_pair_signs_changes_nothing(shape, method, seed, data)
     assert info.copy_distance == pytest.approx(float(info_after.copy_distance), abs=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROJECT_METHODS)
 def test_a_stack_equals_its_members(method):
     cases = [case(12, 18, 4, seed) for seed in range(5)]
     source, target = (torch.stack([c[i] for c in cases]) for i in (0, 1))
     delta = LowRank(torch.stack([c[2].up for c in cases]), torch.stack([c[2].down for c in cases]))
-    found, info = project(delta, source, target, rank=0.7, method=method, return_info=True)
+    found, info = project(
+        delta, source, target, rank=0.7, method=method, **KAPPA.get(method, {}), return_info=True
+    )
     for i, (ws, wt, update) in enumerate(cases):
-        alone, one = project(update, ws, wt, rank=0.7, method=method, return_info=True)
+        alone, one = project(
+            update, ws, wt, rank=0.7, method=method, **KAPPA.get(method, {}), return_info=True
+        )
         torch.testing.assert_close(found.dense()[i], alone.dense())
         assert float(info.norm_ratio[i]) == pytest.approx(float(one.norm_ratio))
         assert float(info.surviving_energy[i]) == pytest.approx(float(one.surviving_energy))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROJECT_METHODS)
 def test_inputs_are_untouched(method):
     source, target, delta = case(10, 8, 3, seed=0)
     copies = [x.clone() for x in (source, target, delta.up, delta.down)]
-    project(delta, source, target, rank=4, method=method)
-    project(delta.dense(), source, target, rank=4, method=method)
+    project(delta, source, target, rank=4, method=method, **KAPPA.get(method, {}))
+    project(delta.dense(), source, target, rank=4, method=method, **KAPPA.get(method, {}))
     for before, after in zip(copies, (source, target, delta.up, delta.down), strict=True):
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PROJECT_METHODS)
 def test_every_method_is_a_contraction_and_the_account_adds_up(method):
     source, target, delta = case(20, 16, 4, seed=3)
-    found, info = project(delta, source, target, rank=6, method=method, return_info=True)
+    found, info = project(
+        delta, source, target, rank=6, method=method, **KAPPA.get(method, {}), return_info=True
+    )
     blocks = info.range_energy + info.null_energy + info.range_null_energy + info.null_range_energy
     assert float(blocks) == pytest.approx(1)
     assert float(info.norm_ratio) <= 1 + 1e-9
@@ -268,3 +281,59 @@ def test_parameters_are_taken_as_updates_and_gradients_reach_them(method):
         torch.autograd.grad(moved.dense().square().sum(), (up, down)), wanted, strict=True
     ):
         assert torch.allclose(found, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_damped_is_a_method_of_project_too(conv):
+    source, target, delta = case(12, 18, 3, seed=4)
+    wanted = reference.damp_dense(delta.dense(), source, target, 5.0)
+    options = {"method": "damped", "kappa": 5.0}
+    moved, info = project(delta, source, target, **options, return_info=True)
+    assert moved.rank == delta.rank
+    assert relative(moved.dense(), wanted) < 1e-10
+    shape = (12, 2, 3, 3) if conv else (12, 18)
+    dense, same = project(
+        *(w.reshape(shape) for w in (delta.dense(), source, target)), **options, return_info=True
+    )
+    assert dense.shape == shape and relative(dense.reshape(12, 18), wanted) < 1e-10
+    for account in (info, same):
+        ratio = float(wanted.norm() / delta.dense().norm())
+        assert float(account.norm_ratio) == pytest.approx(ratio)
+        assert float(account.copy_distance) == pytest.approx(relative(wanted, delta.dense()))
+
+
+def test_a_kappa_belongs_to_damped_and_damped_to_weights():
+    source, target, delta = case(9, 7, 2, seed=0)
+    for options, words in (
+        ({"method": "damped"}, "needs kappa"),
+        ({"method": "damped", "kappa": -1.0}, "kappa must be"),
+        ({"method": "damped", "kappa": float("nan")}, "kappa must be"),
+        ({"method": "copy", "kappa": 1.0}, "kappa is for method 'damped'"),
+        ({"method": "probe"}, "runs the models"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            project(delta, source, target, **options)
+    with pytest.raises(ValueError, match="not their Basis"):
+        project(delta, truncated_svd(source, 3), target, method="damped", kappa=1.0)
+
+
+def test_what_needs_no_bases_factorises_nothing(monkeypatch):
+    source, target, delta = case(9, 7, 2, seed=0)
+
+    def refuse(*args, **options):
+        raise AssertionError("an SVD that nobody needs")
+
+    monkeypatch.setattr(sys.modules["prolora.core.projection"], "truncated_svd", refuse)
+    copied = project(delta, source, target, method="copy")
+    assert torch.equal(copied.up, delta.up) and copied.up.data_ptr() != delta.up.data_ptr()
+    dense = delta.dense()
+    copied = project(dense, source, target, method="copy")
+    assert torch.equal(copied, dense) and copied.data_ptr() != dense.data_ptr()
+    project(delta, source, target, method="damped", kappa=1.0)
+
+
+def test_kernels_of_two_shapes_and_one_size_are_different_shapes():
+    ws, wt = torch.randn(16, 8, 3, 3), torch.randn(16, 72, 1, 1)
+    pair = torch.randn(16, 2), torch.randn(2, 72)
+    with pytest.raises(ShapeMismatch, match="W_tgt"):
+        project(pair, ws, wt, rank=4)

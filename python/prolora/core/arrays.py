@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import torch.utils.dlpack
 from torch import Tensor
+
+
+class SupportsDLPack(Protocol):
+    """An array that other libraries can read in place, as numpy's and cupy's."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any:
+        """Hands out the memory."""
+        ...
 
 
 def to_tensor(array: Any) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .lowrank import LowRank
+from .precision import working_dtype
 from .svd.products import lower_gram
 
 
@@ -36,7 +37,15 @@ def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor
         The updates of the target, of the same rank and dtype. Flops ≈ 2mn·min(m, n) per matrix
         for the Gram matrix and min(m, n)³ for its factorisation.
     """
+    check_kappa(kappa)
     return Damper(source, target, delta.up.dtype).at(kappa)(delta)
+
+
+def check_kappa(kappa: float | Tensor) -> None:
+    """Raises ValueError unless κ, one number or several, is finite and at least 0."""
+    values = torch.as_tensor(kappa, dtype=torch.float64)
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"kappa must be a finite number ≥ 0, not {kappa!r}")
 
 
 class Damper:
@@ -44,7 +53,8 @@ class Damper:
 
     def __init__(self, source: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Takes W_s and W_t [..., m, n]; works in `dtype` or float32, whichever is wider."""
-        self._work = torch.promote_types(dtype, torch.float32)
+        self._work = working_dtype(dtype)
+        source, target = source.detach(), target.detach()
         ours = source.to(self._work)  # any storage dtype; float8 takes part in no arithmetic
         # In place: touching memory for the first time takes as long as what is computed there.
         self._drift = target.to(self._work, copy=True).sub_(ours)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.projection import ProjectionInfo
+from ..core.projection_info import ProjectionInfo
 from ..core.similarity import ANGLE_SHARES
 
 MEDIAN = ANGLE_SHARES.index(0.5)

@@ -9,7 +9,8 @@ from os import PathLike
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
-from ..core.projection import DEFAULT_RANK, METHODS
+from ..core.methods import METHODS
+from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, check_rank
 from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
@@ -19,8 +20,8 @@ TEXT_ENCODER = ("copy", "project", "skip")
 DROPPED = ("skip", "sum")
 VECTORS = ("copy", "skip")
 PROBE = "probe"
-METHOD_NAMES = (AUTO, *METHODS, "damped", PROBE)
-"""What `transfer` takes; `project` takes `METHODS`."""
+METHOD_NAMES = (AUTO, *METHODS)
+"""What `transfer` takes."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Options:
     """How to transfer; each choice the paper leaves open is named here and reported.
 
     Attributes:
-        method: a name of `projection.METHODS`; "damped" (see `damping`); or "auto": what the study
-            in docs/evidence.md found best for bases as far apart as these; "probe" (see `probing`),
-            which runs the models and needs pipeline folders.
+        method: a name of `METHODS`; "auto" takes what the study
+            in docs/evidence.md found best for bases as far apart as these; "probe" runs the models
+            and needs pipeline folders.
         rank: columns of the subspaces, or the share of energy they hold.
         match: "name"; "similarity" (see `matching`); a JSON file or a mapping {target module:
             source module}.
