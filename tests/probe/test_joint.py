@@ -8,13 +8,21 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
 from prolora import LowRank, probe
-from prolora.probe import gate, joint_fit
+from prolora.probe import curvature, gate
 from prolora.probe.batches import count_samples, mix_samples
-from prolora.probe.block_fit import rank_for
+from prolora.probe.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
+from prolora.probe.linearisation import ProbeBatch
+from prolora.probe.low_rank import count_directions
 from prolora.probe.trajectories import Call, predict_call, record_calls
 from prolora.probe.translation import Question
 
 __all__ = ["lora", "source"]  # fixtures
+
+
+def fit(
+    model: nn.Module, names: list[str], probes: list[ProbeBatch], steps: int, damping: float
+) -> JointFit:
+    return fit_jointly(JointProblem(model, names, lambda y: y, lambda: probes, steps, damping))
 
 
 def test_a_linear_model_is_solved_exactly_in_a_few_steps():
@@ -23,8 +31,8 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     x, update = torch.randn(400, 6), torch.randn(5, 6)
     with torch.no_grad():
         plain = model(x)
-    probes = [joint_fit.ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
-    found = joint_fit.fit_jointly(model, ["0"], lambda: probes, lambda y: y, 6, 1e-6)
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
+    found = fit(model, ["0"], probes, 6, 1e-6)
     torch.testing.assert_close(found.updates["0"], update, atol=2e-2, rtol=2e-2)
     assert found.history[0] == pytest.approx(0, abs=1e-6)
     assert found.history[-1] > 0.999
@@ -37,12 +45,12 @@ def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(mo
     with torch.no_grad():
         plain = model(x)
         wanted = model(x @ (torch.eye(6) + 0.1 * torch.randn(6, 6)))
-    probes = [joint_fit.ProbeBatch(Call((x,), {}), plain, wanted)]
+    probes = [ProbeBatch(Call((x,), {}), plain, wanted)]
     for limit in (100, 5):
-        monkeypatch.setattr(joint_fit, "MAX_FACTOR", limit)
-        found = joint_fit.fit_jointly(model, ["0", "2"], lambda: probes, lambda y: y, 8, 1.0)
+        monkeypatch.setattr(curvature, "MAX_FACTOR", limit)
+        found = fit(model, ["0", "2"], probes, 8, 1.0)
         assert found.history[-1] > 0.9, limit
-        assert joint_fit.cut_by_factors(found, 2)["0"].shape == (5, 6)
+        assert cut_updates(found, 2)["0"].shape == (5, 6)
 
 
 class WithBlindEnd(nn.Module):
@@ -60,26 +68,24 @@ class WithBlindEnd(nn.Module):
 def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
     torch.manual_seed(0)
     x = torch.randn(50, 6)
-    probes = [joint_fit.ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
-    found = joint_fit.fit_jointly(
-        WithBlindEnd(), ["used", "idle", "asleep"], lambda: probes, lambda y: y, 3, 1.0
-    )
-    assert set(joint_fit.cut_by_factors(found, 4)) == {"used"}
+    probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
+    found = fit(WithBlindEnd(), ["used", "idle", "asleep"], probes, 3, 1.0)
+    assert set(cut_updates(found, 4)) == {"used"}
 
 
 def test_the_cut_at_full_rank_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
     x = torch.randn(50, 6)
-    probes = [joint_fit.ProbeBatch(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
-    found = joint_fit.fit_jointly(model, ["0"], lambda: probes, lambda y: y, 1, 1.0)
-    torch.testing.assert_close(joint_fit.cut_by_factors(found, 5)["0"].dense(), found.updates["0"])
+    probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
+    found = fit(model, ["0"], probes, 1, 1.0)
+    torch.testing.assert_close(cut_updates(found, 5)["0"].dense(), found.updates["0"])
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
-    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 0.8) == 1
-    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 0.85) == 2
-    assert rank_for(torch.tensor([3.0, 1.0, 1.0]), 7) == 3
+    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.8) == 1
+    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.85) == 2
+    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 7) == 3
     found = run(source, permuted(source), lora, rank=0.9, steps=6)
     ranks = {update.rank for update in found.adapter.updates.values()}
     assert 1 <= min(ranks) < max(ranks) <= 12

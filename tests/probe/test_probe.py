@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
-from prolora.probe import block_fit
+from prolora.probe.block_fit import BlockProblem, fit_block
+from prolora.probe.low_rank import cut_to_rank
 from prolora.probe.ridge_map import RidgeMap
-from prolora.probe.trajectories import apply_updates, predict_call, record_calls
+from prolora.probe.trajectories import Call, apply_updates, predict_call, record_calls
 
 WIDTH, BLOCKS = 12, 3
 
@@ -256,10 +257,10 @@ def test_a_linear_block_is_solved_as_dense_ridge_would():
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(6, 5, bias=False))
     x, wanted = torch.randn(200, 6), torch.randn(200, 5)
-    calls = [block_fit.Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
+    calls = [Call((x[i : i + 50],), {}, "source") for i in range(0, 200, 50)]
     targets = [(wanted[i : i + 50],) for i in range(0, 200, 50)]
-    problem = block_fit.BlockProblem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
-    update = block_fit.fit_block(problem)[0]["0"]
+    problem = BlockProblem(block, ["0"], calls, targets, lambda y: (y,), 1e-8, 12)
+    update = fit_block(problem)[0]["0"]
     exact = torch.linalg.lstsq(x, wanted).solution.mT - block[0].weight.detach()
     torch.testing.assert_close(update.float(), exact, atol=2e-3, rtol=2e-3)
 
@@ -268,6 +269,6 @@ def test_the_cut_keeps_what_the_inputs_can_see():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 6, generator=generator) * torch.tensor([1, 1, 1, 1e-3, 1e-3, 1e-3])
     update = torch.randn(6, 6, generator=generator).double()
-    small = block_fit.cut_by_gram(update, (x.mT @ x).double(), 3)
+    small = cut_to_rank(update, None, (x.mT @ x).double(), 3, 1e-3)
     got, wanted = x @ small.dense().mT, x @ update.float().mT
     assert (got - wanted).norm() < 0.01 * wanted.norm()

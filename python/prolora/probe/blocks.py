@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ProLoRAError
+from .hooks import capture_first_call, keep_hooks
 from .trajectories import Call
 
 BLOCK_CLASSES = ("BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
@@ -18,10 +19,6 @@ Streams = tuple[Tensor, ...]
 """One block's outputs, each [n, tokens, width]: UNets have one, FLUX text and image."""
 
 
-class _ReachedBlock(Exception):
-    """Ends a forward pass at the block whose inputs are wanted."""
-
-
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
     """The names of a model's blocks, in the order in which they run.
 
@@ -29,17 +26,13 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
         ProLoRAError: the model has no block of a known class.
     """
     order: list[str] = []
-    hooks = [
+    hooks = (
         module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
         for name, module in model.named_modules()
         if type(module).__name__ in BLOCK_CLASSES
-    ]
-    try:
-        with torch.no_grad():
-            model(*call.args, **call.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with keep_hooks(hooks), torch.no_grad():
+        model(*call.args, **call.kwargs)
     if not order:
         raise ProLoRAError(
             f"{type(model).__name__} has no block that probing knows ({', '.join(BLOCK_CLASSES)})"
@@ -55,39 +48,30 @@ def as_streams(output: Any) -> Streams:
 @torch.no_grad()
 def read_streams(model: nn.Module, names: Collection[str], call: Call) -> dict[str, Streams]:
     """The outputs of the named blocks during one call."""
-    found: dict[str, Streams] = {}
+    streams: dict[str, Streams] = {}
 
     def keep(name: str, output: Any) -> None:
-        found[name] = as_streams(output)
+        streams[name] = as_streams(output)
 
-    hooks = [
+    hooks = (
         model.get_submodule(name).register_forward_hook(
             lambda _module, _args, output, name=name: keep(name, output)
         )
         for name in names
-    ]
-    try:
+    )
+    with keep_hooks(hooks):
         model(*call.args, **call.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    return streams
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, name: str, call: Call) -> Call:
-    """What a block is called with during one call of the model; the pass ends there."""
-    reached: list[Call] = []
+def capture_inputs(model: nn.Module, name: str, call: Call) -> Call:
+    """What a block is called with during one call of the model; the pass ends there.
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(Call(args, kwargs, call.origin))
-        raise _ReachedBlock
-
-    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(*call.args, **call.kwargs)
-    except _ReachedBlock:
-        pass
-    finally:
-        hook.remove()
-    return reached[0]
+    Raises:
+        ProLoRAError: the model does not run the block.
+    """
+    inputs = capture_first_call(model.get_submodule(name), lambda: model(*call.args, **call.kwargs))
+    if inputs is None:
+        raise ProLoRAError(f"{type(model).__name__} did not run its block {name}")
+    return Call(*inputs, call.origin)

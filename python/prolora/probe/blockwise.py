@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..core.lowrank import LowRank
 from . import block_fit, checkpoint
-from .blocks import as_streams, inputs_of, read_streams
+from .blocks import as_streams, capture_inputs, read_streams
 from .checkpoint import Checkpoints
+from .low_rank import cut_to_rank
 from .recording import TargetCalls
 from .report import BlockReport, ProbeReport
 from .ridge_map import RidgeMap, source_features
@@ -22,6 +23,8 @@ from .trajectories import apply_updates
 from .translation import Question, Read, Translation
 
 STEP_LENGTHS = (1.0, 0.5, 0.25)
+CUT_DAMPING = 1e-3
+"""Of the Gram matrices at the cut to low rank, relative to their mean eigenvalue."""
 MAP_BYTES = 4 << 30
 """Of covariances and maps that are held at a time."""
 
@@ -249,7 +252,7 @@ def _fit_block(
             )
         else:
             limit = None if options.max_memory is None else options.max_memory // 4
-            read_by = (inputs_of(target, block, call.target) for call in calls)
+            read_by = (capture_inputs(target, block, call.target) for call in calls)
             problem = block_fit.BlockProblem(
                 target.get_submodule(block),
                 roles,
@@ -284,7 +287,7 @@ def _solve_block(problem: block_fit.BlockProblem, options: FitSettings) -> dict[
             break  # no step helps
         total, best = steps[length], reached[length]
     return {
-        name: block_fit.cut_by_gram(d.double(), grams[name], options.rank)
+        name: cut_to_rank(d.double(), None, grams[name], options.rank, CUT_DAMPING)
         for name, d in total.items()
     }
 

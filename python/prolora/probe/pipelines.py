@@ -19,19 +19,16 @@ from ..bases.folder import MODELS, choose_candidate, open_folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
 from . import schedules
 from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
+from .hooks import FirstCallReached, capture_first_call, keep_hooks
 from .precision import HALVES
 from .schedules import Schedule
 from .settings import Probing
 from .trajectories import Call, Sample, output_of
 from .translation import Translation
 
-# Neither is run when latents are asked for; a pipeline does without them.
 _FITTING = ("force", "resume", "strategy", "fit_steps")  # nothing to do with what is sampled
+# None of these runs when latents are asked for; a pipeline works without them.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-
-
-class _ReachedDenoiser(Exception):
-    """Ends a pipeline at the first call of its denoiser."""
 
 
 class Pipeline:
@@ -94,18 +91,17 @@ class Pipeline:
         hook = self.denoiser.register_forward_pre_hook(
             _one_time_a_sample, with_kwargs=True, prepend=True
         )
-        try:
-            with torch.no_grad():
-                self.pipe(**given)
-        except (_ReachedDenoiser, ProLoRAError):
-            raise
-        except Exception as error:  # diffusers and models raise what they like
-            raise ProLoRAError(
-                f"{self.name}: its {type(self.pipe).__name__} cannot sample from a prompt alone: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        finally:
-            hook.remove()
+        with keep_hooks([hook]):
+            try:
+                with torch.no_grad():
+                    self.pipe(**given)
+            except (FirstCallReached, ProLoRAError):
+                raise
+            except Exception as error:  # diffusers and models raise what they like
+                raise ProLoRAError(
+                    f"{self.name}: its {type(self.pipe).__name__} cannot sample from a prompt "
+                    f"alone: {type(error).__name__}: {error}"
+                ) from error
 
     def sampler(self, settings: Probing, done: Callable[[], None] | None = None) -> Sample:
         """Samples every image of one set of trajectories, prompts in turn; calls `done` after each.
@@ -150,19 +146,9 @@ class Pipeline:
         return PromptTable(self.denoiser, [*entries, negative or entries[-1]], found.time)
 
     def _first_call(self, prompt: str, settings: Probing) -> Call:
-        calls: list[Call] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(args, kwargs))
-            raise _ReachedDenoiser
-
-        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.run(prompt, settings, 0)
-        except _ReachedDenoiser:
-            return calls[0]
-        finally:
-            hook.remove()
+        inputs = capture_first_call(self.denoiser, lambda: self.run(prompt, settings, 0))
+        if inputs is not None:
+            return Call(*inputs)
         raise ProLoRAError(f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser")
 
 

@@ -20,6 +20,7 @@ from . import blockwise, checkpoint, gate, joint_fit
 from .batches import count_samples, mix_samples
 from .blocks import find_blocks
 from .checkpoint import Checkpoints
+from .linearisation import ProbeBatch
 from .precision import HALVES, in_float32
 from .recording import Recorder, spill_questions
 from .report import BlockReport, ProbeReport
@@ -330,14 +331,14 @@ def _fit_jointly(
     queue: list[int] = []
     least = options.batch or 1
 
-    def draw() -> list[joint_fit.ProbeBatch]:
+    def draw() -> list[ProbeBatch]:
         """The batches of one step: every probe comes once before any comes again."""
         chosen: list[int] = []
         while sum(sizes[i] for i in chosen) < least:
             if not queue:
                 queue.extend(range(len(calls)))
             chosen.append(queue.pop(0))
-        return [joint_fit.ProbeBatch(calls[i].target, *shelf.get(i)) for i in chosen]
+        return [ProbeBatch(calls[i].target, *shelf.get(i)) for i in chosen]
 
     names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
     start = dict(rival) if gate.copy_is_start(target, rival, first, between.read) else {}
@@ -345,19 +346,14 @@ def _fit_jointly(
     halfway = keep.halfway("fit", key)
     outside = {name: start.pop(name) for name in list(start) if name not in names}
     with apply_updates(target, outside):  # copied and left so: what is fitted goes on from there
+        problem = joint_fit.JointProblem(
+            target, names, between.read, draw, options.steps, options.damping
+        )
         fitted = joint_fit.fit_jointly(
-            target,
-            names,
-            draw,
-            between.read,
-            options.steps,
-            options.damping,
-            start,
-            lambda step: told(step, f"step {step + 1}"),
-            halfway,
+            problem, start, lambda step: told(step, f"step {step + 1}"), halfway
         )
     report.steps = fitted.history
-    updates = joint_fit.cut_by_factors(fitted, options.rank) | outside
+    updates = joint_fit.cut_updates(fitted, options.rank) | outside
     facts = {"steps": fitted.history, "start": report.start}
     keep.keep_fitted("joint", key, updates, facts)
     if halfway:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, ShapeMismatch
+from .hooks import keep_hooks
 from .precision import HALVES
 
 Sample = Callable[[int], Any]
@@ -53,11 +54,8 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
         calls.append(Call(known.copied(args), known.copied(kwargs), origin))
 
     hook = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            sample(seed)
-    finally:
-        hook.remove()
+    with keep_hooks([hook]), torch.no_grad():
+        sample(seed)
     if not calls:
         raise ProLoRAError(
             f"the sampler of the {origin} trajectories never called the model it was given for; "
