@@ -13,7 +13,7 @@ from spectra import weights
 
 import prolora
 from prolora.bases.cache import basis_cache as cache_module
-from prolora.bases.cache import basis_file, cache_files
+from prolora.bases.cache import basis_file, cache_files, cache_folder
 from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")
@@ -213,7 +213,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         for path in tmp_path.iterdir()
         if path.name != "x"
         for path in path.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != cache_folder.MARKER
     ]
 
 
@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(stack, tmp_path, caplog):
     wanted = BasisCache(tmp_path / "a").bases(stack, 5)
     blocked = tmp_path / "b"
     blocked.mkdir()
-    (blocked / f"v{cache_module.VERSION}").write_text("in the way, also of root")
+    (blocked / f"v{cache_folder.VERSION}").write_text("in the way, also of root")
     same(BasisCache(blocked).bases(stack, 5), wanted)
     assert caplog.text.count("bases are not kept") == 1
 

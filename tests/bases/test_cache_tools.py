@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
+import sys
 import time
 
 import pytest
+import torch
 from mini import source_weights, target_weights, write_folder
+from safetensors.torch import save_file
 from spectra import weights
 from typer.testing import CliRunner
 
 import prolora
-from prolora.bases.cache import maintenance
+from prolora.bases.cache import cache_folder, maintenance
 from prolora.bases.cache.basis_cache import BasisCache
 from prolora.cli import app
 from prolora.cli.basis import parse_age
@@ -87,19 +91,124 @@ def test_pruning_removes_leftovers_and_nothing_that_is_of_use(filled):
     folder, *_ = filled
     whole = size_of(folder)
     version = next(folder.glob("v*"))
-    stale, fresh = version / "ab" / ".prolora-1.tmp", version / ".prolora-2.tmp"
-    old, mine = folder / "cd" / f"{'0' * 64}.safetensors", folder / "notes-of-mine.txt"
-    for path in (stale, fresh, old, mine):
+    stale, fresh = (
+        version / "ab" / f".prolora-{'1' * 16}.tmp",
+        version / f".prolora-{'2' * 16}.tmp",
+    )
+    old = folder / "cd" / f"cd{'0' * 62}.safetensors"
+    mine = [folder / "notes-of-mine.txt", folder / "cd" / f"cd{'1' * 62}.safetensors"]
+    for path in (stale, fresh, old, *mine):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x" * 10)
+    basis = next(version.rglob("*.safetensors")).read_bytes()
+    old.write_bytes(basis)
     os.utime(stale, (time.time() - 10_000,) * 2)
     assert maintenance.take_inventory(folder).temporary == (2, 20)
+    wanted = (2, 10 + len(basis))
     said = maintenance.prune_cache(folder, dry_run=True)
-    assert (said.files, said.size) == (2, 20) and stale.exists()
+    assert (said.files, said.size) == wanted and stale.exists()
     said = maintenance.prune_cache(folder)
-    assert (said.files, said.size) == (2, 20)
-    assert fresh.exists() and mine.exists() and not stale.exists() and not old.exists()
-    assert size_of(folder) == whole + 20
+    assert (said.files, said.size) == wanted
+    assert fresh.exists() and all(path.exists() for path in mine)
+    assert not stale.exists() and not old.exists()
+    assert size_of(folder) == whole + 30
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pruning_leaves_files_of_others_in_a_folder_that_is_called_like_ours(tmp_path):
+    for name in ("v1/settings.json", "v1/xl/a.safetensors", "v2/aa/b.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    # Stores that name files by their content have such names as well.
+    stored = tmp_path / "aa" / f"aa{'0' * 62}.safetensors"
+    stored.parent.mkdir()
+    save_file({"x": torch.zeros(2)}, stored)
+    (tmp_path / "v2" / f"index-{'0' * 32}.json").write_text("{}")
+    (tmp_path / "v2" / f".prolora-{'0' * 16}.tmp").write_text("somebody's result")
+    before = snapshot(tmp_path)
+    for everything in (False, True):
+        said = maintenance.prune_cache(tmp_path, everything=everything, older_than=0, max_size=0)
+        assert (said.files, said.size, said.left) == (0, 0, 0)
+    assert snapshot(tmp_path) == before
+    # Nor does a cache that is made beside them take them over.
+    cache = BasisCache(tmp_path)
+    cache.bases(weights(8, 8, 0)[None], 2)
+    maintenance.prune_cache(tmp_path, everything=True)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_pruning_follows_no_link(filled, tmp_path):
+    folder, *_ = filled
+    home = tmp_path / "home"
+    for name in (f"aa{'0' * 62}.safetensors", f".prolora-{'0' * 16}.tmp", "mine.safetensors"):
+        home.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"mine")
+        os.utime(home / name, (1, 1))
+    shutil.copy(next(folder.rglob("*.safetensors")), home / f"aa{'1' * 62}.safetensors")
+    version = next(folder.glob("v*"))
+    shutil.rmtree(version / "aa", ignore_errors=True)
+    (version / "aa").symlink_to("../../home")
+    (folder / "v9").symlink_to(version)
+    (folder / "aa").symlink_to(home)
+    before = snapshot(home)
+    maintenance.prune_cache(folder, older_than=0, everything=True)
+    assert snapshot(home) == before and (version / "aa").is_symlink()
+    assert not list(version.rglob("*.safetensors"))
+
+
+def test_a_cache_without_a_marker_is_pruned_by_what_its_files_hold(filled):
+    """One that was made before there were markers."""
+    folder, *_ = filled
+    version = next(folder.glob("v*"))
+    (version / cache_folder.MARKER).unlink()
+    mine = version / "ab" / f"ab{'0' * 62}.safetensors"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"mine")
+    assert sum(shelf.count for shelf in maintenance.take_inventory(folder).shelves) == 20
+    maintenance.prune_cache(folder, everything=True)
+    assert snapshot(folder) == {mine: b"mine"}
+
+
+def test_the_marker_says_whose_folder_it_is_and_goes_last(filled):
+    folder, *_ = filled
+    marker = next(folder.glob("v*")) / "CACHEDIR.TAG"
+    assert marker.read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+    last = next(folder.rglob("*.safetensors"))
+    os.utime(last, (time.time() + 60,) * 2)
+    maintenance.prune_cache(folder, older_than=0)
+    assert set(snapshot(folder)) == {marker, last}
+    maintenance.prune_cache(folder, everything=True)
+    assert folder.is_dir() and not list(folder.iterdir())
+
+
+def test_a_file_that_another_process_removes_meanwhile_is_no_error(filled, monkeypatch):
+    folder, source, _ = filled
+    files = sorted(folder.rglob("*.safetensors"))
+    listed, scan = maintenance.list_entries, cache_folder._scan_folder
+
+    def removed(paths, path):
+        for victim in paths:
+            victim.unlink(missing_ok=True)
+        return path
+
+    monkeypatch.setattr(
+        cache_folder, "_scan_folder", lambda path: removed([files[0]], list(scan(path)))
+    )
+    assert maintenance.measure_cache(folder) == size_of(folder)
+    files[0].touch()
+    assert sum(shelf.count for shelf in maintenance.take_inventory(folder).shelves) == 19
+    monkeypatch.setattr(
+        maintenance, "list_entries", lambda path: removed(files[1:3], list(listed(path)))
+    )
+    found = maintenance.verify_cache(folder, source, 0.9)
+    assert found.ok and found.checked == 17 and not found.damaged
+    for path in files[1:3]:
+        path.touch()
+    assert maintenance.prune_cache(folder, older_than=-60).left == size_of(folder)
 
 
 def test_pruning_takes_what_was_not_used_for_longest(filled):

@@ -33,10 +33,9 @@ from ...errors import OutputError, UnsupportedFormat
 from ..base import Base
 from . import basis_file
 from .basis_file import StoredBasis
+from .cache_folder import VERSION, create_versioned_folder, versioned_folder
 from .tables import JsonTable
 
-# Part of every name: raise it when an algorithm's results change.
-VERSION = 2
 # What bases are computed to, `truncated_svd`'s default.
 TOLERANCE = 1e-3
 CACHE_VARIABLE = "PROLORA_CACHE"
@@ -84,7 +83,7 @@ class BasisCache:
         self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
-        self._failed = False
+        self._failed = self._created = False
         if self.folder is None:
             return
         try:
@@ -201,7 +200,8 @@ class BasisCache:
     def save(self) -> None:
         """Writes the index and the tables."""
         for notes in self._notes.values():
-            self._try(notes.save)
+            if notes.changed:
+                self._try(notes.save)
 
     def _index(self, base: Base) -> JsonTable:
         return self._table("index", str(base.path))
@@ -209,14 +209,14 @@ class BasisCache:
     def _table(self, kind: str, of: str) -> JsonTable:
         name = f"{kind}-{_short_hash(of)}.json"
         if name not in self._notes:
-            path = self.folder and self.folder / f"v{VERSION}" / name
+            path = self.folder and versioned_folder(self.folder) / name
             self._notes[name] = JsonTable(path)
         return self._notes[name]
 
     def path(self, name: str) -> Path:
         """Where the basis of that name (`basis_name`) lies, or would lie."""
         assert self.folder is not None
-        return self.folder / f"v{VERSION}" / name[:2] / f"{name}.safetensors"
+        return versioned_folder(self.folder) / name[:2] / f"{name}.safetensors"
 
     def _read_all(self, names: list[str], shape: tuple[int, int]) -> list[StoredBasis | None]:
         # In turn: threads that open files, each a moment, wait for each other's Python.
@@ -257,9 +257,12 @@ class BasisCache:
 
     def _try(self, write: Any) -> None:
         """Writes; a full or read-only disk costs only the time to come, and is tried once."""
-        if self._failed:
+        if self._failed or self.folder is None:
             return
         try:
+            if not self._created:
+                create_versioned_folder(self.folder)
+                self._created = True
             write()
         except OSError as error:
             self._failed = True

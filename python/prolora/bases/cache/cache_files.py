@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# A process that is killed leaves a file of this kind behind; it is never read, only removed.
-TEMPORARY = ".prolora-*.tmp"
 _PAGE_WORDS = 1024
 
 
@@ -29,7 +27,8 @@ def publish_file(path: Path, write: Callable[[Path], None]) -> None:
         OSError: the disk is full, the folder is not writable, …; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
+    # A process that is killed leaves this file behind; it is never read, only removed.
+    temporary = path.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)

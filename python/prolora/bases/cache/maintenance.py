@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,8 +17,8 @@ from ...core.rank_rule import Rank
 from ...errors import ProLoRAError
 from .. import open_base
 from . import basis_file
-from .basis_cache import VERSION, BasisCache, basis_name, hash_weight
-from .cache_files import TEMPORARY
+from .basis_cache import BasisCache, basis_name, hash_weight
+from .cache_folder import VERSION, CacheEntry, list_entries, remove_entries
 
 Progress = Callable[[int, int, str], None]
 
@@ -66,7 +66,7 @@ class Inventory:
         folder: which.
         shelves: bases of this version, by base model and rank rule.
         size: bytes of everything, index and tables too.
-        notes: bytes of index and tables.
+        notes: bytes of index, tables and marker.
         temporary: (files, bytes) that writers at work, or killed, have left.
         foreign: (files, bytes) of other versions, and what is damaged.
     """
@@ -93,23 +93,23 @@ def take_inventory(folder: str | PathLike[str]) -> Inventory:
         counts[kind][0] += 1
         counts[kind][1] += size
 
-    for path in _list_files(folder):
-        status = path.stat()
-        if path.match(TEMPORARY):
-            count("temporary", status.st_size)
-        elif path.suffix == ".json":
-            count("notes", status.st_size)
-        elif _file_version(path, folder) != VERSION:
-            count("foreign", status.st_size)
+    for entry in list_entries(folder):
+        if entry.kind == "temporary":
+            count("temporary", entry.size)
+        elif entry.version != VERSION:
+            count("foreign", entry.size)
+        elif entry.kind != "basis":
+            count("notes", entry.size)
         else:
             try:
-                facts, sizes = basis_file.read_basis_header(path)
+                facts, sizes = basis_file.read_basis_header(entry.path)
                 place = str(facts.get("base", "")), str(facts.get("rule", ""))
-            except (ProLoRAError, OSError):
-                count("foreign", status.st_size)
+            except FileNotFoundError:
                 continue
-            row = (facts, sizes, status.st_size, status.st_mtime)
-            shelves.setdefault(place, []).append(row)
+            except (ProLoRAError, OSError):
+                count("foreign", entry.size)
+                continue
+            shelves.setdefault(place, []).append((facts, sizes, entry.size, entry.modified))
     found = [_summarise_group(*place, rows) for place, rows in sorted(shelves.items())]
     size = sum(kind[1] for kind in counts.values()) + sum(shelf.size for shelf in found)
     return Inventory(
@@ -140,7 +140,7 @@ def _summarise_group(base: str, rule: str, rows: list[tuple[Any, Any, int, float
 
 def measure_cache(folder: str | PathLike[str]) -> int:
     """Bytes of all files of a cache folder."""
-    return sum(path.stat().st_size for path in _list_files(Path(folder)))
+    return sum(entry.size for entry in list_entries(Path(folder)))
 
 
 @dataclass(frozen=True)
@@ -186,35 +186,47 @@ def verify_cache(
         rank: the rule whose bases are held against the weights.
         progress: called as progress(done, total, name).
     """
-    files = [p for p in _list_files(Path(folder)) if p.suffix == ".safetensors"]
-    files = [path for path in files if _file_version(path, Path(folder)) == VERSION]
-    damaged: dict[str, str] = {}
-    for done, path in enumerate(files, 1):
-        try:
-            if basis_file.read_basis(path).facts.get("name") != path.stem:
-                raise ProLoRAError("it is of another weight")
-        except (ProLoRAError, OSError) as error:
-            damaged[str(path)] = str(error)
-        if progress:
-            progress(done, len(files), path.stem)
+    checked, damaged = _verify_files(Path(folder), progress)
     if base is None or rank is None:
-        return VerifyResult(len(files) - len(damaged), damaged)
+        return VerifyResult(checked, damaged)
     opened, wrong, recomputed, absent = open_base(base), {}, 0, 0
     cache = BasisCache(folder)
     modules = [name for name in opened.shapes if is_adaptable(name)]
     for done, module in enumerate(modules, 1):
         weight = opened.read(module).reshape(matrix_shape(opened.shapes[module]))
         path = cache.path(basis_name(hash_weight(weight), rank))
-        if not path.exists():
+        try:
+            if str(path) not in damaged:
+                stored = basis_file.read_basis(path)
+                recomputed += 1
+                if reason := _explain_disagreement(weight, stored):
+                    wrong[module] = reason
+        except FileNotFoundError:
             absent += 1
-        elif str(path) not in damaged:
-            recomputed += 1
-            reason = _explain_disagreement(weight, basis_file.read_basis(path))
-            if reason:
-                wrong[module] = reason
+        except (ProLoRAError, OSError) as error:
+            damaged[str(path)] = str(error)
         if progress:
             progress(done, len(modules), module)
-    return VerifyResult(len(files) - len(damaged), damaged, recomputed, wrong, absent)
+    return VerifyResult(checked, damaged, recomputed, wrong, absent)
+
+
+def _verify_files(folder: Path, progress: Progress | None) -> tuple[int, dict[str, str]]:
+    """(bases that are what was written, {file that is not: reason}); what vanishes is neither."""
+    files = [e.path for e in list_entries(folder) if e.kind == "basis" and e.version == VERSION]
+    damaged: dict[str, str] = {}
+    checked = 0
+    for done, path in enumerate(files, 1):
+        try:
+            if basis_file.read_basis(path).facts.get("name") != path.stem:
+                raise ProLoRAError("it is of another weight")
+            checked += 1
+        except FileNotFoundError:
+            pass
+        except (ProLoRAError, OSError) as error:
+            damaged[str(path)] = str(error)
+        if progress:
+            progress(done, len(files), path.stem)
+    return checked, damaged
 
 
 def _explain_disagreement(weight: Tensor, stored: basis_file.StoredBasis) -> str:
@@ -263,87 +275,62 @@ def prune_cache(
     everything: bool = False,
     dry_run: bool = False,
 ) -> PruneResult:
-    """Throws away what is of no use: stale temporary files, other versions, damaged headers.
+    """Deletes what is of no use: stale temporary files, other versions, damaged bases.
+
+    Only files that prolora made are deleted, see `cache_folder`; symbolic links are not followed.
 
     Args:
-        folder: the cache folder. Files that are no part of a cache are left alone.
+        folder: the cache folder.
         older_than: also bases that were not used for so many seconds.
         max_size: also those that were not used for longest, until no more bytes are left.
         everything: all of the cache.
-        dry_run: only say what would go.
+        dry_run: only say what would be deleted.
+
+    Raises:
+        OutputError: a file cannot be deleted.
     """
-    folder, now = Path(folder), time.time()
-    kept: list[tuple[float, int, Path]] = []
-    gone: list[tuple[int, Path]] = []
-    for path in _list_files(folder):
-        status = path.stat()
-        age = now - status.st_mtime
-        if path.match(TEMPORARY):
-            useless = everything or age > STALE_SECONDS
-        elif _file_version(path, folder) != VERSION:
-            useless = True
-        elif path.suffix == ".json":
-            useless = everything
-        else:
-            useless = (
-                everything or _is_damaged(path) or (older_than is not None and age > older_than)
-            )
-            if not useless:
-                kept.append((status.st_mtime, status.st_size, path))
-        if useless:
-            gone.append((status.st_size, path))
-    total = sum(size for _, size, _ in kept)
-    for _, size, path in sorted(kept):
-        if max_size is None or total <= max_size:
-            break
-        total -= size
-        gone.append((size, path))
-    removed = 0
-    for size, path in gone:
-        if not dry_run:
-            path.unlink(missing_ok=True)
-        removed += size
+    folder, now, entries = Path(folder), time.time(), list(list_entries(Path(folder)))
+    gone: list[CacheEntry] = []
+    kept: list[CacheEntry] = []
+    for entry in entries:
+        if everything or _is_useless(entry, now, older_than):
+            gone.append(entry)
+        elif entry.kind == "basis":
+            kept.append(entry)
+    if max_size is not None:
+        total = sum(entry.size for entry in kept)
+        for entry in sorted(kept, key=lambda entry: (entry.modified, entry.size, entry.path)):
+            if total <= max_size:
+                break
+            total -= entry.size
+            gone.append(entry)
     if not dry_run:
-        _remove_empty(folder)
-    left = sum(path.stat().st_size for path in _list_files(folder)) - (removed if dry_run else 0)
-    return PruneResult(len(gone), removed, left)
+        remove_entries(folder, gone)
+    size = sum(entry.size for entry in gone)
+    left = measure_cache(folder) - (size if dry_run else 0)
+    return PruneResult(len(gone), size, left)
+
+
+def _is_useless(entry: CacheEntry, now: float, older_than: float | None) -> bool:
+    """Whether nothing will ever read a file of a cache, or a basis was not used for so long (s)."""
+    age = now - entry.modified
+    if entry.kind == "temporary":
+        return age > STALE_SECONDS
+    if entry.kind == "marker":  # goes with the last file of its folder
+        return False
+    if entry.version != VERSION:
+        return True
+    if entry.kind == "table":
+        return False
+    return (older_than is not None and age > older_than) or _is_damaged(entry.path)
 
 
 def _is_damaged(path: Path) -> bool:
+    """Whether the header of a basis is not what was written; what is gone is not damaged."""
     try:
         basis_file.read_basis_header(path)
+    except FileNotFoundError:
+        return False
     except (ProLoRAError, OSError):
         return True
     return False
-
-
-def _list_files(folder: Path) -> Iterator[Path]:
-    """The files of a cache below `folder`, and no others."""
-    for versioned in sorted(folder.glob("v*")):
-        if _parse_version(versioned.name) is None or not versioned.is_dir():
-            continue
-        for pattern in ("*.json", TEMPORARY, f"??/{TEMPORARY}", "??/*.safetensors"):
-            yield from sorted(versioned.glob(pattern))
-    # The first version had none in its paths.
-    for path in sorted(folder.glob("[0-9a-f][0-9a-f]/*.safetensors")):
-        if len(path.stem) == 64:
-            yield path
-
-
-def _file_version(path: Path, folder: Path) -> int | None:
-    return _parse_version(path.relative_to(folder).parts[0]) or 1
-
-
-def _parse_version(name: str) -> int | None:
-    return int(name[1:]) if name[:1] == "v" and name[1:].isdigit() else None
-
-
-def _remove_empty(folder: Path) -> None:
-    """Folders that hold nothing any more."""
-    for pattern in ("v*/??", "v*", "[0-9a-f][0-9a-f]"):
-        for path in folder.glob(pattern):
-            if path.is_dir() and not any(path.iterdir()):
-                try:
-                    path.rmdir()
-                except OSError:  # somebody has just put a file there
-                    continue

@@ -38,6 +38,11 @@ class JsonTable:
         if self.get(key) != value:
             self._new[key] = value
 
+    @property
+    def changed(self) -> bool:
+        """Whether there is something new to save."""
+        return bool(self._new)
+
     def save(self) -> None:
         """Writes what is new, together with what others have written meanwhile.
 
@@ -50,26 +55,32 @@ class JsonTable:
         self._new = {}
         kept = dict(list(self._known.items())[-MOST_ENTRIES:])
         body = json.dumps(kept, separators=(",", ":")).encode()
-        publish_file(
-            self._path, lambda file: _write_bytes(file, b"%08x\n" % zlib.crc32(body) + body)
-        )
+        content = b"%08x\n" % zlib.crc32(body) + body
+        publish_file(self._path, lambda file: file.write_bytes(content))
 
     def _load(self) -> dict[str, Any]:
         if self._path is None:
             return {}
         try:
-            checksum, _, body = self._path.read_bytes().partition(b"\n")
-            if int(checksum, 16) != zlib.crc32(body):
-                raise ValueError("its content is not what was written")
-            found: dict[str, Any] = json.loads(body)
+            return read_table(self._path)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
             log.warning("%s is not used and will be made again: %s", self._path, error)
             return {}
-        return found
 
 
-def _write_bytes(file: Path, content: bytes) -> None:
-    with open(file, "wb") as opened:
-        opened.write(content)
+def read_table(path: Path) -> dict[str, Any]:
+    """The entries of a table's file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not what was written.
+    """
+    checksum, _, body = path.read_bytes().partition(b"\n")
+    if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
+        raise ValueError("its content is not what was written")
+    entries = json.loads(body)
+    if not isinstance(entries, dict):
+        raise ValueError("it is no table")
+    return entries
