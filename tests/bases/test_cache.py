@@ -13,7 +13,7 @@ from spectra import weights
 
 import prolora
 from prolora.bases.cache import basis_cache as cache_module
-from prolora.bases.cache import basis_file, cache_files, cache_folder
+from prolora.bases.cache import basis_file, cache_folder
 from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")
@@ -122,10 +122,50 @@ def test_a_damaged_file_is_recomputed_and_mended(stack, tmp_path, how, caplog):
     assert mended.hits == 4
 
 
-def test_pages_that_changed_places_show():
-    data = torch.arange(4096, dtype=torch.float32)
-    swapped = torch.cat([data[2048:], data[:2048]])
-    assert cache_files.compute_checksum([data]) != cache_files.compute_checksum([swapped])
+@pytest.mark.parametrize("size", [2, 4, 512, 2048], ids="{} bytes".format)
+def test_pieces_that_changed_places_show(stack, tmp_path, size, caplog):
+    """Numbers, words, and sectors within a page or beyond it."""
+    wanted = BasisCache(tmp_path).bases(stack.repeat(1, 20, 20), 50)
+    for path in files_of(tmp_path):
+        content = bytearray(path.read_bytes())
+        start = len(content) - 16384
+        one, two = (slice(at, at + size) for at in (start, start + size))
+        content[one], content[two] = content[two], content[one]
+        assert content != path.read_bytes()
+        path.write_bytes(content)
+    cache = BasisCache(tmp_path)
+    same(cache.bases(stack.repeat(1, 20, 20), 50), wanted)
+    assert cache.misses == 4 and caplog.text.count("not what was written") == 4
+
+
+def test_a_file_that_is_cut_off_once_it_was_read_does_no_harm(stack, tmp_path):
+    """Mapped memory would end the process here, by SIGBUS."""
+    BasisCache(tmp_path).bases(stack.repeat(1, 20, 20), 50)
+    path = files_of(tmp_path)[0]
+    stored = basis_file.read_basis(path)
+    out = torch.empty(stored.shape[0], stored.columns)
+    stored.fill("U", out)
+    wanted = out.clone()
+    os.truncate(path, 100)
+    stored.fill("U", out)
+    assert torch.equal(out, wanted)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(stack, tmp_path, monkeypatch):
+    BasisCache(tmp_path).bases(stack, 5)
+    path = files_of(tmp_path)[0]
+    wanted, read_all = basis_file.read_basis(path), basis_file.SafetensorsFile.read_all
+
+    def replaced(file):
+        monkeypatch.undo()
+        again = path.with_suffix(".again")
+        again.write_bytes(path.read_bytes())
+        os.replace(again, path)
+        return read_all(file)
+
+    monkeypatch.setattr(basis_file.SafetensorsFile, "read_all", replaced)
+    found = basis_file.read_basis(path)
+    assert torch.equal(found.tensors["U"], wanted.tensors["U"])
 
 
 def test_the_file_of_another_weight_is_not_believed(stack, tmp_path):

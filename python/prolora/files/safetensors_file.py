@@ -122,6 +122,16 @@ class SafetensorsFile:
         shape = (stop - start, *info.shape[1:])
         return self._read(name, info.dtype, shape, info.start + start * row_bytes)
 
+    def read_all(self) -> dict[str, Tensor]:
+        """Every tensor, as views of one buffer that is read at once.
+
+        Raises:
+            UnsupportedFormat: the file was changed since it was opened, or cannot be read.
+        """
+        size = max((info.stop for info in self.tensors.values()), default=0)
+        buffer = self._read("its data", torch.uint8, (size,), 0)
+        return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
+
     def _open(self) -> BinaryIO:
         """The open file, unbuffered: reads go straight into the tensor's own memory."""
         try:
@@ -153,6 +163,16 @@ class SafetensorsFile:
         # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
         flat = buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)
         return flat.reshape(shape)
+
+
+def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
+    """One tensor out of the data of a file [bytes]; a copy where it is not aligned."""
+    flat = buffer[info.start : info.stop]
+    if info.start % info.dtype.itemsize:
+        flat = flat.clone()
+    # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
+    flat = flat.ne(0) if info.dtype == torch.bool else flat.view(info.dtype)
+    return flat.view(info.shape)
 
 
 def _file_identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""One basis in a file: 16 bits a number where that is exact enough, mapped into memory when read.
+"""One basis in a file: 16 bits a number where that is exact enough, read whole and checked.
 
 The columns of U and V are kept as whole numbers of 16 bits, each column with its own scale: half
 the size of float32, and about five times as exact as float16, whose digits go by the size of each
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,36 +133,50 @@ def make_stored_basis(basis: Basis, tol: float, about: Mapping[str, str]) -> Sto
 
 
 def read_basis(path: Path) -> StoredBasis:
-    """A basis whose numbers are those that were written; they are mapped, not read.
+    """A basis whose numbers are those that were written.
+
+    The file is read, not mapped: what was checked stays what it was, whatever happens to the file.
 
     Raises:
         FileNotFoundError: there is none.
         UnsupportedFormat: it is damaged, or no basis.
         OSError: it cannot be read.
     """
-    try:
-        file = SafetensorsFile(path)
+    with _translate_errors(path):
+        try:
+            file, tensors = _read_file(path)
+        except UnsupportedFormat:  # another process may have replaced it between two looks
+            file, tensors = _read_file(path)
         facts = _read_facts(file)
-        tensors = _map_tensors(file)
         if facts["checksum"] != compute_checksum(_sort_tensors(tensors)):
             raise UnsupportedFormat("its content is not what was written")
         if not {"U", "S", "V"} <= tensors.keys() or not set(FACTS) <= facts.keys():
             raise UnsupportedFormat("it is no basis")
-    except (ProLoRAError, ValueError, KeyError, TypeError) as error:
-        if not path.exists():
-            raise FileNotFoundError(path) from error
-        raise UnsupportedFormat(f"{path}: {error}") from error
-    return StoredBasis(tensors, facts)
+        return StoredBasis(tensors, facts)
 
 
 def read_basis_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The facts of a file, and dtypes and shapes, from the header alone; raises as `read_basis`."""
-    try:
+    with _translate_errors(path):
         file = SafetensorsFile(path)
         sizes = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
         return _read_facts(file), sizes
+
+
+@contextmanager
+def _translate_errors(path: Path) -> Iterator[None]:
+    """Everything that is wrong with a file as UnsupportedFormat, unless it is not there."""
+    try:
+        yield
     except (ProLoRAError, ValueError, KeyError, TypeError) as error:
+        if not path.exists():
+            raise FileNotFoundError(path) from error
         raise UnsupportedFormat(f"{path}: {error}") from error
+
+
+def _read_file(path: Path) -> tuple[SafetensorsFile, dict[str, Tensor]]:
+    file = SafetensorsFile(path)
+    return file, file.read_all()
 
 
 def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
@@ -173,18 +187,6 @@ def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
     if not isinstance(facts["bound"], float) or not math.isfinite(facts["bound"]):
         raise UnsupportedFormat("its header makes no sense")
     return facts
-
-
-def _map_tensors(file: SafetensorsFile) -> dict[str, Tensor]:
-    """Views of the file: pages that nobody looks at are never read."""
-    with open(file.path, "rb") as opened:
-        # Private to this process: torch wants memory it may write to, and nobody will.
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    data = torch.frombuffer(mapped, dtype=torch.uint8)[file.data_start :]
-    return {
-        name: data[info.start : info.stop].view(info.dtype).view(info.shape)
-        for name, info in file.tensors.items()
-    }
 
 
 def _sort_tensors(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -2,10 +2,10 @@
 
 A cache folder holds one folder for each version of the algorithms:
 
-    v2/CACHEDIR.TAG                         the marker; backup programs that know it skip the folder
-    v2/index-<32 hex digits>.json           tables, see `tables.JsonTable`
-    v2/<2 hex digits>/<64>.safetensors      bases, in the shelf that their names begin with
-    v2/.prolora-<16>.tmp, in a shelf too    files of writers at work, or killed
+    v3/CACHEDIR.TAG                         the marker; backup programs that know it skip the folder
+    v3/index-<32 hex digits>.json           tables, see `tables.JsonTable`
+    v3/<2 hex digits>/<64>.safetensors      bases, in the shelf that their names begin with
+    v3/.prolora-<16>.tmp, in a shelf too    files of writers at work, or killed
 
 A folder that was here before prolora has no marker, and neither have caches made before there was
 one. There a file counts only if its content says that prolora wrote it, since its name alone could
@@ -29,7 +29,7 @@ from .cache_files import publish_file
 from .tables import read_table
 
 # Part of every name of a basis: raise it when an algorithm's results change, or what a file holds.
-VERSION = 2
+VERSION = 3
 
 MARKER = "CACHEDIR.TAG"
 # The first line is that of the Cache Directory Tagging Specification.
