@@ -5,32 +5,9 @@ import re
 
 import pytest
 import torch
-from mini import write_case
 from safetensors.torch import load_file, save_file
 
-from prolora import adapters, cli
-
-
-@pytest.fixture
-def case(tmp_path):
-    return write_case(tmp_path)
-
-
-@pytest.fixture
-def prolora(monkeypatch, capsys):
-    """Runs a command line; gives exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["prolora", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return run
+from prolora import adapters
 
 
 def test_transfer_writes_the_lora_the_report_and_a_table(prolora, case, tmp_path):

@@ -1,4 +1,7 @@
-"""The command line: arguments in, library calls, tables or JSON out. No logic of its own."""
+"""The command line: arguments in, library calls, tables or JSON out. No logic of its own.
+
+`prolora --help` shows what the exit codes mean; `exits.MEANINGS` defines them.
+"""
 
 from .app import app, main
 

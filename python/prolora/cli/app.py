@@ -1,4 +1,4 @@
-"""The commands that take few options, and the way in."""
+"""The way in: all commands, what they have in common, and how they end."""
 
 from __future__ import annotations
 
@@ -11,145 +11,114 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from ..bases import open_base
-from ..comparison import comparison
 from ..core.ops import operators
-from ..errors import LowCoverage, ProLoRAError
-from ..files.writing import check_writable
 from ..version import __version__
 from ..workflow import inspection
-from . import basis, heatmap, inspect_table, tables
-from .common import (
-    CacheOption,
-    DeviceOption,
-    JsonOption,
-    MatchOption,
-    MemoryOption,
-    NoCacheOption,
-    QuietOption,
-    RankOption,
-    SourceOption,
-    TargetOption,
-    cache_folder,
-    memory_limit,
-    parse_rank,
-)
+from . import basis, inspect_table
+from .compare import compare
+from .console import err, out, prepare_streams, progress_bar
 from .demo import run_demo
-from .transfer import AUTO_METHOD, Method, show_report, transfer
+from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
+from .options import JsonOption, parse_path
+from .transfer import show_report, transfer
+from .transfer_options import MethodOption
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Move a LoRA to another base model, without training and without data.",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    epilog=write_epilog(
+        "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
+        codes=tuple(ExitCode),
+    ),
 )
-app.command()(transfer)
+app.command(
+    epilog=write_epilog(
+        "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
+        "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",
+        "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ --dry-run",
+        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.LOW_COVERAGE),
+    )
+)(transfer)
+app.command(
+    epilog=write_epilog(
+        "prolora compare --source sdxl/ --target ssd-1b/",
+        "prolora compare --source sdxl/ --target ssd-1b/ --sweep --plot overlaps.png",
+    )
+)(compare)
 app.add_typer(basis.app, name="basis")
-out = Console()
-err = Console(stderr=True)
 
 
-@app.command()
+def print_version(asked: bool) -> None:
+    """Prints the version and ends the command."""
+    if asked:
+        print(f"prolora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Move a LoRA to another base model, without training and without data."""
+
+
+@app.command(
+    epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
+)
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A LoRA or a base model.")],
+    file: Annotated[
+        Path, typer.Argument(parser=parse_path, metavar="FILE", help="A LoRA or a base model.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is, from its header alone."""
-    found = inspection.inspect(file)
+    description = inspection.inspect(file)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(description.to_dict(), indent=1))
     else:
-        for part in inspect_table.description_parts(found):
-            out.print(part, highlight=False)
+        for part in inspect_table.description_parts(description):
+            out.print(part)
 
 
-@app.command()
-def compare(
-    source: SourceOption,
-    target: TargetOption,
-    rank: RankOption = str(comparison.OVERLAP_RANK),
-    match: MatchOption = "name",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
-    ] = False,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="A table of the overlaps at fewer columns, too.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the overlaps into this PNG file (needs Pillow).")
-    ] = None,
-    device: DeviceOption = "cpu",
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    max_memory: MemoryOption = "",
-    modules: Annotated[bool, typer.Option("--modules", help="A table row per block.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Say whether a LoRA can move between two bases, from their weights alone."""
-    operators.require(device)
-    old, new = open_base(source), open_base(target)
-    if quick and (sweep or plot is not None):
-        asked = "--sweep tells" if sweep else "--plot draws"
-        raise ValueError(f"{asked} overlaps, which --quick leaves out: give one of them")
-    if plot is not None:
-        heatmap.check_pillow()
-        check_writable(plot, [*old.files, *new.files])
-    with tables.progress_bar("compare", not (quiet or as_json) and err.is_terminal) as progress:
-        found = comparison.compare(
-            old,
-            new,
-            rank=None if quick else parse_rank(rank),
-            match=match,
-            device=device,
-            cache=cache_folder(cache, no_cache),
-            max_memory=memory_limit(max_memory),
-            progress=progress,
-        )
-    if plot is not None:
-        heatmap.save_heatmap(found, plot)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-        return
-    if not quiet:
-        if found.decisions:
-            out.print(tables.decisions_table(found.decisions, found.dropped_blocks, modules))
-        out.print(tables.comparison_table(found))
-        out.print(f"[dim]{tables.COMPARISON_LEGEND}[/dim]", highlight=False)
-        if sweep:
-            out.print(tables.sweep_table(found))
-            out.print(f"[dim]{tables.SWEEP_LEGEND}[/dim]", highlight=False)
-    for sentence in found.sentences():
-        out.print(sentence, highlight=False)
-    out.print(f"Modules were paired by: {found.match}.", highlight=False)
-    if plot is not None:
-        out.print(f"wrote {plot}", highlight=False, soft_wrap=True)
-
-
-@app.command()
+@app.command(epilog=write_epilog("prolora demo", "prolora demo --lora slanted --target finetuned"))
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "prolora-demo"
-    ),
-    lora: Annotated[str, typer.Option(help="A shipped LoRA.")] = "thick",
-    target: Annotated[str, typer.Option(help="A shipped target base.")] = "pruned",
-    method: Annotated[Method, typer.Option(help="How to move it.")] = AUTO_METHOD,
-    seed: Annotated[int, typer.Option(help="Of the noise the images start from.")] = 0,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder for the results."
+        ),
+    ] = Path("prolora-demo"),
+    lora: Annotated[str, typer.Option(help="A shipped LoRA: thick or slanted.")] = "thick",
+    target: Annotated[
+        str, typer.Option(help="A shipped base to move to: pruned or finetuned.")
+    ] = "pruned",
+    method: MethodOption = "auto",
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
+    ] = 0,
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
-    shown = err.is_terminal
-    with tables.progress_bar("demo", shown) as progress:
+    with progress_bar("demo") as progress:
         report, paths = run_demo(
-            output, lora=lora, target=target, method=method.value, seed=seed, progress=progress
+            output, lora=lora, target=target, method=method, seed=seed, progress=progress
         )
     show_report(report)
     for path in paths:
-        out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        out.print_line(f"wrote {path}")
 
 
-@app.command()
+@app.command(epilog=write_epilog("prolora info"))
 def info(as_json: JsonOption = False) -> None:
     """Say what this installation can do."""
     count, why = operators.cuda_status()
@@ -167,20 +136,19 @@ def info(as_json: JsonOption = False) -> None:
     else:
         for name, value in facts.items():
             if value is not None:
-                out.print(f"[bold]{name}[/bold]: {value}", highlight=False)
+                out.print(f"{name}: {value}")
 
 
 def main() -> None:
-    """Runs the command line; what prolora refuses becomes one message and exit code 2."""
-    # Leave by the front door when told to stop, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    """Runs the command line; an expected error becomes one message and an exit code."""
+    # An ordinary exit when told to stop, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
+    prepare_streams()
     try:
         app(standalone_mode=True)
-    except LowCoverage as error:
-        err.print(f"[bold red]LowCoverage:[/bold red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(3)
-    except (ProLoRAError, ValueError, RuntimeError) as error:
-        name = type(error).__name__
-        err.print(f"[bold red]{name}:[/bold red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+    except HANDLED as error:
+        log.debug("the error in full", exc_info=error)
+        name, message = describe_error(error)
+        err.print(f"{name}:", style="bold red", end=" ")
+        err.print_line(message)
+        sys.exit(find_exit_code(error))

@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 from ..bases import open_base
 from ..bases.cache import maintenance
 from ..bases.cache.basis_cache import default_folder
-from ..bases.cache.build import survey_base
+from ..bases.cache.build import ShapeSurvey, survey_base
+from ..bases.cache.maintenance import Inventory, VerifyResult
 from ..bases.memory import format_size, parse_size
-from ..core.ops import operators
 from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
-from . import tables
-from .common import (
+from .console import out, progress_bar
+from .exits import write_epilog
+from .options import (
     CacheOption,
-    DeviceOption,
     JsonOption,
-    MemoryOption,
-    NoCacheOption,
     QuietOption,
     RankOption,
-    cache_folder,
-    memory_limit,
+    Resources,
+    expand_options,
+    parse_base,
     parse_rank,
 )
+from .tables import format_number, make_table
 
 _AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
-
-out = Console()
-err = Console(stderr=True)
 
 
 class _BuildUnlessNamed(TyperGroup):
     """`prolora basis BASE` stands for `prolora basis build BASE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["build", *args]
         return super().parse_args(ctx, args)
 
@@ -51,58 +49,66 @@ class _BuildUnlessNamed(TyperGroup):
 app = typer.Typer(
     cls=_BuildUnlessNamed,
     no_args_is_help=True,
-    help="Compute a base model's subspaces (`prolora basis BASE`), and look after the cache.",
+    rich_markup_mode="rich",
+    help="Compute a base model's subspaces (prolora basis BASE), and look after the cache.",
+    epilog=write_epilog("prolora basis ssd-1b/", "prolora basis list"),
 )
 
 
-@app.command()
+@app.command(
+    epilog=write_epilog("prolora basis ssd-1b/", "prolora basis build ssd-1b/ --device cuda")
+)
+@expand_options
 def build(
-    base: Annotated[str, typer.Argument(help="A base model: file, folder or hub id.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            parser=parse_base, metavar="BASE", help="A base model: file, folder or hub id."
+        ),
+    ],
+    resources: Resources,
     rank: RankOption = str(DEFAULT_RANK),
-    device: DeviceOption = "cpu",
-    cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
-    max_memory: MemoryOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Compute a base model's leading subspaces, keep them, and say how exact they are."""
-    operators.require(device)
+    resources.check_device()
     opened = open_base(base)
-    folder = cache_folder(cache, no_cache)
-    with tables.progress_bar("basis", not (quiet or as_json) and err.is_terminal) as progress:
+    folder = resources.find_cache()
+    with progress_bar("basis", not (quiet or as_json)) as progress:
         rows = survey_base(
             opened,
             parse_rank(rank),
             cache=folder,
-            device=device,
-            max_memory=memory_limit(max_memory),
+            device=resources.device,
+            max_memory=resources.max_bytes,
             progress=progress,
         )
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return
     if not quiet:
-        out.print(tables.survey_table(opened.name, rows))
+        out.print(survey_table(opened.name, rows))
         show_cache(folder)
 
 
-@app.command("list")
+@app.command("list", epilog=write_epilog("prolora basis list"))
 def list_cache(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     """Say what the cache holds, and how large it is."""
-    found = maintenance.take_inventory(cache or default_folder())
+    inventory = maintenance.take_inventory(cache or default_folder())
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(inventory.to_dict(), indent=1))
     else:
-        for part in tables.inventory_parts(found):
-            out.print(part, highlight=False, soft_wrap=isinstance(part, str))
+        show_inventory(inventory)
 
 
-@app.command()
+@app.command(epilog=write_epilog("prolora basis verify", "prolora basis verify ssd-1b/"))
 def verify(
     base: Annotated[
         str | None,
-        typer.Argument(help="Also hold the bases of this model against its weights."),
+        typer.Argument(
+            metavar="BASE", help="Also compare the bases of this model with its weights."
+        ),
     ] = None,
     rank: RankOption = str(DEFAULT_RANK),
     cache: CacheOption = None,
@@ -111,36 +117,47 @@ def verify(
 ) -> None:
     """Compare everything in the cache with its checksum, and with the weights of a base."""
     folder = cache or default_folder()
-    with tables.progress_bar("verify", not (quiet or as_json) and err.is_terminal) as progress:
-        found = maintenance.verify_cache(folder, base, parse_rank(rank), progress)
+    with progress_bar("verify", not (quiet or as_json)) as progress:
+        result = maintenance.verify_cache(folder, base, parse_rank(rank), progress)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(result.to_dict(), indent=1))
     elif not quiet:
-        for sentence in tables.verification_lines(found, base, rank):
-            out.print(sentence, highlight=False, soft_wrap=True)
-    if not found.ok:
-        bad = len(found.damaged) + len(found.wrong or {})
+        for sentence in verification_lines(result, base, rank):
+            out.print_line(sentence)
+    if not result.ok:
+        bad = len(result.damaged) + len(result.wrong or {})
         raise ProLoRAError(
             f"{bad} bases in {folder} are not what they should be. They are recomputed when they "
             "are needed; `prolora basis prune` removes what is damaged"
         )
 
 
-@app.command()
+@app.command(
+    epilog=write_epilog("prolora basis prune --dry-run", "prolora basis prune --older-than 30d")
+)
 def prune(
     older_than: Annotated[
-        str, typer.Option(help="Also bases not used for so long: 30d, 12h, 2w.")
+        str,
+        typer.Option(metavar="AGE", help="Also remove bases not used for so long: 30d, 12h, 2w."),
     ] = "",
     max_size: Annotated[
-        str, typer.Option(help="Also those not used for longest, down to this size: 5GiB.")
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Also remove the bases not used for longest, until this size is left: 5GiB.",
+        ),
     ] = "",
-    everything: Annotated[bool, typer.Option("--all", help="Everything in the cache.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove everything in the cache.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what is of no use any more: files of killed processes, of other versions, damaged."""
-    found = maintenance.prune_cache(
+    result = maintenance.prune_cache(
         cache or default_folder(),
         older_than=parse_age(older_than) if older_than else None,
         max_size=parse_size(max_size) if max_size else None,
@@ -148,12 +165,12 @@ def prune(
         dry_run=dry_run,
     )
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(result.to_dict(), indent=1))
         return
     word = "would be removed" if dry_run else "removed"
     out.print(
-        f"{found.files} files, {format_size(found.size)}, {word}; {format_size(found.left)} left.",
-        highlight=False,
+        f"{result.files} files, {format_size(result.size)}, {word}; "
+        f"{format_size(result.left)} left."
     )
 
 
@@ -168,10 +185,76 @@ def parse_age(text: str) -> float:
 def show_cache(folder: Path | None) -> None:
     """A line that says where subspaces are kept and how much room they take."""
     if folder is not None:
-        size = maintenance.measure_cache(folder)
-        out.print(
-            f"[dim]cache: {format_size(size)} in {folder} (`prolora basis list`, `prune`; "
-            "--no-cache keeps nothing)[/dim]",
-            highlight=False,
-            soft_wrap=True,
+        size = format_size(maintenance.measure_cache(folder))
+        out.print_line(
+            f"cache: {size} in {folder} (`prolora basis list`, `prune`; --no-cache keeps nothing)",
+            style="dim",
         )
+
+
+def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
+    """The subspaces of a base, a row per shape."""
+    table = make_table(name)
+    for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "×".join(map(str, row.shape)),
+            str(row.count),
+            f"{row.columns_min}…{row.columns_max}",
+            format_number(row.energy, ".1%"),
+            format_number(row.bound, ".1e"),
+            str(row.flagged),
+            row.rungs,
+            format_number(row.seconds, ".1f"),
+        )
+    return table
+
+
+def show_inventory(inventory: Inventory) -> None:
+    """What a cache holds: a row for each base model and rank rule, and what else there is."""
+    if inventory.shelves:
+        out.print(inventory_table(inventory))
+    else:
+        out.print("The cache holds no bases.")
+    notes = format_size(inventory.notes)
+    out.print_line(f"folder: {inventory.folder}; index and tables: {notes}")
+    for (count, size), what in (
+        (inventory.temporary, "temporary files"),
+        (inventory.foreign, "files of other versions, or damaged"),
+    ):
+        if count:
+            out.print(f"{count} {what}, {format_size(size)}: `prolora basis prune` removes them")
+
+
+def inventory_table(inventory: Inventory) -> Table:
+    """The bases in a cache, a row for each base model and rank rule."""
+    table = make_table(f"{format_size(inventory.size)} in the cache")
+    table.add_column("base", overflow="fold")
+    for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for shelf in inventory.shelves:
+        table.add_row(
+            shelf.base or "(in memory)",
+            shelf.rule,
+            str(shelf.count),
+            format_size(shelf.size),
+            shelf.dtypes,
+            f"{shelf.columns_min}…{shelf.columns_max}",
+            format_number(shelf.bound, ".0e"),
+            date.fromtimestamp(shelf.used).isoformat(),
+        )
+    return table
+
+
+def verification_lines(result: VerifyResult, base: str | None, rank: str) -> list[str]:
+    """What a verification found, in sentences."""
+    lines = [f"{result.checked} bases are what was written; {len(result.damaged)} are damaged."]
+    lines += [f"  {path}: {reason}" for path, reason in result.damaged.items()]
+    if base is not None:
+        lines.append(
+            f"{result.recomputed} bases of {base} at rank {rank} were compared with its weights: "
+            f"{len(result.wrong or {})} are wrong; {result.absent} weights have none here."
+        )
+        lines += [f"  {module}: {reason}" for module, reason in (result.wrong or {}).items()]
+    return lines

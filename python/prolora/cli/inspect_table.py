@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from ..adapters import algorithms
@@ -34,7 +33,7 @@ def description_parts(description: Description) -> Iterator[RenderableType]:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _list_facts(description):
-        table.add_row(name, escape(text))
+        table.add_row(name, text)
     yield table
     if description.places:
         yield _component_table(description)
@@ -139,7 +138,7 @@ def _component_table(found: Description) -> Table:
         table.add_column(name, overflow="fold")
     for name, place in found.places.items():
         cells = (place.algorithms, place.ranks, place.alphas, place.scales)
-        table.add_row(escape(name), str(place.updates), *(escape(_counts_text(c)) for c in cells))
+        table.add_row(name, str(place.updates), *(_counts_text(c) for c in cells))
     return table
 
 

@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import date
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..architectures.modules import find_stage
-from ..bases.cache.build import ShapeSurvey
-from ..bases.cache.maintenance import Inventory, VerifyResult
-from ..bases.memory import format_size
 from ..comparison.comparison import Comparison, ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..workflow.batch import Outcome
 from ..workflow.module_report import Measures
 from ..workflow.report import ModuleReport, Report
-
-
-@contextmanager
-def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback progress(done, total, name) that draws a bar on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[name]}", justify="left"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(title, total=None, name="")
-
-        def update(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, name=name[-48:])
-
-        yield update
-
 
 LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
@@ -82,7 +55,7 @@ def format_number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
-def _empty_table(title: str) -> Table:
+def make_table(title: str) -> Table:
     """An empty table in the house style: narrow enough for 80 columns."""
     return Table(
         title=title,
@@ -98,7 +71,7 @@ def _empty_table(title: str) -> Table:
 def transfer_table(report: Report, every_module: bool = False) -> Table:
     """What was mapped: a row for each part of the model, or for each module."""
     title = f"{report.method}: {report.source} → {report.target}"
-    table = _empty_table(title)
+    table = make_table(title)
     table.add_column("module" if every_module else "place", overflow="fold")
     mapped = report.rows("mapped")
     projected = any(row.measures for row in mapped)
@@ -170,7 +143,7 @@ def _update_cells(rows: list[ModuleReport]) -> list[str]:
 
 def probe_table(report: Report) -> Table:
     """What probing reached: a row for each block of the target."""
-    table = _empty_table(f"probe: {report.source} → {report.target}")
+    table = make_table(f"probe: {report.source} → {report.target}")
     table.add_column("block", overflow="fold")
     for name in ("modules", "predicted", "reached"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -207,7 +180,7 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Several LoRAs, a row each: what moved, or why nothing did."""
     counts = Counter(outcome.status for outcome in outcomes)
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    table = _empty_table(f"{len(outcomes)} LoRAs: {said}")
+    table = make_table(f"{len(outcomes)} LoRAs: {said}")
     table.add_column("LoRA", overflow="fold")
     for name in ("mapped", "skipped", "refused", "kept", "vs copy", "s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -239,16 +212,19 @@ def failure_lines(outcomes: list[Outcome]) -> list[str]:
     ]
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Overlap and drift by place."""
+def comparison_table(comparison: Comparison, every_module: bool = False) -> Table:
+    """Overlap and drift: a row for each part of the model, or for each module."""
     title = f"{comparison.source} against {comparison.target}"
-    table = _empty_table(title)
-    table.add_column("place", no_wrap=True)
+    table = make_table(title)
+    table.add_column("module" if every_module else "place", overflow="fold")
     overlaps = any(module.columns_source for module in comparison.modules)
     subspaces = ("k", "Φ l/r", "chance", "above") if overlaps else ()
     for heading in ("pairs", *subspaces, "drift", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, modules in (*comparison.places().items(), ("all", comparison.modules)):
+    rows = comparison.places()
+    if every_module:
+        rows = {module.target: [module] for module in comparison.modules}
+    for name, modules in (*rows.items(), ("all", comparison.modules)):
         table.add_row(
             name,
             str(len(modules)),
@@ -275,7 +251,7 @@ def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
 
 def sweep_table(comparison: Comparison) -> Table:
     """The overlap of all pairs against the number of columns."""
-    table = _empty_table(f"rank sweep over {len(comparison.modules)} pairs")
+    table = make_table(f"rank sweep over {len(comparison.modules)} pairs")
     thresholds = [f"≥ {threshold:g}" for threshold in THRESHOLDS]
     for heading in ("k", "whole", "energy", "Φ l/r", "chance", "above", *thresholds):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -298,7 +274,7 @@ def decisions_table(
     decisions: Sequence[BlockDecision], dropped: Sequence[str], every_block: bool = False
 ) -> Table:
     """Where blocks came from: a row for each stack of blocks, or for each block."""
-    table = _empty_table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
+    table = make_table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
     if every_block:
         headings = ("block", "from", "score", "runner-up", "its score", "margin")
         for i, heading in enumerate(headings):
@@ -340,67 +316,3 @@ def _origins_text(place: str, decisions: list[BlockDecision]) -> str:
         other = "" if theirs in ("", place) else theirs.removesuffix(".transformer_blocks") + "."
         found.append(f"{decision.target.rpartition('.')[2]}←{other}{index or 'none'}")
     return " ".join(found)
-
-
-def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
-    """The subspaces of a base, a row per shape."""
-    table = _empty_table(name)
-    for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            "×".join(map(str, row.shape)),
-            str(row.count),
-            f"{row.columns_min}…{row.columns_max}",
-            format_number(row.energy, ".1%"),
-            format_number(row.bound, ".1e"),
-            str(row.flagged),
-            row.rungs,
-            format_number(row.seconds, ".1f"),
-        )
-    return table
-
-
-def inventory_parts(found: Inventory) -> list[Table | str]:
-    """What a cache holds: a row for each base model and rank rule, and what else there is."""
-    said: list[Table | str] = []
-    if found.shelves:
-        table = _empty_table(f"{format_size(found.size)} in the cache")
-        table.add_column("base", overflow="fold")
-        for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for shelf in found.shelves:
-            table.add_row(
-                shelf.base or "(in memory)",
-                shelf.rule,
-                str(shelf.count),
-                format_size(shelf.size),
-                shelf.dtypes,
-                f"{shelf.columns_min}…{shelf.columns_max}",
-                format_number(shelf.bound, ".0e"),
-                date.fromtimestamp(shelf.used).isoformat(),
-            )
-        said.append(table)
-    else:
-        said.append("The cache holds no bases.")
-    said.append(f"folder: {found.folder}; index and tables: {format_size(found.notes)}")
-    for (count, size), what in (
-        (found.temporary, "temporary files"),
-        (found.foreign, "files of other versions, or damaged"),
-    ):
-        if count:
-            said.append(f"{count} {what}, {format_size(size)}: `prolora basis prune` removes them")
-    return said
-
-
-def verification_lines(found: VerifyResult, base: str | None, rank: str) -> list[str]:
-    """What a verification found, in sentences."""
-    said = [f"{found.checked} bases are what was written; {len(found.damaged)} are damaged."]
-    said += [f"  {path}: {reason}" for path, reason in found.damaged.items()]
-    if base is not None:
-        said.append(
-            f"{found.recomputed} bases of {base} at rank {rank} were held against its weights: "
-            f"{len(found.wrong or {})} are wrong; {found.absent} weights have none here."
-        )
-        said += [f"  {module}: {reason}" for module, reason in (found.wrong or {}).items()]
-    return said

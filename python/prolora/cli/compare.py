@@ -1,0 +1,113 @@
+"""`prolora compare`: two bases, without a LoRA."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from ..comparison import comparison
+from . import heatmap, tables
+from .console import out, progress_bar
+from .options import (
+    Bases,
+    JsonOption,
+    MatchOption,
+    ModulesOption,
+    QuietOption,
+    RankOption,
+    Resources,
+    expand_options,
+    parse_path,
+    parse_rank,
+)
+from .outputs import check_plot
+
+
+@dataclass
+class MeasureOptions:
+    """What is measured."""
+
+    panel: ClassVar[str] = "Measures"
+    rank: RankOption = str(comparison.OVERLAP_RANK)
+    match: MatchOption = "name"
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
+    ] = False
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also show the overlaps at fewer columns.")
+    ] = False
+
+    def check(self, plot: Path | None) -> None:
+        """Raises ValueError where --quick leaves out what another option shows."""
+        if self.quick and (self.sweep or plot is not None):
+            other = "--sweep shows" if self.sweep else "--plot draws"
+            raise ValueError(f"{other} overlaps, which --quick leaves out: give one of them")
+
+
+@dataclass
+class ShowOptions:
+    """What is shown."""
+
+    panel: ClassVar[str] = "Output"
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FILE",
+            help="Draw the overlaps into this PNG file (needs Pillow).",
+        ),
+    ] = None
+    modules: ModulesOption = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+
+@expand_options
+def compare(
+    bases: Bases, measures: MeasureOptions, shown: ShowOptions, resources: Resources
+) -> None:
+    """Say whether a LoRA can move between two bases, from their weights alone."""
+    resources.check_device()
+    measures.check(shown.plot)
+    source, target = bases.open()
+    if shown.plot is not None:
+        heatmap.check_pillow()
+        check_plot(shown.plot, [*source.files, *target.files])
+    with progress_bar("compare", not (shown.quiet or shown.as_json)) as progress:
+        result = comparison.compare(
+            source,
+            target,
+            rank=None if measures.quick else parse_rank(measures.rank),
+            match=measures.match,
+            device=resources.device,
+            cache=resources.find_cache(),
+            max_memory=resources.max_bytes,
+            progress=progress,
+        )
+    if shown.plot is not None:
+        heatmap.save_heatmap(result, shown.plot)
+    if shown.as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+        return
+    if not shown.quiet:
+        show_comparison(result, measures.sweep, shown.modules)
+    for sentence in result.sentences():
+        out.print(sentence)
+    out.print(f"Modules were paired by: {result.match}.")
+    if shown.plot is not None:
+        out.print_line(f"wrote {shown.plot}")
+
+
+def show_comparison(result: comparison.Comparison, sweep: bool, every_module: bool) -> None:
+    """The tables of a comparison."""
+    if result.decisions:
+        out.print(tables.decisions_table(result.decisions, result.dropped_blocks, every_module))
+    out.print(tables.comparison_table(result, every_module))
+    out.print_note(tables.COMPARISON_LEGEND)
+    if sweep:
+        out.print(tables.sweep_table(result))
+        out.print_note(tables.SWEEP_LEGEND)

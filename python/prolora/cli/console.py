@@ -1,0 +1,132 @@
+"""Where the commands print: text of files is shown as it is, and never obeyed.
+
+Module names, metadata and file names are written by others. Rich would read `[red]` in them as
+markup, and a terminal would obey escape sequences. So every string that is printed here is plain
+text, without control characters; style comes from arguments and never from the text.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+# C0 and C1 controls, marks of direction, line and paragraph separators, half characters.
+_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_SUBSTITUTES = {
+    "→": "->",
+    "←": "<-",
+    "…": "...",
+    "–": "-",
+    "−": "-",
+    "×": "x",
+    "·": "*",
+    "≥": ">=",
+    "≤": "<=",
+    "‖": "||",
+    "⟨": "<",
+    "⟩": ">",
+    "²": "^2",
+    "°": " deg",
+    "Φ": "Phi",
+    "κ": "kappa",
+    "σ": "sigma",
+    "Σ": "sum ",
+    "Δ": "Delta",
+}
+"""What stands for a character that the output's encoding lacks."""
+
+
+def make_printable(text: str, encoding: str = "utf-8") -> str:
+    r"""The text with control characters spelled out (`\x1b`), in what `encoding` can hold."""
+    plain = _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    try:
+        plain.encode(encoding)
+    except UnicodeEncodeError:
+        known = "".join(
+            _SUBSTITUTES.get(c, c) if c.encode(encoding, "ignore") == b"" else c for c in plain
+        )
+        return known.encode(encoding, "replace").decode(encoding)
+    return plain
+
+
+class PlainConsole(Console):
+    """A console that takes every string as plain text, in tables too."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        """A console on standard output, or on standard error."""
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What rich makes of a string, wherever it stands."""
+        return super().render_str(make_printable(text, self.encoding), **options)
+
+    def print_line(self, text: str, style: str | None = None) -> None:
+        """Prints a line that may be longer than the terminal, as paths are."""
+        self.print(text, style=style, soft_wrap=True)
+
+    def print_note(self, text: str) -> None:
+        """Prints lines of explanation below a table."""
+        for line in text.splitlines():
+            self.print(line, style="dim")
+
+
+out = PlainConsole()
+err = PlainConsole(stderr=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, line by line."""
+        return "\n".join(map(make_printable, super().format(record).split("\n")))
+
+
+def prepare_streams() -> None:
+    """Lets no character that the streams' encoding lacks stop a command; sends the log to stderr.
+
+    Standard output that goes to a file has the locale's encoding, on Windows often cp1252.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+@contextmanager
+def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, name) that draws a bar on stderr, where that is a terminal.
+
+    Args:
+        title: what is being done, in one word.
+        shown: False draws nothing.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", style="dim", justify="left", markup=False),
+    )
+    hidden = not (shown and err.is_terminal)
+    with Progress(*columns, console=err, transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def update(done: int, total: int, name: str) -> None:
+            end = make_printable(name, err.encoding)[-48:]
+            bar.update(task, completed=done, total=total, name=end)
+
+        yield update

@@ -1,0 +1,69 @@
+"""How a command ends: the exit code, and the one line that says why."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from ..errors import LowCoverage
+
+
+class ExitCode(IntEnum):
+    """What an exit code means."""
+
+    DONE = 0
+    FAILED = 1
+    REFUSED = 2
+    LOW_COVERAGE = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+MEANINGS = {
+    ExitCode.DONE: "done as asked",
+    ExitCode.FAILED: "a file cannot be read or written, or memory is short",
+    ExitCode.REFUSED: "refused, the command line is wrong, or some of several LoRAs failed",
+    ExitCode.LOW_COVERAGE: "fewer modules can move than --min-coverage asks for",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
+    ExitCode.TERMINATED: "stopped by SIGTERM",
+}
+
+HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
+"""Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
+
+
+def write_epilog(*examples: str, codes: tuple[ExitCode, ...] = ()) -> str:
+    """The end of a command's help: examples, and what its exit codes mean, in rich's markup."""
+    title = "Example" if len(examples) == 1 else "Examples"
+    paragraphs = [f"[bold]{title}[/bold]", *examples]
+    if codes:
+        meanings = "; ".join(f"{code:d} {MEANINGS[code]}" for code in codes)
+        paragraphs.append(f"[bold]Exit codes[/bold]: {meanings}.")
+    return "\n\n".join(paragraphs)
+
+
+def find_exit_code(error: BaseException) -> ExitCode:
+    """The exit code of a command that ended in one of `HANDLED`."""
+    if isinstance(error, LowCoverage):
+        return ExitCode.LOW_COVERAGE
+    if isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
+        return ExitCode.FAILED
+    return ExitCode.REFUSED
+
+
+def describe_error(error: BaseException) -> tuple[str, str]:
+    """The name of an error and its message, for people."""
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        advice = "the system gave no more memory; --max-memory 2GiB keeps prolora within a bound"
+        return "MemoryError", f"{advice} ({error})" if str(error) else advice
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return name, f"{error.filename}: {error.strerror}"
+    return name, str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, which it tells by a RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )

@@ -1,0 +1,236 @@
+"""The options of the commands: one definition each, in groups that are shown as panels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+
+from ..bases import Base, open_base
+from ..bases.cache.basis_cache import BasisCache, default_folder
+from ..bases.memory import parse_size
+from ..comparison.verdict import AUTO
+from ..core.ops import operators
+from ..errors import OutputError
+
+log = logging.getLogger(__name__)
+
+
+def parse_path(text: str | Path) -> Path:
+    """A path; '' is refused, since it would mean the current folder."""
+    if not str(text):
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
+def parse_base(text: str) -> str:
+    """A base as text, since it may be an id on the hub; '' is refused."""
+    if not text:
+        raise typer.BadParameter("the name of the base is empty")
+    return text
+
+
+def parse_share(text: str | float) -> float:
+    """A number from 0 to 1; NaN, which no comparison would ever find too low, is none."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"{text!r} is not a number from 0 to 1")
+    return share
+
+
+def parse_rank(text: str) -> int | float:
+    """'320' as an int, '0.9' as a share of energy."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
+
+
+def parse_out_rank(text: str) -> int | float | str:
+    """'16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
+    try:
+        return parse_rank(text)
+    except ValueError:
+        return text
+
+
+def parse_strength(text: str) -> float | str | None:
+    """'0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
+    if text in ("", AUTO):
+        return text or None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
+
+
+RankOption = Annotated[
+    str,
+    typer.Option(
+        metavar="RANK", help="Columns of the subspaces (320), or the energy they hold (0.99)."
+    ),
+]
+MatchOption = Annotated[
+    str,
+    typer.Option(
+        metavar="name|similarity|FILE",
+        help="How modules are paired: by name, by similarity, or by a JSON file "
+        "{target module: source module}.",
+    ),
+]
+ModulesOption = Annotated[
+    bool,
+    typer.Option("--modules", help="Show a table row per module (or block), not per place."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_path,
+        metavar="FOLDER",
+        help="Folder that keeps what is computed of the bases, for the next LoRA. Default: "
+        "PROLORA_CACHE, or the user's cache folder.",
+    ),
+]
+
+
+@dataclass
+class Bases:
+    """The two base models."""
+
+    source: Annotated[
+        str,
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model the LoRA was trained on: file, folder or hub id (org/name).",
+        ),
+    ]
+    target: Annotated[
+        str,
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model to move to: file, folder or hub id (org/name).",
+        ),
+    ]
+
+    def open(self) -> tuple[Base, Base]:
+        """Opens both: (source, target)."""
+        return open_base(self.source), open_base(self.target)
+
+
+@dataclass
+class Resources:
+    """Where to compute, with how much memory, and what to keep."""
+
+    panel: ClassVar[str] = "Resources"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
+    ] = "cpu"
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory this process may take, as 2GiB; refused if it is too little.",
+        ),
+    ] = ""
+    cache: CacheOption = None
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither look into a cache nor keep anything.")
+    ] = False
+
+    def check_device(self) -> None:
+        """Raises RuntimeError, with the reason, where the device cannot be used."""
+        operators.require(self.device)
+
+    @property
+    def max_bytes(self) -> int | None:
+        """--max-memory in bytes; None where it is not given."""
+        return parse_size(self.max_memory) if self.max_memory else None
+
+    def find_cache(self) -> Path | None:
+        """The cache folder asked for, or the default where it can be made; or None."""
+        if self.no_cache:
+            if self.cache is not None:
+                raise ValueError("--cache and --no-cache contradict each other: give one of them")
+            return None
+        if self.cache is not None:
+            return self.cache
+        folder = default_folder()
+        try:
+            BasisCache(folder)
+        except OutputError as error:
+            log.warning("nothing is kept for the next LoRA: %s", error)
+            return None
+        return folder
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with a parameter for each field of the dataclasses that `command` takes.
+
+    typer makes an option of each parameter. A dataclass's `panel` heads its options in the help.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {
+        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _list_parameters(groups[parameter.name])
+        else:
+            hint = hints[parameter.name]
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, kind in groups.items():
+            names = [field.name for field in dataclasses.fields(kind)]
+            values[name] = kind(**{field: values.pop(field) for field in names})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _list_parameters(kind: Any) -> list[inspect.Parameter]:
+    """The fields of a dataclass as keyword parameters."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    parameters = []
+    for field in dataclasses.fields(kind):
+        default: Any = inspect.Parameter.empty
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        hint, option = typing.get_args(hints[field.name])
+        option = copy.copy(option)  # other groups may have it too
+        option.rich_help_panel = getattr(kind, "panel", None)
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[hint, option],
+            )
+        )
+    return parameters

@@ -1,0 +1,248 @@
+"""The options of `prolora transfer`, panel by panel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import typer
+
+from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD
+from ..core.projection import DEFAULT_RANK
+from ..probe.settings import STRATEGIES, Probing, read_prompts
+from ..workflow.options import DROPPED, METHOD_NAMES, PROBE, TEXT_ENCODER, VECTORS
+from .options import (
+    JsonOption,
+    MatchOption,
+    ModulesOption,
+    QuietOption,
+    RankOption,
+    parse_out_rank,
+    parse_path,
+    parse_rank,
+    parse_share,
+    parse_strength,
+)
+
+# The names have their homes in the rooms below; typer makes choices of them.
+MethodName = Literal[METHOD_NAMES]  # type: ignore[valid-type]
+DroppedName = Literal[DROPPED]  # type: ignore[valid-type]
+TextEncoderName = Literal[TEXT_ENCODER]  # type: ignore[valid-type]
+VectorsName = Literal[VECTORS]  # type: ignore[valid-type]
+StrategyName = Literal[STRATEGIES]  # type: ignore[valid-type]
+FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+MethodOption = Annotated[
+    MethodName,
+    typer.Option(
+        help="How to move the LoRA. auto chooses by how far the bases are apart; probe runs the "
+        "models."
+    ),
+]
+
+
+@dataclass
+class MethodOptions:
+    """How the updates are moved."""
+
+    panel: ClassVar[str] = "Method"
+    method: MethodOption = AUTO
+    strength: Annotated[
+        str,
+        typer.Option(
+            metavar="FACTOR|auto",
+            help="Factor on every update; auto takes what suits these bases best. Default: auto "
+            "with --method auto, otherwise 1.",
+        ),
+    ] = ""
+    rank: RankOption = str(DEFAULT_RANK)
+    dropped: Annotated[
+        DroppedName,
+        typer.Option(
+            help="Updates of blocks that the target lacks: leave them out, or add them to the "
+            "nearest block that is still there."
+        ),
+    ] = "skip"
+    text_encoder: Annotated[
+        TextEncoderName,
+        typer.Option(
+            help="The LoRA's text-encoder part: copy it unchanged, move it like the rest, or leave "
+            "it out."
+        ),
+    ] = "copy"
+    vectors: Annotated[
+        VectorsName,
+        typer.Option(help="Trained biases and normalisation layers: copy them, or leave them out."),
+    ] = "copy"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library takes them."""
+        parsed = {"rank": parse_rank(self.rank), "strength": parse_strength(self.strength)}
+        return vars(self) | parsed
+
+
+@dataclass
+class MatchOptions:
+    """Which module of the source belongs to which of the target."""
+
+    panel: ClassVar[str] = "Matching"
+    match: MatchOption = "name"
+    threshold: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Skip modules whose subspaces overlap (Φ) less than this on either side.",
+        ),
+    ] = DEFAULT_THRESHOLD
+    min_coverage: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Fail if a smaller share of the LoRA's modules can move.",
+        ),
+    ] = 0.0
+
+
+@dataclass
+class OutputOptions:
+    """What is written, and what is shown."""
+
+    panel: ClassVar[str] = "Output"
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=parse_path,
+            metavar="PATH",
+            help="Output file; a folder if there are several LoRAs.",
+        ),
+    ] = None
+    out_rank: Annotated[
+        str,
+        typer.Option(
+            metavar="RANK",
+            help="Rank of the output: a number, a share of the energy (0.99), a share of the "
+            "LoRA's rank (50%), what fits a file of a size (100MB), or exact (at most twice the "
+            "LoRA's).",
+        ),
+    ] = "exact"
+    format: Annotated[
+        FormatName, typer.Option(help="Format of the output; auto keeps the LoRA's.")
+    ] = "auto"
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Type of the factors. Default: the LoRA's.")
+    ] = None
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, metavar="FILE", help="Also write the whole report to this JSON file."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
+    ] = False
+    redo: Annotated[
+        bool, typer.Option("--redo", help="With several LoRAs, replace results that are there.")
+    ] = False
+    modules: ModulesOption = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """Format and dtype as the library takes them."""
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return {"format": self.format, "dtype": dtype}
+
+    @property
+    def rank(self) -> int | float | str:
+        """The rank of the output as the library takes it."""
+        return parse_out_rank(self.out_rank)
+
+    @property
+    def show_tables(self) -> bool:
+        """Whether people read along."""
+        return not (self.as_json or self.quiet)
+
+
+@dataclass
+class ProbeOptions:
+    """What is sampled where the models are run."""
+
+    panel: ClassVar[str] = "Probing (only with --method probe)"
+    prompt: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+    ] = field(default_factory=list)
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
+        ),
+    ] = None
+    probe_images: Annotated[
+        int,
+        typer.Option(metavar="N", help="Images each model samples; as many again are held out."),
+    ] = Probing.images
+    probe_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")] = (
+        Probing.steps
+    )
+    probe_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
+        ),
+    ] = None
+    probe_guidance: Annotated[
+        float | None,
+        typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
+    ] = None
+    probe_strategy: Annotated[
+        StrategyName,
+        typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
+    ] = "joint"
+    probe_fit_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the joint fit.")] = (
+        Probing.fit_steps
+    )
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FOLDER",
+            help="Folder that keeps finished parts, so that an interrupted run can go on.",
+        ),
+    ] = None
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write the LoRA even if the held-out probes speak against it."
+        ),
+    ] = False
+
+    def to_probing(self, method: str) -> Probing:
+        """As the library takes them.
+
+        Raises:
+            ValueError: some are given although `method` does not probe.
+        """
+        if method != PROBE and self != ProbeOptions():
+            raise ValueError(
+                "prompts, --probe-…, --resume and --force are for probing: add --method probe"
+            )
+        return Probing(
+            prompts=(*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())),
+            images=self.probe_images,
+            steps=self.probe_steps,
+            size=self.probe_size,
+            guidance=self.probe_guidance,
+            strategy=self.probe_strategy,
+            fit_steps=self.probe_fit_steps,
+            force=self.force,
+            resume=self.resume,
+        )

@@ -1,0 +1,82 @@
+"""What the help says: examples for every command, options in panels, exit codes."""
+
+import re
+
+import pytest
+
+from prolora.cli.exits import MEANINGS
+from prolora.version import __version__
+from prolora.workflow.options import METHOD_NAMES
+
+COMMANDS = ["transfer", "inspect", "compare", "demo", "info", "basis"]
+COMMANDS += [f"basis {name}" for name in ("build", "list", "verify", "prune")]
+
+
+def flatten(text):
+    """The text without the frames of its panels and its line breaks."""
+    return " ".join(re.sub("[│╭╰─╮╯]", " ", text).split())
+
+
+def test_the_version_is_told(prolora):
+    assert prolora("--version")[:2] == (0, f"prolora {__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_short_help_with_an_example(prolora, command):
+    code, short, _ = prolora(*command.split(), "-h")
+    assert code == 0 and short == prolora(*command.split(), "--help")[1]
+    assert re.search(rf"Examples? prolora {command.removesuffix(' build')} ?", flatten(short))
+    # rich leaves no bracket of its markup behind
+    assert "[/" not in short and "[bold" not in short
+
+
+def test_the_exit_codes_are_told(prolora):
+    text = flatten(prolora("--help")[1])
+    for code, meaning in MEANINGS.items():
+        assert f"{code:d} {meaning}" in text
+
+
+def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _, text, _ = prolora("transfer", "--help")
+    titles = re.findall(r"^╭─ (.+?) ─+╮$", text, re.M)
+    assert titles == [
+        "Arguments",
+        "Options",
+        "Method",
+        "Matching",
+        "Output",
+        "Resources",
+        "Probing (only with --method probe)",
+    ]
+    panels = dict(zip(titles, re.split(r"^╰─+╯$", text, flags=re.M), strict=False))
+    for panel, option in (
+        ("Options", "--source"),
+        ("Method", "--strength"),
+        ("Matching", "--threshold"),
+        ("Output", "--out-rank"),
+        ("Resources", "--max-memory"),
+        (titles[-1], "--resume"),
+    ):
+        assert option in panels[panel]
+
+
+def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):
+    lora, source, target = case
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
+    code, _, text = prolora(*line, "--method", "magic")
+    assert code == 2 and all(name in text for name in METHOD_NAMES)
+
+
+def test_modules_means_a_row_per_module_in_every_command(prolora, case, tmp_path):
+    lora, source, target = case
+    bases = ("--source", source, "--target", target)
+    module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    for line in (
+        ("compare", *bases),
+        ("transfer", lora, *bases, "-o", tmp_path / "out.safetensors"),
+    ):
+        plain = prolora(*line)[1]
+        rows = prolora(*line, "--modules")[1]
+        # A long name is folded over lines.
+        assert module[:12] in rows and len(rows.splitlines()) >= len(plain.splitlines()) + 8
