@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,6 +15,7 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..errors import ProLoRAError
+from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.safetensors_file import SafetensorsFile
 from ..version import __version__
 from .options import Options
@@ -54,7 +54,7 @@ def make_recipe(
     text = json.dumps([__version__, bases, chosen, format, str(dtype)], sort_keys=True)
     return {
         "lora_hash": f"sha256:{_hash_adapter(lora)}",
-        "recipe": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+        "recipe": f"sha256:{hash_text(text)}",
     }
 
 
@@ -81,11 +81,5 @@ def _jsonable(value: Any) -> Any:
 
 def _hash_adapter(path: Path) -> str:
     """SHA-256 of a file, or of the files of an adapter's folder."""
-    digest = hashlib.sha256()
     files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
+    return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))

@@ -11,7 +11,6 @@ it lie the few numbers that a transfer wants to know of pairs of weights.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -29,7 +28,8 @@ from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
 from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
-from ...errors import OutputError, UnsupportedFormat
+from ...errors import UnsupportedFormat, output_error
+from ...files.hashing import hash_parts, hash_text
 from ..base import Base
 from . import basis_file
 from .basis_file import StoredBasis
@@ -89,7 +89,7 @@ class BasisCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{folder}: the cache folder cannot be made: {error}") from error
+            raise output_error(self.folder, error, "the cache folder cannot be made") from error
 
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: str | None = None
@@ -301,9 +301,7 @@ class BasisCache:
 
 def hash_weight(weight: Tensor) -> str:
     """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode())
-    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_parts([f"{weight.dtype} {list(weight.shape)} ", weight])
 
 
 def hash_weights(weights: Tensor) -> list[str]:
@@ -313,8 +311,7 @@ def hash_weights(weights: Tensor) -> list[str]:
 
 def basis_name(digest: str, rank: Rank) -> str:
     """The name of a basis: of what, by which rule, how exact, by which version."""
-    text = f"{digest} {rank!r} {TOLERANCE} {VERSION}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_text(f"{digest} {rank!r} {TOLERANCE} {VERSION}")
 
 
 def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
@@ -322,4 +319,4 @@ def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, 
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hash_text(text)[:32]
