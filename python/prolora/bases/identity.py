@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
+from ..errors import UnsupportedFormat
 from ..files.hashing import hash_file, hash_parts, read_blocks
-from ..files.state import FileState, read_state
+from ..files.state import FileState, flush_file, read_state
 from . import Base
 from .cache.basis_cache import BasisCache
 
@@ -58,14 +61,30 @@ def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
     return f"sampled:{hash_parts(sampled)}"
 
 
-# Equal states, equal content: the second argument is there for that alone.
 @lru_cache(maxsize=64)
 def _hash_whole(path: Path, state: FileState) -> str:
-    return hash_file(path)
+    """The SHA-256 of a file in that state."""
+    with _keep_state(path, state):
+        return hash_file(path)
 
 
 @lru_cache(maxsize=256)
 def _hash_samples(path: Path, state: FileState) -> str:
+    """The SHA-256 of the size and of pieces of a file in that state."""
     starts = (i * max(0, state.size - _SAMPLE) // (_SAMPLES - 1) for i in range(_SAMPLES))
-    pieces = (block for start in starts for block in read_blocks(path, start, _SAMPLE))
-    return hash_parts(chain([f"{state.size} "], pieces))
+    with _keep_state(path, state):
+        pieces = (block for start in starts for block in read_blocks(path, start, _SAMPLE))
+        return hash_parts(chain([f"{state.size} "], pieces))
+
+
+@contextmanager
+def _keep_state(path: Path, state: FileState) -> Iterator[None]:
+    """Lets the body read a file whose hash will be known by that state.
+
+    Raises:
+        UnsupportedFormat: the file is in another state afterwards.
+    """
+    flush_file(path)
+    yield
+    if read_state(path) != state:
+        raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,3 +65,18 @@ def check_unchanged(path: Path, opened: FileState, file_number: int) -> None:
     """
     if not FileState.from_status(os.fstat(file_number)).has_content_of(opened):
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
+
+
+def flush_file(path: Path) -> None:
+    """Has the system write what programs have changed in a file through memory shared with it.
+
+    Such a change sets the file's times only if the page was written to the disk since the last one.
+    After this call the next change sets them, so that what is read now can be remembered by the
+    file's state. In a file system without a disk (tmpfs) it never does.
+    """
+    with suppress(OSError):  # not every system can, for a file that may only be read
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

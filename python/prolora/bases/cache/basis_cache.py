@@ -30,6 +30,7 @@ from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...errors import UnsupportedFormat, output_error
 from ...files.hashing import hash_parts, hash_text
+from ...files.state import flush_file, read_state
 from ..base import Base
 from . import basis_file
 from .basis_file import StoredBasis
@@ -83,6 +84,7 @@ class BasisCache:
         self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
+        self._flushed: set[Path | None] = set()
         self._failed = self._created = False
         if self.folder is None:
             return
@@ -172,18 +174,19 @@ class BasisCache:
         """A hash of some kind of a file, computed where its state was not seen before."""
         if self.folder is None:
             return compute()
-        status = path.stat()
-        times = status.st_mtime_ns, status.st_ctime_ns
-        key = _short_hash(
-            f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}"
+        state = read_state(path)
+        notes, key = (
+            self._table("files", ""),
+            _short_hash(f"{kind} {os.path.abspath(path)} {state}"),
         )
-        notes = self._table("files", "")
-        found, old = notes.get(key), time.time_ns() - max(times) > SETTLING_TIME
-        if not isinstance(found, str):
-            found = compute()
-            if old:
-                notes.put(key, found)
-        return found
+        known = notes.get(key)
+        if isinstance(known, str):
+            return known
+        settled = time.time_ns() - max(state.modified, state.changed) > SETTLING_TIME
+        digest = compute()
+        if settled:
+            notes.put(key, digest)
+        return digest
 
     def pairs(self, source: Base, target: Base) -> JsonTable:
         """The table of what is known of pairs of weights of two bases."""
@@ -204,6 +207,11 @@ class BasisCache:
                 self._try(notes.save)
 
     def _index(self, base: Base) -> JsonTable:
+        """The table of contents of a base's weights; asked for before any of them is read."""
+        if base.path not in self._flushed:
+            for file in base.files:
+                flush_file(file)
+            self._flushed.add(base.path)
         return self._table("index", str(base.path))
 
     def _table(self, kind: str, of: str) -> JsonTable:
