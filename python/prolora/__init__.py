@@ -3,7 +3,7 @@
 import torch  # noqa: F401  (before the extension, so that both use torch's OpenMP runtime)
 
 from .adapters.adapter import Adapter
-from .bases import Base, open_base
+from .bases import Base, BaseLike, open_base
 from .comparison.comparison import Comparison, compare
 from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
@@ -15,18 +15,22 @@ from .core.projection import DEFAULT_RANK, project
 from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
 from .errors import (
+    InvalidOption,
     LowCoverage,
     NonFiniteWeights,
     OutputError,
     ProLoRAError,
     ShapeMismatch,
+    TooLittleMemory,
     UnrelatedBases,
     UnsupportedFormat,
 )
 from .probe.settings import Probing
 from .version import __version__
 from .workflow.batch import Outcome, transfer_many
+from .workflow.dry_run import plan_report
 from .workflow.inspection import Description, inspect
+from .workflow.options import TransferOptions
 from .workflow.report import Report
 from .workflow.transfer import Transfer, transfer, transfer_file
 
@@ -35,9 +39,11 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Base",
+    "BaseLike",
     "Basis",
     "Comparison",
     "Description",
+    "InvalidOption",
     "LowCoverage",
     "LowRank",
     "Method",
@@ -51,7 +57,9 @@ __all__ = [
     "Report",
     "ShapeMismatch",
     "Similarity",
+    "TooLittleMemory",
     "Transfer",
+    "TransferOptions",
     "UnrelatedBases",
     "UnsupportedFormat",
     "Verdict",
@@ -61,6 +69,7 @@ __all__ = [
     "damped",
     "inspect",
     "open_base",
+    "plan_report",
     "principal_angles",
     "project",
     "require_cuda",

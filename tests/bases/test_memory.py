@@ -12,6 +12,7 @@ from spectra import related, weights
 
 import prolora
 from prolora.bases.memory import Memory, TooLittleMemory, format_size, parse_size, resident_bytes
+from prolora.core.methods import Needs
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -26,8 +27,8 @@ def test_sizes_are_read_as_people_write_them():
 def test_a_bound_cuts_stacks_and_never_below_one():
     free, bound = Memory(), Memory(resident_bytes() + (400 << 20))
     shape = (1280, 1280)
-    assert 1 <= bound.stack(shape, "bases") < free.stack(shape, "bases")
-    assert Memory(1).stack(shape, "bases") == 1
+    assert 1 <= bound.stack(shape, Needs.BASES) < free.stack(shape, Needs.BASES)
+    assert Memory(1).stack(shape, Needs.BASES) == 1
 
 
 @pytest.mark.parametrize("method", ["prolora", "damped", "copy", "auto"])

@@ -10,8 +10,8 @@ from prolora.adapters import Adapter
 from prolora.bases import open_base
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError, UnsupportedFormat
+from prolora.workflow.by_weights.vectors import carry_vectors
 from prolora.workflow.plan import make_plan
-from prolora.workflow.vectors import carry_vectors
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 STEM = "lora_unet_" + BLOCK.replace(".", "_")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prolora.workflow.options import Options
+from prolora.workflow.options import TransferOptions
 from prolora.workflow.out_rank import is_out_rank, parse_percentage, parse_size_limit
 
 
@@ -30,4 +30,4 @@ def test_nothing_else_is_a_size(form):
 @pytest.mark.parametrize("form", ["50%", "100MB"])
 def test_what_is_measured_by_the_lora_or_its_file_is_not_for_probing(form):
     with pytest.raises(ValueError, match="is for LoRAs that are moved"):
-        Options(method="probe", out_rank=form)
+        TransferOptions(method="probe", out_rank=form)

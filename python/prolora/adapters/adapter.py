@@ -46,6 +46,15 @@ class Adapter:
     kept_energy: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line: how many modules of which ranks, and how they are stored."""
+        ranks = sorted({update.rank for update in self.updates.values()})
+        of = f" of rank {ranks[0]}" if len(ranks) == 1 else ""
+        of = f" of ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else of
+        vectors = f", {len(self.vectors)} vectors" if self.vectors else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Adapter({len(self.updates)} modules{of}{vectors}, {self.format}, {dtype})"
+
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
         """The same adapter with other updates; what is known of absent modules is dropped."""
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from ..core.methods import Needs
 from ..core.rank_rule import Rank
 from ..errors import TooLittleMemory
 
@@ -41,6 +43,10 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
+
+
+Work = Needs | Literal["affinity"]
+"""What is done with weights: what a method needs of them, or how far they are apart."""
 
 
 def parse_size(text: str) -> int:
@@ -100,7 +106,7 @@ class Memory:
         if self.limit is not None:
             self._free = self.limit - resident_bytes() - self.reserved - SLACK
 
-    def check(self, shapes: Iterable[tuple[int, int]], method: str) -> None:
+    def check(self, shapes: Iterable[tuple[int, int]], work: Work) -> None:
         """Refuses a bound below what one matrix of each shape needs, before anything is done.
 
         Raises:
@@ -108,7 +114,7 @@ class Memory:
         """
         if self.limit is None:
             return
-        worst = max((_bytes_of_stack(shape, method, 1, self.rank) for shape in shapes), default=0)
+        worst = max((_bytes_of_stack(shape, work, 1, self.rank) for shape in shapes), default=0)
         # The results, and beside them what is worked on, or the file that is made of them.
         least = resident_bytes() + SLACK + self.reserved + max(worst, self.reserved // 2)
         if self.limit < least:
@@ -117,20 +123,20 @@ class Memory:
                 f"what prolora and this LoRA take, needs {format_size(least * 1.02)}"
             )
 
-    def stack(self, shape: tuple[int, int], method: str) -> int:
+    def stack(self, shape: tuple[int, int], work: Work) -> int:
         """How many weights [m, n] to work on at a time, at least one.
 
         Args:
             shape: of a weight.
-            method: "nothing", "bases", "damped" or "affinity": what is done with them.
+            work: what is done with them.
         """
-        room = LIGHT_STACK_BYTES if method == "damped" else STACK_BYTES
+        room = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
         most = max(1, room // (4 * shape[0] * shape[1]))
         if self.limit is None:
             return most
         if self._free is None:
             self.begin()
-        while most > 1 and _bytes_of_stack(shape, method, most, self.rank) > (self._free or 0):
+        while most > 1 and _bytes_of_stack(shape, work, most, self.rank) > (self._free or 0):
             most -= 1
         return most
 
@@ -157,14 +163,14 @@ class Memory:
         return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
 
 
-def _bytes_of_stack(shape: tuple[int, int], method: str, count: int, rank: Rank | None) -> int:
+def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank | None) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
     (m, n), d = shape, min(shape)
-    if method == "nothing":
+    if work is Needs.NOTHING:
         return 0
-    if method == "affinity":
+    if work == "affinity":
         return count * 2 * 4 * m * n
-    if method == "damped":
+    if work is Needs.WEIGHTS:
         return count * (4 * 4 * m * n + 3 * 4 * d * d)
     k = min(rank, d) if isinstance(rank, int) else d
     weights, bases = 4 * m * n, 2 * 4 * (m + n) * k

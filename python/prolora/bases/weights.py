@@ -101,8 +101,7 @@ class StoredWeight:
     @property
     def origin(self) -> Origin:
         """The file as it was when it was opened, and the key."""
-        # Without the number of the file system, which is another after every start of a machine.
-        state = " ".join(map(str, self.file.state[1:]))
+        state = " ".join(map(str, self.file.state))
         path = os.path.abspath(self.file.path)
         return Origin(f"{path} {state} {self.key}", max(self.file.state[-2:]))
 

@@ -20,6 +20,7 @@ from ..adapters.adapter import Adapter
 from ..errors import ProLoRAError
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import check_writable
+from ..workflow.options import MethodChoice
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
 
@@ -43,7 +44,7 @@ def run_demo(
     *,
     lora: str = "thick",
     target: str = "pruned",
-    method: str = "auto",
+    method: MethodChoice = "auto",
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> tuple[Report, list[Path]]:

@@ -14,8 +14,8 @@ from ..comparison.comparison import Comparison, ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..workflow.batch import Outcome
-from ..workflow.module_report import Measures
-from ..workflow.report import ModuleReport, Report
+from ..workflow.module_report import Measures, ModuleReport
+from ..workflow.report import Report
 
 LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
@@ -147,7 +147,7 @@ def probe_table(report: Report) -> Table:
     table.add_column("block", overflow="fold")
     for name in ("modules", "predicted", "reached"):
         table.add_column(name, justify="right", no_wrap=True)
-    for block in report.probe.blocks:
+    for block in report.probe.blocks if report.probe else ():
         predicted = min(block.explained, default=math.nan)
         table.add_row(
             block.name,

@@ -15,6 +15,7 @@ from ..bases import Base, check_finite, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
 from ..core.basis import truncated_svd
+from ..core.methods import Needs, find_method
 from ..core.overlap_tables import basis_tables
 from ..core.rank_rule import Rank
 from ..core.similarity import angle_quantiles, basis_similarity
@@ -175,7 +176,7 @@ class Comparison:
     @property
     def copying_is_best(self) -> bool:
         """Whether nothing known does better than the LoRA as it is."""
-        return self.verdict.go and self.advice.method == "copy"
+        return self.verdict.go and find_method(self.advice.method).needs is Needs.NOTHING
 
     def places(self) -> dict[str, list[ModuleComparison]]:
         """The pairs by part of the model, in the target's order."""
@@ -325,7 +326,7 @@ def compare(
     if not equal:
         raise UnsupportedFormat(_explain_nothing_shared(source, target, partners))
     sizes = {matrix_shape(target.shapes[module]) for module in equal}
-    Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else "bases")
+    Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else Needs.BASES)
     taken = set(partners.values())
     factorise = BasisCache(cache).bases if cache else truncated_svd
     rows = []

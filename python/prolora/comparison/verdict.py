@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..core.methods import Needs, find_method
 from .drift import Affinity
 
 STRANGE_COSINE = 0.3
@@ -108,7 +109,7 @@ class Verdict:
         """
         if method == AUTO:
             method = "damped" if self.kappa >= MIN_DAMPING else "copy"
-        if strength == AUTO and method != "damped":
+        if strength == AUTO and find_method(method).needs is not Needs.WEIGHTS:
             strength = self.strength
         elif strength is None or strength == AUTO:
             strength = 1.0

@@ -6,6 +6,8 @@ is in the basis cache by then.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,19 +18,38 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import PEFT_CONFIG, open_adapter
-from ..bases import Base, open_base
-from ..bases.base import Progress
+from ..adapters.unread import open_adapter
+from ..bases import Base, BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
+from ..comparison.module_map import Match
+from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..core.methods import Needs
+from ..core.projection import DEFAULT_RANK
+from ..core.rank_rule import Rank
 from ..errors import OutputError, ProLoRAError
-from .file_budget import OutputForm
-from .move_updates import move_all, weights_needed
-from .options import PROBE, Options
+from ..probe.settings import Probing
+from .by_weights.file_budget import OutputForm
+from .by_weights.move_updates import LORA_FAILURES, move_all
+from .by_weights.pipeline import Job, decide_method, finish_job, list_inputs, prepare_job
+from .options import (
+    DEFAULT_PROBING,
+    DroppedMode,
+    DtypeLike,
+    FormatName,
+    MethodChoice,
+    Progress,
+    Strength,
+    TextEncoderMode,
+    TransferOptions,
+    VectorsMode,
+)
+from .out_rank import OutRank
+from .output_paths import check_output, name_outputs
 from .report import Report
-from .resume import is_made, make_recipe
-from .transfer import Job, check_output, decide_method, finish_job, prepare_job, transfer_file
+from .resume import Recipe
+from .transfer import Transfer, run_transfer_file, save_result
 
 # Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
 BYTES_A_NUMBER = 12
@@ -63,23 +84,23 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """The report, or the error's name and message, ready for JSON."""
-        found: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "lora": str(self.lora),
             "out": str(self.out),
             "status": self.status,
         }
         if self.error:
-            found["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
-        return found | (self.report.to_dict() if self.report else {})
+            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        return entry | (self.report.to_dict() if self.report else {})
 
 
 @dataclass
 class _Task:
-    """One LoRA of a folder."""
+    """One LoRA of several, on its way to an outcome."""
 
     lora: Path
     out: Path
-    notes: dict[str, str]
+    recipe: Recipe | None = None
     job: Job | None = None
     outcome: Outcome | None = None
     seconds: float = 0.0
@@ -91,40 +112,65 @@ class _Task:
         started = time.perf_counter()
         try:
             return step()
-        except ProLoRAError as error:
+        except LORA_FAILURES as error:
             self.job = None
-            self.outcome = Outcome(self.lora, self.out, error=error, seconds=self.seconds)
+            self.outcome = Outcome(
+                self.lora, self.out, error=_as_refusal(error), seconds=self.seconds
+            )
             return None
         finally:
             self.seconds += time.perf_counter() - started
 
+    def finish(self, report: Report | None) -> None:
+        """Notes the report as the outcome, if there is one."""
+        if report is not None:
+            self.outcome = Outcome(self.lora, self.out, report=report, seconds=self.seconds)
+
+
+def _as_refusal(error: BaseException) -> ProLoRAError:
+    """An error of the system or of torch, as one that names itself."""
+    if isinstance(error, ProLoRAError):
+        return error
+    refusal = ProLoRAError(f"{type(error).__name__}: {error}".rstrip(": "))
+    refusal.__cause__ = error
+    return refusal
+
 
 def transfer_many(
     loras: Iterable[str | PathLike[str]],
-    source: Any,
-    target: Any,
+    source: BaseLike,
+    target: BaseLike,
     folder: str | PathLike[str],
     *,
-    format: str = "auto",
-    dtype: Any = None,
     redo: bool = False,
-    **options: Any,
+    method: MethodChoice = "auto",
+    rank: Rank = DEFAULT_RANK,
+    match: Match = "name",
+    threshold: float = DEFAULT_THRESHOLD,
+    damping: float | None = None,
+    strength: Strength | None = None,
+    out_rank: OutRank = "exact",
+    dropped: DroppedMode = "skip",
+    text_encoder: TextEncoderMode = "copy",
+    vectors: VectorsMode = "copy",
+    min_coverage: float = 0.0,
+    format: FormatName = "auto",
+    dtype: DtypeLike | None = None,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    probe: Probing = DEFAULT_PROBING,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
 
-    A result that is there already, whole, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
+    A result that is there already, complete, and says in its header that it was made of this very
+    LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
+    off goes on where it was. The folder is made if it does not exist.
 
-    Args:
-        loras: files or PEFT folders.
-        source: base they were trained on, as `transfer` takes it.
-        target: base they shall move to.
-        folder: made if it does not exist.
-        format: as `Transfer.save` takes it.
-        dtype: likewise.
-        redo: also make again what is there already.
-        **options: see `options.Options`. Without `cache` what is learnt of the bases is kept for
-            this call only; `progress` is called as progress(done, total, "LoRAs: module").
+    Every option has the meaning that it has in `transfer`. Without `cache` what is learnt of the
+    bases is kept for this call only; `progress` is called as progress(done, total,
+    "LoRAs: module").
 
     Returns:
         An outcome for each LoRA, in order. A LoRA that is refused does not stop the others.
@@ -133,106 +179,168 @@ def transfer_many(
         OutputError: the folder cannot be made, or two inputs would have one output.
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
-    inputs, folder = [Path(lora) for lora in loras], Path(folder)
-    names = [_output_name(lora, format) for lora in inputs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise OutputError(f"two inputs would become {twice[0]} and overwrite each other")
-    asked = Options(**options)
-    source, target = open_base(source), open_base(target)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
-    matched = resolve_match(
-        asked.match, source, target, cache=asked.cache, device=asked.device, progress=asked.progress
+    options = TransferOptions(
+        method=method,
+        rank=rank,
+        match=match,
+        threshold=threshold,
+        damping=damping,
+        strength=strength,
+        out_rank=out_rank,
+        dropped=dropped,
+        text_encoder=text_encoder,
+        vectors=vectors,
+        min_coverage=min_coverage,
+        cache=cache,
+        device=device,
+        max_memory=max_memory,
+        probe=probe,
+        progress=progress,
     )
-    chosen = replace(asked, match=matched, progress=None)
-    memory = Memory(chosen.max_memory, rank=chosen.rank)
-    with BasisCache(asked.cache).saving() as cache:
-        tasks = []
-        for lora, name in zip(inputs, names, strict=True):
-            notes = make_recipe(lora, source, target, asked, format, dtype, cache)
-            task = _Task(lora, folder / name, notes)
-            if not redo and is_made(task.out, notes):
-                task.outcome = Outcome(lora, task.out, kept=True)
-            tasks.append(task)
-    groups = list(_group_tasks([task for task in tasks if task.outcome is None], memory))
-    with _open_cache(chosen, len(groups)) as cache:
-        for group in groups:
-            progress = _label_progress(group, inputs, asked.progress)
-            if chosen.method == PROBE:
-                settings = options | {"progress": progress, "format": format, "dtype": dtype}
-                for task in group:
-                    move = partial(transfer_file, task.lora, source, target, task.out, **settings)
-                    _record_report(task, task.attempt(move))
-            else:
-                _move_group(group, source, target, chosen, format, dtype, cache, memory, progress)
-            cache.save()
+    output = OutputForm.of(options, format, dtype)
+    inputs = [Path(lora) for lora in loras]
+    outputs = name_outputs(inputs, Path(folder), format)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
+    batch = _Batch.open(inputs, open_base(source), open_base(target), options, output)
+    with BasisCache(options.cache).saving() as opened:
+        tasks = batch.list_tasks(outputs, redo, opened)
+        batch.run([task for task in tasks if task.outcome is None], opened)
     return [task.outcome for task in tasks if task.outcome is not None]
 
 
-def _move_group(
-    group: list[_Task],
-    source: Base,
-    target: Base,
-    chosen: Options,
-    format: str,
-    dtype: Any,
-    cache: BasisCache,
-    memory: Memory,
-    progress: Progress | None,
-) -> None:
-    """The stages of a transfer, for several LoRAs together."""
-    inputs = [*source.files, *target.files]
-    output = OutputForm.of(chosen, format, dtype)
+@dataclass(frozen=True)
+class _Batch:
+    """LoRAs between the same two bases.
 
-    def start(task: _Task) -> None:
-        check_output(task.out, [task.lora, *inputs])
-        task.job = prepare_job(task.lora, source, target, chosen, output)
+    Attributes:
+        loras: all of them.
+        source, target: the bases.
+        asked: the options as they were given.
+        chosen: the same with blocks matched, and no progress: each group labels its own.
+        output: what the results are written as.
+        memory: what may be in memory at a time.
+    """
 
-    def decide(task: _Task, job: Job) -> None:
-        memory.reserved += job.work.result_bytes()
-        decide_method(job, source, target, cache, memory)
+    loras: list[Path]
+    source: Base
+    target: Base
+    asked: TransferOptions
+    chosen: TransferOptions
+    output: OutputForm
+    memory: Memory
 
-    def tell(done: int, what: str) -> None:
-        if progress:
-            progress(done, len(group), what)
+    @classmethod
+    def open(
+        cls,
+        loras: list[Path],
+        source: Base,
+        target: Base,
+        asked: TransferOptions,
+        output: OutputForm,
+    ) -> _Batch:
+        """Matches the blocks of the bases once, for all LoRAs."""
+        match = resolve_match(
+            asked.match,
+            source,
+            target,
+            cache=asked.cache,
+            device=asked.device,
+            progress=asked.progress,
+        )
+        chosen = replace(asked, match=match, progress=None)
+        memory = Memory(asked.memory_limit, rank=asked.rank)
+        return cls(loras, source, target, asked, chosen, output, memory)
 
-    memory.reserved = 0
-    for i, task in enumerate(group):
-        tell(i, f"reading {task.lora.name}")
-        task.attempt(partial(start, task))
-    for task in group:
-        if task.job is not None:
-            task.attempt(partial(decide, task, task.job))
-    jobs = [task.job for task in group if task.job is not None]
-    memory.reserved = sum(job.work.result_bytes() for job in jobs)
-    memory.begin()
-    started = time.perf_counter()
-    move_all([job.work for job in jobs], source, target, cache, memory, progress)
-    share = (time.perf_counter() - started) / max(1, len(jobs))
+    def list_tasks(self, outputs: list[Path], redo: bool, cache: BasisCache) -> list[_Task]:
+        """A task for every LoRA; those whose result is there already are done."""
+        tasks = [_Task(lora, out) for lora, out in zip(self.loras, outputs, strict=True)]
+        for task in tasks:
+            task.attempt(partial(self._look_up, task, redo, cache))
+        return tasks
 
-    def end(task: _Task, job: Job) -> Report:
-        task.seconds += share
-        done = finish_job(job, source, target, cache, task.notes)
-        begun = time.perf_counter()
-        done.save(task.out, format=format, dtype=dtype)
-        done.report.seconds["write"] = time.perf_counter() - begun
-        return done.report
+    def _look_up(self, task: _Task, redo: bool, cache: BasisCache) -> None:
+        task.recipe = Recipe.of(task.lora, self.source, self.target, self.asked, self.output)
+        if not redo and task.recipe.is_made(task.out, cache):
+            task.outcome = Outcome(task.lora, task.out, kept=True)
 
-    for i, task in enumerate(group):
-        if task.job is not None:
-            tell(i, f"writing {task.lora.name}")
-            report = task.attempt(partial(end, task, task.job))
+    def run(self, tasks: list[_Task], cache: BasisCache) -> None:
+        """Does the tasks, in groups that fit into memory."""
+        groups = list(_group_tasks(tasks, self.memory))
+        with _keep_bases(cache, self.chosen, len(groups)) as kept:
+            for group in groups:
+                progress = _label_progress(group, self.loras, self.asked.progress)
+                if self.chosen.runs_models:
+                    self._probe_in_turn(group, progress)
+                else:
+                    self._move_group(group, kept, progress)
+                kept.save()
+
+    def _probe_in_turn(self, group: list[_Task], progress: Progress | None) -> None:
+        """Method "probe": one LoRA after the other, each with the models for itself."""
+        options = replace(self.asked, progress=progress)
+        for task in group:
+
+            def move(task: _Task = task) -> Report:
+                check_output(task.out, self._inputs)
+                return run_transfer_file(
+                    task.lora, self.source, self.target, task.out, options, self.output
+                )
+
+            task.finish(task.attempt(move))
+
+    def _move_group(self, group: list[_Task], cache: BasisCache, progress: Progress | None) -> None:
+        """The stages of a transfer by weights, for several LoRAs together."""
+
+        def show(done: int, what: str) -> None:
+            if progress:
+                progress(done, len(group), what)
+
+        for i, task in enumerate(group):
+            show(i, f"reading {task.lora.name}")
+            task.attempt(partial(self._prepare, task))
+        self.memory.reserved = 0
+        for task in group:
+            if task.job is not None:
+                task.attempt(partial(self._decide, task.job, cache))
+        jobs = [task.job for task in group if task.job is not None]
+        self.memory.reserved = sum(job.work.result_bytes() for job in jobs)
+        self.memory.begin()
+        started = time.perf_counter()
+        works = [job.work for job in jobs]
+        move_all(works, self.source, self.target, cache, self.memory, progress)
+        share = (time.perf_counter() - started) / max(1, len(jobs))
+        for i, task in enumerate(group):
+            if task.job is None:
+                continue
+            show(i, f"writing {task.lora.name}")
+            task.seconds += share
+            report = task.attempt(partial(self._finish, task, task.job, cache))
             task.job = None  # its factors are on the disk now
-            _record_report(task, report)
-    tell(len(group), "")
+            task.finish(report)
+        show(len(group), "")
 
+    def _prepare(self, task: _Task) -> None:
+        check_output(task.out, self._inputs)
+        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, self.output)
 
-def _record_report(task: _Task, report: Report | None) -> None:
-    if report is not None:
-        task.outcome = Outcome(task.lora, task.out, report=report, seconds=task.seconds)
+    def _decide(self, job: Job, cache: BasisCache) -> None:
+        self.memory.reserved += job.work.result_bytes()
+        decide_method(job, self.source, self.target, cache, self.memory)
+
+    def _finish(self, task: _Task, job: Job, cache: BasisCache) -> Report:
+        notes = task.recipe.describe if task.recipe else None
+        result = finish_job(job, self.source, self.target, cache, notes)
+        inputs = list_inputs(task.lora, self.source, self.target)
+        return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.output)
+
+    @property
+    def _inputs(self) -> list[Path]:
+        """What no output may overwrite: every LoRA of the call that is there, and the bases."""
+        there = [lora for lora in self.loras if os.path.exists(lora)]
+        return [*there, *self.source.files, *self.target.files]
 
 
 def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
@@ -254,43 +362,29 @@ def _estimate_size(lora: Path) -> int:
     """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
     try:
         headers = open_adapter(lora).headers.values()
-    except ProLoRAError:
+    except LORA_FAILURES:
         return 0
-    numbers = 0
-    for header in headers:
-        count = 1
-        for length in header.shape:
-            count *= length
-        numbers += count
-    return BYTES_A_NUMBER * numbers
+    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)
 
 
 @contextmanager
-def _open_cache(options: Options, groups: int) -> Iterator[BasisCache]:
-    """The cache asked for; without one, what is needed again goes to a temporary folder."""
-    if options.cache is None and groups > 1 and weights_needed(options) == "bases":
+def _keep_bases(cache: BasisCache, options: TransferOptions, groups: int) -> Iterator[BasisCache]:
+    """The cache; where there is no folder, what is needed again goes to a temporary one."""
+    may_factorise = options.chosen is None or options.chosen.needs is Needs.BASES
+    if options.cache is None and groups > 1 and may_factorise:
         with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
             yield BasisCache(temporary)
-        return
-    with BasisCache(options.cache).saving() as cache:
+    else:
         yield cache
 
 
-def _output_name(lora: Path, format: str) -> str:
-    """A PEFT adapter is a folder and has no suffix; every other LoRA is a .safetensors file."""
-    comes_as_peft = (lora / PEFT_CONFIG).is_file()
-    if format == "peft" or (format == "auto" and comes_as_peft):
-        return lora.name if lora.is_dir() else lora.stem
-    return f"{lora.name}.safetensors" if lora.is_dir() else lora.name
-
-
 def _label_progress(
-    group: list[_Task], inputs: list[Path], progress: Progress | None
+    group: list[_Task], loras: list[Path], progress: Progress | None
 ) -> Progress | None:
-    """The caller's callback, told which LoRAs are at work."""
+    """The caller's callback; it is told which LoRAs are at work."""
     if progress is None:
         return None
-    first, last = (inputs.index(task.lora) + 1 for task in (group[0], group[-1]))
+    first, last = (loras.index(task.lora) + 1 for task in (group[0], group[-1]))
     of = f"{first}" if first == last else f"{first}–{last}"
-    label = f"LoRA {of} of {len(inputs)}"
+    label = f"LoRA {of} of {len(loras)}"
     return lambda done, total, name: progress(done, total, f"{label}: {name}")

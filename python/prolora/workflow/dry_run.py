@@ -2,83 +2,134 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from dataclasses import replace
+from os import PathLike
 
 from .. import adapters
 from ..adapters.adapter import Adapter
-from ..bases import open_base
-from . import probe_transfer
-from .assembly import (
-    blank_report,
+from ..bases import Base, BaseLike, open_base
+from ..comparison.module_map import Match
+from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..core.projection import DEFAULT_RANK
+from ..core.rank_rule import Rank
+from ..probe.settings import Probing
+from .by_probing.plan import check_probing
+from .by_probing.rows import outline_report
+from .by_weights.assembly import (
+    Route,
+    build_report,
     describe_summed_module,
+    describe_unchanged,
     list_summed_modules,
+    list_unplaced_modules,
     outline_result,
-    place_vectors_of,
+    place_vectors,
 )
-from .file_budget import OutputForm
-from .move_updates import describe_unchanged
-from .options import PROBE, Options
+from .by_weights.file_budget import OutputForm
+from .by_weights.pipeline import plan_transfer
+from .options import (
+    DEFAULT_PROBING,
+    DroppedMode,
+    DtypeLike,
+    FormatName,
+    LoraLike,
+    MethodChoice,
+    Progress,
+    Strength,
+    TextEncoderMode,
+    TransferOptions,
+    VectorsMode,
+)
+from .out_rank import OutRank
 from .plan import sum_dropped_blocks
 from .report import Report
-from .transfer import plan_transfer
 
 
 def plan_report(
-    lora: Any,
-    source: Any,
-    target: Any,
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
     *,
-    format: str | None = None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
+    method: MethodChoice = "auto",
+    rank: Rank = DEFAULT_RANK,
+    match: Match = "name",
+    threshold: float = DEFAULT_THRESHOLD,
+    damping: float | None = None,
+    strength: Strength | None = None,
+    out_rank: OutRank = "exact",
+    dropped: DroppedMode = "skip",
+    text_encoder: TextEncoderMode = "copy",
+    vectors: VectorsMode = "copy",
+    min_coverage: float = 0.0,
+    format: FormatName | None = None,
+    dtype: DtypeLike | None = None,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    probe: Probing = DEFAULT_PROBING,
+    progress: Progress | None = None,
 ) -> Report:
     """What `transfer` would map, skip and refuse: no weight is read and nothing is factored.
 
-    Ranks and energies are those of a LoRA's own factors; what first has to be made one (DoRA, LoHa,
-    full differences …) counts with the rank the file states and no energy.
+    Every argument has the meaning that it has in `transfer`. Ranks and energies are those of a
+    LoRA's own factors; what first has to be made one (DoRA, LoHa, full differences …) counts with
+    the rank that the file states and no energy.
 
-    The similarity threshold needs weights, so modules it would skip still count as mapped here.
-    Matching by similarity needs them too: it alone reads them.
+    The similarity threshold needs weights, so modules that it would skip still count as mapped
+    here. Matching by similarity needs them too: it alone reads them.
 
-    Args:
-        lora: as `transfer` takes it.
-        source: likewise.
-        target: likewise.
-        format: one the result must fit; None asks for none.
-        dtype: of its factors, likewise; counts where `out_rank` is a size.
-        **options: see `options.Options`.
+    Returns:
+        A report with the keys of a real one, `dry_run` set.
 
     Raises:
         ProLoRAError: what `transfer` refuses before it looks at weights.
     """
-    chosen = Options(**options)
-    source, target = open_base(source), open_base(target)
-    if chosen.method == PROBE:
-        probe_transfer.check_probing(source, target, chosen)
-    adapter = lora if isinstance(lora, Adapter) else adapters.outline_adapter(lora, source.shapes)
-    if chosen.method == PROBE:
-        report = probe_transfer.build_probe_report(
-            probe_transfer.outline_probing(adapter, source, target, chosen), source, target, chosen
-        )
-        report.dry_run = True
-        return report
-    plan = plan_transfer(adapter, source, target, chosen)
-    whole = sum_dropped_blocks(adapter, plan)
-    output = OutputForm.of(chosen, format, dtype)
-    if output != OutputForm():
-        output.check(outline_result(whole, plan, source, target, chosen))
-    report = blank_report(adapter, plan, source, target, chosen)
-    report.dry_run = True
-    for pair in plan.pairs:
-        row = describe_unchanged(whole, pair.source, pair.target, "would be projected")
-        report.modules.append(describe_summed_module(row, adapter, plan))
-    for name in plan.passed:
-        report.modules.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
-    report.modules += list_summed_modules(
-        adapter, plan, {pair.source: pair.target for pair in plan.pairs}
+    options = TransferOptions(
+        method=method,
+        rank=rank,
+        match=match,
+        threshold=threshold,
+        damping=damping,
+        strength=strength,
+        out_rank=out_rank,
+        dropped=dropped,
+        text_encoder=text_encoder,
+        vectors=vectors,
+        min_coverage=min_coverage,
+        cache=cache,
+        device=device,
+        max_memory=max_memory,
+        probe=probe,
+        progress=progress,
     )
-    vectors = place_vectors_of(adapter, plan, source, target, chosen)
-    report.vectors, report.left_out = len(vectors.vectors), report.left_out | vectors.left_out
-    return report
+    output = OutputForm.of(options, format, dtype)
+    old, new = open_base(source), open_base(target)
+    if options.runs_models:
+        check_probing(old, new, options)
+        report = outline_report(_outline_lora(lora, old), old, new, options)
+        return replace(report, dry_run=True)
+    return _plan_by_weights(_outline_lora(lora, old), old, new, options, output)
+
+
+def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
+    return lora if isinstance(lora, Adapter) else adapters.outline_adapter(lora, source.shapes)
+
+
+def _plan_by_weights(
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions, output: OutputForm
+) -> Report:
+    """A row for every module, as the plan has it."""
+    plan = plan_transfer(adapter, source, target, options)
+    summed = sum_dropped_blocks(adapter, plan)
+    route = Route(adapter, plan, source, target, options)
+    if output != OutputForm():
+        output.check(outline_result(summed, route))
+    rows = list_unplaced_modules(adapter, plan)
+    for pair in plan.pairs:
+        row = describe_unchanged(summed, pair.source, pair.target, "would be projected")
+        rows.append(describe_summed_module(row, adapter, plan))
+    for name in plan.passed:
+        rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
+    moved = {pair.source: pair.target for pair in plan.pairs}
+    rows += list_summed_modules(adapter, plan, moved)
+    return build_report(route, rows, place_vectors(route), dry_run=True)

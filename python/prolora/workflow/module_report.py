@@ -1,11 +1,13 @@
-"""The numbers of a projected module, as a report keeps them."""
+"""One row of a report: what became of a module, and the numbers of its projection."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..core.lowrank import LowRank
 from ..core.projection_info import ProjectionInfo
 from ..core.similarity import ANGLE_SHARES
 
@@ -104,3 +106,83 @@ class Measures:
         rows = zip(*(listed(values) for values in (*columns, rungs, left, right)), strict=True)
         names = (*stack, "rung", "angles_left", "angles_right")
         return [cls(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One row: a module of the LoRA, and what became of it.
+
+    Attributes:
+        source: the module in the LoRA.
+        target: where it went; None unless mapped.
+        status: "mapped", "skipped", "refused", or "summed" where it was added to another module's
+            update and went with it.
+        reason: why it was skipped or refused; for a mapped module, how it was moved.
+        shape: out × in of the update.
+        rank_in: rank in the LoRA; 0 of a module that has no update there and carries only those
+            that were added to it.
+        rank_out: rank in the output; 0 unless mapped.
+        energy: ‖ΔW_s‖², the weight of this row in the totals; of all that was added to it, too.
+        strength: factor on the update, on top of what the method does.
+        drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
+        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of them, likewise.
+        surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
+        norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
+        copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
+        rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
+        onto: the module whose update this one was added to, and whose row has its energy; or None.
+        measures: the numbers of a projection; None where there was none.
+    """
+
+    source: str
+    target: str | None
+    status: str
+    reason: str
+    shape: tuple[int, ...]
+    rank_in: int
+    rank_out: int = 0
+    energy: float = 0.0
+    strength: float = 1.0
+    drift: float | None = None
+    cosine: float | None = None
+    surviving_energy: float = 1.0
+    norm_ratio: float = 1.0
+    copy_distance: float = 0.0
+    rank_cut_energy: float = 0.0
+    onto: str | None = None
+    measures: Measures | None = None
+
+    def at_strength(self, strength: float) -> ModuleReport:
+        """The row of the same update multiplied by `strength`."""
+        if strength == 1:
+            return self
+        # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with ⟨X, Δ⟩ from s = 1.
+        kept = self.surviving_energy
+        product = (kept + 1 - self.copy_distance**2) / 2
+        distance = strength**2 * kept + 1 - 2 * strength * product
+        return replace(
+            self,
+            strength=strength,
+            surviving_energy=strength**2 * kept,
+            norm_ratio=strength * self.norm_ratio,
+            copy_distance=math.sqrt(max(0.0, distance)),
+        )
+
+    def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
+        """The row of an update that was cut from `whole` to `smaller`."""
+        energy = whole.norm().square().item()
+        kept = min(1.0, smaller.norm().square().item() / energy) if energy else 1.0
+        return replace(
+            self,
+            rank_out=smaller.rank,
+            rank_cut_energy=1 - kept,
+            norm_ratio=self.norm_ratio * kept**0.5,
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything as one flat dict; every row has the same keys."""
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        measures = record.pop("measures")
+        return record | {
+            entry.name: getattr(measures, entry.name, None) for entry in fields(Measures)
+        }

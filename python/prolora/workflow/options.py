@@ -1,112 +1,145 @@
-"""The choices of a transfer: every one the paper leaves open has a name here."""
+"""The choices of a transfer: every one that the paper leaves open has a name here."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any, Literal, get_args
 
-from ..bases.base import Progress
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..bases.memory import parse_size
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
-from ..core.methods import METHODS
+from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, check_rank
+from ..errors import InvalidOption
 from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
-Strength = float | str
-TEXT_ENCODER = ("copy", "project", "skip")
-DROPPED = ("skip", "sum")
-VECTORS = ("copy", "skip")
+LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
+"""A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
+
+MethodChoice = Literal["auto", MethodName]
+"""What `transfer` takes as its method; "auto" chooses one of `METHODS`."""
+
+FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
+"""The formats of a LoRA file; "auto" is the one that it came in."""
+
+DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
+DtypeLike = torch.dtype | DtypeName
+"""The dtype of the factors in a file, or its name."""
+
+DroppedMode = Literal["skip", "sum"]
+TextEncoderMode = Literal["copy", "project", "skip"]
+VectorsMode = Literal["copy", "skip"]
+Strength = float | Literal["auto"]
+Progress = Callable[[int, int, str], None]
+
+METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
+FORMATS: tuple[str, ...] = get_args(FormatName)
+DROPPED: tuple[str, ...] = get_args(DroppedMode)
+TEXT_ENCODER: tuple[str, ...] = get_args(TextEncoderMode)
+VECTORS: tuple[str, ...] = get_args(VectorsMode)
 PROBE = "probe"
-METHOD_NAMES = (AUTO, *METHODS)
-"""What `transfer` takes."""
+DEFAULT_PROBING = Probing()
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to transfer; each choice the paper leaves open is named here and reported.
+class TransferOptions:
+    """How a LoRA is moved; `transfer` takes each of these by its name.
 
     Attributes:
-        method: a name of `METHODS`; "auto" takes what the study
-            in docs/evidence.md found best for bases as far apart as these; "probe" runs the models
-            and needs pipeline folders.
-        rank: columns of the subspaces, or the share of energy they hold.
-        match: "name"; "similarity" (see `matching`); a JSON file or a mapping {target module:
-            source module}.
-        dropped: "skip" leaves out the updates of blocks that the target has dropped, "sum" adds
+        method: "prolora" (the paper), "subspace" (its ablation), "lora-x", "blocks", "copy" (the
+            update as it is), "damped" (see `damping`), "probe" (see `probe`; runs the models and
+            needs pipeline folders), or "auto": the one that docs/evidence.md found best for bases
+            as far apart as these.
+        rank: columns of the subspaces, or the share of energy that they hold, between 0 and 1.
+        match: how modules are paired: "name"; "similarity" (blocks are recognised by their
+            weights); a JSON file or a mapping {target module: source module}.
+        threshold: the overlap Φ that both sides of a pair must reach, 0 … 1; a pair below it gets
+            no update. "copy" looks at no weights and skips nothing.
+        damping: κ of "damped", 0 or more; None chooses it by the drift between the bases.
+        strength: factor on every update; "auto" chooses it by the drift between the bases. None
+            means "auto" for method "auto" and 1 for any other method.
+        out_rank: "exact" keeps every singular value of the result; an int keeps at most that many;
+            a share between 0 and 1 the fewest that hold this much of an update's energy; "50%" half
+            as many as the LoRA's own rank; "100MB" those that fit a file of that size, spent where
+            they hold most energy. Method "probe" fits updates of that rank or share.
+        dropped: "skip" leaves out the updates of blocks that the target has dropped; "sum" adds
             them to those of the nearest block that is still there.
-        threshold: the Φ that left and right must both reach; a pair below it gets no update.
-            `copy` looks at no weights and gates nothing.
-        damping: κ of "damped"; None means chosen from the drift between the bases.
-        strength: factor on every update; "auto" is chosen from the drift between the bases. None
-            means "auto" for method "auto" and 1 for a method asked for by name.
-        out_rank: "exact" keeps every singular value of the result, an int at most that many, a
-            share between 0 and 1 the fewest that hold that much of an update's energy, "50%" half
-            as many as the LoRA's own rank, "100MB" those that fit a file of that size, spent where
-            they hold most energy. Method "probe" fits updates of that rank or share, "exact" being
-            its own default.
-        text_encoder: "copy" carries the text-encoder part over unchanged, "project" moves it like
-            all else where both bases hold its weights, "skip" leaves it out.
-        vectors: "copy" carries trained biases and normalisation layers over to the modules they
-            belong to, "skip" leaves them out.
-        min_coverage: LowCoverage below this share of the LoRA's modules.
-        cache: folder that keeps subspaces between LoRAs; None keeps nothing.
-        device: where to compute; None means the CPU.
-        max_memory: bytes this process may take in memory; None sets no bound.
-        probe: what "probe" samples.
+        text_encoder: "copy" carries the text encoders' updates over unchanged, "project" moves
+            them as all others where both bases hold their weights, "skip" leaves them out.
+        vectors: "copy" carries trained biases and normalisation layers over to the modules that
+            they belong to, "skip" leaves them out.
+        min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
+        cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
+        device: where to compute, as torch names it; None means the CPU.
+        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
+            no bound.
+        probe: what method "probe" samples.
         progress: called as progress(done, total, name).
     """
 
-    method: str = AUTO
+    method: MethodChoice = "auto"
     rank: Rank = DEFAULT_RANK
     match: Match = "name"
-    dropped: str = "skip"
+    dropped: DroppedMode = "skip"
     threshold: float = DEFAULT_THRESHOLD
     damping: float | None = None
     strength: Strength | None = None
     out_rank: OutRank = "exact"
-    text_encoder: str = "copy"
-    vectors: str = "copy"
+    text_encoder: TextEncoderMode = "copy"
+    vectors: VectorsMode = "copy"
     min_coverage: float = 0.0
     cache: str | PathLike[str] | None = None
     device: str | None = None
-    max_memory: int | None = None
-    probe: Probing = field(default_factory=Probing)
+    max_memory: int | str | None = None
+    probe: Probing = DEFAULT_PROBING
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what makes no sense before anything is read."""
+        """Refuses values that no transfer can use, before anything is read.
+
+        Raises:
+            InvalidOption: names the option and what it takes.
+        """
         check_rank(self.rank)
-        if self.method not in METHOD_NAMES:
-            raise ValueError(
-                f"unknown method {self.method!r}: choose from {', '.join(METHOD_NAMES)}"
-            )
+        for name, words in (
+            ("method", METHOD_NAMES),
+            ("text_encoder", TEXT_ENCODER),
+            ("dropped", DROPPED),
+            ("vectors", VECTORS),
+        ):
+            check_choice(name, getattr(self, name), words)
+        for name in ("threshold", "min_coverage"):
+            _check_share(name, getattr(self, name))
         if self.damping is not None and not (0 <= self.damping < math.inf):
-            raise ValueError(f"damping must be 0 or more, not {self.damping!r}")
+            raise InvalidOption(f"damping must be 0 or more, not {self.damping!r}")
         if isinstance(self.strength, str):
             if self.strength != AUTO:
-                raise ValueError(f'strength must be a number or "auto", not {self.strength!r}')
+                raise InvalidOption(f'strength must be a number or "auto", not {self.strength!r}')
         elif self.strength is not None and not (0 < self.strength < math.inf):
-            raise ValueError(f"strength must be a positive number, not {self.strength!r}")
-        if not is_out_rank(self.out_rank):
-            raise ValueError(f"out_rank must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
-        measured = parse_percentage(self.out_rank) or parse_size_limit(self.out_rank)
-        if self.method == PROBE and measured is not None:
-            raise ValueError(
-                f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {PROBE} fits new "
-                "ones: give a rank or a share of the energy"
-            )
-        for name, value, words in (
-            ("text_encoder", self.text_encoder, TEXT_ENCODER),
-            ("dropped", self.dropped, DROPPED),
-            ("vectors", self.vectors, VECTORS),
-        ):
-            if value not in words:
-                raise ValueError(f"{name} must be one of {', '.join(words)}, not {value!r}")
+            raise InvalidOption(f"strength must be a positive number, not {self.strength!r}")
+        self._check_out_rank()
+        self.memory_limit  # noqa: B018 (raises where it is no size)
 
-    def decide(self, verdict: Verdict | None) -> Options:
+    def _check_out_rank(self) -> None:
+        if not is_out_rank(self.out_rank):
+            raise InvalidOption(f"out_rank must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
+        measured = parse_percentage(self.out_rank) or parse_size_limit(self.out_rank)
+        if self.runs_models and measured is not None:
+            raise InvalidOption(
+                f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {self.method} "
+                "fits new ones: give a rank or a share of the energy"
+            )
+
+    def decide(self, verdict: Verdict | None) -> TransferOptions:
         """The options with method, strength and damping settled.
 
         Args:
@@ -114,9 +147,21 @@ class Options:
                 to choose a method by.
         """
         if verdict is not None:
-            return replace(self, **vars(verdict.decide(self.method, self.strength, self.damping)))
-        method = "copy" if self.method in (AUTO, "damped") else self.method
-        return replace(self, method=method, strength=self.factor)
+            settled: Any = verdict.decide(self.method, self.strength, self.damping)
+            return replace(self, **vars(settled))
+        # Without weights there is no drift to weaken an update along.
+        copies = self.chosen is None or self.chosen.needs is Needs.WEIGHTS
+        return replace(self, method="copy" if copies else self.method, strength=self.factor)
+
+    @property
+    def chosen(self) -> Method | None:
+        """The method's row of `METHODS`; None as long as "auto" has chosen none."""
+        return None if self.method == AUTO else find_method(self.method)
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether the method runs the models, and is another pipeline than all others."""
+        return self.chosen is not None and self.chosen.needs is Needs.MODELS
 
     @property
     def kappa(self) -> float:
@@ -127,3 +172,45 @@ class Options:
     def factor(self) -> float:
         """The strength as a number, once it is known (see `decide`); 1 before."""
         return float(self.strength) if isinstance(self.strength, float | int) else 1.0
+
+    @property
+    def memory_limit(self) -> int | None:
+        """`max_memory` in bytes."""
+        if self.max_memory is None:
+            return None
+        try:
+            size = parse_size(self.max_memory) if isinstance(self.max_memory, str) else None
+            return int(self.max_memory) if size is None else size
+        except (ValueError, OverflowError, TypeError) as error:
+            raise InvalidOption(
+                f'max_memory must be bytes, or a size such as "2GiB", not {self.max_memory!r}'
+            ) from error
+
+
+def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
+    """Refuses a value that is none of the words.
+
+    Raises:
+        InvalidOption: names the option and its words.
+    """
+    if value not in words:
+        raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
+
+
+def _check_share(name: str, value: float) -> None:
+    """Refuses what is no number between 0 and 1; NaN would switch a check off."""
+    if not (isinstance(value, float | int) and 0 <= value <= 1):
+        raise InvalidOption(f"{name} must be a number between 0 and 1, not {value!r}")
+
+
+def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
+    """The dtype that a name stands for.
+
+    Raises:
+        InvalidOption: it is no dtype and no name of one.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    check_choice("dtype", dtype, get_args(DtypeName))
+    named: torch.dtype = getattr(torch, dtype)
+    return named

@@ -1,10 +1,11 @@
-"""What a result was made from and how, in its own header: a run that was cut off goes on there."""
+"""What a result was made of and how, in its own header: a run that was cut off goes on there."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,58 +15,77 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
-from ..errors import ProLoRAError
-from ..files.hashing import hash_parts, hash_text, read_blocks
+from ..errors import ProLoRAError, UnsupportedFormat
 from ..files.safetensors_file import SafetensorsFile
 from ..version import __version__
-from .options import Options
+from .by_weights.file_budget import OutputForm
+from .options import TransferOptions
 
-KEYS = ("lora_hash", "recipe")
-# What says how the work is done and not what comes out.
+# Options that say how the work is done and not what comes out.
 _INDIFFERENT = ("cache", "device", "progress", "max_memory")
 
 
-def make_recipe(
-    lora: Path,
-    source: Base,
-    target: Base,
-    options: Options,
-    format: str,
-    dtype: Any,
-    cache: BasisCache,
-) -> dict[str, str]:
-    """`KEYS` -> text: equal for equal inputs, options and version, and for nothing else.
+@dataclass(frozen=True)
+class Recipe:
+    """What determines a result: equal for equal inputs, options and version, and else different.
 
-    Args:
+    Attributes:
         lora: a file or folder.
-        source: base it was trained on.
-        target: base it moves to.
+        source: the base it was trained on.
+        target: the base it moves to.
         options: as they were asked for.
-        format: as `Transfer.save` takes it.
-        dtype: likewise.
-        cache: remembers the hashes of files.
+        output: what the result is written as.
+        lora_hash: "sha256:…" of the LoRA.
     """
-    chosen = {
-        field.name: _jsonable(getattr(options, field.name))
-        for field in fields(options)
-        if field.name not in _INDIFFERENT
-    }
-    bases = [compute_identity(base, cache) or base.name for base in (source, target)]
-    text = json.dumps([__version__, bases, chosen, format, str(dtype)], sort_keys=True)
-    return {
-        "lora_hash": f"sha256:{_hash_adapter(lora)}",
-        "recipe": f"sha256:{hash_text(text)}",
-    }
 
+    lora: Path
+    source: Base
+    target: Base
+    options: TransferOptions
+    output: OutputForm
+    lora_hash: str
 
-def is_made(out: Path, wanted: Mapping[str, str]) -> bool:
-    """Whether `out` is a whole result of that recipe: its header says so, and fits its size."""
-    file = out / PEFT_WEIGHTS if out.is_dir() else out
-    try:
-        metadata = SafetensorsFile(file).metadata
-    except ProLoRAError:
-        return False
-    return all(metadata.get(f"prolora.{key}") == wanted[key] for key in KEYS)
+    @classmethod
+    def of(
+        cls, lora: Path, source: Base, target: Base, options: TransferOptions, output: OutputForm
+    ) -> Recipe:
+        """The recipe of a LoRA that is not yet read: a file that changes later has another one.
+
+        Raises:
+            UnsupportedFormat: the LoRA cannot be read.
+        """
+        return cls(lora, source, target, options, output, f"sha256:{_hash_adapter(lora)}")
+
+    def describe(self, cache: BasisCache) -> dict[str, str]:
+        """The two entries of a result's header; reads the bases whole, for their hashes.
+
+        Args:
+            cache: remembers the hashes of files.
+        """
+        chosen = {
+            field.name: _jsonable(getattr(self.options, field.name))
+            for field in fields(self.options)
+            if field.name not in _INDIFFERENT
+        }
+        bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
+        form = (self.output.format, str(self.output.dtype))
+        text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
+        recipe = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        return {"lora_hash": self.lora_hash, "recipe": f"sha256:{recipe}"}
+
+    def is_made(self, out: Path, cache: BasisCache) -> bool:
+        """Whether `out` is a complete result of this recipe: its header says so, and fits its size.
+
+        The bases are hashed only where the result was made of this very LoRA.
+        """
+        file = out / PEFT_WEIGHTS if out.is_dir() else out
+        try:
+            metadata = SafetensorsFile(file).metadata
+        except ProLoRAError:
+            return False
+        if metadata.get("prolora.lora_hash") != self.lora_hash:
+            return False
+        return metadata.get("prolora.recipe") == self.describe(cache)["recipe"]
 
 
 def _jsonable(value: Any) -> Any:
@@ -80,6 +100,19 @@ def _jsonable(value: Any) -> Any:
 
 
 def _hash_adapter(path: Path) -> str:
-    """SHA-256 of a file, or of the files of an adapter's folder."""
-    files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-    return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))
+    """SHA-256 of a file, or of the files of an adapter's folder.
+
+    Raises:
+        UnsupportedFormat: one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    while block := opened.read(1 << 20):
+                        digest.update(block)
+    except (OSError, ValueError) as error:
+        raise UnsupportedFormat(f"{path}: cannot be read: {error}") from error
+    return digest.hexdigest()

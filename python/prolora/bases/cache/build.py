@@ -10,6 +10,7 @@ from typing import Any
 
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
+from ...core.methods import Needs
 from ...core.rank_rule import Rank
 from .. import open_base
 from ..memory import Memory
@@ -71,14 +72,14 @@ def survey_base(
     for name, shape in base.shapes.items():
         if is_adaptable(name):
             groups.setdefault(matrix_shape(shape), []).append(name)
-    memory.check(groups, "bases")
+    memory.check(groups, Needs.BASES)
     total, done, rows = sum(len(names) for names in groups.values()), 0, []
     with BasisCache(cache).saving() as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
             found, start = [], 0
             while start < len(names):
-                stack = names[start : start + memory.stack(shape, "bases")]
+                stack = names[start : start + memory.stack(shape, Needs.BASES)]
                 bases = kept.of(base, stack, rank, device)
                 found += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
                 start, done = start + len(stack), done + len(stack)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..adapters.names import TEXT_ENCODERS
-from ..bases import Base
-from .plan import Plan
+from ...adapters.adapter import Adapter
+from ...adapters.names import TEXT_ENCODERS
+from ...bases import Base
+from ..plan import Plan
 
 
 @dataclass

@@ -5,22 +5,45 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .. import adapters
-from ..adapters import Adapter, Group
-from ..core.lowrank import LowRank
-from ..core.parallel import map_on_threads
-from ..core.recompression import product_energies
-from ..errors import OutputError
-from .options import Options
-from .out_rank import parse_size_limit
-from .report import Report
+from ... import adapters
+from ...adapters import Adapter, Group
+from ...core.lowrank import LowRank
+from ...core.parallel import map_on_threads
+from ...core.recompression import product_energies
+from ...errors import OutputError
+from ..module_report import ModuleReport
+from ..options import (
+    FORMATS,
+    DtypeLike,
+    FormatName,
+    TransferOptions,
+    check_choice,
+    read_dtype,
+)
+from ..out_rank import parse_size_limit
 
 # More than a transfer adds to the header of a file: where it came from and how it was made.
 ADDED_HEADER = 2048
+
+
+@dataclass(frozen=True)
+class FittedResult:
+    """A result that fits a file.
+
+    Attributes:
+        adapter: with the columns that fit.
+        rows: of the report.
+        limit: bytes of the file; None where nothing had to be cut.
+    """
+
+    adapter: Adapter
+    rows: tuple[ModuleReport, ...]
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,14 +56,22 @@ class OutputForm:
         limit: bytes of the file; None sets no bound.
     """
 
-    format: str | None = None
+    format: FormatName | None = None
     dtype: torch.dtype | None = None
     limit: int | None = None
 
     @classmethod
-    def of(cls, options: Options, format: str | None, dtype: torch.dtype | None) -> OutputForm:
-        """What the options ask for, in that format and dtype."""
-        return cls(format, dtype, parse_size_limit(options.out_rank))
+    def of(
+        cls, options: TransferOptions, format: FormatName | None, dtype: DtypeLike | None
+    ) -> OutputForm:
+        """What the options ask for, in that format and dtype.
+
+        Raises:
+            InvalidOption: there is no such format or dtype.
+        """
+        if format is not None:
+            check_choice("format", format, FORMATS)
+        return cls(format, read_dtype(dtype), parse_size_limit(options.out_rank))
 
     def check(self, outline: Adapter) -> None:
         """Refuses what the format cannot hold, or the size, before anything is moved.
@@ -60,8 +91,8 @@ class OutputForm:
             if least > self.limit:
                 raise self._too_small(least + ADDED_HEADER)
 
-    def fit(self, adapter: Adapter, report: Report) -> Adapter:
-        """The adapter with as many columns as fit; the report says what that cost.
+    def fit(self, adapter: Adapter, rows: Sequence[ModuleReport]) -> FittedResult:
+        """The adapter with as many columns as fit, and rows that say what that cost.
 
         Columns go in the order of their energy per byte, over all modules together, and each
         module (FLUX's fused weights as one) keeps its first in any case: no column that is left
@@ -69,15 +100,15 @@ class OutputForm:
 
         Args:
             adapter: the result of a transfer; the same object comes back where nothing is cut.
-            report: its account, which is brought up to date.
+            rows: of its report.
 
         Raises:
             OutputError: with one column a module it is still too large.
         """
         if self.limit is None or not (adapter.updates or adapter.vectors):
-            return adapter
+            return FittedResult(adapter, tuple(rows))
         if self._file_size(adapter) <= self.limit:
-            return adapter
+            return FittedResult(adapter, tuple(rows))
         groups = self._groups(adapter)
         order = _by_energy_per_byte(groups)
 
@@ -93,9 +124,7 @@ class OutputForm:
         pieces = map_on_threads(_cut_group, list(zip(groups, counts, strict=True)))
         found = {name: update for parts in pieces for name, update in parts.items()}
         smaller = adapter.with_updates({name: found[name] for name in adapter.updates})
-        _update_rows(report, adapter, smaller)
-        report.file_limit = self.limit
-        return smaller
+        return FittedResult(smaller, _describe_cuts(rows, adapter, smaller), self.limit)
 
     def _groups(self, adapter: Adapter) -> list[Group]:
         return adapters.group_modules(adapter, adapters.check_format(adapter, self._format))
@@ -155,10 +184,15 @@ def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
     return group.split(group.update().truncate(rank=rank))
 
 
-def _update_rows(report: Report, before: Adapter, after: Adapter) -> None:
-    """Tells the rows of the report what their modules were cut to."""
-    for i, row in enumerate(report.modules):
-        update = before.updates.get(row.target or "") if row.status == "mapped" else None
-        if update is None or after.updates[str(row.target)] is update:
-            continue
-        report.modules[i] = row.cut(update, after.updates[str(row.target)])
+def _describe_cuts(
+    rows: Sequence[ModuleReport], before: Adapter, after: Adapter
+) -> tuple[ModuleReport, ...]:
+    """The rows of a report, those of modules that were cut brought up to date."""
+    return tuple(_describe_cut(row, before, after) for row in rows)
+
+
+def _describe_cut(row: ModuleReport, before: Adapter, after: Adapter) -> ModuleReport:
+    if row.status != "mapped" or row.target not in before.updates:
+        return row
+    update, smaller = before.updates[row.target], after.updates[row.target]
+    return row if smaller is update else row.cut(update, smaller)

@@ -11,24 +11,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..architectures.modules import matrix_shape
-from ..bases import Base
-from ..bases.base import Progress
-from ..bases.cache.basis_cache import BasisCache
-from ..bases.memory import Memory
-from ..comparison.overlap import Alignment, align_bases
-from ..core.basis import Basis
-from ..core.damping import Damper
-from ..core.lowrank import LowRank
-from ..core.precision import is_finite
-from ..core.projection import project_factors
-from ..errors import NonFiniteWeights, ProLoRAError
-from .module_report import Measures
-from .options import Options
-from .out_rank import cut_rank
-from .plan import Pair, Plan
-from .report import ModuleReport
+from ...adapters.adapter import Adapter
+from ...architectures.modules import matrix_shape
+from ...bases import Base
+from ...bases.base import Progress
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.memory import Memory
+from ...comparison.overlap import Alignment, align_bases
+from ...core.basis import Basis
+from ...core.damping import Damper
+from ...core.lowrank import LowRank
+from ...core.methods import Method, Needs, find_method
+from ...core.precision import is_finite
+from ...core.projection import project_factors
+from ...errors import NonFiniteWeights, ProLoRAError
+from ..module_report import Measures, ModuleReport
+from ..options import TransferOptions
+from ..out_rank import cut_rank
+from ..plan import Pair, Plan
+from .assembly import describe_unchanged
+
+LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
+"""Errors that end the LoRA in which they happen and no other of the same call."""
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 
@@ -66,14 +70,19 @@ class LoraWork:
 
     adapter: Adapter
     plan: Plan
-    options: Options
+    options: TransferOptions
     clock: Clock = field(default_factory=Clock)
     moved: list[Moved] = field(default_factory=list)
-    error: ProLoRAError | None = None
+    error: Exception | None = None
+
+    @property
+    def method(self) -> Method:
+        """How it is moved, once that is decided."""
+        return find_method(self.options.method)
 
     def result_bytes(self) -> int:
         """What the moved updates take in memory, at most."""
-        width = 2 if self.options.method == "prolora" else 1
+        width = 1 if self.options.chosen is None else self.options.chosen.rank_factor
         updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
         return sum(4 * width * (x.up.numel() + x.down.numel()) for x in updates)
 
@@ -97,17 +106,17 @@ def move_all(
         progress: called as progress(done, total, target module).
     """
     for work in works:
-        if work.options.method == "copy":
+        if work.method.needs is Needs.NOTHING:
             try:
                 work.moved += _finish_updates(_copy_updates(work), work.options)
-            except ProLoRAError as error:
+            except LORA_FAILURES as error:
                 work.error = error
     done = 0
     total = len({pair for work in works for pair in work.plan.pairs})
-    for method in ("damped", "bases"):
-        chosen = [work for work in works if weights_needed(work.options) == method]
-        for stack in _iterate_stacks(chosen, memory, method):
-            if method == "damped":
+    for needs in (Needs.WEIGHTS, Needs.BASES):
+        chosen = [work for work in works if work.method.needs is needs]
+        for stack in _iterate_stacks(chosen, memory, needs):
+            if needs is Needs.WEIGHTS:
                 _damp_stack(chosen, stack, source, target, memory)
             else:
                 _project_stack(chosen, stack, source, target, cache, memory)
@@ -116,12 +125,9 @@ def move_all(
                 progress(min(done, total), total, stack[-1].target)
 
 
-def weights_needed(options: Options) -> str:
-    """What of the weights a method looks at: "nothing", "damped" or "bases"."""
-    return {"copy": "nothing", "damped": "damped"}.get(options.method, "bases")
-
-
-def _iterate_stacks(works: Sequence[LoraWork], memory: Memory, method: str) -> Iterator[list[Pair]]:
+def _iterate_stacks(
+    works: Sequence[LoraWork], memory: Memory, needs: Needs
+) -> Iterator[list[Pair]]:
     """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for work in works:
@@ -129,7 +135,7 @@ def _iterate_stacks(works: Sequence[LoraWork], memory: Memory, method: str) -> I
             shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
     for shape, found in shapes.items():
         pairs = list(found)
-        size = memory.stack(matrix_shape(shape), method)
+        size = memory.stack(matrix_shape(shape), needs)
         for i in range(0, len(pairs), size):
             yield pairs[i : i + size]
 
@@ -197,7 +203,7 @@ def _move_in_turn(
     ):
         try:
             moved = step(together, stack, places)
-        except ProLoRAError as error:
+        except LORA_FAILURES as error:
             for work in together:
                 work.error = error
             continue
@@ -205,7 +211,7 @@ def _move_in_turn(
             own = moved[i * len(places) : (i + 1) * len(places)]
             try:
                 work.moved += _finish_updates(own, work.options)
-            except ProLoRAError as error:
+            except LORA_FAILURES as error:
                 work.error = error
 
 
@@ -271,7 +277,7 @@ def _copy_updates(work: LoraWork) -> list[Moved]:
         (
             pair,
             adapter.updates[pair.source],
-            describe_unchanged(adapter, pair.source, pair.target, "copied"),
+            describe_unchanged(adapter, pair.source, pair.target, work.method.outcome),
         )
         for pair in work.plan.pairs
     ]
@@ -292,7 +298,9 @@ def _damp_updates(
         norms = zip(*(update.norm().tolist() for update in (delta, moved, apart)), strict=True)
         for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
             pair = stack[place]
-            row = describe_unchanged(work.adapter, pair.source, pair.target, "damped", before**2)
+            row = describe_unchanged(
+                work.adapter, pair.source, pair.target, work.method.outcome, before**2
+            )
             if before > 0:
                 ratio = after / before
                 row = replace(
@@ -331,7 +339,7 @@ def _project_updates(
         for i, pair in enumerate(pairs):
             at = i * len(works) + first
             energy, surviving, ratio, distance = (values[at] for values in account)
-            measures, what = measured[at], f"projected ({options.method})"
+            measures, what = measured[at], work.method.outcome
             row = replace(
                 describe_unchanged(work.adapter, pair.source, pair.target, what, energy),
                 measures=measures,
@@ -349,13 +357,13 @@ def _project_updates(
     return rows
 
 
-def _finish_updates(moved: list[Moved], options: Options) -> list[Moved]:
+def _finish_updates(moved: list[Moved], options: TransferOptions) -> list[Moved]:
     """Updates at their strength and output rank, on the CPU, and accounted for."""
     return [(pair, *_finish_update(update, row, options)) for pair, update, row in moved]
 
 
 def _finish_update(
-    update: LowRank | None, row: ModuleReport, options: Options
+    update: LowRank | None, row: ModuleReport, options: TransferOptions
 ) -> tuple[LowRank | None, ModuleReport]:
     """One of them."""
     if update is None:
@@ -370,22 +378,3 @@ def _finish_update(
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
     return update, replace(row, rank_out=update.rank)
-
-
-def describe_unchanged(
-    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
-) -> ModuleReport:
-    """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""
-    update = adapter.updates[name]
-    if energy is None:
-        energy = update.norm().square().item()
-    return ModuleReport(
-        source=name,
-        target=target,
-        status="mapped",
-        reason=reason,
-        shape=tuple(update.shape),
-        rank_in=update.rank,
-        rank_out=update.rank,
-        energy=energy,
-    )

@@ -1,0 +1,1 @@
+"""A LoRA fitted to the running models of the target (method "probe")."""

@@ -1,0 +1,266 @@
+"""The stages of a transfer by probing: refuse, open two pipelines, run and fit them, assemble."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ... import adapters
+from ...adapters.adapter import Adapter
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.identity import compute_identity
+from ...bases.memory import format_size, resident_bytes
+from ...comparison.module_map import TEXT_ENCODERS
+from ...core.lowrank import LowRank
+from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
+from ...probe.gate import COPY, Gate
+from ...probe.report import ProbeReport
+from ..by_weights.assembly import Route, build_metadata, explain_low_coverage
+from ..by_weights.file_budget import OutputForm
+from ..by_weights.pipeline import Notes, Result, prefix_notes, read_lora, transfer_by_weights
+from ..module_report import ModuleReport
+from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
+from .plan import check_probing, outline_fit, plan_probing
+from .rows import build_probe_report, list_modules, list_vectors, outline_report
+
+
+def transfer_by_probing(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    output: OutputForm,
+    notes: Notes | None = None,
+) -> Result:
+    """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
+
+    What moving by weights alone makes of the LoRA is its rival: where that does no worse on
+    held-out probes, it is the result.
+
+    Raises:
+        UnrelatedBases: the held-out probes speak against both, and `force` is not set.
+        ProLoRAError: see `prolora.transfer` and `probe.fit_lora`.
+    """
+    check_probing(source, target, options)
+    adapter = read_lora(lora, source)
+    route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
+    blank = _outline_result(route)
+    adapters.check_format(blank, output.format or "auto")
+    coverage = outline_report(adapter, source, target, options).coverage
+    if coverage < options.min_coverage:
+        raise LowCoverage(explain_low_coverage(coverage, options.min_coverage, 0.0))
+    rival = _move_rival(route, output)
+    updates, report = _fit_models(route, rival.adapter.updates if rival else {})
+    gate = report.gate
+    if gate and gate.decision == COPY and not options.probe.force:
+        if not gate.copy_serves:
+            raise UnrelatedBases(
+                f"neither probing nor moving by weights serves here: {gate.reason}"
+            )
+        if rival:
+            return _scale_rival(rival, report, gate.copy_strength, _read_notes(notes))
+    return _finish_probing(route, blank, updates, report, _read_notes(notes))
+
+
+def _outline_result(route: Route) -> Adapter:
+    """The adapter of the target, before its updates have values."""
+    outline = outline_fit(route.adapter, route.plan, route.source, route.target)
+    return replace(route.adapter, updates=outline, kernels={}, vectors={})
+
+
+def _read_notes(notes: Notes | None) -> dict[str, str]:
+    return {} if notes is None else prefix_notes(notes(BasisCache(None)))
+
+
+def _move_rival(route: Route, output: OutputForm) -> Result | None:
+    """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
+    methods: tuple[MethodChoice, ...] = ("auto", "copy")
+    for method in methods:
+        options = replace(route.options, method=method, progress=None)
+        form = OutputForm.of(options, output.format, None)
+        try:
+            return transfer_by_weights(route.adapter, route.source, route.target, options, form)
+        except UnrelatedBases:
+            continue
+        except ProLoRAError:
+            return None
+    return None
+
+
+def _fit_models(
+    route: Route, rival: Mapping[str, LowRank]
+) -> tuple[dict[str, LowRank], ProbeReport]:
+    """Runs the pipelines and fits: target module -> update at the strength asked for.
+
+    Args:
+        route: of the LoRA.
+        rival: the updates that the target would get without probing; empty where there are none.
+    """
+    from ... import probe
+    from ...probe import pipelines
+
+    source, target, options = route.source, route.target, route.options
+    assert source.path is not None and target.path is not None
+    models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
+    pair = pipelines.pair_pipelines(models[0], models[1], options.probe)
+    settings = _fit_settings(options)
+    if options.probe.resume is not None:
+        bases = [compute_identity(base) for base in (source, target)]
+        settings["samplers"] = json.dumps([pair.told(), *bases])
+    images = itertools.count(1)
+
+    def count_image() -> None:
+        if options.progress:
+            options.progress(next(images), 6 * options.probe.images, "sampling")
+
+    result = probe.fit_lora(
+        pair.source.denoiser,
+        pair.target.denoiser,
+        route.adapter.with_updates(_drop_text_encoders(route.adapter.updates)),
+        pair.source.sampler(pair.settings, count_image),
+        pair.target.sampler(pair.settings, count_image),
+        translate=pair.between.translate,
+        translate_back=pair.between.translate_back,
+        convert=pair.between.convert,
+        read=pair.between.read,
+        rival=_drop_text_encoders(rival),
+        **settings,
+    )
+    updates = {
+        name: LowRank(update.up * options.factor, update.down).to("cpu")
+        for name, update in result.adapter.updates.items()
+    }
+    return updates, result.report
+
+
+def _fit_settings(options: TransferOptions) -> dict[str, Any]:
+    """The options of a transfer as `probe.fit_lora` takes them."""
+    settings: dict[str, Any] = {
+        "force": options.probe.force,
+        "progress": options.progress,
+        "strategy": options.probe.strategy,
+        "steps": options.probe.fit_steps,
+    }
+    if options.probe.resume is not None:
+        settings["resume"] = options.probe.resume
+    if options.memory_limit is not None:
+        settings["max_memory"] = _memory_left(options.memory_limit)
+    if options.out_rank != "exact":
+        settings["rank"] = options.out_rank
+    return settings
+
+
+def _memory_left(limit: int) -> int:
+    """What a bound on memory leaves for calls and streams once the models are there.
+
+    Raises:
+        TooLittleMemory: nothing.
+    """
+    taken = resident_bytes()
+    if taken >= limit:
+        raise TooLittleMemory(
+            f"--max-memory {format_size(limit)} is too little: the two pipelines alone take "
+            f"{format_size(taken)}"
+        )
+    return limit - taken
+
+
+def _drop_text_encoders(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
+    return {name: u for name, u in updates.items() if not name.startswith(TEXT_ENCODERS)}
+
+
+def _finish_probing(
+    route: Route,
+    blank: Adapter,
+    fitted: dict[str, LowRank],
+    probe: ProbeReport,
+    notes: dict[str, str],
+) -> Result:
+    """The adapter of the target, and the report, of what was fitted."""
+    adapter, plan, source, target = route.adapter, route.plan, route.source, route.target
+    gate = probe.gate
+    strength = route.options.factor * (gate.strength if gate else 1.0)
+    rows = _list_rows(route, fitted, strength)
+    updates = fitted | {name: adapter.updates[name] for name in plan.passed}
+    decided = replace(route, options=replace(route.options, strength=strength))
+    metadata = build_metadata(decided) | _describe_gate(probe, gate, route.options) | notes
+    moved = replace(
+        blank, updates=updates, kernels=_kernel_sizes(updates, target), metadata=metadata
+    )
+    report = build_probe_report(
+        source,
+        target,
+        route.options,
+        rows,
+        list_vectors(adapter) | adapter.left_out,
+        strength=strength,
+        probe=probe,
+        seconds=dict(probe.seconds),
+    )
+    return Result(moved, report)
+
+
+def _list_rows(route: Route, fitted: Mapping[str, LowRank], strength: float) -> list[ModuleReport]:
+    """What became of every module.
+
+    Where the fit starts from the copied updates, those outside the blocks stay copied.
+    """
+    plan = route.plan
+    copied = {name for name in plan.skipped if name in fitted}
+    skipped = {name: reason for name, reason in plan.skipped.items() if name not in copied}
+    plan = replace(plan, skipped=skipped)
+    how = "fitted to the running models"
+    rows = []
+    for row in list_modules(route.adapter, plan, fitted, how):
+        if row.source in copied:
+            row = replace(row, reason="copied; the fit in the blocks goes on from there")
+        rows.append(replace(row, strength=strength) if row.rank_out else row)
+    return rows
+
+
+def _describe_gate(
+    probe: ProbeReport, gate: Gate | None, options: TransferOptions
+) -> dict[str, str]:
+    """What the header of the file says of a probing, beside what it says of any transfer."""
+    return {
+        "prolora.probe_calls": str(probe.probes),
+        "prolora.probe_prompts": str(len(options.probe.prompts)),
+        "prolora.probe_decision": gate.decision if gate else "",
+        "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
+    }
+
+
+def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
+    """(kh, kw) of those that are convolutions of the target."""
+    shapes = {name: target.shapes.get(name, ()) for name in updates}
+    return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
+
+
+def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[str, str]) -> Result:
+    """A LoRA moved by weights alone, at the strength that held-out probes chose."""
+    adapter, report = rival.adapter, rival.report
+
+    def is_scaled(name: str | None) -> bool:
+        return name is not None and not name.startswith(TEXT_ENCODERS)
+
+    updates = {
+        name: LowRank(u.up * factor, u.down) if is_scaled(name) else u
+        for name, u in adapter.updates.items()
+    }
+    vectors = {n: factor * v if is_scaled(n) else v for n, v in adapter.vectors.items()}
+    rows = tuple(
+        replace(row.at_strength(factor), strength=row.strength * factor)
+        if is_scaled(row.target)
+        else row
+        for row in report.modules
+    )
+    strength = report.strength * factor
+    facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": PROBE}
+    metadata = adapter.metadata | facts | notes
+    moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
+    return Result(moved, replace(report, asked=PROBE, probe=probe, strength=strength, modules=rows))

@@ -1,0 +1,145 @@
+"""What became of every module of a LoRA that was fitted to running models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...adapters.adapter import Adapter
+from ...bases import Base
+from ...core.lowrank import LowRank
+from ..by_weights.assembly import describe_unchanged
+from ..module_report import ModuleReport
+from ..options import PROBE, TransferOptions
+from ..plan import Plan
+from ..report import Report
+from .plan import RULE, plan_probing, target_modules
+
+_VECTOR = "probing fits matrices only, no biases or normalisation layers"
+
+
+def outline_report(
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions
+) -> Report:
+    """What would be fitted, from names and shapes alone."""
+    plan = plan_probing(adapter, source, target, options)
+    modules = target_modules(adapter, source, target)
+    rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
+    return build_probe_report(source, target, options, rows, list_vectors(adapter))
+
+
+def list_vectors(adapter: Adapter) -> dict[str, str]:
+    """Vector of the LoRA -> why probing does not move it."""
+    return dict.fromkeys(adapter.vectors, _VECTOR)
+
+
+def build_probe_report(
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    rows: Iterable[ModuleReport],
+    left_out: dict[str, str],
+    **known: Any,
+) -> Report:
+    """The report of a probing.
+
+    Args:
+        source: the base it comes from.
+        target: the base it goes to.
+        options: as they were asked for.
+        rows: of the modules.
+        left_out: tensor that is not moved -> why.
+        **known: further fields of `Report`.
+    """
+    return Report(
+        method=PROBE,
+        rank_rule=options.rank,
+        threshold=0.0,
+        match=RULE,
+        source=source.name,
+        target=target.name,
+        modules=tuple(rows),
+        left_out=left_out,
+        **known,
+    )
+
+
+def list_modules(
+    adapter: Adapter, plan: Plan, updates: Mapping[str, LowRank | None], how: str
+) -> list[ModuleReport]:
+    """What became of every module of the LoRA, and the target's further modules.
+
+    Args:
+        adapter: the LoRA.
+        plan: which of its modules are carried over or skipped.
+        updates: target module -> update; None where it is not yet known.
+        how: what is said of a fitted module.
+    """
+    rows = [_describe_module(adapter, name, plan, updates, how) for name in adapter.updates]
+    for name, update in updates.items():
+        if name not in adapter.updates:
+            rows.append(_describe_further_module(name, update, how))
+    return rows
+
+
+def _describe_module(
+    adapter: Adapter, name: str, plan: Plan, updates: Mapping[str, LowRank | None], how: str
+) -> ModuleReport:
+    """The row of a module of the LoRA."""
+    row = describe_unchanged(adapter, name, name, "text encoder, carried over unchanged")
+    if name in plan.skipped:
+        return replace(row, target=None, status="skipped", reason=plan.skipped[name], rank_out=0)
+    if name in plan.passed:
+        return row
+    return _describe_fitted_module(row, adapter.updates[name], updates, how)
+
+
+def _describe_further_module(name: str, update: LowRank | None, how: str) -> ModuleReport:
+    """The row of a target module that the LoRA has no update for: its rank there is 0."""
+    return ModuleReport(
+        source=name,
+        target=name,
+        status="mapped",
+        reason=f"{how}; the LoRA has no module of that name",
+        shape=tuple(update.shape) if update else (),
+        rank_in=0,
+        rank_out=update.rank if update else 0,
+        surviving_energy=math.nan,
+        norm_ratio=math.nan,
+        copy_distance=math.nan,
+    )
+
+
+def _describe_fitted_module(
+    row: ModuleReport, update: LowRank, updates: Mapping[str, LowRank | None], how: str
+) -> ModuleReport:
+    """A module whose change the target's blocks were fitted to; compared where it has a twin."""
+    twin = updates.get(row.source)
+    row = replace(
+        row,
+        reason=how,
+        rank_out=twin.rank if twin else 0,
+        surviving_energy=math.nan,
+        norm_ratio=math.nan,
+        copy_distance=math.nan,
+    )
+    if row.source not in updates:
+        # The target has fewer blocks: those that are there were fitted to what this module does.
+        return replace(row, target=None, reason=f"{how}; the target has no module of that name")
+    norm = float(update.norm())
+    if twin is None or tuple(twin.shape) != tuple(update.shape) or not norm:
+        return row
+    ratio = float(twin.norm()) / norm
+    difference = LowRank(
+        torch.cat([twin.up, -update.up], 1), torch.cat([twin.down, update.down], 0)
+    )
+    return replace(
+        row,
+        surviving_energy=ratio**2,
+        norm_ratio=ratio,
+        copy_distance=float(difference.norm()) / norm,
+    )

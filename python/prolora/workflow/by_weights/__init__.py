@@ -1,0 +1,1 @@
+"""A LoRA moved by the weights of the two bases alone; no model runs."""

@@ -1,0 +1,255 @@
+"""What a transfer gives: the adapter of the target, its header, and a row for every module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...adapters.adapter import Adapter
+from ...adapters.metadata import rewrite_metadata
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ...core.lowrank import LowRank
+from ...errors import LowCoverage
+from ...version import __version__
+from ..module_report import ModuleReport
+from ..options import TransferOptions
+from ..plan import Plan
+from ..report import Report
+from .vectors import CarriedVectors, carry_vectors
+
+
+@dataclass(frozen=True)
+class Route:
+    """A LoRA between two bases: what was read, where it goes, and how.
+
+    Attributes:
+        adapter: the LoRA as it came in.
+        plan: where its modules go.
+        source: the base it comes from.
+        target: the base it goes to.
+        options: how it is moved.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    source: Base
+    target: Base
+    options: TransferOptions
+
+
+def describe_unchanged(
+    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
+) -> ModuleReport:
+    """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""
+    update = adapter.updates[name]
+    if energy is None:
+        energy = update.norm().square().item()
+    return ModuleReport(
+        source=name,
+        target=target,
+        status="mapped",
+        reason=reason,
+        shape=tuple(update.shape),
+        rank_in=update.rank,
+        rank_out=update.rank,
+        energy=energy,
+    )
+
+
+def list_unplaced_modules(
+    adapter: Adapter, plan: Plan, energies: Mapping[str, float] | None = None
+) -> list[ModuleReport]:
+    """The rows of the modules that the plan skips or refuses.
+
+    Args:
+        adapter: the LoRA as it came in.
+        plan: says why.
+        energies: ‖ΔW_s‖² of these modules, as far as it is known.
+    """
+    rows = []
+    for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
+        for name, reason in reasons.items():
+            row = describe_unchanged(adapter, name, None, reason, (energies or {}).get(name))
+            rows.append(replace(row, status=status, rank_out=0))
+    return rows
+
+
+def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
+    """The row of a module that others may have been added to, with the rank it had in the LoRA."""
+    added = sum(onto == row.source for onto in plan.summed.values())
+    if not added:
+        return row
+    update = adapter.updates.get(row.source)
+    reason = f"{row.reason}; updates of dropped blocks added: {added}"
+    return replace(row, rank_in=update.rank if update else 0, reason=reason)
+
+
+def list_summed_modules(
+    adapter: Adapter, plan: Plan, moved: Mapping[str, str]
+) -> list[ModuleReport]:
+    """The rows of the modules that were added to others.
+
+    Args:
+        adapter: the LoRA as it came in.
+        plan: says onto which.
+        moved: source module -> target module of all that was moved.
+    """
+    rows = []
+    for name, onto in plan.summed.items():
+        reason = "its block is gone; added to the update of the nearest that is there"
+        row = replace(
+            describe_unchanged(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0
+        )
+        if onto in moved:
+            rows.append(replace(row, status="summed"))
+        else:
+            reason = "its block is gone, and the nearest that is there was skipped"
+            rows.append(replace(row, status="skipped", reason=reason))
+    return rows
+
+
+def hollow_update(update: LowRank) -> LowRank:
+    """An update of the same shape and rank that takes no memory."""
+    zero = torch.zeros(1, 1)
+    return LowRank(zero.expand(update.up.shape), zero.expand(update.down.shape))
+
+
+def check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
+    """Refuses early: the threshold on Φ can only lower the coverage that the plan allows.
+
+    Raises:
+        LowCoverage: fewer modules have a place than was asked for.
+    """
+    placed = {pair.source for pair in plan.pairs} & set(adapter.updates)
+    placed |= {*plan.passed, *plan.summed}
+    coverage = len(placed) / max(1, len(adapter.updates))
+    if coverage < minimum:
+        raise LowCoverage(
+            f"{len(placed)} of {len(adapter.updates)} modules find a place on the target "
+            f"(coverage {coverage:.2f}), fewer than --min-coverage {minimum:g}; nothing written"
+        )
+
+
+def explain_low_coverage(coverage: float, minimum: float, threshold: float) -> str:
+    """Why a finished transfer is not written."""
+    return (
+        f"coverage {coverage:.2f} is below --min-coverage {minimum:g} after the threshold "
+        f"{threshold:g} on Φ; nothing written. Lower --threshold, or try --method copy"
+    )
+
+
+def outline_result(summed: Adapter, route: Route) -> Adapter:
+    """What the adapter of the target will consist of, before anything is moved.
+
+    Args:
+        summed: the LoRA, updates of dropped blocks added to those of their neighbours.
+        route: where it goes.
+    """
+    updates = {pair.target: summed.updates[pair.source] for pair in route.plan.pairs}
+    updates |= {name: summed.updates[name] for name in route.plan.passed}
+    vectors = place_vectors(replace(route, adapter=summed))
+    return assemble_adapter(summed, updates, vectors, route.target, summed.metadata)
+
+
+def place_vectors(route: Route, moved: Mapping[str, LowRank] | None = None) -> CarriedVectors:
+    """The biases and normalisation layers of the target.
+
+    Args:
+        route: of the LoRA.
+        moved: the target's updates; None: as if every module of the plan got one.
+    """
+    options = route.options
+    return carry_vectors(
+        route.adapter,
+        route.plan,
+        route.source,
+        route.target,
+        factor=options.factor,
+        moved=moved,
+        mode=options.vectors,
+        text_encoder=options.text_encoder,
+    )
+
+
+def assemble_adapter(
+    adapter: Adapter,
+    updates: dict[str, LowRank],
+    vectors: CarriedVectors,
+    target: Base,
+    metadata: dict[str, str],
+) -> Adapter:
+    """The adapter of the target: its modules, its kernels, its metadata."""
+    kernels: dict[str, tuple[int, int]] = {}
+    for name in updates:
+        shape = target.shapes.get(name, ())
+        if len(shape) == 4:
+            kernels[name] = (shape[2], shape[3])
+    return replace(
+        adapter, updates=updates, kernels=kernels, vectors=vectors.vectors, metadata=metadata
+    )
+
+
+def build_metadata(route: Route, cache: BasisCache | None = None) -> dict[str, str]:
+    """The header of the result: the LoRA's own, with the target's names and how it was made.
+
+    Reads the bases whole, for their hashes.
+    """
+    source, target, options = route.source, route.target, route.options
+    provenance = {
+        "version": __version__,
+        "method": options.method,
+        "strength": f"{options.factor:.4g}",
+        "rank_rule": str(options.rank),
+        "threshold": str(options.threshold),
+        "match": route.plan.rule,
+        "dropped": options.dropped,
+        "source": source.name,
+        "target": target.name,
+    }
+    hashes = {
+        "source_hash": compute_identity(source, cache),
+        "target_hash": compute_identity(target, cache),
+    }
+    return rewrite_metadata(
+        route.adapter.metadata,
+        target_name=target.name,
+        target_layout=target.layout,
+        target_sha256=compute_sha256(target, cache),
+        target_short_hash=compute_short_hash(target),
+        provenance=provenance | {key: value for key, value in hashes.items() if value},
+    )
+
+
+def build_report(
+    route: Route, modules: Sequence[ModuleReport], vectors: CarriedVectors, **known: Any
+) -> Report:
+    """The report of a transfer by weights.
+
+    Args:
+        route: of the LoRA, the method decided.
+        modules: a row for every module of the LoRA, and one for each further target.
+        vectors: what became of biases and normalisation layers.
+        **known: further fields of `Report`.
+    """
+    adapter, plan, options = route.adapter, route.plan, route.options
+    return Report(
+        method=options.method,
+        rank_rule=options.rank,
+        threshold=options.threshold,
+        match=plan.rule,
+        source=route.source.name,
+        target=route.target.name,
+        modules=tuple(modules),
+        decisions=plan.decisions,
+        dropped_blocks=plan.dropped,
+        vectors=len(vectors.vectors),
+        left_out=adapter.left_out | vectors.left_out,
+        kept_energy=dict(adapter.kept_energy),
+        strength=options.factor,
+        **known,
+    )

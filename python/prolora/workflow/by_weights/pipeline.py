@@ -1,0 +1,255 @@
+"""The stages of a transfer by weights: read and plan, look at the weights, move, assemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+
+from ... import adapters
+from ...adapters.adapter import Adapter
+from ...architectures.modules import matrix_shape
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.memory import Memory
+from ...bases.vae import can_probe
+from ...comparison.block_matching import resolve_match
+from ...comparison.drift import Affinity, measure_affinities
+from ...comparison.verdict import Verdict, judge_affinity
+from ...core.lowrank import LowRank
+from ...core.methods import Needs
+from ...errors import LowCoverage, UnrelatedBases
+from ..module_report import ModuleReport
+from ..options import LoraLike, Progress, TransferOptions
+from ..plan import Plan, make_plan, sum_dropped_blocks
+from ..report import Report, measure_coverage
+from .assembly import (
+    Route,
+    assemble_adapter,
+    build_metadata,
+    build_report,
+    check_coverage,
+    describe_summed_module,
+    describe_unchanged,
+    explain_low_coverage,
+    hollow_update,
+    list_summed_modules,
+    list_unplaced_modules,
+    outline_result,
+    place_vectors,
+)
+from .file_budget import OutputForm
+from .move_updates import Clock, LoraWork, move_all
+
+Notes = Callable[[BasisCache], Mapping[str, str]]
+"""What the header of a result says of its making, computed once nothing can be refused any more:
+it may read the bases whole."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline gives: the adapter of the target, and the report."""
+
+    adapter: Adapter
+    report: Report
+
+
+@dataclass
+class Job:
+    """One LoRA on its way, between the stages of a transfer.
+
+    Attributes:
+        lora: as it was given.
+        adapter: as it was read; updates without a place have no values any more.
+        plan: where its modules go.
+        asked: the options, before anything was decided.
+        output: what the result will be written as.
+        work: what is moved, and what has been.
+        energies: ‖ΔW_s‖² of the modules without a place.
+        affinities: target module -> affinity of its pair of weights.
+        verdict: on the pair of bases; None where no weight is moved.
+    """
+
+    lora: LoraLike
+    adapter: Adapter
+    plan: Plan
+    asked: TransferOptions
+    output: OutputForm
+    work: LoraWork
+    energies: dict[str, float]
+    affinities: dict[str, Affinity] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+
+def transfer_by_weights(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    output: OutputForm,
+    notes: Notes | None = None,
+) -> Result:
+    """Moves one LoRA: the stages, one after the other.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    memory = Memory(options.memory_limit, rank=options.rank)
+    with BasisCache(options.cache).saving() as cache:
+        job = prepare_job(lora, source, target, options, output)
+        memory.reserved = job.work.result_bytes()
+        decide_method(job, source, target, cache, memory)
+        memory.begin()
+        move_all([job.work], source, target, cache, memory, options.progress)
+        return finish_job(job, source, target, cache, notes)
+
+
+def prepare_job(
+    lora: LoraLike, source: Base, target: Base, asked: TransferOptions, output: OutputForm
+) -> Job:
+    """Reads and plans; refuses all that can be refused without looking at weights."""
+    clock = Clock()
+    with clock("read"):
+        adapter = read_lora(lora, source)
+    with clock("match"):
+        plan = plan_transfer(adapter, source, target, asked)
+    check_coverage(adapter, plan, asked.min_coverage)
+    summed = sum_dropped_blocks(adapter, plan)
+    if output != OutputForm():
+        output.check(outline_result(summed, Route(adapter, plan, source, target, asked)))
+    used = {pair.source for pair in plan.pairs}
+    moved = replace(summed, updates={n: x for n, x in summed.updates.items() if n in used})
+    # Modules without a place are measured now, so that their factors need no memory later.
+    unplaced = {name: adapter.updates[name] for name in (*plan.skipped, *plan.refused)}
+    energies = {name: update.norm().square().item() for name, update in unplaced.items()}
+    updates = {n: hollow_update(x) if n in unplaced else x for n, x in adapter.updates.items()}
+    adapter = replace(adapter, updates=updates)
+    return Job(lora, adapter, plan, asked, output, LoraWork(moved, plan, asked, clock), energies)
+
+
+def read_lora(lora: LoraLike, source: Base) -> Adapter:
+    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+    if isinstance(lora, Adapter):
+        return lora
+    return adapters.read_adapter(lora, read_weight=source.read)
+
+
+def plan_transfer(adapter: Adapter, source: Base, target: Base, options: TransferOptions) -> Plan:
+    """Where every module goes; weights are read only to match blocks by similarity."""
+    match = resolve_match(
+        options.match,
+        source,
+        target,
+        cache=options.cache,
+        device=options.device,
+        progress=_label_stage("matching", options.progress),
+    )
+    return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
+
+
+def decide_method(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
+    """Looks at the pairs of weights and decides how to move the LoRA.
+
+    Raises:
+        NonFiniteWeights: NaN or Inf in a weight.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
+        TooLittleMemory: the bound is below what one weight needs.
+    """
+    plan, asked = job.plan, job.asked
+    shapes = {matrix_shape(pair.shape) for pair in plan.pairs}
+    memory.check(shapes, "affinity")
+    if asked.chosen is not None:
+        memory.check(shapes, asked.chosen.needs)
+    with job.work.clock("check"):
+        places = [(pair.source, pair.target) for pair in plan.pairs]
+        progress = _label_stage("checking", asked.progress)
+        affinities = measure_affinities(source, target, places, progress, cache, memory)
+    # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
+    job.verdict = judge_affinity(Affinity.total(affinities)) if affinities else None
+    job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
+    if asked.chosen is None and job.verdict and not job.verdict.related:
+        raise UnrelatedBases(_explain_unrelated(job.verdict, source, target))
+    job.work.options = asked.decide(job.verdict)
+    memory.check(shapes, job.work.method.needs)
+
+
+def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
+    """Why `auto` writes nothing, and what may work instead."""
+    way = " --method copy does it anyway"
+    if can_probe(source.path, target.path):
+        way = f" --method probe looks at the running models and may move it;{way}"
+    return f"{verdict.sentence()} Nothing written;{way}"
+
+
+def finish_job(
+    job: Job, source: Base, target: Base, cache: BasisCache, notes: Notes | None = None
+) -> Result:
+    """The adapter of the target, and the report, of what was moved.
+
+    Raises:
+        LowCoverage: fewer modules moved than was asked for.
+        ProLoRAError: what stopped the move.
+    """
+    adapter, plan, work = job.adapter, job.plan, job.work
+    if work.error:
+        raise work.error
+    updates, rows = _collect_results(job)
+    coverage, minimum = measure_coverage(rows), job.asked.min_coverage
+    if coverage < minimum:
+        raise LowCoverage(explain_low_coverage(coverage, minimum, work.options.threshold))
+    route = Route(adapter, plan, source, target, work.options)
+    vectors = place_vectors(route, updates)
+    with work.clock("hash"):
+        metadata = build_metadata(route, cache)
+        if notes is not None:
+            metadata |= prefix_notes(notes(cache))
+    moved = assemble_adapter(adapter, updates, vectors, target, metadata)
+    with work.clock("fit"):
+        fitted = job.output.fit(moved, rows)
+    report = build_report(
+        route,
+        fitted.rows,
+        vectors,
+        asked=job.asked.method,
+        verdict=job.verdict,
+        damping=work.options.kappa if work.method.needs is Needs.WEIGHTS else None,
+        file_limit=fitted.limit,
+        seconds=work.clock.seconds,
+    )
+    return Result(fitted.adapter, report)
+
+
+def _collect_results(job: Job) -> tuple[dict[str, LowRank], list[ModuleReport]]:
+    """Target module -> update, and a row for every module of the LoRA."""
+    adapter, plan = job.adapter, job.plan
+    updates: dict[str, LowRank] = {}
+    rows = list_unplaced_modules(adapter, plan, job.energies)
+    for pair, update, row in job.work.moved:
+        row, affinity = describe_summed_module(row, adapter, plan), job.affinities[pair.target]
+        rows.append(replace(row, drift=affinity.drift, cosine=affinity.cosine))
+        if update is not None:
+            updates[pair.target] = update
+    for name in plan.passed:
+        updates[name] = adapter.updates[name]
+        rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
+    moved = {pair.source: pair.target for pair in plan.pairs if pair.target in updates}
+    return updates, rows + list_summed_modules(adapter, plan, moved)
+
+
+def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
+    """Notes on how a file was made, under the names that they have in its header."""
+    return {f"prolora.{key}": text for key, text in notes.items()}
+
+
+def list_inputs(lora: LoraLike, source: Base, target: Base) -> list[Path]:
+    """The files and folders that a transfer reads."""
+    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    return [*files, *source.files, *target.files]
+
+
+def _label_stage(what: str, progress: Progress | None) -> Progress | None:
+    """The caller's callback; it is told what is done to weights that are not yet moved."""
+    if progress is None:
+        return None
+    return lambda done, total, name: progress(done, total, f"{what} {name}")

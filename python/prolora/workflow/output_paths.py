@@ -1,0 +1,103 @@
+"""Where results may be written: never over an input, never twice to one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
+from ..errors import OutputError
+from ..files.writing import check_writable
+
+StrPath = str | PathLike[str]
+
+
+def check_output(path: StrPath, inputs: Iterable[StrPath]) -> None:
+    """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist.
+
+    Raises:
+        OutputError: says why.
+    """
+    if not os.fspath(path):
+        raise OutputError("the output has an empty name")
+    folder = Path(path)
+    check_writable(folder / PEFT_WEIGHTS if os.path.isdir(folder) else folder, inputs)
+
+
+def name_output(lora: Path, format: str) -> str:
+    """The name of a LoRA's result in a folder: a PEFT adapter is a folder and has no suffix.
+
+    Every other LoRA is a .safetensors file.
+    """
+    # os.path answers "no" where a path cannot be looked at; the reader says why later.
+    is_folder, is_peft = os.path.isdir(lora), os.path.isfile(lora / PEFT_CONFIG)
+    if format == "peft" or (format == "auto" and is_peft):
+        return lora.name if is_folder else lora.stem
+    return f"{lora.name}.safetensors" if is_folder else lora.name
+
+
+def name_outputs(loras: Sequence[Path], folder: Path, format: str) -> list[Path]:
+    """The results of several LoRAs in a folder.
+
+    Raises:
+        OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
+    """
+    outputs = [folder / name_output(lora, format) for lora in loras]
+    taken: dict[tuple[str, ...], Path] = {}
+    for lora, output in zip(loras, outputs, strict=True):
+        other = taken.setdefault(_fold_path(Path(os.path.realpath(output))), lora)
+        if other is not lora:
+            raise OutputError(
+                f"two inputs would become {output.name} and overwrite each other: {other} and "
+                f"{lora} (some volumes ignore upper and lower case and the form of accents)"
+            )
+    return outputs
+
+
+def _fold_name(name: str) -> str:
+    """What volumes that ignore case and Unicode forms compare."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def check_report_path(path: StrPath) -> None:
+    """Refuses a path for a report that cannot be written, or holds anything else.
+
+    Raises:
+        OutputError: says why.
+    """
+    check_writable(path)
+    report = Path(path)
+    if report.exists() and not _holds_report(report):
+        raise OutputError(
+            f"{path}: exists and is no report of prolora, so it is not replaced; delete it or name "
+            "another file"
+        )
+
+
+def _fold_path(path: Path) -> tuple[str, ...]:
+    return tuple(_fold_name(part) for part in path.parts)
+
+
+def _holds_report(file: Path) -> bool:
+    """Whether a file is empty, or holds the JSON of one transfer or of several."""
+    try:
+        with open(file, "rb") as opened:
+            if opened.read(1) not in (b"", b"{", b"["):
+                return False  # a safetensors file may be large
+        content = json.loads(file.read_bytes() or b"[]")
+    except (OSError, ValueError, RecursionError):
+        return False
+    entries = content if isinstance(content, list) else [content]
+    return all(isinstance(entry, dict) and _is_report(entry) for entry in entries)
+
+
+def _is_report(entry: dict[str, Any]) -> bool:
+    """Whether a JSON object is the report of a transfer, or says why there is none."""
+    return {"modules", "totals", "summary"} <= entry.keys() or (
+        {"lora", "out", "status"} <= entry.keys()
+    )

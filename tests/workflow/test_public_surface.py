@@ -1,0 +1,103 @@
+"""What help() and an editor show of the public functions, and what a wrong option ends in."""
+
+import dataclasses
+import inspect
+import math
+import pydoc
+from typing import get_args
+
+import pytest
+import torch
+from mini import write_case
+
+import prolora
+from prolora.core.methods import METHODS
+from prolora.workflow import options as options_module
+from prolora.workflow.options import MethodChoice, TransferOptions
+
+FUNCTIONS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_help_shows_every_option_with_its_default(function):
+    parameters = inspect.signature(function).parameters
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    text = pydoc.plain(pydoc.render_doc(function))
+    for field in dataclasses.fields(TransferOptions):
+        parameter = parameters[field.name]
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == field.default
+        assert parameter.annotation == field.type
+        assert f"{field.name}: " in text
+
+
+def test_the_help_of_transfer_explains_every_option():
+    arguments = prolora.transfer.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    for name in inspect.signature(prolora.transfer).parameters:
+        assert f"\n        {name}: " in arguments
+    for name in get_args(MethodChoice):
+        assert f'"{name}"' in arguments
+
+
+def test_the_methods_are_those_of_the_table_and_auto():
+    assert get_args(MethodChoice) == ("auto", *METHODS)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("threshold", math.nan),
+        ("threshold", -0.1),
+        ("threshold", "0.5"),
+        ("min_coverage", math.nan),
+        ("min_coverage", 1.5),
+        ("max_memory", math.nan),
+        ("max_memory", math.inf),
+        ("max_memory", "a lot"),
+        ("strength", math.nan),
+        ("damping", math.nan),
+        ("damping", -1.0),
+        ("out_rank", math.nan),
+        ("method", "magic"),
+        ("dropped", "keep"),
+        ("vectors", "project"),
+        ("text_encoder", "maybe"),
+        ("format", "zip"),
+        ("dtype", "int8"),
+    ],
+)
+def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
+    case = write_case(tmp_path)
+    with pytest.raises(prolora.InvalidOption, match=name):
+        prolora.transfer(*case, **{name: value})
+    with pytest.raises(prolora.InvalidOption, match=name):
+        prolora.transfer_many(case[:1], *case[1:], tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_and_dtypes_may_be_texts(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    assert TransferOptions(max_memory="2GiB").memory_limit == 2 << 30
+    assert TransferOptions(max_memory=2e9).memory_limit == 2_000_000_000
+    with pytest.raises(prolora.TooLittleMemory):
+        prolora.transfer(lora, source, target, max_memory="1MB")
+    for name, dtype in (("a", "float16"), ("b", torch.float16)):
+        prolora.transfer_file(lora, source, target, tmp_path / name, dtype=dtype)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
+    done = prolora.transfer(*write_case(tmp_path))
+    assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
+    assert repr(done.report) == (
+        "Report('copy', source -> target: 8 mapped, 0 summed, 4 skipped, 0 refused)"
+    )
+    assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
+
+
+def test_options_have_one_home():
+    """A function that takes options builds a `TransferOptions` of all of them."""
+    for function in FUNCTIONS:
+        source = inspect.getsource(function)
+        for field in dataclasses.fields(options_module.TransferOptions):
+            assert f"{field.name}={field.name}," in source

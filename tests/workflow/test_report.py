@@ -1,0 +1,72 @@
+"""A report is built once, reads as sentences, makes a table, and is saved over no other file."""
+
+import dataclasses
+import json
+
+import pytest
+from mini import write_case
+
+import prolora
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return write_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def report(case):
+    return prolora.transfer(*case, threshold=0, method="prolora", rank=0.9).report
+
+
+def test_a_report_cannot_be_changed(report):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.vectors = 3
+    with pytest.raises(AttributeError):
+        report.modules.append(report.modules[0])
+
+
+def test_printing_a_report_gives_its_sentences(report):
+    assert str(report).splitlines() == report.sentences()
+    assert str(report).startswith("8 of 12 modules moved from source to target; 4 skipped")
+
+
+def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):
+    report = prolora.transfer_file(*case, tmp_path / "out.safetensors")
+    assert report.seconds.keys() >= {"read", "match", "check", "hash", "fit", "write"}
+
+
+def test_records_are_flat_and_alike(report):
+    records = report.to_records()
+    assert len(records) == 12 and len({tuple(record) for record in records}) == 1
+    for record, row in zip(records, report.modules, strict=True):
+        assert (record["source"], record["status"]) == (row.source, row.status)
+        assert record["phi_left"] == (row.measures.phi_left if row.measures else None)
+        assert not any(isinstance(value, dict) for value in record.values())
+
+
+def test_a_report_is_saved_as_its_json_and_replaces_an_older_one(report, tmp_path):
+    file = tmp_path / "report.json"
+    for _ in range(2):
+        report.save(file)
+    assert json.loads(file.read_text()) == json.loads(report.to_json())
+    assert json.loads(file.read_text())["totals"]["mapped"] == 8
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"peft_type": "LORA"}', b"[1]", b"\x08\0\0\0\0\0\0\0{}      ", b"notes", b"{", b"\xff"],
+)
+def test_a_report_replaces_no_other_file(report, tmp_path, content):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    with pytest.raises(prolora.OutputError, match="no report"):
+        report.save(file)
+    assert file.read_bytes() == content
+
+
+def test_a_report_of_the_command_line_may_be_replaced(report, tmp_path):
+    file = tmp_path / "file"
+    file.write_text(json.dumps([{"lora": "a", "out": "b", "status": "failed", "error": {}}]))
+    report.save(file)
+    assert json.loads(file.read_text())["method"] == "prolora"
