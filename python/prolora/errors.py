@@ -1,5 +1,10 @@
 """What prolora refuses, as exceptions: each message names the tensor or file and the way out."""
 
+from __future__ import annotations
+
+import errno
+import os
+
 from .core.errors import NonFiniteWeights, ProLoRAError, ShapeMismatch
 
 __all__ = [
@@ -12,6 +17,9 @@ __all__ = [
     "TooLittleMemory",
     "UnrelatedBases",
     "UnsupportedFormat",
+    "explain_os_error",
+    "input_error",
+    "output_error",
 ]
 
 
@@ -37,3 +45,48 @@ class TooLittleMemory(ProLoRAError):
 
 class InvalidOption(ProLoRAError):
     """An option has a value that it does not take."""
+
+
+_WAYS_OUT = {
+    errno.EACCES: "change its permissions, or use a folder that you own",
+    errno.EPERM: "change its permissions, or use a folder that you own",
+    errno.EROFS: "use a folder that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ELOOP: "remove the symbolic links that point at each other",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EIO: "the disk or network drive may be failing: copy the file to another one",
+    errno.ESTALE: "the network drive lost the file: run again",
+    errno.ENOSPC: "free some space, or use another disk",
+    errno.EDQUOT: "free some space, or use another disk",
+    errno.EFBIG: "use a file system that takes files of this size",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: run again",
+}
+
+
+def explain_os_error(error: OSError | ValueError) -> str:
+    """What the operating system says of a file, and what to do about it where that is known.
+
+    Args:
+        error: as `open` and its like raise it; a ValueError is that of a path with a null byte.
+    """
+    if not isinstance(error, OSError):
+        return str(error)
+    way_out = _WAYS_OUT.get(error.errno or 0)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}; {way_out}" if way_out else reason
+
+
+def input_error(
+    path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be read"
+) -> UnsupportedFormat:
+    """The error of an input that the operating system does not give, naming path and way out."""
+    return UnsupportedFormat(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")
+
+
+def output_error(
+    path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be written"
+) -> OutputError:
+    """The error of an output that the operating system does not take, naming path and way out."""
+    return OutputError(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from ..files.hashing import view_bytes
+from ..files.writing import encode_header
 from .peft_config import METADATA_KEY
 
 _SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
@@ -27,9 +27,8 @@ _BASES = {
     "flux1-schnell": ("flux1", "flux-1-schnell"),
 }
 
-# The bytes of a file that kohya's older hash is of, and safetensors' names of what LoRAs are in.
+# The bytes of a file that kohya's older hash is of.
 _WINDOW = 0x100000, 0x110000
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 # True only of the file they were written into.
 _OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA_KEY)
@@ -131,26 +130,15 @@ def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     # As safetensors lays a file out: here no copy of all tensors is made, which it needs twice.
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or next(iter(dtypes)) not in _NAMES:
+    if len(dtypes) != 1:
         # Rust wants plain dense tensors; views of one storage would be refused.
         data = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, training)
         view = memoryview(data)
         return _hash_pieces(8 + int.from_bytes(view[:8], "little"), [view])
-    header: dict[str, object] = {"__metadata__": training} if training else {}
-    start = 0
-    ordered = sorted(tensors.items())
-    for name, tensor in ordered:
-        stop = start + tensor.numel() * tensor.element_size()
-        entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = entry | {"data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    body = (
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for _, tensor in ordered
-    )
-    return _hash_pieces(8 + len(text), itertools.chain([memoryview(bytes(8) + text)], body))
+    ordered = dict(sorted(tensors.items()))
+    header = encode_header(ordered, training)
+    body = map(view_bytes, ordered.values())
+    return _hash_pieces(len(header), itertools.chain([memoryview(header)], body))
 
 
 def _hash_pieces(start: int, pieces: Iterable[memoryview]) -> dict[str, str]:

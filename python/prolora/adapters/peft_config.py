@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedFormat
+from ..files.jsontext import parse_json_object
 
 METADATA_KEY = "lora_adapter_metadata"
 
@@ -186,21 +186,6 @@ def scalings_from_metadata(
             "so the scale is not known"
         )
     return scalings
-
-
-def parse_json_object(text: str, where: str) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Raises:
-        UnsupportedFormat: it is not one.
-    """
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedFormat(f"{where}: not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise UnsupportedFormat(f"{where}: not a JSON object")
-    return table
 
 
 def _check_number(value: object, what: str, where: str) -> float:

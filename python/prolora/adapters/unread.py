@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from .peft_config import parse_json_object
 
 StrPath = str | os.PathLike[str]
 
@@ -112,13 +112,7 @@ def _open_file(
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdapter:
     if (folder / PEFT_CONFIG).is_file():
         if (folder / PEFT_WEIGHTS).is_file():
-            try:
-                text = (folder / PEFT_CONFIG).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UnsupportedFormat(
-                    f"{folder / PEFT_CONFIG}: cannot be read: {error}"
-                ) from error
-            config = parse_json_object(text, str(folder / PEFT_CONFIG))
+            config = read_json_object(folder / PEFT_CONFIG)
             return _open_file(folder / PEFT_WEIGHTS, metadata, config)
     elif (folder / _DIFFUSERS_WEIGHTS).is_file():
         return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)

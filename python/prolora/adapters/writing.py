@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -17,9 +14,9 @@ from ..core.lowrank import LowRank
 from ..errors import OutputError, ProLoRAError, UnsupportedFormat
 from ..files.writing import (
     check_writable,
+    fill_safetensors,
+    replace_output,
     safetensors_size,
-    write_safetensors,
-    write_text_atomically,
 )
 from . import encoding, groups, vectors
 from . import metadata as headers
@@ -69,22 +66,13 @@ def write_adapter(
     header = _file_metadata(adapter, chosen, metadata)
     if chosen == "kohya":
         header.update(headers.kohya_hashes(tensors, header))
-    if chosen != "peft":
-        _publish_output(
-            Path(path),
-            adapter,
-            chosen,
-            stored,
-            lambda staged: write_safetensors(staged, tensors, header),
-        )
-        return
-
-    def write_folder(staged: Path) -> None:
-        staged.mkdir()
-        write_safetensors(staged / PEFT_WEIGHTS, tensors, header)
-        write_text_atomically(staged / PEFT_CONFIG, _config_text(adapter))
-
-    _publish_output(Path(path), adapter, chosen, stored, write_folder)
+    with replace_output(path, folder=chosen == "peft") as output:
+        if chosen == "peft":
+            fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
+            (output / PEFT_CONFIG).write_bytes(_config_text(adapter).encode())
+        else:
+            fill_safetensors(output, tensors, header, path)
+        _verify_output(output, adapter, chosen, stored, path)
 
 
 def adapter_file_size(
@@ -160,33 +148,8 @@ def _check_destination(path: Path, format: str) -> None:
             raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")
 
 
-def _publish_output(
-    path: Path, adapter: Adapter, format: str, dtype: torch.dtype, build: Callable[[Path], None]
-) -> None:
-    """Builds the output beside `path`, verifies it and gives it its name."""
-    target = Path(os.path.realpath(path))
-    staged = target.with_name(f".prolora-{secrets.token_hex(8)}")
-    try:
-        build(staged)
-        _verify_output(staged, adapter, format, dtype, path)
-        if staged.is_dir() and target.is_dir():
-            for name in (PEFT_WEIGHTS, PEFT_CONFIG):
-                os.replace(staged / name, target / name)
-        else:
-            if target.exists():
-                shutil.copymode(target, staged)
-            os.replace(staged, target)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged, ignore_errors=True)
-        else:
-            staged.unlink(missing_ok=True)
-
-
 def _verify_output(
-    staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: Path
+    staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: StrPath
 ) -> None:
     """Opens the output as any user would and compares every update.
 

@@ -7,7 +7,6 @@ a note `<module>.comfy_quant` beside each layer. The scale is one number or one 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 from ..errors import UnsupportedFormat
+from ..files.jsontext import parse_json_object
 from .weights import ScaledWeight, Weight
 
 METADATA_KEY = "_quantization_metadata"
@@ -99,7 +99,7 @@ def _read_formats(
     """Module (as the keys spell it) -> format, of every layer said to be quantised."""
     found: dict[str, str] = {}
     for text in metadata:
-        layers = _json_object(text, f"{where}: {METADATA_KEY}").get("layers")
+        layers = parse_json_object(text, f"{where}: {METADATA_KEY}").get("layers")
         if not isinstance(layers, dict):
             raise UnsupportedFormat(f"{where}: {METADATA_KEY} lists no layers")
         for module, note in layers.items():
@@ -134,17 +134,7 @@ def _read_note(weight: Weight, key: str, where: str) -> dict[str, object]:
     """The JSON text that a tensor of bytes holds."""
     if weight.dtype != torch.uint8 or math.prod(weight.shape) > _NOTE_LIMIT:
         raise UnsupportedFormat(f"{where}: {key} is not a note of a quantised layer")
-    return _json_object(bytes(weight.read().flatten().tolist()), f"{where}: {key}")
-
-
-def _json_object(text: str | bytes, what: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedFormat(f"{what} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise UnsupportedFormat(f"{what} is damaged: it holds no JSON object")
-    return found
+    return parse_json_object(bytes(weight.read().flatten().tolist()), f"{where}: {key}")
 
 
 def _refuse_other_formats(keys: Collection[str], where: str) -> None:

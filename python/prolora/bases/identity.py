@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import UnsupportedFormat
+from ..files.hashing import hash_file, hash_parts, read_blocks
+from ..files.state import FileState, flush_file, read_state
 from . import Base
 from .cache.basis_cache import BasisCache
 
@@ -30,17 +31,15 @@ def compute_sha256(base: Base, cache: BasisCache | None = None) -> str | None:
     if len(base.files) != 1:
         return None
     file = base.files[0]
-    state = _file_state(file)
-    return (cache or BasisCache(None)).file_hash(file, "sha256", lambda: _hash_whole(*state))
+    hash_it = partial(_hash_whole, file, read_state(file))
+    return (cache or BasisCache(None)).file_hash(file, "sha256", hash_it)
 
 
 def compute_short_hash(base: Base) -> str | None:
     """The eight digits that kohya writes as `ss_sd_model_hash`, of a base that is one file."""
     if len(base.files) != 1:
         return None
-    with _open_file(base.files[0]) as file:
-        file.seek(_SHORT_START)
-        return hashlib.sha256(file.read(_SHORT_SIZE)).hexdigest()[:8]
+    return hash_file(base.files[0], _SHORT_START, _SHORT_SIZE)[:8]
 
 
 def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
@@ -55,45 +54,37 @@ def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
     if len(base.files) == 1:
         return f"sha256:{compute_sha256(base, cache)}"
     cache = cache or BasisCache(None)
-    digest = hashlib.sha256()
-    for state in sorted(_file_state(file) for file in base.files):
-        sampled = cache.file_hash(state[0], "sampled", partial(_hash_samples, *state))
-        digest.update(sampled.encode())
-    return f"sampled:{digest.hexdigest()}"
-
-
-def _file_state(file: Path) -> tuple[Path, int, int]:
-    """A file and what changes when it is rewritten."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise UnsupportedFormat(f"{file}: is gone: {error.strerror}; run again") from error
-    return file, status.st_size, status.st_mtime_ns
-
-
-@contextmanager
-def _open_file(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise UnsupportedFormat(f"{path}: cannot be read: {error.strerror}; run again") from error
+    sampled = [
+        cache.file_hash(file, "sampled", partial(_hash_samples, file, read_state(file)))
+        for file in sorted(base.files)
+    ]
+    return f"sampled:{hash_parts(sampled)}"
 
 
 @lru_cache(maxsize=64)
-def _hash_whole(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256()
-    with _open_file(path) as file:
-        while block := file.read(_SAMPLE):
-            digest.update(block)
-    return digest.hexdigest()
+def _hash_whole(path: Path, state: FileState) -> str:
+    """The SHA-256 of a file in that state."""
+    with _keep_state(path, state):
+        return hash_file(path)
 
 
 @lru_cache(maxsize=256)
-def _hash_samples(path: Path, size: int, modified: int) -> str:
-    digest = hashlib.sha256(f"{size} ".encode())
-    with _open_file(path) as file:
-        for i in range(_SAMPLES):
-            file.seek(i * max(0, size - _SAMPLE) // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
+def _hash_samples(path: Path, state: FileState) -> str:
+    """The SHA-256 of the size and of pieces of a file in that state."""
+    starts = (i * max(0, state.size - _SAMPLE) // (_SAMPLES - 1) for i in range(_SAMPLES))
+    with _keep_state(path, state):
+        pieces = (block for start in starts for block in read_blocks(path, start, _SAMPLE))
+        return hash_parts(chain([f"{state.size} "], pieces))
+
+
+@contextmanager
+def _keep_state(path: Path, state: FileState) -> Iterator[None]:
+    """Lets the body read a file whose hash will be known by that state.
+
+    Raises:
+        UnsupportedFormat: the file is in another state afterwards.
+    """
+    flush_file(path)
+    yield
+    if read_state(path) != state:
+        raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")

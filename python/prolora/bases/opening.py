@@ -78,6 +78,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
                 f"{path}: no such file or folder, nor the id of a model on the hub (org/name)"
             )
         path, name, subfolder = hub.fetch_model(id_, subfolder), id_.name, None
+    path = Path(os.path.abspath(path))  # weights are read later, maybe from another working folder
     weights: dict[str, Weight] = {}
     if path.is_dir():
         stored, files = open_folder_weights(find_model_folder(path, subfolder))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UnrelatedBases, UnsupportedFormat
+from ..files.jsontext import read_json_object
 from .folder import MODELS, open_folder_weights
 
 PIPELINE_INDEX = "model_index.json"
-_JSON_LIMIT = 4 << 20
 _DEFAULTS: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
 PROBED = (
     "UNet2DConditionModel",
@@ -29,23 +28,6 @@ MIN_COSINE = 0.9
 def is_pipeline(folder: str | Path | None) -> bool:
     """Whether a path is the folder of a whole diffusers pipeline."""
     return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object.
-
-    Raises:
-        UnsupportedFormat: it is missing, too large or none.
-    """
-    try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ValueError("too large")
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UnsupportedFormat(f"{path}: cannot be read as JSON: {error}") from error
-    return found
 
 
 def explain_vae_difference(source: Path, target: Path) -> str | None:
@@ -88,7 +70,7 @@ def _read_denoiser_class(folder: Path) -> str | None:
     """The class of a pipeline's UNet or transformer."""
     for part in MODELS:
         if (folder / part / "config.json").is_file():
-            return read_json(folder / part / "config.json").get("_class_name")
+            return read_json_object(folder / part / "config.json").get("_class_name")
     return None
 
 
@@ -119,7 +101,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
     """What fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
         return None
-    found = read_json(folder / "vae" / "config.json")
+    found = read_json_object(folder / "vae" / "config.json")
     space = {key: found.get(key, default) for key, default in _DEFAULTS.items()}
     space["shift_factor"] = space["shift_factor"] or 0.0
     blocks = found.get("block_out_channels")

@@ -101,7 +101,8 @@ class StoredWeight:
     @property
     def origin(self) -> Origin:
         """The file as it was when it was opened, and the key."""
-        state = " ".join(map(str, self.file.state))
+        # Without the number of the file system, which is another after every start of a machine.
+        state = " ".join(map(str, self.file.state[1:]))
         path = os.path.abspath(self.file.path)
         return Origin(f"{path} {state} {self.key}", max(self.file.state[-2:]))
 

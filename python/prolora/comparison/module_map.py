@@ -5,7 +5,6 @@ By name and block rules, by a map, or by what `matching` found; no weight is rea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
+from ..files.jsontext import read_json_object
 
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
 
@@ -172,13 +172,12 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
 def _read_map(path: Path) -> dict[str, str]:
     """A user's map file."""
     try:
-        table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        table = read_json_object(path)
+    except UnsupportedFormat as error:
         raise UnsupportedFormat(
             f'--match takes "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
-    strings = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
-    if not strings:
+    if not all(isinstance(v, str) for v in table.values()):
         raise UnsupportedFormat(f"{path} must hold one JSON object of target: source names")
-    return dict(table)
+    return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.utils.dlpack
 from torch import Tensor
@@ -15,6 +15,9 @@ class SupportsDLPack(Protocol):
     def __dlpack__(self, *args: Any, **options: Any) -> Any:
         """Hands out the memory."""
         ...
+
+
+Array = TypeVar("Array", bound=SupportsDLPack)
 
 
 def to_tensor(array: Any) -> Tensor:

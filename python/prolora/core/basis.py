@@ -14,6 +14,7 @@ from .errors import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
 from .precision import working_dtype
 from .rank_rule import Rank, check_rank
+from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
 from .svd.refinement import Refined
@@ -30,7 +31,7 @@ GPU_CHUNK_BYTES = 1 << 30
 LARGEST_EXPONENT = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Basis:
     """The leading singular triplets of one weight [m, n] or of a stack [..., m, n].
 
@@ -58,6 +59,13 @@ class Basis:
     bound: Tensor
     ok: Tensor
     rungs: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """As Basis(64×48, rank 8, float32, gram-f64, bound 2e-07)."""
+        known = f"rank {format_range(self.rank)}, {format_storage(self.U)}, {self.rung}"
+        return (
+            f"Basis({format_shape(self.shape)}, {known}, bound {format_range(self.bound, '.0e')})"
+        )
 
     @property
     def rung(self) -> str:
@@ -101,9 +109,7 @@ def _add_batch_axis(basis: Basis) -> Basis:
     return Basis(**fields, rungs=basis.rungs)
 
 
-def truncated_svd(
-    W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0, snap: bool = False
-) -> Basis:
+def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
 
     A ladder of algorithms, and every result says which one gave it (`rungs`):
@@ -124,9 +130,6 @@ def truncated_svd(
             numerical rank of W: directions that W does not have are not made up.
         tol: `ok` where bound ≤ tol.
         seed: of the Krylov iteration's starting block; the dense algorithms need none.
-        snap: move each matrix's cut by up to 5 % of its columns to where the gap between
-            neighbouring singular values is widest: the subspace then depends least on how W was
-            rounded.
 
     Returns:
         A Basis; U, S, V are float64 for float64 weights and float32 otherwise. The same call gives
@@ -146,7 +149,7 @@ def truncated_svd(
     size = stack.shape[-2] * stack.shape[-1] * 8
     chunk = max(1, (CPU_CHUNK_BYTES if stack.is_cpu else GPU_CHUNK_BYTES) // size)
     jobs = list(zip(stack.split(chunk), exponents.split(chunk), strict=True))
-    parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed, snap), jobs)
+    parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed), jobs)
     return _join_bases(parts, weight.shape[:-2])
 
 
@@ -164,9 +167,7 @@ def _scale_exponents(stack: Tensor) -> Tensor:
     return torch.frexp(scale.double())[1]
 
 
-def _chunk_basis(
-    stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int, snap: bool
-) -> Basis:
+def _chunk_basis(stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int) -> Basis:
     """One chunk [b, m, n], through the ladder."""
     wide = stack.shape[-1] >= stack.shape[-2]
     dtype = working_dtype(stack.dtype)
@@ -178,7 +179,7 @@ def _chunk_basis(
         w = torch.ldexp(w.double(), -exponents[:, None, None]).to(dtype)
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
-    found = _descend_ladder(w, norm, rank, tol, seed, snap)
+    found = _descend_ladder(w, norm, rank, tol, seed)
     safe_norm = torch.where(norm > 0, norm, 1.0)
     last = found.s.gather(-1, (found.count - 1).clamp_min(0)[:, None]).squeeze(-1)
     bound = found.angle
@@ -201,9 +202,7 @@ def _chunk_basis(
     )
 
 
-def _descend_ladder(
-    w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int, snap: bool
-) -> Triplets:
+def _descend_ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int) -> Triplets:
     """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result."""
     found: dict[int, Triplets] = {}
 
@@ -213,20 +212,20 @@ def _descend_ladder(
 
     if w.dtype == torch.float32:
         if isinstance(rank, int) and krylov.suits_krylov(w.shape[-2], rank):
-            leading = krylov.krylov_triplets(w, norm, rank, tol, seed, snap)
+            leading = krylov.krylov_triplets(w, norm, rank, tol, seed)
             for i, one in enumerate(leading):
                 take(i, one, "krylov")
         # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
         if w.is_cpu and gram.suits_gram(w.shape[-2], rank):
             for i in range(len(w)):
                 if i not in found:
-                    one = gram.gram_triplets(w[i], float(norm[i]), rank, snap)
+                    one = gram.gram_triplets(w[i], float(norm[i]), rank)
                     take(i, one, "gram-f32")
     missing = [i for i in range(len(w)) if i not in found]
     if not found:
-        return dense_triplets(w.double(), norm, rank, snap)
+        return dense_triplets(w.double(), norm, rank)
     if missing:
-        rest = dense_triplets(w[missing].double(), norm[missing], rank, snap)
+        rest = dense_triplets(w[missing].double(), norm[missing], rank)
         found |= {i: rest.one(row) for row, i in enumerate(missing)}
     return join_triplets([found[i] for i in range(len(w))])
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from . import recompression
 from .errors import ShapeMismatch
 from .precision import working_dtype
+from .short_text import format_shape, format_storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """The update ΔW = up @ down, never multiplied out unless asked.
 
@@ -32,6 +33,11 @@ class LowRank:
                 f"up {list(up)} and down {list(down)} do not multiply: "
                 "they must be [..., m, r] and [..., r, n]"
             )
+
+    def __repr__(self) -> str:
+        """As LowRank(64×48, rank 8, float32)."""
+        shape, storage = format_shape(self.shape), format_storage(self.up)
+        return f"LowRank({shape}, rank {self.rank}, {storage})"
 
     @property
     def rank(self) -> int:

@@ -8,13 +8,13 @@ A method that projects is a pair of one-sided maps, so it acts on the thin facto
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import recompression
-from .arrays import SupportsDLPack, to_kind_of, to_tensor
+from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .damping import check_kappa, damped
 from .errors import NonFiniteWeights, ShapeMismatch
@@ -33,8 +33,10 @@ fixed k = 320 is the whole space of a 320-wide layer and a tenth of a 3072-wide 
 tried in docs/evidence.md this one recovers most, since it drops least.
 """
 
+# Singular values of a moved update below this share of its largest are rounding.
+ROUNDING = 1e-6
+
 Factors = LowRank | tuple[Any, Any] | list[Any]
-Array = TypeVar("Array", bound=SupportsDLPack)
 
 
 @overload
@@ -256,11 +258,8 @@ class Projected:
         """The updates as they are, [..., m, R] and [..., R, n] with R = r times the parts."""
         return _join_parts(self.up, self.down).to(self.dtype)
 
-    def recompressed(self, tolerance: float = 1e-6) -> list[LowRank]:
+    def recompressed(self) -> list[LowRank]:
         """The updates of a stack, all its axes flattened, at the smallest exact rank.
-
-        Args:
-            tolerance: singular values below this share of the largest are rounding and are cut.
 
         Returns:
             One LowRank per matrix, singular values descending, balanced factors.
@@ -275,7 +274,7 @@ class Projected:
                 recompression.factor_product_by_grams(left, right, gram_left, gram_right, work)
             )
         up, s, down, order = recompression.merge_products(parts, work)
-        keep = (s > tolerance * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
+        keep = (s > ROUNDING * s.amax(-1, keepdim=True)).sum(-1).clamp_min(1).tolist()
         chosen = [places[:k] for places, k in zip(order, keep, strict=True)]
         return [
             LowRank(u[i].to(self.dtype).mT.contiguous(), d[i].to(self.dtype))

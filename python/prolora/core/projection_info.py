@@ -9,10 +9,11 @@ from torch import Tensor
 
 from .basis import Basis
 from .methods import Parts, Side
+from .short_text import format_range
 from .similarity import Similarity, basis_similarity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProjectionInfo:
     """What a projection kept and lost; every field is [...], one value per matrix, float64.
 
@@ -48,6 +49,15 @@ class ProjectionInfo:
     copy_distance: Tensor
     bound: Tensor
     ok: Tensor
+
+    def __repr__(self) -> str:
+        """As ProjectionInfo(energy kept 0.59, 0.64 norms from the copy, bound 4e-07)."""
+        kept, distance, bound = (
+            format_range(self.surviving_energy, ".2f"),
+            format_range(self.copy_distance, ".2f"),
+            format_range(self.bound, ".0e"),
+        )
+        return f"ProjectionInfo(energy kept {kept}, {distance} norms from the copy, bound {bound})"
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from .arrays import to_kind_of, to_tensor
+from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .errors import ShapeMismatch
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads
 from .precision import working_dtype
 from .rank_rule import Rank
+from .short_text import format_range
 from .svd.products import lower_gram
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The quantiles by which a spectrum of principal angles is told: smallest, median and largest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Similarity:
     """Overlap Φ of the leading subspaces of two weights, 0 … 1, for one pair or a stack of pairs.
 
@@ -40,6 +41,14 @@ class Similarity:
     right: Tensor
     chance_left: Tensor
     chance_right: Tensor
+
+    def __repr__(self) -> str:
+        """As Similarity(left 0.93, right 0.91, by chance 0.17 and 0.12)."""
+        left, right, chance_left, chance_right = (
+            format_range(x, ".2f")
+            for x in (self.left, self.right, self.chance_left, self.chance_right)
+        )
+        return f"Similarity(left {left}, right {right}, by chance {chance_left} and {chance_right})"
 
     @property
     def above_left(self) -> Tensor:
@@ -93,6 +102,14 @@ def similarity(W_src: Any, W_tgt: Any, *, rank: Rank) -> Similarity:
     """
     source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in (W_src, W_tgt))
     return basis_similarity(source, target)
+
+
+@overload
+def principal_angles(X: Tensor, Y: Any) -> Tensor: ...
+
+
+@overload
+def principal_angles(X: Array, Y: Any) -> Array: ...
 
 
 def principal_angles(X: Any, Y: Any) -> Any:

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedFormat
+from ..errors import UnsupportedFormat, input_error
+from .safetensors_file import fill_buffer
+from .state import FileState, check_unchanged
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -86,7 +88,7 @@ class GgufFile:
     Attributes:
         path: the file.
         tensors: name -> `GgufTensor`, in the order of the header.
-        state: inode, size and times of the file: equal as long as nobody has written to it.
+        state: of the file, when its header was read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -101,11 +103,10 @@ class GgufFile:
         try:
             with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
-                self._identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-                self.state = (*self._identity, status.st_ctime_ns)
+                self.state = FileState.from_status(status)
                 self.tensors = _read_tensors(_HeaderReader(file, self.path), status.st_size)
         except OSError as error:
-            raise UnsupportedFormat(f"{path}: cannot be read: {error.strerror}") from error
+            raise input_error(path, error) from error
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own.
@@ -134,18 +135,13 @@ class GgufFile:
         raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                if (status.st_ino, status.st_size, status.st_mtime_ns) != self._identity:
-                    raise UnsupportedFormat(f"{self.path}: was changed while in use; run again")
+                check_unchanged(self.path, self.state, file.fileno())
                 file.seek(info.start + start * info.row_bytes)
                 view = raw.numpy().data.cast("B") if raw.numel() else memoryview(b"")
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
-                    view = view[count:]
+                if not fill_buffer(file, view):
+                    raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
         except OSError as error:
-            raise UnsupportedFormat(f"{self.path}: {name}: {error.strerror}") from error
+            raise input_error(self.path, error, f"{name} cannot be read") from error
         if info.code in _PLAIN:
             return raw.view(_PLAIN[info.code])
         return torch.from_numpy(load_quants().dequantize(raw.numpy(), info.code))

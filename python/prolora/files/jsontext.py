@@ -1,9 +1,17 @@
-"""JSON: what it can hold, and text that is none."""
+"""JSON: objects read or refused, and numbers that JSON cannot hold."""
 
 from __future__ import annotations
 
+import json
 import math
+import stat
+from pathlib import Path
 from typing import Any
+
+from ..errors import UnsupportedFormat, input_error
+
+# Bytes; parsed, a text made to harm takes 25 times as many.
+SIZE_LIMIT = 32 << 20
 
 
 def replace_nonfinite(value: Any) -> Any:
@@ -15,3 +23,46 @@ def replace_nonfinite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def parse_json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+        text: JSON; bytes are UTF-8.
+        where: what messages call it.
+
+    Raises:
+        UnsupportedFormat: it is damaged, or another kind of value.
+    """
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedFormat(f"{where}: is damaged: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedFormat(f"{where}: holds no JSON object")
+    return value
+
+
+def read_json_object(path: Path, limit: int = SIZE_LIMIT) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+        path: the file, UTF-8.
+        limit: most bytes.
+
+    Raises:
+        UnsupportedFormat: it is missing, unreadable, too large, damaged or holds no object.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block
+            raise UnsupportedFormat(f"{path}: not a file; a JSON file is needed")
+        if status.st_size > limit:
+            raise UnsupportedFormat(
+                f"{path}: too large: {status.st_size} bytes, more than any real one of its kind"
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise input_error(path, error) from error
+    return parse_json_object(text, str(path))

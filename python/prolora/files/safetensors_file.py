@@ -13,13 +13,15 @@ import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedFormat
+from ..errors import UnsupportedFormat, input_error
+from .state import FileState, check_unchanged
 
 StrPath = str | os.PathLike[str]
 Tensors = Mapping[str, Tensor]
@@ -76,7 +78,7 @@ class SafetensorsFile:
         metadata: the header's `__metadata__`, {} if there is none.
         tensors: name -> `TensorInfo`, in header order.
         data_start: the byte at which the tensors begin.
-        state: inode, size and times of the file: equal as long as nobody has written to it.
+        state: of the file, when its header was read.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -88,11 +90,12 @@ class SafetensorsFile:
         """
         self.path = Path(path)
         with self._open() as file:
-            status = os.fstat(file.fileno())
-            raw = _read_header(file, self.path, status.st_size)
-        self._identity = _file_identity(status)
-        # The time of the last change of any kind, which no tool can set, belongs to it as well.
-        self.state = (*self._identity[1:], status.st_ctime_ns)
+            try:
+                status = os.fstat(file.fileno())
+                raw = _read_header(file, self.path, status.st_size)
+            except OSError as error:
+                raise input_error(self.path, error) from error
+        self.state = FileState.from_status(status)
         self.data_start = 8 + len(raw)
         self.metadata, self.tensors = _parse_header(raw, self.path)
         _check_extent(self.tensors, self.path, status.st_size - self.data_start)
@@ -132,14 +135,13 @@ class SafetensorsFile:
         buffer = self._read("its data", torch.uint8, (size,), 0)
         return {name: _cut_tensor(buffer, info) for name, info in self.tensors.items()}
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         """The open file, unbuffered: reads go straight into the tensor's own memory."""
         try:
             if stat.S_ISREG(os.stat(self.path).st_mode):  # a pipe or a device would block
                 return open(self.path, "rb", buffering=0)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UnsupportedFormat(f"{self.path}: cannot be read: {reason}") from error
+            raise input_error(self.path, error) from error
         raise UnsupportedFormat(f"{self.path}: not a file; a .safetensors file is needed")
 
     def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
@@ -149,15 +151,12 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         buffer = torch.empty(size, dtype=torch.uint8)
         with self._open() as file:
-            if _file_identity(os.fstat(file.fileno())) != self._identity:
-                raise UnsupportedFormat(f"{self.path}: was changed while it was in use; run again")
+            check_unchanged(self.path, self.state, file.fileno())
             try:
                 file.seek(self.data_start + start)
-                complete = _fill_buffer(file, buffer.numpy().data)
+                complete = fill_buffer(file, buffer.numpy().data)
             except OSError as error:
-                raise UnsupportedFormat(
-                    f"{self.path}: {name} cannot be read: {error.strerror}"
-                ) from error
+                raise input_error(self.path, error, f"{name} cannot be read") from error
         if not complete:
             raise UnsupportedFormat(f"{self.path}: ends inside {name}; run again")
         # Any byte but 0 and 1 in a torch.bool is undefined behaviour.
@@ -175,22 +174,17 @@ def _cut_tensor(buffer: Tensor, info: TensorInfo) -> Tensor:
     return flat.view(info.shape)
 
 
-def _file_identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """What changes when a file is replaced or rewritten."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _fill_buffer(file: BinaryIO, view: memoryview) -> bool:
+def fill_buffer(file: FileIO, view: memoryview) -> bool:
     """Reads until `view` is full; one read call is free to return less. False: the file ended."""
     while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]
+        count = file.readinto(view)
         if not count:
             return False
         view = view[count:]
     return True
 
 
-def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
+def _read_header(file: FileIO, path: Path, size: int) -> bytes:
     """The JSON text of the header, its length checked before it is read."""
     head = file.read(9)
     length = int.from_bytes(head[:8], "little")
@@ -209,7 +203,7 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> bytes:
         )
     raw = bytearray(length)
     file.seek(8)
-    if not _fill_buffer(file, memoryview(raw)):
+    if not fill_buffer(file, memoryview(raw)):
         raise UnsupportedFormat(f"{path}: ends inside its header; run again")
     return bytes(raw)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import OutputError, UnsupportedFormat
+from ..errors import OutputError, UnsupportedFormat, output_error
+from .atomic import remove_stale_temporaries, replace_file, replace_folder
+from .hashing import view_bytes
 from .safetensors_file import DTYPES, SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
@@ -58,7 +59,7 @@ def check_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+        raise output_error(path, error) from error
 
 
 def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> None:
@@ -72,10 +73,27 @@ def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> No
     Raises:
         OutputError: it cannot be written, or reads back differently.
     """
+    with replace_output(path) as temporary:
+        fill_safetensors(temporary, tensors, metadata, path)
+
+
+def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: StrPath) -> None:
+    """Writes a file that has its temporary name, and compares what reads back bit by bit.
+
+    Args:
+        path: the file, as `replace_output` gives it or in a folder of that.
+        tensors: name -> tensor of any device and layout.
+        metadata: the header's metadata.
+        where: what messages call it.
+
+    Raises:
+        OutputError: it reads back differently.
+        OSError: it cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replace_file(path) as temporary:
-        dump_safetensors(temporary, plain, metadata)
-        _verify_safetensors(SafetensorsFile(temporary), plain, metadata, path)
+    metadata = {key: replace_surrogates(value) for key, value in metadata.items()}
+    dump_safetensors(path, plain, metadata)
+    _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
 
 
 def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
@@ -84,33 +102,42 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.
     """
-    raw, ordered = _lay_out_file(tensors, metadata)
+    ordered = _order_tensors(tensors)
     with open(path, "wb") as file:
-        file.write(raw)
-        for tensor in ordered:
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.write(encode_header(ordered, metadata))
+        for tensor in ordered.values():
+            file.write(view_bytes(tensor))
 
 
 def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
     """Bytes of the file that `dump_safetensors` makes; the tensors may be on the meta device."""
-    raw, ordered = _lay_out_file(tensors, metadata)
-    return len(raw) + sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered)
+    ordered = _order_tensors(tensors)
+    data = sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered.values())
+    return len(encode_header(ordered, metadata)) + data
 
 
-def _lay_out_file(tensors: Tensors, metadata: Metadata) -> tuple[bytes, list[Tensor]]:
-    """What a file begins with, and the tensors in the order in which it goes on."""
+def _order_tensors(tensors: Tensors) -> Tensors:
+    """Wide dtypes first, which keeps every tensor aligned for readers that map the file."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:
+    """What a safetensors file begins with: the length of its header, and the header.
+
+    Args:
+        tensors: name -> tensor, in the order in which their bytes follow; on any device.
+        metadata: left out of the header if it is empty.
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide dtypes first keeps every tensor aligned for readers that map the file.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     start = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         stop = start + tensor.numel() * tensor.dtype.itemsize
         dtype = _NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw, [tensor for _, tensor in ordered]
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def write_text_atomically(path: StrPath, text: str) -> None:
@@ -119,41 +146,49 @@ def write_text_atomically(path: StrPath, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with _replace_file(path) as temporary:
-        temporary.write_bytes(text.encode())
+    with replace_output(path) as temporary:
+        temporary.write_bytes(replace_surrogates(text).encode())
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with "?" for each byte of a file name that is not UTF-8: no file could hold it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _verify_safetensors(
-    file: SafetensorsFile, tensors: Tensors, metadata: Metadata, path: StrPath
+    file: SafetensorsFile, tensors: Tensors, metadata: Metadata, where: StrPath
 ) -> None:
     """Compares what is on disk with what was meant, bit by bit: NaN equals NaN, -0 is not 0."""
     if file.tensors.keys() != tensors.keys() or file.metadata != metadata:
-        raise OutputError(f"{path}: the file reads back with other names or metadata")
+        raise OutputError(f"{where}: the file reads back with other names or metadata")
     for name, tensor in tensors.items():
         back = file.read(name)
         same = back.dtype == tensor.dtype and back.shape == tensor.shape
         back_bytes, bytes_ = (t.reshape(-1).view(torch.uint8) for t in (back, tensor))
         if not same or not torch.equal(back_bytes, bytes_):
-            raise OutputError(f"{path}: {name} reads back differently; the disk may be faulty")
+            raise OutputError(f"{where}: {name} reads back differently; the disk may be faulty")
 
 
 @contextmanager
-def _replace_file(path: StrPath) -> Iterator[Path]:
-    """A new file beside `path` that takes its name on success and vanishes on any failure."""
-    check_writable(path)
+def replace_output(path: StrPath, *, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder that takes the name of an output once it is written and checked.
+
+    Args:
+        path: the output; a symbolic link stands for what it points to.
+        folder: make a folder; one that has the name is replaced as a whole, and what it holds
+            beside the new files is kept.
+
+    Raises:
+        OutputError: it cannot be written, or cannot be read back; what was there is untouched.
+    """
+    if not (folder and os.path.isdir(path)):
+        check_writable(path)
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
+    remove_stale_temporaries(target.parent)
     try:
-        # Not `tempfile`, whose files are private to the user.
-        temporary.touch(0o666, exist_ok=False)
-        mode = (target if target.exists() else temporary).stat().st_mode
-        yield temporary
-        temporary.chmod(stat.S_IMODE(mode))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # the name must never be on the disk before the data
-        os.replace(temporary, target)
-    except (OSError, UnsupportedFormat) as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        with (replace_folder if folder else replace_file)(target) as temporary:
+            yield temporary
+    except UnsupportedFormat as error:
+        raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
+    except OSError as error:
+        raise output_error(path, error) from error

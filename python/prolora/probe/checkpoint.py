@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
 from ..errors import OutputError, UnsupportedFormat
+from ..files.hashing import hash_parts, hash_text
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_safetensors
 from ..version import __version__
@@ -32,17 +32,16 @@ _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.not
 
 def hash_texts(*parts: str) -> str:
     """SHA-256 of texts, in hexadecimal."""
-    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
+    return hash_text(json.dumps([__version__, *parts]))
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, their names, shapes and dtypes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().data)
-    return digest.hexdigest()
+    return hash_parts(
+        part
+        for name, tensor in sorted(tensors.items())
+        for part in (f"{name} {tensor.dtype} {tuple(tensor.shape)} ", tensor)
+    )
 
 
 def hash_model(model: nn.Module) -> str:

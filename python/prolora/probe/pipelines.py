@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..bases import vae
 from ..bases.folder import MODELS, choose_candidate, open_folder_weights
 from ..errors import ProLoRAError, UnsupportedFormat
+from ..files.jsontext import read_json_object
 from . import schedules
 from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
 from .hooks import FirstCallReached, capture_first_call, keep_hooks
@@ -250,7 +251,7 @@ def _checked_index(folder: Path) -> dict[str, Any]:
             "transformer); "
             "weights alone cannot be sampled"
         )
-    index = vae.read_json(folder / vae.PIPELINE_INDEX)
+    index = read_json_object(folder / vae.PIPELINE_INDEX)
     if not isinstance(index.get("_class_name"), str):
         raise UnsupportedFormat(f"{folder / vae.PIPELINE_INDEX}: names no class of diffusers")
     for name, value in index.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +14,8 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
-from ..errors import ProLoRAError, UnsupportedFormat
+from ..errors import ProLoRAError, input_error
+from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.safetensors_file import SafetensorsFile
 from ..version import __version__
 from .by_weights.file_budget import OutputForm
@@ -70,8 +70,7 @@ class Recipe:
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.output.format, str(self.output.dtype))
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
-        recipe = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-        return {"lora_hash": self.lora_hash, "recipe": f"sha256:{recipe}"}
+        return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
 
     def is_made(self, out: Path, cache: BasisCache) -> bool:
         """Whether `out` is a complete result of this recipe: its header says so, and fits its size.
@@ -105,14 +104,8 @@ def _hash_adapter(path: Path) -> str:
     Raises:
         UnsupportedFormat: one of them cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         files = [path / name for name in ADAPTER_FILES] if path.is_dir() else [path]
-        for file in files:
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    while block := opened.read(1 << 20):
-                        digest.update(block)
+        return hash_parts(block for file in files if file.is_file() for block in read_blocks(file))
     except (OSError, ValueError) as error:
-        raise UnsupportedFormat(f"{path}: cannot be read: {error}") from error
-    return digest.hexdigest()
+        raise input_error(path, error) from error

@@ -159,20 +159,6 @@ def test_a_batch_of_mixed_difficulty_equals_its_members_and_repeats_bit_for_bit(
         assert apart <= float(alone.bound + together.bound[i]) or apart < 1e-6
 
 
-def test_snap_moves_the_cut_to_the_widest_gap_within_five_percent():
-    values = power_law(SMALL, 0.5)
-    values[104:] *= 0.9
-    weight, u, _ = planted(SMALL, SMALL, values)
-    plain, snapped = (truncated_svd(weight.float(), 100, snap=snap) for snap in (False, True))
-    assert int(plain.rank) == 100 and int(snapped.rank) == 104
-    assert snapped.gap > 10 * plain.gap
-    assert sine(u[:, :104], snapped.U) <= float(snapped.bound)
-    large = power_law(LARGE, 0.5)
-    large[57:] *= 0.9
-    snapped = truncated_svd(planted(LARGE, LARGE, large)[0].float(), 60, snap=True)
-    assert snapped.rung == "krylov" and int(snapped.rank) == 57
-
-
 def test_energy_counts_the_same_columns_on_the_float32_rung_as_in_float64():
     for seed in range(3):
         weight = planted(SMALL, SMALL, power_law(SMALL, 0.5), seed)[0].float()

@@ -11,7 +11,6 @@ it lie the few numbers that a transfer wants to know of pairs of weights.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -29,7 +28,9 @@ from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
 from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
-from ...errors import OutputError, UnsupportedFormat
+from ...errors import UnsupportedFormat, output_error
+from ...files.hashing import hash_parts, hash_text
+from ...files.state import flush_file, read_state
 from ..base import Base
 from . import basis_file
 from .basis_file import StoredBasis
@@ -83,13 +84,14 @@ class BasisCache:
         self._notes: dict[str, JsonTable] = {}
         # Of this run alone; the bases are held, so that no other gets their id.
         self._digests: dict[tuple[int, str], tuple[Base, str]] = {}
+        self._flushed: set[Path | None] = set()
         self._failed = self._created = False
         if self.folder is None:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{folder}: the cache folder cannot be made: {error}") from error
+            raise output_error(self.folder, error, "the cache folder cannot be made") from error
 
     def of(
         self, base: Base, modules: Sequence[str], rank: Rank, device: str | None = None
@@ -172,18 +174,19 @@ class BasisCache:
         """A hash of some kind of a file, computed where its state was not seen before."""
         if self.folder is None:
             return compute()
-        status = path.stat()
-        times = status.st_mtime_ns, status.st_ctime_ns
-        key = _short_hash(
-            f"{kind} {os.path.abspath(path)} {status.st_ino} {status.st_size} {times}"
+        state = read_state(path)
+        notes, key = (
+            self._table("files", ""),
+            _short_hash(f"{kind} {os.path.abspath(path)} {state}"),
         )
-        notes = self._table("files", "")
-        found, old = notes.get(key), time.time_ns() - max(times) > SETTLING_TIME
-        if not isinstance(found, str):
-            found = compute()
-            if old:
-                notes.put(key, found)
-        return found
+        known = notes.get(key)
+        if isinstance(known, str):
+            return known
+        settled = time.time_ns() - max(state.modified, state.changed) > SETTLING_TIME
+        digest = compute()
+        if settled:
+            notes.put(key, digest)
+        return digest
 
     def pairs(self, source: Base, target: Base) -> JsonTable:
         """The table of what is known of pairs of weights of two bases."""
@@ -204,6 +207,11 @@ class BasisCache:
                 self._try(notes.save)
 
     def _index(self, base: Base) -> JsonTable:
+        """The table of contents of a base's weights; asked for before any of them is read."""
+        if base.path not in self._flushed:
+            for file in base.files:
+                flush_file(file)
+            self._flushed.add(base.path)
         return self._table("index", str(base.path))
 
     def _table(self, kind: str, of: str) -> JsonTable:
@@ -301,9 +309,7 @@ class BasisCache:
 
 def hash_weight(weight: Tensor) -> str:
     """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode())
-    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_parts([f"{weight.dtype} {list(weight.shape)} ", weight])
 
 
 def hash_weights(weights: Tensor) -> list[str]:
@@ -313,8 +319,7 @@ def hash_weights(weights: Tensor) -> list[str]:
 
 def basis_name(digest: str, rank: Rank) -> str:
     """The name of a basis: of what, by which rule, how exact, by which version."""
-    text = f"{digest} {rank!r} {TOLERANCE} {VERSION}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_text(f"{digest} {rank!r} {TOLERANCE} {VERSION}")
 
 
 def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
@@ -322,4 +327,4 @@ def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, 
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hash_text(text)[:32]

@@ -7,15 +7,14 @@ after a crash of the machine, those that are not whole.
 
 from __future__ import annotations
 
-import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ...files.atomic import replace_file
 
 
 def publish_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,15 +24,8 @@ def publish_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the disk is full, the folder is not writable, …; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process that is killed leaves this file behind; it is never read, only removed.
-    temporary = path.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
-    try:
+    with replace_file(path, durable=False) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def compute_checksum(tensors: Iterable[Tensor]) -> int:

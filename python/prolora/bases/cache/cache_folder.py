@@ -23,7 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import OutputError, ProLoRAError
+from ...errors import ProLoRAError, output_error
+from ...files.atomic import TEMPORARY_NAME
 from . import basis_file
 from .cache_files import publish_file
 from .tables import read_table
@@ -42,7 +43,6 @@ _VERSIONED = re.compile(r"v([1-9][0-9]{0,8})")
 _SHELF = re.compile(r"[0-9a-f]{2}")
 _BASIS = re.compile(r"[0-9a-f]{64}\.safetensors")
 _TABLE = re.compile(r"(?:index|pairs|files)-[0-9a-f]{32}\.json")
-_TEMPORARY = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def remove_entries(folder: Path, entries: Iterable[CacheEntry]) -> None:
         try:
             entry.path.unlink(missing_ok=True)
         except OSError as error:
-            reason = error.strerror
-            raise OutputError(f"{entry.path}: cannot be removed: {reason}") from error
+            raise output_error(entry.path, error, "cannot be removed") from error
         emptied.add(entry.path.parent)
     emptied.discard(folder)
     for path in sorted(emptied, key=lambda path: -len(path.parts)):
@@ -126,7 +125,7 @@ def _list_version(path: Path, version: int, marked: bool) -> Iterator[CacheEntry
             yield from _list_shelf(Path(entry.path), version, marked)
         elif _TABLE.fullmatch(entry.name):
             yield from _describe_file(entry, "table", version, marked)
-        elif marked and _TEMPORARY.fullmatch(entry.name):
+        elif marked and TEMPORARY_NAME.fullmatch(entry.name):
             yield from _describe_file(entry, "temporary", version, marked)
         elif marked and entry.name == MARKER:
             yield from _describe_file(entry, "marker", version, marked)
@@ -137,7 +136,7 @@ def _list_shelf(path: Path, version: int, marked: bool) -> Iterator[CacheEntry]:
     for entry in _scan_folder(path):
         if _BASIS.fullmatch(entry.name) and entry.name[:2] == path.name:
             yield from _describe_file(entry, "basis", version, marked)
-        elif marked and _TEMPORARY.fullmatch(entry.name):
+        elif marked and TEMPORARY_NAME.fullmatch(entry.name):
             yield from _describe_file(entry, "temporary", version, marked)
 
 

@@ -15,18 +15,17 @@ from .triplets import Triplets, residual_and_angle, rounding_error
 GRAM_RANGE = 1e-5
 
 
-def dense_triplets(w: Tensor, norm: Tensor, rank: Rank, snap: bool) -> Triplets:
+def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     """Eigenvectors of wwᵀ where they resolve the spectrum down to σ_k, LAPACK's SVD elsewhere.
 
     Args:
         w: [b, d, n], d ≤ n.
         norm: [b], ‖w‖_F.
         rank: the columns to return, as a rule.
-        snap: whether the rule may be moved to the widest gap near it.
     """
     eigenvalues, vectors = eigh_stack(lower_gram(w))
     short, s = vectors.flip(-1), eigenvalues.flip(-1).clamp_min(0).sqrt()  # [b, d, d], [b, d]
-    count = _count_columns(s, rank, snap, w.shape[-2:])
+    count = _count_columns(s, rank, w.shape[-2:])
     last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
     fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
     right: dict[int, Tensor] = {}
@@ -34,7 +33,7 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank, snap: bool) -> Triplets:
         short[i], s[i], vt = torch.linalg.svd(w[i], full_matrices=False)
         right[i] = vt.mT
     if right:
-        count = _count_columns(s, rank, snap, w.shape[-2:])
+        count = _count_columns(s, rank, w.shape[-2:])
     k = max(1, int(count.max())) if len(w) else 1
     used = torch.arange(k, device=w.device) < count[:, None]
     short, kept = short[..., :k] * used[:, None], s[:, :k] * used
@@ -75,7 +74,7 @@ def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _count_columns(s: Tensor, rank: Rank, snap: bool, shape: torch.Size) -> Tensor:
+def _count_columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:
     """How many columns the rule asks for, at most the numerical rank: int64 [b]."""
     numerical = (s > max(shape) * EPS * s[:, :1]).sum(-1)
-    return torch.minimum(count_columns(s, rank, snap), numerical)
+    return torch.minimum(count_columns(s, rank), numerical)

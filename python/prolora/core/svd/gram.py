@@ -23,20 +23,20 @@ def suits_gram(d: int, rank: Rank) -> bool:
     return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
 
 
-def gram_triplets(w: Tensor, norm: float, rank: Rank, snap: bool) -> Refined | None:
+def gram_triplets(w: Tensor, norm: float, rank: Rank) -> Refined | None:
     """Leading triplets of w [d, n], float32, d ≤ n; `norm` is ‖w‖_F."""
     d = w.shape[0]
     precise = mirror_lower(lower_gram(w))
     single = precise.float()
     values, vectors = eigh_stack(single)
     values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
-    k = int(count_columns(values.sqrt(), rank, snap))
+    k = int(count_columns(values.sqrt(), rank))
     if k >= d:
         return None
     p = min(d, k + max(16, min(32, k // 8)))
     ritz = Ritz(vectors[:, :p], vectors[:, p:], values, None, 0.0, converged=True)
     found = refine_triplets(FormedGram(precise, single), w, norm, ritz, k)
-    if found is not None and isinstance(rank, float) and not snap:
+    if found is not None and isinstance(rank, float):
         # float32 may have misjudged which column is the first to reach the share.
         energies = found.s.square().cumsum(0)
         wanted = rank * norm**2 * (1 - 1e-12)

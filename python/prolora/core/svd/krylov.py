@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..rank_rule import count_columns, snap_reach
 from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower, multiply_narrow
 from .refinement import Refined, Ritz, refine_triplets
 
@@ -48,9 +47,7 @@ def suits_krylov(d: int, k: int) -> bool:
     return d >= MIN_DIMENSION and k * SHARE <= d
 
 
-def krylov_triplets(
-    w: Tensor, norm: Tensor, k: int, tol: float, seed: int, snap: bool
-) -> list[Refined | None]:
+def krylov_triplets(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> list[Refined | None]:
     """The leading triplets of w [b, d, n] (float32, d ≤ n), None where the iteration gives up.
 
     Args:
@@ -59,9 +56,7 @@ def krylov_triplets(
         k: columns.
         tol: the sine of the largest principal angle to reach.
         seed: of the starting block; the same for every matrix, so that a stack equals its members.
-        snap: move k to the widest gap near it.
     """
-    far = k + snap_reach(k) if snap else k
     found: list[Refined | None] = [None] * len(w)
     _, d, n = w.shape
     single, grams = None, list[FormedGram | ImpliedGram]()
@@ -69,12 +64,11 @@ def krylov_triplets(
         precise = mirror_lower(lower_gram(w))
         single = precise.float()
         grams = [FormedGram(*pair) for pair in zip(precise, single, strict=True)]
-    for iterates in _iterate_blocks(w, single, norm, far, tol, seed):
+    for iterates in _iterate_blocks(w, single, norm, k, tol, seed):
         grams = grams or [ImpliedGram(one.double(), one) for one in w]
         for i, ritz in enumerate(iterates):
             if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
-                cut = int(count_columns(ritz.values[: far + 1].sqrt(), k, snap)) if snap else k
-                found[i] = refine_triplets(grams[i], w[i], float(norm[i]), ritz, cut)
+                found[i] = refine_triplets(grams[i], w[i], float(norm[i]), ritz, k)
         if all(one is not None and one.angle <= tol for one in found):
             break
     return found

@@ -1,0 +1,215 @@
+"""Files and folders that take their names only once they are whole.
+
+Everything is built under a temporary name beside its place and renamed at the end. A process that
+is killed leaves its temporary behind; the next one that writes into the folder removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY_NAME = re.compile(r"\.prolora-[0-9a-f]{16}\.tmp")
+"""What the temporary names look like."""
+
+# Seconds since the last write after which a temporary that nobody has locked counts as left behind:
+# a process has locked its own long before; and the same where a file system knows no locks.
+_STALE_SECONDS, _STALE_SECONDS_WITHOUT_LOCKS = 60, 3600
+# RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS; AT_FDCWD of Linux.
+_EXCHANGE, _CURRENT_FOLDER = 2, -100
+
+
+@contextmanager
+def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """An empty file beside `path` that takes its name on success and vanishes on any failure.
+
+    The old file stays as it is until then; its mode is kept.
+
+    Args:
+        path: the place; no symbolic link, and its folder exists.
+        durable: force the data to the disk before the name, so that no crash of the machine leaves
+            the name on an incomplete file.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written, …
+    """
+    temporary = _choose_temporary(path)
+    lock = None
+    try:
+        # Not `tempfile`, whose files are private to the user.
+        temporary.touch(0o666, exist_ok=False)
+        lock = _lock(temporary)
+        mode = (path if path.exists() else temporary).stat().st_mode
+        yield temporary
+        temporary.chmod(stat.S_IMODE(mode))
+        if durable:
+            _force_to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        _unlock(lock)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its name on success and vanishes on any failure.
+
+    A folder that has the name is exchanged as one: at no time does `path` hold files of both. What
+    the old one holds and the new one does not is kept.
+
+    Args:
+        path: the place; no symbolic link, and its parent exists.
+
+    Raises:
+        OSError: the disk is full, the parent cannot be written, …
+    """
+    temporary = _choose_temporary(path)
+    lock = None
+    try:
+        temporary.mkdir()
+        lock = _lock(temporary)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _force_to_disk(file)
+        if path.is_dir():
+            _carry_over(path, temporary)
+            _exchange_folders(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _unlock(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Removes what killed processes have left in a folder, and nothing of a process at work.
+
+    A temporary counts as left behind if it has exactly such a name, belongs to this user, was not
+    written to for a minute, and nobody holds its lock; where there are no locks, after an hour.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        stale = [Path(entry) for entry in entries if TEMPORARY_NAME.fullmatch(entry.name)]
+        for path in stale:
+            with suppress(OSError):
+                _remove_if_stale(path)
+
+
+def _choose_temporary(path: Path) -> Path:
+    return path.with_name(f".prolora-{secrets.token_hex(8)}.tmp")
+
+
+def _force_to_disk(file: Path) -> None:
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _lock(path: Path) -> int | None:
+    """Takes a lock that ends with this process; None where the file system knows none.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if sys.platform == "win32":  # an open file could not be renamed there
+        return None
+    number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(number)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return number
+
+
+def _unlock(number: int | None) -> None:
+    if number is not None:
+        os.close(number)
+
+
+def _remove_if_stale(path: Path) -> None:
+    """Removes a temporary if it was left behind.
+
+    Raises:
+        OSError: it is somebody else's, or just gone.
+    """
+    status = os.lstat(path)
+    age = time.time() - max(status.st_mtime, status.st_ctime)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    mine = sys.platform == "win32" or status.st_uid == os.getuid()
+    if not mine or age < _STALE_SECONDS or not (is_folder or stat.S_ISREG(status.st_mode)):
+        return
+    lock = _lock(path)
+    try:
+        if lock is None and age < _STALE_SECONDS_WITHOUT_LOCKS:
+            return
+        if is_folder:
+            # Only what was being built, or what an exchange has replaced: see `replace_folder`.
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        _unlock(lock)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Gives the new folder what only the old one holds, by hard links where those exist."""
+
+    def skip(folder: str, names: list[str]) -> list[str]:
+        if Path(folder) != old:
+            return []
+        return [n for n in names if os.path.lexists(new / n) or TEMPORARY_NAME.fullmatch(n)]
+
+    shutil.copytree(
+        old, new, symlinks=True, ignore=skip, copy_function=_link_or_copy, dirs_exist_ok=True
+    )
+
+
+def _link_or_copy(source: str, copy: str) -> None:
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copy2(source, copy)
+
+
+def _exchange_folders(new: Path, old: Path) -> None:
+    """Gives two folders each other's names."""
+    if _exchange_names(new, old):
+        return
+    # Without that call of the system there is a moment in which nothing has the name. The old
+    # folder stands under a name that no clean-up touches until the new one is in place.
+    aside = old.with_name(f"{old.name}.old-{secrets.token_hex(4)}")
+    os.replace(old, aside)
+    try:
+        os.replace(new, old)
+    except BaseException:
+        os.replace(aside, old)
+        raise
+    os.replace(aside, new)
+
+
+def _exchange_names(one: Path, other: Path) -> bool:
+    """Whether the system has exchanged two names in one step."""
+    first, second = os.fsencode(one), os.fsencode(other)
+    try:
+        library = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(first, second, _EXCHANGE) == 0)
+        here = _CURRENT_FOLDER
+        return bool(library.renameat2(here, first, here, second, _EXCHANGE) == 0)
+    except (AttributeError, OSError, TypeError):  # no such call, or no such library
+        return False

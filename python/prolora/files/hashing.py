@@ -1,0 +1,71 @@
+"""SHA-256 of texts, tensors and files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import input_error
+
+_BLOCK_BYTES = 1 << 20
+
+
+def hash_parts(parts: Iterable[str | bytes | memoryview | Tensor]) -> str:
+    """SHA-256, in hexadecimal, of some parts one after the other.
+
+    Args:
+        parts: texts count as UTF-8; tensors of any device and layout as their bytes, without dtype
+            and shape.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(view_bytes(part))
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a text as UTF-8, in hexadecimal."""
+    return hash_parts([text])
+
+
+def hash_file(path: Path, start: int = 0, size: int | None = None) -> str:
+    """SHA-256 of a file, or of its bytes from `start` on, in hexadecimal.
+
+    Args:
+        path: the file.
+        start: first byte.
+        size: how many bytes at most; None for all that follow.
+
+    Raises:
+        UnsupportedFormat: the file cannot be read.
+    """
+    return hash_parts(read_blocks(path, start, size))
+
+
+def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file in pieces of 1 MiB; arguments and errors are those of `hash_file`."""
+    left = size
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while left is None or left > 0:
+                block = file.read(_BLOCK_BYTES if left is None else min(left, _BLOCK_BYTES))
+                if not block:
+                    return
+                left = None if left is None else left - len(block)
+                yield block
+    except OSError as error:
+        raise input_error(path, error) from error
+
+
+def view_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor as a buffer, copied only from another device or layout."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,156 @@
+"""Outputs take their names once they are whole; what killed processes leave is removed later."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from prolora.errors import OutputError
+from prolora.files import atomic
+from prolora.files.atomic import remove_stale_temporaries, replace_folder
+from prolora.files.writing import replace_output, write_text_atomically
+
+
+def age(path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the clock run on: the time of the last change of any kind cannot be set."""
+    now = time.time() + seconds
+    monkeypatch.setattr(atomic.time, "time", lambda: now)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_a_folder_is_replaced_as_one_and_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "1.png").write_text("picture")
+    (folder / "README.md").write_text("mine")
+    (folder / "weights").write_text("old")
+    (folder / "link").symlink_to("README.md")
+    with replace_folder(folder) as new:
+        (new / "weights").write_text("new")
+        assert (folder / "weights").read_text() == "old"
+    assert names(folder) == ["README.md", "link", "samples", "weights"]
+    assert (folder / "weights").read_text() == "new"
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "samples" / "1.png").read_text() == "picture"
+    assert (folder / "link").is_symlink()
+    assert names(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
+def test_a_folder_that_cannot_be_replaced_stays_as_it_is(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    real = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if new == folder and ".tmp" in str(old):
+            raise OSError(5, "Input/output error")
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", fail)
+    if exchange:
+        with pytest.raises(KeyboardInterrupt), replace_folder(folder) as new:
+            (new / "weights").write_text("new")
+            raise KeyboardInterrupt
+    else:
+        monkeypatch.setattr(atomic, "_exchange_names", lambda *_: False)
+        with pytest.raises(OSError, match="Input"), replace_folder(folder) as new:
+            (new / "weights").write_text("new")
+    assert names(tmp_path) == ["adapter"] and names(folder) == ["weights"]
+    assert (folder / "weights").read_text() == "old"
+
+
+def test_a_folder_is_replaced_where_the_system_exchanges_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_exchange_names", lambda *_: False)
+    test_a_folder_is_replaced_as_one_and_keeps_what_is_not_ours(tmp_path)
+
+
+def killed_writer(folder: Path) -> None:
+    """A process that begins a file and a folder and is killed in between."""
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from prolora.files.atomic import replace_file, replace_folder
+        folder = Path(sys.argv[1])
+        with replace_file(folder / "x") as one, replace_folder(folder / "y") as two:
+            one.write_text("half")
+            (two / "z").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(folder)])
+    assert run.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_writer(tmp_path)
+    assert len(list(tmp_path.glob(".prolora-*.tmp"))) == 2
+    write_text_atomically(tmp_path / "a", "at once")
+    assert len(list(tmp_path.glob(".prolora-*.tmp"))) == 2  # a lock may be on its way for so long
+    age(tmp_path, 61, monkeypatch)
+    write_text_atomically(tmp_path / "a", "a minute later")
+    assert names(tmp_path) == ["a"]
+
+
+def test_nothing_else_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other names, links, and what a process is still working on."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "picture").touch()
+    for name in (
+        ".prolora-notes.tmp",
+        ".prolora-0123456789abcdef",
+        ".prolora-0123456789ABCDEF.tmp",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / ".prolora-00000000000000aa.tmp").symlink_to(other)
+    before = names(tmp_path)
+    with replace_output(tmp_path / "x") as file, replace_output(tmp_path / "y", folder=True) as new:
+        file.write_text("1")
+        (new / "z").write_text("1")
+        age(tmp_path, 10 * 86_400, monkeypatch)
+        remove_stale_temporaries(tmp_path)
+        assert file.exists() and new.exists()
+    assert names(tmp_path) == sorted([*before, "x", "y"])
+    assert (other / "picture").exists()
+
+
+def test_without_locks_an_hour_must_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".prolora-0000000000000000.tmp").touch()
+    monkeypatch.setattr(atomic, "_lock", lambda _: None)
+    age(tmp_path, 3500, monkeypatch)
+    remove_stale_temporaries(tmp_path)
+    assert len(names(tmp_path)) == 1
+    age(tmp_path, 3700, monkeypatch)
+    remove_stale_temporaries(tmp_path)
+    assert not names(tmp_path)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="closed"):
+        write_text_atomically(closed / "x", "text")
+
+
+def test_a_text_with_the_bytes_of_a_file_name_that_is_no_text_is_written(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_text_atomically(tmp_path / "x", name)
+    assert (tmp_path / "x").read_text() == "caf?"

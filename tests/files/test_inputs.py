@@ -1,0 +1,74 @@
+"""What several rooms ask of files: hashes, states, JSON objects, and errors that say what to do."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from prolora.errors import OutputError, UnsupportedFormat, input_error, output_error
+from prolora.files.hashing import hash_file, hash_parts, hash_text
+from prolora.files.jsontext import parse_json_object, read_json_object
+from prolora.files.state import FileState, check_unchanged, read_state
+
+
+def test_hashes_are_those_of_sha256(tmp_path: Path) -> None:
+    """Texts, tensors of any layout, whole files and pieces of them."""
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "x").write_bytes(content)
+    assert hash_file(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+    assert hash_file(tmp_path / "x", 5, 1 << 20) == hash_parts([content[5 : 5 + (1 << 20)]])
+    assert hash_file(tmp_path / "x", 1 << 21) == hash_text("")
+    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    stored = tensor.T.contiguous().view(torch.int16).numpy().tobytes()
+    assert hash_parts(["ä", tensor.T]) == hashlib.sha256("ä".encode() + stored).hexdigest()
+    with pytest.raises(UnsupportedFormat, match="missing: cannot be read"):
+        hash_file(tmp_path / "missing")
+
+
+def test_a_state_tells_a_change_of_content_from_a_new_mode(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("1")
+    before = read_state(path)
+    path.chmod(0o600)
+    assert read_state(path).has_content_of(before)
+    os.utime(path, ns=(0, 1))
+    assert not read_state(path).has_content_of(before)
+    with open(path) as file, pytest.raises(UnsupportedFormat, match="changed while it was in use"):
+        check_unchanged(path, before, file.fileno())
+    assert FileState.from_status(os.stat(path)) == read_state(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[1]", b"{", b"{]", b"\xff{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"],
+    ids=["empty", "list", "open", "damaged", "not UTF-8", "deep", "a number of 5000 digits"],
+)
+def test_what_is_no_json_object_is_refused_by_name(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UnsupportedFormat, match=r"x\.json: (is damaged: not JSON|holds no JSON)"):
+        read_json_object(tmp_path / "x.json")
+    with pytest.raises(UnsupportedFormat, match=r"the note: (is damaged: not JSON|holds no JSON)"):
+        parse_json_object(text, "the note")
+
+
+def test_json_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    """Missing, a folder, a pipe that nobody writes to, too large."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_text("{}" + " " * 100)
+    for name in ("missing", "", "pipe", "large"):
+        with pytest.raises(UnsupportedFormat):
+            read_json_object(tmp_path / name, limit=50)
+
+
+@pytest.mark.parametrize("code", ["EACCES", "ENAMETOOLONG", "EIO", "ENOSPC", "EROFS", "ENOENT"])
+def test_errors_of_the_system_name_the_path_and_what_to_do(code: str) -> None:
+    number = getattr(errno, code)
+    error = OSError(number, os.strerror(number))
+    for make, kind in ((input_error, UnsupportedFormat), (output_error, OutputError)):
+        made = make("folder/x", error)
+        assert isinstance(made, kind)
+        assert str(made).startswith("folder/x: cannot be ")
+        assert os.strerror(number) + "; " in str(made)
