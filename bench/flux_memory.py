@@ -24,7 +24,7 @@ from sdxl_to_ssd1b import commit, cpu
 from second_lora import peak
 
 import prolora
-from prolora.bases.memory import parse_size
+from prolora.files.sizes import parse_size
 
 WIDTH = 3072
 DOUBLE, SINGLE, LORA_RANK = 2, 3, 16

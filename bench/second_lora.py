@@ -42,7 +42,7 @@ from torch import Tensor
 
 import prolora
 from prolora.bases.cache.basis_cache import BasisCache
-from prolora.bases.memory import parse_size
+from prolora.files.sizes import parse_size
 from prolora.workflow.plan import make_plan
 
 BOUND = "1.25GiB"

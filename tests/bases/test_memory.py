@@ -1,6 +1,7 @@
 """--max-memory: read as people write it, refused where it is too little, and kept to."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -11,16 +12,27 @@ from safetensors.torch import save_file
 from spectra import related, weights
 
 import prolora
-from prolora.bases.memory import Memory, TooLittleMemory, format_size, parse_size, resident_bytes
+from prolora.bases.memory import Memory, resident_bytes
 from prolora.core.methods import Needs
+from prolora.errors import TooLittleMemory
+from prolora.files.sizes import format_size, parse_limit, parse_size
 
 
 def test_sizes_are_read_as_people_write_them():
     wanted = {"2GiB": 2 << 30, "500MB": 500 * 10**6, "1.5g": 15 * 10**8, "64": 64, "3 kib": 3072}
     assert {text: parse_size(text) for text in wanted} == wanted
-    for text in ("", "GiB", "0", "-1MB", "2 bananas", "1e9"):
+    for text in ("", "GiB", "0", "-1MB", "2 bananas", "1e9", "0.1", "٣GiB"):
         with pytest.raises(ValueError, match="2GiB"):
             parse_size(text)
+    assert [parse_limit(value) for value in (None, 5, 2e9, "2GiB")] == [
+        None,
+        5,
+        2_000_000_000,
+        2 << 30,
+    ]
+    for value in (math.nan, math.inf, 0.5, 0, -1, True, [], "lots"):
+        with pytest.raises(ValueError, match="2GiB"):
+            parse_limit(value)
     assert format_size(1536) == "1.5 KiB" and format_size(3 << 40) == "3072.0 GiB"
 
 

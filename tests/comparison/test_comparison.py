@@ -222,7 +222,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 
 def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
-    image_module = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
     found = comparison.compare(MINI / "source", MINI / "pruned")
     depth, kind = heatmap.overlap_by_depth(found), heatmap.overlap_by_module(found)
     place = "up_blocks.0.attentions.2"
@@ -236,27 +236,54 @@ def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
     ]
     assert len(values) == 3 and kind[place, "attn2.to_v"] == pytest.approx(sum(values) / 3)
     heatmap.save_heatmap(found, tmp_path / "map.png")
-    image = image_module.open(tmp_path / "map.png")
-    assert image.format == "PNG" and min(image.size) > 400
-    colours = {colour for _, colour in image.getcolors(1 << 20)}
-    assert {heatmap.shade_cell(value) for value in [*depth.values(), *kind.values()]} <= colours
+    head = (tmp_path / "map.png").read_bytes()[:4096]
+    assert head.startswith(b"\x89PNG") and heatmap.is_heatmap(head)
+    figure = heatmap.draw_heatmap(found)
+    maps = figure.axes[:2]
+    for axes, table in zip(maps, (depth, kind), strict=True):
+        rows, columns = (
+            [label.get_text() for label in labels]
+            for labels in (axes.get_yticklabels(), axes.get_xticklabels())
+        )
+        drawn = axes.images[0].get_array()
+        for (row, column), value in table.items():
+            assert drawn[rows.index(row), columns.index(column)] == pytest.approx(value)
+        numbers = [text.get_text() for text in axes.texts]
+        assert sorted(numbers) == sorted(f"{value:.2f}" for value in table.values())
+    assert [label.get_text() for label in maps[0].get_xticklabels()] == ["0", "1", "2", "proj"]
+    rows = [label.get_text() for label in maps[0].get_yticklabels()]
+    assert rows[0].startswith("down_blocks.1") and rows[-1].startswith("up_blocks.1")
+
+
+def test_no_two_texts_of_the_heat_map_overlap():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = heatmap.draw_heatmap(comparison.compare(MINI / "source", MINI / "pruned"))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        texts += [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+    assert len(boxes) > 150
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[i + 1 :]), texts[i]
 
 
 def test_colours_run_from_pale_to_dark():
-    shades = [sum(heatmap.shade_cell(i / 20)) for i in range(21)]
+    pytest.importorskip("matplotlib")
+    ramp = heatmap._make_ramp()
+    shades = [sum(ramp(i / 20)[:3]) for i in range(21)]
     assert shades == sorted(shades, reverse=True) and len(set(shades)) == 21
-    assert heatmap.shade_cell(-0.1) == heatmap.shade_cell(0) and heatmap.shade_cell(
-        2
-    ) == heatmap.shade_cell(1)
 
 
 def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     quick = comparison.compare(source_weights(), target_weights(), rank=None)
     with pytest.raises(OutputError, match="--quick"):
         heatmap.save_heatmap(quick, tmp_path / "x.png")
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OutputError, match=r'pip install "prolora\[plot\]"'):
-        heatmap.check_pillow()
+        heatmap.check_matplotlib()
 
 
 @pytest.fixture
@@ -274,13 +301,14 @@ def run(monkeypatch, capsys):
 
 
 def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
-    pytest.importorskip("PIL")
+    pytest.importorskip("matplotlib")
     _, source, target = write_case(tmp_path)
     line = ("compare", "--source", source, "--target", target)
     code, text, _ = run(*line, "--plot", tmp_path / "map.png", "--match", "similarity")
     assert code == 0 and "Go (drift 0.10" in text and "Same lineage" in text
     assert "down_blocks.1" in text and "0←0 1←1" in text
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert run(*line, "--plot", tmp_path / "map.png")[0] == 0  # one of ours is replaced
     code, text, _ = run(*line, "--json", "--quick")
     told = json.loads(text)
     assert code == 0 and told["verdict"]["go"] and told["means"]["above_left"] is None
@@ -295,6 +323,17 @@ def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
         assert code == 2 and f"{extra[0]} " in text and "give one of them" in text
     code, _, text = run(*line, "--plot", tmp_path / "no" / "x.png")
     assert code == 2 and "OutputError" in text
+
+
+@pytest.mark.parametrize("content", [b"notes", b"\x89PNG\r\n\x1a\n" + b"a photograph"])
+def test_a_plot_replaces_no_file_that_is_no_plot(run, tmp_path, content):
+    pytest.importorskip("matplotlib")
+    _, source, target = write_case(tmp_path)
+    (tmp_path / "x.png").write_bytes(content)
+    line = ("compare", "--source", source, "--target", target, "--plot", tmp_path / "x.png")
+    code, _, text = run(*line)
+    assert code == 2 and "no picture of a comparison" in " ".join(text.split())
+    assert (tmp_path / "x.png").read_bytes() == content
 
 
 def test_sdxl_to_flux_is_refused_on_the_command_line(run, tmp_path):

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
+_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 # The layers LoRAs are commonly trained on, in UNets and transformers: attention, feed-forward and
 # the projections around them.
 _ADAPTABLE = re.compile(r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out|mlp)$")
+
+
+class BlockPosition(NamedTuple):
+    """Where a module lies in a stack of transformer blocks.
+
+    Attributes:
+        stack: `transformer_blocks`, `down_blocks.1.attentions.0.transformer_blocks`, …
+        number: of the block in its stack, as it is written.
+        local: the module's name within its block.
+    """
+
+    stack: str
+    number: str
+    local: str
+
+
+def find_block(module: str) -> BlockPosition | None:
+    """The transformer block that a module lies in, None outside of all."""
+    match = _BLOCK.fullmatch(module)
+    return BlockPosition(match[1], match[2], match[3]) if match else None
 
 
 def is_adaptable(module: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from ..core.methods import Needs
 from ..core.rank_rule import Rank
 from ..errors import TooLittleMemory
+from ..files.sizes import format_size
 
 # One stack of weights in float32, where nobody sets a bound.
 STACK_BYTES = 96 << 20
@@ -32,42 +32,8 @@ PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-
-
 Work = Needs | Literal["affinity"]
 """What is done with weights: what a method needs of them, or how far they are apart."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes: "2GiB", "500MB", "1.5g", "1000000".
-
-    Raises:
-        ValueError: it is no such text.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?\s*", text.lower())
-    if not match or not float(match[1]):
-        raise ValueError(f"a size is a number with a unit, as 2GiB or 500MB, not {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def format_size(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def resident_bytes() -> int:

@@ -17,9 +17,9 @@ from ..bases.cache import maintenance
 from ..bases.cache.basis_cache import default_folder
 from ..bases.cache.build import ShapeSurvey, survey_base
 from ..bases.cache.maintenance import Inventory, VerifyResult
-from ..bases.memory import format_size, parse_size
 from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
+from ..files.sizes import format_size, parse_size
 from .console import out, progress_bar
 from .exits import write_epilog
 from .options import (

@@ -58,7 +58,7 @@ class ShowOptions:
         typer.Option(
             parser=parse_path,
             metavar="FILE",
-            help="Draw the overlaps into this PNG file (needs Pillow).",
+            help="Draw the overlaps into this PNG file (needs matplotlib).",
         ),
     ] = None
     modules: ModulesOption = False
@@ -75,7 +75,7 @@ def compare(
     measures.check(shown.plot)
     source, target = bases.open()
     if shown.plot is not None:
-        heatmap.check_pillow()
+        heatmap.check_matplotlib()
         check_plot(shown.plot, [*source.files, *target.files])
     with progress_bar("compare", not (shown.quiet or shown.as_json)) as progress:
         result = comparison.compare(

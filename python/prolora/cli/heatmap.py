@@ -1,28 +1,35 @@
 """A picture of a comparison: overlap above chance by place and depth, and by place and module.
 
-Needs Pillow (the `plot` extra), which is imported only to draw.
+Needs matplotlib (the `plot` extra), which is imported only to draw.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..architectures.modules import find_block
+from ..comparison.block_matching import stack_order
 from ..comparison.comparison import Comparison, ModuleComparison, average_field
-from ..errors import OutputError
+from ..errors import OutputError, output_error
+from ..version import __version__
 
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 AROUND = "proj"  # the column of what stands around a stack of blocks: proj_in and proj_out
 
-CELL, MARGIN, TEXT, SMALL = (38, 24), 24, 14, 11
+# Inches, and points of the fonts.
+CELL, GAP, BAR = (0.44, 0.27), 0.35, (2.6, 0.13)
+TEXT, LABEL, NUMBER = 11, 8.5, 7.5
+DPI = 150
 # From pale to dark blue, in equal steps of overlap; no red and green, which some cannot tell apart.
-RAMP = ((246, 241, 231), (203, 217, 232), (138, 178, 215), (66, 126, 184), (8, 48, 107))
-NOTHING, INK = (255, 255, 255), (32, 32, 32)
+RAMP = ("#f6f1e7", "#cbd9e8", "#8ab2d7", "#427eb8", "#08306b")
+EMPTY = "#cbd9e8"
+
+# The parts of an attention layer in the order of the computation.
+PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
 
 Cells = dict[tuple[str, str], float]
 
@@ -48,10 +55,9 @@ def _average_cells(
 
 def _split_module(module: str) -> tuple[str, str, str]:
     """(place, depth, leaf); a UNet's place is the attention that holds a stack of blocks."""
-    match = _BLOCK.fullmatch(module)
-    if match:
-        place = match[1].removesuffix(".transformer_blocks")
-        return place, match[2], match[3]
+    block = find_block(module)
+    if block is not None:
+        return block.stack.removesuffix(".transformer_blocks"), block.number, block.local
     place, _, leaf = module.rpartition(".")
     return place, AROUND, leaf
 
@@ -60,128 +66,167 @@ def save_heatmap(comparison: Comparison, path: str | PathLike[str]) -> None:
     """Draws the two heat maps into a PNG file.
 
     Raises:
-        OutputError: Pillow is missing, the comparison holds no overlaps, or the file cannot be
+        OutputError: matplotlib is missing, the comparison holds no overlaps, or the file cannot be
             written.
     """
-    image = draw_heatmap(comparison)
+    figure = draw_heatmap(comparison)
+    software = {"Software": f"prolora {__version__}"}
     try:
-        image.save(Path(path), format="PNG")
+        figure.savefig(
+            Path(path), format="png", bbox_inches="tight", pad_inches=0.25, metadata=software
+        )
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+        raise output_error(path, error) from error
 
 
-def check_pillow() -> None:
-    """Raises OutputError, with the way out, where Pillow is not installed."""
-    _import_pillow()
+def is_heatmap(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is a picture that `save_heatmap` made."""
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and b"Software\0prolora " in head
 
 
-def _import_pillow() -> tuple[Any, Any, Any]:
+def check_matplotlib() -> None:
+    """Raises OutputError, with the way out, where matplotlib is not installed."""
     try:
-        from PIL import Image, ImageDraw, ImageFont
+        import matplotlib  # noqa: F401
     except ImportError as error:
-        raise OutputError('drawing needs Pillow: pip install "prolora[plot]"') from error
-    return Image, ImageDraw, ImageFont
+        raise OutputError('drawing needs matplotlib: pip install "prolora[plot]"') from error
 
 
 def draw_heatmap(comparison: Comparison) -> Any:
-    """The picture, as a PIL image.
+    """The picture, as a matplotlib figure.
 
     Raises:
-        OutputError: Pillow is missing, or the comparison holds no overlaps.
+        OutputError: matplotlib is missing, or the comparison holds no overlaps.
     """
     tables = [overlap_by_depth(comparison), overlap_by_module(comparison)]
     if all(math.isnan(value) for value in tables[0].values()):
         raise OutputError("there is no overlap to draw: compare without --quick")
-    image_module, draw_module, font_module = _import_pillow()
-    fonts = {size: font_module.load_default(size) for size in (TEXT, SMALL)}
-    ruler = draw_module.Draw(image_module.new("RGB", (1, 1)))
+    check_matplotlib()
+    from matplotlib.figure import Figure
 
-    def width(text: str, size: int = SMALL) -> int:
-        return int(ruler.textlength(text, fonts[size])) + 1
+    captions = [
+        f"by depth: number of the transformer block; {AROUND} = layers around the blocks",
+        "by kind of module inside the blocks, and around them",
+    ]
+    grids = [_Grid(cells, caption) for cells, caption in zip(tables, captions, strict=True)]
+    left = max(_measure_text(place, LABEL) for grid in grids for place in grid.rows) + 0.1
+    width = max(6.5, left + max(len(grid.columns) for grid in grids) * CELL[0])
+    sentences = (
+        f"Overlap of the leading subspaces above chance: {comparison.source} (source), "
+        f"{comparison.target} (target)",
+        comparison.verdict.sentence(),
+    )
+    lines = [line for text in sentences for line in textwrap.wrap(text, int(width / 0.083))]
+    top = len(lines) * 0.2 + GAP
+    height = top + sum(grid.height + GAP for grid in grids) + 0.7
+    figure = Figure((width, height), dpi=DPI, facecolor="white")
+    figure.text(0, 1, "\n".join(lines), size=TEXT, va="top", linespacing=1.3)
+    for grid in grids:
+        grid.draw(figure, left, top)
+        top += grid.height + GAP
+    _draw_legend(figure, left, top, any(map(math.isnan, tables[1].values())))
+    return figure
 
-    rows = [list(dict.fromkeys(place for place, _ in table)) for table in tables]
-    columns = [_sort_columns(table) for table in tables]
-    left = max(width(name) for name in rows[0]) + 12
-    wide = max(720, left + max(map(len, columns)) * CELL[0])
-    heads = [max(width(name) for name in names) + 12 for names in columns]
-    said = [
-        line
-        for sentence in (
-            f"{comparison.source} against {comparison.target}",
-            comparison.verdict.sentence(),
-        )
-        for line in textwrap.wrap(_replace_letters(sentence), wide // 8)
-    ]
-    top = MARGIN + len(said) * (TEXT + 6) + 16
-    heights = [
-        28 + head + len(names) * CELL[1] + 20 for head, names in zip(heads, rows, strict=True)
-    ]
-    picture = image_module.new("RGB", (wide + 2 * MARGIN, top + sum(heights) + 60), NOTHING)
-    pen = draw_module.Draw(picture)
-    for i, line in enumerate(said):
-        pen.text((MARGIN, MARGIN + i * (TEXT + 6)), line, INK, fonts[TEXT])
-    titles = ("overlap above chance by place and depth", "by place and kind of module")
-    for number, table in enumerate(tables):
-        pen.text((MARGIN, top), titles[number], INK, fonts[TEXT])
-        corner = (MARGIN + left, top + 28 + heads[number])
-        for x, name in enumerate(columns[number]):
-            label = image_module.new("RGB", (heads[number], SMALL + 6), NOTHING)
-            draw_module.Draw(label).text((6, 1), name, INK, fonts[SMALL])
-            at = (corner[0] + x * CELL[0] + (CELL[0] - SMALL - 6) // 2, corner[1] - heads[number])
-            picture.paste(label.rotate(90, expand=True), at)
-        for y, place in enumerate(rows[number]):
-            middle = corner[1] + y * CELL[1] + CELL[1] // 2
-            pen.text((MARGIN, middle), place, INK, fonts[SMALL], anchor="lm")
-            for x, name in enumerate(columns[number]):
-                if (place, name) in table:
-                    cell = (corner[0] + x * CELL[0], corner[1] + y * CELL[1])
-                    _draw_cell(pen, cell, table[place, name], fonts[SMALL])
-        top += heights[number]
-    _draw_legend(pen, (MARGIN + left, top), fonts[SMALL])
-    return picture
+
+class _Grid:
+    """One heat map: a row for each place, a column for each depth or kind of module."""
+
+    def __init__(self, cells: Cells, caption: str) -> None:
+        self.cells, self.caption = cells, caption
+        self.rows = sorted(dict.fromkeys(place for place, _ in cells), key=stack_order)
+        self.columns = _sort_columns(cells)
+        self.upright = all(len(name) <= len(AROUND) for name in self.columns)
+        longest = max(_measure_text(name, LABEL) for name in self.columns)
+        self.head = 0.3 + (0.2 if self.upright else longest + 0.1)
+        self.height = self.head + len(self.rows) * CELL[1]
+
+    def draw(self, figure: Any, left: float, top: float) -> None:
+        """Draws the map so that its cells begin `left` inches from the edge of the figure."""
+        size = len(self.columns) * CELL[0], len(self.rows) * CELL[1]
+        axes = _add_axes(figure, left, top + self.head, *size)
+        values = [
+            [self.cells.get((row, name), math.nan) for name in self.columns] for row in self.rows
+        ]
+        axes.imshow(values, cmap=_make_ramp(), vmin=0, vmax=1, aspect="auto")
+        _add_text(figure, left, top, self.caption)
+        axes.set_xticks(range(len(self.columns)), self.columns, rotation=0 if self.upright else 90)
+        axes.set_yticks(range(len(self.rows)), self.rows)
+        axes.tick_params(length=0, labelsize=LABEL, labeltop=True, labelbottom=False)
+        axes.spines[:].set_visible(False)
+        for names, draw_line in ((self.columns, axes.axvline), (self.rows, axes.axhline)):
+            for i in range(len(names) + 1):
+                draw_line(i - 0.5, color="white", linewidth=1.5)
+        for (place, name), value in self.cells.items():
+            _draw_number(axes, self.columns.index(name), self.rows.index(place), value)
+
+
+def _draw_number(axes: Any, x: int, y: int, value: float) -> None:
+    """The number in a cell; hatching where chance alone gives 1 and nothing can be said."""
+    from matplotlib.patches import Rectangle
+
+    if math.isnan(value):
+        corner = (x - 0.5, y - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=EMPTY, hatch="///", zorder=0))
+        return
+    ink = "white" if value > 0.6 else "#202020"
+    axes.text(
+        x, y, f"{round(value, 2) + 0.0:.2f}", size=NUMBER, color=ink, ha="center", va="center"
+    )
+
+
+def _draw_legend(figure: Any, left: float, top: float, has_empty: bool) -> None:
+    """What the colours mean."""
+    from matplotlib.patches import Rectangle
+
+    axes = _add_axes(figure, left, top, *BAR)
+    axes.imshow(
+        [[i / 255 for i in range(256)]], cmap=_make_ramp(), aspect="auto", extent=(0, 1, 0, 1)
+    )
+    axes.set_yticks([])
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.tick_params(length=2, labelsize=LABEL)
+    axes.spines[:].set_visible(False)
+    _add_text(figure, left, top + BAR[1] + 0.26, "0: as unrelated weights, 1: equal subspaces")
+    if has_empty:
+        swatch = _add_axes(figure, left + BAR[0] + 0.5, top, CELL[0] / 2, BAR[1])
+        swatch.set_axis_off()
+        swatch.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=EMPTY, hatch="///"))
+        text = "no overlap can be told: the subspaces fill their space"
+        _add_text(figure, left + BAR[0] + 0.5, top + BAR[1] + 0.08, text)
+
+
+def _add_axes(figure: Any, left: float, top: float, width: float, height: float) -> Any:
+    """Axes at a place of the figure, in inches from its upper left corner."""
+    wide, high = figure.get_size_inches()
+    return figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
+
+
+def _add_text(figure: Any, left: float, top: float, text: str) -> None:
+    """A line of text below a point of the figure, in inches from its upper left corner."""
+    wide, high = figure.get_size_inches()
+    figure.text(left / wide, 1 - top / high, text, size=LABEL, va="top")
+
+
+def _measure_text(text: str, size: float) -> float:
+    """The width of a line of text in inches."""
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+
+
+def _make_ramp() -> Any:
+    """The colours of an overlap above chance; below 0 as 0, and none where there is no number."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("overlap", RAMP)
 
 
 def _sort_columns(table: Cells) -> list[str]:
-    """The columns in order: numbers by value, then names as they come."""
-    names = list(dict.fromkeys(name for _, name in table))
-    numbers = sorted((name for name in names if name.isdigit()), key=int)
-    return numbers + [name for name in names if not name.isdigit()]
+    """The columns in order: numbers by value, modules in blocks by layer, then those around."""
+    return sorted(dict.fromkeys(name for _, name in table), key=_column_order)
 
 
-def _draw_cell(pen: Any, corner: tuple[int, int], value: float, font: Any) -> None:
-    """One cell with its number; a cross where chance alone gives 1 and nothing can be said."""
-    x, y = corner
-    box = (x, y, x + CELL[0] - 2, y + CELL[1] - 2)
-    if math.isnan(value):
-        pen.rectangle(box, NOTHING, RAMP[1])
-        pen.line((box[0], box[3], box[2], box[1]), RAMP[1])
-        return
-    colour = shade_cell(value)
-    pen.rectangle(box, colour)
-    ink = NOTHING if sum(colour) < 400 else INK
-    pen.text((x + CELL[0] // 2 - 1, y + CELL[1] // 2 - 1), f"{value:.2f}", ink, font, anchor="mm")
-
-
-def _draw_legend(pen: Any, corner: tuple[int, int], font: Any) -> None:
-    """The colours and what they mean."""
-    x, y = corner
-    for i in range(200):
-        pen.line((x + i, y, x + i, y + 12), shade_cell(i / 199))
-    for i, text in ((0, "0: as unrelated weights"), (200, "1: equal subspaces")):
-        pen.text((x + i, y + 18), text, INK, font, anchor="la")
-
-
-def shade_cell(value: float) -> tuple[int, int, int]:
-    """The colour of an overlap above chance; below 0 as 0."""
-    position = min(max(value, 0.0), 1.0) * (len(RAMP) - 1)
-    i = min(int(position), len(RAMP) - 2)
-    part = position - i
-    r, g, b = (
-        round(low + part * (high - low)) for low, high in zip(RAMP[i], RAMP[i + 1], strict=True)
-    )
-    return r, g, b
-
-
-def _replace_letters(text: str) -> str:
-    """The letters that the built-in font has."""
-    return text.encode("latin-1", "replace").decode("latin-1")
+def _column_order(name: str) -> tuple[object, ...]:
+    layer, _, part = name.partition(".")
+    place = next((i for i, start in enumerate(PARTS) if part.startswith(start)), len(PARTS))
+    return not name.isdigit(), not part, int(name) if name.isdigit() else 0, layer, place, name

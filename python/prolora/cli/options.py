@@ -17,10 +17,10 @@ import typer
 
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
-from ..bases.memory import parse_size
 from ..comparison.verdict import AUTO
 from ..core.ops import operators
 from ..errors import OutputError
+from ..files.sizes import parse_size
 
 log = logging.getLogger(__name__)
 

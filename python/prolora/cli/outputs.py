@@ -11,9 +11,9 @@ from pathlib import Path
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..errors import OutputError
 from ..files.writing import check_writable
+from .heatmap import is_heatmap
 
 _REPORT = re.compile(rb'\s*(\[\s*)?\{\s*"lora"')
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def check_report(
@@ -43,10 +43,11 @@ def check_plot(plot: Path, bases: Iterable[Path]) -> None:
     """Refuses the path of a picture before any work is done for it.
 
     Raises:
-        OutputError: it cannot be written, or would replace a base or a file that is no PNG.
+        OutputError: it cannot be written, or would replace a base or a file that is no picture of
+            a comparison.
     """
     check_writable(plot, bases)
-    _refuse_other_files(plot, "picture", lambda head: head.startswith(_PNG))
+    _refuse_other_files(plot, "picture of a comparison", is_heatmap)
 
 
 def normalise_path(path: Path) -> str:

@@ -150,15 +150,15 @@ def list_blocks(base: Base) -> list[Block]:
         match = _BLOCK.fullmatch(module)
         if match and is_adaptable(module):
             found.setdefault((match[1], int(match[2])), {})[match[3]] = matrix_shape(shape)
-    return [Block(*key, found[key]) for key in sorted(found, key=_block_order)]
+    ordered = sorted(found, key=lambda key: (stack_order(key[0]), key[1]))
+    return [Block(*key, found[key]) for key in ordered]
 
 
-def _block_order(key: tuple[str, int]) -> tuple[object, ...]:
-    """Down, middle, up; FLUX's double blocks before its single ones."""
-    place, index = key
-    stage = _STAGES.get(place.split(".")[0], 3)
-    numbers = tuple(int(word) for word in place.split(".") if word.isdigit())
-    return stage, "single_" in place, numbers, place, index
+def stack_order(stack: str) -> tuple[object, ...]:
+    """Sorts stacks of blocks: down, middle, up; FLUX's double blocks before its single ones."""
+    stage = _STAGES.get(stack.split(".")[0], 3)
+    numbers = tuple(int(word) for word in stack.split(".") if word.isdigit())
+    return stage, "single_" in stack, numbers, stack
 
 
 def _group_blocks(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..bases.memory import parse_size
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, check_rank
 from ..errors import InvalidOption
+from ..files.sizes import parse_limit
 from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
@@ -176,15 +176,7 @@ class TransferOptions:
     @property
     def memory_limit(self) -> int | None:
         """`max_memory` in bytes."""
-        if self.max_memory is None:
-            return None
-        try:
-            size = parse_size(self.max_memory) if isinstance(self.max_memory, str) else None
-            return int(self.max_memory) if size is None else size
-        except (ValueError, OverflowError, TypeError) as error:
-            raise InvalidOption(
-                f'max_memory must be bytes, or a size such as "2GiB", not {self.max_memory!r}'
-            ) from error
+        return parse_limit(self.max_memory)
 
 
 def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:

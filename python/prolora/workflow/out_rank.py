@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
-from ..bases.memory import parse_size
 from ..core.lowrank import LowRank
+from ..files.sizes import parse_size
 
 OutRank = int | float | str
 

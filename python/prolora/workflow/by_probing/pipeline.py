@@ -13,10 +13,11 @@ from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity
-from ...bases.memory import format_size, resident_bytes
+from ...bases.memory import resident_bytes
 from ...comparison.module_map import TEXT_ENCODERS
 from ...core.lowrank import LowRank
 from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
+from ...files.sizes import format_size
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
 from ..by_weights.assembly import Route, build_metadata, explain_low_coverage
