@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
 from .svd.refinement import Refined
+from .svd.solvers import attempt
 from .svd.triplets import Triplets, join_triplets
 
 # The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
@@ -121,8 +123,9 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
     - "gram-f64": the same in float64 throughout;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
-    What one rung cannot prove to `tol`, the next one computes. The bound is computed from the
-    residuals of what is returned. On the CPU the matrices of a stack share out the threads.
+    What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
+    rests on residuals and orthonormality as measured on what is returned. On the CPU the matrices
+    of a stack share out the threads.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
@@ -139,6 +142,7 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         ValueError: a rank that is neither.
         ShapeMismatch: W has fewer than two dimensions or an empty side.
         NonFiniteWeights: W holds NaN or Inf.
+        SolverFailure: no rung gave a result.
     """
     weight = to_tensor(W)
     check_rank(rank)
@@ -212,14 +216,14 @@ def _descend_ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int) 
 
     if w.dtype == torch.float32:
         if isinstance(rank, int) and krylov.suits_krylov(w.shape[-2], rank):
-            leading = krylov.krylov_triplets(w, norm, rank, tol, seed)
-            for i, one in enumerate(leading):
+            leading = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed))
+            for i, one in enumerate(leading or []):
                 take(i, one, "krylov")
         # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
         if w.is_cpu and gram.suits_gram(w.shape[-2], rank):
             for i in range(len(w)):
                 if i not in found:
-                    one = gram.gram_triplets(w[i], float(norm[i]), rank)
+                    one = attempt(partial(gram.gram_triplets, w[i], float(norm[i]), rank))
                     take(i, one, "gram-f32")
     missing = [i for i in range(len(w)) if i not in found]
     if not found:

@@ -9,5 +9,9 @@ class ShapeMismatch(ProLoRAError):
     """A tensor whose shape does not fit the module it is meant for."""
 
 
+class SolverFailure(ProLoRAError, RuntimeError):
+    """No SVD or eigenvalue solver gave a result for finite weights."""
+
+
 class NonFiniteWeights(ProLoRAError):
     """NaN or Inf in a weight or an update."""

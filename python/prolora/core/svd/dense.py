@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..arrays import to_tensor
+from ..errors import SolverFailure
 from ..precision import EPS
 from ..rank_rule import Rank, count_columns
 from .products import lower_gram, multiply_narrow
-from .triplets import Triplets, residual_and_angle, rounding_error
+from .solvers import SKEW_64, descending_eigh, estimate_skew, full_svd
+from .triplets import Evidence, Triplets, residual_and_angle, rounding_error
 
 # Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
 GRAM_RANGE = 1e-5
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All singular values and left vectors of w [b, d, n], as a solver gave them.
+
+    Attributes:
+        short: [b, d, d], by descending value.
+        s: [b, d].
+        skew: [b], ‖UᵀU − I‖_F; NaN where the solver failed.
+        missing: [b], by how much Σσ² differs from ‖w‖²: what a vector that the solver missed may
+            hold more than the one that it gave instead.
+        right: the right vectors [n, d] of those matrices that went through an SVD.
+    """
+
+    short: Tensor
+    s: Tensor
+    skew: Tensor
+    missing: Tensor
+    right: dict[int, Tensor]
 
 
 def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
@@ -22,56 +45,89 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
         w: [b, d, n], d ≤ n.
         norm: [b], ‖w‖_F.
         rank: the columns to return, as a rule.
+
+    Raises:
+        SolverFailure: neither gave a result for one of the matrices.
     """
-    eigenvalues, vectors = eigh_stack(lower_gram(w))
-    short, s = vectors.flip(-1), eigenvalues.flip(-1).clamp_min(0).sqrt()  # [b, d, d], [b, d]
-    count = _count_columns(s, rank, w.shape[-2:])
-    last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0)
-    right: dict[int, Tensor] = {}
-    for i in fallen.nonzero().flatten().tolist():
-        short[i], s[i], vt = torch.linalg.svd(w[i], full_matrices=False)
-        right[i] = vt.mT
-    if right:
-        count = _count_columns(s, rank, w.shape[-2:])
+    spectrum = _gram_spectrum(w)
+    count = _count_columns(spectrum.s, rank, w.shape[-2:])
+    _replace_by_svd(spectrum, w, _unresolved(spectrum, count))
+    count = _count_columns(spectrum.s, rank, w.shape[-2:])
+    right = spectrum.right
     k = max(1, int(count.max())) if len(w) else 1
     used = torch.arange(k, device=w.device) < count[:, None]
-    short, kept = short[..., :k] * used[:, None], s[:, :k] * used
+    short, kept = spectrum.short[..., :k] * used[:, None], spectrum.s[:, :k] * used
     long = multiply_narrow(w.mT, short) / torch.where(kept > 0, kept, 1.0)[:, None]
     left = torch.zeros_like(kept)
     for i, vectors in right.items():
         long[i] = vectors[:, :k] * used[i]
         left[i] = torch.linalg.vector_norm(w[i].mT @ short[i] - long[i] * kept[i], dim=0)
-    following = torch.cat([s, s.new_zeros(len(w), 1)], -1).gather(-1, count[:, None]).squeeze(-1)
-    # The eigenvalues of the Gram matrix err relative to ‖w‖², so their roots by a root.
-    error = rounding_error(w, norm)
-    blurred = (following.square() + error * norm).sqrt()
-    ceiling = torch.where(fallen, following + error, blurred)
-    ceiling = torch.where(count >= w.shape[-2], torch.zeros_like(ceiling), ceiling)
-    residual, angle = residual_and_angle(w, short, long, kept, count, ceiling, left, error)
+    last = torch.cat([spectrum.s, spectrum.s.new_zeros(len(w), 1)], -1)
+    following = last.gather(-1, count[:, None]).squeeze(-1)
+    evidence = Evidence(
+        ceiling=_ceiling(spectrum, following, count, rounding_error(w, norm), norm),
+        left=left,
+        skew=torch.maximum(spectrum.skew, estimate_skew(long, used)),
+        error=rounding_error(w, norm),
+    )
+    residual, angle = residual_and_angle(w, (short, kept, long), count, evidence)
     rungs = tuple("svd-f64" if i in right else "gram-f64" for i in range(len(w)))
     return Triplets(short, long, kept, count, following, residual, angle, rungs)
 
 
-def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of a stack [..., d, d], through CuPy's batched solver on a GPU.
+def _gram_spectrum(w: Tensor) -> Spectrum:
+    """By the eigenvectors of wwᵀ."""
+    gram = lower_gram(w)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    values, short = descending_eigh(gram)
+    skew = torch.where(values.isfinite().all(-1), estimate_skew(short), torch.nan)
+    missing = (trace - values.sum(-1)).abs()
+    s = values.nan_to_num(0.0).clamp_min(0).sqrt()
+    return Spectrum(short, s, skew, missing, {})
 
-    torch loops over the matrices on a GPU; CuPy, where it is installed, hands the stack to
-    cuSOLVER as one. Both read the lower triangle.
+
+def _unresolved(spectrum: Spectrum, count: Tensor) -> list[int]:
+    """The matrices whose Gram matrix says too little, or whose eigenvectors are not orthonormal."""
+    s = spectrum.s
+    last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
+    fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0) | ~(spectrum.skew <= SKEW_64)
+    places: list[int] = fallen.nonzero().flatten().tolist()
+    return places
+
+
+def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:
+    """Puts LAPACK's SVD in the place of the Gram matrix's eigenvectors, where it has one."""
+    for i in places:
+        found = full_svd(w[i])
+        if found is None and not spectrum.skew[i] <= SKEW_64:
+            raise SolverFailure(
+                "neither the eigenvectors of a weight's Gram matrix nor its SVD could be computed: "
+                "the solvers of this installation of torch failed on finite numbers"
+            )
+        if found is not None:
+            spectrum.short[i], spectrum.s[i], spectrum.right[i] = found
+            left, right = estimate_skew(found[0]), estimate_skew(found[2])
+            spectrum.skew[i] = torch.maximum(left, right)
+            energy = torch.linalg.matrix_norm(w[i]).square()
+            spectrum.missing[i] = (energy - found[1].square().sum()).abs()
+
+
+def _ceiling(
+    spectrum: Spectrum, following: Tensor, count: Tensor, error: Tensor, norm: Tensor
+) -> Tensor:
+    """[b], upper bound on σ_{k+1}.
+
+    The eigenvalues of the Gram matrix err relative to ‖w‖², so their roots by a root. A solver that
+    gives one vector twice has missed another: it may hold what the sum of squares lacks.
     """
-    if symmetric.is_cuda and symmetric.ndim > 2 and len(symmetric) > 1:
-        try:
-            import cupy
-        except ImportError:
-            pass
-        else:
-            stream = torch.cuda.current_stream(symmetric.device).cuda_stream
-            with cupy.cuda.Device(symmetric.device.index), cupy.cuda.ExternalStream(stream):
-                found = cupy.linalg.eigh(cupy.from_dlpack(symmetric.contiguous()), UPLO="L")
-                values, vectors = (to_tensor(x) for x in found)
-            return values, vectors
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values, vectors
+    by_svd = torch.tensor(
+        [i in spectrum.right for i in range(len(following))], device=following.device
+    )
+    blurred = (following.square() + error * norm).sqrt()
+    ceiling = torch.where(by_svd, following + error, blurred)
+    lost = (ceiling.square() + spectrum.missing).sqrt()
+    ceiling = torch.where(spectrum.missing > error * norm, lost, ceiling)
+    return torch.where(count >= spectrum.s.shape[-1], torch.zeros_like(ceiling), ceiling)
 
 
 def _count_columns(s: Tensor, rank: Rank, shape: torch.Size) -> Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..rank_rule import Rank, count_columns
-from .dense import eigh_stack
 from .products import FormedGram, lower_gram, mirror_lower
 from .refinement import Refined, Ritz, refine_triplets
+from .solvers import SKEW_32, eigh_stack, estimate_skew
 
 # Below this the eigensolver in float64 costs no more than the repair.
 MIN_DIMENSION = 384
@@ -29,6 +29,8 @@ def gram_triplets(w: Tensor, norm: float, rank: Rank) -> Refined | None:
     precise = mirror_lower(lower_gram(w))
     single = precise.float()
     values, vectors = eigh_stack(single)
+    if not (values.isfinite().all() and estimate_skew(vectors) <= SKEW_32):
+        return None
     values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
     k = int(count_columns(values.sqrt(), rank))
     if k >= d:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower, multiply_narrow
 from .refinement import Refined, Ritz, refine_triplets
+from .solvers import SKEW_32, attempt, eigh_stack, estimate_skew
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
 MIN_DIMENSION = 768
@@ -68,7 +70,9 @@ def krylov_triplets(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> l
         grams = grams or [ImpliedGram(one.double(), one) for one in w]
         for i, ritz in enumerate(iterates):
             if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
-                found[i] = refine_triplets(grams[i], w[i], float(norm[i]), ritz, k)
+                found[i] = attempt(
+                    partial(refine_triplets, grams[i], w[i], float(norm[i]), ritz, k)
+                )
         if all(one is not None and one.angle <= tol for one in found):
             break
     return found
@@ -110,7 +114,9 @@ def _iterate_blocks(
         projected[:, :size, size - width : size] = column
         projected[:, size - width : size, :size] = column.mT
         if size >= due:
-            values, vectors = torch.linalg.eigh(projected[:, :size, :size])
+            values, vectors = eigh_stack(projected[:, :size, :size])
+            if not bool(values.isfinite().all() & (estimate_skew(vectors) <= SKEW_32).all()):
+                return
             values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
             if _is_clustered(values[:, : k + 1], width):
                 return

@@ -25,14 +25,13 @@ from torch import Tensor
 
 from ..precision import EPS, EPS32
 from .products import FormedGram, ImpliedGram, multiply_narrow
+from .solvers import estimate_skew
 from .triplets import Triplets
 
 # Times √length·eps: the rounding of float32 products that are not measured.
 SAFETY = 4
 # A first-order step, or a deviation of VᵀV from I, beyond this is not small.
 LARGEST_STEP = 0.1
-# Random vectors that the orthonormality of many columns is judged by.
-PROBES = 32
 # Rows that the rounding of a product is measured on.
 SAMPLE = 48
 # Columns this close to orthonormal (Frobenius, doubled) are as good as LAPACK's in float32.
@@ -305,28 +304,11 @@ def _orthonormalise_columns(
         The columns, ‖xᵀx − I‖_F of them (from above), and by what less I they were multiplied,
         None if they were not; the second is NaN or large where a step was not enough.
     """
-    skew = _estimate_skew(x)
+    skew = float(estimate_skew(x))
     if skew <= SKEW or not skew <= LARGEST_STEP:
         return x, skew, None
     if excess is None:
         excess = x.mT @ x
         excess.diagonal().sub_(1)
     x = torch.addmm(x, x, excess, alpha=-0.5)
-    return x, _estimate_skew(x), excess / -2
-
-
-def _estimate_skew(x: Tensor) -> float:
-    """An upper estimate of E = ‖xᵀx − I‖_F for x [m, k], from random vectors where k is large.
-
-    ‖EΩ‖_F²/c has the expectation ‖E‖_F² for Ω of c normal columns, and falls short of a quarter of
-    it with a chance below 1e-6 for c = 32.
-    """
-    k = x.shape[1]
-    if k <= 4 * PROBES:
-        excess = x.mT @ x
-        excess.diagonal().sub_(1)
-        return float(torch.linalg.vector_norm(excess))
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(k, PROBES, generator=generator).to(x.device)
-    missed = x.mT @ (x @ probes) - probes
-    return 2 * float(torch.linalg.vector_norm(missed)) / math.sqrt(PROBES)
+    return x, float(estimate_skew(x)), excess / -2

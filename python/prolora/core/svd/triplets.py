@@ -75,15 +75,25 @@ def rounding_error(w: Tensor, norm: Tensor) -> Tensor:
     return norm * (10 * (w.shape[-2] + w.shape[-1]) * EPS)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of triplets besides the residual ‖wv − σu‖.
+
+    Attributes:
+        ceiling: [b], upper bound on σ_{k+1}.
+        left: [b, k], ‖wᵀu − σv‖.
+        skew: [b], the larger of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F as measured; NaN where unknown.
+        error: [b], `rounding_error`.
+    """
+
+    ceiling: Tensor
+    left: Tensor
+    skew: Tensor
+    error: Tensor
+
+
 def residual_and_angle(
-    w: Tensor,
-    short: Tensor,
-    long: Tensor,
-    s: Tensor,
-    count: Tensor,
-    ceiling: Tensor,
-    left: Tensor,
-    error: Tensor,
+    w: Tensor, factors: tuple[Tensor, Tensor, Tensor], count: Tensor, evidence: Evidence
 ) -> tuple[Tensor, Tensor]:
     """What `Triplets` says of triplets of w [b, d, n] from their residuals, all in float64.
 
@@ -93,32 +103,34 @@ def residual_and_angle(
 
     Args:
         w: [b, d, n].
-        short: [b, d, k], orthonormal as LAPACK leaves them.
-        long: [b, n, k].
-        s: [b, k].
+        factors: U [b, d, k], S [b, k] and V [b, n, k].
         count: [b], columns in use.
-        ceiling: [b], upper bound on σ_{k+1}.
-        left: [b, k], ‖wᵀu − σv‖.
-        error: [b], `rounding_error`.
+        evidence: what else is known of them.
     """
+    short, s, long = factors
     d, n = w.shape[-2:]
     k = s.shape[-1]
     right = torch.linalg.vector_norm(multiply_narrow(w, long) - short * s[:, None], dim=1)
     used = torch.arange(k, device=w.device) < count[:, None]
     # Rounding of the residuals themselves, spread evenly over the vectors.
-    floor = (error / max(1, k) ** 0.5)[:, None]
-    rho = (right.square() + left.square()).sqrt() + floor
-    distance = s - ceiling[:, None]
+    floor = (evidence.error / max(1, k) ** 0.5)[:, None]
+    rho = (right.square() + evidence.left.square()).sqrt() + floor
+    distance = s - evidence.ceiling[:, None]
     sines = torch.where(distance > 0, rho / distance.clamp_min(1e-300), 1.0) * used
     # The stored columns are orthonormal only up to this: LAPACK's to a small multiple of eps, and
-    # those of the long side, wᵀu/σ, because VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ).
+    # those of the long side, wᵀu/σ, because VᵀV − I = Σ⁻¹Uᵀ(wV − UΣ). What was measured counts
+    # where it is more.
     last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
     total = torch.linalg.vector_norm(right, dim=-1)
-    skew = 20 * d * EPS + torch.where(last > 0, total / last.clamp_min(1e-300), 0.0)
-    angle = torch.linalg.vector_norm(sines, dim=-1) + skew
+    expected = 20 * d * EPS + torch.where(last > 0, total / last.clamp_min(1e-300), 0.0)
+    angle = torch.linalg.vector_norm(sines, dim=-1) + expected
     # A square matrix with every column kept spans everything, whatever its spectrum; and a zero
     # matrix has nothing to be found.
     everything = (count >= d) & (d == n) | (count == 0)
     angle = torch.where(everything, torch.zeros_like(angle), angle)
-    residual = torch.maximum(total, torch.linalg.vector_norm(left, dim=-1))
-    return residual, angle.clamp_max(1)
+    expected = torch.where(everything, 20 * d * EPS, expected)
+    worse = torch.where(evidence.skew <= expected, 0.0, evidence.skew)
+    # Of columns with skew e the part outside the true subspace may be longer by 1/√(1 − e).
+    angle = torch.where(worse < 1, angle / (1 - worse).clamp_min(1e-300).sqrt() + worse, 1.0)
+    residual = torch.maximum(total, torch.linalg.vector_norm(evidence.left, dim=-1))
+    return residual, angle.nan_to_num(1.0).clamp_max(1)

@@ -1,0 +1,199 @@
+"""A solver that fails or lies: the next rung takes over, or the result says that it is not ok."""
+
+from functools import cache
+
+import pytest
+import torch
+from spectra import planted, power_law, sine
+
+from prolora import ProLoRAError, truncated_svd
+from prolora.core.errors import SolverFailure
+
+EIGH, SVD = torch.linalg.eigh, torch.linalg.svd
+
+
+def raise_linalg(*args, **options):
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
+def raise_runtime(*args, **options):
+    raise RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+
+
+# Each takes values and vectors by descending value, and changes copies of them.
+def repeat_a_leading_vector(values, vectors):
+    vectors[..., 2] = vectors[..., 1]
+
+
+def repeat_a_leading_pair(values, vectors):
+    vectors[..., 2], values[..., 2] = vectors[..., 1], values[..., 1]
+
+
+def miss_the_first_pair(values, vectors):
+    """The smallest pair comes twice instead."""
+    for x in (values, vectors):
+        x.copy_(torch.cat([x[..., 1:], x[..., -1:]], -1))
+
+
+def give_one_long_vector(values, vectors):
+    vectors[..., 1] *= 1.01
+
+
+def give_long_vectors(values, vectors):
+    vectors *= 1.01
+
+
+def give_nan_vectors(values, vectors):
+    vectors[..., 0, 0] = torch.nan
+
+
+def give_nan_values(values, vectors):
+    values[..., 0] = torch.nan
+
+
+def give_noisy_vectors(values, vectors):
+    vectors += 1e-2 * torch.randn_like(vectors) / vectors.shape[-1] ** 0.5
+
+
+LIES = [
+    repeat_a_leading_vector,
+    repeat_a_leading_pair,
+    miss_the_first_pair,
+    give_one_long_vector,
+    give_long_vectors,
+    give_nan_vectors,
+    give_nan_values,
+    give_noisy_vectors,
+]
+FAULTS = [raise_linalg, raise_runtime, *LIES]
+
+
+def break_eigh(monkeypatch, fault, dtypes):
+    def eigh(a, UPLO="L"):
+        values, vectors = EIGH(a, UPLO=UPLO)
+        if a.dtype not in dtypes or a.shape[-1] < 8:
+            return values, vectors
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        fault(values, vectors)
+        return values.flip(-1), vectors.flip(-1)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+
+
+def break_svd(monkeypatch, fault):
+    def svd(a, full_matrices=True):
+        u, s, vt = SVD(a, full_matrices=full_matrices)
+        fault(s, u)
+        return u, s, vt
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+
+
+@cache
+def weight_of(case):
+    """The weight of a case, and its singular vectors."""
+    m, n, _ = CASES[case]
+    weight = planted(m, n, power_law(min(m, n), 0.5))[0].float()
+    return weight, SVD(weight.double(), full_matrices=False)
+
+
+def true_error(exact, basis):
+    k = int(basis.rank)
+    u, _, vt = exact
+    wrong = 0.0
+    for exact, found in ((u[:, :k], basis.U[:, :k]), (vt.mT[:, :k], basis.V[:, :k])):
+        found = found.double()
+        skew = float(torch.linalg.matrix_norm(found.mT @ found - torch.eye(k).double(), 2))
+        wrong = max(wrong, sine(exact, torch.linalg.qr(found)[0]), skew)
+    return wrong
+
+
+# Name: (m, n, columns, the rung that works here).
+CASES = {
+    "krylov": (800, 800, 40),
+    "gram-f32": (400, 440, 80),
+    "gram-f64": (60, 80, 12),
+    "gram-f64, all columns": (40, 40, 40),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("rung", ["krylov", "gram-f32"])
+def test_where_the_float32_solver_fails_a_rung_in_float64_takes_over(monkeypatch, rung, fault):
+    (weight, exact), k = weight_of(rung), CASES[rung][2]
+    assert truncated_svd(weight, k).rung == rung
+    break_eigh(monkeypatch, fault, {torch.float32})
+    basis = truncated_svd(weight, k)
+    assert basis.ok and true_error(exact, basis) <= basis.bound
+    values = power_law(min(weight.shape), 0.5)[:k].float()
+    torch.testing.assert_close(basis.S, values, rtol=1e-5, atol=0)
+    assert basis.rung == "gram-f64"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", CASES)
+def test_where_no_eigensolver_works_lapacks_svd_takes_over(monkeypatch, case, fault):
+    (weight, exact), k = weight_of(case), CASES[case][2]
+    break_eigh(monkeypatch, fault, {torch.float32, torch.float64})
+    basis = truncated_svd(weight, k)
+    assert basis.ok and true_error(exact, basis) <= basis.bound
+    assert basis.rung == "svd-f64"
+
+
+@pytest.mark.parametrize("fault", LIES)
+@pytest.mark.parametrize("case", ["gram-f64", "gram-f64, all columns"])
+def test_where_every_solver_lies_the_result_says_that_it_is_not_ok(monkeypatch, case, fault):
+    (weight, exact), k = weight_of(case), CASES[case][2]
+    break_eigh(monkeypatch, fault, {torch.float32, torch.float64})
+    break_svd(monkeypatch, fault)
+    if fault in (give_nan_vectors, give_nan_values):
+        with pytest.raises(SolverFailure, match="failed on finite numbers"):
+            truncated_svd(weight, k)
+        return
+    basis = truncated_svd(weight, k)
+    assert not basis.ok and basis.bound >= min(0.999, true_error(exact, basis))
+
+
+@pytest.mark.parametrize("fault", [raise_linalg, raise_runtime])
+def test_where_every_solver_raises_the_error_is_prolora_s_own(monkeypatch, fault):
+    break_eigh(monkeypatch, fault, {torch.float32, torch.float64})
+    monkeypatch.setattr(torch.linalg, "svd", fault)
+    with pytest.raises(ProLoRAError) as error:
+        truncated_svd(torch.randn(20, 30), 4)
+    assert isinstance(error.value, SolverFailure | RuntimeError)
+
+
+def test_where_the_svd_fails_the_gram_matrix_answers_with_its_own_bound(monkeypatch):
+    weight = planted(32, 32, 10.0 ** -torch.linspace(0, 10, 32, dtype=torch.float64))[0]
+    assert truncated_svd(weight, 24).rung == "svd-f64"
+    monkeypatch.setattr(torch.linalg, "svd", raise_linalg)
+    basis = truncated_svd(weight, 24)
+    assert basis.rung == "gram-f64" and not basis.ok
+    assert basis.bound >= true_error(SVD(weight), basis)
+
+
+def test_one_matrix_that_a_solver_fails_on_leaves_the_others_of_its_stack_alone(monkeypatch):
+    stack = torch.stack([planted(20, 30, power_law(20, 0.5), seed)[0] for seed in range(3)])
+    plain = truncated_svd(stack, 5)
+    hard = stack[1] @ stack[1].mT
+
+    def eigh(a, UPLO="L"):
+        lower = hard.tril()
+        if any(torch.allclose(one.tril(), lower) for one in a.reshape(-1, *a.shape[-2:])):
+            raise_linalg()
+        return EIGH(a, UPLO=UPLO)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    basis = truncated_svd(stack, 5)
+    assert basis.rungs == ("gram-f64", "svd-f64", "gram-f64") and bool(basis.ok.all())
+    for i in (0, 2):
+        assert sine(plain.U[i], basis.U[i]) < 1e-12
+
+
+def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):
+    def exhausted(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.linalg, "eigh", exhausted)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        truncated_svd(torch.randn(20, 30), 4)
