@@ -8,13 +8,14 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
 from prolora import LowRank, probe
-from prolora.probe import curvature, gate
-from prolora.probe.batches import count_samples, mix_samples
-from prolora.probe.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
-from prolora.probe.linearisation import ProbeBatch
-from prolora.probe.low_rank import count_directions
-from prolora.probe.trajectories import Call, predict_call, record_calls
-from prolora.probe.translation import Question
+from prolora.probe import gate
+from prolora.probe.fitting import curvature
+from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
+from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.fitting.low_rank import count_directions
+from prolora.probe.recording.batches import count_samples, mix_samples
+from prolora.probe.recording.trajectories import Call, predict_call, record_calls
+from prolora.probe.recording.translation import Question
 
 __all__ = ["lora", "source"]  # fixtures
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prolora.probe.low_rank import count_directions, cut_to_rank
+from prolora.probe.fitting.low_rank import count_directions, cut_to_rank
 
 
 def test_a_share_keeps_as_few_directions_as_hold_it_and_a_number_that_many():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
-from prolora.probe.block_fit import BlockProblem, fit_block
-from prolora.probe.low_rank import cut_to_rank
-from prolora.probe.ridge_map import RidgeMap
-from prolora.probe.trajectories import Call, apply_updates, predict_call, record_calls
+from prolora.probe.fitting.block_fit import BlockProblem, fit_block
+from prolora.probe.fitting.low_rank import cut_to_rank
+from prolora.probe.fitting.ridge_map import RidgeMap
+from prolora.probe.recording.trajectories import Call, predict_call, record_calls
+from prolora.probe.updates import apply_updates
 
 WIDTH, BLOCKS = 12, 3
 
@@ -214,7 +215,7 @@ def test_what_lies_outside_the_blocks_is_reported(source, lora):
     outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
     found = run(source, permuted(source), lora | {"leave": outside}, iterations=2, force=True)
     assert list(found.report.left_out) == ["leave"]
-    assert "1 modules were not moved" in found.report.sentences()[1]
+    assert "1 module was not moved" in found.report.sentences()[1]
 
 
 def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
@@ -272,3 +273,12 @@ def test_the_cut_keeps_what_the_inputs_can_see():
     small = cut_to_rank(update, None, (x.mT @ x).double(), 3, 1e-3)
     got, wanted = x @ small.dense().mT, x @ update.float().mT
     assert (got - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
+    target = permuted(source)
+    target.train()
+    target.blocks[1].eval()
+    before = {name: module.training for name, module in target.named_modules()}
+    run(source, target, lora, steps=1, force=True)
+    assert {name: module.training for name, module in target.named_modules()} == before

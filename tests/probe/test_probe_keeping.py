@@ -11,9 +11,11 @@ from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
 from prolora import LowRank, probe
-from prolora.probe import blockwise, call_codec, checkpoint, ridge_map
-from prolora.probe.spill import SpillStore
-from prolora.probe.trajectories import Call, record_calls
+from prolora.probe import checkpoint
+from prolora.probe.fitting import ridge_map, wanted_streams
+from prolora.probe.recording import call_codec
+from prolora.probe.recording.spill import SpillStore
+from prolora.probe.recording.trajectories import Call, record_calls
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -127,7 +129,7 @@ def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
 ):
     target = permuted(source)
     whole = run(source, target, lora, **QUICK)
-    monkeypatch.setattr(blockwise, "MAP_BYTES", 1)
+    monkeypatch.setattr(wanted_streams, "MAP_BYTES", 1)
     grouped = run(source, target, lora, **QUICK)
     assert_equal(whole, grouped)
     assert grouped.report.blocks == whole.report.blocks

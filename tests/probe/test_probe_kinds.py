@@ -38,9 +38,9 @@ from typer.testing import CliRunner
 from prolora import adapters
 from prolora.cli import app
 from prolora.probe import pipelines
-from prolora.probe.conditioning import split_call
+from prolora.probe.pipelines.conditioning import split_call
+from prolora.probe.recording.trajectories import record_calls
 from prolora.probe.settings import Probing
-from prolora.probe.trajectories import record_calls
 
 
 @pytest.fixture(autouse=True)
@@ -161,14 +161,16 @@ def test_both_models_are_asked_the_same_question(kind, tmp_path):
     own = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
     assert len(recorded) == len(own) == 4
     for call, theirs in zip(recorded, own, strict=True):  # the same prompts in the same order
-        question = pair.between.question(call)
-        asked, told = (split_call(target.denoiser, c).told for c in (question.target, theirs))
-        assert asked.keys() == told.keys()
-        for path, value in told.items():
+        question = pair.translation.question(call)
+        asked, expected = (
+            split_call(target.denoiser, c).conditioning for c in (question.target, theirs)
+        )
+        assert asked.keys() == expected.keys()
+        for path, value in expected.items():
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
             assert same(asked[path], value), path
-        wanted = pair.between.of_source(source.denoiser, question)
-        assert wanted.shape == pair.between.of_target(target.denoiser, question).shape
+        wanted = pair.translation.of_source(source.denoiser, question)
+        assert wanted.shape == pair.translation.of_target(target.denoiser, question).shape
 
 
 def permuted(unet: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -19,11 +19,12 @@ from prolora import transfer as prolora_transfer
 from prolora.bases import vae
 from prolora.cli import app
 from prolora.errors import OutputError
-from prolora.probe import pipelines, schedules
-from prolora.probe.conditioning import split_call
+from prolora.probe import pipelines
+from prolora.probe.pipelines import schedules
+from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.precision import in_float32
+from prolora.probe.recording.trajectories import record_calls
 from prolora.probe.settings import Probing
-from prolora.probe.trajectories import record_calls
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 FEW = ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "1"]
@@ -63,20 +64,22 @@ def test_each_model_is_asked_in_its_own_words_and_back_again(room):
     pair = pipelines.pair_pipelines(source, other, SETTINGS)
     asked = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
     own = record_calls(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
-    there = split_call(other.denoiser, pair.between.translate(asked))
+    there = split_call(other.denoiser, pair.translation.translate(asked))
     assert there.time.shape == (2,)  # samples of other times can join them
     # Image 0 of seed 0 has the same prompt on both, and both are guided.
-    told = split_call(other.denoiser, own).told["encoder_hidden_states",]
-    assert torch.equal(there.told["encoder_hidden_states",], told)
+    told = split_call(other.denoiser, own).conditioning["encoder_hidden_states",]
+    assert torch.equal(there.conditioning["encoder_hidden_states",], told)
     assert told.shape == (2, 8, 12)
     mine = split_call(source.denoiser, asked)
     assert torch.equal(there.latent, mine.latent)
     assert torch.equal(there.time, mine.time)
-    back = split_call(source.denoiser, pair.between.translate_back(pair.between.translate(asked)))
+    back = split_call(
+        source.denoiser, pair.translation.translate_back(pair.translation.translate(asked))
+    )
     assert torch.equal(back.latent, mine.latent)
-    for path, value in mine.told.items():
+    for path, value in mine.conditioning.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, back.told[path])
+            assert torch.equal(value, back.conditioning[path])
 
 
 def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
@@ -85,7 +88,7 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
     a = torch.linspace(0.999, 0.005, 1000).double()
     ours, theirs = schedules.Schedule("epsilon", a), schedules.Schedule("v_prediction", a**1.5)
     time = torch.tensor([40.0, 500.0, 900.0])
-    there = schedules.time_between(ours, theirs, time)
+    there = schedules.translate_time(ours, theirs, time)
     torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))
     alpha = ours.alpha(time).float()[:, None, None, None]
     x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise

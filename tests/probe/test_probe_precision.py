@@ -12,7 +12,8 @@ from test_probe_diffusers import UNET, loras
 from torch import nn
 
 from prolora.probe.precision import in_float32
-from prolora.probe.trajectories import Call, apply_updates, predict_call
+from prolora.probe.recording.trajectories import Call, predict_call
+from prolora.probe.updates import apply_updates
 
 __all__ = ["lora", "source"]  # fixtures
 

@@ -1,7 +1,9 @@
-"""Data-free probing: a LoRA for a base that shares no coordinates with the one it was made on."""
+"""Data-free probing: moves a LoRA to a base whose weights have other coordinates."""
 
 from .gate import Gate
-from .run import BlockReport, FitSettings, ProbeReport, ProbeTransfer, fit_lora
-from .trajectories import Call
+from .recording.trajectories import Call
+from .report import BlockReport, ProbeReport
+from .run import ProbeTransfer, fit_lora
+from .settings import FitSettings
 
 __all__ = ["BlockReport", "Call", "FitSettings", "Gate", "ProbeReport", "ProbeTransfer", "fit_lora"]

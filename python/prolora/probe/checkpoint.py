@@ -1,16 +1,15 @@
-"""What an interrupted probing has done so far, in a folder, and trusted only where it matches."""
+"""Results of an interrupted probing in a folder, used again only where they match."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
@@ -19,13 +18,11 @@ from ..files.hashing import hash_parts, hash_text
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_safetensors
 from ..version import __version__
-from . import call_codec
-from .trajectories import Call
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_STATES = 180.0
-"""Seconds between two states of a fit: writing one of a large model takes some ten of them."""
+"""Seconds between two states of a fit: writing that of a large model takes about ten seconds."""
 
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
@@ -49,52 +46,56 @@ def hash_model(model: nn.Module) -> str:
     return hash_tensors(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
-def hash_updates(found: Mapping[str, LowRank]) -> str:
+def hash_updates(updates: Mapping[str, LowRank]) -> str:
     """SHA-256 of updates."""
-    parts = {f"{name}.up": u.up for name, u in found.items()}
-    return hash_tensors(parts | {f"{name}.down": u.down for name, u in found.items()})
+    return hash_tensors(_name_factors(updates))
+
+
+def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    factors = {f"{name}.up": u.up for name, u in updates.items()}
+    return factors | {f"{name}.down": u.down for name, u in updates.items()}
 
 
 class Checkpoints:
-    """Named results in a folder, each under a key that says what it depends on.
+    """Named results in a folder, each under a key, the hash of what it depends on.
 
-    A result is taken back only if its key is the one asked for and its content has the checksum
-    that was written with it; anything else is made again.
+    A result is used again only if its key and the checksum of its content match; anything else is
+    computed again.
     """
 
     def __init__(self, folder: str | PathLike[str] | None) -> None:
-        """In a folder, made if it does not exist; None keeps nothing.
+        """Opens a folder, created if it does not exist; None keeps nothing.
 
         Raises:
-            OutputError: the folder cannot be made.
+            OutputError: the folder cannot be created.
         """
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise OutputError(f"{folder}: cannot be made: {error}") from error
+                raise OutputError(f"{folder}: cannot be created: {error}") from error
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
-        """The tensors and the note kept under a name and key; None where there are none."""
+        """The tensors and the note under a name and key; None where there are none."""
         path = self._path(name, key)
         if path is None or not path.exists():
             return None
         try:
             file = SafetensorsFile(path)
-            found = {name: file.read(name) for name in file.tensors}
+            tensors = {name: file.read(name) for name in file.tensors}
             note = file.metadata.get(_NOTE, "")
-            told = file.metadata.get(_KEY), file.metadata.get(_SUM)
+            marks = file.metadata.get(_KEY), file.metadata.get(_SUM)
         except UnsupportedFormat as error:
-            log.warning("%s is damaged and made again: %s", path, error)
+            log.warning("%s is damaged; it is computed again: %s", path, error)
             return None
-        if told != (key, hash_texts(hash_tensors(found), note)):
-            log.warning("%s is damaged or foreign and made again", path)
+        if marks != (key, hash_texts(hash_tensors(tensors), note)):
+            log.warning("%s is damaged or belongs to other inputs; it is computed again", path)
             return None
-        return found, note
+        return tensors, note
 
     def store(self, name: str, key: str, tensors: Mapping[str, Tensor], note: str = "") -> None:
-        """Keeps tensors and a note.
+        """Stores tensors and a note.
 
         Raises:
             OutputError: the file cannot be written.
@@ -105,7 +106,7 @@ class Checkpoints:
             write_safetensors(path, dict(tensors), marks)
 
     def remove(self, name: str, key: str) -> None:
-        """Forgets what is kept under a name and key."""
+        """Deletes what is stored under a name and key."""
         path = self._path(name, key)
         if path is not None:
             path.unlink(missing_ok=True)
@@ -113,67 +114,52 @@ class Checkpoints:
     def _path(self, name: str, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}-{key[:16]}.safetensors"
 
-    def calls(
-        self, name: str, key: str, device: torch.device, make: Callable[[], list[Call]]
-    ) -> list[Call]:
-        """Recorded calls: those kept, or those that `make` records, which are kept then."""
-        found = self.recall(name, key)
-        if found is not None:
-            tensors, note = found
-            ordered = [tensors[str(i)].to(device) for i in range(len(tensors))]
-            return call_codec.decode_calls(ordered, note)
-        calls = make()
-        if self.folder is not None:
-            several, text = call_codec.encode_calls(calls)
-            self.store(name, key, {str(i): t for i, t in enumerate(several)}, text)
-        return calls
-
-    def fitted(self, name: str, key: str) -> tuple[dict[str, LowRank], dict[str, Any]] | None:
+    def recall_updates(
+        self, name: str, key: str
+    ) -> tuple[dict[str, LowRank], dict[str, Any]] | None:
         """Updates by module, and facts; None where there are none."""
-        found = self.recall(name, key)
-        if found is None:
+        stored = self.recall(name, key)
+        if stored is None:
             return None
-        tensors, note = found
+        tensors, note = stored
         names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
         updates = {n: LowRank(tensors[f"{n}.up"], tensors[f"{n}.down"]) for n in names}
         return updates, json.loads(note)
 
-    def halfway(self, name: str, key: str) -> StateFile | None:
-        """Where the state of a long fit is kept; None where nothing is."""
-        return None if self.folder is None else StateFile(self, name, key)
-
-    def keep_fitted(
-        self, name: str, key: str, found: Mapping[str, LowRank], facts: Mapping[str, Any]
+    def store_updates(
+        self, name: str, key: str, updates: Mapping[str, LowRank], facts: Mapping[str, Any]
     ) -> None:
-        """Keeps updates and facts."""
+        """Stores updates by module, and facts that JSON can hold."""
         if self.folder is not None:
-            parts = {f"{name}.up": u.up for name, u in found.items()}
-            parts |= {f"{name}.down": u.down for name, u in found.items()}
-            self.store(name, key, parts, json.dumps(facts))
+            self.store(name, key, _name_factors(updates), json.dumps(facts))
+
+    def state_file(self, name: str, key: str) -> StateFile | None:
+        """Where the state of a long fit is kept; None without a folder."""
+        return None if self.folder is None else StateFile(self, name, key)
 
 
 class StateFile:
-    """The state of a fit that takes long, kept every few minutes in one file."""
+    """The state of a long fit, stored every few minutes in one file."""
 
-    def __init__(self, keep: Checkpoints, name: str, key: str) -> None:
-        """In a folder, under a name and key."""
-        self.keep, self.name, self.key = keep, name, key
+    def __init__(self, checkpoints: Checkpoints, name: str, key: str) -> None:
+        """Takes the folder, and the name and key in it."""
+        self.checkpoints, self.name, self.key = checkpoints, name, key
         self.last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether EVERY seconds have gone by."""
+        """Whether SECONDS_BETWEEN_STATES have passed."""
         return time.monotonic() - self.last >= SECONDS_BETWEEN_STATES
 
     def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keeps a state instead of the one before."""
-        self.keep.store(self.name, self.key, tensors, json.dumps(facts))
+        """Replaces the stored state."""
+        self.checkpoints.store(self.name, self.key, tensors, json.dumps(facts))
         self.last = time.monotonic()
 
     def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that was kept last."""
-        found = self.keep.recall(self.name, self.key)
-        return None if found is None else (found[0], json.loads(found[1]))
+        """The state that was stored last."""
+        stored = self.checkpoints.recall(self.name, self.key)
+        return None if stored is None else (stored[0], json.loads(stored[1]))
 
-    def drop(self) -> None:
-        """Forgets it: the fit is done."""
-        self.keep.remove(self.name, self.key)
+    def remove(self) -> None:
+        """Deletes the state: the fit is finished."""
+        self.checkpoints.remove(self.name, self.key)

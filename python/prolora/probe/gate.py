@@ -1,4 +1,4 @@
-"""Whether a probed LoRA should be used: measured on trajectories that it was not fitted on."""
+"""Whether a probed LoRA should be used, measured on trajectories that the fit did not see."""
 
 from __future__ import annotations
 
@@ -10,33 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
-from .trajectories import Call, apply_updates, output_of, predict_call
+from .recording.trajectories import output_of, predict_call
+from .recording.wanted import WantedChange
+from .updates import apply_updates
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+"""The factors that are tried."""
 MIN_SHARE = 0.25
+"""Least share of the wanted change that an update must reach."""
 MAX_DISAGREEMENT = 3.0
+"""Disagreement above which the source cannot say what the target should do."""
 COPY_SERVES = 0.5
-"""A copy that reaches this share is one between related bases."""
+"""Least share that a copy reaches between related bases."""
 MAX_START = 0.35
-"""Disagreement up to which a copy that serves is bettered by a fit: beyond it, only spoilt."""
-
-
-@dataclass(frozen=True)
-class WantedChange:
-    """What the target should predict at one held-out call.
-
-    Attributes:
-        call: its inputs.
-        plain: the target's prediction without updates.
-        change: source with LoRA minus source, in the target's terms.
-        apart: target minus source, both without updates.
-    """
-
-    call: Call
-    plain: Tensor
-    change: Tensor
-    apart: Tensor
+"""Disagreement up to which a fit improves a copy that reaches COPY_SERVES; above, it harms it."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +32,17 @@ class Gate:
     """The verdict of the held-out probes.
 
     Attributes:
-        decision: "go", "weaken", "copy" where the source's LoRA as it is does no worse on the same
+        decision: "go", "weaken", "copy" where the rival (the copied LoRA) does no worse on the same
             probes, or "refuse".
-        strength: the factor on every update: the one of STRENGTHS with the largest share.
+        strength: the factor of every update: the one of STRENGTHS with the largest share.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> Σ‖v_target − v_source‖²/Σ‖wanted‖². Where the bases differ by much
-            more than the LoRA's own change, what the source wants says little about the target.
+            more than the change of the LoRA, the source says little about the target.
         reason: one sentence.
-        copy_share: what `share` is for the source's LoRA copied, at the strength in STRENGTHS that
-            is best for it; None where its modules or shapes are not the target's.
-        copy_strength: that strength.
+        copy_share: the same as `share`, for the rival at its best strength; None where its modules
+            or shapes are not the target's.
+        copy_strength: the one of STRENGTHS that is best for the rival.
     """
 
     decision: str
@@ -67,7 +55,7 @@ class Gate:
 
     @property
     def copy_serves(self) -> bool:
-        """Whether the copied LoRA does no worse, and enough to be worth writing."""
+        """Whether the copy does no worse, and reaches enough of the change to be written."""
         return (
             self.decision == COPY
             and self.copy_share is not None
@@ -82,17 +70,17 @@ def judge_updates(
     read: Callable[[Any], Tensor] = output_of,
     copied: Mapping[str, LowRank] | None = None,
 ) -> Gate:
-    """Chooses the strength, and go, weaken, copy or refuse.
+    """Chooses the strength and the decision.
 
     Args:
         target: the target without updates.
-        updates: what the fit found.
-        held_out: probes of every origin that the fit did not see.
+        updates: the fitted ones.
+        held_out: probes of all origins that the fit did not see.
         read: return value of the target -> its prediction.
-        copied: the source's LoRA, to be compared where it fits the target's modules.
+        copied: the rival, compared where it fits the target's modules.
     """
     strength, share = _best_strength(target, updates, held_out, read)
-    disagreement = _energy_ratio(held_out, lambda wanted: wanted.apart)
+    disagreement = _energy_ratio(held_out, lambda wanted: wanted.base_difference)
     copy_share, copy_strength = None, 1.0
     if copied and fits_target(target, copied):
         copy_strength, copy_share = _best_strength(target, copied, held_out, read)
@@ -106,30 +94,31 @@ def decide_gate(
     disagreement: dict[str, float],
     copy_share: dict[str, float] | None,
 ) -> tuple[str, str]:
-    """The decision and its reason."""
+    """The decision and its reason; arguments as in `Gate`."""
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
-    # would bend what the LoRA never meant to touch, or miss what it is for.
+    # would change images that the LoRA does not concern, or miss those that it does.
     worst = min(share[origin] for origin in ("adapted", "target"))
-    # Judged where the LoRA leads and where the target itself goes.
-    apart = max(disagreement[origin] for origin in ("adapted", "target"))
+    difference = max(disagreement[origin] for origin in ("adapted", "target"))
     copied = copy_share["all"] if copy_share else float("-inf")
-    # A copy that serves does what the LoRA does off the probes as well, a fit knows the probes
-    # only: it is taken only where the bases agree and the source's wish can be trusted.
-    kept = copied >= COPY_SERVES and apart > MAX_START
-    if apart > MAX_DISAGREEMENT and not kept:
+    # A copy that serves also acts as the LoRA does away from the probes; a fit knows the probes
+    # only. So the fit is preferred only where the bases agree on what the change should be.
+    keeps_copy = copied >= COPY_SERVES and difference > MAX_START
+    if difference > MAX_DISAGREEMENT and not keeps_copy:
         return REFUSE, (
-            f"the bases' own predictions differ by {apart:.2g} times the LoRA's change, so the "
-            "source cannot say what this LoRA should do here; use --method auto or copy"
+            f"the bases' own predictions differ by {difference:.2g} times the change of the "
+            "LoRA, so the source does not determine what this LoRA should do on the target; use "
+            "--method auto or copy"
         )
-    if kept or copied >= share["all"]:
+    if keeps_copy or copied >= share["all"]:
         return COPY, (
             f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
-            f"probes, the fitted one {share['all']:.0%}; the bases differ by {apart:.2g} times it"
+            f"probes, the fitted one {share['all']:.0%}; the bases differ by {difference:.2g} "
+            "times that change"
         )
     if worst < MIN_SHARE:
         return REFUSE, (
             f"only {worst:.0%} of the wanted change was reached on held-out probes "
-            f"(at least {MIN_SHARE:.0%} is asked for); a larger rank or more probes may help"
+            f"(at least {MIN_SHARE:.0%} is required); a larger rank or more probes may help"
         )
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
     return (GO if strength == 1.0 else WEAKEN), reason
@@ -141,23 +130,23 @@ def copy_is_start(
     probes: Sequence[WantedChange],
     read: Callable[[Any], Tensor],
 ) -> bool:
-    """Whether copied updates are a start for the fit: the bases agree, and the copy does its work.
+    """Whether a fit should start from copied updates: the bases agree, and the copy serves.
 
     Args:
         target: the target without updates.
         copied: of some of its modules.
-        probes: some that the fit may use.
+        probes: some of those of the fit.
         read: return value of the target -> its prediction.
     """
     if not copied or not fits_target(target, copied):
         return False
-    if _energy_ratio(probes, lambda wanted: wanted.apart)["all"] > MAX_START:
+    if _energy_ratio(probes, lambda wanted: wanted.base_difference)["all"] > MAX_START:
         return False
     return _share_achieved(target, copied, probes, 1.0, read)["all"] >= COPY_SERVES
 
 
 def fits_target(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
-    """Whether the target has every module of the updates, in their shapes."""
+    """Whether the target has every module of the updates, with weights of their shapes."""
     modules = dict(target.named_modules())
     for name, update in updates.items():
         weight = getattr(modules.get(name), "weight", None)
@@ -177,7 +166,7 @@ def _best_strength(
     for strength in reversed(STRENGTHS):
         share = _share_achieved(target, updates, held_out, strength, read)
         if best is not None and share["all"] <= best[1]["all"]:
-            break  # the error is close to a parabola of the strength: weaker is worse still
+            break  # the error is nearly a parabola of the strength: weaker ones are worse still
         best = strength, share
     assert best is not None
     return best
@@ -202,10 +191,10 @@ def _energy_ratio(
     held_out: Sequence[WantedChange], part: Callable[[WantedChange], Tensor]
 ) -> dict[str, float]:
     """Σ‖part‖²/Σ‖wanted change‖² by origin, and over all."""
-    found = {}
+    ratios = {}
     for origin in (*dict.fromkeys(w.call.origin for w in held_out), "all"):
         chosen = [w for w in held_out if origin in (w.call.origin, "all")]
         top = torch.stack([part(w).double().square().sum() for w in chosen]).sum()
         bottom = torch.stack([w.change.double().square().sum() for w in chosen]).sum()
-        found[origin] = float(top / bottom.clamp_min(1e-30))
-    return found
+        ratios[origin] = float(top / bottom.clamp_min(1e-30))
+    return ratios

@@ -1,4 +1,4 @@
-"""Models stored in half precision, computed in float32, one layer's weights at a time."""
+"""Models stored in half precision and computed in float32, one layer's weights at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _widen_halves(value: Any) -> Any:
-    """Half-precision tensors as float32, in any nesting."""
+    """Half-precision tensors as float32, in nested containers too."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALVES else value
     if isinstance(value, dict):
@@ -24,41 +24,41 @@ def _widen_halves(value: Any) -> Any:
 
 
 class _WidenedModule:
-    """The hooks of one module: its own weights in float32 while it runs."""
+    """The hooks of one module, which is in float32 while it runs."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.kept: dict[str, Any] = {}
+        self.stored: dict[str, Any] = {}
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # As functional_call does: another tensor under the parameter's name. What autograd saves is
-        # that tensor, so that nothing changes under a graph when the stored one comes back.
+        # As functional_call does: another tensor under the parameter's name. Autograd saves that
+        # tensor, so the graph is not affected when the stored one comes back.
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype in HALVES:
-                self.kept[name] = parameter
+                self.stored[name] = parameter
                 module._parameters[name] = parameter.detach().float()  # type: ignore[assignment]
         return _widen_halves(args), _widen_halves(kwargs)
 
     def after(self, module: nn.Module, *_: Any) -> None:
-        for name, parameter in self.kept.items():
+        for name, parameter in self.stored.items():
             module._parameters[name] = parameter
-        self.kept = {}
+        self.stored = {}
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model takes and gives float32, and computes in it, whatever its weights are stored in.
+    """The model takes and returns float32, and computes in it, whatever dtype its weights have.
 
-    Differences of predictions and derivatives by differences need float32. Weights stay stored in
-    half precision and each layer's are widened while it runs, so the results are those of
-    `model.float()`, in half its memory. Weights that are float32 already are left alone.
+    Differences of predictions, and derivatives from differences, need float32. The weights stay in
+    half precision, and those of each layer are float32 while it runs. So the results are those of
+    `model.float()`, in half the memory. Weights in float32 are not touched.
     """
     with ExitStack() as hooks:
         for module in model.modules():
-            own = any(p is not None and p.dtype in HALVES for p in module._parameters.values())
-            if own or (module is model and any(p.dtype in HALVES for p in model.parameters())):
+            half = any(p is not None and p.dtype in HALVES for p in module._parameters.values())
+            if half or (module is model and any(p.dtype in HALVES for p in model.parameters())):
                 widened = _WidenedModule(module)
                 pre = module.register_forward_pre_hook(
                     widened.before, with_kwargs=True, prepend=True

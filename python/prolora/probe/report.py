@@ -1,4 +1,4 @@
-"""The choices of a probing and its account."""
+"""The report of a probing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class BlockReport:
         name: the block.
         explained: share of the variance of its streams that the source's streams predict; empty
             for the last block, which is fitted to the prediction itself.
-        reached: share of the wanted change of its output that the fit reaches on the probes it was
-            fitted on, after the cut to rank.
-        modules: how many modules got an update.
+        reached: share of the wanted change of its output that the update of final rank reaches, on
+            the probes of the fit.
+        modules: number of modules that got an update.
     """
 
     name: str
@@ -30,23 +30,23 @@ class BlockReport:
 
 @dataclass
 class ProbeReport:
-    """The account of one probing.
+    """What one probing did, and how well.
 
     Attributes:
-        probes: calls of the models that were recorded to fit on.
-        held_out: calls recorded to judge on.
+        probes: calls of the models that were recorded for the fit.
+        held_out: calls that were recorded for the verdict.
         rank: of the updates, as asked for.
-        samples: fitted on, and judged on.
-        modules: of the target that got an update.
-        start: "joint": "copy" where the fit starts from the copied updates (those outside the
-            blocks stay copied), else "zero".
+        samples: number of samples of the fit, and of the verdict.
+        modules: number of modules of the target that got an update.
+        start: "joint": "copy" where the fit starts from the copied updates (copies outside the
+            blocks do not change), else "zero".
         steps: "joint": share of the wanted change that was reached before every step, on the
             probes of that step.
         blocks: "blocks": one row for every block of the target, in the order of the fit.
-        left_out: module of the LoRA that lies in no block -> why it was not moved.
+        left_out: module of the LoRA outside all blocks -> why it was not moved.
         gate: the verdict of the held-out probes.
-        resumed: blocks, or the joint fit as one, that were taken from the folder of an earlier
-            probing.
+        resumed: number of fits (blocks, or 1 for the joint fit) read back from the folder of an
+            earlier probing.
         seconds: wall time by stage.
     """
 
@@ -64,21 +64,27 @@ class ProbeReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """The result in plain words."""
-        where = f"{len(self.blocks)} blocks, " if self.blocks else ""
-        how = f" in {len(self.steps)} steps" if self.steps else ""
-        drawn = f"{self.samples[0]} samples of {self.probes} calls of the models"
+        """The result in plain sentences."""
+        where = f" in {_count(len(self.blocks), 'block')}" if self.blocks else ""
+        how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""
+        drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
         origin = ", starting from the copied updates" if self.start == "copy" else ""
-        said = [f"{where}{self.modules} modules fitted{how} on {drawn}{origin}."]
+        lines = [f"{_count(self.modules, 'module')}{where} fitted{how} on {drawn}{origin}."]
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
-            said.append(f"{len(self.left_out)} modules were not moved; {name}: {reason}.")
+            verb = "was" if len(self.left_out) == 1 else "were"
+            count = _count(len(self.left_out), "module")
+            lines.append(f"{count} {verb} not moved; {name}: {reason}.")
         if self.gate:
-            said.append(
+            lines.append(
                 f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."
             )
-        return said
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """All fields and the sentences ("summary"), ready for JSON."""
         return replace_nonfinite(asdict(self) | {"summary": self.sentences()})  # type: ignore[no-any-return]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -16,31 +17,42 @@ from ..adapters.adapter import Adapter
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, UnrelatedBases
 from ..version import __version__
-from . import blockwise, checkpoint, gate, joint_fit
-from .batches import count_samples, mix_samples
-from .blocks import find_blocks
 from .checkpoint import Checkpoints
-from .linearisation import ProbeBatch
+from .fitting.blockwise import fit_blocks
+from .fitting.joint import fit_all_modules
+from .gate import REFUSE, Gate, judge_updates
+from .modules import choose_modules
 from .precision import HALVES, in_float32
-from .recording import Recorder, spill_questions
+from .probe_run import ProbeRun
+from .recording.batches import count_samples, mix_samples
+from .recording.recorder import ORIGINS, Recorder
+from .recording.spill import spill_questions
+from .recording.trajectories import Sample, output_of
+from .recording.translation import (
+    Convert,
+    Question,
+    Read,
+    Translate,
+    Translation,
+    same_call,
+    same_prediction,
+)
+from .recording.wanted import wanted_changes
 from .report import BlockReport, ProbeReport
 from .settings import FitSettings
-from .spill import SpillStore
-from .trajectories import Sample, apply_updates, output_of, weight_of
-from .translation import Convert, Question, Read, Translate, Translation, same_call, same_prediction
-
-ORIGINS = ("source", "adapted", "target")
-CALLS_AT_ONCE = 16
-"""Calls replayed between two changes of the source's weights."""
-BATCHES_TO_TRY_COPY = 4
-"""Batches on which it is found out whether copied updates serve as a start."""
+from .updates import weight_of
 
 __all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
 
 
 @dataclass(frozen=True)
 class ProbeTransfer:
-    """A probed LoRA, strength applied, and its account."""
+    """The result of a probing.
+
+    Attributes:
+        adapter: the LoRA of the target, its strength applied.
+        report: what was done, and how well.
+    """
 
     adapter: Adapter
     report: ProbeReport
@@ -48,7 +60,7 @@ class ProbeTransfer:
     def save(
         self, path: str | PathLike[str], *, format: str = "auto", dtype: torch.dtype | None = None
     ) -> None:
-        """Writes the LoRA whole or not at all; arguments as in `prolora.Transfer.save`."""
+        """Writes the LoRA completely or not at all; arguments as in `prolora.Transfer.save`."""
         adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
@@ -69,11 +81,11 @@ def fit_lora(
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
-    Both models are run on trajectories that they sample themselves from noise: no data. Wanted of
-    the target is v_t + (v_s with LoRA − v_s) at every probe. The linear modules of its blocks are
-    fitted to that by a few Gauss–Newton steps on all of them at once (strategy "joint"), or block
-    by block to r_t + (r_s with LoRA − r_s)·T, T a ridge map between the residual streams of the
-    two bases (strategy "blocks"; the last block is fitted to the prediction).
+    Both models run on trajectories that they sample themselves from noise, so no data is needed.
+    At every probe the target should predict v_t + (v_s with LoRA − v_s). Strategy "joint" fits the
+    linear modules of all its blocks at once to that, in a few Gauss–Newton steps. Strategy
+    "blocks" fits one block after the other to r_t + (r_s with LoRA − r_s)·T, where T is a ridge map
+    between the residual streams of the two bases; the last block is fitted to the prediction.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
@@ -83,25 +95,27 @@ def fit_lora(
         lora: a file, an adapter, or updates by the source's module names.
         sample_source: runs the source's sampler from noise with the given seed.
         sample_target: the same for the target.
-        sample_adapted: runs the source while the LoRA is in its weights, where that is done in
-            another way than `sample_source` (few steps, no guidance, a trigger word).
+        sample_adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled
+            in another way than the source (few steps, no guidance, a trigger word).
         translate: turns a call recorded on the source into the call that asks the target the same
-            question (its own text embeddings, its own notion of time); None: the same call.
+            question (its own text embeddings, its own measure of time); None: the same call.
         translate_back: turns a call recorded on the target into that of the source.
         convert: (call of the source, its prediction) -> the prediction in the target's terms.
         read: return value of either model -> its prediction; None: see `output_of`.
-        rival: updates of the target to compare with on the held-out probes; None: the LoRA's own.
+        rival: updates of the target that the fit is compared with on the held-out probes, and may
+            start from; None: those of the LoRA itself.
         options: the fields of `FitSettings`.
 
     Raises:
         UnrelatedBases: the gate refuses, and `force` is not set.
-        ProLoRAError: a module, block or dtype that probing does not know, named in the message.
+        ProLoRAError: a module, block or dtype is of a kind that probing cannot handle; the message
+            names it.
 
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
-    chosen = FitSettings(**options)
-    between = Translation(
+    settings = FitSettings(**options)
+    translation = Translation(
         translate or same_call,
         translate_back or same_call,
         convert or same_prediction,
@@ -109,110 +123,74 @@ def fit_lora(
     )
     adapter = _as_adapter(lora)
     _check_models(source, target, adapter)
-    frozen = [(p, p.requires_grad) for m in (source, target) for p in m.parameters()]
-    modes = source.training, target.training
-    try:
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
-        source.eval(), target.eval()
-        samplers = (sample_source, sample_adapted or sample_source, sample_target)
-        compared = adapter.updates if rival is None else rival
-        with in_float32(source), in_float32(target):
-            return _record_fit_judge(source, target, adapter, samplers, between, compared, chosen)
-    finally:
-        source.train(modes[0]), target.train(modes[1])
-        for parameter, needed in frozen:
-            parameter.requires_grad_(needed)
+    samplers = (sample_source, sample_adapted or sample_source, sample_target)
+    with _frozen(source), _frozen(target), in_float32(source), in_float32(target):
+        recorder = Recorder(
+            source,
+            target,
+            adapter,
+            samplers,
+            translation,
+            Checkpoints(settings.resume),
+            settings.samplers,
+        )
+        return _record_fit_judge(recorder, adapter.updates if rival is None else rival, settings)
 
 
 def _record_fit_judge(
-    source: nn.Module,
-    target: nn.Module,
-    adapter: Adapter,
-    samplers: tuple[Sample, Sample, Sample],
-    between: Translation,
-    rival: Mapping[str, LowRank],
-    options: FitSettings,
+    recorder: Recorder, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
-    clock = time.perf_counter
-    started = clock()
-    keep = Checkpoints(options.resume)
-    recorder = Recorder(source, target, adapter, samplers, between, keep, options.samplers)
-    quarter = None if options.max_memory is None else options.max_memory // 4
-    calls = spill_questions(recorder.questions(options.seed), quarter)
-    held_out = spill_questions(recorder.questions(options.seed + 3), quarter)
-    report = ProbeReport(len(calls), len(held_out), options.rank)
-    report.seconds["sample"] = clock() - started
-
-    started = clock()
-    if options.strategy == "joint":
-        options = options.sized(_count_samples(calls) + _count_samples(held_out))
-        calls, held_out = _draw_samples(source, target, calls, held_out, between, options)
-        calls, held_out = spill_questions(calls, quarter), spill_questions(held_out, quarter)
-    report.samples = (_count_samples(calls), _count_samples(held_out))
-    theirs, ours = find_blocks(source, calls[0].source), find_blocks(target, calls[0].target)
-    places = _choose_modules(source, target, ours, theirs, adapter, report)
-    report.modules = sum(len(found) for found in places.values())
-    report.seconds["draw"] = clock() - started
-
-    started = clock()
-    total = options.steps if options.strategy == "joint" else len(places)
-
-    def told(done: int, name: str) -> None:
-        if options.progress:
-            options.progress(done, total, name)
-
-    if options.strategy == "joint":
-        updates = _fit_jointly(
-            source,
-            target,
-            adapter,
-            calls,
-            places,
-            between,
-            rival,
-            options,
-            report,
-            keep,
-            recorder.key,
-            told,
-        )
-    else:
-        updates = blockwise.fit_blocks(
-            source,
-            target,
-            adapter,
-            calls,
-            theirs,
-            places,
-            between,
-            options,
-            report,
-            keep,
-            recorder.key,
-            told,
-        )
-    for name in updates:
-        report.left_out.pop(name, None)
-    report.seconds["fit"] = clock() - started
-
-    started = clock()
-    verdict = gate.judge_updates(
-        target,
-        updates,
-        list(_wanted_changes(source, target, adapter, held_out, between)),
-        between.read,
-        copied=rival,
+    report = ProbeReport(0, 0, settings.rank)
+    with _timed(report, "sample"):
+        limit = settings.share_memory(4)
+        questions = spill_questions(recorder.record_questions(settings.seed), limit)
+        held_out = spill_questions(recorder.record_questions(settings.seed + len(ORIGINS)), limit)
+        report.probes, report.held_out = len(questions), len(held_out)
+    if settings.strategy == "joint":
+        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    run = ProbeRun(
+        recorder.source,
+        recorder.target,
+        recorder.adapter,
+        recorder.translation,
+        rival,
+        settings,
+        recorder.checkpoints,
+        recorder.key,
+        report,
     )
-    report.gate = verdict
-    report.seconds["judge"] = clock() - started
-    told(total, "judged")
-    if verdict.decision == gate.REFUSE and not options.force:
+    with _timed(report, "draw"):
+        if settings.strategy == "joint":
+            questions, held_out = _draw_samples(run, questions, held_out)
+        report.samples = _count_samples(questions), _count_samples(held_out)
+        modules = choose_modules(run, questions[0])
+        report.modules = len(modules.names)
+    with _timed(report, "fit"):
+        fit = fit_all_modules if settings.strategy == "joint" else fit_blocks
+        updates = fit(run, questions, modules)
+        for name in updates:
+            report.left_out.pop(name, None)
+    with _timed(report, "judge"):
+        verdict = report.gate = _judge(run, updates, held_out)
+    total = settings.steps if settings.strategy == "joint" else len(modules.by_block)
+    run.notify(total, total, "judged")
+    if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
-    moved = {n: LowRank(u.up * verdict.strength, u.down) for n, u in updates.items()}
-    facts = {"prolora.version": __version__, "prolora.method": "probe"}
-    new = Adapter(moved, format=adapter.format, dtype=adapter.dtype, metadata=facts)
-    return ProbeTransfer(new, report)
+    return _scale_updates(run, updates, verdict.strength)
+
+
+def _judge(run: ProbeRun, updates: Mapping[str, LowRank], held_out: Sequence[Question]) -> Gate:
+    """The verdict of the held-out probes."""
+    wanted = wanted_changes(run.source, run.target, run.adapter.updates, held_out, run.translation)
+    read = run.translation.read
+    return judge_updates(run.target, updates, list(wanted), read, copied=run.rival)
+
+
+def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
+    scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
+    metadata = {"prolora.version": __version__, "prolora.method": "probe"}
+    adapter = Adapter(scaled, format=run.adapter.format, dtype=run.adapter.dtype, metadata=metadata)
+    return ProbeTransfer(adapter, run.report)
 
 
 def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> Adapter:
@@ -224,7 +202,11 @@ def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> 
 
 
 def _check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
-    """Refuses before anything is sampled."""
+    """Refuses what probing cannot handle, before anything is sampled.
+
+    Raises:
+        ProLoRAError: no updates, a dtype other than those of HALVES and float32, or no such module.
+    """
     if not adapter.updates:
         raise ProLoRAError("the LoRA has no updates")
     for side, model in (("source", source), ("target", target)):
@@ -238,147 +220,53 @@ def _check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> Non
         weight_of(source, name, convolution=True)
 
 
-def _choose_modules(
-    source: nn.Module,
-    target: nn.Module,
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    adapter: Adapter,
-    report: ProbeReport,
-) -> dict[str, list[str]]:
-    """Target block -> its linear modules whose role the LoRA adapts in some block of the source.
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients of parameters, until the end of the block."""
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for parameter, _ in gradients:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, needed in gradients:
+            parameter.requires_grad_(needed)
 
-    Between architectures roles mean nothing: then every linear module of a block is taken, but for
-    those that modulate norms.
-    """
-    roles = set()
-    for name in adapter.updates:
-        block = next((b for b in theirs if name.startswith(f"{b}.")), None)
-        if block is None:
-            report.left_out[name] = "it lies in no block; the fit makes up for it in the blocks"
-        else:
-            roles.add(name.removeprefix(f"{block}."))
-    known = {type(source.get_submodule(block)).__name__ for block in theirs}
-    alike = any(type(target.get_submodule(block)).__name__ in known for block in ours)
-    places: dict[str, list[str]] = {}
-    for block in ours:
-        inside = target.get_submodule(block).named_modules()
-        linear = [name for name, module in inside if isinstance(module, nn.Linear)]
-        found = [n for n in linear if (n in roles if alike else "norm" not in n)]
-        if found:
-            places[block] = found
-    if not places:
-        raise ProLoRAError("no block of the target has a module that the LoRA adapts")
-    return places
+
+@contextlib.contextmanager
+def _timed(report: ProbeReport, stage: str) -> Iterator[None]:
+    """Adds the wall time of a stage to the report."""
+    started = time.perf_counter()
+    yield
+    report.seconds[stage] = time.perf_counter() - started
 
 
 def _draw_samples(
-    source: nn.Module,
-    target: nn.Module,
-    calls: Sequence[Question],
-    held_out: Sequence[Question],
-    between: Translation,
-    options: FitSettings,
-) -> tuple[list[Question], list[Question]]:
-    """Samples to fit on and to judge on, in batches that mix many moments."""
-    generator = torch.Generator().manual_seed(options.seed)
-    assert options.probes and options.held_out and options.batch
+    run: ProbeRun, questions: Sequence[Question], held_out: Sequence[Question]
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """Samples for the fit and for the verdict, in batches that mix many moments."""
+    settings, limit = run.settings, run.settings.share_memory(4)
+    generator = torch.Generator().manual_seed(settings.seed)
+    assert settings.probes and settings.held_out and settings.batch
 
-    def both(question: Question) -> tuple[Tensor, Tensor]:
-        return between.of_source(source, question), between.of_target(target, question)
+    def predict_both(question: Question) -> tuple[Tensor, Tensor]:
+        return (
+            run.translation.of_source(run.source, question),
+            run.translation.of_target(run.target, question),
+        )
 
     judged = []
-    for origin in ORIGINS:  # apart, since the gate looks at each
-        own = [question for question in held_out if question.origin == origin]
-        limit = max(options.held_out // len(ORIGINS), 1)
-        judged += mix_samples(own, limit, limit, both, generator)
-    return mix_samples(calls, options.probes, options.batch, both, generator), judged
-
-
-def _fit_jointly(
-    source: nn.Module,
-    target: nn.Module,
-    adapter: Adapter,
-    calls: Sequence[Question],
-    places: dict[str, list[str]],
-    between: Translation,
-    rival: Mapping[str, LowRank],
-    options: FitSettings,
-    report: ProbeReport,
-    keep: Checkpoints,
-    made_of: str,
-    told: Callable[[int, str], None],
-) -> dict[str, LowRank]:
-    """All updates at once, at the rank asked for; from the copied ones where these serve."""
-    key = (
-        ""
-        if keep.folder is None
-        else checkpoint.hash_texts(made_of, options.told(), checkpoint.hash_updates(rival))
-    )
-    kept = keep.fitted("joint", key)
-    if kept is not None:
-        updates, facts = kept
-        report.steps, report.start, report.resumed = facts["steps"], facts["start"], 1
-        return updates
-    shelf = SpillStore(None if options.max_memory is None else options.max_memory // 2)
-    sizes, first = [], []
-    for i, found in enumerate(_wanted_changes(source, target, adapter, calls, between)):
-        first += [found] if i < BATCHES_TO_TRY_COPY else []
-        if options.progress:
-            options.progress(i, len(calls), "asking")
-        shelf.put(i, (found.plain, found.plain + found.change))
-        sizes.append(len(found.plain))
-    queue: list[int] = []
-    least = options.batch or 1
-
-    def draw() -> list[ProbeBatch]:
-        """The batches of one step: every probe comes once before any comes again."""
-        chosen: list[int] = []
-        while sum(sizes[i] for i in chosen) < least:
-            if not queue:
-                queue.extend(range(len(calls)))
-            chosen.append(queue.pop(0))
-        return [ProbeBatch(calls[i].target, *shelf.get(i)) for i in chosen]
-
-    names = [f"{block}.{role}" for block, modules in places.items() for role in modules]
-    start = dict(rival) if gate.copy_is_start(target, rival, first, between.read) else {}
-    report.start = "copy" if start else "zero"
-    halfway = keep.halfway("fit", key)
-    outside = {name: start.pop(name) for name in list(start) if name not in names}
-    with apply_updates(target, outside):  # copied and left so: what is fitted goes on from there
-        problem = joint_fit.JointProblem(
-            target, names, between.read, draw, options.steps, options.damping
-        )
-        fitted = joint_fit.fit_jointly(
-            problem, start, lambda step: told(step, f"step {step + 1}"), halfway
-        )
-    report.steps = fitted.history
-    updates = joint_fit.cut_updates(fitted, options.rank) | outside
-    facts = {"steps": fitted.history, "start": report.start}
-    keep.keep_fitted("joint", key, updates, facts)
-    if halfway:
-        halfway.drop()
-    return updates
+    for origin in ORIGINS:  # not mixed with each other: the gate compares them
+        of_origin = [question for question in held_out if question.origin == origin]
+        count = max(settings.held_out // len(ORIGINS), 1)
+        judged += mix_samples(of_origin, count, count, predict_both, generator)
+    drawn = mix_samples(questions, settings.probes, settings.batch, predict_both, generator)
+    return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 
 def _count_samples(questions: Sequence[Question]) -> int:
     return sum(count_samples(question.source) for question in questions)
-
-
-@torch.no_grad()
-def _wanted_changes(
-    source: nn.Module,
-    target: nn.Module,
-    adapter: Adapter,
-    questions: Sequence[Question],
-    between: Translation,
-) -> Iterator[gate.WantedChange]:
-    """What the target should do at each call."""
-    for start in range(0, len(questions), CALLS_AT_ONCE):
-        some = questions[start : start + CALLS_AT_ONCE]
-        before = [between.of_source(source, question) for question in some]
-        with apply_updates(source, adapter.updates):
-            after = [between.of_source(source, question) for question in some]
-        for question, v, w in zip(some, before, after, strict=True):
-            plain = between.of_target(target, question)
-            yield gate.WantedChange(question.target, plain, w - v, plain - v)

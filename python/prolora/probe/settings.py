@@ -1,4 +1,4 @@
-"""The choices of a probing: what is sampled, and how the updates are fitted."""
+"""The settings of a probing: what is sampled, and how the updates are fitted."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from ..bases.base import Progress
 
 STRATEGIES = ("joint", "blocks")
 MAX_SAMPLES = (1152, 192, 48)
-"""Samples to fit on, to judge on, and of a step, however much was sampled."""
+"""Largest default number of samples for the fit, for the verdict, and of one step."""
 
 
 @dataclass(frozen=True)
 class Probing:
-    """What method "probe" samples, and within which bounds (docs/probe.md).
+    """What method "probe" samples, and how it fits (docs/probe.md).
 
     Attributes:
-        prompts: taken in turn; none means unconditional (the empty prompt). Class numbers for
+        prompts: used in turn; none means unconditional (the empty prompt). Class numbers for
             models that take classes.
-        images: sampled for each of source, source with LoRA and target, and as many held out.
-        steps: of the samplers.
-        size: height and width in pixels; None means the smaller of the two pipelines' own.
-        guidance: scale; None means each pipeline's own.
+        images: number sampled by each of source, source with LoRA and target for the fit, and again
+            for the verdict.
+        steps: sampling steps.
+        size: height and width in pixels; None means the smaller of the two pipelines' defaults.
+        guidance: guidance scale; None means each pipeline's default.
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
-            other, which holds one block's updates and activations at a time.
-        fit_steps: Gauss–Newton steps of "joint"; time is proportional to them.
-        force: write the LoRA even where the held-out probes speak against it.
-        resume: folder that keeps what was recorded and fitted, so that an interrupted run goes on.
+            other, which needs memory for the updates and activations of one block only.
+        fit_steps: Gauss–Newton steps of "joint"; the time of the fit is proportional to them.
+        force: writes the LoRA even where the verdict of the held-out probes is to refuse it.
+        resume: folder for recorded calls and fitted updates, so that an interrupted run goes on.
     """
 
     prompts: tuple[str, ...] = ()
@@ -42,7 +43,7 @@ class Probing:
     resume: str | PathLike[str] | None = field(default=None, repr=False)  # changes no result
 
     def __post_init__(self) -> None:
-        """Refuses what makes no sense."""
+        """Checks the values."""
         if min(self.images, self.steps, self.fit_steps) < 1:
             raise ValueError("images and steps of a probing must be 1 or more")
         if self.strategy not in STRATEGIES:
@@ -54,10 +55,10 @@ class Probing:
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
-    """The lines of a text file, empty ones left out.
+    """The lines of a text file, without empty ones.
 
     Raises:
-        ValueError: it cannot be read, or holds none.
+        ValueError: the file cannot be read, or has no prompts.
     """
     try:
         lines = Path(file).read_text("utf-8").splitlines()
@@ -65,37 +66,37 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
         raise ValueError(f"{file}: cannot be read as text: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ValueError(f"{file}: has no prompts (one a line)")
+        raise ValueError(f"{file}: has no prompts (one per line is expected)")
     return prompts
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The choices of a probing.
+    """The settings of `fit_lora`.
 
     Attributes:
-        rank: of every update written; a number below 1 is the share of what the probes see of an
-            update that must be kept, module by module.
-        strategy: "joint", all updates at once on the prediction; or "blocks", one block after the
-            other on its residual stream, which holds one block's updates and activations at a time.
-        probes: "joint": samples to fit on, drawn from all that the samplers' calls hold; None:
-            see `sized`.
-        held_out: "joint": samples to judge on, likewise.
+        rank: of every update that is written; a number below 1 is the share of an update, as the
+            probes see it, that must be kept, module by module.
+        strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
+            other on its residual stream, which needs memory for one block only.
+        probes: "joint": samples for the fit, drawn from the samplers' calls; None: see `sized`.
+        held_out: "joint": samples for the verdict; None: see `sized`.
         steps: "joint": Gauss–Newton steps.
-        batch: "joint": samples of a step, at least, likewise.
-        damping: "joint": of the curvature, relative to its mean diagonal.
+        batch: "joint": least number of samples of a step; None: see `sized`.
+        damping: "joint": damping of the curvature, relative to its mean diagonal.
         map_ridge: "blocks": λ of the maps between residual streams, relative to the mean variance.
         fit_ridge: "blocks": λ of the updates, relative to the mean diagonal of the curvature.
         iterations: "blocks": conjugate-gradient steps of every linearised problem.
-        rounds: "blocks": how often every block is linearised anew.
-        seed: of the trajectories; the held-out ones use the next three.
-        force: write the LoRA even where the gate refuses it.
-        resume: folder that keeps recorded calls and fitted blocks, so that an interrupted probing
-            goes on; what is damaged or was made of anything else is made again.
-        samplers: says what the samplers do (prompts, steps); asked for with `resume`, which cannot
-            look into functions.
-        max_memory: bytes that calls and streams which wait for their use may take; what is above
-            goes to temporary files. Models and one call's activations come on top. None: no bound.
+        rounds: "blocks": how many times each block is linearised.
+        seed: of the first of three trajectories; they use three seeds, the held-out ones the next
+            three.
+        force: writes the LoRA even where the gate refuses it.
+        resume: folder for recorded calls and fitted updates, so that an interrupted probing goes
+            on; files that are damaged or belong to other inputs are computed again.
+        samplers: a text that says what the samplers do (prompts, steps); required with `resume`,
+            because two functions cannot be compared.
+        max_memory: bound in bytes on recorded calls and streams in memory; the rest goes to
+            temporary files. Models and the activations of one call are not counted. None: no bound.
         progress: called as progress(done, total, name).
     """
 
@@ -118,7 +119,7 @@ class FitSettings:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what makes no sense."""
+        """Checks the values."""
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}")
         if self.rank <= 0 or (self.rank > 1 and self.rank != int(self.rank)):
@@ -135,14 +136,15 @@ class FitSettings:
             raise ValueError("resume needs samplers=TEXT that says what the samplers do")
 
     def sized(self, recorded: int) -> FitSettings:
-        """The options with numbers for None: fit and verdict take about three times the sampling.
+        """The settings with numbers instead of None, so that fit and verdict take a bounded time.
 
-        One sample costs a forward pass while it is recorded, three as a probe (source, source with
-        LoRA, target), five in a step (one backward pass is about two) and some seven when it is
-        judged. More than MOST of each bring little (docs/probe.md).
+        One sample costs one forward pass when it is recorded, three as a probe (source, source with
+        LoRA, target), five in a step (a backward pass costs about two) and about seven in the
+        verdict. Together fit and verdict then take about three times the sampling. More than
+        MAX_SAMPLES of each gain little (docs/probe.md).
 
         Args:
-            recorded: samples of all calls, held-out ones included.
+            recorded: number of samples in all calls, held-out ones included.
         """
         probes, held_out, batch = (
             max(1, min(most, int(share * recorded)))
@@ -155,7 +157,11 @@ class FitSettings:
             batch=self.batch or max(batch, 4),
         )
 
-    def told(self) -> str:
-        """The choices that a fitted block depends on."""
-        idle = ("force", "resume", "samplers", "max_memory", "progress")
-        return repr({k: v for k, v in vars(self).items() if k not in idle})
+    def describe_fit(self) -> str:
+        """The settings that fitted updates depend on, as a text."""
+        unrelated = ("force", "resume", "samplers", "max_memory", "progress")
+        return repr({k: v for k, v in vars(self).items() if k not in unrelated})
+
+    def share_memory(self, parts: int) -> int | None:
+        """One of so many equal parts of `max_memory`; None without a bound."""
+        return None if self.max_memory is None else self.max_memory // parts

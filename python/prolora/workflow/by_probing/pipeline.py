@@ -111,7 +111,7 @@ def _fit_models(
     settings = _fit_settings(options)
     if options.probe.resume is not None:
         bases = [compute_identity(base) for base in (source, target)]
-        settings["samplers"] = json.dumps([pair.told(), *bases])
+        settings["samplers"] = json.dumps([pair.describe_sampling(), *bases])
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -124,10 +124,10 @@ def _fit_models(
         route.adapter.with_updates(_drop_text_encoders(route.adapter.updates)),
         pair.source.sampler(pair.settings, count_image),
         pair.target.sampler(pair.settings, count_image),
-        translate=pair.between.translate,
-        translate_back=pair.between.translate_back,
-        convert=pair.between.convert,
-        read=pair.between.read,
+        translate=pair.translation.translate,
+        translate_back=pair.translation.translate_back,
+        convert=pair.translation.convert,
+        read=pair.translation.read,
         rival=_drop_text_encoders(rival),
         **settings,
     )

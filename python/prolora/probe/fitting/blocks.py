@@ -1,4 +1,4 @@
-"""Where the residual stream of a diffusion model can be read: the outputs of its blocks."""
+"""The blocks of a diffusion model, whose outputs are its residual streams."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ProLoRAError
-from .hooks import capture_first_call, keep_hooks
-from .trajectories import Call
+from ...errors import ProLoRAError
+from ..hooks import capture_first_call, keep_hooks
+from ..recording.trajectories import Call
 
 BLOCK_CLASSES = ("BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 """Class names of the blocks whose outputs are residual streams."""
 
 Streams = tuple[Tensor, ...]
-"""One block's outputs, each [n, tokens, width]: UNets have one, FLUX text and image."""
+"""Outputs of one block, each [n, tokens, width]: one in UNets, text and image in FLUX."""
 
 
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
@@ -35,13 +35,14 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
         model(*call.args, **call.kwargs)
     if not order:
         raise ProLoRAError(
-            f"{type(model).__name__} has no block that probing knows ({', '.join(BLOCK_CLASSES)})"
+            f"{type(model).__name__} has no block that probing can handle "
+            f"({', '.join(BLOCK_CLASSES)})"
         )
     return order
 
 
 def as_streams(output: Any) -> Streams:
-    """A block's return value as a tuple of streams."""
+    """The return value of a block as a tuple of streams."""
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
@@ -66,7 +67,7 @@ def read_streams(model: nn.Module, names: Collection[str], call: Call) -> dict[s
 
 @torch.no_grad()
 def capture_inputs(model: nn.Module, name: str, call: Call) -> Call:
-    """What a block is called with during one call of the model; the pass ends there.
+    """The inputs of a block during one call of the model; the pass ends there.
 
     Raises:
         ProLoRAError: the model does not run the block.

@@ -1,4 +1,4 @@
-"""Sequences whose items are made, or read, when they are asked for."""
+"""Sequences whose items are computed, or read from files, on access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T]):
-    """What a list is to its reader; a subclass says how many items there are and gives one."""
+    """A sequence without stored items; a subclass gives its length and one item at a time."""
 
     @abstractmethod
     def item(self, i: int) -> T:
@@ -24,7 +24,7 @@ class LazySequence(Sequence[T]):
         """Item i, or several."""
         if isinstance(i, slice):
             return [self.item(k) for k in range(*i.indices(len(self)))]
-        place = i + len(self) if i < 0 else i
-        if not 0 <= place < len(self):
+        index = i + len(self) if i < 0 else i
+        if not 0 <= index < len(self):
             raise IndexError(i)
-        return self.item(place)
+        return self.item(index)

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.lowrank import LowRank
+from ...core.lowrank import LowRank
+from ..recording.translation import Read
 from .curvature import JointCurvature, Weights
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction
 from .low_rank import cut_to_rank
-from .translation import Read
 
 CUT_DAMPING = 0.01
 """Of both factors of the curvature at the cut to low rank, relative to their mean diagonal."""

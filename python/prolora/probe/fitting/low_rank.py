@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.lowrank import LowRank
-from ..core.recompression import columns_holding
+from ...core.lowrank import LowRank
+from ...core.recompression import columns_holding
 
 
 def count_directions(values: Tensor, rank: float) -> int:

@@ -1,4 +1,4 @@
-"""What a denoiser predicts at which noise level, and how two conventions turn into each other."""
+"""What a denoiser predicts at which noise level, and conversion between two conventions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedFormat
+from ...errors import UnsupportedFormat
 
 EPSILON, VELOCITY, FLOW = "epsilon", "v_prediction", "flow"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A pipeline's convention, from its scheduler.
+    """The convention of a pipeline, from its scheduler.
 
     Variance-preserving models see x = √ᾱ·x₀ + √(1−ᾱ)·ε at the time t whose ᾱ the scheduler lists.
 
@@ -32,7 +32,7 @@ class Schedule:
         """The convention of a diffusers scheduler.
 
         Raises:
-            UnsupportedFormat: one that probing does not know.
+            UnsupportedFormat: the scheduler has another convention.
         """
         kind = getattr(scheduler.config, "prediction_type", None)
         alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -41,7 +41,7 @@ class Schedule:
         if kind in (EPSILON, VELOCITY) and alphas is not None:
             return cls(kind, torch.as_tensor(alphas).double().cpu())
         raise UnsupportedFormat(
-            f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; probing knows "
+            f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; probing handles "
             f"{EPSILON} and {VELOCITY} with alphas_cumprod, and flow matching"
         )
 
@@ -55,7 +55,7 @@ class Schedule:
         return self.alphas[low] * (1 - part) + self.alphas[low + 1] * part
 
     def time(self, alpha: Tensor) -> Tensor:
-        """The (fractional) times at which ᾱ is reached; the nearest end where it never is."""
+        """The (fractional) times at which ᾱ is reached; the nearer end where it never is."""
         assert self.alphas is not None
         rising = self.alphas.flip(0).contiguous()
         high = torch.searchsorted(rising, alpha.contiguous()).clamp(1, len(rising) - 1)
@@ -64,7 +64,7 @@ class Schedule:
         return len(rising) - 1 - (high - 1 + part)
 
 
-def time_between(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
+def translate_time(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
     """The time at which the other model sees as much noise; the same time for equal schedules."""
     if ours.alphas is None or theirs.alphas is None:
         return time
@@ -78,13 +78,13 @@ def time_between(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
 def convert_prediction(
     ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor, prediction: Tensor
 ) -> Tensor:
-    """A prediction of one kind as the other: ε = √ᾱ·v + √(1−ᾱ)·x and back.
+    """Converts a prediction to the kind of another schedule: ε = √ᾱ·v + √(1−ᾱ)·x and back.
 
     Args:
-        ours: of the model that predicted.
-        theirs: of the other.
-        latent: x [n, ...] that it saw.
-        time: at which, [] or [n].
+        ours: schedule of the model that predicted.
+        theirs: schedule of the other model.
+        latent: x [n, ...], the input of the model that predicted.
+        time: at which it predicted, [] or [n].
         prediction: [n, ...].
     """
     if ours.kind == theirs.kind:
@@ -100,11 +100,11 @@ def convert_prediction(
 def check_schedules(
     source: Schedule, target: Schedule, same_class: bool, names: tuple[str, str]
 ) -> None:
-    """Refuses conventions that do not turn into each other.
+    """Refuses conventions that cannot be converted into each other.
 
     Raises:
-        UnsupportedFormat: a flow against a variance-preserving model, or flows of two
-            architectures, whose times need not mean the same.
+        UnsupportedFormat: one is a flow and the other variance-preserving; or both are flows, of
+            two architectures, whose times may have different meanings.
     """
     if FLOW not in (source.kind, target.kind):
         return
@@ -115,6 +115,6 @@ def check_schedules(
         )
     if not same_class:
         raise UnsupportedFormat(
-            f"{names[0]} and {names[1]} are flows of two architectures, whose times need not mean "
-            "the same; probing moves between flows of one architecture only"
+            f"{names[0]} and {names[1]} are flows of two architectures, whose times may "
+            "have different meanings; probing moves between flows of one architecture only"
         )

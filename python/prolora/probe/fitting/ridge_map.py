@@ -1,4 +1,4 @@
-"""The linear map from the source's residual streams to one of the target's, by ridge regression."""
+"""Linear maps from the source's residual streams to one of the target's, by ridge regression."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .blocks import Streams
 
 
 class RidgeMap:
-    """y ≈ x·T + const over tokens, from covariances that are summed up in float64.
+    """y ≈ x·T + const over tokens, from covariances summed in float64.
 
     T = (C_xx + λ·mean(diag C_xx)·I)⁻¹ C_xy with centred covariances. Only sums are kept, so
     memory does not grow with the number of probes.
@@ -46,33 +46,34 @@ class RidgeMap:
     def __call__(self, change: Tensor) -> Tensor:
         """The target's change [..., q] for a change [..., p] of the source's streams."""
         if self.matrix is None:
-            raise RuntimeError("solve comes before use")
+            raise RuntimeError("a map must be solved before it is used")
         return (change.double() @ self.matrix).to(change.dtype)
 
 
 MAX_COLUMNS = 6144
-"""Of a map: its covariance takes 8·columns² bytes, and more columns than tokens tell nothing."""
+"""Bound on the inputs of a map: its covariance takes 8·columns² bytes, and a map with more inputs
+than tokens is not determined."""
 
 
 def source_features(
-    found: dict[str, Streams], stream: int, tokens: int, depth: float = 0.5
+    streams: dict[str, Streams], stream: int, tokens: int, depth: float = 0.5
 ) -> Tensor | None:
-    """The source's streams of that kind and number of tokens, side by side.
+    """The source's streams of one kind and number of tokens, concatenated.
 
     Args:
-        found: the source's blocks and their streams.
-        stream: which output of a block; the last one where a block has fewer.
-        tokens: the target's number of tokens: resolutions must agree.
-        depth: where in the target the predicted stream lies, 0 … 1: where the source's streams
-            have more than MAX_COLUMNS together, those nearest in depth are taken.
+        streams: the source's blocks and their streams.
+        stream: index of a block's output; blocks with fewer outputs are left out.
+        tokens: the target's number of tokens; the source's must be the same.
+        depth: relative depth of the predicted stream in the target, 0 … 1. Where the source's
+            streams have more than MAX_COLUMNS columns, those nearest in depth are chosen.
 
     Returns:
         [n, tokens, Σ widths], or None where no block fits. All depths together predict a stream
-        better than any one of them, and no block need be matched to another by hand.
+        better than any single depth, and blocks need not be matched by hand.
     """
     fitting = [
-        (at / max(1, len(found) - 1), block[stream])
-        for at, block in enumerate(found.values())
+        (i / max(1, len(streams) - 1), block[stream])
+        for i, block in enumerate(streams.values())
         if stream < len(block) and block[stream].shape[1] == tokens
     ]
     near = sorted(range(len(fitting)), key=lambda i: abs(fitting[i][0] - depth))

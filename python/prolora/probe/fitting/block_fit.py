@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..hooks import keep_hooks
+from ..recording.trajectories import Call
+from ..updates import weight_of
 from .curvature import BlockCurvature, Weights, add_outer_products
-from .hooks import keep_hooks
-from .trajectories import Call, weight_of
 
 Outputs = tuple[Tensor, ...]
 """What is compared with the wanted tensors of one call."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
+from ..hooks import keep_hooks
+from ..recording.trajectories import Call
+from ..recording.translation import Read
+from ..updates import weight_of
 from .curvature import JointCurvature, Weights
-from .hooks import keep_hooks
-from .trajectories import Call, weight_of
-from .translation import Read
 
 MAX_MOMENTUM = 0.9
 """Largest multiple of the last step: it was computed on other probes."""

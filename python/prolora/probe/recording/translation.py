@@ -14,19 +14,19 @@ Translate = Callable[[Call], Call]
 """A call recorded on one model -> the call that asks the other the same question."""
 
 Convert = Callable[[Call, Tensor], Tensor]
-"""A call of the source, its prediction -> what the target predicts when it means the same."""
+"""A call of the source and its prediction -> the target's prediction that means the same."""
 
 Read = Callable[[Any], Tensor]
 """A model's return value -> its prediction."""
 
 
 def same_call(call: Call) -> Call:
-    """The call as it is."""
+    """The call unchanged."""
     return call
 
 
 def same_prediction(_: Call, prediction: Tensor) -> Tensor:
-    """The prediction as it is."""
+    """The prediction unchanged."""
     return prediction
 
 
@@ -44,22 +44,23 @@ class Question:
 
     @property
     def origin(self) -> str:
-        """Whose trajectory it lies on: "source", "adapted" or "target"."""
+        """The trajectory it lies on: "source", "adapted" or "target"; "mixed" for several."""
         return self.source.origin
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What turns the calls and predictions of one model into those of the other.
+    """Turns the calls and predictions of one model into those of the other.
 
-    Identity throughout by default: both models take the same inputs and predict the same quantity.
-    The number of samples in a call must stay, since updates are fitted sample by sample.
+    Each function is the identity by default: both models take the same inputs and predict the same
+    quantity. The number of samples in a call must not change, since updates are fitted sample by
+    sample.
 
     Attributes:
         translate: a call recorded on the source -> the call of the target.
         translate_back: a call recorded on the target -> the call of the source.
-        convert: prediction of the source at its call -> in the target's terms. Differences of
-            converted predictions are what the target shall change by.
+        convert: the source's call and prediction -> the prediction in the target's terms. The
+            target should change by the differences of converted predictions.
         read: return value of either model -> its prediction.
     """
 
@@ -69,15 +70,15 @@ class Translation:
     read: Read = output_of
 
     def question(self, call: Call) -> Question:
-        """Both calls of a recorded one; whose model recorded it is told by its origin."""
+        """The question that a recorded call asks; its origin says which model recorded it."""
         if call.origin == "target":
             return Question(replace(self.translate_back(call), origin=call.origin), call)
         return Question(call, replace(self.translate(call), origin=call.origin))
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:
-        """What the source predicts, in the target's terms."""
+        """The prediction of the source, in the target's terms."""
         return self.convert(question.source, predict_call(model, question.source, self.read))
 
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
-        """What the target predicts."""
+        """The prediction of the target."""
         return predict_call(model, question.target, self.read)

@@ -1,4 +1,4 @@
-"""Recorded calls cut into samples and put together anew: every batch a mixture of many moments."""
+"""Recorded calls cut into samples, and batches that mix the samples of many moments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .trajectories import Call
 from .translation import Question
 
 PredictBoth = Callable[[Question], tuple[Tensor, Tensor]]
-"""What both models predict at a question."""
+"""The predictions of source and target at a question."""
 
-_TOLERANCE = 1e-3  # of the prediction's norm; batches of other sizes sum up in another order
+_TOLERANCE = 1e-3  # of the prediction's norm; a batch of another size is summed in another order
 
 
 class _CannotShareBatch(Exception):
@@ -31,21 +31,21 @@ def mix_samples(
 ) -> list[Question]:
     """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
 
-    A sampler's call holds one moment of a few images. Fits on such batches see too little at a
-    time. So samples are cut out of their calls and batches are put together from several. Whether
-    a model's inputs can be cut and joined is found out by trying: both models must predict for the
-    new batch what they predict for the old ones. Where they do not (one time for the whole call),
-    the calls stay whole, and some are drawn.
+    A sampler's call holds one moment of a few images, which is too little variety for one step of
+    a fit. So samples are cut out of their calls, and each batch is joined from several calls. A
+    trial decides whether a model's inputs can be cut and joined: both models must predict for a
+    joined batch what they predict for the calls. Where they do not (one time for all samples of a
+    call), complete calls are drawn instead.
 
     Args:
         questions: recorded on one or more trajectories.
-        limit: samples wanted; all are taken where there are no more.
-        most: samples in a batch, if the calls hold more.
+        limit: number of samples; all are taken where there are fewer.
+        most: largest number of samples in a batch.
         predict: both models' predictions at a question.
         generator: of the draw.
 
     Returns:
-        Questions; those put together from several origins have the origin "mixed".
+        The questions; one that is joined from several origins has the origin "mixed".
     """
     sizes = [count_samples(question.source) for question in questions]
     size = min(max(sizes), most)
@@ -65,16 +65,23 @@ def mix_samples(
             for start in range(0, len(chosen), size)
         ]
     except _CannotShareBatch:
-        kept, count = [], 0
-        for i in torch.randperm(len(questions), generator=generator).tolist():
-            if count < limit:
-                kept.append(questions[i])
-                count += sizes[i]
-        return kept
+        return _draw_calls(questions, limit, generator)
+
+
+def _draw_calls(
+    questions: Sequence[Question], limit: int, generator: torch.Generator
+) -> list[Question]:
+    """Complete calls, drawn at random until they hold at least `limit` samples."""
+    drawn, count = [], 0
+    for i in torch.randperm(len(questions), generator=generator).tolist():
+        if count < limit:
+            drawn.append(questions[i])
+            count += count_samples(questions[i].source)
+    return drawn
 
 
 def count_samples(call: Call) -> int:
-    """How many samples a call holds: the length of its first tensor that has more axes than one."""
+    """The number of samples in a call: the length of its first tensor with two axes or more."""
     for value in (*call.args, *call.kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 1:
             return value.shape[0]
@@ -84,20 +91,20 @@ def count_samples(call: Call) -> int:
 def _check_joined_batch(
     questions: Sequence[Question], chosen: list[tuple[int, int]], predict: PredictBoth
 ) -> None:
-    """Raises _Apart unless a joined batch gives what the calls gave."""
+    """Raises _CannotShareBatch unless a joined batch and its calls have the same predictions."""
     sizes = [count_samples(question.source) for question in questions]
     try:
         joined = predict(
             _join_samples([_cut_sample(questions[i], row, sizes[i]) for i, row in chosen])
         )
     except (RuntimeError, ValueError, IndexError) as error:
-        # A tensor that is shared by all samples has by chance as many rows as there are samples.
+        # A tensor that all samples share may happen to have as many rows as there are samples.
         raise _CannotShareBatch from error
-    for at, (i, row) in enumerate(chosen):
+    for position, (i, row) in enumerate(chosen):
         for new, old in zip(joined, predict(questions[i]), strict=True):
             if len(old) != sizes[i] or len(new) != len(chosen):
                 raise _CannotShareBatch
-            if (new[at] - old[row]).norm() > _TOLERANCE * old[row].norm():
+            if (new[position] - old[row]).norm() > _TOLERANCE * old[row].norm():
                 raise _CannotShareBatch
 
 
@@ -115,7 +122,7 @@ def _cut_sample(question: Question, row: int, size: int) -> Question:
 
 
 def _cut_rows(value: Any, row: int, size: int) -> Any:
-    """The row of every tensor with that many rows; anything else as it is."""
+    """One row of every tensor that has as many rows as samples; anything else unchanged."""
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
         return _SampleRow(value[row : row + 1])
     if isinstance(value, dict):
@@ -126,7 +133,7 @@ def _cut_rows(value: Any, row: int, size: int) -> Any:
 
 
 class _SampleRow:
-    """Marks a tensor that was cut, and so is to be joined."""
+    """Marks a tensor that was cut, and so must be joined."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -145,7 +152,7 @@ def _join_samples(questions: list[Question]) -> Question:
 
 
 def _merge_values(values: list[Any]) -> Any:
-    """Rows one below the other; what is no row must be the same in all."""
+    """Joins rows; anything else must be the same in all calls."""
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise _CannotShareBatch

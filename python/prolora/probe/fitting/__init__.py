@@ -1,0 +1,1 @@
+"""How updates are fitted to the changes that the target should make."""

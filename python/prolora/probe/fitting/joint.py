@@ -1,0 +1,106 @@
+"""Strategy "joint": all updates at once, fitted to the prediction and then cut to rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...core.lowrank import LowRank
+from ..checkpoint import hash_texts, hash_updates
+from ..gate import copy_is_start
+from ..probe_run import FittedModules, ProbeRun
+from ..recording.spill import SpillStore
+from ..recording.translation import Question
+from ..recording.wanted import WantedChange, wanted_changes
+from ..updates import apply_updates
+from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
+from .linearisation import ProbeBatch
+
+BATCHES_TO_TRY_COPY = 4
+"""Batches that decide whether the fit starts from copied updates."""
+
+
+def fit_all_modules(
+    run: ProbeRun, questions: Sequence[Question], modules: FittedModules
+) -> dict[str, LowRank]:
+    """The updates of all modules; from the rival's where these are a start.
+
+    Args:
+        run: the probing; its report gets the steps and the start.
+        questions: the probes.
+        modules: the modules that get an update.
+    """
+    checkpoints, report = run.checkpoints, run.report
+    key = ""
+    if checkpoints.folder is not None:
+        key = hash_texts(run.key, run.settings.describe_fit(), hash_updates(run.rival))
+    kept = checkpoints.recall_updates("joint", key)
+    if kept is not None:
+        updates, facts = kept
+        report.steps, report.start, report.resumed = facts["steps"], facts["start"], 1
+        return updates
+    batches = _BatchQueue(run, questions)
+    first = batches.ask_models()
+    start = dict(run.rival)
+    if not copy_is_start(run.target, start, first, run.translation.read):
+        start = {}
+    report.start = "copy" if start else "zero"
+    inside = set(modules.names)
+    outside = {name: start.pop(name) for name in list(start) if name not in inside}
+    with apply_updates(run.target, outside):  # these copies do not change during the fit
+        fit = _fit_from(run, batches, modules.names, start, key)
+    report.steps = fit.history
+    updates = cut_updates(fit, run.settings.rank) | outside
+    facts = {"steps": fit.history, "start": report.start}
+    checkpoints.store_updates("joint", key, updates, facts)
+    state_file = checkpoints.state_file("fit", key)
+    if state_file:
+        state_file.remove()
+    return updates
+
+
+def _fit_from(
+    run: ProbeRun, batches: _BatchQueue, names: list[str], start: dict[str, LowRank], key: str
+) -> JointFit:
+    settings = run.settings
+    problem = JointProblem(
+        run.target, names, run.translation.read, batches.draw, settings.steps, settings.damping
+    )
+    return fit_jointly(
+        problem,
+        start,
+        lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
+        run.checkpoints.state_file("fit", key),
+    )
+
+
+class _BatchQueue:
+    """The probes of a joint fit: every probe is drawn once before any is drawn again."""
+
+    def __init__(self, run: ProbeRun, questions: Sequence[Question]) -> None:
+        self.run, self.questions = run, questions
+        self.store = SpillStore(run.settings.share_memory(2))
+        self.sizes: list[int] = []
+        self.queue: list[int] = []
+
+    def ask_models(self) -> list[WantedChange]:
+        """Computes and stores the wanted prediction of every probe; returns the first few."""
+        run, first = self.run, []
+        asked = wanted_changes(
+            run.source, run.target, run.adapter.updates, self.questions, run.translation
+        )
+        for i, wanted in enumerate(asked):
+            if i < BATCHES_TO_TRY_COPY:
+                first.append(wanted)
+            run.notify(i, len(self.questions), "asking")
+            self.store.put(i, (wanted.plain, wanted.plain + wanted.change))
+            self.sizes.append(len(wanted.plain))
+        return first
+
+    def draw(self) -> list[ProbeBatch]:
+        """The batches of one step, at least as many samples as the settings ask for."""
+        drawn: list[int] = []
+        while sum(self.sizes[i] for i in drawn) < (self.run.settings.batch or 1):
+            if not self.queue:
+                self.queue.extend(range(len(self.questions)))
+            drawn.append(self.queue.pop(0))
+        return [ProbeBatch(self.questions[i].target, *self.store.get(i)) for i in drawn]

@@ -1,0 +1,179 @@
+"""A denoiser's calls split into latent, time and conditioning, and built from them again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ProLoRAError
+from ..recording.trajectories import Call
+
+Path = tuple[str, ...]
+Conditioning = dict[Path, Any]
+"""The arguments of a call besides latent and time; nested ones by their path."""
+
+# Positions of tokens: one table for all samples of a batch.
+_SHARED = ("img_ids", "txt_ids")
+_TOLERANCE = 1e-3  # of a squared norm: text encoders round differently in a batch of another size
+
+
+@dataclass(frozen=True)
+class CallParts:
+    """The parts of one call of a denoiser.
+
+    Attributes:
+        latent: [n, ...].
+        time: [] or [n].
+        conditioning: all other arguments.
+    """
+
+    latent: Tensor
+    time: Tensor
+    conditioning: Conditioning
+
+
+def split_call(model: nn.Module, call: Call) -> CallParts:
+    """Splits a call by the parameter names of the model's `forward`.
+
+    Raises:
+        ProLoRAError: the model has no parameter `timestep`.
+    """
+    arguments = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    arguments = {**arguments, **arguments.pop("kwargs", {})}
+    latent = arguments.pop(next(iter(arguments)))
+    if "timestep" not in arguments:
+        raise ProLoRAError(f"{type(model).__name__} takes no timestep; probing needs a denoiser")
+    time = torch.as_tensor(arguments.pop("timestep"), device=latent.device)
+    return CallParts(latent, time, _flatten_nested(arguments))
+
+
+def build_call(model: nn.Module, parts: CallParts) -> Call:
+    """The call of the model that has these parts."""
+    first = next(iter(inspect.signature(model.forward).parameters))
+    kwargs: dict[str, Any] = {first: parts.latent, "timestep": parts.time}
+    for path, value in parts.conditioning.items():
+        inner = kwargs
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = value
+    return Call((), kwargs)
+
+
+def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning:
+    flat: Conditioning = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten_nested(value, (*above, name))
+        else:
+            flat[(*above, name)] = value
+    return flat
+
+
+def _has_row_per_sample(path: Path, value: Any, count: int) -> bool:
+    """Whether a value is a tensor with a row for every sample of the call."""
+    return (
+        isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == count
+        and path[-1] not in _SHARED
+    )
+
+
+def sample_conditioning(parts: CallParts, i: int) -> Conditioning:
+    """The conditioning of sample i, as in a call of that sample alone."""
+    count = len(parts.latent)
+    return {
+        path: value[i : i + 1] if _has_row_per_sample(path, value, count) else value
+        for path, value in parts.conditioning.items()
+    }
+
+
+def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of one call of several samples, from one for each sample.
+
+    Raises:
+        ProLoRAError: the texts differ in length.
+    """
+    stacked: Conditioning = {}
+    for path, value in rows[0].items():
+        values = [other[path] for other in rows]
+        if not _has_row_per_sample(path, value, 1):
+            stacked[path] = value
+        elif len({v.shape for v in values}) > 1:
+            raise ProLoRAError(
+                f"{'.'.join(path)} has a different length for each prompt, so that one call cannot "
+                "hold two prompts; probe with a single prompt and --probe-guidance 1"
+            )
+        else:
+            stacked[path] = torch.cat(values)
+    return stacked
+
+
+class PromptTable:
+    """The conditioning of one model for each prompt and for none, in one order for both models."""
+
+    def __init__(self, model: nn.Module, entries: Sequence[Conditioning], time: Tensor) -> None:
+        """Takes `entries` by prompt, the unconditional one last, and a `time` of the pipeline."""
+        self.model, self.entries = model, list(entries)
+        self.time = time
+        self._stacked: dict[tuple[int, ...], Conditioning] = {}
+
+    def prompt_of(self, parts: CallParts, i: int) -> int:
+        """The index of the entry that sample i of a call has.
+
+        Raises:
+            ProLoRAError: it has none of them.
+        """
+        conditioning = sample_conditioning(parts, i)
+        distances = [_conditioning_distance(conditioning, entry) for entry in self.entries]
+        best = min(range(len(distances)), key=lambda k: distances[k])
+        if distances[best] > _TOLERANCE:
+            raise ProLoRAError(
+                f"a call of {type(self.model).__name__} has a conditioning of none of the prompts; "
+                "its pipeline changes the text embeddings between steps, which probing cannot "
+                "translate"
+            )
+        return best
+
+    def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
+        """A call of the model.
+
+        Args:
+            latent: [n, ...].
+            time: [] or [n]; it takes the dtype and the axes that the pipeline gives a time.
+            prompts: an index of the entries for each sample.
+        """
+        if tuple(prompts) not in self._stacked:
+            self._stacked[tuple(prompts)] = stack_conditionings([self.entries[k] for k in prompts])
+        conditioning = self._stacked[tuple(prompts)]  # one copy for all steps of an image
+        if not (time.is_floating_point() and bool((time != time.round()).any())):
+            time = time.to(self.time.dtype)  # a fraction must not become an integer
+        elif self.time.is_floating_point():
+            time = time.to(self.time.dtype)
+        else:
+            time = time.float()
+        if self.time.dim() and not time.dim():
+            time = time.expand(len(latent))
+        if not self.time.dim() and time.dim() and bool((time == time[0]).all()):
+            time = time[0]
+        return build_call(self.model, CallParts(latent, time, conditioning))
+
+
+def _conditioning_distance(a: Conditioning, b: Conditioning) -> float:
+    """Largest ‖x − y‖²/(‖x‖² + ‖y‖²) of the tensors with a row for each sample."""
+    distances = []
+    for path, x in a.items():
+        y = b.get(path)
+        if not _has_row_per_sample(path, x, 1):
+            continue
+        if not isinstance(y, Tensor) or x.shape != y.shape:
+            return float("inf")
+        x, y = x.double(), y.double().to(x.device)
+        size = float(x.square().sum() + y.square().sum())
+        distances.append(float((x - y).square().sum()) / size if size else 0.0)
+    return max(distances, default=0.0)

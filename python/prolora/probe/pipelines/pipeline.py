@@ -1,0 +1,183 @@
+"""A diffusers pipeline that is run from noise, to the end or to the first call of its denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...bases.folder import MODELS
+from ...errors import ProLoRAError, UnsupportedFormat
+from ..hooks import FirstCallReached, capture_first_call, keep_hooks
+from ..recording.trajectories import Call, Sample
+from ..settings import Probing
+from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
+from .schedules import Schedule
+
+
+class Pipeline:
+    """A loaded pipeline.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        name: for messages.
+        denoiser: its unet or transformer.
+        schedule: what the denoiser predicts, at which noise level.
+        accepted: names of the parameters of the pipeline's call.
+    """
+
+    def __init__(self, pipe: Any, name: str) -> None:
+        """Wraps a diffusers pipeline; `name` is for messages.
+
+        Raises:
+            UnsupportedFormat: it has neither unet nor transformer, or its scheduler is unknown.
+        """
+        self.pipe, self.name = pipe, name
+        part = next((part for part in MODELS if getattr(pipe, part, None) is not None), None)
+        if part is None:
+            raise UnsupportedFormat(f"{name}: its {type(pipe).__name__} has no unet or transformer")
+        self.denoiser: nn.Module = getattr(pipe, part)
+        self.schedule = Schedule.of(pipe.scheduler, name)
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def size(self) -> int | None:
+        """Default height in pixels; None where the pipeline does not say."""
+        if "height" not in self.accepted:
+            return None
+        config: Any = self.denoiser.config
+        sample = getattr(config, "sample_size", None)
+        sample = getattr(self.pipe, "default_sample_size", sample)
+        sample = sample[0] if isinstance(sample, list | tuple) else sample
+        scale = getattr(self.pipe, "vae_scale_factor", None)
+        return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the latents that the denoiser takes."""
+        config: Any = self.denoiser.config
+        return int(config.in_channels)
+
+    def sample_latents(self, prompt: str, settings: Probing, seed: int) -> None:
+        """Samples the latents of one image from noise.
+
+        Raises:
+            ProLoRAError: the pipeline needs more than a prompt, an image for example.
+        """
+        arguments = self._build_arguments(prompt, settings, seed)
+        hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
+        with keep_hooks([hook]), torch.no_grad():
+            try:
+                self.pipe(**arguments)
+            except (FirstCallReached, ProLoRAError):
+                raise
+            except Exception as error:  # diffusers and its models raise any type
+                raise ProLoRAError(
+                    f"{self.name}: its {type(self.pipe).__name__} cannot sample from a prompt "
+                    f"alone: {type(error).__name__}: {error}"
+                ) from error
+
+    def _build_arguments(self, prompt: str, settings: Probing, seed: int) -> dict[str, Any]:
+        """The arguments of the pipeline's call, of those that it accepts."""
+        arguments: dict[str, Any] = {
+            "num_inference_steps": settings.steps,
+            "output_type": "latent",
+            "generator": torch.Generator().manual_seed(seed),
+            "height": settings.size,
+            "width": settings.size,
+            "guidance_scale": settings.guidance,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
+        if "class_labels" in self.accepted:
+            arguments["class_labels"] = [_parse_class(prompt, self.name)]
+        elif "prompt" in self.accepted:
+            arguments["prompt"] = prompt
+        return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
+
+    def sampler(self, settings: Probing, on_image: Callable[[], None] | None = None) -> Sample:
+        """A function that samples the images of one set of trajectories, with prompts in turn.
+
+        The images of one seed have no noise in common with those of another.
+
+        Args:
+            settings: prompts, and number of images.
+            on_image: called after each image.
+        """
+        prompts = _prompts_or_empty(settings)
+
+        def sample(seed: int) -> None:
+            for i in range(settings.images):
+                prompt = prompts[(seed + i) % len(prompts)]
+                self.sample_latents(prompt, settings, seed * settings.images + i)
+                if on_image:
+                    on_image()
+
+        return sample
+
+    def tabulate_prompts(self, settings: Probing) -> PromptTable:
+        """The conditioning for each prompt, taken from the first call of a sampling.
+
+        The unconditional branch of the guidance comes last; without guidance, the empty prompt.
+
+        Raises:
+            ProLoRAError: the guidance has more than two branches.
+        """
+        entries: list[Conditioning] = []
+        negative: Conditioning | None = None
+        for prompt in _prompts_or_empty(settings):
+            parts = split_call(self.denoiser, self._capture_call(prompt, settings))
+            branches = len(parts.latent)
+            if branches > 2:
+                raise ProLoRAError(
+                    f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
+                    "branches, which probing cannot handle"
+                )
+            entries.append(sample_conditioning(parts, branches - 1))
+            if branches == 2:
+                # DiT puts the conditional sample first, all others the unconditional one.
+                swapped = "class_labels" in self.accepted
+                negative = sample_conditioning(parts, int(swapped))
+                entries[-1] = sample_conditioning(parts, int(not swapped))
+        if negative is None and "class_labels" not in self.accepted:
+            empty = self._capture_call("", settings)
+            negative = sample_conditioning(split_call(self.denoiser, empty), 0)
+        return PromptTable(self.denoiser, [*entries, negative or entries[-1]], parts.time)
+
+    def _capture_call(self, prompt: str, settings: Probing) -> Call:
+        """The first call of the denoiser for a prompt."""
+        inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
+        if inputs is None:
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
+            )
+        return Call(*inputs)
+
+
+def _repeat_time(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with one time for each sample, so that samples of many moments mix."""
+    parts = split_call(model, Call(args, kwargs))
+    if parts.time.dim():
+        return args, kwargs
+    call = build_call(model, replace(parts, time=parts.time.expand(len(parts.latent)).clone()))
+    return call.args, call.kwargs
+
+
+def _prompts_or_empty(settings: Probing) -> tuple[str, ...]:
+    return settings.prompts or ("",)
+
+
+def _parse_class(prompt: str, name: str) -> int:
+    try:
+        return int(prompt or "0")
+    except ValueError:
+        raise ValueError(
+            f"{name} takes classes and no texts: give their numbers as prompts, not {prompt!r}"
+        ) from None

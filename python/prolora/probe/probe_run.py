@@ -1,0 +1,65 @@
+"""What all stages of one probing share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..core.lowrank import LowRank
+from .checkpoint import Checkpoints
+from .recording.translation import Translation
+from .report import ProbeReport
+from .settings import FitSettings
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """One probing.
+
+    Attributes:
+        source: the source model, without its LoRA.
+        target: the target model, without updates.
+        adapter: the LoRA of the source.
+        translation: turns calls and predictions of one model into those of the other.
+        rival: updates of the target that the fit is compared with, and may start from.
+        settings: of the fit, with all numbers set.
+        checkpoints: where fitted updates are kept.
+        key: hash of the models, the LoRA and the samplers; part of the keys of what is kept.
+        report: filled in by the stages.
+    """
+
+    source: nn.Module
+    target: nn.Module
+    adapter: Adapter
+    translation: Translation
+    rival: Mapping[str, LowRank]
+    settings: FitSettings
+    checkpoints: Checkpoints
+    key: str
+    report: ProbeReport
+
+    def notify(self, done: int, total: int, name: str) -> None:
+        """Calls the progress function, where there is one."""
+        if self.settings.progress:
+            self.settings.progress(done, total, name)
+
+
+@dataclass(frozen=True)
+class FittedModules:
+    """The modules that get an update.
+
+    Attributes:
+        source_blocks: names of the source's blocks, in the order in which they run.
+        by_block: block of the target -> names inside it of its linear modules, in that order.
+    """
+
+    source_blocks: Sequence[str]
+    by_block: Mapping[str, Sequence[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """The full names."""
+        return [f"{block}.{name}" for block, inside in self.by_block.items() for name in inside]

@@ -1,0 +1,1 @@
+"""What the models are asked: calls recorded while they sample, translated, mixed and stored."""

@@ -1,0 +1,102 @@
+"""The questions of a probing: recorded while the models sample, or read back from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ...adapters.adapter import Adapter
+from ..checkpoint import Checkpoints, hash_model, hash_texts, hash_updates
+from ..updates import apply_updates
+from .call_codec import decode_calls, encode_calls
+from .trajectories import Call, Sample, record_calls
+from .translation import Question, Translation
+
+ORIGINS = ("source", "adapted", "target")
+"""Whose trajectories are recorded: the source's, the source's with its LoRA, the target's."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Runs the samplers of source, source with its LoRA, and target.
+
+    Attributes:
+        source: the source model.
+        target: the target model.
+        adapter: the LoRA of the source.
+        samplers: one for each of ORIGINS.
+        translation: turns each recorded call into a question to both models.
+        checkpoints: where recorded calls are kept.
+        samplers_text: what the samplers do; part of the keys of what is kept.
+    """
+
+    source: nn.Module
+    target: nn.Module
+    adapter: Adapter
+    samplers: tuple[Sample, Sample, Sample]
+    translation: Translation
+    checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
+    samplers_text: str = ""
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Origin -> hash of what its trajectories depend on, besides the seed."""
+        if self.checkpoints.folder is None:
+            return dict.fromkeys(ORIGINS, "")
+        source, target = hash_model(self.source), hash_model(self.target)
+        lora = hash_updates(self.adapter.updates)
+        return {
+            "source": hash_texts(source, self.samplers_text),
+            "adapted": hash_texts(source, self.samplers_text, lora),
+            "target": hash_texts(target, self.samplers_text),
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of what all trajectories together depend on."""
+        return hash_texts(*self.keys.values())
+
+    def record_questions(self, seed: int) -> list[Question]:
+        """The questions of all three trajectories, whose seeds are `seed` and the next two."""
+        models = self.source, self.source, self.target
+        calls: list[Call] = []
+        for i, (origin, model) in enumerate(zip(ORIGINS, models, strict=True)):
+            calls += self._load_or_record(origin, model, self.samplers[i], seed + i)
+        return [self.translation.question(call) for call in calls]
+
+    def _load_or_record(
+        self, origin: str, model: nn.Module, sample: Sample, seed: int
+    ) -> list[Call]:
+        def record() -> list[Call]:
+            if origin != "adapted":
+                return record_calls(model, sample, seed, origin)
+            with apply_updates(model, self.adapter.updates):
+                return record_calls(model, sample, seed, origin)
+
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        key = hash_texts(self.keys[origin], str(seed))
+        return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
+
+
+def load_or_record(
+    checkpoints: Checkpoints,
+    name: str,
+    key: str,
+    device: torch.device,
+    record: Callable[[], list[Call]],
+) -> list[Call]:
+    """The calls kept under a name and key; where there are none, records them and keeps them."""
+    kept = checkpoints.recall(name, key)
+    if kept is not None:
+        tensors, text = kept
+        ordered = [tensors[str(i)].to(device) for i in range(len(tensors))]
+        return decode_calls(ordered, text)
+    calls = record()
+    if checkpoints.folder is not None:
+        encoded, text = encode_calls(calls)
+        checkpoints.store(name, key, {str(i): t for i, t in enumerate(encoded)}, text)
+    return calls

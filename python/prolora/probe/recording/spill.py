@@ -1,0 +1,169 @@
+"""Tensors that are needed later: in memory up to a bound, in temporary files beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...files.safetensors_file import SafetensorsFile
+from ...files.writing import dump_safetensors
+from . import call_codec
+from .lazy import LazySequence
+from .trajectories import Call
+from .translation import Question
+
+Bundle = tuple[Tensor, ...]
+"""Tensors of one device that are stored together."""
+
+
+class SpillStore:
+    """Bundles of tensors by key.
+
+    The bundles are in the machine's memory, not in a GPU's; a bundle that would exceed the bound
+    goes to a file. Bundles come back bit for bit, on their former device. The files are in a
+    temporary folder that is deleted with the store.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """Starts empty; `max_bytes` bounds the bytes in memory, None means no bound."""
+        self.max_bytes = max_bytes
+        self.held = self.spilled = 0
+        self._bundles: dict[Hashable, tuple[Bundle, torch.device]] = {}
+        self._files: dict[Hashable, tuple[Path, torch.device]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, key: Hashable, bundle: Bundle) -> None:
+        """Stores tensors of one device; the key must be new."""
+        size = sum(t.numel() * t.element_size() for t in bundle)
+        device = bundle[0].device if bundle else torch.device("cpu")
+        if self.max_bytes is None or self.held + size <= self.max_bytes or not size:
+            self._bundles[key] = tuple(t.cpu() for t in bundle), device
+            self.held += size
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="prolora-probe-")
+        path = Path(self._folder.name) / f"{len(self._files)}-{self.spilled}.safetensors"
+        named = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(bundle)}
+        dump_safetensors(path, named, {})
+        self._files[key] = path, device
+        self.spilled += size
+
+    def get(self, key: Hashable) -> Bundle:
+        """The tensors under a key."""
+        if key in self._bundles:
+            bundle, device = self._bundles[key]
+            return tuple(t.to(device) for t in bundle)
+        path, device = self._files[key]
+        file = SafetensorsFile(path)
+        return tuple(file.read(str(i)).to(device) for i in range(len(file.tensors)))
+
+    def remove(self, key: Hashable) -> None:
+        """Frees the memory or the file of a key."""
+        if key in self._bundles:
+            bundle, _ = self._bundles.pop(key)
+            self.held -= sum(t.numel() * t.element_size() for t in bundle)
+        else:
+            self._files.pop(key)[0].unlink()
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether there are tensors under a key."""
+        return key in self._bundles or key in self._files
+
+
+class SpilledRows(LazySequence[Bundle]):
+    """The bundles under (i, name) for i = 0, 1, …, each read on access."""
+
+    def __init__(self, store: SpillStore, name: str, size: int) -> None:
+        """Takes the store, the second part of the keys, and the number of bundles."""
+        self.store, self.name, self.size = store, name, size
+
+    def __len__(self) -> int:
+        """The number of bundles."""
+        return self.size
+
+    def item(self, i: int) -> Bundle:
+        """Bundle i."""
+        return self.store.get((i, self.name))
+
+    def remove(self) -> None:
+        """Frees all of them."""
+        for i in range(self.size):
+            self.store.remove((i, self.name))
+
+
+def spill_calls(calls: Iterable[Call], store: SpillStore, name: str) -> Sequence[Call]:
+    """Puts calls into a store, one after the other; a plain list where the store has no bound."""
+    if store.max_bytes is None:
+        return list(calls)
+    spilled = SpilledCalls(store, name)
+    for call in calls:
+        spilled.append(call)
+    return spilled
+
+
+class SpilledCalls(LazySequence[Call]):
+    """Calls in a store, each decoded on access."""
+
+    def __init__(self, store: SpillStore, name: str) -> None:
+        """Starts empty; no other user of the store may have this name."""
+        self.store, self.name = store, name
+        self.texts: list[str] = []
+
+    def append(self, call: Call) -> None:
+        """Puts one call into the store."""
+        tensors, text = call_codec.encode_calls([call])
+        self.store.put((len(self.texts), self.name), tuple(tensors))
+        self.texts.append(text)
+
+    def __len__(self) -> int:
+        """The number of calls."""
+        return len(self.texts)
+
+    def item(self, i: int) -> Call:
+        """Call i."""
+        return call_codec.decode_calls(self.store.get((i, self.name)), self.texts[i])[0]
+
+
+def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+    """The questions, with those above the limit (bytes) in temporary files; None: no limit."""
+    if limit is None:
+        return questions
+    store = SpillStore(limit)
+    sides = SpilledCalls(store, "source"), SpilledCalls(store, "target")
+    for question in questions:
+        sides[0].append(question.source)
+        sides[1].append(question.target)
+    return _SpilledQuestions(*sides)
+
+
+class _SpilledQuestions(LazySequence[Question]):
+    """Pairs of calls in a store."""
+
+    def __init__(self, source: Sequence[Call], target: Sequence[Call]) -> None:
+        self.source, self.target = source, target
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def item(self, i: int) -> Question:
+        return Question(self.source[i], self.target[i])
+
+
+class TargetCalls(LazySequence[Call]):
+    """The calls of the target in a sequence of questions, which may be in files."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        """Takes the questions."""
+        self.questions = questions
+
+    def __len__(self) -> int:
+        """The number of calls."""
+        return len(self.questions)
+
+    def item(self, i: int) -> Call:
+        """Call i."""
+        return self.questions[i].target
