@@ -10,6 +10,8 @@ from lora_files import DATA, factors, save
 
 from prolora import adapters
 from prolora.adapters import fused_updates, groups, names
+from prolora.architectures import flux
+from prolora.architectures.modules import find_component
 from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
@@ -105,7 +107,7 @@ def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtyp
 def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
     tensors, expected = {}, {}
     for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
-        matrix = fused_updates.find_flux_weight(name)
+        matrix = flux.find_flux_weight(name)
         parts = {}
         for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
             parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
@@ -300,8 +302,8 @@ def test_an_ai_toolkit_file_needs_no_alpha():
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
     for module, (original, rows, kohya, onetrainer, shape) in keymap().items():
-        matrix = fused_updates.find_weight_holding(module)
-        assert matrix.name == original and fused_updates.find_flux_weight(original) == matrix
+        matrix = flux.find_weight_holding(module)
+        assert matrix.name == original and flux.find_flux_weight(original) == matrix
         heights = fused_updates.split_rows(matrix, original_shape(original)[0], "here")
         top = sum(heights[: matrix.parts.index(module)])
         assert [top, top + shape[0]] == (rows or [0, shape[0]])
@@ -484,7 +486,7 @@ def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
 
 
 def test_parts_of_different_weights_are_not_put_together():
-    matrix = fused_updates.find_flux_weight("double_blocks.0.img_attn.qkv")
+    matrix = flux.find_flux_weight("double_blocks.0.img_attn.qkv")
     parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
     with pytest.raises(ShapeMismatch, match="cannot be put together"):
         fused_updates.fuse_updates(matrix, parts)
@@ -519,5 +521,5 @@ def test_t5_is_the_third_text_encoder_where_there_is_a_second_clip():
         "lora_te2_text_model_encoder_layers_0_mlp_fc1",
     ):
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-    names_ = [names.find_component(name) for name in adapters.read_adapter(tensors).updates]
+    names_ = [find_component(name) for name in adapters.read_adapter(tensors).updates]
     assert names_ == ["text_encoder_3", "text_encoder_2"]

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from ..architectures.modules import find_component
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import algorithms, fused_updates, keys, names, vectors
 from .algorithms import Form
@@ -168,7 +169,7 @@ def _settle_t5(slots: list[Slot]) -> list[Slot]:
     modules = [name for slot in slots for name in slot.module.modules]
     originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
     has_second_clip = any(
-        names.find_component(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
+        find_component(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
     )
     inputs = dict.fromkeys([*modules, *originals], 0)
     if has_second_clip or guess_family(inputs, {}) == "sd3":

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.modules import find_component, local_name
 from ..core.lowrank import LowRank
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from . import names, vectors
+from . import vectors
 from .adapter import Adapter
 from .groups import Group, find_paths, group_modules, is_fused
 from .peft_config import Patterns
@@ -206,7 +207,7 @@ def peft_config(adapter: Adapter, *, component: str | None = None) -> dict[str, 
     ranks = {
         name: update.rank
         for name, update in adapter.updates.items()
-        if component in (None, names.find_component(name))
+        if component in (None, find_component(name))
     }
     common = Counter(ranks.values()).most_common(1)[0][0]
     local = {_config_name(name): rank for name, rank in ranks.items()}
@@ -231,7 +232,7 @@ def _config_name(name: str) -> str:
     CLIP lost its outer `text_model.` in transformers 5; PEFT matches the end of a name, so the
     shorter name fits both.
     """
-    return re.sub(r"^text_model\.(?=encoder\.)", "", names.local_name(name))
+    return re.sub(r"^text_model\.(?=encoder\.)", "", local_name(name))
 
 
 def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int) -> dict[str, int]:
@@ -255,7 +256,7 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any] | None:
     if len({update.rank for update in adapter.updates.values()}) <= 1:
         return None
     table: dict[str, Any] = {}
-    for component in dict.fromkeys(map(names.find_component, adapter.updates)):
+    for component in dict.fromkeys(map(find_component, adapter.updates)):
         for option, value in peft_config(adapter, component=component).items():
             table[f"{component}.{option}"] = value
     return table

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from . import fused_updates, names
+from ..architectures import flux
+from ..architectures.modules import find_component
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 _FLUX_WIDTH = 3072
-_FLUX_ROOTS = fused_updates.ROOTS | {"single_transformer_blocks"}
+_FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
 # How ss_base_model_version and modelspec.architecture begin.
 _BY_VERSION = {
     "sdxl": "sdxl",
@@ -55,9 +56,9 @@ def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str 
         metadata: header metadata of the file.
     """
     claimed = claimed_family(metadata)
-    unet = [name for name in inputs if names.find_component(name) == "unet"]
+    unet = [name for name in inputs if find_component(name) == "unet"]
     if not unet:
-        transformer = [name for name in inputs if names.find_component(name) == "transformer"]
+        transformer = [name for name in inputs if find_component(name) == "transformer"]
         return _transformer_family(transformer, inputs) or claimed
     widths = (inputs[name] for name in unet if name.endswith(_CONTEXT))
     context = next((width for width in widths if width), None)

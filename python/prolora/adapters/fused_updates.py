@@ -1,143 +1,19 @@
-"""FLUX as its authors name it <-> diffusers: names, and the rows of fused weights.
+"""Updates of FLUX's fused weights <-> updates of their parts, which are their rows.
 
-The original checkpoint keeps q, k and v of a block in one matrix, and in single blocks the first
-feed-forward layer too. An update of such a matrix is an update of every part: its rows. Parts are
-what prolora moves, so that a result does not depend on how a file or a base was laid out.
+Parts are what prolora moves, so that a result does not depend on how a file or a base was laid out.
+Which modules a fused weight consists of: `architectures.flux`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..architectures.flux import FluxWeight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
-
-_OUTSIDE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
-}
-_DOUBLE = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-_SINGLE = {
-    "modulation.lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-}
-# XLabs' attention processors: `1` is the image stream, `2` the text stream.
-_XLABS_DOUBLE = {
-    "qkv_lora1": "img_attn.qkv",
-    "qkv_lora2": "txt_attn.qkv",
-    "proj_lora1": "img_attn.proj",
-    "proj_lora2": "txt_attn.proj",
-}
-
-ROOTS = frozenset(name.split(".")[0] for name in _OUTSIDE) | {"double_blocks", "single_blocks"}
-"""What module names of the original checkpoint start with."""
-
-_BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,3})\.(.+)")
-_XLABS = re.compile(r"(double|single)_blocks\.(\d{1,3})\.processor\.((?:qkv|proj)_lora[12]?)")
-_BLOCK_BACK = re.compile(r"(single_)?transformer_blocks\.(\d{1,3})\.(.+)")
-
-
-@dataclass(frozen=True)
-class FluxWeight:
-    """A weight of the original checkpoint.
-
-    Attributes:
-        name: its own name, `double_blocks.0.img_attn.qkv`.
-        parts: the canonical modules its rows are, from the top.
-        swapped: the file has the halves of its rows in the other order than diffusers.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    swapped: bool = False
-
-    @property
-    def shares(self) -> tuple[int, ...]:
-        """Rows of each part, in units: the feed-forward layer is four times as high as q."""
-        return tuple(4 if part.endswith(".proj_mlp") else 1 for part in self.parts)
-
-
-def find_flux_weight(name: str) -> FluxWeight | None:
-    """The original weight of that name, None if there is none.
-
-    XLabs' processors are names too, and so are the parts that OneTrainer counts from 0
-    (`img_attn.qkv.2`, `linear1.3`).
-
-    Args:
-        name: no `diffusion_model.`, no `.weight`.
-    """
-    if name == "img_in.proj":  # OneTrainer's name of it
-        name = "img_in"
-    if name in _OUTSIDE:
-        return FluxWeight(name, (_OUTSIDE[name],), swapped=_OUTSIDE[name] == "norm_out.linear")
-    if match := _XLABS.fullmatch(name):
-        return _xlabs_matrix(match[1], match[2], match[3])
-    match = _BLOCK.fullmatch(name)
-    if not match:
-        return None
-    table, block = (_DOUBLE, "") if match[1] == "double" else (_SINGLE, "single_")
-    whole, _, index = match[3].rpartition(".")
-    if match[3] in table:
-        parts = table[match[3]]
-    elif index in ("0", "1", "2", "3") and len(table.get(whole, ())) > max(1, int(index)):
-        parts = (table[whole][int(index)],)
-    else:
-        return None
-    prefix = f"{block}transformer_blocks.{match[2]}."
-    return FluxWeight(name, tuple(prefix + part for part in parts))
-
-
-def _xlabs_matrix(kind: str, block: str, processor: str) -> FluxWeight | None:
-    if kind == "double":
-        name = _XLABS_DOUBLE.get(processor)
-        return find_flux_weight(f"double_blocks.{block}.{name}") if name else None
-    if processor == "proj_lora":
-        return find_flux_weight(f"single_blocks.{block}.linear2")
-    if processor != "qkv_lora":
-        return None
-    # No feed-forward rows here, unlike in `linear1`.
-    linear1 = find_flux_weight(f"single_blocks.{block}.linear1")
-    return linear1 and FluxWeight(f"single_blocks.{block}.qkv", linear1.parts[:3])
-
-
-def find_weight_holding(module: str) -> FluxWeight | None:
-    """The original weight that a canonical module is, or is rows of."""
-    for name, canonical in _OUTSIDE.items():
-        if canonical == module:
-            return find_flux_weight(name)
-    match = _BLOCK_BACK.fullmatch(module)
-    if not match:
-        return None
-    kind, table = ("single", _SINGLE) if match[1] else ("double", _DOUBLE)
-    for original, parts in table.items():
-        if match[3] in parts:
-            return find_flux_weight(f"{kind}_blocks.{match[2]}.{original}")
-    return None
 
 
 def split_rows(whole: FluxWeight, height: int, where: str) -> list[int]:

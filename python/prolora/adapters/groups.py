@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..architectures import flux
+from ..architectures.modules import find_component, local_name
 from ..core.lowrank import LowRank
 from ..errors import UnsupportedFormat
 from . import fused_updates, names, vectors
@@ -25,7 +27,7 @@ class Group:
 
     path: str
     parts: dict[str, LowRank]
-    matrix: fused_updates.FluxWeight | None
+    matrix: flux.FluxWeight | None
 
     @property
     def modules(self) -> list[str]:
@@ -70,7 +72,7 @@ def group_modules(adapter: Adapter, format: str) -> list[Group]:
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
-            fused_updates.find_weight_holding(modules[0]) if fused else None,
+            flux.find_weight_holding(modules[0]) if fused else None,
         )
         for path, modules in members.items()
     ]
@@ -103,7 +105,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     siblings = [*adapter.updates, *modules]
     original = _is_flux(adapter)
     for name in modules:
-        if format == "comfy" and names.find_component(name) == "transformer" and not original:
+        if format == "comfy" and find_component(name) == "transformer" and not original:
             path = None
         elif format == "kohya":
             path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
@@ -112,7 +114,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
         elif format == "diffusers":
             path = names.to_diffusers(name)
         else:
-            path = "base_model.model." + names.local_name(name)
+            path = "base_model.model." + local_name(name)
         if path is None:
             raise UnsupportedFormat(
                 f"{name} has no name in the {format} format; write it with --format diffusers"
@@ -123,7 +125,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
 
 def _check_one_component(modules: list[str]) -> None:
     """A PEFT folder belongs to one model, and does not say to which text encoder."""
-    places = {names.find_component(name) for name in modules}
+    places = {find_component(name) for name in modules}
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
             f"a PEFT folder holds one model, but this adapter has modules of "
@@ -141,7 +143,7 @@ def _kohya_spelling(adapter: Adapter) -> str:
     modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    if any(names.find_component(name) == "transformer" for name in modules):
+    if any(find_component(name) == "transformer" for name in modules):
         from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
         return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
     return adapter.spelling
@@ -151,14 +153,14 @@ def _is_flux(adapter: Adapter) -> bool:
     """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
     inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
     is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
-    transformer = (name for name in inputs if names.find_component(name) == "transformer")
-    return is_flux and all(fused_updates.find_weight_holding(name) for name in transformer)
+    transformer = (name for name in inputs if find_component(name) == "transformer")
+    return is_flux and all(flux.find_weight_holding(name) for name in transformer)
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:
     """Whether the model is of the SDXL or FLUX family, whose text encoders kohya numbers."""
     return any(
-        names.find_component(name) in ("text_encoder_2", "text_encoder_3", "transformer")
+        find_component(name) in ("text_encoder_2", "text_encoder_3", "transformer")
         or (name.endswith(("attn2.to_k", "attn2.to_v")) and update.down.shape[-1] == 2048)
         for name, update in adapter.updates.items()
     )

@@ -11,22 +11,11 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..architectures import flux
 from ..architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
-from . import fused_updates
+from ..architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
 from .kohya_words import restore_dots
 
-UNET_ROOTS = frozenset(
-    {
-        "down_blocks",
-        "up_blocks",
-        "mid_block",
-        "conv_in",
-        "conv_out",
-        "conv_norm_out",
-        "time_embedding",
-        "add_embedding",
-    }
-)
 # Of diffusers' transformers (FLUX, SD3, PixArt), for keys that come without a prefix.
 _TRANSFORMER_ROOTS = frozenset(
     {
@@ -42,7 +31,6 @@ _TRANSFORMER_ROOTS = frozenset(
         "caption_projection",
     }
 )
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _KOHYA_TEXT = re.compile(r"lora_te(\d?)([_.])(.+)")
 # OneTrainer's own spelling of text encoders.
@@ -86,26 +74,12 @@ class ModulePath(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
-    matrix: fused_updates.FluxWeight | None = None
+    matrix: flux.FluxWeight | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The canonical modules: one, but for a fused weight."""
         return self.matrix.parts if self.matrix else (self.name,)
-
-
-def find_component(name: str) -> str:
-    """The part of the pipeline a module belongs to, e.g. "unet", "transformer", "text_encoder"."""
-    root = name.split(".", 1)[0]
-    if root in TEXT_ENCODERS:
-        return root
-    return "unet" if root in UNET_ROOTS else "transformer"
-
-
-def local_name(name: str) -> str:
-    """The module name within its component: canonical without a text encoder's prefix."""
-    root, _, rest = name.partition(".")
-    return rest if root in TEXT_ENCODERS else name
 
 
 def parse_path(path: str) -> ModulePath | None:
@@ -138,7 +112,7 @@ def _from_words(words: str, start: str) -> ModulePath | None:
         if root in SGM_ROOTS:
             name = ldm_to_diffusers(words)
             return ModulePath(name, "kohya", "unet.", name, sgm=True) if name else None
-        if matrix := fused_updates.find_flux_weight(words):
+        if matrix := flux.find_flux_weight(words):
             return _flux_path(matrix, "kohya")
         if root in UNET_ROOTS:
             return ModulePath(words, "kohya", "unet.", words)
@@ -159,9 +133,7 @@ def _from_kohya_text(number: str, words: str) -> ModulePath | None:
     return ModulePath(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
 
 
-def _flux_path(
-    matrix: fused_updates.FluxWeight, format: str, prefix: str = "transformer."
-) -> ModulePath:
+def _flux_path(matrix: flux.FluxWeight, format: str, prefix: str = "transformer.") -> ModulePath:
     """A weight of FLUX in its original spelling; a single part goes by its canonical name."""
     name = matrix.parts[0] if len(matrix.parts) == 1 else matrix.name
     return ModulePath(name, format, prefix, name, sgm=True, matrix=matrix)
@@ -170,7 +142,7 @@ def _flux_path(
 def _from_comfy(path: str) -> ModulePath | None:
     if path.startswith("diffusion_model."):
         path = path.removeprefix("diffusion_model.")
-        if matrix := fused_updates.find_flux_weight(path):
+        if matrix := flux.find_flux_weight(path):
             return _flux_path(matrix, "diffusers" if ".processor." in path else "comfy")
         name = ldm_to_diffusers(path)
         if name:
@@ -193,7 +165,7 @@ def _from_dotted(path: str) -> ModulePath | None:
     if path.startswith("base_model.model."):
         family, outer = "peft", "base_model.model."
         path = path.removeprefix(outer)
-    if matrix := fused_updates.find_flux_weight(path.removeprefix("transformer.")):
+    if matrix := flux.find_flux_weight(path.removeprefix("transformer.")):
         # `proj_out` and the like are diffusers' names too, and never get here. The authors' own
         # spelling has no file format of its own: such a LoRA is written as diffusers writes it.
         return _flux_path(matrix, "diffusers", outer)
@@ -268,7 +240,7 @@ def to_kohya(
         return path and "lora_unet_" + path.replace(".", "_")
     if where == "transformer":
         if spelling == "sgm":
-            matrix = fused_updates.find_flux_weight(name) or fused_updates.find_weight_holding(name)
+            matrix = flux.find_flux_weight(name) or flux.find_weight_holding(name)
             return "lora_unet_" + matrix.name.replace(".", "_") if matrix else None
         path = "lora_transformer_" + local.replace(".", "_")
         return path if parse_path(path) else None
@@ -297,7 +269,7 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
         path = diffusers_to_ldm(local, siblings=siblings)
         return path and f"diffusion_model.{path}"
     if where == "transformer":
-        matrix = fused_updates.find_flux_weight(name) or fused_updates.find_weight_holding(name)
+        matrix = flux.find_flux_weight(name) or flux.find_weight_holding(name)
         return f"diffusion_model.{matrix.name}" if matrix else None
     if is_t5(name):
         return f"text_encoders.t5xxl.transformer.{local}"

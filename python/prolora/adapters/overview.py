@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..errors import ProLoRAError
 from . import algorithms, keys, names
 from .contents import Contents, parse_contents, scale_of
@@ -120,10 +121,8 @@ class Overview:
     def places(self) -> dict[str, ComponentOverview]:
         """Part of the pipeline -> its updates; what is on unknown modules goes last."""
         members: dict[str, list[str]] = {}
-        for name in sorted(
-            self.modules, key=lambda n: names.find_component(n) in names.TEXT_ENCODERS
-        ):
-            members.setdefault(names.find_component(name), []).append(name)
+        for name in sorted(self.modules, key=lambda n: find_component(n) in TEXT_ENCODERS):
+            members.setdefault(find_component(name), []).append(name)
         refused = dict(self.refused)
         found = {}
         for place, modules in members.items():

@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from . import algorithms, base_dependent, fused_updates, lycoris, names, vectors
+from . import algorithms, base_dependent, fused_updates, lycoris, vectors
 from .adapter import Adapter
 from .contents import Contents, Slot, parse_contents, scale_of
 from .truncation import TruncatedUpdate
@@ -159,9 +160,7 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
     modules = [slot.module for slot in contents.slots]
     modules += [vector.module for vector in contents.vectors]
     # The text encoders of a file may be spelled in another format than the rest.
-    first = next(
-        (m for m in modules if names.find_component(m.name) not in names.TEXT_ENCODERS), modules[0]
-    )
+    first = next((m for m in modules if find_component(m.name) not in TEXT_ENCODERS), modules[0])
     dtypes = {
         source.headers[key].dtype
         for slot in contents.slots
@@ -284,7 +283,7 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
         try:
             found.append(get(name))
         except KeyError as error:
-            if names.find_component(name) in names.TEXT_ENCODERS:
+            if find_component(name) in TEXT_ENCODERS:
                 return None
             raise UnsupportedFormat(
                 f"{where}: the update depends on the weight of {name}, which the source base does "

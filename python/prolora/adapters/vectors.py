@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..architectures import flux
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from . import fused_updates
 from .names import ModulePath
@@ -102,7 +103,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Ten
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
-        matrix = fused_updates.find_weight_holding(module) if original else None
+        matrix = flux.find_weight_holding(module) if original else None
         if matrix is None:
             out[name] = vector
             continue

@@ -1,14 +1,36 @@
-"""What a module's name and shape say about it."""
+"""What a module's name and shape say about it: part of the pipeline, block, kind of layer.
+
+Names are canonical: diffusers', with `text_encoder.`, `text_encoder_2.` or `text_encoder_3.` in
+front for text encoders and nothing for the UNet or transformer itself.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODER_PREFIXES = tuple(f"{encoder}." for encoder in TEXT_ENCODERS)
+
+UNET_ROOTS = frozenset(
+    {
+        "down_blocks",
+        "up_blocks",
+        "mid_block",
+        "conv_in",
+        "conv_out",
+        "conv_norm_out",
+        "time_embedding",
+        "add_embedding",
+    }
+)
+"""What the names of a UNet's modules start with."""
+
+_ATTENTION = re.compile(r"(?:^|\.)attn\d?\.")
 # The layers LoRAs are commonly trained on, in UNets and transformers: attention, feed-forward and
 # the projections around them.
 _ADAPTABLE = re.compile(r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out|mlp)$")
+_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 
 class BlockPosition(NamedTuple):
@@ -25,10 +47,34 @@ class BlockPosition(NamedTuple):
     local: str
 
 
+def find_component(module: str) -> str:
+    """The part of the pipeline a module belongs to, e.g. "unet", "transformer", "text_encoder"."""
+    root = module.split(".", 1)[0]
+    if root in TEXT_ENCODERS:
+        return root
+    return "unet" if root in UNET_ROOTS else "transformer"
+
+
+def local_name(module: str) -> str:
+    """The module name within its component: canonical without a text encoder's prefix."""
+    root, _, rest = module.partition(".")
+    return rest if root in TEXT_ENCODERS else module
+
+
+def is_in_text_encoder(module: str) -> bool:
+    """Whether a module belongs to a text encoder."""
+    return module.startswith(TEXT_ENCODER_PREFIXES)
+
+
 def find_block(module: str) -> BlockPosition | None:
     """The transformer block that a module lies in, None outside of all."""
     match = _BLOCK.fullmatch(module)
     return BlockPosition(match[1], match[2], match[3]) if match else None
+
+
+def is_attention(module: str) -> bool:
+    """Whether a module is part of an attention layer of a UNet or transformer."""
+    return _ATTENTION.search(module) is not None
 
 
 def is_adaptable(module: str) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
+from ..architectures.authors import AuthorsNames
 from ..architectures.ldm import ldm_to_diffusers
 from ..errors import UnsupportedFormat
 from .float8 import apply_scales
-from .fused_weights import Spelling, find_spelling
+from .fused_weights import find_authors, split_weight
 from .text_encoders import split_encoders
 from .weights import Weight
 
@@ -85,7 +86,7 @@ class _KeySpelling:
     def __init__(self, keys: Collection[str]) -> None:
         diffusers = _has_prefix(keys, _DIFFUSERS)
         self._ldm = _has_prefix(keys, _LDM) and not diffusers
-        self._authors: Spelling | None = None if diffusers else find_spelling(keys)
+        self._authors: AuthorsNames | None = None if diffusers else find_authors(keys)
         self._layers = _count_ldm_layers(keys) if self._ldm else 0
         self.known = diffusers or self._ldm or self._authors is not None
 
@@ -98,8 +99,8 @@ class _KeySpelling:
         """
         path = key.removesuffix(".weight")
         if self._authors is not None:
-            views = self._authors.views(path, weight, where)
-            if views is None and key.endswith(".weight") and self._authors.in_block(path):
+            views = split_weight(self._authors, path, weight, where)
+            if views is None and key.endswith(".weight") and self._authors.is_in_block(path):
                 raise UnsupportedFormat(
                     f"{where}: {key} belongs to no known module of {self._authors.title}"
                 )

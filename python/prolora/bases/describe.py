@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from ..architectures.modules import find_stage, is_adaptable, matrix_shape
+from ..architectures.modules import find_block, find_stage, is_adaptable, matrix_shape
 from .base import Base
 
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks\.\d+)\.")
 _QUERY = re.compile(r"\.attn1?\.to_q$")
 _CONTEXT = re.compile(r"\.attn2\.to_k$|^context_embedder$|^caption_projection\.linear_1$")
 
@@ -23,7 +22,9 @@ def classify_model(base: Base) -> str:
 
 def describe_base(base: Base) -> str:
     """One line: kind, transformer blocks by place, widths, and what text features it reads."""
-    blocks = {match[1] for module in base.shapes if (match := _BLOCK.match(module))}
+    blocks = {
+        f"{block.stack}.{block.number}" for module in base.shapes if (block := find_block(module))
+    }
     if not blocks:
         return f"a {classify_model(base)} without transformer blocks ({len(base.shapes)} weights)"
     places = Counter(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..architectures.modules import TEXT_ENCODERS
 from ..errors import UnsupportedFormat
 from ..files.safetensors_file import SafetensorsFile
 from . import hub
@@ -17,7 +18,6 @@ from .base import Base
 from .canonical_names import name_weights
 from .float8 import METADATA_KEY
 from .folder import find_model_folder, open_file_weights, open_folder_weights
-from .text_encoders import PREFIXES
 from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
@@ -103,8 +103,8 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
     """
     weights: dict[str, Weight] = {}
     files: list[Path] = []
-    for prefix in PREFIXES:
-        folder = pipeline / prefix.removesuffix(".")
+    for encoder in TEXT_ENCODERS:
+        folder = pipeline / encoder
         if not folder.is_dir():
             continue
         try:
@@ -112,7 +112,7 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
         except UnsupportedFormat as error:
             log.info("the text encoder %s is left out: %s", folder, error)
             continue
-        weights |= {prefix + key: weight for key, weight in stored.items()}
+        weights |= {f"{encoder}.{key}": weight for key, weight in stored.items()}
         files += more
     return weights, files
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from ..architectures.modules import TEXT_ENCODER_PREFIXES
 from ..errors import ShapeMismatch
 from .weights import ConvertedWeight, RowsWeight, Weight
 
-PREFIXES = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
 # What a single file calls an encoder -> its canonical prefix, and whether the names are OpenCLIP's.
 # SDXL's are `conditioner.embedders`, those of SD1.x and 2.x `cond_stage_model`.
 _STORED = (
@@ -24,7 +24,7 @@ _STORED = (
     ("text_encoders.clip_l.transformer.", "text_encoder.", False),
     ("text_encoders.clip_h.transformer.", "text_encoder.", False),
     ("text_encoders.clip_g.transformer.", "text_encoder_2.", False),
-    *((prefix, prefix, False) for prefix in PREFIXES),
+    *((prefix, prefix, False) for prefix in TEXT_ENCODER_PREFIXES),
 )
 # T5 is the last encoder of whatever model has it.
 _T5 = "text_encoders.t5xxl.transformer."
@@ -82,7 +82,9 @@ def _add_text_model(module: str) -> str:
 def _find_t5_prefix(keys: Iterable[str]) -> str:
     """SD3 has two CLIPs before T5, FLUX one, PixArt none."""
     starts = ("text_encoders.clip_l.", "text_encoders.clip_g.")
-    return PREFIXES[len({start for key in keys for start in starts if key.startswith(start)})]
+    return TEXT_ENCODER_PREFIXES[
+        len({start for key in keys for start in starts if key.startswith(start)})
+    ]
 
 
 def _convert_open_clip(local: str, weight: Weight, where: str) -> dict[str, Weight]:

@@ -9,7 +9,6 @@ of a place (one stack of blocks) and among the places.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,7 +16,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from ..architectures.modules import is_adaptable, matrix_shape
+from ..architectures.modules import find_block, is_adaptable, is_attention, matrix_shape
 from ..bases import Base
 from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache
@@ -42,8 +41,6 @@ STACK_BYTES = 96 << 20
 MIN_SCORE = 0.1
 MIN_DEVIATIONS = 6.0
 
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
-_EVIDENCE = re.compile(r"(?:^|\.)attn\d?\.")
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -147,9 +144,10 @@ def list_blocks(base: Base) -> list[Block]:
     """The transformer blocks of a base, in the order in which a forward pass meets them."""
     found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
     for module, shape in base.shapes.items():
-        match = _BLOCK.fullmatch(module)
-        if match and is_adaptable(module):
-            found.setdefault((match[1], int(match[2])), {})[match[3]] = matrix_shape(shape)
+        block = find_block(module)
+        if block and is_adaptable(module):
+            key = block.stack, int(block.number)
+            found.setdefault(key, {})[block.local] = matrix_shape(shape)
     ordered = sorted(found, key=lambda key: (stack_order(key[0]), key[1]))
     return [Block(*key, found[key]) for key in ordered]
 
@@ -188,7 +186,7 @@ def _choose_evidence(ours: Block, theirs: Block) -> list[str]:
     names = [name for name in sorted(theirs.shapes) if name in ours.shapes]
     chosen: list[str] = []
     dimensions = 0
-    for name in [name for name in names if _EVIDENCE.search(name)] or names:
+    for name in [name for name in names if is_attention(name)] or names:
         if dimensions >= ENOUGH_DIMENSIONS:
             break
         chosen.append(name)
@@ -338,11 +336,11 @@ def _pair_modules(
     """(target module, source module): inside matched blocks, around them, outside all."""
     stacks = {b.rpartition(".")[0]: a.rpartition(".")[0] for b, a in places.items()}
     for module in target.shapes:
-        match = _BLOCK.fullmatch(module)
+        block = find_block(module)
         stack = ".".join(module.split(".")[:-1])
-        if match:
-            origin = partners.get(f"{match[1]}.{match[2]}")
-            found = origin and f"{origin}.{match[3]}"
+        if block:
+            origin = partners.get(f"{block.stack}.{block.number}")
+            found = origin and f"{origin}.{block.local}"
         elif stack and stack in stacks:
             found = f"{stacks[stack]}.{module.rpartition('.')[2]}"
         elif module.split(".")[0] in _STAGES:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from os import PathLike
 from typing import Any
 
-from ..architectures.modules import find_stage, is_adaptable, matrix_shape
+from ..architectures.modules import find_stage, is_adaptable, is_attention, matrix_shape
 from ..bases import Base, check_finite, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
@@ -36,7 +35,6 @@ from .verdict import (
     judge_affinity,
 )
 
-_ATTENTION = re.compile(r"(^|\.)attn\d?\.")
 _NAN = math.nan
 
 OVERLAP_RANK: Rank = 0.9
@@ -122,7 +120,7 @@ class Coverage:
         """Counts the source's modules that are among `placed`."""
         taken = set(placed)
         adaptable = [name for name in source.shapes if is_adaptable(name)]
-        attention = [name for name in adaptable if _ATTENTION.search(name)]
+        attention = [name for name in adaptable if is_attention(name)]
         a, b = (
             (sum(name in taken for name in names), len(names)) for names in (attention, adaptable)
         )

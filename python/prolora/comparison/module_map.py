@@ -12,12 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
-
-TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,7 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         found = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
     partners = {t: s for t, s in found if t in target.shapes and s in source.shapes}
     partners |= {
-        name: name
-        for name in target.shapes
-        if name.startswith(TEXT_ENCODERS) and name in source.shapes
+        name: name for name in target.shapes if is_in_text_encoder(name) and name in source.shapes
     }
     return partners, f"{ours} to {theirs}: {rule.evidence.rstrip('.')}"
 

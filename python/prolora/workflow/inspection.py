@@ -15,6 +15,7 @@ from ..adapters.family import claimed_family, guess_family, known_base
 from ..adapters.overview import NOT_UNDERSTOOD, ComponentOverview, Overview, count_values, look_over
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
+from ..architectures.modules import find_component, local_name
 from ..bases import Base, open_base
 from ..errors import ProLoRAError
 
@@ -159,7 +160,7 @@ def _describe_adapter(
         needs_base=found.needs_base,
         family=guess_family(inputs, source.metadata),
         modules=count_values(
-            [*map(names.find_component, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
+            [*map(find_component, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
         ),
         types=count_values(_layer_type(name) for name in found.canonical),
         places=places,
@@ -177,7 +178,7 @@ def _describe_adapter(
 
 def _layer_type(name: str) -> str:
     """What a module does, without where it is: `attn1.to_q`, `ff.net.2`, `mlp.fc1`, `conv1`."""
-    return _BLOCKS.sub("", names.local_name(name)) or name
+    return _BLOCKS.sub("", local_name(name)) or name
 
 
 def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Description:
@@ -212,7 +213,7 @@ def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Descriptio
         supported=reason is None,
         reason=reason,
         family=guess_family(inputs, source.metadata),
-        modules=count_values(names.find_component(name) for name in inputs),
+        modules=count_values(find_component(name) for name in inputs),
         types=count_values(_layer_type(name) for name in inputs),
         **common,
     )
@@ -228,7 +229,7 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
         spelling="diffusers" if form == "diffusers" else "sgm",
         supported=True,
         family=base.layout or guess_family(inputs, {}),
-        modules=count_values(names.find_component(name) for name in inputs),
+        modules=count_values(find_component(name) for name in inputs),
         types=count_values(_layer_type(name) for name in inputs),
         dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
         tensors=len(inputs),

@@ -6,24 +6,27 @@ summed onto another, as skipped with the reason, or as refused with the reason.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..adapters.adapter import Adapter
-from ..architectures.modules import matrix_shape
+from ..architectures.modules import (
+    TEXT_ENCODERS,
+    find_block,
+    find_component,
+    is_in_text_encoder,
+    matrix_shape,
+)
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import can_probe
-from ..comparison.module_map import TEXT_ENCODERS, BlockDecision, Match, Matching, find_partners
+from ..comparison.module_map import BlockDecision, Match, Matching, find_partners
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
 
 PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
-
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _why_skipped(name: str, match: Match) -> str:
     """Why a module has no partner."""
     if not isinstance(match, Matching):
         return "the target has no such module"
-    if _BLOCK.fullmatch(name):
+    if find_block(name):
         return "no block of the target is similar enough to this one"
     return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
 
@@ -163,7 +166,7 @@ def place_text_encoders(
     """Decides on text-encoder modules; returned are the others, and with "project" these too."""
     own = []
     for name in adapter.updates:
-        if not name.startswith(TEXT_ENCODERS):
+        if not is_in_text_encoder(name):
             own.append(name)
         elif mode == "skip":
             plan.skipped[name] = "text encoder, left out as asked"
@@ -186,7 +189,7 @@ def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
     """Why a text-encoder module has no place: the target reads another encoder there."""
     if source.layout is None or target.layout is None:
         return None
-    number = TEXT_ENCODERS.index(name[: name.index(".") + 1])
+    number = TEXT_ENCODERS.index(find_component(name))
     ours, theirs = (load_layout(base.layout or "").text_encoders for base in (source, target))
     mine = ours[number] if number < len(ours) else None
     there = theirs[number] if number < len(theirs) else None
@@ -204,14 +207,14 @@ def _find_neighbours(
         for module, origin in found.items()
         if matrix_shape(source.shapes[origin]) == matrix_shape(target.shapes[module])
     }
-    alive = {origin for origin in found.values() if _BLOCK.fullmatch(origin)}
+    alive = {origin for origin in found.values() if find_block(origin)}
     survivors: dict[str, set[int]] = {}
     for origin in alive:
         place, index, _ = _split_name(origin)
         survivors.setdefault(place, set()).add(index)
     summed = {}
     for module in modules:
-        if not _BLOCK.fullmatch(module):
+        if not find_block(module):
             continue
         place, index, leaf = _split_name(module)
         near = survivors.get(place, set())
@@ -227,9 +230,9 @@ def _find_neighbours(
 
 def _split_name(module: str) -> tuple[str, int, str]:
     """(place, number of the block, rest) of a module inside a transformer block."""
-    match = _BLOCK.fullmatch(module)
-    assert match is not None
-    return match[1], int(match[2]), match[3]
+    block = find_block(module)
+    assert block is not None
+    return block.stack, int(block.number), block.local
 
 
 def sum_dropped_blocks(adapter: Adapter, plan: Plan) -> Adapter:

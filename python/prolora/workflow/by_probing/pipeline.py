@@ -10,11 +10,11 @@ from typing import Any
 
 from ... import adapters
 from ...adapters.adapter import Adapter
+from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity
 from ...bases.memory import resident_bytes
-from ...comparison.module_map import TEXT_ENCODERS
 from ...core.lowrank import LowRank
 from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
@@ -172,7 +172,7 @@ def _memory_left(limit: int) -> int:
 
 def _drop_text_encoders(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
-    return {name: u for name, u in updates.items() if not name.startswith(TEXT_ENCODERS)}
+    return {name: u for name, u in updates.items() if not is_in_text_encoder(name)}
 
 
 def _finish_probing(
@@ -247,7 +247,7 @@ def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[s
     adapter, report = rival.adapter, rival.report
 
     def is_scaled(name: str | None) -> bool:
-        return name is not None and not name.startswith(TEXT_ENCODERS)
+        return name is not None and not is_in_text_encoder(name)
 
     updates = {
         name: LowRank(u.up * factor, u.down) if is_scaled(name) else u

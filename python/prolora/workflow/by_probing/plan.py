@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 from ...adapters.adapter import Adapter
+from ...architectures.modules import find_block
 from ...bases import Base, vae
 from ...comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ...core.lowrank import LowRank
@@ -18,8 +17,6 @@ from ..plan import Plan, check_fits_source, place_text_encoders
 RULE = "running models"
 """How modules are paired, for the report."""
 
-# A block that repeats, in diffusers' names, and the module inside.
-_IN_BLOCK = re.compile(r"(?:.+\.)?(?:single_)?transformer_blocks\.\d+\.(.+)")
 _NO_PLACE = "it lies in no transformer block; the fit makes up for it in the blocks"
 
 
@@ -85,20 +82,20 @@ def _has_other_width(name: str, source: Base, target: Base) -> bool:
 
 def fitted_modules(names: list[str], source: Base) -> set[str]:
     """Those of the LoRA's modules whose change is fitted: linear ones in transformer blocks."""
-    return {n for n in names if _IN_BLOCK.fullmatch(n) and len(source.shapes.get(n, ())) == 2}
+    return {n for n in names if find_block(n) and len(source.shapes.get(n, ())) == 2}
 
 
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
     """Target module -> shape, of all that may get an update: the roles that the LoRA adapts."""
     roles = {
-        match[1]
+        block.local
         for name in fitted_modules(list(adapter.updates), source)
-        if (match := _IN_BLOCK.fullmatch(name))
+        if (block := find_block(name))
     }
     return {
         name: shape
         for name, shape in target.shapes.items()
-        if (match := _IN_BLOCK.fullmatch(name)) and match[1] in roles and len(shape) == 2
+        if (block := find_block(name)) and block.local in roles and len(shape) == 2
     }
 
 

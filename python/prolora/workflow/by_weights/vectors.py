@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...adapters.names import TEXT_ENCODERS
+from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ..plan import Plan
 
@@ -59,7 +59,7 @@ def carry_vectors(
         if mode == "skip":
             found.left_out[name] = "a trained bias or normalisation layer, left out as asked"
             continue
-        if module.startswith(tuple(f"{encoder}." for encoder in TEXT_ENCODERS)):
+        if is_in_text_encoder(module):
             places, reason = _in_text_encoder(module, plan, text_encoder)
             strength = 1.0
         else:
