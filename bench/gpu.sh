@@ -36,10 +36,7 @@ else
   echo "cuobjdump: not installed, no table of registers"
 fi
 export PROLORA_REQUIRE=cpu,cuda
-kernels=("$root"/tests/core/ops/test_split_project.py "$root"/tests/core/ops/test_overlap.py
-  "$root"/tests/core/ops/test_overlap_table.py "$root"/tests/core/ops/test_project_pair.py
-  "$root"/tests/core/ops/test_panel_qr.py "$root"/tests/core/ops/test_small_svd.py)
-timeout 100 python3 -m pytest -q -p no:cacheprovider -k cuda "${kernels[@]}" "$root/tests/core/ops/test_ops.py" \
+timeout 100 python3 -m pytest -q -p no:cacheprovider -k cuda "$root/tests/core/ops" \
   2>&1 | tee test.log | tail -n 5
 status=${PIPESTATUS[0]}
 if command -v compute-sanitizer >/dev/null; then

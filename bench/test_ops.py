@@ -14,22 +14,15 @@ import sdxl
 import torch
 from timing import seconds
 
-from prolora.core.ops import grouped, operators, rows
+from prolora.core.ops import native
+from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
+from prolora.core.ops.project_pair import project_pair, run_project_pair
+from prolora.core.ops.small_svd import run_small_svd, small_svd
 from prolora.core.overlap_tables import overlap_tables
 
 DTYPES = [torch.float32, torch.float64]
 ROUNDS = 7
-
-
-def torch_split_project(u, x):
-    """torch.bmm pair: writes par, reads it again for perp."""
-    par = torch.bmm(u, torch.bmm(u.mT, x))
-    return par, x - par
-
-
-def torch_overlap(us, ut):
-    """Writes the ks x kt product."""
-    return (us.mT @ ut).square().sum((1, 2))
 
 
 def torch_svd(a):
@@ -43,7 +36,7 @@ def compare(benchmark, ours, baseline, args):
     benchmark.extra_info["device"] = (
         torch.cuda.get_device_name() if args[0].is_cuda else f"{torch.get_num_threads()} threads"
     )
-    benchmark.extra_info["isa"] = operators.cpu_isa()
+    benchmark.extra_info["extension"] = native.EXTENSION.why or "compiled"
 
     def timed():
         ours(*args)
@@ -60,51 +53,28 @@ def compare(benchmark, ours, baseline, args):
     benchmark(timed)
 
 
+def choose_path(path, op, run_kernel):
+    """What a user gets ("op"), or the compiled code whatever the size ("kernel")."""
+    if path == "op":
+        return op
+    if native.EXTENSION.kernels is None:
+        pytest.skip(f"no compiled extension: {native.EXTENSION.why}")
+    return lambda *operands: run_kernel(native.EXTENSION.kernels, *operands, operands[0].is_cuda)
+
+
 def random(shape, dtype, device):
     x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
     return x.to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape",
-    [(64, 64, 16, 8), (16, 320, 80, 16), (16, 1280, 320, 32), (2, 1280, 1280, 128)],
-    ids=str,
-)
-@pytest.mark.parametrize("path", ["op", "kernel"])
-def test_split_project(benchmark, device, path, shape, dtype):
-    """path: what a user gets, which may be torch itself, or the kernel whatever the size."""
-    b, m, k, r = shape
-    u, x = random((b, m, k), dtype, device) / m**0.5, random((b, m, r), dtype, device)
-    kernel = {
-        "op": operators.split_project,
-        "kernel": lambda u, x: operators.run_split_project(operators._C, u, x, u.is_cuda),
-    }[path]
-    for ours, theirs in zip(kernel(u, x), torch_split_project(u, x), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    compare(benchmark, kernel, torch_split_project, (u, x))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 64, 16), (16, 1280, 320), (2, 1280, 1280)], ids=str)
-def test_overlap(benchmark, device, shape, dtype):
-    us, ut = random(shape, dtype, device), random(shape, dtype, device).flip(0)
-    expected = torch_overlap(us.double(), ut.double())
-    torch.testing.assert_close(operators.overlap(us, ut), expected, rtol=1e-4, atol=0)
-    compare(benchmark, operators.overlap, torch_overlap, (us, ut))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("path", ["op", "kernel"])
 def test_small_svd(benchmark, device, path, n, dtype):
-    """path: as in test_split_project."""
+    """path: what a user gets, which may be torch itself, or the kernel whatever the size."""
     batch = {64: 512, 128: 256}.get(n, 2048 // n) if path == "op" else 2048 // n
     a = random((batch if benchmark.enabled else 4, n, n), dtype, device)
-    kernel = {
-        "op": operators.small_svd,
-        "kernel": lambda a: operators.run_small_svd(operators._C, a, a.is_cuda),
-    }[path]
+    kernel = choose_path(path, small_svd, run_small_svd)
     largest = 10 * n**0.5
     tolerance = n * torch.finfo(dtype).eps * largest
     torch.testing.assert_close(kernel(a)[1], torch_svd(a)[1], rtol=0, atol=tolerance)
@@ -142,7 +112,7 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
     us, ut = sdxl_pairs(rule, device, 2 if benchmark.enabled else 80)
 
     def ours(us, ut):
-        return [table.sum() for table, _ in grouped.overlap_table(us, ut)]
+        return [table.sum() for table, _ in overlap_table(us, ut)]
 
     shapes = {x.shape: i for i, x in enumerate(us)}.values()
     found = ours(us, ut)
@@ -153,7 +123,6 @@ def test_overlap_of_all_sdxl_pairs(benchmark, device, rule):
         worst = max(worst, float((found[i] / k - exact).abs()))
     assert worst < 1e-5
     benchmark.extra_info["largest error of phi"] = worst
-    benchmark.extra_info["matrix tiles"] = device == "cpu" and grouped.cpu_has_tiles()
     compare_lists(benchmark, ours, torch_overlap_loop, us, ut)
 
 
@@ -209,15 +178,12 @@ def torch_project_pair(us, ut, x):
 )
 @pytest.mark.parametrize("path", ["op", "kernel"])
 def test_project_pair(benchmark, device, path, shape):
-    """path: as in test_split_project."""
+    """path: as in test_small_svd."""
     b, m, k, r = shape
     us = torch.linalg.qr(random((b, m, k), torch.float32, device))[0].contiguous()
     ut = us.flip(0).roll(1, 1).contiguous()
     x = random((b, r, m), torch.float32, device)
-    kernel = {
-        "op": rows.project_pair,
-        "kernel": lambda us, ut, x: rows.run_project_pair(operators._C, us, ut, x, us.is_cuda),
-    }[path]
+    kernel = choose_path(path, project_pair, run_project_pair)
     moved = torch.cat(torch_project_pair(us, ut, x), 2).mT
     torch.testing.assert_close(kernel(us, ut, x)[1], moved, rtol=1e-4, atol=1e-4)
     compare(benchmark, kernel, torch_project_pair, (us, ut, x))
@@ -231,8 +197,11 @@ def torch_qr(panel):
 @pytest.mark.parametrize(
     "shape", [(32, 16, 1280), (32, 32, 1280), (32, 64, 1280), (4, 32, 10240)], ids=str
 )
-def test_panel_qr(benchmark, device, shape):
+@pytest.mark.parametrize("path", ["op", "kernel"])
+def test_panel_qr(benchmark, device, path, shape):
+    """path: as in test_small_svd."""
     panel = random(shape, torch.float32, device)
-    q, lower, _ = rows.panel_qr(panel)
+    kernel = choose_path(path, panel_qr, run_panel_qr)
+    q, lower, _ = kernel(panel)
     torch.testing.assert_close(lower @ q, panel, rtol=0, atol=1e-4)
-    compare(benchmark, rows.panel_qr, torch_qr, (panel,))
+    compare(benchmark, kernel, torch_qr, (panel,))

@@ -1,23 +1,26 @@
 // One algorithm text for GPU and CPU. Algorithms are written against a block that offers
 //   each(n, f)       run f(i) for i in [0, n), then wait for all of them
 //   each_warp(n, f)  run f(warp, i) for n independent jobs, a warp each, then wait for all
+// Both end with the block's barrier, whatever n is. So every thread of the block must reach them,
+// with the same n, and what f wrote is there for all threads afterwards; within a call no f may
+// read what another one writes.
 // and a warp that offers
 //   each(n, f)       run f(i) for i in [0, n); lane l takes i = l, l + 32, ... and nobody waits
 //   max(n, f)        the largest f(i), known to every lane; 0 if n is 0
 //   sum(n, f)        the sum of f(i), known to every lane
 //   gram(n, x, y)    x·x, x·y and y·y in one pass over both
-// The Serial versions are the CPU backend; the Cuda versions run on a GPU or in the emulator.
-// Every sum is taken in an order that depends on n alone, so results repeat bit by bit.
+// The Serial versions (serial.h) are the CPU backend; the Cuda versions run on a GPU or in the
+// emulator. Every sum is taken in an order that depends on n alone, so results repeat bit by bit.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__CUDACC__) || defined(PROLORA_EMULATED)
 #define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined, so that cpu.cpp, compiled once per instruction set, leaves no copy that the
-// linker could share between instruction sets.
+#elif defined(__GNUC__)
 #define HOST_DEVICE inline __attribute__((always_inline))
+#else
+#define HOST_DEVICE inline
 #endif
 
 namespace prolora {
@@ -80,8 +83,6 @@ struct CudaWarp {
 };
 
 struct CudaBlock {
-  static constexpr int kTogether = 1;  // neighbours that one i should take: threads share them out
-
   template <class F>
   __device__ __forceinline__ void each(Index n, F f) const {
 #pragma unroll 2

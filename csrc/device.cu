@@ -1,4 +1,4 @@
-// Says whether a GPU can be used, and if not why.
+// Which GPUs there are, and if none why.
 #include <cuda_runtime.h>
 
 #include "launch.h"
@@ -6,18 +6,25 @@
 
 namespace prolora {
 
-int cuda_device_count(std::string* why) {
+std::vector<std::pair<int, int>> cuda_devices(std::string* why) {
   int count = 0;
   int driver = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess) {
-    *why = count > 0 ? "" : "no device found";
-    return count;
+  if (error != cudaSuccess) {
+    // With no driver at all the runtime reports one that is too old.
+    const bool no_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0;
+    *why = no_driver ? "no NVIDIA driver is installed" : cudaGetErrorString(error);
+    count = 0;
+  } else if (count == 0) {
+    *why = "no device found";
   }
-  // With no driver at all the runtime reports one that is too old.
-  const bool no_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0;
-  *why = no_driver ? "no NVIDIA driver is installed" : cudaGetErrorString(error);
-  return 0;
+  std::vector<std::pair<int, int>> capabilities(static_cast<std::size_t>(count));
+  for (int device = 0; device < count; ++device) {
+    auto& [major, minor] = capabilities[static_cast<std::size_t>(device)];
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+  }
+  return capabilities;
 }
 
 }  // namespace prolora

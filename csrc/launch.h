@@ -1,12 +1,15 @@
 // What a .cu file needs to start a kernel: the two CUDA spellings that plain C++ cannot parse, the
-// error check, the grid. Include it after <cuda_runtime.h>: the emulator's version of that header
-// brings its own two macros.
+// error check, the grid, shared memory. Include it after <cuda_runtime.h>: the emulator's version
+// of that header brings its own two macros.
 #pragma once
 
 #include <climits>
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #ifndef LAUNCH
 // One untyped array behind every instance of a kernel template: differently typed ones would clash.
@@ -35,5 +38,44 @@ inline unsigned grid_size(std::int64_t blocks, const char* what) {
   }
   return static_cast<unsigned>(blocks);
 }
+
+inline int current_device(const char* what) {
+  int device = 0;
+  check(cudaGetDevice(&device), what);
+  return device;
+}
+
+// The most shared memory that a block may opt in to on the current device.
+inline int shared_bytes_limit(const char* what) {
+  int limit = 0;
+  check(
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device(what)),
+      what);
+  return limit;
+}
+
+// Lets one kernel take more shared memory than the 48 KB it has without asking. Keep one of these
+// beside each kernel: the limit goes to the device's maximum, once per device, so that a launch
+// never meets the smaller limit that another thread has just set.
+class SharedMemoryOptIn {
+ public:
+  template <class Kernel>
+  void raise_limit(Kernel* kernel, int bytes, const char* what) {
+    if (bytes <= kWithoutAsking) return;
+    const std::size_t device = static_cast<std::size_t>(current_device(what));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (device < raised_.size() && raised_[device]) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               shared_bytes_limit(what)),
+          what);
+    if (raised_.size() <= device) raised_.resize(device + 1);
+    raised_[device] = true;
+  }
+
+ private:
+  static constexpr int kWithoutAsking = 48 << 10;
+  std::mutex mutex_;
+  std::vector<bool> raised_;  // by device
+};
 
 }  // namespace prolora

@@ -66,8 +66,8 @@ void overlap_table_cuda(const OverlapTableArgs<T>& args, std::uintptr_t stream) 
   if (args.blocks == 0) return;
   const int bytes = int(sizeof(Shared<T>));
   auto kernel = overlap_table_kernel<T>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "overlap_table: shared memory");
+  static SharedMemoryOptIn opt_in;
+  opt_in.raise_limit(kernel, bytes, "overlap_table: shared memory");
   LAUNCH(kernel, grid_size(args.blocks, "overlap_table"), Tile<T>::kThreads, bytes,
          to_stream(stream), args);
   check(cudaGetLastError(), "overlap_table: launch");
@@ -77,7 +77,6 @@ void overlap_table_cuda(const OverlapTableArgs<T>& args, std::uintptr_t stream) 
   check(cudaGetLastError(), "overlap_table: launch of the shells");
 }
 
-template void overlap_table_cuda(const OverlapTableArgs<float>&, std::uintptr_t);
-template void overlap_table_cuda(const OverlapTableArgs<double>&, std::uintptr_t);
+PROLORA_INSTANTIATE_CUDA(overlap_table, OverlapTableArgs)
 
 }  // namespace prolora

@@ -7,10 +7,10 @@
 //
 // us [batch, m, ks], ut [batch, m, kt], row-major, T float or double; sums in double.
 //
-// A block of C is made as in overlap.h (2 m flops an entry), kept in shared memory (or the cache)
-// for the 64 sums along its edge, and never written: per block 65 numbers leave. A block's edge is
-// what it adds to the shells: its columns right of the diagonal, its rows below it, on the diagonal
-// the shells themselves. A second, tiny step adds the edges of all blocks of a strip in a fixed
+// A block of C takes 2 m flops an entry, is kept in shared memory (or the cache) for the 64 sums
+// along its edge, and is never written: per block 65 numbers leave. A block's edge is what it adds
+// to the shells: its columns right of the diagonal, its rows below it, on the diagonal the shells
+// themselves. A second, tiny step adds the edges of all blocks of a strip in a fixed
 // order, so that results repeat bit by bit. Traffic: every block reads two strips of 64 m numbers.
 #pragma once
 

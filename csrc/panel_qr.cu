@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, 2) panel_qr_kernel(PanelQrArgs<T> ar
   const Index m = args.m;
   panel_qr(CudaBlock{}, args.panel + matrix * r * m, args.q + matrix * r * m,
            args.l + matrix * r * r, args.rank + matrix,
-           PanelWorkspace::at(args.scratch + matrix * PanelWorkspace::doubles(r), r), r, m);
+           PanelWorkspace::at(args.scratch + matrix * panel_qr_scratch(r), r), r, m);
 }
 
 }  // namespace
@@ -29,7 +29,6 @@ void panel_qr_cuda(const PanelQrArgs<T>& args, std::uintptr_t stream) {
   check(cudaGetLastError(), "panel_qr: launch");
 }
 
-template void panel_qr_cuda(const PanelQrArgs<float>&, std::uintptr_t);
-template void panel_qr_cuda(const PanelQrArgs<double>&, std::uintptr_t);
+PROLORA_INSTANTIATE_CUDA(panel_qr, PanelQrArgs)
 
 }  // namespace prolora

@@ -25,7 +25,8 @@
 
 namespace prolora {
 
-// A panel's r x r matrices, in global memory (they stay in the cache).
+// A panel's r x r matrices, in panel_qr_scratch(r) doubles of global memory (they stay in the
+// cache).
 struct PanelWorkspace {
   double* gram;     // [r][r], then L of this pass
   double* inverse;  // [r][r], L⁻¹ D⁻¹
@@ -33,7 +34,6 @@ struct PanelWorkspace {
   double* scale;    // [r], lengths of the rows
   double* pivot;    // [r]
 
-  static HOST_DEVICE Index doubles(Index r) { return 3 * r * r + 2 * r; }
   static HOST_DEVICE PanelWorkspace at(double* memory, Index r) {
     double* scale = memory + 3 * r * r;
     return {memory, memory + r * r, memory + 2 * r * r, scale, scale + r};
@@ -50,17 +50,6 @@ template <>
 struct PanelLimits<double> {
   static constexpr double kDrop = 64.0 * DBL_EPSILON;  // what is left of a sum of squares
 };
-
-// Row i of L⁻¹ D⁻¹ times kCount columns of q, in place of row i.
-template <int kCount, class T>
-HOST_DEVICE void combine_rows(T* q, Index m, const double* factors, Index i) {
-  double sums[kCount] = {};
-  for (Index j = 0; j <= i; ++j) {
-    const double factor = factors[j];
-    for (int c = 0; c < kCount; ++c) sums[c] += factor * double(q[j * m + c]);
-  }
-  for (int c = 0; c < kCount; ++c) q[i * m + c] = T(sums[c]);
-}
 
 // One pass: q [r, m] in place; w.gram becomes D L. Pivots stay in w.pivot.
 template <class Block, class T>
@@ -121,21 +110,19 @@ HOST_DEVICE void panel_pass(const Block& block, T* q, const PanelWorkspace& w, I
       w.gram[i * r + j] *= w.scale[i];
     });
   });
-  // Rows from the last to the first, so that those above are still what they were; a column, or as
-  // many as fill the vectors of a core, at a time. Sums in double: in T, the rounding of rows that
-  // cancel would come back through L.
+  // q = L⁻¹ D⁻¹ q, rows from the last to the first, so that those above are still what they were.
+  // Sums in double: in T, the rounding of rows that cancel would come back through L.
   constexpr Index kChunk = 256;
   block.each_warp(ceil_div(m, kChunk), [&](const auto& warp, Index chunk) {
     const Index first = chunk * kChunk;
     const Index width = smaller(kChunk, m - first);
-    const Index groups = width / Block::kTogether;
     for (Index i = r - 1; i >= 0; --i) {
       const double* factors = w.inverse + i * r;
-      warp.each(groups, [&](Index g) {
-        combine_rows<Block::kTogether>(q + first + g * Block::kTogether, m, factors, i);
-      });
-      warp.each(width - groups * Block::kTogether, [&](Index p) {
-        combine_rows<1>(q + first + groups * Block::kTogether + p, m, factors, i);
+      warp.each(width, [&](Index p) {
+        T* column = q + first + p;
+        double sum = 0;
+        for (Index j = 0; j <= i; ++j) sum += factors[j] * double(column[j * m]);
+        column[i * m] = T(sum);
       });
     }
   });

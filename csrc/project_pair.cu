@@ -60,7 +60,6 @@ void project_pair_cuda(const ProjectPairArgs<T>& args, std::uintptr_t stream) {
   run_step<ProjectStep::kMoveAgain>(args, to_stream(stream));
 }
 
-template void project_pair_cuda(const ProjectPairArgs<float>&, std::uintptr_t);
-template void project_pair_cuda(const ProjectPairArgs<double>&, std::uintptr_t);
+PROLORA_INSTANTIATE_CUDA(project_pair, ProjectPairArgs)
 
 }  // namespace prolora

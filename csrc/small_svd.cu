@@ -24,15 +24,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2) small_svd_kernel(SmallSvdArgs<
             args.v + matrix * n * n, SvdWorkspace<T>::at(memory, m, n), m, int(n));
 }
 
-Index shared_bytes_limit() {
-  int device = 0;
-  int limit = 0;
-  check(cudaGetDevice(&device), "small_svd: device");
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "small_svd: shared memory limit");
-  return limit;
-}
-
 // Whole warps, one for each of the n/2 pairs that rotate at the same time.
 int threads_for(Index n) { return 32 * int(smaller(ceil_div(n, 2), kMaxThreads / 32)); }
 
@@ -41,7 +32,7 @@ int threads_for(Index n) { return 32 * int(smaller(ceil_div(n, 2), kMaxThreads /
 template <class T>
 Index small_svd_scratch_cuda(Index batch, Index m, Index n) {
   const Index bytes = SvdWorkspace<T>::bytes(m, n);
-  return bytes <= shared_bytes_limit() ? 0 : batch * bytes;
+  return bytes <= shared_bytes_limit("small_svd: shared memory limit") ? 0 : batch * bytes;
 }
 
 template <class T>
@@ -52,8 +43,8 @@ void small_svd_cuda(const SmallSvdArgs<T>& args, std::uintptr_t stream) {
   if (small_svd_scratch_cuda<T>(args.batch, args.m, args.n) == 0) {
     const int bytes = int(SvdWorkspace<T>::bytes(args.m, args.n));
     auto kernel = small_svd_kernel<T, true>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-          "small_svd: shared memory");
+    static SharedMemoryOptIn opt_in;
+    opt_in.raise_limit(kernel, bytes, "small_svd: shared memory");
     LAUNCH(kernel, blocks, threads, bytes, to_stream(stream), args);
   } else {
     auto kernel = small_svd_kernel<T, false>;
@@ -64,7 +55,6 @@ void small_svd_cuda(const SmallSvdArgs<T>& args, std::uintptr_t stream) {
 
 template Index small_svd_scratch_cuda<float>(Index, Index, Index);
 template Index small_svd_scratch_cuda<double>(Index, Index, Index);
-template void small_svd_cuda(const SmallSvdArgs<float>&, std::uintptr_t);
-template void small_svd_cuda(const SmallSvdArgs<double>&, std::uintptr_t);
+PROLORA_INSTANTIATE_CUDA(small_svd, SmallSvdArgs)
 
 }  // namespace prolora

@@ -16,8 +16,8 @@
 // - NaN or Inf anywhere in A: NaN everywhere in U, s and V. Always ends, after kMaxSweeps at most.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
+#include <limits>
 
 #include "block.h"
 #include "ops.h"
@@ -27,18 +27,10 @@ namespace prolora {
 constexpr int kMaxSweeps = 30;
 
 template <class T>
-struct Precision;
-template <>
-struct Precision<float> {
-  static constexpr float kEps = FLT_EPSILON;
-  static constexpr float kMax = FLT_MAX;
-  static constexpr float kInfinity = HUGE_VALF;
-};
-template <>
-struct Precision<double> {
-  static constexpr double kEps = DBL_EPSILON;
-  static constexpr double kMax = DBL_MAX;
-  static constexpr double kInfinity = HUGE_VAL;
+struct Precision {
+  static constexpr T kEps = std::numeric_limits<T>::epsilon();
+  static constexpr T kMax = std::numeric_limits<T>::max();
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
 };
 
 // What a matrix needs while it is worked on; in shared memory where it fits.

@@ -3,8 +3,7 @@
 // An algorithm is written against a tile that offers
 //   kRows, kCols            the size of the tile
 //   product(a, b, depth, use)  calls use(i, j, sum(i, j)) for i < a.size, j < b.size
-//   total(x)                the sum over the tile's threads of what `use` collected
-// CudaTile is a block of threads; SerialTile (tile_serial.h) is one CPU core.
+// CudaTile is a block of threads; SerialTile (serial.h) is one CPU core.
 #pragma once
 
 #include "block.h"
@@ -65,7 +64,6 @@ struct CudaTile {
   struct Shared {
     T a[2][kDepth][kRows + 4];
     T b[2][kDepth][kCols + 4];
-    double warp_totals[kThreads / 32];
   };
 
   Shared& shared;
@@ -154,16 +152,6 @@ struct CudaTile {
         if (i0 + i < a.size && j0 + j < b.size) use(i0 + i, j0 + j, sums[i][j]);
       }
     }
-  }
-
-  // Known to the first thread only.
-  __device__ __forceinline__ double total(double x) const {
-    x = CudaWarp::total(x);
-    if (threadIdx.x % 32 == 0) shared.warp_totals[threadIdx.x / 32] = x;
-    __syncthreads();
-    double sum = 0;
-    for (int warp = 0; warp < kThreads / 32; ++warp) sum += shared.warp_totals[warp];
-    return sum;
   }
 };
 

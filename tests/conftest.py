@@ -11,16 +11,20 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from prolora.core.ops import grouped, operators, rows
+from prolora.core.ops import native, torch_twin
+from prolora.core.ops.overlap_table import run_overlap_table
+from prolora.core.ops.panel_qr import run_panel_qr
+from prolora.core.ops.project_pair import run_project_pair
+from prolora.core.ops.small_svd import run_small_svd
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("prolora")
 
 # PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI).
+# PROLORA_NATIVE=OFF runs everything without the extension: cpu, emulated and cuda are skipped then.
 REQUIRED = os.environ.get("PROLORA_REQUIRE", "").split(",")
 SCHEDULES = [0, 1, 2]
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,36 +39,33 @@ def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
 class Kernels:
     """One backend; takes and gives CPU tensors whatever it runs on."""
 
-    module: ModuleType
-    device: str
-    cuda: bool
-
-    def split_project(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = operators.run_split_project(self.module, *self._there(u, x), self.cuda)
-        return tuple(t.cpu() for t in outputs)
-
-    def overlap(self, us: Tensor, ut: Tensor) -> Tensor:
-        return operators.run_overlap(self.module, *self._there(us, ut), self.cuda).cpu()
+    module: ModuleType | None  # None: the torch twin
+    device: str = "cpu"
+    cuda: bool = False
 
     def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        there = self._there(*us), self._there(*ut)
-        outputs = grouped.run_overlap_table(self.module, *there, self.cuda)
-        return tuple(t.cpu() for t in outputs)
+        return self._call(run_overlap_table, torch_twin.overlap_table, self._there(us, ut))
 
     def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = rows.run_project_pair(self.module, *self._there(us, ut, x), self.cuda)
-        return tuple(t.cpu() for t in outputs)
+        return self._call(run_project_pair, torch_twin.project_pair, self._there(us, ut, x))
 
     def panel_qr(self, panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = rows.run_panel_qr(self.module, *self._there(panel), self.cuda)
-        return tuple(t.cpu() for t in outputs)
+        return self._call(run_panel_qr, torch_twin.panel_qr, self._there(panel))
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = operators.run_small_svd(self.module, *self._there(a), self.cuda)
-        return tuple(t.cpu() for t in outputs)
+        return self._call(run_small_svd, torch_twin.small_svd, self._there(a))
 
-    def _there(self, *tensors: Tensor) -> list[Tensor]:
-        return [x.to(self.device) for x in tensors]
+    def _there(self, *operands):
+        lists = [[x] if isinstance(x, Tensor) else x for x in operands]
+        moved = [[x.to(self.device) for x in some] for some in lists]
+        return [
+            some[0] if isinstance(given, Tensor) else some
+            for given, some in zip(operands, moved, strict=True)
+        ]
+
+    def _call(self, run, twin, operands):
+        outputs = run(self.module, *operands, self.cuda) if self.module else twin(*operands)
+        return tuple(x.cpu() for x in outputs)
 
 
 def missing(backend: str, reason: object) -> None:
@@ -72,6 +73,8 @@ def missing(backend: str, reason: object) -> None:
 
 
 def load(backend: str, name: str) -> ModuleType:
+    if native.EXTENSION.kernels is None:
+        missing(backend, f"no compiled extension: {native.EXTENSION.why}")
     try:
         return importlib.import_module(f"prolora.core.{name}")
     except ImportError as error:
@@ -88,28 +91,20 @@ def nan_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(
-    params=[
-        *(f"cpu-{isa}" for isa in INSTRUCTION_SETS),
-        *(f"emulated-{s}" for s in SCHEDULES),
-        "cuda",
-    ]
-)
+@pytest.fixture(params=["torch", "cpu", *(f"emulated-{s}" for s in SCHEDULES), "cuda"])
 def kernels(request, monkeypatch, nan_memory) -> Kernels:
-    backend, _, variant = request.param.partition("-")
+    backend, _, seed = request.param.partition("-")
+    if backend == "torch":
+        return Kernels(None)
     if backend == "emulated":
-        monkeypatch.setenv("EMU_SEED", variant)
-        return Kernels(load(backend, "_emulated"), "cpu", cuda=True)
+        monkeypatch.setenv("EMU_SEED", seed)
+        return Kernels(load(backend, "_emulated"), cuda=True)
     if backend == "cuda":
-        count, why = operators.cuda_status()
+        count, why = native.cuda_status()
         if count == 0:
             missing(backend, why)
         return Kernels(load(backend, "_C"), "cuda", cuda=True)
-    module = load(backend, "_C")
-    monkeypatch.setenv("PROLORA_ISA", variant)
-    if module.cpu_isa() != variant:
-        pytest.skip(f"cpu: this processor or build has no {variant}")
-    return Kernels(module, "cpu", cuda=False)
+    return Kernels(load(backend, "_C"))
 
 
 @pytest.fixture(params=SCHEDULES)

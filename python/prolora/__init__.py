@@ -10,7 +10,7 @@ from .core.basis import Basis, truncated_svd
 from .core.damping import damped
 from .core.lowrank import LowRank
 from .core.methods import METHODS, Method, MethodName
-from .core.ops.operators import cuda_status, require_cuda
+from .core.ops.native import cuda_status, require_cuda
 from .core.projection import DEFAULT_RANK, project
 from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity

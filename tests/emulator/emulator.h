@@ -8,10 +8,7 @@
 // between blocks, tensor cores, asynchronous copies, speed.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
-#include <boost/context/detail/fcontext.hpp>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -24,9 +21,7 @@
 #include <stdexcept>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
+#include "fiber.h"
 
 struct uint3 {
   unsigned x = 0;
@@ -42,8 +37,6 @@ struct dim3 {
 };
 
 namespace prolora::emulator {
-
-namespace context = boost::context::detail;
 
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
@@ -61,7 +54,7 @@ inline long from_environment(const char* name, long otherwise) {
 inline std::size_t max_shared_bytes() { return from_environment("EMU_SHARED_BYTES", 227 << 10); }
 
 struct Fiber {
-  context::fcontext_t position = nullptr;  // where it goes on
+  Position position;  // where it goes on
   uint3 thread;
   int lane = 0;
   int warp = 0;
@@ -80,7 +73,7 @@ struct Block {
   std::vector<char> stacks;
   std::vector<double> dynamic_shared;  // of doubles for the alignment
   Fiber* current = nullptr;
-  context::fcontext_t scheduler = nullptr;
+  Position scheduler;
   std::exception_ptr error;
   int votes = 0;    // of the threads on their way to the next barrier
   int counted = 0;  // of the barrier just passed
@@ -97,25 +90,25 @@ inline uint3 unflatten(std::int64_t i, dim3 size) {
 inline void suspend(Wait wait, unsigned mask) {
   running.current->wait = wait;
   running.current->mask = mask;
-  running.scheduler = context::jump_fcontext(running.scheduler, nullptr).fctx;
+  switch_to(&running.current->position, running.scheduler);
 }
 
 // The whole life of a fiber.
-inline void fiber_main(context::transfer_t caller) {
-  running.scheduler = caller.fctx;
+inline void fiber_main() {
+  begin_fiber(&running.scheduler);
   try {
     running.kernel();
   } catch (...) {
     running.error = std::current_exception();
   }
   running.current->done = true;
-  context::jump_fcontext(running.scheduler, nullptr);
+  switch_to(&running.current->position, running.scheduler);
 }
 
 // Called by the scheduler: runs a fiber until it suspends itself or is done.
 inline void resume(Fiber& fiber) {
   running.current = &fiber;
-  fiber.position = context::jump_fcontext(fiber.position, nullptr).fctx;
+  switch_to(&running.scheduler, fiber.position);
   if (running.error) std::rethrow_exception(running.error);
 }
 
@@ -171,14 +164,14 @@ inline void create_fibers() {
   if (running.stacks.size() < threads * kStackBytes) {
     running.stacks = std::vector<char>(threads * kStackBytes);
   }
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_ASAN
   // Fibers never return, so AddressSanitizer still guards the frames of those that ran here before.
   __asan_unpoison_memory_region(running.stacks.data(), running.stacks.size());
 #endif
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = running.fibers[i];
-    char* stack_top = running.stacks.data() + (i + 1) * kStackBytes;
-    fiber.position = context::make_fcontext(stack_top, kStackBytes, fiber_main);
+    fiber.position =
+        prepare_fiber(running.stacks.data() + i * kStackBytes, kStackBytes, fiber_main);
     fiber.thread = unflatten(i, running.size);
     fiber.lane = i % kWarpSize;
     fiber.warp = i / kWarpSize;

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..core.ops import operators
+from ..core.ops import native
 from ..version import __version__
 from ..workflow import inspection
 from . import basis, inspect_table
@@ -121,15 +121,12 @@ def demo(
 @app.command(epilog=write_epilog("prolora info"))
 def info(as_json: JsonOption = False) -> None:
     """Say what this installation can do."""
-    count, why = operators.cuda_status()
     facts = {
         "prolora": __version__,
         "torch": torch.__version__,
         "cpu threads": torch.get_num_threads(),
-        "built with CUDA kernels": operators.built_with_cuda(),
-        "usable GPUs": count,
-        "why no GPU": why or None,
         "torch sees a GPU": torch.cuda.is_available(),
+        **native.describe_installation(),
     }
     if as_json:
         print(json.dumps(facts, indent=1))

@@ -18,7 +18,7 @@ import typer
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..comparison.verdict import AUTO
-from ..core.ops import operators
+from ..core.ops import native
 from ..errors import OutputError
 from ..files.sizes import parse_size
 
@@ -159,7 +159,7 @@ class Resources:
 
     def check_device(self) -> None:
         """Raises RuntimeError, with the reason, where the device cannot be used."""
-        operators.require(self.device)
+        native.require_device(self.device)
 
     @property
     def max_bytes(self) -> int | None:

@@ -21,7 +21,6 @@ from ..bases import Base
 from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache
 from ..core.basis import Basis, stack_bases, truncated_svd
-from ..core.ops import operators
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from .assignment import monotone_assignment
@@ -271,13 +270,14 @@ def _measure_overlaps(
     work = working_dtype(left.dtype, right.dtype)
     left, right = left.to(work), right.to(work)
     columns = [
-        operators.overlap(left, one.expand(len(left), *one.shape).contiguous()) for one in right
+        torch.linalg.vector_norm(left.mT @ one, dim=(1, 2), dtype=torch.float64).square()
+        for one in right
     ]
     p = left_rank.double().cpu().clamp_min(1)[:, None]
     q = right_rank.double().cpu().clamp_min(1)[None, :]
     fewest = torch.minimum(p, q)
     spread = 2 * p * q * (d - p) * (d - q) / (d**2 * max(1, d - 1) * (d + 2))
-    phi = torch.stack(columns, dim=1).double().cpu() / fewest
+    phi = torch.stack(columns, dim=1).cpu() / fewest
     return phi, p * q / d / fewest, spread / fewest.square()
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .ops.rows import project_pair
+from .ops.project_pair import project_pair
 
 MethodName = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped", "probe"]
 """The methods of the table; `transfer` also takes "auto", which chooses one of them."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .ops import grouped
-from .ops.grouped import BLOCK
+from .ops.overlap_table import overlap_table
+from .ops.torch_twin import BLOCK
 from .precision import working_dtype
 
 
@@ -78,7 +78,7 @@ def overlap_tables(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[O
         TypeError: a dtype other than float32 and float64, or two dtypes or devices.
         ShapeMismatch: a pair that does not live in one space.
     """
-    tables = grouped.overlap_table(source, target)
+    tables = overlap_table(source, target)
     return [
         OverlapTable(blocks, shells, (s.shape[-1], t.shape[-1]))
         for (blocks, shells), s, t in zip(tables, source, target, strict=True)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import operators, rows
+from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
+from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
 from .precision import working_dtype
-
-# The in-house Jacobi takes cores up to this width; wider ones go to LAPACK or cuSOLVER.
-MAX_JACOBI_COLUMNS = 128
 
 
 def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,8 +18,8 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if q > p:
         v, s, u = core_svd(core.mT)
         return u, s, v
-    if q <= MAX_JACOBI_COLUMNS:
-        return operators.small_svd(core)
+    if q <= MAX_SVD_COLUMNS:
+        return small_svd(core)
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
     return u, s, vt.mT
 
@@ -65,12 +63,12 @@ class ProductSvd:
 def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal rows Q [..., d, m] and L [..., r, d] of panel = L Q [..., r, m], d ≤ min(r, m).
 
-    float32 by Cholesky QR, whatever it cannot do by Householder reflections. Rows that the others
+    float32 by `panel_qr`, whatever it cannot do by Householder reflections. Rows that the others
     span leave zeros in Q.
     """
     r, m = panel.shape[-2:]
-    if panel.dtype == torch.float32 and r <= min(m, rows.MAX_PANEL_ROWS):
-        q, lower, rank = rows.panel_qr(panel)
+    if panel.dtype == torch.float32 and r <= min(m, MAX_PANEL_ROWS):
+        q, lower, rank = panel_qr(panel)
         failed = rank < 0
         if failed.any():
             # NaN and Inf among them stay what they are.

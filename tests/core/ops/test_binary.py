@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from prolora.core import _C
+from prolora.core.ops import native, small_svd, torch_twin
+
+_C = native.EXTENSION.kernels
+if _C is None:
+    pytest.skip(f"no compiled extension: {native.EXTENSION.why}", allow_module_level=True)
 
 MODULE = Path(_C.__file__)
-ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
+ARCHITECTURES = {"sm_75", "sm_80", "sm_90", "sm_100", "sm_120"}
 PTX = {"sm_80", "sm_120"}
 # (threads in a block, least number of blocks) x registers must fit in 65,536.
 REGISTERS = {
     "small_svd_kernel": 128,
-    "sum_tiles_kernel": 64,
     "shells_kernel": 64,
     "panel_qr_kernel": 128,
 }
@@ -30,7 +33,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def cuobjdump():
-    if not _C.built_with_cuda:
+    if not _C.cuda_architectures:
         pytest.skip("this build has no CUDA kernels")
     tool = shutil.which("cuobjdump")
     spec = importlib.util.find_spec("nvidia")
@@ -49,6 +52,8 @@ def test_every_architecture_has_machine_code(cuobjdump):
         pytest.skip(f"built for {', '.join(sorted(cubins))} only")
     assert cubins == ARCHITECTURES
     assert set(re.findall(r"(sm_\d+)\.ptx", listing)) == PTX
+    told = {f"sm_{number}" for number in re.findall(r"\d+", _C.cuda_architectures)}
+    assert told == ARCHITECTURES
 
 
 def test_no_kernel_spills_or_uses_more_registers_than_its_budget(cuobjdump):
@@ -56,13 +61,7 @@ def test_no_kernel_spills_or_uses_more_registers_than_its_budget(cuobjdump):
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage")
     )
     names = " ".join(name for name, *_ in usage)
-    for kernel in (
-        "split_project_kernel",
-        "overlap_kernel",
-        "overlap_table_kernel",
-        "project_pair_kernel",
-        *REGISTERS,
-    ):
+    for kernel in ("overlap_table_kernel", "project_pair_kernel", *REGISTERS):
         assert kernel in names
     for name, registers, stack, local in usage:
         budget = next((n for kernel, n in REGISTERS.items() if kernel in name), None)
@@ -81,10 +80,9 @@ def test_module_needs_neither_torch_nor_a_driver():
         assert not re.match(r"lib(torch|c10|cuda|cudart|cublas|cusolver|nv)", library), library
 
 
-@pytest.mark.parametrize("name", ["_C", "_emulated"])
-def test_stub_names_every_function_and_argument(name):
+def test_stub_names_every_function_and_argument():
     # pybind11 functions have no inspectable signature; the first line of their docstring does.
-    stub = ast.parse((Path(__file__).parents[3] / f"python/prolora/core/{name}.pyi").read_text())
+    stub = ast.parse((Path(__file__).parents[3] / "python/prolora/core/_C.pyi").read_text())
     written = {
         node.name: [a.arg for a in node.args.args]
         for node in stub.body
@@ -98,3 +96,15 @@ def test_stub_names_every_function_and_argument(name):
             compiled[key] = re.findall(r"(\w+): ", signature)
     assert written == compiled
     assert attributes == {k for k, v in vars(_C).items() if not callable(v) and k[0] != "_"}
+
+
+def test_sizes_that_python_repeats_are_those_of_the_kernels():
+    assert _C.interface == native.INTERFACE
+    assert _C.overlap_block == torch_twin.BLOCK
+    assert _C.max_svd_columns == small_svd.MAX_SVD_COLUMNS
+
+
+def test_the_list_of_ops_is_one():
+    sources = Path(__file__).parents[3] / "csrc"
+    listed = re.findall(r"OP\((\w+), \w+\)", (sources / "ops.h").read_text())
+    assert sorted(listed) == sorted(native.ON_CPU)

@@ -5,8 +5,9 @@ import torch
 from spectra import orthonormal
 
 from prolora import errors
-from prolora.core import _C, reference
-from prolora.core.ops import grouped, operators
+from prolora.core import reference
+from prolora.core.ops import torch_twin
+from prolora.core.ops.overlap_table import group_sizes, overlap_table
 from prolora.core.overlap_tables import overlap_tables
 
 DTYPES = [torch.float32, torch.float64]
@@ -34,7 +35,7 @@ def problem(shapes, dtype, seed=0):
 def assert_tables(us, ut, table, shells, eps):
     """`eps`: of the products."""
     for s, t in zip(us, ut, strict=True):
-        blocks, _, count = grouped._sizes(s, t)
+        blocks, _, count = group_sizes(s, t)
         mine, table = table[:blocks], table[blocks:]
         curve, shells = shells[:count].reshape(len(s), -1 if count else 0), shells[count:]
         if not blocks:
@@ -61,11 +62,10 @@ def test_groups_of_all_shapes_in_one_call(kernels, dtype):
 
 @pytest.mark.parametrize("at_a_time", [1, 20_000, 1 << 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_products_of_torch_give_the_same(dtype, at_a_time, monkeypatch):
-    """What a processor without matrix tiles does."""
-    monkeypatch.setattr(grouped, "PRODUCT", at_a_time)
+def test_the_twin_gives_the_same_whatever_goes_at_a_time(dtype, at_a_time, monkeypatch):
+    monkeypatch.setattr(torch_twin, "PRODUCT", at_a_time)
     us, ut = problem(SHAPES, dtype)
-    table, shells = grouped._multiplied(us, ut)
+    table, shells = torch_twin.overlap_table(us, ut)
     assert table.dtype == shells.dtype == torch.float64
     assert_tables(us, ut, table, shells, torch.finfo(dtype).eps)
 
@@ -76,25 +76,6 @@ def test_results_repeat_bit_by_bit(kernels):
         kernels.overlap_table(us, ut), kernels.overlap_table(us, ut), strict=True
     ):
         assert torch.equal(first, again)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_matrix_tiles_keep_six_digits(threads, monkeypatch):
-    """Few pairs share out their blocks over the threads, many the pairs; panels are 1280 deep."""
-    monkeypatch.delenv("PROLORA_ISA", raising=False)
-    if not grouped.cpu_has_tiles():
-        pytest.skip("cpu: this processor or build has no matrix tiles")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for shapes in (SHAPES, [(1, 1300, 140, 150)], [(3, 90, 70, 33)]):
-            us, ut = problem(shapes, torch.float32)
-            found = grouped.run_overlap_table(_C, us, ut, False)
-            assert_tables(us, ut, *found, 2.0**-17)
-            again = grouped.run_overlap_table(_C, us, ut, False)
-            assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["dense", "coordinates", "two levels", "equal magnitudes"])
@@ -115,7 +96,6 @@ def test_phi_is_exact_to_2e_6_whatever_the_columns_look_like(kind):
     t = torch.linalg.qr(u.double() + 0.01 * torch.randn(m, k, generator=generator).double())[0]
     source, target = u.float(), t.float()
     exact = reference.subspace_overlap(source.double(), target.double())
-    assert abs(float(operators.overlap(source, target) - exact)) / k < 1e-7
     (table,) = overlap_tables([source], [target])
     assert abs(float(table.at(k) - exact / k)) < 2e-6
 
@@ -151,17 +131,17 @@ def test_single_matrices_and_stacks_mix():
     us, ut = problem([(1, 30, 7, 9), (3, 20, 70, 5)], torch.float64)
     tables = overlap_tables([us[0][0], us[1]], [ut[0][0], ut[1]])
     assert tables[0].shells.shape == (7,) and tables[1].blocks.shape == (3, 2, 1)
-    assert grouped.overlap_table([], []) == []
+    assert overlap_table([], []) == []
 
 
 def test_groups_must_agree():
     with pytest.raises(errors.ShapeMismatch, match=r"\(5, 3\).*\(4, 3\)"):
-        grouped.overlap_table([torch.zeros(5, 3)], [torch.zeros(4, 3)])
+        overlap_table([torch.zeros(5, 3)], [torch.zeros(4, 3)])
     two = [torch.zeros(5, 3), torch.zeros(5, 3).double()]
     with pytest.raises(TypeError, match="one dtype and device"):
-        grouped.overlap_table(two, two)
+        overlap_table(two, two)
     with pytest.raises(TypeError, match="float16"):
-        grouped.overlap_table([two[0].half()], [two[0].half()])
+        overlap_table([two[0].half()], [two[0].half()])
 
 
 def test_operator_passes_torchs_own_checks():

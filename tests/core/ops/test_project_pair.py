@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from prolora import errors
 from prolora.core import reference
-from prolora.core.ops import rows
+from prolora.core.ops.project_pair import project_pair
 
 DTYPES = [torch.float32, torch.float64]
 # (b, m, ks, kt, r)
@@ -49,7 +49,7 @@ def test_what_is_left_of_rows_almost_within_is_still_orthogonal(kernels, dtype):
     inside = x @ us @ us.mT
     outside = x - inside
     x = inside + tiny * (outside - outside @ us @ us.mT)
-    ops = (kernels.project_pair, rows.project_pair)
+    ops = (kernels.project_pair, project_pair)
     for split, _ in (op(us, us, x) for op in ops):
         rest = split[:, 5:].double()
         rest = rest / rest.norm(dim=2, keepdim=True)
@@ -74,18 +74,18 @@ def test_results_repeat_bit_by_bit(kernels):
 )
 def test_any_shape(shape, dtype, seed):
     us, ut, x = problem(shape, dtype, seed)
-    assert_moved(us, ut, x, rows.project_pair(us, ut, x))
+    assert_moved(us, ut, x, project_pair(us, ut, x))
 
 
 def test_leading_dimensions_are_kept_and_shapes_must_agree():
     us, ut, x = problem((6, 20, 5, 4, 3), torch.float64)
-    split, moved = rows.project_pair(
+    split, moved = project_pair(
         us.reshape(2, 3, 20, 5), ut.reshape(2, 3, 20, 4), x.reshape(2, 3, 3, 20)
     )
     assert split.shape == moved.shape == (2, 3, 6, 20)
-    assert torch.equal(split[1, 2], rows.project_pair(us[5], ut[5], x[5])[0])
+    assert torch.equal(split[1, 2], project_pair(us[5], ut[5], x[5])[0])
     with pytest.raises(errors.ShapeMismatch, match=r"\(6, 20, 5\).*\(6, 19, 3\)"):
-        rows.project_pair(us, ut, x[..., :19])
+        project_pair(us, ut, x[..., :19])
 
 
 def test_operator_passes_torchs_own_checks():
@@ -96,5 +96,5 @@ def test_operator_passes_torchs_own_checks():
 def test_updates_have_gradients():
     us, ut, x = problem((2, 9, 4, 3, 2), torch.float64)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: rows.project_pair(us, ut, x), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: rows.project_pair(us, ut, x), (x,))
+    assert torch.autograd.gradcheck(lambda x: project_pair(us, ut, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: project_pair(us, ut, x), (x,))

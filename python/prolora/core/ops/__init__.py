@@ -1,1 +1,11 @@
-"""The native ops as torch operators, one file an op or a group of ops."""
+"""The ops that have kernels of their own, as torch operators, one file an op.
+
+overlap_table  block sums and shells of (UsᵀUt)², for all layers and both sides in one call
+panel_qr       orthonormal rows of thin panels
+project_pair   rows through the subspaces of two bases, range and complement at once
+small_svd      thin SVD of a stack of small matrices
+
+All take float32 or float64, contiguous or not, on any device, and work under FakeTensor and
+torch.compile. `torch_twin` says in torch what each computes; `native` decides which of the two
+runs. The list of ops is PROLORA_OPS in csrc/ops.h and ON_CPU in `native`.
+"""

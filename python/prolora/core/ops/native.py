@@ -1,0 +1,241 @@
+"""Where an op runs: in the compiled extension, or in its torch twin.
+
+The extension is optional. Without it, for a device it cannot serve, and on the CPU where torch is
+as fast, the functions of `torch_twin` do the work; nothing else changes. PROLORA_NATIVE=OFF leaves
+the extension alone, ON makes its absence an ImportError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch  # before the extension, so that both use torch's OpenMP runtime
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+INTERFACE = 2
+"""What this file expects of the extension: kInterface in csrc/ops.h."""
+
+ON_CPU = {
+    "overlap_table": "torch's products are faster on a CPU",
+    "panel_qr": "LAPACK's QR is faster on a CPU",
+    "project_pair": "torch's products are faster on a CPU",
+    "small_svd": "",
+}
+"""The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs an op on a device.
+
+    Attributes:
+        kernels: the extension, or None for the torch twin.
+        why: one clause, where it is the torch twin.
+    """
+
+    kernels: ModuleType | None
+    why: str = ""
+
+
+def load_extension() -> Choice:
+    """The extension, or why there is none.
+
+    Raises:
+        ImportError: PROLORA_NATIVE=ON, and it is missing or of another version.
+    """
+    setting = os.environ.get("PROLORA_NATIVE", "AUTO").upper()
+    if setting in ("OFF", "0"):
+        return Choice(None, "PROLORA_NATIVE=OFF")
+    try:
+        from .. import _C
+    except ModuleNotFoundError:
+        why = "prolora was installed without it"
+    except ImportError as error:
+        why = f"it cannot be loaded: {error}"
+    else:
+        if getattr(_C, "interface", None) == INTERFACE:
+            return Choice(_C)
+        why = "it was built from other sources than this version's; install prolora again"
+    if setting in ("ON", "1"):
+        raise ImportError(f"PROLORA_NATIVE=ON, but there is no compiled extension: {why}")
+    return Choice(None, why)
+
+
+EXTENSION = load_extension()
+
+
+def kernels_fit(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether kernels compiled for `architectures` run on a card.
+
+    Args:
+        capability: compute capability of the card, (major, minor).
+        architectures: as CMake lists them, such as "75-real 80 90a-real 120": machine code runs on
+            cards of the same major and at least the same minor number, intermediate code (all but
+            -real) on that and every later one; those with a letter on that card only ("a"), or
+            within its major number ("f").
+    """
+    for digits, letter, kind in re.findall(r"(\d+)([af]?)(-real|-virtual)?", architectures):
+        built = divmod(int(digits), 10)
+        same_major = built[0] == capability[0] and built[1] <= capability[1]
+        if letter == "a":
+            runs = built == capability
+        elif letter == "f":
+            runs = same_major
+        else:
+            runs = kind != "-virtual" and same_major
+            runs |= kind != "-real" and built <= capability
+        if runs:
+            return True
+    return False
+
+
+@functools.cache
+def _cuda_choices() -> tuple[tuple[Choice, ...], str]:
+    """What runs the ops on each CUDA device, and why there is no device."""
+    kernels = EXTENSION.kernels
+    if kernels is None:
+        return (), f"no compiled extension: {EXTENSION.why}"
+    if not kernels.cuda_architectures:
+        return (), "this build has no CUDA kernels"
+    capabilities, why = kernels.cuda_devices()
+    built = kernels.cuda_architectures
+    choices = [
+        Choice(kernels)
+        if kernels_fit(capability, built)
+        else Choice(None, "its compute capability {}.{} is not among {}".format(*capability, built))
+        for capability in capabilities
+    ]
+    return tuple(choices), why
+
+
+def cuda_status() -> tuple[int, str]:
+    """The number of GPUs that prolora's own kernels run on; if it is 0, one clause that says why.
+
+    A GPU that torch alone can use is not counted, and works all the same: torch does the work.
+    """
+    choices, why = _cuda_choices()
+    count = sum(choice.kernels is not None for choice in choices)
+    if count and not torch.cuda.is_available():
+        return 0, "this torch has no CUDA; install a CUDA build of torch"
+    if choices and not count:
+        return 0, f"device 0: {choices[0].why}"
+    return count, why
+
+
+def require_cuda() -> None:
+    """Raises RuntimeError, with the reason, where prolora's kernels can use no GPU."""
+    count, why = cuda_status()
+    if count == 0:
+        raise RuntimeError(f"prolora: no usable CUDA device ({why})")
+
+
+def require_device(device: torch.device | str) -> None:
+    """Checks that a device can do everything that a transfer needs.
+
+    Raises:
+        RuntimeError: torch cannot use it, or it has no float64.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        why = cuda_status()[1] or "torch sees none"
+        raise RuntimeError(f"prolora: no usable CUDA device ({why})")
+    if kind == "mps":
+        raise RuntimeError("prolora: device mps has no float64, which the bounds need; use cpu")
+    if kind not in ("cpu", "cuda"):
+        module = getattr(torch, kind, None)
+        if module is None or not hasattr(module, "is_available") or not module.is_available():
+            raise RuntimeError(f"prolora: torch cannot use a device of type {kind} here; use cpu")
+
+
+@functools.cache
+def serving(device: torch.device) -> Choice:
+    """What serves a device; says so in the log, once."""
+    if device.type == "cpu":
+        choice = EXTENSION
+    elif device.type != "cuda":
+        choice = Choice(None, f"there are no kernels for {device.type}")
+    elif torch.version.hip is not None:
+        choice = Choice(None, "there are no kernels for ROCm")
+    else:
+        choices, why = _cuda_choices()
+        index = device.index or 0
+        choice = choices[index] if index < len(choices) else Choice(None, why)
+    if choice.kernels is not None:
+        logger.info("%s: the compiled extension runs", device)
+    else:
+        # On a GPU somebody waits for the kernels; a CPU has little to lose.
+        level = logging.INFO if device.type == "cpu" else logging.WARNING
+        logger.log(level, "%s: torch does the work of the kernels (%s)", device, choice.why)
+    return choice
+
+
+def choose(op: str, device: torch.device) -> Choice:
+    """What runs an op on a device."""
+    choice = serving(device)
+    if device.type == "cpu" and choice.kernels is not None and ON_CPU[op]:
+        return Choice(None, ON_CPU[op])
+    return choice
+
+
+def kernels_for(op: str, device: torch.device) -> ModuleType | None:
+    """The extension, where it runs an op on a device; None for the torch twin."""
+    return choose(op, device).kernels
+
+
+def describe_installation() -> dict[str, str | int]:
+    """What there is of the extension, and what runs each op on the CPU and on a GPU, to print."""
+    kernels = EXTENSION.kernels
+    count, why = cuda_status()
+    facts: dict[str, str | int] = {
+        "compiled extension": "yes" if kernels else f"no ({EXTENSION.why})",
+        "CUDA kernels": (kernels.cuda_architectures if kernels else "") or "none",
+        "GPUs that run the kernels": f"0 ({why})" if count == 0 else count,
+    }
+    gpu = "extension" if count else "torch"
+    for op in ON_CPU:
+        on_cpu = choose(op, torch.device("cpu"))
+        cpu = f"torch ({on_cpu.why})" if on_cpu.kernels is None else "extension"
+        facts[f"op {op}"] = f"cpu: {cpu}; gpu: {gpu}"
+    return facts
+
+
+def run_kernel(
+    kernels: ModuleType,
+    op: str,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    cuda: bool,
+    float64: bool | None = None,
+) -> None:
+    """Runs an op of `kernels` (the extension, or the emulator in tests).
+
+    Args:
+        kernels: has `run`.
+        op: its name.
+        tensors: contiguous, on one device, in the order of the op's struct in csrc/ops.h.
+        sizes: what follows them there.
+        cuda: whether to run the kernel; the tensors' device says where the memory is, and differs
+            from it in the emulator only.
+        float64: the precision; None means that of the first tensor.
+    """
+    like = tensors[0]
+    float64 = like.dtype == torch.float64 if float64 is None else float64
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    with on_device(like):
+        numbers = [*(x.data_ptr() for x in tensors), *sizes]
+        kernels.run(op, numbers, float64, cuda, stream)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of x the current one, as the kernels expect."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,44 @@
+"""What every op asks of its tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch
+
+library = torch.library.Library("prolora", "DEF")
+"""Where the ops are registered, each in its own file."""
+
+ANY_DEVICE = "CompositeExplicitAutograd"
+"""torch's dispatch key of an implementation that serves every device."""
+
+
+def check_operands(op: str, **tensors: Tensor) -> None:
+    """Checks operands: same dtype, device and leading dimensions; at least two dimensions.
+
+    Raises:
+        TypeError: no tensor, a dtype other than float32 and float64, or two dtypes or devices.
+        ShapeMismatch: shapes that do not agree but for the last dimension.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{op}: {name} must be float32 or float64, not {x.dtype}")
+        if x.dtype != first.dtype or x.device != first.device:
+            raise TypeError(
+                f"{op}: {first_name} is {first.dtype} on {first.device}, "
+                f"but {name} is {x.dtype} on {x.device}"
+            )
+        if x.ndim < 2 or x.shape[:-1] != first.shape[:-1]:
+            raise ShapeMismatch(
+                f"{op}: shapes must agree but for the last dimension, with two or more dimensions; "
+                f"{first_name} is {tuple(first.shape)}, {name} is {tuple(x.shape)}"
+            )
+
+
+def flatten_stack(x: Tensor) -> Tensor:
+    """[..., m, n] -> [b, m, n]."""
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])

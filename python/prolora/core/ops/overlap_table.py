@@ -1,0 +1,117 @@
+"""overlap_table: block sums and shells of (UsᵀUt)², for groups of different shapes in one call.
+
+A group is a stack of one shape. The kernels find the groups through a table of addresses and sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import native, torch_twin
+from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+from .torch_twin import BLOCK
+
+library.define("overlap_table(Tensor[] us, Tensor[] ut) -> (Tensor, Tensor)")
+
+
+def count_blocks(columns: int) -> int:
+    """Blocks of 64 that cover so many columns."""
+    return -(-columns // BLOCK)
+
+
+def group_sizes(us: Tensor, ut: Tensor) -> tuple[int, int, int]:
+    """Blocks, strips and shells of a group [b, m, ks], [b, m, kt]."""
+    b, _, ks = us.shape
+    kt = ut.shape[2]
+    fewest = min(ks, kt)
+    return b * count_blocks(ks) * count_blocks(kt), b * count_blocks(fewest), b * fewest
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)]
+
+
+def run_overlap_table(
+    kernels: ModuleType, us: Sequence[Tensor], ut: Sequence[Tensor], cuda: bool
+) -> tuple[Tensor, Tensor]:
+    """us[g]: [b, m, ks], ut[g]: [b, m, kt] -> table and shells of all groups, float64, flat."""
+    us, ut = [x.contiguous() for x in us], [x.contiguous() for x in ut]
+    sizes = [group_sizes(s, t) for s, t in zip(us, ut, strict=True)]
+    blocks, strips, shells = (_starts(column) for column in zip(*sizes, strict=True))
+    rows = [
+        (s.data_ptr(), t.data_ptr(), *s.shape, t.shape[2], *first)
+        for s, t, *first in zip(us, ut, blocks, strips, shells, strict=False)
+    ]
+    groups = torch.tensor(rows, dtype=torch.int64).to(us[0].device)
+    table = us[0].new_empty(blocks[-1], dtype=torch.float64)
+    edges = us[0].new_empty(blocks[-1], BLOCK, dtype=torch.float64)
+    shell = us[0].new_empty(shells[-1], dtype=torch.float64)
+    tensors, counts = (groups, table, edges, shell), (len(rows), blocks[-1], strips[-1])
+    float64 = us[0].dtype == torch.float64
+    native.run_kernel(kernels, "overlap_table", tensors, counts, cuda, float64)
+    return table, shell
+
+
+def _overlap_table(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels_for("overlap_table", us[0].device)
+    if kernels is None:
+        return torch_twin.overlap_table(us, ut)
+    return run_overlap_table(kernels, us, ut, us[0].is_cuda)
+
+
+def _overlap_table_fake(us: list[Tensor], ut: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sizes = [group_sizes(s, t) for s, t in zip(us, ut, strict=True)]
+    table, shells = sum(size[0] for size in sizes), sum(size[2] for size in sizes)
+    empty = us[0].new_empty
+    return empty(table, dtype=torch.float64), empty(shells, dtype=torch.float64)
+
+
+library.impl("overlap_table", _overlap_table, ANY_DEVICE)
+torch.library.register_fake("prolora::overlap_table", _overlap_table_fake)
+
+
+def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """How much the leading a columns of us and b of ut share, for all a and b in one pass.
+
+    With C = usᵀut the overlap at (a, b) is the sum of C² over its first a rows and b columns. All
+    groups run in one launch.
+
+    Args:
+        us: a group each: [b, m, ks] (or [m, ks]), orthonormal columns, sorted by singular value.
+        ut: [b, m, kt] (or [m, kt]), for the same groups.
+
+    Returns:
+        For each group its table [b, ⌈ks/64⌉, ⌈kt/64⌉], sums of C² over blocks of 64 × 64, and its
+        shells [b, min(ks, kt)], sums over max(i, j) = k, so that cumulative sums give the overlap
+        at a = b = k + 1. float64. Not differentiable.
+
+    Raises:
+        TypeError: a dtype other than float32 and float64, or two dtypes or devices.
+        ShapeMismatch: shapes that do not agree but for the last dimension.
+    """
+    if not us and not ut:
+        return []
+    for s, t in zip(us, ut, strict=True):
+        check_operands("overlap_table", us=s, ut=t)
+        if s.dtype != us[0].dtype or s.device != us[0].device:
+            raise TypeError("overlap_table: all groups must have one dtype and device")
+    left, right = [flatten_stack(x) for x in us], [flatten_stack(x) for x in ut]
+    table, shells = torch.ops.prolora.overlap_table(left, right)
+    sizes = [group_sizes(s, t) for s, t in zip(left, right, strict=True)]
+    tables = []
+    for given, other, part, shell in zip(
+        us,
+        ut,
+        table.split([size[0] for size in sizes]),
+        shells.split([size[2] for size in sizes]),
+        strict=True,
+    ):
+        lead, ks, kt = given.shape[:-2], given.shape[-1], other.shape[-1]
+        blocks = part.reshape(*lead, count_blocks(ks), count_blocks(kt))
+        tables.append((blocks, shell.reshape(*lead, min(ks, kt))))
+    return tables

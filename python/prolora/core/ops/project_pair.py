@@ -1,0 +1,87 @@
+"""project_pair: rows through the subspaces of two bases, range and complement at once."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, torch_twin
+from .operands import ANY_DEVICE, check_operands, flatten_stack, library
+
+library.define("project_pair(Tensor us, Tensor ut, Tensor x) -> (Tensor, Tensor)")
+
+
+def run_project_pair(
+    kernels: ModuleType, us: Tensor, ut: Tensor, x: Tensor, cuda: bool
+) -> tuple[Tensor, Tensor]:
+    """us: [b, m, ks], ut: [b, m, kt], x: [b, r, m] -> split, moved: [b, 2r, m]."""
+    us, ut, x = us.contiguous(), ut.contiguous(), x.contiguous()
+    b, r, m = x.shape
+    ks, kt = us.shape[2], ut.shape[2]
+    coefficients = x.new_empty(b, 2 * r, max(ks, kt))
+    split, moved = x.new_empty(b, 2 * r, m), x.new_empty(b, 2 * r, m)
+    tensors = (us, ut, x, coefficients, split, moved)
+    native.run_kernel(kernels, "project_pair", tensors, (b, m, ks, kt, r), cuda)
+    return split, moved
+
+
+def _project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = native.kernels_for("project_pair", x.device)
+    if kernels is None:
+        return torch_twin.project_pair(us, ut, x)
+    return run_project_pair(kernels, us, ut, x, x.is_cuda)
+
+
+def _project_pair_fake(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    b, r, m = x.shape
+    return x.new_empty(b, 2 * r, m), x.new_empty(b, 2 * r, m)
+
+
+def _keep_bases(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _project_pair_backward(
+    ctx: Any, of_split: Tensor, of_moved: Tensor
+) -> tuple[None, None, Tensor]:
+    """Projectors are symmetric: P_s(g₁ + P_t g₃) + P_s⊥(g₂ + P_t⊥ g₄)."""
+    us, ut = ctx.saved_tensors
+    (inside, outside), (within, without) = of_split.chunk(2, 1), of_moved.chunk(2, 1)
+    inside = inside + within @ ut @ ut.mT
+    outside = outside + without - without @ ut @ ut.mT
+    return None, None, outside + (inside - outside) @ us @ us.mT
+
+
+library.impl("project_pair", _project_pair, ANY_DEVICE)
+torch.library.register_fake("prolora::project_pair", _project_pair_fake)
+torch.library.register_autograd(
+    "prolora::project_pair", _project_pair_backward, setup_context=_keep_bases
+)
+
+
+def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x through two subspaces: range to range, complement to complement.
+
+    Complements are projected twice: the second time takes out what cancellation left in them.
+
+    Args:
+        us: [..., m, ks], orthonormal columns; zero columns are padding and change nothing.
+        ut: [..., m, kt], as us.
+        x: [..., r, m].
+
+    Returns:
+        split [..., 2r, m]: x usᵀ-inside above x outside, which add up to x; and moved [..., 2r, m]:
+        the first inside ut above the second outside ut. Differentiable in x; the bases are taken
+        as given.
+
+    Raises:
+        TypeError: a dtype other than float32 and float64, or two dtypes or devices.
+        ShapeMismatch: shapes that do not agree.
+    """
+    check_operands("project_pair", us=us, ut=ut, x=x.mT)
+    split, moved = torch.ops.prolora.project_pair(*(flatten_stack(t) for t in (us, ut, x)))
+    shape = (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1])
+    return split.reshape(shape), moved.reshape(shape)

@@ -1,0 +1,192 @@
+"""Where an op runs, and what is said about it."""
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prolora.core.ops import native
+from prolora.core.ops.native import Choice, kernels_fit
+
+COMPILED = "75-real 80 90-real 100-real 120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 0), False),  # V100: older than everything that was compiled
+        ((7, 5), True),  # T4
+        ((8, 0), True),
+        ((8, 9), True),  # machine code of the same major number
+        ((9, 0), True),
+        ((10, 3), True),
+        ((11, 0), True),  # intermediate code of 80
+        ((12, 0), True),
+        ((13, 0), True),  # of 120
+    ],
+)
+def test_a_card_is_usable_if_its_kernels_were_compiled(capability, runs):
+    assert kernels_fit(capability, COMPILED) is runs
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((9, 0), "90a-real", True),
+        ((10, 0), "90a-real", False),
+        ((10, 0), "90a", False),
+        ((10, 3), "100f-real", True),
+        ((12, 0), "100f", False),
+        ((8, 6), "80-virtual", True),
+        ((7, 5), "80-virtual", False),
+        ((9, 0), "80-real", False),
+        ((8, 0), "86-real", False),
+        ((9, 0), "", False),
+    ],
+)
+def test_the_kind_of_code_decides(capability, architectures, runs):
+    assert kernels_fit(capability, architectures) is runs
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with these cards and an extension compiled for `architectures`."""
+    caches = (native._cuda_choices, native.serving)
+
+    def play(capabilities, why="", architectures=COMPILED, torch_cuda=True):
+        kernels = SimpleNamespace(
+            cuda_architectures=architectures, cuda_devices=lambda: (capabilities, why)
+        )
+        monkeypatch.setattr(native, "EXTENSION", Choice(kernels))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        for cache in caches:
+            cache.cache_clear()
+        return kernels
+
+    yield play
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_only_cards_with_kernels_are_counted(machine):
+    kernels = machine([(7, 0), (9, 0)])
+    assert native.cuda_status() == (1, "")
+    assert native.kernels_for("small_svd", torch.device("cuda:1")) is kernels
+    assert native.kernels_for("small_svd", torch.device("cuda:0")) is None
+
+
+def test_a_card_without_kernels_says_why_and_falls_back_to_torch_once_logged(machine, caplog):
+    machine([(7, 0)])
+    count, why = native.cuda_status()
+    assert count == 0 and "7.0" in why and COMPILED in why
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            assert native.kernels_for("panel_qr", torch.device("cuda:0")) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "torch does the work" in record.message and "7.0" in record.message
+
+
+@pytest.mark.parametrize("why", ["CUDA driver version is insufficient", "no device found"])
+def test_without_a_device_the_reason_is_the_runtimes(machine, why):
+    machine([], why)
+    assert native.cuda_status() == (0, why)
+    with pytest.raises(RuntimeError, match=why):
+        native.require_cuda()
+    assert native.choose("small_svd", torch.device("cuda:0")) == Choice(None, why)
+
+
+def test_rocm_and_other_devices_are_served_by_torch(machine, monkeypatch):
+    machine([(9, 0)])
+    assert "xpu" in native.choose("small_svd", torch.device("xpu:0")).why
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in native.choose("small_svd", torch.device("cuda:0")).why
+
+
+def test_a_device_that_torch_cannot_use_is_refused_at_once(machine):
+    machine([], "no NVIDIA driver is installed", torch_cuda=False)
+    native.require_device("cpu")
+    with pytest.raises(RuntimeError, match=r"no usable CUDA device \(no NVIDIA driver"):
+        native.require_device("cuda:0")
+    with pytest.raises(RuntimeError, match="mps has no float64"):
+        native.require_device("mps")
+    with pytest.raises(RuntimeError, match="cannot use a device of type xpu"):
+        native.require_device("xpu")
+
+
+def test_a_card_that_torch_can_use_is_accepted_without_kernels(machine):
+    machine([(7, 0)])
+    native.require_device("cuda")
+    with pytest.raises(RuntimeError, match=r"7\.0"):
+        native.require_cuda()
+
+
+def test_every_op_is_told_with_what_runs_it(machine):
+    machine([], "no device found")
+    facts = native.describe_installation()
+    assert facts["compiled extension"] == "yes" and facts["CUDA kernels"] == COMPILED
+    assert facts["GPUs that run the kernels"] == "0 (no device found)"
+    assert facts["op small_svd"] == "cpu: extension; gpu: torch"
+    assert facts["op panel_qr"] == "cpu: torch (LAPACK's QR is faster on a CPU); gpu: torch"
+    machine([(9, 0)])
+    facts = native.describe_installation()
+    assert facts["GPUs that run the kernels"] == 1
+    assert facts["op project_pair"].endswith("gpu: extension")
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment_with(environment), capture_output=True
+    )
+
+
+def environment_with(changes):
+    import os
+
+    return {**os.environ, **changes}
+
+
+@pytest.mark.parametrize("module", ["native", "small_svd", "torch_twin"])
+def test_importing_the_ops_alone_works(module):
+    heavy = "{'diffusers', 'peft', 'cupy'}"
+    code = f"import prolora.core.ops.{module}, sys; assert not {heavy} & set(sys.modules)"
+    assert run_python(code).returncode == 0
+
+
+LOGS = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+import torch
+from prolora.core.ops import native
+from prolora.core.ops.small_svd import small_svd
+small_svd(torch.ones(3, 4, 2)), small_svd(torch.ones(3, 4, 2).double())
+print(native.EXTENSION.kernels)
+"""
+
+
+def test_the_extension_can_be_left_alone_and_one_line_says_so():
+    done = run_python(LOGS, PROLORA_NATIVE="OFF")
+    said, kernels = done.stdout.decode().splitlines()
+    assert said == "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)"
+    assert kernels == "None"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [
+        ("sys.modules['prolora.core._C'] = types.ModuleType('_C')", "built from other sources"),
+        ("sys.modules['prolora.core._C'] = None", "installed without it"),
+    ],
+)
+def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(break_it, why):
+    # As an installation without the file, or with that of another version, does.
+    code = f"import sys, types; {break_it}\n{LOGS}"
+    said = run_python(code, PROLORA_NATIVE="AUTO").stdout.decode()
+    assert why in said and said.endswith("None\n")
+    failed = run_python(code, PROLORA_NATIVE="ON")
+    assert failed.returncode != 0
+    assert "PROLORA_NATIVE=ON, but there is no compiled extension: " in failed.stderr.decode()
