@@ -177,3 +177,63 @@ def test_inputs_are_never_written_to(folder):
     outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, redo=True)
     assert all(isinstance(outcome.error, prolora.OutputError) for outcome in outcomes)
     assert {path: path.read_bytes() for path in loras} == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        OverflowError("int too large"),
+        MemoryError(),
+        RuntimeError("out of memory"),
+        RecursionError("too deep"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["read_adapter", "write_adapter", "cut_rank"])
+def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, where):
+    loras, source, target, moved = folder
+    module, is_bad = {
+        "read_adapter": (adapters, lambda lora, **_: lora == loras[1]),
+        "write_adapter": (adapters, lambda adapter, path, **_: path.name == loras[1].name),
+        # Of the second LoRA alone every update has rank 2.
+        "cut_rank": (
+            sys.modules["prolora.workflow.by_weights.move_updates"],
+            lambda update, *_: update.rank == 2,
+        ),
+    }[where]
+    real = getattr(module, where)
+
+    def fail(*arguments, **options):
+        if is_bad(*arguments, **options):
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, where, fail)
+    outcomes = prolora.transfer_many(loras, source, target, moved, method="copy")
+    assert [outcome.status for outcome in outcomes] == ["moved", "failed", "moved"]
+    assert isinstance(outcomes[1].error, prolora.ProLoRAError)
+    assert type(error).__name__ in str(outcomes[1].error)
+    assert outcomes[1].to_dict()["error"]["message"]
+
+
+def test_files_that_no_system_or_parser_takes_stop_no_other(folder):
+    loras, source, target, moved = folder
+    huge, long = loras[0].with_name("huge.safetensors"), loras[0].with_name("x" * 300)
+    tensors = load_file(loras[0])
+    save_file(tensors, huge, {"unet.r": "1" + "0" * 400})
+    raw = huge.read_bytes()
+    huge.write_bytes(raw.replace(b'"1' + b"0" * 400 + b'"', b"  1" + b"0" * 399 + b"0"))
+    outcomes = prolora.transfer_many([huge, long, *loras], source, target, moved)
+    assert [outcome.status for outcome in outcomes][1:] == ["failed"] + ["moved"] * 3
+
+
+def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
+    loras, source, target, moved = folder
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "read_adapter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prolora.transfer_many(loras, source, target, moved)

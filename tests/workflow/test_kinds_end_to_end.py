@@ -73,3 +73,24 @@ def test_a_dry_run_refuses_what_a_transfer_would(case):
     for run in (plan_report, prolora.transfer):
         with pytest.raises(prolora.ShapeMismatch, match="DoRA magnitudes"):
             run(lora, source, target)
+
+
+@pytest.mark.parametrize("run", [plan_report, lambda *case: prolora.transfer(*case).report])
+def test_updates_that_need_weights_the_base_lacks_are_skipped_modules(case, run):
+    lora, source, target = case
+    tensors = lora_tensors()
+    for i in range(2):
+        stem = f"lora_te_text_model_encoder_layers_{i}_mlp_fc1"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
+        tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
+    save_file(tensors, lora)
+    report = run(lora, source, target)
+    assert (report.totals["mapped"], report.totals["skipped"]) == (8, 6)
+    assert report.coverage == pytest.approx(8 / 14) and report.left_out == {}
+    rows = [row for row in report.rows("skipped") if row.source.startswith("text_encoder.")]
+    assert [(row.shape, row.rank_in) for row in rows] == [((6, 5), 2)] * 2
+    assert all("no such text encoder" in row.reason for row in rows)
+    assert "8 of 14 modules moved" in str(report)
+    with pytest.raises(prolora.LowCoverage, match="8 of 14 modules"):
+        prolora.transfer(lora, source, target, min_coverage=0.6)

@@ -33,6 +33,8 @@ class Adapter:
             high to be kept exactly (see `truncation`); all others are exact and have no entry.
         left_out: tensor or module of the file that is in neither of the two -> the reason. Nothing
             else of a file is ever left out.
+        unread: module among `left_out` -> (out, in, rank) of its update, which depends on a weight
+            that the base does not hold.
     """
 
     updates: dict[str, LowRank]
@@ -45,6 +47,7 @@ class Adapter:
     algorithms: dict[str, str] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: how many modules of which ranks, and how they are stored."""

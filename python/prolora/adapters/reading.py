@@ -76,6 +76,7 @@ def read_adapter(
             (found.algorithms, piece.algorithms),
             (found.kept_energy, piece.kept_energy),
             (found.left_out, piece.left_out),
+            (found.unread, piece.unread),
         ):
             mine.update(more)  # type: ignore[arg-type]
     if found.left_out:
@@ -271,6 +272,7 @@ def _leave_out(adapter: Adapter, slot: Slot) -> None:
     adapter.left_out[slot.module.name] = (
         f"its update is {why}, and this base holds no such text encoder"
     )
+    adapter.unread[slot.module.name] = (slot.form.out, slot.form.inputs, max(1, slot.form.rank))
 
 
 def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | None:

@@ -27,7 +27,7 @@ def hash_parts(parts: Iterable[str | bytes | memoryview | Tensor]) -> str:
         if isinstance(part, Tensor):
             digest.update(view_bytes(part))
         else:
-            digest.update(part.encode() if isinstance(part, str) else part)
+            digest.update(part.encode(errors="surrogatepass") if isinstance(part, str) else part)
     return digest.hexdigest()
 
 

@@ -256,6 +256,19 @@ def sum_dropped_blocks(adapter: Adapter, plan: Plan) -> Adapter:
     return replace(adapter, updates=updates)
 
 
+def find_own_ranks(adapter: Adapter, plan: Plan) -> dict[str, int]:
+    """Module that others are added to -> the rank it has in the LoRA itself.
+
+    A module without an update of its own has the largest rank among those that are added to it.
+    """
+    ranks: dict[str, int] = {}
+    for name, onto in plan.summed.items():
+        own = adapter.updates.get(onto)
+        added = adapter.updates[name].rank
+        ranks[onto] = own.rank if own else max(ranks.get(onto, 0), added)
+    return ranks
+
+
 def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> None:
     """Every update must belong to a module of the source, and fit it."""
     unknown = [name for name in modules if name not in source.shapes]

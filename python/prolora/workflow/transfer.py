@@ -254,13 +254,16 @@ def transfer_file(
         progress=progress,
     )
     output = OutputForm.of(options, format, dtype)
-    return run_transfer_file(
-        Path(lora), open_base(source), open_base(target), Path(out), options, output
-    )
+    return run_transfer_file(Path(lora), open_base(source), open_base(target), out, options, output)
 
 
 def run_transfer_file(
-    lora: Path, source: Base, target: Base, out: Path, options: TransferOptions, output: OutputForm
+    lora: Path,
+    source: Base,
+    target: Base,
+    out: str | PathLike[str],
+    options: TransferOptions,
+    output: OutputForm,
 ) -> Report:
     """`transfer_file`, its options checked and its bases opened.
 
@@ -273,8 +276,8 @@ def run_transfer_file(
     done = run_transfer(lora, source, target, options, output, recipe.describe)
     if options.progress:
         moved = len(done.adapter.updates)
-        options.progress(moved, moved, f"writing {out.name}")
-    return save_result(done, out, output)
+        options.progress(moved, moved, f"writing {Path(out).name}")
+    return save_result(done, Path(out), output)
 
 
 def save_result(done: Transfer, out: Path, output: OutputForm) -> Report:

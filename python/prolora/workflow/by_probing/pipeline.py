@@ -20,7 +20,12 @@ from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
-from ..by_weights.assembly import Route, build_metadata, explain_low_coverage
+from ..by_weights.assembly import (
+    Route,
+    build_metadata,
+    explain_low_coverage,
+    list_tensors_left_out,
+)
 from ..by_weights.file_budget import OutputForm
 from ..by_weights.pipeline import Notes, Result, prefix_notes, read_lora, transfer_by_weights
 from ..module_report import ModuleReport
@@ -70,7 +75,7 @@ def transfer_by_probing(
 def _outline_result(route: Route) -> Adapter:
     """The adapter of the target, before its updates have values."""
     outline = outline_fit(route.adapter, route.plan, route.source, route.target)
-    return replace(route.adapter, updates=outline, kernels={}, vectors={})
+    return replace(route.adapter, updates=outline, kernels={}, vectors={}, unread={})
 
 
 def _read_notes(notes: Notes | None) -> dict[str, str]:
@@ -198,7 +203,7 @@ def _finish_probing(
         target,
         route.options,
         rows,
-        list_vectors(adapter) | adapter.left_out,
+        list_vectors(adapter) | list_tensors_left_out(adapter),
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),

@@ -12,7 +12,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...core.lowrank import LowRank
-from ..by_weights.assembly import describe_unchanged
+from ..by_weights.assembly import describe_unchanged, list_tensors_left_out, list_unread_modules
 from ..module_report import ModuleReport
 from ..options import PROBE, TransferOptions
 from ..plan import Plan
@@ -29,7 +29,8 @@ def outline_report(
     plan = plan_probing(adapter, source, target, options)
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
-    return build_probe_report(source, target, options, rows, list_vectors(adapter))
+    left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
+    return build_probe_report(source, target, options, rows, left_out)
 
 
 def list_vectors(adapter: Adapter) -> dict[str, str]:
@@ -83,7 +84,7 @@ def list_modules(
     for name, update in updates.items():
         if name not in adapter.updates:
             rows.append(_describe_further_module(name, update, how))
-    return rows
+    return rows + list_unread_modules(adapter)
 
 
 def _describe_module(

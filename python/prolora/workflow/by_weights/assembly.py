@@ -15,6 +15,7 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ...core.lowrank import LowRank
 from ...errors import LowCoverage
+from ...files.writing import replace_surrogates
 from ...version import __version__
 from ..module_report import ModuleReport
 from ..options import TransferOptions
@@ -64,7 +65,7 @@ def describe_unchanged(
 def list_unplaced_modules(
     adapter: Adapter, plan: Plan, energies: Mapping[str, float] | None = None
 ) -> list[ModuleReport]:
-    """The rows of the modules that the plan skips or refuses.
+    """The rows of the modules that the plan skips or refuses, or that could not be read.
 
     Args:
         adapter: the LoRA as it came in.
@@ -76,7 +77,27 @@ def list_unplaced_modules(
         for name, reason in reasons.items():
             row = describe_unchanged(adapter, name, None, reason, (energies or {}).get(name))
             rows.append(replace(row, status=status, rank_out=0))
-    return rows
+    return rows + list_unread_modules(adapter)
+
+
+def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
+    """The rows of modules whose update depends on a weight that the base does not hold."""
+    return [
+        ModuleReport(
+            source=name,
+            target=None,
+            status="skipped",
+            reason=adapter.left_out[name],
+            shape=(out, inputs),
+            rank_in=rank,
+        )
+        for name, (out, inputs, rank) in adapter.unread.items()
+    ]
+
+
+def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
+    """Tensor of the file that is no update and is not moved -> why."""
+    return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
 
 
 def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
@@ -127,10 +148,11 @@ def check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
     """
     placed = {pair.source for pair in plan.pairs} & set(adapter.updates)
     placed |= {*plan.passed, *plan.summed}
-    coverage = len(placed) / max(1, len(adapter.updates))
+    modules = len(adapter.updates) + len(adapter.unread)
+    coverage = len(placed) / max(1, modules)
     if coverage < minimum:
         raise LowCoverage(
-            f"{len(placed)} of {len(adapter.updates)} modules find a place on the target "
+            f"{len(placed)} of {modules} modules find a place on the target "
             f"(coverage {coverage:.2f}), fewer than --min-coverage {minimum:g}; nothing written"
         )
 
@@ -190,7 +212,12 @@ def assemble_adapter(
         if len(shape) == 4:
             kernels[name] = (shape[2], shape[3])
     return replace(
-        adapter, updates=updates, kernels=kernels, vectors=vectors.vectors, metadata=metadata
+        adapter,
+        updates=updates,
+        kernels=kernels,
+        vectors=vectors.vectors,
+        metadata=metadata,
+        unread={},
     )
 
 
@@ -215,7 +242,7 @@ def build_metadata(route: Route, cache: BasisCache | None = None) -> dict[str, s
         "source_hash": compute_identity(source, cache),
         "target_hash": compute_identity(target, cache),
     }
-    return rewrite_metadata(
+    metadata = rewrite_metadata(
         route.adapter.metadata,
         target_name=target.name,
         target_layout=target.layout,
@@ -223,6 +250,8 @@ def build_metadata(route: Route, cache: BasisCache | None = None) -> dict[str, s
         target_short_hash=compute_short_hash(target),
         provenance=provenance | {key: value for key, value in hashes.items() if value},
     )
+    # Names of files need not be text, which a header must be.
+    return {replace_surrogates(key): replace_surrogates(x) for key, x in metadata.items()}
 
 
 def build_report(
@@ -248,7 +277,7 @@ def build_report(
         decisions=plan.decisions,
         dropped_blocks=plan.dropped,
         vectors=len(vectors.vectors),
-        left_out=adapter.left_out | vectors.left_out,
+        left_out=list_tensors_left_out(adapter) | vectors.left_out,
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
         **known,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -66,6 +66,8 @@ class LoraWork:
         clock: what was done for this LoRA alone, and for all of them.
         moved: what came of it, in the order in which it was done.
         error: why it was given up; the others go on.
+        own_ranks: module -> the rank it has in the LoRA, where that is not the rank in `adapter`:
+            updates of dropped blocks were added to it.
     """
 
     adapter: Adapter
@@ -74,6 +76,7 @@ class LoraWork:
     clock: Clock = field(default_factory=Clock)
     moved: list[Moved] = field(default_factory=list)
     error: Exception | None = None
+    own_ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -108,7 +111,7 @@ def move_all(
     for work in works:
         if work.method.needs is Needs.NOTHING:
             try:
-                work.moved += _finish_updates(_copy_updates(work), work.options)
+                work.moved += _finish_updates(_copy_updates(work), work)
             except LORA_FAILURES as error:
                 work.error = error
     done = 0
@@ -210,7 +213,7 @@ def _move_in_turn(
         for i, work in enumerate(together):
             own = moved[i * len(places) : (i + 1) * len(places)]
             try:
-                work.moved += _finish_updates(own, work.options)
+                work.moved += _finish_updates(own, work)
             except LORA_FAILURES as error:
                 work.error = error
 
@@ -357,22 +360,23 @@ def _project_updates(
     return rows
 
 
-def _finish_updates(moved: list[Moved], options: TransferOptions) -> list[Moved]:
+def _finish_updates(moved: list[Moved], work: LoraWork) -> list[Moved]:
     """Updates at their strength and output rank, on the CPU, and accounted for."""
-    return [(pair, *_finish_update(update, row, options)) for pair, update, row in moved]
+    return [(pair, *_finish_update(update, row, work)) for pair, update, row in moved]
 
 
 def _finish_update(
-    update: LowRank | None, row: ModuleReport, options: TransferOptions
+    update: LowRank | None, row: ModuleReport, work: LoraWork
 ) -> tuple[LowRank | None, ModuleReport]:
     """One of them."""
     if update is None:
         return None, row
+    options = work.options
     row = row.at_strength(options.factor)
     if options.factor != 1:
         update = LowRank(update.up * options.factor, update.down)
     update = update.to("cpu")
-    smaller = cut_rank(update, options.out_rank, row.rank_in)
+    smaller = cut_rank(update, options.out_rank, work.own_ranks.get(row.source, row.rank_in))
     if smaller is not update:
         row, update = row.cut(update, smaller), smaller
     if not (is_finite(update.up) and is_finite(update.down)):

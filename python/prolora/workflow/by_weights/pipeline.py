@@ -22,7 +22,7 @@ from ...core.methods import Needs
 from ...errors import LowCoverage, UnrelatedBases
 from ..module_report import ModuleReport
 from ..options import LoraLike, Progress, TransferOptions
-from ..plan import Plan, make_plan, sum_dropped_blocks
+from ..plan import Plan, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report, measure_coverage
 from .assembly import (
     Route,
@@ -125,7 +125,8 @@ def prepare_job(
     energies = {name: update.norm().square().item() for name, update in unplaced.items()}
     updates = {n: hollow_update(x) if n in unplaced else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
-    return Job(lora, adapter, plan, asked, output, LoraWork(moved, plan, asked, clock), energies)
+    work = LoraWork(moved, plan, asked, clock, own_ranks=find_own_ranks(adapter, plan))
+    return Job(lora, adapter, plan, asked, output, work, energies)
 
 
 def read_lora(lora: LoraLike, source: Base) -> Adapter:

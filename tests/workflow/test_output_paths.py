@@ -1,0 +1,74 @@
+"""No output overwrites an input or another output, whatever links and volumes do to names."""
+
+import shutil
+import unicodedata
+
+import pytest
+from mini import write_case
+
+import prolora
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+def twins(lora, *names):
+    """Copies of a LoRA, each in a folder of its own."""
+    copies = []
+    for i, name in enumerate(names):
+        copy = lora.parent / str(i) / name
+        copy.parent.mkdir()
+        shutil.copy(lora, copy)
+        copies.append(copy)
+    return copies
+
+
+def test_a_link_onto_another_input_of_the_call_is_not_written_through(case, tmp_path):
+    lora, source, target = case
+    first, second = twins(lora, "first.safetensors", "second.safetensors")
+    before = second.read_bytes()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / first.name).symlink_to(second)
+    outcomes = prolora.transfer_many([first, second], source, target, moved)
+    assert [outcome.status for outcome in outcomes] == ["failed", "moved"]
+    assert isinstance(outcomes[0].error, prolora.OutputError)
+    assert "second.safetensors" in str(outcomes[0].error)
+    assert second.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("style.safetensors", "Style.safetensors"),
+        ("straße.safetensors", "STRASSE.safetensors"),
+        tuple(unicodedata.normalize(form, "café.safetensors") for form in ("NFC", "NFD")),
+        ("x.safetensors", "x.safetensors"),
+    ],
+)
+def test_names_that_some_volumes_take_for_one_are_refused(case, tmp_path, names):
+    lora, source, target = case
+    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+        prolora.transfer_many(twins(lora, *names), source, target, tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_two_outputs_that_are_links_to_one_file_are_refused(case, tmp_path):
+    lora, source, target = case
+    loras = twins(lora, "a.safetensors", "b.safetensors")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "a.safetensors").symlink_to(moved / "b.safetensors")
+    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+        prolora.transfer_many(loras, source, target, moved)
+
+
+def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(prolora.OutputError, match="empty"):
+        prolora.transfer_file(*case, "")
+    done = prolora.transfer(*case)
+    with pytest.raises(prolora.OutputError, match="empty"):
+        done.save("")

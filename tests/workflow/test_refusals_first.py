@@ -1,0 +1,95 @@
+"""What can be refused is refused before a base is hashed or a model is loaded."""
+
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from mini import lora_tensors, shapes, write_case
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora.bases import identity
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+@pytest.fixture
+def unhashed(monkeypatch):
+    """Hashing any byte of a base ends the test."""
+
+    def refuse(*arguments):
+        pytest.fail("a base was hashed")
+
+    for name in ("hash_file", "read_blocks"):
+        monkeypatch.setattr(identity, name, refuse)
+
+
+def spoil(lora, what):
+    tensors = load_file(lora)
+    first = next(iter(tensors))
+    if what == "no LoRA":
+        lora.write_bytes(b"nothing")
+        return
+    if what == "unknown key":
+        tensors["surprise.weight"] = torch.ones(1)
+    elif what == "NaN":
+        tensors[first.partition(".")[0] + ".lora_up.weight"][0, 0] = math.nan
+    elif what == "shape":
+        tensors[first.partition(".")[0] + ".lora_up.weight"] = torch.ones(25, 4)
+    elif what == "other architecture":
+        tensors = {
+            f"transformer.single_transformer_blocks.0.proj_mlp.lora_{x}.weight": t
+            for x, t in (("A", torch.ones(2, 8)), ("B", torch.ones(32, 2)))
+        }
+    save_file(tensors, lora)
+
+
+@pytest.mark.parametrize("what", ["no LoRA", "unknown key", "NaN", "shape", "other architecture"])
+def test_a_bad_lora_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed, what):
+    lora, source, target = case
+    spoil(lora, what)
+    with pytest.raises(prolora.ProLoRAError):
+        prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    assert outcome.status == "failed"
+
+
+def test_low_coverage_is_refused_before_a_base_is_hashed(case, tmp_path, unhashed):
+    options = {"method": "prolora", "rank": 0.9, "min_coverage": 0.6, "threshold": 0.9999}
+    with pytest.raises(prolora.LowCoverage):
+        prolora.transfer_file(*case, tmp_path / "out.safetensors", **options)
+
+
+def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
+    with pytest.raises(pytest.fail.Exception, match="hashed"):
+        prolora.transfer_file(*case, tmp_path / "out.safetensors")
+
+
+def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path, monkeypatch):
+    lora, source, target = case
+    prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    save_file(lora_tensors(2) | {"surprise.weight": torch.ones(1)}, lora)
+    monkeypatch.setattr(identity, "hash_file", lambda *a: pytest.fail("a base was hashed"))
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
+    assert outcome.status == "failed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
+    lora, source, target = case
+    odd = tmp_path / os.fsdecode(b"t\xe9rget")
+    try:
+        shutil.copytree(target, odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    out = tmp_path / "out.safetensors"
+    report = prolora.transfer_file(lora, source, odd, out)
+    report.save(tmp_path / "report.json")
+    assert set(prolora.adapters.read_adapter(out).updates) == set(shapes(2))
+    (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
+    assert outcome.status == "moved"
