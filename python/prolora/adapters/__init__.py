@@ -3,13 +3,14 @@
 from .adapter import Adapter
 from .groups import Group, group_modules
 from .reading import outline_adapter, read_adapter
-from .writing import adapter_file_size, check_format, write_adapter
+from .writing import adapter_file_size, check_format, encode_state_dict, write_adapter
 
 __all__ = [
     "Adapter",
     "Group",
     "adapter_file_size",
     "check_format",
+    "encode_state_dict",
     "group_modules",
     "outline_adapter",
     "read_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -48,6 +49,30 @@ class Adapter:
     kept_energy: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        read_weight: Callable[[str], Tensor] | None = None,
+    ) -> Adapter:
+        """Reads a LoRA that is in memory, in any spelling that a file may have.
+
+        Args:
+            tensors: key -> tensor, dense, on any device; copied.
+            metadata: what the header of a file would say: PEFT's scales, the base's name.
+            read_weight: reads a weight [out, in, …] of the base model by its canonical module
+                name; needed where the update depends on it (DoRA, GLoRA, OFT).
+
+        Raises:
+            UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, naming the
+                tensor.
+        """
+        from .reading import read_adapter  # which makes adapters
+
+        return read_adapter(tensors, metadata=metadata, read_weight=read_weight)
 
     def __repr__(self) -> str:
         """One line: how many modules of which ranks, and how they are stored."""

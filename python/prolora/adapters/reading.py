@@ -88,7 +88,7 @@ def read_adapter(
     return found
 
 
-def read_pieces(source: StrPath) -> Iterator[Adapter]:
+def read_pieces(source: StrPath | Mapping[str, Tensor]) -> Iterator[Adapter]:
     """What `read_adapter` reads, one module or fused weight at a time to save memory."""
     opened = open_adapter(source)
     return _read_slots(opened, parse_contents(opened), None)

@@ -96,8 +96,25 @@ def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Un
             raise UnsupportedFormat(
                 f"{where}: {key!r:.100} is {type(tensor).__name__}; names and torch tensors only"
             )
+        if reason := _explain_unreadable(tensor):
+            raise UnsupportedFormat(f"{where}: {key} {reason}")
         headers[key] = TensorHeader(tensor.dtype, tuple(tensor.shape))
     return UnreadAdapter(where, headers, lambda key: tensors[key].detach().cpu(), metadata)
+
+
+def _explain_unreadable(tensor: Tensor) -> str:
+    """Why the numbers of a tensor cannot be read, "" if they can."""
+    if tensor.is_meta:
+        return "is on the meta device and holds no numbers; load the model's weights first"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype}); a LoRA has real factors"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}); give its dequantize()"
+    if tensor.is_nested:
+        return "is a nested tensor; give its parts one by one"
+    if tensor.layout != torch.strided:
+        return f"is sparse ({tensor.layout}); give its to_dense()"
+    return ""
 
 
 def _open_file(

@@ -60,8 +60,7 @@ def write_adapter(
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
     _check_destination(Path(path), chosen)
-    adapter = adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
-
+    adapter = _move_to_cpu(adapter)
     tensors = encoding.encode_adapter(adapter, chosen, stored)
     header = _file_metadata(adapter, chosen, metadata)
     if chosen == "kohya":
@@ -73,6 +72,39 @@ def write_adapter(
         else:
             fill_safetensors(output, tensors, header, path)
         _verify_output(output, adapter, chosen, stored, path)
+
+
+def encode_state_dict(
+    adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the file that `write_adapter` makes, by key, without a file.
+
+    Like the file, they are read back and compared before they are given out. No loader needs more
+    than them: the scale is 1 in all, whether the ranks differ or not. `format="diffusers"` is what
+    `pipe.load_lora_weights(...)` takes.
+
+    Args:
+        adapter: what to encode.
+        format: as `write_adapter` takes it.
+        dtype: as `write_adapter` takes it.
+
+    Returns:
+        Tensors on the CPU in memory of their own: factors [out, r] and [r, in], on convolutions
+        [out, r, 1, 1] and [r, in, kh, kw]; alphas [] where the format has them.
+
+    Raises:
+        UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
+        OutputError: no module is left in the adapter, or it reads back differently.
+    """
+    chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
+    where = "the state dict"
+    if not adapter.updates and not adapter.vectors:
+        raise OutputError(f"{where}: not made, because no module is left in the adapter")
+    adapter = _move_to_cpu(adapter)
+    encoded = encoding.encode_adapter(adapter, chosen, stored)
+    tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
+    _verify_output(tensors, adapter, chosen, stored, where)
+    return tensors
 
 
 def adapter_file_size(
@@ -89,6 +121,10 @@ def adapter_file_size(
         header.update(headers.BLANK_HASHES)
     size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
     return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
+
+
+def _move_to_cpu(adapter: Adapter) -> Adapter:
+    return adapter.with_updates({n: update.to("cpu") for n, update in adapter.updates.items()})
 
 
 def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
@@ -149,7 +185,11 @@ def _check_destination(path: Path, format: str) -> None:
 
 
 def _verify_output(
-    staged: Path, adapter: Adapter, format: str, dtype: torch.dtype, path: StrPath
+    output: Path | Mapping[str, Tensor],
+    adapter: Adapter,
+    format: str,
+    dtype: torch.dtype,
+    path: StrPath,
 ) -> None:
     """Opens the output as any user would and compares every update.
 
@@ -162,7 +202,7 @@ def _verify_output(
     kernels: dict[str, tuple[int, int]] = {}
     found: dict[str, Tensor] = {}
     try:
-        for piece in read_pieces(staged):
+        for piece in read_pieces(output):
             for name, update in piece.updates.items():
                 wanted = adapter.updates.get(name)
                 if wanted is None:

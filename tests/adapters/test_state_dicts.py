@@ -1,0 +1,76 @@
+"""LoRAs in memory: read from state dicts, written to state dicts, loaded by diffusers from them."""
+
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from lora_files import CONV, LINEAR, adapter_of, attached, relative_error, same_updates
+
+from prolora import Adapter
+from prolora.adapters import encode_state_dict, read_adapter, write_adapter
+from prolora.core.lowrank import LowRank
+from prolora.errors import OutputError, UnsupportedFormat
+from prolora.files.safetensors_file import SafetensorsFile
+
+KEY = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft", "comfy"])
+def test_a_state_dict_holds_what_the_file_holds(format: str, tmp_path: Path) -> None:
+    """And is read back to the same updates, kernels included."""
+    adapter = adapter_of(LINEAR | CONV, rank=[4, 2, 8], format="kohya", spelling="sgm")
+    tensors = encode_state_dict(adapter, format=format, dtype=torch.float16)
+    path = tmp_path / ("folder" if format == "peft" else "x.safetensors")
+    write_adapter(adapter, path, format=format, dtype=torch.float16)
+    file = SafetensorsFile(path / "adapter_model.safetensors" if format == "peft" else path)
+    assert tensors.keys() == file.tensors.keys()
+    assert all(torch.equal(tensor, file.read(key)) for key, tensor in tensors.items())
+    found = Adapter.from_state_dict(tensors)
+    assert found.kernels == adapter.kernels
+    same_updates(adapter, {n: u.dense() for n, u in found.updates.items()}, tolerance=2e-3)
+
+
+def test_a_state_dict_has_memory_of_its_own() -> None:
+    adapter = adapter_of(LINEAR)
+    before = {name: update.dense() for name, update in adapter.updates.items()}
+    for tensor in encode_state_dict(adapter, format="diffusers").values():
+        tensor.zero_()
+    same_updates(adapter, before)
+
+
+def test_a_pipeline_loads_the_state_dict_with_scale_one(tmp_path: Path) -> None:
+    """`pipe.load_lora_weights(…)`, also where modules differ in rank."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipelines.save(tmp_path / "pipe"))
+    updates = tiny_pipelines.updates(pipe.unet, ("to_q", "to_k", "ff.net.2"))
+    first = next(iter(updates))
+    updates[first] = LowRank(updates[first].up[:, :1], updates[first].down[:1])
+    pipe.load_lora_weights(encode_state_dict(Adapter(updates), format="diffusers"))
+    found = attached(pipe.unet)
+    assert found.keys() == updates.keys()
+    assert all(relative_error(found[n], u.dense()) < 1e-6 for n, u in updates.items())
+
+
+def test_an_adapter_without_modules_makes_no_state_dict() -> None:
+    with pytest.raises(OutputError, match="no module is left"):
+        encode_state_dict(Adapter({}))
+
+
+UNREADABLE = {
+    "complex": lambda: torch.ones(4, 2, dtype=torch.complex64),
+    "meta": lambda: torch.ones(4, 2, device="meta"),
+    "sparse": lambda: torch.ones(4, 2).to_sparse(),
+    "sparse_csr": lambda: torch.eye(2).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(4, 2), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_without_plain_numbers_are_refused_by_name(kind: str) -> None:
+    tensors = {KEY: UNREADABLE[kind](), KEY.replace("up", "down"): torch.ones(2, 4)}
+    with pytest.raises(UnsupportedFormat, match=rf"{KEY} is .*{kind.split('_')[0]}"):
+        read_adapter(tensors)
