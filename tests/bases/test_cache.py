@@ -15,6 +15,7 @@ import prolora
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file, cache_folder
 from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
+from prolora.comparison.block_matching import match_blocks
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")
 
@@ -357,3 +358,35 @@ def test_the_default_folder_is_the_platform_s_unless_the_environment_names_one(m
     assert default_folder() == Path.home() / "Library" / "Caches" / "prolora"
     monkeypatch.setenv("PROLORA_CACHE", "/mine")
     assert default_folder() == Path("/mine")
+
+
+def test_a_transfer_opens_its_cache_once(tmp_path, monkeypatch):
+    lora, source, target = write_case(tmp_path)
+    opened, real = [], BasisCache.__init__
+
+    def count(self, folder):
+        if folder is not None:
+            opened.append(folder)
+        real(self, folder)
+
+    monkeypatch.setattr(BasisCache, "__init__", count)
+    out = tmp_path / "out.safetensors"
+    options = {"cache": tmp_path / "cache", "match": "similarity", "method": "prolora"}
+    prolora.transfer_file(lora, source, target, out, **options)
+    assert opened == [tmp_path / "cache"]
+    opened.clear()
+    prolora.transfer_many([lora], source, target, tmp_path / "moved", **options)
+    assert opened == [tmp_path / "cache"]
+    opened.clear()
+    prolora.compare(source, target, cache=tmp_path / "cache", match="similarity")
+    assert opened == [tmp_path / "cache"]
+
+
+def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch, aged):
+    _, source, target = write_case(tmp_path)
+    bases = [prolora.open_base(path) for path in (source, target)]
+    plain = match_blocks(*bases)
+    cold = match_blocks(*bases, cache=tmp_path / "cache")
+    monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
+    warm = match_blocks(*map(prolora.open_base, (source, target)), cache=tmp_path / "cache")
+    assert warm == cold and warm.table == plain.table

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from spectra import related, weights
 
 import prolora
+from prolora.bases.cache.build import survey_base
 from prolora.bases.memory import Memory, resident_bytes
 from prolora.core.methods import Needs
 from prolora.errors import TooLittleMemory
@@ -37,10 +38,12 @@ def test_sizes_are_read_as_people_write_them():
 
 
 def test_a_bound_cuts_stacks_and_never_below_one():
-    free, bound = Memory(), Memory(resident_bytes() + (400 << 20))
+    free, bound = Memory().room(), Memory(resident_bytes() + (400 << 20)).room()
     shape = (1280, 1280)
     assert 1 <= bound.stack(shape, Needs.BASES) < free.stack(shape, Needs.BASES)
-    assert Memory(1).stack(shape, Needs.BASES) == 1
+    assert Memory(1).room().stack(shape, Needs.BASES) == 1
+    half = Memory(resident_bytes() + (400 << 20)).room(results=200 << 20)
+    assert half.stack(shape, Needs.BASES) < bound.stack(shape, Needs.BASES)
 
 
 @pytest.mark.parametrize("method", ["prolora", "damped", "copy", "auto"])
@@ -133,3 +136,15 @@ print(json.dumps([bound, peak(), [outcome.status for outcome in done]]))
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     bound, within, statuses = json.loads(said.stdout)
     assert statuses == ["moved"] * 8 and within <= bound, (bound, within)
+
+
+def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    for bound in ("1MiB", 1 << 20):
+        for work in (
+            lambda bound: prolora.transfer(lora, source, target, max_memory=bound),
+            lambda bound: prolora.compare(source, target, max_memory=bound),
+            lambda bound: survey_base(source, 4, max_memory=bound),
+        ):
+            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB is too little"):
+                work(bound)

@@ -9,9 +9,11 @@ import sdxl
 import torch
 from spectra import related
 
-from prolora import NonFiniteWeights, UnsupportedFormat, open_base
+from prolora import NonFiniteWeights, UnsupportedFormat, compare, open_base
+from prolora.bases import memory
 from prolora.comparison import block_matching
 from prolora.comparison.block_matching import match_blocks, resolve_match
+from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.workflow.plan import find_partners, make_plan
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
@@ -201,8 +203,37 @@ def test_a_pruned_flux_is_recovered_in_both_of_its_stacks():
 def test_how_much_is_in_memory_at_a_time_changes_nothing(monkeypatch):
     source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
     whole = match_blocks(source, target)
-    monkeypatch.setattr(block_matching, "STACK_BYTES", 1)
-    assert match_blocks(source, target).table == whole.table
+    sizes = []
+    real = memory.Room.stack
+    monkeypatch.setattr(memory.Room, "stack", lambda *a: sizes.append(real(*a)) or sizes[-1])
+    assert match_blocks(source, target) == whole and max(sizes) > 1
+    # What this process has now, and a few MB beyond what must be left.
+    bound = memory.resident_bytes() + memory.SLACK + (8 << 20)
+    assert match_blocks(source, target, max_memory=f"{bound}B") == whole
+    monkeypatch.setattr(memory, "STACK_BYTES", 1)
+    sizes.clear()
+    assert match_blocks(source, target).table == whole.table and max(sizes) == 1
+
+
+def test_too_little_memory_for_matching_is_refused_before_a_weight_is_read(monkeypatch):
+    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+    monkeypatch.setattr(type(source), "read", lambda *a: pytest.fail("a weight was read"))
+    with pytest.raises(TooLittleMemory, match="needs"):
+        match_blocks(source, target, max_memory="1MiB")
+    with pytest.raises(TooLittleMemory, match="needs"):
+        compare(source, target, match="similarity", max_memory="1MiB")
+
+
+@pytest.mark.parametrize("value", [float("nan"), "lots", -1])
+def test_a_bound_that_is_no_number_of_bytes_is_refused(value):
+    source, target = open_base(MINI / "source"), open_base(MINI / "pruned")
+    for work in (match_blocks, compare):
+        with pytest.raises(InvalidOption, match="max_memory"):
+            work(source, target, max_memory=value)
+    with pytest.raises(ValueError, match="NaN"):
+        match_blocks(source, target, min_score=float("nan"))
+    with pytest.raises(ValueError, match="rank"):
+        compare(source, target, rank=float("nan"))
 
 
 def test_blocks_of_an_unrelated_model_of_the_same_shape_are_not_matched():

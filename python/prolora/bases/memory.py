@@ -51,29 +51,27 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
-@dataclass
+@dataclass(frozen=True)
 class Memory:
     """A bound on the resident memory of this process, or none.
 
+    On a GPU it bounds what is there instead: the same stacks, of the same size.
+
     Attributes:
-        limit: bytes; None where there is no bound. On a GPU it bounds what is there instead: the
-            same stacks, whose size is the same on either.
-        reserved: bytes that results will take while weights are worked on.
+        limit: bytes; None where there is no bound.
         rank: of the subspaces; a share of energy may be all columns, and so may None.
     """
 
     limit: int | None = None
-    reserved: int = 0
     rank: Rank | None = None
-    _free: int | None = None
 
-    def begin(self) -> None:
-        """Notes what is free now, for the stacks to come: their results take from it as they go."""
-        if self.limit is not None:
-            self._free = self.limit - resident_bytes() - self.reserved - SLACK
+    def check(self, shapes: Iterable[tuple[int, int]], work: Work, results: int = 0) -> None:
+        """Refuses a bound below what one weight of each shape needs, before anything is done.
 
-    def check(self, shapes: Iterable[tuple[int, int]], work: Work) -> None:
-        """Refuses a bound below what one matrix of each shape needs, before anything is done.
+        Args:
+            shapes: of the weights, out × in.
+            work: what is done with them.
+            results: bytes that the results will take.
 
         Raises:
             TooLittleMemory: says how much is needed.
@@ -82,12 +80,42 @@ class Memory:
             return
         worst = max((_bytes_of_stack(shape, work, 1, self.rank) for shape in shapes), default=0)
         # The results, and beside them what is worked on, or the file that is made of them.
-        least = resident_bytes() + SLACK + self.reserved + max(worst, self.reserved // 2)
+        least = resident_bytes() + SLACK + results + max(worst, results // 2)
         if self.limit < least:
             raise TooLittleMemory(
                 f"--max-memory {format_size(self.limit)} is too little: the largest weight, with "
                 f"what prolora and this LoRA take, needs {format_size(least * 1.02)}"
             )
+
+    def room(self, results: int = 0) -> Room:
+        """What is left now for the weights that are worked on at a time.
+
+        Args:
+            results: bytes that the results will take meanwhile.
+        """
+        if self.limit is None:
+            return Room(None, self.rank)
+        return Room(self.limit - resident_bytes() - results - SLACK, self.rank)
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes that LoRAs which are moved together may take."""
+        if self.limit is None:
+            return LORA_BYTES
+        return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much is worked on at a time.
+
+    Attributes:
+        free: bytes; None where there is no bound.
+        rank: as in `Memory`.
+    """
+
+    free: int | None = None
+    rank: Rank | None = None
 
     def stack(self, shape: tuple[int, int], work: Work) -> int:
         """How many weights [m, n] to work on at a time, at least one.
@@ -96,37 +124,27 @@ class Memory:
             shape: of a weight.
             work: what is done with them.
         """
-        room = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
-        most = max(1, room // (4 * shape[0] * shape[1]))
-        if self.limit is None:
-            return most
-        if self._free is None:
-            self.begin()
-        while most > 1 and _bytes_of_stack(shape, work, most, self.rank) > (self._free or 0):
-            most -= 1
-        return most
+        size = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
+        count = max(1, size // (4 * shape[0] * shape[1]))
+        if self.free is not None:
+            while count > 1 and _bytes_of_stack(shape, work, count, self.rank) > self.free:
+                count -= 1
+        return count
 
     def columns(self, shape: tuple[int, int]) -> int:
         """How many columns of factors to project at a time, those of all weights [m, n] together.
 
         Within a bound they fit where the factorisation of a weight was before.
         """
-        room = STACK_BYTES
-        if self.limit is not None:
-            room = min(room, _bytes_of_factorisation(shape, self.rank))
-        return max(1, room // (PER_COLUMN * sum(shape)))
+        size = STACK_BYTES
+        if self.free is not None:
+            size = min(size, _bytes_of_factorisation(shape, self.rank))
+        return max(1, size // (PER_COLUMN * sum(shape)))
 
-    def at_once(self, shape: tuple[int, int]) -> int:
+    def pairs(self, shape: tuple[int, int]) -> int:
         """How many pairs of weights [m, n] to compare at a time."""
         threads = torch.get_num_threads()
-        return threads if self.limit is None else min(threads, self.stack(shape, "affinity"))
-
-    @property
-    def for_loras(self) -> int:
-        """Bytes that LoRAs which are moved together may take."""
-        if self.limit is None:
-            return LORA_BYTES
-        return min(LORA_BYTES, max(0, self.limit - resident_bytes() - SLACK) // 3)
+        return threads if self.free is None else min(threads, self.stack(shape, "affinity"))
 
 
 def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank | None) -> int:

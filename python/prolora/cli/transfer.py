@@ -53,7 +53,13 @@ def transfer(
     cache = resources.cache if output.dry_run else resources.find_cache()
     with progress_bar("match", output.show_tables) as progress:
         options["match"] = resolve_match(
-            matching.match, source, target, cache=cache, device=resources.device, progress=progress
+            matching.match,
+            source,
+            target,
+            cache=cache,
+            device=resources.device,
+            max_memory=resources.max_bytes,
+            progress=progress,
         )
     if output.dry_run:
         outcomes = plan_all(loras, source, target, output, options)

@@ -9,9 +9,8 @@ of a place (one stack of blocks) and among the places.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
 
 import torch
 from torch import Tensor
@@ -19,10 +18,13 @@ from torch import Tensor
 from ..architectures.modules import find_block, is_adaptable, is_attention, matrix_shape
 from ..bases import Base
 from ..bases.base import Progress, check_finite
-from ..bases.cache.basis_cache import BasisCache
-from ..core.basis import Basis, stack_bases, truncated_svd
+from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
+from ..bases.memory import Memory, Room
+from ..core.basis import Basis, stack_bases
+from ..core.methods import Needs
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
 from .module_map import BlockDecision, Match, Matching
 
@@ -32,8 +34,6 @@ COLUMNS_SHARE, MOST_COLUMNS = 8, 160
 # Short sides of the matrices compared, added up, from which on more would tell nothing new: all
 # eight attention matrices of a block up to 640 wide, four at 1280, two at 3072.
 ENOUGH_DIMENSIONS = 5120
-# Weights in float32 that are in memory at a time, in bytes.
-STACK_BYTES = 96 << 20
 # From here on an overlap counts as a relation: a score that blocks of one model do not reach among
 # each other, though they read and write the same features (at most 0.06 in the mini family), and so
 # many standard deviations beyond chance, which matters where matrices are small.
@@ -68,8 +68,9 @@ def match_blocks(
     target: Base,
     *,
     min_score: float = MIN_SCORE,
-    cache: str | PathLike[str] | None = None,
+    cache: CacheLike = None,
     device: str | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Matching:
     """Finds the source's block for every transformer block of the target.
@@ -82,21 +83,40 @@ def match_blocks(
         source: the base with the blocks to look among.
         target: the base whose blocks are asked for.
         min_score: pairs of blocks that score less are not made.
-        cache: folder that keeps subspaces; None keeps nothing.
+        cache: keeps subspaces; None keeps nothing.
         device: where to compute; None means the CPU.
+        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
+            no bound.
         progress: called as progress(done, total, name).
 
     Raises:
         UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
+        TooLittleMemory: the bound is below what the largest weight needs.
         NonFiniteWeights: NaN or Inf, named.
+        ValueError: min_score is no number.
     """
+    if math.isnan(min_score):
+        raise ValueError("min_score must be a number, not NaN")
     groups = _group_blocks(source, target)
     if not groups:
         raise UnsupportedFormat(
             f"{source.name} and {target.name} have no transformer blocks of the same kind and "
             "shape: there is nothing to match by similarity"
         )
-    subspaces = _Subspaces(cache, device, progress, _count_weights(groups))
+    room = _find_room(groups, parse_limit(max_memory))
+    with open_cache(cache) as opened:
+        subspaces = _Subspaces(opened, device, room, _report_steps(groups, progress))
+        return _match_groups(source, target, groups, subspaces, min_score)
+
+
+def _match_groups(
+    source: Base,
+    target: Base,
+    groups: list[tuple[list[Block], list[Block]]],
+    subspaces: _Subspaces,
+    min_score: float,
+) -> Matching:
+    """Scores and assigns the blocks of every group."""
     decisions: list[BlockDecision] = []
     partners: dict[str, str] = {}
     dropped: list[str] = []
@@ -126,16 +146,20 @@ def resolve_match(
     source: Base,
     target: Base,
     *,
-    cache: str | PathLike[str] | None = None,
+    cache: CacheLike = None,
     device: str | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Match:
     """`"similarity"` as the `Matching` it stands for; every other match as it is.
 
-    `pairing` reads no weights, so whoever makes a plan calls this first.
+    Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors are
+    those of `match_blocks`.
     """
     if isinstance(match, str) and match == "similarity":
-        return match_blocks(source, target, cache=cache, device=device, progress=progress)
+        return match_blocks(
+            source, target, cache=cache, device=device, max_memory=max_memory, progress=progress
+        )
     return match
 
 
@@ -193,46 +217,79 @@ def _choose_evidence(ours: Block, theirs: Block) -> list[str]:
     return chosen
 
 
-def _count_weights(groups: list[tuple[list[Block], list[Block]]]) -> int:
-    """Weights to factorise."""
-    return sum(
+def _choose_rank(shape: tuple[int, int]) -> int:
+    """How many columns of the subspaces of a weight [m, n] are compared."""
+    return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
+
+
+def _find_room(groups: list[tuple[list[Block], list[Block]]], limit: int | None) -> Room:
+    """How much can be factorised at a time beside the bases of a module of all blocks.
+
+    Raises:
+        TooLittleMemory: not even one weight.
+    """
+    shapes: set[tuple[int, int]] = set()
+    held = 0
+    for ours, theirs in groups:
+        for module in _choose_evidence(ours[0], theirs[0]):
+            shape = ours[0].shapes[module]
+            shapes.add(shape)
+            held = max(held, (len(ours) + len(theirs)) * 4 * sum(shape) * _choose_rank(shape))
+    memory = Memory(limit, max(map(_choose_rank, shapes)))
+    memory.check(shapes, Needs.BASES, held)
+    return memory.room(held)
+
+
+def _report_steps(
+    groups: list[tuple[list[Block], list[Block]]], progress: Progress | None
+) -> Callable[[list[str]], None]:
+    """Adds up the weights that are factorised, for the caller's callback."""
+    total = sum(
         len(_choose_evidence(ours[0], theirs[0])) * (len(ours) + len(theirs))
         for ours, theirs in groups
     )
+    done = 0
+
+    def report(modules: list[str]) -> None:
+        nonlocal done
+        done += len(modules)
+        if progress:
+            progress(done, total, modules[-1])
+
+    return report
 
 
+@dataclass(frozen=True)
 class _Subspaces:
-    """Leading subspaces of weights, one module name over many blocks at a time."""
+    """Leading subspaces of weights, one module name over many blocks at a time.
 
-    def __init__(
-        self,
-        cache: str | PathLike[str] | None,
-        device: str | None,
-        progress: Progress | None,
-        total: int,
-    ) -> None:
-        self._factorise = BasisCache(cache).bases if cache else truncated_svd
-        self._device, self._progress, self._total, self._done = device, progress, total, 0
+    Attributes:
+        cache: keeps them.
+        device: where to compute; None means the CPU.
+        room: how many are computed at a time.
+        report: called with the names of the weights that were factorised.
+    """
+
+    cache: BasisCache
+    device: str | None
+    room: Room
+    report: Callable[[list[str]], None]
 
     def of(self, base: Base, blocks: list[Block], module: str) -> Basis:
         """The bases of one module of every block, stacked [blocks, m, n]."""
         shape = blocks[0].shapes[module]
-        rank = max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
         names = [f"{block.name}.{module}" for block in blocks]
-        size = max(1, STACK_BYTES // (4 * shape[0] * shape[1]))
-        found: list[Basis] = []
+        size = self.room.stack(shape, Needs.BASES)
+        bases: list[Basis] = []
         for some in (names[i : i + size] for i in range(0, len(names), size)):
-            weights = torch.stack([base.read(name).reshape(shape).float() for name in some])
             try:
-                bases = self._factorise(weights.to(self._device), rank)
+                stack = self.cache.of(base, some, _choose_rank(shape), self.device)
             except NonFiniteWeights:
                 check_finite(base, some)  # says which one
                 raise
-            found += [bases[i] for i in range(len(some))]
-            self._done += len(some)
-            if self._progress:
-                self._progress(self._done, self._total, some[-1])
-        return stack_bases(found)
+            bases += [stack[i] for i in range(len(some))]
+            self.report(some)
+        return stack_bases(bases)
 
 
 def _score_blocks(

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from os import PathLike
+from functools import cached_property, partial
 from typing import Any
+
+from torch import Tensor
 
 from ..architectures.modules import find_stage, is_adaptable, is_attention, matrix_shape
 from ..bases import Base, check_finite, open_base
-from ..bases.cache.basis_cache import BasisCache
+from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory
-from ..core.basis import truncated_svd
+from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.overlap_tables import basis_tables
-from ..core.rank_rule import Rank
+from ..core.rank_rule import Rank, check_rank
 from ..core.similarity import angle_quantiles, basis_similarity
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
+from ..files.sizes import parse_limit
 from .block_matching import resolve_match
 from .drift import Affinity
 from .module_map import BlockDecision, Match, Matching, find_partners
@@ -286,9 +288,9 @@ def compare(
     *,
     rank: Rank | None = OVERLAP_RANK,
     match: Match = "name",
-    cache: str | PathLike[str] | None = None,
+    cache: CacheLike = None,
     device: str | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
     """Measures drift and overlap of every adaptable pair of weights, and judges them.
@@ -299,9 +301,10 @@ def compare(
         rank: columns, or share of energy, of the subspaces compared. None compares none: the
             verdict needs each weight read once and no singular value decomposition.
         match: how modules are paired, as in `transfer`.
-        cache: folder that keeps subspaces, the same as `transfer`'s; None keeps nothing.
+        cache: keeps subspaces, the same folder as `transfer`'s; None keeps nothing.
         device: where to compute; None means the CPU.
-        max_memory: bytes this process may take in memory; None sets no bound.
+        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
+            no bound.
         progress: called as progress(done, total, name).
 
     Raises:
@@ -310,28 +313,34 @@ def compare(
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         NonFiniteWeights: NaN or Inf, named.
     """
+    if rank is not None:
+        check_rank(rank)
+    limit = parse_limit(max_memory)
     source, target = open_base(source), open_base(target)
-    match = resolve_match(match, source, target, cache=cache, device=device, progress=progress)
-    partners, rule = find_partners(source, target, match)
-    partners = {t: s for t, s in partners.items() if is_adaptable(t)}
-    equal = {
-        t: s
-        for t, s in partners.items()
-        if matrix_shape(source.shapes[s]) == matrix_shape(target.shapes[t])
-    }
-    if isinstance(match, Matching):
-        match.check_any(source, target)
-    if not equal:
-        raise UnsupportedFormat(_explain_nothing_shared(source, target, partners))
-    sizes = {matrix_shape(target.shapes[module]) for module in equal}
-    Memory(max_memory, rank=rank).check(sizes, "affinity" if rank is None else Needs.BASES)
+    with open_cache(cache) as kept:
+        match = resolve_match(
+            match,
+            source,
+            target,
+            cache=kept,
+            device=device,
+            max_memory=limit,
+            progress=progress,
+        )
+        partners, rule = find_partners(source, target, match)
+        partners = {t: s for t, s in partners.items() if is_adaptable(t)}
+        equal = _list_equal_shapes(source, target, match, partners)
+        sizes = {matrix_shape(target.shapes[module]) for module in equal}
+        Memory(limit, rank).check(sizes, "affinity" if rank is None else Needs.BASES)
+        factorise = None
+        if rank is not None:
+            factorise = partial(_factorise, cache=kept, rank=rank, device=device)
+        rows = []
+        for done, (module, origin) in enumerate(equal.items(), 1):
+            rows.append(_compare_module(source, origin, target, module, factorise))
+            if progress:
+                progress(done, len(equal), module)
     taken = set(partners.values())
-    factorise = BasisCache(cache).bases if cache else truncated_svd
-    rows = []
-    for done, (module, origin) in enumerate(equal.items(), 1):
-        rows.append(_compare_module(source, origin, target, module, rank, factorise, device))
-        if progress:
-            progress(done, len(equal), module)
     blocks = match if isinstance(match, Matching) else None
     return Comparison(
         source.name,
@@ -344,6 +353,32 @@ def compare(
         decisions=blocks.decisions if blocks else (),
         dropped_blocks=blocks.dropped if blocks else (),
     )
+
+
+def _list_equal_shapes(
+    source: Base, target: Base, match: Match, partners: Mapping[str, str]
+) -> dict[str, str]:
+    """{target module: source module} of the pairs whose weights have one shape.
+
+    Raises:
+        UnrelatedBases: blocks were matched by similarity, and none was recognised.
+        UnsupportedFormat: there is no such pair.
+    """
+    equal = {
+        t: s
+        for t, s in partners.items()
+        if matrix_shape(source.shapes[s]) == matrix_shape(target.shapes[t])
+    }
+    if isinstance(match, Matching):
+        match.check_any(source, target)
+    if not equal:
+        raise UnsupportedFormat(_explain_nothing_shared(source, target, partners))
+    return equal
+
+
+def _factorise(weight: Tensor, cache: BasisCache, rank: Rank, device: str | None) -> Basis:
+    """The basis of a weight [m, n], as that of a stack of one."""
+    return cache.bases(weight[None].to(device), rank)
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
@@ -364,11 +399,9 @@ def _compare_module(
     origin: str,
     target: Base,
     module: str,
-    rank: Rank | None,
-    factorise: Callable[..., Any],
-    device: str | None,
+    factorise: Callable[[Tensor], Basis] | None,
 ) -> ModuleComparison:
-    """One pair."""
+    """Drift and cosine of a pair of weights, and the overlap of their bases where one is asked."""
     shape = matrix_shape(target.shapes[module])
     ours, theirs = (
         base.read(name).reshape(shape) for base, name in ((source, origin), (target, module))
@@ -379,9 +412,9 @@ def _compare_module(
         check_finite(source, [origin])  # says which tensor, and where in it
         check_finite(target, [module])
         raise
-    if rank is None:
+    if factorise is None:
         return ModuleComparison(origin, module, shape, affinity)
-    old, new = (factorise(weight[None].to(device), rank) for weight in (ours, theirs))
+    old, new = factorise(ours), factorise(theirs)
     tables = basis_tables(old, new)
     similar = basis_similarity(old, new, tables)
     angles = angle_quantiles(old, new)

@@ -14,7 +14,7 @@ from ..bases import Base, check_finite
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, hash_weight
 from ..bases.cache.tables import JsonTable
-from ..bases.memory import Memory
+from ..bases.memory import Room
 from ..core.parallel import map_on_threads
 from ..errors import NonFiniteWeights
 
@@ -131,7 +131,7 @@ def measure_affinities(
     pairs: Sequence[tuple[str, str]],
     progress: Progress | None = None,
     cache: BasisCache | None = None,
-    memory: Memory | None = None,
+    room: Room | None = None,
 ) -> list[Affinity]:
     """The affinity of every pair; weights are read a few pairs at a time, each once.
 
@@ -143,7 +143,7 @@ def measure_affinities(
         pairs: (source module, target module) of equal matrix shape.
         progress: called as progress(done, total, target module).
         cache: remembers the affinities of weights by their content.
-        memory: bounds how many pairs are in memory at a time.
+        room: bounds how many pairs are in memory at a time.
 
     Raises:
         NonFiniteWeights: names the first tensor that holds NaN or Inf, and its file.
@@ -152,10 +152,10 @@ def measure_affinities(
     notes = cache.pairs(source, target)
     found = [_look_up_affinity(source, target, pair, cache, notes) for pair in pairs]
     missing = [i for i, affinity in enumerate(found) if affinity is None]
-    total, start, memory = len(missing), 0, memory or Memory()
+    total, start, room = len(missing), 0, room or Room()
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
-        part = missing[start : start + memory.at_once(shape)]
+        part = missing[start : start + room.pairs(shape)]
         jobs = [(source, target, pairs[i], cache.folder is not None) for i in part]
         seen = map_on_threads(lambda job: _measure_pair(*job), jobs)
         for i, (affinity, *digests) in zip(part, seen, strict=True):

@@ -204,8 +204,9 @@ def transfer_many(
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
-    batch = _Batch.open(inputs, open_base(source), open_base(target), options, output)
+    old, new = open_base(source), open_base(target)
     with BasisCache(options.cache).saving() as opened:
+        batch = _Batch.open(inputs, old, new, options, output, opened)
         tasks = batch.list_tasks(outputs, redo, opened)
         batch.run([task for task in tasks if task.outcome is None], opened)
     return [task.outcome for task in tasks if task.outcome is not None]
@@ -240,18 +241,20 @@ class _Batch:
         target: Base,
         asked: TransferOptions,
         output: OutputForm,
+        cache: BasisCache,
     ) -> _Batch:
         """Matches the blocks of the bases once, for all LoRAs."""
         match = resolve_match(
             asked.match,
             source,
             target,
-            cache=asked.cache,
+            cache=cache,
             device=asked.device,
+            max_memory=asked.max_memory,
             progress=asked.progress,
         )
         chosen = replace(asked, match=match, progress=None)
-        memory = Memory(asked.memory_limit, rank=asked.rank)
+        memory = Memory(asked.memory_limit, asked.rank)
         return cls(loras, source, target, asked, chosen, output, memory)
 
     def list_tasks(self, outputs: list[Path], redo: bool, cache: BasisCache) -> list[_Task]:
@@ -300,14 +303,13 @@ class _Batch:
 
         for i, task in enumerate(group):
             show(i, f"reading {task.lora.name}")
-            task.attempt(partial(self._prepare, task))
-        self.memory.reserved = 0
+            task.attempt(partial(self._prepare, task, cache))
+        results = 0
         for task in group:
             if task.job is not None:
-                task.attempt(partial(self._decide, task.job, cache))
+                results += task.job.work.result_bytes()
+                task.attempt(partial(self._decide, task.job, cache, results))
         jobs = [task.job for task in group if task.job is not None]
-        self.memory.reserved = sum(job.work.result_bytes() for job in jobs)
-        self.memory.begin()
         started = time.perf_counter()
         works = [job.work for job in jobs]
         move_all(works, self.source, self.target, cache, self.memory, progress)
@@ -322,13 +324,12 @@ class _Batch:
             task.finish(report)
         show(len(group), "")
 
-    def _prepare(self, task: _Task) -> None:
+    def _prepare(self, task: _Task, cache: BasisCache) -> None:
         check_output(task.out, self._inputs)
-        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, self.output)
+        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, self.output, cache)
 
-    def _decide(self, job: Job, cache: BasisCache) -> None:
-        self.memory.reserved += job.work.result_bytes()
-        decide_method(job, self.source, self.target, cache, self.memory)
+    def _decide(self, job: Job, cache: BasisCache, results: int) -> None:
+        decide_method(job, self.source, self.target, cache, self.memory, results)
 
     def _finish(self, task: _Task, job: Job, cache: BasisCache) -> Report:
         notes = task.recipe.describe if task.recipe else None
@@ -349,7 +350,7 @@ def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
     size = 0
     for task in tasks:
         more = _estimate_size(task.lora)
-        if group and size + more > memory.for_loras:
+        if group and size + more > memory.lora_bytes:
             yield group
             group, size = [], 0
         group.append(task)

@@ -119,7 +119,7 @@ def _plan_by_weights(
     adapter: Adapter, source: Base, target: Base, options: TransferOptions, output: OutputForm
 ) -> Report:
     """A row for every module, as the plan has it."""
-    plan = plan_transfer(adapter, source, target, options)
+    plan = plan_transfer(adapter, source, target, options, options.cache)
     summed = sum_dropped_blocks(adapter, plan)
     route = Route(adapter, plan, source, target, options)
     if output != OutputForm():

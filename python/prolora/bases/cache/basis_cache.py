@@ -307,6 +307,24 @@ class BasisCache:
         return whole.to(device) if device is not None else whole
 
 
+CacheLike = str | os.PathLike[str] | BasisCache | None
+"""A folder that keeps subspaces, a cache that is open, or None: nothing is kept."""
+
+
+@contextmanager
+def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
+    """The cache, saved at the end unless it was open before.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+    if isinstance(cache, BasisCache):
+        yield cache
+    else:
+        with BasisCache(cache).saving() as opened:
+            yield opened
+
+
 def hash_weight(weight: Tensor) -> str:
     """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
     return hash_parts([f"{weight.dtype} {list(weight.shape)} ", weight])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from os import PathLike
 from typing import Any
 
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.rank_rule import Rank
+from ...files.sizes import parse_limit
 from .. import open_base
 from ..memory import Memory
-from .basis_cache import BasisCache
+from .basis_cache import CacheLike, open_cache
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def survey_base(
     base: Any,
     rank: Rank,
     *,
-    cache: str | PathLike[str] | None = None,
+    cache: CacheLike = None,
     device: str | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ShapeSurvey]:
     """Computes every adaptable weight's basis and keeps what it says of itself.
@@ -61,25 +61,30 @@ def survey_base(
     Args:
         base: as `open_base` takes it.
         rank: columns, or share of energy.
-        cache: folder that keeps the subspaces for later transfers, and gives those it has.
+        cache: keeps the subspaces for later transfers, and gives those it has.
         device: where to compute; None means the CPU.
-        max_memory: bytes this process may take in memory; None sets no bound.
+        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
+            no bound.
         progress: called as progress(done, total, name).
+
+    Raises:
+        TooLittleMemory: the bound is below what the largest weight needs.
     """
     base = open_base(base)
-    memory = Memory(max_memory, rank=rank)
+    memory = Memory(parse_limit(max_memory), rank)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in base.shapes.items():
         if is_adaptable(name):
             groups.setdefault(matrix_shape(shape), []).append(name)
     memory.check(groups, Needs.BASES)
+    room = memory.room()
     total, done, rows = sum(len(names) for names in groups.values()), 0, []
-    with BasisCache(cache).saving() as kept:
+    with open_cache(cache) as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
             found, start = [], 0
             while start < len(names):
-                stack = names[start : start + memory.stack(shape, Needs.BASES)]
+                stack = names[start : start + room.stack(shape, Needs.BASES)]
                 bases = kept.of(base, stack, rank, device)
                 found += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
                 start, done = start + len(stack), done + len(stack)

@@ -16,7 +16,7 @@ from ...architectures.modules import matrix_shape
 from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
-from ...bases.memory import Memory
+from ...bases.memory import Memory, Room
 from ...comparison.overlap import Alignment, align_bases
 from ...core.basis import Basis
 from ...core.damping import Damper
@@ -105,9 +105,10 @@ def move_all(
         source: where they come from.
         target: where they go.
         cache: of the subspaces.
-        memory: how much may be worked on at a time.
+        memory: bounds how much is worked on at a time.
         progress: called as progress(done, total, target module).
     """
+    room = memory.room(sum(work.result_bytes() for work in works))
     for work in works:
         if work.method.needs is Needs.NOTHING:
             try:
@@ -118,19 +119,17 @@ def move_all(
     total = len({pair for work in works for pair in work.plan.pairs})
     for needs in (Needs.WEIGHTS, Needs.BASES):
         chosen = [work for work in works if work.method.needs is needs]
-        for stack in _iterate_stacks(chosen, memory, needs):
+        for stack in _iterate_stacks(chosen, room, needs):
             if needs is Needs.WEIGHTS:
-                _damp_stack(chosen, stack, source, target, memory)
+                _damp_stack(chosen, stack, source, target, room)
             else:
-                _project_stack(chosen, stack, source, target, cache, memory)
+                _project_stack(chosen, stack, source, target, cache, room)
             done += len(stack)
             if progress:
                 progress(min(done, total), total, stack[-1].target)
 
 
-def _iterate_stacks(
-    works: Sequence[LoraWork], memory: Memory, needs: Needs
-) -> Iterator[list[Pair]]:
+def _iterate_stacks(works: Sequence[LoraWork], room: Room, needs: Needs) -> Iterator[list[Pair]]:
     """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
     for work in works:
@@ -138,7 +137,7 @@ def _iterate_stacks(
             shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
     for shape, found in shapes.items():
         pairs = list(found)
-        size = memory.stack(matrix_shape(shape), needs)
+        size = room.stack(matrix_shape(shape), needs)
         for i in range(0, len(pairs), size):
             yield pairs[i : i + size]
 
@@ -149,7 +148,7 @@ def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Te
 
 
 def _damp_stack(
-    works: Sequence[LoraWork], stack: list[Pair], source: Base, target: Base, memory: Memory
+    works: Sequence[LoraWork], stack: list[Pair], source: Base, target: Base, room: Room
 ) -> None:
     """A stack of pairs, for every LoRA, by method "damped"."""
     shape = stack[0].shape
@@ -162,7 +161,7 @@ def _damp_stack(
         for work in works:  # the factors of one κ serve all
             if work.error is None:
                 damper.at(work.options.kappa)
-        _move_in_turn(works, stack, memory, partial(_damp_updates, damper=damper))
+        _move_in_turn(works, stack, room, partial(_damp_updates, damper=damper))
 
 
 def _project_stack(
@@ -171,7 +170,7 @@ def _project_stack(
     source: Base,
     target: Base,
     cache: BasisCache,
-    memory: Memory,
+    room: Room,
 ) -> None:
     """A stack of pairs, for every LoRA, by a method that needs subspaces."""
     options = works[0].options
@@ -190,11 +189,11 @@ def _project_stack(
         )
     with _share_time(works, "project"):
         step = partial(_project_updates, source=ours, target=theirs, aligned=aligned)
-        _move_in_turn(works, stack, memory, step)
+        _move_in_turn(works, stack, room, step)
 
 
 def _move_in_turn(
-    works: Sequence[LoraWork], stack: list[Pair], memory: Memory, step: Callable[..., list[Moved]]
+    works: Sequence[LoraWork], stack: list[Pair], room: Room, step: Callable[..., list[Moved]]
 ) -> None:
     """step(works, stack, places) for LoRAs that have one rank at the same places of a stack.
 
@@ -202,7 +201,7 @@ def _move_in_turn(
     after the other: torch's own threads share a stack better than threads that share Python.
     """
     for together, places in _group_equal_ranks(
-        works, stack, memory.columns(matrix_shape(stack[0].shape))
+        works, stack, room.columns(matrix_shape(stack[0].shape))
     ):
         try:
             moved = step(together, stack, places)

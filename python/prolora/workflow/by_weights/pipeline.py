@@ -11,7 +11,7 @@ from ... import adapters
 from ...adapters.adapter import Adapter
 from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.cache.basis_cache import BasisCache
+from ...bases.cache.basis_cache import BasisCache, CacheLike
 from ...bases.memory import Memory
 from ...bases.vae import can_probe
 from ...comparison.block_matching import resolve_match
@@ -95,25 +95,28 @@ def transfer_by_weights(
     Raises:
         ProLoRAError: see `prolora.transfer`.
     """
-    memory = Memory(options.memory_limit, rank=options.rank)
+    memory = Memory(options.memory_limit, options.rank)
     with BasisCache(options.cache).saving() as cache:
-        job = prepare_job(lora, source, target, options, output)
-        memory.reserved = job.work.result_bytes()
-        decide_method(job, source, target, cache, memory)
-        memory.begin()
+        job = prepare_job(lora, source, target, options, output, cache)
+        decide_method(job, source, target, cache, memory, job.work.result_bytes())
         move_all([job.work], source, target, cache, memory, options.progress)
         return finish_job(job, source, target, cache, notes)
 
 
 def prepare_job(
-    lora: LoraLike, source: Base, target: Base, asked: TransferOptions, output: OutputForm
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    asked: TransferOptions,
+    output: OutputForm,
+    cache: BasisCache,
 ) -> Job:
     """Reads and plans; refuses all that can be refused without looking at weights."""
     clock = Clock()
     with clock("read"):
         adapter = read_lora(lora, source)
     with clock("match"):
-        plan = plan_transfer(adapter, source, target, asked)
+        plan = plan_transfer(adapter, source, target, asked, cache)
     check_coverage(adapter, plan, asked.min_coverage)
     summed = sum_dropped_blocks(adapter, plan)
     if output != OutputForm():
@@ -136,21 +139,34 @@ def read_lora(lora: LoraLike, source: Base) -> Adapter:
     return adapters.read_adapter(lora, read_weight=source.read)
 
 
-def plan_transfer(adapter: Adapter, source: Base, target: Base, options: TransferOptions) -> Plan:
+def plan_transfer(
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions, cache: CacheLike
+) -> Plan:
     """Where every module goes; weights are read only to match blocks by similarity."""
     match = resolve_match(
         options.match,
         source,
         target,
-        cache=options.cache,
+        cache=cache,
         device=options.device,
+        max_memory=options.max_memory,
         progress=_label_stage("matching", options.progress),
     )
     return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
 
 
-def decide_method(job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory) -> None:
+def decide_method(
+    job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory, results: int
+) -> None:
     """Looks at the pairs of weights and decides how to move the LoRA.
+
+    Args:
+        job: the LoRA.
+        source: the base that it was trained on.
+        target: the base that it moves to.
+        cache: what is known of their weights.
+        memory: the bound.
+        results: bytes that this LoRA and those before it will take.
 
     Raises:
         NonFiniteWeights: NaN or Inf in a weight.
@@ -159,20 +175,21 @@ def decide_method(job: Job, source: Base, target: Base, cache: BasisCache, memor
     """
     plan, asked = job.plan, job.asked
     shapes = {matrix_shape(pair.shape) for pair in plan.pairs}
-    memory.check(shapes, "affinity")
+    memory.check(shapes, "affinity", results)
     if asked.chosen is not None:
-        memory.check(shapes, asked.chosen.needs)
+        memory.check(shapes, asked.chosen.needs, results)
     with job.work.clock("check"):
         places = [(pair.source, pair.target) for pair in plan.pairs]
         progress = _label_stage("checking", asked.progress)
-        affinities = measure_affinities(source, target, places, progress, cache, memory)
+        room = memory.room(results)
+        affinities = measure_affinities(source, target, places, progress, cache, room)
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
     job.verdict = judge_affinity(Affinity.total(affinities)) if affinities else None
     job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     if asked.chosen is None and job.verdict and not job.verdict.related:
         raise UnrelatedBases(_explain_unrelated(job.verdict, source, target))
     job.work.options = asked.decide(job.verdict)
-    memory.check(shapes, job.work.method.needs)
+    memory.check(shapes, job.work.method.needs, results)
 
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
