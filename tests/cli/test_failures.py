@@ -1,0 +1,165 @@
+"""What goes wrong ends in one message and an exit code, before work is done where it can."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from prolora import adapters, cli
+
+LONG = "x" * 300
+
+
+@pytest.fixture
+def line(case):
+    lora, source, target = case
+    return ("transfer", lora, "--source", source, "--target", target)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", LONG),
+        ("transfer", LONG, "--source", "source", "--target", "target", "-o", "o"),
+        ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", "-o", "o"),
+        ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
+        ("compare", "--source", LONG, "--target", "target"),
+        ("compare", "--source", "source", "--target", "target", "--plot", LONG),
+        ("basis", LONG),
+        ("basis", "source", "--cache", LONG),
+        ("basis", "verify", LONG),
+        ("demo", "-o", LONG),
+    ],
+)
+def test_a_name_that_is_too_long_is_no_traceback(prolora, case, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, text = prolora(*words)
+    assert code in (1, 2) and "xxx" in text and "too long" in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/home/x"), 1, "/home/x: Permission"),
+        (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+        (MemoryError(), 1, "no more memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "Tried to allocate"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), 1, "surrogates"),
+        (RuntimeError("no usable CUDA device (none)"), 2, "no usable CUDA device"),
+        (ValueError("rank must be"), 2, "rank must be"),
+    ],
+)
+def test_every_error_of_the_system_is_one_line(prolora, monkeypatch, error, code, said):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
+    found, out, err = prolora("inspect", "x")
+    assert found == code and said in err and not out and len(err.splitlines()) == 1
+
+
+def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path, monkeypatch):
+    _, source, _ = case
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path).startswith(str(source)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    def refuse_open(*words, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", str(words[0]))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
+    monkeypatch.setattr("builtins.open", refuse_open)
+    code, _, text = prolora("inspect", source)
+    assert code in (1, 2) and "Permission denied" in text
+
+
+@pytest.mark.parametrize("option", ["-o", "--report", "--cache", "--source", "--match"])
+def test_an_empty_name_is_refused(prolora, line, monkeypatch, tmp_path, option):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, text = prolora(*line, "-o", "out.safetensors", option, "")
+    assert code == 2 and text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--min-coverage", "--threshold"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-0.1", "1.1", "half", ""])
+def test_a_share_is_a_number_from_0_to_1(prolora, line, tmp_path, option, value):
+    out = tmp_path / "out.safetensors"
+    code, _, text = prolora(*line, "-o", out, option, value)
+    assert code == 2 and option in text and "from 0 to 1" in text and not out.exists()
+
+
+def test_a_share_may_be_0_or_1(prolora, line, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert prolora(*line, "-o", out, "--threshold", "1", "--min-coverage", "0", "-q")[0] == 0
+
+
+def test_the_report_replaces_no_lora_of_the_run(prolora, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.safetensors"
+    for report in ("out.safetensors", "./out.safetensors", "OUT.safetensors", tmp_path / "lora/.."):
+        code, _, text = prolora(*line, "-o", out, "--report", report)
+        assert code == 2 and "OutputError" in text and not out.exists(), report
+    (tmp_path / "moved").mkdir()
+    for report in ("moved/lora.safetensors", "moved/../moved/LORA.safetensors"):
+        code, _, text = prolora(*line, "-o", "moved", "--report", report)
+        assert code == 2 and "would replace the LoRA" in text
+        assert not list((tmp_path / "moved").iterdir())
+    (tmp_path / "peft").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        code, _, _ = prolora(*line, "-o", "peft", "--format", "peft", "--report", f"peft/{name}")
+        assert code == 2 and not list((tmp_path / "peft").iterdir())
+
+
+def test_the_report_replaces_no_link_to_the_lora(prolora, line, tmp_path):
+    out, link = tmp_path / "out.safetensors", tmp_path / "link.json"
+    link.symlink_to(out)
+    code, _, text = prolora(*line, "-o", out, "--report", link)
+    assert code == 2 and "would replace the LoRA" in text and not out.exists()
+
+
+def test_the_report_replaces_reports_and_nothing_else(prolora, line, tmp_path):
+    out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    for _ in range(2):
+        assert prolora(*line, "-o", out, "--report", report, "-q")[0] == 0
+    assert json.loads(report.read_text())["totals"]["mapped"] == 8
+    before = out.read_bytes()
+    other = tmp_path / "other.safetensors"
+    code, _, text = prolora(*line, "-o", other, "--report", out)
+    assert code == 2 and "is no report" in text and not other.exists()
+    assert out.read_bytes() == before
+    assert len(adapters.read_adapter(out).updates) == 8
+
+
+def test_a_plot_replaces_pictures_and_nothing_else(prolora, case, tmp_path):
+    lora, source, target = case
+    before = lora.read_bytes()
+    code, _, text = prolora("compare", "--source", source, "--target", target, "--plot", lora)
+    assert code == 2 and "is no picture" in text and lora.read_bytes() == before
+
+
+def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
+    def fail(path):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
+    code, _, text = prolora("inspect", "x")
+    assert code == 1 and text.startswith("MemoryError: ")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(path):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("prolora.workflow.inspection.inspect", fail)
+    monkeypatch.setattr("sys.argv", ["prolora", "inspect", "x"])
+    with pytest.raises(KeyError):
+        cli.main()

@@ -1,0 +1,145 @@
+"""What files say is printed as it is: neither rich nor the terminal obeys it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from mini import BLOCK, lora_tensors, source_weights, target_weights, write_folder
+from safetensors.torch import save_file
+
+from prolora import adapters
+from prolora.cli.console import PlainConsole, make_printable
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\x7f"
+CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def run_process(line, encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "prolora", *map(str, line)]
+    return subprocess.run(words, env=environment, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["[sdxl] style", "[bold]x [link=y]z", ":smile: a\\[b] c"])
+def test_brackets_in_file_names_are_no_markup(prolora, case, tmp_path, name):
+    lora, source, target = case
+    named = lora.rename(tmp_path / f"{name}.safetensors")
+    code, text, _ = prolora("inspect", named)
+    assert code == 0 and f"{name}.safetensors" in text
+    bases = ("--source", source.rename(tmp_path / f"s {name}"), "--target", target)
+    out = tmp_path / f"{name} out.safetensors"
+    code, text, _ = prolora("transfer", named, *bases, "-o", out)
+    assert code == 0 and out.is_file() and f"wrote {out}" in text and f"s {name}" in text
+    code, _, text = prolora("transfer", named, *bases, "-o", named)
+    assert code == 2 and f"{name}.safetensors" in text
+    assert prolora("compare", *bases)[0] == 0
+    folder = tmp_path / f"moved {name}"
+    folder.mkdir()
+    code, text, _ = prolora("transfer", named, out, *bases, "-o", folder, "--no-cache")
+    assert code == 0 and name.split()[0] in text
+
+
+@pytest.mark.parametrize("tail", ["[/b]", "[red]", ESCAPES])
+def test_keys_are_neither_markup_nor_commands(prolora, case, tmp_path, tail):
+    _, source, target = case
+    bad = tmp_path / "bad.safetensors"
+    tensors = lora_tensors()
+    tensors[f"lora_unet_x{tail}.lora_up.weight"] = torch.ones(24, 4)
+    save_file(tensors, bad)
+    bases = ("--source", source, "--target", target)
+    for line in (
+        ("inspect", bad),
+        ("transfer", bad, *bases, "-o", tmp_path / "out.safetensors"),
+        ("transfer", bad, bad.rename(bad.with_name("b.safetensors")), *bases, "-o", tmp_path),
+    ):
+        code, out, err = prolora(*line)
+        assert code in (0, 2) and not CONTROLS.search(out + err), line
+
+
+def test_control_characters_reach_no_terminal(prolora, tmp_path):
+    name = ESCAPES
+    lora = tmp_path / f"{name}.safetensors"
+    metadata = {
+        "ss_sd_model_name": f"base{ESCAPES}",
+        "ss_tag_frequency": f'{{"x": {{"trigger{ESCAPES!r}": 5}}}}'.replace("'", ""),
+        "ss_base_model_version": f"sdxl{ESCAPES}",
+    }
+    save_file(lora_tensors(), lora, metadata)
+    source = write_folder(tmp_path / f"source{name}", source_weights())
+    target = write_folder(tmp_path / f"target{name}", target_weights())
+    bases = ("--source", source, "--target", target)
+    cache = ("--cache", tmp_path / f"cache{name}")
+    said = ""
+    for line in (
+        ("inspect", lora),
+        ("inspect", source),
+        ("compare", *bases, *cache),
+        ("transfer", lora, *bases, "-o", tmp_path / f"out{name}.safetensors", *cache),
+        ("transfer", lora, *bases, "-o", lora, *cache),
+        ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o", *cache),
+        ("basis", source, *cache),
+        ("basis", "list", *cache),
+        ("basis", "verify", *cache),
+        ("inspect", tmp_path / f"missing{name}"),
+    ):
+        code, out, err = prolora(*line)
+        assert code in (0, 1, 2) and not CONTROLS.search(out + err), (line, out, err)
+        said += out + err
+    assert r"\x1b]0;title\x07" in said and r"\u202e" in said
+
+
+def test_control_characters_reach_no_log(prolora, case, tmp_path, monkeypatch):
+    lora, source, target = case
+    (tmp_path / "file\x1b[2J").write_text("")
+    monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "file\x1b[2J" / "cache"))
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
+    run = run_process(line, "utf-8")
+    assert run.returncode == 0 and b"nothing is kept" in run.stderr
+    assert b"\x1b" not in run.stderr and rb"\x1b[2J" in run.stderr
+    assert prolora(*line)[0] == 0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
+    lora, source, target = case
+    lora = lora.rename(tmp_path / "ユニコード Ж.safetensors")
+    out = tmp_path / "out Ж.safetensors"
+    bases = ("--source", source, "--target", target)
+    run = run_process(("transfer", lora, *bases, "-o", out, "--method", "prolora"), encoding)
+    assert run.returncode == 0, run.stderr
+    assert len(adapters.read_adapter(out).updates) == 8
+    text = run.stdout.decode(encoding)
+    arrow, phi = ("→", "Φ l/r") if encoding == "utf-8" else ("->", "Phi l/r")
+    assert f"source {arrow} target" in text and phi in text
+    assert run_process(("transfer", "--help"), encoding).returncode == 0
+    wrong = run_process(("transfer", lora, *bases, "-o", lora), encoding)
+    assert wrong.returncode == 2 and b"would overwrite the input" in wrong.stderr
+
+
+def test_a_file_name_that_is_no_unicode_is_shown(case, tmp_path):
+    lora, *_ = case
+    named = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.safetensors")
+    try:
+        os.rename(lora, named)
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    run = run_process(("inspect", named), "utf-8")
+    assert run.returncode == 0 and rb"caf\udce9.safetensors" in run.stdout
+
+
+def test_printable_text_is_left_alone():
+    for text in ("plain", "Ünïcodé ユニ 😀", BLOCK.format(0, "attn1.to_q"), "[x]\\[y]"):
+        assert make_printable(text) == text
+    assert make_printable("a\r\n\tb") == r"a\r\n\tb"
+    assert make_printable("κ ≥ 0 → Ж", "ascii") == "kappa >= 0 -> ?"
+
+
+def test_a_plain_console_keeps_its_own_styles(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    PlainConsole().print("[b]x\x1b[1m", style="red")
+    assert capsys.readouterr().out == "\x1b[31m[b]x\\x1b[1m\x1b[0m\n"
