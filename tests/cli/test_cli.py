@@ -303,6 +303,19 @@ def test_info_says_what_this_installation_can_do(prolora):
     code, text, _ = prolora("info", "--json")
     facts = json.loads(text)
     assert code == 0 and facts["torch"] == torch.__version__
-    if facts["usable GPUs"] == 0:
-        assert facts["why no GPU"]
-    assert prolora("info")[0] == 0
+    assert re.fullmatch(r"yes|no \(.+\)", facts["compiled extension"])
+    assert re.fullmatch(r"[1-9]\d*|0 \(.+\)", str(facts["GPUs that run the kernels"]))
+    ops = {name: value for name, value in facts.items() if name.startswith("op ")}
+    assert ops and all(
+        re.fullmatch(r"cpu: (extension|torch \(.+\)); gpu: \w+", value) for value in ops.values()
+    )
+    code, text, _ = prolora("info")
+    assert code == 0 and all(name in text for name in facts)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_info_says_why_the_extension_is_not_used_once(prolora, monkeypatch):
+    facts = {"compiled extension": "no (no compiler)", "op small_svd": "cpu: torch (no compiler)"}
+    monkeypatch.setattr("prolora.core.ops.native.describe_installation", lambda: facts)
+    code, text, _ = prolora("info")
+    assert code == 0 and text.count("(no compiler)") == 1 and "cpu: torch" in text

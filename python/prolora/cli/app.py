@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
+import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 
 from ..core.ops import native
 from ..version import __version__
@@ -123,6 +127,7 @@ def info(as_json: JsonOption = False) -> None:
     """Say what this installation can do."""
     facts = {
         "prolora": __version__,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu threads": torch.get_num_threads(),
         "torch sees a GPU": torch.cuda.is_available(),
@@ -131,9 +136,22 @@ def info(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
     else:
-        for name, value in facts.items():
-            if value is not None:
-                out.print(f"{name}: {value}")
+        out.print(facts_table(facts))
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """A line for each fact; a reason that several have is given once."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    given: set[str] = set()
+    for name, value in facts.items():
+        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        for reason in set(re.findall(r" \(.+?\)", text)) & given:
+            text = text.replace(reason, "")
+        given |= set(re.findall(r" \(.+?\)", text))
+        table.add_row(name, text)
+    return table
 
 
 def main() -> None:

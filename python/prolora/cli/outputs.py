@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..errors import OutputError
 from ..files.writing import check_writable
+from ..workflow.output_paths import check_report_path, fold_path, name_output
 from .heatmap import is_heatmap
-
-_REPORT = re.compile(rb'\s*(\[\s*)?\{\s*"lora"')
 
 
 def check_report(
-    report: Path, output: Path | None, loras: Iterable[Path], bases: Iterable[Path]
+    report: Path, outputs: Iterable[Path], loras: Iterable[Path], bases: Iterable[Path]
 ) -> None:
     """Refuses a report path before any work is done for it.
 
     Args:
         report: path of the report.
-        output: the file or folder that the LoRAs are written to; None in a dry run.
+        outputs: the files and PEFT folders that this run writes.
         loras: the LoRAs to move.
         bases: files of the bases.
 
@@ -31,12 +28,18 @@ def check_report(
         OutputError: the report cannot be written, or would replace an input, a LoRA of this run,
             or a file that is no report.
     """
-    loras = list(loras)
     check_writable(report, [*loras, *bases])
-    taken = set(map(normalise_path, _list_outputs(output, loras))) if output else set()
-    if normalise_path(report) in taken:
+    taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
+    if _resolve_path(report) in map(_resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
-    _refuse_other_files(report, "report", lambda head: _REPORT.match(head) is not None)
+    check_report_path(report)
+
+
+def list_outputs(output: Path | None, loras: Iterable[Path], format: str) -> list[Path]:
+    """Every path that the LoRAs may be written to; none in a dry run."""
+    if output is None:
+        return []
+    return [output, *(output / name_output(lora, format) for lora in loras)]
 
 
 def check_plot(plot: Path, bases: Iterable[Path]) -> None:
@@ -47,33 +50,19 @@ def check_plot(plot: Path, bases: Iterable[Path]) -> None:
             a comparison.
     """
     check_writable(plot, bases)
-    _refuse_other_files(plot, "picture of a comparison", is_heatmap)
-
-
-def normalise_path(path: Path) -> str:
-    """The same text for all spellings of a path that some file system takes for one.
-
-    Links are resolved; upper and lower case and the forms of Unicode are not told apart.
-    """
-    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
-
-
-def _list_outputs(output: Path, loras: Iterable[Path]) -> list[Path]:
-    """Every path that a LoRA may be written to, in any format."""
-    names = {name for lora in loras for name in (lora.name, lora.stem, f"{lora.stem}.safetensors")}
-    names |= {f"{lora.name}.safetensors" for lora in loras}
-    paths = [output, *(output / name for name in names)]
-    return paths + [path / part for path in paths for part in (PEFT_CONFIG, PEFT_WEIGHTS)]
-
-
-def _refuse_other_files(path: Path, kind: str, is_kind: Callable[[bytes], bool]) -> None:
-    """Refuses to replace a file that is there and is something else."""
     try:
-        with path.open("rb") as file:
+        with plot.open("rb") as file:
             head = file.read(4096)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise OutputError(f"{path}: exists and cannot be read: {error.strerror}") from error
-    if head and not is_kind(head):
-        raise OutputError(f"{path}: exists and is no {kind}; give the {kind} another name")
+        raise OutputError(f"{plot}: exists and cannot be read: {error.strerror}") from error
+    if head and not is_heatmap(head):
+        raise OutputError(
+            f"{plot}: exists and is no picture of a comparison; give the picture another name"
+        )
+
+
+def _resolve_path(path: Path) -> tuple[str, ...]:
+    """The same for all spellings of a path that some volume takes for one; links are followed."""
+    return fold_path(Path(os.path.realpath(path)))

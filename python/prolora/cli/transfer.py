@@ -21,7 +21,7 @@ from . import tables
 from .basis import show_cache
 from .console import out, progress_bar
 from .options import Bases, Resources, expand_options, parse_path
-from .outputs import check_report
+from .outputs import check_report, list_outputs
 from .transfer_options import MatchOptions, MethodOptions, OutputOptions, ProbeOptions
 
 LoraArguments = Annotated[
@@ -48,7 +48,8 @@ def transfer(
     options |= {"out_rank": output.rank, "probe": probing.to_probing(method.method)}
     source, target = bases.open()
     if output.report is not None:
-        check_report(output.report, output.output, loras, [*source.files, *target.files])
+        outputs = list_outputs(output.output, loras, output.format)
+        check_report(output.report, outputs, loras, [*source.files, *target.files])
     # A dry run makes no cache folder.
     cache = resources.cache if output.dry_run else resources.find_cache()
     with progress_bar("match", output.show_tables) as progress:

@@ -9,10 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import typer
 
-from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD
+from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.projection import DEFAULT_RANK
 from ..probe.settings import STRATEGIES, Probing, read_prompts
-from ..workflow.options import DROPPED, METHOD_NAMES, PROBE, TEXT_ENCODER, VECTORS
+from ..workflow.options import (
+    PROBE,
+    DroppedMode,
+    DtypeName,
+    FormatName,
+    MethodChoice,
+    TextEncoderMode,
+    VectorsMode,
+)
 from .options import (
     JsonOption,
     MatchOption,
@@ -26,17 +34,10 @@ from .options import (
     parse_strength,
 )
 
-# The names have their homes in the rooms below; typer makes choices of them.
-MethodName = Literal[METHOD_NAMES]  # type: ignore[valid-type]
-DroppedName = Literal[DROPPED]  # type: ignore[valid-type]
-TextEncoderName = Literal[TEXT_ENCODER]  # type: ignore[valid-type]
-VectorsName = Literal[VECTORS]  # type: ignore[valid-type]
 StrategyName = Literal[STRATEGIES]  # type: ignore[valid-type]
-FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
 
 MethodOption = Annotated[
-    MethodName,
+    MethodChoice,
     typer.Option(
         help="How to move the LoRA. auto chooses by how far the bases are apart; probe runs the "
         "models."
@@ -49,7 +50,7 @@ class MethodOptions:
     """How the updates are moved."""
 
     panel: ClassVar[str] = "Method"
-    method: MethodOption = AUTO
+    method: MethodOption = "auto"
     strength: Annotated[
         str,
         typer.Option(
@@ -60,21 +61,21 @@ class MethodOptions:
     ] = ""
     rank: RankOption = str(DEFAULT_RANK)
     dropped: Annotated[
-        DroppedName,
+        DroppedMode,
         typer.Option(
             help="Updates of blocks that the target lacks: leave them out, or add them to the "
             "nearest block that is still there."
         ),
     ] = "skip"
     text_encoder: Annotated[
-        TextEncoderName,
+        TextEncoderMode,
         typer.Option(
             help="The LoRA's text-encoder part: copy it unchanged, move it like the rest, or leave "
             "it out."
         ),
     ] = "copy"
     vectors: Annotated[
-        VectorsName,
+        VectorsMode,
         typer.Option(help="Trained biases and normalisation layers: copy them, or leave them out."),
     ] = "copy"
 

@@ -50,7 +50,7 @@ def name_outputs(loras: Sequence[Path], folder: Path, format: str) -> list[Path]
     outputs = [folder / name_output(lora, format) for lora in loras]
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
-        other = taken.setdefault(_fold_path(Path(os.path.realpath(output))), lora)
+        other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
         if other is not lora:
             raise OutputError(
                 f"two inputs would become {output.name} and overwrite each other: {other} and "
@@ -79,7 +79,8 @@ def check_report_path(path: StrPath) -> None:
         )
 
 
-def _fold_path(path: Path) -> tuple[str, ...]:
+def fold_path(path: Path) -> tuple[str, ...]:
+    """The parts of a path as volumes compare them that ignore case and Unicode forms."""
     return tuple(_fold_name(part) for part in path.parts)
 
 
