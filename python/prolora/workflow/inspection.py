@@ -1,4 +1,4 @@
-"""What a file is, from its header and a few numbers: `prolora inspect`."""
+"""What a file is, from its header and a few numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LDM_PREFIX = "model.diffusion_model."
 
 @dataclass(frozen=True)
 class Description:
-    """What `inspect` found out.
+    """What a file or folder is.
 
     Attributes:
         path: the file or folder.
@@ -39,18 +39,18 @@ class Description:
             for a base.
         spelling: "diffusers" or "sgm" module names.
         algorithm: "lora", "locon" (with k×k convolutions), "tucker", "loha", "lokr", "full",
-            "glora", "oft", with "+dora" behind where the result is rescaled; "norm" for a file of
-            normalisation layers alone; or the type that is not supported; the rarest where a file
+            "glora" or "oft", with "+dora" behind it where the result is rescaled; "norm" for a file
+            of normalisation layers alone; or a type that is not supported. The rarest where a file
             has several.
         algorithms: number of modules by algorithm.
         supported: whether prolora can transfer it (a LoRA) or knows its keys (a base).
-        reason: why not.
+        reason: why it is not supported.
         needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
-        family: guess of the base model: "sd15", "sdxl", "ssd-1b", …: by names and shapes, and
-            where they say nothing by the metadata.
-        family_claimed: what the metadata says of it: by the hash of the base model where it is a
-            known one, else by version or architecture.
-        base_model: the base model that the metadata names, or that its hash is known to be of.
+        family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by
+            the metadata where those say nothing.
+        family_claimed: the family by the metadata: that of the base model with this hash where the
+            hash is a known one, else by version or architecture.
+        base_model: the base model that the metadata names, or the known one with this hash.
         base_hash: its SHA-256 (or short hash) as the metadata gives it.
         modules: number of modules by place, {"unet": 722, …}; "not understood" for the others.
         types: number of modules by type, {"attn1.to_q": 70, …}.
@@ -117,52 +117,52 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
     if folder or str(path).lower().endswith(".gguf"):
         return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
-    source = open_adapter(path)
-    found = look_over(source)
+    opened = open_adapter(path)
+    overview = look_over(opened)
     common: dict[str, Any] = {
         "path": str(path),
         "dtypes": count_values(
-            str(h.dtype).removeprefix("torch.") for h in source.headers.values()
+            str(h.dtype).removeprefix("torch.") for h in opened.headers.values()
         ),
-        "tensors": len(source.headers),
-        "size": source.path.stat().st_size if source.path else 0,
-        "family_claimed": claimed_family(source.metadata),
-        "base_model": _base_model(source.metadata),
-        "base_hash": _base_hash(source.metadata),
-        "trigger_words": _trigger_words(source.metadata),
+        "tensors": len(opened.headers),
+        "size": opened.path.stat().st_size if opened.path else 0,
+        "family_claimed": claimed_family(opened.metadata),
+        "base_model": _base_model(opened.metadata),
+        "base_hash": _base_hash(opened.metadata),
+        "trigger_words": _trigger_words(opened.metadata),
     }
-    if found.is_adapter:
-        return _describe_adapter(source, found, common)
-    return _describe_other(source, common)
+    if overview.is_adapter:
+        return _describe_adapter(opened, overview, common)
+    return _describe_other(opened, common)
 
 
 def _describe_adapter(
-    source: UnreadAdapter, found: Overview, common: dict[str, Any]
+    opened: UnreadAdapter, overview: Overview, common: dict[str, Any]
 ) -> Description:
-    kinds, ranks = found.algorithms, found.ranks
-    first = next(iter(found.modules.values()), None) or next(
-        (module for module, _ in found.vectors), None
+    kinds, ranks = overview.algorithms, overview.ranks
+    first = next(iter(overview.modules.values()), None) or next(
+        (module for module, _ in overview.vectors), None
     )
-    vectors = Counter("bias" if tensor == "bias" else "norm" for _, tensor in found.vectors)
-    inputs = found.inputs | dict.fromkeys((m.name for m, _ in found.vectors), 0)
-    places = found.places()
+    vectors = Counter("bias" if tensor == "bias" else "norm" for _, tensor in overview.vectors)
+    inputs = overview.inputs | dict.fromkeys((m.name for m, _ in overview.vectors), 0)
+    places = overview.places()
     alphas: Counter[str] = Counter()
     for place in places.values():
         alphas.update(place.alphas)
     return Description(
         kind="lora",
-        format="peft" if source.config is not None else first and first.format,
-        spelling="sgm" if any(m.sgm for m in found.modules.values()) else "diffusers",
+        format="peft" if opened.config is not None else first and first.format,
+        spelling="sgm" if any(m.sgm for m in overview.modules.values()) else "diffusers",
         algorithm=next(reversed(kinds), None),
         algorithms=kinds,
-        supported=found.reason is None,
-        reason=found.reason,
-        needs_base=found.needs_base,
-        family=guess_family(inputs, source.metadata),
+        supported=overview.reason is None,
+        reason=overview.reason,
+        needs_base=overview.needs_base,
+        family=guess_family(inputs, opened.metadata),
         modules=count_values(
-            [*map(find_component, found.canonical), *[NOT_UNDERSTOOD] * len(found.foreign)],
+            [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],
         ),
-        types=count_values(_layer_type(name) for name in found.canonical),
+        types=count_values(_layer_type(name) for name in overview.canonical),
         places=places,
         ranks=dict(sorted(Counter(ranks).items())),
         rank_min=min(ranks, default=None),
@@ -170,7 +170,7 @@ def _describe_adapter(
         alphas=dict(alphas.most_common()),
         vectors=dict(vectors),
         left_out=count_values(
-            found.contents.left_out.values() if found.contents else found.left_out
+            overview.contents.left_out.values() if overview.contents else overview.left_out
         ),
         **common,
     )
@@ -182,7 +182,7 @@ def _layer_type(name: str) -> str:
 
 
 def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Description:
-    """A base checkpoint, or something else altogether."""
+    """A base checkpoint, or a file that is neither a LoRA nor a base."""
     inputs: dict[str, int] = {}
     single_file = False
     for key, header in source.headers.items():
@@ -193,8 +193,8 @@ def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Descriptio
         original = ldm_to_diffusers(path.removeprefix(_LDM_PREFIX))
         is_original = original is not None or (module is not None and module.sgm)
         single_file = single_file or is_original or key.startswith(_LDM_PREFIX)
-        found = module.modules if module else (original,)
-        inputs |= {name: header.shape[1] for name in found if name is not None}
+        modules = module.modules if module else (original,)
+        inputs |= {name: header.shape[1] for name in modules if name is not None}
     is_base = bool(inputs) or any(keys.is_base_weight(key) for key in source.headers)
     if not is_base:
         return Description(kind="unknown", reason=_unknown_reason(source), **common)

@@ -17,7 +17,7 @@ MEDIAN = ANGLE_SHARES.index(0.5)
 
 @dataclass(frozen=True)
 class Measures:
-    """The numbers of one projected module; fields as in `projection.ProjectionInfo`, as floats.
+    """The numbers of one projected module; fields as in `ProjectionInfo`, as floats.
 
     Attributes:
         phi_left, phi_right: subspace overlap Φ of source and target.
@@ -96,14 +96,14 @@ class Measures:
         }
         each = info.energy.numel() // len(rungs)
 
-        def listed(values: Sequence[Any]) -> list[Any]:
-            """What a pair has is what each of its updates has."""
+        def repeat(values: Sequence[Any]) -> list[Any]:
+            """One value an update: a value of a pair is that of each of its updates."""
             return (
                 [x for x in values for _ in range(each)] if len(values) == len(rungs) else [*values]
             )
 
         columns = [values.flatten().tolist() for values in stack.values()]
-        rows = zip(*(listed(values) for values in (*columns, rungs, left, right)), strict=True)
+        rows = zip(*(repeat(values) for values in (*columns, rungs, left, right)), strict=True)
         names = (*stack, "rung", "angles_left", "angles_right")
         return [cls(**dict(zip(names, row, strict=True))) for row in rows]
 
@@ -119,13 +119,13 @@ class ModuleReport:
             update and went with it.
         reason: why it was skipped or refused; for a mapped module, how it was moved.
         shape: out × in of the update.
-        rank_in: rank in the LoRA; 0 of a module that has no update there and carries only those
-            that were added to it.
+        rank_in: rank in the LoRA; 0 for a module without an update there, to which others were
+            added.
         rank_out: rank in the output; 0 unless mapped.
-        energy: ‖ΔW_s‖², the weight of this row in the totals; of all that was added to it, too.
+        energy: ‖ΔW_s‖², with all that was added to it: the weight of this row in the totals.
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
-        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of them, likewise.
+        cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); None where they were not compared.
         surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..bases.base import Progress as Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.methods import Method, MethodName, Needs, find_method
@@ -39,7 +40,6 @@ DroppedMode = Literal["skip", "sum"]
 TextEncoderMode = Literal["copy", "project", "skip"]
 VectorsMode = Literal["copy", "skip"]
 Strength = float | Literal["auto"]
-Progress = Callable[[int, int, str], None]
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
 FORMATS: tuple[str, ...] = get_args(FormatName)
@@ -109,7 +109,10 @@ class TransferOptions:
         Raises:
             InvalidOption: names the option and what it takes.
         """
-        check_rank(self.rank)
+        try:
+            check_rank(self.rank)
+        except ValueError as error:
+            raise InvalidOption(str(error)) from error
         for name, words in (
             ("method", METHOD_NAMES),
             ("text_encoder", TEXT_ENCODER),

@@ -1,4 +1,4 @@
-"""How many columns an update keeps when it is written: a number, a share, a size, or all."""
+"""The forms of `out_rank`: how many columns an update keeps when it is written."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def parse_percentage(out_rank: OutRank) -> float | None:
-    """The number before the % of "50%", None of all else."""
-    found = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
-    return float(found[1]) if found else None
+    """The number before the % of "50%"; None for any other form."""
+    match = _PERCENT.fullmatch(out_rank) if isinstance(out_rank, str) else None
+    return float(match[1]) if match else None
 
 
 def parse_size_limit(out_rank: OutRank) -> int | None:
-    """The bytes of "100MB", None of all else: a number without a unit is a rank."""
+    """The bytes of "100MB"; None for any other form: a number without a unit is a rank."""
     if not isinstance(out_rank, str) or not out_rank.strip()[-1:].isalpha():
         return None
     try:
@@ -52,8 +52,8 @@ def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:
         update: the moved update.
         out_rank: "exact" keeps it; an int keeps at most that many singular values; a float the
             fewest that hold this share of Σσ²; "50%" half as many as the LoRA's own rank, rounded
-            up; a size, which is one of all updates together (see `budget`), keeps it too.
-        rank_in: the rank that the module has in the LoRA.
+            up; a size keeps it too, as it bounds all updates together (see `OutputForm.fit`).
+        rank_in: the rank that the module has in the LoRA itself; 0 where it has none.
     """
     if out_rank == EXACT or parse_size_limit(out_rank) is not None:
         return update

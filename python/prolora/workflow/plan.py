@@ -1,7 +1,9 @@
-"""Which source module feeds which target module: a transfer's plan, made from names and shapes.
+"""Where every module of a LoRA goes, and why one is skipped or refused: from names and shapes.
 
-No weight is read here. Every module of the adapter ends in the plan exactly once, as a pair, as
-summed onto another, as skipped with the reason, or as refused with the reason.
+No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
+summed onto another, as skipped with the reason, or as refused with the reason. Two reasons to skip
+arise elsewhere: an overlap Φ below the threshold (`by_weights/move_updates.py`), and an update that
+depends on a weight that the base does not hold (`adapters/reading.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ PROBE_INSTEAD = " by weights; --method probe looks at the running models instead
 
 @dataclass(frozen=True)
 class Pair:
-    """One update's way: the adapter's module `source` feeds the target module `target`."""
+    """The adapter's module `source` feeds the target's module `target`; shape is out × in."""
 
     source: str
     target: str
@@ -49,10 +51,11 @@ class Plan:
             before anything is projected (`sum_dropped_blocks`). That module has a pair.
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
-        rule: how the pairs were found, for the report.
+        rule: how modules were paired, for the report.
         table: target module -> source module, over all modules of the two bases.
-        decisions: with `match` by similarity, where every block came from and what came second.
-        dropped: with `match` by similarity, the source's blocks that feed none.
+        decisions: where blocks were matched by similarity, the source of every block and the
+            runner-up.
+        dropped: where blocks were matched by similarity, the source's blocks that feed none.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -86,7 +89,7 @@ def make_plan(
     Args:
         adapter: the LoRA of the source base.
         source: the base it was trained on; every module of the adapter must exist there.
-        target: the base it shall move to.
+        target: the base to move to.
         match: "name" pairs equal names, corrected by the block rules of `bases/layouts` where both
             layouts are known and renumbered blocks make equal names wrong (BK-SDM, SD1.5 ↔ SDXL);
             a JSON file or mapping {target: source} replaces that, and so does a `Matching`.
@@ -98,36 +101,35 @@ def make_plan(
 
     Raises:
         UnsupportedFormat: a module the source base does not have; a match that is not understood;
-            two architectures of which no blocks correspond.
+            two architectures without corresponding blocks.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
             over because every shape differs.
     """
     plan = Plan()
-    own = place_text_encoders(adapter, source, target, text_encoder, plan)
-    check_fits_source(adapter, own, source)
-    found, plan.rule = find_partners(source, target, match)
-    plan.table = found
+    modules = place_text_encoders(adapter, source, target, text_encoder, plan)
+    check_fits_source(adapter, modules, source)
+    plan.table, plan.rule = find_partners(source, target, match)
     if isinstance(match, Matching):
-        if own:
+        if modules:
             match.check_any(source, target)
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if dropped == "sum":
-        plan.summed = _find_neighbours(own, found, source, target)
+        plan.summed = _find_neighbours(modules, plan.table, source, target)
     elif dropped != "skip":
         raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
-    placed = _pair_modules(found, {*own, *plan.summed.values()}, source, target, plan)
-    for name in own:
+    placed = _pair_modules({*modules, *plan.summed.values()}, source, target, plan)
+    for name in modules:
         if name not in placed and name not in plan.summed:
-            plan.skipped[name] = _why_skipped(name, match)
+            plan.skipped[name] = _explain_skipped(name, match)
     if plan.refused and not plan.pairs:
         name, reason = next(iter(plan.refused.items()))
         raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
     return plan
 
 
-def _why_skipped(name: str, match: Match) -> str:
-    """Why a module has no partner."""
+def _explain_skipped(name: str, match: Match) -> str:
+    """Why a module has no partner on the target."""
     if not isinstance(match, Matching):
         return "the target has no such module"
     if find_block(name):
@@ -135,13 +137,14 @@ def _why_skipped(name: str, match: Match) -> str:
     return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
 
 
-def _pair_modules(
-    found: Mapping[str, str], wanted: set[str], source: Base, target: Base, plan: Plan
-) -> set[str]:
-    """Puts the wanted modules that have a partner into the plan, and returns them."""
+def _pair_modules(wanted: set[str], source: Base, target: Base, plan: Plan) -> set[str]:
+    """Puts the wanted modules that have a partner into the plan, and returns them.
+
+    A module of another shape than all its partners is refused.
+    """
     placed: set[str] = set()
     probing = can_probe(source.path, target.path)
-    for module, origin in found.items():
+    for module, origin in plan.table.items():
         if origin not in wanted:
             continue
         placed.add(origin)
@@ -156,18 +159,23 @@ def _pair_modules(
             continue
         plan.pairs.append(Pair(origin, module, matrix_shape(ours)))
     for pair in plan.pairs:
-        plan.refused.pop(pair.source, None)  # it found a place on another target module
+        plan.refused.pop(pair.source, None)  # another of its partners has its shape
     return placed
 
 
 def place_text_encoders(
     adapter: Adapter, source: Base, target: Base, mode: str, plan: Plan
 ) -> list[str]:
-    """Decides on text-encoder modules; returned are the others, and with "project" these too."""
-    own = []
+    """Puts the modules of text encoders into the plan.
+
+    Returns:
+        The modules that are still to be paired: all others, and with mode "project" those of text
+        encoders too.
+    """
+    unplaced = []
     for name in adapter.updates:
         if not is_in_text_encoder(name):
-            own.append(name)
+            unplaced.append(name)
         elif mode == "skip":
             plan.skipped[name] = "text encoder, left out as asked"
         elif (reason := _explain_other_encoder(name, source, target)) is not None:
@@ -175,14 +183,14 @@ def place_text_encoders(
         elif mode == "copy":
             plan.passed.append(name)
         elif name in source.shapes and name in target.shapes:
-            own.append(name)
+            unplaced.append(name)
         else:
             base = target if name in source.shapes else source
             plan.refused[name] = (
                 f"{base.name} holds no weights of this text encoder, so its update cannot be "
                 "projected; give the whole pipeline or checkpoint, or copy text encoders"
             )
-    return own
+    return unplaced
 
 
 def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
@@ -199,15 +207,15 @@ def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
 
 
 def _find_neighbours(
-    modules: list[str], found: Mapping[str, str], source: Base, target: Base
+    modules: list[str], table: Mapping[str, str], source: Base, target: Base
 ) -> dict[str, str]:
-    """Module of a dropped block -> the same module of its nearest surviving neighbour."""
+    """Module of a dropped block -> the same module of the nearest block that is still there."""
     fitting = {
         origin
-        for module, origin in found.items()
+        for module, origin in table.items()
         if matrix_shape(source.shapes[origin]) == matrix_shape(target.shapes[module])
     }
-    alive = {origin for origin in found.values() if find_block(origin)}
+    alive = {origin for origin in table.values() if find_block(origin)}
     survivors: dict[str, set[int]] = {}
     for origin in alive:
         place, index, _ = _split_name(origin)

@@ -57,7 +57,7 @@ class Recipe:
         return cls(lora, source, target, options, output, f"sha256:{_hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:
-        """The two entries of a result's header; reads the bases whole, for their hashes.
+        """The two entries of a result's header; reads the bases completely, for their hashes.
 
         Args:
             cache: remembers the hashes of files.

@@ -224,7 +224,7 @@ def assemble_adapter(
 def build_metadata(route: Route, cache: BasisCache | None = None) -> dict[str, str]:
     """The header of the result: the LoRA's own, with the target's names and how it was made.
 
-    Reads the bases whole, for their hashes.
+    Reads all bytes of the bases, for their hashes.
     """
     source, target, options = route.source, route.target, route.options
     provenance = {

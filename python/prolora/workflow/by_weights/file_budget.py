@@ -27,7 +27,7 @@ from ..options import (
 )
 from ..out_rank import parse_size_limit
 
-# More than a transfer adds to the header of a file: where it came from and how it was made.
+# Bytes: more than a transfer adds to the header of a file.
 ADDED_HEADER = 2048
 
 
@@ -51,8 +51,8 @@ class OutputForm:
     """What the result of a transfer is to be written as.
 
     Attributes:
-        format: one it must fit, as `adapters.write` takes it; None asks for none.
-        dtype: of the factors, likewise.
+        format: the format that it must fit; None asks for none.
+        dtype: of the factors; None keeps the LoRA's.
         limit: bytes of the file; None sets no bound.
     """
 
@@ -94,9 +94,9 @@ class OutputForm:
     def fit(self, adapter: Adapter, rows: Sequence[ModuleReport]) -> FittedResult:
         """The adapter with as many columns as fit, and rows that say what that cost.
 
-        Columns go in the order of their energy per byte, over all modules together, and each
-        module (FLUX's fused weights as one) keeps its first in any case: no column that is left
-        out has more energy per byte than one that is kept beyond those.
+        Columns are taken in the order of their energy per byte, over all modules together. Each
+        module (FLUX's fused weights as one) keeps its first column in any case; beyond those, no
+        column that is left out has more energy per byte than one that is kept.
 
         Args:
             adapter: the result of a transfer; the same object comes back where nothing is cut.
@@ -115,15 +115,16 @@ class OutputForm:
         def size(picks: int) -> int:
             return self._size(adapter, groups, _count_columns(order[:picks], len(groups)))
 
-        # What a file takes beside its factors depends on the ranks, so the writer is asked. Where
-        # the search ends the writer has said yes, whether or not sizes rise with every pick.
+        # The bytes beside the factors depend on the ranks too, so `size` asks the writer. The
+        # result fits even if the size does not rise with every pick: the search ends on one that
+        # was measured.
         picks = bisect_right(range(len(order) + 1), self.limit, key=size) - 1
         if picks < 0:
             raise self._too_small(size(0))
         counts = _count_columns(order[:picks], len(groups))
         pieces = map_on_threads(_cut_group, list(zip(groups, counts, strict=True)))
-        found = {name: update for parts in pieces for name, update in parts.items()}
-        smaller = adapter.with_updates({name: found[name] for name in adapter.updates})
+        cut = {name: update for parts in pieces for name, update in parts.items()}
+        smaller = adapter.with_updates({name: cut[name] for name in adapter.updates})
         return FittedResult(smaller, _describe_cuts(rows, adapter, smaller), self.limit)
 
     def _groups(self, adapter: Adapter) -> list[Group]:
@@ -155,7 +156,7 @@ class OutputForm:
 
 
 def _by_energy_per_byte(groups: list[Group]) -> list[int]:
-    """The group of every column but each group's first, those of most energy per byte first."""
+    """The groups of all columns but each group's first, in the order of their energy per byte."""
     if not groups:
         return []  # biases and norms alone
     further = map_on_threads(_column_energies, groups)
@@ -172,8 +173,8 @@ def _column_energies(group: Group) -> torch.Tensor:
 
 def _count_columns(picks: list[int], groups: int) -> list[int]:
     """Columns of every group: its first, and those picked."""
-    found = Counter(picks)
-    return [1 + found[i] for i in range(groups)]
+    picked = Counter(picks)
+    return [1 + picked[i] for i in range(groups)]
 
 
 def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
