@@ -163,8 +163,9 @@ def merge_products(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Balanced factors of a sum of parts whose columns, and whose rows, are orthogonal.
 
-    The two halves of ProLoRA are such parts (METHOD §1: range and complement of the same target
-    basis), so the SVD of the sum is the union of theirs: no factorisation of twice the width.
+    The two halves of ProLoRA are such parts (docs/method.md §1: range and complement of the same
+    target basis), so the SVD of the sum is the union of theirs, and twice the width is never
+    factorised.
 
     Args:
         parts: SVDs, of shapes that agree but for the numbers of rows and columns.

@@ -67,7 +67,7 @@ def split_blocks(delta: Tensor, weight: Tensor, k: int) -> dict[str, Tensor]:
 def project_dense(
     delta: Tensor, W_src: Tensor, W_tgt: Tensor, k_src: int, k_tgt: int, method: str
 ) -> Tensor:
-    """ΔW_t [m, n] of METHOD §1 and §3, term by term as the papers print it."""
+    """ΔW_t [m, n] of docs/method.md §1, term by term as the papers print it."""
     delta = delta.double()
     if method == "copy":
         return delta
