@@ -437,3 +437,32 @@ def test_an_outline_has_the_modules_shapes_and_kernels_of_the_adapter(kind):
     whole = read(tensors, base, where)
     assert found.updates[where].shape == whole.updates[where].shape
     assert (found.kernels, found.algorithms) == (whole.kernels, whole.algorithms)
+
+
+@pytest.mark.parametrize("kind", ["full", "lokr", "loha"])
+def test_a_rank_that_is_high_in_name_only_is_kept_exactly(kind):
+    """Numerically at most 256, though the factors have more columns, or the matrix none."""
+    generator = torch.Generator().manual_seed(7)
+
+    def product(m, r, n):
+        return torch.randn(m, r, generator=generator) @ torch.randn(r, n, generator=generator)
+
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    if kind == "full":
+        parts = {"diff": product(300, 32, 320)}
+        delta = parts["diff"].double()
+    elif kind == "lokr":  # 16·24 columns in name, 16·8 in truth
+        parts = {"lokr_w1": torch.randn(16, 16, generator=generator), "lokr_w2": product(24, 8, 40)}
+        delta = torch.kron(parts["lokr_w1"].double(), parts["lokr_w2"].double())
+    else:  # 18·18 columns in name, 18·4 in truth
+        first, second = product(400, 4, 18), torch.randn(18, 500, generator=generator)
+        halves = (torch.randn(400, 18, generator=generator), first), (second, second.flip(1))
+        parts = {"hada_w1_a": halves[0][0], "hada_w2_a": halves[0][1]}
+        parts |= {"hada_w1_b": halves[1][0], "hada_w2_b": halves[1][1]}
+        delta = (parts["hada_w1_a"].double() @ parts["hada_w1_b"].double()) * (
+            parts["hada_w2_a"].double() @ parts["hada_w2_b"].double()
+        )
+    adapter = adapters.read_adapter({f"{stem}.{role}": tensor for role, tensor in parts.items()})
+    (update,) = adapter.updates.values()
+    assert adapter.kept_energy == {}
+    assert relative_error(update.dense().double(), delta) < 2e-6

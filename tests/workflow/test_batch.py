@@ -237,3 +237,19 @@ def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
     monkeypatch.setattr(adapters, "read_adapter", stop)
     with pytest.raises(KeyboardInterrupt):
         prolora.transfer_many(loras, source, target, moved)
+
+
+def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
+    """What a run left that was killed between the two files."""
+    loras, source, target, moved = folder
+    options = {"format": "peft", "method": "copy"}
+    outcome, other = prolora.transfer_many(loras[:2], source, target, moved, **options)
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    assert again.status == "already there"
+    old = (other.out / "adapter_config.json").read_bytes()
+    (outcome.out / "adapter_config.json").write_bytes(old)
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    assert again.status == "moved"
+    (outcome.out / "adapter_config.json").unlink()
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    assert again.status == "moved"

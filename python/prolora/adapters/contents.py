@@ -150,7 +150,7 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
         )
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    hint = "They belong to no module that prolora knows"
+    hint = keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
     if "joint_blocks" in first:
         hint = (
             "LoRAs in the spelling of SD3's authors are not read: convert it to diffusers' keys "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import names
@@ -94,11 +95,12 @@ class RefusedKey:
 
 FOREIGN_VECTOR = "a trained bias or normalisation layer of a module that prolora does not know"
 _REPLACED_NORM = "a normalisation layer that replaces the base model's, not an update of it"
+_PACKED_EMBEDDING = "an embedding packed with the LoRA: not part of it"
 # The first match decides.
 _LEFT_OUT = [
     (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _REPLACED_NORM),
     (re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$"), _REPLACED_NORM),
-    (re.compile(r"^bundle_emb\."), "an embedding packed with the LoRA: not part of it"),
+    (re.compile(r"^bundle_emb\.|(^|\.)emb_params$"), _PACKED_EMBEDDING),
 ]
 
 # The first match decides. Suffixes as LyCORIS, PEFT and ComfyUI write them.
@@ -144,6 +146,33 @@ REMEDIES = {
     algorithm: _LEAVE_OUT if algorithm in ("bias", "modules_to_save") else _EXTRACT
     for algorithm in REASONS
 }
+
+
+# Files of other kinds, by what a key of theirs looks like.
+_OTHER_KINDS = [
+    (
+        re.compile(r"^lllite_"),
+        "It is a ControlNet-LLLite, which adds layers of its own and updates no weight",
+    ),
+    (
+        re.compile(r"^oft_(unet|te\d?)_"),
+        "It is an OFT adapter in kohya's spelling, which prolora does not read. " + _EXTRACT,
+    ),
+    (
+        re.compile(r"^\w+:\d+:(up|down)$"),
+        "It has the numbered keys of the first LoRA trainers, which name no modules: convert it "
+        "to kohya's or diffusers' keys",
+    ),
+]
+
+
+def explain_other_kind(keys: Iterable[str]) -> str | None:
+    """What a file is whose keys are not understood, in a sentence; None if that is not known."""
+    for key in keys:
+        for pattern, reason in _OTHER_KINDS:
+            if pattern.search(key):
+                return reason
+    return None
 
 
 def parse_key(

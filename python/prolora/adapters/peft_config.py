@@ -36,6 +36,9 @@ _UNSUPPORTED = (
     "velora_config",
 )
 
+# JSON's whole numbers have no end; beyond this one, floating point loses digits.
+_NUMBER_LIMIT = 2**53
+
 # A pattern without regular expression syntax but for dots: its last word must end the name.
 _LITERAL_TAIL = re.compile(r"\^?(?:\w|\.|\\\.)*?(\w+)")
 
@@ -189,6 +192,8 @@ def scalings_from_metadata(
 
 
 def _check_number(value: object, what: str, where: str) -> float:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _NUMBER_LIMIT:
+        raise UnsupportedFormat(f"{where}: {what} is a number of {value.bit_length()} bits")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UnsupportedFormat(f"{where}: {what} is {value!r:.40}, not a number")
     return value

@@ -1,8 +1,9 @@
 """Updates of high rank as a LoRA: exact where their rank allows, else a truncated SVD.
 
-The rule, in one place: an update of rank `MAX_RANK` or less is kept exactly. A larger one keeps the
-fewest singular values that hold `ENERGY` of Σσ², and at most `MAX_RANK` of them. The share that is
-kept is handed out with the update and never assumed.
+The rule, in one place: an update of numerical rank `MAX_RANK` or less is kept exactly, whatever the
+number of columns it comes with. A larger one keeps the fewest singular values that hold `ENERGY` of
+Σσ², and at most `MAX_RANK` of them. The share that is kept is handed out with the update and never
+assumed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ ENERGY = 0.999
 
 # Singular values below this share of the largest are rounding errors of float32 factors.
 _ROUNDING = 1e-9
+# ‖rest‖/‖ΔW‖ of what a matrix stored in float32 has beside its rank.
+_NEGLIGIBLE = 1e-6
 
 
 class TruncatedUpdate(NamedTuple):
@@ -46,12 +49,32 @@ def truncate_dense(delta: Tensor) -> TruncatedUpdate:
     # Single precision is as fine as the result is stored, and far finer than what is cut.
     basis = truncated_svd(delta.float(), MAX_RANK)
     s = basis.S.double()
+    share = s.square().sum().item() / size if size else 1.0
+    if share > 1 - 1e-5 and (exact := _factor_exactly(delta, basis.U)) is not None:
+        return TruncatedUpdate(exact)
     kept = _count_columns(s, size)
     share = s[:kept].square().sum().item() / size if size else 1.0
     update = LowRank(
         *balance_factors(basis.U[:, :kept].double(), s[:kept], basis.V[:, :kept].double())
     )
     return TruncatedUpdate(update, min(1.0, share))
+
+
+def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
+    """ΔW [m, n] by its columns in span(u), in float64; None if there is more than rounding beside.
+
+    Args:
+        delta: float64.
+        u: [m, k], near the leading left singular vectors.
+    """
+    frame = torch.linalg.qr(u.double()).Q
+    core = frame.mT @ delta
+    rest = (delta - frame @ core).norm()
+    if rest > _NEGLIGIBLE * delta.norm():
+        return None
+    left, s, vt = torch.linalg.svd(core, full_matrices=False)
+    used = max(1, int((s > _ROUNDING * s[0]).sum()))
+    return LowRank(*balance_factors(frame @ left[:, :used], s[:used], vt[:used].mT))
 
 
 def truncate_product(update: LowRank) -> TruncatedUpdate:
@@ -62,8 +85,9 @@ def truncate_product(update: LowRank) -> TruncatedUpdate:
         return truncate_dense(update.up.double() @ update.down.double())
     u, s, v = product_svd(update.up.double(), update.down.double())
     size = s.square().sum().item()
-    kept = _count_columns(s, size)
-    share = s[:kept].square().sum().item() / size if size else 1.0
+    exact = _count_all_columns(s)
+    kept = _count_columns(s, size) if exact > MAX_RANK else exact
+    share = s[:kept].square().sum().item() / size if size and exact > MAX_RANK else 1.0
     return TruncatedUpdate(
         LowRank(*balance_factors(u[:, :kept], s[:kept], v[:, :kept])), min(1.0, share)
     )
@@ -80,20 +104,27 @@ def truncate_kronecker(w1: Tensor, w2: Tensor) -> TruncatedUpdate:
     s, order = products.sort(descending=True, stable=True)
     used = max(1, int((s > _ROUNDING * s[0]).sum()))
     size = s.square().sum().item()
-    kept = used if used <= MAX_RANK else _count_columns(s, size)
+    exact = used if used <= MAX_RANK else _count_all_columns(s)
+    kept = exact if exact <= MAX_RANK else _count_columns(s, size)
     i, j = order[:kept] // len(s2), order[:kept] % len(s2)
     # Column (i, j) of kron(u1, u2) is kron(u1[:, i], u2[:, j]).
     u, v = (
         torch.einsum("ak,ck->ack", left[:, i], right[:, j]).flatten(0, 1)
         for left, right in ((u1, u2), (v1, v2))
     )
-    share = 1.0 if used <= MAX_RANK or not size else s[:kept].square().sum().item() / size
+    share = 1.0 if exact <= MAX_RANK or not size else s[:kept].square().sum().item() / size
     return TruncatedUpdate(LowRank(*balance_factors(u, s[:kept], v)), min(1.0, share))
 
 
 def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(w.double(), full_matrices=False)
     return u, s, vt.mT
+
+
+def _count_all_columns(s: Tensor) -> int:
+    """The fewest leading singular values beside which there is no more than rounding."""
+    rest = s.square().flip(0).cumsum(0).sqrt().flip(0)
+    return max(1, int((rest > _NEGLIGIBLE * rest[0]).sum()))
 
 
 def _count_columns(s: Tensor, size: float) -> int:

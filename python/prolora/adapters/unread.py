@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.precision import is_finite
-from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
 from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
 
@@ -85,7 +85,10 @@ def open_adapter(
     if isinstance(source, Mapping):
         return _open_mapping(source, dict(metadata or {}))
     path = Path(source)
-    return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+    try:
+        return _open_folder(path, metadata) if path.is_dir() else _open_file(path, metadata)
+    except OSError as error:  # a folder without permission, a name that is too long, …
+        raise input_error(path, error) from error
 
 
 def _open_mapping(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> UnreadAdapter:

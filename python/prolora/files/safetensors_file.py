@@ -32,6 +32,8 @@ Metadata = Mapping[str, str]
 # takes 25 times its length once it is parsed, and a header of 100,000 tensors has 15 MB.
 _LONGEST_HEADER = 100_000_000
 _HEADER_LIMIT = 32 << 20
+# Characters of a tensor's name; those of real files have 200 at most. Messages quote names.
+_LONGEST_NAME = 4096
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -226,6 +228,11 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
             f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
             ".safetensors file"
         )
+    if head.startswith(b"version "):
+        raise UnsupportedFormat(
+            f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or "
+            "download it again"
+        )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")
     raise UnsupportedFormat(f"{path}: not a safetensors file")
@@ -255,6 +262,10 @@ def _parse_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, Ten
 
 def _parse_entry(name: str, entry: object, path: Path) -> TensorInfo:
     """One tensor of a header, its size checked against its dtype and shape."""
+    if len(name) > _LONGEST_NAME:
+        raise UnsupportedFormat(
+            f"{path}: {name[:80]!r}… is a name of {len(name)} characters, more than any real one"
+        )
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UnsupportedFormat(f"{path}: its header is damaged at {name}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None

@@ -240,9 +240,10 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
 def _unknown_reason(source: UnreadAdapter) -> str:
     if not source.headers:
         return "it holds no tensors"
-    return (
-        f"its keys are neither a LoRA's nor a base model's: {', '.join(list(source.headers)[:3])}"
-    )
+    first = ", ".join(list(source.headers)[:3])
+    reason = f"its keys are neither a LoRA's nor a base model's: {first}"
+    kind = keys.explain_other_kind(source.headers)
+    return f"{reason}. {kind}" if kind else reason
 
 
 def _base_model(metadata: dict[str, str]) -> str | None:

@@ -9,14 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS
+from ..adapters.contents import parse_contents
+from ..adapters.unread import ADAPTER_FILES, open_adapter
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
-from ..files.safetensors_file import SafetensorsFile
 from ..version import __version__
 from .by_weights.file_budget import OutputForm
 from .options import TransferOptions
@@ -77,9 +77,10 @@ class Recipe:
 
         The bases are hashed only where the result was made of this very LoRA.
         """
-        file = out / PEFT_WEIGHTS if out.is_dir() else out
         try:
-            metadata = SafetensorsFile(file).metadata
+            result = open_adapter(out)
+            parse_contents(result)  # in a folder, weights and configuration go together
+            metadata = result.metadata
         except ProLoRAError:
             return False
         if metadata.get("prolora.lora_hash") != self.lora_hash:

@@ -1,0 +1,104 @@
+"""Files made to harm, and paths that the system does not give: refused by name, and quickly."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lora_files import LINEAR, adapter_of, factors, save
+
+import prolora
+from prolora.adapters import read_adapter, write_adapter
+from prolora.errors import UnsupportedFormat
+from prolora.files.safetensors_file import SafetensorsFile
+
+STEM = "unet.mid_block.attentions.0.proj_in"
+HUGE = 10**400
+
+
+def diffusers_tensors(rank: int = 4) -> dict[str, torch.Tensor]:
+    up, down = factors((32, 32), rank, 0)
+    return {f"{STEM}.lora_B.weight": up, f"{STEM}.lora_A.weight": down}
+
+
+@pytest.mark.parametrize("number", [HUGE, -HUGE, 10**300], ids=["10^400", "-10^400", "10^300"])
+@pytest.mark.parametrize("option", ["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
+def test_a_number_beyond_floating_point_is_refused(
+    option: str, number: int, tmp_path: Path
+) -> None:
+    value = {"proj_in": number} if option.endswith("pattern") else number
+    table = {"unet.r": 4, "unet.lora_alpha": 4} | {f"unet.{option}": value}
+    path = save(
+        tmp_path / "x.safetensors",
+        diffusers_tensors(),
+        {"lora_adapter_metadata": json.dumps(table)},
+    )
+    with pytest.raises(UnsupportedFormat, match="is a number of"):
+        read_adapter(path)
+    assert not prolora.inspect(path).supported
+
+
+def test_a_path_that_the_system_does_not_take_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is too long, a folder without permission, a disk that fails."""
+    with pytest.raises(UnsupportedFormat, match="use a shorter name"):
+        read_adapter(tmp_path / ("x" * 300))
+
+    def fail(_: Path) -> bool:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    with pytest.raises(UnsupportedFormat, match="may be failing"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["", ".lora_up.weight", ".weight"])
+def test_a_name_of_200_000_line_breaks_is_refused_at_once(end: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", {"lora_unet_" + "\n" * 200_000 + end: torch.ones(2, 2)})
+    start = time.monotonic()
+    with pytest.raises(UnsupportedFormat, match=r"a name of 2000\d\d characters") as refused:
+        SafetensorsFile(path)
+    with pytest.raises(UnsupportedFormat):
+        prolora.inspect(path)
+    assert time.monotonic() - start < 5
+    assert len(str(refused.value)) < 1000
+
+
+def test_weights_and_configuration_of_two_adapters_are_no_result(tmp_path: Path) -> None:
+    """What a run leaves that was killed between the two files, in versions before this."""
+    for name, rank in (("a", 4), ("b", 2)):
+        write_adapter(adapter_of(LINEAR, rank=rank), tmp_path / name, format="peft")
+    (tmp_path / "a" / "adapter_config.json").replace(tmp_path / "b" / "adapter_config.json")
+    with pytest.raises(ValueError, match="belongs to another file"):
+        read_adapter(tmp_path / "b")
+
+
+def test_an_embedding_of_ai_toolkit_is_left_out_by_name() -> None:
+    adapter = read_adapter(diffusers_tensors() | {"emb_params": torch.ones(4, 8)})
+    assert len(adapter.updates) == 1
+    assert "embedding" in adapter.left_out["emb_params"]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight", "LLLite"),
+        ("oft_unet_down_blocks_1_attentions_0_proj_in.oft_blocks", "OFT"),
+        ("unet:0:down", "first LoRA trainers"),
+    ],
+)
+def test_files_of_other_kinds_are_named(key: str, kind: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", {key: torch.ones(4, 2, 2)})
+    with pytest.raises(UnsupportedFormat, match=kind):
+        read_adapter(path)
+    assert kind in prolora.inspect(path).reason
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UnsupportedFormat, match="git lfs pull"):
+        read_adapter(path)
