@@ -13,8 +13,8 @@
 namespace prolora {
 namespace {
 
-// Below this many flops waking other threads costs more than they bring.
-constexpr double kParallelFlops = 2e5;
+// Below this many flops waking other threads costs more than they bring. (Unused without OpenMP.)
+[[maybe_unused]] constexpr double kParallelFlops = 2e5;
 
 // f(matrix, tile row, tile column) for the tiles of all matrices.
 template <class F>

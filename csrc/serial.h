@@ -6,10 +6,8 @@
 #include "block.h"
 #include "tile.h"
 
-// The iterations of the next loop do not depend on each other.
-#if defined(__clang__)
-#define PROLORA_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
+// The iterations of the next loop do not depend on each other. (Clang checks that at run time.)
+#if defined(__GNUC__) && !defined(__clang__)
 #define PROLORA_INDEPENDENT _Pragma("GCC ivdep")
 #elif defined(_MSC_VER)
 #define PROLORA_INDEPENDENT __pragma(loop(ivdep))

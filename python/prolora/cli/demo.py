@@ -33,7 +33,10 @@ SCALE = 4  # pixels of the picture for each of a sample
 def find_models() -> Path:
     """The folder of the shipped models: in an installed package, else in the source tree."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "mini_family", package.parents[1] / "examples/mini_family/weights"):
+    for folder in (
+        package / "mini_family/weights",
+        package.parents[1] / "examples/mini_family/weights",
+    ):
         if (folder / "labels.safetensors").is_file():
             return folder
     raise ProLoRAError("this installation carries no demo models: install prolora from its source")

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Compiles the host C++ for machines that CI does not have, by the clang of the ziglang package:
+# Windows, macOS and Linux on ARM, with and without OpenMP. Nothing is linked and nothing is run:
+# this finds what another compiler or standard library does not accept, and no more than that.
+# MSVC is not among them.
+#
+#   pip install ziglang pybind11 && .ci/cross_check.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export ZIG_GLOBAL_CACHE_DIR="$work/cache" ZIG_LOCAL_CACHE_DIR="$work/cache"
+
+python_headers=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+pybind11_headers=$(python3 -c 'import pybind11; print(pybind11.get_include())')
+# The headers of this machine's Python, with the sizes of Windows in place of its own.
+cp -r "$python_headers" "$work/python-windows"
+cat >"$work/python-windows/pyconfig.h" <<'H'
+#define MS_WINDOWS
+#define MS_WIN32
+#define MS_WIN64
+#define HAVE_DECLSPEC_DLL
+#define Py_ENABLE_SHARED
+#define HAVE_STDDEF_H 1
+#define HAVE_SYS_TYPES_H 1
+#define HAVE_SYS_STAT_H 1
+#define SIZEOF_SHORT 2
+#define SIZEOF_INT 4
+#define SIZEOF_LONG 4
+#define SIZEOF_LONG_LONG 8
+#define SIZEOF_VOID_P 8
+#define SIZEOF_SIZE_T 8
+#define SIZEOF_TIME_T 8
+#define SIZEOF_WCHAR_T 2
+#define SIZEOF_FLOAT 4
+#define SIZEOF_DOUBLE 8
+#define ALIGNOF_LONG 4
+#define ALIGNOF_SIZE_T 8
+typedef long long Py_ssize_t;
+#define NT_THREADS 1
+#define NATIVE_TSS_KEY_T unsigned long
+#define HAVE_PY_SSIZE_T 1
+#define PY_SSIZE_T_MAX 9223372036854775807LL
+H
+
+check() {
+  local target=$1 headers=$2 source=$3
+  shift 3
+  echo "$target $source $*"
+  python3 -m ziglang c++ -target "$target" -std=c++17 -O2 -Wall -Wextra -Werror "$@" \
+    -Icsrc -isystem "$headers" -isystem "$pybind11_headers" -c "$source" -o "$work/out.o"
+}
+
+for target in x86_64-windows-gnu aarch64-macos x86_64-macos aarch64-linux-gnu x86_64-linux-musl; do
+  headers=$python_headers
+  if [ "$target" = x86_64-windows-gnu ]; then headers=$work/python-windows; fi
+  check "$target" "$headers" csrc/cpu.cpp
+  check "$target" "$headers" csrc/cpu.cpp -fopenmp
+  check "$target" "$headers" csrc/bind.cpp
+done
+# The emulator's fibers: assembly for both kinds of processor, ucontext elsewhere.
+for target in aarch64-macos aarch64-linux-gnu; do
+  check "$target" "$python_headers" tests/emulator/fiber.cpp
+done
+check aarch64-linux-gnu "$python_headers" tests/emulator/fiber.cpp -DEMULATOR_UCONTEXT
+echo "compiled for every target; nothing was run there"

@@ -1,0 +1,145 @@
+"""What the build backend decides on machines that lack things. Nothing is built here."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
+BACKEND = Path(__file__).parents[1] / "build_backend.py"
+NAMES = ("PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE", "CXX", "CUDACXX", "CUDA_PATH")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The backend on a Linux machine with a compiler and nvcc, and no wishes."""
+    spec = importlib.util.spec_from_file_location("build_backend_under_test", BACKEND)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in (*NAMES, "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    machine(monkeypatch, {"c++", "nvcc"})
+    return module
+
+
+def machine(monkeypatch, tools, system="linux", processor="x86_64"):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}" if name in tools else None)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+
+
+def needs(backend, settings=None):
+    return backend._requirements(lambda _: ["cmake"], settings)
+
+
+def run(backend, works, settings=None):
+    """The settings that were tried, in turn; `works` says which of them builds."""
+    tried = []
+
+    def build(folder, settings, metadata):
+        # Metadata of a wheel of another kind would be refused.
+        assert metadata == (None if tried else "metadata")
+        tried.append(settings)
+        if not works(settings):
+            raise SystemExit(1)
+        return "name.whl"
+
+    backend._build(build, "folder", settings, "metadata")
+    return tried
+
+
+def is_pure(settings):
+    return settings.get("wheel.cmake") == "false"
+
+
+def test_off_is_pure_python_and_needs_no_tools(backend, monkeypatch, capsys):
+    monkeypatch.setenv("PROLORA_NATIVE", "OFF")
+    assert needs(backend) == []
+    (settings,) = run(backend, works=is_pure)
+    assert settings["wheel.py-api"] == "py3"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_machine_without_a_compiler_gets_a_pure_wheel_and_one_line(backend, monkeypatch, capsys):
+    machine(monkeypatch, tools=())
+    assert needs(backend) == []
+    run(backend, works=is_pure)
+    assert capsys.readouterr().err == (
+        "prolora: built without the compiled extension: there is no C++ compiler\n"
+    )
+
+
+def test_what_cannot_be_compiled_is_left_out_step_by_step(backend, capsys):
+    first, without_cuda, pure = run(backend, works=is_pure)
+    assert first == {} and is_pure(pure)
+    assert without_cuda == {"cmake.define.PROLORA_CUDA": "OFF"}
+    assert "without the compiled extension" in capsys.readouterr().err
+
+
+def test_kernels_that_cannot_be_compiled_cost_the_kernels_alone(backend, capsys):
+    tried = run(backend, works=lambda s: s.get("cmake.define.PROLORA_CUDA") == "OFF")
+    assert len(tried) == 2
+    assert "without CUDA kernels" in capsys.readouterr().err
+
+
+def test_a_build_that_works_says_nothing(backend, capsys):
+    assert run(backend, works=lambda settings: True) == [{}]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE"])
+@pytest.mark.parametrize("by", ["environment", "pip"])
+def test_what_was_asked_for_is_never_left_out(backend, monkeypatch, wish, by):
+    settings = {f"cmake.define.{wish}": "ON"} if by == "pip" else None
+    if by == "environment":
+        monkeypatch.setenv(wish, "ON")
+    tried = []
+
+    def build(folder, settings, metadata):
+        tried.append(settings)
+        raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        backend._build(build, "folder", settings, None)
+    assert tried == [settings or {}]
+
+
+@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE"])
+def test_on_without_a_compiler_still_tries(backend, monkeypatch, wish):
+    machine(monkeypatch, tools=())
+    monkeypatch.setenv(wish, "ON")
+    assert needs(backend)[0] == "cmake"
+    with pytest.raises(SystemExit):
+        run(backend, works=is_pure)
+
+
+def test_another_word_is_refused(backend, monkeypatch):
+    monkeypatch.setenv("PROLORA_NATIVE", "yes")
+    with pytest.raises(SystemExit, match="must be AUTO, ON or OFF, not YES"):
+        needs(backend)
+
+
+@pytest.mark.parametrize(
+    ("tools", "system", "processor", "fetched"),
+    [
+        ({"c++"}, "linux", "x86_64", True),
+        ({"c++"}, "linux", "aarch64", True),
+        ({"c++"}, "linux", "riscv64", False),
+        ({"c++"}, "darwin", "arm64", False),
+        ({"c++"}, "win32", "AMD64", False),
+        ({"c++", "nvcc"}, "linux", "x86_64", False),
+    ],
+)
+def test_nvcc_is_fetched_where_there_are_wheels_of_it(
+    backend, monkeypatch, tools, system, processor, fetched
+):
+    machine(monkeypatch, tools, system, processor)
+    assert (backend.NVCC_WHEELS[0] in needs(backend)) is fetched
+    assert backend.NVCC_WHEELS[0] not in needs(backend, {"cmake.define.PROLORA_CUDA": "OFF"})
+
+
+def test_windows_finds_its_compilers_by_cmake(backend, monkeypatch):
+    machine(monkeypatch, (), "win32", "AMD64")
+    assert needs(backend) == ["cmake"]
