@@ -5,7 +5,9 @@ import math
 import sys
 
 import pytest
+import tiny_pipelines
 import torch
+from lora_files import attached
 from mini import (
     lora_tensors,
     shapes,
@@ -371,3 +373,22 @@ def test_a_target_of_another_width_is_refused_with_both_shapes(case, tmp_path):
     wide = {name: torch.ones(32, 32) for name in shapes(2)}
     with pytest.raises(prolora.ShapeMismatch, match="32×32 on the target but 24"):
         prolora.transfer(lora, source, write_folder(tmp_path / "wide", wide))
+
+
+def test_a_diffusers_pipeline_loads_the_result_without_a_file(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    source, target = tiny_pipelines.save(tmp_path / "s"), tiny_pipelines.save(tmp_path / "t")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(target)
+    updates = tiny_pipelines.updates(pipe.unet, ("attn1.to_q", "ff.net.2"))
+    lora = tiny_pipelines.write_lora(tmp_path / "lora.safetensors", updates)
+    done = prolora.transfer(lora, source, target, method="copy", strength=0.5)
+    pipe.load_lora_weights(done.state_dict(format="diffusers"))
+    loaded = attached(pipe.unet)
+    assert loaded.keys() == updates.keys()
+    for name, update in updates.items():
+        torch.testing.assert_close(loaded[name].float(), 0.5 * update.dense(), atol=1e-5, rtol=1e-5)
+    halves = done.state_dict(format="kohya", dtype="float16")
+    done.save(tmp_path / "out.safetensors", format="kohya", dtype="float16")
+    written = load_file(tmp_path / "out.safetensors")
+    assert halves.keys() == written.keys()
+    assert all(torch.equal(halves[key], tensor) for key, tensor in written.items())

@@ -16,17 +16,16 @@ from ..probe.settings import Probing
 from .by_probing.plan import check_probing
 from .by_probing.rows import outline_report
 from .by_weights.assembly import (
-    Route,
     build_report,
     describe_summed_module,
     describe_unchanged,
     list_summed_modules,
     list_unplaced_modules,
     outline_result,
-    place_vectors,
 )
 from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import plan_transfer
+from .by_weights.vectors import carry_vectors
 from .options import (
     DEFAULT_PROBING,
     DroppedMode,
@@ -41,7 +40,7 @@ from .options import (
     VectorsMode,
 )
 from .out_rank import OutRank
-from .plan import sum_dropped_blocks
+from .plan import Route, sum_dropped_blocks
 from .report import Report
 
 
@@ -132,4 +131,4 @@ def _plan_by_weights(
         rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
     moved = {pair.source: pair.target for pair in plan.pairs}
     rows += list_summed_modules(adapter, plan, moved)
-    return build_report(route, rows, place_vectors(route), dry_run=True)
+    return build_report(route, rows, carry_vectors(route), dry_run=True)

@@ -27,6 +27,7 @@ from ..bases.vae import can_probe
 from ..comparison.module_map import BlockDecision, Match, Matching, find_partners
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
+from .options import TransferOptions
 
 PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
 
@@ -74,6 +75,25 @@ class Plan:
         for pair in self.pairs:
             groups.setdefault(pair.shape, []).append(pair)
         return groups
+
+
+@dataclass(frozen=True)
+class Route:
+    """A LoRA between two bases: what was read, where it goes, and how.
+
+    Attributes:
+        adapter: the LoRA as it came in.
+        plan: where its modules go.
+        source: the base it comes from.
+        target: the base it goes to.
+        options: how it is moved.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    source: Base
+    target: Base
+    options: TransferOptions
 
 
 def make_plan(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
+from torch import Tensor
+
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
@@ -78,6 +80,29 @@ class Transfer:
         """
         check_output(path, self.inputs)
         adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
+
+    def state_dict(
+        self, *, format: FormatName = "auto", dtype: DtypeLike | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of the file that `save` writes, without a file.
+
+        `pipe.load_lora_weights(done.state_dict(format="diffusers"))` loads the LoRA into a
+        diffusers pipeline of the target.
+
+        Args:
+            format: as `save` takes it.
+            dtype: as `save` takes it.
+
+        Returns:
+            Key -> tensor on the CPU: factors [out, r] and [r, in], of convolutions [out, r, 1, 1]
+            and [r, in, kh, kw]; the scale is 1 for every loader.
+
+        Raises:
+            UnsupportedFormat: the format has no name for a module.
+            NonFiniteWeights: a factor overflows in dtype.
+            OutputError: no module is left in the adapter.
+        """
+        return adapters.encode_state_dict(self.adapter, format=format, dtype=read_dtype(dtype))
 
 
 def transfer(

@@ -21,7 +21,6 @@ from ...files.sizes import format_size
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
 from ..by_weights.assembly import (
-    Route,
     build_metadata,
     explain_low_coverage,
     list_tensors_left_out,
@@ -30,6 +29,7 @@ from ..by_weights.file_budget import OutputForm
 from ..by_weights.pipeline import Notes, Result, prefix_notes, read_lora, transfer_by_weights
 from ..module_report import ModuleReport
 from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
+from ..plan import Route
 from .plan import check_probing, outline_fit, plan_probing
 from .rows import build_probe_report, list_modules, list_vectors, outline_report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,29 +18,9 @@ from ...errors import LowCoverage
 from ...files.writing import replace_surrogates
 from ...version import __version__
 from ..module_report import ModuleReport
-from ..options import TransferOptions
-from ..plan import Plan
+from ..plan import Plan, Route
 from ..report import Report
 from .vectors import CarriedVectors, carry_vectors
-
-
-@dataclass(frozen=True)
-class Route:
-    """A LoRA between two bases: what was read, where it goes, and how.
-
-    Attributes:
-        adapter: the LoRA as it came in.
-        plan: where its modules go.
-        source: the base it comes from.
-        target: the base it goes to.
-        options: how it is moved.
-    """
-
-    adapter: Adapter
-    plan: Plan
-    source: Base
-    target: Base
-    options: TransferOptions
 
 
 def describe_unchanged(
@@ -174,28 +154,8 @@ def outline_result(summed: Adapter, route: Route) -> Adapter:
     """
     updates = {pair.target: summed.updates[pair.source] for pair in route.plan.pairs}
     updates |= {name: summed.updates[name] for name in route.plan.passed}
-    vectors = place_vectors(replace(route, adapter=summed))
+    vectors = carry_vectors(replace(route, adapter=summed))
     return assemble_adapter(summed, updates, vectors, route.target, summed.metadata)
-
-
-def place_vectors(route: Route, moved: Mapping[str, LowRank] | None = None) -> CarriedVectors:
-    """The biases and normalisation layers of the target.
-
-    Args:
-        route: of the LoRA.
-        moved: the target's updates; None: as if every module of the plan got one.
-    """
-    options = route.options
-    return carry_vectors(
-        route.adapter,
-        route.plan,
-        route.source,
-        route.target,
-        factor=options.factor,
-        moved=moved,
-        mode=options.vectors,
-        text_encoder=options.text_encoder,
-    )
 
 
 def assemble_adapter(

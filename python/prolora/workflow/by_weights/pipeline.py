@@ -22,10 +22,9 @@ from ...core.methods import Needs
 from ...errors import LowCoverage, UnrelatedBases
 from ..module_report import ModuleReport
 from ..options import LoraLike, Progress, TransferOptions
-from ..plan import Plan, find_own_ranks, make_plan, sum_dropped_blocks
+from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report, measure_coverage
 from .assembly import (
-    Route,
     assemble_adapter,
     build_metadata,
     build_report,
@@ -37,10 +36,10 @@ from .assembly import (
     list_summed_modules,
     list_unplaced_modules,
     outline_result,
-    place_vectors,
 )
 from .file_budget import OutputForm
 from .move_updates import Clock, LoraWork, move_all
+from .vectors import carry_vectors
 
 Notes = Callable[[BasisCache], Mapping[str, str]]
 """What the header of a result says of its making, computed once nothing can be refused any more:
@@ -217,7 +216,7 @@ def finish_job(
     if coverage < minimum:
         raise LowCoverage(explain_low_coverage(coverage, minimum, work.options.threshold))
     route = Route(adapter, plan, source, target, work.options)
-    vectors = place_vectors(route, updates)
+    vectors = carry_vectors(route, updates)
     with work.clock("hash"):
         metadata = build_metadata(route, cache)
         if notes is not None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
-from ..plan import Plan
+from ..plan import Plan, Route
+
+_WHAT = "a trained bias or normalisation layer"
 
 
 @dataclass
@@ -30,60 +31,53 @@ class CarriedVectors:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def carry_vectors(
-    adapter: Adapter,
-    plan: Plan,
-    source: Base,
-    target: Base,
-    *,
-    factor: float = 1.0,
-    moved: Collection[str] | None = None,
-    mode: str = "copy",
-    text_encoder: str = "copy",
-) -> CarriedVectors:
+def carry_vectors(route: Route, moved: Collection[str] | None = None) -> CarriedVectors:
     """Places the vectors of an adapter on the target.
 
+    Those of text encoders stay as they are; all others are multiplied by the strength.
+
     Args:
-        adapter: whose.
-        plan: where its modules go.
-        source: the base of the adapter.
-        target: the base they go to.
-        factor: strength of the transfer.
-        moved: target modules that got an update; a bias stays with its module. None: all of them.
-        mode: "copy", or "skip" to leave all of them out.
-        text_encoder: "skip" leaves out those of text encoders; otherwise they stay as they are.
+        route: of the LoRA; its options say whether vectors are carried, and at which strength.
+        moved: target modules that got an update; a bias stays behind with its module. None: as if
+            every module of the plan got one.
     """
-    found = CarriedVectors()
-    for name, vector in adapter.vectors.items():
+    carried = CarriedVectors()
+    for name, vector in route.adapter.vectors.items():
         module, _, tensor = name.rpartition(".")
-        if mode == "skip":
-            found.left_out[name] = "a trained bias or normalisation layer, left out as asked"
-            continue
-        if is_in_text_encoder(module):
-            places, reason = _in_text_encoder(module, plan, text_encoder)
-            strength = 1.0
-        else:
-            strength = factor
-            places = list(_find_partners(module, len(vector), plan, source, target))
-            reason = "the target has no such module of that width"
-            if moved is not None and module in adapter.updates and places:
-                places = [place for place in places if place in moved]
-                reason = "the update of its module was left out"
-        for place in places:
-            found.vectors[f"{place}.{tensor}"] = vector if strength == 1 else vector * strength
+        places, reason = _find_places(route, module, len(vector), moved)
         if not places:
-            found.left_out[name] = f"a trained bias or normalisation layer: {reason}"
-    return found
+            carried.left_out[name] = reason
+        strength = 1.0 if is_in_text_encoder(module) else route.options.factor
+        for place in places:
+            scaled = vector if strength == 1 else vector * strength
+            carried.vectors[f"{place}.{tensor}"] = scaled
+    return carried
 
 
-def _in_text_encoder(module: str, plan: Plan, mode: str) -> tuple[list[str], str]:
-    """Vectors of a text encoder are carried over where its updates are."""
-    if mode == "skip":
-        return [], "text encoder, left out as asked"
+def _find_places(
+    route: Route, module: str, width: int, moved: Collection[str] | None
+) -> tuple[list[str], str]:
+    """The target's modules that a vector goes to, and the reason where there are none."""
+    if route.options.vectors == "skip":
+        return [], f"{_WHAT}, left out as asked"
+    if is_in_text_encoder(module):
+        return _find_text_encoder(module, route)
+    places = list(_find_partners(module, width, route.plan, route.source, route.target))
+    if not places:
+        return [], f"{_WHAT}: the target has no such module of that width"
+    if moved is not None and module in route.adapter.updates:
+        places = [place for place in places if place in moved]
+    return places, f"{_WHAT}: the update of its module was left out"
+
+
+def _find_text_encoder(module: str, route: Route) -> tuple[list[str], str]:
+    """The module itself: vectors of a text encoder are carried over where its updates are."""
+    if route.options.text_encoder == "skip":
+        return [], f"{_WHAT}: text encoder, left out as asked"
     encoder = module.partition(".")[0] + "."
-    for name, reason in plan.skipped.items():
+    for name, reason in route.plan.skipped.items():
         if name.startswith(encoder):
-            return [], reason
+            return [], f"{_WHAT}: {reason}"
     return [module], ""
 
 
