@@ -21,9 +21,12 @@ from .errors import (
     OutputError,
     ProLoRAError,
     ShapeMismatch,
+    SolverFailure,
     TooLittleMemory,
     UnrelatedBases,
+    UnsupportedDevice,
     UnsupportedFormat,
+    UnsupportedTensor,
 )
 from .probe.settings import Probing
 from .version import __version__
@@ -57,11 +60,14 @@ __all__ = [
     "Report",
     "ShapeMismatch",
     "Similarity",
+    "SolverFailure",
     "TooLittleMemory",
     "Transfer",
     "TransferOptions",
     "UnrelatedBases",
+    "UnsupportedDevice",
     "UnsupportedFormat",
+    "UnsupportedTensor",
     "Verdict",
     "__version__",
     "compare",

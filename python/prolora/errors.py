@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 import os
 
-from .core.errors import NonFiniteWeights, ProLoRAError, ShapeMismatch
+from .core.errors import (
+    NonFiniteWeights,
+    ProLoRAError,
+    ShapeMismatch,
+    SolverFailure,
+    UnsupportedDevice,
+    UnsupportedTensor,
+)
 
 __all__ = [
     "InvalidOption",
@@ -14,9 +21,12 @@ __all__ = [
     "OutputError",
     "ProLoRAError",
     "ShapeMismatch",
+    "SolverFailure",
     "TooLittleMemory",
     "UnrelatedBases",
+    "UnsupportedDevice",
     "UnsupportedFormat",
+    "UnsupportedTensor",
     "explain_os_error",
     "input_error",
     "output_error",

@@ -115,3 +115,20 @@ def test_weights_of_any_storage_dtype_are_taken(ours, theirs):
     assert (moved.dense().double() - wanted).norm() <= 1e-5 * wanted.norm()
     for weight, before in zip((source, target), kept, strict=True):
         assert torch.equal(weight.double(), before.double())
+
+
+@pytest.mark.parametrize("kappa", [1e3, 1e5, 1e7])
+def test_a_large_kappa_is_applied_as_given(kappa):
+    """Beyond what float32 can factorise the work goes on in float64, instead of a smaller κ."""
+    delta, source, target = case(40, 56, drift=2.0, dtype=torch.float32)
+    target[:, 0] += 5 * source.norm()  # one direction drifted far more than the rest
+    moved = prolora.damped(delta, source, target, kappa)
+    wanted = reference.damp_dense(delta.dense(), source.double(), target.double(), kappa)
+    assert moved.dtype == torch.float32
+    assert (moved.dense().double() - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_weights_of_another_shape_are_refused():
+    delta, source, target = case(16, 24)
+    with pytest.raises(prolora.ShapeMismatch, match="target"):
+        prolora.damped(delta, source, target.mT, 1.0)

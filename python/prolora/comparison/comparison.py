@@ -19,6 +19,7 @@ from ..core.methods import Needs, find_method
 from ..core.overlap_tables import basis_tables
 from ..core.rank_rule import Rank, check_rank
 from ..core.similarity import angle_quantiles, basis_similarity
+from ..core.validation import check_device
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
@@ -308,6 +309,7 @@ def compare(
         progress: called as progress(done, total, name).
 
     Raises:
+        UnsupportedDevice: the device cannot be used.
         TooLittleMemory: the bound is below what one pair of weights needs.
         UnsupportedFormat: the two bases share no adaptable module of equal shape.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
@@ -315,6 +317,7 @@ def compare(
     """
     if rank is not None:
         check_rank(rank)
+    check_device(device)
     limit = parse_limit(max_memory)
     source, target = open_base(source), open_base(target)
     with open_cache(cache) as kept:

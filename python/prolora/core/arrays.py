@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 import torch.utils.dlpack
 from torch import Tensor
 
+from .errors import UnsupportedTensor
+
 
 class SupportsDLPack(Protocol):
     """An array that other libraries can read in place, as numpy's and cupy's."""
@@ -20,18 +22,41 @@ class SupportsDLPack(Protocol):
 Array = TypeVar("Array", bound=SupportsDLPack)
 
 
-def to_tensor(array: Any) -> Tensor:
-    """A tensor over the same memory: torch tensors as they are, numpy, cupy, jax through DLPack."""
+def to_tensor(array: Any, name: str = "the array") -> Tensor:
+    """A tensor over the same memory: torch tensors as they are, numpy, cupy, jax through DLPack.
+
+    Arrays of numpy that are read-only, run backwards or are stored in the other byte order are
+    copied: a torch tensor cannot be any of that.
+
+    Args:
+        array: anything with `__dlpack__`.
+        name: for the error.
+
+    Raises:
+        UnsupportedTensor: it is no array, or of a dtype that torch does not have.
+    """
     if isinstance(array, Tensor):
         return array
-    if hasattr(array, "flags") and hasattr(array.flags, "writeable") and not array.flags.writeable:
-        array = array.copy()  # DLPack cannot export numpy's read-only memory
     if not hasattr(array, "__dlpack__"):
-        raise TypeError(
+        raise UnsupportedTensor(
             f"prolora takes torch, numpy or cupy arrays (anything with __dlpack__), "
             f"not {type(array).__name__}"
         )
-    return torch.utils.dlpack.from_dlpack(array)
+    try:
+        return torch.utils.dlpack.from_dlpack(_copy_if_foreign(array))
+    except (BufferError, RuntimeError, TypeError) as error:
+        kind = f"{type(array).__name__} of {getattr(array, 'dtype', 'unknown dtype')}"
+        raise UnsupportedTensor(f"{name}, {kind}, cannot become a tensor: {error}") from error
+
+
+def _copy_if_foreign(array: Any) -> Any:
+    """The array, or a copy of one whose memory DLPack cannot describe."""
+    if not getattr(getattr(array, "dtype", None), "isnative", True):
+        return array.astype(array.dtype.newbyteorder("="))
+    read_only = not getattr(getattr(array, "flags", None), "writeable", True)
+    if read_only or any(stride < 0 for stride in getattr(array, "strides", None) or ()):
+        return array.copy()
+    return array
 
 
 def to_kind_of(tensor: Tensor, template: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .arrays import to_tensor
 from .errors import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
 from .rank_rule import Rank, check_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
@@ -21,6 +21,7 @@ from .svd.dense import dense_triplets
 from .svd.refinement import Refined
 from .svd.solvers import attempt
 from .svd.triplets import Triplets, join_triplets
+from .validation import check_operand, refuse_tangents
 
 # The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
 FACTORS = ("U", "S", "V")
@@ -111,6 +112,7 @@ def _add_batch_axis(basis: Basis) -> Basis:
     return Basis(**fields, rungs=basis.rungs)
 
 
+@in_full_precision
 def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
 
@@ -143,9 +145,13 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         ShapeMismatch: W has fewer than two dimensions or an empty side.
         NonFiniteWeights: W holds NaN or Inf.
         SolverFailure: no rung gave a result.
+        UnsupportedTensor, UnsupportedDevice: W is sparse, complex, without data, not of floating
+            point, or on a device other than cpu and cuda.
     """
-    weight = to_tensor(W)
+    weight = to_tensor(W, "W")
     check_rank(rank)
+    check_operand("W", weight)
+    refuse_tangents("truncated_svd", weight)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])

@@ -19,31 +19,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ShapeMismatch
 from .lowrank import LowRank
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
 from .svd.products import lower_gram
+from .validation import check_operand, refuse_tangents
 
 
+@in_full_precision
 def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor) -> LowRank:
     """The update of a stack, damped along the drift of its weights.
 
     Args:
         delta: the source's updates, up [..., m, r] and down [..., r, n], scale included.
         source: W_s [..., m, n].
-        target: W_t, likewise.
-        kappa: κ ≥ 0, one number or one for each matrix [...]; 0 copies.
+        target: W_t [..., m, n].
+        kappa: κ ≥ 0, one number or one for each matrix [...]; 0 copies. It is applied as given: a
+            stack in which it is too large for float32 is computed in float64.
 
     Returns:
         The updates of the target, of the same rank and dtype. Flops ≈ 2mn·min(m, n) per matrix
         for the Gram matrix and min(m, n)³ for its factorisation.
+
+    Raises:
+        ValueError: κ is negative or not finite.
+        ShapeMismatch: delta, source and target do not have one shape.
+        UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
     check_kappa(kappa)
+    for name, weight in (("source", source), ("target", target)):
+        check_operand(name, weight)
+        refuse_tangents(f"damped with respect to {name}", weight)
+        if weight.shape != delta.shape:
+            raise ShapeMismatch(f"{name} is {list(weight.shape)} but delta {list(delta.shape)}")
     return Damper(source, target, delta.up.dtype).at(kappa)(delta)
 
 
 def check_kappa(kappa: float | Tensor) -> None:
     """Raises ValueError unless κ, one number or several, is finite and at least 0."""
-    values = torch.as_tensor(kappa, dtype=torch.float64)
+    values = torch.as_tensor(kappa, dtype=torch.float64, device="cpu")
     if not bool(((values >= 0) & values.isfinite()).all()):
         raise ValueError(f"kappa must be a finite number ≥ 0, not {kappa!r}")
 
@@ -51,36 +65,61 @@ def check_kappa(kappa: float | Tensor) -> None:
 class Damper:
     """A stack of pairs of weights, ready to damp the updates of any number of LoRAs."""
 
+    @in_full_precision
     def __init__(self, source: Tensor, target: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Takes W_s and W_t [..., m, n]; works in `dtype` or float32, whichever is wider."""
-        self._work = working_dtype(dtype)
+        work = working_dtype(dtype)
         source, target = source.detach(), target.detach()
-        ours = source.to(self._work)  # any storage dtype; float8 takes part in no arithmetic
+        ours = source.to(work)  # any storage dtype; float8 takes part in no arithmetic
         # In place: touching memory for the first time takes as long as what is computed there.
-        self._drift = target.to(self._work, copy=True).sub_(ours)
+        self._drift = target.to(work, copy=True).sub_(ours)
         self._size = _squared_norms(ours)
-        m, n = self._drift.shape[-2:]
-        self._tall = self._drift if m >= n else self._drift.mT
-        self._gram = lower_gram(self._tall.mT, self._work)  # DᵀD on the short side
+        self._drifted = _squared_norms(self._drift)
+        self._grams: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._damping: dict[float, Damping] = {}
 
+    @in_full_precision
     def at(self, kappa: float | Tensor) -> Damping:
         """The damping at one κ (or one for each matrix [...]), kept if it is a number."""
         if not isinstance(kappa, Tensor) and kappa in self._damping:
             return self._damping[kappa]
-        work, (m, n) = self._work, self._drift.shape[-2:]
-        each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
-        # A source near zero would ask for endless damping; I + ρ DᵀD must stay definite in
-        # rounding.
-        least = _squared_norms(self._drift) * each * max(m, n) * torch.finfo(work).eps * 64
-        norm = torch.maximum(self._size, least).clamp_min(torch.finfo(work).tiny)
-        rates = (each / norm * m, each / norm * n)
-        factors = [_factorise_damping(self._gram, rates[0])]
-        factors.append(factors[0] if m == n else _factorise_damping(self._gram, rates[1]))
-        made = Damping(self._tall, m >= n, rates, (factors[0], factors[1]))
+        work = self._drift.dtype
+        if bool((self._least_norm(kappa, work) > self._size).any()):
+            work = torch.float64
+        made = self._damp(kappa, work)
         if not isinstance(kappa, Tensor):
             self._damping[kappa] = made
         return made
+
+    def _least_norm(self, kappa: float | Tensor, work: torch.dtype) -> Tensor:
+        """‖W_s‖² [...] from which on I + ρ DᵀD can be factorised in `work` without a loss."""
+        each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
+        drifted = self._drifted.to(work)
+        return drifted * each * max(self._drift.shape[-2:]) * torch.finfo(work).eps * 64
+
+    def _damp(self, kappa: float | Tensor, work: torch.dtype) -> Damping:
+        """The damping, computed in `work`.
+
+        A source near zero would ask for endless damping: in float64 it ends where a direction that
+        drifted keeps 1e-14 of itself.
+        """
+        m, n = self._drift.shape[-2:]
+        each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
+        norm = torch.maximum(self._size.to(work), self._least_norm(kappa, work))
+        norm = norm.clamp_min(torch.finfo(work).tiny)
+        rates = (each / norm * m, each / norm * n)
+        tall, gram = self._short_gram(work)
+        factors = [_factorise_damping(gram, rates[0])]
+        factors.append(factors[0] if m == n else _factorise_damping(gram, rates[1]))
+        return Damping(tall, m >= n, rates, (factors[0], factors[1]))
+
+    def _short_gram(self, work: torch.dtype) -> tuple[Tensor, Tensor]:
+        """D or Dᵀ, whichever is tall, and its Gram matrix on the short side, in `work`."""
+        if work not in self._grams:
+            m, n = self._drift.shape[-2:]
+            tall = (self._drift if m >= n else self._drift.mT).to(work)
+            self._grams[work] = tall, lower_gram(tall.mT, work)
+        return self._grams[work]
 
 
 @dataclass(frozen=True)
@@ -99,6 +138,7 @@ class Damping:
     rates: tuple[Tensor, Tensor]
     factors: tuple[Tensor, Tensor]
 
+    @in_full_precision
     def __call__(self, delta: LowRank, places: list[int] | None = None) -> LowRank:
         """Damps updates [..., m, r] and [..., r, n], of some matrices of the stack or of all."""
         work = self.tall.dtype

@@ -9,6 +9,14 @@ class ShapeMismatch(ProLoRAError):
     """A tensor whose shape does not fit the module it is meant for."""
 
 
+class UnsupportedTensor(ProLoRAError, TypeError):
+    """A tensor or array that the mathematics is not made for."""
+
+
+class UnsupportedDevice(ProLoRAError, RuntimeError):
+    """A device that prolora does not compute on, or that this machine does not have."""
+
+
 class SolverFailure(ProLoRAError, RuntimeError):
     """No SVD or eigenvalue solver gave a result for finite weights."""
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import recompression
 from .errors import ShapeMismatch
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
 from .short_text import format_shape, format_storage
+from .validation import check_layout
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,6 +28,8 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Refuses factors that do not multiply."""
+        for name, factor in (("up", self.up), ("down", self.down)):
+            check_layout(name, factor)
         up, down = self.up.shape, self.down.shape
         if len(up) < 2 or len(up) != len(down) or up[:-2] != down[:-2] or up[-1] != down[-2]:
             raise ShapeMismatch(
@@ -59,11 +62,13 @@ class LowRank:
         """The factors' device."""
         return self.up.device
 
+    @in_full_precision
     def dense(self) -> Tensor:
         """The product [..., m, n] in the factors' dtype, formed in float32 or better."""
         work = working_dtype(self.dtype)
         return (self.up.to(work) @ self.down.to(work)).to(self.dtype)
 
+    @in_full_precision
     def norm(self) -> Tensor:
         """‖up·down‖_F [...], in float64, from r×r Gram matrices: tr((upᵀup)(down·downᵀ))."""
         up, down = self.up.double(), self.down.double()

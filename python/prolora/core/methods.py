@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .ops.project_pair import project_pair
@@ -35,6 +36,37 @@ class Needs(Enum):
     """The leading singular subspaces of both weights."""
     MODELS = "models"
     """Both models, run on their own sampling trajectories."""
+
+
+class _SplitRows(torch.autograd.Function):
+    """`project_pair` with derivatives in both directions; it is linear in the rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(source: Tensor, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return project_pair(source, target, x)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]
+    ) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        """Projectors are symmetric: P_s(g₁ + P_t g₃) + P_s⊥(g₂ + P_t⊥ g₄)."""
+        source, target = ctx.saved_tensors
+        (inside, outside), (within, without) = (g.chunk(2, -2) for g in grads)
+        inside = inside + within @ target @ target.mT
+        outside = outside + without - without @ target @ target.mT
+        return None, None, outside + (inside - outside) @ source @ source.mT
+
+    @staticmethod
+    def jvp(ctx: Any, _source: None, _target: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        source, target = ctx.saved_tensors
+        return project_pair(source, target, tangent)
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,7 @@ class Side:
         """
         several = x.ndim > source.ndim
         rows = x.flatten(-3, -2) if several else x
-        split, moved = project_pair(source, target, rows)
+        split, moved = _SplitRows.apply(source, target, rows)  # type: ignore[no-untyped-call]
         parts = (*split.chunk(2, -2), *moved.chunk(2, -2))
         if several:
             parts = tuple(part.unflatten(-2, x.shape[-3:-1]) for part in parts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .basis import Basis
 from .ops.overlap_table import overlap_table
 from .ops.torch_twin import BLOCK
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class OverlapTable:
         return self.shells.cumsum(-1) / counts
 
 
+@in_full_precision
 def overlap_tables(source: Sequence[Tensor], target: Sequence[Tensor]) -> list[OverlapTable]:
     """The tables of many pairs of bases, of any shapes, in one call.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -18,10 +19,14 @@ def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
     LAPACK's threads spend much of their time waiting for each other at the sizes of diffusion
     weights; whole matrices in parallel do not. torch releases the GIL inside its operators. Which
     thread takes an item changes nothing in its result.
+
+    Items that hold tensors on a GPU go one after the other, in the caller's stream: another thread
+    would start in the default stream, before what the caller has queued is done, and several at
+    once would take several times the memory.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(items))
-    if workers <= 1:
+    if workers <= 1 or not all(_is_on_cpu(item) for item in items):
         return [job(item) for item in items]
     share = threads // workers
     inference = torch.is_inference_mode_enabled()
@@ -37,3 +42,12 @@ def map_on_threads(job: Callable[[In], Out], items: list[In]) -> list[Out]:
     finally:
         # Threads that start later take the last number that any thread has set.
         torch.set_num_threads(threads)
+
+
+def _is_on_cpu(item: Any) -> bool:
+    """Whether every tensor in an item, or in a sequence of them, is on the CPU."""
+    if isinstance(item, Tensor):
+        return item.device.type == "cpu"
+    if isinstance(item, tuple | list):
+        return all(_is_on_cpu(part) for part in item)
+    return True

@@ -20,10 +20,11 @@ from .damping import check_kappa, damped
 from .errors import NonFiniteWeights, ShapeMismatch
 from .lowrank import LowRank
 from .methods import Method, Needs, Parts, ProjectMethod, Side, find_method
-from .precision import is_finite, working_dtype
+from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, check_rank
 from .similarity import Similarity
+from .validation import check_operand, refuse_tangents
 
 DEFAULT_RANK: Rank = 0.99
 """The rank rule where the caller gives none: the columns that hold 99 % of a weight's energy.
@@ -117,6 +118,7 @@ def project(
 ) -> tuple[Array, ProjectionInfo]: ...
 
 
+@in_full_precision
 def project(
     delta: Any,
     W_src: Any,
@@ -154,15 +156,17 @@ def project(
     Raises:
         ShapeMismatch: delta, W_src and W_tgt do not have one shape.
         NonFiniteWeights: NaN or Inf in any of them.
+        UnsupportedTensor, UnsupportedDevice: a tensor that is sparse, complex, without data, not of
+            floating point, or on a device other than cpu and cuda.
         ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" with a Basis.
     """
     chosen = find_method(method)
     check_rank(rank)
     _check_method(chosen, kappa)
     if isinstance(delta, tuple | list):
-        delta = LowRank(*(to_tensor(factor) for factor in delta))
-    update = delta if isinstance(delta, LowRank) else to_tensor(delta)
-    _check_finite(update)
+        delta = _read_pair(delta)
+    update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
+    _check_update(update)
     weights = _read_weights(W_src, W_tgt, update.shape)
     factors = update if isinstance(update, LowRank) else _identity_factors(update)
     up, down, info = _move(factors, chosen, weights, rank, kappa, return_info)
@@ -201,6 +205,7 @@ def _move(
     return up, down, measure_projection(sides, grams, (source, target))
 
 
+@in_full_precision
 def project_factors(
     delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
 ) -> Projected:
@@ -258,6 +263,7 @@ class Projected:
         """The updates as they are, [..., m, R] and [..., R, n] with R = r times the parts."""
         return _join_parts(self.up, self.down).to(self.dtype)
 
+    @in_full_precision
     def recompressed(self) -> list[LowRank]:
         """The updates of a stack, all its axes flattened, at the smallest exact rank.
 
@@ -305,7 +311,14 @@ def _read_weights(
     W_src: Any, W_tgt: Any, shape: torch.Size
 ) -> tuple[Tensor | Basis, Tensor | Basis]:
     """Both weights as matrices or stacks [..., m, n] of the update's shape."""
-    source, target = (w if isinstance(w, Basis) else to_tensor(w) for w in (W_src, W_tgt))
+    source, target = (
+        w if isinstance(w, Basis) else to_tensor(w, name)
+        for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
+    )
+    for name, weight in (("W_src", source), ("W_tgt", target)):
+        if isinstance(weight, Tensor):
+            check_operand(name, weight)
+            refuse_tangents(f"project with respect to {name}", weight)
     if len(shape) == 2 and source.shape != target.shape and len(source.shape) == 4:
         raise ShapeMismatch(f"W_src is {list(source.shape)} but W_tgt {list(target.shape)}")
     return _read_weight(source, shape, "W_src"), _read_weight(target, shape, "W_tgt")
@@ -349,13 +362,21 @@ def _check_method(method: Method, kappa: float | Tensor | None) -> None:
     check_kappa(kappa)
 
 
-def _check_finite(update: Tensor | LowRank) -> None:
+def _read_pair(factors: tuple[Any, ...] | list[Any]) -> LowRank:
+    tensors = [to_tensor(factor, f"factor {i} of delta") for i, factor in enumerate(factors)]
+    if len(tensors) != 2:
+        raise ShapeMismatch(f"delta is a pair (up, down), not {len(tensors)} arrays")
+    return LowRank(*tensors)
+
+
+def _check_update(update: Tensor | LowRank) -> None:
     tensors = (
         {"delta": update}
         if isinstance(update, Tensor)
         else {"delta.up": update.up, "delta.down": update.down}
     )
     for name, tensor in tensors.items():
+        check_operand(name, tensor)
         _refuse_non_finite(name, tensor)
 
 

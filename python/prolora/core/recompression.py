@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
+from .validation import refuse_tangents
 
 
 def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +25,7 @@ def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vt.mT
 
 
+@in_full_precision
 def product_energies(up: Tensor, down: Tensor) -> Tensor:
     """σ² [..., r] of up @ down in float64, descending; no vectors, and so a third of the time.
 
@@ -143,6 +145,7 @@ def _cholesky_factors(gram: Tensor) -> tuple[Tensor, Tensor]:
     return lower, bad
 
 
+@in_full_precision
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of up @ down.
 
@@ -205,6 +208,7 @@ def columns_holding(s: Tensor, energy: float) -> Tensor:
     return (short.sum(-1) + 1).clamp_max(s.shape[-1])
 
 
+@in_full_precision
 def recompress_factors(
     up: Tensor, down: Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -226,6 +230,7 @@ def recompress_factors(
         raise ValueError(f"rank must be at least 1, not {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], not {energy}")
+    refuse_tangents("a truncation", up, down)
     work = working_dtype(up.dtype)
     u, s, v = product_svd(up.to(work), down.to(work))
     keep = s.shape[-1]

@@ -14,10 +14,11 @@ from .basis import Basis, truncated_svd
 from .errors import ShapeMismatch
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads
-from .precision import working_dtype
+from .precision import in_full_precision, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
 from .svd.products import lower_gram
+from .validation import check_operand
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The quantiles by which a spectrum of principal angles is told: smallest, median and largest."""
@@ -67,6 +68,7 @@ def _above_chance(phi: Tensor, chance: Tensor) -> Tensor:
     return torch.where(undefined, torch.full_like(share, torch.nan), share)
 
 
+@in_full_precision
 def basis_similarity(
     source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable] | None = None
 ) -> Similarity:
@@ -99,9 +101,19 @@ def similarity(W_src: Any, W_tgt: Any, *, rank: Rank) -> Similarity:
 
     Raises:
         ShapeMismatch: the shapes differ.
+        UnsupportedTensor, UnsupportedDevice, NonFiniteWeights, SolverFailure: as `truncated_svd`.
     """
-    source, target = (w if isinstance(w, Basis) else truncated_svd(w, rank) for w in (W_src, W_tgt))
+    source, target = (
+        w if isinstance(w, Basis) else truncated_svd(_check_weight(name, w), rank)
+        for name, w in (("W_src", W_src), ("W_tgt", W_tgt))
+    )
     return basis_similarity(source, target)
+
+
+def _check_weight(name: str, weight: Any) -> Tensor:
+    tensor = to_tensor(weight, name)
+    check_operand(name, tensor)
+    return tensor
 
 
 @overload
@@ -112,6 +124,7 @@ def principal_angles(X: Tensor, Y: Any) -> Tensor: ...
 def principal_angles(X: Array, Y: Any) -> Array: ...
 
 
+@in_full_precision
 def principal_angles(X: Any, Y: Any) -> Any:
     """Principal angles between the column spaces of X and Y, ascending, in radians.
 
@@ -127,8 +140,12 @@ def principal_angles(X: Any, Y: Any) -> Any:
 
     Raises:
         ShapeMismatch: X and Y live in different spaces.
+        UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
-    x, y = to_tensor(X).double(), to_tensor(Y).double()
+    x, y = to_tensor(X, "X"), to_tensor(Y, "Y")
+    check_operand("X", x)
+    check_operand("Y", y)
+    x, y = x.double(), y.double()
     if x.ndim < 2 or y.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ShapeMismatch(
             f"X {list(x.shape)} and Y {list(y.shape)} must be [..., m, p] and [..., m, q]"
@@ -143,6 +160,7 @@ def principal_angles(X: Any, Y: Any) -> Any:
     return to_kind_of(angles, X)
 
 
+@in_full_precision
 def angle_quantiles(
     source: Basis, target: Basis, shares: Sequence[float] = ANGLE_SHARES
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, check_rank
+from ..core.validation import check_device
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
 from ..probe.settings import Probing
@@ -108,6 +109,7 @@ class TransferOptions:
 
         Raises:
             InvalidOption: names the option and what it takes.
+            UnsupportedDevice: the device cannot be used.
         """
         try:
             check_rank(self.rank)
@@ -130,6 +132,7 @@ class TransferOptions:
         elif self.strength is not None and not (0 < self.strength < math.inf):
             raise InvalidOption(f"strength must be a positive number, not {self.strength!r}")
         self._check_out_rank()
+        check_device(self.device)
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
     def _check_out_rank(self) -> None:

@@ -1,0 +1,77 @@
+"""Which tensors and devices the mathematics takes: everything else is refused by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .errors import UnsupportedDevice, UnsupportedTensor
+from .ops import native
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device to compute on, the CPU for None.
+
+    Raises:
+        UnsupportedDevice: torch knows no such device, prolora does not compute on it, or this
+            machine has none.
+    """
+    try:
+        wanted = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        message = f"no device is called {device!r}: use cpu, cuda or cuda:1"
+        raise UnsupportedDevice(message) from error
+    try:
+        native.require_device(wanted)
+    except RuntimeError as error:
+        raise UnsupportedDevice(str(error)) from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UnsupportedDevice(f"there is no {wanted}: this machine has {count} CUDA devices")
+    return wanted
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Refuses tensors that are no plain real matrices in memory.
+
+    Raises:
+        UnsupportedTensor: nested, sparse, quantised or complex; says which tensor it is.
+    """
+    if tensor.is_nested:
+        raise UnsupportedTensor(f"{name} is a nested tensor: give a padded or a single one")
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise UnsupportedTensor(f"{name} is {layout}: give {name}.to_dense()")
+    if tensor.is_quantized:
+        raise UnsupportedTensor(f"{name} is quantised: give {name}.dequantize()")
+    if tensor.is_complex():
+        raise UnsupportedTensor(f"{name} is {tensor.dtype}: singular subspaces here are real")
+
+
+def check_operand(name: str, tensor: Tensor) -> None:
+    """Refuses what cannot be computed with.
+
+    Raises:
+        UnsupportedTensor: not a dense tensor of floating-point numbers, or one without data.
+        UnsupportedDevice: see `check_device`.
+    """
+    check_layout(name, tensor)
+    if tensor.is_meta:
+        raise UnsupportedTensor(f"{name} is on the meta device: it has a shape but no numbers")
+    if not tensor.is_floating_point():
+        raise UnsupportedTensor(f"{name} is {tensor.dtype}: give floating-point numbers")
+    try:
+        check_device(tensor.device)
+    except UnsupportedDevice as error:
+        raise UnsupportedDevice(f"{name} is on {tensor.device}: {error}") from error
+
+
+def refuse_tangents(what: str, *tensors: Tensor) -> None:
+    """Refuses tensors that carry a forward-mode derivative which would be lost.
+
+    Raises:
+        NotImplementedError: `what` has no derivative here.
+    """
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{what} has no forward-mode derivative: torch.no_grad() first")

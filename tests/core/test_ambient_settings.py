@@ -1,0 +1,210 @@
+"""What the caller has set for his own arithmetic changes nothing here, and is as it was after."""
+
+import os
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from spectra import related, weights
+
+import prolora
+from prolora import LowRank, principal_angles, project, similarity, truncated_svd
+from prolora.core import precision
+from prolora.core.overlap_tables import basis_tables
+from prolora.core.parallel import map_on_threads
+from prolora.core.recompression import product_energies
+from prolora.core.similarity import angle_quantiles
+from prolora.core.svd.solvers import eigh_stack
+
+# The Krylov rung, the Gram matrix in float32, and in float64.
+SHAPES = {"krylov": (768, 768, 48), "gram-f32": (400, 420, 100), "gram-f64": (72, 96, 30)}
+
+
+def make_case(shape):
+    m, n, k = SHAPES[shape]
+    source = weights(m, n, 0)
+    generator = torch.Generator("cpu").manual_seed(1)
+    up = torch.randn(m, 4, generator=generator, dtype=torch.float32)
+    return source, related(source, 0.3, 1), LowRank(up, up[:4].mT.new_ones(4, n) / 9), k
+
+
+CASES = {shape: make_case(shape) for shape in SHAPES}
+
+
+def compute(shape):
+    """Every public function, as one list of tensors."""
+    source, target, delta, k = CASES[shape]
+    bases = [truncated_svd(w, k) for w in (source, target)]
+    alike = similarity(*bases, rank=k)
+    results = [x for b in bases for x in (b.U, b.S, b.V, b.bound, b.energy)]
+    results += [alike.left, alike.above_right, principal_angles(bases[0].U[:, :5], bases[1].U)]
+    for method in ("prolora", "blocks", "lora-x", "copy"):
+        moved, info = project(delta, *bases, method=method, return_info=True)
+        results += [moved.up, moved.down, info.copy_distance, info.norm_ratio]
+    results.append(project(delta.dense(), source, target, rank=k))
+    results += vars(project(delta, source, target, method="damped", kappa=2.0)).values()
+    results += [delta.dense(), delta.norm(), *vars(delta.truncate(2)).values()]
+    results.append(product_energies(delta.up, delta.down))
+    results += [table.curve() for table in basis_tables(*bases)]
+    stacks = [
+        type(b)(**{n: v if n == "rungs" else v[None] for n, v in vars(b).items()}) for b in bases
+    ]
+    results += angle_quantiles(*stacks)
+    return [x.detach().clone() for x in results]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {shape: compute(shape) for shape in SHAPES}
+
+
+@contextmanager
+def float32_products(mode):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(mode)
+    try:
+        yield
+    finally:
+        assert torch.get_float32_matmul_precision() == mode
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SETTINGS = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "float32 products high": lambda: float32_products("high"),
+    "float32 products medium": lambda: float32_products("medium"),
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default device meta": lambda: default_device("meta"),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "anomaly detection": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_setting_of_the_caller_changes_a_bit(setting, shape, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anomaly detection announces itself
+        with SETTINGS[setting]():
+            found = compute(shape)
+    for mine, plain in zip(found, expected[shape], strict=True):
+        assert mine.dtype == plain.dtype and torch.equal(mine, plain)
+
+
+def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_it_was(monkeypatch):
+    seen = []
+
+    def spy(matrix):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+        return eigh_stack(matrix)
+
+    monkeypatch.setattr("prolora.core.svd.gram.eigh_stack", spy)
+    monkeypatch.setattr("prolora.core.svd.solvers.eigh_stack", spy)
+    with float32_products("medium"), torch.autocast("cpu", torch.bfloat16):
+        for shape in ("gram-f32", "gram-f64"):
+            truncated_svd(CASES[shape][0], 8)
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
+    assert seen == [(False, "highest")] * 2
+
+
+def test_an_error_puts_the_settings_back():
+    with float32_products("high"), torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(prolora.NonFiniteWeights):
+            truncated_svd(torch.full((4, 4), torch.nan), 2)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_the_precision_of_products_is_put_back_by_the_last_of_several_threads():
+    inside, leave = threading.Barrier(4), threading.Barrier(4)
+    modes = []
+
+    def work(i):
+        with precision.full_precision():
+            inside.wait(20)
+            modes.append(torch.get_float32_matmul_precision())
+            leave.wait(20)
+        return i
+
+    with float32_products("high"), ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [0, 1, 2, 3]
+        assert modes == ["highest"] * 4
+    with float32_products("high"), precision.full_precision(), precision.full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_of_the_caller_get_the_same_bits(expected):
+    with ThreadPoolExecutor(4) as pool:
+        for shape, found in pool.map(lambda s: (s, compute(s)), [*SHAPES, *SHAPES]):
+            for mine, plain in zip(found, expected[shape], strict=True):
+                assert torch.equal(mine, plain)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_forked_child_computes_the_same_bits(expected, pinned):
+    """Also one forked while another thread of the parent holds the lock or pins the precision.
+
+    It uses one thread, as the workers of torch's DataLoader do: OpenMP's threads, and so any larger
+    product of torch itself, hang in a child whose parent has used them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compute("gram-f32")  # starts every pool of threads there is
+        with precision.full_precision() if pinned else nullcontext():
+            held = precision._PRODUCTS._lock if pinned else nullcontext()
+            with held, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                found = compute("gram-f64")
+                same = all(map(torch.equal, found, expected["gram-f64"]))
+                os._exit(0 if same else 3)
+        timer = threading.Timer(60, lambda: os.kill(child, 9))
+        timer.start()
+        _, status = os.waitpid(child, 0)
+        timer.cancel()
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tensors_on_a_gpu_are_worked_on_in_turn_by_the_calling_thread(threads):
+    """In the caller's stream; the meta device stands for a GPU, which has no threads to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        items = [(torch.empty(2, device="meta"), [torch.empty(2)]) for _ in range(4)]
+        callers = map_on_threads(lambda item: threading.get_ident(), items)
+        assert set(callers) == {threading.get_ident()}
+        callers = map_on_threads(lambda item: threading.get_ident(), [torch.empty(2)] * 4)
+        assert (set(callers) == {threading.get_ident()}) == (threads == 1)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,228 @@
+"""Which arrays, tensors and devices are taken; all others are refused by name, before any work."""
+
+import numpy as np
+import pytest
+import torch
+from spectra import related, weights
+
+import prolora
+from prolora import (
+    LowRank,
+    ProLoRAError,
+    ShapeMismatch,
+    UnsupportedDevice,
+    UnsupportedTensor,
+    damped,
+    principal_angles,
+    project,
+    similarity,
+    truncated_svd,
+)
+from prolora.core.validation import check_device, check_operand
+
+
+def case(m=9, n=7):
+    source = weights(m, n, 0).double()
+    target = related(source, 0.3, 1)
+    delta = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return delta, source, target
+
+
+# --- numpy arrays whose memory DLPack cannot describe.
+
+ODD = {
+    "upside down": lambda a: np.flipud(a.copy())[::1],
+    "mirrored": lambda a: a[:, ::-1],
+    "backwards": lambda a: a[::-1, ::-1],
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "little-endian": lambda a: a.astype(a.dtype.newbyteorder("<")),
+    "read-only": lambda a: np.broadcast_to(a, a.shape),
+    "Fortran order": np.asfortranarray,
+    "strided": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_numpy_arrays_of_any_layout_give_what_plain_ones_give(kind):
+    odd = [ODD[kind](x.numpy()) for x in case()]
+    plain = [np.ascontiguousarray(x).astype(np.float64) for x in odd]
+    before = [x.copy() for x in odd]
+    found, wanted = project(*odd, rank=3), project(*plain, rank=3)
+    assert isinstance(found, np.ndarray) and found.dtype == np.float64 and found.dtype.isnative
+    np.testing.assert_allclose(found, wanted, rtol=1e-10)
+    np.testing.assert_allclose(principal_angles(*odd[:2]), principal_angles(*plain[:2]), atol=1e-12)
+    for array, copy in zip(odd, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("dtype", [object, np.longdouble, "U3"])
+def test_an_array_that_torch_cannot_hold_is_refused_by_name(dtype):
+    delta, source, _ = case()
+    with pytest.raises(UnsupportedTensor, match="W_tgt"):
+        project(delta, source, source.numpy().astype(dtype), rank=3)
+
+
+# --- Tensors of a kind that cannot be computed with.
+
+KINDS = {
+    "complex": lambda x: x.to(torch.complex128),
+    "on the meta device": lambda x: x.to("meta"),
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.to_sparse_csr(),
+    "a nested tensor": lambda x: torch.nested.nested_tensor([x, x]),
+    "a nested tensor, jagged": lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+    "int64": lambda x: x.long(),
+    "bool": lambda x: x > 0,
+    "quantised": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_of_another_kind_is_refused_by_name(kind):
+    delta, source, target = case()
+    words = kind.split(",")[0]
+    bad = KINDS[kind](source)
+    for call, name in (
+        (lambda: project(bad, source, target), "delta"),
+        (lambda: project(delta, bad, target), "W_src"),
+        (lambda: project(delta, source, bad), "W_tgt"),
+        (lambda: project((bad, delta.mT), source, target), ""),
+        (lambda: truncated_svd(bad, 3), "W"),
+        (lambda: similarity(bad, target, rank=3), "W_src"),
+        (lambda: similarity(source, bad, rank=3), "W_tgt"),
+        (lambda: principal_angles(bad, target), "X"),
+        (lambda: principal_angles(source, bad), "Y"),
+        (lambda: damped(LowRank(source, target.mT), bad, source, 1.0), "source"),
+    ):
+        with pytest.raises(UnsupportedTensor, match=f"{name}.* is .*{words}") as error:
+            call()
+        assert isinstance(error.value, ProLoRAError | TypeError)
+
+
+@pytest.mark.parametrize("kind", ["complex", "sparse_coo", "a nested tensor"])
+@pytest.mark.filterwarnings("ignore")
+def test_factors_of_another_kind_make_no_lowrank(kind):
+    factor = torch.randn(4, 4, dtype=torch.float64)
+    with pytest.raises(UnsupportedTensor, match="down is"):
+        LowRank(factor, KINDS[kind](factor))
+
+
+def test_a_pair_has_two_factors():
+    _, source, target = case()
+    with pytest.raises(ShapeMismatch, match="pair"):
+        project((source, source, source), source, target)
+
+
+# --- Devices.
+
+
+@pytest.mark.parametrize(
+    "device, words",
+    [
+        ("foo", "no device is called 'foo'"),
+        ("mps", "no float64"),
+        ("meta", "type meta"),
+        (7.5, "7.5"),
+    ],
+)
+def test_a_device_that_prolora_does_not_compute_on_is_refused(device, words):
+    with pytest.raises(UnsupportedDevice, match=words) as error:
+        check_device(device)
+    assert isinstance(error.value, ProLoRAError) and isinstance(error.value, RuntimeError)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedDevice, match="no usable CUDA device"):
+        check_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert check_device("cuda:0").index == 0
+    with pytest.raises(UnsupportedDevice, match="has 1 CUDA"):
+        check_device("cuda:1")
+
+
+def test_no_device_means_the_cpu():
+    assert check_device(None) == check_device("cpu") == torch.device("cpu")
+
+
+def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("device mps has no float64")
+
+    monkeypatch.setattr("prolora.core.ops.native.require_device", refuse)
+    with pytest.raises(UnsupportedDevice, match="W is on cpu: device mps has no float64"):
+        check_operand("W", torch.ones(2, 2))
+
+
+def test_a_transfer_refuses_a_device_before_it_reads_anything(tmp_path):
+    missing = tmp_path / "lora.safetensors"
+    for device, words in (("foo", "no device is called"), ("mps", "no float64")):
+        with pytest.raises(UnsupportedDevice, match=words):
+            prolora.transfer(missing, missing, missing, device=device)
+        with pytest.raises(UnsupportedDevice, match=words):
+            prolora.compare(missing, missing, device=device)
+
+
+# --- Derivatives: right, or refused.
+
+
+@pytest.mark.parametrize("method", ["prolora", "subspace", "lora-x", "copy", "blocks", "damped"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_forward_derivative_is_that_of_differences(method, dense):
+    delta, source, target = case(12, 10)
+    up, down = delta[:, :3].clone(), delta[:3].clone()
+    options = {"method": method} | ({"kappa": 2.0} if method == "damped" else {"rank": 4})
+
+    def moved(up, down):
+        if dense:
+            return project(up @ down, source, target, **options)
+        return project((up, down), source, target, **options).dense()
+
+    generator = torch.Generator().manual_seed(3)
+    tangents = tuple(torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in (up, down))
+    _, found = torch.func.jvp(moved, (up, down), tangents)
+    h = 1e-6
+    ahead, behind = (moved(up + s * tangents[0], down + s * tangents[1]) for s in (h, -h))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-7)
+    assert found.norm() > 1e-3
+    # Reverse mode agrees: ⟨g, Jt⟩ = ⟨Jᵀg, t⟩.
+    g = torch.randn(found.shape, dtype=found.dtype, generator=generator)
+    _, pull = torch.func.vjp(moved, up, down)
+    back = sum((x * t).sum() for x, t in zip(pull(g), tangents, strict=True))
+    torch.testing.assert_close((g * found).sum(), back)
+
+
+def test_second_derivatives_are_right():
+    delta, source, target = case(8, 6)
+    bases = [truncated_svd(w, 3) for w in (source, target)]
+    up = delta[:, :2].clone().requires_grad_()
+    down = torch.randn(2, 6, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda u: project((u, down), *bases).dense().square().sum(), (up,)
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_derivative_by_a_weight_is_refused_instead_of_zero(which):
+    delta, *bases = case()
+
+    def by_weight(weight, **options):
+        pair = [weight if i == which else w for i, w in enumerate(bases)]
+        return project(delta, *pair, **options)
+
+    tangent = (torch.ones_like(bases[which]),)
+    for options in ({"rank": 3}, {"method": "damped", "kappa": 1.0}):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda w, o=options: by_weight(w, **o), (bases[which],), tangent)
+
+
+def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
+    delta, source, _ = case()
+    for function in (
+        lambda w: truncated_svd(w, 3).S,
+        lambda w: LowRank(w, source.mT).truncate(2).dense(),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (source,), (delta,))
