@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prolora import adapters
-from prolora.adapters.metadata import kohya_hashes, rewrite_metadata
+from prolora.adapters.formats.metadata import kohya_hashes, rewrite_metadata
 
 KOHYA = {
     "ss_base_model_version": "sd_v1",

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import keymaps
 
-from prolora.adapters import names
-from prolora.adapters.kohya_words import restore_dots
+from prolora.adapters.keys import module_names
+from prolora.adapters.keys.kohya_words import restore_dots
 from prolora.architectures.ldm import diffusers_to_ldm, ldm_to_diffusers
 
 UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
@@ -15,16 +15,16 @@ UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
 @pytest.mark.parametrize("model", UNETS)
 def test_every_kohya_name_in_either_spelling_is_read_back_to_its_module(model):
     for module, (diffusers, sgm, _, _) in keymaps()["unets"][model].items():
-        assert names.parse_path(diffusers)[:5] == (module, "kohya", "unet.", module, False)
-        assert names.parse_path(sgm)[:5] == (module, "kohya", "unet.", module, True)
+        assert module_names.parse_path(diffusers)[:5] == (module, "kohya", "unet.", module, False)
+        assert module_names.parse_path(sgm)[:5] == (module, "kohya", "unet.", module, True)
 
 
 @pytest.mark.parametrize("model", UNETS)
 def test_every_module_is_written_under_its_kohya_name_in_either_spelling(model):
     modules = keymaps()["unets"][model]
     for module, (diffusers, sgm, _, _) in modules.items():
-        assert names.to_kohya(module) == diffusers
-        assert names.to_kohya(module, spelling="sgm", siblings=modules) == sgm
+        assert module_names.to_kohya(module) == diffusers
+        assert module_names.to_kohya(module, spelling="sgm", siblings=modules) == sgm
 
 
 @pytest.mark.parametrize("model", UNETS)
@@ -33,8 +33,8 @@ def test_every_checkpoint_name_and_module_name_translate_into_each_other(model):
     for module, (_, _, ldm, _) in modules.items():
         assert ldm_to_diffusers(ldm) == module
         assert diffusers_to_ldm(module, siblings=modules) == ldm
-        assert names.parse_path(f"diffusion_model.{ldm}").name == module
-        assert names.to_comfy(module, siblings=modules) == f"diffusion_model.{ldm}"
+        assert module_names.parse_path(f"diffusion_model.{ldm}").name == module
+        assert module_names.to_comfy(module, siblings=modules) == f"diffusion_model.{ldm}"
 
 
 @pytest.mark.parametrize(
@@ -48,23 +48,23 @@ def test_every_checkpoint_name_and_module_name_translate_into_each_other(model):
 def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, model, sdxl):
     for module in keymaps()["clip"][model]:
         kohya = prefix + module.replace(".", "_")
-        assert names.parse_path(kohya).name == f"{encoder}.{module}"
-        assert names.to_kohya(f"{encoder}.{module}", sdxl=sdxl) == kohya
+        assert module_names.parse_path(kohya).name == f"{encoder}.{module}"
+        assert module_names.to_kohya(f"{encoder}.{module}", sdxl=sdxl) == kohya
 
 
 @pytest.mark.parametrize("model", UNETS)
 def test_every_name_survives_every_dotted_format(model):
     for module in keymaps()["unets"][model]:
-        for path in (names.to_diffusers(module), module, f"base_model.model.{module}"):
-            assert names.parse_path(path).name == module
+        for path in (module_names.to_diffusers(module), module, f"base_model.model.{module}"):
+            assert module_names.parse_path(path).name == module
 
 
 def test_two_digit_blocks_of_sd15_are_not_taken_for_block_one():
     path = "lora_unet_input_blocks_10_0_in_layers_2"
-    assert names.parse_path(path).name == "down_blocks.3.resnets.0.conv1"
+    assert module_names.parse_path(path).name == "down_blocks.3.resnets.0.conv1"
     path = "lora_unet_output_blocks_11_1_transformer_blocks_0_attn2_to_out_0"
     expected = "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0"
-    assert names.parse_path(path).name == expected
+    assert module_names.parse_path(path).name == expected
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
     ],
 )
 def test_an_unknown_path_is_not_guessed_at(path):
-    assert names.parse_path(path) is None
+    assert module_names.parse_path(path) is None
 
 
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 3), st.booleans(), st.data())
@@ -170,4 +170,4 @@ def test_dots_come_back_from_underscores_unless_two_words_make_a_third(words):
 @given(st.text())
 def test_any_text_is_parsed_or_refused_without_an_exception(text):
     for prefix in ("", "lora_unet_", "lora_te_", "diffusion_model.", "unet.", "base_model.model."):
-        names.parse_path(prefix + text)
+        module_names.parse_path(prefix + text)

@@ -22,8 +22,8 @@ from lora_files import (
 )
 
 from prolora import adapters
-from prolora.adapters import names
-from prolora.adapters.peft_config import METADATA_KEY, scaling_from_config
+from prolora.adapters.formats.peft_config import METADATA_KEY, scaling_from_config
+from prolora.adapters.keys import module_names
 from prolora.errors import ShapeMismatch, UnsupportedFormat
 
 PATTERNS = dict(
@@ -52,7 +52,7 @@ def peft_config(options):
 def test_kohya_scale_is_alpha_over_rank_as_diffusers_applies_it(tmp_path, alpha, spelling, dtype):
     tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **CONV}.items()):
-        stem = names.to_kohya(name, spelling=spelling, siblings=[*LINEAR, *CONV])
+        stem = module_names.to_kohya(name, spelling=spelling, siblings=[*LINEAR, *CONV])
         up, down = factors(shape, 4, seed, dtype)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
@@ -72,7 +72,7 @@ def test_every_kohya_module_has_a_scale_of_its_own(tmp_path):
     tensors, expected = {}, {}
     for seed, (name, shape) in enumerate(LINEAR.items()):
         up, down = factors(shape, seed + 1, seed)
-        stem = names.to_kohya(name)
+        stem = module_names.to_kohya(name)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         scale = 1.0
         if seed % 3:

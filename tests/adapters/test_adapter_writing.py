@@ -21,7 +21,8 @@ from lora_files import (
 from safetensors.torch import load_file
 
 from prolora import adapters
-from prolora.adapters import Adapter, names, writing
+from prolora.adapters import Adapter, writing
+from prolora.adapters.keys import module_names
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 
@@ -93,7 +94,7 @@ def test_text_encoders_of_a_kohya_file_are_those_that_diffusers_attaches(tmp_pat
     tensors = {}
     for seed, (name, shape) in enumerate({**LINEAR, **TEXT}.items()):
         up, down = factors(shape, 4, seed, dtype)
-        stem = names.to_kohya(name, spelling="sgm", siblings=[*LINEAR], sdxl=True)
+        stem = module_names.to_kohya(name, spelling="sgm", siblings=[*LINEAR], sdxl=True)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
         if alpha is not None:
             # The same for all: diffusers takes the most common one for attention modules.

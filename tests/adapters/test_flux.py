@@ -9,7 +9,9 @@ import torch
 from lora_files import DATA, factors, save
 
 from prolora import adapters
-from prolora.adapters import fused_updates, groups, names
+from prolora.adapters import fused_updates
+from prolora.adapters.formats import groups
+from prolora.adapters.keys import module_names
 from prolora.architectures import flux
 from prolora.architectures.modules import find_component
 from prolora.core.lowrank import LowRank
@@ -278,7 +280,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert names.parse_path(path).name == module
+    assert module_names.parse_path(path).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
@@ -317,10 +319,10 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
             f"base_model.model.{original}",
             onetrainer.replace("lora_transformer_", "lycoris_"),
         ):
-            assert module in names.parse_path(path).modules, path
-        assert names.to_kohya(module, spelling="sgm") == kohya
-        assert names.to_kohya(module) == onetrainer
-        assert names.to_comfy(module) == f"diffusion_model.{original}"
+            assert module in module_names.parse_path(path).modules, path
+        assert module_names.to_kohya(module, spelling="sgm") == kohya
+        assert module_names.to_kohya(module) == onetrainer
+        assert module_names.to_comfy(module) == f"diffusion_model.{original}"
 
 
 SMALL = {

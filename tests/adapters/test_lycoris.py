@@ -8,7 +8,7 @@ from lora_files import relative_error, save
 from torch import nn
 
 from prolora import adapters
-from prolora.adapters import truncation
+from prolora.adapters.algorithms import truncation
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 

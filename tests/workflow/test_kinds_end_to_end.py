@@ -49,7 +49,7 @@ def test_a_dry_run_plans_a_dora(case):
 
 
 def test_a_dry_run_reads_no_weight_and_factors_nothing(case, monkeypatch):
-    from prolora.adapters import truncation
+    from prolora.adapters.algorithms import truncation
     from prolora.bases import Base
 
     def never(*_):

@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 
 from ..architectures.modules import find_component
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from . import algorithms, fused_updates, keys, names, vectors
-from .algorithms import Form
+from . import fused_updates, vectors
+from .algorithms import forms
+from .algorithms.forms import Form
 from .family import guess_family
-from .names import ModulePath
-from .peft_config import METADATA_KEY, PeftScaling, scaling_from_config, scalings_from_metadata
+from .formats.peft_config import (
+    METADATA_KEY,
+    PeftScaling,
+    scaling_from_config,
+    scalings_from_metadata,
+)
+from .keys import module_names, tensor_keys
+from .keys.module_names import ModulePath
 from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
 
@@ -99,14 +106,14 @@ def _group_keys(source: UnreadAdapter) -> Contents:
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
-        parsed = keys.parse_key(key, header.shape)
-        if isinstance(parsed, keys.RefusedKey):
+        parsed = tensor_keys.parse_key(key, header.shape)
+        if isinstance(parsed, tensor_keys.RefusedKey):
             raise UnsupportedFormat(explain_refusal(source, key, parsed.algorithm))
-        if isinstance(parsed, keys.LeftOutKey):
+        if isinstance(parsed, tensor_keys.LeftOutKey):
             left_out[key] = parsed.reason
         elif parsed is None:
             unknown.append(key)
-        elif isinstance(parsed, keys.VectorKey):
+        elif isinstance(parsed, tensor_keys.VectorKey):
             vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
             other = found.setdefault(vector.name, vector)
             if other is not vector:
@@ -133,16 +140,16 @@ def _group_keys(source: UnreadAdapter) -> Contents:
 def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
     """What to tell the user about an adapter type that is not read."""
     return (
-        f"{source.where}: {key} makes this {keys.REASONS[algorithm]}, which prolora does not read. "
-        f"{keys.REMEDIES[algorithm]}"
+        f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
+        f"not read. {tensor_keys.REMEDIES[algorithm]}"
     )
 
 
 def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
     """Says what the first keys that are not understood look like."""
     first = unknown[0]
-    if any(keys.is_base_weight(key) for key in unknown) and not any(
-        keys.split_factor(key) for key in source.headers
+    if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
+        tensor_keys.split_factor(key) for key in source.headers
     ):
         raise UnsupportedFormat(
             f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as --source "
@@ -150,7 +157,7 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
         )
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    hint = keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
+    hint = tensor_keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
     if "joint_blocks" in first:
         hint = (
             "LoRAs in the spelling of SD3's authors are not read: convert it to diffusers' keys "
@@ -168,9 +175,8 @@ def _settle_t5(slots: list[Slot]) -> list[Slot]:
     """
     modules = [name for slot in slots for name in slot.module.modules]
     originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
-    has_second_clip = any(
-        find_component(name) == "text_encoder_2" and not names.is_t5(name) for name in modules
-    )
+    second = [name for name in modules if find_component(name) == "text_encoder_2"]
+    has_second_clip = not all(map(module_names.is_t5, second))
     inputs = dict.fromkeys([*modules, *originals], 0)
     if has_second_clip or guess_family(inputs, {}) == "sd3":
         return slots
@@ -193,14 +199,14 @@ def _peft_scalings(source: UnreadAdapter, prefixes: set[str]) -> dict[str, PeftS
 def _check_complete(slot: Slot, source: UnreadAdapter) -> None:
     """Every tensor of the update must be there, and none of another kind."""
     present = next(iter(slot.keys.values()))
-    role = algorithms.find_missing_role(slot.keys.keys())
+    role = forms.find_missing_role(slot.keys.keys())
     if role is not None:
         what = f"the {role} factor of {slot.module.name}"
         raise UnsupportedFormat(
             f"{source.where}: {present} has no partner: {what} is missing, so the file is "
             "incomplete; download or save it again"
         )
-    role = algorithms.find_surplus_role(slot.keys.keys())
+    role = forms.find_surplus_role(slot.keys.keys())
     if role is not None:
         raise UnsupportedFormat(
             f"{source.where}: {slot.keys[role]} does not go with {present}: one update of "
@@ -230,7 +236,7 @@ def _check_shapes(slot: Slot, source: UnreadAdapter) -> None:
                 f"{source.where}: {slot.keys[role]} {list(header.shape)} holds no numbers; remove "
                 f"the tensors of {slot.module.name}, which does nothing, or save the file again"
             )
-    form = algorithms.derive_form({role: header.shape for role, header in headers.items()})
+    form = forms.derive_form({role: header.shape for role, header in headers.items()})
     if form is None:
         listed = " and ".join(
             f"{slot.keys[role]} {list(header.shape)}"
@@ -282,12 +288,12 @@ def _read_number(slot: Slot, role: str, source: UnreadAdapter) -> float | None:
 
 def _expected_shapes(slot: Slot) -> str:
     """The shapes there should be."""
-    family = algorithms.kind_of_roles(slot.keys.keys())
+    family = forms.kind_of_roles(slot.keys.keys())
     if family == "lora" and "mid" not in slot.keys:
         return (
             "they must be [out, rank] and [rank, in], or [out, rank, 1, 1] and [rank, in, kh, kw]"
         )
-    return f"they are not the shapes of a {algorithms.ALGORITHM_NAMES[family]}"
+    return f"they are not the shapes of a {forms.ALGORITHM_NAMES[family]}"
 
 
 def _check_config(slot: Slot, source: UnreadAdapter) -> None:
@@ -296,11 +302,11 @@ def _check_config(slot: Slot, source: UnreadAdapter) -> None:
         return
     what = PEFT_CONFIG if source.config is not None else METADATA_KEY
     first = next(iter(slot.keys.values()))
-    family = algorithms.kind_of_roles(slot.keys.keys())
+    family = forms.kind_of_roles(slot.keys.keys())
     if family != slot.peft.method:
         raise UnsupportedFormat(
-            f"{source.where}: {first} is part of a {algorithms.ALGORITHM_NAMES[family]}, but "
-            f"{what} is that of a {algorithms.ALGORITHM_NAMES[slot.peft.method]}, so the "
+            f"{source.where}: {first} is part of a {forms.ALGORITHM_NAMES[family]}, but "
+            f"{what} is that of a {forms.ALGORITHM_NAMES[slot.peft.method]}, so the "
             "scale is not known"
         )
     rank = slot.peft.rank(slot.module.local)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..errors import ProLoRAError
-from . import algorithms, keys, names
+from .algorithms import forms
+from .algorithms.forms import Form
 from .contents import Contents, parse_contents, scale_of
+from .keys import module_names, tensor_keys
 from .unread import UnreadAdapter
 
 NOT_UNDERSTOOD = "not understood"
@@ -58,11 +60,11 @@ class Overview:
         scales: name -> the factor in front of the update.
     """
 
-    modules: dict[str, names.ModulePath] = field(default_factory=dict)
+    modules: dict[str, module_names.ModulePath] = field(default_factory=dict)
     roles: dict[str, dict[str, str]] = field(default_factory=dict)
-    forms: dict[str, algorithms.Form] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
-    vectors: list[tuple[names.ModulePath, str]] = field(default_factory=list)
+    vectors: list[tuple[module_names.ModulePath, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     foreign: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
@@ -95,14 +97,14 @@ class Overview:
     @property
     def needs_base(self) -> bool:
         """Whether any update depends on the weights of the base model."""
-        return any(algorithms.needs_base(roles.keys()) for roles in self.roles.values())
+        return any(forms.needs_base(roles.keys()) for roles in self.roles.values())
 
     def kind(self, name: str) -> str:
         """The algorithm of a module, with "+dora" behind it where the result is rescaled."""
         roles = self.roles[name].keys()
         form = self.forms.get(name)
         dora = {"dora_scale", "magnitude"} & roles
-        family = form.algorithm if form else algorithms.kind_of_roles(roles)
+        family = form.algorithm if form else forms.kind_of_roles(roles)
         return family + ("+dora" if dora else "")
 
     @property
@@ -183,30 +185,26 @@ def _guess_forms(source: UnreadAdapter, found: Overview) -> None:
     """The shapes of a refused file, where they go together."""
     for name, roles in found.roles.items():
         shapes = {role: source.headers[key].shape for role, key in roles.items()}
-        form = (
-            algorithms.derive_form(shapes)
-            if algorithms.find_missing_role(shapes.keys()) is None
-            else None
-        )
+        form = forms.derive_form(shapes) if forms.find_missing_role(shapes.keys()) is None else None
         if form:
             found.forms[name] = form
 
 
 def _sort_key(key: str, shape: tuple[int, ...], found: Overview) -> None:
     """Puts a key where it belongs."""
-    parsed = keys.parse_key(key, shape)
-    if isinstance(parsed, keys.VectorKey):
+    parsed = tensor_keys.parse_key(key, shape)
+    if isinstance(parsed, tensor_keys.VectorKey):
         found.vectors.append((parsed.module, parsed.tensor))
-    elif isinstance(parsed, keys.LeftOutKey):
+    elif isinstance(parsed, tensor_keys.LeftOutKey):
         found.left_out.append(parsed.reason)
-    elif isinstance(parsed, keys.RefusedKey):
-        module = names.parse_path(parsed.path)
+    elif isinstance(parsed, tensor_keys.RefusedKey):
+        module = module_names.parse_path(parsed.path)
         name = module.name if module else parsed.path
         found.refused.append((name, parsed.algorithm))
         if module:
             found.modules.setdefault(name, module)
     elif parsed is None:
-        factor = keys.split_factor(key)
+        factor = tensor_keys.split_factor(key)
         if factor is not None and factor[1] == "down" and shape:
             found.foreign[factor[0]] = shape[0]
     else:

@@ -14,10 +14,11 @@ from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
-from . import algorithms, base_dependent, fused_updates, lycoris, vectors
+from . import fused_updates, vectors
 from .adapter import Adapter
+from .algorithms import dora_oft_glora, forms, products
+from .algorithms.truncation import TruncatedUpdate
 from .contents import Contents, Slot, parse_contents, scale_of
-from .truncation import TruncatedUpdate
 from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
     found = _start_adapter(contents, opened)
     for slot in contents.slots:
         roles = slot.keys.keys()
-        if algorithms.kind_of_roles(roles) == "lora" and not algorithms.needs_base(roles):
+        if forms.kind_of_roles(roles) == "lora" and not forms.needs_base(roles):
             _add_update(found, slot, scales[slot.module.name], opened, None)
         else:
             _add_zeros(found, slot, shapes, opened)
@@ -148,8 +149,8 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
 def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
     """Refuses, with no base at hand, an update that depends on its weights."""
     for slot in contents.slots:
-        if algorithms.needs_base(slot.keys.keys()):
-            why = algorithms.needs_base_reason(slot.keys.keys())
+        if forms.needs_base(slot.keys.keys()):
+            why = forms.needs_base_reason(slot.keys.keys())
             raise UnsupportedFormat(
                 f"{source.where}: the update of {slot.module.name} is {why}; give the base model "
                 "it was trained on (read_weight=open_base(…).read)"
@@ -189,16 +190,16 @@ def _add_update(
     where = f"{source.where}: {slot.module.name}"
     tensors = {role: read_finite(source, key) for role, key in slot.keys.items()}
     kernel = slot.kernel
-    if algorithms.needs_base(slot.keys.keys()):
+    if forms.needs_base(slot.keys.keys()):
         weight = _base_weight(slot, read_weight, where)
         if weight is None:
             _leave_out(adapter, slot)
             return
         kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
         algorithm = slot.form.algorithm
-        found = base_dependent.merged_update(algorithm, weight, tensors, scale, where)
+        found = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
-        found = lycoris.factor_update(slot.form.algorithm, tensors)
+        found = products.factor_update(slot.form.algorithm, tensors)
         found = TruncatedUpdate(_scale_update(found.update, scale, slot, source), found.kept)
     update = LowRank(found.update.up.float(), found.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
@@ -235,7 +236,7 @@ def _add_zeros(
     """A slot's modules with updates of the right shape and no content."""
     where = f"{source.where}: {slot.module.name}"
     inputs, kernel = slot.form.inputs, slot.kernel
-    if algorithms.needs_base(slot.keys.keys()):
+    if forms.needs_base(slot.keys.keys()):
         found = _look_up_base(slot, shapes.__getitem__, where)
         if found is None:
             _leave_out(adapter, slot)
@@ -247,7 +248,7 @@ def _add_zeros(
             if role in ("dora_scale", "magnitude")
         }
         if magnitudes:
-            base_dependent.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
+            dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
         inputs = math.prod(found[0][1:])
         kernel = (found[0][2], found[0][3]) if len(found[0]) == 4 else None
     rank = max(1, slot.form.rank)
@@ -268,7 +269,7 @@ def _scale_update(update: LowRank, scale: float, slot: Slot, source: UnreadAdapt
 
 def _leave_out(adapter: Adapter, slot: Slot) -> None:
     """Names an update that depends on a text encoder the base does not hold."""
-    why = algorithms.needs_base_reason(slot.keys.keys())
+    why = forms.needs_base_reason(slot.keys.keys())
     adapter.left_out[slot.module.name] = (
         f"its update is {why}, and this base holds no such text encoder"
     )

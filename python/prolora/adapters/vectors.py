@@ -16,7 +16,7 @@ from torch import Tensor
 from ..architectures import flux
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from . import fused_updates
-from .names import ModulePath
+from .keys.module_names import ModulePath
 from .unread import UnreadAdapter, read_finite
 
 

@@ -18,10 +18,11 @@ from ..files.writing import (
     replace_output,
     safetensors_size,
 )
-from . import encoding, groups, vectors
-from . import metadata as headers
+from . import vectors
 from .adapter import Adapter
-from .peft_config import METADATA_KEY
+from .formats import encoding, groups
+from .formats import metadata as headers
+from .formats.peft_config import METADATA_KEY
 from .reading import read_pieces
 from .unread import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
 

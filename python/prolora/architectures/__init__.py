@@ -1,1 +1,11 @@
-"""Names, shapes and spellings of model families, as data: no tensors, no user files."""
+"""Names, shapes and spellings of model families as data: no tensors and no user's files.
+
+To add a family:
+
+- `tables/<id>.json`: names and shapes of its weights, in diffusers' spelling (`layouts.py` reads
+  it); `tables/correspondence.json`: which of its blocks were made from those of another family.
+- A file like `flux.py` if its authors call the modules otherwise: `authors.py` explains the table.
+  `bases/fused_weights.py` lists the families whose checkpoints are read in such a spelling.
+- `adapters/family.py` guesses the family of a LoRA, `adapters/keys/` reads the spellings of its
+  keys.
+"""

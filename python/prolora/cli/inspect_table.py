@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from ..adapters import algorithms
+from ..adapters.algorithms import forms
 from ..workflow.inspection import Description
 
 _FAMILIES = {
@@ -78,7 +78,7 @@ def _describe_kind(found: Description) -> str:
 def _algorithm_text(algorithm: str) -> str:
     """`lora+dora` in words."""
     plain, _, dora = algorithm.partition("+")
-    return ("DoRA on a " if dora else "") + algorithms.ALGORITHM_NAMES.get(plain, plain)
+    return ("DoRA on a " if dora else "") + forms.ALGORITHM_NAMES.get(plain, plain)
 
 
 def _count_text(count: int, one: str, several: str = "") -> str:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters import keys, names
 from ..adapters.family import claimed_family, guess_family, known_base
+from ..adapters.keys import module_names, tensor_keys
 from ..adapters.overview import NOT_UNDERSTOOD, ComponentOverview, Overview, count_values, look_over
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
@@ -189,13 +189,13 @@ def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Descriptio
         path = key.removesuffix(".weight")
         if path == key or len(header.shape) < 2:
             continue
-        module = names.parse_path(path.removeprefix(_LDM_PREFIX))
+        module = module_names.parse_path(path.removeprefix(_LDM_PREFIX))
         original = ldm_to_diffusers(path.removeprefix(_LDM_PREFIX))
         is_original = original is not None or (module is not None and module.sgm)
         single_file = single_file or is_original or key.startswith(_LDM_PREFIX)
         modules = module.modules if module else (original,)
         inputs |= {name: header.shape[1] for name in modules if name is not None}
-    is_base = bool(inputs) or any(keys.is_base_weight(key) for key in source.headers)
+    is_base = bool(inputs) or any(tensor_keys.is_base_weight(key) for key in source.headers)
     if not is_base:
         return Description(kind="unknown", reason=_unknown_reason(source), **common)
     reason = None if inputs else "its weights have names that prolora does not know"
@@ -242,7 +242,7 @@ def _unknown_reason(source: UnreadAdapter) -> str:
         return "it holds no tensors"
     first = ", ".join(list(source.headers)[:3])
     reason = f"its keys are neither a LoRA's nor a base model's: {first}"
-    kind = keys.explain_other_kind(source.headers)
+    kind = tensor_keys.explain_other_kind(source.headers)
     return f"{reason}. {kind}" if kind else reason
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...adapters.adapter import Adapter
-from ...adapters.metadata import rewrite_metadata
+from ...adapters.formats.metadata import rewrite_metadata
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash

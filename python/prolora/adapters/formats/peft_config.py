@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedFormat
-from ..files.jsontext import parse_json_object
+from ...errors import UnsupportedFormat
+from ...files.jsontext import parse_json_object
 
 METADATA_KEY = "lora_adapter_metadata"
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from . import names
+from . import module_names
 
 _DOWN_UP = {
     "lora_A": "down",
@@ -54,7 +54,7 @@ class FactorKey:
         role: "down", "up", "mid", "alpha", "dora_scale", "magnitude" or LyCORIS' own suffix.
     """
 
-    module: names.ModulePath
+    module: module_names.ModulePath
     role: str
 
 
@@ -68,7 +68,7 @@ class VectorKey:
         scaled: the scale of the module's update is in front of it.
     """
 
-    module: names.ModulePath
+    module: module_names.ModulePath
     tensor: str
     scaled: bool = False
 
@@ -191,12 +191,12 @@ def parse_key(
         if pattern.search(key):
             return LeftOutKey(reason)
     if match := _VECTOR.fullmatch(key):
-        module = names.parse_path(match["path"])
+        module = module_names.parse_path(match["path"])
         if module is None:
             return LeftOutKey(FOREIGN_VECTOR)
         return VectorKey(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
     found = split_role(key)
-    module = names.parse_path(found[0]) if found else None
+    module = module_names.parse_path(found[0]) if found else None
     if found and found[1] == "diff" and len(shape) == 1:
         return VectorKey(module, "weight") if module else LeftOutKey(FOREIGN_VECTOR)
     return FactorKey(module, found[1]) if found and module else None
@@ -233,4 +233,4 @@ def is_base_weight(key: str) -> bool:
     """Whether the key is a plain weight of a base model."""
     if not key.endswith((".weight", ".bias")) or split_role(key):
         return False
-    return key.startswith(_BASE_ROOTS) or names.parse_path(key.rsplit(".", 1)[0]) is not None
+    return key.startswith(_BASE_ROOTS) or module_names.parse_path(key.rsplit(".", 1)[0]) is not None

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.modules import find_component, local_name
-from ..core.lowrank import LowRank
-from ..core.precision import is_finite
-from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
-from . import vectors
-from .adapter import Adapter
+from ...architectures.modules import find_component, local_name
+from ...core.lowrank import LowRank
+from ...core.precision import is_finite
+from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
+from .. import vectors
+from ..adapter import Adapter
 from .groups import Group, find_paths, group_modules, is_fused
 from .peft_config import Patterns
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.basis import truncated_svd
-from ..core.lowrank import LowRank
-from ..core.recompression import balance_factors, columns_holding, product_svd
+from ...core.basis import truncated_svd
+from ...core.lowrank import LowRank
+from ...core.recompression import balance_factors, columns_holding, product_svd
 
 MAX_RANK = 256
 ENERGY = 0.999

@@ -1,4 +1,4 @@
-"""Updates that depend on the weight they are added to: ΔW = merged − W.
+"""DoRA, OFT and GLoRA: updates that depend on the weight they are added to, ΔW = merged − W.
 
 DoRA rescales the merged weight to learned magnitudes, OFT rotates the weight, GLoRA multiplies it.
 """
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.lowrank import LowRank
-from ..errors import ShapeMismatch
-from . import lycoris
+from ...core.lowrank import LowRank
+from ...errors import ShapeMismatch
+from . import products
 from .truncation import TruncatedUpdate, truncate_dense, truncate_product
 
 Tensors = Mapping[str, Tensor]
@@ -100,7 +100,7 @@ def glora_update(weight: Tensor, tensors: Tensors) -> LowRank:
     same = torch.eye(size, dtype=torch.float64)
     left = weight.double().flatten(1) @ torch.kron(a1, same)
     parts = {"up": tensors["b1"], "down": tensors["b2"]}
-    product = lycoris.lora_product(parts | ({"mid": tensors["bm"]} if "bm" in tensors else {}))
+    product = products.lora_product(parts | ({"mid": tensors["bm"]} if "bm" in tensors else {}))
     return LowRank(
         torch.cat([left, product.up.double()], 1),
         torch.cat([torch.kron(a2, same), product.down.double()], 0),
@@ -135,5 +135,5 @@ def merged_update(
         product = glora_update(weight, tensors)
         return truncate_product(LowRank(product.up * scale, product.down))
     # δ in full: cutting it here would move the norms that the magnitudes are put on.
-    delta = scale * lycoris.dense_update(algorithm, tensors).reshape(weight.shape)
+    delta = scale * products.dense_update(algorithm, tensors).reshape(weight.shape)
     return truncate_dense(dora_update(weight, delta, tensors, where).flatten(1))

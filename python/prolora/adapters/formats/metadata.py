@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import safetensors.torch
 from torch import Tensor
 
-from ..files.hashing import view_bytes
-from ..files.writing import encode_header
+from ...files.hashing import view_bytes
+from ...files.writing import encode_header
 from .peft_config import METADATA_KEY
 
 _SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")

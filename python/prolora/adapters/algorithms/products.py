@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.lowrank import LowRank
+from ...core.lowrank import LowRank
 from .truncation import TruncatedUpdate, truncate_dense, truncate_kronecker, truncate_product
 
 Tensors = Mapping[str, Tensor]

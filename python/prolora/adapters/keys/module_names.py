@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..architectures import flux
-from ..architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
-from ..architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
+from ...architectures import flux
+from ...architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
+from ...architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
 from .kohya_words import restore_dots
 
 # Of diffusers' transformers (FLUX, SD3, PixArt), for keys that come without a prefix.

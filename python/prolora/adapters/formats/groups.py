@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..architectures import flux
-from ..architectures.modules import find_component, local_name
-from ..core.lowrank import LowRank
-from ..errors import UnsupportedFormat
-from . import fused_updates, names, vectors
-from .adapter import Adapter
-from .family import guess_family
+from ...architectures import flux
+from ...architectures.modules import find_component, local_name
+from ...core.lowrank import LowRank
+from ...errors import UnsupportedFormat
+from .. import fused_updates, vectors
+from ..adapter import Adapter
+from ..family import guess_family
+from ..keys import module_names
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
         if format == "comfy" and find_component(name) == "transformer" and not original:
             path = None
         elif format == "kohya":
-            path = names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
+            path = module_names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
         elif format == "comfy":
-            path = names.to_comfy(name, siblings=siblings, clip=clip)
+            path = module_names.to_comfy(name, siblings=siblings, clip=clip)
         elif format == "diffusers":
-            path = names.to_diffusers(name)
+            path = module_names.to_diffusers(name)
         else:
             path = "base_model.model." + local_name(name)
         if path is None:

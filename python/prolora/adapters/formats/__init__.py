@@ -1,0 +1,1 @@
+"""What each file format needs beside the updates: fused groups, PEFT configurations, metadata."""

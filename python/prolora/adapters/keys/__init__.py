@@ -1,0 +1,1 @@
+"""Tensor keys and module paths of LoRA files <-> canonical module names."""
