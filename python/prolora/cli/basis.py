@@ -32,7 +32,7 @@ from .options import (
     parse_base,
     parse_rank,
 )
-from .tables import format_number, make_table
+from .tables import format_number, format_range, make_table
 
 _AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -201,7 +201,7 @@ def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
         table.add_row(
             "×".join(map(str, row.shape)),
             str(row.count),
-            f"{row.columns_min}…{row.columns_max}",
+            format_range((row.columns_min, row.columns_max)),
             format_number(row.energy, ".1%"),
             format_number(row.bound, ".1e"),
             str(row.flagged),
@@ -231,7 +231,7 @@ def inventory_table(inventory: Inventory) -> Table:
     """The bases in a cache, a row for each base model and rank rule."""
     table = make_table(f"{format_size(inventory.size)} in the cache")
     table.add_column("base", overflow="fold")
-    for heading in ("rank", "bases", "size", "as", "columns", "bound", "used"):
+    for heading in ("rank", "bases", "size", "stored", "columns", "bound", "used"):
         table.add_column(heading, justify="right", no_wrap=True)
     for shelf in inventory.shelves:
         table.add_row(
@@ -240,7 +240,7 @@ def inventory_table(inventory: Inventory) -> Table:
             str(shelf.count),
             format_size(shelf.size),
             shelf.dtypes,
-            f"{shelf.columns_min}…{shelf.columns_max}",
+            format_range((shelf.columns_min, shelf.columns_max)),
             format_number(shelf.bound, ".0e"),
             date.fromtimestamp(shelf.used).isoformat(),
         )

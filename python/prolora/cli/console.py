@@ -126,7 +126,9 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int,
         task = bar.add_task(title, total=None, name="")
 
         def update(done: int, total: int, name: str) -> None:
-            end = make_printable(name, err.encoding)[-48:]
+            # What title, bar, count and time leave of a line.
+            room = max(12, err.width - len(title) - len(f"{done}/{total}") - 40)
+            end = make_printable(name, err.encoding)[-room:]
             bar.update(task, completed=done, total=total, name=end)
 
         yield update

@@ -58,7 +58,7 @@ def _list_facts(found: Description) -> Iterator[tuple[str, str]]:
     size = f", {_file_size_text(found.size)}" if found.size else ""
     yield "stored", f"{_count_text(found.tensors, 'tensor')}{size}: {_counts_text(found.dtypes)}"
     if found.trigger_words:
-        yield "words", ", ".join(found.trigger_words)
+        yield "trigger words", ", ".join(found.trigger_words)
 
 
 def _describe_kind(found: Description) -> str:
@@ -97,7 +97,11 @@ def _file_size_text(size: int) -> str:
 def _family_text(found: Description) -> str:
     claimed = _FAMILIES.get(found.family_claimed or "", found.family_claimed)
     if found.family is None:
-        return f"{claimed}, as its metadata says" if claimed else "not told by names or metadata"
+        return (
+            f"{claimed}, as its metadata says"
+            if claimed
+            else "unknown: neither names nor metadata tell"
+        )
     name = _FAMILIES.get(found.family, found.family)
     if claimed and found.family_claimed not in (found.family, _parent_family(found.family)):
         return f"{name}, by its module names and shapes; its metadata says {claimed}"
@@ -111,7 +115,7 @@ def _parent_family(family: str) -> str:
 
 def _support_text(found: Description) -> str:
     if found.kind == "base":
-        return "reads it as --source and --target" if found.supported else f"no: {found.reason}"
+        return "can use it as --source and --target" if found.supported else f"no: {found.reason}"
     if not found.supported:
         return f"cannot transfer it: {(found.reason or '').removeprefix(f'{found.path}: ')}"
     if found.needs_base:
@@ -132,7 +136,7 @@ def _vector_facts(found: Description) -> Iterator[tuple[str, str]]:
 def _component_table(found: Description) -> Table:
     """A row for each part of the pipeline."""
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("place", no_wrap=True)
+    table.add_column("component", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
     for name in ("algorithm", "rank", "alpha", "scale"):
         table.add_column(name, overflow="fold")

@@ -96,7 +96,7 @@ MatchOption = Annotated[
 ]
 ModulesOption = Annotated[
     bool,
-    typer.Option("--modules", help="Show a table row per module (or block), not per place."),
+    typer.Option("--modules", help="Show a table row per module (or block), not per stage."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]

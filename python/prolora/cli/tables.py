@@ -55,6 +55,12 @@ def format_number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
+def format_range(numbers: Iterable[int]) -> str:
+    """The least and the greatest of some numbers; one where they are equal."""
+    ordered = sorted(numbers)
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]}…{ordered[-1]}"
+
+
 def make_table(title: str) -> Table:
     """An empty table in the house style: narrow enough for 80 columns."""
     return Table(
@@ -69,25 +75,32 @@ def make_table(title: str) -> Table:
 
 
 def transfer_table(report: Report, every_module: bool = False) -> Table:
-    """What was mapped: a row for each part of the model, or for each module."""
-    title = f"{report.method}: {report.source} → {report.target}"
-    table = make_table(title)
-    table.add_column("module" if every_module else "place", overflow="fold")
+    """What was mapped: a row for each stage of the model, or for each module.
+
+    A dry run knows ranks only.
+    """
+    table = make_table(f"{report.method}: {report.source} → {report.target}")
+    table.add_column("module" if every_module else "stage", overflow="fold")
     mapped = report.rows("mapped")
     projected = any(row.measures for row in mapped)
     subspaces = ["Φ l/r", "above", "mixed"] if projected else []
+    updates = [] if report.dry_run else ["drift", "kept", "norm", "vs copy"]
     # One row to a module needs no number of them, and 80 columns hold either.
     first = "angle" if every_module and projected else "n"
-    for name in (first, *subspaces, "drift", "kept", "norm", "vs copy", "rank"):
+    for name in (first, *subspaces, *updates, "rank"):
         table.add_column(name, justify="right", no_wrap=True)
     groups: dict[str, list[ModuleReport]] = {}
     for row in mapped:
         groups.setdefault(row.source if every_module else find_stage(row.source), []).append(row)
     for name, rows in (*groups.items(), ("all", mapped)):
-        cells = _subspace_cells(rows) if projected else []
-        style = "bold" if name == "all" else None
-        own = _angle_text(rows) if first == "angle" else str(len(rows))
-        table.add_row(name, own, *cells, *_update_cells(rows), style=style)
+        table.add_row(
+            name,
+            _angle_text(rows) if first == "angle" else str(len(rows)),
+            *(_subspace_cells(rows) if subspaces else []),
+            *(_update_cells(rows) if updates else []),
+            format_range([row.rank_out for row in rows]),
+            style="bold" if name == "all" else None,
+        )
     return table
 
 
@@ -127,17 +140,14 @@ def _angle_text(rows: list[ModuleReport]) -> str:
 
 def _update_cells(rows: list[ModuleReport]) -> list[str]:
     """What became of the updates of the rows."""
-    ranks = sorted({row.rank_out for row in rows})
-    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}…{ranks[-1]}"
     drift = _weighted_mean(rows, lambda row: row.drift)
     if all(row.drift is None and row.measures is None for row in rows):
-        return ["–", "–", "–", "–", rank]  # a dry run, or a text encoder carried over
+        return ["–", "–", "–", "–"]  # a text encoder carried over
     return [
         format_number(drift),
         format_number(_weighted_mean(rows, lambda row: row.surviving_energy), ".0%"),
         format_number(_weighted_mean(rows, lambda row: row.norm_ratio)),
         format_number(_weighted_mean(rows, lambda row: row.copy_distance)),
-        rank,
     ]
 
 
@@ -163,12 +173,7 @@ def reasons_table(report: Report) -> Table | None:
     reasons = report.reasons()
     if not reasons:
         return None
-    table = Table(
-        title="without a place of their own",
-        title_justify="left",
-        header_style="bold",
-        box=SIMPLE_HEAD,
-    )
+    table = make_table("modules that were not mapped")
     for name, justify in (("n", "right"), ("status", "left"), ("why", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for (status, reason), count in sorted(reasons.items(), key=lambda item: -item[1]):
@@ -213,13 +218,13 @@ def failure_lines(outcomes: list[Outcome]) -> list[str]:
 
 
 def comparison_table(comparison: Comparison, every_module: bool = False) -> Table:
-    """Overlap and drift: a row for each part of the model, or for each module."""
-    title = f"{comparison.source} against {comparison.target}"
-    table = make_table(title)
-    table.add_column("module" if every_module else "place", overflow="fold")
+    """Overlap and drift: a row for each stage of the model, or for each module."""
+    table = make_table(f"{comparison.source} against {comparison.target}")
+    table.add_column("module" if every_module else "stage", overflow="fold")
     overlaps = any(module.columns_source for module in comparison.modules)
     subspaces = ("k", "Φ l/r", "chance", "above") if overlaps else ()
-    for heading in ("pairs", *subspaces, "drift", "cosine"):
+    pairs = () if every_module else ("pairs",)
+    for heading in (*pairs, *subspaces, "drift", "cosine"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = comparison.places()
     if every_module:
@@ -227,7 +232,7 @@ def comparison_table(comparison: Comparison, every_module: bool = False) -> Tabl
     for name, modules in (*rows.items(), ("all", comparison.modules)):
         table.add_row(
             name,
-            str(len(modules)),
+            *([str(len(modules))] if pairs else []),
             *(_overlap_cells(modules) if overlaps else []),
             format_number(average_field(modules, "drift")),
             format_number(average_field(modules, "cosine")),
@@ -238,11 +243,10 @@ def comparison_table(comparison: Comparison, every_module: bool = False) -> Tabl
 
 def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
     """Columns, overlap and chance of a part of the model."""
-    columns = sorted(module.columns_source for module in modules)
     left, right, above = (average_field(modules, f) for f in ("phi_left", "phi_right", "above"))
     chance = max(average_field(modules, "chance_left"), average_field(modules, "chance_right"))
     return [
-        f"{columns[0]}…{columns[-1]}",
+        format_range([module.columns_source for module in modules]),
         f"{format_number(left)} {format_number(right)}",
         format_number(chance),
         format_number(above),
@@ -274,36 +278,44 @@ def decisions_table(
     decisions: Sequence[BlockDecision], dropped: Sequence[str], every_block: bool = False
 ) -> Table:
     """Where blocks came from: a row for each stack of blocks, or for each block."""
-    table = make_table(f"blocks matched by similarity; {len(dropped)} of the source feed none")
+    title = f"blocks matched by similarity; {len(dropped)} of the source feed none"
     if every_block:
-        headings = ("block", "from", "score", "runner-up", "its score", "margin")
-        for i, heading in enumerate(headings):
-            names = heading in ("block", "from", "runner-up")
-            table.add_column(heading, justify="left" if names else "right", no_wrap=i > 0)
-        for decision in decisions:
-            table.add_row(
-                decision.target,
-                decision.source or "none",
-                format_number(decision.score),
-                decision.runner_up or "–",
-                format_number(decision.runner_up_score),
-                format_number(decision.margin),
-                style=None if decision.source else "yellow",
-            )
-        return table
-    table.add_column("place", no_wrap=True)
+        return _every_decision_table(title, decisions)
+    table = make_table(title)
+    table.add_column("blocks", no_wrap=True)
     table.add_column("block←from", overflow="fold")
     for heading in ("score", "margin"):
         table.add_column(f"least {heading}", justify="right", no_wrap=True)
-    places: dict[str, list[BlockDecision]] = {}
+    stacks: dict[str, list[BlockDecision]] = {}
     for decision in decisions:
-        places.setdefault(decision.target.rpartition(".")[0], []).append(decision)
-    for name, several in places.items():
+        stacks.setdefault(decision.target.rpartition(".")[0], []).append(decision)
+    for name, several in stacks.items():
         table.add_row(
             name.removesuffix(".transformer_blocks"),
             _origins_text(name, several),
             format_number(min(decision.score for decision in several)),
             format_number(min(decision.margin for decision in several)),
+        )
+    return table
+
+
+def _every_decision_table(title: str, decisions: Sequence[BlockDecision]) -> Table:
+    """A row for each block; its name leaves out `transformer_blocks`, to fit 80 columns."""
+    table = make_table(title)
+    for heading in ("block", "from", "runner-up"):
+        table.add_column(heading, overflow="fold", min_width=16)
+    for heading in ("score", "2nd", "margin"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for decision in decisions:
+        table.add_row(
+            *(
+                (name or "none").replace(".transformer_blocks.", ".")
+                for name in (decision.target, decision.source, decision.runner_up)
+            ),
+            format_number(decision.score),
+            format_number(decision.runner_up_score),
+            format_number(decision.margin),
+            style=None if decision.source else "yellow",
         )
     return table
 

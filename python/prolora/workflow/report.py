@@ -171,8 +171,9 @@ class Report:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, _split_modules(self.modules)
         added = f" ({totals['summed']} of them added to others)" if totals["summed"] else ""
+        moved = "would move" if self.dry_run else "moved"
         sentences = [
-            f"{len(placed)} of {len(names)} modules moved from {self.source} to {self.target}"
+            f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
             f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         if self.vectors:

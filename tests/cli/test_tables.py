@@ -1,0 +1,71 @@
+"""Tables fit 80 columns, and show every number they have."""
+
+import pytest
+from mini import BLOCK, source_weights, write_folder
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A base whose blocks stand in another order, so that they must be recognised."""
+    weights = source_weights()
+    moved = {
+        name.replace("transformer_blocks.0", "transformer_blocks.9"): weight
+        for name, weight in weights.items()
+    }
+    moved = {
+        name.replace("transformer_blocks.1", "transformer_blocks.0"): weight
+        for name, weight in moved.items()
+    }
+    moved = {
+        name.replace("transformer_blocks.9", "transformer_blocks.1"): weight
+        for name, weight in moved.items()
+    }
+    return write_folder(tmp_path / "wide", moved)
+
+
+def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lora, source, target = case
+    out, cache = tmp_path / "out.safetensors", ("--cache", tmp_path / "c")
+    move = ("transfer", lora, "--source", source, "--target", target)
+    compare = ("compare", "--source", source, "--target", wide, "--match", "similarity")
+    for line in (
+        (*move, "--dry-run", "--modules"),
+        (*move, "--method", "prolora", "--no-cache", "-o", out, "--modules"),
+        (*compare, "--modules", "--sweep", *cache),
+        ("inspect", lora),
+        ("inspect", source),
+        ("basis", source, "--no-cache"),
+        ("info",),
+    ):
+        code, text, _ = prolora(*line)
+        rows = [row for row in text.splitlines() if not row.startswith("wrote ")]
+        assert code == 0 and max(map(len, rows)) <= 80, line
+        assert (
+            "…" not in text.replace(" … ", "").replace("0…", "").replace("4…8", "") or "Φ" in text
+        )
+
+
+def test_a_table_of_blocks_shows_their_names_and_scores(prolora, case, wide, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, source, _ = case
+    line = ("compare", "--source", source, "--target", wide, "--match", "similarity", "--no-cache")
+    _, text, _ = prolora(*line, "--modules")
+    table = text[: text.index(" against ")]
+    squeezed = "".join(table.split())
+    for heading in ("block", "from", "runner-up", "score", "2nd", "margin"):
+        assert heading in table
+    assert squeezed.count("1.00") >= 3, table
+
+
+def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, case):
+    lora, source, target = case
+    _, text, _ = prolora("transfer", lora, "--source", source, "--target", target, "--dry-run")
+    assert "–" not in text and "drift" not in text and "8 of 12 modules would move" in text
+
+
+def test_modules_are_shown_with_their_whole_names(prolora, case, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    _, source, target = case
+    _, text, _ = prolora("compare", "--source", source, "--target", target, "--modules")
+    assert BLOCK.format(1, "ff.net.2") in text and "pairs " not in text.split("drift:")[0]
