@@ -1,0 +1,148 @@
+"""Writes docs/api.md from the docstrings of everything that `prolora` exports.
+
+    python docs/make_api.py            # write the page
+    python docs/make_api.py --check    # exit 1 where the page differs from the docstrings
+
+Needs griffe2md, at the version that the extra `dev` pins: another one lays the page out
+differently. The sources are read, never imported.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import griffe
+import griffe2md
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "api.md"
+INTRODUCTION = """\
+# The Python interface
+
+Everything that `import prolora` gives, in the words of its docstrings.
+`python docs/make_api.py` writes this page; do not edit it.
+[guide.md](guide.md) shows the common jobs, [method.md](method.md) the equations.
+"""
+# What is exported and stands in no group comes last, under "Others".
+GROUPS = {
+    "LoRA files": [
+        "transfer",
+        "transfer_file",
+        "transfer_many",
+        "plan_report",
+        "Transfer",
+        "Report",
+        "Outcome",
+        "TransferOptions",
+        "Probing",
+        "inspect",
+        "Description",
+        "Adapter",
+    ],
+    "Base models": ["compare", "Comparison", "Verdict", "open_base", "Base", "BaseLike"],
+    "Tensors": [
+        "project",
+        "ProjectionInfo",
+        "damped",
+        "LowRank",
+        "truncated_svd",
+        "Basis",
+        "similarity",
+        "Similarity",
+        "principal_angles",
+        "DEFAULT_RANK",
+        "METHODS",
+        "Method",
+        "MethodName",
+    ],
+    "Errors": [],
+    "This installation": ["cuda_status", "require_cuda"],
+}
+SETTINGS: Any = {
+    **griffe2md.default_config,
+    "heading_level": 3,
+    "show_root_full_path": False,
+    "show_root_members_full_path": False,
+    "show_object_full_path": False,
+    "show_signature_annotations": True,
+    "show_if_no_docstring": False,
+    "inherited_members": False,
+    "line_length": 100,
+    "members_order": "source",
+    "summary": False,
+}
+
+
+def render_page() -> str:
+    """The whole page as Markdown."""
+    package = griffe.load("prolora", search_paths=[str(ROOT / "python")], docstring_parser="google")
+    exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
+    errors = [name for name in exported if _is_error(package[name])]
+    groups = GROUPS | {"Errors": errors}
+    named = {name for names in groups.values() for name in names}
+    groups["Others"] = [name for name in exported if name not in named]
+    parts = [INTRODUCTION]
+    for title, names in groups.items():
+        present = [name for name in names if name in exported]
+        if present:
+            parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _resolve(item: Any) -> Any:
+    return item.final_target if item.is_alias else item
+
+
+def _is_error(item: Any) -> bool:
+    target = _resolve(item)
+    return bool(target.is_class) and target.module.name == "errors"
+
+
+def _render_object(item: Any, name: str) -> str:
+    target = _resolve(item)
+    if target.is_attribute:  # a constant: its value is what people look for
+        comment = target.docstring.value if target.docstring else ""
+        return f"### `{name}`\n\n```python\n{name} = {target.value}\n```\n\n{comment}\n"
+    text = griffe2md.render_object_docs(target, SETTINGS)
+    # Types and names come as links to headings that this page does not have.
+    text = re.sub(r"\[([^\[\]]*)\]\(#[^)]*\)", r"\1", text)
+    text = re.sub(r"<code>(.*?)</code>", lambda code: f"`{_unescape(code[1])}`", text)
+    text = re.sub(r"(?<=```python\n)(.+)(?=\n```)", lambda code: _wrap_signature(code[1]), text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _unescape(code: str) -> str:
+    return code.replace("\\[", "[").replace("\\]", "]").replace("&#124;", "|")
+
+
+def _wrap_signature(signature: str) -> str:
+    """The signature as ruff breaks it: one parameter a line where it is long."""
+    definition = subprocess.run(
+        ["ruff", "format", "--line-length", "100", "-"],
+        input=f"def {signature}: ...\n",
+        capture_output=True,
+        text=True,
+    )
+    if definition.returncode:  # an attribute, or no signature
+        return signature
+    return definition.stdout.strip().removeprefix("def ").removesuffix(": ...")
+
+
+def main() -> int:
+    """Writes or checks the page."""
+    page = render_page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page, "utf-8")
+        return 0
+    if PAGE.exists() and PAGE.read_text("utf-8") == page:
+        return 0
+    print("docs/api.md differs from the docstrings: run `python docs/make_api.py`")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The pages that people read first point at what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "python" / "prolora"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not dead
+
+
+def test_every_file_that_the_table_of_rooms_names_exists():
+    table = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|(.*)$", table, re.MULTILINE)
+    missing = [
+        f"{room}/{name}"
+        for room, text in rows
+        for name in re.findall(r"`([\w/]+(?:\.py|\.h|\.cpp|/))", text)
+        if not any((folder / room / name).exists() for folder in (PACKAGE, ROOT))
+    ]
+    assert len(rows) > 8
+    assert not missing
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_the_changelog_begins_with_the_version_that_is_not_released():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
