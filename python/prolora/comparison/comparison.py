@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..architectures.modules import find_stage, is_adaptable, is_attention, matrix_shape
 from ..bases import Base, check_finite, open_base
+from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory
 from ..core.basis import Basis
@@ -292,7 +293,7 @@ def compare(
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measures drift and overlap of every adaptable pair of weights, and judges them.
 

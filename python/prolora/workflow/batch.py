@@ -20,6 +20,7 @@ from typing import Any
 
 from ..adapters.unread import open_adapter
 from ..bases import Base, BaseLike, open_base
+from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
@@ -39,7 +40,6 @@ from .options import (
     DtypeLike,
     FormatName,
     MethodChoice,
-    Progress,
     Strength,
     TextEncoderMode,
     TransferOptions,

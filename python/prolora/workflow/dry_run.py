@@ -8,6 +8,7 @@ from os import PathLike
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
+from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.projection import DEFAULT_RANK
@@ -33,7 +34,6 @@ from .options import (
     FormatName,
     LoraLike,
     MethodChoice,
-    Progress,
     Strength,
     TextEncoderMode,
     TransferOptions,

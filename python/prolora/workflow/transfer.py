@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
+from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.projection import DEFAULT_RANK
@@ -27,7 +28,6 @@ from .options import (
     FormatName,
     LoraLike,
     MethodChoice,
-    Progress,
     Strength,
     TextEncoderMode,
     TransferOptions,

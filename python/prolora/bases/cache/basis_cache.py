@@ -7,6 +7,9 @@ foreign or of another version is recomputed and never trusted.
 So that a weight need not be read to learn its name, an index remembers which content lies where: a
 file that has the inode, size and times it had when its tensors were hashed has them still. Beside
 it lie the few numbers that a transfer wants to know of pairs of weights.
+
+Checksums are against accidents, not against forgery: whoever can write into the folder can put a
+basis there that is used. A shared folder is as trustworthy as everybody who may write to it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...core.methods import Needs
 from ...core.rank_rule import Rank
 from ...files.sizes import parse_limit
 from .. import open_base
+from ..base import Progress
 from ..memory import Memory
 from .basis_cache import CacheLike, open_cache
 
@@ -54,7 +55,7 @@ def survey_base(
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[ShapeSurvey]:
     """Computes every adaptable weight's basis and keeps what it says of itself.
 

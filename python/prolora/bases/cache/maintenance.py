@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,11 +15,10 @@ from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.rank_rule import Rank
 from ...errors import ProLoRAError
 from .. import open_base
+from ..base import Progress
 from . import basis_file
 from .basis_cache import BasisCache, basis_name, hash_weight
 from .cache_folder import VERSION, CacheEntry, list_entries, remove_entries
-
-Progress = Callable[[int, int, str], None]
 
 # A temporary file that nobody has written to for so long (s) belongs to a process that is dead.
 STALE_SECONDS = 3600
