@@ -126,7 +126,7 @@ def test_the_answer_is_in_plain_sentences_with_the_numbers():
 def test_the_verdict_needs_no_decomposition(monkeypatch):
     source, target = MINI / "source", MINI / "finetuned"
     whole = comparison.compare(source, target)
-    monkeypatch.setattr(comparison, "truncated_svd", None)
+    monkeypatch.setattr(basis_cache, "truncated_svd", None)
     quick = comparison.compare(source, target, rank=None)
     assert quick.verdict == whole.verdict and math.isnan(quick.mean("above"))
     assert quick.sweep == []

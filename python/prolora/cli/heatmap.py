@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.modules import find_block
-from ..comparison.block_matching import stack_order
-from ..comparison.comparison import Comparison, ModuleComparison, average_field
+from ..comparison.comparison import Comparison
+from ..comparison.module_comparison import ModuleComparison, average_field
+from ..comparison.transformer_blocks import stack_order
 from ..errors import OutputError, output_error
 from ..version import __version__
 

@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..architectures.modules import find_stage
-from ..comparison.comparison import Comparison, ModuleComparison, average_field
+from ..comparison.comparison import Comparison
+from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..workflow.batch import Outcome

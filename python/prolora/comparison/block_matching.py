@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..architectures.modules import find_block, is_adaptable, is_attention, matrix_shape
+from ..architectures.modules import find_block, is_attention
 from ..bases import Base
 from ..bases.base import Progress, check_finite
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
@@ -27,6 +27,7 @@ from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
 from .module_map import BlockDecision, Match, Matching
+from .transformer_blocks import UNET_STAGES, Block, BlockGroup, group_blocks, list_blocks
 
 # Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
 # directions last, and the fewer columns, the lower the chance level and the cost.
@@ -39,28 +40,6 @@ ENOUGH_DIMENSIONS = 5120
 # many standard deviations beyond chance, which matters where matrices are small.
 MIN_SCORE = 0.1
 MIN_DEVIATIONS = 6.0
-
-_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One transformer block.
-
-    Attributes:
-        place: the stack it is in, `down_blocks.2.attentions.0.transformer_blocks`.
-        index: its number there.
-        shapes: module name inside the block -> out × in.
-    """
-
-    place: str
-    index: int
-    shapes: Mapping[str, tuple[int, int]] = field(repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """What its modules' names begin with."""
-        return f"{self.place}.{self.index}"
 
 
 def match_blocks(
@@ -97,7 +76,7 @@ def match_blocks(
     """
     if math.isnan(min_score):
         raise ValueError("min_score must be a number, not NaN")
-    groups = _group_blocks(source, target)
+    groups = group_blocks(source, target)
     if not groups:
         raise UnsupportedFormat(
             f"{source.name} and {target.name} have no transformer blocks of the same kind and "
@@ -112,7 +91,7 @@ def match_blocks(
 def _match_groups(
     source: Base,
     target: Base,
-    groups: list[tuple[list[Block], list[Block]]],
+    groups: list[BlockGroup],
     subspaces: _Subspaces,
     min_score: float,
 ) -> Matching:
@@ -163,43 +142,6 @@ def resolve_match(
     return match
 
 
-def list_blocks(base: Base) -> list[Block]:
-    """The transformer blocks of a base, in the order in which a forward pass meets them."""
-    found: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
-    for module, shape in base.shapes.items():
-        block = find_block(module)
-        if block and is_adaptable(module):
-            key = block.stack, int(block.number)
-            found.setdefault(key, {})[block.local] = matrix_shape(shape)
-    ordered = sorted(found, key=lambda key: (stack_order(key[0]), key[1]))
-    return [Block(*key, found[key]) for key in ordered]
-
-
-def stack_order(stack: str) -> tuple[object, ...]:
-    """Sorts stacks of blocks: down, middle, up; FLUX's double blocks before its single ones."""
-    stage = _STAGES.get(stack.split(".")[0], 3)
-    numbers = tuple(int(word) for word in stack.split(".") if word.isdigit())
-    return stage, "single_" in stack, numbers, stack
-
-
-def _group_blocks(source: Base, target: Base) -> list[tuple[list[Block], list[Block]]]:
-    """Blocks of both bases that may belong together: the same kind, modules and shapes."""
-    ours, theirs = list_blocks(source), list_blocks(target)
-    shared = {name for block in ours for name in block.shapes}
-    shared &= {name for block in theirs for name in block.shapes}
-
-    def signature(block: Block) -> tuple[object, ...]:
-        kind = block.place.rpartition(".")[2]
-        shapes = [(name, shape) for name, shape in block.shapes.items() if name in shared]
-        return kind, tuple(sorted(shapes))
-
-    found: dict[tuple[object, ...], tuple[list[Block], list[Block]]] = {}
-    for side, list_ in enumerate((ours, theirs)):
-        for block in list_:
-            found.setdefault(signature(block), ([], []))[side].append(block)
-    return [pair for (_, shapes), pair in found.items() if shapes and all(pair)]
-
-
 def _choose_evidence(ours: Block, theirs: Block) -> list[str]:
     """The modules that are compared: attention, or whatever both have.
 
@@ -222,7 +164,7 @@ def _choose_rank(shape: tuple[int, int]) -> int:
     return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
 
 
-def _find_room(groups: list[tuple[list[Block], list[Block]]], limit: int | None) -> Room:
+def _find_room(groups: list[BlockGroup], limit: int | None) -> Room:
     """How much can be factorised at a time beside the bases of a module of all blocks.
 
     Raises:
@@ -241,7 +183,7 @@ def _find_room(groups: list[tuple[list[Block], list[Block]]], limit: int | None)
 
 
 def _report_steps(
-    groups: list[tuple[list[Block], list[Block]]], progress: Progress | None
+    groups: list[BlockGroup], progress: Progress | None
 ) -> Callable[[list[str]], None]:
     """Adds up the weights that are factorised, for the caller's callback."""
     total = sum(
@@ -400,7 +342,7 @@ def _pair_modules(
             found = origin and f"{origin}.{block.local}"
         elif stack and stack in stacks:
             found = f"{stacks[stack]}.{module.rpartition('.')[2]}"
-        elif module.split(".")[0] in _STAGES:
+        elif module.split(".")[0] in UNET_STAGES:
             found = None
         else:
             same = source.shapes.get(module) == target.shapes[module]

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
-from ..architectures.modules import find_stage, is_adaptable, is_attention, matrix_shape
-from ..bases import Base, check_finite, open_base
+from ..architectures.modules import is_adaptable, is_attention, matrix_shape
+from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
-from ..core.overlap_tables import basis_tables
 from ..core.rank_rule import Rank, check_rank
-from ..core.similarity import angle_quantiles, basis_similarity
 from ..core.validation import check_device
-from ..errors import NonFiniteWeights, UnsupportedFormat
+from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
 from .block_matching import resolve_match
 from .drift import Affinity
+from .module_comparison import ModuleComparison, average_field, compare_module
 from .module_map import BlockDecision, Match, Matching, find_partners
-from .rank_sweep import OverlapPoint, SweepRow, sweep_columns, trace_curve
+from .rank_sweep import SweepRow, sweep_columns
 from .verdict import (
     AUTO,
     DEFAULT_THRESHOLD,
@@ -43,68 +42,6 @@ _NAN = math.nan
 
 OVERLAP_RANK: Rank = 0.9
 """Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
-
-
-@dataclass(frozen=True)
-class ModuleComparison:
-    """One pair of weights.
-
-    Attributes:
-        source, target: module names.
-        shape: out × in.
-        affinity: norms and products behind drift and cosine.
-        phi_left, phi_right, chance_left, chance_right, above_left, above_right: overlap of the
-            leading subspaces, see `core.similarity.Similarity`; NaN where it was not asked for.
-        columns_source, columns_target: k of the bases; 0 likewise.
-        angles_left, angles_right: principal angles between the subspaces in radians, at the shares
-            `core.similarity.ANGLE_SHARES` of their number, smallest first; empty likewise.
-        points: the overlap at fewer columns, see `sweep_columns`; empty likewise.
-    """
-
-    source: str
-    target: str
-    shape: tuple[int, ...]
-    affinity: Affinity
-    phi_left: float = _NAN
-    phi_right: float = _NAN
-    chance_left: float = _NAN
-    chance_right: float = _NAN
-    above_left: float = _NAN
-    above_right: float = _NAN
-    columns_source: int = 0
-    columns_target: int = 0
-    angles_left: tuple[float, ...] = ()
-    angles_right: tuple[float, ...] = ()
-    points: tuple[OverlapPoint, ...] = ()
-
-    @property
-    def place(self) -> str:
-        """The part of the model: `down_blocks.1`, `mid_block`, … or the first name element."""
-        return find_stage(self.target)
-
-    @property
-    def above(self) -> float:
-        """The lesser of the two sides' overlaps above chance; NaN if neither has one."""
-        sides = [side for side in (self.above_left, self.above_right) if not math.isnan(side)]
-        return min(sides, default=_NAN)
-
-    @property
-    def drift(self) -> float:
-        """‖W_t − W_s‖_F / ‖W_s‖_F; about √2 for unrelated weights of equal norm."""
-        return self.affinity.drift
-
-    @property
-    def cosine(self) -> float:
-        """⟨W_s, W_t⟩ / (‖W_s‖‖W_t‖); about 0 for unrelated weights."""
-        return self.affinity.cosine
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON; of each point the columns of both and Φ left and right."""
-        points = [
-            (p.columns_source, p.columns_target, p.phi_left, p.phi_right) for p in self.points
-        ]
-        derived = {"drift": self.drift, "cosine": self.cosine, "above": self.above}
-        return asdict(self) | derived | {"points": points}
 
 
 @dataclass(frozen=True)
@@ -278,15 +215,9 @@ class Comparison:
         return found
 
 
-def average_field(modules: Iterable[ModuleComparison], field: str) -> float:
-    """The mean of a number over the modules where it is one; NaN if there is none."""
-    found = [got for module in modules if not math.isnan(got := float(getattr(module, field)))]
-    return math.fsum(found) / len(found) if found else _NAN
-
-
 def compare(
-    source: Any,
-    target: Any,
+    source: BaseLike,
+    target: BaseLike,
     *,
     rank: Rank | None = OVERLAP_RANK,
     match: Match = "name",
@@ -336,12 +267,10 @@ def compare(
         equal = _list_equal_shapes(source, target, match, partners)
         sizes = {matrix_shape(target.shapes[module]) for module in equal}
         Memory(limit, rank).check(sizes, "affinity" if rank is None else Needs.BASES)
-        factorise = None
-        if rank is not None:
-            factorise = partial(_factorise, cache=kept, rank=rank, device=device)
+        factorise = None if rank is None else partial(_factorise, kept, rank, device)
         rows = []
         for done, (module, origin) in enumerate(equal.items(), 1):
-            rows.append(_compare_module(source, origin, target, module, factorise))
+            rows.append(compare_module(source, origin, target, module, factorise))
             if progress:
                 progress(done, len(equal), module)
     taken = set(partners.values())
@@ -380,7 +309,7 @@ def _list_equal_shapes(
     return equal
 
 
-def _factorise(weight: Tensor, cache: BasisCache, rank: Rank, device: str | None) -> Basis:
+def _factorise(cache: BasisCache, rank: Rank, device: str | None, weight: Tensor) -> Basis:
     """The basis of a weight [m, n], as that of a stack of one."""
     return cache.bases(weight[None].to(device), rank)
 
@@ -395,47 +324,4 @@ def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, s
     return (
         f"{source.name} and {target.name} have no attention or feed-forward module of equal "
         "name and shape: weights alone cannot relate them"
-    )
-
-
-def _compare_module(
-    source: Base,
-    origin: str,
-    target: Base,
-    module: str,
-    factorise: Callable[[Tensor], Basis] | None,
-) -> ModuleComparison:
-    """Drift and cosine of a pair of weights, and the overlap of their bases where one is asked."""
-    shape = matrix_shape(target.shapes[module])
-    ours, theirs = (
-        base.read(name).reshape(shape) for base, name in ((source, origin), (target, module))
-    )
-    try:
-        affinity = Affinity.of(ours, theirs)
-    except NonFiniteWeights:
-        check_finite(source, [origin])  # says which tensor, and where in it
-        check_finite(target, [module])
-        raise
-    if factorise is None:
-        return ModuleComparison(origin, module, shape, affinity)
-    old, new = factorise(ours), factorise(theirs)
-    tables = basis_tables(old, new)
-    similar = basis_similarity(old, new, tables)
-    angles = angle_quantiles(old, new)
-    return ModuleComparison(
-        origin,
-        module,
-        shape,
-        affinity,
-        phi_left=similar.left.item(),
-        phi_right=similar.right.item(),
-        chance_left=similar.chance_left.item(),
-        chance_right=similar.chance_right.item(),
-        above_left=similar.above_left.item(),
-        above_right=similar.above_right.item(),
-        columns_source=int(old.rank),
-        columns_target=int(new.rank),
-        angles_left=tuple(angles[0][0].tolist()),
-        angles_right=tuple(angles[1][0].tolist()),
-        points=trace_curve(old, new, tables),
     )

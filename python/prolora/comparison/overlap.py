@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..bases import Base
-from ..bases.cache.basis_cache import BasisCache, basis_name
+from ..bases.cache.tables import JsonTable
 from ..core.basis import Basis
-from ..core.rank_rule import Rank
 from ..core.similarity import ANGLE_SHARES, Similarity, angle_quantiles, basis_similarity
 
 # What a note of a pair begins with; another word where it holds other numbers.
@@ -47,30 +45,17 @@ class Alignment:
 
 
 def align_bases(
-    stack: Sequence[tuple[str, str]],
-    source: Base,
-    target: Base,
-    ours: Basis,
-    theirs: Basis,
-    cache: BasisCache,
-    rank: Rank,
+    names: Sequence[tuple[str, str]], ours: Basis, theirs: Basis, notes: JsonTable
 ) -> Alignment:
-    """The alignment of a stack of pairs, of which only what is not known is computed.
+    """The alignment of a stack of pairs; only what the notes do not hold is computed.
 
     Args:
-        stack: the pairs of modules (source, target).
-        source: whose weights `ours` are the bases of, taken from `cache` in this run.
-        target: of `theirs`, likewise.
+        names: of each pair the names of its two bases (`BasisCache.names`).
         ours: the source's bases, [b, m, n].
         theirs: the target's.
-        cache: where it is kept.
-        rank: the rule of the bases.
+        notes: the table of the two base models (`BasisCache.pairs`); what is computed goes there.
     """
-    notes = cache.pairs(source, target)
-    keys = []
-    for ours_name, theirs_name in stack:
-        digests = cache.digest(source, ours_name), cache.digest(target, theirs_name)
-        keys.append(" ".join([KEY_PREFIX, *(basis_name(str(digest), rank) for digest in digests)]))
+    keys = [" ".join((KEY_PREFIX, *pair)) for pair in names]
     known = [_check_row(notes.get(key)) for key in keys]
     missing = [i for i, row in enumerate(known) if row is None]
     if missing:

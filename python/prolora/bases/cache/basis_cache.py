@@ -164,6 +164,10 @@ class BasisCache:
         found = self._index(base).get(_short_hash(origin.text))
         return found if isinstance(found, str) else None
 
+    def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
+        """The names of bases that were taken from here in this run."""
+        return [basis_name(str(self.digest(base, module)), rank) for module in modules]
+
     def learn(self, base: Base, module: str, digest: str) -> None:
         """Remembers the content hash of a weight that was read just now."""
         if self.folder is None:

@@ -12,7 +12,7 @@ from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.rank_rule import Rank
 from ...files.sizes import parse_limit
-from .. import open_base
+from .. import BaseLike, open_base
 from ..base import Progress
 from ..memory import Memory
 from .basis_cache import CacheLike, open_cache
@@ -49,7 +49,7 @@ class ShapeSurvey:
 
 
 def survey_base(
-    base: Any,
+    base: BaseLike,
     rank: Rank,
     *,
     cache: CacheLike = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.rank_rule import Rank
 from ...errors import ProLoRAError
-from .. import open_base
+from .. import BaseLike, open_base
 from ..base import Progress
 from . import basis_file
 from .basis_cache import BasisCache, basis_name, hash_weight
@@ -171,7 +171,7 @@ class VerifyResult:
 
 def verify_cache(
     folder: str | PathLike[str],
-    base: Any = None,
+    base: BaseLike | None = None,
     rank: Rank | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:

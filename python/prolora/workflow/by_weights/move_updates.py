@@ -173,20 +173,15 @@ def _project_stack(
     room: Room,
 ) -> None:
     """A stack of pairs, for every LoRA, by a method that needs subspaces."""
-    options = works[0].options
+    rank, device = works[0].options.rank, works[0].options.device
+    modules = [pair.source for pair in stack], [pair.target for pair in stack]
     with _share_time(works, "svd"):
-        ours = cache.of(source, [pair.source for pair in stack], options.rank, options.device)
-        theirs = cache.of(target, [pair.target for pair in stack], options.rank, options.device)
+        ours = cache.of(source, modules[0], rank, device)
+        theirs = cache.of(target, modules[1], rank, device)
     with _share_time(works, "overlap"):
-        aligned = align_bases(
-            [(pair.source, pair.target) for pair in stack],
-            source,
-            target,
-            ours,
-            theirs,
-            cache,
-            options.rank,
-        )
+        names = cache.names(source, modules[0], rank), cache.names(target, modules[1], rank)
+        pairs = list(zip(*names, strict=True))
+        aligned = align_bases(pairs, ours, theirs, cache.pairs(source, target))
     with _share_time(works, "project"):
         step = partial(_project_updates, source=ours, target=theirs, aligned=aligned)
         _move_in_turn(works, stack, room, step)

@@ -1,0 +1,72 @@
+"""The transformer blocks of a base model, in order, and those of two that may belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..architectures.modules import find_block, is_adaptable, matrix_shape
+from ..bases import Base
+
+UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block.
+
+    Attributes:
+        place: the stack it is in, `down_blocks.2.attentions.0.transformer_blocks`.
+        index: its number there.
+        shapes: module name inside the block -> out × in.
+    """
+
+    place: str
+    index: int
+    shapes: Mapping[str, tuple[int, int]] = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What its modules' names begin with."""
+        return f"{self.place}.{self.index}"
+
+
+BlockGroup = tuple[list[Block], list[Block]]
+"""Blocks of the source and of the target with modules of the same names and shapes."""
+
+
+def list_blocks(base: Base) -> list[Block]:
+    """The transformer blocks of a base, in the order in which a forward pass meets them."""
+    modules: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+    for module, shape in base.shapes.items():
+        block = find_block(module)
+        if block and is_adaptable(module):
+            key = block.stack, int(block.number)
+            modules.setdefault(key, {})[block.local] = matrix_shape(shape)
+    ordered = sorted(modules, key=lambda key: (stack_order(key[0]), key[1]))
+    return [Block(*key, modules[key]) for key in ordered]
+
+
+def stack_order(stack: str) -> tuple[object, ...]:
+    """Sorts stacks of blocks: down, middle, up; FLUX's double blocks before its single ones."""
+    stage = UNET_STAGES.get(stack.split(".")[0], 3)
+    numbers = tuple(int(word) for word in stack.split(".") if word.isdigit())
+    return stage, "single_" in stack, numbers, stack
+
+
+def group_blocks(source: Base, target: Base) -> list[BlockGroup]:
+    """Blocks of both bases that may belong together: the same kind, modules and shapes."""
+    ours, theirs = list_blocks(source), list_blocks(target)
+    shared = {name for block in ours for name in block.shapes}
+    shared &= {name for block in theirs for name in block.shapes}
+
+    def signature(block: Block) -> tuple[object, ...]:
+        kind = block.place.rpartition(".")[2]
+        shapes = [(name, shape) for name, shape in block.shapes.items() if name in shared]
+        return kind, tuple(sorted(shapes))
+
+    groups: dict[tuple[object, ...], tuple[list[Block], list[Block]]] = {}
+    for side, list_ in enumerate((ours, theirs)):
+        for block in list_:
+            groups.setdefault(signature(block), ([], []))[side].append(block)
+    return [pair for (_, shapes), pair in groups.items() if shapes and all(pair)]
