@@ -33,10 +33,10 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     with torch.no_grad():
         plain = model(x)
     probes = [ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
-    found = fit(model, ["0"], probes, 6, 1e-6)
-    torch.testing.assert_close(found.updates["0"], update, atol=2e-2, rtol=2e-2)
-    assert found.history[0] == pytest.approx(0, abs=1e-6)
-    assert found.history[-1] > 0.999
+    result = fit(model, ["0"], probes, 6, 1e-6)
+    torch.testing.assert_close(result.updates["0"], update, atol=2e-2, rtol=2e-2)
+    assert result.history[0] == pytest.approx(0, abs=1e-6)
+    assert result.history[-1] > 0.999
 
 
 def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(monkeypatch):
@@ -49,9 +49,9 @@ def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(mo
     probes = [ProbeBatch(Call((x,), {}), plain, wanted)]
     for limit in (100, 5):
         monkeypatch.setattr(curvature, "MAX_FACTOR", limit)
-        found = fit(model, ["0", "2"], probes, 8, 1.0)
-        assert found.history[-1] > 0.9, limit
-        assert cut_updates(found, 2)["0"].shape == (5, 6)
+        result = fit(model, ["0", "2"], probes, 8, 1.0)
+        assert result.history[-1] > 0.9, limit
+        assert cut_updates(result, 2)["0"].shape == (5, 6)
 
 
 class WithBlindEnd(nn.Module):
@@ -70,8 +70,8 @@ def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
     torch.manual_seed(0)
     x = torch.randn(50, 6)
     probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
-    found = fit(WithBlindEnd(), ["used", "idle", "asleep"], probes, 3, 1.0)
-    assert set(cut_updates(found, 4)) == {"used"}
+    result = fit(WithBlindEnd(), ["used", "idle", "asleep"], probes, 3, 1.0)
+    assert set(cut_updates(result, 4)) == {"used"}
 
 
 def test_the_cut_at_full_rank_changes_nothing():
@@ -79,18 +79,18 @@ def test_the_cut_at_full_rank_changes_nothing():
     model = nn.Sequential(nn.Linear(6, 5))
     x = torch.randn(50, 6)
     probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
-    found = fit(model, ["0"], probes, 1, 1.0)
-    torch.testing.assert_close(cut_updates(found, 5)["0"].dense(), found.updates["0"])
+    result = fit(model, ["0"], probes, 1, 1.0)
+    torch.testing.assert_close(cut_updates(result, 5)["0"].dense(), result.updates["0"])
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
     assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.8) == 1
     assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.85) == 2
     assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 7) == 3
-    found = run(source, permuted(source), lora, rank=0.9, steps=6)
-    ranks = {update.rank for update in found.adapter.updates.values()}
+    result = run(source, permuted(source), lora, rank=0.9, steps=6)
+    ranks = {update.rank for update in result.adapter.updates.values()}
     assert 1 <= min(ranks) < max(ranks) <= 12
-    assert found.report.gate.share["all"] > 0.7
+    assert result.report.gate.share["all"] > 0.7
     with pytest.raises(ValueError, match="rank"):
         probe.FitSettings(rank=2.5)
 
@@ -105,13 +105,13 @@ def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
     def both(question: Question) -> tuple[Tensor, Tensor]:
         return predict_call(source, question.source), predict_call(source, question.target)
 
-    found = mix_samples(asked, 30, 48, both, torch.Generator().manual_seed(0))
-    assert [count_samples(question.source) for question in found] == [12, 12, 6]
-    first = found[0].source
+    batches = mix_samples(asked, 30, 48, both, torch.Generator().manual_seed(0))
+    assert [count_samples(question.source) for question in batches] == [12, 12, 6]
+    first = batches[0].source
     assert len(first.args[1].unique()) == 3  # times of all three calls
-    whole = torch.cat([predict_call(source, question.source) for question in asked])
+    predictions = torch.cat([predict_call(source, question.source) for question in asked])
     for row in predict_call(source, first):
-        assert (whole - row).abs().amax((1, 2)).min() < 1e-5
+        assert (predictions - row).abs().amax((1, 2)).min() < 1e-5
 
 
 class OneTime(Denoiser):
@@ -130,9 +130,9 @@ def test_calls_whose_samples_cannot_be_mixed_stay_whole(source, lora):
         return predict_call(model, question.source), predict_call(model, question.target)
 
     asked = [Question(call, call) for call in calls]
-    found = mix_samples(asked, 20, 48, both, torch.Generator().manual_seed(0))
-    assert len(found) == 2
-    assert all(any(one is other for other in asked) for one in found)
+    batches = mix_samples(asked, 20, 48, both, torch.Generator().manual_seed(0))
+    assert len(batches) == 2
+    assert all(any(one is other for other in asked) for one in batches)
 
 
 class WithPlaces(Denoiser):
@@ -157,9 +157,9 @@ def test_what_all_samples_share_is_not_cut_even_where_its_length_is_theirs(sourc
         return predict_call(model, question.source), predict_call(model, question.target)
 
     asked = [Question(call, call) for call in calls]
-    found = mix_samples(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
-    assert len(found) == 2
-    assert all(torch.equal(one.source.kwargs["places"], torch.arange(5.0)) for one in found)
+    batches = mix_samples(asked, 2 * images, 48, both, torch.Generator().manual_seed(0))
+    assert len(batches) == 2
+    assert all(torch.equal(one.source.kwargs["places"], torch.arange(5.0)) for one in batches)
 
 
 def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
@@ -177,10 +177,10 @@ def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
     torch.manual_seed(7)
     other = Denoiser(width=16)
     other.blocks = nn.ModuleList(FluxSingleTransformerBlock() for _ in range(2))
-    found = run(source, other, lora, force=True, steps=4)
-    assert set(found.adapter.updates) == {"blocks.0.mix", "blocks.1.mix"}
-    assert found.report.modules == 2
-    assert found.report.gate.copy_share is None
+    result = run(source, other, lora, force=True, steps=4)
+    assert set(result.adapter.updates) == {"blocks.0.mix", "blocks.1.mix"}
+    assert result.report.modules == 2
+    assert result.report.gate.copy_share is None
 
 
 def test_progress_names_every_step(source, lora):
@@ -222,11 +222,11 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     with torch.no_grad():
         for block in tuned.blocks:
             block.down.weight += 0.02 * torch.randn_like(block.down.weight)
-    found = run(source, tuned, lora, steps=12)
-    assert found.report.start == "copy"
-    assert found.report.steps[0] == pytest.approx(found.report.gate.copy_share["all"], abs=0.05)
-    assert found.report.gate.share["all"] > found.report.gate.copy_share["all"]
-    assert "starting from the copied updates" in found.report.sentences()[0]
+    result = run(source, tuned, lora, steps=12)
+    assert result.report.start == "copy"
+    assert result.report.steps[0] == pytest.approx(result.report.gate.copy_share["all"], abs=0.05)
+    assert result.report.gate.share["all"] > result.report.gate.copy_share["all"]
+    assert "starting from the copied updates" in result.report.sentences()[0]
     outside = LowRank(0.1 * torch.ones(4, 1), torch.ones(1, 12) / 12)
     more = run(source, tuned, lora | {"leave": outside}, steps=12)
     assert more.report.left_out == {}
@@ -237,11 +237,11 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
 
 def test_a_copy_that_serves_is_kept_unless_the_bases_agree():
     share = dict.fromkeys(("adapted", "target", "all"), 0.93)
-    agree, apart = ({"adapted": 0.1, "target": x} for x in (0.2, 0.9))
+    agree, disagree = ({"adapted": 0.1, "target": x} for x in (0.2, 0.9))
     assert gate.decide_gate(1.0, share, agree, {"all": 0.9})[0] == "go"
     assert gate.decide_gate(1.0, share, agree, {"all": 0.94})[0] == "copy"
-    assert gate.decide_gate(1.0, share, apart, {"all": 0.9})[0] == "copy"
-    assert gate.decide_gate(1.0, share, apart, {"all": 0.3})[0] == "go"
+    assert gate.decide_gate(1.0, share, disagree, {"all": 0.9})[0] == "copy"
+    assert gate.decide_gate(1.0, share, disagree, {"all": 0.3})[0] == "go"
     far = {"adapted": 0.1, "target": 7.0}
     assert gate.decide_gate(1.0, share, far, {"all": 0.6})[0] == "copy"
     assert gate.decide_gate(1.0, share, far, {"all": 0.3})[0] == "refuse"

@@ -87,8 +87,8 @@ def lora() -> dict[str, LowRank]:
             0.3 * torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator) / 3
         )
 
-    found = {f"blocks.{i}.up": update(2 * WIDTH, WIDTH) for i in range(BLOCKS)}
-    return found | {f"blocks.{i}.down": update(WIDTH, 2 * WIDTH) for i in range(BLOCKS)}
+    updates = {f"blocks.{i}.up": update(2 * WIDTH, WIDTH) for i in range(BLOCKS)}
+    return updates | {f"blocks.{i}.down": update(WIDTH, 2 * WIDTH) for i in range(BLOCKS)}
 
 
 def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
@@ -99,8 +99,8 @@ def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **option
 @pytest.mark.parametrize("strategy", ["joint", "blocks"])
 def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora, strategy):
     target = permuted(source)
-    found = run(source, target, lora, strategy=strategy)
-    gate = found.report.gate
+    result = run(source, target, lora, strategy=strategy)
+    gate = result.report.gate
     assert gate.decision == "go"
     assert gate.share["all"] > 0.9
     assert max(gate.disagreement.values()) < 1e-6
@@ -114,7 +114,7 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
                 return model(x, t) - plain
 
     wanted = change(source, lora)
-    probed, copied = change(target, found.adapter.updates), change(target, lora)
+    probed, copied = change(target, result.adapter.updates), change(target, lora)
     assert (probed - wanted).square().sum() < 0.15 * wanted.square().sum()
     assert (copied - wanted).square().sum() > 0.5 * wanted.square().sum()
 
@@ -135,7 +135,7 @@ def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source
         for i in range(3):
             x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
 
-    found = probe.fit_lora(
+    result = probe.fit_lora(
         source,
         target,
         lora,
@@ -149,8 +149,8 @@ def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source
         translate_back=lambda call: probe.Call((call.args[0], call.args[1] / 1000), {}),
         convert=lambda call, prediction: prediction / 2,
     )
-    assert found.report.gate.share["all"] > 0.9
-    assert max(found.report.gate.disagreement.values()) < 1e-6
+    assert result.report.gate.share["all"] > 0.9
+    assert max(result.report.gate.disagreement.values()) < 1e-6
 
 
 def test_unrelated_bases_are_refused_unless_forced(source, lora):
@@ -213,9 +213,9 @@ def test_progress_names_every_block(source, lora):
 
 def test_what_lies_outside_the_blocks_is_reported(source, lora):
     outside = LowRank(torch.zeros(4, 1), torch.zeros(1, WIDTH))
-    found = run(source, permuted(source), lora | {"leave": outside}, iterations=2, force=True)
-    assert list(found.report.left_out) == ["leave"]
-    assert "1 module was not moved" in found.report.sentences()[1]
+    result = run(source, permuted(source), lora | {"leave": outside}, iterations=2, force=True)
+    assert list(result.report.left_out) == ["leave"]
+    assert "1 module was not moved" in result.report.sentences()[1]
 
 
 def test_double_precision_and_unknown_modules_are_refused_by_name(source, lora):
@@ -246,12 +246,12 @@ def test_the_ridge_map_agrees_with_dense_least_squares():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, 5, generator=generator)
     y = x @ torch.randn(5, 4, generator=generator) + 7
-    found = RidgeMap()
+    ridge_map = RidgeMap()
     for part in range(0, 40, 10):
-        found.add(x[part : part + 10], y[part : part + 10])
-    found.solve(1e-9)
-    assert found.explained == pytest.approx(1, abs=1e-6)
-    torch.testing.assert_close(found(x[:1] - x[1:2]), y[:1] - y[1:2], atol=1e-4, rtol=1e-4)
+        ridge_map.add(x[part : part + 10], y[part : part + 10])
+    ridge_map.solve(1e-9)
+    assert ridge_map.explained == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(ridge_map(x[:1] - x[1:2]), y[:1] - y[1:2], atol=1e-4, rtol=1e-4)
 
 
 def test_a_linear_block_is_solved_as_dense_ridge_would():

@@ -1,4 +1,4 @@
-"""Probing on diffusers' own modules: blocks are found, gates and text streams are handled."""
+"""Probing on diffusers' own modules: blocks are recognised, gates and text streams are handled."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ UNET = {
 
 def loras(model: nn.Module, pattern: str) -> dict[str, LowRank]:
     generator = torch.Generator().manual_seed(1)
-    found = {}
+    updates = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and re.fullmatch(pattern, name):
             m, n = module.weight.shape
             up = 0.1 * torch.randn(m, 2, generator=generator)
-            found[name] = LowRank(up, torch.randn(2, n, generator=generator) / n**0.5)
-    return found
+            updates[name] = LowRank(up, torch.randn(2, n, generator=generator) / n**0.5)
+    return updates
 
 
 def transfer(model: nn.Module, lora: dict[str, LowRank], sampler, **options):
@@ -82,17 +82,17 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
 
     pattern = r".*blocks\.\d+\.(attn\.(to_q|to_v|to_out\.0|add_v_proj)|ff\.net\.2|proj_out)"
     lora = loras(model, pattern)
-    found = transfer(model, lora, sampler, strategy="blocks", iterations=4)
-    assert found.report.gate.share["all"] > 0.8
-    assert [row.name for row in found.report.blocks] == [
+    result = transfer(model, lora, sampler, strategy="blocks", iterations=4)
+    assert result.report.gate.share["all"] > 0.8
+    assert [row.name for row in result.report.blocks] == [
         "transformer_blocks.0",
         "single_transformer_blocks.0",
         "single_transformer_blocks.1",
     ]
-    assert set(lora) <= set(found.adapter.updates)
+    assert set(lora) <= set(result.adapter.updates)
     joint = transfer(model, lora, sampler, steps=12)
     assert joint.report.gate.share["all"] > 0.8
-    assert joint.adapter.updates.keys() == found.adapter.updates.keys()
+    assert joint.adapter.updates.keys() == result.adapter.updates.keys()
 
 
 def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(tmp_path):
@@ -109,12 +109,12 @@ def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(t
         return sample
 
     lora = loras(model, r".*transformer_blocks\.0\.(attn[12]\.to_(v|out\.0)|ff\.net\.2)")
-    found = transfer(model, lora, sampler, steps=12)
-    assert found.report.gate.share["all"] > 0.8
-    assert set(found.adapter.updates) == set(lora)
-    found.save(tmp_path / "moved.safetensors")
+    result = transfer(model, lora, sampler, steps=12)
+    assert result.report.gate.share["all"] > 0.8
+    assert set(result.adapter.updates) == set(lora)
+    result.save(tmp_path / "moved.safetensors")
     back = adapters.read_adapter(tmp_path / "moved.safetensors")
     name = next(iter(lora))
     torch.testing.assert_close(
-        back.updates[name].dense(), found.adapter.updates[name].dense(), atol=1e-6, rtol=1e-5
+        back.updates[name].dense(), result.adapter.updates[name].dense(), atol=1e-6, rtol=1e-5
     )

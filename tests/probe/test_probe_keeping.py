@@ -40,7 +40,7 @@ def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
 
 def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
     target = permuted(source)
-    whole = run(source, target, lora, **QUICK)
+    complete = run(source, target, lora, **QUICK)
     kept = {"resume": tmp_path, "samplers": "three steps"}
     with pytest.raises(Interrupted):
         run(source, target, lora, progress=interrupt, **kept, **QUICK)
@@ -52,14 +52,14 @@ def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
         source, target, lora, forbidden, forbidden, map_ridge=1e-3, fit_ridge=1e-3, **kept, **QUICK
     )
     assert again.report.resumed == 2
-    assert_equal(whole, again)
-    assert again.report.blocks == whole.report.blocks
+    assert_equal(complete, again)
+    assert again.report.blocks == complete.report.blocks
 
 
 def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch):
     target = permuted(source)
     joint = {"strategy": "joint", "steps": 9, "batch": 12, "rank": 3, "force": True}
-    whole = run(source, target, lora, **joint)
+    complete = run(source, target, lora, **joint)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
     kept = {"resume": tmp_path, "samplers": "three steps"}
 
@@ -76,8 +76,8 @@ def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypat
     )
     assert "step 7" in seen
     assert "step 6" not in seen
-    assert_equal(whole, again)
-    assert again.report.steps == whole.report.steps
+    assert_equal(complete, again)
+    assert again.report.steps == complete.report.steps
     assert not list(tmp_path.glob("fit-*"))
 
 
@@ -107,7 +107,7 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
 def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     target = permuted(source)
-    whole = run(source, target, lora, **QUICK)
+    complete = run(source, target, lora, **QUICK)
     assert not list(tmp_path.iterdir())
     most = []
     put = SpillStore.put
@@ -118,7 +118,7 @@ def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
 
     monkeypatch.setattr(SpillStore, "put", counted)
     bounded = run(source, target, lora, max_memory=8000, **QUICK)
-    assert_equal(whole, bounded)
+    assert_equal(complete, bounded)
     assert max(held for held, _ in most) <= 4000
     assert max(spilled for _, spilled in most) > 8000
     assert not list(tmp_path.iterdir())
@@ -128,16 +128,19 @@ def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
     source, lora, monkeypatch
 ):
     target = permuted(source)
-    whole = run(source, target, lora, **QUICK)
+    complete = run(source, target, lora, **QUICK)
     monkeypatch.setattr(wanted_streams, "MAP_BYTES", 1)
     grouped = run(source, target, lora, **QUICK)
-    assert_equal(whole, grouped)
-    assert grouped.report.blocks == whole.report.blocks
-    found = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
-    assert ridge_map.source_features(found, 0, 3).shape == (1, 3, 20)
+    assert_equal(complete, grouped)
+    assert grouped.report.blocks == complete.report.blocks
+    streams = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
+    assert ridge_map.source_features(streams, 0, 3).shape == (1, 3, 20)
     monkeypatch.setattr(ridge_map, "MAX_COLUMNS", 9)
-    assert ridge_map.source_features(found, 0, 3, 0.75)[0, 0].unique().tolist() in ([2, 3], [3, 4])
-    assert ridge_map.source_features(found, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
+    assert ridge_map.source_features(streams, 0, 3, 0.75)[0, 0].unique().tolist() in (
+        [2, 3],
+        [3, 4],
+    )
+    assert ridge_map.source_features(streams, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):
@@ -186,10 +189,10 @@ def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
 def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
     target = permuted(source)
     quick = {"strategy": "joint", "steps": 3, "rank": 3, "force": True}
-    whole = run(source, target, lora, **quick)
+    complete = run(source, target, lora, **quick)
     kept = {"resume": tmp_path, "samplers": "three steps"}
-    assert_equal(whole, run(source, target, lora, max_memory=8000, **kept, **quick))
+    assert_equal(complete, run(source, target, lora, max_memory=8000, **kept, **quick))
     again = run(source, target, lora, **kept, **quick)
     assert again.report.resumed == 1
-    assert again.report.steps == whole.report.steps
-    assert_equal(whole, again)
+    assert again.report.steps == complete.report.steps
+    assert_equal(complete, again)

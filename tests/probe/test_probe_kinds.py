@@ -84,10 +84,10 @@ def dit(folder: Path, layers: int) -> None:
 
 def t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "cat": 3, "dog": 4}
-    found = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer_model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer_model.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=found,
+        tokenizer_object=tokenizer_model,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -158,9 +158,9 @@ def test_both_models_are_asked_the_same_question(kind, tmp_path):
     prompts = ("3", "7") if "class" in kind else ("cat", "dog")
     pair = pipelines.pair_pipelines(source, target, Probing(prompts, images=2, steps=2, size=16))
     recorded = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
-    own = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
-    assert len(recorded) == len(own) == 4
-    for call, theirs in zip(recorded, own, strict=True):  # the same prompts in the same order
+    recorded_there = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
+    assert len(recorded) == len(recorded_there) == 4
+    for call, theirs in zip(recorded, recorded_there, strict=True):
         question = pair.translation.question(call)
         asked, expected = (
             split_call(target.denoiser, c).conditioning for c in (question.target, theirs)
@@ -205,14 +205,14 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
-    told = run("out.safetensors", "--probe-fit-steps", "5")
-    gate = told["probe"]["gate"]
+    report = run("out.safetensors", "--probe-fit-steps", "5")
+    gate = report["probe"]["gate"]
     assert gate["decision"] in ("go", "weaken")
     assert gate["share"]["all"] > 0.5
     assert gate["copy_share"]["all"] < 0.5
-    assert told["method"] == "probe"
-    found = adapters.read_adapter(tmp_path / "out.safetensors").updates
-    assert set(found) == {row["target"] for row in told["modules"]}
+    assert report["method"] == "probe"
+    updates = adapters.read_adapter(tmp_path / "out.safetensors").updates
+    assert set(updates) == {row["target"] for row in report["modules"]}
     # Twice the same command: the same file, to the bit.
     for name in ("one", "two"):
         run(name, "--probe-fit-steps", "1", "--force", "--format", "diffusers")

@@ -63,13 +63,13 @@ def test_each_model_is_asked_in_its_own_words_and_back_again(room):
     source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
     pair = pipelines.pair_pipelines(source, other, SETTINGS)
     asked = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[1]
-    own = record_calls(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
+    asked_there = record_calls(other.denoiser, other.sampler(pair.settings), 0, "target")[1]
     there = split_call(other.denoiser, pair.translation.translate(asked))
     assert there.time.shape == (2,)  # samples of other times can join them
     # Image 0 of seed 0 has the same prompt on both, and both are guided.
-    told = split_call(other.denoiser, own).conditioning["encoder_hidden_states",]
-    assert torch.equal(there.conditioning["encoder_hidden_states",], told)
-    assert told.shape == (2, 8, 12)
+    embeddings = split_call(other.denoiser, asked_there).conditioning["encoder_hidden_states",]
+    assert torch.equal(there.conditioning["encoder_hidden_states",], embeddings)
+    assert embeddings.shape == (2, 8, 12)
     mine = split_call(source.denoiser, asked)
     assert torch.equal(there.latent, mine.latent)
     assert torch.equal(there.time, mine.time)
@@ -106,11 +106,11 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     report = tmp_path / "report.json"
     result = run(room, "twin", tmp_path / "out.safetensors", *FEW, "--report", str(report), "-q")
     assert result.exit_code == 0, result.output
-    told = json.loads(report.read_text())
+    written = json.loads(report.read_text())
     # The UNet is the same one: copying is perfect, and probing says so.
-    assert told["asked"] == "probe"
-    assert told["method"] == "copy"
-    assert told["probe"]["gate"]["decision"] == "copy"
+    assert written["asked"] == "probe"
+    assert written["method"] == "copy"
+    assert written["probe"]["gate"]["decision"] == "copy"
     before, after = (
         adapters.read_adapter(file)
         for file in (room / "lora.safetensors", tmp_path / "out.safetensors")
@@ -133,10 +133,10 @@ def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     result = run(room, "other", out, *few, "--force")  # nothing is sampled or fitted again
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["probe"]["resumed"] == 1
-    told = json.loads(result.stdout)
-    assert told["probe"]["gate"]["decision"] == "refuse"
-    assert told["totals"]["mapped"] == len(adapters.read_adapter(out).updates) == 8
-    assert {row["rank_out"] for row in told["modules"]} == {3}
+    written = json.loads(result.stdout)
+    assert written["probe"]["gate"]["decision"] == "refuse"
+    assert written["totals"]["mapped"] == len(adapters.read_adapter(out).updates) == 8
+    assert {row["rank_out"] for row in written["modules"]} == {3}
     with safe_open(out, "pt") as file:
         header = file.metadata()
     assert header["prolora.method"] == "probe"
@@ -165,12 +165,12 @@ def test_a_dry_run_reads_names_alone(room, tmp_path, monkeypatch):
 
 
 def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path):
-    found = {k: v for k, v in load_file(room / "lora.safetensors").items() if "mid" in k}
+    tensors = {k: v for k, v in load_file(room / "lora.safetensors").items() if "mid" in k}
     key = "lora_unet_mid_block_resnets_0_conv1"
-    found[f"{key}.lora_down.weight"] = torch.zeros(1, 16, 3, 3)
-    found[f"{key}.lora_up.weight"] = torch.randn(16, 1, 1, 1)
-    save_file(found, tmp_path / "with.safetensors")
-    done = prolora_transfer(
+    tensors[f"{key}.lora_down.weight"] = torch.zeros(1, 16, 3, 3)
+    tensors[f"{key}.lora_up.weight"] = torch.randn(16, 1, 1, 1)
+    save_file(tensors, tmp_path / "with.safetensors")
+    result = prolora_transfer(
         tmp_path / "with.safetensors",
         room / "source",
         room / "other",
@@ -179,21 +179,21 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         out_rank=0.9,
         max_memory=100 << 30,
     )
-    skipped = done.report.rows("skipped")
+    skipped = result.report.rows("skipped")
     assert [row.source for row in skipped] == ["mid_block.resnets.0.conv1"]
     assert "no transformer block" in skipped[0].reason
-    done.save(tmp_path / "out.safetensors", format="diffusers")
+    result.save(tmp_path / "out.safetensors", format="diffusers")
     # Where the fit starts from the copy, the convolution stays copied, as a convolution.
-    done = prolora_transfer(
+    result = prolora_transfer(
         tmp_path / "with.safetensors",
         room / "source",
         room / "twin",
         method="probe",
         probe=Probing(images=1, steps=1, fit_steps=1, force=True),
     )
-    done.save(tmp_path / "copied.safetensors")
-    assert not done.report.rows("skipped")
-    conv = next(row for row in done.report.modules if row.source == skipped[0].source)
+    result.save(tmp_path / "copied.safetensors")
+    assert not result.report.rows("skipped")
+    conv = next(row for row in result.report.modules if row.source == skipped[0].source)
     assert conv.reason.startswith("copied")
     assert adapters.read_adapter(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
@@ -266,8 +266,8 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
         prolora_transfer(wide, room / "source", room / "other", method="copy")
     with pytest.raises(UnrelatedBases, match="--method probe"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
-    apart = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
-    assert not vae.can_probe(room / "source", apart)
+    unrelated = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
+    assert not vae.can_probe(room / "source", unrelated)
     with pytest.raises(ProLoRAError) as refused:
-        prolora_transfer(wide, room / "source", apart, method="copy")
+        prolora_transfer(wide, room / "source", unrelated, method="copy")
     assert "--method probe" not in str(refused.value)

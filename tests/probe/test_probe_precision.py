@@ -25,9 +25,9 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dty
     before = [copy.deepcopy(model.state_dict()) for model in halves]
     wide = [copy.deepcopy(model).float() for model in halves]
     few = {"iterations": 2, "rounds": 1, "force": True}
-    found, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
-    assert found.report.gate == wanted.report.gate
-    for name, update in found.adapter.updates.items():
+    halved, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
+    assert halved.report.gate == wanted.report.gate
+    for name, update in halved.adapter.updates.items():
         assert torch.equal(update.dense(), wanted.adapter.updates[name].dense())
     for model, kept in zip(halves, before, strict=True):
         for name, weight in model.state_dict().items():
