@@ -30,7 +30,7 @@ class Strengthened(nn.Module):
         return self.layer(x) + self.strength * (x @ self.down.mT @ self.up.mT)
 
 
-def fitted_strengths(kind: str, adapter: str, target: nn.Module, updates: Updates) -> Updates:
+def fit_strengths(kind: str, adapter: str, target: nn.Module, updates: Updates) -> Updates:
     """The updates, each at the strength that minimises the adapter's training loss on the target.
 
     Args:

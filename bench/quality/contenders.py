@@ -1,6 +1,6 @@
 """What the study compares: every way of moving a LoRA, as {target module: update}.
 
-The projections are the library's own. What only the study needs is written here: norms restored,
+The projections are those of the library. This file has what only the study needs: restored norms,
 CASA's arbitration, and the updates of dropped blocks summed onto their neighbours.
 """
 
@@ -44,7 +44,7 @@ class Case:
     @classmethod
     def of(cls, arch: str, kind: str, source: nn.Module, target: nn.Module, lora: Updates) -> Case:
         """Pairs modules by the map that is known from how the target was made."""
-        pairs = paired(arch, kind, source, target)
+        pairs = pair_modules(arch, kind, source, target)
         dropped = {}
         if kind == "pruned":
             back = {s: t for t, s in pairs.items()}
@@ -83,7 +83,7 @@ def _number(text: str) -> int:
     return int(text.removesuffix("1")) if len(text) > 1 else 1
 
 
-def paired(arch: str, kind: str, source: nn.Module, target: nn.Module) -> dict[str, str]:
+def pair_modules(arch: str, kind: str, source: nn.Module, target: nn.Module) -> dict[str, str]:
     """{target module: source module} of equal shape, as known from how the target was made."""
     ours, theirs = dict(backbone(source).named_modules()), dict(backbone(target).named_modules())
     pairs = {t: origin(arch, kind, t) for t in theirs if re.fullmatch(ADAPTED[arch], t)}
@@ -94,11 +94,11 @@ def paired(arch: str, kind: str, source: nn.Module, target: nn.Module) -> dict[s
     }
 
 
-def copied(case: Case) -> Updates:
+def copy_updates(case: Case) -> Updates:
     return case.updates
 
 
-def projected(
+def make_projection(
     method: str, rule: float | str, threshold: float = 0.0, norm_restored: bool = False
 ) -> Callable[[Case], Updates]:
     """A projection of the library at a rank rule; modules below the threshold get nothing."""
@@ -119,18 +119,18 @@ def projected(
     return run
 
 
-def summed(case: Case) -> Updates:
+def sum_dropped_updates(case: Case) -> Updates:
     """Copy, and the updates of dropped blocks added to the block next to them."""
     moved = dict(case.updates)
     for name, extra in case.dropped.items():
-        own = moved[name]
+        update = moved[name]
         moved[name] = LowRank(
-            torch.cat([own.up, extra.up], 1), torch.cat([own.down, extra.down], 0)
+            torch.cat([update.up, extra.up], 1), torch.cat([update.down, extra.down], 0)
         )
     return moved
 
 
-def casa(case: Case) -> Updates:
+def arbitrate(case: Case) -> Updates:
     """CASA's spectral arbitration (arXiv 2605.01929), after its description; rank 4 r.
 
     In the coordinates of the source's full SVD, C_drift = Uᵀ(W_t − W_s)V and C_lora = UᵀΔWV.
@@ -202,7 +202,7 @@ def _cosine(lora: Tensor, drift: Tensor, cluster: Tensor) -> Tensor:
     return weight[:, None].expand_as(lora)
 
 
-def transferred(case: Case, **options: Any) -> Updates:
+def run_transfer(case: Case, **options: Any) -> Updates:
     """What the library's `transfer` writes; nothing where it refuses the pair as unrelated."""
     bases = (
         {f"{name}.weight": w for name, w in side.items()} for side in (case.source, case.target)
@@ -213,14 +213,14 @@ def transferred(case: Case, **options: Any) -> Updates:
         return {}
 
 
-def verdict(case: Case) -> Verdict:
+def judge_bases(case: Case) -> Verdict:
     """What the weights of the pair say."""
     pairs = [(case.source[name], case.target[name]) for name in case.target]
     return judge_affinity(Affinity.total(Affinity.of(*pair) for pair in pairs))
 
 
-def copied_by_module(case: Case) -> Updates:
-    """Copy, each module at the strength that its own drift calls for."""
+def copy_by_module(case: Case) -> Updates:
+    """A copy in which each module has the strength that its drift asks for."""
     return {
         name: LowRank(
             update.up * judge_affinity(Affinity.of(case.source[name], case.target[name])).strength,
@@ -230,7 +230,7 @@ def copied_by_module(case: Case) -> Updates:
     }
 
 
-def scaled(updates: Updates, strength: float) -> Updates:
+def scale_updates(updates: Updates, strength: float) -> Updates:
     return {name: LowRank(update.up * strength, update.down) for name, update in updates.items()}
 
 
@@ -239,31 +239,31 @@ STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 
 # Label -> method; each is run at strength 1 unless RUNS says otherwise.
 METHODS: dict[str, Callable[[Case], Updates]] = {
-    "copy": copied,
-    "summed": summed,
-    "casa": casa,
-    **{f"prolora {rule}": projected("prolora", rule) for rule in (*ENERGIES, *SHARES)},
-    **{f"subspace {rule}": projected("subspace", rule) for rule in (0.9, "d/2")},
-    **{f"lora-x {rule}": projected("lora-x", rule) for rule in (0.9, "d/2")},
-    **{f"blocks {rule}": projected("blocks", rule) for rule in (0.9, "d/2")},
-    "prolora 0.9 gated 0.8": projected("prolora", 0.9, threshold=0.8),
-    "prolora 0.9 gated 0.9": projected("prolora", 0.9, threshold=0.9),
-    "prolora 0.9 norm restored": projected("prolora", 0.9, norm_restored=True),
+    "copy": copy_updates,
+    "summed": sum_dropped_updates,
+    "casa": arbitrate,
+    **{f"prolora {rule}": make_projection("prolora", rule) for rule in (*ENERGIES, *SHARES)},
+    **{f"subspace {rule}": make_projection("subspace", rule) for rule in (0.9, "d/2")},
+    **{f"lora-x {rule}": make_projection("lora-x", rule) for rule in (0.9, "d/2")},
+    **{f"blocks {rule}": make_projection("blocks", rule) for rule in (0.9, "d/2")},
+    "prolora 0.9 gated 0.8": make_projection("prolora", 0.9, threshold=0.8),
+    "prolora 0.9 gated 0.9": make_projection("prolora", 0.9, threshold=0.9),
+    "prolora 0.9 norm restored": make_projection("prolora", 0.9, norm_restored=True),
 }
 RUNS: dict[str, tuple[float, ...]] = {
     "copy": STRENGTHS,
     "blocks 0.9": STRENGTHS,
     "prolora 0.9": (0.6, 1.0, 1.5),
 }
-# What the study led to; apart from the above, so that a new rule is scored without the rest.
+# Results of the study; separate, so that a new rule is scored without the methods above.
 CHOSEN: dict[str, Callable[[Case], Updates]] = {
-    "auto": functools.partial(transferred, method="auto"),
-    "copy, automatic strength": functools.partial(transferred, method="copy", strength="auto"),
-    "copy, strength by module": copied_by_module,
+    "auto": functools.partial(run_transfer, method="auto"),
+    "copy, automatic strength": functools.partial(run_transfer, method="copy", strength="auto"),
+    "copy, strength by module": copy_by_module,
     "blocks, automatic strength": functools.partial(
-        transferred, method="blocks", strength="auto", threshold=0
+        run_transfer, method="blocks", strength="auto", threshold=0
     ),
-    "damped, κ 1": functools.partial(transferred, method="damped", damping=1),
-    "damped, κ 4": functools.partial(transferred, method="damped", damping=4),
-    "damped, κ 16": functools.partial(transferred, method="damped", damping=16),
+    "damped, κ 1": functools.partial(run_transfer, method="damped", damping=1),
+    "damped, κ 4": functools.partial(run_transfer, method="damped", damping=4),
+    "damped, κ 16": functools.partial(run_transfer, method="damped", damping=16),
 }

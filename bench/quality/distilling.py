@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from contenders import Updates
 from networks import ADAPTED, backbone
-from scoring import applied
+from scoring import apply_updates
 from torch import Tensor, nn
 
 from prolora import LowRank
@@ -24,7 +24,7 @@ STEPS, BATCH, RATE, RANK = 150, 48, 3e-3, 8
 Sample = Callable[[int], None]
 
 
-def distilled(
+def distil_lora(
     source: nn.Module,
     target: nn.Module,
     lora: Updates,
@@ -49,13 +49,13 @@ def distilled(
 
     started = time.process_time()
     states = _recorded(source, samplers[0], seed)
-    with applied(source, lora):
+    with apply_updates(source, lora):
         states += _recorded(source, samplers[2], seed + 1)
     states += _recorded(target, samplers[1], seed + 2)
     sampling = time.process_time() - started
     x, t, tokens = (torch.cat(parts) for parts in zip(*states, strict=True))
     wanted = _predicted(target, x, t, tokens) - _predicted(source, x, t, tokens)
-    with applied(source, lora):
+    with apply_updates(source, lora):
         wanted += _predicted(source, x, t, tokens)
 
     model = copy.deepcopy(target).requires_grad_(False)

@@ -55,12 +55,12 @@ WORKS, FAILS = 0.25, 0.1
 """A transfer worked if it recovers more than the first, and failed if less than the second."""
 
 
-def cell(mean: Mean | None) -> str:
+def format_cell(mean: Mean | None) -> str:
     """0.57 [0.50, 0.63], or a dash."""
     return "–" if mean is None else f"{mean[0]:.2f} [{mean[1]:.2f}, {mean[2]:.2f}]"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
+def format_table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -68,24 +68,27 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def methods_table(table: Table) -> str:
     rows = []
     for name, label in METHODS.items():
-        rows.append([name, *(cell(table.where(kind=k).share(label)) for k in KINDS)])
-    found = [table.where(kind=kind).best_copy() for kind in KINDS]
+        rows.append([name, *(format_cell(table.where(kind=k).share(label)) for k in KINDS)])
+    best_copies = [table.where(kind=kind).best_copy() for kind in KINDS]
     fixed = [
-        f"{cell(table.where(kind=kind).share(label))} at {label.removeprefix('copy @ ')}"
-        for kind, label in zip(KINDS, found, strict=True)
+        f"{format_cell(table.where(kind=kind).share(label))} at {label.removeprefix('copy @ ')}"
+        for kind, label in zip(KINDS, best_copies, strict=True)
     ]
     rows.insert(1, ["copy, best fixed strength for the kind", *fixed])
     ceiling = ["*ceiling: strengths by module fitted to the target's data, one seed*"]
-    rows.append([*ceiling, *(cell(table.where(kind=k, seed=0).share("ceiling")) for k in KINDS)])
-    return markdown(["", *KINDS], rows)
+    rows.append(
+        [*ceiling, *(format_cell(table.where(kind=k, seed=0).share("ceiling")) for k in KINDS)]
+    )
+    return format_table(["", *KINDS], rows)
 
 
 def readme_table(table: Table) -> str:
     shown = ("copy, strength 1", "**auto**", "`blocks`", "`prolora`", "`lora-x`")
     rows = [
-        [name, *(cell(table.where(kind=k).share(METHODS[name])) for k in KINDS)] for name in shown
+        [name, *(format_cell(table.where(kind=k).share(METHODS[name])) for k in KINDS)]
+        for name in shown
     ]
-    return markdown(["", *KINDS], rows)
+    return format_table(["", *KINDS], rows)
 
 
 def difference_table(table: Table) -> str:
@@ -96,11 +99,12 @@ def difference_table(table: Table) -> str:
         rows.append(
             [
                 name,
-                cell(part.share("auto")),
-                cell(part.difference("auto", "copy @ 1")),
-                f"{cell(part.difference('auto', fixed))} (at {fixed.removeprefix('copy @ ')})",
-                cell(part.difference("copy, automatic strength", fixed)),
-                cell(part.difference("auto", "prolora 0.9 @ 1")),
+                format_cell(part.share("auto")),
+                format_cell(part.difference("auto", "copy @ 1")),
+                f"{format_cell(part.difference('auto', fixed))} "
+                f"(at {fixed.removeprefix('copy @ ')})",
+                format_cell(part.difference("copy, automatic strength", fixed)),
+                format_cell(part.difference("auto", "prolora 0.9 @ 1")),
             ]
         )
     head = [
@@ -111,7 +115,7 @@ def difference_table(table: Table) -> str:
         "copy at automatic − at its best",
         "auto − `prolora`",
     ]
-    return markdown(head, rows)
+    return format_table(head, rows)
 
 
 def adapters_table(table: Table) -> str:
@@ -121,18 +125,18 @@ def adapters_table(table: Table) -> str:
             part = table.where(kind=kind, adapter=adapter)
             fixed = part.best_copy()
             labels = ("copy @ 1", fixed, "auto", "blocks 0.9 @ 1", "prolora 0.9 @ 1")
-            cells = [cell(part.share(label)) for label in labels]
+            cells = [format_cell(part.share(label)) for label in labels]
             cells[1] += f" at {fixed.removeprefix('copy @ ')}"
             rows.append([kind, adapter, *cells])
-    return markdown(["", "", "copy at 1", "at its best", "auto", "`blocks`", "`prolora`"], rows)
+    return format_table(["", "", "copy at 1", "at its best", "auto", "`blocks`", "`prolora`"], rows)
 
 
 def ablation_table(table: Table) -> str:
     rows = [
-        [name, *(cell(table.where(kind=kind).share(label)) for kind in RELATED)]
+        [name, *(format_cell(table.where(kind=kind).share(label)) for kind in RELATED)]
         for name, label in ABLATION.items()
     ]
-    return markdown(["`prolora` with", *RELATED], rows)
+    return format_table(["`prolora` with", *RELATED], rows)
 
 
 def samples_table(table: Table, adapters: tuple[str, ...], score: str) -> str:
@@ -150,7 +154,7 @@ def samples_table(table: Table, adapters: tuple[str, ...], score: str) -> str:
             cells.append("–" if mean is None else f"{mean[0]:.3f} [{mean[1]:.3f}, {mean[2]:.3f}]")
         rows.append([kind, *cells])
     head = ["", "no adapter", "copy", "`prolora`", "`blocks`", "auto", "trained on the target"]
-    return markdown(head, rows)
+    return format_table(head, rows)
 
 
 def verdict_table(table: Table) -> str:
@@ -161,14 +165,14 @@ def verdict_table(table: Table) -> str:
             part = Table([r for r in table.where(kind=kind, arch=arch).rows if r["verdict"]])
             if not part.rows:
                 continue
-            told = [row["verdict"] for row in part.rows]
+            verdicts = [row["verdict"] for row in part.rows]
 
-            def span(key: str, form: str, told: list[dict] = told) -> str:
-                values = [v[key] for v in told]
+            def span(key: str, form: str, verdicts: list[dict] = verdicts) -> str:
+                values = [v[key] for v in verdicts]
                 low, high = format(min(values), form), format(max(values), form)
                 return low if low == high else f"{low} … {high}"
 
-            go = sum(v["go"] for v in told)
+            go = sum(v["go"] for v in verdicts)
             tried = [label for label in ("damped, κ 4", *COPIES)]
             rows.append(
                 [
@@ -178,9 +182,9 @@ def verdict_table(table: Table) -> str:
                     span("cosine", ".2f"),
                     span("spread", ".2f"),
                     span("shift", ".3f"),
-                    f"{go} of {len(told)}",
-                    cell(part.share("copy @ 1")),
-                    cell(part.share(best(part, tried))),
+                    f"{go} of {len(verdicts)}",
+                    format_cell(part.share("copy @ 1")),
+                    format_cell(part.share(best(part, tried))),
                 ]
             )
     head = [
@@ -194,20 +198,20 @@ def verdict_table(table: Table) -> str:
         "copy at 1",
         "best of κ 4 and copies",
     ]
-    return markdown(head, rows)
+    return format_table(head, rows)
 
 
 def decisions(table: Table) -> str:
     """False-go and false-no-go counts over every scored target and adapter."""
-    told = [row for row in table.rows if row["verdict"]]
-    go = [row for row in told if row["verdict"]["go"]]
-    no_go = [row for row in told if not row["verdict"]["go"]]
+    verdicts = [row for row in table.rows if row["verdict"]]
+    go = [row for row in verdicts if row["verdict"]["go"]]
+    no_go = [row for row in verdicts if not row["verdict"]["go"]]
     failed = [row for row in go if (recovered(row, "auto") or 0) < FAILS]
     labels = ("damped, κ 4", "damped, κ 16", *COPIES)
     missed = [row for row in no_go if max(recovered(row, label) or 0 for label in labels) > WORKS]
     related = table.where(kind=RELATED).rows
     kept = [row for row in related if row["verdict"] and row["verdict"]["go"]]
-    return markdown(
+    return format_table(
         ["", "count", "of", "rate"],
         [
             _rate(f"false go: `auto` went ahead and recovered less than {FAILS}", failed, go),
@@ -221,12 +225,12 @@ def decisions(table: Table) -> str:
     )
 
 
-def _rate(name: str, some: list, whole: list) -> list[str]:
-    share = f"{len(some) / len(whole):.1%}" if whole else "–"
-    return [name, str(len(some)), str(len(whole)), share]
+def _rate(name: str, some: list, all_rows: list) -> list[str]:
+    share = f"{len(some) / len(all_rows):.1%}" if all_rows else "–"
+    return [name, str(len(some)), str(len(all_rows)), share]
 
 
-def filled(page: str, tables: dict[str, str]) -> str:
+def fill_page(page: str, tables: dict[str, str]) -> str:
     """The page with each table between its marks, <!-- name --> and <!-- end -->."""
     for name, table in tables.items():
         marked = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
@@ -259,7 +263,7 @@ def main() -> None:
     }
     for page in PAGES:
         page.write_text(
-            filled(page.read_text(), {n: make(everything) for n, make in tables.items()})
+            fill_page(page.read_text(), {n: make(everything) for n, make in tables.items()})
         )
     figures.draw(everything, ROOT / "docs/images")
 

@@ -32,9 +32,9 @@ def draw(table: Table, folder: Path) -> None:
     """Every plot, as SVG."""
     plt.rcParams.update({"svg.hashsalt": "prolora", "font.size": 9})
     for name, figure in (("methods", _methods), ("verdicts", _verdicts), ("ranks", _ranks)):
-        found = figure(table)
-        found.savefig(folder / f"evidence-{name}.svg", metadata={"Date": None})
-        plt.close(found)
+        plot = figure(table)
+        plot.savefig(folder / f"evidence-{name}.svg", metadata={"Date": None})
+        plt.close(plot)
 
 
 def _methods(table: Table) -> plt.Figure:
@@ -70,18 +70,18 @@ def _verdicts(table: Table) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     seen = set()
     for row in table.rows:
-        told = row["verdict"]
-        if not told:
+        verdict = row["verdict"]
+        if not verdict:
             continue
         part = Table([row])
         share = recovered(row, best(part, ("damped, κ 4", "damped, κ 1", "copy @ 1")))
         kind = row["kind"] if row["kind"] in COLOURS else "other fine-tunes"
         axes.scatter(
-            told["shift"] if told["cosine"] > 0.5 else 0.2,
+            verdict["shift"] if verdict["cosine"] > 0.5 else 0.2,
             max(share or 0, -0.3),
             s=14,
             color=COLOURS.get(kind, "#d69e2e"),
-            marker="o" if told["go"] else "x",
+            marker="o" if verdict["go"] else "x",
             label=None if kind in seen else kind,
             linewidths=1,
         )

@@ -11,7 +11,7 @@ from evidence import RELATED, ROOT
 from images import CONCEPT_LABEL
 from model import sample
 from PIL import Image, ImageDraw
-from scoring import FEW_STEPS, SAMPLE_STEPS, applied
+from scoring import FEW_STEPS, SAMPLE_STEPS, apply_updates
 from study import loaded
 from torch import Tensor
 from training import TOKENS
@@ -21,7 +21,7 @@ ROWS = ("no adapter", "copy", "prolora 0.9", "auto", "trained there")
 PIXELS, LABEL, GAP = 32, 118, 8
 
 
-def drawn(model: torch.nn.Module, adapter: str, n: int) -> Tensor:
+def draw_samples(model: torch.nn.Module, adapter: str, n: int) -> Tensor:
     """n images (n, 1, 16, 16) for what the adapter is about, from the same noise for every row."""
     y = torch.full((n,), CONCEPT_LABEL) if adapter == "concept" else torch.arange(n) % 10
     few = adapter == "fewstep"
@@ -43,10 +43,10 @@ def main() -> None:
         pen.text((left, 3), adapter, fill=0)
         left += n * PIXELS + GAP
     for i, kind in enumerate(RELATED):
-        target, found, oracles = loaded(options.work, options.arch, kind, 0)
+        target, cases_by_adapter, oracles = loaded(options.work, options.arch, kind, 0)
         left = LABEL
         for adapter, n in COLUMNS.items():
-            case = found[adapter]
+            case = cases_by_adapter[adapter]
             updates = {
                 "no adapter": {},
                 "trained there": oracles[adapter],
@@ -54,8 +54,8 @@ def main() -> None:
             }
             for j, label in enumerate(ROWS):
                 top = 18 + i * block + j * PIXELS
-                with applied(target, updates[label]):
-                    images = drawn(target, adapter, n)
+                with apply_updates(target, updates[label]):
+                    images = draw_samples(target, adapter, n)
                 strip = torch.cat(list(images[:, 0]), dim=1)
                 grey = ((strip + 1) * 127.5).clamp(0, 255).byte().numpy()
                 tile = Image.fromarray(grey).resize((n * PIXELS, PIXELS), Image.Resampling.NEAREST)

@@ -28,7 +28,7 @@ class Job:
     run: Callable[[Path], None]
 
 
-def work(jobs: Sequence[Job]) -> None:
+def run_jobs(jobs: Sequence[Job]) -> None:
     """Runs jobs in order until every file exists or nothing is left that this process can do."""
     while missing := [job for job in jobs if not job.path.exists()]:
         ready = [job for job in missing if all(path.exists() for path in job.needs)]

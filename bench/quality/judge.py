@@ -73,7 +73,7 @@ def train_judge() -> Judge:
 
 
 def accuracy(judge: Judge) -> list[float]:
-    """Shares of held-out images whose content, style and domain are told right."""
+    """Shares of held-out images whose content, style and domain are recognised correctly."""
     x, y = digits("held_out")
     generator = torch.Generator().manual_seed(9)
     hits = torch.zeros(3)

@@ -36,7 +36,7 @@ FLUX = {
     "axes_dims_rope": [4, 6, 6],
 }
 # As SSD-1B was cut from SDXL: no attention in the middle, fewer blocks elsewhere; and as Flex was
-# cut from FLUX: whole blocks left out.
+# cut from FLUX: complete blocks are left out.
 PRUNED = {
     "unet": {
         "mid_block_type": "UNetMidBlock2D",

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from evidence import ROOT, cell, filled, markdown
-from results import Row, Table, git, rounded
+from evidence import ROOT, fill_page, format_cell, format_table
+from results import Row, Table, git, round_numbers
 
 from prolora.probe import gate
 
@@ -46,7 +46,7 @@ def collect(work: Path) -> dict:
         if name in ("study", "related", "equal rank") or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
-            rows.append(rounded(row))
+            rows.append(round_numbers(row))
     made = {
         "script": "bench/quality/probing.py",
         "commit": git("rev-parse", "--short", "HEAD"),
@@ -57,22 +57,22 @@ def collect(work: Path) -> dict:
     return {"made": made, "rows": rows}
 
 
-def chosen(table: Table, where: tuple[str, str, str], **wanted: object) -> Table:
+def select_rows(table: Table, where: tuple[str, str, str], **wanted: object) -> Table:
     """The study's rows of one kind of target."""
     arch, to, kind = where
     wanted = {"name": "study", "method": "probe"} | wanted
     return table.where(arch=arch, to=to, kind=kind, **wanted)
 
 
-def decision(row: Row) -> str:
+def decide_row(row: Row) -> str:
     """What the gate says of a row."""
-    told = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
-    return gate.decide_gate(*told)[0]
+    verdict = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
+    return gate.decide_gate(*verdict)[0]
 
 
-def gated(row: Row) -> float:
+def gated_score(row: Row) -> float:
     """What `--method probe` writes is worth: the copy, or nothing, where the gate says so."""
-    if decision(row) in (gate.GO, gate.WEAKEN):
+    if decide_row(row) in (gate.GO, gate.WEAKEN):
         return float(row["score"])
     return row["copy"] or 0.0
 
@@ -83,7 +83,7 @@ def ratio(row: Row) -> float:
     return sum(seconds.values()) / seconds["sample"] - 1
 
 
-def apart(row: Row) -> float:
+def largest_disagreement(row: Row) -> float:
     """The disagreement that the gate looks at."""
     return max(row["disagreement"][origin] for origin in ("adapted", "target"))
 
@@ -101,24 +101,24 @@ def score(row: Row) -> float:
 def targets_table(table: Table) -> str:
     lines = []
     for name, where in TARGETS.items():
-        part = chosen(table, where)
+        part = select_rows(table, where)
         if not part.rows:
             continue
-        told = [decision(row) for row in part.rows]
-        yes = sum(d in (gate.GO, gate.WEAKEN) for d in told)
+        decisions = [decide_row(row) for row in part.rows]
+        yes = sum(d in (gate.GO, gate.WEAKEN) for d in decisions)
         copied = part.mean(lambda row: row["copy"])
         seeds = len({row["seed"] for row in part.rows})
         lines.append(
             [
                 name,
                 f"{seeds} × {len(part.rows) // seeds}",
-                f"**{cell(part.mean(score))}**",
-                cell(part.mean(gated)),
-                cell(copied),
-                cell(part.mean(lambda r: r["share"]["all"])),
-                span([apart(row) for row in part.rows]),
-                f"{yes} of {len(told)}",
-                cell(part.mean(ratio)),
+                f"**{format_cell(part.mean(score))}**",
+                format_cell(part.mean(gated_score)),
+                format_cell(copied),
+                format_cell(part.mean(lambda r: r["share"]["all"])),
+                span([largest_disagreement(row) for row in part.rows]),
+                f"{yes} of {len(decisions)}",
+                format_cell(part.mean(ratio)),
             ]
         )
     head = [
@@ -132,30 +132,30 @@ def targets_table(table: Table) -> str:
         "go",
         "fitting / sampling",
     ]
-    return markdown(head, lines)
+    return format_table(head, lines)
 
 
 def adapters_table(table: Table) -> str:
     names = ("thick", "slanted", "concept", "fewstep")
     lines = []
     for name, where in TARGETS.items():
-        part = chosen(table, where)
+        part = select_rows(table, where)
         if part.rows:
             means = [part.where(adapter=adapter).mean(score) for adapter in names]
-            lines.append([name, *(cell(mean) for mean in means)])
-    return markdown(["target", *names], lines)
+            lines.append([name, *(format_cell(mean) for mean in means)])
+    return format_table(["target", *names], lines)
 
 
 def ceiling_table(table: Table) -> str:
     lines = []
     for name, where in TARGETS.items():
-        trained = chosen(table, where, method="distilled")
+        trained = select_rows(table, where, method="distilled")
         keys = {(row["seed"], row["adapter"]) for row in trained.rows}
-        rows = [r for r in chosen(table, where).rows if (r["seed"], r["adapter"]) in keys]
+        rows = [r for r in select_rows(table, where).rows if (r["seed"], r["adapter"]) in keys]
         ours = Table(rows)
         if not rows:
             continue
-        same = chosen(table, where, name="equal rank")
+        same = select_rows(table, where, name="equal rank")
         means = [ours.mean(score), trained.mean(score)]
         seconds = [
             sum(sum(row["seconds"].values()) - row["seconds"]["sample"] for row in part.rows)
@@ -166,9 +166,9 @@ def ceiling_table(table: Table) -> str:
             [
                 name,
                 str(len(rows)),
-                *(cell(mean) for mean in means),
+                *(format_cell(mean) for mean in means),
                 f"{means[0][0] / means[1][0]:.2f}",
-                cell(same.mean(score)),
+                format_cell(same.mean(score)),
                 f"{seconds[0]:.1f} s",
                 f"{seconds[1]:.1f} s",
             ]
@@ -183,31 +183,31 @@ def ceiling_table(table: Table) -> str:
         "time of probe",
         "time of *distilled*",
     ]
-    return markdown(head, lines)
+    return format_table(head, lines)
 
 
 def far_table(table: Table) -> str:
     lines = []
     for name, where in FAR.items():
-        part = chosen(table, where)
+        part = select_rows(table, where)
         if not part.rows:
             continue
-        no = sum(decision(row) in (gate.REFUSE, gate.COPY) for row in part.rows)
+        no = sum(decide_row(row) in (gate.REFUSE, gate.COPY) for row in part.rows)
 
         def gain(row: Row) -> float | None:
-            return None if row["copy"] is None else gated(row) - row["copy"]
+            return None if row["copy"] is None else gated_score(row) - row["copy"]
 
         worst = min(value for row in part.rows if (value := gain(row)) is not None)
         lines.append(
             [
                 name,
                 str(len(part.rows)),
-                cell(part.mean(score)),
-                cell(part.mean(lambda row: row["copy"])),
-                cell(part.mean(gated)),
+                format_cell(part.mean(score)),
+                format_cell(part.mean(lambda row: row["copy"])),
+                format_cell(part.mean(gated_score)),
                 f"{worst:.2f}",
-                cell(part.mean(lambda r: r["share"]["all"])),
-                span([apart(row) for row in part.rows]),
+                format_cell(part.mean(lambda r: r["share"]["all"])),
+                span([largest_disagreement(row) for row in part.rows]),
                 f"{no} of {len(part.rows)}",
             ]
         )
@@ -222,28 +222,28 @@ def far_table(table: Table) -> str:
         "disagreement",
         "refused or copied",
     ]
-    return markdown(head, lines)
+    return format_table(head, lines)
 
 
 def related_table(table: Table) -> str:
     lines = []
     for name, where in RELATED.items():
-        part = chosen(table, where, name="related")
+        part = select_rows(table, where, name="related")
         if not part.rows:
             continue
-        fitted = sum(decision(row) in (gate.GO, gate.WEAKEN) for row in part.rows)
-        gains = [gated(row) - row["copy"] for row in part.rows]
+        fitted = sum(decide_row(row) in (gate.GO, gate.WEAKEN) for row in part.rows)
+        gains = [gated_score(row) - row["copy"] for row in part.rows]
         lines.append(
             [
                 name,
                 str(len(part.rows)),
-                cell(part.mean(lambda row: row["copy"])),
-                cell(part.mean(score)),
+                format_cell(part.mean(lambda row: row["copy"])),
+                format_cell(part.mean(score)),
                 f"{fitted} of {len(part.rows)}",
-                cell(part.mean(gated)),
-                cell(part.mean(lambda row: gated(row) - row["copy"])),
+                format_cell(part.mean(gated_score)),
+                format_cell(part.mean(lambda row: gated_score(row) - row["copy"])),
                 f"{min(gains):.2f}",
-                span([apart(row) for row in part.rows]),
+                span([largest_disagreement(row) for row in part.rows]),
             ]
         )
     head = [
@@ -257,7 +257,7 @@ def related_table(table: Table) -> str:
         "worst gated − copy",
         "disagreement",
     ]
-    return markdown(head, lines)
+    return format_table(head, lines)
 
 
 def curves_table(table: Table) -> str:
@@ -272,12 +272,12 @@ def curves_table(table: Table) -> str:
     ).rows
     lines = []
     for curve in CURVES:
-        found = dict.fromkeys([DEFAULTS[curve]], base[0]) if base else {}
+        row_by_value = dict.fromkeys([DEFAULTS[curve]], base[0]) if base else {}
         for row in table.rows:
             if row["name"].split()[0] == curve:
-                found[json.loads(row["name"].split()[1])] = row
-        for value in sorted(found):
-            row = found[value]
+                row_by_value[json.loads(row["name"].split()[1])] = row
+        for value in sorted(row_by_value):
+            row = row_by_value[value]
             lines.append(
                 [
                     curve,
@@ -288,7 +288,7 @@ def curves_table(table: Table) -> str:
                     f"{ratio(row):.1f}",
                 ]
             )
-    return markdown(
+    return format_table(
         ["option", "value", "score", "held-out share", "drawing and fit", "fitting / sampling"],
         lines,
     )
@@ -311,7 +311,7 @@ def main() -> None:
     }
     for page in PAGES:
         page.write_text(
-            filled(page.read_text(), {n: make(everything) for n, make in tables.items()})
+            fill_page(page.read_text(), {n: make(everything) for n, make in tables.items()})
         )
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from contenders import Updates
-from distilling import distilled
+from distilling import distil_lora
 from images import CONCEPT_LABEL, NULL_LABEL
-from jobs import Job, work
+from jobs import Job, run_jobs
 from model import predict
-from scoring import applied, held_out_pairs
+from scoring import apply_updates, held_out_pairs
 from study import load_lora, load_model, lora_path, model_path
 from torch import Tensor, nn
 from training import ADAPTERS, GUIDANCE, TOKENS, task_loss
@@ -109,7 +109,7 @@ class Case:
 
     def loss(self, updates: Updates) -> float:
         """Held-out loss of the target with updates, names as in diffusers."""
-        with applied(self.target, updates):
+        with apply_updates(self.target, updates):
             return task_loss(self.target, self.kind, self.adapter, self.pairs)
 
     def score(self, updates: Updates) -> float:
@@ -119,8 +119,11 @@ class Case:
     def fits(self) -> bool:
         """Whether the LoRA can be copied as it is."""
         modules = dict(self.target.named_modules())
-        found = {name: modules.get(PREFIX[self.to] + name) for name in self.lora}
-        return all(m is not None and m.weight.shape == self.lora[n].shape for n, m in found.items())
+        modules_of_target = {name: modules.get(PREFIX[self.to] + name) for name in self.lora}
+        return all(
+            m is not None and m.weight.shape == self.lora[n].shape
+            for n, m in modules_of_target.items()
+        )
 
     def samplers(self, images: int, steps: int) -> tuple[Sampler, Sampler, Sampler]:
         """Of the source, of the target, and of the source with the LoRA."""
@@ -132,14 +135,14 @@ class Case:
         )
 
 
-def probed(
+def run_probe(
     case: Case, images: int = IMAGES, sampler_steps: int = STEPS, **options: Any
 ) -> dict[str, Any]:
     """One transfer by probing and what it is worth."""
     # Stages in processor time, so that other work on the machine does not count.
     room.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {PREFIX[case.arch] + name: update for name, update in case.lora.items()}
-    found = probe.fit_lora(
+    result = probe.fit_lora(
         case.source,
         case.target,
         lora,
@@ -148,34 +151,35 @@ def probed(
         seed=100 * case.seed,
         **options,
     )
-    verdict = found.report.gate
+    verdict = result.report.gate
     assert verdict is not None
     updates = {
-        name.removeprefix(PREFIX[case.to]): update for name, update in found.adapter.updates.items()
+        name.removeprefix(PREFIX[case.to]): update
+        for name, update in result.adapter.updates.items()
     }
-    whole = {n: type(u)(u.up / verdict.strength, u.down) for n, u in updates.items()}
+    unweakened = {n: type(u)(u.up / verdict.strength, u.down) for n, u in updates.items()}
     return {
         "images": images,
         "sampler_steps": sampler_steps,
         **options,
         "score": case.score(updates),
-        "score_at_1": case.score(whole),
+        "score_at_1": case.score(unweakened),
         "copy": case.score(case.lora) if case.fits() else None,
         "decision": verdict.decision,
         "strength": verdict.strength,
         "share": verdict.share,
         "copy_share": verdict.copy_share,
         "disagreement": verdict.disagreement,
-        "seconds": found.report.seconds,
-        "history": found.report.steps,
-        "start": found.report.start,
+        "seconds": result.report.seconds,
+        "history": result.report.steps,
+        "start": result.report.start,
     }
 
 
-def ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[str, Any]:
+def run_ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[str, Any]:
     """What training on the same trajectories gives; the library does not offer it."""
     started = time.process_time()
-    updates, sampling = distilled(
+    updates, sampling = distil_lora(
         case.source,
         case.target,
         case.lora,
@@ -190,7 +194,7 @@ def ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[str, A
 def run(case: tuple[Any, ...], method: str, options: dict[str, Any], out: Path) -> None:
     """One row of the study, as a file."""
     loaded = Case(*case)
-    row = probed(loaded, **options) if method == "probe" else ceiling(loaded, **options)
+    row = run_probe(loaded, **options) if method == "probe" else run_ceiling(loaded, **options)
     names = dict(zip(("arch", "to", "kind", "seed", "adapter"), case[1:], strict=True))
     out.write_text(json.dumps(names | {"method": method} | row))
 
@@ -205,7 +209,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS))
     parser.add_argument("--methods", nargs="+", default=["probe"], choices=["probe", "distilled"])
     parser.add_argument("--name", default="study", help="of this set of options")
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON for probe.transfer")
+    parser.add_argument("--options", type=json.loads, default={}, help="of probe.fit_lora, as JSON")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     jobs = []
@@ -227,7 +231,7 @@ def main() -> None:
                         options = asked.options if method == "probe" else {}
                         make = functools.partial(run, case, method, options)
                         jobs.append(Job(asked.work / "probing" / name, needs, make))
-    work(jobs)
+    run_jobs(jobs)
 
 
 if __name__ == "__main__":

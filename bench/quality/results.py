@@ -31,17 +31,17 @@ def collect(work: Path) -> dict[str, Any]:
             part: _read(path.with_name(f"{kind}-{seed}-{part}.json"))
             for part in ("losses", "chosen", "samples", "relation", "ceiling")
         }
-        for adapter, found in parts["losses"].items():
+        for adapter, losses in parts["losses"].items():
             chosen = parts["chosen"].get(adapter, {})
             row = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
-            row |= {"none": found["none"], "oracle": found["oracle"]}
-            row["losses"] = found["losses"] | chosen.get("losses", {})
+            row |= {"none": losses["none"], "oracle": losses["oracle"]}
+            row["losses"] = losses["losses"] | chosen.get("losses", {})
             if adapter in parts["ceiling"]:
                 row["losses"]["ceiling"] = parts["ceiling"][adapter]
             row["verdict"] = chosen.get("verdict")
             row["relation"] = parts["relation"].get("means")
             row["samples"] = parts["samples"].get(adapter)
-            rows.append(rounded(row))
+            rows.append(round_numbers(row))
     made = {
         "script": "bench/quality/study.py",
         "commit": git("rev-parse", "--short", "HEAD"),
@@ -61,10 +61,10 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
 
-def rounded(value: Any) -> Any:
+def round_numbers(value: Any) -> Any:
     """Five digits are more than the intervals bear."""
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: round_numbers(item) for key, item in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -93,12 +93,12 @@ class Table:
 
     def mean(self, value: Callable[[Row], float | None]) -> Mean | None:
         """Mean and 95 % interval over targets and adapters; None where nothing was scored."""
-        found = {
+        values = {
             ((row["arch"], row["kind"], row["seed"]), row["adapter"]): got
             for row in self.rows
             if (got := value(row)) is not None and not np.isnan(got)
         }
-        return interval(found) if found else None
+        return interval(values) if values else None
 
     def share(self, label: str) -> Mean | None:
         """The mean share that a method recovers."""
@@ -121,5 +121,5 @@ class Table:
 def best(table: Table, labels: Iterable[str]) -> str:
     """The label with the highest mean share; the first of them where nothing was run."""
     labels = list(labels)
-    means = {label: found[0] for label in labels if (found := table.share(label))}
+    means = {label: mean[0] for label in labels if (mean := table.share(label))}
     return max(means, key=lambda label: means[label]) if means else labels[0]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from contenders import CHOSEN, METHODS, RUNS, Case, Updates, scaled, verdict
+from contenders import CHOSEN, METHODS, RUNS, Case, Updates, judge_bases, scale_updates
 from images import CONCEPT_LABEL
 from judge import CONCEPT, Judge, diversity, mmd
 from model import sample
@@ -21,7 +21,7 @@ IMAGES, SAMPLE_STEPS, FEW_STEPS = 120, 10, 2
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, updates: Updates) -> Iterator[nn.Module]:
+def apply_updates(model: nn.Module, updates: Updates) -> Iterator[nn.Module]:
     """The model with the updates in its weights, for a while."""
     inner = backbone(model)
     kept = {name: inner.get_submodule(name).weight.data.clone() for name in updates}
@@ -35,31 +35,31 @@ def applied(model: nn.Module, updates: Updates) -> Iterator[nn.Module]:
 
 
 def held_out_pairs(target: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain target's own trajectories' ends, which a few-step adapter is judged on."""
+    """Noise and samples of the plain target, on which a few-step adapter is judged."""
     return teacher_pairs(target, JUDGED, seed=99)
 
 
 def cases(arch: str, kind: str, source: nn.Module, target: nn.Module, loras: dict[str, Updates]):
     """Adapter -> its Case; the bases are factorised once for all of them."""
     first: Case | None = None
-    found = {}
+    cases_by_adapter = {}
     for adapter, lora in loras.items():
         case = Case.of(arch, kind, source, target, lora)
         first = first or case
-        found[adapter] = first.with_lora(case.updates, case.dropped)
-    return found
+        cases_by_adapter[adapter] = first.with_lora(case.updates, case.dropped)
+    return cases_by_adapter
 
 
 def loss_rows(
-    kind: str, target: nn.Module, found: dict[str, Case], oracles: dict[str, Updates]
+    kind: str, target: nn.Module, cases_by_adapter: dict[str, Case], oracles: dict[str, Updates]
 ) -> dict[str, Any]:
     """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}."""
     pairs = held_out_pairs(target)
     table = {}
-    for adapter, case in found.items():
+    for adapter, case in cases_by_adapter.items():
 
         def loss(updates: Updates, adapter: str = adapter) -> float:
-            with applied(target, updates):
+            with apply_updates(target, updates):
                 return task_loss(target, kind, adapter, pairs)
 
         row: dict[str, Any] = {"none": loss({}), "oracle": loss(oracles[adapter]), "losses": {}}
@@ -68,24 +68,30 @@ def loss_rows(
                 continue
             updates = method(case)
             for strength in RUNS.get(label, (1.0,)):
-                row["losses"][f"{label} @ {strength:g}"] = loss(scaled(updates, strength))
+                row["losses"][f"{label} @ {strength:g}"] = loss(scale_updates(updates, strength))
         row["modules"] = {n: weight_facts(case, n) for n in case.updates}
         table[adapter] = row
     return table
 
 
-def chosen_rows(kind: str, target: nn.Module, found: dict[str, Case]) -> dict[str, dict[str, Any]]:
+def chosen_rows(
+    kind: str, target: nn.Module, cases_by_adapter: dict[str, Case]
+) -> dict[str, dict[str, Any]]:
     """Adapter -> {"losses": {method: loss}, "verdict": …} of what the study led to."""
     pairs = held_out_pairs(target)
     table = {}
-    for adapter, case in found.items():
+    for adapter, case in cases_by_adapter.items():
         losses = {}
         for label, method in CHOSEN.items():
-            with applied(target, method(case)):
+            with apply_updates(target, method(case)):
                 losses[label] = task_loss(target, kind, adapter, pairs)
-        told = verdict(case)
-        facts = asdict(told) | {"shift": told.shift, "go": told.go, "strength": told.strength}
-        table[adapter] = {"losses": losses, "verdict": facts | {"kappa": told.kappa}}
+        verdict = judge_bases(case)
+        facts = asdict(verdict) | {
+            "shift": verdict.shift,
+            "go": verdict.go,
+            "strength": verdict.strength,
+        }
+        table[adapter] = {"losses": losses, "verdict": facts | {"kappa": verdict.kappa}}
     return table
 
 
@@ -119,7 +125,7 @@ def weight_facts(case: Case, name: str) -> dict[str, float]:
     }
 
 
-def drawn(target: nn.Module, adapter: str, seed: int) -> tuple[Tensor, Tensor]:
+def sample_images(target: nn.Module, adapter: str, seed: int) -> tuple[Tensor, Tensor]:
     """Images the model draws for what the adapter is about, and their labels."""
     y = torch.arange(IMAGES) % 10
     if adapter == "concept":
@@ -140,19 +146,19 @@ def sample_scores(
     if adapter == "fewstep":
         reference = held_out_pairs(target)[1][:IMAGES]
     else:
-        with applied(target, oracle):
-            reference = drawn(target, adapter, seed=1)[0]
+        with apply_updates(target, oracle):
+            reference = sample_images(target, adapter, seed=1)[0]
     wanted = judge(reference)[0]
     scores = {}
     for label, update in ({"none": {}, "oracle": oracle} | updates).items():
-        with applied(target, update):
-            images, y = drawn(target, adapter, seed=0)
+        with apply_updates(target, update):
+            images, y = sample_images(target, adapter, seed=0)
         features, content, _, _ = judge(images)
-        told = content.argmax(1)
+        predicted = content.argmax(1)
         scores[label] = {
             "mmd": mmd(features, wanted),
-            "concept": float((told == CONCEPT).float().mean()),
-            "digit": float((told == y).float().mean()),
+            "concept": float((predicted == CONCEPT).float().mean()),
+            "digit": float((predicted == y).float().mean()),
             "diversity": diversity(features, y),
         }
     return scores

@@ -1,6 +1,6 @@
 """A slice of the study, trained from nothing: ``python bench/quality/slice.py``, some minutes.
 
-Fails (exit code 1) if the methods come out in another order than the study found. It has small
+Fails (exit code 1) if the order of the methods differs from that of the study. It has small
 transformers, one style, one seed and a quarter of the study's training; the margins are wide enough
 for other processors to reproduce the order, not the figures.
 
@@ -15,7 +15,7 @@ import sys
 import torch
 import training
 from probing import PREFIX, Sampler
-from scoring import applied, cases, chosen_rows, loss_rows
+from scoring import apply_updates, cases, chosen_rows, loss_rows
 from training import task_loss, train_base, train_lora
 
 from prolora import probe
@@ -41,16 +41,16 @@ PROBED = 0.3
 
 
 def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str, float], bool, str]:
-    """Share of the gap that each method recovers on a new target, and what is said of it.
+    """Share of the gap that each method recovers on a new target, and the verdicts on it.
 
     Returns:
         Shares by method; whether the verdict from weights is a go; the decision of probing.
     """
     target = train_base("flux", kind, 0, source)
-    found = cases("flux", kind, source, target, {ADAPTER: lora})
+    cases_by_adapter = cases("flux", kind, source, target, {ADAPTER: lora})
     oracle = train_lora("flux", kind, ADAPTER, 0, target)
-    row = loss_rows(kind, target, found, {ADAPTER: oracle})[ADAPTER]
-    chosen = chosen_rows(kind, target, found)[ADAPTER]
+    row = loss_rows(kind, target, cases_by_adapter, {ADAPTER: oracle})[ADAPTER]
+    chosen = chosen_rows(kind, target, cases_by_adapter)[ADAPTER]
     gap = row["none"] - row["oracle"]
     losses = row["losses"] | chosen["losses"]
     decision = ""
@@ -67,7 +67,7 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
             force=True,
         )
         decision = fitted.report.gate.decision
-        with applied(
+        with apply_updates(
             target, {n.removeprefix(PREFIX["flux"]): u for n, u in fitted.adapter.updates.items()}
         ):
             losses["probe"] = task_loss(target, kind, ADAPTER, None)
@@ -76,23 +76,29 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
 
 
 def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list[str]:
-    """What is not as the study found it."""
+    """What differs from the results of the study."""
     if kind == "independent":
         worked = [label for label, share in shares.items() if share > 0.1 and label != "probe"]
-        said = [f"{label} recovers {shares[label]:.2f} of an unrelated base" for label in worked]
+        faults_seen = [
+            f"{label} recovers {shares[label]:.2f} of an unrelated base" for label in worked
+        ]
         if shares["probe"] < PROBED or decision != "go":
-            said.append(f"probing ({decision}) recovers {shares['probe']:.2f} of an unrelated base")
-        return [*said, *(["an unrelated base is called a go"] if go else [])]
-    said = [] if go else ["a related base is called a no-go"]
+            faults_seen.append(
+                f"probing ({decision}) recovers {shares['probe']:.2f} of an unrelated base"
+            )
+        return [*faults_seen, *(["an unrelated base is called a go"] if go else [])]
+    faults_seen = [] if go else ["a related base is called a no-go"]
     if kind == "far" and decision not in ("refuse", "copy"):
-        said.append(f"probing calls a far fine-tune a {decision}")
+        faults_seen.append(f"probing calls a far fine-tune a {decision}")
     for better, worse in zip(ORDER[kind], ORDER[kind][1:], strict=False):
         if shares[better] < shares[worse] + MARGIN:
-            said.append(f"{better} ({shares[better]:.2f}) not above {worse} ({shares[worse]:.2f})")
+            faults_seen.append(
+                f"{better} ({shares[better]:.2f}) not above {worse} ({shares[worse]:.2f})"
+            )
     best = max(share for label, share in shares.items() if label.startswith("copy @"))
     if shares["auto"] < best - LEVEL:
-        said.append(f"auto ({shares['auto']:.2f}) below the best copy ({best:.2f})")
-    return said
+        faults_seen.append(f"auto ({shares['auto']:.2f}) below the best copy ({best:.2f})")
+    return faults_seen
 
 
 def main() -> int:
@@ -104,12 +110,12 @@ def main() -> int:
     for kind in (*ORDER, "independent"):
         shares, go, decision = recovered(kind, source, lora)
         ranking = sorted(shares.items(), key=lambda item: -item[1])
-        told = f", probing: {decision}" if decision else ""
-        print(f"{kind} ({'go' if go else 'no-go'}{told}):")
+        note = f", probing: {decision}" if decision else ""
+        print(f"{kind} ({'go' if go else 'no-go'}{note}):")
         print("  " + ", ".join(f"{label} {share:.2f}" for label, share in ranking), flush=True)
         for fault in faults(kind, shares, go, decision):
             wrong += 1
-            print(f"  NOT AS FOUND: {fault}", flush=True)
+            print(f"  NOT AS IN THE STUDY: {fault}", flush=True)
     return 1 if wrong else 0
 
 

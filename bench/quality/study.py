@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 
 import torch
-from ceiling import fitted_strengths
-from contenders import CHOSEN, METHODS, paired
-from jobs import Job, work
+from ceiling import fit_strengths
+from contenders import CHOSEN, METHODS, pair_modules
+from jobs import Job, run_jobs
 from judge import Judge, accuracy, train_judge
 from networks import backbone, new_model
 from safetensors.torch import load_file, save_file
 from scoring import (
     SAMPLED,
-    applied,
+    apply_updates,
     cases,
     chosen_rows,
     held_out_pairs,
@@ -73,12 +73,14 @@ def make_lora(root: Path, arch: str, kind: str, base: int, adapter: str, out: Pa
 def targets() -> list[tuple[str, str, int]]:
     """Every (arch, kind, seed) that LoRAs are moved to, the most telling first."""
     related = [kind for kind in KINDS if kind not in FRESH]
-    found = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
-    found += [("flux", kind, 0) for kind in VARIANTS]
-    found += [(arch, kind, seed) for seed in SEEDS[1:] for kind in related for arch in ARCHS]
+    targets_by_seed = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
+    targets_by_seed += [("flux", kind, 0) for kind in VARIANTS]
+    targets_by_seed += [
+        (arch, kind, seed) for seed in SEEDS[1:] for kind in related for arch in ARCHS
+    ]
     fresh = [(arch, kind, seed) for kind in FRESH[1:] for seed in SEEDS for arch in ARCHS]
     fresh.sort(key=lambda target: target[0])  # the transformers cost a third of the UNets
-    return found + [target for target in fresh if target not in found]
+    return targets_by_seed + [target for target in fresh if target not in targets_by_seed]
 
 
 def training_jobs(root: Path) -> list[Job]:
@@ -124,32 +126,32 @@ def loaded(root: Path, arch: str, kind: str, seed: int) -> tuple[nn.Module, dict
 
 
 def score_losses(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, found, oracles = loaded(root, arch, kind, seed)
-    out.write_text(json.dumps(loss_rows(kind, target, found, oracles), indent=1))
+    target, cases_by_adapter, oracles = loaded(root, arch, kind, seed)
+    out.write_text(json.dumps(loss_rows(kind, target, cases_by_adapter, oracles), indent=1))
 
 
 def score_chosen(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, found, _ = loaded(root, arch, kind, seed)
-    found = {adapter: case for adapter, case in found.items() if case.updates}
-    out.write_text(json.dumps(chosen_rows(kind, target, found), indent=1))
+    target, cases_by_adapter, _ = loaded(root, arch, kind, seed)
+    cases_by_adapter = {adapter: case for adapter, case in cases_by_adapter.items() if case.updates}
+    out.write_text(json.dumps(chosen_rows(kind, target, cases_by_adapter), indent=1))
 
 
 def score_ceiling(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
     """Held-out loss of the copy with strengths fitted to the target, for every adapter."""
-    target, found, _ = loaded(root, arch, kind, seed)
+    target, cases_by_adapter, _ = loaded(root, arch, kind, seed)
     pairs = held_out_pairs(target)
     table = {}
-    for adapter, case in found.items():
-        with applied(target, fitted_strengths(kind, adapter, target, case.updates)):
+    for adapter, case in cases_by_adapter.items():
+        with apply_updates(target, fit_strengths(kind, adapter, target, case.updates)):
             table[adapter] = task_loss(target, kind, adapter, pairs)
     out.write_text(json.dumps(table, indent=1))
 
 
 def score_samples(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, found, oracles = loaded(root, arch, kind, seed)
+    target, cases_by_adapter, oracles = loaded(root, arch, kind, seed)
     judge = load_judge(root)
     table = {}
-    for adapter, case in found.items():
+    for adapter, case in cases_by_adapter.items():
         known = METHODS | CHOSEN
         moved = {label: known[label](case) for label in SAMPLED} if case.updates else {}
         table[adapter] = sample_scores(judge, target, adapter, moved, oracles[adapter])
@@ -159,13 +161,13 @@ def score_samples(root: Path, arch: str, kind: str, seed: int, out: Path) -> Non
 def score_relation(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
     """How alike the two bases are, as `prolora compare` measures it; or why it cannot say."""
     source, target = load_model(root, arch, "source", 0), load_model(root, arch, kind, seed)
-    pairs = paired(arch, kind, source, target)
+    pairs = pair_modules(arch, kind, source, target)
     if pairs:
-        found = prolora.compare(backbone(source), backbone(target), match=pairs)
-        told = found.to_dict()
+        cases_by_adapter = prolora.compare(backbone(source), backbone(target), match=pairs)
+        comparison = cases_by_adapter.to_dict()
     else:
-        told = {"refused": "no module of equal shape"}
-    out.write_text(json.dumps(told, indent=1))
+        comparison = {"refused": "no module of equal shape"}
+    out.write_text(json.dumps(comparison, indent=1))
 
 
 def scoring_jobs(root: Path) -> list[Job]:
@@ -196,7 +198,7 @@ def main() -> None:
     scoring = scoring_jobs(options.work)
     late = [job for job in scoring if job.path.match("unet/*-[12]-samples.json")]
     early = [job for job in scoring if job not in late]
-    work([*early, *training_jobs(options.work), *late])
+    run_jobs([*early, *training_jobs(options.work), *late])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ BUDGET = {
     "lora": (200, 3e-3),
 }
 KINDS = ("near", "far", "pruned", "continued", "independent", "resized")
-# More fine-tunes, one seed and one architecture each: rules found on KINDS are tried on them.
+# More fine-tunes, one seed and one architecture each: the rules made on KINDS are tried on them.
 VARIANTS = ("inverted", "mirrored", "far, gentle", "near, long", "continued, gentle")
 FRESH = ("source", "independent", "resized")  # start from new weights, the others from the source's
 ADAPTERS = ("thick", "slanted", "concept", "fewstep")
