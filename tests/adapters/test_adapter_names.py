@@ -171,3 +171,11 @@ def test_dots_come_back_from_underscores_unless_two_words_make_a_third(words):
 def test_any_text_is_parsed_or_refused_without_an_exception(text):
     for prefix in ("", "lora_unet_", "lora_te_", "diffusion_model.", "unet.", "base_model.model."):
         module_names.parse_path(prefix + text)
+
+
+@pytest.mark.parametrize("model", ["sdxl", "ssd-1b"])
+def test_a_bare_original_name_of_a_unet_is_read(model):
+    """OneTrainer's "original" format: `input_blocks.4.1.….lora_A.weight`."""
+    for module, (_, _, ldm, _) in keymaps()["unets"][model].items():
+        path = module_names.parse_path(ldm)
+        assert (path.name, path.sgm) == (module, True)

@@ -399,3 +399,21 @@ def test_any_adapter_survives_any_format(tmp_path_factory, ranks, format, spelli
     adapters.write_adapter(adapter, path, format=format, dtype=dtype)
     assert adapters.adapter_file_size(adapter, format=format, dtype=dtype) == path.stat().st_size
     same_updates(adapter, dense(adapters.read_adapter(path)), max(8 * torch.finfo(dtype).eps, 1e-6))
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
+def test_a_lora_of_sdxl_has_kohyas_own_names_whatever_it_came_in(spelling, tmp_path):
+    """A1111 misses embeddings and upsamplers under diffusers' names, silently."""
+    shapes = {
+        "add_embedding.linear_1": (16, 2816),
+        "up_blocks.0.upsamplers.0.conv": (16, 16, 3, 3),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (16, 2048),
+    }
+    adapter = adapter_of(shapes, format="diffusers", spelling=spelling)
+    adapters.write_adapter(adapter, tmp_path / "out", format="kohya")
+    keys = load_file(tmp_path / "out")
+    assert {key.partition(".")[0] for key in keys} == {
+        "lora_unet_label_emb_0_0",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+    }

@@ -10,6 +10,7 @@ from ..architectures.modules import find_component
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
+SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
 _FLUX_WIDTH = 3072
 _FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
 # How ss_base_model_version and modelspec.architecture begin.

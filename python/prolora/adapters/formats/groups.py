@@ -10,7 +10,7 @@ from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family import guess_family
+from ..family import SDXL_FAMILY, guess_family
 from ..keys import module_names
 
 
@@ -135,11 +135,13 @@ def _check_one_component(modules: list[str]) -> None:
 
 
 def _kohya_spelling(adapter: Adapter) -> str:
-    """The adapter's spelling, with two exceptions.
+    """The adapter's spelling, with three exceptions.
 
     UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
-    and diffusers crashes on their two-digit SGM blocks. FLUX gets the names of its authors, which
-    are kohya's, unless the file came from OneTrainer, which has a kohya format with diffusers'.
+    and diffusers crashes on their two-digit SGM blocks. The SDXL family gets the names of the
+    original checkpoint, as kohya writes them: A1111 finds no embedding and no upsampler under
+    diffusers' names, and says nothing. FLUX gets the names of its authors, which are kohya's,
+    unless the file came from OneTrainer, which has a kohya format with diffusers'.
     """
     modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
@@ -147,7 +149,8 @@ def _kohya_spelling(adapter: Adapter) -> str:
     if any(find_component(name) == "transformer" for name in modules):
         from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
         return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
-    return adapter.spelling
+    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
+    return "sgm" if guess_family(inputs, {}) in SDXL_FAMILY else adapter.spelling
 
 
 def _is_flux(adapter: Adapter) -> bool:

@@ -191,6 +191,9 @@ def _from_dotted(path: str) -> ModulePath | None:
         return ModulePath(rest, family, "transformer.", rest) if rest else None
     if root in UNET_ROOTS:
         return ModulePath(_unet_local(path), family, outer, _unet_local(path))
+    if root in SGM_ROOTS:  # OneTrainer's "original" format
+        name = ldm_to_diffusers(path)
+        return ModulePath(name, family, outer, name, sgm=True) if name else None
     if root in _TRANSFORMER_ROOTS:
         return ModulePath(path, family, outer, path)
     if root == "text_model" or path.startswith("encoder.layers."):
