@@ -3,6 +3,7 @@
 import pytest
 
 from prolora.architectures import layouts
+from prolora.architectures.modules import have_equal_shapes
 
 ATTENTION = {
     "sd15": 128,
@@ -166,3 +167,18 @@ def test_the_cosine_variant_moves_the_last_block_only() -> None:
     assert by_name and by_cosine
     names = layouts.load_layout("ssd-1b").attention
     assert sum(by_name.source_of(n) != by_cosine.source_of(n) for n in names) == 32
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, equal",
+    [
+        ((16, 72), (16, 72, 1, 1), True),
+        ((16, 8, 3, 3), (16, 8, 3, 3), True),
+        ((16, 8, 3, 3), (16, 72, 1, 1), False),
+        ((16, 8, 3, 3), (16, 72), False),
+        ((16, 24, 1, 3), (16, 24, 3, 1), False),
+        ((16, 8), (8, 16), False),
+    ],
+)
+def test_kernels_of_two_shapes_and_one_size_are_different_shapes(ours, theirs, equal) -> None:
+    assert have_equal_shapes(ours, theirs) == have_equal_shapes(theirs, ours) == equal

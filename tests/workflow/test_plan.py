@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import prolora
 from prolora import LowRank, ShapeMismatch, UnsupportedFormat, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import matrix_shape
@@ -333,3 +334,16 @@ def test_a_survivor_without_an_update_of_its_own_gets_that_of_the_dropped_block(
     plan = make_plan(lora("sdxl"), base("sdxl"), base("ssd-1b"), dropped="sum")
     assert len(plan.pairs) == 272 and len(plan.summed) == 560 - 272 - 80
     assert all(name.startswith("mid_block.") for name in plan.skipped) and len(plan.skipped) == 80
+
+
+def test_a_kernel_of_another_shape_and_equal_size_is_refused():
+    name = "down_blocks.0.resnets.0.conv1"
+    lora = {
+        f"unet.{name}.lora_A.weight": torch.randn(4, 8, 3, 3),
+        f"unet.{name}.lora_B.weight": torch.randn(16, 4, 1, 1),
+    }
+    source, same, other = (torch.randn(16, *kernel) for kernel in [(8, 3, 3)] * 2 + [(72, 1, 1)])
+    report = prolora.transfer(lora, {name: source}, {name: same}, method="copy").report
+    assert report.totals["mapped"] == 1
+    with pytest.raises(ShapeMismatch, match="16×72×1×1 on the target but 16×8×3×3 on the source"):
+        prolora.transfer(lora, {name: source}, {name: other}, method="copy")

@@ -90,6 +90,16 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], size
 
 
+def have_equal_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Whether two weights have one shape: out × in, and the kernel of a convolution.
+
+    A 1×1 convolution is a linear layer; a 3×3 convolution of 8 channels is not one of 72.
+    """
+    kernels = [tuple(shape[2:]) for shape in (ours, theirs)]
+    plain = [() if set(kernel) <= {1} else kernel for kernel in kernels]
+    return matrix_shape(ours) == matrix_shape(theirs) and plain[0] == plain[1]
+
+
 def find_stage(module: str) -> str:
     """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")

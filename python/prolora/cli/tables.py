@@ -14,6 +14,7 @@ from ..comparison.comparison import Comparison
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
+from ..core.means import weighted_mean
 from ..workflow.batch import Outcome
 from ..workflow.module_report import Measures, ModuleReport
 from ..workflow.report import Report
@@ -105,20 +106,19 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     return table
 
 
-def _weighted_mean(
+def _mean_by_energy(
     rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
 ) -> float:
     """The mean over the rows that have the value, weighted by the energy of their updates."""
-    found = [(row.energy, got) for row in rows if (got := value(row)) is not None]
-    weight = sum(energy for energy, _ in found)
-    return sum(energy * got for energy, got in found) / weight if weight else math.nan
+    mean = weighted_mean((row.energy, value(row)) for row in rows)
+    return math.nan if mean is None else mean
 
 
 def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
     """What the subspaces of the two bases say about the rows."""
 
     def mean(value: Callable[[Measures], float]) -> float:
-        return _weighted_mean(rows, lambda row: value(row.measures) if row.measures else None)
+        return _mean_by_energy(rows, lambda row: value(row.measures) if row.measures else None)
 
     above = min(mean(lambda m: m.above_left), mean(lambda m: m.above_right))
     mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
@@ -132,8 +132,10 @@ def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
 
 def _angle_text(rows: list[ModuleReport]) -> str:
     """The median and the largest principal angle in degrees."""
-    median = _weighted_mean(rows, lambda row: row.measures.angle if row.measures else None)
-    largest = _weighted_mean(rows, lambda row: row.measures.largest_angle if row.measures else None)
+    median = _mean_by_energy(rows, lambda row: row.measures.angle if row.measures else None)
+    largest = _mean_by_energy(
+        rows, lambda row: row.measures.largest_angle if row.measures else None
+    )
     if math.isnan(median):
         return format_number(None)
     return f"{math.degrees(median):.0f}…{math.degrees(largest):.0f}°"
@@ -141,14 +143,14 @@ def _angle_text(rows: list[ModuleReport]) -> str:
 
 def _update_cells(rows: list[ModuleReport]) -> list[str]:
     """What became of the updates of the rows."""
-    drift = _weighted_mean(rows, lambda row: row.drift)
+    drift = _mean_by_energy(rows, lambda row: row.drift)
     if all(row.drift is None and row.measures is None for row in rows):
         return ["–", "–", "–", "–"]  # a text encoder carried over
     return [
         format_number(drift),
-        format_number(_weighted_mean(rows, lambda row: row.surviving_energy), ".0%"),
-        format_number(_weighted_mean(rows, lambda row: row.norm_ratio)),
-        format_number(_weighted_mean(rows, lambda row: row.copy_distance)),
+        format_number(_mean_by_energy(rows, lambda row: row.surviving_energy), ".0%"),
+        format_number(_mean_by_energy(rows, lambda row: row.norm_ratio)),
+        format_number(_mean_by_energy(rows, lambda row: row.copy_distance)),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..architectures.modules import is_adaptable, is_attention, matrix_shape
+from ..architectures.modules import have_equal_shapes, is_adaptable, is_attention, matrix_shape
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
@@ -298,9 +298,7 @@ def _list_equal_shapes(
         UnsupportedFormat: there is no such pair.
     """
     equal = {
-        t: s
-        for t, s in partners.items()
-        if matrix_shape(source.shapes[s]) == matrix_shape(target.shapes[t])
+        t: s for t, s in partners.items() if have_equal_shapes(source.shapes[s], target.shapes[t])
     }
     if isinstance(match, Matching):
         match.check_any(source, target)

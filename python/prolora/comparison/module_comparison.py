@@ -12,6 +12,7 @@ from torch import Tensor
 from ..architectures.modules import find_stage, matrix_shape
 from ..bases import Base, check_finite
 from ..core.basis import Basis
+from ..core.means import mean_defined
 from ..core.overlap_tables import basis_tables
 from ..core.similarity import angle_quantiles, basis_similarity
 from ..errors import NonFiniteWeights
@@ -85,8 +86,7 @@ class ModuleComparison:
 
 def average_field(modules: Iterable[ModuleComparison], field: str) -> float:
     """The mean of a number over the modules where it is one; NaN if there is none."""
-    found = [got for module in modules if not math.isnan(got := float(getattr(module, field)))]
-    return math.fsum(found) / len(found) if found else _NAN
+    return mean_defined(float(getattr(module, field)) for module in modules)
 
 
 def compare_module(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.basis import Basis
+from ..core.means import mean_defined
 from ..core.overlap_tables import OverlapTable
 from .verdict import DEFAULT_THRESHOLD
 
@@ -77,12 +78,12 @@ class SweepRow:
         return cls(
             columns=columns,
             whole=sum(p is curve[-1] for p, curve in zip(points, pairs, strict=True)),
-            energy=_mean_defined([p.energy for p in points]),
-            phi_left=_mean_defined([p.phi_left for p in points]),
-            phi_right=_mean_defined([p.phi_right for p in points]),
-            chance_left=_mean_defined([p.chance_left for p in points]),
-            chance_right=_mean_defined([p.chance_right for p in points]),
-            above=_mean_defined([p.above for p in points]),
+            energy=mean_defined([p.energy for p in points]),
+            phi_left=mean_defined([p.phi_left for p in points]),
+            phi_right=mean_defined([p.phi_right for p in points]),
+            chance_left=mean_defined([p.chance_left for p in points]),
+            chance_right=mean_defined([p.chance_right for p in points]),
+            above=mean_defined([p.above for p in points]),
             passing={f"{t:g}": sum(p.passes(t) for p in points) for t in THRESHOLDS},
         )
 
@@ -136,8 +137,3 @@ def _energy_shares(basis: Basis) -> list[float]:
     """The share of energy that the leading 1, 2, 3 … columns hold."""
     squares = basis.S[0].double().square().cumsum(-1)
     return (squares / squares[-1].clamp_min(1e-300) * basis.energy[0]).tolist()
-
-
-def _mean_defined(values: list[float]) -> float:
-    found = [value for value in values if not math.isnan(value)]
-    return math.fsum(found) / len(found) if found else math.nan

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .recompression import columns_holding
-
 Rank = int | float
 """An int is that many columns; a float in (0, 1) the smallest number holding that share of Σσ²."""
 
@@ -17,6 +15,15 @@ def check_rank(rank: Rank) -> None:
     share = isinstance(rank, float) and 0 < rank < 1
     if not (whole or share):
         raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {rank!r}")
+
+
+def columns_holding(s: Tensor, energy: float) -> Tensor:
+    """The fewest leading values of s [..., d] that hold the share `energy` of Σs²: int64 [...]."""
+    cumulative = s.double().square().cumsum(-1)
+    wanted = energy * cumulative[..., -1:]
+    # The slack keeps energy=1 from asking for one column more than rounding can deliver.
+    short = cumulative < wanted * (1 - 1e-12)
+    return (short.sum(-1) + 1).clamp_max(s.shape[-1])
 
 
 def count_columns(s: Tensor, rank: Rank) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
 from .precision import in_full_precision, working_dtype
+from .rank_rule import columns_holding
 from .validation import refuse_tangents
 
 
@@ -197,15 +198,6 @@ def balance_factors(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Factors U√S [..., m, d] and √S·Vᵀ [..., d, n]: equal norms are kindest to half precision."""
     root = s.clamp_min(0).sqrt()
     return u * root.unsqueeze(-2), (v * root.unsqueeze(-2)).mT
-
-
-def columns_holding(s: Tensor, energy: float) -> Tensor:
-    """The fewest leading values of s [..., d] that hold the share `energy` of Σs²: int64 [...]."""
-    cumulative = s.double().square().cumsum(-1)
-    wanted = energy * cumulative[..., -1:]
-    # The slack keeps energy=1 from asking for one column more than rounding can deliver.
-    short = cumulative < wanted * (1 - 1e-12)
-    return (short.sum(-1) + 1).clamp_max(s.shape[-1])
 
 
 @in_full_precision

@@ -18,6 +18,7 @@ from ..architectures.modules import (
     TEXT_ENCODERS,
     find_block,
     find_component,
+    have_equal_shapes,
     is_in_text_encoder,
     matrix_shape,
 )
@@ -169,7 +170,7 @@ def _pair_modules(wanted: set[str], source: Base, target: Base, plan: Plan) -> s
             continue
         placed.add(origin)
         ours, theirs = source.shapes[origin], target.shapes[module]
-        if matrix_shape(ours) != matrix_shape(theirs):
+        if not have_equal_shapes(ours, theirs):
             plan.refused[origin] = (
                 f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the "
                 "source: no "
@@ -233,7 +234,7 @@ def _find_neighbours(
     fitting = {
         origin
         for module, origin in table.items()
-        if matrix_shape(source.shapes[origin]) == matrix_shape(target.shapes[module])
+        if have_equal_shapes(source.shapes[origin], target.shapes[module])
     }
     alive = {origin for origin in table.values() if find_block(origin)}
     survivors: dict[str, set[int]] = {}

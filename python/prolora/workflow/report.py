@@ -18,6 +18,7 @@ from ..comparison.verdict import (
     Verdict,
     describe_strangers,
 )
+from ..core.means import weighted_mean
 from ..core.methods import Needs, find_method
 from ..files.jsontext import replace_nonfinite
 from ..files.writing import write_text_atomically
@@ -117,10 +118,12 @@ class Report:
         mapped_energy = sum({row.source: row.energy for row in mapped}.values())
 
         def average_measure(value: Callable[[Measures], float]) -> float | None:
-            return _average((energy, value(numbers)) for energy, numbers in measures)
+            return weighted_mean((energy, value(numbers)) for energy, numbers in measures)
 
         def average_row(value: Callable[[ModuleReport], float]) -> float | None:
-            return None if self.dry_run else _average((row.energy, value(row)) for row in mapped)
+            return (
+                None if self.dry_run else weighted_mean((row.energy, value(row)) for row in mapped)
+            )
 
         squared_distance = average_row(lambda row: row.copy_distance**2)
         return {status: len(self.rows(status)) for status in STATUSES} | {
@@ -276,12 +279,3 @@ def _split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status in ("mapped", "summed")}
     return {row.source for row in own}, placed
-
-
-def _average(weighted: Iterable[tuple[float, float]]) -> float | None:
-    """The mean of (weight, value); None where all weights are 0."""
-    pairs = list(weighted)
-    total = sum(weight for weight, _ in pairs)
-    if not total:
-        return None
-    return float(sum(weight * value for weight, value in pairs) / total)

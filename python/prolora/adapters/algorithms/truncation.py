@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...core.basis import truncated_svd
 from ...core.lowrank import LowRank
-from ...core.recompression import balance_factors, columns_holding, product_svd
+from ...core.rank_rule import columns_holding
+from ...core.recompression import balance_factors, product_svd
 
 MAX_RANK = 256
 ENERGY = 0.999

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
-from ...core.recompression import columns_holding
+from ...core.rank_rule import count_columns
 
 
 def count_directions(values: Tensor, rank: float) -> int:
@@ -16,9 +16,7 @@ def count_directions(values: Tensor, rank: float) -> int:
         values: singular values [d], descending.
         rank: that many (1 or more), or the share of Σσ² that the fewest must hold (below 1).
     """
-    if rank >= 1:
-        return min(int(rank), len(values))
-    return int(columns_holding(values, rank))
+    return int(count_columns(values, int(rank) if rank >= 1 else rank))
 
 
 def cut_to_rank(
