@@ -14,7 +14,6 @@ from ..errors import LowCoverage, OutputError, ProLoRAError
 from ..files.writing import write_text_atomically
 from ..workflow.batch import Outcome, transfer_many
 from ..workflow.dry_run import plan_report
-from ..workflow.options import PROBE
 from ..workflow.report import Report
 from ..workflow.transfer import transfer_file
 from . import tables
@@ -151,7 +150,7 @@ def show_report(report: Report, every_module: bool = False) -> None:
     if report.probe is not None and report.probe.blocks:
         out.print(tables.probe_table(report))
         out.print_note(tables.PROBE_LEGEND)
-    if report.rows("mapped") and (report.method != PROBE or every_module or report.dry_run):
+    if report.rows("mapped") and (not report.was_fitted or every_module or report.dry_run):
         out.print(tables.transfer_table(report, every_module))
         if not report.dry_run:
             out.print_note(tables.transfer_legend(report, every_module))

@@ -13,12 +13,12 @@ from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.projection import DEFAULT_RANK
 from ..probe.settings import STRATEGIES, Probing, read_prompts
 from ..workflow.options import (
-    PROBE,
     DroppedMode,
     DtypeName,
     FormatName,
     MethodChoice,
     TextEncoderMode,
+    TransferOptions,
     VectorsMode,
 )
 from .options import (
@@ -226,13 +226,13 @@ class ProbeOptions:
         ),
     ] = False
 
-    def to_probing(self, method: str) -> Probing:
+    def to_probing(self, method: MethodChoice) -> Probing:
         """As the library takes them.
 
         Raises:
             ValueError: some are given although `method` does not probe.
         """
-        if method != PROBE and self != ProbeOptions():
+        if self != ProbeOptions() and not TransferOptions(method=method).runs_models:
             raise ValueError(
                 "prompts, --probe-…, --resume and --force are for probing: add --method probe"
             )

@@ -137,7 +137,7 @@ def judge_affinity(affinity: Affinity) -> Verdict:
 
 
 METHOD_REASONS = {
-    "copy": "what drift there is looks like longer training, which leaves an update's sense alone",
+    "copy": "the drift looks like longer training, which does not change what an update does",
     "damped": (
         "the target drifted along few directions, and the update is weakened along them; a copy "
         "would show more of it, and more mistakes"

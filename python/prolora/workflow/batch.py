@@ -32,7 +32,8 @@ from ..core.rank_rule import Rank
 from ..errors import OutputError, ProLoRAError
 from ..probe.settings import Probing
 from .by_weights.file_budget import OutputForm
-from .by_weights.move_updates import LORA_FAILURES, move_all
+from .by_weights.lora_work import LORA_FAILURES
+from .by_weights.move_updates import move_all
 from .by_weights.pipeline import Job, decide_method, finish_job, list_inputs, prepare_job
 from .options import (
     DEFAULT_PROBING,
@@ -223,6 +224,7 @@ class _Batch:
         chosen: the same with blocks matched, and no progress: each group labels its own.
         output: what the results are written as.
         memory: what may be in memory at a time.
+        inputs: what no output may overwrite: the LoRAs that are there, and the bases.
     """
 
     loras: list[Path]
@@ -232,6 +234,7 @@ class _Batch:
     chosen: TransferOptions
     output: OutputForm
     memory: Memory
+    inputs: list[Path]
 
     @classmethod
     def open(
@@ -255,7 +258,9 @@ class _Batch:
         )
         chosen = replace(asked, match=match, progress=None)
         memory = Memory(asked.memory_limit, asked.rank)
-        return cls(loras, source, target, asked, chosen, output, memory)
+        # A path that cannot be looked at is no file that could be overwritten.
+        inputs = [lora for lora in loras if os.path.exists(lora)] + [*source.files, *target.files]
+        return cls(loras, source, target, asked, chosen, output, memory, inputs)
 
     def list_tasks(self, outputs: list[Path], redo: bool, cache: BasisCache) -> list[_Task]:
         """A task for every LoRA; those whose result is there already are done."""
@@ -287,7 +292,7 @@ class _Batch:
         for task in group:
 
             def move(task: _Task = task) -> Report:
-                check_output(task.out, self._inputs)
+                check_output(task.out, self.inputs)
                 return run_transfer_file(
                     task.lora, self.source, self.target, task.out, options, self.output
                 )
@@ -325,7 +330,7 @@ class _Batch:
         show(len(group), "")
 
     def _prepare(self, task: _Task, cache: BasisCache) -> None:
-        check_output(task.out, self._inputs)
+        check_output(task.out, self.inputs)
         task.job = prepare_job(task.lora, self.source, self.target, self.chosen, self.output, cache)
 
     def _decide(self, job: Job, cache: BasisCache, results: int) -> None:
@@ -336,12 +341,6 @@ class _Batch:
         result = finish_job(job, self.source, self.target, cache, notes)
         inputs = list_inputs(task.lora, self.source, self.target)
         return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.output)
-
-    @property
-    def _inputs(self) -> list[Path]:
-        """What no output may overwrite: every LoRA of the call that is there, and the bases."""
-        there = [lora for lora in self.loras if os.path.exists(lora)]
-        return [*there, *self.source.files, *self.target.files]
 
 
 def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:

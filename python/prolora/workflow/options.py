@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..bases.base import Progress as Progress
+from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.methods import Method, MethodName, Needs, find_method

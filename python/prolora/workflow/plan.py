@@ -2,7 +2,7 @@
 
 No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
 summed onto another, as skipped with the reason, or as refused with the reason. Two reasons to skip
-arise elsewhere: an overlap Φ below the threshold (`by_weights/move_updates.py`), and an update that
+arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`), and an update that
 depends on a weight that the base does not hold (`adapters/reading.py`).
 """
 

@@ -95,6 +95,12 @@ class Report:
         return [row for row in self.modules if row.status == status]
 
     @property
+    def was_fitted(self) -> bool:
+        """Whether the updates were fitted to running models, and not moved by weights."""
+        # A dry run has not chosen for "auto".
+        return self.method != AUTO and find_method(self.method).needs is Needs.MODELS
+
+    @property
     def coverage(self) -> float:
         """The share of the LoRA's modules that found a place, 0 … 1."""
         return measure_coverage(self.modules)
@@ -160,7 +166,7 @@ class Report:
         sentences = self._sentences_of_file()
         if self.probe is not None:
             sentences += self.probe.sentences()
-            if find_method(self.method).needs is Needs.MODELS:
+            if self.was_fitted:
                 return sentences
             sentences.append(
                 f"So the LoRA moved by weights alone ('{self.method}') is written, at the strength "

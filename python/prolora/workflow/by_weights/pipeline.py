@@ -11,6 +11,7 @@ from ... import adapters
 from ...adapters.adapter import Adapter
 from ...architectures.modules import matrix_shape
 from ...bases import Base
+from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache, CacheLike
 from ...bases.memory import Memory
 from ...bases.vae import can_probe
@@ -21,7 +22,7 @@ from ...core.lowrank import LowRank
 from ...core.methods import Needs
 from ...errors import LowCoverage, UnrelatedBases
 from ..module_report import ModuleReport
-from ..options import LoraLike, Progress, TransferOptions
+from ..options import LoraLike, TransferOptions
 from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report, measure_coverage
 from .assembly import (
@@ -38,12 +39,13 @@ from .assembly import (
     outline_result,
 )
 from .file_budget import OutputForm
-from .move_updates import Clock, LoraWork, move_all
+from .lora_work import Clock, LoraWork
+from .move_updates import move_all
 from .vectors import carry_vectors
 
 Notes = Callable[[BasisCache], Mapping[str, str]]
-"""What the header of a result says of its making, computed once nothing can be refused any more:
-it may read the bases whole."""
+"""What the header of a result says of its making. It is computed when nothing can be refused any
+more, as it may read all bytes of the bases."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ class Job:
     """One LoRA on its way, between the stages of a transfer.
 
     Attributes:
-        lora: as it was given.
         adapter: as it was read; updates without a place have no values any more.
         plan: where its modules go.
         asked: the options, before anything was decided.
@@ -70,7 +71,6 @@ class Job:
         verdict: on the pair of bases; None where no weight is moved.
     """
 
-    lora: LoraLike
     adapter: Adapter
     plan: Plan
     asked: TransferOptions
@@ -128,7 +128,7 @@ def prepare_job(
     updates = {n: hollow_update(x) if n in unplaced else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
     work = LoraWork(moved, plan, asked, clock, own_ranks=find_own_ranks(adapter, plan))
-    return Job(lora, adapter, plan, asked, output, work, energies)
+    return Job(adapter, plan, asked, output, work, energies)
 
 
 def read_lora(lora: LoraLike, source: Base) -> Adapter:

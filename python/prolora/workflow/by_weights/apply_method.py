@@ -1,0 +1,140 @@
+"""One method applied to a stack of updates, with the row of the report for each of them.
+
+Here a pair is skipped whose weights overlap less than the threshold on Φ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...comparison.overlap import Alignment
+from ...core.basis import Basis
+from ...core.damping import Damper
+from ...core.lowrank import LowRank
+from ...core.projection import project_factors
+from ..module_report import Measures, ModuleReport
+from ..plan import Pair
+from .assembly import describe_unchanged
+from .lora_work import LoraWork, Moved
+
+
+def copy_updates(work: LoraWork) -> list[Moved]:
+    """The updates as they are."""
+    adapter = work.adapter
+    return [
+        (
+            pair,
+            adapter.updates[pair.source],
+            describe_unchanged(adapter, pair.source, pair.target, work.method.outcome),
+        )
+        for pair in work.plan.pairs
+    ]
+
+
+def damp_updates(
+    works: list[LoraWork], stack: list[Pair], places: list[int], damper: Damper
+) -> list[Moved]:
+    """The updates weakened along the drift of the weights.
+
+    Args:
+        works: LoRAs with one rank at these places.
+        stack: pairs of one shape m × n.
+        places: which of them.
+        damper: of the weights [b, m, n] of all pairs of the stack.
+    """
+    moved_updates: list[Moved] = []
+    for work in works:  # each may have a κ of its own
+        delta = _stack_updates([work], [stack[i] for i in places])
+        delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
+        moved = damper.at(work.options.kappa)(delta, places)
+        difference = LowRank(
+            torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2)
+        )
+        norms = zip(*(x.norm().tolist() for x in (delta, moved, difference)), strict=True)
+        for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
+            pair = stack[place]
+            row = describe_unchanged(
+                work.adapter, pair.source, pair.target, work.method.outcome, before**2
+            )
+            if before > 0:
+                ratio = after / before
+                row = replace(
+                    row,
+                    surviving_energy=ratio**2,
+                    norm_ratio=ratio,
+                    copy_distance=distance / before,
+                )
+            moved_updates.append((pair, LowRank(moved.up[i], moved.down[i]), row))
+    return moved_updates
+
+
+def project_updates(
+    works: list[LoraWork],
+    stack: list[Pair],
+    places: list[int],
+    source: Basis,
+    target: Basis,
+    aligned: Alignment,
+) -> list[Moved]:
+    """The updates projected and recompressed; pairs with Φ below the threshold are skipped.
+
+    Args:
+        works: LoRAs with one rank at these places.
+        stack: pairs of one shape.
+        places: which of them.
+        source: bases of the source's weights, one for every pair of the stack.
+        target: bases of the target's weights.
+        aligned: what the two have in common.
+    """
+    options, pairs = works[0].options, [stack[i] for i in places]
+    source, target, aligned = source.take(places), target.take(places), aligned.take(places)
+    projected = project_factors(
+        _stack_updates(works, pairs), source, target, options.method, aligned.similar
+    )
+    info, recompressed = projected.info, projected.recompressed()
+    rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
+    measured = Measures.of(info, rungs, aligned.angles_left, aligned.angles_right)
+    numbers = [
+        x.flatten().tolist()
+        for x in (info.energy, info.surviving_energy, info.norm_ratio, info.copy_distance)
+    ]
+    moved_updates: list[Moved] = []
+    for first, work in enumerate(works):
+        for i, pair in enumerate(pairs):
+            at = i * len(works) + first
+            energy, surviving, ratio, distance = (values[at] for values in numbers)
+            measures, what = measured[at], work.method.outcome
+            row = replace(
+                describe_unchanged(work.adapter, pair.source, pair.target, what, energy),
+                measures=measures,
+                surviving_energy=surviving,
+                norm_ratio=ratio,
+                copy_distance=distance,
+            )
+            if min(measures.phi_left, measures.phi_right) < options.threshold:
+                moved_updates.append((pair, None, _skip_pair(row, measures, options.threshold)))
+            else:
+                moved_updates.append((pair, recompressed[at], row))
+    return moved_updates
+
+
+def _skip_pair(row: ModuleReport, measures: Measures, threshold: float) -> ModuleReport:
+    """The row of a pair whose weights overlap too little."""
+    side = "left" if measures.phi_left <= measures.phi_right else "right"
+    reason = f"Φ {side} below the threshold {threshold:g}"
+    return replace(row, target=None, status="skipped", reason=reason, rank_out=0)
+
+
+def _stack_updates(works: list[LoraWork], pairs: list[Pair]) -> LowRank:
+    """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
+    updates = [work.adapter.updates[pair.source] for pair in pairs for work in works]
+    device = works[0].options.device
+
+    def stack(factors: list[Tensor]) -> Tensor:
+        stacked: Tensor = torch.stack(factors).to(device).unflatten(0, (len(pairs), len(works)))
+        return stacked
+
+    return LowRank(stack([x.up for x in updates]), stack([x.down for x in updates]))
