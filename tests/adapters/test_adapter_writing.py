@@ -21,7 +21,7 @@ from lora_files import (
 from safetensors.torch import load_file
 
 from prolora import adapters
-from prolora.adapters import Adapter, writing
+from prolora.adapters import Adapter, verification
 from prolora.adapters.keys import module_names
 from prolora.core.lowrank import LowRank
 from prolora.errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
@@ -319,7 +319,7 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(tmp_path, monkey
         updates = {n: LowRank(u.up * 1.01, u.down) for n, u in adapter.updates.items()}
         return iter([adapter.with_updates(updates)])
 
-    monkeypatch.setattr(writing, "read_pieces", wrong)
+    monkeypatch.setattr(verification, "read_pieces", wrong)
     with pytest.raises(OutputError, match="reads back differently"):
         adapters.write_adapter(adapter_of(LINEAR), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
@@ -328,7 +328,7 @@ def test_a_file_that_reads_back_differently_never_gets_its_name(tmp_path, monkey
 def test_an_output_that_fails_leaves_the_old_file_as_it_was(tmp_path, monkeypatch):
     path = kohya_file(tmp_path / "out.safetensors")
     before = path.read_bytes()
-    monkeypatch.setattr(writing, "read_pieces", lambda _: iter([adapter_of({})]))
+    monkeypatch.setattr(verification, "read_pieces", lambda _: iter([adapter_of({})]))
     with pytest.raises(OutputError, match="other modules"):
         adapters.write_adapter(adapter_of(LINEAR), path)
     assert path.read_bytes() == before

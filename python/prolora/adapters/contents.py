@@ -102,7 +102,7 @@ def _group_keys(source: UnreadAdapter) -> Contents:
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
     slots: dict[str, Slot] = {}
-    found: dict[str, VectorSlot] = {}
+    vector_slots: dict[str, VectorSlot] = {}
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
@@ -115,7 +115,7 @@ def _group_keys(source: UnreadAdapter) -> Contents:
             unknown.append(key)
         elif isinstance(parsed, tensor_keys.VectorKey):
             vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
-            other = found.setdefault(vector.name, vector)
+            other = vector_slots.setdefault(vector.name, vector)
             if other is not vector:
                 raise UnsupportedFormat(
                     f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
@@ -131,10 +131,10 @@ def _group_keys(source: UnreadAdapter) -> Contents:
             slot.keys[parsed.role] = key
     if unknown:
         _refuse_unknown(unknown, source)
-    if not slots and not found:
+    if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
-    return Contents(list(slots.values()), list(found.values()), left_out)
+    return Contents(list(slots.values()), list(vector_slots.values()), left_out)
 
 
 def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:

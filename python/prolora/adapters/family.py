@@ -75,8 +75,8 @@ def claimed_family(metadata: Mapping[str, str]) -> str | None:
         return known[1]
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").lower()
-        found = (family for start, family in _BY_VERSION.items() if value.startswith(start))
-        if family := next(found, None):
+        families = (family for start, family in _BY_VERSION.items() if value.startswith(start))
+        if family := next(families, None):
             return family
     return None
 

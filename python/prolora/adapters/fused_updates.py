@@ -50,14 +50,14 @@ def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, Lo
     if len(whole.parts) == 1:
         up = swap_halves(update.up) if whole.swapped else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
-    found = {}
+    updates = {}
     for part, up in zip(whole.parts, update.up.split(heights), strict=True):
         used = up.any(0).nonzero().flatten()
         if len(used):
             # Copies: parts must not share memory that a caller may write to.
-            found[part] = LowRank(up[:, used], update.down[used])
-    if found:
-        return found
+            updates[part] = LowRank(up[:, used], update.down[used])
+    if updates:
+        return updates
     parts = zip(whole.parts, update.up.split(heights), strict=True)
     return {part: LowRank(up.clone(), update.down.clone()) for part, up in parts}
 
@@ -132,9 +132,9 @@ def unfuse_update(whole: FluxWeight, update: LowRank, modules: Iterable[str]) ->
         up = swap_halves(update.up) if whole.swapped else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
     tops = update.up.split(split_rows(whole, update.shape[0], whole.name))
-    found = dict(zip(whole.parts, tops, strict=True))
+    tops_by_name = dict(zip(whole.parts, tops, strict=True))
     # Copies: parts must not share memory that a caller may write to.
-    return {name: LowRank(found[name].clone(), update.down.clone()) for name in modules}
+    return {name: LowRank(tops_by_name[name].clone(), update.down.clone()) for name in modules}
 
 
 def swap_halves(tensor: Tensor) -> Tensor:

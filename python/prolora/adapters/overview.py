@@ -1,6 +1,6 @@
-"""What the keys of an adapter file give away, whether or not it can be read: for `inspect`.
+"""What the keys of an adapter file say, whether or not it can be read: for `inspect`.
 
-`layout.lay_out` refuses a file at the first thing it does not understand. Here every key counts
+`parse_contents` refuses a file at the first key that it does not understand. Here every key counts
 that says something, so that damaged, foreign and unsupported files are described too.
 """
 
@@ -126,12 +126,12 @@ class Overview:
         for name in sorted(self.modules, key=lambda n: find_component(n) in TEXT_ENCODERS):
             members.setdefault(find_component(name), []).append(name)
         refused = dict(self.refused)
-        found = {}
+        places = {}
         for place, modules in members.items():
             ranks = Counter(self.forms[n].rank for n in modules if n in self.forms)
             ranks.pop(0, None)
             kinds = (self.kind(n) if n in self.roles else refused.get(n, "norm") for n in modules)
-            found[place] = ComponentOverview(
+            places[place] = ComponentOverview(
                 len(modules),
                 count_values(kinds),
                 dict(sorted(ranks.items())),
@@ -142,74 +142,74 @@ class Overview:
             )
         if self.foreign:
             ranks = Counter(self.foreign.values())
-            found[NOT_UNDERSTOOD] = ComponentOverview(
+            places[NOT_UNDERSTOOD] = ComponentOverview(
                 len(self.foreign), {}, dict(sorted(ranks.items()))
             )
-        return found
+        return places
 
 
 def look_over(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
-    found = Overview()
+    overview = Overview()
     for key, header in source.headers.items():
-        _sort_key(key, header.shape, found)
-    if not found.is_adapter:
-        return found
+        _sort_key(key, header.shape, overview)
+    if not overview.is_adapter:
+        return overview
     try:
         contents = parse_contents(source)
-        found.scales = {slot.module.name: scale_of(slot, source) for slot in contents.slots}
-        found.contents = contents
+        overview.scales = {slot.module.name: scale_of(slot, source) for slot in contents.slots}
+        overview.contents = contents
     except ProLoRAError as error:
-        found.reason = str(error)
-        _guess_forms(source, found)
+        overview.reason = str(error)
+        _guess_forms(source, overview)
     else:
-        _use_contents(contents, found)
-    for name, roles in found.roles.items():
+        _use_contents(contents, overview)
+    for name, roles in overview.roles.items():
         alpha = roles.get("alpha")
         if alpha is not None and math.prod(source.headers[alpha].shape) == 1:
-            found.alphas[name] = source.read(alpha).double().item()
-    return found
+            overview.alphas[name] = source.read(alpha).double().item()
+    return overview
 
 
-def _use_contents(contents: Contents, found: Overview) -> None:
+def _use_contents(contents: Contents, overview: Overview) -> None:
     """What is known of a sound file; which encoder a T5 is, the keys alone do not tell."""
-    found.modules = {slot.module.name: slot.module for slot in contents.slots}
-    found.roles = {slot.module.name: slot.keys for slot in contents.slots}
-    found.forms = {slot.module.name: slot.form for slot in contents.slots}
-    found.alphas = {
+    overview.modules = {slot.module.name: slot.module for slot in contents.slots}
+    overview.roles = {slot.module.name: slot.keys for slot in contents.slots}
+    overview.forms = {slot.module.name: slot.form for slot in contents.slots}
+    overview.alphas = {
         slot.module.name: slot.peft.alpha(slot.module.local) for slot in contents.slots if slot.peft
     }
 
 
-def _guess_forms(source: UnreadAdapter, found: Overview) -> None:
+def _guess_forms(source: UnreadAdapter, overview: Overview) -> None:
     """The shapes of a refused file, where they go together."""
-    for name, roles in found.roles.items():
+    for name, roles in overview.roles.items():
         shapes = {role: source.headers[key].shape for role, key in roles.items()}
         form = forms.derive_form(shapes) if forms.find_missing_role(shapes.keys()) is None else None
         if form:
-            found.forms[name] = form
+            overview.forms[name] = form
 
 
-def _sort_key(key: str, shape: tuple[int, ...], found: Overview) -> None:
+def _sort_key(key: str, shape: tuple[int, ...], overview: Overview) -> None:
     """Puts a key where it belongs."""
     parsed = tensor_keys.parse_key(key, shape)
     if isinstance(parsed, tensor_keys.VectorKey):
-        found.vectors.append((parsed.module, parsed.tensor))
+        overview.vectors.append((parsed.module, parsed.tensor))
     elif isinstance(parsed, tensor_keys.LeftOutKey):
-        found.left_out.append(parsed.reason)
+        overview.left_out.append(parsed.reason)
     elif isinstance(parsed, tensor_keys.RefusedKey):
         module = module_names.parse_path(parsed.path)
         name = module.name if module else parsed.path
-        found.refused.append((name, parsed.algorithm))
+        overview.refused.append((name, parsed.algorithm))
         if module:
-            found.modules.setdefault(name, module)
+            overview.modules.setdefault(name, module)
     elif parsed is None:
         factor = tensor_keys.split_factor(key)
         if factor is not None and factor[1] == "down" and shape:
-            found.foreign[factor[0]] = shape[0]
+            overview.foreign[factor[0]] = shape[0]
     else:
-        found.modules.setdefault(parsed.module.name, parsed.module)
-        found.roles.setdefault(parsed.module.name, {})[parsed.role] = key
+        overview.modules.setdefault(parsed.module.name, parsed.module)
+        overview.roles.setdefault(parsed.module.name, {})[parsed.role] = key
 
 
 def count_values(values: Iterable[str]) -> dict[str, int]:

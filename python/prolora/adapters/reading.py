@@ -68,25 +68,25 @@ def read_adapter(
     """
     opened = open_adapter(source, metadata)
     contents = parse_contents(opened)
-    found = _start_adapter(contents, opened)
+    adapter = _start_adapter(contents, opened)
     for piece in _read_slots(opened, contents, read_weight):
         for mine, more in (
-            (found.updates, piece.updates),
-            (found.kernels, piece.kernels),
-            (found.vectors, piece.vectors),
-            (found.algorithms, piece.algorithms),
-            (found.kept_energy, piece.kept_energy),
-            (found.left_out, piece.left_out),
-            (found.unread, piece.unread),
+            (adapter.updates, piece.updates),
+            (adapter.kernels, piece.kernels),
+            (adapter.vectors, piece.vectors),
+            (adapter.algorithms, piece.algorithms),
+            (adapter.kept_energy, piece.kept_energy),
+            (adapter.left_out, piece.left_out),
+            (adapter.unread, piece.unread),
         ):
             mine.update(more)  # type: ignore[arg-type]
-    if found.left_out:
-        first = next(iter(found.left_out.items()))
-        log.warning("%s: %d tensors left out: %s: %s", opened.where, len(found.left_out), *first)
-    if not found.updates and not found.vectors:
-        name, reason = next(iter(found.left_out.items()))
+    if adapter.left_out:
+        first = next(iter(adapter.left_out.items()))
+        log.warning("%s: %d tensors left out: %s: %s", opened.where, len(adapter.left_out), *first)
+    if not adapter.updates and not adapter.vectors:
+        name, reason = next(iter(adapter.left_out.items()))
         raise UnsupportedFormat(f"{opened.where}: nothing of it can be read; {name}: {reason}")
-    return found
+    return adapter
 
 
 def read_pieces(source: StrPath | Mapping[str, Tensor]) -> Iterator[Adapter]:
@@ -132,18 +132,18 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
     opened = open_adapter(source)
     contents = parse_contents(opened)
     scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
-    found = _start_adapter(contents, opened)
+    adapter = _start_adapter(contents, opened)
     for slot in contents.slots:
         roles = slot.keys.keys()
         if forms.kind_of_roles(roles) == "lora" and not forms.needs_base(roles):
-            _add_update(found, slot, scales[slot.module.name], opened, None)
+            _add_update(adapter, slot, scales[slot.module.name], opened, None)
         else:
-            _add_zeros(found, slot, shapes, opened)
+            _add_zeros(adapter, slot, shapes, opened)
     for vector in contents.vectors:
-        found.vectors.update(
+        adapter.vectors.update(
             vectors.read_vector(vector, scales.get(vector.module.name, 1.0), opened)
         )
-    return found
+    return adapter
 
 
 def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
@@ -197,14 +197,16 @@ def _add_update(
             return
         kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
         algorithm = slot.form.algorithm
-        found = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
+        truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
-        found = products.factor_update(slot.form.algorithm, tensors)
-        found = TruncatedUpdate(_scale_update(found.update, scale, slot, source), found.kept)
-    update = LowRank(found.update.up.float(), found.update.down.float())
+        truncated = products.factor_update(slot.form.algorithm, tensors)
+        truncated = TruncatedUpdate(
+            _scale_update(truncated.update, scale, slot, source), truncated.kept
+        )
+    update = LowRank(truncated.update.up.float(), truncated.update.down.float())
     if not (is_finite(update.up) and is_finite(update.down)):
         raise NonFiniteWeights(f"{where}: the update is not finite, or the weight it belongs to")
-    _store_parts(adapter, slot, update, kernel, found.kept, where)
+    _store_parts(adapter, slot, update, kernel, truncated.kept, where)
 
 
 def _store_parts(
@@ -237,20 +239,20 @@ def _add_zeros(
     where = f"{source.where}: {slot.module.name}"
     inputs, kernel = slot.form.inputs, slot.kernel
     if forms.needs_base(slot.keys.keys()):
-        found = _look_up_base(slot, shapes.__getitem__, where)
-        if found is None:
+        base_shapes = _look_up_base(slot, shapes.__getitem__, where)
+        if base_shapes is None:
             _leave_out(adapter, slot)
             return
-        _check_fit(slot, found, where)
+        _check_fit(slot, base_shapes, where)
         magnitudes = {
             role: torch.empty(source.headers[key].shape, device="meta")
             for role, key in slot.keys.items()
             if role in ("dora_scale", "magnitude")
         }
         if magnitudes:
-            dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *found[0][1:]), where)
-        inputs = math.prod(found[0][1:])
-        kernel = (found[0][2], found[0][3]) if len(found[0]) == 4 else None
+            dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *base_shapes[0][1:]), where)
+        inputs = math.prod(base_shapes[0][1:])
+        kernel = (base_shapes[0][2], base_shapes[0][3]) if len(base_shapes[0]) == 4 else None
     rank = max(1, slot.form.rank)
     zeros = LowRank(torch.zeros(slot.form.out, rank), torch.zeros(rank, inputs))
     _store_parts(adapter, slot, zeros, kernel, 1.0, where)
@@ -281,10 +283,10 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
 
     None for a module of a text encoder that the base does not hold: many bases come without.
     """
-    found = []
+    entries = []
     for name in slot.module.modules:
         try:
-            found.append(get(name))
+            entries.append(get(name))
         except KeyError as error:
             if find_component(name) in TEXT_ENCODERS:
                 return None
@@ -292,7 +294,7 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
                 f"{where}: the update depends on the weight of {name}, which the source base does "
                 "not have; is this the base it was trained on?"
             ) from error
-    return found
+    return entries
 
 
 def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:

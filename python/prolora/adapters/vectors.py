@@ -79,12 +79,12 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
     if matrix.swapped:
         vector = fused_updates.swap_halves(vector)
     parts = vector.split(fused_updates.split_rows(matrix, len(vector), source.where))
-    found = {
+    nonzero = {
         f"{name}.{slot.tensor}": part.clone()
         for name, part in zip(matrix.parts, parts, strict=True)
         if part.any()
     }
-    return found or {f"{matrix.parts[0]}.{slot.tensor}": parts[0].clone()}
+    return nonzero or {f"{matrix.parts[0]}.{slot.tensor}": parts[0].clone()}
 
 
 def module_of(name: str) -> str:
@@ -127,12 +127,12 @@ def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Ten
 def vector_suffixes(names: Iterable[str]) -> dict[str, str]:
     """Vector -> the suffix of its key, as LyCORIS and ComfyUI read it."""
     every = set(names)
-    found = {}
+    suffixes = {}
     for name in every:
         module, _, tensor = name.rpartition(".")
         is_norm = f"{module}.weight" in every
-        found[name] = "w_norm" if tensor == "weight" else "b_norm" if is_norm else "diff_b"
-    return found
+        suffixes[name] = "w_norm" if tensor == "weight" else "b_norm" if is_norm else "diff_b"
+    return suffixes
 
 
 def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,10 +152,10 @@ def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def vectors_match(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+def vectors_match(back: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     """Whether two vectors are equal to within the rounding of `dtype`."""
-    if found.shape != wanted.shape:
+    if back.shape != wanted.shape:
         return False
     limit = torch.finfo(dtype).eps
-    difference = (found.double() - wanted.double()).norm()
+    difference = (back.double() - wanted.double()).norm()
     return bool(difference <= limit * wanted.double().norm())

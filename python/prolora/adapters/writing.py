@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.lowrank import LowRank
-from ..errors import OutputError, ProLoRAError, UnsupportedFormat
+from ..errors import OutputError, UnsupportedFormat
 from ..files.writing import (
     check_writable,
     fill_safetensors,
     replace_output,
     safetensors_size,
 )
-from . import vectors
 from .adapter import Adapter
 from .formats import encoding, groups
 from .formats import metadata as headers
 from .formats.peft_config import METADATA_KEY
-from .reading import read_pieces
 from .unread import PEFT_CONFIG, PEFT_WEIGHTS, StrPath
+from .verification import verify_output
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -72,7 +69,7 @@ def write_adapter(
             (output / PEFT_CONFIG).write_bytes(_config_text(adapter).encode())
         else:
             fill_safetensors(output, tensors, header, path)
-        _verify_output(output, adapter, chosen, stored, path)
+        verify_output(output, adapter, chosen, stored, path)
 
 
 def encode_state_dict(
@@ -104,7 +101,7 @@ def encode_state_dict(
     adapter = _move_to_cpu(adapter)
     encoded = encoding.encode_adapter(adapter, chosen, stored)
     tensors = {key: tensor.detach().clone() for key, tensor in encoded.items()}
-    _verify_output(tensors, adapter, chosen, stored, where)
+    verify_output(tensors, adapter, chosen, stored, where)
     return tensors
 
 
@@ -183,110 +180,3 @@ def _check_destination(path: Path, format: str) -> None:
         check_writable(path)
         if path.exists():
             raise OutputError(f"{path}: is a file; a PEFT adapter is a folder")
-
-
-def _verify_output(
-    output: Path | Mapping[str, Tensor],
-    adapter: Adapter,
-    format: str,
-    dtype: torch.dtype,
-    path: StrPath,
-) -> None:
-    """Opens the output as any user would and compares every update.
-
-    Raises:
-        OutputError: an update is missing or is off by more than the rounding of `dtype`.
-    """
-    shared = _shared_sizes(adapter, format)
-    seen: set[str] = set()
-    foreign: set[str] = set()
-    kernels: dict[str, tuple[int, int]] = {}
-    found: dict[str, Tensor] = {}
-    try:
-        for piece in read_pieces(output):
-            for name, update in piece.updates.items():
-                wanted = adapter.updates.get(name)
-                if wanted is None:
-                    foreign |= _nonzero_updates(piece, {name})
-                elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
-                    raise OutputError(
-                        f"{path}: {name} reads back differently from what was written"
-                    )
-            seen |= piece.updates.keys()
-            kernels |= piece.kernels
-            found |= piece.vectors
-    except OutputError:
-        raise
-    except ProLoRAError as error:
-        raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
-    missing = {
-        name
-        for name in adapter.updates.keys() - seen
-        if adapter.updates[name].norm() > _product_tolerance(dtype) * shared.get(name, 0.0)
-    }
-    if missing or foreign or kernels != adapter.kernels:
-        changed = sorted(missing | foreign) or ["a convolution's kernel"]
-        raise OutputError(f"{path}: reads back with other modules than written: {changed[0]}")
-    for name in _nonzero_vectors(adapter.vectors) | _nonzero_vectors(found):
-        back, vector = found.get(name), adapter.vectors.get(name)
-        if back is None or vector is None or not vectors.vectors_match(back, vector, dtype):
-            raise OutputError(f"{path}: {name} reads back differently from what was written")
-
-
-def _nonzero_vectors(found: Mapping[str, Tensor]) -> set[str]:
-    """Those vectors that are more than zeros: a part of a fused bias may be no more."""
-    return {name for name, vector in found.items() if vector.any()}
-
-
-def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
-    """Those modules whose update is more than zeros: rows of zeros in a fused weight are none."""
-    return {name for name in modules if adapter.updates[name].norm() > 0}
-
-
-def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
-    """Module -> ‖up‖·‖down‖ of the factors that it shares with others in the file."""
-    sizes: dict[str, float] = {}
-    for group in groups.group_modules(adapter, format):
-        if len(group.parts) > 1:
-            updates = group.parts.values()
-            up = math.hypot(*(update.up.norm().item() for update in updates))
-            down = math.hypot(*(update.down.norm().item() for update in updates))
-            sizes |= dict.fromkeys(group.parts, up * down)
-    return sizes
-
-
-def _product_tolerance(dtype: torch.dtype) -> float:
-    """What rounding both factors can cost, of ‖up‖·‖down‖."""
-    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
-    return max(4 * torch.finfo(dtype).eps, 1e-6)
-
-
-def _updates_match(found: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
-    """‖ΔW_found − ΔW‖_F within what rounding both factors to `dtype` can cost.
-
-    Args:
-        found: as it reads back.
-        wanted: as it was meant.
-        dtype: of the factors in the file.
-        shared: ‖up‖·‖down‖ of the factors there, where they are more than this update's: a small
-            part of a fused weight is rounded as the whole is.
-    """
-    if found.shape != wanted.shape:
-        return False
-    pairs = ((found.up, wanted.up), (found.down, wanted.down))
-    rounding = 2 * torch.finfo(dtype).eps
-    if found.rank == wanted.rank and all(_factors_match(*pair, rounding) for pair in pairs):
-        return True
-    # The same product may have other factors, if they were balanced for the dtype or fused.
-    difference = LowRank(
-        torch.cat([found.up.double(), -wanted.up.double()], 1),
-        torch.cat([found.down.double(), wanted.down.double()], 0),
-    )
-    size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
-    return bool(difference.norm() <= _product_tolerance(dtype) * size)
-
-
-def _factors_match(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    """‖found − wanted‖_F against ‖wanted‖_F; false where either overflows float32."""
-    size = wanted.norm()
-    return bool(size.isfinite() and (found - wanted).norm() <= tolerance * size)

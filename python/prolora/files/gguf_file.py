@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -205,10 +205,10 @@ class _HeaderReader:
         self.position += count
         if self.position > _HEADER_LIMIT:
             raise self.refuse("its header is larger than any real one")
-        found = self._file.read(count)
-        if len(found) < count:
+        content = self._file.read(count)
+        if len(content) < count:
             raise self.refuse("it ends inside its header; download it again")
-        return found
+        return content
 
     def number(self, code: str) -> Any:
         """The next number of a `struct` code."""
@@ -216,10 +216,10 @@ class _HeaderReader:
 
     def count(self, what: str) -> int:
         """The next length, refused where no real file has so many."""
-        found = int(self.number("Q"))
-        if found > _COUNT_LIMIT:
-            raise self.refuse(f"it says that it has {found} {what}")
-        return found
+        length = int(self.number("Q"))
+        if length > _COUNT_LIMIT:
+            raise self.refuse(f"it says that it has {length} {what}")
+        return length
 
     def text(self) -> str:
         """The next string."""
@@ -261,36 +261,47 @@ def _read_tensors(header: _HeaderReader, size: int) -> dict[str, GgufTensor]:
         raise header.refuse(f"version {version}; versions 2 and 3 are read")
     tensors, entries = header.count("tensors"), header.count("entries")
     metadata = {header.text(): header.value() for _ in range(entries)}
-    found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    listed: dict[str, _HeaderEntry] = {}
     for _ in range(tensors):
         name, axes = header.text(), header.number("I")
-        if name in found:
+        if name in listed:
             raise header.refuse(f"{name} occurs twice")
         if not 1 <= axes <= _MOST_AXES:
             raise header.refuse(f"{name} has {axes} axes")
         shape = tuple(int(header.number("Q")) for _ in range(axes))[::-1]  # fastest axis first
-        found[name] = (shape, int(header.number("I")), int(header.number("Q")))
+        listed[name] = _HeaderEntry(shape, int(header.number("I")), int(header.number("Q")))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= _ALIGNMENT_LIMIT:
         raise header.refuse(f"its alignment is {alignment!r:.40}")
     start = -(-header.position // alignment) * alignment
     placed = {
-        name: _place_tensor(name, *entry, start, metadata, header) for name, entry in found.items()
+        name: _place_tensor(name, entry, start, metadata, header) for name, entry in listed.items()
     }
     _check_extent(placed, size, header)
     return placed
 
 
+class _HeaderEntry(NamedTuple):
+    """What the header says of a tensor: shape, rows first; type; first byte of the data."""
+
+    shape: tuple[int, ...]
+    code: int
+    offset: int
+
+
 def _place_tensor(
-    name: str,
-    shape: tuple[int, ...],
-    code: int,
-    offset: int,
-    start: int,
-    metadata: dict[str, Any],
-    header: _HeaderReader,
+    name: str, entry: _HeaderEntry, start: int, metadata: dict[str, Any], header: _HeaderReader
 ) -> GgufTensor:
-    """One tensor, its size known from its type and shape."""
+    """One tensor, its size known from its type and shape.
+
+    Args:
+        name: in the header.
+        entry: what the header says of it.
+        start: first byte of the data in the file.
+        metadata: of the file; the shape before a tool flattened the tensor may stand there.
+        header: for messages.
+    """
+    shape, code, offset = entry
     block = load_quants().block(code)
     if block is None:
         raise UnsupportedFormat(

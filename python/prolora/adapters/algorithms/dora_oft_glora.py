@@ -51,17 +51,17 @@ def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tupl
         ShapeMismatch: the shape is none of these.
     """
     out, inputs = shape[:2]
-    found = tensors["magnitude"] if "magnitude" in tensors else tensors["dora_scale"]
-    sizes = tuple(found.shape)
-    if "magnitude" in tensors or found.dim() == 1:
-        if found.numel() == out and set(sizes) <= {1, out}:
-            return found, 0
-    elif sizes and sizes[0] == out == found.numel():
-        return found, 0
-    elif sizes[:2] == (1, inputs) and found.numel() == inputs:
-        return found, 1
+    magnitudes = tensors["magnitude"] if "magnitude" in tensors else tensors["dora_scale"]
+    sizes = tuple(magnitudes.shape)
+    if "magnitude" in tensors or magnitudes.dim() == 1:
+        if magnitudes.numel() == out and set(sizes) <= {1, out}:
+            return magnitudes, 0
+    elif sizes and sizes[0] == out == magnitudes.numel():
+        return magnitudes, 0
+    elif sizes[:2] == (1, inputs) and magnitudes.numel() == inputs:
+        return magnitudes, 1
     raise ShapeMismatch(
-        f"{where}: DoRA magnitudes of a weight {list(shape)} are not {list(found.shape)} but "
+        f"{where}: DoRA magnitudes of a weight {list(shape)} are not {list(magnitudes.shape)} but "
         f"[{out}, 1], [1, {inputs}] or [{out}]"
     )
 

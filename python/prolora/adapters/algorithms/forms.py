@@ -1,7 +1,7 @@
 """The kinds of update that adapter files hold: their tensors, shapes, ranks and scales.
 
 Everything here follows from shapes alone, so that a file can be judged by its header. What the
-tensors multiply to is in `lycoris` and, where the base weights come in, in `merging`.
+tensors multiply to is in `products` and, where the base weights come in, in `dora_oft_glora`.
 """
 
 from __future__ import annotations
@@ -126,12 +126,12 @@ def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
     """The form of an update from the shapes of its tensors by role; None if they do not fit."""
     if any(size == 0 for shape in shapes.values() for size in shape):
         return None
-    found = _FORMS[kind_of_roles(shapes.keys())](shapes)
-    if found is None or not (1 <= found.out <= MAX_SIDE and found.inputs <= MAX_SIDE):
+    form = _FORMS[kind_of_roles(shapes.keys())](shapes)
+    if form is None or not (1 <= form.out <= MAX_SIDE and form.inputs <= MAX_SIDE):
         return None
     if "alpha" in shapes and math.prod(shapes["alpha"]) != 1:
         return None
-    return found
+    return form
 
 
 def _lora_form(shapes: Mapping[str, Shape]) -> Form | None:

@@ -90,10 +90,10 @@ def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
     Raises:
         UnsupportedFormat: the format has no name for a module.
     """
-    found = find_paths(adapter, format, list(adapter.updates))
+    paths = find_paths(adapter, format, list(adapter.updates))
     if format == "peft":
         _check_one_component(list(adapter.updates))
-    return found
+    return paths
 
 
 def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     siblings = [*adapter.updates, *modules]
     original = _is_flux(adapter)
     for name in modules:
@@ -120,8 +120,8 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
             raise UnsupportedFormat(
                 f"{name} has no name in the {format} format; write it with --format diffusers"
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def _check_one_component(modules: list[str]) -> None:

@@ -51,7 +51,7 @@ def rewrite_metadata(
     Args:
         metadata: of the source LoRA.
         target_name: name of the target base model.
-        target_layout: its architecture (`bases.layout.known`), None if unknown.
+        target_layout: its architecture (an id of `architectures.layouts`), None if unknown.
         target_sha256: SHA-256 of its file.
         target_short_hash: kohya's eight digits of it.
         provenance: facts of the transfer, written as `prolora.<key>`.

@@ -176,7 +176,7 @@ def _from_dotted(path: str) -> ModulePath | None:
         if is_t5 != (root == "t5") or not (is_t5 or rest.startswith("text_")):
             return None
         encoder = _ONETRAINER_TEXT[root]
-        # Not "diffusers": its T5 is the third, which `layout` counts again where it is the second.
+        # Not "diffusers": its T5 is the third, and `contents` makes it the second where it is that.
         return ModulePath(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
@@ -234,7 +234,7 @@ def to_kohya(
     Args:
         name: canonical, or of a fused FLUX weight.
         spelling: "diffusers" or "sgm", of UNet and transformer modules.
-        siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
+        siblings: other canonical names of the same model; see `ldm.diffusers_to_ldm`.
         sdxl: the model has two text encoders, which are then numbered.
     """
     where, local = find_component(name), local_name(name)
@@ -264,7 +264,7 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
 
     Args:
         name: canonical, or of a fused FLUX weight.
-        siblings: other canonical names of the same model; see `sgm.diffusers_to_ldm`.
+        siblings: other canonical names of the same model; see `ldm.diffusers_to_ldm`.
         clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
     """
     where, local = find_component(name), local_name(name)

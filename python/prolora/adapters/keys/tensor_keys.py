@@ -195,11 +195,11 @@ def parse_key(
         if module is None:
             return LeftOutKey(FOREIGN_VECTOR)
         return VectorKey(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
-    found = split_role(key)
-    module = module_names.parse_path(found[0]) if found else None
-    if found and found[1] == "diff" and len(shape) == 1:
+    path_and_role = split_role(key)
+    module = module_names.parse_path(path_and_role[0]) if path_and_role else None
+    if path_and_role and path_and_role[1] == "diff" and len(shape) == 1:
         return VectorKey(module, "weight") if module else LeftOutKey(FOREIGN_VECTOR)
-    return FactorKey(module, found[1]) if found and module else None
+    return FactorKey(module, path_and_role[1]) if path_and_role and module else None
 
 
 def split_role(key: str) -> tuple[str, str] | None:

@@ -1,0 +1,146 @@
+"""What was written, read back as any user would and compared with what was meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.lowrank import LowRank
+from ..errors import OutputError, ProLoRAError
+from . import vectors
+from .adapter import Adapter
+from .formats import groups
+from .reading import read_pieces
+from .unread import StrPath
+
+
+def verify_output(
+    output: Path | Mapping[str, Tensor],
+    adapter: Adapter,
+    format: str,
+    dtype: torch.dtype,
+    where: StrPath,
+) -> None:
+    """Opens an output and compares every update and vector.
+
+    Args:
+        output: a file, a PEFT folder or a state dict.
+        adapter: what it was made of.
+        format: its format.
+        dtype: of its factors.
+        where: what messages call it.
+
+    Raises:
+        OutputError: an update or vector is missing, or is off by more than the rounding of `dtype`.
+    """
+    shared = _shared_sizes(adapter, format)
+    back, foreign = Adapter({}), set()
+    try:
+        for piece in read_pieces(output):
+            for name, update in piece.updates.items():
+                wanted = adapter.updates.get(name)
+                if wanted is None:
+                    foreign |= _nonzero_updates(piece, {name})
+                elif not _updates_match(update, wanted, dtype, shared.get(name, 0.0)):
+                    raise _difference(where, name)
+            # Without the factors, which may be large: only their names count from here on.
+            back.updates.update(dict.fromkeys(piece.updates, _NOTHING))
+            back.kernels.update(piece.kernels)
+            back.vectors.update(piece.vectors)
+    except OutputError:
+        raise
+    except ProLoRAError as error:
+        raise OutputError(f"{where}: was written but cannot be read back: {error}") from error
+    missing = {
+        name
+        for name in adapter.updates.keys() - back.updates.keys()
+        if adapter.updates[name].norm() > _product_tolerance(dtype) * shared.get(name, 0.0)
+    }
+    if missing or foreign or back.kernels != adapter.kernels:
+        changed = sorted(missing | foreign) or ["a convolution's kernel"]
+        raise OutputError(f"{where}: reads back with other modules than written: {changed[0]}")
+    _compare_vectors(back.vectors, adapter.vectors, dtype, where)
+
+
+_NOTHING = LowRank(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def _difference(where: StrPath, name: str) -> OutputError:
+    return OutputError(f"{where}: {name} reads back differently from what was written")
+
+
+def _compare_vectors(
+    back: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype, where: StrPath
+) -> None:
+    """Refuses vectors that read back differently.
+
+    Raises:
+        OutputError: one is missing, or is off by more than the rounding of `dtype`.
+    """
+    for name in _nonzero_vectors(wanted) | _nonzero_vectors(back):
+        one, other = back.get(name), wanted.get(name)
+        if one is None or other is None or not vectors.vectors_match(one, other, dtype):
+            raise _difference(where, name)
+
+
+def _nonzero_vectors(vectors_by_name: Mapping[str, Tensor]) -> set[str]:
+    """Those vectors that are more than zeros: a part of a fused bias may be no more."""
+    return {name for name, vector in vectors_by_name.items() if vector.any()}
+
+
+def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
+    """Those modules whose update is more than zeros: rows of zeros in a fused weight are none."""
+    return {name for name in modules if adapter.updates[name].norm() > 0}
+
+
+def _shared_sizes(adapter: Adapter, format: str) -> dict[str, float]:
+    """Module -> ‖up‖·‖down‖ of the factors that it shares with others in the file."""
+    sizes: dict[str, float] = {}
+    for group in groups.group_modules(adapter, format):
+        if len(group.parts) > 1:
+            updates = group.parts.values()
+            up = math.hypot(*(update.up.norm().item() for update in updates))
+            down = math.hypot(*(update.down.norm().item() for update in updates))
+            sizes |= dict.fromkeys(group.parts, up * down)
+    return sizes
+
+
+def _product_tolerance(dtype: torch.dtype) -> float:
+    """What rounding both factors can cost, of ‖up‖·‖down‖."""
+    # The norm of a difference comes from Gram matrices, which are good to √eps of float64.
+    return max(4 * torch.finfo(dtype).eps, 1e-6)
+
+
+def _updates_match(back: LowRank, wanted: LowRank, dtype: torch.dtype, shared: float) -> bool:
+    """‖ΔW_back − ΔW‖_F within what rounding both factors to `dtype` can cost.
+
+    Args:
+        back: as it reads back.
+        wanted: as it was meant.
+        dtype: of the factors in the file.
+        shared: ‖up‖·‖down‖ of the factors there, where they are more than this update's: a small
+            part of a fused weight is rounded as the whole is.
+    """
+    if back.shape != wanted.shape:
+        return False
+    pairs = ((back.up, wanted.up), (back.down, wanted.down))
+    rounding = 2 * torch.finfo(dtype).eps
+    if back.rank == wanted.rank and all(_factors_match(*pair, rounding) for pair in pairs):
+        return True
+    # The same product may have other factors, if they were balanced for the dtype or fused.
+    difference = LowRank(
+        torch.cat([back.up.double(), -wanted.up.double()], 1),
+        torch.cat([back.down.double(), wanted.down.double()], 0),
+    )
+    size = max(shared, (wanted.up.double().norm() * wanted.down.double().norm()).item())
+    return bool(difference.norm() <= _product_tolerance(dtype) * size)
+
+
+def _factors_match(back: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """‖back − wanted‖_F against ‖wanted‖_F; false where either overflows float32."""
+    size = wanted.norm()
+    return bool(size.isfinite() and (back - wanted).norm() <= tolerance * size)
