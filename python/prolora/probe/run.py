@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from ..bases.base import Progress
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, UnrelatedBases
 from ..version import __version__
@@ -39,7 +39,7 @@ from .recording.translation import (
 )
 from .recording.wanted import wanted_changes
 from .report import BlockReport, ProbeReport
-from .settings import FitSettings
+from .settings import FitSettings, Strategy
 from .updates import weight_of
 
 __all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
@@ -77,7 +77,23 @@ def fit_lora(
     convert: Convert | None = None,
     read: Read | None = None,
     rival: Mapping[str, LowRank] | None = None,
-    **options: Any,
+    rank: float = 32,
+    strategy: Strategy = "joint",
+    probes: int | None = None,
+    held_out: int | None = None,
+    steps: int = 32,
+    batch: int | None = None,
+    damping: float = 1.0,
+    map_ridge: float = 0.01,
+    fit_ridge: float = 0.03,
+    iterations: int = 6,
+    rounds: int = 2,
+    seed: int = 0,
+    force: bool = False,
+    resume: str | PathLike[str] | None = None,
+    samplers: str = "",
+    max_memory: int | None = None,
+    progress: Progress | None = None,
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
@@ -86,6 +102,7 @@ def fit_lora(
     linear modules of all its blocks at once to that, in a few Gauss–Newton steps. Strategy
     "blocks" fits one block after the other to r_t + (r_s with LoRA − r_s)·T, where T is a ridge map
     between the residual streams of the two bases; the last block is fitted to the prediction.
+    `FitSettings` describes the options in more detail.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
@@ -104,9 +121,26 @@ def fit_lora(
         read: return value of either model -> its prediction; None: see `output_of`.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself.
-        options: the fields of `FitSettings`.
+        rank: of every update that is written, or the share of each update that is kept.
+        strategy: "joint" or "blocks", which needs less memory.
+        probes: "joint": samples of the fit; None: chosen by the number of recorded ones.
+        held_out: "joint": samples of the verdict; None: chosen in the same way.
+        steps: "joint": Gauss–Newton steps.
+        batch: "joint": least number of samples of a step; None: chosen in the same way.
+        damping: "joint": of the curvature, relative to its mean diagonal.
+        map_ridge: "blocks": λ of the maps between residual streams.
+        fit_ridge: "blocks": λ of the updates.
+        iterations: "blocks": conjugate-gradient steps of every linearised problem.
+        rounds: "blocks": how many times each block is linearised.
+        seed: of the trajectories.
+        force: returns the LoRA even where the gate refuses it.
+        resume: folder that keeps recorded calls and fitted updates for an interrupted probing.
+        samplers: what the samplers do, as a text; required with `resume`.
+        max_memory: bytes of calls and streams in memory; the rest goes to temporary files.
+        progress: called as progress(done, total, name).
 
     Raises:
+        InvalidOption: an option has a value that it does not take.
         UnrelatedBases: the gate refuses, and `force` is not set.
         ProLoRAError: a module, block or dtype is of a kind that probing cannot handle; the message
             names it.
@@ -114,7 +148,25 @@ def fit_lora(
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
-    settings = FitSettings(**options)
+    settings = FitSettings(
+        rank=rank,
+        strategy=strategy,
+        probes=probes,
+        held_out=held_out,
+        steps=steps,
+        batch=batch,
+        damping=damping,
+        map_ridge=map_ridge,
+        fit_ridge=fit_ridge,
+        iterations=iterations,
+        rounds=rounds,
+        seed=seed,
+        force=force,
+        resume=resume,
+        samplers=samplers,
+        max_memory=max_memory,
+        progress=progress,
+    )
     translation = Translation(
         translate or same_call,
         translate_back or same_call,
@@ -123,13 +175,13 @@ def fit_lora(
     )
     adapter = _as_adapter(lora)
     _check_models(source, target, adapter)
-    samplers = (sample_source, sample_adapted or sample_source, sample_target)
+    sample_all = (sample_source, sample_adapted or sample_source, sample_target)
     with _frozen(source), _frozen(target), in_float32(source), in_float32(target):
         recorder = Recorder(
             source,
             target,
             adapter,
-            samplers,
+            sample_all,
             translation,
             Checkpoints(settings.resume),
             settings.samplers,
@@ -140,7 +192,7 @@ def fit_lora(
 def _record_fit_judge(
     recorder: Recorder, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
-    report = ProbeReport(0, 0, settings.rank)
+    report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from typing import Literal, get_args
 
 from ..bases.base import Progress
+from ..errors import InvalidOption
 
-STRATEGIES = ("joint", "blocks")
+Strategy = Literal["joint", "blocks"]
+"""Whether a fit takes all updates at once or one block after the other."""
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
 
@@ -37,36 +43,44 @@ class Probing:
     steps: int = 25
     size: int | None = None
     guidance: float | None = None
-    strategy: str = "joint"
+    strategy: Strategy = "joint"
     fit_steps: int = 32
     force: bool = False
     resume: str | PathLike[str] | None = field(default=None, repr=False)  # changes no result
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        if min(self.images, self.steps, self.fit_steps) < 1:
-            raise ValueError("images and steps of a probing must be 1 or more")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(
-                f"a probing's strategy is one of {', '.join(STRATEGIES)}, not {self.strategy!r}"
-            )
-        if self.size is not None and (self.size < 8 or self.size % 8):
-            raise ValueError(f"the size of probes must be a multiple of 8 pixels, not {self.size}")
+        """Checks the values.
+
+        Raises:
+            InvalidOption: names the option and the values that it takes.
+        """
+        several = isinstance(self.prompts, tuple | list)
+        if not several or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
+        for name in ("images", "steps", "fit_steps"):
+            _check_count(name, getattr(self, name))
+        _check_strategy(self.strategy)
+        if self.guidance is not None and not _is_number(self.guidance):
+            raise InvalidOption(f"guidance must be a number, not {self.guidance!r}")
+        if self.size is not None:
+            _check_count("size", self.size)
+            if self.size % 8:
+                raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
     """The lines of a text file, without empty ones.
 
     Raises:
-        ValueError: the file cannot be read, or has no prompts.
+        InvalidOption: the file cannot be read, or has no prompts.
     """
     try:
         lines = Path(file).read_text("utf-8").splitlines()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{file}: cannot be read as text: {error}") from error
+        raise InvalidOption(f"{file}: cannot be read as text: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ValueError(f"{file}: has no prompts (one per line is expected)")
+        raise InvalidOption(f"{file}: has no prompts (one per line is expected)")
     return prompts
 
 
@@ -101,7 +115,7 @@ class FitSettings:
     """
 
     rank: float = 32
-    strategy: str = "joint"
+    strategy: Strategy = "joint"
     probes: int | None = None
     held_out: int | None = None
     steps: int = 32
@@ -119,21 +133,29 @@ class FitSettings:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values."""
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}")
-        if self.rank <= 0 or (self.rank > 1 and self.rank != int(self.rank)):
-            raise ValueError("rank must be a whole number, or a share between 0 and 1")
-        counts = ("probes", "held_out", "steps", "batch", "iterations", "rounds")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more")
+        """Checks the values.
+
+        Raises:
+            InvalidOption: names the option and the values that it takes.
+        """
+        _check_strategy(self.strategy)
+        whole = _is_number(self.rank) and self.rank == int(self.rank)
+        if not _is_number(self.rank) or self.rank <= 0 or (self.rank > 1 and not whole):
+            raise InvalidOption(
+                f"rank must be an integer of 1 or more, or a share between 0 and 1, "
+                f"not {self.rank!r}"
+            )
+        for name in ("steps", "iterations", "rounds"):
+            _check_count(name, getattr(self, name))
+        for name in ("probes", "held_out", "batch", "max_memory"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         for name in ("damping", "map_ridge", "fit_ridge"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive")
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise InvalidOption(f"{name} must be a positive number, not {value!r}")
         if self.resume is not None and not self.samplers:
-            raise ValueError("resume needs samplers=TEXT that says what the samplers do")
+            raise InvalidOption("resume needs samplers=TEXT that says what the samplers do")
 
     def sized(self, recorded: int) -> FitSettings:
         """The settings with numbers instead of None, so that fit and verdict take a bounded time.
@@ -165,3 +187,18 @@ class FitSettings:
     def share_memory(self, parts: int) -> int | None:
         """One of so many equal parts of `max_memory`; None without a bound."""
         return None if self.max_memory is None else self.max_memory // parts
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidOption(f"{name} must be an integer of 1 or more, not {value!r}")
+
+
+def _check_strategy(value: object) -> None:
+    if value not in STRATEGIES:
+        raise InvalidOption(f"strategy must be one of {', '.join(STRATEGIES)}, not {value!r}")
