@@ -163,3 +163,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["prolora", "inspect", "x"])
     with pytest.raises(KeyError):
         cli.main()
+
+
+def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prolora.workflow.inspection.inspect", interrupt)
+    assert prolora("inspect", "x")[0] == 130

@@ -1,5 +1,7 @@
 """Tables fit 80 columns, and show every number they have."""
 
+import re
+
 import pytest
 from mini import BLOCK, source_weights, write_folder
 
@@ -69,3 +71,31 @@ def test_modules_are_shown_with_their_whole_names(prolora, case, monkeypatch):
     _, source, target = case
     _, text, _ = prolora("compare", "--source", source, "--target", target, "--modules")
     assert BLOCK.format(1, "ff.net.2") in text and "pairs " not in text.split("drift:")[0]
+
+
+@pytest.mark.parametrize("width", [20, 40, 79])
+def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch, width):
+    lora, source, target = case
+    bases = ("--source", source, "--target", target, "--no-cache")
+    for line in (
+        ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "out.safetensors"),
+        ("compare", *bases),
+        ("basis", source, "--no-cache"),
+    ):
+        monkeypatch.setenv("COLUMNS", "80")
+        full = [row.rstrip() for row in prolora(*line)[1].splitlines() if re.search(r"\d", row)]
+        monkeypatch.setenv("COLUMNS", str(width))
+        narrow = [row.rstrip() for row in prolora(*line)[1].splitlines()]
+        rows = [row for row in full if row.startswith((" down_blocks.1 ", " all ", " 24×40 "))]
+        cut = [re.sub(r"\d+\.\d$", "", row) for row in rows]  # seconds differ
+        assert rows and all(any(row.startswith(part) for row in narrow) for part in cut)
+
+
+def test_notes_fill_the_lines_of_any_terminal(prolora, case, tmp_path, monkeypatch):
+    _, source, target = case
+    for width in (50, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        _, text, _ = prolora("compare", "--source", source, "--target", target, "--quick")
+        note = text[text.index("drift:") : text.index("0 as unrelated")]
+        lines = note.splitlines()[:-1]
+        assert all(width - 12 < len(line.rstrip()) <= width for line in lines), lines

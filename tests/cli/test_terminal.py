@@ -92,6 +92,13 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
     assert r"\x1b]0;title\x07" in said and r"\u202e" in said
 
 
+def test_control_characters_of_a_wrong_command_line_are_not_obeyed(prolora):
+    for line in (("inspect", "a", f"b{ESCAPES}"), ("transfer", f"--{ESCAPES}"), (f"x{ESCAPES}",)):
+        code, out, err = prolora(*line)
+        assert code == 2 and not out and "for help" in err and not CONTROLS.search(err), line
+        assert r"\x1b[2J" in err
+
+
 def test_control_characters_reach_no_log(prolora, case, tmp_path, monkeypatch):
     lora, source, target = case
     (tmp_path / "file\x1b[2J").write_text("")

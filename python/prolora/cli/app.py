@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,6 +29,9 @@ from .transfer import show_report, transfer
 from .transfer_options import MethodOption
 
 log = logging.getLogger(__name__)
+
+# What all of typer's complaints about a command line are; recent versions export no name for it.
+CommandLineError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,10 +163,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))
     prepare_streams()
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+    except CommandLineError as error:
+        # Not typer's own message, which would obey the escape sequences of file names.
+        if type(error).__name__ != "NoArgsIsHelpError":
+            print_error("UsageError", error.format_message())
+            command = error.ctx.command_path if error.ctx else "prolora"
+            err.print_line(f"Try '{command} -h' for help.")
+        sys.exit(ExitCode.REFUSED)
     except HANDLED as error:
         log.debug("the error in full", exc_info=error)
-        name, message = describe_error(error)
-        err.print(f"{name}:", style="bold red", end=" ")
-        err.print_line(message)
+        print_error(*describe_error(error))
         sys.exit(find_exit_code(error))
+    sys.exit(code)
+
+
+def print_error(name: str, message: str) -> None:
+    """Prints what went wrong to stderr."""
+    err.print(f"{name}:", style="bold red", end=" ")
+    err.print_line(message)

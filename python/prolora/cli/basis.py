@@ -88,7 +88,7 @@ def build(
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return
     if not quiet:
-        out.print(survey_table(opened.name, rows))
+        out.print_table(survey_table(opened.name, rows))
         show_cache(folder)
 
 
@@ -214,7 +214,7 @@ def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
 def show_inventory(inventory: Inventory) -> None:
     """What a cache holds: a row for each base model and rank rule, and what else there is."""
     if inventory.shelves:
-        out.print(inventory_table(inventory))
+        out.print_table(inventory_table(inventory))
     else:
         out.print("The cache holds no bases.")
     notes = format_size(inventory.notes)

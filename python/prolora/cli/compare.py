@@ -105,9 +105,11 @@ def compare(
 def show_comparison(result: comparison.Comparison, sweep: bool, every_module: bool) -> None:
     """The tables of a comparison."""
     if result.decisions:
-        out.print(tables.decisions_table(result.decisions, result.dropped_blocks, every_module))
-    out.print(tables.comparison_table(result, every_module))
+        out.print_table(
+            tables.decisions_table(result.decisions, result.dropped_blocks, every_module)
+        )
+    out.print_table(tables.comparison_table(result, every_module))
     out.print_note(tables.COMPARISON_LEGEND)
     if sweep:
-        out.print(tables.sweep_table(result))
+        out.print_table(tables.sweep_table(result))
         out.print_note(tables.SWEEP_LEGEND)

@@ -16,8 +16,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
+
+TABLE_WIDTH = 80
+"""Columns that every table fits into."""
 
 # C0 and C1 controls, marks of direction, line and paragraph separators, half characters.
 _CONTROLS = re.compile(
@@ -76,9 +81,19 @@ class PlainConsole(Console):
         self.print(text, style=style, soft_wrap=True)
 
     def print_note(self, text: str) -> None:
-        """Prints lines of explanation below a table."""
-        for line in text.splitlines():
-            self.print(line, style="dim")
+        """Prints an explanation below a table, its lines filled anew."""
+        self.print(" ".join(text.split()), style="dim")
+
+    def print_table(self, table: Table) -> None:
+        """Prints a table; below 80 columns its rows go on where the terminal breaks them.
+
+        Rich would cut cells instead, and leave out columns.
+        """
+        wide = self.options.update(width=max(self.width, TABLE_WIDTH))
+        natural = Measurement.get(self, wide, table).maximum
+        if natural > self.width:
+            table.width = natural
+        self.print(table, crop=False)
 
 
 out = PlainConsole()

@@ -81,7 +81,7 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
 
     A dry run knows ranks only.
     """
-    table = make_table(f"{report.method}: {report.source} → {report.target}")
+    table = make_table(f"method {report.method}: {report.source} → {report.target}")
     table.add_column("module" if every_module else "stage", overflow="fold")
     mapped = report.rows("mapped")
     projected = any(row.measures for row in mapped)

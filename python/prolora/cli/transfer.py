@@ -127,7 +127,7 @@ def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
-        out.print(tables.outcomes_table(outcomes))
+        out.print_table(tables.outcomes_table(outcomes))
         for line in tables.failure_lines(outcomes):
             out.print_line(line, style="red")
         return
@@ -146,12 +146,14 @@ def used_subspaces(outcome: Outcome) -> bool:
 def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
     if report.decisions:
-        out.print(tables.decisions_table(report.decisions, report.dropped_blocks, every_module))
+        out.print_table(
+            tables.decisions_table(report.decisions, report.dropped_blocks, every_module)
+        )
     if report.probe is not None and report.probe.blocks:
-        out.print(tables.probe_table(report))
+        out.print_table(tables.probe_table(report))
         out.print_note(tables.PROBE_LEGEND)
     if report.rows("mapped") and (not report.was_fitted or every_module or report.dry_run):
-        out.print(tables.transfer_table(report, every_module))
+        out.print_table(tables.transfer_table(report, every_module))
         if not report.dry_run:
             out.print_note(tables.transfer_legend(report, every_module))
     reasons = tables.reasons_table(report)
