@@ -169,6 +169,18 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(stack, tmp_path,
     assert torch.equal(found.tensors["U"], wanted.tensors["U"])
 
 
+@pytest.mark.parametrize("name", ["U", "V", "S", "U.scale"])
+def test_a_file_whose_tensors_do_not_fit_together_is_made_again(stack, tmp_path, name, caplog):
+    """Whole and with right checksums, but not written by us."""
+    wanted = BasisCache(tmp_path).bases(stack[:1], 5)
+    (path,) = files_of(tmp_path)
+    stored = basis_file.read_basis(path)
+    tensors = dict(stored.tensors) | {name: stored.tensors[name][..., :3].contiguous()}
+    basis_file.write_basis(path, basis_file.StoredBasis(tensors, stored.facts))
+    same(BasisCache(tmp_path).bases(stack[:1], 5), wanted)
+    assert "do not fit together" in caplog.text
+
+
 def test_the_file_of_another_weight_is_not_believed(stack, tmp_path):
     wanted = BasisCache(tmp_path).bases(stack[:2], 5)
     one, two = files_of(tmp_path)

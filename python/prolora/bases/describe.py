@@ -1,4 +1,4 @@
-"""What kind of model a base is, said from its names and shapes: also of one that is not known."""
+"""What kind of model a base is, by its names and shapes; also for one that is not known."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def describe_base(base: Base) -> str:
     counts = ", ".join(f"{count} in {where}" for where, count in sorted(places.items()))
     widths = {base.shapes[module][0] for module in base.shapes if _QUERY.search(module)}
     context = {base.shapes[module][1] for module in base.shapes if _CONTEXT.search(module)}
-    said = f"a {classify_model(base)} with {len(blocks)} transformer blocks ({counts})"
+    line = f"a {classify_model(base)} with {len(blocks)} transformer blocks ({counts})"
     if widths:
-        said += f" of width {_join_numbers(widths)}"
-    return said + (f", reading text features of {_join_numbers(context)}" if context else "")
+        line += f" of width {_join_numbers(widths)}"
+    return line + (f", reading text features of {_join_numbers(context)}" if context else "")
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

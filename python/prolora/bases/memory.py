@@ -21,7 +21,7 @@ STACK_BYTES = 96 << 20
 # The same where a stack is hardly more than read. For larger tensors malloc asks the system every
 # time, and touching new memory for the first time would take as long as the products.
 LIGHT_STACK_BYTES = 24 << 20
-# LoRAs that are worked on together, likewise: what they hold before and after their move.
+# LoRAs that are moved together, where nobody sets a bound: their factors before and after.
 LORA_BYTES = 4 << 30
 # What a factorisation of a weight [m, n] with k columns takes beyond it, d = min(m, n): bytes
 # for each of mn entries, of d² (Gram matrix), of (m + n)k (basis) and of k². Above what was

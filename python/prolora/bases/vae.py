@@ -1,4 +1,4 @@
-"""Whether two pipelines denoise the same latents: told by their VAEs, from files alone."""
+"""Whether two pipelines denoise the same latents: decided by their VAEs, from files alone."""
 
 from __future__ import annotations
 

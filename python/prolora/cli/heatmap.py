@@ -162,7 +162,7 @@ class _Grid:
 
 
 def _draw_number(axes: Any, x: int, y: int, value: float) -> None:
-    """The number in a cell; hatching where chance alone gives 1 and nothing can be said."""
+    """The number in a cell; hatching where chance alone gives an overlap of 1."""
     from matplotlib.patches import Rectangle
 
     if math.isnan(value):
@@ -192,7 +192,7 @@ def _draw_legend(figure: Any, left: float, top: float, has_empty: bool) -> None:
         swatch = _add_axes(figure, left + BAR[0] + 0.5, top, CELL[0] / 2, BAR[1])
         swatch.set_axis_off()
         swatch.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=EMPTY, hatch="///"))
-        text = "no overlap can be told: the subspaces fill their space"
+        text = "no number: the subspaces fill their space, so chance gives 1"
         _add_text(figure, left + BAR[0] + 0.5, top + BAR[1] + 0.08, text)
 
 

@@ -1,4 +1,4 @@
-"""Which transformer block was made from which, told from the weights alone and not from names.
+"""Which transformer block was made from which, found by the weights alone, whatever their names.
 
 Blocks of the same kind and shapes are compared by how much the leading singular subspaces of their
 attention matrices overlap, beyond what chance gives. Training drifts and pruning renumbers, but
@@ -262,7 +262,7 @@ def _measure_overlaps(
     Args:
         left: [a, d, k] orthonormal columns.
         left_rank: [a], columns in use.
-        right: [b, d, k'] likewise.
+        right: [b, d, k'] orthonormal columns.
         right_rank: [b].
     """
     d = left.shape[1]
@@ -306,10 +306,10 @@ def _assign_blocks(
 
 def _group_by_stack(blocks: list[Block]) -> dict[str, list[int]]:
     """Place -> indices of its blocks, in order."""
-    found: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for i, block in enumerate(blocks):
-        found.setdefault(block.place, []).append(i)
-    return found
+        indices.setdefault(block.place, []).append(i)
+    return indices
 
 
 def _record_decision(
@@ -339,13 +339,13 @@ def _pair_modules(
         stack = ".".join(module.split(".")[:-1])
         if block:
             origin = partners.get(f"{block.stack}.{block.number}")
-            found = origin and f"{origin}.{block.local}"
+            partner = origin and f"{origin}.{block.local}"
         elif stack and stack in stacks:
-            found = f"{stacks[stack]}.{module.rpartition('.')[2]}"
+            partner = f"{stacks[stack]}.{module.rpartition('.')[2]}"
         elif module.split(".")[0] in UNET_STAGES:
-            found = None
+            partner = None
         else:
             same = source.shapes.get(module) == target.shapes[module]
-            found = module if same else None
-        if found and found in source.shapes:
-            yield module, found
+            partner = module if same else None
+        if partner and partner in source.shapes:
+            yield module, partner

@@ -41,7 +41,7 @@ from .verdict import (
 _NAN = math.nan
 
 OVERLAP_RANK: Rank = 0.9
-"""Whose overlap is measured unless told otherwise: nearer to 1 chance alone makes Φ large."""
+"""The share of energy of the subspaces compared; nearer to 1, chance alone makes Φ large."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Coverage:
 
     Attributes:
         attention: (modules with a place, modules) of a LoRA on all attention weights.
-        adaptable: likewise, on all weights that LoRAs are commonly trained on.
+        adaptable: the same for a LoRA on all weights that LoRAs are commonly trained on.
     """
 
     attention: tuple[int, int]
@@ -80,7 +80,7 @@ class Comparison:
         other_shape: pairs whose widths differ.
         coverage: what a LoRA of the source could expect.
         decisions: where blocks were matched by similarity, every one with its runner-up.
-        dropped_blocks: the source's blocks that feed none, likewise.
+        dropped_blocks: the source's blocks that feed none of the target's.
     """
 
     source: str
@@ -119,14 +119,14 @@ class Comparison:
 
     def places(self) -> dict[str, list[ModuleComparison]]:
         """The pairs by part of the model, in the target's order."""
-        found: dict[str, list[ModuleComparison]] = {}
+        places: dict[str, list[ModuleComparison]] = {}
         for module in self.modules:
-            found.setdefault(module.place, []).append(module)
-        return found
+            places.setdefault(module.place, []).append(module)
+        return places
 
     def sentences(self) -> list[str]:
         """The answer in plain words, with the numbers behind it."""
-        said = [self.verdict.sentence(), self._lineage()]
+        sentences = [self.verdict.sentence(), self._lineage()]
         overlaps = {
             name: overlap
             for name, part in self.places().items()
@@ -135,22 +135,22 @@ class Comparison:
         if overlaps:
             least, most = min(overlaps, key=overlaps.__getitem__), max(overlaps.values())
             passing = sum(min(m.phi_left, m.phi_right) >= DEFAULT_THRESHOLD for m in self.modules)
-            said.append(
+            sentences.append(
                 f"Leading subspaces overlap {self.mean('above'):.2f} above chance (0 unrelated, 1 "
                 f"equal): from {overlaps[least]:.2f} in {least} to {most:.2f}; {passing} of "
                 f"{len(self.modules)} pairs reach Φ ≥ {DEFAULT_THRESHOLD} on both sides."
             )
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
-            said.append(describe_strangers(strangers))
-        said += [self._copying(), self._coverage()]
+            sentences.append(describe_strangers(strangers))
+        sentences += [self._copying(), self._coverage()]
         if self.decisions:
-            found = sum(decision.source is not None for decision in self.decisions)
-            said.append(
-                f"{found} of {len(self.decisions)} blocks of the target were recognised; "
+            recognised = sum(decision.source is not None for decision in self.decisions)
+            sentences.append(
+                f"{recognised} of {len(self.decisions)} blocks of the target were recognised; "
                 f"{len(self.dropped_blocks)} blocks of the source feed none."
             )
-        return said
+        return sentences
 
     def _lineage(self) -> str:
         """Whether the two come from each other."""

@@ -150,8 +150,8 @@ def measure_affinities(
     """
     cache = cache or BasisCache(None)
     notes = cache.pairs(source, target)
-    found = [_look_up_affinity(source, target, pair, cache, notes) for pair in pairs]
-    missing = [i for i, affinity in enumerate(found) if affinity is None]
+    affinities = [_look_up_affinity(source, target, pair, cache, notes) for pair in pairs]
+    missing = [i for i, affinity in enumerate(affinities) if affinity is None]
     total, start, room = len(missing), 0, room or Room()
     while start < total:
         shape = matrix_shape(target.shapes[pairs[missing[start]][1]])
@@ -159,7 +159,7 @@ def measure_affinities(
         jobs = [(source, target, pairs[i], cache.folder is not None) for i in part]
         seen = map_on_threads(lambda job: _measure_pair(*job), jobs)
         for i, (affinity, *digests) in zip(part, seen, strict=True):
-            found[i] = affinity
+            affinities[i] = affinity
             for base, module, digest in zip((source, target), pairs[i], digests, strict=True):
                 cache.learn(base, module, digest)
             names = [cache.digest(*at) for at in zip((source, target), pairs[i], strict=True)]
@@ -167,7 +167,7 @@ def measure_affinities(
         start += len(part)
         if progress:
             progress(start, total, pairs[part[-1]][1])
-    return [affinity for affinity in found if affinity is not None]
+    return [affinity for affinity in affinities if affinity is not None]
 
 
 def _look_up_affinity(

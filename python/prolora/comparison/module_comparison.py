@@ -32,10 +32,11 @@ class ModuleComparison:
         affinity: norms and products behind drift and cosine.
         phi_left, phi_right, chance_left, chance_right, above_left, above_right: overlap of the
             leading subspaces, see `core.similarity.Similarity`; NaN where it was not asked for.
-        columns_source, columns_target: k of the bases; 0 likewise.
+        columns_source, columns_target: k of the bases; 0 where there are none.
         angles_left, angles_right: principal angles between the subspaces in radians, at the shares
-            `core.similarity.ANGLE_SHARES` of their number, smallest first; empty likewise.
-        points: the overlap at fewer columns, see `sweep_columns`; empty likewise.
+            `core.similarity.ANGLE_SHARES` of their number, smallest first; empty where there are
+            none.
+        points: the overlap at fewer columns, see `sweep_columns`; empty where there are none.
     """
 
     source: str

@@ -1,6 +1,6 @@
 """Which module of the source belongs to which of the target, over all modules of two bases.
 
-By name and block rules, by a map, or by what `matching` found; no weight is read here.
+By name and block rules, by a map, or by what `block_matching` found; no weight is read here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BlockDecision:
 
 @dataclass(frozen=True)
 class Matching:
-    """Partners found by `matching.match_blocks`; taken wherever a `Match` is.
+    """Partners found by `block_matching.match_blocks`; taken wherever a `Match` is.
 
     Attributes:
         table: target module -> source module.
@@ -69,9 +69,9 @@ class Matching:
     def rule(self) -> str:
         """For the report."""
         margins = [d.margin for d in self.decisions if d.source and not math.isnan(d.margin)]
-        found = sum(decision.source is not None for decision in self.decisions)
+        matched = sum(decision.source is not None for decision in self.decisions)
         least = f", least margin {min(margins):.3f}" if margins else ""
-        return f"similarity: {found} of {len(self.decisions)} blocks matched{least}"
+        return f"similarity: {matched} of {len(self.decisions)} blocks matched{least}"
 
     def check_any(self, source: Base, target: Base) -> None:
         """Raises UnrelatedBases if no block was recognised."""
@@ -88,7 +88,7 @@ class Matching:
 Match = str | PathLike[str] | Mapping[str, str] | Matching
 """`"name"`, a JSON file {target module: source module}, such a mapping, or what similarity found.
 
-`"similarity"` itself needs weights: `matching.resolve` turns it into a `Matching`."""
+`"similarity"` itself needs weights: `block_matching.resolve_match` turns it into a `Matching`."""
 
 
 def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
@@ -104,7 +104,7 @@ def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[di
         return _partners_by_name(source, target)
     if isinstance(match, str) and match == "similarity":
         raise UnsupportedFormat(
-            "matching by similarity reads weights: call comparison.block_matching.resolve first"
+            "matching by similarity reads weights: call block_matching.resolve_match first"
         )
     if isinstance(match, Mapping):
         table, rule_name = dict(match), "the caller's map"
@@ -129,15 +129,15 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         return same, "same name"
     rule = find_correspondence(ours, theirs)
     if rule is not None:
-        found = (
+        pairs = (
             (name, start) for name in target.shapes if (start := rule.source_of(name)) is not None
         )
     else:
         rule = find_correspondence(theirs, ours)
         if rule is None:
             _refuse_unrelated(source, target)
-        found = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
-    partners = {t: s for t, s in found if t in target.shapes and s in source.shapes}
+        pairs = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
+    partners = {t: s for t, s in pairs if t in target.shapes and s in source.shapes}
     partners |= {
         name: name for name in target.shapes if is_in_text_encoder(name) and name in source.shapes
     }

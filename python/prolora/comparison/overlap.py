@@ -59,8 +59,8 @@ def align_bases(
     known = [_check_row(notes.get(key)) for key in keys]
     missing = [i for i, row in enumerate(known) if row is None]
     if missing:
-        found = _compute_rows(ours.take(missing), theirs.take(missing))
-        for i, row in zip(missing, found, strict=True):
+        computed = _compute_rows(ours.take(missing), theirs.take(missing))
+        for i, row in zip(missing, computed, strict=True):
             notes.put(keys[i], row)
             known[i] = row
     rows = [row for row in known if row is not None]

@@ -95,7 +95,7 @@ def trace_curve(
 
     Args:
         source: the basis of one matrix, as a stack of it [1, m, n].
-        target: likewise.
+        target: basis of the target's weight.
         tables: of the two, left and right (`core.overlap_tables.basis_tables`).
     """
     m, n = source.shape[-2:]
@@ -120,12 +120,12 @@ def sweep_columns(pairs: Sequence[Sequence[OverlapPoint]]) -> list[SweepRow]:
 
 def _column_steps(most: int) -> list[int]:
     """16, 32, 64 … below `most`."""
-    found = []
+    counts = []
     columns = FEWEST_COLUMNS
     while columns < most:
-        found.append(columns)
+        counts.append(columns)
         columns *= 2
-    return found
+    return counts
 
 
 def _find_point(points: Sequence[OverlapPoint], columns: int) -> OverlapPoint:

@@ -22,7 +22,7 @@ AUTO = "auto"
 """The method and the strength that follow from the verdict."""
 
 MIN_COSINE = 0.7
-"""Below this cosine the bases share no coordinates, and no update keeps its sense."""
+"""Below this cosine the bases share no coordinates, and no update keeps its meaning."""
 
 NOISE_SPREAD = 0.42
 """A drift over this share of its directions, or more, is what longer training leaves behind."""

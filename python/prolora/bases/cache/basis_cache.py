@@ -122,16 +122,14 @@ class BasisCache:
                 digests[i] = digest
                 self.learn(base, modules[i], digest)
         names = [basis_name(digest, rank) for digest in digests if digest]
-        found = self._read_all(names, shape)
-        missing = [i for i, basis in enumerate(found) if basis is None]
-        if missing:
-            if missing != unknown:
-                weights = read(missing)
-            abouts = [_describe_basis(names[i], rank, base.name, modules[i]) for i in missing]
-            computed = self._compute(weights.to(device), rank, abouts)
-            for i, stored in zip(missing, computed, strict=True):
-                found[i] = stored
-        return self._stacked(found, missing, shape, device)
+
+        def load(places: list[int]) -> Tensor:
+            return weights if places == unknown else read(places)
+
+        def describe(place: int) -> dict[str, str]:
+            return _describe_basis(names[place], rank, base.name, modules[place])
+
+        return self._find(names, shape, device, load, partial(self._compute, rank, describe))
 
     def bases(self, weights: Tensor, rank: Rank) -> Basis:
         """The same for weights that are in memory, a stack [b, m, n]."""
@@ -139,14 +137,37 @@ class BasisCache:
             return truncated_svd(weights, rank)
         shape = (weights.shape[1], weights.shape[2])
         names = [basis_name(digest, rank) for digest in hash_weights(weights)]
-        found = self._read_all(names, shape)
-        missing = [i for i, basis in enumerate(found) if basis is None]
+
+        def describe(place: int) -> dict[str, str]:
+            return _describe_basis(names[place], rank, "", "")
+
+        compute = partial(self._compute, rank, describe)
+        return self._find(names, shape, weights.device, weights.__getitem__, compute)
+
+    def _find(
+        self,
+        names: list[str],
+        shape: tuple[int, int],
+        device: Any,
+        load: Callable[[list[int]], Tensor],
+        compute: Callable[[Tensor, list[int]], list[StoredBasis]],
+    ) -> Basis:
+        """The stack of the bases of those names; what the folder lacks is computed and kept.
+
+        Args:
+            names: of the bases.
+            shape: of every weight, m × n.
+            device: where to compute and where the result is.
+            load: gives the weights [c, m, n] at some places.
+            compute: gives their bases.
+        """
+        stored = self._read_all(names, shape)
+        missing = [i for i, basis in enumerate(stored) if basis is None]
         if missing:
-            abouts = [_describe_basis(names[i], rank, "", "") for i in missing]
-            computed = self._compute(weights[missing], rank, abouts)
-            for i, stored in zip(missing, computed, strict=True):
-                found[i] = stored
-        return self._stacked(found, missing, shape, weights.device)
+            computed = compute(load(missing).to(device), missing)
+            for i, basis in zip(missing, computed, strict=True):
+                stored[i] = basis
+        return self._stacked(stored, missing, shape, device)
 
     def digest(self, base: Base, module: str) -> str | None:
         """The content hash of a weight, if it is known without reading the weight.
@@ -161,8 +182,8 @@ class BasisCache:
         origin = base.weights[module].origin
         if origin is None:
             return None
-        found = self._index(base).get(_short_hash(origin.text))
-        return found if isinstance(found, str) else None
+        digest = self._index(base).get(_short_hash(origin.text))
+        return digest if isinstance(digest, str) else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
         """The names of bases that were taken from here in this run."""
@@ -241,8 +262,8 @@ class BasisCache:
         """The basis of that name, or None where there is none that can be trusted."""
         path = self.path(name)
         try:
-            found = basis_file.read_basis(path)
-            if found.facts.get("name") != name or found.shape != shape:
+            stored = basis_file.read_basis(path)
+            if stored.facts.get("name") != name or stored.shape != shape:
                 raise UnsupportedFormat("it is of another weight")
             if time.time() - path.stat().st_mtime > TOUCH_INTERVAL:
                 os.utime(path)
@@ -251,19 +272,23 @@ class BasisCache:
         except (UnsupportedFormat, OSError) as error:
             log.warning("%s is not used and will be made again: %s", path, error)
             return None
-        return found
+        return stored
 
     def _compute(
-        self, weights: Tensor, rank: Rank, abouts: list[dict[str, str]]
+        self,
+        rank: Rank,
+        describe: Callable[[int], dict[str, str]],
+        weights: Tensor,
+        places: list[int],
     ) -> list[StoredBasis]:
-        """Bases of a stack [b, m, n], as they are kept: warm or cold, the result is the same."""
+        """Bases of a stack [c, m, n], as they are kept: warm or cold, the result is the same."""
         computed = truncated_svd(weights, rank, tol=TOLERANCE)
-        found = []
-        for i, about in enumerate(abouts):
-            stored = basis_file.make_stored_basis(computed[i].to("cpu"), TOLERANCE, about)
+        bases = []
+        for i, place in enumerate(places):
+            stored = basis_file.make_stored_basis(computed[i].to("cpu"), TOLERANCE, describe(place))
             self._try(partial(self._write, stored))
-            found.append(stored)
-        return found
+            bases.append(stored)
+        return bases
 
     def _write(self, stored: StoredBasis) -> None:
         path = self.path(str(stored.facts["name"]))
@@ -310,8 +335,8 @@ class BasisCache:
             for part in FACTS
         }
         rungs = tuple(str(basis.facts["rung"]) for basis in parts)
-        whole = Basis(**factors, **facts, rungs=rungs)
-        return whole.to(device) if device is not None else whole
+        stack = Basis(**factors, **facts, rungs=rungs)
+        return stack.to(device) if device is not None else stack
 
 
 CacheLike = str | os.PathLike[str] | BasisCache | None

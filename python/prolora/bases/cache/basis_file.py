@@ -150,8 +150,7 @@ def read_basis(path: Path) -> StoredBasis:
         facts = _read_facts(file)
         if facts["checksum"] != compute_checksum(_sort_tensors(tensors)):
             raise UnsupportedFormat("its content is not what was written")
-        if not {"U", "S", "V"} <= tensors.keys() or not set(FACTS) <= facts.keys():
-            raise UnsupportedFormat("it is no basis")
+        _check_parts(tensors, facts)
         return StoredBasis(tensors, facts)
 
 
@@ -187,6 +186,18 @@ def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
     if not isinstance(facts["bound"], float) or not math.isfinite(facts["bound"]):
         raise UnsupportedFormat("its header makes no sense")
     return facts
+
+
+def _check_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Refuses a file whose tensors are no U [m, k], S [k] and V [n, k], with scales [k] or not."""
+    if not {"U", "S", "V"} <= tensors.keys() or not {*FACTS, "rung", "name"} <= facts.keys():
+        raise UnsupportedFormat("it is no basis")
+    k, compact = tensors["S"].shape, not tensors["U"].is_floating_point()
+    scales = ("U.scale", "V.scale") if compact else ()
+    fits = all(tensors[name].shape == k for name in ("S", *scales))
+    fits &= all(x.ndim == 2 and x.shape[1:] == k for x in (tensors["U"], tensors["V"]))
+    if not fits or len(k) != 1 or tensors["S"].dtype not in (torch.float32, torch.float64):
+        raise UnsupportedFormat("its tensors do not fit together")
 
 
 def _sort_tensors(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The leading subspaces of a whole base model, summarised by shape."""
+"""The leading subspaces of all weights of a base model, summarised by shape."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def survey_base(
     with open_cache(cache) as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
-            found, start = [], 0
+            summaries, start = [], 0
             while start < len(names):
                 stack = names[start : start + room.stack(shape, Needs.BASES)]
                 bases = kept.of(base, stack, rank, device)
-                found += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
+                summaries += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
                 start, done = start + len(stack), done + len(stack)
                 if progress:
                     progress(done, total, stack[-1])
-            rows.append(_summarise_shape(shape, found, time.perf_counter() - started))
+            rows.append(_summarise_shape(shape, summaries, time.perf_counter() - started))
     return rows
 
 
@@ -112,16 +112,16 @@ def _basis_facts(bases: Basis) -> Iterator[tuple[int, float, float, bool, str]]:
 
 
 def _summarise_shape(
-    shape: tuple[int, int], found: list[_BasisSummary], seconds: float
+    shape: tuple[int, int], summaries: list[_BasisSummary], seconds: float
 ) -> ShapeSurvey:
     return ShapeSurvey(
         shape=shape,
-        count=len(found),
-        columns_min=min(basis.columns for basis in found),
-        columns_max=max(basis.columns for basis in found),
-        energy=sum(basis.energy for basis in found) / len(found),
-        bound=max(basis.bound for basis in found),
-        flagged=sum(not basis.ok for basis in found),
-        rungs="+".join(sorted({basis.rung for basis in found})),
+        count=len(summaries),
+        columns_min=min(basis.columns for basis in summaries),
+        columns_max=max(basis.columns for basis in summaries),
+        energy=sum(basis.energy for basis in summaries) / len(summaries),
+        bound=max(basis.bound for basis in summaries),
+        flagged=sum(not basis.ok for basis in summaries),
+        rungs="+".join(sorted({basis.rung for basis in summaries})),
         seconds=seconds,
     )

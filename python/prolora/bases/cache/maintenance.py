@@ -108,11 +108,11 @@ def take_inventory(folder: str | PathLike[str]) -> Inventory:
                 count("foreign", entry.size)
                 continue
             shelves.setdefault(place, []).append((facts, sizes, entry.size, entry.modified))
-    found = [_summarise_group(*place, rows) for place, rows in sorted(shelves.items())]
-    size = sum(kind[1] for kind in counts.values()) + sum(shelf.size for shelf in found)
+    groups = [_summarise_group(*place, rows) for place, rows in sorted(shelves.items())]
+    size = sum(kind[1] for kind in counts.values()) + sum(shelf.size for shelf in groups)
     return Inventory(
         folder,
-        found,
+        groups,
         size,
         counts["notes"][1],
         (counts["temporary"][0], counts["temporary"][1]),
