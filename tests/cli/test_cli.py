@@ -319,3 +319,14 @@ def test_info_says_why_the_extension_is_not_used_once(prolora, monkeypatch):
     monkeypatch.setattr("prolora.core.ops.native.describe_installation", lambda: facts)
     code, text, _ = prolora("info")
     assert code == 0 and text.count("(no compiler)") == 1 and "cpu: torch" in text
+
+
+@pytest.mark.parametrize("shown", [["-q"], ["--json"]])
+def test_quiet_runs_still_say_why_a_lora_was_not_moved(prolora, case, tmp_path, shown):
+    lora, source, target = case
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    line = ("transfer", lora, bad, "--source", source, "--target", target)
+    code, _, text = prolora(*line, "-o", tmp_path / "moved", *shown)
+    assert code == 2 and "1 of 2 LoRAs were not moved" in text
+    assert "bad.safetensors: UnsupportedFormat: " in text

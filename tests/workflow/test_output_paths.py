@@ -72,3 +72,5 @@ def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     done = prolora.transfer(*case)
     with pytest.raises(prolora.OutputError, match="empty"):
         done.save("")
+    with pytest.raises(prolora.OutputError, match="empty"):
+        prolora.transfer_many(case[:1], *case[1:], "")

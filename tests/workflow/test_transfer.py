@@ -392,3 +392,12 @@ def test_a_diffusers_pipeline_loads_the_result_without_a_file(tmp_path):
     written = load_file(tmp_path / "out.safetensors")
     assert halves.keys() == written.keys()
     assert all(torch.equal(halves[key], tensor) for key, tensor in written.items())
+
+
+@pytest.mark.parametrize("method", ["copy", "damped"])
+def test_a_lora_is_copied_between_bases_of_zeros_which_have_no_drift(method):
+    zeros = {name: torch.zeros(shape) for name, shape in shapes(3).items()}
+    done = prolora.transfer(lora_tensors(), zeros, zeros, method=method)
+    before = prolora.adapters.read_adapter(lora_tensors())
+    for name, update in before.updates.items():
+        assert torch.equal(done.adapter.updates[name].dense(), update.dense())

@@ -18,7 +18,7 @@ from ..workflow.report import Report
 from ..workflow.transfer import transfer_file
 from . import tables
 from .basis import show_cache
-from .console import out, progress_bar
+from .console import err, out, progress_bar
 from .options import Bases, Resources, expand_options, parse_path
 from .outputs import check_report, list_outputs
 from .transfer_options import MatchOptions, MethodOptions, OutputOptions, ProbeOptions
@@ -74,6 +74,9 @@ def transfer(
         show_outcomes(outcomes, output.modules)
         if not output.dry_run and any(used_subspaces(outcome) for outcome in outcomes):
             show_cache(cache)
+    elif len(outcomes) > 1:
+        for line in tables.failure_lines(outcomes):
+            err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     check_outcomes(outcomes, matching.min_coverage)
 

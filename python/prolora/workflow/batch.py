@@ -47,7 +47,7 @@ from .options import (
     VectorsMode,
 )
 from .out_rank import OutRank
-from .output_paths import check_output, name_outputs
+from .output_paths import check_name, check_output, name_outputs
 from .report import Report
 from .resume import Recipe
 from .transfer import Transfer, run_transfer_file, save_result
@@ -200,6 +200,7 @@ def transfer_many(
     )
     output = OutputForm.of(options, format, dtype)
     inputs = [Path(lora) for lora in loras]
+    check_name(folder)
     outputs = name_outputs(inputs, Path(folder), format)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,15 @@ def check_output(path: StrPath, inputs: Iterable[StrPath]) -> None:
     Raises:
         OutputError: says why.
     """
-    if not os.fspath(path):
-        raise OutputError("the output has an empty name")
+    check_name(path)
     folder = Path(path)
     check_writable(folder / PEFT_WEIGHTS if os.path.isdir(folder) else folder, inputs)
+
+
+def check_name(path: StrPath) -> None:
+    """Refuses an empty path, which pathlib takes for the current folder."""
+    if not os.fspath(path):
+        raise OutputError("the output has an empty name")
 
 
 def name_output(lora: Path, format: str) -> str:
