@@ -23,11 +23,11 @@ from .svd.solvers import attempt
 from .svd.triplets import Triplets, join_triplets
 from .validation import check_operand, refuse_tangents
 
-# The fields of a Basis: the factors, which have a dtype to choose, and what is known of them.
+# The fields of a Basis: its factors, which a dtype is chosen for, and the facts about them.
 FACTORS = ("U", "S", "V")
 FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
-# Bytes in float64 of the matrices that are worked on together: what a core's cache holds (so of
-# large ones one at a time), and what keeps a GPU busy.
+# Matrices are worked on together up to this many bytes in float64. On the CPU they fit a core's
+# cache, so that large ones go one at a time; on a GPU they keep it busy.
 CPU_CHUNK_BYTES = 2 << 20
 GPU_CHUNK_BYTES = 1 << 30
 # Entries up to 2^±this need no scaling.
@@ -182,7 +182,7 @@ def _chunk_basis(stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed:
     wide = stack.shape[-1] >= stack.shape[-2]
     dtype = working_dtype(stack.dtype)
     w = stack.to(dtype) if wide else stack.to(dtype).mT  # [b, d, n], d ≤ n, from here on
-    # Down to the range where neither σ² nor a sum of squares over- or underflows; by a power of
+    # Scale to where neither σ² nor a sum of squares over- or underflows. The factor is a power of
     # two, so that float32 still holds the same values.
     scaled = bool((exponents.abs() > LARGEST_EXPONENT).any())
     if scaled:

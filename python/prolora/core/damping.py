@@ -1,8 +1,8 @@
 """The copy, damped where the target has drifted: our extension, without any SVD.
 
 A fine-tune changes a weight along few directions and leaves the rest alone. An update that reads or
-writes those directions meets features that are no longer what it was trained on; elsewhere it keeps
-its meaning. So each direction is weakened by how much of the weight drifted along it:
+writes those directions meets features that it was not trained on; elsewhere it keeps its meaning.
+So each direction is weakened by how much the weight drifted along it:
 
     ΔW_t = (I + κ_l D Dᵀ)⁻¹ ΔW (I + κ_r Dᵀ D)⁻¹,   D = W_t − W_s,
     κ_l = κ m / ‖W_s‖²,  κ_r = κ n / ‖W_s‖².
@@ -174,7 +174,7 @@ def _solve_long_side(x: Tensor, tall: Tensor, factor: Tensor, rate: Tensor) -> T
 
 
 def _factorise_damping(gram: Tensor, rate: Tensor) -> Tensor:
-    shifted = rate[..., None, None] * gram  # of which only the lower triangle means anything
+    shifted = rate[..., None, None] * gram  # only the lower triangle means anything
     shifted.diagonal(dim1=-2, dim2=-1).add_(1)
     factor: Tensor = torch.linalg.cholesky(shifted)
     return factor

@@ -1,6 +1,6 @@
 """What each method is: what it needs, what becomes of the rank, and how it moves an update.
 
-`project` and `transfer` read this table; no method is told apart anywhere else.
+`project` and `transfer` read this table, and compare no names of methods.
 """
 
 from __future__ import annotations

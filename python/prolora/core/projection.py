@@ -209,7 +209,7 @@ def _move(
 def project_factors(
     delta: LowRank, source: Basis, target: Basis, method: str, similar: Similarity | None = None
 ) -> Projected:
-    """`project` on factors and bases that exist, with its account; shapes [..., m, r], [..., r, n].
+    """`project` for factors [..., m, r] and [..., r, n] and bases that exist, with its account.
 
     Several updates of every weight may go at once, [..., l, m, r] and [..., l, r, n].
 
@@ -300,7 +300,7 @@ def _multiply_parts(up: Parts, down: Parts) -> Tensor:
 
 
 def _identity_factors(update: Tensor) -> LowRank:
-    """A dense update as factors of which one is the identity, in the dtype to work in."""
+    """A dense update as a pair of factors, one of them the identity, in the dtype to work in."""
     flat = update.flatten(1) if update.ndim == 4 else update
     x = flat.to(working_dtype(flat.dtype))
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -62,9 +62,9 @@ class ProjectionInfo:
 
 @dataclass(frozen=True)
 class Grams:
-    """Inner products of the rows of one factor and of what became of it, in float64.
+    """Inner products of the rows of one factor, before and after a method moved them, in float64.
 
-    They serve the account and the recompression both: either alone would have to form them.
+    Both the account and the recompression need them.
 
     Attributes:
         x: XXᵀ [..., r, r] of the factor as it came.
@@ -80,7 +80,7 @@ class Grams:
 
     @classmethod
     def of(cls, side: Side, moved: Parts) -> Grams:
-        """Of one side."""
+        """The inner products of one side."""
         x = side.x.double()
         rows = tuple(part.double() for part in moved)
         return cls(x @ x.mT, rows, tuple(y @ y.mT for y in rows), tuple(y @ x.mT for y in rows))

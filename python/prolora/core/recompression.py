@@ -7,20 +7,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import NonFiniteWeights, SolverFailure
 from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
-from .precision import in_full_precision, working_dtype
+from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import columns_holding
+from .svd.solvers import attempt
 from .validation import refuse_tangents
 
 
 def core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of small matrices core [..., p, q] -> U [..., p, d], S [..., d], V [..., q, d]."""
-    p, q = core.shape[-2:]
-    if q > p:
+    """Thin SVD of small matrices core [..., p, q] -> U [..., p, d], S [..., d], V [..., q, d].
+
+    Raises:
+        SolverFailure: the solver converged neither in this dtype nor in float64.
+        NonFiniteWeights: the matrices hold NaN or Inf, and are too wide for the in-house solver.
+    """
+    if core.shape[-1] > core.shape[-2]:
         v, s, u = core_svd(core.mT)
         return u, s, v
-    if q <= MAX_SVD_COLUMNS:
+    found = attempt(lambda: _thin_svd(core)) or attempt(lambda: _thin_svd(core.double()))
+    if found is not None:
+        u, s, v = (x.to(core.dtype) for x in found)
+        return u, s, v
+    if not is_finite(core):
+        raise NonFiniteWeights("NaN or Inf in a product of thin factors")
+    raise SolverFailure("the SVD of a small matrix of finite numbers did not converge")
+
+
+def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V of core [..., p, q], q ≤ p."""
+    if core.shape[-1] <= MAX_SVD_COLUMNS:
         return small_svd(core)
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
     return u, s, vt.mT
@@ -53,7 +70,7 @@ class ProductSvd:
         u: [..., d, c]; Lᵀ u has orthonormal columns.
         s: [..., c], descending.
         v: [..., d', c].
-        right: R [..., d', n], likewise with v.
+        right: R [..., d', n], rows; Rᵀ v has orthonormal columns.
     """
 
     left: Tensor
@@ -100,7 +117,7 @@ def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
 def factor_product_by_grams(
     up: Tensor, down: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32
 ) -> ProductSvd:
-    """The same where XXᵀ of the factors' rows is known: no factor is made orthonormal for it.
+    """`factor_product` where XXᵀ of the factors' rows is known: no factor is made orthonormal.
 
     With XXᵀ = LLᵀ the rows of L⁻¹X are orthonormal, and L⁻¹ goes into the small matrices. float64
     carries that as long as no row lies within `_TOO_CLOSE` of the span of those above it, relative
@@ -111,8 +128,8 @@ def factor_product_by_grams(
         up: upᵀ as rows [b, r, m], float64.
         down: [b, r, n], float64.
         left: upᵀup [b, r, r], float64.
-        right: down·downᵀ, likewise.
-        dtype: the factors had, and the singular values shall be exact to.
+        right: down·downᵀ [b, r, r], float64.
+        dtype: of the factors as they came; the singular values are exact to it.
     """
     if up.shape[-2] > min(up.shape[-1], down.shape[-1]):
         wide = factor_product(up.to(dtype).mT, down.to(dtype))
@@ -130,8 +147,8 @@ def factor_product_by_grams(
     return ProductSvd(up, u, s.double(), v, down)
 
 
-# The least sine of the angle between a row and the span of those above it that one Cholesky
-# factorisation in float64 may see: what is lost of orthogonality is its inverse square times 1e-16.
+# One Cholesky factorisation in float64 takes rows down to this sine between a row and the span of
+# those above it. Orthogonality suffers by the inverse square of the sine, times 1e-16.
 _TOO_CLOSE = 1e-4
 
 

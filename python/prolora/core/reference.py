@@ -1,7 +1,7 @@
 """The same mathematics in float64 and dense form: what the library must equal, a few lines each.
 
-Read this to know what prolora computes; read `projection` and `linalg` to know how it does so
-without ever forming these matrices. Nothing here is fast, and nothing here is used at run time.
+Read this to know what prolora computes; read `projection` and `svd` to know how it does so without
+ever forming these matrices. Nothing here is fast, and nothing here is used at run time.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .svd.products import lower_gram
 from .validation import check_operand
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The quantiles by which a spectrum of principal angles is told: smallest, median and largest."""
+"""The quantiles that describe a spectrum of principal angles, from the smallest to the largest."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +58,7 @@ class Similarity:
 
     @property
     def above_right(self) -> Tensor:
-        """The same on the right."""
+        """(Φ − chance)/(1 − chance) on the right."""
         return _above_chance(self.right, self.chance_right)
 
 
@@ -167,13 +167,12 @@ def angle_quantiles(
     """Quantiles of the principal angles between the bases of a stack, left and right.
 
     The angles are those of `principal_angles` by an eighth to a half of the work, since bases are
-    orthonormal (`_angles_between`). Bases in float32 leave of them about 1e-7, and 1e-4 next to
-    a right
-    angle; 16 bits (`bases.basis_file`) leave 1e-5 and 1e-3.
+    orthonormal (`_angles_between`). With bases in float32 they err by about 1e-7, and by 1e-4 next
+    to a right angle; with bases in 16 bits (`bases.cache.basis_file`) by 1e-5 and 1e-3.
 
     Args:
         source: bases of a stack of matrices [b, m, n].
-        target: likewise.
+        target: bases of a stack of the same shape.
         shares: between 0 (the smallest angle) and 1 (the largest).
 
     Returns:
@@ -194,10 +193,10 @@ def angle_quantiles(
 def _angles_between(x: Tensor, y: Tensor) -> Tensor:
     """Principal angles [min(p, q)], ascending, between orthonormal x [m, p] and y [m, q].
 
-    The sines are the singular values of what of Y is outside of X: of Y − X(XᵀY), or, where less
-    than half of the space is outside, of that in coordinates of the outside, which are fewer. It
-    has float32's relative exactness; only its Gram matrix and the eigenvalues need float64, since
-    they square the sines.
+    The sines are the singular values of the part of Y outside of X: of Y − X(XᵀY), or, where less
+    than half of the space is outside, of its coordinates there, which are fewer. That part has
+    float32's relative accuracy; only its Gram matrix and the eigenvalues need float64, because they
+    square the sines.
     """
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectra import planted, power_law, sine
 
-from prolora import ProLoRAError, truncated_svd
+from prolora import LowRank, NonFiniteWeights, ProLoRAError, truncated_svd
 from prolora.core.errors import SolverFailure
 
 EIGH, SVD = torch.linalg.eigh, torch.linalg.svd
@@ -197,3 +197,28 @@ def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", exhausted)
     with pytest.raises(RuntimeError, match="allocate memory"):
         truncated_svd(torch.randn(20, 30), 4)
+
+
+@pytest.mark.parametrize("rank", [48, 160])
+def test_a_product_of_factors_is_cut_in_float64_where_float32_does_not_converge(monkeypatch, rank):
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(200, rank, generator=generator) for _ in range(2))
+    update = LowRank(up, down.mT)
+    wanted = update.truncate(3).dense()
+
+    def svd(a, full_matrices=True):
+        if a.dtype == torch.float32:
+            raise_linalg()
+        return SVD(a, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    found = update.truncate(3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.dense(), wanted, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(torch.linalg, "svd", raise_linalg)
+    if rank > 128:
+        with pytest.raises(SolverFailure, match="did not converge"):
+            update.truncate(3)
+        update.up[0, 0] = torch.nan
+        with pytest.raises(NonFiniteWeights, match="thin factors"):
+            update.truncate(3)

@@ -1,8 +1,8 @@
 """Leading singular triplets by an eigensolver in float32 on the Gram matrix, then repaired.
 
 The Gram matrix is formed in float64, which costs two products of its size in float32 and saves
-those with the weight that the repair would need. Right wherever float32 leaves something to repair,
-and None where it does not.
+those with the weight that the repair would need. The result is right wherever float32
+leaves something to repair, and None elsewhere.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 A basis of span{Y, GY, G²Y, …} with G = wwᵀ and Y a random block much narrower than k is grown until
 the Ritz vectors have converged (Musco & Musco 2015; a small block beats a wide one at equal cost:
-Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32; `refine_triplets` then takes the
-rounding
-out and says how good the result is, and where it is not good enough the basis grows on.
+Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32. `refine_triplets` then takes the
+rounding out and bounds the error; the basis grows on where the bound is not good enough.
 
 Randomised SVD with a fixed number of power iterations is the special case that never checks: on the
 spectra of diffusion weights its largest angle to the true subspace is 90°.
@@ -93,7 +92,7 @@ def _iterate_blocks(
     """
     b, d, _ = w.shape
     width = max(8, min(32, k // 4))
-    guard = max(16, min(32, k // 8))
+    guard = _count_guard(k)
     limit = int(LARGEST_BASIS * d)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
@@ -106,34 +105,20 @@ def _iterate_blocks(
     while True:
         known = basis[..., :size]
         image = multiply_narrow(w, multiply_narrow(w.mT, q)) if gram is None else gram @ q
-        # Classical Gram-Schmidt, twice: its coefficients are the new column of QᵀGQ.
-        first = known.mT @ image
-        image = image - known @ first
-        second = known.mT @ image
-        image = image - known @ second
-        column = first + second
+        image, column = _orthogonalise(image, known)
         projected[:, :size, size - width : size] = column
         projected[:, size - width : size, :size] = column.mT
         if size >= due:
-            values, vectors = eigh_stack(projected[:, :size, :size])
-            if not bool(values.isfinite().all() & (estimate_skew(vectors) <= SKEW_32).all()):
+            pairs = _solve_projected(projected[:, :size, :size])
+            if pairs is None or _is_clustered(pairs[0][:, : k + 1], width):
                 return
-            values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
-            if _is_clustered(values[:, : k + 1], width):
-                return
+            values, vectors = pairs
             coupling = torch.linalg.matrix_norm(image.double())
             tails = torch.linalg.vector_norm(vectors[:, -width:], dim=1)
             left = coupling[:, None] * tails  # [b, D], the residuals of the Ritz pairs
             sine = _estimate_sine(values, left, k)
             if sine <= GAIN * tol:
-                p, seen = k + guard, min(size, 2 * (k + guard))
-                ritz = known @ vectors[..., :seen]
-                values = values[:, :seen]
-                beyond = (norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
-                yield [
-                    Ritz(near, far, values[i], float(beyond[i]), float(left[i, p]), False)
-                    for i, (near, far) in enumerate(zip(ritz[..., :p], ritz[..., p:], strict=True))
-                ]
+                yield _select_ritz(known, values, vectors, left, norm, k)
             due = _next_check(size, sine, before, GAIN * tol, k, width)
             before = size, sine
         if size + width > limit:
@@ -142,6 +127,58 @@ def _iterate_blocks(
         q = _orthonormal_panel(image, known, scale, random)
         basis[..., size : size + width] = q
         size += width
+
+
+def _count_guard(k: int) -> int:
+    """How many Ritz vectors behind the k wanted ones the refinement looks at."""
+    return max(16, min(32, k // 8))
+
+
+def _orthogonalise(image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """A block [b, d, c] without its part in the span of `known` [b, d, D], and QᵀGQ's new column.
+
+    Classical Gram-Schmidt, twice: its coefficients [b, D, c] are that column.
+    """
+    first = known.mT @ image
+    image = image - known @ first
+    second = known.mT @ image
+    return image - known @ second, first + second
+
+
+def _solve_projected(projected: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues (float64, not negative) and eigenvectors of QᵀGQ [b, D, D], descending.
+
+    None where the solver gave no orthonormal vectors.
+    """
+    values, vectors = eigh_stack(projected)
+    if not bool(values.isfinite().all() & (estimate_skew(vectors) <= SKEW_32).all()):
+        return None
+    return values.flip(-1).double().clamp_min(0), vectors.flip(-1)
+
+
+def _select_ritz(
+    known: Tensor, values: Tensor, vectors: Tensor, left: Tensor, norm: Tensor, k: int
+) -> list[Ritz]:
+    """The leading Ritz vectors of every matrix, as many as the refinement looks at.
+
+    Args:
+        known: the basis [b, d, D].
+        values: [b, D].
+        vectors: [b, D, D], in that basis.
+        left: [b, D], the residuals.
+        norm: [b], ‖w‖_F.
+        k: columns wanted.
+    """
+    d, size = known.shape[-2:]
+    p = k + _count_guard(k)
+    seen = min(size, 2 * p)
+    ritz = known @ vectors[..., :seen]
+    values = values[:, :seen]
+    beyond = (norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
+    return [
+        Ritz(near, far, values[i], float(beyond[i]), float(left[i, p]), False)
+        for i, (near, far) in enumerate(zip(ritz[..., :p], ritz[..., p:], strict=True))
+    ]
 
 
 def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
@@ -209,7 +246,7 @@ def _orthonormal_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tens
 
 
 def _complete_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
-    """The same for a panel of lower rank: columns that the others explain give way to random ones.
+    """`_orthonormal_panel` for lower rank: columns that the others explain give way to random ones.
 
     The iteration has exhausted the space that its start reaches in these columns; a weight of low
     rank has no more, and another one gets the chance to show what the start has missed.

@@ -69,10 +69,10 @@ def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:
 
 
 def lower_gram(w: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """wwᵀ of w [..., d, n] in `dtype`, of which only the lower triangle is to be read.
+    """wwᵀ of w [..., d, n] in `dtype`; only its lower triangle means anything.
 
-    `eigh` and `cholesky` read no more, and five eighths of the flops fill it. A w in another dtype
-    is taken to this one panel by panel: the whole of it would be twice its size.
+    `eigh` and `cholesky` read no more, and five eighths of the flops fill it. A w of another dtype
+    is converted panel by panel, because a full copy would be twice its size.
     """
     *batch, d, n = w.shape
     flat = w.reshape(-1, d, n)

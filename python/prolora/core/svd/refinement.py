@@ -80,7 +80,7 @@ class Refined:
     angle: float
 
     def triplets(self, rung: str) -> Triplets:
-        """As a stack of one."""
+        """The triplets as a stack of one matrix."""
         facts = self.s.new_tensor([self.following, self.residual, self.angle])
         return Triplets(
             short=self.short[None],
@@ -92,6 +92,48 @@ class Refined:
             angle=facts[2:],
             rungs=(rung,),
         )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The Ritz pairs of `Ritz.near` in float64, and how far they are from eigenpairs of G.
+
+    Attributes:
+        x: [d, p].
+        image: Gx [d, p].
+        theta: [p].
+        residual: Gx − xθ [d, p].
+        rounding: ‖Gx − xθ‖_F over all d eigenvectors, as estimated.
+        start: the columns from here on have been rotated to eigenvectors within their span.
+    """
+
+    x: Tensor
+    image: Tensor
+    theta: Tensor
+    residual: Tensor
+    rounding: float
+    start: int
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The kept vectors after a first-order step, in float32.
+
+    Attributes:
+        kept: [d, k].
+        step: [d, k], by which they were moved.
+        lengths: [k], float64, of the columns of `step`.
+        residual: [d, k], Gx − xθ before the step.
+        inner: [p, k], the share of that in the span of `Ritz.near`.
+        theta: [≥ k], float64.
+    """
+
+    kept: Tensor
+    step: Tensor
+    lengths: Tensor
+    residual: Tensor
+    inner: Tensor
+    theta: Tensor
 
 
 def refine_triplets(
@@ -107,58 +149,108 @@ def refine_triplets(
         k: columns to return.
     """
     d, n = w.shape
-    p = ritz.near.shape[1]
-    start = max(0, 2 * k - p)  # the window [start, p) has the cut in its middle
     floor = 10 * (d + n) * EPS * norm**2
+    pairs = _measure_pairs(gram, ritz, k)
+    if not pairs.theta[k - 1] > pairs.theta[k] > 0:
+        return None
+    largest_dropped = _bound_dropped(pairs, ritz, k)
+    if largest_dropped is None:
+        return None
+    repair = _step_towards_dropped(pairs, ritz, k)
+    largest = float(torch.linalg.vector_norm(repair.lengths))
+    if not largest <= LARGEST_STEP:
+        return None
+    rho = _bound_residuals(gram, pairs, repair, norm, n, ritz.converged)
+    angle = bound_span_angle(
+        rho + floor / math.sqrt(k),
+        repair.inner[:k].double() * (1 + largest) ** 2,
+        pairs.theta[:k] - (largest_dropped + floor),
+    )
+    return assemble_factors(w, norm, repair, angle)
 
-    x = ritz.near.double()  # [d, p]
-    y = gram(x)  # [d, p]
+
+def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, k: int) -> Pairs:
+    """Rayleigh quotients and residuals of `ritz.near`, the columns around k rotated."""
+    d, p = ritz.near.shape
+    start = max(0, 2 * k - p)  # the window [start, p) has the cut in its middle
+    x = ritz.near.double()
+    y = gram(x)
     theta = torch.linalg.vecdot(x, y, dim=0)
     r = torch.addcmul(y, x, theta, value=-1)
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
     rounding = 2 * math.sqrt(d / p) * float(torch.linalg.vector_norm(r))
     theta[start:] = rayleigh_ritz(x[:, start:], y[:, start:])
     r[:, start:] = torch.addcmul(y[:, start:], x[:, start:], theta[start:], value=-1)
-    if not theta[k - 1] > theta[k] > 0:
-        return None
-    values = torch.cat([theta, ritz.values[p:]])
-    # The largest eigenvalue outside `near`, and so of all that is dropped (Courant & Fischer).
-    outside = float(values[p]) + ritz.error + rounding if p < len(values) else 0.0
+    return Pairs(x, y, theta, r, rounding, start)
+
+
+def _bound_dropped(pairs: Pairs, ritz: Ritz, k: int) -> float | None:
+    """Upper bound on the eigenvalues behind the cut at k, rounding aside; None where there is none.
+
+    By Courant & Fischer none outside `near` exceeds the first one there.
+    """
+    theta, p = pairs.theta, len(pairs.theta)
+    some_left = p < len(ritz.values)
+    outside = float(ritz.values[p]) + ritz.error + pairs.rounding if some_left else 0.0
     behind = float(theta[k]) - outside
     if behind <= 0:
         return None
-    ceiling = float(theta[k]) + float(r[:, k:].square().sum()) / behind + floor
+    return float(theta[k]) + float(pairs.residual[:, k:].square().sum()) / behind
 
-    near, residual = x.float(), r[:, :k].float()
+
+def _step_towards_dropped(pairs: Pairs, ritz: Ritz, k: int) -> Repair:
+    """The first-order step of the kept vectors towards the dropped ones."""
+    near, residual = pairs.x.float(), pairs.residual[:, :k].float()
     inner = near.mT @ residual  # [p, k]
-    step = _first_order(near, residual, inner, values, ritz, k, start)
+    theta, dropped = pairs.theta[:k].float(), pairs.theta[k:].float()
+    behind = inner[k:] / (theta - dropped[:, None])
+    behind[:, pairs.start :] = 0  # Rayleigh-Ritz has seen to these
+    coupling = ritz.far.mT @ residual  # [q, k]
+    step = near[:, k:] @ behind
+    further = ritz.values[len(pairs.theta) :].float()
+    step = torch.addmm(step, ritz.far, coupling / (theta - further[:, None]))
+    if ritz.beyond is not None:
+        rest = residual - near @ inner - ritz.far @ coupling
+        step += rest / (theta - ritz.beyond)
     lengths = torch.linalg.vector_norm(step, dim=0).double()
-    largest = float(torch.linalg.vector_norm(lengths))
-    if not largest <= LARGEST_STEP:
-        return None
-    kept = near[:, :k] + step
-    inside = slice(0, start)
+    return Repair(near[:, :k] + step, step, lengths, residual, inner, pairs.theta)
 
+
+def _bound_residuals(
+    gram: FormedGram | ImpliedGram,
+    pairs: Pairs,
+    repair: Repair,
+    norm: float,
+    n: int,
+    converged: bool,
+) -> Tensor:
+    """[k], bounds on the residuals of the repaired vectors outside of their span."""
+    k, d = repair.step.shape[1], len(repair.step)
+    start, step, theta = pairs.start, repair.step, pairs.theta
+    inside = slice(0, start)
     # The columns next to the cut have the smallest gaps, and so float64 products.
     late = step[:, start:].double()
-    rho = outside_norms(x[:, start:k] + late, y[:, start:k] + gram(late), theta[start:k], kept)
-    if ritz.converged:
-        # Known without a product: G(X_far E) = X_far Λ E up to rounding, so that what is left is
-        # rounding times the step, and the step times what the kept vectors mix among themselves.
-        mixing = torch.linalg.vector_norm(inner[:k, inside], dim=0).double()
-        skew = SAFETY * math.sqrt(d) * EPS32
-        rest = rounding * lengths[inside] + largest * mixing
-        rest += skew * torch.linalg.vector_norm(residual[:, inside], dim=0)
-    else:
-        image = y[:, inside] + gram.rough(step[:, inside])
-        rest = outside_norms(x[:, inside] + step[:, inside], image, theta[inside], kept)
-        rest += 2 * SAFETY * math.sqrt(n) * EPS32 * norm**2 * lengths[inside]
-    angle = bound_span_angle(
-        torch.cat([rest, rho]) + floor / math.sqrt(k),
-        inner[:k].double() * (1 + largest) ** 2,
-        theta[:k] - ceiling,
+    rho = outside_norms(
+        pairs.x[:, start:k] + late,
+        pairs.image[:, start:k] + gram(late),
+        theta[start:k],
+        repair.kept,
     )
-    return assemble_factors(w, norm, kept, theta, residual, inner[:k], angle)
+    if converged:
+        # No product is needed: G(X_far E) = X_far Λ E up to rounding. The rest is rounding times
+        # the step, and the step times how far the kept vectors mix among themselves.
+        mixing = torch.linalg.vector_norm(repair.inner[:k, inside], dim=0).double()
+        skew = SAFETY * math.sqrt(d) * EPS32
+        largest = float(torch.linalg.vector_norm(repair.lengths))
+        rest = pairs.rounding * repair.lengths[inside] + largest * mixing
+        rest += skew * torch.linalg.vector_norm(repair.residual[:, inside], dim=0)
+    else:
+        image = pairs.image[:, inside] + gram.rough(step[:, inside])
+        rest = outside_norms(
+            pairs.x[:, inside] + step[:, inside], image, theta[inside], repair.kept
+        )
+        rest += 2 * SAFETY * math.sqrt(n) * EPS32 * norm**2 * repair.lengths[inside]
+    return torch.cat([rest, rho])
 
 
 def rayleigh_ritz(x: Tensor, y: Tensor) -> Tensor:
@@ -181,24 +273,6 @@ def rayleigh_ritz(x: Tensor, y: Tensor) -> Tensor:
         columns.copy_(columns @ rotation)
     eigenvalues: Tensor = values.flip(-1)
     return eigenvalues
-
-
-def _first_order(
-    near: Tensor, residual: Tensor, inner: Tensor, values: Tensor, ritz: Ritz, k: int, start: int
-) -> Tensor:
-    """The step of the kept vectors towards the dropped ones: [d, k]."""
-    p = near.shape[1]
-    theta, dropped = values[:k].float(), values[k:].float()
-    cut = p - k
-    behind = inner[k:] / (theta - dropped[:cut, None])
-    behind[:, start:] = 0  # Rayleigh-Ritz has seen to these
-    coupling = ritz.far.mT @ residual  # [q, k]
-    step = near[:, k:] @ behind
-    step = torch.addmm(step, ritz.far, coupling / (theta - dropped[cut:, None]))
-    if ritz.beyond is not None:
-        rest = residual - near @ inner - ritz.far @ coupling
-        step += rest / (theta - ritz.beyond)
-    return step
 
 
 def outside_norms(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
@@ -229,26 +303,17 @@ def bound_span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
     return min(1.0, float(torch.linalg.vector_norm(rho / distance)) / (1 - feedback))
 
 
-def assemble_factors(
-    w: Tensor,
-    norm: float,
-    kept: Tensor,
-    theta: Tensor,
-    residual: Tensor,
-    mixing: Tensor,
-    angle: float,
-) -> Refined | None:
-    """Orthonormal factors from eigenvectors, all in float32.
+def assemble_factors(w: Tensor, norm: float, repair: Repair, angle: float) -> Refined | None:
+    """Orthonormal factors from eigenvectors, all in float32; None where they are too far from it.
 
     Args:
         w: [d, n].
         norm: ‖w‖_F.
-        kept: x [d, k].
-        theta: [≥ k], float64.
-        residual: [d, k], Gx − xθ.
-        mixing: [k, k], the kept vectors' share of the residual.
+        repair: the eigenvectors.
         angle: bound on the sine so far, on the left.
     """
+    kept, theta, residual = repair.kept, repair.theta, repair.residual
+    mixing = repair.inner[: kept.shape[1]]
     k = kept.shape[1]
     s = theta[:k].sqrt()
     scale = s.float()

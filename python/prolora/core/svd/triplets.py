@@ -17,7 +17,7 @@ class Triplets:
 
     Attributes:
         short: [b, d, k] singular vectors of the short side, zero columns beyond `count`.
-        long: [b, n, k] of the long side, likewise.
+        long: [b, n, k] of the long side, zero columns beyond `count`.
         s: [b, k], float64, descending, zero beyond `count`.
         count: int64 [b], columns in use.
         following: [b], the estimate of the first singular value left out, 0 if there is none.
