@@ -79,6 +79,8 @@ void project_pair_cpu(const ProjectPairArgs<T>& args) {
   }
 }
 
+Index panel_qr_scratch(Index r) { return PanelWorkspace::doubles(r); }
+
 template <class T>
 void panel_qr_cpu(const PanelQrArgs<T>& args) {
   const Index r = args.r;
@@ -86,7 +88,8 @@ void panel_qr_cpu(const PanelQrArgs<T>& args) {
 #pragma omp parallel for schedule(dynamic) if (8.0 * args.batch * m * r * r > kParallelFlops)
   for (Index b = 0; b < args.batch; ++b) {
     panel_qr(SerialBlock{}, args.panel + b * r * m, args.q + b * r * m, args.l + b * r * r,
-             args.rank + b, PanelWorkspace::at(args.scratch + b * panel_qr_scratch(r), r), r, m);
+             args.rank + b, PanelWorkspace::at(args.scratch + b * PanelWorkspace::doubles(r), r), r,
+             m);
   }
 }
 

@@ -101,7 +101,7 @@ PROLORA_OPS(PROLORA_DECLARE)
   template void op##_cuda(const Args<double>&, std::uintptr_t);
 
 // Numbers of scratch for a panel of r rows.
-constexpr Index panel_qr_scratch(Index r) { return 3 * r * r + 2 * r; }
+Index panel_qr_scratch(Index r);
 
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
 template <class T>

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, 2) panel_qr_kernel(PanelQrArgs<T> ar
   const Index m = args.m;
   panel_qr(CudaBlock{}, args.panel + matrix * r * m, args.q + matrix * r * m,
            args.l + matrix * r * r, args.rank + matrix,
-           PanelWorkspace::at(args.scratch + matrix * panel_qr_scratch(r), r), r, m);
+           PanelWorkspace::at(args.scratch + matrix * PanelWorkspace::doubles(r), r), r, m);
 }
 
 }  // namespace

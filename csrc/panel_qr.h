@@ -25,8 +25,7 @@
 
 namespace prolora {
 
-// A panel's r x r matrices, in panel_qr_scratch(r) doubles of global memory (they stay in the
-// cache).
+// A panel's r x r matrices, in global memory (they stay in the cache).
 struct PanelWorkspace {
   double* gram;     // [r][r], then L of this pass
   double* inverse;  // [r][r], L⁻¹ D⁻¹
@@ -34,6 +33,7 @@ struct PanelWorkspace {
   double* scale;    // [r], lengths of the rows
   double* pivot;    // [r]
 
+  static HOST_DEVICE Index doubles(Index r) { return 3 * r * r + 2 * r; }
   static HOST_DEVICE PanelWorkspace at(double* memory, Index r) {
     double* scale = memory + 3 * r * r;
     return {memory, memory + r * r, memory + 2 * r * r, scale, scale + r};
