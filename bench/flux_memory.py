@@ -21,7 +21,7 @@ import sdxl
 import torch
 from safetensors.torch import save_file
 from sdxl_to_ssd1b import commit, cpu
-from second_lora import peak
+from timing import peak_gib
 
 import prolora
 from prolora.files.sizes import parse_size
@@ -108,7 +108,7 @@ def main() -> None:
         "command": f"python bench/flux_memory.py FOLDER --max-memory {words.max_memory}",
         "machine": {"cpu": cpu(), "threads": words.threads, "torch": torch.__version__},
         "bound GiB": limit / 2**30,
-        "peak GiB": peak(),
+        "peak GiB": peak_gib(),
         "seconds": time.perf_counter() - started,
         "stages": report.seconds,
         "mapped": report.totals["mapped"],

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import peak_gib
 from torch import Tensor
 
 import prolora
@@ -134,11 +134,6 @@ def project_densely(
     inside = ps @ delta @ qs
     outside = (one_m - ps) @ delta @ (one_n - qs)
     return pt @ inside @ qt + (one_m - pt) @ outside @ (one_n - qt)
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def in_own_process(part: str, words: argparse.Namespace) -> dict[str, Any]:

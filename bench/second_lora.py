@@ -38,6 +38,7 @@ import sdxl
 import torch
 from safetensors import safe_open
 from sdxl_to_ssd1b import commit, cpu, project_densely
+from timing import peak_gib
 from torch import Tensor
 
 import prolora
@@ -58,12 +59,6 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     found = what()
     return time.perf_counter() - started, found
-
-
-def peak() -> float:
-    """GiB of resident memory at most, of this process alone."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 def one(folder: Path, rank: int | float, **options: Any) -> dict[str, Any]:
@@ -114,14 +109,14 @@ def cold(folder: Path, rank: int | float) -> dict[str, Any]:
     shutil.rmtree(folder / f"cache-{rank}", ignore_errors=True)
     found = one(folder, rank)
     size = sum(f.stat().st_size for f in (folder / f"cache-{rank}").rglob("*") if f.is_file())
-    return found | {"cache GiB": size / 2**30, "peak GiB": peak()}
+    return found | {"cache GiB": size / 2**30, "peak GiB": peak_gib()}
 
 
 def warm(folder: Path, rank: int | float) -> dict[str, Any]:
     """With a full one; the median of three."""
     one(folder, rank)
     runs = sorted((one(folder, rank) for _ in range(3)), key=lambda run: run["seconds"])
-    return runs[1] | {"all seconds": [run["seconds"] for run in runs], "peak GiB": peak()}
+    return runs[1] | {"all seconds": [run["seconds"] for run in runs], "peak GiB": peak_gib()}
 
 
 def bounded(folder: Path, rank: int | float) -> dict[str, Any]:
@@ -129,7 +124,7 @@ def bounded(folder: Path, rank: int | float) -> dict[str, Any]:
     limit = parse_size(BOUND)
     shutil.rmtree(folder / f"cache-{rank}", ignore_errors=True)
     found = one(folder, rank, max_memory=limit)
-    return {"bound GiB": limit / 2**30} | found | {"peak GiB": peak()}
+    return {"bound GiB": limit / 2**30} | found | {"peak GiB": peak_gib()}
 
 
 def disk(folder: Path, rank: int | float) -> dict[str, Any]:
@@ -190,7 +185,7 @@ def many(folder: Path, rank: int | float, lora: Path, count: int) -> dict[str, A
         "seconds": seconds,
         "moved": sum(outcome.status == "moved" for outcome in outcomes),
         "stages, threads added up": stages,
-        "peak GiB": peak(),
+        "peak GiB": peak_gib(),
     }
 
 

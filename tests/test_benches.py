@@ -1,0 +1,29 @@
+"""The benches measure what they say, and name what there is."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def test_the_peak_of_a_child_is_its_own():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    child = "from timing import peak_gib; print(peak_gib())"
+    parent = (
+        "import subprocess, sys; held = b'x' * (1 << 30); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], cwd=BENCH, stdout=subprocess.PIPE, check=True
+    )
+    assert 0.05 < float(done.stdout) < 0.9
+
+
+@pytest.mark.parametrize("name", ["sdxl_to_ssd1b", "second_lora", "flux_memory", "timing"])
+def test_a_bench_can_be_imported(name):
+    importlib.import_module(name)
