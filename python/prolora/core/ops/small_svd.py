@@ -14,8 +14,8 @@ from .operands import ANY_DEVICE, check_operands, flatten_stack, library
 MAX_SVD_COLUMNS = 128
 """kMaxSvdColumns in csrc/ops.h."""
 
-# On a CPU LAPACK is faster beyond: speed of the extension over it on one core of an EPYC is 5 at 8
-# columns, 1.3 at 16, 0.8 at 24.
+# On a CPU LAPACK is faster beyond: speed of the extension over it on one core of an EPYC is 2.6 at
+# 8 columns, 1.0 at 16, 0.85 at 24.
 CPU_COLUMNS = 16
 
 library.define("small_svd(Tensor a) -> (Tensor, Tensor, Tensor)")
