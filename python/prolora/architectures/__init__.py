@@ -5,7 +5,7 @@ To add a family:
 - `tables/<id>.json`: names and shapes of its weights, in diffusers' spelling (`layouts.py` reads
   it); `tables/correspondence.json`: which of its blocks were made from those of another family.
 - A file like `flux.py` if its authors call the modules otherwise: `authors.py` explains the table.
-  `bases/fused_weights.py` lists the families whose checkpoints are read in such a spelling.
+  `bases/keys/fused_weights.py` lists the families whose checkpoints are read in such a spelling.
 - `adapters/family.py` guesses the family of a LoRA, `adapters/keys/` reads the spellings of its
   keys.
 """

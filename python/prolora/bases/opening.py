@@ -15,9 +15,9 @@ from ..errors import UnsupportedFormat
 from ..files.safetensors_file import SafetensorsFile
 from . import hub
 from .base import Base
-from .canonical_names import name_weights
-from .float8 import METADATA_KEY
 from .folder import find_model_folder, open_file_weights, open_folder_weights
+from .keys.canonical_names import name_weights
+from .keys.float8 import METADATA_KEY
 from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base

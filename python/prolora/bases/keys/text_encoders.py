@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from ..architectures.modules import TEXT_ENCODER_PREFIXES
-from ..errors import ShapeMismatch
-from .weights import ConvertedWeight, RowsWeight, Weight
+from ...architectures.modules import TEXT_ENCODER_PREFIXES
+from ...errors import ShapeMismatch
+from ..weights import ConvertedWeight, RowsWeight, Weight
 
 # What a single file calls an encoder -> its canonical prefix, and whether the names are OpenCLIP's.
 # SDXL's are `conditioner.embedders`, those of SD1.x and 2.x `cond_stage_model`.

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ..errors import UnsupportedFormat
-from ..files.jsontext import parse_json_object
-from .weights import ScaledWeight, Weight
+from ...errors import UnsupportedFormat
+from ...files.jsontext import parse_json_object
+from ..weights import ScaledWeight, Weight
 
 METADATA_KEY = "_quantization_metadata"
 _FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}

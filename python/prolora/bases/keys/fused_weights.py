@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from ..architectures.authors import REST, AuthorsNames
-from ..architectures.flux import FLUX
-from ..architectures.sd3_pixart import PIXART, SD3
-from ..errors import ShapeMismatch
-from .weights import ConvertedWeight, RowsWeight, Weight
+from ...architectures.authors import REST, AuthorsNames
+from ...architectures.flux import FLUX
+from ...architectures.sd3_pixart import PIXART, SD3
+from ...errors import ShapeMismatch
+from ..weights import ConvertedWeight, RowsWeight, Weight
 
 _AUTHORS = (FLUX, SD3, PIXART)
 

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ..architectures.authors import AuthorsNames
-from ..architectures.ldm import ldm_to_diffusers
-from ..errors import UnsupportedFormat
+from ...architectures.authors import AuthorsNames
+from ...architectures.ldm import ldm_to_diffusers
+from ...errors import UnsupportedFormat
+from ..weights import Weight
 from .float8 import apply_scales
 from .fused_weights import find_authors, split_weight
 from .text_encoders import split_encoders
-from .weights import Weight
 
 # What a UNet's or transformer's keys start with where one file holds several models.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
