@@ -179,3 +179,8 @@ def test_a_bare_original_name_of_a_unet_is_read(model):
     for module, (_, _, ldm, _) in keymaps()["unets"][model].items():
         path = module_names.parse_path(ldm)
         assert (path.name, path.sgm) == (module, True)
+
+
+def test_a_prefix_that_a_tool_wrote_twice_counts_once():
+    path = "lora_unet_unet_down_blocks_1_attentions_0_proj_in"
+    assert module_names.parse_path(path).name == "down_blocks.1.attentions.0.proj_in"

@@ -417,3 +417,22 @@ def test_a_lora_of_sdxl_has_kohyas_own_names_whatever_it_came_in(spelling, tmp_p
         "lora_unet_output_blocks_2_2_conv",
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
     }
+
+
+def test_transformers_that_are_not_flux_keep_diffusers_names_in_comfyui(tmp_path):
+    """Qwen-Image's attention has FLUX's names, but more blocks; no loader maps FLUX's own on it."""
+    shapes = {
+        f"transformer_blocks.{block}.attn.{name}": (3072, 3072)
+        for block in (0, 59)
+        for name in ("to_q", "to_k", "add_q_proj", "to_out.0")
+    }
+    adapter = adapter_of(shapes, rank=2)
+    path = tmp_path / "out.safetensors"
+    adapters.write_adapter(adapter, path, format="comfy")
+    assert {key.removesuffix(".alpha") for key in load_file(path) if key.endswith(".alpha")} == {
+        f"diffusion_model.{name}" for name in shapes
+    }
+    back = adapters.read_adapter(path)
+    adapters.write_adapter(back, tmp_path / "again.safetensors")
+    assert load_file(tmp_path / "again.safetensors").keys() == load_file(path).keys()
+    same_updates(back, {n: u.dense() for n, u in adapter.updates.items()})

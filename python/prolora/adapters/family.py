@@ -12,6 +12,14 @@ _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
 _FLUX_WIDTH = 3072
+# Blocks of the largest member. Qwen-Image, FLUX.2, HunyuanVideo and others share FLUX's names.
+_FLUX_BLOCKS = {
+    "transformer_blocks": 19,
+    "double_blocks": 19,
+    "single_transformer_blocks": 38,
+    "single_blocks": 38,
+}
+_SD3_BLOCKS = {"transformer_blocks": 38}
 _FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
 # How ss_base_model_version and modelspec.architecture begin.
 _BY_VERSION = {
@@ -86,6 +94,16 @@ def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
 
 
+def _is_as_deep_as(blocks: Mapping[str, int], modules: list[str]) -> bool:
+    """Whether no module lies in a block beyond the last one of a family."""
+    for name in modules:
+        root, _, rest = name.partition(".")
+        number = rest.partition(".")[0]
+        if root in blocks and number.isdecimal() and int(number) >= blocks[root]:
+            return False
+    return True
+
+
 def _unet_family(unet: list[str], context: int | None) -> str | None:
     depths = [int(depth) for name in unet for depth in _DEPTH.findall(name)]
     four_blocks = any(name.startswith(("up_blocks.3.", "down_blocks.3.")) for name in unet)
@@ -115,11 +133,14 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
 
 
 def _transformer_family(modules: list[str], inputs: Mapping[str, int]) -> str | None:
+    is_flux = _is_as_deep_as(_FLUX_BLOCKS, modules)
     if any(name.split(".")[0] in _FLUX_ROOTS for name in modules):
-        return "flux"
+        return "flux" if is_flux else None
     if any(".attn." in name or ".ff_context." in name for name in modules):
         # Double blocks have the same names in both; no SD3 is as wide as FLUX.
-        return "flux" if any(inputs[name] == _FLUX_WIDTH for name in modules) else "sd3"
+        if any(inputs[name] == _FLUX_WIDTH for name in modules):
+            return "flux" if is_flux else None
+        return "sd3" if _is_as_deep_as(_SD3_BLOCKS, modules) else None
     if any(".attn1." in name or ".attn2." in name for name in modules):
         return "pixart"
     return None

@@ -81,7 +81,9 @@ def group_modules(adapter: Adapter, format: str) -> list[Group]:
 
 def is_fused(adapter: Adapter, format: str) -> bool:
     """Whether FLUX's weights are those of the original checkpoint in a file of that format."""
-    return format == "comfy" or (format == "kohya" and _kohya_spelling(adapter) == "sgm")
+    if format == "comfy":
+        return _is_flux(adapter)
+    return format == "kohya" and _kohya_spelling(adapter) == "sgm"
 
 
 def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
@@ -103,11 +105,12 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
     paths: dict[str, str] = {}
+    path: str | None
     siblings = [*adapter.updates, *modules]
     original = _is_flux(adapter)
     for name in modules:
         if format == "comfy" and find_component(name) == "transformer" and not original:
-            path = None
+            path = _to_comfy_transformer(name, adapter)
         elif format == "kohya":
             path = module_names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
         elif format == "comfy":
@@ -149,16 +152,30 @@ def _kohya_spelling(adapter: Adapter) -> str:
     if any(find_component(name) == "transformer" for name in modules):
         from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
         return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
-    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
-    return "sgm" if guess_family(inputs, {}) in SDXL_FAMILY else adapter.spelling
+    return "sgm" if _guess_family(adapter) in SDXL_FAMILY else adapter.spelling
 
 
 def _is_flux(adapter: Adapter) -> bool:
     """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
-    inputs = {name: update.shape[1] for name, update in adapter.updates.items()}
-    is_flux = adapter.spelling == "sgm" or guess_family(inputs, {}) == "flux"
-    transformer = (name for name in inputs if find_component(name) == "transformer")
+    is_flux = adapter.spelling == "sgm" or _guess_family(adapter) == "flux"
+    transformer = (name for name in adapter.updates if find_component(name) == "transformer")
     return is_flux and all(flux.find_weight_holding(name) for name in transformer)
+
+
+def _to_comfy_transformer(name: str, adapter: Adapter) -> str | None:
+    """The path of a module of a transformer other than FLUX, or None if it is not known.
+
+    Most of them (Qwen-Image, LTX) are in ComfyUI under diffusers' names; SD3 and PixArt are there
+    under those of their authors, which are not written.
+    """
+    if _guess_family(adapter) in ("sd3", "pixart"):
+        return None
+    path = f"diffusion_model.{name}"
+    return path if module_names.parse_path(path) else None
+
+
+def _guess_family(adapter: Adapter) -> str | None:
+    return guess_family({name: update.shape[1] for name, update in adapter.updates.items()}, {})
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:

@@ -99,6 +99,8 @@ def _from_kohya(path: str) -> ModulePath | None:
         return _from_kohya_text(match[1], words) if words else None
     for start in ("lora_unet", "lora_transformer", "lycoris"):
         rest = path.removeprefix(start)
+        if start == "lora_unet" and rest.startswith("_unet_"):  # some tools write it twice
+            rest = rest.removeprefix("_unet")
         if rest != path and rest[:1] in ("_", "."):
             words = restore_dots(rest[1:]) if rest[0] == "_" else rest[1:]
             return _from_words(words, start) if words else None
