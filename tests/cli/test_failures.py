@@ -171,3 +171,19 @@ def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
 
     monkeypatch.setattr("prolora.workflow.inspection.inspect", interrupt)
     assert prolora("inspect", "x")[0] == 130
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "prune"])
+def test_a_cache_that_cannot_be_listed_is_no_empty_cache(prolora, tmp_path, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    code, out, err = prolora("basis", command, "--cache", tmp_path / "file")
+    assert code == 1 and not out and "Not a directory" in err
+
+    def refuse(path="."):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    code, out, err = prolora("basis", command, "--cache", tmp_path)
+    assert code == 1 and not out and f"{tmp_path}: Permission denied" in err
+    monkeypatch.undo()
+    assert prolora("basis", command, "--cache", tmp_path / "missing")[0] == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,7 +97,7 @@ def build(
 @app.command("list", epilog=write_epilog("prolora basis list"))
 def list_cache(cache: CacheOption = None, as_json: JsonOption = False) -> None:
     """Say what the cache holds, and how large it is."""
-    inventory = maintenance.take_inventory(cache or default_folder())
+    inventory = maintenance.take_inventory(find_folder(cache))
     if as_json:
         print(json.dumps(inventory.to_dict(), indent=1))
     else:
@@ -116,7 +118,7 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Compare everything in the cache with its checksum, and with the weights of a base."""
-    folder = cache or default_folder()
+    folder = find_folder(cache)
     with progress_bar("verify", not (quiet or as_json)) as progress:
         result = maintenance.verify_cache(folder, base, parse_rank(rank), progress)
     if as_json:
@@ -158,7 +160,7 @@ def prune(
 ) -> None:
     """Remove what is of no use any more: files of killed processes, of other versions, damaged."""
     result = maintenance.prune_cache(
-        cache or default_folder(),
+        find_folder(cache),
         older_than=parse_age(older_than) if older_than else None,
         max_size=parse_size(max_size) if max_size else None,
         everything=everything,
@@ -172,6 +174,18 @@ def prune(
         f"{result.files} files, {format_size(result.size)}, {word}; "
         f"{format_size(result.left)} left."
     )
+
+
+def find_folder(cache: Path | None) -> Path:
+    """The cache folder asked for, or the default; it need not exist.
+
+    Raises:
+        OSError: it is there and cannot be listed. It must not look like an empty cache.
+    """
+    folder = cache or default_folder()
+    with suppress(FileNotFoundError):
+        os.listdir(folder)
+    return folder
 
 
 def parse_age(text: str) -> float:
