@@ -158,7 +158,7 @@ def prune(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what is of no use any more: files of killed processes, of other versions, damaged."""
+    """Remove useless files from the cache: damaged, of other versions, of killed processes."""
     result = maintenance.prune_cache(
         find_folder(cache),
         older_than=parse_age(older_than) if older_than else None,
@@ -262,7 +262,7 @@ def inventory_table(inventory: Inventory) -> Table:
 
 
 def verification_lines(result: VerifyResult, base: str | None, rank: str) -> list[str]:
-    """What a verification found, in sentences."""
+    """The result of a verification, in sentences."""
     lines = [f"{result.checked} bases are what was written; {len(result.damaged)} are damaged."]
     lines += [f"  {path}: {reason}" for path, reason in result.damaged.items()]
     if base is not None:

@@ -62,7 +62,7 @@ def describe_error(error: BaseException) -> tuple[str, str]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory, which it tells by a RuntimeError."""
+    """Whether torch ran out of memory, for which it raises a RuntimeError."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
         "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

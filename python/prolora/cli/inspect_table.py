@@ -39,39 +39,48 @@ def description_parts(description: Description) -> Iterator[RenderableType]:
         yield _component_table(description)
 
 
-def _list_facts(found: Description) -> Iterator[tuple[str, str]]:
+def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
     """The lines above the table: (name, text)."""
-    yield "file", Path(found.path).name or found.path
-    yield "what", _describe_kind(found)
-    if found.family or found.family_claimed or found.kind != "unknown":
-        yield "for", _family_text(found)
-    if found.base_model or found.base_hash:
-        known = [found.base_model or "unnamed"]
-        known += [f"hash {found.base_hash[:16]}"] if found.base_hash else []
+    yield "file", Path(description.path).name or description.path
+    yield "what", _describe_kind(description)
+    if description.family or description.family_claimed or description.kind != "unknown":
+        yield "for", _family_text(description)
+    if description.base_model or description.base_hash:
+        known = [description.base_model or "unnamed"]
+        known += [f"hash {description.base_hash[:16]}"] if description.base_hash else []
         yield "base", ", ".join(known)
-    yield "prolora", _support_text(found)
-    yield from _vector_facts(found)
-    for reason, number in found.left_out.items():
+    yield "prolora", _support_text(description)
+    yield from _vector_facts(description)
+    for reason, number in description.left_out.items():
         yield "stays behind", f"{number} × {reason}"
-    if found.types:
-        yield "layers", _counts_text(found.types, most=6)
-    size = f", {_file_size_text(found.size)}" if found.size else ""
-    yield "stored", f"{_count_text(found.tensors, 'tensor')}{size}: {_counts_text(found.dtypes)}"
-    if found.trigger_words:
-        yield "trigger words", ", ".join(found.trigger_words)
+    if description.types:
+        yield "layers", _counts_text(description.types, most=6)
+    size = f", {_file_size_text(description.size)}" if description.size else ""
+    yield (
+        "stored",
+        f"{_count_text(description.tensors, 'tensor')}{size}: {_counts_text(description.dtypes)}",
+    )
+    if description.trigger_words:
+        yield "trigger words", ", ".join(description.trigger_words)
 
 
-def _describe_kind(found: Description) -> str:
-    spelling = _SPELLINGS.get(found.spelling or "", "")
-    if found.kind == "lora":
-        total = _count_text(sum(place.updates for place in found.places.values()), "update")
+def _describe_kind(description: Description) -> str:
+    spelling = _SPELLINGS.get(description.spelling or "", "")
+    if description.kind == "lora":
+        total = _count_text(
+            sum(component.updates for component in description.places.values()), "update"
+        )
         # Where a file is refused, the type may be another than the one prolora reads by that name.
-        said = map(_algorithm_text, found.algorithms) if found.supported else found.algorithms
-        kinds = " and ".join(said) or "adapter"
-        return f"{kinds}, {total}; {found.format or 'unknown'} format, {spelling}"
-    if found.kind == "base":
-        total = _count_text(sum(found.modules.values()), "weight matrix", "weight matrices")
-        return f"base model, {found.format}, {total}"
+        names = (
+            map(_algorithm_text, description.algorithms)
+            if description.supported
+            else description.algorithms
+        )
+        kinds = " and ".join(names) or "adapter"
+        return f"{kinds}, {total}; {description.format or 'unknown'} format, {spelling}"
+    if description.kind == "base":
+        total = _count_text(sum(description.modules.values()), "weight matrix", "weight matrices")
+        return f"base model, {description.format}, {total}"
     return "neither an adapter nor a base model that prolora knows"
 
 
@@ -94,16 +103,19 @@ def _file_size_text(size: int) -> str:
     return f"{size / unit:.3g} {name}"
 
 
-def _family_text(found: Description) -> str:
-    claimed = _FAMILIES.get(found.family_claimed or "", found.family_claimed)
-    if found.family is None:
+def _family_text(description: Description) -> str:
+    claimed = _FAMILIES.get(description.family_claimed or "", description.family_claimed)
+    if description.family is None:
         return (
             f"{claimed}, as its metadata says"
             if claimed
             else "unknown: neither names nor metadata tell"
         )
-    name = _FAMILIES.get(found.family, found.family)
-    if claimed and found.family_claimed not in (found.family, _parent_family(found.family)):
+    name = _FAMILIES.get(description.family, description.family)
+    if claimed and description.family_claimed not in (
+        description.family,
+        _parent_family(description.family),
+    ):
         return f"{name}, by its module names and shapes; its metadata says {claimed}"
     return name
 
@@ -113,36 +125,41 @@ def _parent_family(family: str) -> str:
     return {"ssd-1b": "sdxl", "segmind-vega": "sdxl", "bk-sdm": "sd15"}.get(family, family)
 
 
-def _support_text(found: Description) -> str:
-    if found.kind == "base":
-        return "can use it as --source and --target" if found.supported else f"no: {found.reason}"
-    if not found.supported:
-        return f"cannot transfer it: {(found.reason or '').removeprefix(f'{found.path}: ')}"
-    if found.needs_base:
+def _support_text(description: Description) -> str:
+    if description.kind == "base":
+        return (
+            "can use it as --source and --target"
+            if description.supported
+            else f"no: {description.reason}"
+        )
+    if not description.supported:
+        reason = (description.reason or "").removeprefix(f"{description.path}: ")
+        return f"cannot transfer it: {reason}"
+    if description.needs_base:
         return "can transfer it; its updates depend on the base it was trained on (--source)"
     return "can transfer it and convert it to any format that has its modules"
 
 
-def _vector_facts(found: Description) -> Iterator[tuple[str, str]]:
+def _vector_facts(description: Description) -> Iterator[tuple[str, str]]:
     words = {
         "bias": ("trained bias", "trained biases"),
         "norm": ("weight of a normalisation layer", "weights of normalisation layers"),
     }
-    said = [_count_text(number, *words[kind]) for kind, number in found.vectors.items()]
-    if said:
-        yield "also", " and ".join(said)
+    counts = [_count_text(number, *words[kind]) for kind, number in description.vectors.items()]
+    if counts:
+        yield "also", " and ".join(counts)
 
 
-def _component_table(found: Description) -> Table:
+def _component_table(description: Description) -> Table:
     """A row for each part of the pipeline."""
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("component", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
     for name in ("algorithm", "rank", "alpha", "scale"):
         table.add_column(name, overflow="fold")
-    for name, place in found.places.items():
-        cells = (place.algorithms, place.ranks, place.alphas, place.scales)
-        table.add_row(name, str(place.updates), *(_counts_text(c) for c in cells))
+    for name, component in description.places.items():
+        cells = (component.algorithms, component.ranks, component.alphas, component.scales)
+        table.add_row(name, str(component.updates), *(_counts_text(c) for c in cells))
     return table
 
 

@@ -32,17 +32,17 @@ subspaces, on the side that is farther apart."""
 
 
 PROBE_LEGEND = """\
-predicted: share of the block's streams that the source's streams tell; reached:
-share of the wanted change of its output, on the probes it was fitted on."""
+predicted: share of the block's streams that the source's streams predict;
+reached: share of the wanted change of its output, on the probes it was fitted to."""
 COMPARISON_LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
 have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
 and right; above: the lesser of them over chance, 0 as unrelated … 1 as equal."""
 
 SWEEP_LEGEND = """\
-k: leading columns of both bases; whole: pairs whose bases hold no more, and so
-count with all of them; energy: share of Σσ² in these columns; ≥: pairs whose Φ
-reaches that on both sides."""
+k: leading columns of both bases; whole: pairs whose bases have at most k columns;
+energy: share of Σσ² in these columns; ≥: pairs whose Φ reaches that on both
+sides."""
 
 
 def transfer_legend(report: Report, every_module: bool = False) -> str:
@@ -187,8 +187,8 @@ def reasons_table(report: Report) -> Table | None:
 def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Several LoRAs, a row each: what moved, or why nothing did."""
     counts = Counter(outcome.status for outcome in outcomes)
-    said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    table = make_table(f"{len(outcomes)} LoRAs: {said}")
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    table = make_table(f"{len(outcomes)} LoRAs: {summary}")
     table.add_column("LoRA", overflow="fold")
     for name in ("mapped", "skipped", "refused", "kept", "vs copy", "s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -323,11 +323,11 @@ def _every_decision_table(title: str, decisions: Sequence[BlockDecision]) -> Tab
     return table
 
 
-def _origins_text(place: str, decisions: list[BlockDecision]) -> str:
-    """`0←0 1←3`, with the source's place where it is another."""
-    found = []
+def _origins_text(stack: str, decisions: list[BlockDecision]) -> str:
+    """`0←0 1←3`, with the source's stack of blocks where it is another."""
+    origins = []
     for decision in decisions:
-        theirs, _, index = (decision.source or "").rpartition(".")
-        other = "" if theirs in ("", place) else theirs.removesuffix(".transformer_blocks") + "."
-        found.append(f"{decision.target.rpartition('.')[2]}←{other}{index or 'none'}")
-    return " ".join(found)
+        origin, _, index = (decision.source or "").rpartition(".")
+        prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
+        origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
+    return " ".join(origins)
