@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 import pydoc
+import sys
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from mini import write_case
 
 import prolora
-from prolora.core.methods import METHODS
+from prolora.core.methods import METHODS, Needs
 from prolora.workflow import options as options_module
 from prolora.workflow.options import MethodChoice, TransferOptions
 
@@ -64,6 +65,9 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("text_encoder", "maybe"),
         ("format", "zip"),
         ("dtype", "int8"),
+        ("rank", math.nan),
+        ("rank", 0),
+        ("device", "abacus"),
     ],
 )
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
@@ -101,3 +105,19 @@ def test_options_have_one_home():
         source = inspect.getsource(function)
         for field in dataclasses.fields(options_module.TransferOptions):
             assert f"{field.name}={field.name}," in source
+
+
+@pytest.mark.parametrize("method", get_args(MethodChoice))
+def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, method):
+    called = []
+    for name in ("transfer_by_weights", "transfer_by_probing"):
+
+        def note(*arguments, name=name):
+            called.append(name)
+            raise prolora.ProLoRAError("stop here")
+
+        monkeypatch.setattr(sys.modules["prolora.workflow.transfer"], name, note)
+    with pytest.raises(prolora.ProLoRAError, match="stop here"):
+        prolora.transfer(*write_case(tmp_path), method=method)
+    runs_models = method != "auto" and METHODS[method].needs is Needs.MODELS
+    assert called == ["transfer_by_probing" if runs_models else "transfer_by_weights"]

@@ -132,6 +132,7 @@ class TransferOptions:
         elif self.strength is not None and not (0 < self.strength < math.inf):
             raise InvalidOption(f"strength must be a positive number, not {self.strength!r}")
         self._check_out_rank()
+        self._check_device()
         check_device(self.device)
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
@@ -144,6 +145,12 @@ class TransferOptions:
                 f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {self.method} "
                 "fits new ones: give a rank or a share of the energy"
             )
+
+    def _check_device(self) -> None:
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise InvalidOption(f"device {self.device!r} is none that torch knows") from error
 
     def decide(self, verdict: Verdict | None) -> TransferOptions:
         """The options with method, strength and damping settled.

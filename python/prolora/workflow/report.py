@@ -36,12 +36,12 @@ class Report:
     Attributes:
         method: the method's name.
         rank_rule: columns (int) or share of energy (float) of the bases.
-        threshold: the Φ both sides of a pair must reach.
+        threshold: the Φ that both sides of a pair must reach.
         match: how modules were paired.
         source: the source base's name.
         target: the target base's name.
         modules: one row for every module of the LoRA, and one more for each further target.
-        decisions: where each block of the target came from and what came second, where blocks were
+        decisions: the source of each block of the target and the runner-up, where blocks were
             matched by similarity.
         dropped_blocks: the source's blocks that feed none, where blocks were matched by
             similarity.
@@ -50,7 +50,7 @@ class Report:
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
         dry_run: True where only headers were read: rows then carry no measures.
-        asked: the method asked for, where `method` was chosen for the user; else None.
+        asked: the method that the caller asked for; None in a dry run.
         strength: the factor on every update.
         file_limit: bytes of the file that the updates were cut for; None where they were not.
         damping: κ of method "damped"; None for the others.
