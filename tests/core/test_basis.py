@@ -132,6 +132,12 @@ def test_a_basis_moves_to_a_device_as_a_whole_and_casts_its_factors_only():
     assert cast.U.dtype == torch.float64 and cast.rank.dtype == torch.int64
 
 
+@pytest.mark.parametrize("rank", [2, 0.9])
+def test_a_stack_of_no_matrices_has_a_basis_of_none(rank):
+    basis = truncated_svd(torch.zeros(0, 4, 5), rank)
+    assert basis.U.shape == (0, 4, 1) and basis.bound.shape == (0,) and basis.rungs == ()
+
+
 def test_nan_names_the_matrix():
     stack = torch.randn(3, 4, 5)
     stack[1, 2, 3] = torch.nan

@@ -132,3 +132,23 @@ def test_weights_of_another_shape_are_refused():
     delta, source, target = case(16, 24)
     with pytest.raises(prolora.ShapeMismatch, match="target"):
         prolora.damped(delta, source, target.mT, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_of_zeros_without_drift_is_a_copy(dtype):
+    delta, source, target = case(6, 8, dtype=dtype)
+    both = [torch.stack([torch.zeros_like(w), w]) for w in (source, target)]
+    stack = LowRank(*(torch.stack([x, x]) for x in (delta.up, delta.down)))
+    moved = prolora.damped(stack, *both, 3.0)
+    torch.testing.assert_close(moved.up[0], delta.up)
+    torch.testing.assert_close(moved.down[0], delta.down)
+    torch.testing.assert_close(moved.dense()[1], prolora.damped(delta, source, target, 3.0).dense())
+
+
+@pytest.mark.parametrize("kappa", ["x", None, [1.0, "x"], -1.0, float("inf"), float("nan")])
+def test_a_kappa_that_is_no_number_is_refused(kappa):
+    delta, source, target = case(6, 8)
+    with pytest.raises(ValueError, match="kappa must be"):
+        prolora.damped(delta, source, target, kappa)
+    with pytest.raises(prolora.ShapeMismatch, match="kappa is"):
+        prolora.damped(delta, source, target, torch.ones(3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from spectra import orthonormal, related, weights
 
-from prolora import ShapeMismatch, principal_angles, similarity, truncated_svd
+from prolora import NonFiniteWeights, ShapeMismatch, principal_angles, similarity, truncated_svd
 from prolora.core import reference
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
 
@@ -58,6 +58,12 @@ def test_planted_angles_are_found_however_small(angle):
     found = principal_angles(x, y)
     assert found[0] == pytest.approx(0, abs=1e-14)
     assert found[1] == pytest.approx(angle, rel=1e-3, abs=1e-15)
+
+
+def test_angles_of_nan_are_refused_by_name():
+    x = torch.eye(4)[:, :2]
+    with pytest.raises(NonFiniteWeights, match="Y"):
+        principal_angles(x, x * torch.nan)
 
 
 def test_subspaces_of_different_dimension_have_as_many_angles_as_the_smaller():

@@ -43,10 +43,10 @@ def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor
 
     Raises:
         ValueError: κ is negative or not finite.
-        ShapeMismatch: delta, source and target do not have one shape.
+        ShapeMismatch: delta, source and target do not have one shape, or κ is for other stacks.
         UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
-    check_kappa(kappa)
+    check_kappa(kappa, delta.shape[:-2])
     for name, weight in (("source", source), ("target", target)):
         check_operand(name, weight)
         refuse_tangents(f"damped with respect to {name}", weight)
@@ -55,9 +55,21 @@ def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor
     return Damper(source, target, delta.up.dtype).at(kappa)(delta)
 
 
-def check_kappa(kappa: float | Tensor) -> None:
-    """Raises ValueError unless κ, one number or several, is finite and at least 0."""
-    values = torch.as_tensor(kappa, dtype=torch.float64, device="cpu")
+def check_kappa(kappa: float | Tensor, stack: torch.Size) -> None:
+    """Checks κ, one number or one for each matrix of a stack [...].
+
+    Raises:
+        ValueError: it is no number, negative or not finite.
+        ShapeMismatch: several numbers, but not one for each matrix.
+    """
+    try:
+        values = torch.as_tensor(kappa, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"kappa must be a finite number ≥ 0, not {kappa!r}") from error
+    if values.ndim and values.shape != stack:
+        raise ShapeMismatch(
+            f"kappa is {list(values.shape)}, but the stack of weights {list(stack)}"
+        )
     if not bool(((values >= 0) & values.isfinite()).all()):
         raise ValueError(f"kappa must be a finite number ≥ 0, not {kappa!r}")
 
@@ -106,7 +118,8 @@ class Damper:
         m, n = self._drift.shape[-2:]
         each = torch.as_tensor(kappa, dtype=work, device=self._drift.device)
         norm = torch.maximum(self._size.to(work), self._least_norm(kappa, work))
-        norm = norm.clamp_min(torch.finfo(work).tiny)
+        # Without drift there is nothing to damp, whatever the norm of the source.
+        norm = torch.where(self._drifted > 0, norm.clamp_min(torch.finfo(work).tiny), torch.inf)
         rates = (each / norm * m, each / norm * n)
         tall, gram = self._short_gram(work)
         factors = [_factorise_damping(gram, rates[0])]

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import recompression
 from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .damping import check_kappa, damped
+from .damping import damped
 from .errors import NonFiniteWeights, ShapeMismatch
 from .lowrank import LowRank
 from .methods import Method, Needs, Parts, ProjectMethod, Side, find_method
@@ -350,7 +350,7 @@ def _need_weight(weight: Tensor | Basis) -> Tensor:
 
 
 def _check_method(method: Method, kappa: float | Tensor | None) -> None:
-    """Refuses a method that `project` cannot run, and a κ that is missing, idle or negative."""
+    """Refuses a method that `project` cannot run, and a κ that is missing or of no use."""
     if method.needs is Needs.MODELS:
         raise ValueError(f"method {method.name!r} runs the models: prolora.transfer has it")
     if method.needs is not Needs.WEIGHTS:
@@ -359,7 +359,6 @@ def _check_method(method: Method, kappa: float | Tensor | None) -> None:
         return
     if kappa is None:
         raise ValueError(f"method {method.name!r} needs kappa ≥ 0")
-    check_kappa(kappa)
 
 
 def _read_pair(factors: tuple[Any, ...] | list[Any]) -> LowRank:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .errors import ShapeMismatch
+from .errors import NonFiniteWeights, ShapeMismatch
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads
-from .precision import in_full_precision, working_dtype
+from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
 from .svd.products import lower_gram
@@ -140,11 +140,14 @@ def principal_angles(X: Any, Y: Any) -> Any:
 
     Raises:
         ShapeMismatch: X and Y live in different spaces.
+        NonFiniteWeights: X or Y holds NaN or Inf.
         UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
     x, y = to_tensor(X, "X"), to_tensor(Y, "Y")
-    check_operand("X", x)
-    check_operand("Y", y)
+    for name, side in (("X", x), ("Y", y)):
+        check_operand(name, side)
+        if not is_finite(side):
+            raise NonFiniteWeights(f"NaN or Inf in {name}")
     x, y = x.double(), y.double()
     if x.ndim < 2 or y.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ShapeMismatch(

@@ -120,9 +120,8 @@ def _ceiling(
     The eigenvalues of the Gram matrix err relative to ‖w‖², so their roots by a root. A solver that
     gives one vector twice has missed another: it may hold what the sum of squares lacks.
     """
-    by_svd = torch.tensor(
-        [i in spectrum.right for i in range(len(following))], device=following.device
-    )
+    by_svd = torch.zeros_like(following, dtype=torch.bool)
+    by_svd[list(spectrum.right)] = True
     blurred = (following.square() + error * norm).sqrt()
     ceiling = torch.where(by_svd, following + error, blurred)
     lost = (ceiling.square() + spectrum.missing).sqrt()
