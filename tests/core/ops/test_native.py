@@ -1,13 +1,17 @@
 """Where an op runs, and what is said about it."""
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import prolora
 from prolora.core.ops import native
 from prolora.core.ops.native import Choice, kernels_fit
 
@@ -145,8 +149,6 @@ def run_python(code, **environment):
 
 
 def environment_with(changes):
-    import os
-
     return {**os.environ, **changes}
 
 
@@ -173,6 +175,23 @@ def test_the_extension_can_be_left_alone_and_one_line_says_so():
     said, kernels = done.stdout.decode().splitlines()
     assert said == "cpu: torch does the work of the kernels (PROLORA_NATIVE=OFF)"
     assert kernels == "None"
+
+
+def test_everything_works_without_the_file_of_the_extension(tmp_path):
+    """Factorise, project and compare, in a copy of the package as a pure wheel installs it."""
+    package = Path(prolora.__file__).parent
+    shutil.copytree(package, tmp_path / "prolora", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
+    code = """
+import torch, prolora
+from prolora.core.ops import native
+assert native.EXTENSION.why == "prolora was installed without it", native.EXTENSION.why
+source, target = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
+moved = prolora.project((torch.randn(64, 4), torch.randn(4, 48)), source, target, rank=16)
+assert moved.rank <= 8 and 0 <= float(prolora.similarity(source, target, rank=16).left) <= 1
+assert prolora.cuda_status() == (0, f"no compiled extension: {native.EXTENSION.why}")
+"""
+    done = run_python(code, PYTHONPATH=str(tmp_path), PROLORA_NATIVE="AUTO")
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize(

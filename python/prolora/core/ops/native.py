@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import re
@@ -57,14 +58,14 @@ def load_extension() -> Choice:
     if setting in ("OFF", "0"):
         return Choice(None, "PROLORA_NATIVE=OFF")
     try:
-        from .. import _C
+        extension = importlib.import_module("..._C", __name__)
     except ModuleNotFoundError:
         why = "prolora was installed without it"
     except ImportError as error:
         why = f"it cannot be loaded: {error}"
     else:
-        if getattr(_C, "interface", None) == INTERFACE:
-            return Choice(_C)
+        if getattr(extension, "interface", None) == INTERFACE:
+            return Choice(extension)
         why = "it was built from other sources than this version's; install prolora again"
     if setting in ("ON", "1"):
         raise ImportError(f"PROLORA_NATIVE=ON, but there is no compiled extension: {why}")
