@@ -62,6 +62,13 @@ def test_matrices_too_large_for_shared_memory(kernels, monkeypatch):
     assert_svd(a, *kernels.small_svd(a))
 
 
+def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels):
+    """53 KB, beyond the 48 KB that a kernel has without cudaFuncSetAttribute."""
+    a = random((1, 84, 80), torch.float32)
+    for _ in range(2):  # the second time the limit is raised already
+        assert_svd(a, *kernels.small_svd(a))
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
 def test_no_scale_overflows_or_underflows(kernels, scale):
     a = random((2, 12, 7), torch.float32).clamp(-3, 3) * scale
