@@ -1,6 +1,8 @@
 """What the build backend decides on machines that lack things. Nothing is built here."""
 
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,3 +145,25 @@ def test_nvcc_is_fetched_where_there_are_wheels_of_it(
 def test_windows_finds_its_compilers_by_cmake(backend, monkeypatch):
     machine(monkeypatch, (), "win32", "AMD64")
     assert needs(backend) == ["cmake"]
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures"),
+    [
+        ("11.8", ""),
+        ("12.0.140", "75-real;80;90"),
+        ("12.4.131", "75-real;80;90"),
+        ("12.8.61", "75-real;80;90-real;100-real;120"),
+        ("13.0.88", "75-real;80;90-real;100-real;120"),
+    ],
+)
+def test_architectures_go_by_the_version_of_nvcc(version, architectures, tmp_path):
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    script = tmp_path / "ask.cmake"
+    script.write_text(
+        f"include({BACKEND.parent.as_posix()}/cmake/DefaultArchitectures.cmake)\n"
+        f'default_architectures({version} result)\nmessage("${{result}}")\n'
+    )
+    done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == architectures
