@@ -84,7 +84,7 @@ class Adapter:
         return f"Adapter({len(self.updates)} modules{of}{vectors}, {self.format}, {dtype})"
 
     def with_updates(self, updates: dict[str, LowRank]) -> Adapter:
-        """The same adapter with other updates; what is known of absent modules is dropped."""
+        """The same adapter with other updates, without what it knew of absent modules."""
         kernels = {name: kernel for name, kernel in self.kernels.items() if name in updates}
         algorithms = {name: kind for name, kind in self.algorithms.items() if name in updates}
         kept = {name: share for name, share in self.kept_energy.items() if name in updates}

@@ -98,7 +98,7 @@ def parse_contents(source: UnreadAdapter) -> Contents:
 
 
 def _group_keys(source: UnreadAdapter) -> Contents:
-    """The understood keys by module; every other key is a reason to refuse the whole file."""
+    """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
     slots: dict[str, Slot] = {}
@@ -169,7 +169,7 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
 
 
 def _settle_t5(slots: list[Slot]) -> list[Slot]:
-    """Gives kohya's and ComfyUI's T5, numbered third by both, the place diffusers has it in.
+    """Renames T5, which kohya and ComfyUI count as the third encoder, to its number in diffusers.
 
     FLUX has two text encoders and T5 is the second; SD3 has three.
     """
@@ -197,7 +197,7 @@ def _peft_scalings(source: UnreadAdapter, prefixes: set[str]) -> dict[str, PeftS
 
 
 def _check_complete(slot: Slot, source: UnreadAdapter) -> None:
-    """Every tensor of the update must be there, and none of another kind."""
+    """Refuses an update that lacks a tensor or has one of another kind."""
     present = next(iter(slot.keys.values()))
     role = forms.find_missing_role(slot.keys.keys())
     if role is not None:
@@ -250,7 +250,7 @@ def _check_shapes(slot: Slot, source: UnreadAdapter) -> None:
         fused_updates.split_rows(slot.module.matrix, form.out, where)
 
 
-def scale_of(slot: Slot, source: UnreadAdapter) -> float:
+def read_scale(slot: Slot, source: UnreadAdapter) -> float:
     """The factor in front of an update; reads no more than its alpha and scalar.
 
     Raises:
@@ -297,7 +297,7 @@ def _expected_shapes(slot: Slot) -> str:
 
 
 def _check_config(slot: Slot, source: UnreadAdapter) -> None:
-    """A configuration for other ranks or another kind describes another file."""
+    """Refuses a configuration for other ranks or another kind: it belongs to another file."""
     if slot.peft is None:
         return
     what = PEFT_CONFIG if source.config is not None else METADATA_KEY
@@ -324,7 +324,7 @@ def _check_config(slot: Slot, source: UnreadAdapter) -> None:
 
 
 def _check_parts(slots: list[Slot], source: UnreadAdapter) -> None:
-    """No module may have an update of its own and one in a fused weight."""
+    """Refuses a module with an update of its own and one in a fused weight."""
     seen: dict[str, str] = {}
     for slot in slots:
         key = next(iter(slot.keys.values()))

@@ -32,7 +32,7 @@ def split_rows(whole: FluxWeight, height: int, where: str) -> list[int]:
 
 
 def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, LowRank]:
-    """The updates of the parts; exact.
+    """The updates of the parts, exactly.
 
     Columns of `up` that are zero in all rows of a part say nothing about it and are left out: this
     undoes the block-diagonal `up` of kohya's trainer. A part with no column left has no update,

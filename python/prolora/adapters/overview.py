@@ -15,7 +15,7 @@ from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
-from .contents import Contents, parse_contents, scale_of
+from .contents import Contents, parse_contents, read_scale
 from .keys import module_names, tensor_keys
 from .unread import UnreadAdapter
 
@@ -84,7 +84,7 @@ class Overview:
 
     @property
     def inputs(self) -> dict[str, int]:
-        """Input channels where they show; other adapter types show names only."""
+        """Module -> input channels, 0 where the shapes do not tell."""
         inputs: dict[str, int] = {}
         for name, module in self.modules.items():
             form = self.forms.get(name)
@@ -120,7 +120,7 @@ class Overview:
         known = [form.rank for form in self.forms.values() if form.rank]
         return [*known, *self.foreign.values()]
 
-    def places(self) -> dict[str, ComponentOverview]:
+    def components(self) -> dict[str, ComponentOverview]:
         """Part of the pipeline -> its updates; what is on unknown modules goes last."""
         members: dict[str, list[str]] = {}
         for name in sorted(self.modules, key=lambda n: find_component(n) in TEXT_ENCODERS):
@@ -148,7 +148,7 @@ class Overview:
         return places
 
 
-def look_over(source: UnreadAdapter) -> Overview:
+def survey_keys(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
     for key, header in source.headers.items():
@@ -157,7 +157,7 @@ def look_over(source: UnreadAdapter) -> Overview:
         return overview
     try:
         contents = parse_contents(source)
-        overview.scales = {slot.module.name: scale_of(slot, source) for slot in contents.slots}
+        overview.scales = {slot.module.name: read_scale(slot, source) for slot in contents.slots}
         overview.contents = contents
     except ProLoRAError as error:
         overview.reason = str(error)
@@ -172,7 +172,7 @@ def look_over(source: UnreadAdapter) -> Overview:
 
 
 def _use_contents(contents: Contents, overview: Overview) -> None:
-    """What is known of a sound file; which encoder a T5 is, the keys alone do not tell."""
+    """Takes all from the contents: the keys alone do not tell which encoder a T5 is."""
     overview.modules = {slot.module.name: slot.module for slot in contents.slots}
     overview.roles = {slot.module.name: slot.keys for slot in contents.slots}
     overview.forms = {slot.module.name: slot.form for slot in contents.slots}

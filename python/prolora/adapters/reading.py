@@ -18,7 +18,7 @@ from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
-from .contents import Contents, Slot, parse_contents, scale_of
+from .contents import Contents, Slot, parse_contents, read_scale
 from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def read_adapter(
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
 ) -> Adapter:
-    """Reads an adapter of any kind and spelling there is a rule for.
+    """Reads an adapter of any known kind and spelling.
 
     Kinds: LoRA, LoCon (Tucker core or not), LoHa, LoKr, full differences; with the base weights at
     hand also DoRA of any of these, GLoRA and diag-OFT, whose update is merged − W. Spellings:
@@ -102,7 +102,7 @@ def _read_slots(
     if read_weight is None:
         _check_independent(contents, opened)
     # Everything that can be refused from the header was; scales before the large tensors.
-    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
+    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     for slot in contents.slots:
         piece = Adapter({})
         _add_update(piece, slot, scales[slot.module.name], opened, read_weight)
@@ -131,7 +131,7 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
     """
     opened = open_adapter(source)
     contents = parse_contents(opened)
-    scales = {slot.module.name: scale_of(slot, opened) for slot in contents.slots}
+    scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
     for slot in contents.slots:
         roles = slot.keys.keys()
@@ -147,7 +147,7 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
 
 
 def _check_independent(contents: Contents, source: UnreadAdapter) -> None:
-    """Refuses, with no base at hand, an update that depends on its weights."""
+    """Refuses an update that depends on weights of the base where no base is given."""
     for slot in contents.slots:
         if forms.needs_base(slot.keys.keys()):
             why = forms.needs_base_reason(slot.keys.keys())
@@ -298,7 +298,7 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
 
 
 def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
-    """The parts of a weight must be those of the update."""
+    """Refuses an update that does not fit the weight, or parts that do not fit each other."""
     out, inputs = sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
     same = len({shape[1:] for shape in shapes}) == 1
     if not same or out != slot.form.out or slot.form.inputs not in (0, inputs):

@@ -43,7 +43,7 @@ class VectorSlot:
 
 
 def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
-    """Refuses what is no vector, or not the bias of the FLUX weight it says it is.
+    """Refuses a tensor that is no vector, or does not fit the FLUX weight that its key names.
 
     Raises:
         ShapeMismatch: the shape is another.
@@ -63,7 +63,7 @@ def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
 
 
 def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[str, Tensor]:
-    """The vectors of a slot by name, float32: one, but for the parts of a fused FLUX weight.
+    """The vectors of a slot by name, float32: several only where a FLUX weight is fused.
 
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
@@ -87,13 +87,13 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
     return nonzero or {f"{matrix.parts[0]}.{slot.tensor}": parts[0].clone()}
 
 
-def module_of(name: str) -> str:
+def find_vector_module(name: str) -> str:
     """The module a vector belongs to."""
     return name.rpartition(".")[0]
 
 
 def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
-    """The vectors as a file holds them: in the original spelling of FLUX, its weights' own biases.
+    """The vectors as a file holds them: biases of fused weights in the original spelling of FLUX.
 
     A part without a bias of its own gets zeros.
 

@@ -88,12 +88,12 @@ def _compare_vectors(
 
 
 def _nonzero_vectors(vectors_by_name: Mapping[str, Tensor]) -> set[str]:
-    """Those vectors that are more than zeros: a part of a fused bias may be no more."""
+    """The vectors that are not all zeros: a part of a fused bias may be."""
     return {name for name, vector in vectors_by_name.items() if vector.any()}
 
 
 def _nonzero_updates(adapter: Adapter, modules: Set[str]) -> set[str]:
-    """Those modules whose update is more than zeros: rows of zeros in a fused weight are none."""
+    """The modules whose update is not zero: rows of zeros in a fused weight are no update."""
     return {name for name in modules if adapter.updates[name].norm() > 0}
 
 

@@ -138,17 +138,17 @@ def find_weight_holding(module: str) -> FluxWeight | None:
     """The original weight that a canonical module is, or is rows of."""
     match = _DIFFUSERS_BLOCK.fullmatch(module)
     if match is None:
-        name = _wholes().get(module)
+        name = _authors_modules().get(module)
     else:
         start = "single_transformer_blocks" if module[0] == "s" else "transformer_blocks"
-        name = _wholes().get(f"{start}.N.{match[2]}")
+        name = _authors_modules().get(f"{start}.N.{match[2]}")
     if name is None:
         return None
     return find_flux_weight(name.replace(".N.", f".{match[1]}.") if match else name)
 
 
 @cache
-def _wholes() -> dict[str, str]:
+def _authors_modules() -> dict[str, str]:
     """Diffusers' module -> the authors' module that it is rows of, N any number."""
     return {
         part.removesuffix(REST): name

@@ -12,7 +12,13 @@ from typing import Any
 
 from ..adapters.family import claimed_family, guess_family, known_base
 from ..adapters.keys import module_names, tensor_keys
-from ..adapters.overview import NOT_UNDERSTOOD, ComponentOverview, Overview, count_values, look_over
+from ..adapters.overview import (
+    NOT_UNDERSTOOD,
+    ComponentOverview,
+    Overview,
+    count_values,
+    survey_keys,
+)
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
 from ..architectures.modules import find_component, local_name
@@ -118,7 +124,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     if folder or str(path).lower().endswith(".gguf"):
         return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
     opened = open_adapter(path)
-    overview = look_over(opened)
+    overview = survey_keys(opened)
     common: dict[str, Any] = {
         "path": str(path),
         "dtypes": count_values(
@@ -145,7 +151,7 @@ def _describe_adapter(
     )
     vectors = Counter("bias" if tensor == "bias" else "norm" for _, tensor in overview.vectors)
     inputs = overview.inputs | dict.fromkeys((m.name for m, _ in overview.vectors), 0)
-    places = overview.places()
+    places = overview.components()
     alphas: Counter[str] = Counter()
     for place in places.values():
         alphas.update(place.alphas)

@@ -83,7 +83,7 @@ def _kronecker_half(tensors: Tensors, half: str) -> Tensor:
 
 
 def _second_half(tensors: Tensors) -> Tensor:
-    """w₂ as a matrix [c, d·kh·kw]; kron with it runs through the columns in the order of ΔW's."""
+    """w₂ as a matrix [c, d·kh·kw]; the columns of kron(w₁, w₂) have the order of ΔW's."""
     core = tensors.get("lokr_t2")
     if core is None:
         return _kronecker_half(tensors, "lokr_w2").flatten(1)

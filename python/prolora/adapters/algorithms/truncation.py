@@ -62,7 +62,7 @@ def truncate_dense(delta: Tensor) -> TruncatedUpdate:
 
 
 def _factor_exactly(delta: Tensor, u: Tensor) -> LowRank | None:
-    """ΔW [m, n] by its columns in span(u), in float64; None if there is more than rounding beside.
+    """ΔW [m, n] from its columns in span(u), in float64; None if more than rounding is left.
 
     Args:
         delta: float64.
@@ -123,7 +123,7 @@ def _thin_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _count_all_columns(s: Tensor) -> int:
-    """The fewest leading singular values beside which there is no more than rounding."""
+    """The fewest leading singular values that leave no more than rounding."""
     rest = s.square().flip(0).cumsum(0).sqrt().flip(0)
     return max(1, int((rest > _NEGLIGIBLE * rest[0]).sum()))
 

@@ -66,7 +66,7 @@ def outline_tensors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[s
 def _encode_groups(
     adapter: Adapter, format: str, dtype: torch.dtype, factors: Callable[[Group, int], LowRank]
 ) -> dict[str, Tensor]:
-    """The tensors by key; `factors` makes a group's, for the alpha of the file."""
+    """The tensors by key; `factors` makes those of a group, given the alpha of the file."""
     tensors: dict[str, Tensor] = {}
     groups = group_modules(adapter, format)
     alpha = common_rank(group.rank for group in groups)
@@ -95,7 +95,9 @@ def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[s
         roles = dict.fromkeys(whole, "lora_B.bias")
     paths = vector_paths(adapter, format)
     return {
-        f"{paths[vectors.module_of(name)]}.{role}": vectors.cast_vector(name, whole[name], dtype)
+        f"{paths[vectors.find_vector_module(name)]}.{role}": vectors.cast_vector(
+            name, whole[name], dtype
+        )
         for name, role in roles.items()
     }
 
@@ -116,16 +118,16 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
             "skip)"
         )
     whole = vectors.fuse_vectors(adapter.vectors, is_fused(adapter, format))
-    return find_paths(adapter, format, list(dict.fromkeys(map(vectors.module_of, whole))))
+    return find_paths(adapter, format, list(dict.fromkeys(map(vectors.find_vector_module, whole))))
 
 
 def _has_lora_bias(adapter: Adapter, vector: str) -> bool:
     """Whether the vector can be the bias of its module's second factor."""
-    return vector.endswith(".bias") and vectors.module_of(vector) in adapter.updates
+    return vector.endswith(".bias") and vectors.find_vector_module(vector) in adapter.updates
 
 
 def file_ranks(adapter: Adapter, format: str) -> set[int]:
-    """All ranks there will be in a file of that format; a fused weight has the sum of its parts'.
+    """The ranks in a file of that format; a fused weight has the sum of its parts' ranks.
 
     Raises:
         UnsupportedFormat: the format has no name for a module.

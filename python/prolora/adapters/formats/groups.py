@@ -16,7 +16,7 @@ from ..keys import module_names
 
 @dataclass(frozen=True)
 class Group:
-    """The modules that share one pair of factors in a file: one, but for FLUX's fused weights.
+    """The modules that share one pair of factors in a file: several in FLUX's fused weights only.
 
     Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
 
@@ -128,7 +128,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
 
 
 def _check_one_component(modules: list[str]) -> None:
-    """A PEFT folder belongs to one model, and does not say to which text encoder."""
+    """Refuses several components: a PEFT folder belongs to one model, and does not say to which."""
     places = {find_component(name) for name in modules}
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
@@ -146,7 +146,7 @@ def _kohya_spelling(adapter: Adapter) -> str:
     diffusers' names, and says nothing. FLUX gets the names of its authors, which are kohya's,
     unless the file came from OneTrainer, which has a kohya format with diffusers'.
     """
-    modules = [*adapter.updates, *map(vectors.module_of, adapter.vectors)]
+    modules = [*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
     if any(find_component(name) == "transformer" for name in modules):

@@ -167,7 +167,7 @@ _OTHER_KINDS = [
 
 
 def explain_other_kind(keys: Iterable[str]) -> str | None:
-    """What a file is whose keys are not understood, in a sentence; None if that is not known."""
+    """One sentence on what kind of file has such keys; None if that is not known."""
     for key in keys:
         for pattern, reason in _OTHER_KINDS:
             if pattern.search(key):
