@@ -276,7 +276,7 @@ def test_a_plan_by_similarity_says_what_came_second():
     assert plan.decisions == result.decisions and plan.rule == result.rule
     assert set(plan.skipped.values()) == {"no block of the target is similar enough to this one"}
     assert all(d.runner_up not in (None, d.source) for d in plan.decisions)
-    with pytest.raises(UnsupportedFormat, match="resolve first"):
+    with pytest.raises(UnsupportedFormat, match="resolve_match first"):
         make_plan(adapter, source, target, "similarity")
 
 

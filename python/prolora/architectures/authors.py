@@ -1,7 +1,7 @@
 """How the authors of a transformer call its modules, where diffusers calls them otherwise.
 
 The authors stack the projections that read the same features (q, k, v, and in FLUX's single blocks
-the feed-forward too) into one matrix; diffusers keeps them apart. A table says which modules of
+the feed-forward too) into one matrix; diffusers keeps them separate. A table says which modules of
 diffusers the rows of every module of the authors are.
 """
 

@@ -110,8 +110,8 @@ def find_flux_weight(name: str) -> FluxWeight | None:
         return None
     parts = FLUX.find_parts(name)
     if parts is None and in_block:
-        whole, _, index = name.rpartition(".")
-        fused = FLUX.find_parts(whole) or ()
+        name_without_index, _, index = name.rpartition(".")
+        fused = FLUX.find_parts(name_without_index) or ()
         if index not in ("0", "1", "2", "3") or len(fused) <= max(1, int(index)):
             return None
         parts = (fused[int(index)],)

@@ -86,7 +86,7 @@ def choose_candidate(names: Iterable[str]) -> Candidate | None:
     """The file or index to read, of the names in a model's folder; None if none is diffusers'."""
     names = list(names)
     for stem in _STEMS:
-        candidates = [found for name in names if (found := _parse_candidate(name, stem))]
+        candidates = [file for name in names if (file := _parse_candidate(name, stem))]
         if candidates:
             return min(candidates, key=lambda candidate: candidate.order)
     return None

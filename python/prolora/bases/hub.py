@@ -121,12 +121,12 @@ def _download_model(hub: Any, id_: HubId, path: str) -> Path:
                 f"hf://{id_.repo}/FILE"
             )
         return _download_first(hub, id_, prefix + files[0], info.sha)
-    found = _download_first(hub, id_, prefix + best.name, info.sha)
+    downloaded = _download_first(hub, id_, prefix + best.name, info.sha)
     if best.sharded:
-        for shard in sorted(set(read_weight_map(found).values())):
+        for shard in sorted(set(read_weight_map(downloaded).values())):
             hub.hf_hub_download(id_.repo, prefix + shard, revision=info.sha)
-        return found.parent
-    return found
+        return downloaded.parent
+    return downloaded
 
 
 def _download_first(hub: Any, id_: HubId, name: str, commit: str) -> Path:

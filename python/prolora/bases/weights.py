@@ -165,38 +165,38 @@ class LoadedWeight:
 class RowsWeight:
     """Rows [start, stop) of a matrix that several layers were fused into."""
 
-    whole: Weight
+    matrix: Weight
     start: int
     stop: int
 
     @property
     def origin(self) -> Origin | None:
         """The fused matrix and the rows."""
-        whole = self.whole.origin
-        return whole and whole.then(f"rows {self.start} {self.stop}")
+        origin = self.matrix.origin
+        return origin and origin.then(f"rows {self.start} {self.stop}")
 
     @property
     def name(self) -> str:
         """The fused matrix and the rows of it."""
-        return f"{self.whole.name}[{self.start}:{self.stop}]"
+        return f"{self.matrix.name}[{self.start}:{self.stop}]"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the rows."""
-        return (self.stop - self.start, *self.whole.shape[1:])
+        return (self.stop - self.start, *self.matrix.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the fused matrix."""
-        return self.whole.dtype
+        return self.matrix.dtype
 
     def read(self) -> Tensor:
         """These rows alone."""
-        return self.whole.read_rows(self.start, self.stop)
+        return self.matrix.read_rows(self.start, self.stop)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Some of them."""
-        return self.whole.read_rows(self.start + start, self.start + stop)
+        return self.matrix.read_rows(self.start + start, self.start + stop)
 
 
 @dataclass(frozen=True)

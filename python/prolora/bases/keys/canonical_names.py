@@ -49,7 +49,7 @@ def name_weights(
     """Canonical module name -> weight, for all weights of two or more axes.
 
     Args:
-        weights: the keys of the whole checkpoint.
+        weights: all keys of the checkpoint.
         where: what messages call it.
         metadata: what the headers say of quantised layers (`quantised.METADATA_KEY`).
         strict: also refuse names that belong to no UNet or transformer.

@@ -37,7 +37,7 @@ def apply_scales(
     """The weights with every float8 weight and its scale made one.
 
     Args:
-        weights: the keys of a whole checkpoint.
+        weights: all keys of a checkpoint.
         metadata: texts of `_quantization_metadata`, one for each file that has it.
         where: what messages call the checkpoint.
 
@@ -96,19 +96,19 @@ def _apply_scale(stored: Weight, scale: Weight, key: str, where: str) -> ScaledW
 def _read_formats(
     weights: Mapping[str, Weight], metadata: Iterable[str], where: str
 ) -> dict[str, str]:
-    """Module (as the keys spell it) -> format, of every layer said to be quantised."""
-    found: dict[str, str] = {}
+    """Module (as the keys spell it) -> format, of every layer that is marked as quantised."""
+    formats: dict[str, str] = {}
     for text in metadata:
         layers = parse_json_object(text, f"{where}: {METADATA_KEY}").get("layers")
         if not isinstance(layers, dict):
             raise UnsupportedFormat(f"{where}: {METADATA_KEY} lists no layers")
         for module, note in layers.items():
-            found[_find_module_key(module, weights)] = _check_format(note, module, where)
+            formats[_find_module_key(module, weights)] = _check_format(note, module, where)
     for key in weights:
         if key.endswith(_NOTE):
             module = key.removesuffix(_NOTE)
-            found[module] = _check_format(_read_note(weights[key], key, where), module, where)
-    return found
+            formats[module] = _check_format(_read_note(weights[key], key, where), module, where)
+    return formats
 
 
 def _find_module_key(module: str, weights: Mapping[str, Weight]) -> str:

@@ -1,8 +1,8 @@
 """Transformers in their authors' spelling (FLUX, SD3, PixArt): fused layers as rows of one matrix.
 
 The authors stack the projections that read the same features (q, k, v, and in FLUX's single blocks
-the feed-forward too) into one matrix; diffusers keeps them apart. Every module here is a view of
-the rows that are its own, so a base gives the same weights, bit by bit, in either spelling.
+the feed-forward too) into one matrix; diffusers keeps them separate. Every module here is a view of
+its rows, so a base gives the same weights, bit by bit, in either spelling.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def split_weight(
     Args:
         authors: whose names.
         path: the authors' name, without prefix and `.weight`.
-        weight: [m, n] of the whole module.
+        weight: [m, n] of the fused module.
         where: what messages call the checkpoint.
 
     Raises:

@@ -47,7 +47,7 @@ def split_encoders(
     """({canonical module: weight} of the text encoders, the other keys as they are).
 
     Args:
-        weights: the keys of a whole checkpoint.
+        weights: all keys of a checkpoint.
         where: what messages call it.
 
     Raises:

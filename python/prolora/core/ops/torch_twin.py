@@ -86,10 +86,10 @@ def project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return split, moved
 
 
-def cancelled_matrices(rest: Tensor, whole: Tensor) -> Tensor:
+def cancelled_matrices(rest: Tensor, rows: Tensor) -> Tensor:
     """The indices of the matrices [b, r, m] of which a row lost nearly all of its length."""
     left = torch.linalg.vector_norm(rest, dim=2).square()  # [b, r]
-    had = torch.linalg.vector_norm(whole, dim=2).square()
+    had = torch.linalg.vector_norm(rows, dim=2).square()
     indices: Tensor = (left < CANCELLED * had).any(1).nonzero().flatten()
     return indices
 

@@ -98,18 +98,18 @@ def _unresolved(spectrum: Spectrum, count: Tensor) -> list[int]:
 def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:
     """Puts LAPACK's SVD in the place of the Gram matrix's eigenvectors, where it has one."""
     for i in places:
-        found = full_svd(w[i])
-        if found is None and not spectrum.skew[i] <= SKEW_64:
+        svd = full_svd(w[i])
+        if svd is None and not spectrum.skew[i] <= SKEW_64:
             raise SolverFailure(
                 "neither the eigenvectors of a weight's Gram matrix nor its SVD could be computed: "
                 "the solvers of this installation of torch failed on finite numbers"
             )
-        if found is not None:
-            spectrum.short[i], spectrum.s[i], spectrum.right[i] = found
-            left, right = estimate_skew(found[0]), estimate_skew(found[2])
+        if svd is not None:
+            spectrum.short[i], spectrum.s[i], spectrum.right[i] = svd
+            left, right = estimate_skew(svd[0]), estimate_skew(svd[2])
             spectrum.skew[i] = torch.maximum(left, right)
             energy = torch.linalg.matrix_norm(w[i]).square()
-            spectrum.missing[i] = (energy - found[1].square().sum()).abs()
+            spectrum.missing[i] = (energy - svd[1].square().sum()).abs()
 
 
 def _ceiling(

@@ -37,11 +37,11 @@ def gram_triplets(w: Tensor, norm: float, rank: Rank) -> Refined | None:
         return None
     p = min(d, k + max(16, min(32, k // 8)))
     ritz = Ritz(vectors[:, :p], vectors[:, p:], values, None, 0.0, converged=True)
-    found = refine_triplets(FormedGram(precise, single), w, norm, ritz, k)
-    if found is not None and isinstance(rank, float):
+    refined = refine_triplets(FormedGram(precise, single), w, norm, ritz, k)
+    if refined is not None and isinstance(rank, float):
         # float32 may have misjudged which column is the first to reach the share.
-        energies = found.s.square().cumsum(0)
+        energies = refined.s.square().cumsum(0)
         wanted = rank * norm**2 * (1 - 1e-12)
         if energies[-1] < wanted or (k > 1 and energies[-2] >= wanted):
             return None
-    return found
+    return refined

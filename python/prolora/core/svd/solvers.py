@@ -48,8 +48,8 @@ def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
         else:
             stream = torch.cuda.current_stream(symmetric.device).cuda_stream
             with cupy.cuda.Device(symmetric.device.index), cupy.cuda.ExternalStream(stream):
-                found = cupy.linalg.eigh(cupy.from_dlpack(symmetric.contiguous()), UPLO="L")
-                values, vectors = (to_tensor(x) for x in found)
+                pair = cupy.linalg.eigh(cupy.from_dlpack(symmetric.contiguous()), UPLO="L")
+                values, vectors = (to_tensor(x) for x in pair)
             return values, vectors
     values, vectors = torch.linalg.eigh(symmetric)
     return values, vectors
@@ -57,23 +57,23 @@ def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """`eigh_stack` of [b, d, d] by descending eigenvalue; NaN for a matrix that it fails on."""
-    found = attempt(lambda: eigh_stack(symmetric))
-    if found is None and len(symmetric) > 1:
+    pair = attempt(lambda: eigh_stack(symmetric))
+    if pair is None and len(symmetric) > 1:
         parts = [descending_eigh(one[None]) for one in symmetric]
         values, vectors = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         return values, vectors
-    if found is None:
+    if pair is None:
         unknown = torch.full_like(symmetric, torch.nan)
         return unknown[..., 0], unknown
-    return found[0].flip(-1), found[1].flip(-1)
+    return pair[0].flip(-1), pair[1].flip(-1)
 
 
 def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Thin SVD of w [d, n], d ≤ n, as U [d, d], S [d], V [n, d]; None where it fails."""
-    found = attempt(lambda: torch.linalg.svd(w, full_matrices=False))
-    if found is None or not all(bool(x.isfinite().all()) for x in found):
+    svd = attempt(lambda: torch.linalg.svd(w, full_matrices=False))
+    if svd is None or not all(bool(x.isfinite().all()) for x in svd):
         return None
-    u, s, vt = found
+    u, s, vt = svd
     return u, s, vt.mT
 
 
