@@ -67,37 +67,18 @@ def run_demo(
     Raises:
         ProLoRAError: no such LoRA or target, or the `demo` extra is missing.
     """
-    try:
-        from diffusers import UNet2DConditionModel
-    except ImportError as error:
-        raise ProLoRAError(
-            "the demo samples images with diffusers: pip install 'prolora[demo]'"
-        ) from error
     models = find_models()
-    targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
-    source = targets.pop("source")
-    files = {path.stem: path for path in models.glob("loras/*.safetensors")}
-    for option, name, known in (("--target", target, targets), ("--lora", lora, files)):
-        if name not in known:
-            choices = ", ".join(sorted(known))
-            raise ProLoRAError(f"{option} {name}: there is none; choose from {choices}")
-    goal, file = targets[target], files[lora]
+    source, goal, file = choose_files(models, lora, target)
+    base, other = load_unet(source), load_unet(goal)
     output.mkdir(parents=True, exist_ok=True)
-    moved = output / f"{lora}-on-{target}.safetensors"
-    picture = output / f"{lora}-on-{target}.png"
+    moved, record, picture = (
+        output / f"{lora}-on-{target}{suffix}" for suffix in (".safetensors", ".json", ".png")
+    )
     check_writable(picture)
 
     report = transfer_file(file, source, goal, moved, method=method)
-    account = output / f"{lora}-on-{target}.json"
-    account.write_text(report.to_json() + "\n")
+    record.write_text(report.to_json() + "\n")
 
-    base, other = (
-        # Plain loading: the low-memory way needs accelerate, for models a thousand times larger.
-        UNet2DConditionModel.from_pretrained(
-            folder, torch_dtype=torch.float32, low_cpu_mem_usage=False
-        ).eval()
-        for folder in (source, goal)
-    )
     table = SafetensorsFile(models / "labels.safetensors").read("table").float()
     copied = transfer(file, source, goal, method="copy").adapter
     rows: list[tuple[str, nn.Module]] = [
@@ -113,7 +94,42 @@ def run_demo(
         images.append(sample_digits(unet, table, seed))
     progress(len(rows), len(rows), "done")
     draw_samples([name for name, _ in rows], torch.stack(images), picture)
-    return report, [moved, account, picture]
+    return report, [moved, record, picture]
+
+
+def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path]:
+    """The source's folder, the target's folder and the LoRA's file.
+
+    Raises:
+        ProLoRAError: there is no such target or LoRA.
+    """
+    targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
+    source = targets.pop("source")
+    files = {path.stem: path for path in models.glob("loras/*.safetensors")}
+    for option, name, known in (("--target", target, targets), ("--lora", lora, files)):
+        if name not in known:
+            choices = ", ".join(sorted(known))
+            raise ProLoRAError(f"{option} {name}: there is none; choose from {choices}")
+    return source, targets[target], files[lora]
+
+
+def load_unet(folder: Path) -> nn.Module:
+    """A shipped model in float32.
+
+    Raises:
+        ProLoRAError: the `demo` extra is missing.
+    """
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise ProLoRAError(
+            "the demo samples images with diffusers: pip install 'prolora[demo]'"
+        ) from error
+    # Plain loading: the low-memory way needs accelerate, for models a thousand times larger.
+    unet: nn.Module = UNet2DConditionModel.from_pretrained(
+        folder, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    return unet.eval()
 
 
 def merge_adapter(unet: nn.Module, adapter: Adapter) -> nn.Module:
