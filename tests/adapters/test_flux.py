@@ -525,3 +525,26 @@ def test_t5_is_the_third_text_encoder_where_there_is_a_second_clip():
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
     names_ = [find_component(name) for name in adapters.read_adapter(tensors).updates]
     assert names_ == ["text_encoder_3", "text_encoder_2"]
+
+
+@pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_"])
+def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix, tmp_path):
+    """kohya's scripts find no module under diffusers' names, which OneTrainer and others write."""
+    parts = ("attn_to_q", "attn_to_k", "attn_to_v")
+    stems = [f"{prefix}transformer_blocks_0_{part}" for part in parts]
+    tensors = {}
+    for seed, stem in enumerate(stems):
+        up, down = factors((WIDTH, WIDTH), 1, seed)
+        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
+    adapter = adapters.read_adapter(tensors)
+    for format, paths in (
+        ("auto", {stem.replace("lycoris_", "lora_transformer_") for stem in stems}),
+        ("kohya", {"lora_unet_double_blocks_0_img_attn_qkv"}),
+    ):
+        found = adapters.encode_state_dict(adapter, format=format)
+        assert {key.partition(".")[0] for key in found} == paths
+        adapters.write_adapter(adapter, tmp_path / format, format=format)
+        assert adapters.adapter_file_size(adapter, format=format) == (
+            (tmp_path / format).stat().st_size
+        )
+        same(adapters.read_adapter(found), adapter.updates)

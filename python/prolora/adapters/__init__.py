@@ -1,7 +1,7 @@
 """LoRA files <-> `Adapter`."""
 
 from .adapter import Adapter
-from .formats.groups import Group, group_modules
+from .formats.groups import Group, group_modules, respell_adapter
 from .reading import outline_adapter, read_adapter
 from .writing import adapter_file_size, check_format, encode_state_dict, write_adapter
 
@@ -14,5 +14,6 @@ __all__ = [
     "group_modules",
     "outline_adapter",
     "read_adapter",
+    "respell_adapter",
     "write_adapter",
 ]

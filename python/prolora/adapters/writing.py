@@ -54,6 +54,7 @@ def write_adapter(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
+    adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
@@ -94,6 +95,7 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
+    adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     where = "the state dict"
     if not adapter.updates and not adapter.vectors:
@@ -113,6 +115,7 @@ def adapter_file_size(
     Only shapes of updates count, not their numbers. Arguments and errors are those of
     `write_adapter`.
     """
+    adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     header = _file_metadata(adapter, chosen)
     if chosen == "kohya":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...architectures import flux
 from ...architectures.modules import find_component, local_name
@@ -77,6 +77,23 @@ def group_modules(adapter: Adapter, format: str) -> list[Group]:
         )
         for path, modules in members.items()
     ]
+
+
+def respell_adapter(adapter: Adapter, format: str) -> Adapter:
+    """The adapter in the spelling that a format asked for by name has.
+
+    "kohya" means kohya's own names: a FLUX LoRA of OneTrainer, whose kohya format has diffusers'
+    names, keeps those for "auto" only. kohya's scripts know none of them.
+
+    Args:
+        adapter: what to write.
+        format: as it was asked for: "auto" or a format.
+    """
+    from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
+    if format != "kohya" or not from_onetrainer:
+        return adapter
+    has_transformer = any(find_component(name) == "transformer" for name in adapter.updates)
+    return replace(adapter, spelling="sgm") if has_transformer and _is_flux(adapter) else adapter
 
 
 def is_fused(adapter: Adapter, format: str) -> bool:

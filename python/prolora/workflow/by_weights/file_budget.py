@@ -128,6 +128,7 @@ class OutputForm:
         return FittedResult(smaller, _describe_cuts(rows, adapter, smaller), self.limit)
 
     def _groups(self, adapter: Adapter) -> list[Group]:
+        adapter = adapters.respell_adapter(adapter, self._format)
         return adapters.group_modules(adapter, adapters.check_format(adapter, self._format))
 
     @property
