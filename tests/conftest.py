@@ -73,11 +73,15 @@ def missing(backend: str, reason: object) -> None:
 
 
 def load(backend: str, name: str) -> ModuleType:
+    """A compiled module. One that is not there is skipped; one that does not load is a failure."""
+    why = native.EXTENSION.why
+    if why.startswith("it cannot be loaded"):
+        pytest.fail(f"{backend}: there is a compiled extension, but {why}")
     if native.EXTENSION.kernels is None:
-        missing(backend, f"no compiled extension: {native.EXTENSION.why}")
+        missing(backend, f"no compiled extension: {why}")
     try:
         return importlib.import_module(f"prolora.core.{name}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing(backend, error)
         raise
 
