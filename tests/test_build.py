@@ -86,12 +86,19 @@ def test_kernels_that_cannot_be_compiled_cost_the_kernels_alone(backend, capsys)
     assert "without CUDA kernels" in capsys.readouterr().err
 
 
+def test_a_wish_for_the_emulator_keeps_nobody_from_installing(backend, monkeypatch, capsys):
+    monkeypatch.setenv("PROLORA_EMULATE", "ON")
+    machine(monkeypatch, tools=())
+    run(backend, works=is_pure)
+    assert "there is no C++ compiler" in capsys.readouterr().err
+
+
 def test_a_build_that_works_says_nothing(backend, capsys):
     assert run(backend, works=lambda settings: True) == [{}]
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE"])
+@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA"])
 @pytest.mark.parametrize("by", ["environment", "pip"])
 def test_what_was_asked_for_is_never_left_out(backend, monkeypatch, wish, by):
     settings = {f"cmake.define.{wish}": "ON"} if by == "pip" else None
@@ -108,7 +115,7 @@ def test_what_was_asked_for_is_never_left_out(backend, monkeypatch, wish, by):
     assert tried == [settings or {}]
 
 
-@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE"])
+@pytest.mark.parametrize("wish", ["PROLORA_NATIVE", "PROLORA_CUDA"])
 def test_on_without_a_compiler_still_tries(backend, monkeypatch, wish):
     machine(monkeypatch, tools=())
     monkeypatch.setenv(wish, "ON")
