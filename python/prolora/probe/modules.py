@@ -31,7 +31,7 @@ def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
         block = next((b for b in source_blocks if name.startswith(f"{b}.")), None)
         if block is None:
             run.report.left_out[name] = (
-                "it is outside the blocks; the fit compensates for it inside the blocks"
+                "it is in no transformer block; the fit compensates for it in the blocks"
             )
         else:
             roles.add(name.removeprefix(f"{block}."))

@@ -17,7 +17,7 @@ from ..plan import Plan, check_fits_source, place_text_encoders
 RULE = "running models"
 """How modules are paired, for the report."""
 
-_NO_PLACE = "it lies in no transformer block; the fit makes up for it in the blocks"
+_NO_PLACE = "it is in no transformer block; the fit compensates for it in the blocks"
 
 
 def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
