@@ -156,11 +156,13 @@ def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
         check_operand("W", torch.ones(2, 2))
 
 
-def test_a_transfer_refuses_a_device_before_it_reads_anything(tmp_path):
+def test_a_device_is_refused_before_anything_is_read(tmp_path):
     missing = tmp_path / "lora.safetensors"
+    with pytest.raises(prolora.InvalidOption, match="device 'foo'"):
+        prolora.transfer(missing, missing, missing, device="foo")
+    with pytest.raises(UnsupportedDevice, match="no float64"):
+        prolora.transfer(missing, missing, missing, device="mps")
     for device, words in (("foo", "no device is called"), ("mps", "no float64")):
-        with pytest.raises(UnsupportedDevice, match=words):
-            prolora.transfer(missing, missing, missing, device=device)
         with pytest.raises(UnsupportedDevice, match=words):
             prolora.compare(missing, missing, device=device)
 
