@@ -45,6 +45,14 @@ def test_records_are_flat_and_alike(report):
         assert not any(isinstance(value, dict) for value in record.values())
 
 
+def test_a_module_that_did_not_move_counts_in_no_mean(report):
+    for rows in (report.to_records(), report.to_dict()["modules"]):
+        for row in rows:
+            moved = row["status"] == "mapped"
+            for name in ("surviving_energy", "norm_ratio", "copy_distance", "strength"):
+                assert (row[name] is not None) == moved
+
+
 def test_a_report_is_saved_as_its_json_and_replaces_an_older_one(report, tmp_path):
     file = tmp_path / "report.json"
     for _ in range(2):

@@ -382,7 +382,7 @@ def test_a_diffusers_pipeline_loads_the_result_without_a_file(tmp_path):
     updates = tiny_pipelines.updates(pipe.unet, ("attn1.to_q", "ff.net.2"))
     lora = tiny_pipelines.write_lora(tmp_path / "lora.safetensors", updates)
     done = prolora.transfer(lora, source, target, method="copy", strength=0.5)
-    pipe.load_lora_weights(done.state_dict(format="diffusers"))
+    pipe.load_lora_weights(done.state_dict("diffusers"))
     loaded = attached(pipe.unet)
     assert loaded.keys() == updates.keys()
     for name, update in updates.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..core.lowrank import LowRank
@@ -108,6 +108,10 @@ class Measures:
         return [cls(**dict(zip(names, row, strict=True))) for row in rows]
 
 
+# Fields that say nothing of a module that did not move; their defaults are those of a copy.
+_OF_A_MOVE = ("strength", "surviving_energy", "norm_ratio", "copy_distance", "rank_cut_energy")
+
+
 @dataclass(frozen=True)
 class ModuleReport:
     """One row: a module of the LoRA, and what became of it.
@@ -179,10 +183,18 @@ class ModuleReport:
             norm_ratio=self.norm_ratio * kept**0.5,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as a dict; what a move is measured by is None where there was no move."""
+        record = asdict(self)
+        if self.status != "mapped":
+            record |= dict.fromkeys(_OF_A_MOVE)
+        return record
+
     def to_record(self) -> dict[str, Any]:
-        """Everything as one flat dict; every row has the same keys."""
-        record = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        measures = record.pop("measures")
+        """`to_dict` without a dict inside; every row has the same keys."""
+        record = self.to_dict()
+        del record["measures"]
+        measures = self.measures
         return record | {
             entry.name: getattr(measures, entry.name, None) for entry in fields(Measures)
         }

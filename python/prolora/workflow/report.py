@@ -254,6 +254,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; NaN becomes None."""
         fields = asdict(self) | {
+            "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "totals": self.totals,
             "summary": self.sentences(),

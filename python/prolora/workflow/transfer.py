@@ -82,11 +82,11 @@ class Transfer:
         adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
 
     def state_dict(
-        self, *, format: FormatName = "auto", dtype: DtypeLike | None = None
+        self, format: FormatName = "auto", *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
         """The tensors of the file that `save` writes, without a file.
 
-        `pipe.load_lora_weights(done.state_dict(format="diffusers"))` loads the LoRA into a
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
         diffusers pipeline of the target.
 
         Args:
