@@ -101,10 +101,10 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
     """What fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
         return None
-    found = read_json_object(folder / "vae" / "config.json")
-    space = {key: found.get(key, default) for key, default in _DEFAULTS.items()}
+    configuration = read_json_object(folder / "vae" / "config.json")
+    space = {key: configuration.get(key, default) for key, default in _DEFAULTS.items()}
     space["shift_factor"] = space["shift_factor"] or 0.0
-    blocks = found.get("block_out_channels")
+    blocks = configuration.get("block_out_channels")
     space["downsampling"] = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
     return space
 

@@ -1,6 +1,6 @@
 """Which module of the source belongs to which of the target, over all modules of two bases.
 
-By name and block rules, by a map, or by what `block_matching` found; no weight is read here.
+By name and block rules, by a map, or by the result of `block_matching`; no weight is read here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BlockDecision:
 
 @dataclass(frozen=True)
 class Matching:
-    """Partners found by `block_matching.match_blocks`; taken wherever a `Match` is.
+    """Partners from `block_matching.match_blocks`; accepted wherever a `Match` is.
 
     Attributes:
         table: target module -> source module.
@@ -86,7 +86,7 @@ class Matching:
 
 
 Match = str | PathLike[str] | Mapping[str, str] | Matching
-"""`"name"`, a JSON file {target module: source module}, such a mapping, or what similarity found.
+"""`"name"`, a JSON file {target module: source module}, such a mapping, or a `Matching`.
 
 `"similarity"` itself needs weights: `block_matching.resolve_match` turns it into a `Matching`."""
 
