@@ -208,3 +208,26 @@ def test_tensors_on_a_gpu_are_worked_on_in_turn_by_the_calling_thread(threads):
         assert (set(callers) == {threading.get_ident()}) == (threads == 1)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_compiled_by_torch_it_is_as_deaf_to_the_callers_settings():
+    source, target, delta, k = CASES["gram-f64"]
+    seen = []
+
+    def backend(graph, _):
+        def run(*tensors):
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
+            return graph(*tensors)
+
+        return run
+
+    def move(update):
+        return project(update, source, target, rank=k)
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16), float32_products("medium"):
+        found = torch.compile(move, backend=backend)(delta.dense())
+    torch._dynamo.reset()
+    assert set(seen) == {(False, "highest")}
+    torch.testing.assert_close(found, move(delta.dense()))

@@ -41,8 +41,6 @@ def in_full_precision(function: AnyFunction) -> AnyFunction:
 
     @wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*args, **options)
         with full_precision():
             return function(*args, **options)
 
