@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.lowrank import LowRank
-from ..core.precision import is_finite
+from ..core.precision import in_full_precision, is_finite
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import fused_updates, vectors
 from .adapter import Adapter
@@ -30,6 +30,7 @@ ReadWeight = Callable[[str], Tensor]
 """Canonical module name -> weight of the base model; KeyError where it has none."""
 
 
+@in_full_precision
 def read_adapter(
     source: StrPath | Mapping[str, Tensor],
     *,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
 from ..files.writing import (
     check_writable,
@@ -26,6 +27,7 @@ from .verification import verify_output
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@in_full_precision
 def write_adapter(
     adapter: Adapter,
     path: StrPath,
@@ -73,6 +75,7 @@ def write_adapter(
         verify_output(output, adapter, chosen, stored, path)
 
 
+@in_full_precision
 def encode_state_dict(
     adapter: Adapter, *, format: str = "auto", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room
 from ..core.basis import Basis, stack_bases
 from ..core.methods import Needs
-from ..core.precision import working_dtype
+from ..core.precision import in_full_precision, working_dtype
 from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
@@ -42,6 +42,7 @@ MIN_SCORE = 0.1
 MIN_DEVIATIONS = 6.0
 
 
+@in_full_precision
 def match_blocks(
     source: Base,
     target: Base,

@@ -17,6 +17,7 @@ from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
+from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, check_rank
 from ..core.validation import check_device
 from ..errors import UnsupportedFormat
@@ -215,6 +216,7 @@ class Comparison:
         return found
 
 
+@in_full_precision
 def compare(
     source: BaseLike,
     target: BaseLike,

@@ -15,6 +15,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases.base import Progress
 from ..core.lowrank import LowRank
+from ..core.precision import in_full_precision
 from ..errors import ProLoRAError, UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints
@@ -64,6 +65,7 @@ class ProbeTransfer:
         adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
+@in_full_precision
 def fit_lora(
     source: nn.Module,
     target: nn.Module,

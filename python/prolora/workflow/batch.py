@@ -27,6 +27,7 @@ from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.methods import Needs
+from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
 from ..errors import OutputError, ProLoRAError
@@ -137,6 +138,7 @@ def _as_refusal(error: BaseException) -> ProLoRAError:
     return refusal
 
 
+@in_full_precision
 def transfer_many(
     loras: Iterable[str | PathLike[str]],
     source: BaseLike,

@@ -11,6 +11,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
 from ..probe.settings import Probing
@@ -44,6 +45,7 @@ from .plan import Route, sum_dropped_blocks
 from .report import Report
 
 
+@in_full_precision
 def plan_report(
     lora: LoraLike,
     source: BaseLike,

@@ -15,6 +15,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
 from ..probe.settings import Probing
@@ -205,6 +206,7 @@ def transfer(
     return run_transfer(lora, open_base(source), open_base(target), options, output)
 
 
+@in_full_precision
 def run_transfer(
     lora: LoraLike,
     source: Base,

@@ -10,6 +10,7 @@ from typing import Any
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
 from ...core.methods import Needs
+from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank
 from ...files.sizes import parse_limit
 from .. import BaseLike, open_base
@@ -48,6 +49,7 @@ class ShapeSurvey:
         return asdict(self)
 
 
+@in_full_precision
 def survey_base(
     base: BaseLike,
     rank: Rank,

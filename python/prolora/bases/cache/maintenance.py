@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...architectures.modules import is_adaptable, matrix_shape
+from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank
 from ...errors import ProLoRAError
 from .. import BaseLike, open_base
@@ -169,6 +170,7 @@ class VerifyResult:
         return asdict(self) | {"ok": self.ok}
 
 
+@in_full_precision
 def verify_cache(
     folder: str | PathLike[str],
     base: BaseLike | None = None,
