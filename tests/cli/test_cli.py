@@ -52,6 +52,16 @@ def test_a_dry_run_writes_nothing(prolora, case, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_several_loras_says_what_would_move(prolora, case, tmp_path):
+    lora, source, target = case
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(lora.read_bytes())
+    line = ("transfer", lora, other, "--source", source, "--target", target, "--dry-run")
+    assert "2 would move" in prolora(*line)[1]
+    outcomes = json.loads(prolora(*line, "--json")[1])
+    assert [(o["status"], o["out"]) for o in outcomes] == [("would move", None)] * 2
+
+
 def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"

@@ -6,6 +6,7 @@ To add a family:
   it); `tables/correspondence.json`: which of its blocks were made from those of another family.
 - A file like `flux.py` if its authors call the modules otherwise: `authors.py` explains the table.
   `bases/keys/fused_weights.py` lists the families whose checkpoints are read in such a spelling.
-- `adapters/family.py` guesses the family of a LoRA, `adapters/keys/` reads the spellings of its
-  keys.
+- `adapters/keys/module_names.py` has the first words of its modules, and `kohya_words.py` beside it
+  their words that hold underscores: LoRA keys are read by both. `adapters/family.py` guesses the
+  family of a LoRA, for `inspect`.
 """

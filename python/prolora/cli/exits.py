@@ -20,8 +20,11 @@ class ExitCode(IntEnum):
 
 MEANINGS = {
     ExitCode.DONE: "done as asked",
-    ExitCode.FAILED: "a file cannot be read or written, or memory is short",
-    ExitCode.REFUSED: "refused, the command line is wrong, or some of several LoRAs failed",
+    ExitCode.FAILED: "the system failed while reading or writing, or memory is short",
+    ExitCode.REFUSED: (
+        "refused (also a missing or damaged file), a wrong command line, or some of several LoRAs "
+        "failed"
+    ),
     ExitCode.LOW_COVERAGE: "fewer modules can move than --min-coverage asks for",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
     ExitCode.TERMINATED: "stopped by SIGTERM",

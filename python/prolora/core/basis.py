@@ -1,4 +1,8 @@
-"""Leading singular subspaces of weights, each with a bound on how wrong it can be."""
+"""Leading singular subspaces of weights, each with a bound on how wrong it can be.
+
+The bound comes from `residual_and_angle` in svd/triplets.py for the dense rungs, and from
+`bound_span_angle` in svd/refinement.py for the others.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What each method is: what it needs, what becomes of the rank, and how it moves an update.
 
-`project` and `transfer` read this table, and compare no names of methods.
+`project` and `transfer` read this table, and compare no names of methods. A new method is a row
+here and its name in the two types below; `split` is what it does, if it acts on subspaces.
 """
 
 from __future__ import annotations

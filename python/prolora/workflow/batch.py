@@ -82,13 +82,20 @@ class Outcome:
         """In two words."""
         if self.error:
             return "failed"
-        return "already there" if self.kept else "moved"
+        if self.kept:
+            return "already there"
+        return "would move" if self._is_dry_run else "moved"
+
+    @property
+    def _is_dry_run(self) -> bool:
+        """Whether nothing was written because nothing was to be."""
+        return self.report is not None and self.report.dry_run
 
     def to_dict(self) -> dict[str, Any]:
         """The report, or the error's name and message, ready for JSON."""
         entry: dict[str, Any] = {
             "lora": str(self.lora),
-            "out": str(self.out),
+            "out": None if self._is_dry_run else str(self.out),
             "status": self.status,
         }
         if self.error:

@@ -113,7 +113,7 @@ def merged_update(
     """The update of a module whose ΔW depends on W, scale included.
 
     Args:
-        algorithm: as in `algorithms.ALGORITHM_NAMES`; with DoRA's magnitudes among the
+        algorithm: as in `forms.ALGORITHM_NAMES`; with DoRA's magnitudes among the
             tensors, what δ is.
         weight: W [out, in] or [out, in, kh, kw].
         tensors: role -> tensor.
