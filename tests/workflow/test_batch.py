@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from mini import lora_tensors, shapes, write_case
+from mini import lora_tensors, shapes, source_weights, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -253,3 +253,12 @@ def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
     (outcome.out / "adapter_config.json").unlink()
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
     assert again.status == "moved"
+
+
+def test_a_result_of_bases_in_memory_is_made_again_since_they_may_be_others(folder):
+    loras, _, target, moved = folder
+    weights = source_weights()
+    for factor in (1.0, 2.0):
+        source = {f"{name}.weight": factor * weight for name, weight in weights.items()}
+        (outcome,) = prolora.transfer_many(loras[:1], source, target, moved, method="damped")
+        assert outcome.status == "moved"

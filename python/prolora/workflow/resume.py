@@ -75,8 +75,11 @@ class Recipe:
     def is_made(self, out: Path, cache: BasisCache) -> bool:
         """Whether `out` is a complete result of this recipe: its header says so, and fits its size.
 
-        The bases are hashed only where the result was made of this very LoRA.
+        The bases are hashed only where the result was made of this very LoRA. Bases in memory have
+        no hash by which they could be known again.
         """
+        if not (self.source.files and self.target.files):
+            return False
         try:
             result = open_adapter(out)
             parse_contents(result)  # in a folder, weights and configuration go together
