@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.layouts import identify_layout
+from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .weights import Weight
 
@@ -62,6 +63,17 @@ class Base:
     def tensor_name(self, module: str) -> str:
         """Where a module's weight lies, as "file.safetensors:key", for messages."""
         return self.weights[module].name
+
+
+def stack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Weights of one shape as a stack [b, ...], in float32 or better if they are not of one dtype.
+
+    Checkpoints with some layers in float8 are common, and torch promotes no float8.
+    """
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1:
+        weights = [weight.to(working_dtype(*dtypes)) for weight in weights]
+    return torch.stack(list(weights))
 
 
 def check_finite(base: Base, modules: Iterable[str], progress: Progress | None = None) -> None:

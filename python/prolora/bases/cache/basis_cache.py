@@ -34,7 +34,7 @@ from ...core.rank_rule import Rank
 from ...errors import UnsupportedFormat, output_error
 from ...files.hashing import hash_parts, hash_text
 from ...files.state import flush_file, read_state
-from ..base import Base
+from ..base import Base, stack_weights
 from . import basis_file
 from .basis_file import StoredBasis
 from .cache_folder import VERSION, create_versioned_folder, versioned_folder
@@ -109,22 +109,24 @@ class BasisCache:
         """
         shape = matrix_shape(base.shapes[modules[0]])
 
-        def read(places: Sequence[int]) -> Tensor:
-            return torch.stack([base.read(modules[i]).reshape(shape) for i in places])
+        def read(places: Sequence[int]) -> list[Tensor]:
+            return [base.read(modules[i]).reshape(shape) for i in places]
 
         if self.folder is None:
-            return truncated_svd(read(range(len(modules))).to(device), rank)
+            return truncated_svd(stack_weights(read(range(len(modules)))).to(device), rank)
         digests = [self.digest(base, module) for module in modules]
         unknown = [i for i, digest in enumerate(digests) if digest is None]
         if unknown:
-            weights = read(unknown)
-            for i, digest in zip(unknown, hash_weights(weights), strict=True):
+            tensors = read(unknown)
+            weights = stack_weights(tensors)
+            for i, digest in zip(unknown, hash_weights(tensors), strict=True):
                 digests[i] = digest
                 self.learn(base, modules[i], digest)
+            del tensors
         names = [basis_name(digest, rank) for digest in digests if digest]
 
         def load(places: list[int]) -> Tensor:
-            return weights if places == unknown else read(places)
+            return weights if places == unknown else stack_weights(read(places))
 
         def describe(place: int) -> dict[str, str]:
             return _describe_basis(names[place], rank, base.name, modules[place])
@@ -362,8 +364,8 @@ def hash_weight(weight: Tensor) -> str:
     return hash_parts([f"{weight.dtype} {list(weight.shape)} ", weight])
 
 
-def hash_weights(weights: Tensor) -> list[str]:
-    """Of every matrix of a stack [b, m, n], over the threads."""
+def hash_weights(weights: Tensor | Sequence[Tensor]) -> list[str]:
+    """Of every matrix of a stack [b, m, n], or of several [m, n], over the threads."""
     return map_on_threads(hash_weight, list(weights))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.base import Progress
+from ...bases.base import Progress, stack_weights
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory, Room
 from ...comparison.overlap import align_bases
@@ -72,7 +71,7 @@ def _iterate_stacks(works: Sequence[LoraWork], room: Room, needs: Needs) -> Iter
 
 def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Tensor:
     """The weights of a stack [b, m, n], convolutions flattened."""
-    return torch.stack([base.read(name).reshape(shape) for name in modules])
+    return stack_weights([base.read(name).reshape(shape) for name in modules])
 
 
 def _damp_stack(
