@@ -78,6 +78,37 @@ def test_a_folder_is_replaced_where_the_system_exchanges_no_names(
     test_a_folder_is_replaced_as_one_and_keeps_what_is_not_ours(tmp_path)
 
 
+@pytest.mark.parametrize("below", [".", "samples"])
+def test_whoever_stands_in_a_folder_that_is_replaced_stays_there(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter" / "samples").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "adapter" / below)
+    before = os.stat(".").st_ino
+    check_replaced(tmp_path)
+    assert os.getcwd() and os.stat(".").st_ino == before
+
+
+def test_a_folder_that_something_is_mounted_on_gets_the_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "adapter")
+    (tmp_path / "adapter" / "samples").mkdir(parents=True)
+    monkeypatch.setattr(atomic, "_exchange_folders", lambda *_: pytest.fail("it cannot move"))
+    check_replaced(tmp_path)
+
+
+def check_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "weights").write_text("old")
+    with replace_folder(folder) as new:
+        (new / "weights").write_text("new")
+        assert (folder / "weights").read_text() == "old"
+    assert names(folder) == ["samples", "weights"] and names(tmp_path) == ["adapter"]
+    assert (folder / "weights").read_text() == "new"
+
+
 def killed_writer(folder: Path) -> None:
     """A process that begins a file and a folder and is killed in between."""
     code = """

@@ -68,7 +68,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that takes its name on success and vanishes on any failure.
 
     A folder that has the name is exchanged as one: at no time does `path` hold files of both. What
-    the old one holds and the new one does not is kept.
+    the old one holds and the new one does not is kept. One that cannot be exchanged (see
+    `_must_stay`) gets the new files one by one, in the order of their names.
 
     Args:
         path: the place; no symbolic link, and its parent exists.
@@ -76,16 +77,22 @@ def replace_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, the parent cannot be written, …
     """
-    temporary = _choose_temporary(path)
+    stays = path.is_dir() and _must_stay(path)
+    temporary = _choose_temporary(path / "inside" if stays else path)
     lock = None
     try:
+        if stays:
+            remove_stale_temporaries(path)
         temporary.mkdir()
         lock = _lock(temporary)
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _force_to_disk(file)
-        if path.is_dir():
+        if stays:
+            for name in sorted(os.listdir(temporary)):
+                os.replace(temporary / name, path / name)
+        elif path.is_dir():
             _carry_over(path, temporary)
             _exchange_folders(temporary, path)
         else:
@@ -164,6 +171,19 @@ def _remove_if_stale(path: Path) -> None:
             path.unlink()
     finally:
         _unlock(lock)
+
+
+def _must_stay(folder: Path) -> bool:
+    """Whether a folder cannot give its name to another one.
+
+    It holds the current folder, which whoever stands there would lose; something is mounted on it;
+    or nothing can be written beside it.
+    """
+    with suppress(OSError):  # the current folder may be gone
+        here = Path(os.path.realpath(os.getcwd()))
+        if any(os.path.samefile(folder, above) for above in (here, *here.parents)):
+            return True
+    return os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _carry_over(old: Path, new: Path) -> None:
