@@ -56,6 +56,7 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("max_memory", math.inf),
         ("max_memory", "a lot"),
         ("strength", math.nan),
+        ("strength", 1e160),
         ("damping", math.nan),
         ("damping", -1.0),
         ("out_rank", math.nan),

@@ -49,6 +49,8 @@ TEXT_ENCODER: tuple[str, ...] = get_args(TextEncoderMode)
 VECTORS: tuple[str, ...] = get_args(VectorsMode)
 PROBE = "probe"
 DEFAULT_PROBING = Probing()
+# Its square, times an energy, is in the report: a float must hold that.
+LARGEST_STRENGTH = 1e30
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,11 @@ class TransferOptions:
         if isinstance(self.strength, str):
             if self.strength != AUTO:
                 raise InvalidOption(f'strength must be a number or "auto", not {self.strength!r}')
-        elif self.strength is not None and not (0 < self.strength < math.inf):
-            raise InvalidOption(f"strength must be a positive number, not {self.strength!r}")
+        elif self.strength is not None and not (0 < self.strength <= LARGEST_STRENGTH):
+            raise InvalidOption(
+                f"strength must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
+                f"{self.strength!r}"
+            )
         self._check_out_rank()
         self._check_device()
         check_device(self.device)
