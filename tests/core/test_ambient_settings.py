@@ -166,7 +166,7 @@ def test_threads_of_the_caller_get_the_same_bits(expected):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_forked_child_computes_the_same_bits(expected, pinned):
+def test_a_forked_child_computes_the_same(pinned):
     """Also one forked while another thread of the parent holds the lock or pins the precision.
 
     It uses one thread, as the workers of torch's DataLoader do: OpenMP's threads, and so any larger
@@ -176,16 +176,22 @@ def test_a_forked_child_computes_the_same_bits(expected, pinned):
     torch.set_num_threads(2)
     try:
         compute("gram-f32")  # starts every pool of threads there is
+        source, target, delta, k = CASES["gram-f64"]
+        # Not bit for bit: bits, and signs of singular vectors, go with the number of threads.
+        wanted = project(delta.dense(), source, target, rank=k)
         with precision.full_precision() if pinned else nullcontext():
             held = precision._PRODUCTS._lock if pinned else nullcontext()
             with held, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 child = os.fork()
             if child == 0:
-                torch.set_num_threads(1)
-                found = compute("gram-f64")
-                same = all(map(torch.equal, found, expected["gram-f64"]))
-                os._exit(0 if same else 3)
+                same = False
+                try:
+                    torch.set_num_threads(1)
+                    moved = project(delta.dense(), source, target, rank=k)
+                    same = torch.allclose(moved, wanted, rtol=1e-4, atol=1e-5)
+                finally:
+                    os._exit(0 if same else 3)
         timer = threading.Timer(60, lambda: os.kill(child, 9))
         timer.start()
         _, status = os.waitpid(child, 0)
