@@ -74,3 +74,14 @@ def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
         done.save("")
     with pytest.raises(prolora.OutputError, match="empty"):
         prolora.transfer_many(case[:1], *case[1:], "")
+
+
+@pytest.mark.parametrize("inner", [".", "target"])
+def test_an_adapter_is_not_written_into_a_folder_that_holds_a_base(case, tmp_path, inner):
+    lora, source, target = case
+    models = tmp_path / "models"
+    base = shutil.copytree(target, models / "target")
+    before = sorted(models.rglob("*"))
+    with pytest.raises(prolora.OutputError, match="for the adapter only"):
+        prolora.transfer_file(lora, source, base, models / inner, format="peft")
+    assert sorted(models.rglob("*")) == before

@@ -18,13 +18,23 @@ StrPath = str | PathLike[str]
 
 
 def check_output(path: StrPath, inputs: Iterable[StrPath]) -> None:
-    """Refuses an output that cannot be written, or that is an input; a PEFT folder may exist.
+    """Refuses an output that cannot be written, or that is an input or a folder around one.
+
+    A PEFT folder may exist, and keeps what is not prolora's. It is exchanged as a whole, so no
+    model may lie in it.
 
     Raises:
         OutputError: says why.
     """
     check_name(path)
-    folder = Path(path)
+    folder, inputs = Path(path), list(inputs)
+    if os.path.isdir(folder):
+        own = Path(os.path.realpath(folder))
+        for source in (Path(os.path.realpath(source)) for source in inputs):
+            if own == source or own in source.parents:
+                raise OutputError(
+                    f"{path}: holds the input {source}; name a folder that is for the adapter only"
+                )
     check_writable(folder / PEFT_WEIGHTS if os.path.isdir(folder) else folder, inputs)
 
 
