@@ -11,7 +11,6 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-import prolora.cli.console  # noqa: F401  (rich reads COLUMNS at once, which tests set later)
 from prolora.core.ops import native, torch_twin
 from prolora.core.ops.overlap_table import run_overlap_table
 from prolora.core.ops.panel_qr import run_panel_qr

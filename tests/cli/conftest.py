@@ -4,6 +4,7 @@ import pytest
 from mini import write_case
 
 from prolora import cli
+from prolora.cli import console
 
 
 @pytest.fixture
@@ -14,6 +15,9 @@ def case(tmp_path):
 @pytest.fixture
 def prolora(monkeypatch, capsys):
     """Runs a command line; gives exit code, standard output and standard error."""
+    # rich keeps the COLUMNS that a console was made with, and pytest-xdist sets it.
+    for made in (console.out, console.err):
+        monkeypatch.setattr(made, "_width", None)
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["prolora", *map(str, words)])
