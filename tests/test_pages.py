@@ -39,3 +39,14 @@ def test_the_readme_stays_short():
 def test_the_changelog_begins_with_the_version_that_is_not_released():
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert headings[0] == "Unreleased"
+
+
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="a source distribution holds no .ci")
+def test_ci_runs_the_commands_of_the_readme_and_installs_nothing_beside_them():
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for heading, command in (("Try it", "prolora demo"), ("Develop", "&& pytest")):
+        block = re.search(rf"\n## {heading}\n.*?```bash\n(.*?)```", readme, re.DOTALL)
+        assert block and command in block[1] and "\n## " not in block[0][1:]
+        assert re.search(rf'^readme "?{heading}"? >', script, re.MULTILINE)
+    assert "apt-get" not in script
