@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -115,6 +115,30 @@ def load_layout(id_: str) -> Layout:
         for name in _expand_range(pattern)
     }
     return Layout(table["id"], table["title"], shapes, tuple(table["text_encoders"]))
+
+
+def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Pattern of a module (N in place of its block's number) -> its shapes in some layouts."""
+    found: dict[str, dict[tuple[int, ...], None]] = {}
+    for id_ in layouts:
+        table = json.loads(_read_table(f"{id_}.json"))["shapes"]
+        entries = [(entry, shape) for shape, entries in table.items() for entry in entries]
+        stacks = {entry[: m.start()] for entry, _ in entries if (m := _RANGE.search(entry))}
+        for entry, text in entries:
+            shape = tuple(int(size) for size in text.split("x"))
+            found.setdefault(_generalise(entry, stacks), {})[shape] = None
+    return {pattern: tuple(shapes) for pattern, shapes in found.items()}
+
+
+def _generalise(entry: str, stacks: set[str]) -> str:
+    """An entry of a table with N in place of every block's number."""
+    entry = _RANGE.sub("N", entry)
+    for stack in stacks:
+        if entry.startswith(stack):
+            number, dot, rest = entry[len(stack) :].partition(".")
+            if dot and number.isdecimal():
+                return f"{stack}N.{rest}"
+    return entry
 
 
 def _expand_range(pattern: str) -> list[str]:
