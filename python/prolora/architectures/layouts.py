@@ -17,7 +17,7 @@ from importlib import resources
 # second half with the attention's output.
 _ATTENTION = re.compile(r"\.attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_proj)$")
 _FEED_FORWARD = re.compile(
-    r"\.ff(?:_context)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
+    r"\.ff(?:_context|n)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
 )
 _IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
 # "{0-18}" in a table stands for every number from 0 to 18.
@@ -157,7 +157,8 @@ def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     feed-forward unless the checkpoint has none. Everything else is ignored: `proj_in` is a
     convolution in some files and a linear layer in others, inpainting models have a wider first
     layer, and extra parameters do not make another architecture. Only where layouts share all their
-    blocks (FLUX dev and schnell, PixArt α and Σ) must the names outside the blocks be there too.
+    blocks (FLUX dev and schnell, PixArt α and Σ) must the names outside the blocks be there too,
+    and where these are the same as well (Wan 2.2 from text and from images) their shapes.
 
     Args:
         shapes: canonical module name -> shape.
@@ -175,7 +176,16 @@ def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         telling = set().union(*(layout.outside for layout in fitting))
         present = {name for name in telling if name in shapes}
         fitting = [layout for layout in fitting if layout.outside == present]
+        equal = [layout for layout in fitting if _has_equal_outside(layout, shapes)]
+        fitting = equal or fitting
     return fitting[0].id if fitting else None
+
+
+def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether everything outside the blocks has the shape it has in the layout."""
+    return all(
+        _drop_kernel(shapes[name]) == _drop_kernel(layout.shapes[name]) for name in layout.outside
+    )
 
 
 def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:

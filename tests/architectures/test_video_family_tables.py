@@ -1,0 +1,141 @@
+"""The tables of video families say what diffusers' converters do, row by row."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from family_files import (
+    assert_equal_tensors,
+    is_parameter,
+    make_authors_file,
+    make_lora,
+    name_weights,
+)
+
+from prolora.architectures.families import known_families
+from prolora.architectures.family import Family
+from prolora.architectures.layouts import identify_layout, load_layout
+
+single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
+lora_files = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+
+CHECKPOINTS = {
+    "wan": single_file.convert_wan_transformer_to_diffusers,
+    "cosmos": single_file.convert_cosmos_transformer_checkpoint_to_diffusers,
+}
+LAYOUTS = [(id_, layout) for id_ in CHECKPOINTS for layout in known_families()[id_].layouts]
+ADAPTER = "llm_adapter."
+
+
+def is_converted(module: str) -> bool:
+    """All but two things.
+
+    Anima's adapter of the text encoder is a model of its own in diffusers. The positions of two
+    images in Wan FLF2V keep the authors' name there; only diffusers' script renames them.
+    """
+    return not module.startswith(ADAPTER) and not module.endswith("image_embedder.pos_embed")
+
+
+def is_adaptable(module: str) -> bool:
+    """What a LoRA's two factors can belong to."""
+    return not is_parameter(module)
+
+
+def is_in_block(module: str) -> bool:
+    """Attention and feed-forward of the blocks, which is what musubi-tuner trains in Wan."""
+    return bool(re.match(r"blocks\.\d+\.(attn|ffn)", module))
+
+
+def by_id(id_: str) -> Family:
+    return known_families()[id_]
+
+
+@pytest.mark.parametrize(("id_", "layout"), LAYOUTS)
+def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(id_: str, layout: str) -> None:
+    """All weights of every published size: names, rows of fused matrices, swapped halves."""
+    file = make_authors_file(by_id(id_), layout, is_converted)
+    got = CHECKPOINTS[id_](name_weights(file.stored))
+    assert_equal_tensors(got, name_weights(file.expected))
+
+
+@pytest.mark.parametrize("layout", by_id("wan").layouts)
+def test_a_wan_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
+    """With the embeddings and the last layer."""
+    file = make_authors_file(
+        by_id("wan"), layout, lambda name: is_adaptable(name) and name != "patch_embedding"
+    )
+    got = lora_files._convert_non_diffusers_wan_lora_to_diffusers(
+        make_lora(file.stored, "diffusion_model.")
+    )
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize("layout", by_id("wan").layouts)
+def test_a_wan_lora_of_musubi_is_what_diffusers_makes_of_it(layout: str) -> None:
+    file = make_authors_file(by_id("wan"), layout, is_in_block)
+    got = lora_files._convert_musubi_wan_lora_to_diffusers(
+        make_lora(file.stored, "lora_unet_", dotted=False, kohya=True)
+    )
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize("layout", by_id("cosmos").layouts)
+def test_an_anima_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
+    """The adapter's modules go to another model there, under the same names."""
+    file = make_authors_file(by_id("cosmos"), layout)
+    got = lora_files._convert_non_diffusers_anima_lora_to_diffusers(
+        make_lora(file.stored, "diffusion_model.")
+    )
+    got = {key.replace("text_conditioner.", "transformer." + ADAPTER): got[key] for key in got}
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize(("id_", "layout"), LAYOUTS)
+def test_every_name_is_found_dotted_and_underscored(id_: str, layout: str) -> None:
+    """No two modules of a family share a name once their dots are underscores."""
+    family = by_id(id_)
+    file = make_authors_file(family, layout)
+    for name in file.expected:
+        assert family.find_module(name) == name
+        assert family.find_module(name.replace(".", "_"), dotted=False) == name
+    for name in file.stored:
+        for weight in (
+            family.find_weight(name),
+            family.find_weight(name.replace(".", "_"), dotted=False),
+        ):
+            assert weight is not None and weight.name == name
+
+
+PARAMETERS = {
+    # Billions, as published: "14B" and so on. Norms and biases are not in the tables, 0.03 %.
+    "wan-t2v-14b": 14.29,
+    "wan2.1-i2v-14b": 16.40,
+    "wan2.1-flf2v-14b": 16.40,
+    "wan2.2-i2v-14b": 14.29,
+    "wan-t2v-1.3b": 1.42,
+    "wan2.2-ti2v-5b": 5.00,
+    "anima": 2.09,
+    "anima-2.9b": 2.92,
+    "anima-3.8b": 3.75,
+    "cosmos-predict2-2b": 1.96,
+    "cosmos-predict2-14b": 14.27,
+    "cosmos-predict2-2b-video": 1.96,
+    "cosmos-predict2-14b-video": 14.27,
+    "cosmos-predict2.5-2b": 2.06,
+    "cosmos-predict2.5-14b": 14.37,
+}
+
+
+def test_every_size_has_the_published_number_of_parameters() -> None:
+
+    for _, layout in LAYOUTS:
+        total = sum(math.prod(shape) for shape in load_layout(layout).shapes.values())
+        assert total / 1e9 == pytest.approx(PARAMETERS[layout], rel=2e-3, abs=5e-3)
+
+
+@pytest.mark.parametrize(("id_", "layout"), LAYOUTS)
+def test_a_size_is_recognised_by_its_weights(id_: str, layout: str) -> None:
+    """Also those that share all blocks and differ in the first layer alone."""
+    assert identify_layout(load_layout(layout).shapes) == layout
