@@ -15,6 +15,7 @@ from .core.projection import DEFAULT_RANK, project
 from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
 from .errors import (
+    AlreadyMoved,
     InvalidOption,
     LowCoverage,
     NonFiniteWeights,
@@ -41,6 +42,7 @@ __all__ = [
     "DEFAULT_RANK",
     "METHODS",
     "Adapter",
+    "AlreadyMoved",
     "Base",
     "BaseLike",
     "Basis",

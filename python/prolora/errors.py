@@ -15,6 +15,7 @@ from .core.errors import (
 )
 
 __all__ = [
+    "AlreadyMoved",
     "InvalidOption",
     "LowCoverage",
     "NonFiniteWeights",
@@ -43,6 +44,10 @@ class LowCoverage(ProLoRAError):
 
 class UnrelatedBases(ProLoRAError):
     """The two bases share too little for any update to keep its meaning."""
+
+
+class AlreadyMoved(ProLoRAError):
+    """A LoRA that prolora moved before, and a source base that is not the one it was moved to."""
 
 
 class OutputError(ProLoRAError):

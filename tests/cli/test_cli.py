@@ -340,3 +340,33 @@ def test_quiet_runs_still_say_why_a_lora_was_not_moved(prolora, case, tmp_path, 
     code, _, text = prolora(*line, "-o", tmp_path / "moved", *shown)
     assert code == 2 and "1 of 2 LoRAs were not moved" in text
     assert "bad.safetensors: UnsupportedFormat: " in text
+
+
+def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path):
+    lora, source, target = case
+    moved = tmp_path / "moved.safetensors"
+    line = ("--source", source, "--target", target, "--method", "copy")
+    assert prolora("transfer", lora, *line, "-o", moved)[0] == 0
+    code, text, _ = prolora("inspect", moved)
+    assert code == 0 and re.search(r"moved +from source to target by prolora", text)
+    assert "(method copy)" in text
+    for end in (("-o", tmp_path / "again.safetensors"), ("--dry-run",)):
+        code, _, errors = prolora("transfer", moved, *line, *end)
+        assert code == 2 and errors.startswith("AlreadyMoved:")
+        assert "give target as --source, or --again to move it" in errors
+        assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
+
+
+def test_a_lora_that_was_moved_before_is_refused_before_blocks_are_matched(
+    prolora, case, tmp_path, monkeypatch
+):
+    from prolora.comparison import block_matching
+
+    lora, source, target = case
+    moved = tmp_path / "moved.safetensors"
+    line = ("--source", source, "--target", target)
+    prolora("transfer", lora, *line, "--method", "copy", "-o", moved)
+    monkeypatch.setattr(block_matching, "match_blocks", lambda *a, **k: pytest.fail("matched"))
+    out = tmp_path / "again.safetensors"
+    code, _, errors = prolora("transfer", moved, *line, "--match", "similarity", "-o", out)
+    assert code == 2 and "AlreadyMoved" in errors

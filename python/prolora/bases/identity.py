@@ -61,6 +61,30 @@ def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
     return f"sampled:{hash_parts(sampled)}"
 
 
+def is_identical(
+    base: Base, identity: str, short_hash: str | None = None, cache: BasisCache | None = None
+) -> bool | None:
+    """Whether a base has that identity, whatever its files are called.
+
+    Args:
+        base: opened from files or from memory.
+        identity: as `compute_identity` gave it; "" if that is not known.
+        short_hash: as `compute_short_hash` gave it, if that is known: where it differs, 64 KiB of
+            the base tell, and the file is not read as a whole.
+        cache: remembers the hashes of files.
+
+    Returns:
+        None where the two cannot be compared: one file has another hash than several, and a base
+        in memory has none.
+    """
+    kind = "sha256:" if len(base.files) == 1 else "sampled:"
+    if not base.files or not identity.startswith(kind):
+        return None
+    if short_hash and len(base.files) == 1 and compute_short_hash(base) != short_hash:
+        return False
+    return compute_identity(base, cache) == identity
+
+
 @lru_cache(maxsize=64)
 def _hash_whole(path: Path, state: FileState) -> str:
     """The SHA-256 of a file in that state."""

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..adapters.algorithms import forms
+from ..adapters.formats.moves import describe_moves
 from ..workflow.inspection import Description
 
 _FAMILIES = {
@@ -49,6 +50,11 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
         known = [description.base_model or "unnamed"]
         known += [f"hash {description.base_hash[:16]}"] if description.base_hash else []
         yield "base", ", ".join(known)
+    if description.moves:
+        last = description.moves[-1]
+        how = f" (method {last.method})" if last.method else ""
+        by = f"prolora {last.version}".rstrip()
+        yield "moved", f"{describe_moves(description.moves)} by {by}{how}"
     yield "prolora", _support_text(description)
     yield from _vector_facts(description)
     for reason, number in description.left_out.items():

@@ -51,25 +51,9 @@ def transfer(
         check_report(output.report, outputs, loras, [*source.files, *target.files])
     # A dry run makes no cache folder.
     cache = resources.cache if output.dry_run else resources.find_cache()
-    with progress_bar("match", output.show_tables) as progress:
-        options["match"] = resolve_match(
-            matching.match,
-            source,
-            target,
-            cache=cache,
-            device=resources.device,
-            max_memory=resources.max_bytes,
-            progress=progress,
-        )
-    if output.dry_run:
-        outcomes = plan_all(loras, source, target, output, options)
-    else:
-        options |= {
-            "cache": cache,
-            "device": resources.device,
-            "max_memory": resources.max_bytes,
-        }
-        outcomes = move_all(loras, source, target, output, options)
+    options |= {"cache": cache, "device": resources.device, "max_memory": resources.max_bytes}
+    run = plan_all if output.dry_run else move_all
+    outcomes = run(loras, source, target, output, options)
     if output.show_tables:
         show_outcomes(outcomes, output.modules)
         if not output.dry_run and any(used_subspaces(outcome) for outcome in outcomes):
@@ -84,11 +68,13 @@ def transfer(
 def plan_all(
     loras: list[Path], source: Base, target: Base, output: OutputOptions, options: dict[str, Any]
 ) -> list[Outcome]:
-    """What would become of each LoRA."""
-    return [
-        Outcome(lora, lora, plan_report(lora, source, target, **output.form, **options))
-        for lora in loras
-    ]
+    """What would become of each LoRA; blocks are matched once for all."""
+    with progress_bar("match", output.show_tables) as progress:
+        options = options | output.form | {"progress": progress}
+        if len(loras) > 1:
+            how = {name: options[name] for name in ("cache", "device", "max_memory", "progress")}
+            options["match"] = resolve_match(options["match"], source, target, **how)
+        return [Outcome(lora, lora, plan_report(lora, source, target, **options)) for lora in loras]
 
 
 def move_all(

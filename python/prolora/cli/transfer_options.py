@@ -78,6 +78,14 @@ class MethodOptions:
         VectorsMode,
         typer.Option(help="Trained biases and normalisation layers: copy them, or leave them out."),
     ] = "copy"
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="Move a LoRA that prolora moved before, although --source is not the base that it "
+            "was moved to.",
+        ),
+    ] = False
 
     def to_dict(self) -> dict[str, Any]:
         """As the library takes them."""

@@ -28,6 +28,7 @@ from .by_weights.assembly import (
 from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import plan_transfer
 from .by_weights.vectors import carry_vectors
+from .moved_before import check_moved_before
 from .options import (
     DEFAULT_PROBING,
     DroppedMode,
@@ -62,6 +63,7 @@ def plan_report(
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
+    again: bool = False,
     format: FormatName | None = None,
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
@@ -97,6 +99,7 @@ def plan_report(
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,
+        again=again,
         cache=cache,
         device=device,
         max_memory=max_memory,
@@ -105,6 +108,7 @@ def plan_report(
     )
     output = OutputForm.of(options, format, dtype)
     old, new = open_base(source), open_base(target)
+    check_moved_before(lora, old, options)
     if options.runs_models:
         check_probing(old, new, options)
         report = outline_report(_outline_lora(lora, old), old, new, options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.family import claimed_family, guess_family, known_base
+from ..adapters.formats.moves import Move, read_moves
 from ..adapters.keys import module_names, tensor_keys
 from ..adapters.overview import (
     NOT_UNDERSTOOD,
@@ -58,6 +59,7 @@ class Description:
             hash is a known one, else by version or architecture.
         base_model: the base model that the metadata names, or the known one with this hash.
         base_hash: its SHA-256 (or short hash) as the metadata gives it.
+        moves: what prolora did to the LoRA before: from which base to which, oldest first.
         modules: number of modules by place, {"unet": 722, …}; "not understood" for the others.
         types: number of modules by type, {"attn1.to_q": 70, …}.
         ranks: number of modules by rank.
@@ -87,6 +89,7 @@ class Description:
     family_claimed: str | None = None
     base_model: str | None = None
     base_hash: str | None = None
+    moves: tuple[Move, ...] = ()
     modules: dict[str, int] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
@@ -135,6 +138,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
         "family_claimed": claimed_family(opened.metadata),
         "base_model": _base_model(opened.metadata),
         "base_hash": _base_hash(opened.metadata),
+        "moves": read_moves(opened.metadata),
         "trigger_words": _trigger_words(opened.metadata),
     }
     if overview.is_adapter:

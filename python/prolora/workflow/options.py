@@ -81,6 +81,8 @@ class TransferOptions:
         vectors: "copy" carries trained biases and normalisation layers over to the modules that
             they belong to, "skip" leaves them out.
         min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
+        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
+            that it was moved to.
         cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
         device: where to compute, as torch names it; None means the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
@@ -100,6 +102,7 @@ class TransferOptions:
     text_encoder: TextEncoderMode = "copy"
     vectors: VectorsMode = "copy"
     min_coverage: float = 0.0
+    again: bool = False
     cache: str | PathLike[str] | None = None
     device: str | None = None
     max_memory: int | str | None = None

@@ -21,8 +21,8 @@ from ..version import __version__
 from .by_weights.file_budget import OutputForm
 from .options import TransferOptions
 
-# Options that say how the work is done and not what comes out.
-_INDIFFERENT = ("cache", "device", "progress", "max_memory")
+# Options that say how the work is done, or what is refused, and not what comes out.
+_INDIFFERENT = ("again", "cache", "device", "progress", "max_memory")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def transfer(
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
+    again: bool = False,
     format: FormatName | None = None,
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
@@ -159,6 +160,8 @@ def transfer(
         vectors: "copy" carries trained biases and normalisation layers over, "skip" leaves them
             out.
         min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
+        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
+            that it was moved to.
         format: the format that the result must fit: "auto", "kohya", "diffusers", "peft" or
             "comfy"; None asks for none.
         dtype: of the factors in the file; counts where `out_rank` is a size.
@@ -178,6 +181,7 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
+        AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputError: out_rank is a size that one column a module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.
         UnrelatedBases: method "auto", and the weights have nothing in common; method "probe", and
@@ -196,6 +200,7 @@ def transfer(
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,
+        again=again,
         cache=cache,
         device=device,
         max_memory=max_memory,
@@ -242,6 +247,7 @@ def transfer_file(
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
+    again: bool = False,
     format: FormatName = "auto",
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
@@ -274,6 +280,7 @@ def transfer_file(
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,
+        again=again,
         cache=cache,
         device=device,
         max_memory=max_memory,

@@ -28,6 +28,7 @@ from ..by_weights.assembly import (
 from ..by_weights.file_budget import OutputForm
 from ..by_weights.pipeline import Notes, Result, prefix_notes, read_lora, transfer_by_weights
 from ..module_report import ModuleReport
+from ..moved_before import check_moved_before
 from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
 from ..plan import Route
 from .plan import check_probing, outline_fit, plan_probing
@@ -52,6 +53,7 @@ def transfer_by_probing(
         ProLoRAError: see `prolora.transfer` and `probe.fit_lora`.
     """
     check_probing(source, target, options)
+    check_moved_before(lora, source, options)
     adapter = read_lora(lora, source)
     route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
     blank = _outline_result(route)

@@ -10,6 +10,7 @@ import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
+from ...adapters.formats.moves import read_moves, write_moves
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
@@ -197,6 +198,7 @@ def build_metadata(route: Route, cache: BasisCache | None = None) -> dict[str, s
         "dropped": options.dropped,
         "source": source.name,
         "target": target.name,
+        **write_moves(read_moves(route.adapter.metadata)),
     }
     hashes = {
         "source_hash": compute_identity(source, cache),

@@ -22,6 +22,7 @@ from ...core.lowrank import LowRank
 from ...core.methods import Needs
 from ...errors import LowCoverage, UnrelatedBases
 from ..module_report import ModuleReport
+from ..moved_before import check_moved_before
 from ..options import LoraLike, TransferOptions
 from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report, measure_coverage
@@ -113,6 +114,7 @@ def prepare_job(
     """Reads and plans; refuses all that can be refused without looking at weights."""
     clock = Clock()
     with clock("read"):
+        check_moved_before(lora, source, asked, cache)
         adapter = read_lora(lora, source)
     with clock("match"):
         plan = plan_transfer(adapter, source, target, asked, cache)

@@ -1,0 +1,119 @@
+"""A LoRA that prolora moved before belongs on the base that it was moved to, and on no other."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from os import PathLike
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.moves import Move, describe_moves, read_moves
+from ..adapters.unread import open_adapter
+from ..bases import Base
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.identity import is_identical
+from ..errors import AlreadyMoved
+from .options import LoraLike, TransferOptions
+
+log = logging.getLogger(__name__)
+
+# Words of file names that tell in which form a model is stored, and not which model it is.
+_FORMS = re.compile(
+    r"safetensors|gguf|diffusers|b?fp?(?:8|16|32)|float(?:8|16|32)|half|int8|scaled|e4m3(?:fn)?|e5m2"
+    r"|pruned|emaonly|ema|noema"
+)
+_QUANTISED = re.compile(r"(?<![a-z0-9])i?q\d(?:_[a-z0-9]+)*")  # GGUF's Q4_K_M and the like
+_NO_HASHES = "a file, a folder and a model in memory have no hashes to compare"
+# Names of folders and objects that any model may have.
+_ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorch model", ""}
+
+
+def check_moved_before(
+    lora: LoraLike, source: Base, options: TransferOptions, cache: BasisCache | None = None
+) -> None:
+    """Refuses to move a LoRA on from a base that it does not belong to.
+
+    The header of a result names the base that it was moved to, with its hash. A renamed file is the
+    same base. A file with the same name and another hash may be the base in another precision: it
+    is accepted, and the log says what was compared.
+
+    Args:
+        lora: what is to be moved; its header alone is read.
+        source: the base it is said to belong to; hashed only where the LoRA was moved before.
+        options: `again` accepts any base.
+        cache: remembers the hashes of files.
+
+    Raises:
+        AlreadyMoved: it was moved to another base.
+        UnsupportedFormat: the LoRA cannot be read.
+    """
+    metadata = _read_metadata(lora)
+    moves = read_moves(metadata)
+    if not moves or options.again:
+        return
+    last = moves[-1]
+    reason = _explain_other_base(last, source, metadata.get("ss_sd_model_hash"), cache)
+    if reason is None:
+        return
+    where = f"{lora}: " if isinstance(lora, str | PathLike) else ""
+    raise AlreadyMoved(
+        f"{where}this LoRA was already moved {describe_moves(moves)}, but --source is "
+        f"{source.name}, {reason}; give {last.target} as --source, or --again to move it all the "
+        "same"
+    )
+
+
+def _read_metadata(lora: LoraLike) -> Mapping[str, str]:
+    """The header of a LoRA; a state dict has none."""
+    if isinstance(lora, Adapter):
+        return lora.metadata
+    return {} if isinstance(lora, Mapping) else open_adapter(lora).metadata
+
+
+def _explain_other_base(
+    last: Move, source: Base, short_hash: str | None, cache: BasisCache | None
+) -> str | None:
+    """Why a base is not the one that a LoRA was moved to; None if it is, or may be.
+
+    Args:
+        last: the last move of the LoRA.
+        source: the base.
+        short_hash: eight digits of the recorded target's file, where the header has them.
+        cache: remembers the hashes of files.
+    """
+    same = is_identical(source, last.target_hash, short_hash, cache)
+    if same:
+        return None
+    named = _fold_name(source.name)
+    told_by_name = _fold_name(last.target) not in (_fold_name(last.source), *_ANY_MODEL)
+    if told_by_name and named == _fold_name(last.target):
+        log.warning(
+            "the LoRA was moved to %s; %s has that name and %s, so it is taken for the same model",
+            last.target,
+            source.name,
+            "another hash" if same is False else "no hash to compare",
+        )
+        return None
+    if same is False:
+        if source.name == last.source:
+            return "the base that it was moved from" if told_by_name else "another file"
+        return "another model by name and hash" if told_by_name else "another model by its hash"
+    if not told_by_name or named in _ANY_MODEL or not source.files:
+        log.warning(
+            "the LoRA was moved to %s; whether %s is that model cannot be told: %s",
+            last.target,
+            source.name,
+            _NO_HASHES,
+        )
+        return None
+    if source.name == last.source:
+        return "the base that it was moved from"
+    return f"another model by its name ({_NO_HASHES})"
+
+
+def _fold_name(name: str) -> str:
+    """A base's name without folders, without case and without words for how it is stored."""
+    plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
+    words = re.split(r"[\s._-]+", plain)
+    return " ".join(word for word in words if word and not _FORMS.fullmatch(word))

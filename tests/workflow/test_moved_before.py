@@ -1,0 +1,180 @@
+"""A LoRA that was moved before goes on from the base that it was moved to, and from no other."""
+
+import json
+import logging
+
+import pytest
+from mini import source_weights, target_weights, write_case, write_folder
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora.adapters.formats.moves import describe_moves, read_moves
+from prolora.bases import identity
+from prolora.files.safetensors_file import SafetensorsFile
+
+
+def write_file(path, tensors):
+    save_file({f"{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A LoRA of base a that was moved to b, and the bases a, b and c: a file each."""
+    lora, _, _ = write_case(tmp_path)
+    a = write_file(tmp_path / "a.safetensors", source_weights())
+    b = write_file(tmp_path / "b.safetensors", target_weights())
+    c = write_file(tmp_path / "c.safetensors", target_weights(0.3))
+    moved = tmp_path / "moved.safetensors"
+    prolora.transfer_file(lora, a, b, moved, method="copy")
+    return moved, a, b, c
+
+
+def move(lora, source, target, out, **options):
+    prolora.transfer_file(lora, source, target, out, method="copy", **options)
+    return SafetensorsFile(out).metadata
+
+
+def test_moving_on_from_the_base_it_was_moved_to_keeps_the_chain(files, tmp_path):
+    moved, _, b, c = files
+    metadata = move(moved, b, c, tmp_path / "twice.safetensors")
+    assert (metadata["prolora.source"], metadata["prolora.target"]) == (b.name, c.name)
+    first, last = read_moves(metadata)
+    assert (first.source, first.target) == ("a.safetensors", "b.safetensors")
+    assert first.target_hash == last.source_hash and first.target_hash.startswith("sha256:")
+    third = move(tmp_path / "twice.safetensors", c, b, tmp_path / "thrice.safetensors")
+    moves = read_moves(third)
+    assert len(moves) == 3
+    names = ("a", "b", "c", "b")
+    assert describe_moves(moves) == "from " + " to ".join(f"{name}.safetensors" for name in names)
+
+
+def test_a_first_move_has_no_chain_in_its_header(files):
+    metadata = SafetensorsFile(files[0]).metadata
+    assert "prolora.earlier_moves" not in metadata and len(read_moves(metadata)) == 1
+
+
+def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, tmp_path):
+    moved, a, _, c = files
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(prolora.AlreadyMoved) as refused:
+        prolora.transfer_file(moved, a, c, out)
+    text = str(refused.value)
+    assert "already moved from a.safetensors to b.safetensors" in text
+    assert "--source is a.safetensors, the base that it was moved from" in text
+    assert "give b.safetensors as --source, or --again" in text
+    assert not out.exists()
+    with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
+        prolora.transfer(moved, c, a)
+
+
+def test_again_moves_it_all_the_same_and_the_chain_says_so(files, tmp_path):
+    moved, a, _, c = files
+    metadata = move(moved, a, c, tmp_path / "out.safetensors", again=True)
+    assert describe_moves(read_moves(metadata)) == (
+        "from a.safetensors to b.safetensors, then from a.safetensors to c.safetensors"
+    )
+
+
+def test_every_door_refuses_it(files, tmp_path):
+    moved, a, _, c = files
+    with pytest.raises(prolora.AlreadyMoved):
+        prolora.plan_report(moved, a, c)
+    (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder")
+    assert isinstance(outcome.error, prolora.AlreadyMoved)
+    (outcome,) = prolora.transfer_many([moved], a, c, tmp_path / "folder", again=True)
+    assert outcome.status == "moved"
+    assert prolora.plan_report(moved, a, c, again=True).totals["mapped"]
+    done = prolora.transfer(moved, a, c, again=True)
+    with pytest.raises(prolora.AlreadyMoved, match=r"^this LoRA"):
+        prolora.transfer(done.adapter, a, c)
+
+
+def test_it_is_refused_before_a_weight_is_read_or_a_base_is_hashed(files, monkeypatch):
+    moved, a, _, c = files
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+    monkeypatch.setattr(identity, "_hash_whole", lambda *x: pytest.fail("a base was hashed"))
+    monkeypatch.setattr(identity, "compute_short_hash", lambda base: "0" * 8)
+    for options in ({}, {"match": "similarity"}):
+        with pytest.raises(prolora.AlreadyMoved):
+            prolora.transfer(moved, a, c, **options)
+
+
+def test_a_renamed_file_is_the_same_base(files, tmp_path):
+    moved, _, b, c = files
+    other = b.rename(tmp_path / "quite-another-name.safetensors")
+    assert len(read_moves(move(moved, other, c, tmp_path / "out.safetensors"))) == 2
+
+
+def test_the_same_name_in_another_precision_is_accepted_and_said(files, tmp_path, caplog):
+    moved, a, b, c = files
+    (tmp_path / "half").mkdir()
+    half = tmp_path / "half" / "B_fp16.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(b).items()}, half)
+    with caplog.at_level(logging.WARNING):
+        move(moved, half, c, tmp_path / "out.safetensors")
+    assert "moved to b.safetensors; B_fp16.safetensors has that name and another hash" in (
+        caplog.text
+    )
+    swapped = tmp_path / "half" / "b.safetensors"
+    swapped.write_bytes(a.read_bytes())
+    assert move(moved, swapped, c, tmp_path / "out.safetensors")
+
+
+def test_bases_that_have_one_name_are_told_by_their_hashes(tmp_path):
+    lora, _, _ = write_case(tmp_path)
+    a = write_folder(tmp_path / "a" / "unet", source_weights())
+    b = write_folder(tmp_path / "b" / "unet", target_weights())
+    moved = tmp_path / "moved.safetensors"
+    prolora.transfer_file(lora, a, b, moved, method="copy")
+    with pytest.raises(prolora.AlreadyMoved, match="another file"):
+        prolora.transfer(moved, a, b)
+    assert prolora.transfer(moved, b, a, method="copy")
+
+
+def test_a_base_of_several_files_is_told_by_samples_of_them(tmp_path):
+    lora, _, _ = write_case(tmp_path)
+    folders = []
+    for name, tensors in (
+        ("a", source_weights()),
+        ("b", target_weights()),
+        ("c", target_weights()),
+    ):
+        pipeline = tmp_path / name
+        write_folder(pipeline / "unet", tensors)
+        encoder = write_folder(
+            pipeline / "text_encoder", {"text_model.x": next(iter(tensors.values()))}
+        )
+        (encoder / "diffusion_pytorch_model.safetensors").rename(encoder / "model.safetensors")
+        folders.append(pipeline)
+    a, b, copy_of_b = folders
+    moved = tmp_path / "moved.safetensors"
+    prolora.transfer_file(lora, a, b, moved, method="copy")
+    assert SafetensorsFile(moved).metadata["prolora.target_hash"].startswith("sampled:")
+    assert prolora.transfer(moved, copy_of_b, a, method="copy")
+    with pytest.raises(prolora.AlreadyMoved):
+        prolora.transfer(moved, a, b)
+    # The UNet alone is one file: the hashes are of two kinds, and its name says nothing.
+    assert prolora.transfer(moved, b / "unet", a, method="copy")
+
+
+def test_bases_in_memory_cannot_be_told_and_refuse_nothing(files, caplog):
+    moved, a, _, _ = files
+    with caplog.at_level(logging.WARNING):
+        assert prolora.transfer(moved, target_weights(), a, method="copy")
+    assert "cannot be told" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "[1, null]", '{"a": 1}', '[{"target": 3}]', "[" * 100_000])
+def test_a_damaged_chain_is_no_reason_to_fail(text):
+    moves = read_moves({"prolora.target": "b", "prolora.earlier_moves": text})
+    assert moves[-1].target == "b" and describe_moves(moves).endswith("to b")
+
+
+def test_inspection_says_from_where_to_where_it_was_moved(files):
+    found = prolora.inspect(files[0])
+    assert [(move.source, move.target) for move in found.moves] == [
+        ("a.safetensors", "b.safetensors")
+    ]
+    table = json.loads(json.dumps(found.to_dict()))
+    assert table["moves"][0]["method"] == "copy"
