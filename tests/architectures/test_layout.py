@@ -29,6 +29,14 @@ FEED_FORWARD = {
     "pixart-alpha": 56,
     "pixart-sigma": 56,
 }
+# Where names do not tell attention and feed-forward apart: all matrices of the blocks.
+IN_BLOCKS = {
+    "flux2-dev": 8 * 12 + 48 * 2,
+    "flux2-klein-9b": 8 * 12 + 24 * 2,
+    "flux2-klein-4b": 5 * 12 + 20 * 2,
+    "qwen-image": 60 * 14,
+    "z-image": 30 * 8 + 2 * 8 + 2 * 7,
+}
 # Layouts that another one shares all its blocks with.
 TWINS = ("flux1-dev", "flux1-schnell", "pixart-alpha", "pixart-sigma")
 # (source, target, variant): over all attention of the target, (mapped, of the same shape).
@@ -52,12 +60,15 @@ PAIRS = {
 
 def test_every_layout_has_the_published_number_of_attention_modules() -> None:
     """In a UNet a quarter as many feed-forward ones: 8 and 2 in each transformer block."""
+    for id_ in (*ATTENTION, *IN_BLOCKS):
+        layout = layouts.load_layout(id_)
+        assert bool(layout.unnamed_stacks) == (id_ in IN_BLOCKS)
+        assert layout.text_encoders and layout.id == id_ and layout.title
     assert {id_: len(layouts.load_layout(id_).attention) for id_ in ATTENTION} == ATTENTION
     for id_ in ATTENTION:
         feed_forward = FEED_FORWARD.get(id_, ATTENTION[id_] // 4)
         assert len(layouts.load_layout(id_).adapted) == ATTENTION[id_] + feed_forward
-        assert layouts.load_layout(id_).text_encoders
-        assert layouts.load_layout(id_).id == id_ and layouts.load_layout(id_).title
+    assert {id_: len(layouts.load_layout(id_).adapted) for id_ in IN_BLOCKS} == IN_BLOCKS
 
 
 def test_an_unknown_layout_is_a_key_error_that_lists_the_known() -> None:
@@ -67,14 +78,15 @@ def test_an_unknown_layout_is_a_key_error_that_lists_the_known() -> None:
             layouts.load_layout(id_)
 
 
-@pytest.mark.parametrize("id_", ATTENTION)
+@pytest.mark.parametrize("id_", ATTENTION | IN_BLOCKS)
 def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) -> None:
     """Whole, attention alone, with foreign parameters, with other spellings of 1×1."""
     known = layouts.load_layout(id_)
     shapes = dict(known.shapes)
     assert layouts.identify_layout(shapes) == id_
     alone = None if id_ in TWINS else id_
-    assert layouts.identify_layout({n: shapes[n] for n in known.attention}) == alone
+    if id_ in ATTENTION:
+        assert layouts.identify_layout({n: shapes[n] for n in known.attention}) == alone
     assert layouts.identify_layout({n: shapes[n] for n in known.adapted}) == alone
     conv = {n: (*s, 1, 1) if len(s) == 2 else s for n, s in shapes.items()}
     linear = {n: s[:2] if s[2:] == (1, 1) else s for n, s in shapes.items()}
@@ -86,7 +98,7 @@ def test_a_checkpoint_is_recognised_by_its_attention_and_feed_forward(id_: str) 
     assert layouts.identify_layout(inpainting) == id_
 
 
-@pytest.mark.parametrize("id_", ATTENTION)
+@pytest.mark.parametrize("id_", ATTENTION | IN_BLOCKS)
 def test_a_checkpoint_that_differs_in_one_adapted_weight_is_not_recognised(id_: str) -> None:
     """Missing, additional or of another shape; half a feed-forward is an incomplete file."""
     known = layouts.load_layout(id_)

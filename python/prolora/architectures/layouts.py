@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 
 # In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
@@ -19,6 +19,8 @@ _ATTENTION = re.compile(r"\.attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_
 _FEED_FORWARD = re.compile(
     r"\.ff(?:_context|n)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
 )
+# Parameters that are no layers: no LoRA trains them, and files have them in other shapes.
+_BARE = re.compile(r"_(?:table|tokens?|embed)$")
 _IN_BLOCK = re.compile(r"(?:^|_)(?:blocks|block)\.")
 # "{0-18}" in a table stands for every number from 0 to 18.
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
@@ -33,27 +35,54 @@ class Layout:
         title: for people.
         shapes: canonical module name -> shape of its weight, for every weight of two or more axes.
         text_encoders: architectures of `text_encoder`, `text_encoder_2`, … in this order.
+        stacks: what the names of blocks begin with, before their number: `noise_refiner.`; empty
+            for UNets.
     """
 
     id: str
     title: str
     shapes: Mapping[str, tuple[int, ...]]
     text_encoders: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
     @property
     def attention(self) -> list[str]:
-        """The modules q, k, v and out of all attention layers."""
+        """The modules q, k, v and out of all attention layers, where diffusers' names tell them."""
         return [name for name in self.shapes if _ATTENTION.search(name)]
 
     @property
     def adapted(self) -> list[str]:
-        """Attention and feed-forward: what most LoRAs train."""
-        return [name for name in self.shapes if _is_adapted(name)]
+        """Attention and feed-forward, what most LoRAs train; all matrices of `unnamed_stacks`."""
+        return [name for name in self.shapes if self.is_adapted(name)]
 
     @property
     def outside(self) -> set[str]:
         """The modules outside all blocks: embeddings, first and last layers."""
-        return {name for name in self.shapes if not _IN_BLOCK.search(name)}
+        return {
+            name
+            for name in self.shapes
+            if not _IN_BLOCK.search(name) and not name.startswith(self.stacks)
+        }
+
+    @cached_property
+    def unnamed_stacks(self) -> tuple[str, ...]:
+        """The stacks where names do not tell attention and feed-forward from the rest."""
+        return tuple(
+            stack
+            for stack in self.stacks
+            if not all(
+                any(kind.search(name) for name in self.shapes if name.startswith(stack))
+                for kind in (_ATTENTION, _FEED_FORWARD)
+            )
+        )
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether most LoRAs train a module of this name, be it of the layout or not."""
+        if name.startswith("text_encoder"):
+            return False
+        if name.startswith(self.unnamed_stacks):
+            return not _BARE.search(name)
+        return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
 
 
 @dataclass(frozen=True)
@@ -112,9 +141,12 @@ def load_layout(id_: str) -> Layout:
         name: tuple(int(size) for size in shape.split("x"))
         for shape, names in table["shapes"].items()
         for pattern in names
-        for name in _expand_range(pattern)
+        for name in _expand_ranges(pattern)
     }
-    return Layout(table["id"], table["title"], shapes, tuple(table["text_encoders"]))
+    stacks = _find_stacks(name for names in table["shapes"].values() for name in names)
+    return Layout(
+        table["id"], table["title"], shapes, tuple(table["text_encoders"]), tuple(sorted(stacks))
+    )
 
 
 def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -123,7 +155,7 @@ def load_patterns(layouts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], ..
     for id_ in layouts:
         table = json.loads(_read_table(f"{id_}.json"))["shapes"]
         entries = [(entry, shape) for shape, entries in table.items() for entry in entries]
-        stacks = {entry[: m.start()] for entry, _ in entries if (m := _RANGE.search(entry))}
+        stacks = _find_stacks(entry for entry, _ in entries)
         for entry, text in entries:
             shape = tuple(int(size) for size in text.split("x"))
             found.setdefault(_generalise(entry, stacks), {})[shape] = None
@@ -141,37 +173,39 @@ def _generalise(entry: str, stacks: set[str]) -> str:
     return entry
 
 
-def _expand_range(pattern: str) -> list[str]:
+def _find_stacks(entries: Iterable[str]) -> set[str]:
+    """What stands before the numbers of blocks in the entries of a table."""
+    return {entry[: match.start()] for entry in entries if (match := _RANGE.search(entry))}
+
+
+def _expand_ranges(pattern: str) -> list[str]:
     """The names that an entry of a table stands for."""
     match = _RANGE.search(pattern)
     if match is None:
         return [pattern]
     numbers = range(int(match[1]), int(match[2]) + 1)
-    return [f"{pattern[: match.start()]}{number}{pattern[match.end() :]}" for number in numbers]
+    ends = _expand_ranges(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{number}{end}" for number in numbers for end in ends]
 
 
 def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The layout of a checkpoint, None if it is none of the known ones.
 
     The attention must be that of the layout, name by name and shape by shape, and so must the
-    feed-forward unless the checkpoint has none. Everything else is ignored: `proj_in` is a
-    convolution in some files and a linear layer in others, inpainting models have a wider first
-    layer, and extra parameters do not make another architecture. Only where layouts share all their
-    blocks (FLUX dev and schnell, PixArt α and Σ) must the names outside the blocks be there too,
-    and where these are the same as well (Wan 2.2 from text and from images) their shapes.
+    feed-forward unless the checkpoint has none; where names do not tell which is which, all
+    matrices of the blocks must be. Everything else is ignored: `proj_in` is a convolution in some
+    files and a linear layer in others, inpainting models have a wider first layer, and extra
+    parameters do not make another architecture. Only where layouts share all their blocks (FLUX
+    dev and schnell, PixArt α and Σ) must the names outside the blocks be there too, and where these
+    are the same as well (Wan 2.2 from text and from images) their shapes.
 
     Args:
         shapes: canonical module name -> shape.
     """
-    adapted = {name: _drop_kernel(shape) for name, shape in shapes.items() if _is_adapted(name)}
-    if not adapted:
-        return None
-    has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
-    fitting = []
-    for layout in map(load_layout, known_layouts()):
-        names = layout.adapted if has_feed_forward else layout.attention
-        if adapted == {name: layout.shapes[name] for name in names}:
-            fitting.append(layout)
+    shapes = {name: _drop_kernel(shape) for name, shape in shapes.items()}
+    fitting = [
+        layout for layout in map(load_layout, known_layouts()) if _has_blocks(shapes, layout)
+    ]
     if len(fitting) > 1:
         telling = set().union(*(layout.outside for layout in fitting))
         present = {name for name in telling if name in shapes}
@@ -183,9 +217,15 @@ def identify_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether everything outside the blocks has the shape it has in the layout."""
-    return all(
-        _drop_kernel(shapes[name]) == _drop_kernel(layout.shapes[name]) for name in layout.outside
-    )
+    return all(shapes[name] == _drop_kernel(layout.shapes[name]) for name in layout.outside)
+
+
+def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
+    """Whether a checkpoint has the attention and feed-forward of a layout, and no other."""
+    adapted = {name: shape for name, shape in shapes.items() if layout.is_adapted(name)}
+    has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
+    names = layout.adapted if has_feed_forward else layout.attention
+    return bool(adapted) and adapted == {name: _drop_kernel(layout.shapes[name]) for name in names}
 
 
 def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
@@ -222,13 +262,6 @@ def _load_rules() -> tuple[Correspondence, ...]:
         )
         for entry in json.loads(_read_table("correspondence.json"))
     )
-
-
-def _is_adapted(name: str) -> bool:
-    """Whether this is a module of an attention or of a feed-forward."""
-    if name.startswith("text_encoder"):
-        return False
-    return bool(_ATTENTION.search(name) or _FEED_FORWARD.search(name))
 
 
 def _drop_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -64,5 +64,10 @@ FAMILY = Family(
             "single_transformer_blocks.N.attn.to_v",
         ),
     },
-    claims={"flux1": "FLUX.1", "flux-1": "FLUX.1"},
+    claims={
+        "flux1": "FLUX.1",  # sd-scripts, and below
+        "flux-1": "FLUX.1",
+        "flux.1": "FLUX.1",  # ai-toolkit, musubi-tuner
+        "flux_kontext": "FLUX.1 Kontext",  # musubi-tuner
+    },
 )

@@ -1,0 +1,35 @@
+"""Z-Image: base, Turbo, and what was trained from them.
+
+diffusers has the names of the authors; ComfyUI's, which the files people download are in, fuse q, k
+and v, as those of Lumina 2 do.
+"""
+
+from ..family import Family, fuse_equal
+
+FAMILY = Family(
+    id="z-image",
+    title="Z-Image",
+    layouts=("z-image",),
+    authors={
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    }
+    | {
+        f"{stack}.N.attention.qkv": fuse_equal(
+            f"{stack}.N.attention.to_q",
+            f"{stack}.N.attention.to_k",
+            f"{stack}.N.attention.to_v",
+        )
+        for stack in ("layers", "noise_refiner", "context_refiner")
+    }
+    | {
+        f"{stack}.N.attention.out": f"{stack}.N.attention.to_out.0"
+        for stack in ("layers", "noise_refiner", "context_refiner")
+    },
+    claims={
+        "zimage": "Z-Image",  # ai-toolkit
+        "z_image": "Z-Image",  # musubi-tuner, and below
+        "z-image": "Z-Image",
+    },
+)

@@ -1,0 +1,152 @@
+"""The data of every family: consistent in itself, and what diffusers' own converters read."""
+
+import pytest
+import torch
+from family_oracles import (
+    COLUMNS,
+    ORACLES,
+    Checkpoint,
+    list_held,
+    list_weights,
+    make_rows,
+    store_as_authors,
+)
+from published_models import PUBLISHED
+
+from prolora.architectures.families import known_families
+from prolora.architectures.family import Family, Fused, list_parts
+from prolora.architectures.layouts import identify_layout, load_layout
+
+FAMILIES = known_families()
+EACH = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+EACH_SIZE = pytest.mark.parametrize(
+    "family, layout",
+    [
+        pytest.param(family, layout, id=layout)
+        for family in FAMILIES.values()
+        if family.id in ORACLES
+        for layout in family.layouts
+    ],
+)
+
+
+def modules_of(family: Family) -> list[str]:
+    return list(dict.fromkeys(name for id_ in family.layouts for name in load_layout(id_).shapes))
+
+
+@EACH
+def test_every_layout_of_a_family_loads_and_belongs_to_no_other(family: Family) -> None:
+    assert family.layouts and family.title
+    for id_ in family.layouts:
+        assert identify_layout(load_layout(id_).shapes) == id_
+        assert [other.id for other in FAMILIES.values() if id_ in other.layouts] == [family.id]
+
+
+@EACH
+def test_the_table_holds_modules_of_the_layouts_and_none_twice(family: Family) -> None:
+    parts = [part for entry in family.authors.values() for part in list_parts(entry)]
+    assert set(parts) <= set(family.shapes)
+    assert len(parts) == len(set(parts))
+    # A name of the authors that is also one of diffusers' must mean the same module.
+    for name, entry in family.authors.items():
+        assert name not in family.shapes or list_parts(entry) == (name,)
+    for name, entry in family.aliases.items():
+        assert name not in family.authors
+        held = family.authors[entry] if isinstance(entry, str) else entry
+        assert set(list_parts(held)) <= set(family.shapes)
+
+
+@EACH
+def test_shares_fit_the_shapes_of_every_size(family: Family) -> None:
+    """The rows of the parts are in the ratio of their shares, and all read the same features."""
+    for entry in (*family.authors.values(), *family.aliases.values()):
+        if not isinstance(entry, Fused):
+            continue
+        assert len(entry.parts) == len(entry.shares) > 1
+        for id_ in family.layouts:
+            shapes = load_layout(id_).shapes
+            blocks = [part.replace(".N.", ".0.") for part in entry.parts]
+            sizes = [shapes.get(name) for name in blocks]
+            if None in sizes:  # not in every size, and then no part of it
+                assert not any(sizes)
+                continue
+            units = {size[0] / share for size, share in zip(sizes, entry.shares, strict=True)}
+            assert len(units) == 1 and len({size[1:] for size in sizes}) == 1
+
+
+@EACH
+def test_every_module_is_found_again_by_either_name_dotted_and_underscored(family: Family) -> None:
+    for module in modules_of(family):
+        assert family.find_module(module) == module
+        assert family.find_module(module.replace(".", "_"), dotted=False) == module
+        held = family.find_weight_holding(module)
+        assert held is not None and module in held.parts
+        assert family.find_weight(held.name) == held
+        assert family.find_weight(held.name.replace(".", "_"), dotted=False) == held
+    assert family.find_module("model.layers.0.mlp") is None
+    assert family.find_weight("model_layers_0_mlp", dotted=False) is None
+
+
+@EACH_SIZE
+def test_the_authors_checkpoint_is_what_diffusers_reads(family: Family, layout: str) -> None:
+    """All weights and biases, bit by bit: the rows of fused matrices, the order of halves."""
+    convert = find_converter("single_file_utils", family, "checkpoint")
+    model = make_model(family, layout)
+    weights = list_weights(model)
+    shapes = {module: shape for module, (_, shape) in weights.items()}
+    rows = make_rows(shapes)
+    stored, expected = Checkpoint(), {}
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    for name, weight in list_held(family, shapes).items():
+        matrix = store_as_authors(weight, rows, shapes)
+        first = weight.parts[0]
+        stored[name + weights[first][0]] = matrix
+        expected |= {part + weights[part][0]: rows[part] for part in weight.parts}
+        if f"{first}.bias" in biases:
+            stored[f"{name}.bias"] = matrix[:, 0]
+            expected |= {f"{part}.bias": rows[part][:, 0] for part in weight.parts}
+    converted = convert(checkpoint=stored, config=dict(model.config))
+    assert set(expected) <= set(converted)
+    wrong = [key for key, rows in expected.items() if not torch.equal(converted[key], rows)]
+    assert not wrong
+
+
+@EACH_SIZE
+def test_a_lora_in_the_authors_names_is_what_diffusers_reads(family: Family, layout: str) -> None:
+    """Both factors of every module, bit by bit."""
+    convert = find_converter("lora_conversion_utils", family, "lora")
+    weights = list_weights(make_model(family, layout))
+    shapes = {module: shape for module, (suffix, shape) in weights.items() if suffix}
+    rows = make_rows(shapes)
+    stored, expected = {}, {}
+    for number, (name, weight) in enumerate(list_held(family, shapes).items()):
+        if name in ORACLES[family.id].not_in_lora:
+            continue
+        down = torch.full((COLUMNS, 3), float(number))
+        stored[f"diffusion_model.{name}.lora_A.weight"] = down
+        stored[f"diffusion_model.{name}.lora_B.weight"] = store_as_authors(weight, rows, shapes)
+        for part in weight.parts:
+            expected[f"transformer.{part}.lora_A.weight"] = down
+            expected[f"transformer.{part}.lora_B.weight"] = rows[part]
+    converted = convert(dict(stored))
+    assert set(converted) == set(expected)
+    wrong = [key for key, rows in expected.items() if not torch.equal(converted[key], rows)]
+    assert not wrong
+
+
+def find_converter(module, family, kind):
+    """The function of diffusers that reads this kind of file of a family."""
+    utils = pytest.importorskip(f"diffusers.loaders.{module}")
+    name = getattr(ORACLES[family.id], kind)
+    if not name:
+        pytest.skip(f"diffusers reads no {kind} of {family.title} in other names than its own")
+    if not hasattr(utils, name):
+        pytest.skip(f"this diffusers has no {name}")
+    return getattr(utils, name)
+
+
+def make_model(family, layout):
+    """The class of a published size, without weights and with few blocks."""
+    from make_layouts import build_model
+
+    return build_model(PUBLISHED[layout], **ORACLES[family.id].changes)
