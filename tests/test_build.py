@@ -1,9 +1,12 @@
-"""What the build backend decides on machines that lack things. Nothing is built here."""
+"""What the build decides on machines that lack things. Nothing is compiled here."""
 
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -174,3 +177,77 @@ def test_architectures_go_by_the_version_of_nvcc(version, architectures, tmp_pat
     )
     done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == architectures
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Runs CMake up to the compiler: gives exit code, messages, and the commands that compile."""
+    pybind11 = pytest.importorskip("pybind11", reason="no pybind11")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not (shutil.which("cmake") and shutil.which("c++") and headers.is_file()):
+        pytest.skip("no cmake, no C++ compiler or no headers of Python")
+
+    def run(*options, **environment):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        line = ["cmake", "-S", BACKEND.parent, "-B", folder, *(f"-D{option}" for option in options)]
+        line += [
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
+        line += ["-G", "Unix Makefiles", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+        environment = {k: v for k, v in os.environ.items() if k not in NAMES} | environment
+        done = subprocess.run(line, capture_output=True, text=True, env=environment)
+        table = folder / "compile_commands.json"
+        commands = json.loads(table.read_text()) if table.is_file() else []
+        lines = [entry["command"] for entry in commands]
+        return done.returncode, " ".join((done.stdout + done.stderr).split()), lines
+
+    return run
+
+
+HOST = "PROLORA_CUDA=OFF"
+
+
+def test_warnings_are_errors_only_where_that_was_asked_for(configure):
+    code, _, lines = configure(HOST)
+    assert code == 0 and lines and not any("-Werror" in line for line in lines)
+    code, _, lines = configure(HOST, "PROLORA_WERROR=ON")
+    assert code == 0 and lines and all("-Werror" in line for line in lines)
+    project = (BACKEND.parent / "pyproject.toml").read_text()
+    assert 'PROLORA_WERROR = {env = "PROLORA_WERROR", default = "OFF"}' in project
+
+
+@pytest.mark.slow
+def test_warnings_of_nvcc_and_ptxas_are_errors_only_where_that_was_asked_for(configure):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    for asked, words in ((), False), (("PROLORA_WERROR=ON",), True):
+        code, said, lines = configure(*asked, CUDACXX=nvcc)
+        kernels = [line for line in lines if ".cu" in line]
+        if not kernels:
+            pytest.skip(f"this nvcc builds no kernels: {said[-200:]}")
+        assert code == 0 and all(("Werror" in line) is words for line in kernels)
+
+
+def test_an_nvcc_that_cannot_compile_costs_the_kernels_alone(configure):
+    code, said, lines = configure(CUDACXX=shutil.which("false"))
+    assert code == 0 and "prolora: built without CUDA kernels" in said
+    assert lines and not any(".cu" in line for line in lines)
+    code, said, _ = configure("PROLORA_CUDA=ON", CUDACXX=shutil.which("false"))
+    assert code != 0 and "PROLORA_CUDA=ON, but" in said
+
+
+def test_a_compiler_without_openmp_is_enough(configure):
+    without = "CMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON"
+    code, said, lines = configure(HOST, without)
+    assert code == 0 and "prolora: built without OpenMP" in said
+    assert lines and not any("openmp" in line for line in lines)
+    code, said, _ = configure(HOST, without, "PROLORA_NATIVE=ON")
+    assert code != 0 and "PROLORA_NATIVE=ON, but no OpenMP" in said
+
+
+def test_the_compiler_of_windows_gets_no_options_of_gcc(configure):
+    code, _, lines = configure(HOST, "MSVC=ON")
+    assert code == 0 and lines
+    assert all("/W3" in line and "-Wall" not in line and "-fno-math" not in line for line in lines)

@@ -150,6 +150,74 @@ def test_pruning_follows_no_link(filled, tmp_path):
         os.utime(home / name, (1, 1))
     shutil.copy(next(folder.rglob("*.safetensors")), home / f"aa{'1' * 62}.safetensors")
     version = next(folder.glob("v*"))
+def test_pruning_leaves_other_names_in_a_cache_of_ours(filled):
+    """Each is almost one of ours; the folder is marked, so that no content is looked at."""
+    folder, *_ = filled
+    version = next(folder.glob("v*"))
+    shelf = next(version.rglob("*.safetensors")).parent
+    other = "00" if shelf.name != "00" else "11"
+    names = [
+        shelf / "mine.safetensors",
+        shelf / f"{other}{'0' * 62}.safetensors",  # of another shelf
+        shelf / f"{shelf.name}{'0' * 61}.safetensors",
+        shelf / f"{shelf.name}{'0' * 62}.safetensors.bak",
+        shelf / f"{shelf.name}{'A' * 62}.safetensors",
+        shelf / ".prolora-notes.tmp",
+        version / "xl" / f"xl{'0' * 62}.safetensors",
+        version / "abc" / f"abc{'0' * 61}.safetensors",
+        version / "settings.json",
+        version / "index-mine.json",
+        version / f"pictures-{'0' * 32}.json",
+        version / ".prolora-notes.tmp",
+        folder / "v0" / "settings.json",
+        folder / "v3x" / f"index-{'0' * 32}.json",
+    ]
+    for path in names:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+        os.utime(path, (1, 1))
+    maintenance.prune_cache(folder, older_than=0, max_size=0)
+    assert snapshot(folder).items() >= {path: b"mine" for path in names}.items()
+    maintenance.prune_cache(folder, everything=True)
+    assert snapshot(folder) == {path: b"mine" for path in names}
+
+
+def test_a_folder_that_holds_files_of_others_gets_no_marker(tmp_path):
+    version = tmp_path / f"v{cache_folder.VERSION}"
+    names = [
+        version / "notes.txt",
+        version / f".prolora-{'0' * 16}.tmp",
+        version / "ab" / f".prolora-{'0' * 16}.tmp",
+        version / "ab" / f"ab{'0' * 62}.safetensors",
+        version / f"index-{'0' * 32}.json",
+    ]
+    for path in names:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+        os.utime(path, (1, 1))
+    BasisCache(tmp_path).bases(weights(8, 8, 0)[None], 2)
+    assert len(snapshot(tmp_path)) == len(names) + 1
+    maintenance.prune_cache(tmp_path, older_than=0, everything=True)
+    assert snapshot(tmp_path) == {path: b"mine" for path in names}
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_marker_of_others_marks_no_cache_of_ours(tmp_path, kind):
+    """Other programs tag their caches by a file of that name; a link may lead to one of ours."""
+    version = tmp_path / "v1"
+    mine = version / "ab" / f"ab{'0' * 62}.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    text = cache_folder._MARKER_TEXT
+    if kind == "link":
+        (tmp_path / "tag").write_bytes(text)
+        (version / cache_folder.MARKER).symlink_to(tmp_path / "tag")
+    else:
+        (version / cache_folder.MARKER).write_bytes(text.partition(b"\n")[0] + b"\n# of another")
+    maintenance.prune_cache(tmp_path, everything=True)
+    assert mine.exists() and (version / cache_folder.MARKER).exists()
+
+
     shutil.rmtree(version / "aa", ignore_errors=True)
     (version / "aa").symlink_to("../../home")
     (folder / "v9").symlink_to(version)

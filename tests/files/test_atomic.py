@@ -78,6 +78,19 @@ def test_a_folder_is_replaced_where_the_system_exchanges_no_names(
     test_a_folder_is_replaced_as_one_and_keeps_what_is_not_ours(tmp_path)
 
 
+def test_a_folder_never_misses_where_the_system_exchanges_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads meanwhile finds all files of one version, and is never told of no folder."""
+    for name in ("one", "other"):
+        (tmp_path / "trial" / name).mkdir(parents=True)
+    if not atomic._exchange_names(tmp_path / "trial" / "one", tmp_path / "trial" / "other"):
+        pytest.skip("this system or file system exchanges no names")
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a name was free for a moment"))
+    (tmp_path / "place").mkdir()
+    check_replaced(tmp_path / "place")
+
+
 @pytest.mark.parametrize("below", [".", "samples"])
 def test_whoever_stands_in_a_folder_that_is_replaced_stays_there(
     below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

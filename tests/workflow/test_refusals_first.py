@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -63,6 +64,50 @@ def test_low_coverage_is_refused_before_a_base_is_hashed(case, tmp_path, unhashe
     options = {"method": "prolora", "rank": 0.9, "min_coverage": 0.6, "threshold": 0.9999}
     with pytest.raises(prolora.LowCoverage):
         prolora.transfer_file(*case, tmp_path / "out.safetensors", **options)
+
+
+def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_path, unhashed):
+    lora, source, target = case
+    file = next(target.glob("*.safetensors"))
+    good, out = load_file(file), tmp_path / "out.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({key: torch.randn(x.shape, generator=generator) for key, x in good.items()}, file)
+    with pytest.raises(prolora.UnrelatedBases):
+        prolora.transfer_file(lora, source, target, out)
+    good[next(iter(good))][0, 0] = math.nan
+    save_file(good, file)
+    with pytest.raises(prolora.NonFiniteWeights):
+        prolora.transfer_file(lora, source, target, out, method="copy")
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"max_memory": 1 << 20}, prolora.TooLittleMemory),
+        ({"out_rank": "1kB"}, prolora.OutputError),
+        ({"out": "missing/out.safetensors"}, prolora.OutputError),
+        ({"out": "source"}, prolora.OutputError),
+    ],
+    ids=["memory", "size", "no folder", "an input"],
+)
+def test_what_has_no_room_is_refused_before_a_base_is_hashed(
+    case, tmp_path, unhashed, options, error
+):
+    out = tmp_path / options.pop("out", "out.safetensors")
+    with pytest.raises(error):
+        prolora.transfer_file(*case, out, **options)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), prolora.SolverFailure("a"), OSError("a")])
+def test_what_stops_a_move_is_raised_before_a_base_is_hashed(
+    case, tmp_path, unhashed, monkeypatch, error
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sys.modules["prolora.workflow.by_weights.lora_work"], "cut_rank", fail)
+    with pytest.raises(type(error), match="a"):
+        prolora.transfer_file(*case, tmp_path / "out.safetensors")
 
 
 def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
