@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from mini import source_weights, target_weights, write_folder
+from mini import source_weights, target_weights, write_case, write_folder
 from safetensors.torch import save_file
 from spectra import weights
 from typer.testing import CliRunner
@@ -50,6 +50,16 @@ def test_a_list_says_whose_bases_there_are_and_how_large(filled):
         int(prolora.truncated_svd(target.read(name), 0.9).rank) for name in target.shapes
     )
     assert maintenance.take_inventory(folder / "nothing").size == 0
+
+
+def test_a_list_names_the_bases_that_a_comparison_has_computed(tmp_path):
+    _, source, target = write_case(tmp_path)
+    prolora.compare(source, target, rank=0.9, cache=tmp_path / "cache")
+    found = maintenance.take_inventory(tmp_path / "cache")
+    assert [(s.base, s.rule, s.count) for s in found.shelves] == [
+        ("source", "0.9", 8),
+        ("target", "0.9", 8),
+    ]
 
 
 def test_a_verification_finds_what_was_flipped(filled):
@@ -140,16 +150,6 @@ def test_pruning_leaves_files_of_others_in_a_folder_that_is_called_like_ours(tmp
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
-def test_pruning_follows_no_link(filled, tmp_path):
-    folder, *_ = filled
-    home = tmp_path / "home"
-    for name in (f"aa{'0' * 62}.safetensors", f".prolora-{'0' * 16}.tmp", "mine.safetensors"):
-        home.mkdir(exist_ok=True)
-        (home / name).write_bytes(b"mine")
-        os.utime(home / name, (1, 1))
-    shutil.copy(next(folder.rglob("*.safetensors")), home / f"aa{'1' * 62}.safetensors")
-    version = next(folder.glob("v*"))
 def test_pruning_leaves_other_names_in_a_cache_of_ours(filled):
     """Each is almost one of ours; the folder is marked, so that no content is looked at."""
     folder, *_ = filled
@@ -218,6 +218,16 @@ def test_a_marker_of_others_marks_no_cache_of_ours(tmp_path, kind):
     assert mine.exists() and (version / cache_folder.MARKER).exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_pruning_follows_no_link(filled, tmp_path):
+    folder, *_ = filled
+    home = tmp_path / "home"
+    for name in (f"aa{'0' * 62}.safetensors", f".prolora-{'0' * 16}.tmp", "mine.safetensors"):
+        home.mkdir(exist_ok=True)
+        (home / name).write_bytes(b"mine")
+        os.utime(home / name, (1, 1))
+    shutil.copy(next(folder.rglob("*.safetensors")), home / f"aa{'1' * 62}.safetensors")
+    version = next(folder.glob("v*"))
     shutil.rmtree(version / "aa", ignore_errors=True)
     (version / "aa").symlink_to("../../home")
     (folder / "v9").symlink_to(version)

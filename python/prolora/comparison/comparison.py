@@ -309,9 +309,11 @@ def _list_equal_shapes(
     return equal
 
 
-def _factorise(cache: BasisCache, rank: Rank, device: str | None, weight: Tensor) -> Basis:
+def _factorise(
+    cache: BasisCache, rank: Rank, device: str | None, base: Base, module: str, weight: Tensor
+) -> Basis:
     """The basis of a weight [m, n], as that of a stack of one."""
-    return cache.bases(weight[None].to(device), rank)
+    return cache.bases(weight[None].to(device), rank, base.name, module)
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:

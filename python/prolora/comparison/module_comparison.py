@@ -21,6 +21,9 @@ from .rank_sweep import OverlapPoint, trace_curve
 
 _NAN = math.nan
 
+Factorise = Callable[[Base, str, Tensor], Basis]
+"""Gives the basis of a module of a base; its weight [m, n] was read already."""
+
 
 @dataclass(frozen=True)
 class ModuleComparison:
@@ -95,7 +98,7 @@ def compare_module(
     origin: str,
     target: Base,
     module: str,
-    factorise: Callable[[Tensor], Basis] | None,
+    factorise: Factorise | None,
 ) -> ModuleComparison:
     """Drift and cosine of a pair of weights, and the overlap of their bases where one is asked."""
     shape = matrix_shape(target.shapes[module])
@@ -110,7 +113,7 @@ def compare_module(
         raise
     if factorise is None:
         return ModuleComparison(origin, module, shape, affinity)
-    old, new = factorise(ours), factorise(theirs)
+    old, new = factorise(source, origin, ours), factorise(target, module, theirs)
     tables = basis_tables(old, new)
     similar = basis_similarity(old, new, tables)
     angles = angle_quantiles(old, new)

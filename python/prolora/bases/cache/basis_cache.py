@@ -133,15 +133,22 @@ class BasisCache:
 
         return self._find(names, shape, device, load, partial(self._compute, rank, describe))
 
-    def bases(self, weights: Tensor, rank: Rank) -> Basis:
-        """The same for weights that are in memory, a stack [b, m, n]."""
+    def bases(self, weights: Tensor, rank: Rank, base: str = "", module: str = "") -> Basis:
+        """The same for weights that are in memory, a stack [b, m, n].
+
+        Args:
+            weights: of one matrix shape.
+            rank: as in `of`.
+            base: whose weights they are, for `prolora basis list`; "" for nobody's.
+            module: which of its weights, where it is one.
+        """
         if self.folder is None:
             return truncated_svd(weights, rank)
         shape = (weights.shape[1], weights.shape[2])
         names = [basis_name(digest, rank) for digest in hash_weights(weights)]
 
         def describe(place: int) -> dict[str, str]:
-            return _describe_basis(names[place], rank, "", "")
+            return _describe_basis(names[place], rank, base, module)
 
         compute = partial(self._compute, rank, describe)
         return self._find(names, shape, weights.device, weights.__getitem__, compute)
