@@ -47,6 +47,14 @@ def test_merging_adds_the_update_and_leaves_the_original_alone():
     assert torch.equal(model[0].weight, before)
 
 
+def test_the_demo_offers_the_methods_that_it_can_show(prolora, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "probe" not in prolora("demo", "--help")[1]
+    code, _, text = prolora("demo", "--method", "probe", "-o", tmp_path / "out")
+    assert code == 2 and "--method" in text and "'auto', 'prolora'" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_lora_or_target_is_refused_with_the_choices(tmp_path):
     with pytest.raises(ProLoRAError, match=r"--lora none.*slanted, thick"):
         demo.run_demo(tmp_path, lora="none")

@@ -22,11 +22,10 @@ from ..workflow import inspection
 from . import basis, inspect_table
 from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
-from .demo import run_demo
+from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .options import JsonOption, parse_path
 from .transfer import show_report, transfer
-from .transfer_options import MethodOption
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,10 @@ def demo(
     target: Annotated[
         str, typer.Option(help="A shipped base to move to: pruned or finetuned.")
     ] = "pruned",
-    method: MethodOption = "auto",
+    method: Annotated[
+        DemoMethod,
+        typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),
+    ] = "auto",
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
     ] = 0,

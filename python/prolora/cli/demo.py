@@ -10,17 +10,17 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
+from ..core.methods import ProjectMethod
 from ..errors import ProLoRAError
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import check_writable
-from ..workflow.options import MethodChoice
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
 
@@ -28,6 +28,9 @@ STEPS = 25
 GUIDANCE = 2.0
 NULL_LABEL = 10
 SCALE = 4  # pixels of the picture for each of a sample
+
+DemoMethod = Literal["auto", ProjectMethod]
+"""The methods that need no whole pipelines; the shipped models are UNets alone."""
 
 
 def find_models() -> Path:
@@ -47,7 +50,7 @@ def run_demo(
     *,
     lora: str = "thick",
     target: str = "pruned",
-    method: MethodChoice = "auto",
+    method: DemoMethod = "auto",
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> tuple[Report, list[Path]]:
@@ -57,7 +60,7 @@ def run_demo(
         output: folder for the LoRA, the report and the picture; made if missing.
         lora: a file of the family's `loras` folder.
         target: "pruned" or "finetuned".
-        method: as `transfer` takes it.
+        method: as `transfer` takes it; the shipped models are no pipelines that "probe" could run.
         seed: of the noise.
         progress: called as progress(done, total, name).
 
