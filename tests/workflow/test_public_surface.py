@@ -7,6 +7,7 @@ import pydoc
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from mini import write_case
@@ -78,6 +79,38 @@ def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
     with pytest.raises(prolora.InvalidOption, match=name):
         prolora.transfer_many(case[:1], *case[1:], tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
+def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
+    given = TransferOptions(
+        rank=np.int64(8),
+        min_coverage=np.float32(0.5),
+        threshold=np.float64(0.25),
+        strength=np.float16(0.5),
+        damping=np.int32(2),
+        out_rank=np.int64(4),
+        max_memory=np.int64(1 << 40),
+        probe=prolora.Probing(images=np.int64(3), guidance=np.float32(2)),
+    )
+    plain = TransferOptions(
+        rank=8,
+        min_coverage=0.5,
+        threshold=0.25,
+        strength=0.5,
+        damping=2,
+        out_rank=4,
+        max_memory=1 << 40,
+        probe=prolora.Probing(images=3, guidance=2.0),
+    )
+    assert given == plain and repr(given) == repr(plain)
+    lora, source, target = write_case(tmp_path)
+    options = {"method": "prolora", "cache": tmp_path / "cache"}
+    for name, number in (("a", np.float64(0.5)), ("b", 0.5)):
+        out = tmp_path / name
+        prolora.transfer_file(lora, source, target, out, rank=number, threshold=number, **options)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    # One basis for each weight, by whichever number it was asked for.
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
+
 
 
 def test_memory_and_dtypes_may_be_texts(tmp_path):

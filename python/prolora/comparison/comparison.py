@@ -18,7 +18,7 @@ from ..bases.memory import Memory
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
-from ..core.rank_rule import Rank, check_rank
+from ..core.rank_rule import Rank, read_rank
 from ..core.validation import check_device
 from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
@@ -249,8 +249,7 @@ def compare(
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         NonFiniteWeights: NaN or Inf, named.
     """
-    if rank is not None:
-        check_rank(rank)
+    rank = None if rank is None else read_rank(rank)
     check_device(device)
     limit = parse_limit(max_memory)
     source, target = open_base(source), open_base(target)

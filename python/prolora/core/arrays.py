@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
+from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
 import torch.utils.dlpack
@@ -65,3 +67,21 @@ def to_kind_of(tensor: Tensor, template: Any) -> Any:
         return tensor
     library = sys.modules[type(template).__module__.partition(".")[0]]
     return library.from_dlpack(tensor.contiguous())
+
+
+def to_plain_number(value: Any) -> Any:
+    """A number of numpy as the number of Python that it stands for; anything else as it is.
+
+    numpy's print otherwise (`np.int64(8)`), and numpy's float64 is a float of another name.
+    """
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def make_fields_plain(options: Any) -> None:
+    """Puts `to_plain_number` of each field of a frozen dataclass into its place."""
+    for field in fields(options):
+        object.__setattr__(options, field.name, to_plain_number(getattr(options, field.name)))

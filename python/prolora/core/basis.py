@@ -18,7 +18,7 @@ from .arrays import to_tensor
 from .errors import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
 from .precision import in_full_precision, working_dtype
-from .rank_rule import Rank, check_rank
+from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
@@ -153,7 +153,7 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
             point, or on a device other than cpu and cuda.
     """
     weight = to_tensor(W, "W")
-    check_rank(rank)
+    rank = read_rank(rank)
     check_operand("W", weight)
     refuse_tangents("truncated_svd", weight)
     if weight.ndim < 2 or 0 in weight.shape[-2:]:

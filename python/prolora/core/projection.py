@@ -22,7 +22,7 @@ from .lowrank import LowRank
 from .methods import Method, Needs, Parts, ProjectMethod, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
-from .rank_rule import Rank, check_rank
+from .rank_rule import Rank, read_rank
 from .similarity import Similarity
 from .validation import check_operand, refuse_tangents
 
@@ -161,7 +161,7 @@ def project(
         ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" with a Basis.
     """
     chosen = find_method(method)
-    check_rank(rank)
+    rank = read_rank(rank)
     _check_method(chosen, kappa)
     if isinstance(delta, tuple | list):
         delta = _read_pair(delta)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .arrays import to_plain_number
 
 Rank = int | float
 """An int is that many columns; a float in (0, 1) the smallest number holding that share of Σσ²."""
 
 
-def check_rank(rank: Rank) -> None:
-    """Raises ValueError unless rank is an int ≥ 1 or a float in (0, 1)."""
+def read_rank(rank: Any) -> Rank:
+    """The rank as a number of Python; numpy's integers and floats are taken too.
+
+    Raises:
+        ValueError: it is neither an int ≥ 1 nor a float in (0, 1).
+    """
+    given, rank = rank, to_plain_number(rank)
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     share = isinstance(rank, float) and 0 < rank < 1
     if not (whole or share):
-        raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {rank!r}")
+        raise ValueError(f"rank must be an int ≥ 1 or a share of energy in (0, 1), not {given!r}")
+    checked: Rank = rank
+    return checked
 
 
 def columns_holding(s: Tensor, energy: float) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..bases.base import Progress
+from ..core.arrays import make_fields_plain
 from ..errors import InvalidOption
 
 Strategy = Literal["joint", "blocks"]
@@ -54,6 +55,7 @@ class Probing:
         Raises:
             InvalidOption: names the option and the values that it takes.
         """
+        make_fields_plain(self)
         several = isinstance(self.prompts, tuple | list)
         if not several or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
@@ -138,6 +140,7 @@ class FitSettings:
         Raises:
             InvalidOption: names the option and the values that it takes.
         """
+        make_fields_plain(self)
         _check_strategy(self.strategy)
         whole = _is_number(self.rank) and self.rank == int(self.rank)
         if not _is_number(self.rank) or self.rank <= 0 or (self.rank > 1 and not whole):

@@ -15,9 +15,10 @@ from ..adapters.adapter import Adapter
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
+from ..core.arrays import make_fields_plain
 from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
-from ..core.rank_rule import Rank, check_rank
+from ..core.rank_rule import Rank, read_rank
 from ..core.validation import check_device
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
@@ -116,8 +117,9 @@ class TransferOptions:
             InvalidOption: names the option and what it takes.
             UnsupportedDevice: the device cannot be used.
         """
+        make_fields_plain(self)
         try:
-            check_rank(self.rank)
+            read_rank(self.rank)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         for name, words in (

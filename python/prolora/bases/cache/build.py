@@ -11,7 +11,8 @@ from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
-from ...core.rank_rule import Rank
+from ...core.rank_rule import Rank, read_rank
+from ...core.validation import check_device
 from ...files.sizes import parse_limit
 from .. import BaseLike, open_base
 from ..base import Progress
@@ -71,8 +72,12 @@ def survey_base(
         progress: called as progress(done, total, name).
 
     Raises:
+        ValueError: a rank that is neither.
+        UnsupportedDevice: the device cannot be used.
         TooLittleMemory: the bound is below what the largest weight needs.
     """
+    rank = read_rank(rank)
+    check_device(device)
     base = open_base(base)
     memory = Memory(parse_limit(max_memory), rank)
     groups: dict[tuple[int, int], list[str]] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...architectures.modules import is_adaptable, matrix_shape
 from ...core.precision import in_full_precision
-from ...core.rank_rule import Rank
+from ...core.rank_rule import Rank, read_rank
 from ...errors import ProLoRAError
 from .. import BaseLike, open_base
 from ..base import Progress
@@ -189,6 +189,7 @@ def verify_cache(
     checked, damaged = _verify_files(Path(folder), progress)
     if base is None or rank is None:
         return VerifyResult(checked, damaged)
+    rank = read_rank(rank)
     opened, wrong, recomputed, absent = open_base(base), {}, 0, 0
     cache = BasisCache(folder)
     modules = [name for name in opened.shapes if is_adaptable(name)]
