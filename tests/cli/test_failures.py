@@ -173,6 +173,24 @@ def test_an_interrupted_command_says_so_by_its_exit_code(prolora, monkeypatch):
     assert prolora("inspect", "x")[0] == 130
 
 
+@pytest.mark.parametrize("device, words", [("abacus", "no device is called"), ("mps", "float64")])
+def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_path, device, words):
+    bases = line[2:]
+    for command in (
+        (*line, "-o", tmp_path / "out.safetensors"),
+        (*line, "--dry-run"),
+        ("compare", *bases),
+        ("basis", bases[1], "--cache", tmp_path / "cache"),
+    ):
+        code, out, text = prolora(*command, "--device", device)
+        assert code == 2 and not out and text.startswith("UnsupportedDevice: ") and words in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lora.safetensors",
+        "source",
+        "target",
+    ]
+
+
 @pytest.mark.parametrize("command", ["list", "verify", "prune"])
 def test_a_cache_that_cannot_be_listed_is_no_empty_cache(prolora, tmp_path, monkeypatch, command):
     (tmp_path / "file").write_text("")

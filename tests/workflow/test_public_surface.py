@@ -69,7 +69,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("dtype", "int8"),
         ("rank", math.nan),
         ("rank", 0),
-        ("device", "abacus"),
     ],
 )
 def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
@@ -79,6 +78,7 @@ def test_an_option_that_is_none_is_refused_by_its_name(tmp_path, name, value):
     with pytest.raises(prolora.InvalidOption, match=name):
         prolora.transfer_many(case[:1], *case[1:], tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
 
 def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
     given = TransferOptions(
@@ -110,7 +110,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     # One basis for each weight, by whichever number it was asked for.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 16
-
 
 
 def test_memory_and_dtypes_may_be_texts(tmp_path):

@@ -18,7 +18,7 @@ import typer
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..comparison.verdict import AUTO
-from ..core.ops import native
+from ..core.validation import check_device
 from ..errors import OutputError
 from ..files.sizes import parse_size
 
@@ -158,8 +158,8 @@ class Resources:
     ] = False
 
     def check_device(self) -> None:
-        """Raises RuntimeError, with the reason, where the device cannot be used."""
-        native.require_device(self.device)
+        """Raises UnsupportedDevice, with the reason, where the device cannot be used."""
+        check_device(self.device)
 
     @property
     def max_bytes(self) -> int | None:

@@ -115,7 +115,7 @@ class TransferOptions:
 
         Raises:
             InvalidOption: names the option and what it takes.
-            UnsupportedDevice: the device cannot be used.
+            UnsupportedDevice: there is no such device, or it cannot be used.
         """
         make_fields_plain(self)
         try:
@@ -142,7 +142,6 @@ class TransferOptions:
                 f"{self.strength!r}"
             )
         self._check_out_rank()
-        self._check_device()
         check_device(self.device)
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
@@ -155,12 +154,6 @@ class TransferOptions:
                 f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {self.method} "
                 "fits new ones: give a rank or a share of the energy"
             )
-
-    def _check_device(self) -> None:
-        try:
-            torch.device(self.device or "cpu")
-        except RuntimeError as error:
-            raise InvalidOption(f"device {self.device!r} is none that torch knows") from error
 
     def decide(self, verdict: Verdict | None) -> TransferOptions:
         """The options with method, strength and damping settled.
