@@ -10,6 +10,7 @@ from prolora import (
     LowRank,
     ProLoRAError,
     ShapeMismatch,
+    SolverFailure,
     UnsupportedDevice,
     UnsupportedTensor,
     damped,
@@ -18,6 +19,7 @@ from prolora import (
     similarity,
     truncated_svd,
 )
+from prolora.bases.cache.build import survey_base
 from prolora.core.validation import check_device, check_operand
 
 
@@ -114,6 +116,59 @@ def test_a_pair_has_two_factors():
         project((source, source, source), source, target)
 
 
+def test_no_function_that_looks_at_numbers_runs_under_vmap():
+    """And says so itself, with the way out."""
+    delta, source, target = (torch.stack([x, x]) for x in case())
+    update = LowRank(source[0], torch.eye(7, dtype=source.dtype))
+    for call, name in (
+        (lambda w: project(w, source[0], target[0], rank=3), "project"),
+        (lambda w: project(delta[0], w, target[0], rank=3), "project"),
+        (lambda w: truncated_svd(w, 3).S, "truncated_svd"),
+        (lambda w: similarity(w, target[0], rank=3).left, "truncated_svd"),
+        (lambda w: principal_angles(w, target[0]), "principal_angles"),
+        (lambda w: damped(update, w, source[0], 1.0).up, "damped"),
+    ):
+        words = rf"{name} cannot run under torch.func.vmap.*stacks.*\[b, m, n\]"
+        with pytest.raises(UnsupportedTensor, match=words):
+            torch.func.vmap(call)(source)
+    assert project(delta, source, target, rank=3).shape == delta.shape
+
+
+# --- Numbers of numpy.
+
+
+@pytest.mark.parametrize("rank", [np.int64(3), np.uint8(3), np.float64(0.5), np.float32(0.5)])
+def test_a_number_of_numpy_is_a_rank(rank):
+    delta, source, target = case()
+    plain = rank.item()
+    assert torch.equal(
+        project(delta, source, target, rank=rank), project(delta, source, target, rank=plain)
+    )
+    assert torch.equal(truncated_svd(source, rank).U, truncated_svd(source, plain).U)
+    found, wanted = (similarity(source, target, rank=r).left for r in (rank, plain))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("rank", [np.int64(0), np.float32(1.5), np.bool_(True), np.float64("nan")])
+def test_a_number_of_numpy_that_is_no_rank_is_refused(rank):
+    with pytest.raises(ValueError, match="rank must be"):
+        truncated_svd(torch.eye(4), rank)
+
+
+# --- Solvers.
+
+
+def test_an_svd_behind_angles_that_fails_is_an_error_of_prolora(monkeypatch):
+    _, source, target = case()
+
+    def fail(matrix):
+        raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fail)
+    with pytest.raises(SolverFailure, match="principal angles of X and Y did not converge"):
+        principal_angles(source, target)
+
+
 # --- Devices.
 
 
@@ -158,13 +213,16 @@ def test_a_tensor_on_a_device_of_another_kind_is_refused_by_name(monkeypatch):
 
 def test_a_device_is_refused_before_anything_is_read(tmp_path):
     missing = tmp_path / "lora.safetensors"
-    with pytest.raises(prolora.InvalidOption, match="device 'foo'"):
-        prolora.transfer(missing, missing, missing, device="foo")
-    with pytest.raises(UnsupportedDevice, match="no float64"):
-        prolora.transfer(missing, missing, missing, device="mps")
-    for device, words in (("foo", "no device is called"), ("mps", "no float64")):
-        with pytest.raises(UnsupportedDevice, match=words):
-            prolora.compare(missing, missing, device=device)
+    calls = (
+        lambda device: prolora.transfer(missing, missing, missing, device=device),
+        lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
+        lambda device: prolora.compare(missing, missing, device=device),
+        lambda device: survey_base(missing, 4, device=device),
+    )
+    for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):
+        for call in calls:
+            with pytest.raises(UnsupportedDevice, match=words):
+                call(device)
 
 
 # --- Derivatives: right, or refused.
@@ -218,6 +276,36 @@ def test_a_derivative_by_a_weight_is_refused_instead_of_zero(which):
     for options in ({"rank": 3}, {"method": "damped", "kappa": 1.0}):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(lambda w, o=options: by_weight(w, **o), (bases[which],), tangent)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{"rank": 3}, {"method": "damped", "kappa": 1.0}], ids=["prolora", "damped"]
+)
+def test_a_gradient_by_a_weight_is_refused_instead_of_absent(which, options):
+    delta, *bases = case()
+    delta.requires_grad_()
+    name = ("W_src", "W_tgt")[which]
+    pair = [w.clone().requires_grad_() if i == which else w for i, w in enumerate(bases)]
+    with pytest.raises(NotImplementedError, match=rf"no gradient.*{name}.detach\(\)"):
+        project(delta, *pair, **options)
+    with pytest.raises(NotImplementedError, match=name):
+        torch.func.grad(lambda w: project(delta, *pair[:which], w, *pair[which + 1 :]).sum())(
+            bases[which]
+        )
+    with torch.no_grad():
+        plain = project(delta, *pair, **options)
+    moved = project(delta, *(w.detach() for w in pair), **options)
+    assert torch.equal(plain, moved)
+    (gradient,) = torch.autograd.grad(moved.square().sum(), delta)
+    assert gradient.norm() > 0
+
+
+def test_a_gradient_of_damped_by_a_weight_is_refused():
+    _, source, target = case()
+    update = LowRank(source, target.mT)
+    with pytest.raises(NotImplementedError, match=r"damped has no gradient.*target"):
+        damped(update, source @ target.mT, (source @ target.mT).requires_grad_(), 1.0)
 
 
 def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():

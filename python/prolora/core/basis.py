@@ -25,7 +25,7 @@ from .svd.dense import dense_triplets
 from .svd.refinement import Refined
 from .svd.solvers import attempt
 from .svd.triplets import Triplets, join_triplets
-from .validation import check_operand, refuse_tangents
+from .validation import check_operand, refuse_tangents, refuse_vmap
 
 # The fields of a Basis: its factors, which a dtype is chosen for, and the facts about them.
 FACTORS = ("U", "S", "V")
@@ -116,6 +116,7 @@ def _add_batch_axis(basis: Basis) -> Basis:
     return Basis(**fields, rungs=basis.rungs)
 
 
+@refuse_vmap("truncated_svd")
 @in_full_precision
 def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
@@ -150,7 +151,7 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         NonFiniteWeights: W holds NaN or Inf.
         SolverFailure: no rung gave a result.
         UnsupportedTensor, UnsupportedDevice: W is sparse, complex, without data, not of floating
-            point, or on a device other than cpu and cuda.
+            point, inside of torch.func.vmap, or on a device other than cpu and cuda.
     """
     weight = to_tensor(W, "W")
     rank = read_rank(rank)

@@ -23,9 +23,10 @@ from .errors import ShapeMismatch
 from .lowrank import LowRank
 from .precision import in_full_precision, working_dtype
 from .svd.products import lower_gram
-from .validation import check_operand, refuse_tangents
+from .validation import check_operand, refuse_gradients, refuse_vmap
 
 
+@refuse_vmap("damped")
 @in_full_precision
 def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor) -> LowRank:
     """The update of a stack, damped along the drift of its weights.
@@ -45,11 +46,12 @@ def damped(delta: LowRank, source: Tensor, target: Tensor, kappa: float | Tensor
         ValueError: κ is negative or not finite.
         ShapeMismatch: delta, source and target do not have one shape, or κ is for other stacks.
         UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
+        NotImplementedError: a derivative with respect to a weight is asked for.
     """
     check_kappa(kappa, delta.shape[:-2])
     for name, weight in (("source", source), ("target", target)):
         check_operand(name, weight)
-        refuse_tangents(f"damped with respect to {name}", weight)
+        refuse_gradients("damped", name, weight)
         if weight.shape != delta.shape:
             raise ShapeMismatch(f"{name} is {list(weight.shape)} but delta {list(delta.shape)}")
     return Damper(source, target, delta.up.dtype).at(kappa)(delta)

@@ -24,7 +24,7 @@ from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
 from .similarity import Similarity
-from .validation import check_operand, refuse_tangents
+from .validation import check_operand, refuse_gradients, refuse_vmap
 
 DEFAULT_RANK: Rank = 0.99
 """The rank rule where the caller gives none: the columns that hold 99 % of a weight's energy.
@@ -118,6 +118,7 @@ def project(
 ) -> tuple[Array, ProjectionInfo]: ...
 
 
+@refuse_vmap("project")
 @in_full_precision
 def project(
     delta: Any,
@@ -159,6 +160,8 @@ def project(
         UnsupportedTensor, UnsupportedDevice: a tensor that is sparse, complex, without data, not of
             floating point, or on a device other than cpu and cuda.
         ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" with a Basis.
+        NotImplementedError: a derivative with respect to a weight is asked for: one requires a
+            gradient while torch records gradients. Those with respect to delta are right.
     """
     chosen = find_method(method)
     rank = read_rank(rank)
@@ -318,7 +321,7 @@ def _read_weights(
     for name, weight in (("W_src", source), ("W_tgt", target)):
         if isinstance(weight, Tensor):
             check_operand(name, weight)
-            refuse_tangents(f"project with respect to {name}", weight)
+            refuse_gradients("project", name, weight)
     if len(shape) == 2 and source.shape != target.shape and len(source.shape) == 4:
         raise ShapeMismatch(f"W_src is {list(source.shape)} but W_tgt {list(target.shape)}")
     return _read_weight(source, shape, "W_src"), _read_weight(target, shape, "W_tgt")

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
-from .errors import NonFiniteWeights, ShapeMismatch
+from .errors import NonFiniteWeights, ShapeMismatch, SolverFailure
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
 from .svd.products import lower_gram
-from .validation import check_operand
+from .svd.solvers import attempt
+from .validation import check_operand, refuse_vmap
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The quantiles that describe a spectrum of principal angles, from the smallest to the largest."""
@@ -124,6 +125,7 @@ def principal_angles(X: Tensor, Y: Any) -> Tensor: ...
 def principal_angles(X: Array, Y: Any) -> Array: ...
 
 
+@refuse_vmap("principal_angles")
 @in_full_precision
 def principal_angles(X: Any, Y: Any) -> Any:
     """Principal angles between the column spaces of X and Y, ascending, in radians.
@@ -141,6 +143,7 @@ def principal_angles(X: Any, Y: Any) -> Any:
     Raises:
         ShapeMismatch: X and Y live in different spaces.
         NonFiniteWeights: X or Y holds NaN or Inf.
+        SolverFailure: the SVD did not converge, or its input overflowed.
         UnsupportedTensor, UnsupportedDevice: as `truncated_svd`.
     """
     x, y = to_tensor(X, "X"), to_tensor(Y, "Y")
@@ -155,12 +158,26 @@ def principal_angles(X: Any, Y: Any) -> Any:
         )
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x
+    angles = attempt(lambda: _angles_of_columns(x, y))
+    if angles is None:
+        raise SolverFailure(
+            "the SVD behind the principal angles of X and Y did not converge: are their entries "
+            "too large or too small for float64?"
+        )
+    return to_kind_of(angles, X)
+
+
+def _angles_of_columns(x: Tensor, y: Tensor) -> Tensor:
+    """Principal angles [..., q] between the spans of x [..., m, p] and y [..., m, q], q ≤ p.
+
+    Raises:
+        LinAlgError: the SVD did not converge.
+    """
     x, y = torch.linalg.qr(x)[0], torch.linalg.qr(y)[0]
     inner = x.mT @ y
     cosines = torch.linalg.svdvals(inner).clamp(0, 1)
     sines = torch.linalg.svdvals(y - x @ inner).flip(-1).clamp(0, 1)
-    angles = torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
-    return to_kind_of(angles, X)
+    return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
 
 
 @in_full_precision

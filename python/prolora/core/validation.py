@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -67,6 +70,20 @@ def check_operand(name: str, tensor: Tensor) -> None:
         raise UnsupportedDevice(f"{name} is on {tensor.device}: {error}") from error
 
 
+def refuse_gradients(what: str, name: str, tensor: Tensor) -> None:
+    """Refuses a tensor whose derivative, forward or reverse, would be lost.
+
+    Raises:
+        NotImplementedError: `what` has no derivative with respect to it.
+    """
+    refuse_tangents(f"{what} with respect to {name}", tensor)
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise NotImplementedError(
+            f"{what} has no gradient with respect to {name}: give {name}.detach(), or call it "
+            "under torch.no_grad()"
+        )
+
+
 def refuse_tangents(what: str, *tensors: Tensor) -> None:
     """Refuses tensors that carry a forward-mode derivative which would be lost.
 
@@ -75,3 +92,21 @@ def refuse_tangents(what: str, *tensors: Tensor) -> None:
     """
     if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(f"{what} has no forward-mode derivative: torch.no_grad() first")
+
+
+@contextmanager
+def refuse_vmap(function: str) -> Iterator[None]:
+    """As a decorator: says of a function that looks at numbers why vmap, which hides them, fails.
+
+    Raises:
+        UnsupportedTensor: torch.func.vmap is at work.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("vmap:"):
+            raise
+        raise UnsupportedTensor(
+            f"{function} cannot run under torch.func.vmap, which hides the numbers that it must "
+            "look at; give it stacks: it takes [b, m, n] as it takes [m, n]"
+        ) from error
