@@ -25,19 +25,30 @@ UNET_ROOTS = frozenset(
     }
 )
 """What the names of a UNet's modules start with."""
+_WITHOUT_OTHER_BLOCKS = UNET_ROOTS | set(TEXT_ENCODERS)
 
-_ATTENTION = re.compile(r"(?:^|\.)attn\d?\.")
-# The layers LoRAs are commonly trained on, in UNets and transformers: attention, feed-forward and
-# the projections around them.
+# `attn1.to_q`, `self_attn.q_proj`, `audio_to_video_attn.to_k`, `attention.qkv`, `img_attn_qkv`.
+_ATTENTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:attn|attention)(?:\d|_qkv|_proj)?(?:\.|$)")
+# The layers of UNets that LoRAs are commonly trained on: attention, feed-forward and the
+# projections around them.
 _ADAPTABLE = re.compile(r"(^|\.)(attn\d?|ff|ff_context)\.|\.proj_(in|out|mlp)$")
-_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+# What no LoRA is trained on by default in the blocks of a transformer: what normalises, and what
+# makes its scales and shifts from the time step (`norm1.linear`, `img_mod.1`, `modCX.1`,
+# `adaLN_modulation.1`, `adaln_proj`, `scale_shift_table`).
+_CONDITIONING = re.compile(
+    r"(?:^|[._])(?:(?:layer|rms|group)?norms?\d*|ada_?(?:ln|norm)\w*|mod\d?|mod[CX]+|modulation\w*"
+    r"|\w*table\w*)(?:[._]|$)",
+    re.IGNORECASE,
+)
+_TRANSFORMER_BLOCK = re.compile(r"((?:.+\.)?(?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 
 class BlockPosition(NamedTuple):
     """Where a module lies in a stack of transformer blocks.
 
     Attributes:
-        stack: `transformer_blocks`, `down_blocks.1.attentions.0.transformer_blocks`, …
+        stack: `transformer_blocks`, `down_blocks.1.attentions.0.transformer_blocks`, `blocks`,
+            `llm_adapter.blocks`, `context_refiner`, …
         number: of the block in its stack, as it is written.
         local: the module's name within its block.
     """
@@ -67,19 +78,45 @@ def is_in_text_encoder(module: str) -> bool:
 
 
 def find_block(module: str) -> BlockPosition | None:
-    """The transformer block that a module lies in, None outside of all."""
-    match = _BLOCK.fullmatch(module)
-    return BlockPosition(match[1], match[2], match[3]) if match else None
+    """The transformer block that a module lies in, None outside of all.
+
+    A UNet and its text encoders have blocks only in stacks called `transformer_blocks`. In any
+    other model the outermost list that holds more than single layers is a stack of blocks, whatever
+    it is called: `blocks.3.self_attn.q_proj` lies in block 3, `img_emb.proj.1` and
+    `caption_projection.3.linear` in none.
+    """
+    match = _TRANSFORMER_BLOCK.fullmatch(module)
+    if match is not None:
+        return BlockPosition(match[1], match[2], match[3])
+    words = module.split(".")
+    place = next((i for i, word in enumerate(words) if word.isdecimal()), 0)
+    if words[0] in _WITHOUT_OTHER_BLOCKS or not 0 < place < len(words) - 1:
+        return None
+    if place + 2 == len(words) and not words[place - 1].endswith("blocks"):
+        return None
+    return BlockPosition(".".join(words[:place]), words[place], ".".join(words[place + 1 :]))
 
 
 def is_attention(module: str) -> bool:
     """Whether a module is part of an attention layer of a UNet or transformer."""
-    return _ATTENTION.search(module) is not None
+    return not is_in_text_encoder(module) and _ATTENTION.search(module) is not None
 
 
 def is_adaptable(module: str) -> bool:
-    """Whether LoRAs are commonly trained on this module."""
-    return _ADAPTABLE.search(module) is not None
+    """Whether LoRAs are commonly trained on this module.
+
+    In a UNet: attention, feed-forward and the projections around them. In any other model: whatever
+    lies in a block and neither normalises nor makes scales and shifts from the time step.
+    """
+    root = module.split(".", 1)[0]
+    if root in TEXT_ENCODERS:
+        return False
+    if root in UNET_ROOTS:
+        return _ADAPTABLE.search(module) is not None
+    block = find_block(module)
+    if block is None:
+        return _ADAPTABLE.search(module) is not None
+    return _CONDITIONING.search(block.local) is None
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -103,6 +140,7 @@ def have_equal_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
 def find_stage(module: str) -> str:
     """The part of the model a module is in: `down_blocks.1`, `mid_block`, `transformer_blocks`."""
     parts = module.split(".")
-    if parts[0] in ("transformer_blocks", "single_transformer_blocks"):  # one stack for the model
-        return parts[0]
-    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+    if parts[0] in UNET_ROOTS:
+        return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+    block = find_block(module)
+    return block.stack if block else parts[0]

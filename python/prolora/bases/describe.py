@@ -8,8 +8,10 @@ from collections import Counter
 from ..architectures.modules import find_block, find_stage, is_adaptable, matrix_shape
 from .base import Base
 
-_QUERY = re.compile(r"\.attn1?\.to_q$")
-_CONTEXT = re.compile(r"\.attn2\.to_k$|^context_embedder$|^caption_projection\.linear_1$")
+_QUERY = re.compile(r"(?:^|[._])(?:attn1?|attention)\.(?:to_q|q|q_proj|wq|(?:to_)?qkv)$")
+_CONTEXT = re.compile(
+    r"\.attn2\.to_k$|\.cross_attn\.(?:k|k_proj)$|^context_embedder$|^caption_projection\.linear_1$"
+)
 
 
 def classify_model(base: Base) -> str:
@@ -17,24 +19,24 @@ def classify_model(base: Base) -> str:
     roots = {module.split(".", 1)[0] for module in base.shapes}
     if roots & {"down_blocks", "up_blocks", "mid_block"}:
         return "UNet"
-    return "transformer" if roots & {"transformer_blocks", "single_transformer_blocks"} else "model"
+    return "transformer" if any(map(find_block, base.shapes)) else "model"
 
 
 def describe_base(base: Base) -> str:
-    """One line: kind, transformer blocks by place, widths, and what text features it reads."""
+    """One line: kind, blocks by stack, widths, and what text features it reads."""
+    kind = classify_model(base)
     blocks = {
-        f"{block.stack}.{block.number}" for module in base.shapes if (block := find_block(module))
+        (block.stack, block.number)
+        for module in base.shapes
+        if (block := find_block(module)) and is_adaptable(module)
     }
     if not blocks:
-        return f"a {classify_model(base)} without transformer blocks ({len(base.shapes)} weights)"
-    places = Counter(
-        find_stage(name) if classify_model(base) == "UNet" else name.split(".")[0]
-        for name in blocks
-    )
+        return f"a {kind} without transformer blocks ({len(base.shapes)} weights)"
+    places = Counter(find_stage(stack) if kind == "UNet" else stack for stack, _ in blocks)
     counts = ", ".join(f"{count} in {where}" for where, count in sorted(places.items()))
-    widths = {base.shapes[module][0] for module in base.shapes if _QUERY.search(module)}
+    widths = {base.shapes[module][-1] for module in base.shapes if _QUERY.search(module)}
     context = {base.shapes[module][1] for module in base.shapes if _CONTEXT.search(module)}
-    line = f"a {classify_model(base)} with {len(blocks)} transformer blocks ({counts})"
+    line = f"a {kind} with {len(blocks)} transformer blocks ({counts})"
     if widths:
         line += f" of width {_join_numbers(widths)}"
     return line + (f", reading text features of {_join_numbers(context)}" if context else "")

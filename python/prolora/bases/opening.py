@@ -34,7 +34,8 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
                 has several variants the plain file is taken, else fp16, bf16, fp32, any other. Text
             encoders beside it are opened too, where they are safetensors;
             a single-file checkpoint (safetensors or GGUF) in LDM/SGM names, in diffusers' or in
-            those of the authors of FLUX, SD3 and PixArt, with or without a prefix;
+            those of the authors of a known family, with or without a prefix. A transformer of any
+            other family keeps the names it has;
             a model on the Hugging Face Hub, `org/name` or `hf://org/name[@revision][/path]`, if
             `huggingface_hub` is installed; only the files needed are fetched;
             a mapping {name: tensor} or a module, whose tensors are used as they are;

@@ -22,7 +22,7 @@ from ..adapters.overview import (
 )
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
-from ..architectures.modules import find_component, local_name
+from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
 from ..errors import ProLoRAError
 
@@ -188,6 +188,9 @@ def _describe_adapter(
 
 def _layer_type(name: str) -> str:
     """What a module does, without where it is: `attn1.to_q`, `ff.net.2`, `mlp.fc1`, `conv1`."""
+    block = find_block(name)
+    if block is not None:
+        return block.local
     return _BLOCKS.sub("", local_name(name)) or name
 
 

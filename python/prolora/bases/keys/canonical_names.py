@@ -13,10 +13,15 @@ from ...errors import UnsupportedFormat
 from ..weights import Weight
 from .float8 import apply_scales
 from .fused_weights import find_authors, split_weight
+from .other_models import explain_other_model
 from .text_encoders import split_encoders
 
-# What a UNet's or transformer's keys start with where one file holds several models.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+# What a diffusion model's keys start with where one file holds several models.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# The same where the names of diffusers follow; without them it is a part of a model of that name.
+_DIFFUSERS_PREFIXES = ("unet.", "transformer.")
+# What all keys of a file may start with, and what says nothing then.
+_WRAPPERS = ("model.", "net.", "transformer.", "unet.")
 _LDM = ("input_blocks.", "middle_block.", "output_blocks.")
 _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
 _DIFFUSERS = (
@@ -40,7 +45,6 @@ _FLOATS = {
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 }
-_SPELLINGS = "diffusers, LDM/SGM, or the authors' of FLUX, SD3 and PixArt"
 
 
 def name_weights(
@@ -52,28 +56,44 @@ def name_weights(
         weights: all keys of the checkpoint.
         where: what messages call it.
         metadata: what the headers say of quantised layers (`quantised.METADATA_KEY`).
-        strict: also refuse names that belong to no UNet or transformer.
+        strict: also refuse a file that holds no diffusion model.
 
     Raises:
-        UnsupportedFormat: an adapter, a quantised model that is not read, a spelling that is not
-            known, or two keys for one module.
+        UnsupportedFormat: an adapter, a quantised model that is not read, a file without a
+            diffusion model, or two keys for one module.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     _refuse_adapters(weights, where)
     weights = apply_scales(weights, metadata, where)
     encoders, weights = split_encoders(weights, where)
-    prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in weights)), "")
-    model = {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
-    if prefix in ("unet.", "transformer.") and not _has_prefix(model, _DIFFUSERS):
-        model = weights  # a model of another kind, with a part of that name
+    model = _select_model(weights)
     names = _KeySpelling(model)
-    if strict and not names.known:
+    if strict and not names.known and (reason := explain_other_model(model)) is not None:
         raise UnsupportedFormat(
-            f"{where}: holds no UNet or transformer in a spelling that is known ({_SPELLINGS}); "
-            f"it starts with {', '.join(list(model)[:3]) or 'nothing'}"
+            f"{where}: holds no UNet or transformer of a diffusion model: it {reason}"
         )
     named = _name_modules(model, names, where)
     return named | encoders
+
+
+def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The diffusion model's weights among those of a file, without the prefix that all have."""
+    for prefix in _PREFIXES:
+        if model := _take_prefix(weights, prefix):
+            return model
+    for prefix in _DIFFUSERS_PREFIXES:
+        if _has_prefix(model := _take_prefix(weights, prefix), _DIFFUSERS):
+            return model
+    matrices = [key for key, weight in weights.items() if len(weight.shape) > 1]
+    for prefix in _WRAPPERS:
+        if matrices and all(key.startswith(prefix) for key in matrices):
+            return _take_prefix(weights, prefix)
+    return dict(weights)
+
+
+def _take_prefix(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
+    """The weights with this prefix, without it."""
+    return {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
 
 
 class _KeySpelling:
