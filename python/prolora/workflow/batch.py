@@ -6,7 +6,6 @@ is in the basis cache by then.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -18,7 +17,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..adapters.unread import open_adapter
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
@@ -26,6 +24,7 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..comparison.width_selection import WidthFinder
 from ..core.methods import Needs
 from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
@@ -33,9 +32,10 @@ from ..core.rank_rule import Rank
 from ..errors import OutputError, ProLoRAError
 from ..probe.settings import Probing
 from .by_weights.file_budget import OutputForm
-from .by_weights.lora_work import LORA_FAILURES
+from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
 from .by_weights.move_updates import move_all
 from .by_weights.pipeline import Job, decide_method, finish_job, list_inputs, prepare_job
+from .by_weights.slicing import slice_source
 from .options import (
     DEFAULT_PROBING,
     DroppedMode,
@@ -52,9 +52,6 @@ from .output_paths import check_name, check_output, name_outputs
 from .report import Report
 from .resume import Recipe
 from .transfer import Transfer, run_transfer_file, save_result
-
-# Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
-BYTES_A_NUMBER = 12
 
 
 @dataclass(frozen=True)
@@ -236,6 +233,7 @@ class _Batch:
         chosen: the same with blocks matched, and no progress: each group labels its own.
         output: what the results are written as.
         memory: what may be in memory at a time.
+        widths: what is known of a target that is narrower than the source.
         inputs: what no output may overwrite: the LoRAs that are there, and the bases.
     """
 
@@ -246,6 +244,7 @@ class _Batch:
     chosen: TransferOptions
     output: OutputForm
     memory: Memory
+    widths: WidthFinder
     inputs: list[Path]
 
     @classmethod
@@ -272,7 +271,8 @@ class _Batch:
         memory = Memory(asked.memory_limit, asked.rank)
         # A path that cannot be looked at is no file that could be overwritten.
         inputs = [lora for lora in loras if os.path.exists(lora)] + [*source.files, *target.files]
-        return cls(loras, source, target, asked, chosen, output, memory, inputs)
+        widths = WidthFinder(source, target, asked.device)
+        return cls(loras, source, target, asked, chosen, output, memory, widths, inputs)
 
     def list_tasks(self, outputs: list[Path], redo: bool, cache: BasisCache) -> list[_Task]:
         """A task for every LoRA; those whose result is there already are done."""
@@ -321,36 +321,38 @@ class _Batch:
         for i, task in enumerate(group):
             show(i, f"reading {task.lora.name}")
             task.attempt(partial(self._prepare, task, cache))
+        # One for all, so that each weight is looked at once.
+        plans = [task.job.plan for task in group if task.job is not None]
+        bases = slice_source(self.source, plans), self.target
         results = 0
         for task in group:
             if task.job is not None:
                 results += task.job.work.result_bytes()
-                task.attempt(partial(self._decide, task.job, cache, results))
+                task.attempt(partial(decide_method, task.job, *bases, cache, self.memory, results))
         jobs = [task.job for task in group if task.job is not None]
         started = time.perf_counter()
         works = [job.work for job in jobs]
-        move_all(works, self.source, self.target, cache, self.memory, progress)
+        move_all(works, *bases, cache, self.memory, progress)
         share = (time.perf_counter() - started) / max(1, len(jobs))
         for i, task in enumerate(group):
             if task.job is None:
                 continue
             show(i, f"writing {task.lora.name}")
             task.seconds += share
-            report = task.attempt(partial(self._finish, task, task.job, cache))
+            report = task.attempt(partial(self._finish, task, task.job, bases, cache))
             task.job = None  # its factors are on the disk now
             task.finish(report)
         show(len(group), "")
 
     def _prepare(self, task: _Task, cache: BasisCache) -> None:
         check_output(task.out, self.inputs)
-        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, self.output, cache)
+        task.job = prepare_job(
+            task.lora, self.source, self.target, self.chosen, self.output, cache, self.widths
+        )
 
-    def _decide(self, job: Job, cache: BasisCache, results: int) -> None:
-        decide_method(job, self.source, self.target, cache, self.memory, results)
-
-    def _finish(self, task: _Task, job: Job, cache: BasisCache) -> Report:
+    def _finish(self, task: _Task, job: Job, bases: tuple[Base, Base], cache: BasisCache) -> Report:
         notes = task.recipe.describe if task.recipe else None
-        result = finish_job(job, self.source, self.target, cache, notes)
+        result = finish_job(job, *bases, cache, notes)
         inputs = list_inputs(task.lora, self.source, self.target)
         return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.output)
 
@@ -360,7 +362,7 @@ def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
     group: list[_Task] = []
     size = 0
     for task in tasks:
-        more = _estimate_size(task.lora)
+        more = estimate_bytes(task.lora)
         if group and size + more > memory.lora_bytes:
             yield group
             group, size = [], 0
@@ -368,15 +370,6 @@ def _group_tasks(tasks: list[_Task], memory: Memory) -> Iterator[list[_Task]]:
         size += more
     if group:
         yield group
-
-
-def _estimate_size(lora: Path) -> int:
-    """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
-    try:
-        headers = open_adapter(lora).headers.values()
-    except LORA_FAILURES:
-        return 0
-    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)
 
 
 @contextmanager

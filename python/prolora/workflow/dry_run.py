@@ -27,6 +27,12 @@ from .by_weights.assembly import (
 )
 from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import plan_transfer
+from .by_weights.slicing import (
+    describe_sliced_module,
+    measure_sliced,
+    slice_adapter,
+    slice_source,
+)
 from .by_weights.vectors import carry_vectors
 from .moved_before import check_moved_before
 from .options import (
@@ -72,14 +78,15 @@ def plan_report(
     probe: Probing = DEFAULT_PROBING,
     progress: Progress | None = None,
 ) -> Report:
-    """What `transfer` would map, skip and refuse: no weight is read and nothing is factored.
+    """What `transfer` would map, skip and refuse: nothing is factored, and weights are hardly read.
 
     Every argument has the meaning that it has in `transfer`. Ranks and energies are those of a
     LoRA's own factors; what first has to be made one (DoRA, LoHa, full differences …) counts with
     the rank that the file states and no energy.
 
     The similarity threshold needs weights, so modules that it would skip still count as mapped
-    here. Matching by similarity needs them too: it alone reads them.
+    here. Matching by similarity needs them too, and so does a target that is narrower than the
+    source: only then they are read.
 
     Returns:
         A report with the keys of a real one, `dry_run` set.
@@ -125,6 +132,8 @@ def _plan_by_weights(
 ) -> Report:
     """A row for every module, as the plan has it."""
     plan = plan_transfer(adapter, source, target, options, options.cache)
+    whole = measure_sliced(adapter, plan)
+    adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
     summed = sum_dropped_blocks(adapter, plan)
     route = Route(adapter, plan, source, target, options)
     if output != OutputForm():
@@ -132,7 +141,8 @@ def _plan_by_weights(
     rows = list_unplaced_modules(adapter, plan)
     for pair in plan.pairs:
         row = describe_unchanged(summed, pair.source, pair.target, "would be projected")
-        rows.append(describe_summed_module(row, adapter, plan))
+        row = describe_summed_module(row, adapter, plan)
+        rows.append(describe_sliced_module(row, plan, whole))
     for name in plan.passed:
         rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
     moved = {pair.source: pair.target for pair in plan.pairs}

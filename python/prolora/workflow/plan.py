@@ -1,9 +1,10 @@
 """Where every module of a LoRA goes, and why one is skipped or refused: from names and shapes.
 
-No weight is read here. Every module of the adapter ends in the plan exactly once: as a pair, as
-summed onto another, as skipped with the reason, or as refused with the reason. Two reasons to skip
-arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`), and an update that
-depends on a weight that the base does not hold (`adapters/reading.py`).
+No weight is read here, unless the target is narrower: then a `WidthFinder` looks whether it kept
+some of the source's rows and columns. Every module of the adapter ends in the plan exactly once: as
+a pair, as summed onto another, as skipped with the reason, or as refused with the reason. Two
+reasons to skip arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`),
+and an update that depends on a weight that the base does not hold (`adapters/reading.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import can_probe
 from ..comparison.module_map import BlockDecision, Match, Matching, find_partners
+from ..comparison.width_selection import Selection, WidthFinder
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
 from .options import TransferOptions
@@ -51,6 +53,8 @@ class Plan:
         passed: text-encoder modules, carried over unchanged.
         summed: module of a dropped block -> the surviving neighbour's module its update is added to
             before anything is projected (`sum_dropped_blocks`). That module has a pair.
+        selections: source module -> the rows and columns that its narrower target has; its pair is
+            of the target's shape.
         skipped: source module -> why it has no place on the target.
         refused: source module -> why nothing well defined can be written.
         rule: how modules were paired, for the report.
@@ -63,6 +67,7 @@ class Plan:
     pairs: list[Pair] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
     summed: dict[str, str] = field(default_factory=dict)
+    selections: dict[str, Selection] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     rule: str = "same name"
@@ -104,6 +109,7 @@ def make_plan(
     match: Match = "name",
     text_encoder: str = "copy",
     dropped: str = "skip",
+    widths: WidthFinder | None = None,
 ) -> Plan:
     """Pairs the adapter's modules with the target's.
 
@@ -119,6 +125,8 @@ def make_plan(
         dropped: what becomes of the updates of transformer blocks that the target has dropped:
             "skip" leaves them out, "sum" adds them to those of the nearest block of the same place
             that is still there (of two equally near, the earlier).
+        widths: finds the rows and columns of modules that are narrower on the target; None refuses
+            all of them.
 
     Raises:
         UnsupportedFormat: a module the source base does not have; a match that is not understood;
@@ -139,7 +147,7 @@ def make_plan(
         plan.summed = _find_neighbours(modules, plan.table, source, target)
     elif dropped != "skip":
         raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
-    placed = _pair_modules({*modules, *plan.summed.values()}, source, target, plan)
+    placed = _pair_modules({*modules, *plan.summed.values()}, source, target, plan, widths)
     for name in modules:
         if name not in placed and name not in plan.summed:
             plan.skipped[name] = _explain_skipped(name, match)
@@ -158,30 +166,53 @@ def _explain_skipped(name: str, match: Match) -> str:
     return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
 
 
-def _pair_modules(wanted: set[str], source: Base, target: Base, plan: Plan) -> set[str]:
+def _pair_modules(
+    wanted: set[str], source: Base, target: Base, plan: Plan, widths: WidthFinder | None
+) -> set[str]:
     """Puts the wanted modules that have a partner into the plan, and returns them.
 
-    A module of another shape than all its partners is refused.
+    A module of another shape than all its partners is refused, unless one of them is a selection
+    of its rows and columns.
     """
-    placed: set[str] = set()
-    probing = can_probe(source.path, target.path)
-    for module, origin in plan.table.items():
-        if origin not in wanted:
-            continue
-        placed.add(origin)
-        ours, theirs = source.shapes[origin], target.shapes[module]
-        if not have_equal_shapes(ours, theirs):
-            plan.refused[origin] = (
-                f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the "
-                "source: no "
-                "published data-free method maps between widths"
-                + (PROBE_INSTEAD if probing else "")
-            )
-            continue
-        plan.pairs.append(Pair(origin, module, matrix_shape(ours)))
+    pairs = [(module, origin) for module, origin in plan.table.items() if origin in wanted]
+    equal = {
+        pair for pair in pairs if have_equal_shapes(source.shapes[pair[1]], target.shapes[pair[0]])
+    }
+    whole = {origin for _, origin in equal}
+    others = [pair for pair in pairs if pair[1] not in whole]
+    selections = widths.find(others, plan.table) if widths and others else {}
+    for module, origin in pairs:
+        selection = selections.get((module, origin))
+        if (module, origin) in equal:
+            plan.pairs.append(Pair(origin, module, matrix_shape(source.shapes[origin])))
+        elif selection and origin not in plan.selections:
+            plan.selections[origin] = selection
+            plan.pairs.append(Pair(origin, module, matrix_shape(target.shapes[module])))
+        elif origin not in whole:
+            tried = widths is not None and widths.may_be(module, origin)
+            plan.refused[origin] = _explain_other_width(module, origin, source, target, tried)
     for pair in plan.pairs:
         plan.refused.pop(pair.source, None)  # another of its partners has its shape
-    return placed
+    return {origin for _, origin in pairs}
+
+
+def _explain_other_width(module: str, origin: str, source: Base, target: Base, tried: bool) -> str:
+    """Why a pair of other shapes is refused.
+
+    Args:
+        module: of the target.
+        origin: its partner on the source.
+        source: the base that the LoRA was trained on.
+        target: the base that it moves to.
+        tried: whether the target's rows and columns were looked for among the source's.
+    """
+    ours, theirs = source.shapes[origin], target.shapes[module]
+    why = "its rows and columns are no selection of the source's, and " if tried else ""
+    reason = (
+        f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
+        f"{why}no published data-free method maps between widths"
+    )
+    return reason + PROBE_INSTEAD if can_probe(source.path, target.path) else reason
 
 
 def place_text_encoders(

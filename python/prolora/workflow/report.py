@@ -185,6 +185,13 @@ class Report:
             f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
             f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
+        residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
+        if residuals:
+            sentences.append(
+                f"{len(residuals)} modules are narrower on the target, whose weights are rows and "
+                f"columns of the source's to within {max(residuals):.2%}: their factors are sliced "
+                "alike."
+            )
         if self.vectors:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ...adapters.adapter import Adapter
+from ...adapters.unread import open_adapter
 from ...core.lowrank import LowRank
 from ...core.methods import Method, find_method
 from ...core.precision import is_finite
@@ -19,6 +22,9 @@ from ..plan import Pair, Plan
 
 LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
 """Errors that end the LoRA in which they happen and no other of the same call."""
+
+# Bytes in memory for each number of a LoRA: float32 before the move, twice the rank after it.
+BYTES_A_NUMBER = 12
 
 Moved = tuple[Pair, LowRank | None, ModuleReport]
 """A pair, the update of its target (None where the pair was skipped), and the row of the report."""
@@ -120,3 +126,12 @@ def share_time(works: Sequence[LoraWork], stage: str) -> Iterator[None]:
     share = (time.perf_counter() - started) / len(works)
     for work in works:
         work.clock.add(stage, share)
+
+
+def estimate_bytes(lora: Path) -> int:
+    """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
+    try:
+        headers = open_adapter(lora).headers.values()
+    except LORA_FAILURES:
+        return 0
+    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)

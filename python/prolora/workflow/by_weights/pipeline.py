@@ -18,6 +18,7 @@ from ...bases.vae import can_probe
 from ...comparison.block_matching import resolve_match
 from ...comparison.drift import Affinity, measure_affinities
 from ...comparison.verdict import Verdict, judge_affinity
+from ...comparison.width_selection import WidthFinder
 from ...core.lowrank import LowRank
 from ...core.methods import Needs
 from ...errors import LowCoverage, UnrelatedBases
@@ -42,6 +43,7 @@ from .assembly import (
 from .file_budget import OutputForm
 from .lora_work import Clock, LoraWork
 from .move_updates import move_all
+from .slicing import describe_sliced_module, measure_sliced, slice_adapter, slice_source
 from .vectors import carry_vectors
 
 Notes = Callable[[BasisCache], Mapping[str, str]]
@@ -67,7 +69,7 @@ class Job:
         asked: the options, before anything was decided.
         output: what the result will be written as.
         work: what is moved, and what has been.
-        energies: ‖ΔW_s‖² of the modules without a place.
+        energies: ‖ΔW_s‖² of the modules without a place, and of those that were sliced.
         affinities: target module -> affinity of its pair of weights.
         verdict: on the pair of bases; None where no weight is moved.
     """
@@ -98,6 +100,7 @@ def transfer_by_weights(
     memory = Memory(options.memory_limit, options.rank)
     with BasisCache(options.cache).saving() as cache:
         job = prepare_job(lora, source, target, options, output, cache)
+        source = slice_source(source, [job.plan])
         decide_method(job, source, target, cache, memory, job.work.result_bytes())
         move_all([job.work], source, target, cache, memory, options.progress)
         return finish_job(job, source, target, cache, notes)
@@ -110,15 +113,28 @@ def prepare_job(
     asked: TransferOptions,
     output: OutputForm,
     cache: BasisCache,
+    widths: WidthFinder | None = None,
 ) -> Job:
-    """Reads and plans; refuses all that can be refused without looking at weights."""
+    """Reads and plans; refuses all that can be refused without looking at weights.
+
+    Args:
+        lora: what is moved.
+        source: the base that it was trained on.
+        target: the base that it moves to.
+        asked: the options.
+        output: what the result is written as.
+        cache: what is known of the weights.
+        widths: what is known of a narrower target; None starts anew.
+    """
     clock = Clock()
     with clock("read"):
         check_moved_before(lora, source, asked, cache)
         adapter = read_lora(lora, source)
     with clock("match"):
-        plan = plan_transfer(adapter, source, target, asked, cache)
+        plan = plan_transfer(adapter, source, target, asked, cache, widths)
     check_coverage(adapter, plan, asked.min_coverage)
+    whole = measure_sliced(adapter, plan)
+    adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
     summed = sum_dropped_blocks(adapter, plan)
     if output != OutputForm():
         output.check(outline_result(summed, Route(adapter, plan, source, target, asked)))
@@ -126,7 +142,7 @@ def prepare_job(
     moved = replace(summed, updates={n: x for n, x in summed.updates.items() if n in used})
     # Modules without a place are measured now, so that their factors need no memory later.
     unplaced = {name: adapter.updates[name] for name in (*plan.skipped, *plan.refused)}
-    energies = {name: update.norm().square().item() for name, update in unplaced.items()}
+    energies = {name: update.norm().square().item() for name, update in unplaced.items()} | whole
     updates = {n: hollow_update(x) if n in unplaced else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
     work = LoraWork(moved, plan, asked, clock, own_ranks=find_own_ranks(adapter, plan))
@@ -141,9 +157,17 @@ def read_lora(lora: LoraLike, source: Base) -> Adapter:
 
 
 def plan_transfer(
-    adapter: Adapter, source: Base, target: Base, options: TransferOptions, cache: CacheLike
+    adapter: Adapter,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    cache: CacheLike,
+    widths: WidthFinder | None = None,
 ) -> Plan:
-    """Where every module goes; weights are read only to match blocks by similarity."""
+    """Where every module goes.
+
+    Weights are read only to match blocks by similarity, and where the target is narrower.
+    """
     match = resolve_match(
         options.match,
         source,
@@ -153,7 +177,10 @@ def plan_transfer(
         max_memory=options.max_memory,
         progress=_label_stage("matching", options.progress),
     )
-    return make_plan(adapter, source, target, match, options.text_encoder, options.dropped)
+    widths = widths or WidthFinder(
+        source, target, options.device, _label_stage("comparing", options.progress)
+    )
+    return make_plan(adapter, source, target, match, options.text_encoder, options.dropped, widths)
 
 
 def decide_method(
@@ -246,6 +273,7 @@ def _collect_results(job: Job) -> tuple[dict[str, LowRank], list[ModuleReport]]:
     rows = list_unplaced_modules(adapter, plan, job.energies)
     for pair, update, row in job.work.moved:
         row, affinity = describe_summed_module(row, adapter, plan), job.affinities[pair.target]
+        row = describe_sliced_module(row, plan, job.energies)
         rows.append(replace(row, drift=affinity.drift, cosine=affinity.cosine))
         if update is not None:
             updates[pair.target] = update
