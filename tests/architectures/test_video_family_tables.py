@@ -6,12 +6,14 @@ import math
 import re
 
 import pytest
+import torch
 from family_files import (
     assert_equal_tensors,
     is_parameter,
     make_authors_file,
     make_lora,
     name_weights,
+    rename_by_aliases,
 )
 
 from prolora.architectures.families import known_families
@@ -24,18 +26,24 @@ lora_files = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
 CHECKPOINTS = {
     "wan": single_file.convert_wan_transformer_to_diffusers,
     "cosmos": single_file.convert_cosmos_transformer_checkpoint_to_diffusers,
+    "ltxv": single_file.convert_ltx_transformer_checkpoint_to_diffusers,
+    "ltx2": single_file.convert_ltx2_transformer_to_diffusers,
 }
-LAYOUTS = [(id_, layout) for id_ in CHECKPOINTS for layout in known_families()[id_].layouts]
+IDS = (*CHECKPOINTS, "hunyuan-video", "hunyuan-video-1.5", "hunyuan-image")
+LAYOUTS = [(id_, layout) for id_ in IDS for layout in known_families()[id_].layouts]
 ADAPTER = "llm_adapter."
 
 
 def is_converted(module: str) -> bool:
-    """All but two things.
+    """All but these.
 
     Anima's adapter of the text encoder is a model of its own in diffusers. The positions of two
-    images in Wan FLF2V keep the authors' name there; only diffusers' script renames them.
+    images in Wan FLF2V and the modulations by the prompt in LTX-2.3 keep the authors' names there;
+    only diffusers' scripts rename them.
     """
-    return not module.startswith(ADAPTER) and not module.endswith("image_embedder.pos_embed")
+    return not module.startswith((ADAPTER, "prompt_adaln.", "audio_prompt_adaln.")) and (
+        not module.endswith("image_embedder.pos_embed")
+    )
 
 
 def is_adaptable(module: str) -> bool:
@@ -52,7 +60,7 @@ def by_id(id_: str) -> Family:
     return known_families()[id_]
 
 
-@pytest.mark.parametrize(("id_", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("id_", "layout"), [pair for pair in LAYOUTS if pair[0] in CHECKPOINTS])
 def test_an_authors_checkpoint_is_what_diffusers_makes_of_it(id_: str, layout: str) -> None:
     """All weights of every published size: names, rows of fused matrices, swapped halves."""
     file = make_authors_file(by_id(id_), layout, is_converted)
@@ -92,6 +100,62 @@ def test_an_anima_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> 
     assert_equal_tensors(got, make_lora(file.expected, "transformer."))
 
 
+@pytest.mark.parametrize("layout", ["hunyuan-video", "hunyuan-video-i2v-33"])
+def test_a_checkpoint_of_hunyuan_video_is_what_diffusers_makes_of_it(layout: str) -> None:
+    """In the authors' names, which are the aliases."""
+    family = by_id("hunyuan-video")
+    file = make_authors_file(family, layout)
+    renamed = rename_by_aliases(family, file.stored)
+    assert sum(name not in file.stored for name in renamed) > len(renamed) * 2 / 3
+    got = single_file.convert_hunyuan_video_transformer_to_diffusers(name_weights(renamed))
+    assert_equal_tensors(got, name_weights(file.expected))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_a_lora_of_hunyuan_video_is_what_diffusers_makes_of_it(prefix: str) -> None:
+    """All that the converter handles: it misnames the text's refiner and halves the last `down`."""
+    family = by_id("hunyuan-video")
+    file = make_authors_file(
+        family,
+        "hunyuan-video",
+        lambda name: "embedder.token" not in name and "norm_out" not in name,
+    )
+    got = lora_files._convert_hunyuan_video_lora_to_diffusers(
+        make_lora(rename_by_aliases(family, file.stored), prefix)
+    )
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize("layout", by_id("ltx2").layouts)
+def test_an_ltx2_lora_of_comfyui_is_what_diffusers_makes_of_it(layout: str) -> None:
+    file = make_authors_file(by_id("ltx2"), layout, is_adaptable)
+    got = lora_files._convert_non_diffusers_ltx2_lora_to_diffusers(
+        make_lora(file.stored, "diffusion_model.")
+    )
+    assert_equal_tensors(got, make_lora(file.expected, "transformer."))
+
+
+@pytest.mark.parametrize(
+    ("id_", "layout"),
+    [pair for pair in LAYOUTS if by_id(pair[0]).aliases and pair[1] != "framepack"],
+)
+def test_the_other_names_of_a_matrix_hold_the_same_modules(id_: str, layout: str) -> None:
+    """Fused or in parts: together they are the whole model."""
+    family = by_id(id_)
+    file = make_authors_file(family, layout)
+    got = {}
+    for name, matrix in rename_by_aliases(family, file.stored).items():
+        weight = family.find_weight(name)
+        assert weight is not None
+        assert family.find_weight(name.replace(".", "_"), dotted=False) == weight
+        unit = len(matrix) // sum(weight.shares)
+        rows = matrix.split([unit * share for share in weight.shares])
+        if weight.swap == "always":
+            rows = tuple(torch.cat(part.chunk(2)[::-1]) for part in rows)
+        got |= dict(zip(weight.parts, rows, strict=True))
+    assert_equal_tensors(got, file.expected)
+
+
 @pytest.mark.parametrize(("id_", "layout"), LAYOUTS)
 def test_every_name_is_found_dotted_and_underscored(id_: str, layout: str) -> None:
     """No two modules of a family share a name once their dots are underscores."""
@@ -125,6 +189,19 @@ PARAMETERS = {
     "cosmos-predict2-14b-video": 14.27,
     "cosmos-predict2.5-2b": 2.06,
     "cosmos-predict2.5-14b": 14.37,
+    "ltxv-2b": 1.92,
+    "ltxv-13b": 13.04,
+    "ltx2": 18.88,
+    "ltx2.3": 18.99,
+    "ltx2.5": 18.99,
+    "hunyuan-video": 12.82,
+    "hunyuan-video-i2v-33": 12.81,
+    "framepack": 12.87,
+    "hunyuan-video-1.5": 8.33,
+    "hunyuan-video-1.5-step-distilled": 8.33,
+    "hunyuan-image": 17.43,
+    "hunyuan-image-distilled": 17.45,
+    "hunyuan-image-refiner": 15.03,
 }
 
 

@@ -15,6 +15,9 @@ from prolora.architectures.family import Family, Weight
 from prolora.architectures.layouts import load_layout
 
 Tensors = dict[str, torch.Tensor]
+PARAMETERS = {"modulation", "pos_embed", "emb_pos", "keyframes_abs_pos_embedding"}
+BLOCKS = 64
+"""More than any family has, for patterns written out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class AuthorsFile:
 def is_parameter(module: str) -> bool:
     """Whether a module is a bare parameter, whose key has no `.weight`."""
     last = module.rpartition(".")[2]
-    return last.endswith("_table") or last in {"modulation", "pos_embed", "emb_pos"}
+    return "scale_shift_table" in last or last in PARAMETERS
 
 
 def name_key(module: str) -> str:
@@ -64,6 +67,27 @@ def make_authors_file(
         expected |= parts
     assert set(expected) == set(shapes)
     return AuthorsFile(stored, expected)
+
+
+def rename_by_aliases(family: Family, tensors: Tensors) -> Tensors:
+    """The same matrices under their other names, cut into parts where only parts have one."""
+    others = {
+        to.replace("N", str(number)): alias.replace("N", str(number))
+        for alias, to in family.aliases.items()
+        for number in range(BLOCKS if "N" in alias.split(".") else 1)
+        if isinstance(to, str)
+    }
+    renamed: Tensors = {}
+    for name, matrix in tensors.items():
+        weight = family.find_weight(name)
+        assert weight is not None
+        if f"{name}.0" in others:
+            unit = len(matrix) // sum(weight.shares)
+            for i, part in enumerate(matrix.split([unit * share for share in weight.shares])):
+                renamed[others[f"{name}.{i}"]] = part
+        else:
+            renamed[others.get(name, name)] = matrix
+    return renamed
 
 
 def name_weights(tensors: Tensors, prefix: str = "") -> Tensors:

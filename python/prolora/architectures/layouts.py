@@ -15,9 +15,11 @@ from importlib import resources
 
 # In FLUX and SD3 two streams attend together, and FLUX's single blocks fuse the feed-forward's
 # second half with the attention's output.
-_ATTENTION = re.compile(r"\.attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_proj)$")
+_ATTENTION = re.compile(
+    r"(?:\.|_)attn[12]?\.(?:to_(?:q|k|v|out\.0|add_out)|add_[qkv]_proj)$"  # LTX-2: audio_attn1
+)
 _FEED_FORWARD = re.compile(
-    r"\.ff(?:_context|n)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
+    r"\.(?:audio_)?ff(?:_context|n)?\.net\.(?:0\.proj|2)$|(?:^|\.)single_transformer_blocks\.\d+\.proj_(?:mlp|out)$"
 )
 # Parameters that are no layers: no LoRA trains them, and files have them in other shapes.
 _BARE = re.compile(r"_(?:table|tokens?|embed)$")
