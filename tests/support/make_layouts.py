@@ -3,8 +3,8 @@
     python tests/support/make_layouts.py [ID …]
 
 A table is the names and shapes of all parameters of two or more axes, made on the meta device from
-the configuration that a model was published with. `PUBLISHED` has the configurations where they
-differ from the defaults of the class, and where each is known from.
+the configuration that a model was published with. `PUBLISHED` and `VIDEOS` have the configurations
+where they differ from the defaults of the class, and where each is known from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 from published_models import PUBLISHED, Published
+from published_videos import VIDEOS
 
 TABLES = Path(__file__).parents[2] / "python/prolora/architectures/tables"
 
@@ -23,7 +24,10 @@ TABLES = Path(__file__).parents[2] / "python/prolora/architectures/tables"
 def build_model(model: Published, **changes: object) -> torch.nn.Module:
     """The model of a class of diffusers, without memory for its weights."""
     with torch.device("meta"):
-        return getattr(diffusers, model.cls).from_config({**model.config, **changes})
+        built = getattr(diffusers, model.cls).from_config({**model.config, **changes})
+        for part, cls in model.attached.items():
+            built.add_module(part, getattr(diffusers, cls)())
+    return built
 
 
 def list_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -73,5 +77,6 @@ def format_table(id_: str, model: Published) -> str:
 
 
 if __name__ == "__main__":
-    for id_ in sys.argv[1:] or PUBLISHED:
-        (TABLES / f"{id_}.json").write_text(format_table(id_, PUBLISHED[id_]), "utf-8")
+    models = {**PUBLISHED, **VIDEOS}
+    for id_ in sys.argv[1:] or models:
+        (TABLES / f"{id_}.json").write_text(format_table(id_, models[id_]), "utf-8")

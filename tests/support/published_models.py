@@ -16,6 +16,7 @@ class Published:
         source: where its configuration is known from.
         config: what differs from the defaults of the class.
         text_encoders: what it reads, in order.
+        attached: part of its files that is another model in diffusers -> the class of that.
     """
 
     title: str
@@ -24,6 +25,7 @@ class Published:
     source: str
     config: dict[str, object] = field(default_factory=dict)
     text_encoders: tuple[str, ...] = ()
+    attached: dict[str, str] = field(default_factory=dict)
 
 
 DEFAULTS = "the defaults of the class"
