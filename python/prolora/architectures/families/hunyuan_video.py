@@ -6,7 +6,9 @@ The names are ComfyUI's. The authors write some of them otherwise (`img_attn_qkv
 
 from ..family import Family, Fused, Swapped, fuse_equal
 
-TOKEN_REFINER = {
+Authors = dict[str, str | Fused | Swapped]
+
+TOKEN_REFINER: Authors = {
     "txt_in.input_embedder": "context_embedder.proj_in",
     "txt_in.t_embedder.in_layer": "context_embedder.time_text_embed.timestep_embedder.linear_1",
     "txt_in.t_embedder.out_layer": "context_embedder.time_text_embed.timestep_embedder.linear_2",
@@ -30,7 +32,7 @@ TOKEN_REFINER = {
         "context_embedder.token_refiner.refiner_blocks.N.norm_out.linear"
     ),
 }
-DOUBLE_BLOCKS = {
+DOUBLE_BLOCKS: Authors = {
     "double_blocks.N.img_mod.lin": "transformer_blocks.N.norm1.linear",
     "double_blocks.N.txt_mod.lin": "transformer_blocks.N.norm1_context.linear",
     "double_blocks.N.img_attn.qkv": fuse_equal(
@@ -50,7 +52,7 @@ DOUBLE_BLOCKS = {
     "double_blocks.N.txt_mlp.0": "transformer_blocks.N.ff_context.net.0.proj",
     "double_blocks.N.txt_mlp.2": "transformer_blocks.N.ff_context.net.2",
 }
-SINGLE_BLOCKS = {
+SINGLE_BLOCKS: Authors = {
     "single_blocks.N.modulation.lin": "single_transformer_blocks.N.norm.linear",
     "single_blocks.N.linear1": Fused(
         (
@@ -63,12 +65,12 @@ SINGLE_BLOCKS = {
     ),
     "single_blocks.N.linear2": "single_transformer_blocks.N.proj_out",
 }
-FIRST_AND_LAST = {
+FIRST_AND_LAST: Authors = {
     "img_in.proj": "x_embedder.proj",
     "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
     "final_layer.linear": "proj_out",
 }
-ALIASES = {
+ALIASES: dict[str, str | Fused] = {
     "time_in.mlp.0": "time_in.in_layer",
     "time_in.mlp.2": "time_in.out_layer",
     "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
@@ -100,7 +102,7 @@ ALIASES = {
     "single_blocks.N.modulation.linear": "single_blocks.N.modulation.lin",
 }
 # The authors of HunyuanVideo 1.5 and HunyuanImage keep q, k and v apart; ComfyUI fuses them.
-SPLIT_ALIASES = {
+SPLIT_ALIASES: dict[str, str | Fused] = {
     f"double_blocks.N.{stream}_attn_{part}": f"double_blocks.N.{stream}_attn.qkv.{number}"
     for stream in ("img", "txt")
     for number, part in enumerate("qkv")
