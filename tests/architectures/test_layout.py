@@ -14,23 +14,35 @@ ATTENTION = {
     "bk-sdm-base": 80,
     "bk-sdm-small": 72,
     "bk-sdm-tiny": 72,
+    "koala-1b": 240,
+    "koala-700m": 168,
     "flux1-dev": 266,
     "flux1-schnell": 266,
+    "flux1-fill": 266,
     "sd3-medium": 191,
     "sd3.5-medium": 243,
+    "sd3.5-large": 303,
     "pixart-alpha": 224,
     "pixart-sigma": 224,
 }
 FEED_FORWARD = {
     "flux1-dev": 152,
     "flux1-schnell": 152,
+    "flux1-fill": 152,
     "sd3-medium": 94,
     "sd3.5-medium": 94,
+    "sd3.5-large": 150,
     "pixart-alpha": 56,
     "pixart-sigma": 56,
 }
 # Where names do not tell attention and feed-forward apart: all matrices of the blocks.
 IN_BLOCKS = {
+    "auraflow": 4 * 16 + 32 * 8,
+    "chroma": 19 * 12 + 38 * 5 + 5 * 2,
+    "hidream-i1": 16 * (9 + 16 + 3) + 32 * (5 + 16) + 49,
+    "krea2": 28 * 8 + 4 * 8,
+    "lumina2": 26 * 8 + 2 * 8 + 2 * 7,
+    "qwen-image-2.1": 32 * 7,
     "flux2-dev": 8 * 12 + 48 * 2,
     "flux2-klein-9b": 8 * 12 + 24 * 2,
     "flux2-klein-4b": 5 * 12 + 20 * 2,
@@ -38,7 +50,7 @@ IN_BLOCKS = {
     "z-image": 30 * 8 + 2 * 8 + 2 * 7,
 }
 # Layouts that another one shares all its blocks with.
-TWINS = ("flux1-dev", "flux1-schnell", "pixart-alpha", "pixart-sigma")
+TWINS = ("flux1-dev", "flux1-schnell", "flux1-fill", "chroma", "pixart-alpha", "pixart-sigma")
 # (source, target, variant): over all attention of the target, (mapped, of the same shape).
 PAIRS = {
     ("sdxl", "ssd-1b", ""): (272, 272),
@@ -52,7 +64,15 @@ PAIRS = {
     ("sd15", "sdxl", ""): (88, 66),
     ("sd15", "sdxl", "every depth from block 0"): (560, 420),
     ("sdxl", "sd15", ""): (88, 66),
+    ("sdxl", "koala-1b", ""): (240, 240),
+    ("sdxl", "koala-700m", ""): (168, 168),
+    ("koala-1b", "koala-700m", ""): (168, 168),
     ("flux1-dev", "flux1-schnell", ""): (266, 266),
+    ("flux1-dev", "flux1-fill", ""): (266, 266),
+    ("flux1-schnell", "flux1-fill", ""): (266, 266),
+    ("flux1-dev", "chroma", ""): (266, 266),
+    ("flux1-schnell", "chroma", ""): (266, 266),
+    ("flux1-fill", "chroma", ""): (266, 266),
     ("sd3-medium", "sd3.5-medium", ""): (191, 191),
     ("pixart-alpha", "pixart-sigma", ""): (224, 224),
 }
@@ -166,8 +186,11 @@ def test_twins_are_told_apart_by_what_lies_outside_their_blocks() -> None:
     schnell = {name: shape for name, shape in dev.items() if name not in embedders}
     assert layouts.identify_layout(schnell) == "flux1-schnell"
     assert layouts.identify_layout({**schnell, embedders[0]: dev[embedders[0]]}) is None
-    chroma = {name: shape for name, shape in schnell.items() if "time_text_embed" not in name}
-    assert layouts.identify_layout(chroma) is None
+    pruned = {name: shape for name, shape in schnell.items() if "time_text_embed" not in name}
+    assert layouts.identify_layout(pruned) is None
+    # Fill and the control models have a wider first layer, and only that of Fill is known.
+    for width, id_ in ((64, "flux1-dev"), (384, "flux1-fill"), (128, "flux1-dev")):
+        assert layouts.identify_layout({**dev, "x_embedder": (3072, width)}) == id_
 
 
 def test_the_cosine_variant_moves_the_last_block_only() -> None:

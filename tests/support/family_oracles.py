@@ -49,6 +49,42 @@ ORACLES = {
         # It is renamed without swapping its halves, which the reader of checkpoints swaps.
         not_in_lora=("final_layer.adaLN_modulation.1",),
     ),
+    "chroma": Oracle(
+        {"num_layers": 2, "num_single_layers": 2},
+        "convert_chroma_transformer_checkpoint_to_diffusers",
+    ),
+    "sd3": Oracle({"num_layers": 3}, "convert_sd3_transformer_checkpoint_to_diffusers"),
+    "auraflow": Oracle(
+        {"num_mmdit_layers": 2, "num_single_dit_layers": 2},
+        "convert_auraflow_transformer_checkpoint_to_diffusers",
+    ),
+    "lumina2": Oracle(
+        {"num_layers": 2},
+        "convert_lumina2_to_diffusers",
+        "_convert_non_diffusers_lumina2_lora_to_diffusers",
+        # It reads the blocks only.
+        not_in_lora=(
+            "x_embedder",
+            "t_embedder.mlp.0",
+            "t_embedder.mlp.2",
+            "cap_embedder.1",
+            "final_layer.adaLN_modulation.1",
+            "final_layer.linear",
+        ),
+    ),
+    "hidream": Oracle(
+        {"num_layers": 2, "num_single_layers": 2},
+        "convert_hidream_transformer_to_diffusers",
+        "_convert_non_diffusers_hidream_lora_to_diffusers",
+    ),
+    "krea2": Oracle(
+        {"num_layers": 2},
+        "convert_krea2_transformer_checkpoint_to_diffusers",
+        "_convert_non_diffusers_krea2_lora_to_diffusers",
+    ),
+    "qwen-image-2.1": Oracle(
+        {"num_layers": 2}, "convert_qwen_image21_transformer_checkpoint_to_diffusers"
+    ),
 }
 
 

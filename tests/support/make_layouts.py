@@ -69,8 +69,10 @@ def format_table(id_: str, model: Published) -> str:
         by_shape.setdefault("x".join(map(str, shape)), []).append(name)
     head = {"id": id_, "title": model.title, "text_encoders": model.text_encoders}
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).removesuffix("}")
+    if not model.cls.startswith("UNet"):  # whose blocks differ from one another
+        by_shape = {shape: join_ranges(names) for shape, names in by_shape.items()}
     lines = [
-        f' "{shape}":{json.dumps(join_ranges(names), separators=(",", ":"))}'
+        f' "{shape}":{json.dumps(names, separators=(",", ":"))}'
         for shape, names in by_shape.items()
     ]
     return f'{text},"shapes":{{\n' + ",\n".join(lines) + "\n}}\n"

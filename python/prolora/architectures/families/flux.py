@@ -8,7 +8,7 @@ from ..family import Family, Fused, Swapped, fuse_equal
 FAMILY = Family(
     id="flux",
     title="FLUX.1",
-    layouts=("flux1-dev", "flux1-schnell"),
+    layouts=("flux1-dev", "flux1-schnell", "flux1-fill"),
     authors={
         "img_in": "x_embedder",
         "txt_in": "context_embedder",

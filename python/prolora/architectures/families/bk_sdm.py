@@ -1,0 +1,10 @@
+"""BK-SDM: students of Stable Diffusion 1.5 with fewer layers and blocks."""
+
+from ..family import Family
+
+FAMILY = Family(
+    id="bk-sdm",
+    title="BK-SDM",
+    layouts=("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"),
+    unet=True,
+)

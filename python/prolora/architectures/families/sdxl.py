@@ -1,0 +1,14 @@
+"""Stable Diffusion XL, Pony, Illustrious, NoobAI and its students of few steps."""
+
+from ..family import Family
+
+FAMILY = Family(
+    id="sdxl",
+    title="Stable Diffusion XL",
+    layouts=("sdxl",),
+    claims={
+        "sdxl": "Stable Diffusion XL",  # sd-scripts, ai-toolkit, OneTrainer
+        "stable-diffusion-xl": "Stable Diffusion XL",
+    },
+    unet=True,
+)

@@ -1,0 +1,11 @@
+"""SSD-1B: a student of SDXL with fewer blocks."""
+
+from ..family import Family
+
+FAMILY = Family(
+    id="ssd-1b",
+    title="SSD-1B",
+    layouts=("ssd-1b",),
+    claims={"ssd": "SSD-1B"},  # ai-toolkit
+    unet=True,
+)
