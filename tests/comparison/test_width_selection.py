@@ -27,14 +27,14 @@ def assert_right(found, kept=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2, 5e-2])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2, 0.2])
 def test_the_rows_and_columns_of_every_module_are_found(noise, dtype):
     found = find(as_base(teacher()), as_base(student(noise, dtype)))
     assert found.keys() == set(INSIDE)
     assert_right(found)
     rounding = {torch.float32: 0, torch.float16: 3e-4, torch.bfloat16: 3e-3}[dtype]
     for selection in found.values():
-        assert abs(selection.residual - noise) <= rounding + 0.01 * noise
+        assert abs(selection.residual - noise) <= rounding + 0.03 * noise
 
 
 def test_independent_weights_are_no_selection():
@@ -51,7 +51,7 @@ def test_modules_that_were_trained_anew_are_left_out_and_the_others_found():
 
 
 def test_a_drift_beyond_the_limit_is_declined():
-    assert find(as_base(teacher()), as_base(student(0.2))) == {}
+    assert find(as_base(teacher()), as_base(student(0.7))) == {}
 
 
 def test_kept_channels_may_stand_in_any_order():
@@ -155,12 +155,12 @@ def test_the_weights_are_looked_at_once_for_several_loras(monkeypatch):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_row_of_unrelated_matrices_is_matched(seed):
     generator = torch.Generator().manual_seed(seed)
-    for c in (16, 64, 300):
+    for c in (4, 16, 64, 300):
         ours, theirs = (torch.randn(n, c, generator=generator) for n in (400, 200))
         assert bool((match_rows(ours, theirs) == UNKNOWN).all())
 
 
-@pytest.mark.parametrize("c", [8, 64, 300])
+@pytest.mark.parametrize("c", [6, 8, 64, 300])
 def test_no_row_is_matched_with_another_whatever_the_noise(c):
     generator = torch.Generator().manual_seed(c)
     ours = torch.randn(300, c, generator=generator)

@@ -12,11 +12,14 @@ from torch import Tensor
 UNKNOWN = -1
 """Stands for the index of a row that could not be matched."""
 
-ROW_TOLERANCE = 0.3
-"""The largest distance of a row to its match, in units of its norm."""
+ROW_TOLERANCE = 0.7
+"""The largest distance of a row to its match, in units of its norm; unrelated rows are √2 apart."""
 
-MARGIN = 0.5
-"""A match is less than this share as far away as the next nearest row."""
+MARGIN, CHANCE = 0.5, 1e-5
+"""A match is less than this share as far away as the next nearest row.
+
+The share is smaller in few dimensions c, so that the nearest of unrelated rows passes with a chance
+of share^c = 1e-5 at most."""
 
 # Unrelated rows of unit norm are √2 apart; 64 random projections keep that to within a factor of 2
 # among ten thousand rows. They only choose candidates: their distances are then computed exactly.
@@ -64,7 +67,7 @@ def _choose_nearest(block: Tensor, ours: Tensor, candidates: Tensor) -> Tensor:
     nearest = ordered[:, 0]
     good = nearest <= ROW_TOLERANCE * block.norm(dim=1)
     if ordered.shape[1] > 1:
-        good &= nearest < MARGIN * ordered[:, 1]
+        good &= nearest < min(MARGIN, CHANCE ** (1 / ours.shape[1])) * ordered[:, 1]
     indices = candidates.gather(1, order[:, :1]).squeeze(1)
     return torch.where(good, indices, UNKNOWN)
 

@@ -23,8 +23,14 @@ from ..bases.weights import Origin, Weight
 from ..core.lowrank import LowRank
 from .width_matching import ROW_TOLERANCE, UNKNOWN, complete_by_order, match_rows
 
-MAX_RESIDUAL = 0.1
-"""The largest ‖W_t − W_s[rows, columns]‖/‖W_t‖ of a selection."""
+MAX_RESIDUAL = 0.5
+"""The largest ‖W_t − W_s[rows, columns]‖/‖W_t‖ of a selection.
+
+Students are trained after they were cut. On a fine-tuned UNet that was cut to three quarters of its
+channels (drift 0.20) 296 of 301 weights were matched and no row of them wrong; 0.5 leaves room."""
+
+# Of rows this small, relative to the others, noise may be all there is.
+_SMALL_ROW = 0.1
 
 # Rows that are looked at first, the share of them that must be matched, and the selections that
 # are tried for a side.
@@ -316,10 +322,8 @@ def _measure_residual(wide: Tensor, narrow: Tensor, rows: Tensor, columns: Tenso
         along_rows.append(squares.sum(2))
         along_columns += squares.sum(1)
     for difference, norm in (torch.cat(along_rows, 1), along_columns):
-        # Of rows that are nearly zero, noise may be all there is.
-        if bool(
-            (difference > ROW_TOLERANCE**2 * norm.clamp_min(MAX_RESIDUAL**2 * norm.mean())).any()
-        ):
+        limit = ROW_TOLERANCE**2 * norm.clamp_min(_SMALL_ROW**2 * norm.mean())
+        if bool((difference > limit).any()):
             return float("inf")
     difference, norm = along_columns.sum(1).tolist()
     return float((difference / norm) ** 0.5) if norm > 0 else 0.0
