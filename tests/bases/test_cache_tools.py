@@ -38,7 +38,7 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_list_says_whose_bases_there_are_and_how_large(filled):
+def test_a_list_says_whose_bases_there_are_and_how_large(filled, caplog):
     folder, _, target = filled
     found = maintenance.take_inventory(folder)
     assert [(s.base, s.rule, s.count, s.dtypes) for s in found.shelves] == [
@@ -49,7 +49,7 @@ def test_a_list_says_whose_bases_there_are_and_how_large(filled):
     assert found.shelves[1].columns_max == max(
         int(prolora.truncated_svd(target.read(name), 0.9).rank) for name in target.shapes
     )
-    assert maintenance.take_inventory(folder / "nothing").size == 0
+    assert maintenance.take_inventory(folder / "nothing").size == 0 and not caplog.records
 
 
 def test_a_list_names_the_bases_that_a_comparison_has_computed(tmp_path):
@@ -268,17 +268,32 @@ def test_a_file_that_another_process_removes_meanwhile_is_no_error(filled, monke
     files = sorted(folder.rglob("*.safetensors"))
     listed, scan = maintenance.list_entries, cache_folder._scan_folder
 
-    def removed(paths, path):
+    def removed(paths, entries):
         for victim in paths:
             victim.unlink(missing_ok=True)
-        return path
+        return entries
 
-    monkeypatch.setattr(
-        cache_folder, "_scan_folder", lambda path: removed([files[0]], list(scan(path)))
-    )
-    assert maintenance.measure_cache(folder) == size_of(folder)
-    files[0].touch()
-    assert sum(shelf.count for shelf in maintenance.take_inventory(folder).shelves) == 19
+    def scan_and_remove(path):
+        return removed([files[0]] if path == files[0].parent else [], list(scan(path)))
+
+    # After its name was read, and before its size was.
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_folder, "_scan_folder", scan_and_remove)
+        assert maintenance.measure_cache(folder) == size_of(folder)
+        assert not files[0].exists()
+        files[0].touch()
+        assert sum(shelf.count for shelf in maintenance.take_inventory(folder).shelves) == 19
+    # After its size was read, and before its header was.
+    saved = files[3].read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            maintenance, "list_entries", lambda path: removed([files[3]], list(listed(path)))
+        )
+        found = maintenance.take_inventory(folder)
+        assert sum(shelf.count for shelf in found.shelves) == 18 and found.foreign == (0, 0)
+        files[3].write_bytes(saved)
+        assert maintenance.prune_cache(folder).files == 0
+    files[3].write_bytes(saved)
     monkeypatch.setattr(
         maintenance, "list_entries", lambda path: removed(files[1:3], list(listed(path)))
     )

@@ -69,6 +69,44 @@ def test_a_file_of_equal_path_size_and_time_is_hashed_again(tmp_path):
     assert compute_sha256(open_base(path)) == sha256(path) != first
 
 
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that are hashed."""
+    files, real = [], identity.hash_file
+
+    def count(file):
+        files.append(file)
+        return real(file)
+
+    monkeypatch.setattr(identity, "hash_file", count)
+    return files
+
+
+def keep_hash(path, folder):
+    """As a new process does, which knows no hash but those of the folder."""
+    identity._hash_whole.cache_clear()
+    with BasisCache(folder).saving() as cache:
+        return compute_sha256(open_base(path), cache)
+
+
+def test_a_hash_that_a_cache_keeps_is_that_of_the_file_as_it_is_now(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(basis_cache, "SETTLING_TIME", -(10**18))
+    path = write_base(tmp_path / "base.safetensors", 1)
+    first = keep_hash(path, tmp_path / "cache")
+    assert keep_hash(path, tmp_path / "cache") == first == sha256(path) and hashed == [path]
+    write_base(path, 2)  # of equal size and time
+    assert keep_hash(path, tmp_path / "cache") == sha256(path) != first
+    copy = write_base(tmp_path / "copy" / "base.safetensors", 3)
+    assert keep_hash(copy, tmp_path / "cache") == sha256(copy) and hashed == [path, path, copy]
+
+
+def test_a_cache_keeps_no_hash_of_a_file_that_may_change_within_its_clock_tick(tmp_path, hashed):
+    path = write_base(tmp_path / "base.safetensors", 1)
+    for _ in range(2):
+        assert keep_hash(path, tmp_path / "cache") == sha256(path)
+    assert hashed == [path, path]
+
+
 def test_a_base_stays_what_it_is_when_the_working_folder_changes(tmp_path, monkeypatch):
     paths = [write_base(tmp_path / name / "base.safetensors", i) for i, name in enumerate("ab")]
     monkeypatch.chdir(tmp_path / "a")

@@ -173,6 +173,22 @@ def test_nothing_else_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (other / "picture").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="users have no numbers there")
+def test_what_another_user_left_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".prolora-0000000000000000.tmp").touch()
+    (tmp_path / ".prolora-0000000000000001.tmp").mkdir()
+    age(tmp_path, 10 * 86_400, monkeypatch)
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+    remove_stale_temporaries(tmp_path)
+    assert len(names(tmp_path)) == 2
+    monkeypatch.undo()
+    age(tmp_path, 10 * 86_400, monkeypatch)
+    remove_stale_temporaries(tmp_path)
+    assert not names(tmp_path)
+
+
 def test_without_locks_an_hour_must_have_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
