@@ -97,7 +97,8 @@ def damage(path, how):
     if how == "flipped bit":
         content[-20] ^= 1
     elif how == "flipped bit in the header":
-        place = content.index(b'\\"bound\\": ') + 12
+        # The first digit of a number, so that the header still reads as one.
+        place = content.index(number := b'\\"bound\\": ') + len(number)
         content[place] ^= 1
     elif how == "cut off":
         content = content[:-5]
@@ -186,6 +187,17 @@ def test_the_file_of_another_weight_is_not_believed(stack, tmp_path):
     one, two = files_of(tmp_path)
     two.write_bytes(one.read_bytes())
     same(BasisCache(tmp_path).bases(stack[:2], 5), wanted)
+
+
+def test_a_basis_of_another_shape_under_the_right_name_is_not_believed(stack, tmp_path, caplog):
+    """Whole and with right checksums, but not written by us."""
+    wanted = BasisCache(tmp_path).bases(stack[:1], 5)
+    (path,) = files_of(tmp_path)
+    other = prolora.truncated_svd(weights(30, 30, 9)[None], 5)[0]
+    basis_file.write_basis(path, basis_file.make_stored_basis(other, 1e-3, {"name": path.stem}))
+    cache = BasisCache(tmp_path)
+    same(cache.bases(stack[:1], 5), wanted)
+    assert cache.misses == 1 and "made again" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

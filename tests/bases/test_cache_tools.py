@@ -14,8 +14,8 @@ from spectra import weights
 from typer.testing import CliRunner
 
 import prolora
-from prolora.bases.cache import cache_folder, maintenance
-from prolora.bases.cache.basis_cache import BasisCache
+from prolora.bases.cache import basis_file, cache_folder, maintenance
+from prolora.bases.cache.basis_cache import BasisCache, basis_name, hash_weight
 from prolora.cli import app
 from prolora.cli.basis import parse_age
 
@@ -83,9 +83,6 @@ def test_a_verification_finds_what_was_flipped(filled):
 def test_a_verification_against_the_weights_finds_a_basis_that_is_not_theirs(filled):
     """A whole file with right checksums, but computed from something else."""
     folder, source, _ = filled
-    from prolora.bases.cache import basis_file
-    from prolora.bases.cache.basis_cache import basis_name, hash_weight
-
     module = next(iter(source.shapes))
     cache = BasisCache(folder)
     name = basis_name(hash_weight(source.read(module)), 0.9)
@@ -95,6 +92,21 @@ def test_a_verification_against_the_weights_finds_a_basis_that_is_not_theirs(fil
     )
     found = maintenance.verify_cache(folder, source, 0.9)
     assert list(found.wrong) == [module] and "residual" in found.wrong[module]
+
+
+def test_a_verification_finds_columns_that_are_not_orthonormal(filled):
+    """W V = U Σ holds for them all the same."""
+    folder, source, _ = filled
+    names = {basis_name(hash_weight(source.read(module)), 0.9): module for module in source.shapes}
+    path = next(path for path in folder.rglob("*.safetensors") if path.stem in names)
+    stored = basis_file.read_basis(path)
+    scales = {f"{name}.scale": 1.1 * stored.tensors[f"{name}.scale"] for name in "UV"}
+    basis_file.write_basis(
+        path, basis_file.StoredBasis(dict(stored.tensors) | scales, stored.facts)
+    )
+    found = maintenance.verify_cache(folder, source, 0.9)
+    assert list(found.wrong) == [names[path.stem]] and not found.ok and not found.damaged
+    assert "not orthonormal" in found.wrong[names[path.stem]]
 
 
 def test_pruning_removes_leftovers_and_nothing_that_is_of_use(filled):

@@ -80,11 +80,12 @@ def test_a_folder_that_must_not_be_read_is_no_traceback(prolora, case, tmp_path,
     assert code in (1, 2) and "Permission denied" in text
 
 
-@pytest.mark.parametrize("option", ["-o", "--report", "--cache", "--source", "--match"])
-def test_an_empty_name_is_refused(prolora, line, monkeypatch, tmp_path, option):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("option", ["-o", "--report", "--cache", "--source", "--target", "--match"])
+def test_an_empty_name_is_refused(prolora, case, line, monkeypatch, tmp_path, option):
+    # A folder that could be taken for the base: an empty path is the current folder.
+    monkeypatch.chdir(case[1])
     before = sorted(tmp_path.rglob("*"))
-    code, _, text = prolora(*line, "-o", "out.safetensors", option, "")
+    code, _, text = prolora(*line, "-o", tmp_path / "out.safetensors", option, "")
     assert code == 2 and text
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -67,12 +67,12 @@ def test_two_outputs_that_are_links_to_one_file_are_refused(case, tmp_path):
 
 def test_an_empty_name_is_no_output(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(prolora.OutputError, match="empty"):
+    with pytest.raises(prolora.OutputError, match="has an empty name"):
         prolora.transfer_file(*case, "")
     done = prolora.transfer(*case)
-    with pytest.raises(prolora.OutputError, match="empty"):
+    with pytest.raises(prolora.OutputError, match="has an empty name"):
         done.save("")
-    with pytest.raises(prolora.OutputError, match="empty"):
+    with pytest.raises(prolora.OutputError, match="has an empty name"):
         prolora.transfer_many(case[:1], *case[1:], "")
 
 
