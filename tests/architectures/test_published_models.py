@@ -2,11 +2,12 @@
 
 import pytest
 from published_models import PUBLISHED
+from published_others import OTHERS
 from published_videos import VIDEOS
 
 from prolora.architectures import layouts
 
-MODELS = {**PUBLISHED, **VIDEOS}
+MODELS = {**PUBLISHED, **VIDEOS, **OTHERS}
 diffusers = pytest.importorskip("diffusers")
 from make_layouts import TABLES, build_model, format_table, list_shapes  # noqa: E402
 

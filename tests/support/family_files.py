@@ -15,7 +15,13 @@ from prolora.architectures.family import Family, Weight
 from prolora.architectures.layouts import load_layout
 
 Tensors = dict[str, torch.Tensor]
-PARAMETERS = {"modulation", "pos_embed", "emb_pos", "keyframes_abs_pos_embedding"}
+PARAMETERS = {
+    "modulation",
+    "pos_embed",
+    "emb_pos",
+    "keyframes_abs_pos_embedding",
+    "pos_frequencies",
+}
 BLOCKS = 64
 """More than any family has, for patterns written out."""
 

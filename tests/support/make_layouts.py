@@ -3,8 +3,8 @@
     python tests/support/make_layouts.py [ID …]
 
 A table is the names and shapes of all parameters of two or more axes, made on the meta device from
-the configuration that a model was published with. `PUBLISHED` and `VIDEOS` have the configurations
-where they differ from the defaults of the class, and where each is known from.
+the configuration that a model was published with. `PUBLISHED`, `VIDEOS` and `OTHERS` have the
+configurations where they differ from the defaults of the class, and where each is known from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 from published_models import PUBLISHED, Published
+from published_others import OTHERS
 from published_videos import VIDEOS
 
 TABLES = Path(__file__).parents[2] / "python/prolora/architectures/tables"
@@ -79,6 +80,6 @@ def format_table(id_: str, model: Published) -> str:
 
 
 if __name__ == "__main__":
-    models = {**PUBLISHED, **VIDEOS}
+    models = {**PUBLISHED, **VIDEOS, **OTHERS}
     for id_ in sys.argv[1:] or models:
         (TABLES / f"{id_}.json").write_text(format_table(id_, models[id_]), "utf-8")

@@ -1,0 +1,12 @@
+"""ERNIE-Image and its distillation Turbo. The authors' names are those of diffusers."""
+
+from ..family import Family
+
+FAMILY = Family(
+    id="ernie-image",
+    title="ERNIE-Image",
+    layouts=("ernie-image",),
+    claims={"ernie": "ERNIE-Image"},  # OneTrainer; ai-toolkit writes "ernie_image"
+    siblings=("ERNIE-Image and Turbo",),
+    not_linear={"x_embedder.proj": "a convolution of kernel 1"},
+)

@@ -1,0 +1,20 @@
+"""Sana, 0.6B to 4.8B, and Sana Sprint. Programs know it by diffusers' names alone."""
+
+from ..family import DIFFUSERS, PEFT, Family
+
+FAMILY = Family(
+    id="sana",
+    title="Sana",
+    layouts=("sana-0.6b", "sana-1.6b", "sana-4.8b", "sana-sprint-0.6b", "sana-sprint-1.6b"),
+    spellings={"diffusers": DIFFUSERS, "peft": PEFT},
+    claims={"sana": "Sana"},  # OneTrainer
+    siblings=("Sana and Sana Sprint",),
+    not_linear={
+        "scale_shift_table": "a parameter",
+        "transformer_blocks.N.scale_shift_table": "a parameter",
+        "patch_embed.proj": "a convolution of kernel 1",
+        "transformer_blocks.N.ff.conv_inverted": "a convolution of kernel 1",
+        "transformer_blocks.N.ff.conv_depth": "a convolution of kernel 3, each channel by itself",
+        "transformer_blocks.N.ff.conv_point": "a convolution of kernel 1",
+    },
+)
