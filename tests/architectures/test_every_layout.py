@@ -19,13 +19,17 @@ from prolora.bases import open_base
 TRANSFORMERS = {
     "flux1-dev": "FLUX",
     "flux1-schnell": "FLUX",
+    "flux1-fill": "FLUX",
     "sd3-medium": "SD3",
     "sd3.5-medium": "SD3",
+    "sd3.5-large": "SD3",
     "pixart-alpha": "PixArt",
     "pixart-sigma": "PixArt",
 }
 UNETS = [id_ for id_ in layouts.known_layouts() if "conv_in" in layouts.load_layout(id_).shapes]
 LAYOUTS = [*UNETS, *TRANSFORMERS]
+# Parameters that are no layers: their keys have no `.weight`.
+BARE = ("_table", "_token", "_tokens", "pos_embed", "emb_pos", "modulation")
 FULL = "diffusion_pytorch_model.safetensors"
 # Buffers and norms that the real files have beside their weights.
 BESIDE = {
@@ -41,7 +45,7 @@ def shapes_of(id_):
 
 def keys(shapes):
     """Modules as keys; bare parameters have no `.weight`."""
-    return {n if n.endswith("_table") else f"{n}.weight": shape for n, shape in shapes.items()}
+    return {n if n.endswith(BARE) else f"{n}.weight": shape for n, shape in shapes.items()}
 
 
 def single_file(id_):
@@ -49,7 +53,7 @@ def single_file(id_):
     shapes = shapes_of(id_)
     if id_ in TRANSFORMERS:
         return keys(fused_shapes(shapes, TRANSFORMERS[id_]))
-    layers = 1 if id_.startswith("bk") else 2
+    layers = 1 if id_.startswith(("bk", "koala")) else 2
     named = {
         diffusers_to_ldm(name, siblings=shapes, layers_per_block=layers): shape
         for name, shape in shapes.items()
@@ -63,9 +67,9 @@ def assert_complete(base, id_):
     assert base.layout == id_
 
 
-@pytest.mark.parametrize("id_", LAYOUTS)
+@pytest.mark.parametrize("id_", layouts.known_layouts())
 def test_as_a_diffusers_folder_whole_and_in_shards(id_, tmp_path):
-    part = "transformer" if id_ in TRANSFORMERS else "unet"
+    part = "unet" if id_ in UNETS else "transformer"
     whole = keys(shapes_of(id_))
     sparse_file(tmp_path / "one" / part / FULL, whole)
     sparse_shards(tmp_path / "two" / part, whole)
@@ -92,9 +96,9 @@ def test_as_a_single_file_with_and_without_prefix(id_, prefix, tmp_path):
         assert tuple(weight.shape) == base.shapes[name] and weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("id_", LAYOUTS)
+@pytest.mark.parametrize("id_", layouts.known_layouts())
 def test_as_a_file_of_diffusers_names_with_the_prefix_of_its_part(id_, tmp_path):
-    part = "transformer." if id_ in TRANSFORMERS else "unet."
+    part = "unet." if id_ in UNETS else "transformer."
     stored = {part + key: shape for key, shape in keys(shapes_of(id_)).items()}
     assert_complete(open_base(sparse_file(tmp_path / "x.safetensors", stored)), id_)
 

@@ -1,5 +1,7 @@
 """The data of every family: consistent in itself, and what diffusers' own converters read."""
 
+import re
+
 import pytest
 import torch
 from checkpoints import authors_name
@@ -18,6 +20,7 @@ from prolora.architectures.families import known_families
 from prolora.architectures.family import Family, Fused, list_parts
 from prolora.architectures.layouts import identify_layout, load_layout
 
+_BLOCK = re.compile(r"\.\d+\.")
 FAMILIES = known_families()
 EACH = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 EACH_SIZE = pytest.mark.parametrize(
@@ -90,6 +93,24 @@ def test_every_module_is_found_again_by_either_name_dotted_and_underscored(famil
         assert family.find_weight(held.name.replace(".", "_"), dotted=False) == held
     assert family.find_module("model.layers.0.mlp") is None
     assert family.find_weight("model_layers_0_mlp", dotted=False) is None
+
+
+def test_no_two_families_have_one_claim() -> None:
+    """Of two that metadata begins with (hunyuan-video, hunyuan-video-1.5) the longer one tells."""
+    claims = [claim for family in FAMILIES.values() for claim in family.claims]
+    assert len(claims) == len(set(claims))
+    assert all(claim == claim.lower() for claim in claims)
+
+
+@EACH_SIZE
+def test_what_is_no_linear_layer_is_said(family: Family, layout: str) -> None:
+    """Bare parameters, convolutions, and layers of diffusers' classes of other kinds."""
+    from make_layouts import build_model
+
+    model = build_model(PUBLISHED[layout])
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    others = {_BLOCK.sub(".N.", name) for name in list_weights(model) if name not in linear}
+    assert others <= set(family.not_linear) <= set(family.shapes)
 
 
 @EACH_SIZE

@@ -44,8 +44,7 @@ FAMILY = Family(
     claims={
         "flux2": "FLUX.2",  # ai-toolkit
         "flux_2_": "FLUX.2",  # musubi-tuner, and below
-        "flux.2-dev": "FLUX.2 [dev]",
-        "flux.2-klein": "FLUX.2 [klein]",
-        "flux-2": "FLUX.2",
+        "flux.2": "FLUX.2",  # and OneTrainer
     },
+    siblings=("each FLUX.2 klein and its base, 4B and 9B",),
 )

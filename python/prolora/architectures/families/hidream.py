@@ -14,4 +14,8 @@ FAMILY = Family(
         "hidream-i1": "HiDream-I1",  # OneTrainer
     },
     siblings=("HiDream-I1 Full, Dev and Fast",),
+    not_linear={
+        "double_stream_blocks.N.block.ff_i.gate": "a parameter, which chooses the experts",
+        "single_stream_blocks.N.block.ff_i.gate": "a parameter, which chooses the experts",
+    },
 )

@@ -11,6 +11,7 @@ FAMILY = Family(
     layouts=("qwen-image",),
     claims={
         "qwen_image": "Qwen-Image",  # ai-toolkit, musubi-tuner
-        "qwen-image": "Qwen-Image",  # musubi-tuner
+        "qwen-image": "Qwen-Image",  # musubi-tuner, OneTrainer
     },
+    siblings=("Qwen-Image, Edit, Edit 2509, Edit 2511, 2512, and their Lightning students",),
 )

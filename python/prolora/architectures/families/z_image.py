@@ -30,6 +30,8 @@ FAMILY = Family(
     claims={
         "zimage": "Z-Image",  # ai-toolkit
         "z_image": "Z-Image",  # musubi-tuner, and below
-        "z-image": "Z-Image",
+        "z-image": "Z-Image",  # and OneTrainer
     },
+    siblings=("Z-Image and Z-Image Turbo",),
+    not_linear={"x_pad_token": "a parameter", "cap_pad_token": "a parameter"},
 )
