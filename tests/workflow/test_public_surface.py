@@ -63,6 +63,7 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("out_rank", math.nan),
         ("method", "magic"),
         ("dropped", "keep"),
+        ("inserted", "copy"),
         ("vectors", "project"),
         ("text_encoder", "maybe"),
         ("format", "zip"),

@@ -10,21 +10,24 @@ from typing import Annotated, ClassVar
 import typer
 
 from ..comparison import comparison
+from ..comparison.block_matching import resolve_match
 from . import heatmap, tables
 from .console import out, progress_bar
 from .options import (
     Bases,
+    InsertedOption,
     JsonOption,
     MatchOption,
     ModulesOption,
     QuietOption,
     RankOption,
     Resources,
+    SaveMatchOption,
     expand_options,
     parse_path,
     parse_rank,
 )
-from .outputs import check_plot
+from .outputs import check_match_file, check_plot, save_match
 
 
 @dataclass
@@ -34,6 +37,7 @@ class MeasureOptions:
     panel: ClassVar[str] = "Measures"
     rank: RankOption = str(comparison.OVERLAP_RANK)
     match: MatchOption = "name"
+    inserted: InsertedOption = "skip"
     quick: Annotated[
         bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
     ] = False
@@ -61,6 +65,7 @@ class ShowOptions:
             help="Draw the overlaps into this PNG file (needs matplotlib).",
         ),
     ] = None
+    save_match: SaveMatchOption = None
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
@@ -77,12 +82,26 @@ def compare(
     if shown.plot is not None:
         heatmap.check_matplotlib()
         check_plot(shown.plot, [*source.files, *target.files])
+    if shown.save_match is not None:
+        check_match_file(shown.save_match, [*source.files, *target.files])
     with progress_bar("compare", not (shown.quiet or shown.as_json)) as progress:
+        match = resolve_match(
+            measures.match,
+            source,
+            target,
+            inserted=measures.inserted,
+            device=resources.device,
+            cache=resources.find_cache(),
+            max_memory=resources.max_bytes,
+            progress=progress,
+        )
+        if shown.save_match is not None:
+            save_match(shown.save_match, source, target, match)
         result = comparison.compare(
             source,
             target,
             rank=None if measures.quick else parse_rank(measures.rank),
-            match=measures.match,
+            match=match,
             device=resources.device,
             cache=resources.find_cache(),
             max_memory=resources.max_bytes,
@@ -100,6 +119,8 @@ def compare(
     out.print(f"Modules were paired by: {result.match}.")
     if shown.plot is not None:
         out.print_line(f"wrote {shown.plot}")
+    if shown.save_match is not None:
+        out.print_line(f"wrote {shown.save_match}")
 
 
 def show_comparison(result: comparison.Comparison, sweep: bool, every_module: bool) -> None:

@@ -17,6 +17,7 @@ import typer
 
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
+from ..comparison.contested_blocks import InsertedMode
 from ..comparison.verdict import AUTO
 from ..core.validation import check_device
 from ..errors import OutputError
@@ -92,6 +93,21 @@ MatchOption = Annotated[
         metavar="name|similarity|FILE",
         help="How modules are paired: by name, by similarity, or by a JSON file "
         "{target module: source module}.",
+    ),
+]
+InsertedOption = Annotated[
+    InsertedMode,
+    typer.Option(
+        help="Blocks that the target has more (with --match similarity): leave them without a "
+        "LoRA, or give them the updates of the block that they resemble, or of the previous one."
+    ),
+]
+SaveMatchOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_path,
+        metavar="FILE",
+        help="Save which module was paired with which, as JSON that --match takes.",
     ),
 ]
 ModulesOption = Annotated[

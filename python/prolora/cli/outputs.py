@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
-from ..errors import OutputError
-from ..files.writing import check_writable
+from ..bases import Base
+from ..comparison.module_map import Match, find_partners
+from ..errors import OutputError, UnsupportedFormat
+from ..files.jsontext import read_json_object
+from ..files.writing import check_writable, write_text_atomically
 from ..workflow.output_paths import check_report_path, fold_path, name_output
 from .heatmap import is_heatmap
 
@@ -61,6 +65,34 @@ def check_plot(plot: Path, bases: Iterable[Path]) -> None:
         raise OutputError(
             f"{plot}: exists and is no picture of a comparison; give the picture another name"
         )
+
+
+def check_match_file(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuses the path of a map of modules before any work is done for it.
+
+    Raises:
+        OutputError: it cannot be written, or would replace an input, an output of this run, or a
+            file that is no such map.
+    """
+    inputs = list(inputs)
+    check_writable(path, inputs)
+    if _resolve_path(path) in map(_resolve_path, inputs):
+        raise OutputError(f"{path}: the map would replace another file of this run")
+    if not path.exists():
+        return
+    try:
+        is_map = all(isinstance(name, str) for name in read_json_object(path).values())
+    except UnsupportedFormat:
+        is_map = False
+    if not is_map:
+        raise OutputError(f"{path}: exists and is no map of modules; give the map another name")
+
+
+def save_match(path: Path, source: Base, target: Base, match: Match) -> None:
+    """Writes {target module: source module}, which --match takes, in the target's order."""
+    table, _ = find_partners(source, target, match)
+    ordered = {name: table[name] for name in target.shapes if name in table}
+    write_text_atomically(path, json.dumps(ordered, indent=1) + "\n")
 
 
 def _resolve_path(path: Path) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import typer
 
 from ..bases import Base
 from ..comparison.block_matching import resolve_match
+from ..comparison.module_map import Match
 from ..errors import LowCoverage, OutputError, ProLoRAError
 from ..files.writing import write_text_atomically
 from ..workflow.batch import Outcome, transfer_many
@@ -20,7 +21,7 @@ from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .options import Bases, Resources, expand_options, parse_path
-from .outputs import check_report, list_outputs
+from .outputs import check_match_file, check_report, list_outputs, save_match
 from .transfer_options import MatchOptions, MethodOptions, OutputOptions, ProbeOptions
 
 LoraArguments = Annotated[
@@ -43,15 +44,22 @@ def transfer(
     if output.output is None and not output.dry_run:
         raise OutputError("-o OUT is missing: where should the new LoRA be written?")
     resources.check_device()
-    options = method.to_dict() | vars(matching)
+    options = method.to_dict() | matching.to_dict()
     options |= {"out_rank": output.rank, "probe": probing.to_probing(method.method)}
     source, target = bases.open()
     if output.report is not None:
         outputs = list_outputs(output.output, loras, output.format)
         check_report(output.report, outputs, loras, [*source.files, *target.files])
+    if matching.save_match is not None:
+        taken = [*list_outputs(output.output, loras, output.format), *loras]
+        check_match_file(matching.save_match, [*taken, *source.files, *target.files])
     # A dry run makes no cache folder.
     cache = resources.cache if output.dry_run else resources.find_cache()
     options |= {"cache": cache, "device": resources.device, "max_memory": resources.max_bytes}
+    if matching.save_match is not None:
+        with progress_bar("match", output.show_tables) as progress:
+            options["match"] = match_bases(source, target, options | {"progress": progress})
+        save_match(matching.save_match, source, target, options["match"])
     run = plan_all if output.dry_run else move_all
     outcomes = run(loras, source, target, output, options)
     if output.show_tables:
@@ -72,9 +80,15 @@ def plan_all(
     with progress_bar("match", output.show_tables) as progress:
         options = options | output.form | {"progress": progress}
         if len(loras) > 1:
-            how = {name: options[name] for name in ("cache", "device", "max_memory", "progress")}
-            options["match"] = resolve_match(options["match"], source, target, **how)
+            options["match"] = match_bases(source, target, options)
         return [Outcome(lora, lora, plan_report(lora, source, target, **options)) for lora in loras]
+
+
+def match_bases(source: Base, target: Base, options: dict[str, Any]) -> Match:
+    """The match that the options ask for, with blocks matched where that needs weights."""
+    names = ("inserted", "cache", "device", "max_memory", "progress")
+    how = {name: options[name] for name in names}
+    return resolve_match(options["match"], source, target, **how)
 
 
 def move_all(

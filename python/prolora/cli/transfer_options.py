@@ -22,11 +22,13 @@ from ..workflow.options import (
     VectorsMode,
 )
 from .options import (
+    InsertedOption,
     JsonOption,
     MatchOption,
     ModulesOption,
     QuietOption,
     RankOption,
+    SaveMatchOption,
     parse_out_rank,
     parse_path,
     parse_rank,
@@ -99,6 +101,8 @@ class MatchOptions:
 
     panel: ClassVar[str] = "Matching"
     match: MatchOption = "name"
+    inserted: InsertedOption = "skip"
+    save_match: SaveMatchOption = None
     threshold: Annotated[
         float,
         typer.Option(
@@ -115,6 +119,10 @@ class MatchOptions:
             help="Fail if a smaller share of the LoRA's modules can move.",
         ),
     ] = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library takes them."""
+        return {name: value for name, value in vars(self).items() if name != "save_match"}
 
 
 @dataclass

@@ -26,7 +26,13 @@ from ..files.sizes import parse_limit
 from .block_matching import resolve_match
 from .drift import Affinity
 from .module_comparison import ModuleComparison, average_field, compare_module
-from .module_map import BlockDecision, Match, Matching, find_partners
+from .module_map import (
+    BlockDecision,
+    Match,
+    Matching,
+    describe_decisions,
+    find_partners,
+)
 from .rank_sweep import SweepRow, sweep_columns
 from .verdict import (
     AUTO,
@@ -145,13 +151,7 @@ class Comparison:
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
         sentences += [self._copying(), self._coverage()]
-        if self.decisions:
-            recognised = sum(decision.source is not None for decision in self.decisions)
-            sentences.append(
-                f"{recognised} of {len(self.decisions)} blocks of the target were recognised; "
-                f"{len(self.dropped_blocks)} blocks of the source feed none."
-            )
-        return sentences
+        return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
     def _lineage(self) -> str:
         """Whether the two come from each other."""

@@ -6,7 +6,7 @@ By name and block rules, by a map, or by the result of `block_matching`; no weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,11 @@ class BlockDecision:
         deviations: how many standard deviations the overlap lies beyond chance.
         runner_up: the source's block with the next best score; None if there is no other.
         runner_up_score: its score, NaN if there is none.
+        fed_by: the block whose updates it gets: `source`, or for a block without one what the
+            caller chose (`match_blocks`, `inserted`).
+        resembles: where source is None, the source's block that it overlaps most beyond chance,
+            which feeds another one: it is a copy or a mixture of it.
+        tied: another block of the target is as near to `source`; this one comes first.
     """
 
     target: str
@@ -40,6 +45,9 @@ class BlockDecision:
     deviations: float
     runner_up: str | None
     runner_up_score: float
+    fed_by: str | None = None
+    resembles: str | None = None
+    tied: bool = False
 
     @property
     def margin(self) -> float:
@@ -70,8 +78,13 @@ class Matching:
         """For the report."""
         margins = [d.margin for d in self.decisions if d.source and not math.isnan(d.margin)]
         matched = sum(decision.source is not None for decision in self.decisions)
-        least = f", least margin {min(margins):.3f}" if margins else ""
-        return f"similarity: {matched} of {len(self.decisions)} blocks matched{least}"
+        notes = f", least margin {min(margins):.3f}" if margins else ""
+        if tied := sum(decision.tied for decision in self.decisions):
+            notes += f", {tied} with a copy as near"
+        fed = sum(bool(decision.fed_by) for decision in self.decisions) - matched
+        if fed > 0:
+            notes += f"; {fed} inserted blocks fed too"
+        return f"similarity: {matched} of {len(self.decisions)} blocks matched{notes}"
 
     def check_any(self, source: Base, target: Base) -> None:
         """Raises UnrelatedBases if no block was recognised."""
@@ -83,6 +96,32 @@ class Matching:
             f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
             "apart, or the target drifted too far to tell; --match name pairs equal names"
         )
+
+
+def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str]) -> list[str]:
+    """What was found by similarity, as sentences; none where nothing was matched so."""
+    if not decisions:
+        return []
+    recognised = sum(decision.source is not None for decision in decisions)
+    sentences = [
+        f"{recognised} of {len(decisions)} blocks of the target were recognised; "
+        f"{len(dropped)} blocks of the source feed none."
+    ]
+    alike = [decision for decision in decisions if decision.resembles]
+    if alike:
+        fed = sum(decision.fed_by is not None for decision in alike)
+        sentences.append(
+            f"{len(alike)} of the others resemble a block that feeds another one, as inserted "
+            f"copies do: {fed} of them get its updates too (--inserted)."
+        )
+    tied = [decision.target for decision in decisions if decision.tied]
+    if tied:
+        have = "blocks have a copy that is" if len(tied) > 1 else "block has a copy that is"
+        sentences.append(
+            f"{len(tied)} {have} as near to the source; the first of the two was taken for the old "
+            f"one: {', '.join(tied[:3])}{' …' if len(tied) > 3 else ''}."
+        )
+    return sentences
 
 
 Match = str | PathLike[str] | Mapping[str, str] | Matching

@@ -22,6 +22,7 @@ from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
+from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..comparison.width_selection import WidthFinder
@@ -158,6 +159,7 @@ def transfer_many(
     strength: Strength | None = None,
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
+    inserted: InsertedMode = "skip",
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
@@ -196,6 +198,7 @@ def transfer_many(
         strength=strength,
         out_rank=out_rank,
         dropped=dropped,
+        inserted=inserted,
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,
@@ -262,6 +265,7 @@ class _Batch:
             asked.match,
             source,
             target,
+            inserted=asked.inserted,
             cache=cache,
             device=asked.device,
             max_memory=asked.max_memory,

@@ -9,6 +9,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
+from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.precision import in_full_precision
@@ -66,6 +67,7 @@ def plan_report(
     strength: Strength | None = None,
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
+    inserted: InsertedMode = "skip",
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
@@ -103,6 +105,7 @@ def plan_report(
         strength=strength,
         out_rank=out_rank,
         dropped=dropped,
+        inserted=inserted,
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..bases.base import Progress
+from ..comparison.contested_blocks import INSERTED, InsertedMode
 from ..comparison.module_map import Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
 from ..core.arrays import make_fields_plain
@@ -77,6 +78,9 @@ class TransferOptions:
             they hold most energy. Method "probe" fits updates of that rank or share.
         dropped: "skip" leaves out the updates of blocks that the target has dropped; "sum" adds
             them to those of the nearest block that is still there.
+        inserted: what feeds blocks that the target has more, where blocks are matched by
+            similarity: "skip" nothing, "similar" the block of the source that they resemble,
+            "previous" the block that feeds the one before them.
         text_encoder: "copy" carries the text encoders' updates over unchanged, "project" moves
             them as all others where both bases hold their weights, "skip" leaves them out.
         vectors: "copy" carries trained biases and normalisation layers over to the modules that
@@ -96,6 +100,7 @@ class TransferOptions:
     rank: Rank = DEFAULT_RANK
     match: Match = "name"
     dropped: DroppedMode = "skip"
+    inserted: InsertedMode = "skip"
     threshold: float = DEFAULT_THRESHOLD
     damping: float | None = None
     strength: Strength | None = None
@@ -126,6 +131,7 @@ class TransferOptions:
             ("method", METHOD_NAMES),
             ("text_encoder", TEXT_ENCODER),
             ("dropped", DROPPED),
+            ("inserted", INSERTED),
             ("vectors", VECTORS),
         ):
             check_choice(name, getattr(self, name), words)

@@ -67,6 +67,8 @@ class Recipe:
             for field in fields(self.options)
             if field.name not in _INDIFFERENT
         }
+        if chosen["inserted"] == "skip":  # as all results were made before there was a choice
+            del chosen["inserted"]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.output.format, str(self.output.dtype))
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)

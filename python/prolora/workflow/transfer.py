@@ -13,6 +13,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
+from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.precision import in_full_precision
@@ -119,6 +120,7 @@ def transfer(
     strength: Strength | None = None,
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
+    inserted: InsertedMode = "skip",
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
@@ -155,6 +157,9 @@ def transfer(
             as many as the LoRA's own rank; "100MB" those that fit a file of that size.
         dropped: "skip" leaves out the updates of blocks that the target has dropped; "sum" adds
             them to those of the nearest block that is still there.
+        inserted: what feeds blocks that the target has more, where blocks are matched by
+            similarity: "skip" nothing, "similar" the block of the source that they resemble,
+            "previous" the block that feeds the one before them.
         text_encoder: "copy" carries the text encoders' updates over unchanged, "project" moves
             them as all others, "skip" leaves them out.
         vectors: "copy" carries trained biases and normalisation layers over, "skip" leaves them
@@ -197,6 +202,7 @@ def transfer(
         strength=strength,
         out_rank=out_rank,
         dropped=dropped,
+        inserted=inserted,
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,
@@ -244,6 +250,7 @@ def transfer_file(
     strength: Strength | None = None,
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
+    inserted: InsertedMode = "skip",
     text_encoder: TextEncoderMode = "copy",
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
@@ -277,6 +284,7 @@ def transfer_file(
         strength=strength,
         out_rank=out_rank,
         dropped=dropped,
+        inserted=inserted,
         text_encoder=text_encoder,
         vectors=vectors,
         min_coverage=min_coverage,

@@ -31,6 +31,7 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
     unused = {
         "match": options.match == "name",
         "dropped": options.dropped == "skip",
+        "inserted": options.inserted == "skip",
         "rank": options.rank == DEFAULT_RANK,
         "damping": options.damping is None,
         "threshold": options.threshold == DEFAULT_THRESHOLD,

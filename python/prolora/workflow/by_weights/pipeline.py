@@ -172,6 +172,7 @@ def plan_transfer(
         options.match,
         source,
         target,
+        inserted=options.inserted,
         cache=cache,
         device=options.device,
         max_memory=options.max_memory,
