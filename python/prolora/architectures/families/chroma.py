@@ -21,5 +21,11 @@ FAMILY = Family(
         "distilled_guidance_layer.layers.N.in_layer": "distilled_guidance_layer.layers.N.linear_1",
         "distilled_guidance_layer.layers.N.out_layer": "distilled_guidance_layer.layers.N.linear_2",
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "kohya"),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy"),
+    },
     claims={"chroma": "Chroma"},  # sd-scripts, ai-toolkit, OneTrainer
 )

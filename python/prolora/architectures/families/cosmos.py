@@ -45,6 +45,11 @@ FAMILY = Family(
         "final_layer.adaln_modulation.2": "norm_out.linear_2",
         "final_layer.linear": "proj_out",
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "InvokeAI": ("comfy",),
+        "sd-scripts": ("kohya",),
+    },
     claims={
         # sd-scripts writes "anima", "anima-preview" and "anima-unknown"; ai-toolkit "anima".
         "anima": "Anima",

@@ -64,6 +64,14 @@ FAMILY = Family(
             "single_transformer_blocks.N.attn.to_v",
         ),
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "kohya"),
+        "InvokeAI": ("comfy", "diffusers", "kohya", "peft"),
+        "musubi": ("kohya",),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy", "diffusers"),
+    },
     claims={
         "flux1": "FLUX.1",  # sd-scripts, and below
         "flux-1": "FLUX.1",

@@ -41,6 +41,12 @@ FAMILY = Family(
         "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "comfy", "kohya", "peft"),
+        "InvokeAI": ("diffusers", "peft"),
+        "musubi": ("kohya",),
+    },
     claims={
         "flux2": "FLUX.2",  # ai-toolkit
         "flux_2_": "FLUX.2",  # musubi-tuner, and below

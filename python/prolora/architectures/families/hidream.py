@@ -9,6 +9,9 @@ FAMILY = Family(
     id="hidream",
     title="HiDream",
     layouts=("hidream-i1",),
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+    },
     claims={
         "hidream_i1": "HiDream-I1",  # ai-toolkit
         "hidream-i1": "HiDream-I1",  # OneTrainer

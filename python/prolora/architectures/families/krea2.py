@@ -35,6 +35,12 @@ FAMILY = Family(
         for theirs, ours in _STACKS.items()
         for name in ("gate", "up", "down")
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "comfy"),
+        "InvokeAI": ("diffusers", "comfy", "kohya"),
+        "musubi": ("kohya",),
+    },
     claims={
         "krea2": "Krea 2",  # ai-toolkit, musubi-tuner
         "krea-2": "Krea 2",  # musubi-tuner, OneTrainer

@@ -47,6 +47,10 @@ FAMILY = Family(
             for layer in _LAYERS
         },
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "comfy"),
+    },
     claims={"ltx2": "LTX-2"},  # ai-toolkit
     siblings=("LTX-2 and its distillation to a few steps", "LTX-2, 2.3 and 2.5"),
     not_linear={

@@ -16,6 +16,10 @@ FAMILY = Family(
             "time_embed.emb.timestep_embedder.linear_2"
         ),
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "comfy"),
+    },
     siblings=("LTX-Video and its distillations",),
     not_linear={
         "scale_shift_table": "a parameter",

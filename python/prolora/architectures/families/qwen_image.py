@@ -9,6 +9,12 @@ FAMILY = Family(
     id="qwen-image",
     title="Qwen-Image",
     layouts=("qwen-image",),
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "comfy", "kohya"),
+        "InvokeAI": ("diffusers", "kohya"),
+        "musubi": ("kohya",),
+    },
     claims={
         "qwen_image": "Qwen-Image",  # ai-toolkit, musubi-tuner
         "qwen-image": "Qwen-Image",  # musubi-tuner, OneTrainer

@@ -14,4 +14,7 @@ FAMILY = Family(
             "transformer_blocks.N.img_mlp.gate_layer", "transformer_blocks.N.img_mlp.proj"
         ),
     },
+    readers={
+        "diffusers": ("diffusers",),
+    },
 )

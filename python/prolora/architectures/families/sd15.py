@@ -1,11 +1,23 @@
 """Stable Diffusion 1.x and what was trained from it."""
 
-from ..family import Family
+from ..family import SPELLINGS, Family, Spelling
 
 FAMILY = Family(
     id="sd15",
     title="Stable Diffusion 1.5",
     layouts=("sd15",),
+    spellings={
+        **SPELLINGS,
+        "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
+        "diffusers": Spelling("unet.", "diffusers"),
+    },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "kohya"),
+        "InvokeAI": ("kohya",),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy"),
+    },
     claims={
         "sd_v1": "Stable Diffusion 1.x",  # sd-scripts, and below
         "stable-diffusion-v1": "Stable Diffusion 1.x",

@@ -1,11 +1,23 @@
 """Stable Diffusion 2.x and what was trained from it."""
 
-from ..family import Family
+from ..family import SPELLINGS, Family, Spelling
 
 FAMILY = Family(
     id="sd21",
     title="Stable Diffusion 2.1",
     layouts=("sd21",),
+    spellings={
+        **SPELLINGS,
+        "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
+        "diffusers": Spelling("unet.", "diffusers"),
+    },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "kohya"),
+        "InvokeAI": ("kohya",),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy"),
+    },
     claims={
         "sd_v2": "Stable Diffusion 2.x",  # sd-scripts, and below
         "stable-diffusion-v2": "Stable Diffusion 2.x",

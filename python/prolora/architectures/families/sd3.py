@@ -45,6 +45,12 @@ FAMILY = Family(
         "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers", "peft"),
+        "diffusers": ("diffusers",),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy"),
+    },
     claims={
         "sd3": "Stable Diffusion 3",  # sd-scripts, and below
         "stable-diffusion-3": "Stable Diffusion 3",

@@ -1,11 +1,22 @@
 """Stable Diffusion XL, Pony, Illustrious, NoobAI and its students of few steps."""
 
-from ..family import Family
+from ..family import SPELLINGS, Family, Spelling
 
 FAMILY = Family(
     id="sdxl",
     title="Stable Diffusion XL",
     layouts=("sdxl",),
+    spellings={
+        **SPELLINGS,
+        "diffusers": Spelling("unet.", "diffusers"),
+    },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "kohya"),
+        "InvokeAI": ("kohya",),
+        "sd-scripts": ("kohya",),
+        "Forge": ("kohya", "comfy"),
+    },
     claims={
         "sdxl": "Stable Diffusion XL",  # sd-scripts, ai-toolkit, OneTrainer
         "stable-diffusion-xl": "Stable Diffusion XL",

@@ -41,6 +41,12 @@ FAMILY = Family(
         "head.head": "proj_out",
         "head.modulation": "scale_shift_table",
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers", "comfy", "kohya"),
+        "InvokeAI": ("diffusers", "comfy", "kohya"),
+        "musubi": ("kohya",),
+    },
     claims={
         # musubi-tuner writes "wan" and "wan2.1", ai-toolkit "wan_2.1", "wan_2.2_14b", "wan_2.2_5b".
         "wan_2.2_14b": "Wan 2.2 A14B",

@@ -1,10 +1,11 @@
 """Z-Image: base, Turbo, and what was trained from them.
 
 diffusers has the names of the authors; ComfyUI's, which the files people download are in, fuse q, k
-and v, as those of Lumina 2 do.
+and v, as those of Lumina 2 do. LoRAs are another matter: ComfyUI reads diffusers' names behind
+`diffusion_model.` too, and InvokeAI and diffusers read nothing else there.
 """
 
-from ..family import Family, fuse_equal
+from ..family import SPELLINGS, Family, Spelling, fuse_equal
 
 FAMILY = Family(
     id="z-image",
@@ -26,6 +27,12 @@ FAMILY = Family(
     | {
         f"{stack}.N.attention.out": f"{stack}.N.attention.to_out.0"
         for stack in ("layers", "noise_refiner", "context_refiner")
+    },
+    spellings={**SPELLINGS, "comfy": Spelling("diffusion_model.", "diffusers")},
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "comfy", "kohya"),
+        "InvokeAI": ("diffusers", "comfy"),
     },
     claims={
         "zimage": "Z-Image",  # ai-toolkit
