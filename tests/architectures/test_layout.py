@@ -75,6 +75,42 @@ PAIRS = {
     ("flux1-fill", "chroma", ""): (266, 266),
     ("sd3-medium", "sd3.5-medium", ""): (191, 191),
     ("pixart-alpha", "pixart-sigma", ""): (224, 224),
+    ("wan-t2v-14b", "wan2.2-i2v-14b", ""): (320, 320),
+    ("wan-t2v-14b", "wan2.1-i2v-14b", ""): (320, 320),
+    ("wan-t2v-14b", "wan2.1-flf2v-14b", ""): (320, 320),
+    ("wan2.2-i2v-14b", "wan2.1-i2v-14b", ""): (320, 320),
+    ("wan2.2-i2v-14b", "wan2.1-flf2v-14b", ""): (320, 320),
+    ("wan2.1-i2v-14b", "wan2.1-flf2v-14b", ""): (400, 400),
+    ("cosmos-predict2-2b", "anima", ""): (224, 224),
+    ("cosmos-predict2-2b", "cosmos-predict2-2b-video", ""): (224, 224),
+    ("cosmos-predict2-2b", "cosmos-predict2.5-2b", ""): (224, 224),
+    ("cosmos-predict2-2b-video", "cosmos-predict2.5-2b", ""): (224, 224),
+    ("cosmos-predict2-14b", "cosmos-predict2-14b-video", ""): (288, 288),
+    ("cosmos-predict2-14b", "cosmos-predict2.5-14b", ""): (288, 288),
+    ("cosmos-predict2-14b-video", "cosmos-predict2.5-14b", ""): (288, 288),
+    ("hunyuan-video", "hunyuan-video-i2v-33", ""): (288, 288),
+    ("hunyuan-video", "framepack", ""): (288, 288),
+    ("hunyuan-video-i2v-33", "framepack", ""): (288, 288),
+    ("hunyuan-video-1.5", "hunyuan-video-1.5-step-distilled", ""): (440, 440),
+    ("hunyuan-image", "hunyuan-image-distilled", ""): (288, 288),
+    ("ltx2", "ltx2.3", ""): (1152, 1152),
+    ("ltx2", "ltx2.5", ""): (1152, 1152),
+    ("ltx2.3", "ltx2.5", ""): (1152, 1152),
+    ("kandinsky5-image-lite", "kandinsky5-image-lite-edit", ""): (0, 0),
+    ("sana-1.6b", "sana-sprint-1.6b", ""): (160, 160),
+    ("sana-0.6b", "sana-sprint-0.6b", ""): (224, 224),
+    ("cogvideox-5b", "cogvideox-5b-i2v", ""): (168, 168),
+    ("cogvideox-5b", "cogvideox1.5-5b", ""): (168, 168),
+    ("cogvideox-5b", "cogvideox1.5-5b-i2v", ""): (168, 168),
+    ("cogvideox-5b-i2v", "cogvideox1.5-5b", ""): (168, 168),
+    ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", ""): (168, 168),
+    ("cogvideox1.5-5b", "cogvideox1.5-5b-i2v", ""): (168, 168),
+    ("flux3-klein", "flux3-klein-distilled", ""): (172, 172),
+    ("anima", "anima-2.9b", ""): (224, 224),
+    ("anima-2.9b", "anima-3.8b", ""): (320, 320),
+    ("anima", "anima-3.8b", ""): (224, 224),
+    ("cosmos-predict2-2b", "anima-2.9b", ""): (224, 224),
+    ("cosmos-predict2-2b", "anima-3.8b", ""): (224, 224),
 }
 
 
@@ -176,6 +212,38 @@ def test_renumbered_blocks_find_their_origin(
     """Equal names would be wrong in every first case."""
     rule = layouts.find_correspondence(source, target)
     assert rule is not None and rule.source_of(module) == origin
+
+
+@pytest.mark.parametrize(
+    ("target", "numbers", "inserted"),
+    [
+        ("anima-2.9b", {0: 0, 1: 1, 2: 3, 14: 20, 27: 39}, range(2, 20, 3)),
+        ("anima-3.8b", {0: 0, 1: 1, 2: 4, 14: 26, 27: 51}, range(3, 48, 4)),
+    ],
+)
+def test_inserted_blocks_have_no_origin(
+    target: str, numbers: dict[int, int], inserted: range
+) -> None:
+    """Every block of Anima is still there, in its order, under another number."""
+    rule = layouts.find_correspondence("anima", target)
+    assert rule is not None
+    names = [n for n in layouts.load_layout(target).shapes if n.endswith(".attn1.to_q")]
+    origins = [rule.source_of(name) for name in names]
+    kept = [origin for origin in origins if origin is not None]
+    assert kept == [f"transformer_blocks.{number}.attn1.to_q" for number in range(28)]
+    for old, new in numbers.items():
+        assert origins[new] == f"transformer_blocks.{old}.attn1.to_q"
+    assert all(origins[number] is None for number in inserted)
+    adapter = "llm_adapter.blocks.3.self_attn.q_proj"
+    assert rule.source_of(adapter) == adapter
+
+
+def test_anima_is_recognised_without_the_adapter_of_its_text_encoder() -> None:
+    """In diffusers' folders that is a model of its own; 28 blocks alone are Cosmos-Predict2's."""
+    for id_, alone in (("anima", "cosmos-predict2-2b"), ("anima-2.9b", "anima-2.9b")):
+        shapes = layouts.load_layout(id_).shapes
+        transformer = {n: s for n, s in shapes.items() if not n.startswith("llm_adapter.")}
+        assert layouts.identify_layout(transformer) == alone
 
 
 def test_twins_are_told_apart_by_what_lies_outside_their_blocks() -> None:
