@@ -43,7 +43,16 @@ GROUPS = {
         "Description",
         "Adapter",
     ],
-    "Base models": ["compare", "Comparison", "Verdict", "open_base", "Base", "BaseLike"],
+    "Base models": [
+        "compare",
+        "Comparison",
+        "Verdict",
+        "open_base",
+        "open_experts",
+        "Base",
+        "BaseLike",
+        "ExpertsLike",
+    ],
     "Tensors": [
         "project",
         "ProjectionInfo",

@@ -4,6 +4,7 @@ import torch  # noqa: F401  (before the extension, so that both use torch's Open
 
 from .adapters.adapter import Adapter
 from .bases import Base, BaseLike, open_base
+from .bases.experts import ExpertsLike, open_experts
 from .comparison.comparison import Comparison, compare
 from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
@@ -31,11 +32,11 @@ from .errors import (
 )
 from .probe.settings import Probing
 from .version import __version__
-from .workflow.batch import Outcome, transfer_many
+from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
-from .workflow.report import Report
+from .workflow.report import Outcome, Report
 from .workflow.transfer import Transfer, transfer, transfer_file
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Basis",
     "Comparison",
     "Description",
+    "ExpertsLike",
     "InvalidOption",
     "LowCoverage",
     "LowRank",
@@ -77,6 +79,7 @@ __all__ = [
     "damped",
     "inspect",
     "open_base",
+    "open_experts",
     "plan_report",
     "principal_angles",
     "project",

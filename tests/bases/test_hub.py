@@ -95,6 +95,10 @@ def test_a_file_or_folder_of_a_repository_is_found(cloud, id_, files, wanted):
     ("files", "message"),
     [
         ([f"unet/{FULL}", f"transformer/{FULL}"], "both unet and transformer"),
+        (
+            [f"transformer/{FULL}", f"transformer_2/{FULL}"],
+            "two experts, hf://org/m/transformer for high noise and hf://org/m/transformer_2",
+        ),
         (["a.safetensors", "b.safetensors"], r"several checkpoints \(.*name a file as hf://org/m"),
         (["unet/model.bin"], "no weights in unet"),
     ],

@@ -15,6 +15,9 @@ from ..files.safetensors_file import SafetensorsFile
 from .weights import StoredWeight
 
 MODELS = ("unet", "transformer")
+EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+"""How diffusers and the authors of Wan call the two experts, the one for high noise first."""
+
 _STEMS = ("diffusion_pytorch_model", "model")
 _SHARD = re.compile(r"-\d+-of-\d+")
 # Which variant is taken where a folder has several: the complete weights, else the halved ones,
@@ -52,17 +55,36 @@ def find_model_folder(path: Path, subfolder: str | None) -> Path:
     """The folder with the weights: `path` itself or the part of the pipeline in it.
 
     Raises:
-        UnsupportedFormat: no such part, or both a UNet and a transformer.
+        UnsupportedFormat: no such part, both a UNet and a transformer, or two experts.
     """
     if subfolder is not None:
         folder = path / subfolder
         if not folder.is_dir():
             raise UnsupportedFormat(f"{path}: has no folder {subfolder}")
         return folder
+    if experts := find_expert_folders(path):
+        raise UnsupportedFormat(explain_experts(path, [str(folder) for folder in experts]))
     parts = [name for name in MODELS if (path / name).is_dir()]
     if len(parts) > 1:
         raise UnsupportedFormat(f"{path}: has both unet and transformer; name one as subfolder")
     return path / parts[0] if parts else path
+
+
+def find_expert_folders(path: Path) -> list[Path]:
+    """The folders of a model's two experts, the one for high noise first; empty if it has none."""
+    for names in EXPERT_FOLDERS:
+        folders = [path / name for name in names]
+        if all(folder.is_dir() for folder in folders):
+            return folders
+    return []
+
+
+def explain_experts(where: object, experts: list[str]) -> str:
+    """Why a model of two experts is no single base."""
+    return (
+        f"{where}: has two experts, {experts[0]} for high noise and {experts[1]} for low noise; "
+        "name one of them. `prolora transfer` and `transfer_many` move a LoRA to both"
+    )
 
 
 def open_folder_weights(folder: Path) -> tuple[dict[str, StoredWeight], list[Path]]:

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedFormat
-from .folder import MODELS, choose_candidate, read_weight_map
+from .folder import (
+    EXPERT_FOLDERS,
+    MODELS,
+    choose_candidate,
+    explain_experts,
+    read_weight_map,
+)
 
 # A `Path` made of "hf://org/name" has lost the second slash.
 _SCHEME = re.compile(r"hf://?(?=[^/])")
@@ -144,7 +150,12 @@ def _find_model_folder(names: list[str], path: str, id_: HubId) -> str:
     """The folder with the weights, "" for the root."""
     if path:
         return path
-    parts = [part for part in MODELS if any(name.startswith(f"{part}/") for name in names)]
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    for experts in EXPERT_FOLDERS:
+        if folders.issuperset(experts):
+            named = [f"hf://{id_.repo}/{folder}" for folder in experts]
+            raise UnsupportedFormat(explain_experts(id_.name, named))
+    parts = [part for part in MODELS if part in folders]
     if len(parts) > 1:
         raise UnsupportedFormat(
             f"{id_.name}: has both unet and transformer; write hf://{id_.repo}/unet"

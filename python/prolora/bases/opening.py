@@ -15,7 +15,7 @@ from ..errors import UnsupportedFormat
 from ..files.safetensors_file import SafetensorsFile
 from . import hub
 from .base import Base
-from .folder import find_model_folder, open_file_weights, open_folder_weights
+from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .keys.canonical_names import name_weights
 from .keys.float8 import METADATA_KEY
 from .weights import LoadedWeight, StoredWeight, Weight
@@ -32,7 +32,8 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
         source: one of
             a diffusers folder, of a whole pipeline or of its UNet or transformer alone. Where it
                 has several variants the plain file is taken, else fp16, bf16, fp32, any other. Text
-            encoders beside it are opened too, where they are safetensors;
+            encoders beside it are opened too, where they are safetensors. The folder of one expert
+            where a pipeline has two (see `open_experts`);
             a single-file checkpoint (safetensors or GGUF) in LDM/SGM names, in diffusers' or in
             those of the authors of a known family, with or without a prefix. A transformer of any
             other family keeps the names it has;
@@ -44,7 +45,8 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
 
     Raises:
         UnsupportedFormat: what cannot be read exactly, with the reason: pickles, weights quantised
-            otherwise than float8 with scales or GGUF, an adapter, a damaged or incomplete download.
+            otherwise than float8 with scales or GGUF, an adapter, a damaged or incomplete download,
+            a pipeline of two experts.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     if isinstance(source, Base):
@@ -56,6 +58,9 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
     for part in ("unet", "transformer"):  # a diffusers pipeline, recognised without importing it
         model = getattr(source, part, None)
         if not isinstance(source, torch.nn.Module) and isinstance(model, torch.nn.Module):
+            if isinstance(getattr(source, "transformer_2", None), torch.nn.Module):
+                parts = ["its transformer", "its transformer_2"]
+                raise UnsupportedFormat(explain_experts(type(source).__name__, parts))
             return open_base(model)
     if isinstance(source, torch.nn.Module):
         parameters = {

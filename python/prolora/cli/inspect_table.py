@@ -50,6 +50,9 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
         known = [description.base_model or "unnamed"]
         known += [f"hash {description.base_hash[:16]}"] if description.base_hash else []
         yield "base", ", ".join(known)
+    if description.experts:
+        high, low = description.experts
+        yield "experts", f"{high} for high noise, {low} for low noise"
     if description.moves:
         last = description.moves[-1]
         how = f" (method {last.method})" if last.method else ""

@@ -17,6 +17,7 @@ import typer
 
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
+from ..bases.experts import Experts, open_experts
 from ..comparison.contested_blocks import InsertedMode
 from ..comparison.verdict import AUTO
 from ..core.validation import check_device
@@ -151,6 +152,34 @@ class Bases:
     def open(self) -> tuple[Base, Base]:
         """Opens both: (source, target)."""
         return open_base(self.source), open_base(self.target)
+
+
+@dataclass
+class ExpertBases:
+    """The two base models, each of which may have two experts."""
+
+    source: Annotated[
+        list[str],
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model the LoRA was trained on: file, folder or hub id (org/name). Of a "
+            "model of two experts (Wan 2.2) the pipeline's folder, or both files, each with "
+            "--source.",
+        ),
+    ]
+    target: Annotated[
+        list[str],
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model to move to, in any of these forms.",
+        ),
+    ]
+
+    def open(self) -> tuple[Experts, Experts]:
+        """Opens both: (source, target), each a base or two experts."""
+        return open_experts(self.source), open_experts(self.target)
 
 
 @dataclass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases import Base
+from ..bases.experts import ExpertPair
 from ..comparison.module_map import Match, find_partners
 from ..errors import OutputError, UnsupportedFormat
 from ..files.jsontext import read_json_object
@@ -39,11 +40,22 @@ def check_report(
     check_report_path(report)
 
 
-def list_outputs(output: Path | None, loras: Iterable[Path], format: str) -> list[Path]:
+def list_outputs(
+    output: Path | None, loras: Iterable[Path], pairs: Sequence[ExpertPair], format: str
+) -> list[Path]:
     """Every path that the LoRAs may be written to; none in a dry run."""
     if output is None:
         return []
-    return [output, *(output / name_output(lora, format) for lora in loras)]
+    ends = ["", *(f"_{pair.expert}" for pair in pairs if pair.expert)]
+    files = [append_to_name(output, end) for end in ends]
+    return [*files, *(output / name_output(lora, format, end) for lora in loras for end in ends)]
+
+
+def append_to_name(path: Path, appended: str) -> Path:
+    """A path with something at the end of its name, before the suffix of a LoRA's file."""
+    if path.suffix != ".safetensors":
+        return path.parent / f"{path.name}{appended}" if appended else path
+    return path.with_name(f"{path.stem}{appended}{path.suffix}")
 
 
 def check_plot(plot: Path, bases: Iterable[Path]) -> None:

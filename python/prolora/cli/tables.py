@@ -15,9 +15,8 @@ from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..core.means import weighted_mean
-from ..workflow.batch import Outcome
 from ..workflow.module_report import Measures, ModuleReport
-from ..workflow.report import Report
+from ..workflow.report import Outcome, Report
 
 LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
@@ -204,17 +203,24 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
                 format_number(totals["copy_distance"]),
                 format_number(outcome.seconds, ".1f"),
             ]
-            table.add_row(outcome.lora.name, *numbers, outcome.status)
+            table.add_row(_name_outcome(outcome, outcomes), *numbers, outcome.status)
         else:
             style = "red" if outcome.error else "dim"
-            table.add_row(outcome.lora.name, *["–"] * 6, outcome.status, style=style)
+            name = _name_outcome(outcome, outcomes)
+            table.add_row(name, *["–"] * 6, outcome.status, style=style)
     return table
+
+
+def _name_outcome(outcome: Outcome, outcomes: list[Outcome]) -> str:
+    """The LoRA's name; that of the result where a LoRA has one for each expert."""
+    several = sum(other.lora == outcome.lora for other in outcomes) > 1
+    return outcome.out.name if several else outcome.lora.name
 
 
 def failure_lines(outcomes: list[Outcome]) -> list[str]:
     """Why LoRAs were not moved, a line each."""
     return [
-        f"{outcome.lora.name}: {type(outcome.error).__name__}: {outcome.error}"
+        f"{_name_outcome(outcome, outcomes)}: {type(outcome.error).__name__}: {outcome.error}"
         for outcome in outcomes
         if outcome.error
     ]

@@ -8,20 +8,20 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..bases import Base
+from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import LowCoverage, OutputError, ProLoRAError
 from ..files.writing import write_text_atomically
-from ..workflow.batch import Outcome, transfer_many
+from ..workflow.batch import transfer_many
 from ..workflow.dry_run import plan_report
-from ..workflow.report import Report
+from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
 from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
-from .options import Bases, Resources, expand_options, parse_path
-from .outputs import check_match_file, check_report, list_outputs, save_match
+from .options import ExpertBases, Resources, expand_options, parse_path
+from .outputs import append_to_name, check_match_file, check_report, list_outputs, save_match
 from .transfer_options import MatchOptions, MethodOptions, OutputOptions, ProbeOptions
 
 LoraArguments = Annotated[
@@ -33,7 +33,7 @@ LoraArguments = Annotated[
 @expand_options
 def transfer(
     loras: LoraArguments,
-    bases: Bases,
+    bases: ExpertBases,
     method: MethodOptions,
     matching: MatchOptions,
     output: OutputOptions,
@@ -47,19 +47,22 @@ def transfer(
     options = method.to_dict() | matching.to_dict()
     options |= {"out_rank": output.rank, "probe": probing.to_probing(method.method)}
     source, target = bases.open()
+    pairs = pair_experts(source, target)
+    outputs = list_outputs(output.output, loras, pairs, output.format)
+    files = [file for base in (*source.values(), *target.values()) for file in base.files]
     if output.report is not None:
-        outputs = list_outputs(output.output, loras, output.format)
-        check_report(output.report, outputs, loras, [*source.files, *target.files])
+        check_report(output.report, outputs, loras, files)
     if matching.save_match is not None:
-        taken = [*list_outputs(output.output, loras, output.format), *loras]
-        check_match_file(matching.save_match, [*taken, *source.files, *target.files])
+        if len(pairs) > 1:
+            raise ValueError("--save-match is for two bases: give one expert of each")
+        check_match_file(matching.save_match, [*outputs, *loras, *files])
     # A dry run makes no cache folder.
     cache = resources.cache if output.dry_run else resources.find_cache()
     options |= {"cache": cache, "device": resources.device, "max_memory": resources.max_bytes}
     if matching.save_match is not None:
         with progress_bar("match", output.show_tables) as progress:
-            options["match"] = match_bases(source, target, options | {"progress": progress})
-        save_match(matching.save_match, source, target, options["match"])
+            options["match"] = match_bases(pairs[0], options | {"progress": progress})
+        save_match(matching.save_match, pairs[0].source, pairs[0].target, options["match"])
     run = plan_all if output.dry_run else move_all
     outcomes = run(loras, source, target, output, options)
     if output.show_tables:
@@ -74,34 +77,53 @@ def transfer(
 
 
 def plan_all(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: dict[str, Any]
+    loras: list[Path],
+    source: Experts,
+    target: Experts,
+    output: OutputOptions,
+    options: dict[str, Any],
 ) -> list[Outcome]:
     """What would become of each LoRA; blocks are matched once for all."""
+    pairs = pair_experts(source, target)
+    moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
+    matches = [options["match"]] * len(pairs)
+    outcomes = []
     with progress_bar("match", output.show_tables) as progress:
         options = options | output.form | {"progress": progress}
         if len(loras) > 1:
-            options["match"] = match_bases(source, target, options)
-        return [Outcome(lora, lora, plan_report(lora, source, target, **options)) for lora in loras]
+            matches = [match_bases(pair, options) for pair in pairs]
+        for lora, pair, appended in moves:
+            options["match"] = matches[pairs.index(pair)]
+            report = plan_report(lora, pair.source, pair.target, **options)
+            outcomes.append(Outcome(lora, append_to_name(lora, appended), report))
+    return outcomes
 
 
-def match_bases(source: Base, target: Base, options: dict[str, Any]) -> Match:
+def match_bases(pair: ExpertPair, options: dict[str, Any]) -> Match:
     """The match that the options ask for, with blocks matched where that needs weights."""
     names = ("inserted", "cache", "device", "max_memory", "progress")
     how = {name: options[name] for name in names}
-    return resolve_match(options["match"], source, target, **how)
+    return resolve_match(options["match"], pair.source, pair.target, **how)
 
 
 def move_all(
-    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: dict[str, Any]
+    loras: list[Path],
+    source: Experts,
+    target: Experts,
+    output: OutputOptions,
+    options: dict[str, Any],
 ) -> list[Outcome]:
-    """Moves one LoRA into a file, or all of them into a folder."""
-    path = cast(Path, output.output)
+    """Moves one LoRA into a file (or one for each expert), or all of them into a folder."""
+    path, outcomes = cast(Path, output.output), []
     with progress_bar("transfer", output.show_tables) as progress:
         options = options | output.form | {"progress": progress}
         if len(loras) > 1 or (path.is_dir() and output.format != "peft"):
             return transfer_many(loras, source, target, path, redo=output.redo, **options)
-        report = transfer_file(loras[0], source, target, path, **options)
-        return [Outcome(loras[0], path, report)]
+        for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
+            out = append_to_name(path, appended)
+            report = transfer_file(loras[0], pair.source, pair.target, out, **options)
+            outcomes.append(Outcome(loras[0], out, report))
+    return outcomes
 
 
 def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
@@ -133,6 +155,10 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
         out.print_table(tables.outcomes_table(outcomes))
         for line in tables.failure_lines(outcomes):
             out.print_line(line, style="red")
+        if len({outcome.lora for outcome in outcomes}) == 1:  # of two experts
+            for outcome in outcomes:
+                if outcome.status == "moved":
+                    out.print_line(f"wrote {outcome.out}")
         return
     report = outcomes[0].report
     if report is not None:

@@ -17,9 +17,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
+from ..bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
 from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.contested_blocks import InsertedMode
@@ -50,55 +51,9 @@ from .options import (
 )
 from .out_rank import OutRank
 from .output_paths import check_name, check_output, name_outputs
-from .report import Report
+from .report import Outcome, Report
 from .resume import Recipe
 from .transfer import Transfer, run_transfer_file, save_result
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one LoRA: a report, or the error that says why there is none.
-
-    Attributes:
-        lora: the input.
-        out: where the result is, or would have been.
-        report: None if it failed, or was there already.
-        error: None if it did not fail.
-        kept: whether the result was there already, made of the same LoRA in the same way.
-        seconds: wall time; of what was done for several LoRAs at once, its share.
-    """
-
-    lora: Path
-    out: Path
-    report: Report | None = None
-    error: ProLoRAError | None = None
-    kept: bool = False
-    seconds: float = 0.0
-
-    @property
-    def status(self) -> str:
-        """In two words."""
-        if self.error:
-            return "failed"
-        if self.kept:
-            return "already there"
-        return "would move" if self._is_dry_run else "moved"
-
-    @property
-    def _is_dry_run(self) -> bool:
-        """Whether nothing was written because nothing was to be."""
-        return self.report is not None and self.report.dry_run
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report, or the error's name and message, ready for JSON."""
-        entry: dict[str, Any] = {
-            "lora": str(self.lora),
-            "out": None if self._is_dry_run else str(self.out),
-            "status": self.status,
-        }
-        if self.error:
-            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
-        return entry | (self.report.to_dict() if self.report else {})
 
 
 @dataclass
@@ -146,8 +101,8 @@ def _as_refusal(error: BaseException) -> ProLoRAError:
 @in_full_precision
 def transfer_many(
     loras: Iterable[str | PathLike[str]],
-    source: BaseLike,
-    target: BaseLike,
+    source: ExpertsLike | Experts,
+    target: ExpertsLike | Experts,
     folder: str | PathLike[str],
     *,
     redo: bool = False,
@@ -182,11 +137,18 @@ def transfer_many(
     bases is kept for this call only; `progress` is called as progress(done, total,
     "LoRAs: module").
 
+    A model of two experts (Wan 2.2) is given as the folder of its pipeline, or as (high noise, low
+    noise). A LoRA whose name has "high_noise" or "low_noise" in it, "HIGH" or "LOW" in capitals, or
+    either of these words at its end, is moved to that expert. Any other is moved to both, and the
+    names of its results end in "_high_noise" and "_low_noise".
+
     Returns:
-        An outcome for each LoRA, in order. A LoRA that is refused does not stop the others.
+        An outcome for each LoRA and each expert that it is moved to, in order. A LoRA that is
+        refused does not stop the others.
 
     Raises:
         OutputError: the folder cannot be made, or two inputs would have one output.
+        UnsupportedFormat: the source alone has experts, and a LoRA's name does not tell one.
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
     options = TransferOptions(
@@ -210,19 +172,30 @@ def transfer_many(
         progress=progress,
     )
     output = OutputForm.of(options, format, dtype)
-    inputs = [Path(lora) for lora in loras]
+    pairs = pair_experts(open_experts(source), open_experts(target))
+    moves = [
+        (Path(lora), pair, appended)
+        for lora in loras
+        for pair, appended in choose_pairs(Path(lora), pairs)
+    ]
     check_name(folder)
-    outputs = name_outputs(inputs, Path(folder), format)
+    names = [lora for lora, _, _ in moves], [appended for _, _, appended in moves]
+    outputs = name_outputs(names[0], Path(folder), format, names[1])
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
-    old, new = open_base(source), open_base(target)
+    outcomes: dict[Path, Outcome] = {}
     with BasisCache(options.cache).saving() as opened:
-        batch = _Batch.open(inputs, old, new, options, output, opened)
-        tasks = batch.list_tasks(outputs, redo, opened)
-        batch.run([task for task in tasks if task.outcome is None], opened)
-    return [task.outcome for task in tasks if task.outcome is not None]
+        for pair in pairs:
+            mine = [(m[0], out) for m, out in zip(moves, outputs, strict=True) if m[1] is pair]
+            if mine:
+                inputs = [lora for lora, _ in mine]
+                batch = _Batch.open(inputs, pair.source, pair.target, options, output, opened)
+                tasks = batch.list_tasks([out for _, out in mine], redo, opened)
+                batch.run([task for task in tasks if task.outcome is None], opened)
+                outcomes |= {task.out: task.outcome for task in tasks if task.outcome is not None}
+    return [outcomes[out] for out in outputs if out in outcomes]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.ldm import ldm_to_diffusers
 from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
+from ..bases.folder import find_expert_folders
 from ..errors import ProLoRAError
 
 _TOP_TAGS = 10
@@ -59,6 +60,8 @@ class Description:
             hash is a known one, else by version or architecture.
         base_model: the base model that the metadata names, or the known one with this hash.
         base_hash: its SHA-256 (or short hash) as the metadata gives it.
+        experts: the folders of a base's two experts, the one for high noise first; what is said of
+            the base is said of that one.
         moves: what prolora did to the LoRA before: from which base to which, oldest first.
         modules: number of modules by place, {"unet": 722, …}; "not understood" for the others.
         types: number of modules by type, {"attn1.to_q": 70, …}.
@@ -89,6 +92,7 @@ class Description:
     family_claimed: str | None = None
     base_model: str | None = None
     base_hash: str | None = None
+    experts: tuple[str, ...] = ()
     moves: tuple[Move, ...] = ()
     modules: dict[str, int] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
@@ -123,6 +127,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
     Raises:
         UnsupportedFormat: not a safetensors file, or a damaged one.
     """
+    if experts := find_expert_folders(Path(path)):
+        described = _describe_base(open_base(experts[0]), str(path), "diffusers")
+        return replace(described, experts=tuple(folder.name for folder in experts))
     folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
     if folder or str(path).lower().endswith(".gguf"):
         return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")

@@ -44,25 +44,42 @@ def check_name(path: StrPath) -> None:
         raise OutputError("the output has an empty name")
 
 
-def name_output(lora: Path, format: str) -> str:
+def name_output(lora: Path, format: str, appended: str = "") -> str:
     """The name of a LoRA's result in a folder: a PEFT adapter is a folder and has no suffix.
 
     Every other LoRA is a .safetensors file.
+
+    Args:
+        lora: the input.
+        format: of the result.
+        appended: put at the end of the name, before the suffix.
     """
     # os.path answers "no" where a path cannot be looked at; the reader says why later.
     is_folder, is_peft = os.path.isdir(lora), os.path.isfile(lora / PEFT_CONFIG)
+    stem, suffix = (lora.name, ".safetensors") if is_folder else (lora.stem, lora.suffix)
     if format == "peft" or (format == "auto" and is_peft):
-        return lora.name if is_folder else lora.stem
-    return f"{lora.name}.safetensors" if is_folder else lora.name
+        suffix = ""
+    return f"{stem}{appended}{suffix}"
 
 
-def name_outputs(loras: Sequence[Path], folder: Path, format: str) -> list[Path]:
+def name_outputs(
+    loras: Sequence[Path], folder: Path, format: str, appended: Sequence[str] | None = None
+) -> list[Path]:
     """The results of several LoRAs in a folder.
+
+    Args:
+        loras: the inputs.
+        folder: of the results.
+        format: of the results.
+        appended: put at the end of each name, before the suffix; None appends nothing.
 
     Raises:
         OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
     """
-    outputs = [folder / name_output(lora, format) for lora in loras]
+    ends = appended or [""] * len(loras)
+    outputs = [
+        folder / name_output(lora, format, end) for lora, end in zip(loras, ends, strict=True)
+    ]
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
         other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from ..comparison.module_map import BlockDecision
@@ -20,6 +21,7 @@ from ..comparison.verdict import (
 )
 from ..core.means import weighted_mean
 from ..core.methods import Needs, find_method
+from ..errors import ProLoRAError
 from ..files.jsontext import replace_nonfinite
 from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
@@ -293,3 +295,49 @@ def _split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status in ("mapped", "summed")}
     return {row.source for row in own}, placed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one LoRA: a report, or the error that says why there is none.
+
+    Attributes:
+        lora: the input.
+        out: where the result is, or would have been.
+        report: None if it failed, or was there already.
+        error: None if it did not fail.
+        kept: whether the result was there already, made of the same LoRA in the same way.
+        seconds: wall time; of what was done for several LoRAs at once, its share.
+    """
+
+    lora: Path
+    out: Path
+    report: Report | None = None
+    error: ProLoRAError | None = None
+    kept: bool = False
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        """In two words."""
+        if self.error:
+            return "failed"
+        if self.kept:
+            return "already there"
+        return "would move" if self._is_dry_run else "moved"
+
+    @property
+    def _is_dry_run(self) -> bool:
+        """Whether nothing was written because nothing was to be."""
+        return self.report is not None and self.report.dry_run
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, or the error's name and message, ready for JSON."""
+        entry: dict[str, Any] = {
+            "lora": str(self.lora),
+            "out": None if self._is_dry_run else str(self.out),
+            "status": self.status,
+        }
+        if self.error:
+            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        return entry | (self.report.to_dict() if self.report else {})

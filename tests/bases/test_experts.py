@@ -1,0 +1,129 @@
+"""Models of two experts: which is which, by folders and names, and never by guessing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from experts import expert, write_file, write_pipeline
+
+import prolora
+from prolora.bases.experts import HIGH, LOW, choose_pairs, find_expert, pair_experts
+from prolora.errors import UnsupportedFormat
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", HIGH),
+        ("wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", LOW),
+        ("Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn_scaled.safetensors", HIGH),
+        ("Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf", LOW),
+        ("high_noise_model", HIGH),
+        ("wan22-style-low.safetensors", LOW),
+        ("my_low_angle_shot.safetensors", None),
+        ("slow_motion_high_res.safetensors", None),
+        ("wan2.1_t2v_14B.safetensors", None),
+        ("high_noise_and_low_noise.safetensors", None),
+        ("HIGHLIGHT_v2.safetensors", None),
+        ("shallow.safetensors", None),
+    ],
+)
+def test_names_tell_the_expert_or_nothing(name, wanted):
+    assert find_expert(name) == wanted
+
+
+def test_a_pipeline_of_two_transformers_has_two_experts(tmp_path):
+    folder = write_pipeline(tmp_path / "wan22")
+    found = prolora.open_experts(folder)
+    assert [(name, base.name) for name, base in found.items()] == [
+        (HIGH, "wan22/transformer"),
+        (LOW, "wan22/transformer_2"),
+    ]
+    name = "blocks.0.attn1.to_q"
+    for seed, base in enumerate(found.values(), 1):
+        assert torch.equal(base.read(name), expert(seed)[f"{name}.weight"])
+    assert prolora.open_experts(found) is found
+
+
+def test_the_folders_of_the_authors_are_known_too(tmp_path):
+    for name, seed in (("high_noise_model", 1), ("low_noise_model", 2)):
+        write_file(tmp_path / name / "diffusion_pytorch_model.safetensors", expert(seed))
+    assert list(prolora.open_experts(tmp_path)) == [HIGH, LOW]
+
+
+def test_it_is_no_single_base_and_each_part_is_one(tmp_path):
+    folder = write_pipeline(tmp_path / "wan22")
+    with pytest.raises(UnsupportedFormat, match=r"has two experts, .*transformer for high noise"):
+        prolora.open_base(folder)
+    for seed, part in ((1, "transformer"), (2, "transformer_2")):
+        for base in (prolora.open_base(folder / part), prolora.open_base(folder, subfolder=part)):
+            weight = base.read("blocks.1.ffn.net.2")
+            assert torch.equal(weight, expert(seed)["blocks.1.ffn.net.2.weight"])
+
+
+def test_two_files_are_told_by_their_names_whatever_their_order(tmp_path):
+    low = write_file(tmp_path / "model_low_noise.safetensors", expert(2))
+    high = write_file(tmp_path / "model_high_noise.safetensors", expert(1))
+    for pair in ([low, high], (str(high), str(low))):
+        found = prolora.open_experts(pair)
+        assert {name: base.path.name for name, base in found.items()} == {
+            HIGH: high.name,
+            LOW: low.name,
+        }
+    folder = write_pipeline(tmp_path / "wan22")
+    found = prolora.open_experts([folder / "transformer_2", folder / "transformer"])
+    assert found[HIGH].path == folder / "transformer"
+
+
+def test_two_files_whose_names_do_not_tell_are_refused(tmp_path):
+    one, two = (write_file(tmp_path / f"{x}.safetensors", expert(1)) for x in ("one", "two"))
+    high = write_file(tmp_path / "a_high_noise.safetensors", expert(1))
+    for pair in ([one, two], [high, two], [high, high]):
+        with pytest.raises(UnsupportedFormat, match="names do not tell which is which"):
+            prolora.open_experts(pair)
+    with pytest.raises(UnsupportedFormat, match="not 3 bases"):
+        prolora.open_experts([one, two, high])
+
+
+def test_models_in_memory_come_in_the_order_of_their_use():
+    found = prolora.open_experts([expert(1), expert(2)])
+    assert list(found) == [HIGH, LOW]
+    name = "blocks.0.attn1.to_q"
+    assert torch.equal(found[LOW].read(name), expert(2)[f"{name}.weight"])
+
+
+def test_a_loaded_pipeline_of_two_transformers_is_no_single_base():
+    models = [torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})] * 2
+    pipeline = SimpleNamespace(transformer=models[0], transformer_2=models[1])
+    with pytest.raises(UnsupportedFormat, match="its transformer for high noise"):
+        prolora.open_base(pipeline)
+
+
+def test_a_base_without_experts_serves_both():
+    one = prolora.open_experts(expert(3))
+    two = prolora.open_experts([expert(1), expert(2)])
+    assert list(one) == [""]
+    (alone,) = pair_experts(one, one)
+    assert alone.expert == ""
+    up = pair_experts(one, two)
+    assert [(p.expert, p.source, p.target) for p in up] == [
+        (HIGH, one[""], two[HIGH]),
+        (LOW, one[""], two[LOW]),
+    ]
+    across = pair_experts(two, two)
+    assert [(p.source, p.target) for p in across] == [(two[HIGH],) * 2, (two[LOW],) * 2]
+    assert not any(p.serves_any for p in pair_experts(two, one))
+
+
+def test_a_lora_goes_to_the_expert_that_its_name_tells_and_else_to_both(tmp_path):
+    one, two = prolora.open_experts(expert(3)), prolora.open_experts([expert(1), expert(2)])
+    pairs = pair_experts(one, two)
+    assert choose_pairs(tmp_path / "x.safetensors", pairs) == [
+        (pairs[0], "_high_noise"),
+        (pairs[1], "_low_noise"),
+    ]
+    assert choose_pairs(tmp_path / "x_low_noise.safetensors", pairs) == [(pairs[1], "")]
+    down = pair_experts(two, one)
+    assert choose_pairs(tmp_path / "x_HIGH.safetensors", down) == [(down[0], "")]
+    with pytest.raises(UnsupportedFormat, match="name tells neither"):
+        choose_pairs(tmp_path / "x.safetensors", down)

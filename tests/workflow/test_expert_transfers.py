@@ -1,0 +1,79 @@
+"""LoRAs between models of two experts: each result is for one of them, and its name says so."""
+
+import pytest
+import torch
+from experts import expert, write_file, write_lora, write_pipeline
+from safetensors.torch import load_file
+
+import prolora
+from prolora.files.safetensors_file import SafetensorsFile
+
+
+@pytest.fixture
+def target(tmp_path):
+    return write_pipeline(tmp_path / "wan22", drift=0.05)
+
+
+def test_one_lora_becomes_a_file_for_each_expert(tmp_path, target):
+    lora = write_lora(tmp_path / "style.safetensors")
+    source = write_file(tmp_path / "wan21.safetensors", expert(1))
+    outcomes = prolora.transfer_many([lora], source, target, tmp_path / "out", method="damped")
+    assert [(outcome.out.name, outcome.status) for outcome in outcomes] == [
+        ("style_high_noise.safetensors", "moved"),
+        ("style_low_noise.safetensors", "moved"),
+    ]
+    for outcome, part in zip(outcomes, ("transformer", "transformer_2"), strict=True):
+        alone = tmp_path / "alone.safetensors"
+        prolora.transfer_file(lora, source, target / part, alone, method="damped")
+        wanted, found = load_file(alone), load_file(outcome.out)
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+        assert SafetensorsFile(outcome.out).metadata["prolora.target"] == f"wan22/{part}"
+
+
+def test_a_pair_of_loras_goes_from_each_expert_to_the_same_one(tmp_path, target):
+    source = write_pipeline(tmp_path / "older")
+    high = write_lora(tmp_path / "style_high_noise.safetensors", 1)
+    low = write_lora(tmp_path / "style_low_noise.safetensors", 2)
+    outcomes = prolora.transfer_many([low, high], source, target, tmp_path / "out", method="copy")
+    assert [outcome.out.name for outcome in outcomes] == [low.name, high.name]
+    parts = ("transformer_2", "transformer")
+    for outcome, lora, part in zip(outcomes, (low, high), parts, strict=True):
+        metadata = SafetensorsFile(outcome.out).metadata
+        assert metadata["prolora.source"] == f"older/{part}"
+        assert metadata["prolora.target"] == f"wan22/{part}"
+        wanted, found = load_file(lora), load_file(outcome.out)
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_a_run_that_was_cut_off_goes_on_and_a_bad_lora_stops_no_other(tmp_path, target):
+    lora = write_lora(tmp_path / "style.safetensors")
+    bad = write_file(tmp_path / "bad.safetensors", {"x": torch.ones(2)})
+    source = write_file(tmp_path / "wan21.safetensors", expert(1))
+    args = [bad, lora], source, target, tmp_path / "out"
+    first = prolora.transfer_many(*args, method="copy")
+    assert [outcome.status for outcome in first] == ["failed", "failed", "moved", "moved"]
+    first[3].out.unlink()
+    again = prolora.transfer_many(*args, method="copy")
+    assert [outcome.status for outcome in again][2:] == ["already there", "moved"]
+
+
+def test_results_that_would_be_one_file_are_refused(tmp_path, target):
+    one = write_lora(tmp_path / "style.safetensors")
+    two = write_lora(tmp_path / "style_low_noise.safetensors")
+    source = write_file(tmp_path / "wan21.safetensors", expert(1))
+    with pytest.raises(prolora.OutputError, match="two inputs would become style_low_noise"):
+        prolora.transfer_many([one, two], source, target, tmp_path / "out")
+
+
+def test_a_folder_of_two_experts_is_no_target_of_one_file(tmp_path, target):
+    lora = write_lora(tmp_path / "style.safetensors")
+    source = write_file(tmp_path / "wan21.safetensors", expert(1))
+    with pytest.raises(prolora.UnsupportedFormat, match="has two experts"):
+        prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors")
+
+
+def test_inspection_names_the_experts(target):
+    found = prolora.inspect(target)
+    assert (found.kind, found.experts) == ("base", ("transformer", "transformer_2"))
+    assert found.to_dict()["experts"] == ("transformer", "transformer_2")
