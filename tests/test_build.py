@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
 BACKEND = Path(__file__).parents[1] / "build_backend.py"
 NAMES = ("PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE", "CXX", "CUDACXX", "CUDA_PATH")
 
@@ -19,6 +18,7 @@ NAMES = ("PROLORA_NATIVE", "PROLORA_CUDA", "PROLORA_EMULATE", "CXX", "CUDACXX", 
 @pytest.fixture
 def backend(monkeypatch):
     """The backend on a Linux machine with a compiler and nvcc, and no wishes."""
+    pytest.importorskip("scikit_build_core", reason="the build backend is not installed")
     spec = importlib.util.spec_from_file_location("build_backend_under_test", BACKEND)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

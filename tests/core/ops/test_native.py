@@ -104,6 +104,15 @@ def test_without_a_device_the_reason_is_the_runtimes(machine, why):
     assert native.choose("small_svd", torch.device("cuda:0")) == Choice(None, why)
 
 
+def test_a_build_without_kernels_and_a_torch_without_cuda_say_so(machine):
+    machine([(9, 0)], architectures="")
+    assert native.cuda_status() == (0, "this build has no CUDA kernels")
+    assert native.kernels_for("small_svd", torch.device("cuda:0")) is None
+    machine([(9, 0)], torch_cuda=False)
+    count, why = native.cuda_status()
+    assert count == 0 and why.startswith("this torch has no CUDA")
+
+
 def test_rocm_and_other_devices_are_served_by_torch(machine, monkeypatch):
     machine([(9, 0)])
     assert "xpu" in native.choose("small_svd", torch.device("xpu:0")).why
