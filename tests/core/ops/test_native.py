@@ -203,11 +203,22 @@ assert prolora.cuda_status() == (0, f"no compiled extension: {native.EXTENSION.w
     assert done.returncode == 0, done.stderr.decode()
 
 
+# As the system's loader does where a library that the extension needs is not there.
+UNLOADABLE = """
+class Loader:
+    def find_spec(self, name, *_):
+        if name == "prolora.core._C":
+            raise ImportError("libx.so is missing")
+sys.meta_path.insert(0, Loader())
+"""
+
+
 @pytest.mark.parametrize(
     ("break_it", "why"),
     [
         ("sys.modules['prolora.core._C'] = types.ModuleType('_C')", "built from other sources"),
         ("sys.modules['prolora.core._C'] = None", "installed without it"),
+        (f"exec({UNLOADABLE!r})", "cannot be loaded: libx.so is missing"),
     ],
 )
 def test_an_extension_that_is_missing_or_stale_is_said_and_can_be_an_error(break_it, why):
