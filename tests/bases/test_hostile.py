@@ -236,7 +236,10 @@ def test_an_empty_dimension_is_a_shape_like_any_other(tmp_path):
 
 @pytest.mark.parametrize(
     "form",
-    ["diffusers", "authors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ldm", "scaled"))],
+    [
+        "authors",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("diffusers", "ldm", "scaled")),
+    ],
 )
 def test_a_hundred_thousand_keys_open_in_seconds(form, tmp_path):
     """Time grows with the keys and not with their square."""

@@ -93,6 +93,7 @@ def opened(id_, address, home, offline=False):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_client_fetches_the_shards_of_the_model_and_offline_finds_them_again(hub, tmp_path):
     address, repo, fetched = hub
     sparse_shards(repo / "unet", KEYS, 2)

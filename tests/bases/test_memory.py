@@ -62,6 +62,7 @@ def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
 def test_the_bound_is_kept_and_changes_nothing(tmp_path):
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
@@ -103,6 +104,7 @@ print(json.dumps([bound, within, peak()]))
         torch.testing.assert_close(update.dense(), both[1][module].dense(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
 def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
     """What projecting their factors takes beside them is the most, and is cut to fit."""
