@@ -41,6 +41,19 @@ def test_a_state_tells_a_change_of_content_from_a_new_mode(tmp_path: Path) -> No
     assert FileState.from_status(os.stat(path)) == read_state(path)
 
 
+def test_a_file_that_is_replaced_by_one_of_equal_size_and_time_is_in_another_state(
+    tmp_path: Path,
+) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(1, 1))
+    before = read_state(tmp_path / "x")
+    os.replace(tmp_path / "y", tmp_path / "x")
+    after = read_state(tmp_path / "x")
+    assert (after.size, after.modified) == (before.size, before.modified)
+    assert not after.has_content_of(before) and after != before
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"[1]", b"{", b"{]", b"\xff{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"],

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from prolora import ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat, adapters
 from prolora import transfer as prolora_transfer
-from prolora.bases import vae
+from prolora.bases import identity, vae
 from prolora.cli import app
 from prolora.errors import OutputError
 from prolora.probe import pipelines
@@ -124,6 +124,16 @@ def test_unrelated_bases_write_nothing(room, tmp_path):
     assert result.exit_code != 0
     assert isinstance(result.exception, UnrelatedBases)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_base_is_hashed_for_a_probing_that_is_refused(room, tmp_path, monkeypatch):
+    """Neither for what moving by weights gives meanwhile."""
+    for name in ("hash_file", "read_blocks"):
+        monkeypatch.setattr(identity, name, lambda *_: pytest.fail("a base was hashed"))
+    for known in (identity._hash_whole, identity._hash_samples):
+        known.cache_clear()
+    result = run(room, "other", tmp_path / "out.safetensors", *FEW)
+    assert isinstance(result.exception, UnrelatedBases), result.exception
 
 
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):

@@ -26,7 +26,7 @@ from ..by_weights.assembly import (
     list_tensors_left_out,
 )
 from ..by_weights.file_budget import OutputForm
-from ..by_weights.pipeline import Notes, Result, prefix_notes, read_lora, transfer_by_weights
+from ..by_weights.pipeline import Notes, Result, move_without_header, prefix_notes, read_lora
 from ..module_report import ModuleReport
 from ..moved_before import check_moved_before
 from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
@@ -91,7 +91,7 @@ def _move_rival(route: Route, output: OutputForm) -> Result | None:
         options = replace(route.options, method=method, progress=None)
         form = OutputForm.of(options, output.format, None)
         try:
-            return transfer_by_weights(route.adapter, route.source, route.target, options, form)
+            return move_without_header(route.adapter, route.source, route.target, options, form)
         except UnrelatedBases:
             continue
         except ProLoRAError:
@@ -210,7 +210,7 @@ def _finish_probing(
         probe=probe,
         seconds=dict(probe.seconds),
     )
-    return Result(moved, report)
+    return Result(moved, report, decided)
 
 
 def _list_rows(route: Route, fitted: Mapping[str, LowRank], strength: float) -> list[ModuleReport]:
@@ -269,6 +269,7 @@ def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[s
     )
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": PROBE}
-    metadata = adapter.metadata | facts | notes
+    metadata = build_metadata(rival.route) | facts | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
-    return Result(moved, replace(report, asked=PROBE, probe=probe, strength=strength, modules=rows))
+    report = replace(report, asked=PROBE, probe=probe, strength=strength, modules=rows)
+    return Result(moved, report, rival.route)

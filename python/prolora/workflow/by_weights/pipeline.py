@@ -53,10 +53,17 @@ more, as it may read all bytes of the bases."""
 
 @dataclass(frozen=True)
 class Result:
-    """What a pipeline gives: the adapter of the target, and the report."""
+    """What a pipeline gives.
+
+    Attributes:
+        adapter: of the target.
+        report: what was kept and lost.
+        route: of the LoRA, the method decided.
+    """
 
     adapter: Adapter
     report: Report
+    route: Route
 
 
 @dataclass
@@ -97,13 +104,39 @@ def transfer_by_weights(
     Raises:
         ProLoRAError: see `prolora.transfer`.
     """
-    memory = Memory(options.memory_limit, options.rank)
     with BasisCache(options.cache).saving() as cache:
-        job = prepare_job(lora, source, target, options, output, cache)
-        source = slice_source(source, [job.plan])
-        decide_method(job, source, target, cache, memory, job.work.result_bytes())
-        move_all([job.work], source, target, cache, memory, options.progress)
+        job, source = _move_job(lora, source, target, options, output, cache)
         return finish_job(job, source, target, cache, notes)
+
+
+def move_without_header(
+    lora: LoraLike, source: Base, target: Base, options: TransferOptions, output: OutputForm
+) -> Result:
+    """`transfer_by_weights` of what may never be written: no base is hashed for its header.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        job, source = _move_job(lora, source, target, options, output, cache)
+        return finish_job(job, source, target, None)
+
+
+def _move_job(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    output: OutputForm,
+    cache: BasisCache,
+) -> tuple[Job, Base]:
+    """All stages but the last, and the source as the target's widths cut it."""
+    memory = Memory(options.memory_limit, options.rank)
+    job = prepare_job(lora, source, target, options, output, cache)
+    source = slice_source(source, [job.plan])
+    decide_method(job, source, target, cache, memory, job.work.result_bytes())
+    move_all([job.work], source, target, cache, memory, options.progress)
+    return job, source
 
 
 def prepare_job(
@@ -230,9 +263,17 @@ def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
 
 
 def finish_job(
-    job: Job, source: Base, target: Base, cache: BasisCache, notes: Notes | None = None
+    job: Job, source: Base, target: Base, cache: BasisCache | None, notes: Notes | None = None
 ) -> Result:
     """The adapter of the target, and the report, of what was moved.
+
+    Args:
+        job: what was moved.
+        source: the base that it was trained on.
+        target: the base that it moves to.
+        cache: remembers the hashes of the bases; None leaves the LoRA its own header, and no base
+            is hashed.
+        notes: what else the header says.
 
     Raises:
         LowCoverage: fewer modules moved than was asked for.
@@ -247,10 +288,11 @@ def finish_job(
         raise LowCoverage(explain_low_coverage(coverage, minimum, work.options.threshold))
     route = Route(adapter, plan, source, target, work.options)
     vectors = carry_vectors(route, updates)
-    with work.clock("hash"):
-        metadata = build_metadata(route, cache)
-        if notes is not None:
-            metadata |= prefix_notes(notes(cache))
+    metadata = dict(adapter.metadata)
+    if cache is not None:
+        with work.clock("hash"):
+            metadata = build_metadata(route, cache)
+            metadata |= prefix_notes(notes(cache)) if notes else {}
     moved = assemble_adapter(adapter, updates, vectors, target, metadata)
     with work.clock("fit"):
         fitted = job.output.fit(moved, rows)
@@ -264,7 +306,7 @@ def finish_job(
         file_limit=fitted.limit,
         seconds=work.clock.seconds,
     )
-    return Result(fitted.adapter, report)
+    return Result(fitted.adapter, report, route)
 
 
 def _collect_results(job: Job) -> tuple[dict[str, LowRank], list[ModuleReport]]:
