@@ -7,6 +7,7 @@ from lora_files import keymaps
 
 from prolora.adapters.keys import module_names
 from prolora.adapters.keys.kohya_words import restore_dots
+from prolora.architectures.families import known_families
 from prolora.architectures.ldm import diffusers_to_ldm, ldm_to_diffusers
 
 UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
@@ -118,10 +119,6 @@ def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
 @pytest.mark.parametrize(
     "path",
     [
-        "lora_unet_joint_blocks_0_x_block_attn_qkv",
-        "lora_unet_double_blocks_0_frobnicate",
-        "lora_unet_single_blocks_0_img_attn_qkv",
-        "double_blocks.0.processor.qkv_lora3",
         "lora_te1_encoder_block_0_layer_0_SelfAttention_q",
         "lora_te3_text_model_encoder_layers_0",
         "lora_unet_down_blocks_0_frobnicate",
@@ -141,6 +138,24 @@ def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
 )
 def test_an_unknown_path_is_not_guessed_at(path):
     assert module_names.parse_path(path) is None
+
+
+@pytest.mark.parametrize("family", [None, *known_families().values()])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("lora_unet_frob_blocks_0_nicate_qkv", "frob_blocks_0_nicate_qkv"),
+        ("lora_unet_double_blocks_0_frobnicate", "double_blocks_0_frobnicate"),
+        ("double_blocks.0.processor.qkv_lora3", "double_blocks.0.processor.qkv_lora3"),
+        ("diffusion_model.stages.3.frob.nicate", "stages.3.frob.nicate"),
+        ("base_model.model.model.layers.0.self_attn.z_proj", "model.layers.0.self_attn.z_proj"),
+        ("transformer.frob_in", "frob_in"),
+    ],
+)
+def test_a_module_that_no_family_knows_keeps_the_name_it_has_in_the_file(path, name, family):
+    module = module_names.parse_path(path, family)
+    assert module.described and module.name == name
+    assert module_names.spell_module(name, module.spelling, family) == path
 
 
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 3), st.booleans(), st.data())

@@ -2,24 +2,32 @@
 
 import pytest
 
-from prolora.adapters.family import guess_family
+from prolora.adapters.family import guess_families, guess_family
 
 
 @pytest.mark.parametrize(
-    ("names", "width", "family"),
+    ("names", "width", "families"),
     [
         (
-            ["transformer_blocks.18.attn.to_q", "single_transformer_blocks.37.proj_out"],
+            ["transformer_blocks.18.attn.to_q", "single_transformer_blocks.37.attn.to_q"],
             3072,
             "flux",
         ),
-        (["double_blocks.18.img_attn.qkv", "single_blocks.37.linear1"], 3072, "flux"),
-        (["transformer_blocks.59.attn.to_q"], 3072, None),  # Qwen-Image
-        (["single_transformer_blocks.47.attn.to_q"], 6144, None),  # FLUX.2
-        (["double_blocks.19.img_attn.qkv"], 3072, None),  # HunyuanVideo
+        (["transformer_blocks.59.attn.to_q"], 3072, "qwen-image"),
+        (["transformer_blocks.60.attn.to_q"], 3072, ""),
         (["transformer_blocks.37.attn.to_q"], 2432, "sd3"),
-        (["transformer_blocks.41.attn.to_q"], 2432, None),
+        (["transformer_blocks.41.attn.to_q"], 2432, ""),
     ],
 )
-def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, family):
-    assert guess_family(dict.fromkeys(names, width), {}) == family
+def test_a_block_beyond_the_last_one_of_a_family_is_of_another(names, width, families):
+    shapes = dict.fromkeys(names, (width, width))
+    assert set(families.split()) <= set(guess_families(shapes, {}))
+    assert families or not guess_families(shapes, {})
+
+
+def test_metadata_decide_between_families_of_equal_sizes_and_veto_all_others():
+    shapes = {"single_transformer_blocks.37.attn.to_q": (3072, 3072)}
+    both = guess_families(shapes, {})
+    assert "flux" in both
+    assert guess_family(shapes, {"ss_base_model_version": "flux1"}) == "flux"
+    assert guess_family(shapes, {"ss_base_model_version": "qwen_image"}) is None

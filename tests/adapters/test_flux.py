@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,10 +13,14 @@ from prolora import adapters
 from prolora.adapters import fused_updates
 from prolora.adapters.formats import groups
 from prolora.adapters.keys import module_names
-from prolora.architectures import flux
+from prolora.architectures.families import known_families
+from prolora.architectures.family import COMFY, KOHYA, Spelling
 from prolora.architectures.modules import find_component
 from prolora.core.lowrank import LowRank
 from prolora.errors import ShapeMismatch, UnsupportedFormat
+
+FLUX = known_families()["flux"]
+ONETRAINER = Spelling("lora_transformer_", "diffusers", dotted=False)
 
 WIDTH = 3072
 FUSED = ("double_blocks.0.img_attn.qkv", "double_blocks.3.txt_attn.qkv", "single_blocks.7.linear1")
@@ -109,7 +114,7 @@ def test_a_kohya_file_has_the_updates_that_diffusers_reads(tmp_path, alpha, dtyp
 def test_a_block_diagonal_update_comes_apart_into_the_ranks_it_was_trained_with():
     tensors, expected = {}, {}
     for name, rank in (("double_blocks.0.img_attn.qkv", 2), ("single_blocks.1.linear1", 3)):
-        matrix = flux.find_flux_weight(name)
+        matrix = FLUX.find_weight(name)
         parts = {}
         for seed, (part, share) in enumerate(zip(matrix.parts, matrix.shares, strict=True)):
             parts[part] = LowRank(*factors((share * WIDTH, WIDTH), rank, seed))
@@ -280,7 +285,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert module_names.parse_path(path).name == module
+    assert module_names.parse_path(path, FLUX).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
@@ -304,8 +309,8 @@ def test_an_ai_toolkit_file_needs_no_alpha():
 
 def test_every_module_has_its_name_and_rows_in_every_spelling():
     for module, (original, rows, kohya, onetrainer, shape) in keymap().items():
-        matrix = flux.find_weight_holding(module)
-        assert matrix.name == original and flux.find_flux_weight(original) == matrix
+        matrix = FLUX.find_weight_holding(module)
+        assert matrix.name == original and FLUX.find_weight(original) == matrix
         heights = fused_updates.split_rows(matrix, original_shape(original)[0], "here")
         top = sum(heights[: matrix.parts.index(module)])
         assert [top, top + shape[0]] == (rows or [0, shape[0]])
@@ -319,10 +324,10 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
             f"base_model.model.{original}",
             onetrainer.replace("lora_transformer_", "lycoris_"),
         ):
-            assert module in module_names.parse_path(path).modules, path
-        assert module_names.to_kohya(module, spelling="sgm") == kohya
-        assert module_names.to_kohya(module) == onetrainer
-        assert module_names.to_comfy(module) == f"diffusion_model.{original}"
+            assert module in module_names.parse_path(path, FLUX).modules, path
+        assert module_names.spell_module(module, KOHYA, FLUX) == kohya
+        assert module_names.spell_module(module, ONETRAINER, FLUX) == onetrainer
+        assert module_names.spell_module(module, COMFY, FLUX) == f"diffusion_model.{original}"
 
 
 SMALL = {
@@ -363,7 +368,8 @@ def small(rank=(2, 3), **fields):
     ],
 )
 def test_every_format_reads_back_to_the_same_updates(tmp_path, format, spelling, rank, dtype):
-    adapter = small(rank, format=format, spelling=spelling)
+    style = ONETRAINER if (format, spelling) == ("kohya", "diffusers") else None
+    adapter = small(rank, format=format, spelling=spelling, style=style)
     adapters.write_adapter(adapter, tmp_path / "out", dtype=dtype)
     assert adapters.adapter_file_size(adapter, dtype=dtype) == (tmp_path / "out").stat().st_size
     back = adapters.read_adapter(tmp_path / "out")
@@ -439,7 +445,7 @@ def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(tmp_path, sma
         )
         for i, (part, size) in enumerate(sizes.items())
     }
-    adapter = adapters.Adapter(updates, spelling="sgm")
+    adapter = adapters.Adapter(updates, spelling="sgm", family="flux")
     adapters.write_adapter(adapter, tmp_path / "out", dtype=torch.float16)
     back = adapters.read_adapter(tmp_path / "out").updates
     whole = sum(update.norm() for update in updates.values())
@@ -448,16 +454,16 @@ def test_a_small_part_of_a_fused_weight_is_rounded_as_the_whole_is(tmp_path, sma
         assert (read - update.dense()).norm() < 2e-3 * whole
 
 
-def test_double_blocks_alone_are_told_from_sd3_by_their_width():
-    wide = LowRank(*factors((WIDTH, WIDTH), 1, 0))
-    narrow = LowRank(*factors((8, 8), 1, 0))
-    for update, fits in ((wide, True), (narrow, False)):
-        adapter = adapters.Adapter({"transformer_blocks.0.attn.to_q": update}, format="diffusers")
-        paths = groups.file_paths(adapter, "kohya")
-        assert paths["transformer_blocks.0.attn.to_q"].startswith("lora_unet_double") == fits
-        if not fits:
-            with pytest.raises(UnsupportedFormat, match="no name in the comfy format"):
-                groups.file_paths(adapter, "comfy")
+def test_attention_that_several_families_have_gets_no_names_of_one_of_them():
+    """Unless the base tells: FLUX, SD3, Qwen-Image and others share diffusers' names."""
+    name = "transformer_blocks.0.attn.to_q"
+    adapter = adapters.Adapter({name: LowRank(*factors((8, 8), 1, 0))}, format="diffusers")
+    with pytest.raises(UnsupportedFormat, match=r"can be of .*FLUX.*different names"):
+        groups.file_paths(adapter, "kohya")
+    told = replace(adapter, family="flux")
+    assert groups.file_paths(told, "kohya")[name] == "lora_unet_double_blocks_0_img_attn_qkv"
+    told = replace(adapter, family="qwen-image")
+    assert groups.file_paths(told, "kohya")[name] == "lora_unet_transformer_blocks_0_attn_to_q"
 
 
 @pytest.mark.parametrize(
@@ -488,7 +494,7 @@ def test_a_module_in_a_fused_weight_and_on_its_own_is_refused():
 
 
 def test_parts_of_different_weights_are_not_put_together():
-    matrix = flux.find_flux_weight("double_blocks.0.img_attn.qkv")
+    matrix = FLUX.find_weight("double_blocks.0.img_attn.qkv")
     parts = {name: LowRank(*factors((8 + i, 8), 2, i)) for i, name in enumerate(matrix.parts)}
     with pytest.raises(ShapeMismatch, match="cannot be put together"):
         fused_updates.fuse_updates(matrix, parts)
@@ -536,9 +542,9 @@ def test_kohya_asked_for_by_name_has_kohyas_own_names(prefix, tmp_path):
     for seed, stem in enumerate(stems):
         up, down = factors((WIDTH, WIDTH), 1, seed)
         tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-    adapter = adapters.read_adapter(tensors)
+    adapter = adapters.read_adapter(tensors, metadata={"ss_base_model_version": "flux1"})
     for format, paths in (
-        ("auto", {stem.replace("lycoris_", "lora_transformer_") for stem in stems}),
+        ("auto", set(stems)),
         ("kohya", {"lora_unet_double_blocks_0_img_attn_qkv"}),
     ):
         found = adapters.encode_state_dict(adapter, format=format)

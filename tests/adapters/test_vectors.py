@@ -209,7 +209,7 @@ def test_parts_of_a_flux_bias_that_do_not_fit_each_other_are_not_put_together(tm
     }
     update = LowRank(torch.ones(4, 1), torch.ones(1, 4))
     adapter = adapters.Adapter(
-        {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, spelling="sgm"
+        {"transformer_blocks.0.attn.to_q": update}, vectors=vectors, family="flux"
     )
     with pytest.raises(ShapeMismatch, match="does not fit the other parts"):
         adapters.write_adapter(adapter, tmp_path / "out", format="kohya")

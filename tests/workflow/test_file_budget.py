@@ -12,7 +12,7 @@ from mini import lora_tensors, source_weights, target_weights, write_case
 import prolora
 from prolora import LowRank, OutputError, adapters
 from prolora.adapters import Adapter, fused_updates, group_modules
-from prolora.architectures import flux
+from prolora.architectures.families import known_families
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.by_weights.file_budget import OutputForm
 from prolora.workflow.module_report import ModuleReport
@@ -267,7 +267,7 @@ def test_files_fit_alone_and_together_and_are_made_again_for_another_size(tmp_pa
 
 
 def test_rows_that_a_part_does_not_use_do_not_widen_a_fused_weight():
-    matrix = flux.find_flux_weight("double_blocks.0.img_attn.qkv")
+    matrix = known_families()["flux"].find_weight("double_blocks.0.img_attn.qkv")
     up = torch.randn(36, 4)
     up[:12, 2:] = 0
     whole = LowRank(up, torch.randn(4, 12))

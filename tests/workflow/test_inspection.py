@@ -64,10 +64,10 @@ def test_a_base_model_is_told_from_a_lora(tmp_path, model, single_file):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_flux_checkpoint_of_its_authors_is_a_single_file_base(tmp_path, prefix):
-    shapes = {"double_blocks.0.img_attn.qkv": (6, 4), "single_blocks.0.linear1": (14, 4)}
+    shapes = {"double_blocks.0.img_attn.qkv": (12, 4), "single_blocks.0.linear1": (28, 4)}
     weights = {f"{prefix}{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
     found = inspect(save(tmp_path / "base.safetensors", weights))
-    assert (found.kind, found.format, found.family) == ("base", "single-file", "flux")
+    assert (found.kind, found.format, found.supported) == ("base", "single-file", True)
     assert found.modules == {"transformer": 7}
 
 
@@ -145,17 +145,18 @@ def test_a_fused_flux_lora_is_described_by_the_modules_it_updates(tmp_path):
     key = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
     tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(9, 2)}
     found = inspect(save(tmp_path / "lora", tensors))
-    assert (found.kind, found.supported, found.family) == ("lora", True, "flux")
+    # Several families have this weight, and none in this size.
+    assert (found.kind, found.supported, found.family) == ("lora", True, None)
     assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 3})
     assert set(found.types) == {"attn.to_q", "attn.to_k", "attn.to_v"}
 
 
-def test_a_lora_for_a_family_that_is_not_read_is_described(tmp_path):
-    key = "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_{}.weight"
+def test_a_lora_for_a_family_that_is_not_known_is_described(tmp_path):
+    key = "lora_unet_frob_blocks_0_nicate_qkv.lora_{}.weight"
     tensors = {key.format("down"): torch.ones(2, 8), key.format("up"): torch.ones(8, 2)}
-    found = inspect(save(tmp_path / "lora", tensors, {"ss_base_model_version": "sd3m"}))
-    assert (found.kind, found.supported, found.family) == ("lora", False, "sd3")
-    assert (found.ranks, found.modules) == ({2: 1}, {"not understood": 1})
+    found = inspect(save(tmp_path / "lora", tensors, {"ss_base_model_version": "frob"}))
+    assert (found.kind, found.supported, found.family) == ("lora", True, None)
+    assert (found.ranks, found.modules) == ({2: 1}, {"transformer": 1})
 
 
 def test_strengths_are_counted_by_place_and_what_is_left_out_by_reason(tmp_path):
@@ -190,7 +191,8 @@ def test_the_base_is_told_by_its_hash_and_a_contradiction_is_shown(tmp_path):
     for part in inspect_table.description_parts(found):
         console.print(part)
     text = console.export_text()
-    assert "SD1.x, by its module names and shapes; its metadata says SDXL" in text
+    told = "Stable Diffusion 1.5, by its module names and shapes; its metadata says Stable"
+    assert told in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 

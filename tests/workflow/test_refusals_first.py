@@ -30,6 +30,10 @@ def unhashed(monkeypatch):
         monkeypatch.setattr(identity, name, refuse)
 
 
+# More than a LoRA has keys: a few would be left out by name.
+SURPRISES = {f"surprise{i}.weight": torch.ones(1) for i in range(999)}
+
+
 def spoil(lora, what):
     tensors = load_file(lora)
     first = next(iter(tensors))
@@ -37,7 +41,7 @@ def spoil(lora, what):
         lora.write_bytes(b"nothing")
         return
     if what == "unknown key":
-        tensors["surprise.weight"] = torch.ones(1)
+        tensors |= SURPRISES
     elif what == "NaN":
         tensors[first.partition(".")[0] + ".lora_up.weight"][0, 0] = math.nan
     elif what == "shape":
@@ -118,7 +122,7 @@ def test_the_bases_are_hashed_for_a_result(case, tmp_path, unhashed):
 def test_a_result_of_another_lora_is_told_without_hashing_a_base(case, tmp_path, monkeypatch):
     lora, source, target = case
     prolora.transfer_many([lora], source, target, tmp_path / "moved")
-    save_file(lora_tensors(2) | {"surprise.weight": torch.ones(1)}, lora)
+    save_file(lora_tensors(2) | SURPRISES, lora)
     monkeypatch.setattr(identity, "hash_file", lambda *a: pytest.fail("a base was hashed"))
     (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "moved")
     assert outcome.status == "failed"

@@ -306,7 +306,7 @@ def damaged(case, tmp_path, what):
         save_file(tensors, lora)
         return lora, source, target, out, prolora.ShapeMismatch, name.replace(".", r"\.")
     if what == "unknown key":
-        tensors = load_file(lora) | {"surprise.weight": torch.ones(1)}
+        tensors = load_file(lora) | {f"surprise{i}.weight": torch.ones(1) for i in range(999)}
         save_file(tensors, lora)
         return lora, source, target, out, prolora.UnsupportedFormat, "surprise"
     if what == "unwritable output":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..architectures.family import Spelling
 from ..core.lowrank import LowRank
 
 
@@ -24,8 +25,11 @@ class Adapter:
         vectors: what is added to biases and to the weights of normalisation layers, by
             "module.bias" or "module.weight", float32 [n].
         format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
-        spelling: how a kohya file spells its modules: "diffusers", or "sgm" for the names of the
-            original checkpoints (SGM's UNets, FLUX).
+        spelling: how the file spells its modules: "diffusers", or "sgm" for the names of the
+            original checkpoints (SGM's UNets, the authors' of a transformer).
+        family: id of the family whose names the modules of a transformer have, None where several
+            families have them or none that is known.
+        style: how the file spells the modules of a transformer; None where it has none.
         dtype: the storage dtype of the factors in the file.
         metadata: the file's own header metadata, untouched.
         algorithms: module -> kind of update in the file ("lora", "locon", "tucker", "loha", "lokr",
@@ -43,6 +47,8 @@ class Adapter:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     format: str = "kohya"
     spelling: str = "diffusers"
+    family: str | None = None
+    style: Spelling | None = None
     dtype: torch.dtype = torch.float32
     metadata: dict[str, str] = field(default_factory=dict)
     algorithms: dict[str, str] = field(default_factory=dict)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from ..architectures.family import Family, Spelling
 from ..architectures.modules import find_component
+from ..architectures.recognition import NamedMatrix, find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import fused_updates, vectors
 from .algorithms import forms
 from .algorithms.forms import Form
-from .family import guess_family
+from .family import choose_reading, guess_family
 from .formats.peft_config import (
     METADATA_KEY,
     PeftScaling,
@@ -65,15 +70,35 @@ class Contents:
         slots: one for each update.
         vectors: one for each bias and each tensor of a normalisation layer.
         left_out: tensors that are neither -> the reason.
+        family: id of the family whose names the modules have, None where several have them.
+        unread: path of an update that is left out -> its (out, in, rank).
     """
 
     slots: list[Slot]
     vectors: list[VectorSlot]
     left_out: dict[str, str]
+    family: str | None = None
+    unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
-def parse_contents(source: UnreadAdapter) -> Contents:
+class BaseNames(NamedTuple):
+    """What is known of the base model that an adapter belongs to.
+
+    Attributes:
+        family: id of its family, None if it is not known.
+        modules: its canonical module names; empty if they are not known.
+    """
+
+    family: str | None = None
+    modules: Collection[str] = ()
+
+
+def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Contents:
     """The updates of an adapter in file order; no tensor is read.
+
+    Args:
+        source: the adapter.
+        base: what is known of the base model it belongs to.
 
     Raises:
         UnsupportedFormat: a kind of adapter that is not read, or a key that is not understood.
@@ -83,8 +108,23 @@ def parse_contents(source: UnreadAdapter) -> Contents:
         scaling_from_config(
             source.config, f"{source.where}: {PEFT_CONFIG}"
         )  # may be of no LoRA at all
-    contents = _group_keys(source)
-    slots = _settle_t5(contents.slots)
+    matrices = list_matrices(source)
+    reading = choose_reading(matrices, source.metadata, base.family if base else None)
+    contents = _group_keys(source, reading)
+    if base and base.modules:
+        _restore_dots(contents, base.modules)
+    shapes = {
+        name: shape
+        for matrix in matrices
+        for name, shape in (find_parts(reading, matrix) if reading else {}).items()
+    }
+    family = base.family if base else None
+    if family is None and matrices:
+        style = most_common_spelling(slot.module for slot in contents.slots)
+        family = guess_family(shapes, source.metadata, style)
+    if family is None and reading and any(slot.module.matrix for slot in contents.slots):
+        family = reading.id  # the authors' names are those of this family, whatever its sizes
+    slots = _settle_t5(contents.slots, family)
     scalings = _peft_scalings(source, {slot.module.prefix for slot in slots})
     for slot in slots:
         _check_complete(slot, source)
@@ -94,10 +134,54 @@ def parse_contents(source: UnreadAdapter) -> Contents:
     _check_parts(slots, source)
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
-    return Contents(slots, contents.vectors, contents.left_out)
+    return Contents(slots, contents.vectors, contents.left_out, family, contents.unread)
 
 
-def _group_keys(source: UnreadAdapter) -> Contents:
+def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
+    """How most modules of a transformer are spelled; None where there are none."""
+    counts = Counter(module.spelling for module in modules if module.spelling)
+    return max(counts, key=lambda one: counts[one]) if counts else None
+
+
+def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
+    """What can be modules of a transformer, as the file names them, with the shapes of updates."""
+    sizes: dict[tuple[str, bool], list[int]] = {}
+    for key, header in source.headers.items():
+        path = tensor_keys.find_path(key)
+        name = path and module_names.find_transformer_name(path)
+        if not name:
+            continue
+        size = sizes.setdefault(name, [0, 0])
+        _, role = tensor_keys.split_role(key) or ("", "")
+        shape = header.shape
+        if role == "up" and len(shape) > 1:
+            size[0] = shape[0]
+        elif role == "down" and len(shape) > 1:
+            size[1] = math.prod(shape[1:])
+        elif role == "diff" and len(shape) > 1:
+            size[:] = shape[0], math.prod(shape[1:])
+    return [NamedMatrix(*name, (size[0], size[1])) for name, size in sizes.items()]
+
+
+def _restore_dots(contents: Contents, modules: Collection[str]) -> None:
+    """Gives modules that no family knows, spelled with underscores, the names the base has."""
+    by_underscored: dict[str, str | None] = {}
+    for name in modules:
+        underscored = name.replace(".", "_")
+        by_underscored[underscored] = None if underscored in by_underscored else name
+
+    def restore(module: ModulePath) -> ModulePath:
+        is_underscored = module.described and module.spelling and not module.spelling.dotted
+        base_name = by_underscored.get(module.name) if is_underscored else None
+        return module._replace(name=base_name, local=base_name) if base_name else module
+
+    for slot in contents.slots:
+        slot.module = restore(slot.module)
+    for vector in contents.vectors:
+        vector.module = restore(vector.module)
+
+
+def _group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
     """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
     if not source.headers:
         raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
@@ -106,7 +190,7 @@ def _group_keys(source: UnreadAdapter) -> Contents:
     left_out: dict[str, str] = {}
     unknown = []
     for key, header in source.headers.items():
-        parsed = tensor_keys.parse_key(key, header.shape)
+        parsed = tensor_keys.parse_key(key, header.shape, family)
         if isinstance(parsed, tensor_keys.RefusedKey):
             raise UnsupportedFormat(explain_refusal(source, key, parsed.algorithm))
         if isinstance(parsed, tensor_keys.LeftOutKey):
@@ -129,12 +213,35 @@ def _group_keys(source: UnreadAdapter) -> Contents:
                     f"{parsed.module.name}; remove one of the two"
                 )
             slot.keys[parsed.role] = key
-    if unknown:
+    if 2 * len(unknown) > len(source.headers) or (unknown and not slots):
         _refuse_unknown(unknown, source)
+    unread = _leave_out_foreign(unknown, left_out, source)
     if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
-    return Contents(list(slots.values()), list(vector_slots.values()), left_out)
+    vector_list = list(vector_slots.values())
+    return Contents(list(slots.values()), vector_list, left_out, unread=unread)
+
+
+def _leave_out_foreign(
+    unknown: list[str], left_out: dict[str, str], source: UnreadAdapter
+) -> dict[str, tuple[int, int, int]]:
+    """Names what is not understood among much that is; (out, in, rank) of what is an update."""
+    updates: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key in unknown:
+        path_and_role = tensor_keys.split_role(key)
+        if path_and_role is None:
+            left_out[key] = (
+                "a tensor that belongs to no LoRA, or to a module that prolora does not know"
+            )
+            continue
+        left_out[path_and_role[0]] = "an update of a module that prolora does not know"
+        updates.setdefault(path_and_role[0], {})[path_and_role[1]] = source.headers[key].shape
+    return {
+        path: (shapes["up"][0], math.prod(shapes["down"][1:]), shapes["down"][0])
+        for path, shapes in updates.items()
+        if all(len(shapes.get(role, ())) > 1 for role in ("up", "down"))
+    }
 
 
 def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
@@ -158,27 +265,20 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     hint = tensor_keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
-    if "joint_blocks" in first:
-        hint = (
-            "LoRAs in the spelling of SD3's authors are not read: convert it to diffusers' keys "
-            "(transformer.….lora_A.weight)"
-        )
     raise UnsupportedFormat(
         f"{source.where}: {len(unknown)} keys are not understood: {listed}{more}. {hint}"
     )
 
 
-def _settle_t5(slots: list[Slot]) -> list[Slot]:
+def _settle_t5(slots: list[Slot], family: str | None) -> list[Slot]:
     """Renames T5, which kohya and ComfyUI count as the third encoder, to its number in diffusers.
 
     FLUX has two text encoders and T5 is the second; SD3 has three.
     """
     modules = [name for slot in slots for name in slot.module.modules]
-    originals = [slot.module.matrix.name for slot in slots if slot.module.matrix]
     second = [name for name in modules if find_component(name) == "text_encoder_2"]
     has_second_clip = not all(map(module_names.is_t5, second))
-    inputs = dict.fromkeys([*modules, *originals], 0)
-    if has_second_clip or guess_family(inputs, {}) == "sd3":
+    if has_second_clip or family == "sd3":
         return slots
     for slot in slots:
         module = slot.module

@@ -1,26 +1,19 @@
-"""Which base models an adapter or checkpoint is of, guessed from module names and shapes."""
+"""Which family an adapter or checkpoint is of, by module names, shapes and metadata."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 
-from ..architectures import flux
+from ..architectures.families import known_families
+from ..architectures.family import Family, Spelling
 from ..architectures.modules import find_component
+from ..architectures.recognition import NamedMatrix, recognise_families
 
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
-_FLUX_WIDTH = 3072
-# Blocks of the largest member. Qwen-Image, FLUX.2, HunyuanVideo and others share FLUX's names.
-_FLUX_BLOCKS = {
-    "transformer_blocks": 19,
-    "double_blocks": 19,
-    "single_transformer_blocks": 38,
-    "single_blocks": 38,
-}
-_SD3_BLOCKS = {"transformer_blocks": 38}
-_FLUX_ROOTS = flux.ROOTS | {"single_transformer_blocks"}
 # How ss_base_model_version and modelspec.architecture begin.
 _BY_VERSION = {
     "sdxl": "sdxl",
@@ -54,26 +47,79 @@ _KNOWN_FILES = {
 }
 
 
-def guess_family(inputs: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
-    """The id of a family: sd15, sd21, bk-sdm, sdxl, ssd-1b, segmind-vega, flux, sd3 or pixart.
+def guess_family(
+    shapes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    spelling: Spelling | None = None,
+) -> str | None:
+    """The id of a family ("sd15", "sdxl", "flux", …), None rather than a wrong one.
 
-    Names and widths decide; what the metadata claims counts only where they say nothing.
+    Arguments are those of `guess_families`.
+    """
+    families = guess_families(shapes, metadata, spelling)
+    return families[0] if len(families) == 1 else None
+
+
+def guess_families(
+    shapes: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    spelling: Spelling | None = None,
+) -> tuple[str, ...]:
+    """The ids of the families that an adapter or checkpoint can be of; none if nothing tells.
+
+    Names and shapes decide; what the metadata claims decides between families that fit equally
+    well, and where names and shapes say nothing. Metadata that contradicts them leaves it open.
 
     Args:
-        inputs: canonical module name -> size of its input, 0 if unknown; a FLUX weight may go by
-            its original name too.
+        shapes: canonical module name -> out × in, 0 where it is not known.
         metadata: header metadata of the file.
+        spelling: of a transformer's modules in the file. Of families that fit equally well, those
+            remain of which files in this spelling exist.
     """
     claimed = claimed_family(metadata)
-    unet = [name for name in inputs if find_component(name) == "unet"]
-    if not unet:
-        transformer = [name for name in inputs if find_component(name) == "transformer"]
-        return _transformer_family(transformer, inputs) or claimed
-    widths = (inputs[name] for name in unet if name.endswith(_CONTEXT))
-    context = next((width for width in widths if width), None)
-    guess = _unet_family(unet, context)
-    # Only the width of the text embedding tells SD1.x from SD2.x.
-    return claimed if guess is None or (context is None and claimed == "sd21") else guess
+    unet = [name for name in shapes if find_component(name) == "unet"]
+    if unet:
+        widths = (shapes[name][1] for name in unet if name.endswith(_CONTEXT))
+        context = next((width for width in widths if width), None)
+        guess = _unet_family(unet, context)
+        # Only the width of the text embedding tells SD1.x from SD2.x.
+        guess = claimed if guess is None or (context is None and claimed == "sd21") else guess
+        return (guess,) if guess else ()
+    matrices = [
+        NamedMatrix(name, True, shape)
+        for name, shape in shapes.items()
+        if find_component(name) == "transformer"
+    ]
+    recognition = recognise_families(matrices)
+    families = recognition.families
+    ids = tuple(f.id for f in families if spelling and f.reads(spelling))
+    ids = ids or tuple(f.id for f in families)
+    if claimed is None:
+        return ids if recognition.layouts else ()
+    if not ids:
+        return (claimed,)
+    return (claimed,) if claimed in ids and recognition.layouts else ()
+
+
+def choose_reading(
+    matrices: Iterable[NamedMatrix], metadata: Mapping[str, str], expected: str | None
+) -> Family | None:
+    """The family by whose names an adapter is read; None where no family knows them.
+
+    Where several families have the names, they mostly mean the same modules; the family of the base
+    and the metadata decide for those that do not.
+
+    Args:
+        matrices: the modules of its transformer as the file names them.
+        metadata: header metadata of the file.
+        expected: the family of the base that the adapter was trained on, if that is known.
+    """
+    recognition = recognise_families(matrices)
+    able = {family.id: family for family in recognition.able}
+    for id_ in (expected, claimed_family(metadata)):
+        if id_ in able:
+            return able[id_]
+    return recognition.families[0] if recognition.families else None
 
 
 def claimed_family(metadata: Mapping[str, str]) -> str | None:
@@ -83,25 +129,23 @@ def claimed_family(metadata: Mapping[str, str]) -> str | None:
         return known[1]
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").lower()
-        families = (family for start, family in _BY_VERSION.items() if value.startswith(start))
-        if family := next(families, None):
-            return family
+        # The longest beginning: "flux2" is not "flux".
+        for start in sorted(_claims(), key=len, reverse=True):
+            if value.startswith(start):
+                return _claims()[start]
     return None
+
+
+@cache
+def _claims() -> dict[str, str]:
+    """How versions and architectures begin in metadata -> family."""
+    claims = {start: family.id for family in known_families().values() for start in family.claims}
+    return _BY_VERSION | claims
 
 
 def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:
     """(file name, family) of the base model whose full hash the metadata gives, if it is known."""
     return _KNOWN_FILES.get(metadata.get("ss_new_sd_model_hash", "").lower())
-
-
-def _is_as_deep_as(blocks: Mapping[str, int], modules: list[str]) -> bool:
-    """Whether no module lies in a block beyond the last one of a family."""
-    for name in modules:
-        root, _, rest = name.partition(".")
-        number = rest.partition(".")[0]
-        if root in blocks and number.isdecimal() and int(number) >= blocks[root]:
-            return False
-    return True
 
 
 def _unet_family(unet: list[str], context: int | None) -> str | None:
@@ -130,17 +174,3 @@ def _is_pruned_sd1(unet: list[str]) -> bool:
     down = [name for name in unet if name.startswith("down_blocks.")]
     attentions = {name.split(".")[3] for name in down if ".attentions." in name}
     return attentions == {"0"} and not any(n.startswith("mid_block.attentions.") for n in unet)
-
-
-def _transformer_family(modules: list[str], inputs: Mapping[str, int]) -> str | None:
-    is_flux = _is_as_deep_as(_FLUX_BLOCKS, modules)
-    if any(name.split(".")[0] in _FLUX_ROOTS for name in modules):
-        return "flux" if is_flux else None
-    if any(".attn." in name or ".ff_context." in name for name in modules):
-        # Double blocks have the same names in both; no SD3 is as wide as FLUX.
-        if any(inputs[name] == _FLUX_WIDTH for name in modules):
-            return "flux" if is_flux else None
-        return "sd3" if _is_as_deep_as(_SD3_BLOCKS, modules) else None
-    if any(".attn1." in name or ".attn2." in name for name in modules):
-        return "pixart"
-    return None

@@ -1,7 +1,7 @@
-"""Updates of FLUX's fused weights <-> updates of their parts, which are their rows.
+"""Updates of the authors' fused weights <-> updates of their parts, which are their rows.
 
 Parts are what prolora moves, so that a result does not depend on how a file or a base was laid out.
-Which modules a fused weight consists of: `architectures.flux`.
+Which modules a fused weight consists of: `architectures.families`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..architectures.flux import FluxWeight
+from ..architectures.family import Weight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
 
 
-def split_rows(whole: FluxWeight, height: int, where: str) -> list[int]:
+def split_rows(whole: Weight, height: int, where: str) -> list[int]:
     """The height of every part of a weight of `height` rows.
 
     Raises:
         ShapeMismatch: the parts do not come out even.
     """
-    unit, rest = divmod(height, sum(whole.shares) * (2 if whole.swapped else 1))
-    if rest or not unit:
+    unit, rest = divmod(height, sum(whole.shares))
+    if rest or not unit or (whole.swap == "always" and height % 2):
         raise ShapeMismatch(
             f"{where}: {height} rows are not those of {' + '.join(whole.parts)}, "
             f"{':'.join(map(str, whole.shares))}"
         )
-    return [share * unit * (2 if whole.swapped else 1) for share in whole.shares]
+    return [share * unit for share in whole.shares]
 
 
-def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, LowRank]:
+def split_update(whole: Weight, update: LowRank, where: str) -> dict[str, LowRank]:
     """The updates of the parts, exactly.
 
     Columns of `up` that are zero in all rows of a part say nothing about it and are left out: this
@@ -48,7 +48,7 @@ def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, Lo
     """
     heights = split_rows(whole, update.shape[0], where)
     if len(whole.parts) == 1:
-        up = swap_halves(update.up) if whole.swapped else update.up
+        up = swap_halves(update.up) if whole.is_swapped(update.shape) else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
     updates = {}
     for part, up in zip(whole.parts, update.up.split(heights), strict=True):
@@ -62,7 +62,7 @@ def split_update(whole: FluxWeight, update: LowRank, where: str) -> dict[str, Lo
     return {part: LowRank(up.clone(), update.down.clone()) for part, up in parts}
 
 
-def fused_height(whole: FluxWeight, parts: Mapping[str, LowRank]) -> int:
+def fused_height(whole: Weight, parts: Mapping[str, LowRank]) -> int:
     """The rows of `whole`, from those of some of its parts.
 
     Raises:
@@ -79,7 +79,7 @@ def fused_height(whole: FluxWeight, parts: Mapping[str, LowRank]) -> int:
     return int(units.pop()) * sum(whole.shares)
 
 
-def fused_rank(whole: FluxWeight, parts: Mapping[str, LowRank]) -> int:
+def fused_rank(whole: Weight, parts: Mapping[str, LowRank]) -> int:
     """The rank that `fuse_updates` comes to."""
     updates = list(parts.values())
     if len(whole.parts) == 1 or _share_down(updates):
@@ -92,7 +92,7 @@ def _share_down(updates: list[LowRank]) -> bool:
     return all(update.down is first or torch.equal(update.down, first) for update in updates)
 
 
-def fuse_updates(whole: FluxWeight, parts: Mapping[str, LowRank]) -> LowRank:
+def fuse_updates(whole: Weight, parts: Mapping[str, LowRank]) -> LowRank:
     """The update of the original weight, from those of its parts; a part without one gets zeros.
 
     Where all parts have one `down`, it is kept and the rank with it. Otherwise `up` is
@@ -103,7 +103,11 @@ def fuse_updates(whole: FluxWeight, parts: Mapping[str, LowRank]) -> LowRank:
     """
     if len(whole.parts) == 1:
         update = parts[whole.parts[0]]
-        return LowRank(swap_halves(update.up), update.down) if whole.swapped else update
+        return (
+            LowRank(swap_halves(update.up), update.down)
+            if whole.is_swapped(update.shape)
+            else update
+        )
     unit = fused_height(whole, parts) // sum(whole.shares)
     present = [name for name in whole.parts if name in parts]
     first = parts[present[0]]
@@ -122,14 +126,14 @@ def fuse_updates(whole: FluxWeight, parts: Mapping[str, LowRank]) -> LowRank:
     return LowRank(up, down)
 
 
-def unfuse_update(whole: FluxWeight, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
+def unfuse_update(whole: Weight, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
     """Some parts of an update of the original weight, as `fuse_updates` puts them together again.
 
     All keep the whole `down`, so that its rank stays what it is; `split_update` leaves out what a
     part does not use.
     """
     if len(whole.parts) == 1:
-        up = swap_halves(update.up) if whole.swapped else update.up
+        up = swap_halves(update.up) if whole.is_swapped(update.shape) else update.up
         return {whole.parts[0]: LowRank(up, update.down)}
     tops = update.up.split(split_rows(whole, update.shape[0], whole.name))
     tops_by_name = dict(zip(whole.parts, tops, strict=True))

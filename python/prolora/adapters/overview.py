@@ -11,11 +11,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..architectures.family import Family
 from ..architectures.modules import TEXT_ENCODERS, find_component
+from ..architectures.recognition import share_rows
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
-from .contents import Contents, parse_contents, read_scale
+from .contents import Contents, list_matrices, parse_contents, read_scale
+from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .unread import UnreadAdapter
 
@@ -27,7 +30,7 @@ class ComponentOverview:
     """One part of a pipeline, as a file updates it.
 
     Attributes:
-        updates: number of updates; a fused FLUX weight is one.
+        updates: number of updates; a fused weight is one.
         algorithms: number of updates by algorithm.
         ranks: number of updates by rank; those without one (full differences, OFT) are not counted.
         alphas: number of updates by alpha; "none" for those without.
@@ -56,6 +59,7 @@ class Overview:
         foreign: path -> rank of LoRA factors on modules that are not known.
         reason: why the file is refused, None if it is not.
         contents: the file's layout, None if it is refused.
+        reading: the family by whose names the modules of a transformer are read.
         alphas: name -> alpha, of the file or of PEFT's configuration.
         scales: name -> the factor in front of the update.
     """
@@ -69,6 +73,7 @@ class Overview:
     foreign: dict[str, int] = field(default_factory=dict)
     reason: str | None = None
     contents: Contents | None = None
+    reading: Family | None = None
     alphas: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
 
@@ -83,16 +88,17 @@ class Overview:
         return [name for module in self.modules.values() for name in module.modules]
 
     @property
-    def inputs(self) -> dict[str, int]:
-        """Module -> input channels, 0 where the shapes do not tell."""
-        inputs: dict[str, int] = {}
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Canonical module -> out × in without the kernel of a convolution, 0 if not known."""
+        shapes: dict[str, tuple[int, int]] = {}
         for name, module in self.modules.items():
             form = self.forms.get(name)
-            size = form.inputs // math.prod(form.kernel or (1,)) if form else 0
-            # The original name of a FLUX weight tells its family, whatever its parts are called.
-            original = (module.matrix.name,) if module.matrix else ()
-            inputs |= dict.fromkeys((*module.modules, *original), size)
-        return inputs
+            size = (form.out, form.inputs // math.prod(form.kernel or (1,))) if form else (0, 0)
+            if module.matrix:
+                shapes |= share_rows(module.matrix, size)
+            else:
+                shapes[name] = size
+        return shapes
 
     @property
     def needs_base(self) -> bool:
@@ -151,6 +157,7 @@ class Overview:
 def survey_keys(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
+    overview.reading = choose_reading(list_matrices(source), source.metadata, None)
     for key, header in source.headers.items():
         _sort_key(key, header.shape, overview)
     if not overview.is_adapter:
@@ -192,13 +199,13 @@ def _guess_forms(source: UnreadAdapter, overview: Overview) -> None:
 
 def _sort_key(key: str, shape: tuple[int, ...], overview: Overview) -> None:
     """Puts a key where it belongs."""
-    parsed = tensor_keys.parse_key(key, shape)
+    parsed = tensor_keys.parse_key(key, shape, overview.reading)
     if isinstance(parsed, tensor_keys.VectorKey):
         overview.vectors.append((parsed.module, parsed.tensor))
     elif isinstance(parsed, tensor_keys.LeftOutKey):
         overview.left_out.append(parsed.reason)
     elif isinstance(parsed, tensor_keys.RefusedKey):
-        module = module_names.parse_path(parsed.path)
+        module = module_names.parse_path(parsed.path, overview.reading)
         name = module.name if module else parsed.path
         overview.refused.append((name, parsed.algorithm))
         if module:

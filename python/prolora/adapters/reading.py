@@ -18,7 +18,14 @@ from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
-from .contents import Contents, Slot, parse_contents, read_scale
+from .contents import (
+    BaseNames,
+    Contents,
+    Slot,
+    most_common_spelling,
+    parse_contents,
+    read_scale,
+)
 from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
@@ -36,13 +43,15 @@ def read_adapter(
     *,
     metadata: Mapping[str, str] | None = None,
     read_weight: ReadWeight | None = None,
+    base: BaseNames | None = None,
 ) -> Adapter:
     """Reads an adapter of any known kind and spelling.
 
     Kinds: LoRA, LoCon (Tucker core or not), LoHa, LoKr, full differences; with the base weights at
     hand also DoRA of any of these, GLoRA and diag-OFT, whose update is merged − W. Spellings:
-    kohya's, diffusers', PEFT's and ComfyUI's, and for FLUX also those of its authors, XLabs and
-    OneTrainer; fused matrices come out as their parts.
+    kohya's, diffusers', PEFT's and ComfyUI's, each with the names of diffusers or of the model's
+    authors (for FLUX also those of XLabs and OneTrainer); fused matrices come out as their parts.
+    A module of a family that is not known goes by the name it has in the file.
 
     The scale is exact and folded into `up`: α/r of an `.alpha` tensor, or α/r (rsLoRA: α/√r) of
     PEFT's configuration with its patterns, in adapter_config.json or in the header of a diffusers
@@ -55,6 +64,8 @@ def read_adapter(
         metadata: replaces the file's header metadata.
         read_weight: reads the base model the adapter was trained on; needed where the update
             depends on it.
+        base: what is known of that base model; it decides where names alone leave several
+            families, and gives names with underscores their dots back where no family is known.
 
     Returns:
         Updates in file order: up [out, r], down [r, in·kh·kw], float32 on the CPU.
@@ -68,7 +79,7 @@ def read_adapter(
         NonFiniteWeights: NaN or Inf in a tensor or an update.
     """
     opened = open_adapter(source, metadata)
-    contents = parse_contents(opened)
+    contents = parse_contents(opened, base)
     adapter = _start_adapter(contents, opened)
     for piece in _read_slots(opened, contents, read_weight):
         for mine, more in (
@@ -90,10 +101,12 @@ def read_adapter(
     return adapter
 
 
-def read_pieces(source: StrPath | Mapping[str, Tensor]) -> Iterator[Adapter]:
+def read_pieces(
+    source: StrPath | Mapping[str, Tensor], base: BaseNames | None = None
+) -> Iterator[Adapter]:
     """What `read_adapter` reads, one module or fused weight at a time to save memory."""
     opened = open_adapter(source)
-    return _read_slots(opened, parse_contents(opened), None)
+    return _read_slots(opened, parse_contents(opened, base), None)
 
 
 def _read_slots(
@@ -116,7 +129,11 @@ def _read_slots(
     yield piece
 
 
-def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Adapter:
+def outline_adapter(
+    source: StrPath | Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    family: str | None = None,
+) -> Adapter:
     """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
 
     LoRAs and LoCons are read in full. An update of any other kind is zeros of its shape, of the
@@ -125,13 +142,14 @@ def outline_adapter(source: StrPath | Mapping[str, Tensor], shapes: Mapping[str,
     Args:
         source: as for `read_adapter`.
         shapes: canonical module name -> shape of the base model's weight.
+        family: id of the base model's family, if it is known.
 
     Raises:
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, as far as it
             gets.
     """
     opened = open_adapter(source)
-    contents = parse_contents(opened)
+    contents = parse_contents(opened, BaseNames(family, shapes))
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
     for slot in contents.slots:
@@ -174,9 +192,12 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
         {},
         format=first.format if source.config is None else "peft",
         spelling="sgm" if any(module.sgm for module in modules) else "diffusers",
+        family=contents.family,
+        style=most_common_spelling(modules),
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
         metadata=source.metadata,
         left_out=dict(contents.left_out),
+        unread=dict(contents.unread),
     )
 
 
@@ -317,5 +338,6 @@ def _base_weight(slot: Slot, read_weight: ReadWeight | None, where: str) -> Tens
         return None
     _check_fit(slot, [tuple(part.shape) for part in parts], where)
     whole = torch.cat([part.detach().to("cpu", torch.float32).double() for part in parts])
-    swapped = slot.module.matrix is not None and slot.module.matrix.swapped
+    matrix = slot.module.matrix
+    swapped = matrix is not None and matrix.is_swapped(tuple(whole.shape))
     return fused_updates.swap_halves(whole) if swapped else whole

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architectures import flux
+from ..architectures.family import Family
 from ..errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from . import fused_updates
 from .keys.module_names import ModulePath
 from .unread import UnreadAdapter, read_finite
 
 
-@dataclass(frozen=True)
+@dataclass
 class VectorSlot:
     """A vector in a file.
 
@@ -38,12 +38,12 @@ class VectorSlot:
 
     @property
     def name(self) -> str:
-        """The vector's name; of a fused FLUX weight's bias, the name of the fused one."""
+        """The vector's name; of a fused weight's bias, the name of the fused one."""
         return f"{self.module.name}.{self.tensor}"
 
 
 def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
-    """Refuses a tensor that is no vector, or does not fit the FLUX weight that its key names.
+    """Refuses a tensor that is no vector, or does not fit the weight that its key names.
 
     Raises:
         ShapeMismatch: the shape is another.
@@ -59,11 +59,16 @@ def check_vector(slot: VectorSlot, source: UnreadAdapter) -> None:
             f"{source.where}: {slot.key} {list(header.shape)} is not a {slot.tensor} vector"
         )
     if slot.module.matrix:
+        if slot.module.matrix.swap == "if two":
+            raise UnsupportedFormat(
+                f"{source.where}: the halves of {slot.key} may be in another order than diffusers "
+                "has them, and a vector does not tell; leave the tensor out"
+            )
         fused_updates.split_rows(slot.module.matrix, header.shape[0], f"{source.where}: {slot.key}")
 
 
 def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[str, Tensor]:
-    """The vectors of a slot by name, float32: several only where a FLUX weight is fused.
+    """The vectors of a slot by name, float32: several only where a weight is fused.
 
     Raises:
         NonFiniteWeights: NaN or Inf, or an overflow in the scale.
@@ -76,7 +81,7 @@ def read_vector(slot: VectorSlot, scale: float, source: UnreadAdapter) -> dict[s
     matrix = slot.module.matrix
     if matrix is None:
         return {slot.name: vector}
-    if matrix.swapped:
+    if matrix.swap == "always":
         vector = fused_updates.swap_halves(vector)
     parts = vector.split(fused_updates.split_rows(matrix, len(vector), source.where))
     nonzero = {
@@ -92,10 +97,14 @@ def find_vector_module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Tensor]:
-    """The vectors as a file holds them: biases of fused weights in the original spelling of FLUX.
+def fuse_vectors(vectors: Mapping[str, Tensor], authors: Family | None) -> dict[str, Tensor]:
+    """The vectors as a file holds them: biases of fused weights where it has the authors' names.
 
     A part without a bias of its own gets zeros.
+
+    Args:
+        vectors: name -> vector.
+        authors: the family whose authors' names the file has; None where it has diffusers'.
 
     Raises:
         ShapeMismatch: the parts do not belong to one weight.
@@ -103,14 +112,14 @@ def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Ten
     out: dict[str, Tensor] = {}
     for name, vector in vectors.items():
         module, _, tensor = name.rpartition(".")
-        matrix = flux.find_weight_holding(module) if original else None
-        if matrix is None:
+        matrix = authors.find_weight_holding(module) if authors else None
+        if matrix is None or (len(matrix.parts) == 1 and matrix.swap == "never"):
             out[name] = vector
             continue
         shares = dict(zip(matrix.parts, matrix.shares, strict=True))
         unit, rest = divmod(len(vector), shares[module])
         if rest:
-            raise ShapeMismatch(f"{name}: {len(vector)} values are not those of a FLUX layer")
+            raise ShapeMismatch(f"{name}: {len(vector)} values are not those of {matrix.name}")
         whole = out.setdefault(
             f"{matrix.name}.{tensor}", vector.new_zeros(unit * sum(matrix.shares))
         )
@@ -119,7 +128,7 @@ def fuse_vectors(vectors: Mapping[str, Tensor], original: bool) -> dict[str, Ten
             raise ShapeMismatch(f"{name}: does not fit the other parts of {matrix.name}")
         top = sum(heights[: matrix.parts.index(module)])
         whole[top : top + len(vector)] = (
-            fused_updates.swap_halves(vector) if matrix.swapped else vector
+            fused_updates.swap_halves(vector) if matrix.swap == "always" else vector
         )
     return out
 

@@ -13,6 +13,7 @@ from ..core.lowrank import LowRank
 from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
+from .contents import BaseNames
 from .formats import groups
 from .reading import read_pieces
 from .unread import StrPath
@@ -40,7 +41,7 @@ def verify_output(
     shared = _shared_sizes(adapter, format)
     back, foreign = Adapter({}), set()
     try:
-        for piece in read_pieces(output):
+        for piece in read_pieces(output, BaseNames(adapter.family, adapter.updates)):
             for name, update in piece.updates.items():
                 wanted = adapter.updates.get(name)
                 if wanted is None:

@@ -44,8 +44,8 @@ def write_adapter(
     Args:
         adapter: what to write.
         path: a .safetensors file; for "peft" a folder, made if it does not exist.
-        format: "auto" (as the adapter came in), "kohya" (in `adapter.spelling`), "diffusers",
-            "peft" or "comfy".
+        format: "auto" (as the adapter came in, if a program reads that), "kohya", "diffusers",
+            "peft" or "comfy"; or the program that shall read it: a key of `programs.PROGRAMS`.
         dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
         metadata: replaces the adapter's own. What describes the file itself (ranks, hashes) is
             always recomputed.
@@ -56,6 +56,7 @@ def write_adapter(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
+    format = groups.resolve_format(adapter, format)
     adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     if not adapter.updates and not adapter.vectors:
@@ -98,6 +99,7 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
+    format = groups.resolve_format(adapter, format)
     adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     where = "the state dict"
@@ -118,6 +120,7 @@ def adapter_file_size(
     Only shapes of updates count, not their numbers. Arguments and errors are those of
     `write_adapter`.
     """
+    format = groups.resolve_format(adapter, format)
     adapter = groups.respell_adapter(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     header = _file_metadata(adapter, chosen)
@@ -165,7 +168,7 @@ def check_format(adapter: Adapter, format: str) -> str:
     Raises:
         UnsupportedFormat: it is unknown, or has no name for a module or vector.
     """
-    chosen = adapter.format if format == "auto" else format
+    chosen = adapter.format if format == "auto" else groups.resolve_format(adapter, format)
     if chosen not in encoding.FORMATS:
         raise UnsupportedFormat(
             f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"

@@ -112,6 +112,8 @@ class Family:
             fused matrix counted from 0 (`img_attn.qkv.2`, OneTrainer's) need no alias.
         spellings: format -> how a file of that format spells the modules; without the formats that
             no program reads for this family.
+        also_read: further spellings -> the programs that read files in them whole. A file that
+            came in one keeps it.
         readers: program -> the formats of `spellings` that it reads whole, best first.
         claims: how metadata names a member of the family (the beginning of
             `ss_base_model_version` or `modelspec.architecture`, in lower case) -> its title.
@@ -126,6 +128,7 @@ class Family:
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
     aliases: Mapping[str, str | Fused] = field(default_factory=dict)
     spellings: Mapping[str, Spelling] = field(default_factory=lambda: SPELLINGS)
+    also_read: Mapping[Spelling, tuple[str, ...]] = field(default_factory=dict)
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
     siblings: tuple[str, ...] = ()
@@ -138,6 +141,17 @@ class Family:
         """Pattern of a canonical module -> its shapes in the published sizes."""
         return load_patterns(self.layouts)
 
+    def reads(self, spelling: Spelling) -> bool:
+        """Whether a program reads files with this family's modules in a spelling."""
+        known = (*self.spellings.values(), *self.also_read)
+        return any(self.has_equal_names(spelling, one) for one in known)
+
+    def has_equal_names(self, one: Spelling, other: Spelling | None) -> bool:
+        """Whether two spellings give all modules the same names."""
+        if self.authors or other is None:
+            return one == other
+        return one[::2] == other[::2]  # the authors have diffusers' names
+
     def find_module(self, name: str, *, dotted: bool = True) -> str | None:
         """The canonical module that a name of diffusers means, None if the family has none such.
 
@@ -147,6 +161,11 @@ class Family:
         """
         match = _match_pattern(name, self._modules, dotted)
         return _fill_pattern(*match) if match else None
+
+    def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
+        """The shapes that a canonical module has in the published sizes, of whatever block."""
+        match = _match_pattern(module, self._modules, dotted=True)
+        return self.shapes.get(match[0], ()) if match else ()
 
     def find_weight(self, name: str, *, dotted: bool = True) -> Weight | None:
         """The authors' weight of that name or alias, None if the family has none such.

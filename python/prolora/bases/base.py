@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..architectures.families import known_families
 from ..architectures.layouts import identify_layout
+from ..architectures.modules import find_component, matrix_shape
+from ..architectures.recognition import NamedMatrix, recognise_families
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .weights import Weight
@@ -50,6 +53,23 @@ class Base:
     def layout(self) -> str | None:
         """The id of the architecture (`layout.known`), None if it is not a known one."""
         return identify_layout(self.shapes)
+
+    @cached_property
+    def family(self) -> str | None:
+        """The id of the family (`architectures.families`), None if none or several are possible.
+
+        By the published sizes, and otherwise by the names of all modules, whatever their sizes.
+        """
+        for family in known_families().values():
+            if self.layout in family.layouts:
+                return family.id
+        matrices = [
+            NamedMatrix(name, True, matrix_shape(shape))
+            for name, shape in self.shapes.items()
+            if find_component(name) == "transformer"
+        ]
+        recognised = recognise_families(matrices).families
+        return recognised[0].id if len(recognised) == 1 else None
 
     def read(self, module: str) -> Tensor:
         """The weight of `module` in its storage dtype; do not write into it.

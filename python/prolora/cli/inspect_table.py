@@ -11,19 +11,9 @@ from rich.table import Table
 
 from ..adapters.algorithms import forms
 from ..adapters.formats.moves import describe_moves
+from ..architectures.families import find_title
 from ..workflow.inspection import Description
 
-_FAMILIES = {
-    "sd15": "SD1.x",
-    "sd21": "SD2.x",
-    "bk-sdm": "BK-SDM (pruned SD1.5)",
-    "sdxl": "SDXL",
-    "ssd-1b": "SSD-1B",
-    "segmind-vega": "Segmind Vega",
-    "flux": "FLUX.1",
-    "sd3": "SD3",
-    "pixart": "PixArt",
-}
 _SPELLINGS = {"sgm": "the original checkpoint's module names", "diffusers": "diffusers' names"}
 _MOST = 4  # values of a kind shown in one cell
 
@@ -59,6 +49,8 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
         by = f"prolora {last.version}".rstrip()
         yield "moved", f"{describe_moves(description.moves)} by {by}{how}"
     yield "prolora", _support_text(description)
+    if description.readers:
+        yield "read by", ", ".join(description.readers)
     yield from _vector_facts(description)
     for reason, number in description.left_out.items():
         yield "stays behind", f"{number} × {reason}"
@@ -113,14 +105,15 @@ def _file_size_text(size: int) -> str:
 
 
 def _family_text(description: Description) -> str:
-    claimed = _FAMILIES.get(description.family_claimed or "", description.family_claimed)
+    claimed = find_title(description.family_claimed or "")
+    if len(description.families) > 1:
+        titles = " or ".join(map(find_title, description.families))
+        return f"{titles}: all have these modules in these sizes; the base model decides"
     if description.family is None:
-        return (
-            f"{claimed}, as its metadata says"
-            if claimed
-            else "unknown: neither names nor metadata tell"
-        )
-    name = _FAMILIES.get(description.family, description.family)
+        if claimed:
+            return f"{claimed}, as its metadata says; its modules are not those of that family"
+        return "unknown: neither names nor metadata tell"
+    name = find_title(description.family)
     if claimed and description.family_claimed not in (
         description.family,
         _parent_family(description.family),

@@ -15,6 +15,7 @@ from ..errors import LowCoverage, OutputError, ProLoRAError
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
 from ..workflow.dry_run import plan_report
+from ..workflow.inspection import inspect
 from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
 from . import tables
@@ -164,7 +165,9 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     if report is not None:
         show_report(report, every_module)
         if not report.dry_run:
-            out.print_line(f"wrote {outcomes[0].out}")
+            readers = inspect(outcomes[0].out).readers
+            read_by = f"; read by {', '.join(readers)}" if readers else ""
+            out.print_line(f"wrote {outcomes[0].out}{read_by}")
 
 
 def used_subspaces(outcome: Outcome) -> bool:

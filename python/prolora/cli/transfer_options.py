@@ -11,12 +11,15 @@ import typer
 
 from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..core.projection import DEFAULT_RANK
+from ..errors import InvalidOption
 from ..probe.settings import STRATEGIES, Probing, read_prompts
 from ..workflow.options import (
     DroppedMode,
     DtypeName,
+    FormatLike,
     FormatName,
     MethodChoice,
+    ProgramName,
     TextEncoderMode,
     TransferOptions,
     VectorsMode,
@@ -152,6 +155,10 @@ class OutputOptions:
     format: Annotated[
         FormatName, typer.Option(help="Format of the output; auto keeps the LoRA's.")
     ] = "auto"
+    for_program: Annotated[
+        ProgramName | None,
+        typer.Option("--for", help="Instead of a format: the program that reads the output."),
+    ] = None
     dtype: Annotated[
         DtypeName | None, typer.Option(help="Type of the factors. Default: the LoRA's.")
     ] = None
@@ -175,7 +182,22 @@ class OutputOptions:
     def form(self) -> dict[str, Any]:
         """Format and dtype as the library takes them."""
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        return {"format": self.format, "dtype": dtype}
+        return {"format": self.format_or_program, "dtype": dtype}
+
+    @property
+    def format_or_program(self) -> FormatLike:
+        """What the file is for, or its format.
+
+        Raises:
+            InvalidOption: both were given.
+        """
+        if self.for_program is None:
+            return self.format
+        if self.format != "auto":
+            raise InvalidOption(
+                f"--for {self.for_program} chooses the format itself; leave out --format"
+            )
+        return self.for_program
 
     @property
     def rank(self) -> int | float | str:

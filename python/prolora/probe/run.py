@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import torch
@@ -243,7 +243,7 @@ def _judge(run: ProbeRun, updates: Mapping[str, LowRank], held_out: Sequence[Que
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
     metadata = {"prolora.version": __version__, "prolora.method": "probe"}
-    adapter = Adapter(scaled, format=run.adapter.format, dtype=run.adapter.dtype, metadata=metadata)
+    adapter = replace(run.adapter.with_updates(scaled), vectors={}, metadata=metadata, left_out={})
     return ProbeTransfer(adapter, run.report)
 
 

@@ -40,7 +40,7 @@ from .options import (
     DEFAULT_PROBING,
     DroppedMode,
     DtypeLike,
-    FormatName,
+    FormatLike,
     LoraLike,
     MethodChoice,
     Strength,
@@ -72,7 +72,7 @@ def plan_report(
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
     again: bool = False,
-    format: FormatName | None = None,
+    format: FormatLike | None = None,
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
@@ -127,7 +127,9 @@ def plan_report(
 
 
 def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
-    return lora if isinstance(lora, Adapter) else adapters.outline_adapter(lora, source.shapes)
+    if isinstance(lora, Adapter):
+        return lora
+    return adapters.outline_adapter(lora, source.shapes, source.family)
 
 
 def _plan_by_weights(

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.family import claimed_family, guess_family, known_base
+from ..adapters.contents import most_common_spelling
+from ..adapters.family import claimed_family, guess_families, guess_family, known_base
 from ..adapters.formats.moves import Move, read_moves
+from ..adapters.formats.programs import find_readers
 from ..adapters.keys import module_names, tensor_keys
 from ..adapters.overview import (
     NOT_UNDERSTOOD,
@@ -21,7 +23,6 @@ from ..adapters.overview import (
     survey_keys,
 )
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
-from ..architectures.ldm import ldm_to_diffusers
 from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
 from ..bases.folder import find_expert_folders
@@ -56,6 +57,8 @@ class Description:
         needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
         family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by
             the metadata where those say nothing.
+        families: all that it can be, where several families have its modules in its sizes.
+        readers: programs that read all of a LoRA, as far as they were tried.
         family_claimed: the family by the metadata: that of the base model with this hash where the
             hash is a known one, else by version or architecture.
         base_model: the base model that the metadata names, or the known one with this hash.
@@ -89,6 +92,8 @@ class Description:
     reason: str | None = None
     needs_base: bool = False
     family: str | None = None
+    families: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
     family_claimed: str | None = None
     base_model: str | None = None
     base_hash: str | None = None
@@ -161,7 +166,11 @@ def _describe_adapter(
         (module for module, _ in overview.vectors), None
     )
     vectors = Counter("bias" if tensor == "bias" else "norm" for _, tensor in overview.vectors)
-    inputs = overview.inputs | dict.fromkeys((m.name for m, _ in overview.vectors), 0)
+    vector_modules = {name for module, _ in overview.vectors for name in module.modules}
+    shapes = overview.shapes
+    shapes |= dict.fromkeys(vector_modules - shapes.keys(), (0, 0))
+    spelling = most_common_spelling(overview.modules.values())
+    families = guess_families(shapes, opened.metadata, spelling)
     places = overview.components()
     alphas: Counter[str] = Counter()
     for place in places.values():
@@ -175,7 +184,9 @@ def _describe_adapter(
         supported=overview.reason is None,
         reason=overview.reason,
         needs_base=overview.needs_base,
-        family=guess_family(inputs, opened.metadata),
+        family=families[0] if len(families) == 1 else None,
+        families=list(families),
+        readers=find_readers(families, first.format if first else "", spelling),
         modules=count_values(
             [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],
         ),
@@ -203,56 +214,62 @@ def _layer_type(name: str) -> str:
 
 def _describe_other(source: UnreadAdapter, common: dict[str, Any]) -> Description:
     """A base checkpoint, or a file that is neither a LoRA nor a base."""
-    inputs: dict[str, int] = {}
-    single_file = False
-    for key, header in source.headers.items():
-        path = key.removesuffix(".weight")
-        if path == key or len(header.shape) < 2:
-            continue
-        module = module_names.parse_path(path.removeprefix(_LDM_PREFIX))
-        original = ldm_to_diffusers(path.removeprefix(_LDM_PREFIX))
-        is_original = original is not None or (module is not None and module.sgm)
-        single_file = single_file or is_original or key.startswith(_LDM_PREFIX)
-        modules = module.modules if module else (original,)
-        inputs |= {name: header.shape[1] for name in modules if name is not None}
-    is_base = bool(inputs) or any(tensor_keys.is_base_weight(key) for key in source.headers)
-    if not is_base:
-        return Description(kind="unknown", reason=_unknown_reason(source), **common)
-    reason = None if inputs else "its weights have names that prolora does not know"
-    if source.path is not None:
-        try:
-            base = open_base(source.path)
-            form = "single-file" if single_file or (base.layout and not inputs) else "diffusers"
-            return replace(_describe_base(base, str(source.path), form), **common)
-        except ProLoRAError as error:
-            reason = str(error)
+    try:
+        base = open_base(source.path if source.path is not None else "")
+    except ProLoRAError as error:
+        if not any(tensor_keys.is_base_weight(key) for key in source.headers):
+            return Description(kind="unknown", reason=_unknown_reason(source), **common)
+        return _describe_unread_base(source, str(error), common)
+    form = "diffusers" if _has_canonical_names(source, base) else "single-file"
+    return replace(_describe_base(base, str(source.path), form), **common)
+
+
+def _has_canonical_names(source: UnreadAdapter, base: Base) -> bool:
+    """Whether a file spells the modules of its base as diffusers does."""
+    keys = source.headers.keys()
+    prefixes = ("", "unet.", "transformer.")
+    spelled = (
+        (f"{prefix}{name}{suffix}" for prefix in prefixes for suffix in (".weight", ""))
+        for name in base.shapes
+    )
+    return all(any(key in keys for key in spellings) for spellings in spelled)
+
+
+def _describe_unread_base(
+    source: UnreadAdapter, reason: str, common: dict[str, Any]
+) -> Description:
+    """A checkpoint that `transfer` would refuse, as far as its keys tell."""
+    names = [
+        module_names.parse_path(key.removesuffix(".weight").removeprefix(_LDM_PREFIX))
+        for key, header in source.headers.items()
+        if key.endswith(".weight") and len(header.shape) > 1
+    ]
+    modules = [module for path in names if path for module in path.modules]
     return Description(
         kind="base",
-        format="single-file" if single_file else "diffusers",
-        spelling="sgm" if single_file else "diffusers",
-        supported=reason is None,
+        format="single-file",
+        supported=False,
         reason=reason,
-        family=guess_family(inputs, source.metadata),
-        modules=count_values(find_component(name) for name in inputs),
-        types=count_values(_layer_type(name) for name in inputs),
+        modules=count_values(map(find_component, modules)),
+        types=count_values(map(_layer_type, modules)),
         **common,
     )
 
 
 def _describe_base(base: Base, path: str, form: str) -> Description:
     """A base model that `transfer` would open the same way."""
-    inputs = {name: shape[1] for name, shape in base.shapes.items()}
+    shapes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     return Description(
         path=path,
         kind="base",
         format=form,
         spelling="diffusers" if form == "diffusers" else "sgm",
         supported=True,
-        family=base.layout or guess_family(inputs, {}),
-        modules=count_values(find_component(name) for name in inputs),
-        types=count_values(_layer_type(name) for name in inputs),
+        family=base.layout or base.family or guess_family(shapes, {}),
+        modules=count_values(find_component(name) for name in shapes),
+        types=count_values(_layer_type(name) for name in shapes),
         dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
-        tensors=len(inputs),
+        tensors=len(shapes),
         size=sum(file.stat().st_size for file in base.files),
     )
 

@@ -33,6 +33,9 @@ MethodChoice = Literal["auto", MethodName]
 """What `transfer` takes as its method; "auto" chooses one of `METHODS`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
+ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "musubi-tuner", "sd-scripts"]
+FormatLike = FormatName | ProgramName
+"""A format, or the program that reads the file: each family says which format that is."""
 """The formats of a LoRA file; "auto" is the one that it came in."""
 
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
@@ -45,7 +48,7 @@ VectorsMode = Literal["copy", "skip"]
 Strength = float | Literal["auto"]
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
-FORMATS: tuple[str, ...] = get_args(FormatName)
+FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
 DROPPED: tuple[str, ...] = get_args(DroppedMode)
 TEXT_ENCODER: tuple[str, ...] = get_args(TextEncoderMode)
 VECTORS: tuple[str, ...] = get_args(VectorsMode)

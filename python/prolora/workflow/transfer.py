@@ -27,7 +27,7 @@ from .options import (
     DEFAULT_PROBING,
     DroppedMode,
     DtypeLike,
-    FormatName,
+    FormatLike,
     LoraLike,
     MethodChoice,
     Strength,
@@ -64,14 +64,15 @@ class Transfer:
         self,
         path: str | PathLike[str],
         *,
-        format: FormatName = "auto",
+        format: FormatLike = "auto",
         dtype: DtypeLike | None = None,
     ) -> None:
         """Writes the LoRA: to a temporary file, read back and compared, then renamed.
 
         Args:
             path: a .safetensors file, or a folder for `format="peft"`.
-            format: "auto" (as it came in), "kohya", "diffusers", "peft" or "comfy".
+            format: "auto" (as it came in), "kohya", "diffusers", "peft" or "comfy"; or the
+                program that reads the file: "comfyui", "a1111", "forge", "invokeai", ….
             dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None means as they
                 came in.
 
@@ -84,7 +85,7 @@ class Transfer:
         adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
 
     def state_dict(
-        self, format: FormatName = "auto", *, dtype: DtypeLike | None = None
+        self, format: FormatLike = "auto", *, dtype: DtypeLike | None = None
     ) -> dict[str, Tensor]:
         """The tensors of the file that `save` writes, without a file.
 
@@ -125,7 +126,7 @@ def transfer(
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
     again: bool = False,
-    format: FormatName | None = None,
+    format: FormatLike | None = None,
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
@@ -255,7 +256,7 @@ def transfer_file(
     vectors: VectorsMode = "copy",
     min_coverage: float = 0.0,
     again: bool = False,
-    format: FormatName = "auto",
+    format: FormatLike = "auto",
     dtype: DtypeLike | None = None,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,

@@ -17,7 +17,7 @@ from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedFormat
 from .. import vectors
 from ..adapter import Adapter
-from .groups import Group, find_paths, group_modules, is_fused
+from .groups import Group, find_authors, find_paths, group_modules
 from .peft_config import Patterns
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
@@ -84,12 +84,12 @@ def _encode_groups(
 
 
 def _has_alpha(format: str) -> bool:
-    return format in ("kohya", "comfy")
+    return format == "kohya"
 
 
 def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of biases and normalisation layers."""
-    whole = vectors.fuse_vectors(adapter.vectors, is_fused(adapter, format))
+    whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
     roles = vectors.vector_suffixes(whole)
     if format in ("diffusers", "peft"):
         roles = dict.fromkeys(whole, "lora_B.bias")
@@ -103,7 +103,7 @@ def _encode_vectors(adapter: Adapter, format: str, dtype: torch.dtype) -> dict[s
 
 
 def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
-    """Module (FLUX's fused weights under their own name) -> path in the keys of its vectors.
+    """Module (fused weights under their own name) -> path in the keys of its vectors.
 
     Raises:
         UnsupportedFormat: the format cannot hold one of them: diffusers and PEFT know none but the
@@ -117,7 +117,7 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
             f"{homeless[0]}. Write it with --format kohya or comfy, or leave them out (--vectors "
             "skip)"
         )
-    whole = vectors.fuse_vectors(adapter.vectors, is_fused(adapter, format))
+    whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
     return find_paths(adapter, format, list(dict.fromkeys(map(vectors.find_vector_module, whole))))
 
 

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...architectures import flux
-from ...architectures.modules import find_component, local_name
+from ...architectures.families import known_families
+from ...architectures.family import SPELLINGS, Family, Spelling, Weight
+from ...architectures.modules import TEXT_ENCODERS, find_component, local_name
+from ...architectures.recognition import NamedMatrix, recognise_families
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family import SDXL_FAMILY, guess_family
+from ..family import SDXL_FAMILY, claimed_family, guess_family
 from ..keys import module_names
+from . import programs
 
 
 @dataclass(frozen=True)
 class Group:
-    """The modules that share one pair of factors in a file: several in FLUX's fused weights only.
+    """The modules that share one pair of factors in a file: several in fused weights only.
 
     Put together one at a time: a fused `up` is block-diagonal and mostly zeros.
 
     Attributes:
         path: the module's name in the keys of the file.
         parts: module -> its update.
-        matrix: the original weight of FLUX that they are rows of, if it is one.
+        matrix: the authors' weight that they are rows of, if it is one.
     """
 
     path: str
     parts: dict[str, LowRank]
-    matrix: flux.FluxWeight | None
+    matrix: Weight | None
 
     @property
     def modules(self) -> list[str]:
@@ -63,20 +66,158 @@ class Group:
         return self.parts[self.modules[0]]
 
 
+@dataclass(frozen=True)
+class FileSpelling:
+    """How a file spells the modules of a transformer.
+
+    Attributes:
+        spelling: prefix, whose names, dots or underscores.
+        family: whose modules they are; None for a family that is not known.
+    """
+
+    spelling: Spelling
+    family: Family | None
+
+    @property
+    def authors(self) -> Family | None:
+        """The family, if its authors' names are used, with their fused weights."""
+        return self.family if self.spelling.names == "authors" else None
+
+
 def group_modules(adapter: Adapter, format: str) -> list[Group]:
     """What a file of that format consists of."""
     members: dict[str, list[str]] = {}
     for name, path in file_paths(adapter, format).items():
         members.setdefault(path, []).append(name)
-    fused = is_fused(adapter, format)
+    authors = find_authors(adapter, format)
     return [
         Group(
             path,
             {name: adapter.updates[name] for name in modules},
-            flux.find_weight_holding(modules[0]) if fused else None,
+            authors.find_weight_holding(modules[0]) if authors else None,
         )
         for path, modules in members.items()
     ]
+
+
+def find_authors(adapter: Adapter, format: str) -> Family | None:
+    """The family whose fused weights a file of that format has; None where it has none."""
+    spelling = find_spelling(adapter, format)
+    return spelling.authors if spelling else None
+
+
+def find_spelling(adapter: Adapter, format: str) -> FileSpelling | None:
+    """How a file of that format spells the transformer of an adapter; None if it has none.
+
+    The spelling that the adapter came in is kept if a program reads it for this family.
+
+    Args:
+        adapter: what to write.
+        format: "kohya", "diffusers", "peft" or "comfy".
+
+    Raises:
+        UnsupportedFormat: no program reads this format for the family, or the family is not told
+            and the names of the format depend on it.
+    """
+    names = _transformer_names(adapter)
+    if not names:
+        return None
+    families = _possible_families(adapter, names)
+    if not families:
+        return FileSpelling(_spell_described(adapter, format), None)
+    style = adapter.style
+    if style is not None and format == adapter.format:
+        readers = [family for family in families if family.reads(style)]
+        if readers:
+            return FileSpelling(style, readers[0])
+    return _spell_family(families, names, format)
+
+
+def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -> FileSpelling:
+    """The names of a format, if they are the same in all families that the modules can be of."""
+    spelled = [FileSpelling(f.spellings[format], f) for f in families if format in f.spellings]
+    if not spelled:
+        formats = ", ".join(families[0].spellings)
+        raise UnsupportedFormat(
+            f"no program reads a LoRA for {families[0].title} in the {format} format; write it "
+            f"with --format {formats.replace(', ', ' or ')}"
+        )
+    paths = {
+        tuple(module_names.spell_module(name, one.spelling, one.family) for name in names)
+        for one in spelled
+    }
+    if len(paths) > 1:
+        titles = " or ".join(family.title for family in families)
+        raise UnsupportedFormat(
+            f"these modules can be of {titles}, which have different names in the {format} format; "
+            "write it with --format diffusers"
+        )
+    return spelled[0]
+
+
+def _spell_described(adapter: Adapter, format: str) -> Spelling:
+    """The spelling of modules of a family that is not known: the one that the adapter came in.
+
+    Diffusers' and PEFT's formats have the names of the model itself and need no table. In the other
+    two, names are ComfyUI's, which only a file that came in one of them has.
+    """
+    style = adapter.style
+    if style is not None and format == adapter.format:
+        return style
+    if format in ("diffusers", "peft"):
+        return SPELLINGS[format]
+    if style is not None and adapter.format not in ("kohya", "comfy"):
+        raise UnsupportedFormat(
+            f"the model is of no family that prolora knows, nor are its names in the {format} "
+            "format; write it with --format auto, in the spelling it came in"
+        )
+    return SPELLINGS[format]
+
+
+def _transformer_names(adapter: Adapter) -> list[str]:
+    """The modules of a transformer that an adapter has updates or vectors of.
+
+    Some transformers have a `time_embedding` or `conv_in` too: beside blocks of a transformer,
+    those are none of a UNet.
+    """
+    modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
+    names = sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
+    return names if any(find_component(name) == "transformer" for name in names) else []
+
+
+def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]:
+    """The families that modules of a transformer can be of."""
+    family = known_families().get(adapter.family or "")
+    if family is not None and not family.unet:
+        return (family,)
+    matrices = []
+    for name in names:
+        update = adapter.updates.get(name)
+        m, n = update.shape if update is not None else (0, 0)
+        matrices.append(NamedMatrix(name, True, (int(m), int(n))))
+    families = recognise_families(matrices).families
+    claimed = known_families().get(claimed_family(adapter.metadata) or "")
+    return (claimed,) if claimed in families else families
+
+
+def find_families(adapter: Adapter) -> tuple[str, ...]:
+    """The ids of the families that an adapter can be of."""
+    names = _transformer_names(adapter)
+    if names:
+        return tuple(family.id for family in _possible_families(adapter, names))
+    guess = _guess_family(adapter)
+    return (guess,) if guess else ()
+
+
+def resolve_format(adapter: Adapter, format: str) -> str:
+    """The format that a program reads, where one is named; every other as it is.
+
+    Raises:
+        UnsupportedFormat: the program reads no format of ours for this family.
+    """
+    if format not in programs.PROGRAMS:
+        return format
+    return programs.choose_format(find_families(adapter), format)
 
 
 def respell_adapter(adapter: Adapter, format: str) -> Adapter:
@@ -89,18 +230,10 @@ def respell_adapter(adapter: Adapter, format: str) -> Adapter:
         adapter: what to write.
         format: as it was asked for: "auto" or a format.
     """
-    from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
-    if format != "kohya" or not from_onetrainer:
+    names = _transformer_names(adapter)
+    if format not in SPELLINGS or not names or adapter.style is None:
         return adapter
-    has_transformer = any(find_component(name) == "transformer" for name in adapter.updates)
-    return replace(adapter, spelling="sgm") if has_transformer and _is_flux(adapter) else adapter
-
-
-def is_fused(adapter: Adapter, format: str) -> bool:
-    """Whether FLUX's weights are those of the original checkpoint in a file of that format."""
-    if format == "comfy":
-        return _is_flux(adapter)
-    return format == "kohya" and _kohya_spelling(adapter) == "sgm"
+    return replace(adapter, style=None) if _possible_families(adapter, names) else adapter
 
 
 def file_paths(adapter: Adapter, format: str) -> dict[str, str]:
@@ -121,13 +254,13 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
+    transformer = find_spelling(adapter, format)
     paths: dict[str, str] = {}
     path: str | None
     siblings = [*adapter.updates, *modules]
-    original = _is_flux(adapter)
     for name in modules:
-        if format == "comfy" and find_component(name) == "transformer" and not original:
-            path = _to_comfy_transformer(name, adapter)
+        if transformer is not None and find_component(name) not in TEXT_ENCODERS:
+            path = module_names.spell_module(name, transformer.spelling, transformer.family)
         elif format == "kohya":
             path = module_names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
         elif format == "comfy":
@@ -147,6 +280,8 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
 def _check_one_component(modules: list[str]) -> None:
     """Refuses several components: a PEFT folder belongs to one model, and does not say to which."""
     places = {find_component(name) for name in modules}
+    if "transformer" in places:
+        places.discard("unet")  # see `_transformer_names`
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
             f"a PEFT folder holds one model, but this adapter has modules of "
@@ -155,44 +290,22 @@ def _check_one_component(modules: list[str]) -> None:
 
 
 def _kohya_spelling(adapter: Adapter) -> str:
-    """The adapter's spelling, with three exceptions.
+    """The spelling of a UNet's modules: the adapter's, with two exceptions.
 
     UNets of four blocks (SD1.x, SD2.x) get diffusers' names: kohya itself trains those under them,
     and diffusers crashes on their two-digit SGM blocks. The SDXL family gets the names of the
     original checkpoint, as kohya writes them: A1111 finds no embedding and no upsampler under
-    diffusers' names, and says nothing. FLUX gets the names of its authors, which are kohya's,
-    unless the file came from OneTrainer, which has a kohya format with diffusers'.
+    diffusers' names, and says nothing.
     """
     modules = [*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)]
     if any(n.startswith(("down_blocks.3.", "up_blocks.3.")) for n in modules):
         return "diffusers"
-    if any(find_component(name) == "transformer" for name in modules):
-        from_onetrainer = adapter.format == "kohya" and adapter.spelling == "diffusers"
-        return "diffusers" if from_onetrainer or not _is_flux(adapter) else "sgm"
     return "sgm" if _guess_family(adapter) in SDXL_FAMILY else adapter.spelling
 
 
-def _is_flux(adapter: Adapter) -> bool:
-    """Whether the original names of FLUX are those of this model; SD3 shares diffusers' names."""
-    is_flux = adapter.spelling == "sgm" or _guess_family(adapter) == "flux"
-    transformer = (name for name in adapter.updates if find_component(name) == "transformer")
-    return is_flux and all(flux.find_weight_holding(name) for name in transformer)
-
-
-def _to_comfy_transformer(name: str, adapter: Adapter) -> str | None:
-    """The path of a module of a transformer other than FLUX, or None if it is not known.
-
-    Most of them (Qwen-Image, LTX) are in ComfyUI under diffusers' names; SD3 and PixArt are there
-    under those of their authors, which are not written.
-    """
-    if _guess_family(adapter) in ("sd3", "pixart"):
-        return None
-    path = f"diffusion_model.{name}"
-    return path if module_names.parse_path(path) else None
-
-
 def _guess_family(adapter: Adapter) -> str | None:
-    return guess_family({name: update.shape[1] for name, update in adapter.updates.items()}, {})
+    shapes = {name: (update.shape[0], update.shape[1]) for name, update in adapter.updates.items()}
+    return adapter.family or guess_family(shapes, {})
 
 
 def _has_several_text_encoders(adapter: Adapter) -> bool:

@@ -17,16 +17,6 @@ _SGM = """
 input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op
 time_embed label_emb out
 """
-_TRANSFORMER = """
-single_transformer_blocks attn norm1_context linear add_q_proj add_k_proj add_v_proj
-to_add_out ff_context proj_mlp x_embedder context_embedder time_text_embed timestep_embedder
-text_embedder guidance_embedder norm_out
-"""
-_FLUX = """
-double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod qkv lin linear1
-linear2 modulation img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer
-adaLN_modulation
-"""
 _CLIP = """
 text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
 embeddings token_embedding position_embedding layer_norm1 layer_norm2 final_layer_norm
@@ -35,9 +25,7 @@ _T5 = """
 block layer SelfAttention EncDecAttention DenseReluDense q k v o wi wi_0 wi_1 wo
 """
 
-_WORDS = frozenset(
-    tuple(word.split("_")) for word in (_UNET + _SGM + _TRANSFORMER + _FLUX + _CLIP + _T5).split()
-)
+_WORDS = frozenset(tuple(word.split("_")) for word in (_UNET + _SGM + _CLIP + _T5).split())
 _LONGEST = max(map(len, _WORDS))
 
 

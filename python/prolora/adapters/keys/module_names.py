@@ -11,27 +11,20 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ...architectures import flux
+from ...architectures.family import Family, Spelling, Weight
 from ...architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
 from ...architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
 from .kohya_words import restore_dots
 
-# Of diffusers' transformers (FLUX, SD3, PixArt), for keys that come without a prefix.
-_TRANSFORMER_ROOTS = frozenset(
-    {
-        "transformer_blocks",
-        "single_transformer_blocks",
-        "x_embedder",
-        "context_embedder",
-        "time_text_embed",
-        "norm_out",
-        "proj_out",
-        "pos_embed",
-        "adaln_single",
-        "caption_projection",
-    }
+# A module of a model that is not known: something in a list of blocks.
+_IN_A_LIST = re.compile(r"(?:^|\.)[A-Za-z]\w*\.\d+\.[A-Za-z][\w.\-]*")
+# A UNet's blocks have no modules but those that arithmetic finds.
+_UNET_BLOCKS = (
+    *("down_blocks", "up_blocks", "mid_block"),
+    *("input_blocks", "output_blocks", "middle_block"),
 )
-
+_IDENTIFIER = re.compile(r"[A-Za-z][\w.\-]*")
+_IN_A_LIST_UNDERSCORED = re.compile(r"[A-Za-z]\w*?_\d+_[A-Za-z]\w*")
 _KOHYA_TEXT = re.compile(r"lora_te(\d?)([_.])(.+)")
 # OneTrainer's own spelling of text encoders.
 _ONETRAINER_TEXT = {
@@ -64,9 +57,12 @@ class ModulePath(NamedTuple):
         prefix: what stands before the component's own module name, e.g. "unet."; the key under
             which diffusers files keep the scale of that component.
         local: the module name within its component.
-        sgm: the path is spelled as in the original checkpoint (SGM's UNets, FLUX).
-        matrix: the FLUX weight the path means. Where several modules are its rows, `name` is its
-            own name and not a canonical one.
+        sgm: the path is spelled as in the original checkpoint (SGM's UNets, the authors of a
+            transformer).
+        matrix: the authors' weight that the path means. Where several modules are its rows, `name`
+            is its own name and not a canonical one.
+        spelling: how a module of a transformer is spelled; None for all others.
+        described: no family that is known has this module: `name` is what stands in the file.
     """
 
     name: str
@@ -74,7 +70,9 @@ class ModulePath(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
-    matrix: flux.FluxWeight | None = None
+    matrix: Weight | None = None
+    spelling: Spelling | None = None
+    described: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -82,45 +80,154 @@ class ModulePath(NamedTuple):
         return self.matrix.parts if self.matrix else (self.name,)
 
 
-def parse_path(path: str) -> ModulePath | None:
-    """What the module path of a key means, or None if it is not understood."""
-    if path.startswith(("lora_", "lycoris_")):
-        return _from_kohya(path)
-    path = path.removeprefix("model.") if path.startswith("model.diffusion_model.") else path
-    if path.startswith(("diffusion_model.", "text_encoders.")):
-        return _from_comfy(path)
-    return _from_dotted(path)
+class _Path(NamedTuple):
+    """A path in a file, cut behind its prefix.
+
+    Attributes:
+        prefix: as it stands in the file.
+        rest: the module's name behind it.
+        format: as in `ModulePath`.
+        component: what diffusers files keep the scale of this component under.
+        dotted: whether the name has dots.
+    """
+
+    prefix: str
+    rest: str
+    format: str
+    component: str = "transformer."
+    dotted: bool = True
 
 
-def _from_kohya(path: str) -> ModulePath | None:
-    """`lora_unet_down_blocks_0_…`; OneTrainer also keeps the dots: `lora_unet.down_blocks.0.…`."""
+def parse_path(path: str, family: Family | None = None) -> ModulePath | None:
+    """What the module path of a key means, or None if it is not understood.
+
+    Args:
+        path: without the suffix that says which factor it is.
+        family: whose names the modules of a transformer have; None where no family is known.
+    """
+    cut = _cut_prefix(path)
+    if cut is None:
+        return _parse_text(path)
+    if cut.component != "unet." and family is not None:
+        module = _find_in_family(cut, family)
+        if module is not None:
+            return module
+    return _parse_text(path) or _find_in_unet(cut) or _describe(cut)
+
+
+def find_transformer_name(path: str) -> tuple[str, bool] | None:
+    """(name, whether it has dots) of what can be a module of a transformer; None for all others.
+
+    Args:
+        path: as for `parse_path`.
+    """
+    cut = _cut_prefix(path)
+    if cut is None or cut.component == "unet." or _parse_text(path) or _find_in_unet(cut):
+        return None
+    return cut.rest, cut.dotted
+
+
+_KOHYA_STARTS = ("lora_unet", "lora_transformer", "lycoris")
+# The longest first.
+_DOTTED_STARTS = (
+    ("model.diffusion_model.", "comfy"),
+    ("diffusion_model.", "comfy"),
+    ("base_model.model.diffusion_model.", "comfy"),
+    ("base_model.model.transformer.", "diffusers"),
+    ("transformer.", "diffusers"),
+    ("base_model.model.", "peft"),
+    ("net.", "diffusers"),
+)
+
+
+def _cut_prefix(path: str) -> _Path | None:
+    """The path of a module of a UNet or transformer behind its prefix; None for text encoders."""
+    if path.startswith(("lora_te", "text_encoders.")):
+        return None
+    for start in _KOHYA_STARTS:
+        if path.startswith(f"{start}_"):
+            prefix = f"{start}_"
+            if path.startswith("lora_unet_unet_"):  # some tools write it twice
+                prefix = "lora_unet_unet_"
+            return _Path(prefix, path[len(prefix) :], "kohya", dotted=False)
+        if path.startswith(f"{start}."):
+            return _Path(f"{start}.", path[len(start) + 1 :], "kohya")
+    for prefix, format in _DOTTED_STARTS:
+        if path.startswith(prefix):
+            component = prefix if format == "peft" else "transformer."
+            return _Path(prefix, path[len(prefix) :], format, component)
+    if path.startswith("unet."):
+        return _Path("unet.", path[len("unet.") :], "diffusers", "unet.")
+    return _Path("", path, "diffusers", "")
+
+
+def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
+    """A module of a transformer by the table of its family."""
+    rest = _PROCESSOR.sub("", cut.rest) if cut.dotted else cut.rest
+    name = family.find_module(rest, dotted=cut.dotted)
+    format = cut.format
+    if name is not None:
+        spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
+        return ModulePath(name, format, cut.component, name, spelling=spelling)
+    weight = family.find_weight(cut.rest, dotted=cut.dotted)
+    if weight is None:
+        return None
+    if format == "comfy" and ".processor." in cut.rest:
+        format = "diffusers"
+    elif format == "peft":
+        # The authors' names behind PEFT's prefix have no format of their own (fal's).
+        format = "diffusers"
+    spelling = Spelling(cut.prefix, "authors", cut.dotted)
+    name = weight.parts[0] if len(weight.parts) == 1 else weight.name
+    return ModulePath(name, format, cut.component, name, True, weight, spelling)
+
+
+def _describe(cut: _Path) -> ModulePath | None:
+    """A module that no known family has, under the name it has in the file."""
+    if cut.component == "unet." or cut.rest.startswith(_UNET_BLOCKS):
+        return None
+    if cut.dotted:
+        known = _IN_A_LIST.search(cut.rest) or (cut.prefix and _IDENTIFIER.fullmatch(cut.rest))
+    else:
+        known = _IN_A_LIST_UNDERSCORED.search(cut.rest)
+    if not known:
+        return None
+    spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
+    return ModulePath(
+        cut.rest, cut.format, cut.component, cut.rest, spelling=spelling, described=True
+    )
+
+
+def _find_in_unet(cut: _Path) -> ModulePath | None:
+    """A module of a UNet, in diffusers' names or in those of the original checkpoint."""
+    words = cut.rest if cut.dotted else restore_dots(cut.rest)
+    if not words or cut.prefix in ("lora_transformer_", "transformer."):
+        return None
+    root = words.split(".")[0]
+    component = "unet." if cut.component == "transformer." else cut.component
+    format = cut.format
+    if root in SGM_ROOTS:
+        name = ldm_to_diffusers(words)
+        return ModulePath(name, format, component, name, sgm=True) if name else None
+    if root in UNET_ROOTS:
+        name = words
+        if format in ("diffusers", "peft"):
+            name = _unet_local(_PROCESSOR.sub("", words))
+        return ModulePath(name, format, component, name)
+    return None
+
+
+def _parse_text(path: str) -> ModulePath | None:
+    """A module of a text encoder, in any spelling."""
     if match := _KOHYA_TEXT.fullmatch(path):
         words = restore_dots(match[3]) if match[2] == "_" else match[3]
         return _from_kohya_text(match[1], words) if words else None
-    for start in ("lora_unet", "lora_transformer", "lycoris"):
-        rest = path.removeprefix(start)
-        if start == "lora_unet" and rest.startswith("_unet_"):  # some tools write it twice
-            rest = rest.removeprefix("_unet")
-        if rest != path and rest[:1] in ("_", "."):
-            words = restore_dots(rest[1:]) if rest[0] == "_" else rest[1:]
-            return _from_words(words, start) if words else None
-    return None
-
-
-def _from_words(words: str, start: str) -> ModulePath | None:
-    """A module of a UNet or transformer, from `lora_unet_…` and its kin."""
-    root = words.split(".")[0]
-    if start != "lora_transformer":
-        if root in SGM_ROOTS:
-            name = ldm_to_diffusers(words)
-            return ModulePath(name, "kohya", "unet.", name, sgm=True) if name else None
-        if matrix := flux.find_flux_weight(words):
-            return _flux_path(matrix, "kohya")
-        if root in UNET_ROOTS:
-            return ModulePath(words, "kohya", "unet.", words)
-    if root in _TRANSFORMER_ROOTS:
-        return ModulePath(words, "kohya", "transformer.", words)
-    return None
+    if match := _COMFY_TEXT_PATH.fullmatch(path):
+        if (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
+            return None
+        encoder = _COMFY_TEXT[match[1]]
+        return ModulePath(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
+    return _from_dotted_text(path)
 
 
 def _from_kohya_text(number: str, words: str) -> ModulePath | None:
@@ -135,42 +242,12 @@ def _from_kohya_text(number: str, words: str) -> ModulePath | None:
     return ModulePath(f"{encoder}.{words}", "kohya", f"{encoder}.", words)
 
 
-def _flux_path(matrix: flux.FluxWeight, format: str, prefix: str = "transformer.") -> ModulePath:
-    """A weight of FLUX in its original spelling; a single part goes by its canonical name."""
-    name = matrix.parts[0] if len(matrix.parts) == 1 else matrix.name
-    return ModulePath(name, format, prefix, name, sgm=True, matrix=matrix)
-
-
-def _from_comfy(path: str) -> ModulePath | None:
-    if path.startswith("diffusion_model."):
-        path = path.removeprefix("diffusion_model.")
-        if matrix := flux.find_flux_weight(path):
-            return _flux_path(matrix, "diffusers" if ".processor." in path else "comfy")
-        name = ldm_to_diffusers(path)
-        if name:
-            return ModulePath(name, "comfy", "unet.", name, sgm=True)
-        # Some trainers put diffusers' names behind ComfyUI's prefix.
-        root = path.split(".")[0]
-        if root in UNET_ROOTS:
-            return ModulePath(path, "comfy", "unet.", path)
-        known = root in _TRANSFORMER_ROOTS
-        return ModulePath(path, "comfy", "transformer.", path) if known else None
-    match = _COMFY_TEXT_PATH.fullmatch(path)
-    if not match or (match[1] == "t5xxl") != bool(_T5.fullmatch(match[2])):
-        return None
-    encoder = _COMFY_TEXT[match[1]]
-    return ModulePath(f"{encoder}.{match[2]}", "comfy", f"{encoder}.", match[2])
-
-
-def _from_dotted(path: str) -> ModulePath | None:
-    family, outer = "diffusers", ""
+def _from_dotted_text(path: str) -> ModulePath | None:
+    """A module of a text encoder behind diffusers', OneTrainer's or PEFT's prefix."""
+    format, outer = "diffusers", ""
     if path.startswith("base_model.model."):
-        family, outer = "peft", "base_model.model."
+        format, outer = "peft", "base_model.model."
         path = path.removeprefix(outer)
-    if matrix := flux.find_flux_weight(path.removeprefix("transformer.")):
-        # `proj_out` and the like are diffusers' names too, and never get here. The authors' own
-        # spelling has no file format of its own: such a LoRA is written as diffusers writes it.
-        return _flux_path(matrix, "diffusers", outer)
     path = _PROCESSOR.sub("", path)
     root, _, rest = path.partition(".")
     if root in _ONETRAINER_TEXT:
@@ -182,25 +259,10 @@ def _from_dotted(path: str) -> ModulePath | None:
         return ModulePath(f"{encoder}.{rest}", "kohya", f"{encoder}.", rest)
     if root in TEXT_ENCODERS and rest:
         local = _clip_local(rest)
-        return ModulePath(f"{root}.{local}", family, f"{root}.", local)
-    if root == "unet":
-        if rest.split(".")[0] in SGM_ROOTS:
-            name = ldm_to_diffusers(rest)
-            return ModulePath(name, family, "unet.", name, sgm=True) if name else None
-        known = rest.split(".")[0] in UNET_ROOTS
-        return ModulePath(_unet_local(rest), family, "unet.", _unet_local(rest)) if known else None
-    if root == "transformer":
-        return ModulePath(rest, family, "transformer.", rest) if rest else None
-    if root in UNET_ROOTS:
-        return ModulePath(_unet_local(path), family, outer, _unet_local(path))
-    if root in SGM_ROOTS:  # OneTrainer's "original" format
-        name = ldm_to_diffusers(path)
-        return ModulePath(name, family, outer, name, sgm=True) if name else None
-    if root in _TRANSFORMER_ROOTS:
-        return ModulePath(path, family, outer, path)
+        return ModulePath(f"{root}.{local}", format, f"{root}.", local)
     if root == "text_model" or path.startswith("encoder.layers."):
         local = _clip_local(path)
-        return ModulePath(f"text_encoder.{local}", family, outer, local)
+        return ModulePath(f"text_encoder.{local}", format, outer, local)
     return None
 
 
@@ -231,11 +293,11 @@ def is_t5(name: str) -> bool:
 def to_kohya(
     name: str, *, spelling: str = "diffusers", siblings: Iterable[str] = (), sdxl: bool = False
 ) -> str | None:
-    """The kohya path of a module (`lora_unet_…`), or None if kohya has no name for it.
+    """The kohya path of a module of a UNet or text encoder, or None if kohya has no name for it.
 
     Args:
-        name: canonical, or of a fused FLUX weight.
-        spelling: "diffusers" or "sgm", of UNet and transformer modules.
+        name: canonical.
+        spelling: "diffusers" or "sgm", of UNet modules.
         siblings: other canonical names of the same model; see `ldm.diffusers_to_ldm`.
         sdxl: the model has two text encoders, which are then numbered.
     """
@@ -243,12 +305,6 @@ def to_kohya(
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings) if spelling == "sgm" else local
         return path and "lora_unet_" + path.replace(".", "_")
-    if where == "transformer":
-        if spelling == "sgm":
-            matrix = flux.find_flux_weight(name) or flux.find_weight_holding(name)
-            return "lora_unet_" + matrix.name.replace(".", "_") if matrix else None
-        path = "lora_transformer_" + local.replace(".", "_")
-        return path if parse_path(path) else None
     if is_t5(name):
         return "lora_te3_" + local.replace(".", "_")
     if where == "text_encoder":
@@ -262,10 +318,10 @@ def to_diffusers(name: str) -> str:
 
 
 def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -> str | None:
-    """The path of a module in ComfyUI's own spelling, or None if it has none.
+    """The path of a module of a UNet or text encoder in ComfyUI's spelling; None if it has none.
 
     Args:
-        name: canonical, or of a fused FLUX weight.
+        name: canonical.
         siblings: other canonical names of the same model; see `ldm.diffusers_to_ldm`.
         clip: what ComfyUI calls the first text encoder: "clip_l", or "clip_h" in SD2.x.
     """
@@ -273,11 +329,25 @@ def to_comfy(name: str, *, siblings: Iterable[str] = (), clip: str = "clip_l") -
     if where == "unet":
         path = diffusers_to_ldm(local, siblings=siblings)
         return path and f"diffusion_model.{path}"
-    if where == "transformer":
-        matrix = flux.find_flux_weight(name) or flux.find_weight_holding(name)
-        return f"diffusion_model.{matrix.name}" if matrix else None
     if is_t5(name):
         return f"text_encoders.t5xxl.transformer.{local}"
     if where == "text_encoder":
         return f"text_encoders.{clip}.transformer.{local}"
     return f"text_encoders.clip_g.transformer.{local}" if where == "text_encoder_2" else None
+
+
+def spell_module(name: str, spelling: Spelling, family: Family | None) -> str | None:
+    """The path of a transformer's module in a spelling; None where the authors have no name for it.
+
+    Args:
+        name: canonical, or the authors' name of a fused weight.
+        spelling: prefix, whose names, dots or underscores.
+        family: whose module it is; None for one that is not known, which has one name only.
+    """
+    local = name
+    if spelling.names == "authors" and family is not None:
+        weight = family.find_weight_holding(name) or family.find_weight(name)
+        if weight is None:
+            return None
+        local = weight.name
+    return spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ...architectures.family import Family
 from . import module_names
 
 _DOWN_UP = {
@@ -176,13 +177,14 @@ def explain_other_kind(keys: Iterable[str]) -> str | None:
 
 
 def parse_key(
-    key: str, shape: tuple[int, ...] = ()
+    key: str, shape: tuple[int, ...] = (), family: Family | None = None
 ) -> FactorKey | VectorKey | LeftOutKey | RefusedKey | None:
     """What a key says; None if it is not understood.
 
     Args:
         key: of a tensor.
         shape: of the tensor; it tells the difference of a vector from that of a matrix.
+        family: whose names the modules of a transformer have, if that is known.
     """
     for pattern, algorithm in _REFUSED:
         if match := pattern.search(key):
@@ -191,12 +193,12 @@ def parse_key(
         if pattern.search(key):
             return LeftOutKey(reason)
     if match := _VECTOR.fullmatch(key):
-        module = module_names.parse_path(match["path"])
+        module = module_names.parse_path(match["path"], family)
         if module is None:
             return LeftOutKey(FOREIGN_VECTOR)
         return VectorKey(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
     path_and_role = split_role(key)
-    module = module_names.parse_path(path_and_role[0]) if path_and_role else None
+    module = module_names.parse_path(path_and_role[0], family) if path_and_role else None
     if path_and_role and path_and_role[1] == "diff" and len(shape) == 1:
         return VectorKey(module, "weight") if module else LeftOutKey(FOREIGN_VECTOR)
     return FactorKey(module, path_and_role[1]) if path_and_role and module else None
@@ -208,6 +210,14 @@ def split_role(key: str) -> tuple[str, str] | None:
         role = match["plain"] or match["glora"]
         return match["path"], role or ("mid" if match["lora_mid"] else "magnitude")
     return split_factor(key)
+
+
+def find_path(key: str) -> str | None:
+    """The module path of a key that ends like a tensor of an update, or like one of a vector's."""
+    if match := _VECTOR.fullmatch(key):
+        return match["path"]
+    path_and_role = split_role(key)
+    return path_and_role[0] if path_and_role else None
 
 
 def split_factor(key: str) -> tuple[str, str] | None:

@@ -7,6 +7,15 @@ import pkgutil
 from functools import cache
 
 from ..family import Family
+from ..layouts import known_layouts, load_layout
+
+
+def find_title(id_: str) -> str:
+    """What people call a family or one of its published sizes; the id itself if it is neither."""
+    family = known_families().get(id_)
+    if family is not None:
+        return family.title
+    return load_layout(id_).title if id_ in known_layouts() else id_
 
 
 @cache

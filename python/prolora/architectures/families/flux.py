@@ -3,7 +3,7 @@
 The authors fuse q, k and v and, in single blocks, the feed-forward's first layer with them.
 """
 
-from ..family import Family, Fused, Swapped, fuse_equal
+from ..family import Family, Fused, Spelling, Swapped, fuse_equal
 
 FAMILY = Family(
     id="flux",
@@ -71,6 +71,10 @@ FAMILY = Family(
         "musubi": ("kohya",),
         "sd-scripts": ("kohya",),
         "Forge": ("kohya", "comfy", "diffusers"),
+    },
+    also_read={
+        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),  # OneTrainer's
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),  # SimpleTuner's
     },
     claims={
         "flux1": "FLUX.1",  # sd-scripts, and below

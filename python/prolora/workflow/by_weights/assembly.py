@@ -177,6 +177,7 @@ def assemble_adapter(
         updates=updates,
         kernels=kernels,
         vectors=vectors.vectors,
+        family=target.family or adapter.family,
         metadata=metadata,
         unread={},
     )

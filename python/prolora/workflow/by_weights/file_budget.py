@@ -20,7 +20,7 @@ from ..module_report import ModuleReport
 from ..options import (
     FORMATS,
     DtypeLike,
-    FormatName,
+    FormatLike,
     TransferOptions,
     check_choice,
     read_dtype,
@@ -56,13 +56,13 @@ class OutputForm:
         limit: bytes of the file; None sets no bound.
     """
 
-    format: FormatName | None = None
+    format: FormatLike | None = None
     dtype: torch.dtype | None = None
     limit: int | None = None
 
     @classmethod
     def of(
-        cls, options: TransferOptions, format: FormatName | None, dtype: DtypeLike | None
+        cls, options: TransferOptions, format: FormatLike | None, dtype: DtypeLike | None
     ) -> OutputForm:
         """What the options ask for, in that format and dtype.
 
@@ -128,8 +128,10 @@ class OutputForm:
         return FittedResult(smaller, _describe_cuts(rows, adapter, smaller), self.limit)
 
     def _groups(self, adapter: Adapter) -> list[Group]:
-        adapter = adapters.respell_adapter(adapter, self._format)
-        return adapters.group_modules(adapter, adapters.check_format(adapter, self._format))
+        format = adapters.check_format(adapter, self._format)
+        if self._format != "auto":
+            adapter = adapters.respell_adapter(adapter, format)
+        return adapters.group_modules(adapter, format)
 
     @property
     def _format(self) -> str:

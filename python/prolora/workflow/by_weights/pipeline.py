@@ -186,7 +186,8 @@ def read_lora(lora: LoraLike, source: Base) -> Adapter:
     """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
     if isinstance(lora, Adapter):
         return lora
-    return adapters.read_adapter(lora, read_weight=source.read)
+    names = adapters.BaseNames(source.family, source.shapes)
+    return adapters.read_adapter(lora, read_weight=source.read, base=names)
 
 
 def plan_transfer(

@@ -1,0 +1,148 @@
+"""Which families a set of module names can be of: by their names, then sizes, then proportions.
+
+Names alone rarely decide: `transformer_blocks.0.attn.to_q` is in a dozen families. Sizes mostly do.
+Where they do not, several families remain, and nothing here prefers one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .families import known_families
+from .family import Family, Weight
+from .layouts import load_layout
+from .modules import matrix_shape
+
+
+class NamedMatrix(NamedTuple):
+    """A module as a file names it.
+
+    Attributes:
+        name: without any prefix.
+        dotted: False where underscores stand in place of the dots.
+        shape: out × in of its matrix; 0 where it is not known.
+    """
+
+    name: str
+    dotted: bool = True
+    shape: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """The families that some modules can be of.
+
+    Attributes:
+        families: those that fit best, in the order of their ids; none where no family knows all
+            modules.
+        layouts: ids of the published sizes in which every module has its shape.
+        able: all families that know every module by its name, whatever their sizes.
+    """
+
+    families: tuple[Family, ...] = ()
+    layouts: tuple[str, ...] = ()
+    able: tuple[Family, ...] = ()
+
+    @property
+    def family(self) -> Family | None:
+        """The family, None if several fit or none has a published size with these modules."""
+        return self.families[0] if len(self.families) == 1 and self.layouts else None
+
+
+def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
+    """The families whose tables have all these modules, of those that fit the sizes best.
+
+    A module that no family knows says nothing, unless such modules are the majority. A family with
+    a published size in which every module has its very shape comes first, then one with a size in
+    which every module has its name, then any that has the names for blocks of other numbers; among
+    equals, the family with more weights of the published proportions.
+
+    Args:
+        modules: of a transformer: no text encoder and no UNet.
+    """
+    given = list(dict.fromkeys(modules))
+    families = {id_: one for id_, one in known_families().items() if not one.unet}
+    known = {
+        id_: {module: parts for module in given if (parts := find_parts(family, module))}
+        for id_, family in families.items()
+    }
+    by_any = {module for parts in known.values() for module in parts}
+    if not by_any or 2 * len(by_any) < len(given):
+        return Recognition()
+    shapes = {
+        id_: {name: shape for piece in parts.values() for name, shape in piece.items()}
+        for id_, parts in sorted(known.items())
+        if len(parts) == len(by_any)
+    }
+    able = tuple(families[id_] for id_ in shapes)
+    exact = {
+        id_: fitting
+        for id_, modules_of in shapes.items()
+        if (fitting := _fit_layouts(families[id_], modules_of))
+    }
+    if exact:
+        layouts = tuple(layout for id_ in exact for layout in exact[id_])
+        return Recognition(tuple(families[id_] for id_ in exact), layouts, able)
+    within = [id_ for id_ in shapes if _has_names(families[id_], shapes[id_])]
+    scores = {id_: _count_proportions(families[id_], shapes[id_]) for id_ in within or list(shapes)}
+    best = [id_ for id_ in scores if scores[id_] == max(scores.values())]
+    return Recognition(tuple(families[id_] for id_ in best), (), able)
+
+
+def find_parts(family: Family, module: NamedMatrix) -> dict[str, tuple[int, int]]:
+    """The canonical modules that a matrix of a file is or holds -> their shapes; {} if unknown."""
+    name, dotted, (out, inputs) = module
+    canonical = family.find_module(name, dotted=dotted)
+    if canonical is not None:
+        return {canonical: (out, inputs)}
+    weight = family.find_weight(name, dotted=dotted)
+    return share_rows(weight, (out, inputs)) if weight else {}
+
+
+def share_rows(weight: Weight, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """The shapes of the parts of a matrix out × in; rows of 0 where they do not come out even."""
+    unit, rest = divmod(shape[0], sum(weight.shares))
+    return {
+        part: (0 if rest else unit * share, shape[1])
+        for part, share in zip(weight.parts, weight.shares, strict=True)
+    }
+
+
+def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The published sizes of a family in which all modules have these shapes."""
+    fitting = []
+    for id_ in family.layouts:
+        layout = load_layout(id_).shapes
+        if all(
+            name in layout and _are_equal(shape, matrix_shape(layout[name]))
+            for name, shape in shapes.items()
+        ):
+            fitting.append(id_)
+    return fitting
+
+
+def _has_names(family: Family, names: Iterable[str]) -> bool:
+    """Whether a published size of a family has all these modules, of whatever shape."""
+    names = list(names)
+    return any(
+        all(name in layout for name in names)
+        for layout in (load_layout(id_).shapes for id_ in family.layouts)
+    )
+
+
+def _are_equal(ours: tuple[int, int], published: tuple[int, int]) -> bool:
+    """Whether the sizes that are known agree; rows that do not come out even agree with none."""
+    if ours[0] == 0 and ours[1] != 0:
+        return False
+    return all(size in (0, other) for size, other in zip(ours, published, strict=True))
+
+
+def _count_proportions(family: Family, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The number of modules whose rows and columns are in a published proportion."""
+    count = 0
+    for name, (out, inputs) in shapes.items():
+        published = [matrix_shape(shape) for shape in family.find_shapes(name)]
+        count += any(out * n == inputs * m for m, n in published) if out and inputs else 0
+    return count

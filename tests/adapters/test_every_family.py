@@ -1,0 +1,98 @@
+"""Every family that is known, in every spelling it has: read, told, written back.
+
+The LoRAs have the published sizes, two blocks of every list and rank 1.
+"""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora.adapters.family import guess_family
+from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
+from prolora.core.lowrank import LowRank
+from prolora.errors import UnsupportedFormat
+
+FAMILIES = {id_: family for id_, family in known_families().items() if not family.unet}
+SIZES = [(id_, layout) for id_, family in FAMILIES.items() for layout in family.layouts]
+SPELLED = [(id_, layout, f) for id_, layout in SIZES for f in FAMILIES[id_].spellings]
+# Which modules a trainer picks: the more, the better they tell the family.
+ATTENTION = re.compile(r"attn|attention")
+
+
+@cache
+def lora(layout, only=re.compile("")):
+    """Updates of the modules of the first two blocks of every list, and of those outside."""
+    generator = torch.Generator().manual_seed(0)
+    updates = {}
+    for name, shape in load_layout(layout).shapes.items():
+        numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
+        if len(shape) != 2 or (numbers and numbers[0] > 1) or not only.search(name):
+            continue
+        up = torch.randn(shape[0], 1, generator=generator)
+        down = torch.randn(1, shape[1], generator=generator)
+        updates[name] = LowRank(0.1 * up, 0.1 * down)
+    return updates
+
+
+def check_equal(updates, wanted):
+    assert updates.keys() == wanted.keys()
+    for name, update in wanted.items():
+        ours, theirs = updates[name], update
+        scale = theirs.norm()
+        difference = LowRank(
+            torch.cat([ours.up.double(), -theirs.up.double()], 1),
+            torch.cat([ours.down.double(), theirs.down.double()]),
+        ).norm()
+        assert difference <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize(("family", "layout", "format"), SPELLED)
+def test_a_lora_survives_every_spelling_of_its_family(family, layout, format):
+    updates = lora(layout)
+    written = encode_state_dict(Adapter(updates, format=format, family=family), format=format)
+    back = read_adapter(written)
+    check_equal(back.updates, updates)
+    assert back.format == format and not back.left_out
+    again = encode_state_dict(back)
+    assert again.keys() == written.keys()
+
+
+@pytest.mark.parametrize(("family", "layout", "format"), SPELLED)
+@pytest.mark.parametrize("only", [re.compile(""), ATTENTION], ids=["all", "attention"])
+def test_no_lora_is_taken_for_one_of_another_family(family, layout, format, only):
+    updates = lora(layout, only)
+    written = encode_state_dict(Adapter(updates, format=format, family=family), format=format)
+    back = read_adapter(written)
+    shapes = {name: update.shape for name, update in back.updates.items()}
+    assert guess_family(shapes, {}, back.style) in (None, family)
+    check_equal(read_adapter(written).updates, updates)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_formats_of_a_family_convert_into_each_other(family):
+    layout = FAMILIES[family].layouts[-1]
+    updates = lora(layout)
+    adapter = Adapter(updates, family=family)
+    for format in (*FAMILIES[family].spellings, *FAMILIES[family].spellings):
+        adapter = read_adapter(encode_state_dict(adapter, format=format))
+    check_equal(adapter.updates, updates)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_readers_of_a_family_read_formats_that_it_has(family):
+    for formats in FAMILIES[family].readers.values():
+        assert formats and set(formats) <= FAMILIES[family].spellings.keys()
+
+
+def test_a_format_that_no_program_reads_is_refused_and_names_those_that_are_read(monkeypatch):
+    flux = known_families()["flux"]
+    fewer = replace(flux, spellings={"comfy": flux.spellings["comfy"]})
+    monkeypatch.setitem(known_families(), "flux", fewer)
+    adapter = Adapter(lora("flux1-dev"), family="flux")
+    with pytest.raises(UnsupportedFormat, match=r"no program reads.*FLUX\.1.*--format comfy"):
+        encode_state_dict(adapter, format="peft")
