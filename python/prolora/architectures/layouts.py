@@ -49,17 +49,17 @@ class Layout:
     text_encoders: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def attention(self) -> list[str]:
         """The modules q, k, v and out of all attention layers, where diffusers' names tell them."""
         return [name for name in self.shapes if _ATTENTION.search(name)]
 
-    @property
+    @cached_property
     def adapted(self) -> list[str]:
         """Attention and feed-forward, what most LoRAs train; all matrices of `unnamed_stacks`."""
         return [name for name in self.shapes if self.is_adapted(name)]
 
-    @property
+    @cached_property
     def outside(self) -> set[str]:
         """The modules outside all blocks: embeddings, first and last layers."""
         return {
@@ -226,10 +226,13 @@ def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
     """Whether a checkpoint has the attention and feed-forward of a layout, and no other."""
+    needed = layout.attention or layout.adapted
+    if any(shapes.get(name) != _drop_kernel(layout.shapes[name]) for name in needed):
+        return False
     adapted = {name: shape for name, shape in shapes.items() if layout.is_adapted(name)}
     has_feed_forward = any(not _ATTENTION.search(name) for name in adapted)
     names = layout.adapted if has_feed_forward else layout.attention
-    return bool(adapted) and adapted == {name: _drop_kernel(layout.shapes[name]) for name in names}
+    return adapted == {name: _drop_kernel(layout.shapes[name]) for name in names}
 
 
 def find_correspondence(source: str, target: str, variant: str = "") -> Correspondence | None:
