@@ -12,6 +12,7 @@ from family_oracles import (
     list_held,
     list_weights,
     make_rows,
+    read_comfyui_names,
     store_as_authors,
 )
 from published_models import PUBLISHED
@@ -23,15 +24,19 @@ from prolora.architectures.layouts import identify_layout, load_layout
 _BLOCK = re.compile(r"\.\d+\.")
 FAMILIES = known_families()
 EACH = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-EACH_SIZE = pytest.mark.parametrize(
-    "family, layout",
-    [
-        pytest.param(family, layout, id=layout)
-        for family in FAMILIES.values()
-        if family.id in ORACLES
-        for layout in family.layouts
-    ],
-)
+
+
+def each_size(kind: str) -> pytest.MarkDecorator:
+    """Every published size of the families of which diffusers reads this kind of file."""
+    return pytest.mark.parametrize(
+        "family, layout",
+        [
+            pytest.param(family, layout, id=layout)
+            for id_, family in FAMILIES.items()
+            if id_ in ORACLES and getattr(ORACLES[id_], kind)
+            for layout in family.layouts
+        ],
+    )
 
 
 def modules_of(family: Family) -> list[str]:
@@ -102,7 +107,7 @@ def test_no_two_families_have_one_claim() -> None:
     assert all(claim == claim.lower() for claim in claims)
 
 
-@EACH_SIZE
+@each_size("changes")
 def test_what_is_no_linear_layer_is_said(family: Family, layout: str) -> None:
     """Bare parameters, convolutions, and layers of diffusers' classes of other kinds."""
     from make_layouts import build_model
@@ -113,7 +118,7 @@ def test_what_is_no_linear_layer_is_said(family: Family, layout: str) -> None:
     assert others <= set(family.not_linear) <= set(family.shapes)
 
 
-@EACH_SIZE
+@each_size("checkpoint")
 def test_the_authors_checkpoint_is_what_diffusers_reads(family: Family, layout: str) -> None:
     """All weights and biases, bit by bit: the rows of fused matrices, the order of halves."""
     convert = find_converter("single_file_utils", family, "checkpoint")
@@ -137,35 +142,60 @@ def test_the_authors_checkpoint_is_what_diffusers_reads(family: Family, layout: 
     assert not wrong
 
 
-@EACH_SIZE
+@each_size("lora")
 def test_a_lora_in_the_authors_names_is_what_diffusers_reads(family: Family, layout: str) -> None:
     """Both factors of every module, bit by bit."""
     convert = find_converter("lora_conversion_utils", family, "lora")
+    left_out = ORACLES[family.id].not_in_lora
+    held = list_lora_weights(family, layout, lambda weight: weight.name not in left_out)
+    stored, expected = {}, {}
+    for name, (down, up, parts) in held.items():
+        stored[f"diffusion_model.{name}.lora_A.weight"] = down
+        stored[f"diffusion_model.{name}.lora_B.weight"] = up
+        expected |= parts
+    assert_equal(convert(dict(stored)), expected)
+
+
+@each_size("kohya")
+def test_a_lora_in_kohyas_spelling_is_what_diffusers_reads(family: Family, layout: str) -> None:
+    """The blocks, with the alpha that kohya's files have."""
+    convert = find_converter("lora_conversion_utils", family, "kohya")
+    held = list_lora_weights(family, layout, lambda weight: bool(_BLOCK.search(weight.name)))
+    stored, expected = {}, {}
+    for name, (down, up, parts) in held.items():
+        path = "lora_unet_" + name.replace(".", "_")
+        stored[f"{path}.lora_down.weight"] = down
+        stored[f"{path}.lora_up.weight"] = up
+        stored[f"{path}.alpha"] = torch.tensor(float(len(down)))
+        expected |= parts
+    assert_equal(convert(dict(stored)), expected)
+
+
+def list_lora_weights(family, layout, keep):
+    """The authors' name -> down, up, and what diffusers calls and makes of both."""
     weights = list_weights(make_model(family, layout))
     shapes = {module: shape for module, (suffix, shape) in weights.items() if suffix}
     rows = make_rows(shapes)
-    stored, expected = {}, {}
+    held = {}
     for number, (name, weight) in enumerate(list_held(family, shapes).items()):
-        if name in ORACLES[family.id].not_in_lora:
-            continue
-        down = torch.full((COLUMNS, 3), float(number))
-        stored[f"diffusion_model.{name}.lora_A.weight"] = down
-        stored[f"diffusion_model.{name}.lora_B.weight"] = store_as_authors(weight, rows, shapes)
-        for part in weight.parts:
-            expected[f"transformer.{part}.lora_A.weight"] = down
-            expected[f"transformer.{part}.lora_B.weight"] = rows[part]
-    converted = convert(dict(stored))
-    assert set(converted) == set(expected)
-    wrong = [key for key, rows in expected.items() if not torch.equal(converted[key], rows)]
-    assert not wrong
+        if keep(weight):
+            down = torch.full((COLUMNS, 3), float(number))
+            parts = {f"transformer.{part}.lora_A.weight": down for part in weight.parts}
+            parts |= {f"transformer.{part}.lora_B.weight": rows[part] for part in weight.parts}
+            held[name] = down, store_as_authors(weight, rows, shapes), parts
+    assert held
+    return held
+
+
+def assert_equal(got, expected):
+    assert set(got) == set(expected)
+    assert not [key for key, rows in expected.items() if not torch.equal(got[key], rows)]
 
 
 def find_converter(module, family, kind):
     """The function of diffusers that reads this kind of file of a family."""
     utils = pytest.importorskip(f"diffusers.loaders.{module}")
     name = getattr(ORACLES[family.id], kind)
-    if not name:
-        pytest.skip(f"diffusers reads no {kind} of {family.title} in other names than its own")
     if not hasattr(utils, name):
         pytest.skip(f"this diffusers has no {name}")
     return getattr(utils, name)
@@ -180,8 +210,32 @@ def make_model(family, layout):
 
 @pytest.mark.parametrize("title", ["FLUX", "SD3", "PixArt"])
 def test_the_authors_names_are_those_of_rules_of_their_own(title: str) -> None:
-    """For PixArt, which diffusers reads in no other names than its own."""
+    """Written the other way round, from diffusers' names."""
     family = FAMILIES[{"FLUX": "flux"}.get(title, title.lower())]
     for module in modules_of(family):
         held = family.find_weight_holding(module)
         assert held is not None and held.name == authors_name(module, title)
+
+
+@pytest.mark.parametrize("layout", read_comfyui_names())
+def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: str) -> None:
+    """All of its model's matrices, and the rows that its key map gives to diffusers' names."""
+    family = next(family for family in FAMILIES.values() if layout in family.layouts)
+    theirs = read_comfyui_names()[layout]
+    shapes = load_layout(layout).shapes
+    ours, parts, parameters = {}, {}, set()
+    for name, weight in list_held(family, shapes).items():
+        if family.not_linear.get(_BLOCK.sub(".N.", weight.parts[0]), "").startswith("a parameter"):
+            parameters.add(name)  # some are flat in ComfyUI
+            continue
+        start = 0
+        for part in weight.parts:
+            parts[part] = [name, start, shapes[part][0]]
+            start += shapes[part][0]
+        ours[name] = [start, *shapes[weight.parts[0]][1:]]
+    assert ours == {name: theirs["matrices"].get(name) for name in ours}
+    # Positions, and the text of nothing: tables that diffusers does not train.
+    tables = {"pos_embed", "y_embedder.y_embedding"}
+    assert set(theirs["matrices"]) - set(ours) <= parameters | tables
+    mapped = {module: cut for module, cut in theirs["parts"].items() if module in parts}
+    assert mapped == {module: parts[module] for module in mapped}

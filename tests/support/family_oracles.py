@@ -7,13 +7,18 @@ table is right. They cut rows only, so that two columns of every matrix are enou
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from prolora.architectures.family import Family, Weight
 
+COMFYUI_NAMES = Path(__file__).parent / "comfy_names.json.gz"
 State = dict[str, torch.Tensor]
 COLUMNS = 2
 
@@ -27,27 +32,40 @@ class Oracle:
         checkpoint: function of `single_file_utils` that reads the authors' checkpoints.
         lora: function of `lora_conversion_utils` that reads LoRAs in the authors' names.
         not_in_lora: authors' names that it does not read, or reads otherwise.
+        kohya: function of `lora_conversion_utils` that reads LoRAs in kohya's spelling. All read
+            the blocks; what lies outside them some give no prefix, and some leave out.
     """
 
     changes: Mapping[str, object]
     checkpoint: str = ""
     lora: str = ""
     not_in_lora: tuple[str, ...] = field(default=())
+    kohya: str = ""
 
 
 ORACLES = {
     "flux": Oracle(
         {"num_layers": 2, "num_single_layers": 2},
         "convert_flux_transformer_checkpoint_to_diffusers",
+        kohya="_convert_kohya_flux_lora_to_diffusers",
     ),
-    "qwen-image": Oracle({"num_layers": 2}, lora="_convert_non_diffusers_qwen_lora_to_diffusers"),
-    "z-image": Oracle({"n_layers": 2}, "convert_z_image_transformer_checkpoint_to_diffusers"),
+    "qwen-image": Oracle(
+        {"num_layers": 2},
+        lora="_convert_non_diffusers_qwen_lora_to_diffusers",
+        kohya="_convert_non_diffusers_qwen_lora_to_diffusers",
+    ),
+    "z-image": Oracle(
+        {"n_layers": 2},
+        "convert_z_image_transformer_checkpoint_to_diffusers",
+        kohya="_convert_non_diffusers_z_image_lora_to_diffusers",
+    ),
     "flux2": Oracle(
         {"num_layers": 2, "num_single_layers": 2},
         "convert_flux2_transformer_checkpoint_to_diffusers",
         "_convert_non_diffusers_flux2_lora_to_diffusers",
         # It is renamed without swapping its halves, which the reader of checkpoints swaps.
         not_in_lora=("final_layer.adaLN_modulation.1",),
+        kohya="_convert_kohya_flux2_lora_to_diffusers",
     ),
     "chroma": Oracle(
         {"num_layers": 2, "num_single_layers": 2},
@@ -86,6 +104,19 @@ ORACLES = {
         {"num_layers": 2}, "convert_qwen_image21_transformer_checkpoint_to_diffusers"
     ),
 }
+
+
+@cache
+def read_comfyui_names() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """What ComfyUI of February 2026 says of its models, in the published sizes.
+
+    Layout -> "matrices" (its name -> shape) and "parts" (diffusers' name -> its name, first row and
+    rows), from the models it builds and from the key maps it reads LoRAs by.
+    """
+    names: dict[str, dict[str, dict[str, list[int]]]] = json.loads(
+        gzip.decompress(COMFYUI_NAMES.read_bytes())
+    )
+    return names
 
 
 class Checkpoint(dict[str, torch.Tensor]):
