@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,14 @@ def test_ci_runs_the_commands_of_the_readme_and_installs_nothing_beside_them():
         assert block and command in block[1] and "\n## " not in block[0][1:]
         assert re.search(rf'^readme "?{heading}"? >', script, re.MULTILINE)
     assert "apt-get" not in script
+
+
+def test_the_page_of_families_says_what_their_files_say():
+    """`python docs/make_families.py` writes it."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "make_families.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ MethodChoice = Literal["auto", MethodName]
 """What `transfer` takes as its method; "auto" chooses one of `METHODS`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
-ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "musubi-tuner", "sd-scripts"]
+ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "diffusers", "musubi", "sd-scripts"]
 FormatLike = FormatName | ProgramName
 """A format, or the program that reads the file: each family says which format that is."""
 """The formats of a LoRA file; "auto" is the one that it came in."""

@@ -13,7 +13,7 @@ PROGRAMS = {
     "a1111": "A1111",
     "forge": "Forge",
     "invokeai": "InvokeAI",
-    "musubi-tuner": "musubi-tuner",
+    "musubi": "musubi",
     "sd-scripts": "sd-scripts",
 }
 """What `--for` takes -> the program's name in `Family.readers`. diffusers is a format too."""

@@ -11,6 +11,7 @@ FAMILY = Family(
         "diffusers": Spelling("unet.", "diffusers"),
     },
     readers={
+        "A1111": ("kohya",),
         "ComfyUI": ("comfy", "kohya"),
         "Forge": ("kohya", "comfy"),
     },
