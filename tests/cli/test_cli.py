@@ -342,6 +342,23 @@ def test_quiet_runs_still_say_why_a_lora_was_not_moved(prolora, case, tmp_path, 
     assert "bad.safetensors: UnsupportedFormat: " in text
 
 
+@pytest.mark.parametrize("shown", [(), ("-q",), ("--json",)])
+def test_a_dry_run_of_several_says_which_cannot_be_moved_and_why(prolora, case, tmp_path, shown):
+    lora, source, target = case
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    line = ("transfer", bad, lora, "--source", source, "--target", target, "--dry-run")
+    code, text, errors = prolora(*line, *shown)
+    assert code == 2 and "1 of 2 LoRAs cannot be moved: bad.safetensors" in errors
+    assert "bad.safetensors: UnsupportedFormat: " in (errors if shown else text)
+    if "--json" in shown:
+        first, second = json.loads(text)
+        assert (first["status"], second["status"]) == ("failed", "would move")
+        assert first["out"] is second["out"] is None
+    elif not shown:
+        assert "1 failed, 1 would move" in text
+
+
 def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path):
     lora, source, target = case
     moved = tmp_path / "moved.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -84,7 +85,10 @@ def plan_all(
     output: OutputOptions,
     options: dict[str, Any],
 ) -> list[Outcome]:
-    """What would become of each LoRA; blocks are matched once for all."""
+    """What would become of each LoRA; blocks are matched once for all.
+
+    One of several that is refused does not stop the others.
+    """
     pairs = pair_experts(source, target)
     moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
     matches = [options["match"]] * len(pairs)
@@ -95,8 +99,14 @@ def plan_all(
             matches = [match_bases(pair, options) for pair in pairs]
         for lora, pair, appended in moves:
             options["match"] = matches[pairs.index(pair)]
-            report = plan_report(lora, pair.source, pair.target, **options)
-            outcomes.append(Outcome(lora, append_to_name(lora, appended), report))
+            outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
+            try:
+                report = plan_report(lora, pair.source, pair.target, **options)
+                outcomes.append(replace(outcome, report=report))
+            except ProLoRAError as error:
+                if len(moves) == 1:
+                    raise
+                outcomes.append(replace(outcome, error=error))
     return outcomes
 
 
@@ -144,7 +154,8 @@ def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:
         raise cast(ProLoRAError, failed[0].error)
     if failed:
         names = ", ".join(outcome.lora.name for outcome in failed)
-        raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs were not moved: {names}")
+        what = "cannot be moved" if failed[0].planned else "were not moved"
+        raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs {what}: {names}")
     low = [o for o in outcomes if o.report and o.report.coverage < min_coverage]
     if low:
         raise LowCoverage(f"the coverage of {low[0].lora.name} is below {min_coverage:g}")

@@ -307,6 +307,7 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
+        planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
 
@@ -315,6 +316,7 @@ class Outcome:
     report: Report | None = None
     error: ProLoRAError | None = None
     kept: bool = False
+    planned: bool = False
     seconds: float = 0.0
 
     @property
@@ -324,18 +326,13 @@ class Outcome:
             return "failed"
         if self.kept:
             return "already there"
-        return "would move" if self._is_dry_run else "moved"
-
-    @property
-    def _is_dry_run(self) -> bool:
-        """Whether nothing was written because nothing was to be."""
-        return self.report is not None and self.report.dry_run
+        return "would move" if self.planned else "moved"
 
     def to_dict(self) -> dict[str, Any]:
         """The report, or the error's name and message, ready for JSON."""
         entry: dict[str, Any] = {
             "lora": str(self.lora),
-            "out": None if self._is_dry_run else str(self.out),
+            "out": None if self.planned else str(self.out),
             "status": self.status,
         }
         if self.error:
