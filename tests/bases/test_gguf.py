@@ -126,7 +126,7 @@ LONG = struct.pack("<Q", 2**60)
         ),
         (gguf_header(one() * 2), "occurs twice"),
         (gguf_header(one(())), "has 0 axes"),
-        (gguf_header(one((1,) * 5)), "has 5 axes"),
+        (gguf_header(one((1,) * 6)), "has 6 axes"),
         (gguf_header(one((2**40, 2**40))), "impossible shape"),
         (gguf_header(one((32, 0))), "impossible shape"),
         (gguf_header(one((32, 33), kind=8)), "impossible shape"),

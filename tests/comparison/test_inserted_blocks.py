@@ -6,7 +6,7 @@ import torch
 
 from prolora import InvalidOption, LowRank, compare, open_base
 from prolora.adapters.adapter import Adapter
-from prolora.comparison.block_matching import match_blocks
+from prolora.comparison.block_matching import match_blocks, resolve_match
 from prolora.workflow.plan import make_plan
 
 INSERTED = {f"{anima_depth.STACK}.{i}" for i in anima_depth.INSERTED}
@@ -105,6 +105,8 @@ def test_what_feeds_inserted_blocks_is_a_choice(insertion):
         assert results["similar"].table == results["skip"].table
     with pytest.raises(InvalidOption, match="skip, similar, previous"):
         match_blocks(*pair, inserted="copy")
+    with pytest.raises(InvalidOption, match="needs match 'similarity'"):
+        resolve_match("name", *pair, inserted="previous")
 
 
 def test_a_lora_of_28_blocks_gets_its_places_among_40():

@@ -226,6 +226,7 @@ def _has_equal_outside(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _has_blocks(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> bool:
     """Whether a checkpoint has the attention and feed-forward of a layout, and no other."""
+    # Nearly every layout ends here, before all names of a large checkpoint are looked at.
     needed = layout.attention or layout.adapted
     if any(shapes.get(name) != _drop_kernel(layout.shapes[name]) for name in needed):
         return False

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..architectures.families import known_families
 from ..architectures.layouts import identify_layout
-from ..architectures.modules import find_component, matrix_shape
-from ..architectures.recognition import NamedMatrix, recognise_families
+from ..architectures.modules import find_component
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
+from .keys.family_names import find_family
 from .weights import Weight
 
 Progress = Callable[[int, int, str], None]
@@ -63,13 +63,9 @@ class Base:
         for family in known_families().values():
             if self.layout in family.layouts:
                 return family.id
-        matrices = [
-            NamedMatrix(name, True, matrix_shape(shape))
-            for name, shape in self.shapes.items()
-            if find_component(name) == "transformer"
-        ]
-        recognised = recognise_families(matrices).families
-        return recognised[0].id if len(recognised) == 1 else None
+        named = {n: s for n, s in self.shapes.items() if find_component(n) == "transformer"}
+        found = find_family(named)
+        return None if found is None else found.id
 
     def read(self, module: str) -> Tensor:
         """The weight of `module` in its storage dtype; do not write into it.

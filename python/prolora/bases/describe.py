@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from ..architectures.families import known_families
 from ..architectures.modules import find_block, find_stage, is_adaptable, matrix_shape
 from .base import Base
 
@@ -23,7 +24,7 @@ def classify_model(base: Base) -> str:
 
 
 def describe_base(base: Base) -> str:
-    """One line: kind, blocks by stack, widths, and what text features it reads."""
+    """One line: family, kind, blocks by stack, widths, and what text features it reads."""
     kind = classify_model(base)
     blocks = {
         (block.stack, block.number)
@@ -36,7 +37,9 @@ def describe_base(base: Base) -> str:
     counts = ", ".join(f"{count} in {where}" for where, count in sorted(places.items()))
     widths = {base.shapes[module][-1] for module in base.shapes if _QUERY.search(module)}
     context = {base.shapes[module][1] for module in base.shapes if _CONTEXT.search(module)}
-    line = f"a {kind} with {len(blocks)} transformer blocks ({counts})"
+    family = known_families().get(base.family or "")
+    title = f"{family.title}, " if family is not None else ""
+    line = f"{title}a {kind} with {len(blocks)} transformer blocks ({counts})"
     if widths:
         line += f" of width {_join_numbers(widths)}"
     return line + (f", reading text features of {_join_numbers(context)}" if context else "")

@@ -163,7 +163,14 @@ def resolve_match(
 
     Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors are
     those of `match_blocks`.
+
+    Raises:
+        InvalidOption: inserted blocks are to be fed, and nothing tells which those are.
     """
+    if inserted != "skip" and not (match == "similarity" or isinstance(match, Matching)):
+        raise InvalidOption(
+            f"inserted {inserted!r} needs match 'similarity', which finds the blocks"
+        )
     if isinstance(match, str) and match == "similarity":
         return match_blocks(
             source,

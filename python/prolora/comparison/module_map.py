@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..architectures.modules import is_in_text_encoder
+from ..architectures.modules import find_block, is_adaptable, is_in_text_encoder
 from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
@@ -165,6 +165,8 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
         same = {name: name for name in target.shapes if name in source.shapes}
         if not same:
             _refuse_unrelated(source, target)
+        if ours is None or theirs is None:
+            _refuse_other_depth(source, target)
         return same, "same name"
     rule = find_correspondence(ours, theirs)
     if rule is not None:
@@ -174,13 +176,46 @@ def _partners_by_name(source: Base, target: Base) -> tuple[dict[str, str], str]:
     else:
         rule = find_correspondence(theirs, ours)
         if rule is None:
-            _refuse_unrelated(source, target)
+            if source.family is None or source.family != target.family:
+                _refuse_unrelated(source, target)
+            _refuse_other_depth(source, target)
+            same = {name: name for name in target.shapes if name in source.shapes}
+            return same, f"same name, as {ours} and {theirs} have the same blocks"
         pairs = ((end, name) for name in source.shapes if (end := rule.source_of(name)) is not None)
     partners = {t: s for t, s in pairs if t in target.shapes and s in source.shapes}
     partners |= {
         name: name for name in target.shapes if is_in_text_encoder(name) and name in source.shapes
     }
     return partners, f"{ours} to {theirs}: {rule.evidence.rstrip('.')}"
+
+
+def _refuse_other_depth(source: Base, target: Base) -> None:
+    """Refuses to pair blocks of equal number where a stack has more of them in one of two bases.
+
+    Blocks are inserted and dropped anywhere, so that numbers say nothing then. A UNet's stacks are
+    short and lie in stages, where names say more.
+    """
+    if "UNet" in (classify_model(source), classify_model(target)):
+        return
+    ours, theirs = _list_block_numbers(source), _list_block_numbers(target)
+    for stack in ours.keys() & theirs.keys():
+        if ours[stack] != theirs[stack]:
+            raise UnsupportedFormat(
+                f"{stack} has {len(ours[stack])} blocks in {source.name} and {len(theirs[stack])} "
+                f"in {target.name}: blocks of equal number need not be equal blocks. "
+                "--match similarity recognises them by their weights, or give --match a JSON file "
+                "{target module: source module}"
+            )
+
+
+def _list_block_numbers(base: Base) -> dict[str, set[str]]:
+    """Stack -> the numbers of its blocks that hold something to train."""
+    numbers: dict[str, set[str]] = {}
+    for module in base.shapes:
+        block = find_block(module)
+        if block is not None and is_adaptable(module):
+            numbers.setdefault(block.stack, set()).add(block.number)
+    return numbers
 
 
 def _refuse_unrelated(source: Base, target: Base) -> NoReturn:

@@ -29,7 +29,8 @@ _VERSIONS = (2, 3)
 # have a few hundred kB, those of language models a few MB.
 _HEADER_LIMIT = 64 << 20
 _COUNT_LIMIT = 1 << 20
-_MOST_AXES = 4
+# GGML has four; files of video models have convolutions of five all the same.
+_MOST_AXES = 5
 _ALIGNMENT_LIMIT = 1 << 20
 
 _STRING, _ARRAY = 8, 9

@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ...architectures.authors import AuthorsNames
 from ...architectures.ldm import ldm_to_diffusers
 from ...errors import UnsupportedFormat
 from ..weights import Weight
+from .family_names import find_family_names
 from .float8 import apply_scales
-from .fused_weights import find_authors, split_weight
-from .other_models import explain_other_model
+from .other_models import explain_no_blocks, explain_other_model
 from .text_encoders import split_encoders
 
 # What a diffusion model's keys start with where one file holds several models.
@@ -24,13 +23,8 @@ _DIFFUSERS_PREFIXES = ("unet.", "transformer.")
 _WRAPPERS = ("model.", "net.", "transformer.", "unet.")
 _LDM = ("input_blocks.", "middle_block.", "output_blocks.")
 _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
-_DIFFUSERS = (
-    "down_blocks.",
-    "mid_block.",
-    "up_blocks.",
-    "transformer_blocks.",
-    "single_transformer_blocks.",
-)
+_UNET = ("down_blocks.", "mid_block.", "up_blocks.")
+_DIFFUSERS = (*_UNET, "transformer_blocks.", "single_transformer_blocks.")
 
 _ADAPTER = re.compile(
     r"^(?:lora_(?:unet|te\d?|transformer)_|lycoris_)"
@@ -68,7 +62,8 @@ def name_weights(
     encoders, weights = split_encoders(weights, where)
     model = _select_model(weights)
     names = _KeySpelling(model)
-    if strict and not names.known and (reason := explain_other_model(model)) is not None:
+    reason = names.explain_unknown(model) if strict else None
+    if reason is not None:
         raise UnsupportedFormat(
             f"{where}: holds no UNet or transformer of a diffusion model: it {reason}"
         )
@@ -97,18 +92,28 @@ def _take_prefix(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight
 
 
 class _KeySpelling:
-    """How the keys of one checkpoint are spelled.
+    """How the keys of one checkpoint are spelled."""
 
-    Attributes:
-        known: whether they are in one of the spellings at all.
-    """
+    def __init__(self, model: Mapping[str, Weight]) -> None:
+        unet = _has_prefix(model, _UNET)
+        self._ldm = _has_prefix(model, _LDM) and not unet
+        self._layers = _count_ldm_layers(model) if self._ldm else 0
+        shapes = {
+            key.removesuffix(".weight"): weight.shape
+            for key, weight in model.items()
+            if len(weight.shape) > 1
+        }
+        names = None if unet or self._ldm else find_family_names(shapes)
+        self._authors = names if names and names.by_authors else None
+        self._in_blocks = names is not None and any(map(names.has_block, shapes))
+        self._plain = unet or self._ldm or _has_prefix(model, _DIFFUSERS)
 
-    def __init__(self, keys: Collection[str]) -> None:
-        diffusers = _has_prefix(keys, _DIFFUSERS)
-        self._ldm = _has_prefix(keys, _LDM) and not diffusers
-        self._authors: AuthorsNames | None = None if diffusers else find_authors(keys)
-        self._layers = _count_ldm_layers(keys) if self._ldm else 0
-        self.known = diffusers or self._ldm or self._authors is not None
+    def explain_unknown(self, keys: Collection[str]) -> str | None:
+        """What the keys are, if they are not those of a diffusion model, for a sentence."""
+        if self._plain:
+            return None
+        reason = explain_other_model(keys)
+        return reason if reason or self._in_blocks else explain_no_blocks(keys)
 
     def views(self, key: str, weight: Weight, where: str) -> dict[str, Weight]:
         """The modules that a key's weight holds; {} for a key of something else.
@@ -119,10 +124,10 @@ class _KeySpelling:
         """
         path = key.removesuffix(".weight")
         if self._authors is not None:
-            views = split_weight(self._authors, path, weight, where)
-            if views is None and key.endswith(".weight") and self._authors.is_in_block(path):
+            views = self._authors.split_weight(path, weight, where)
+            if views is None and key.endswith(".weight") and self._authors.has_block(path):
                 raise UnsupportedFormat(
-                    f"{where}: {key} belongs to no known module of {self._authors.title}"
+                    f"{where}: {key} belongs to no known module of {self._authors.family.title}"
                 )
             return views or {}
         if self._ldm:

@@ -65,6 +65,15 @@ def explain_other_model(keys: Collection[str]) -> str | None:
         key = next((key for key in keys if re.search(names, key)), None)
         if key is not None and (what == "a training state" or not with_time):
             return f"looks like {what} (it has {key})"
+    return None
+
+
+def explain_no_blocks(keys: Collection[str]) -> str | None:
+    """Why a file holds no transformer at all, for a sentence; None if it may hold one.
+
+    Args:
+        keys: all keys of the file, without a prefix that all have.
+    """
     paths = (key.removesuffix(".weight") for key in keys)
     if not any(find_block(path) and is_attention(path) for path in paths):
         listed = any(_BLOCK_LIST.search(key) for key in keys)

@@ -1,0 +1,145 @@
+"""Which family's names the keys of a checkpoint are, and which modules they hold.
+
+Authors stack the projections that read the same features (q, k, v, and sometimes the feed-forward
+too) into one matrix; diffusers keeps them separate. Every module here is a view of its rows, so a
+base gives the same weights, bit by bit, in either spelling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from ...architectures.family import Family
+from ...architectures.modules import find_block, matrix_shape
+from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
+from ...errors import ShapeMismatch
+from ..weights import ConvertedWeight, RowsWeight, Weight
+
+# Of a hostile file with a hundred thousand kinds of modules no more are looked at.
+_MOST_KINDS = 4096
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class FamilyNames:
+    """The names of one family, in one of its two spellings.
+
+    Attributes:
+        family: whose names they are.
+        by_authors: they are the authors' (or ComfyUI's) and not diffusers'.
+    """
+
+    family: Family
+    by_authors: bool
+
+    def split_weight(self, path: str, weight: Weight, where: str) -> dict[str, Weight] | None:
+        """Diffusers' modules that a module of the authors holds, None if it is not known.
+
+        Args:
+            path: the authors' name, without prefix and `.weight`.
+            weight: [m, n] of the fused module.
+            where: what messages call the checkpoint.
+
+        Raises:
+            ShapeMismatch: a fused matrix that cannot be cut as its name says.
+        """
+        stored = self.family.find_weight(path)
+        if stored is None:
+            return None
+        if len(stored.parts) > 1:
+            return self._split_rows(stored.parts, stored.shares, path, weight, where)
+        swapped = stored.is_swapped(weight.shape)
+        return {stored.parts[0]: ConvertedWeight(weight) if swapped else weight}
+
+    def _split_rows(
+        self,
+        parts: tuple[str, ...],
+        shares: tuple[int, ...],
+        path: str,
+        weight: Weight,
+        where: str,
+    ) -> dict[str, Weight]:
+        """The modules of a fused matrix [m, n], each with its share of the rows."""
+        rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+        unit, rest = divmod(rows, sum(shares))
+        published = [matrix_shape(shape) for shape in self.family.find_shapes(parts[0])]
+        first = unit * shares[0]
+        if rest or not unit or not any(first * n == columns * m for m, n in published):
+            raise ShapeMismatch(
+                f"{where}: {path} is {list(weight.shape)}, which does not hold {len(parts)} layers "
+                f"of {columns} inputs one below the other as in {self.family.title}; the "
+                "checkpoint is of another architecture"
+            )
+        edges = [unit * total for total in itertools.accumulate(shares, initial=0)]
+        return {
+            name: RowsWeight(weight, start, stop)
+            for name, (start, stop) in zip(parts, pairwise(edges), strict=True)
+        }
+
+    def has_block(self, path: str) -> bool:
+        """Whether a module lies in a stack of blocks in which the family knows all modules."""
+        block = find_block(path)
+        return block is not None and block.stack in self._stacks
+
+    @cached_property
+    def _stacks(self) -> set[str]:
+        """The stacks of blocks that hold what diffusers' stacks hold."""
+        names = (*self.family.authors, *self.family.shapes)
+        blocks = (find_block(name.replace(".N.", ".0.")) for name in names)
+        return {block.stack for block in blocks if block is not None}
+
+
+def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | None:
+    """Whose names some modules have, None if they are no known family's.
+
+    Where several families fit, all read the modules alike, or the first is as good as any other:
+    then `find_family` tells none.
+
+    Args:
+        shapes: module, without prefix -> shape of its weight.
+    """
+    kinds = _select_kinds(shapes)
+    recognition = _recognise(kinds)
+    if not recognition.families:
+        return None
+    family = recognition.families[0]
+    known = [kind for kind in kinds if find_parts(family, kind)]
+    by_authors = any(family.find_module(kind.name) is None for kind in known)
+    return FamilyNames(family, by_authors)
+
+
+def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """The family of a transformer, None if none or several are possible.
+
+    Args:
+        shapes: canonical module -> shape of its weight.
+    """
+    families = _recognise(_select_kinds(shapes)).families
+    return families[0] if len(families) == 1 else None
+
+
+def _recognise(kinds: list[NamedMatrix]) -> Recognition:
+    """The families that know all modules, or else all in blocks: others may stand beside them."""
+    recognition = recognise_families(kinds)
+    if recognition.families:
+        return recognition
+    return recognise_families(kind for kind in kinds if find_block(kind.name))
+
+
+def _select_kinds(shapes: Mapping[str, tuple[int, ...]]) -> list[NamedMatrix]:
+    """The first and last module of every kind: equal names but for their numbers, and shapes."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in shapes.items():
+        kind = _NUMBER.sub(".N", name), shape
+        kinds.setdefault(kind, []).append(name)
+    chosen: Iterable[tuple[str, tuple[int, ...]]] = (
+        (name, shape)
+        for (_, shape), names in itertools.islice(kinds.items(), _MOST_KINDS)
+        for name in dict.fromkeys((names[0], names[-1]))
+    )
+    return [NamedMatrix(name, True, matrix_shape(shape)) for name, shape in chosen]

@@ -1,0 +1,66 @@
+"""Every published size of every family opens in diffusers' names and in those of its authors."""
+
+import pytest
+import torch
+from checkpoints import sparse_file, sparse_gguf
+from family_files import make_authors_file, name_key
+from family_shapes import TRANSFORMERS, list_authors_keys, list_diffusers_keys
+
+from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
+from prolora.bases import open_base
+
+
+def assert_complete(base, family, id_):
+    assert base.shapes == dict(load_layout(id_).shapes)
+    assert (base.layout, base.family) == (id_, family)
+
+
+@pytest.mark.parametrize(("family", "id_"), TRANSFORMERS)
+def test_in_either_spelling_with_the_prefixes_of_single_files(family, id_, tmp_path):
+    shapes = dict(load_layout(id_).shapes)
+    path = tmp_path / "x.safetensors"
+    assert_complete(open_base(sparse_file(path, list_diffusers_keys(shapes))), family, id_)
+    stored = list_authors_keys(known_families()[family], shapes)
+    for prefix in ("", "model.diffusion_model.", "net."):
+        keys = {prefix + key: shape for key, shape in stored.items()}
+        assert_complete(open_base(sparse_file(path, keys, "BF16")), family, id_)
+
+
+@pytest.mark.parametrize(("family", "id_"), TRANSFORMERS)
+def test_as_gguf_and_in_float8_with_scales(family, id_, tmp_path):
+    pytest.importorskip("gguf")
+    shapes = dict(load_layout(id_).shapes)
+    stored = list_authors_keys(known_families()[family], shapes)
+    assert_complete(open_base(sparse_gguf(tmp_path / "x.gguf", stored)), family, id_)
+    large = {key: s for key, s in stored.items() if key.endswith(".weight") and len(s) == 2}
+    other = {key: ("F16", shape) for key, shape in stored.items() if key not in large}
+    other |= {key.replace(".weight", ".scale_weight"): ("F32", (1,)) for key in large}
+    other["scaled_fp8"] = ("F8_E4M3", (2,))
+    path = sparse_file(tmp_path / "x.safetensors", large, "F8_E4M3", other=other)
+    assert_complete(open_base(path), family, id_)
+
+
+@pytest.mark.parametrize("family", [f for f, _ in dict(TRANSFORMERS).items()])
+def test_every_row_of_the_authors_is_where_the_table_has_it(family):
+    """Blocks 0 and 1 and the layers around; a value of its own in every row."""
+    id_ = dict(reversed(TRANSFORMERS))[family]
+    known = known_families()[family]
+
+    def is_early(name):
+        return not any(f".{number}." in name for number in range(2, 100))
+
+    shapes = {name: shape for name, shape in load_layout(id_).shapes.items() if is_early(name)}
+    made = make_authors_file(known, id_, is_early)
+    columns = {w: shape[1:] for w, shape in list_authors_keys(known, shapes).items()}
+    stored = {
+        name_key(name): rows.float()
+        .reshape(-1, *(1 for _ in columns[name_key(name)]))
+        .expand(-1, *columns[name_key(name)])
+        for name, rows in made.stored.items()
+    }
+    base = open_base(stored)
+    assert base.shapes == shapes
+    for name, rows in made.expected.items():
+        if rows.shape[0] * torch.Size(base.shapes[name][1:]).numel() < 1 << 24:
+            assert torch.equal(base.read(name).flatten(1)[:, :1], rows.float()), name
