@@ -305,3 +305,9 @@ def test_opening_imports_no_model_library() -> None:
         "assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, *sys.path], check=True)
+
+
+def test_a_base_prints_in_one_line() -> None:
+    """Names and values of thousands of weights are no help in a debugger."""
+    assert repr(open_base(tensors())) == "Base('state dict', 3 weights)"
+    assert repr(open_base(empty_layout("sd15"))).endswith(" weights, sd15)")

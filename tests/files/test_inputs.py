@@ -11,6 +11,7 @@ import torch
 from prolora.errors import OutputError, UnsupportedFormat, input_error, output_error
 from prolora.files.hashing import hash_file, hash_parts, hash_text
 from prolora.files.jsontext import parse_json_object, read_json_object
+from prolora.files.safetensors_file import SafetensorsFile
 from prolora.files.state import FileState, check_unchanged, read_state
 
 
@@ -65,6 +66,21 @@ def test_what_is_no_json_object_is_refused_by_name(text: bytes, tmp_path: Path) 
         read_json_object(tmp_path / "x.json")
     with pytest.raises(UnsupportedFormat, match=r"the note: (is damaged: not JSON|holds no JSON)"):
         parse_json_object(text, "the note")
+
+
+def test_a_pointer_of_git_lfs_is_named_where_json_was_expected(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UnsupportedFormat, match="git lfs pull"):
+        read_json_object(path)
+
+
+@pytest.mark.parametrize("start", ["<!DOCTYPE html><html>", "<html>", "<!doctype html>"])
+def test_a_web_page_that_was_saved_for_a_model_is_named(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_text(start + "<body>Log in</body></html>")
+    with pytest.raises(UnsupportedFormat, match=r"lora\.safetensors: a web page.*login"):
+        SafetensorsFile(path)
 
 
 def test_json_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

@@ -191,6 +191,16 @@ def test_an_update_that_does_not_fit_its_module_names_both_shapes_and_the_tensor
         make_plan(wrong, base("sdxl"), base("ssd-1b"))
 
 
+@pytest.mark.parametrize(
+    "layout, module, shape",
+    [("flux1-dev", "x_embedder", (3072, 128)), ("sd15", "conv_in", (320, 9 * 9))],
+)
+def test_a_lora_that_takes_a_second_image_is_named(layout, module, shape):
+    update = LowRank(torch.zeros(shape[0], 4), torch.zeros(4, shape[1]))
+    with pytest.raises(ShapeMismatch, match=r"LoRA for control, editing or inpainting.*--source"):
+        make_plan(Adapter({module: update}), base(layout), base(layout))
+
+
 def test_a_plan_where_every_width_differs_is_refused():
     names = [n for n in load_layout("sd15").attention if n.endswith("attn2.to_k")]
     with pytest.raises(ShapeMismatch, match="no module of this LoRA fits"):

@@ -401,3 +401,14 @@ def test_a_lora_is_copied_between_bases_of_zeros_which_have_no_drift(method):
     before = prolora.adapters.read_adapter(lora_tensors())
     for name, update in before.updates.items():
         assert torch.equal(done.adapter.updates[name].dense(), update.dense())
+
+
+@pytest.mark.parametrize("empty", ["source", "target"])
+def test_a_base_of_zeros_is_named_where_a_method_is_to_be_chosen(case, tmp_path, empty):
+    lora, source, target = case
+    tensors = {"source": source_weights(), "target": target_weights()}[empty]
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    folder = write_folder(tmp_path / "zeros", zeros)
+    bases = (folder, target) if empty == "source" else (source, folder)
+    with pytest.raises(prolora.UnrelatedBases, match=r"zeros: every weight that .* is zero"):
+        prolora.transfer(lora, *bases)

@@ -39,6 +39,11 @@ class Base:
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """One line: the name, the number of weights and the layout."""
+        layout = f", {self.layout}" if self.layout else ""
+        return f"Base({self.name!r}, {len(self.weights)} weights{layout})"
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Module -> shape of its weight, known without reading it."""

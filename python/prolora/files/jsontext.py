@@ -10,6 +10,12 @@ from typing import Any
 
 from ..errors import UnsupportedFormat, input_error
 
+LFS_START = b"version https://git-lfs"
+LFS_POINTER = (
+    "a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or download it again"
+)
+"""What a repository that was cloned without Git LFS has in the place of a large file."""
+
 # Bytes; parsed, a text made to harm takes 25 times as many.
 SIZE_LIMIT = 32 << 20
 
@@ -65,4 +71,6 @@ def read_json_object(path: Path, limit: int = SIZE_LIMIT) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         raise input_error(path, error) from error
+    if text.startswith(LFS_START):
+        raise UnsupportedFormat(f"{path}: {LFS_POINTER}")
     return parse_json_object(text, str(path))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedFormat, input_error
+from .jsontext import LFS_POINTER
 from .state import FileState, check_unchanged
 
 StrPath = str | os.PathLike[str]
@@ -229,9 +230,11 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
             ".safetensors file"
         )
     if head.startswith(b"version "):
+        raise UnsupportedFormat(f"{path}: {LFS_POINTER}")
+    if head.lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise UnsupportedFormat(
-            f"{path}: a pointer of Git LFS, not the file itself; fetch it with git lfs pull, or "
-            "download it again"
+            f"{path}: a web page, as links give one that ask for a login or an agreement; open the "
+            "link in a browser, and download the file itself"
         )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")

@@ -35,6 +35,20 @@ from .options import TransferOptions
 PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
 
 
+# The layers that take in the (noisy) image.
+_IMAGE_INPUTS = frozenset(
+    {
+        "conv_in",
+        "img_in",
+        "patch_embedding",
+        "pos_embed.proj",
+        "proj_in",
+        "x_embedder",
+        "x_embedder.proj",
+    }
+)
+
+
 @dataclass(frozen=True)
 class Pair:
     """The adapter's module `source` feeds the target's module `target`; shape is out × in."""
@@ -347,7 +361,24 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
                 f"the LoRA's update of {name} is {_shape_text(tuple(update.shape))}, but that "
                 "module of "
                 f"{source.name} is {_shape_text(expected)} ({source.tensor_name(name)})"
+                f"{_explain_wider_input(name, tuple(update.shape), expected)}"
             )
+
+
+def _explain_wider_input(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """What a LoRA is whose layer for the image takes more channels than that of the base.
+
+    Args:
+        name: of the module.
+        ours: out × in of the update.
+        theirs: out × in of the base's weight.
+    """
+    if name not in _IMAGE_INPUTS or ours[0] != theirs[0] or ours[1] <= theirs[1]:
+        return ""
+    return (
+        ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
+        "further channels of this layer; give such a model as --source, and as --target"
+    )
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

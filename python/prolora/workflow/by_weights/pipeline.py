@@ -250,6 +250,10 @@ def decide_method(
     job.verdict = judge_affinity(Affinity.total(affinities)) if affinities else None
     job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
     if asked.chosen is None and job.verdict and not job.verdict.related:
+        total = Affinity.total(affinities)
+        for base, energy in ((source, total.source), (target, total.target)):
+            if energy == 0:
+                raise UnrelatedBases(_explain_zeros(base))
         raise UnrelatedBases(_explain_unrelated(job.verdict, source, target))
     job.work.options = asked.decide(job.verdict)
     memory.check(shapes, job.work.method.needs, results)
@@ -261,6 +265,15 @@ def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     if can_probe(source.path, target.path):
         way = f" --method probe looks at the running models and may move it;{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
+
+
+def _explain_zeros(base: Base) -> str:
+    """Why `auto` writes nothing between bases without values."""
+    return (
+        f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
+        "placeholder or a damaged file, so there is nothing to choose a method by; give the real "
+        "base model, or --method copy"
+    )
 
 
 def finish_job(
