@@ -6,9 +6,11 @@ from narrow import BLOCKS, as_base, sides, stranger, student, teacher
 from spectra import related
 
 from prolora.bases import Base
+from prolora.comparison.comparison import compare
 from prolora.comparison.width_matching import UNKNOWN, complete_by_order, match_rows
 from prolora.comparison.width_selection import WidthFinder, select_base
 from prolora.core.lowrank import LowRank
+from prolora.errors import UnsupportedFormat
 
 INSIDE = [name for name in sides() if name.startswith("transformer_blocks.")]
 
@@ -180,3 +182,14 @@ def test_zero_rows_are_told_by_their_neighbours_where_these_leave_no_choice():
     assert complete_by_order(torch.tensor([3, 4, u, u]), 7).tolist() == [3, 4, 5, 6]
     for unsure in ([0, u, 3, 5], [3, u, 1, 0], [u, u, u, 3], [u, u, u, u]):
         assert complete_by_order(torch.tensor(unsure), 9).tolist() == unsure
+
+
+def test_bases_are_compared_by_what_the_narrower_one_kept():
+    found = compare(as_base(teacher()), as_base(student(1e-2)), rank=None)
+    assert len(found.modules) == len(found.residuals) == 8 * BLOCKS - BLOCKS  # all but norm1.linear
+    assert found.other_shape == 0 and found.verdict.go and abs(found.verdict.drift - 1e-2) < 1e-3
+    assert any(
+        "kept rows and columns of the source's to within 1.0" in s for s in found.sentences()
+    )
+    with pytest.raises(UnsupportedFormat, match="no weight of the target is a selection"):
+        compare(as_base(teacher()), as_base(stranger()), rank=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from .verdict import (
     describe_strangers,
     judge_affinity,
 )
+from .width_selection import select_narrower
 
 _NAN = math.nan
 
@@ -85,6 +86,8 @@ class Comparison:
         modules: the pairs of equal shape.
         without_partner: adaptable source modules that no target module takes.
         other_shape: pairs whose widths differ.
+        residuals: source module -> ‖W_t − W_s[rows, columns]‖/‖W_t‖, where the target is narrower
+            and has these rows and columns of the source's weight, which alone are compared.
         coverage: what a LoRA of the source could expect.
         decisions: where blocks were matched by similarity, every one with its runner-up.
         dropped_blocks: the source's blocks that feed none of the target's.
@@ -97,6 +100,7 @@ class Comparison:
     without_partner: int
     other_shape: int
     coverage: Coverage
+    residuals: Mapping[str, float] = field(default_factory=dict)
     decisions: tuple[BlockDecision, ...] = ()
     dropped_blocks: tuple[str, ...] = ()
 
@@ -150,6 +154,12 @@ class Comparison:
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
+        if self.residuals:
+            sentences.append(
+                f"{len(self.residuals)} weights are narrower on the target, which kept rows and "
+                f"columns of the source's to within {max(self.residuals.values()):.2%}: a LoRA's "
+                "factors are sliced alike."
+            )
         sentences += [self._copying(), self._coverage()]
         return sentences + describe_decisions(self.decisions, self.dropped_blocks)
 
@@ -263,8 +273,9 @@ def compare(
             max_memory=limit,
             progress=progress,
         )
-        partners, rule = find_partners(source, target, match)
-        partners = {t: s for t, s in partners.items() if is_adaptable(t)}
+        table, rule = find_partners(source, target, match)
+        partners = {t: s for t, s in table.items() if is_adaptable(t)}
+        source, selections = select_narrower(source, target, table, partners, device)
         equal = _list_equal_shapes(source, target, match, partners)
         sizes = {matrix_shape(target.shapes[module]) for module in equal}
         Memory(limit, rank).check(sizes, "affinity" if rank is None else Needs.BASES)
@@ -283,6 +294,7 @@ def compare(
         rows,
         without_partner=sum(is_adaptable(n) and n not in taken for n in source.shapes),
         other_shape=len(partners) - len(equal),
+        residuals={name: selection.residual for name, selection in selections.items()},
         coverage=Coverage.of(source, equal.values()),
         decisions=blocks.decisions if blocks else (),
         dropped_blocks=blocks.dropped if blocks else (),
@@ -319,8 +331,9 @@ def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, s
     """Why there is nothing to compare."""
     if partners:
         return (
-            f"every pair of {source.name} and {target.name} has different widths: no published "
-            "data-free method maps between widths"
+            f"every pair of {source.name} and {target.name} has different widths, and no weight of "
+            "the target is a selection of the source's rows and columns: no published data-free "
+            "method maps between widths"
         )
     return (
         f"{source.name} and {target.name} have no attention or feed-forward module of equal "

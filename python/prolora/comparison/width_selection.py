@@ -131,6 +131,37 @@ def select_base(base: Base, selections: Mapping[str, Selection]) -> Base:
     return replace(base, weights={**base.weights, **selected})
 
 
+def select_narrower(
+    source: Base,
+    target: Base,
+    table: Mapping[str, str],
+    wanted: Mapping[str, str],
+    device: str | None,
+) -> tuple[Base, dict[str, Selection]]:
+    """The source with its weights cut as those of a narrower target were, where that is known.
+
+    Args:
+        source: the wider base.
+        target: the narrower one.
+        table: target module -> source module, of all modules that have a partner.
+        wanted: the part of the table that matters.
+        device: where to compute; None means the CPU.
+
+    Returns:
+        The source, and source module -> selection. A weight that has a partner of its own shape
+        stays as it is.
+    """
+    whole = {
+        origin
+        for module, origin in wanted.items()
+        if have_equal_shapes(source.shapes[origin], target.shapes[module])
+    }
+    others = [pair for pair in wanted.items() if pair[1] not in whole]
+    found = WidthFinder(source, target, device).find(others, table)
+    selections = {origin: selection for (_, origin), selection in found.items()}
+    return select_base(source, selections), selections
+
+
 @dataclass
 class _Known:
     """A selection along one side, as far as it is known: indices [l], and how often it fitted."""
