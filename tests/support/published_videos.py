@@ -87,6 +87,22 @@ VIDEOS = {
     "wan2.2-ti2v-5b": publish_wan(
         "Wan 2.2 TI2V 5B", 5.0, **WAN_5B, in_channels=48, out_channels=48
     ),
+    "wan2.1-vace-14b": Published(
+        "Wan 2.1 VACE 14B",
+        "WanVACETransformer3DModel",
+        17.3,
+        SCRIPT.format("wan"),
+        {**WAN_14B, "vace_layers": list(range(0, 40, 5)), "vace_in_channels": 96},
+        ("umt5-xxl",),
+    ),
+    "wan2.1-vace-1.3b": Published(
+        "Wan 2.1 VACE 1.3B",
+        "WanVACETransformer3DModel",
+        2.2,
+        SCRIPT.format("wan"),
+        {**WAN_1B, "vace_layers": list(range(0, 30, 2)), "vace_in_channels": 96},
+        ("umt5-xxl",),
+    ),
     "anima": publish_anima("Anima", 2.1, SCRIPT.format("anima")),
     "anima-2.9b": publish_anima("Anima 2.9B", 2.9, BLOCKS, num_layers=40),
     "anima-3.8b": publish_anima("Anima 3.8B", 3.8, BLOCKS, num_layers=52),

@@ -1,9 +1,23 @@
-"""Wan 2.1 and 2.2: text or images to video. Wan 2.2 A14B has two experts of one shape.
+"""Wan 2.1 and 2.2: text or images to video, VACE. Wan 2.2 A14B has two experts of one shape.
 
 The authors' names are those of ComfyUI. Their `norm3` is `norm2` in diffusers, and the reverse.
 """
 
 from ..family import Family
+
+_BLOCK = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
 
 FAMILY = Family(
     id="wan",
@@ -15,6 +29,8 @@ FAMILY = Family(
         "wan2.1-flf2v-14b",
         "wan-t2v-1.3b",
         "wan2.2-ti2v-5b",
+        "wan2.1-vace-14b",
+        "wan2.1-vace-1.3b",
     ),
     authors={
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -25,19 +41,15 @@ FAMILY = Family(
         "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
         "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
         "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-        "blocks.N.self_attn.q": "blocks.N.attn1.to_q",
-        "blocks.N.self_attn.k": "blocks.N.attn1.to_k",
-        "blocks.N.self_attn.v": "blocks.N.attn1.to_v",
-        "blocks.N.self_attn.o": "blocks.N.attn1.to_out.0",
-        "blocks.N.cross_attn.q": "blocks.N.attn2.to_q",
-        "blocks.N.cross_attn.k": "blocks.N.attn2.to_k",
-        "blocks.N.cross_attn.v": "blocks.N.attn2.to_v",
-        "blocks.N.cross_attn.o": "blocks.N.attn2.to_out.0",
+        **{
+            f"{blocks}.N.{name}": f"{blocks}.N.{to}"
+            for blocks in ("blocks", "vace_blocks")
+            for name, to in _BLOCK.items()
+        },
         "blocks.N.cross_attn.k_img": "blocks.N.attn2.add_k_proj",
         "blocks.N.cross_attn.v_img": "blocks.N.attn2.add_v_proj",
-        "blocks.N.ffn.0": "blocks.N.ffn.net.0.proj",
-        "blocks.N.ffn.2": "blocks.N.ffn.net.2",
-        "blocks.N.modulation": "blocks.N.scale_shift_table",
+        "vace_blocks.N.before_proj": "vace_blocks.N.proj_in",
+        "vace_blocks.N.after_proj": "vace_blocks.N.proj_out",
         "head.head": "proj_out",
         "head.modulation": "scale_shift_table",
     },
@@ -62,6 +74,8 @@ FAMILY = Family(
         "patch_embedding": "a convolution over frames, height and width",
         "scale_shift_table": "a parameter",
         "blocks.N.scale_shift_table": "a parameter",
+        "vace_blocks.N.scale_shift_table": "a parameter",
+        "vace_patch_embedding": "a convolution over frames, height and width",
         "condition_embedder.image_embedder.pos_embed": "a parameter",
     },
 )
