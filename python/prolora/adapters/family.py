@@ -14,18 +14,6 @@ from ..architectures.recognition import NamedMatrix, recognise_families
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
-# How ss_base_model_version and modelspec.architecture begin.
-_BY_VERSION = {
-    "sdxl": "sdxl",
-    "sd_v1": "sd15",
-    "sd_v2": "sd21",
-    "flux": "flux",
-    "sd3": "sd3",
-    "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-v1": "sd15",
-    "stable-diffusion-v2": "sd21",
-    "stable-diffusion-3": "sd3",
-}
 # SHA-256 of the files most LoRAs are trained on.
 _KNOWN_FILES = {
     "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (
@@ -127,20 +115,45 @@ def claimed_family(metadata: Mapping[str, str]) -> str | None:
     known = known_base(metadata)
     if known:
         return known[1]
+    start = _find_claim(metadata)
+    return _claims()[start] if start else None
+
+
+def _find_claim(metadata: Mapping[str, str]) -> str | None:
+    """The key of `_claims` that the metadata begins with."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         value = metadata.get(key, "").lower()
         # The longest beginning: "flux2" is not "flux".
         for start in sorted(_claims(), key=len, reverse=True):
             if value.startswith(start):
-                return _claims()[start]
+                return start
     return None
 
 
 @cache
 def _claims() -> dict[str, str]:
     """How versions and architectures begin in metadata -> family."""
-    claims = {start: family.id for family in known_families().values() for start in family.claims}
-    return _BY_VERSION | claims
+    return {start: family.id for family in known_families().values() for start in family.claims}
+
+
+def claimed_version(metadata: Mapping[str, str]) -> str | None:
+    """What the metadata calls the model within its family: "FLUX.1 Kontext", "Wan 2.2"."""
+    start = _find_claim(metadata)
+    family = known_families()[_claims()[start]] if start else None
+    return family.claims[start] if family and start else None
+
+
+def guess_sizes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The ids of the published sizes in which all modules of a transformer have their shapes.
+
+    Args:
+        shapes: canonical module name -> out × in, 0 where it is not known.
+    """
+    return recognise_families(
+        NamedMatrix(name, True, shape)
+        for name, shape in shapes.items()
+        if find_component(name) == "transformer"
+    ).layouts
 
 
 def known_base(metadata: Mapping[str, str]) -> tuple[str, str] | None:

@@ -113,7 +113,11 @@ def _family_text(description: Description) -> str:
         if claimed:
             return f"{claimed}, as its metadata says; its modules are not those of that family"
         return "unknown: neither names nor metadata tell"
-    name = find_title(description.family)
+    sizes = {find_title(size) for size in description.sizes}
+    name = sizes.pop() if len(sizes) == 1 else find_title(description.family)
+    version = description.version_claimed
+    if version and description.family_claimed == description.family and version not in name:
+        return f"{name}, by its module names and shapes; {version} by its metadata"
     if claimed and description.family_claimed not in (
         description.family,
         _parent_family(description.family),

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.contents import most_common_spelling
-from ..adapters.family import claimed_family, guess_families, guess_family, known_base
+from ..adapters.family import (
+    claimed_family,
+    claimed_version,
+    guess_families,
+    guess_family,
+    guess_sizes,
+    known_base,
+)
 from ..adapters.formats.moves import Move, read_moves
 from ..adapters.formats.programs import find_readers
 from ..adapters.keys import module_names, tensor_keys
@@ -58,6 +65,8 @@ class Description:
         family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by
             the metadata where those say nothing.
         families: all that it can be, where several families have its modules in its sizes.
+        sizes: ids of the published sizes (`architectures.layouts`) that a transformer's LoRA fits.
+        version_claimed: what the metadata calls the model within its family.
         readers: programs that read all of a LoRA, as far as they were tried.
         family_claimed: the family by the metadata: that of the base model with this hash where the
             hash is a known one, else by version or architecture.
@@ -93,6 +102,8 @@ class Description:
     needs_base: bool = False
     family: str | None = None
     families: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    version_claimed: str | None = None
     readers: list[str] = field(default_factory=list)
     family_claimed: str | None = None
     base_model: str | None = None
@@ -148,6 +159,7 @@ def inspect(path: str | os.PathLike[str]) -> Description:
         "tensors": len(opened.headers),
         "size": opened.path.stat().st_size if opened.path else 0,
         "family_claimed": claimed_family(opened.metadata),
+        "version_claimed": claimed_version(opened.metadata),
         "base_model": _base_model(opened.metadata),
         "base_hash": _base_hash(opened.metadata),
         "moves": read_moves(opened.metadata),
@@ -186,6 +198,7 @@ def _describe_adapter(
         needs_base=overview.needs_base,
         family=families[0] if len(families) == 1 else None,
         families=list(families),
+        sizes=list(guess_sizes(shapes)),
         readers=find_readers(families, first.format if first else "", spelling),
         modules=count_values(
             [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],

@@ -1,0 +1,76 @@
+"""Every family at small width: bases in every form on disk, a LoRA in every spelling, moved."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import authors_weights, small_weights
+
+import prolora
+from prolora.adapters import Adapter, write_adapter
+from prolora.architectures.families import known_families
+from prolora.core.lowrank import LowRank
+
+FAMILIES = {id_: family for id_, family in known_families().items() if not family.unet}
+FORMS = ("diffusers", "authors", "model.diffusion_model.")
+
+
+def write_base(folder, name, family, weights, form):
+    """A base on disk: a folder as diffusers has it, or the authors' file with or without prefix."""
+    if form == "diffusers":
+        path = folder / name
+        (path / "transformer").mkdir(parents=True)
+        file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file({f"{key}.weight": weight for key, weight in weights.items()}, file)
+        return path
+    prefix = "" if form == "authors" else form
+    named = authors_weights(family, weights)
+    path = folder / f"{name}.safetensors"
+    save_file({f"{prefix}{key}.weight": weight for key, weight in named.items()}, path)
+    return path
+
+
+def lora_on(weights):
+    generator = torch.Generator().manual_seed(5)
+    updates = {}
+    for name, weight in weights.items():
+        m, n = weight.shape
+        up, down = (torch.randn(size, generator=generator) for size in ((m, 2), (2, n)))
+        updates[name] = LowRank(0.1 * up, 0.1 * down)
+    return updates
+
+
+def check_equal(moved, wanted, tolerance=1e-6):
+    assert moved.keys() == wanted.keys()
+    for name, update in wanted.items():
+        error = (moved[name].dense().double() - update.dense().double()).norm()
+        assert error <= tolerance * update.dense().double().norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_in_every_spelling_moves_between_bases_in_every_form(tmp_path, family):
+    layout = FAMILIES[family].layouts[0]
+    old, new = small_weights(layout), small_weights(layout, drift=0.1)
+    updates = lora_on(old)
+    bases = {
+        form: tuple(
+            write_base(tmp_path / form.strip("."), name, family, weights, form)
+            for name, weights in (("old", old), ("new", new))
+        )
+        for form in FORMS
+        if not (tmp_path / form.strip(".")).mkdir()
+    }
+    results = {}
+    for form, (source, target) in bases.items():
+        assert prolora.open_base(source).family == family, form
+        for format in FAMILIES[family].spellings:
+            path = tmp_path / f"{format}.safetensors"
+            if not path.exists():
+                write_adapter(Adapter(updates, family=family), path, format=format)
+            copied = prolora.transfer(path, source, target, method="copy")
+            check_equal(copied.adapter.updates, updates)
+            assert copied.report.coverage == 1
+        for format in FAMILIES[family].spellings:  # the last one stands for all
+            copied.save(tmp_path / "out", format=format, dtype="float32") if format != "peft" else 0
+        results[form] = prolora.transfer(path, source, target, method="prolora", rank=8).adapter
+    for form in FORMS[1:]:
+        check_equal(results[form].updates, results[FORMS[0]].updates, 1e-5)
