@@ -1,9 +1,9 @@
 """What a family says that a program reads, the program has read: a module for every path.
 
 `support/loader_keys.json.gz` was made by running the programs' own loaders, outside this
-repository, on files of every family: {program: {family: {format and whose names: {factors,
-paths}}}}. A format stands there only if the program left nothing of the file's attention and
-feed-forward modules over, at scale 1. In a path, N is any number.
+repository, on files of every family: {program: {family: {prefix|whose names: {factors, paths}}}}.
+A spelling stands there only if the program left nothing of the file's attention and feed-forward
+modules over, at scale 1. In a path, N is any number.
 """
 
 from __future__ import annotations
@@ -15,23 +15,35 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from prolora.adapters import Adapter, encode_state_dict
 from prolora.architectures.families import known_families
-from prolora.architectures.family import Family
+from prolora.architectures.family import Family, Spelling
 from prolora.architectures.layouts import load_layout
 from prolora.architectures.ldm import diffusers_to_ldm
+from prolora.core.lowrank import LowRank
 
-TABLE = Path(__file__).parents[1] / "support" / "loader_keys.json.gz"
+TESTS = Path(__file__).parents[1]
+TABLE = TESTS / "support" / "loader_keys.json.gz"
+PAGE = TESTS.parent / "docs" / "formats.md"
+# Compared by its results with our own, not by the paths it has modules for.
+BY_RESULTS = {"A1111"}
 FACTORS = {"kohya": "lora_up, lora_down, alpha"}
 PLAIN_FACTORS = "lora_A, lora_B"
-# Of stacks whose names do not tell attention and feed-forward from the rest: what is neither.
+SUFFIX = re.compile(r"\.(?:lora_[AB]|lora_up|lora_down)\.weight$|\.alpha$")
+# Of stacks whose names do not tell attention and feed-forward from the rest: what is neither, or,
+# as a convolution of single channels and a choice of experts, takes no LoRA in diffusers.
 NEITHER = re.compile(
-    r"adaLN_modulation|(?:img|txt)_mod\.|norm\d?\.linear|distilled_guidance_layer|\.gate$"
+    r"adaLN_modulation|(?:img|txt)_mod\.|norm\d?\.linear|distilled_guidance_layer|\.gate$|conv_depth$"
 )
 # What a program's models of a family do not have.
 ABSENT = {
-    # InvokeAI has Wan 2.2 only, where images come in with the latents.
-    ("InvokeAI", "wan"): re.compile(r"\.attn2\.add_[kv]_proj$"),
+    # InvokeAI has Wan 2.2 only, where images come in with the latents, and no VACE; nor has musubi.
+    ("InvokeAI", "wan"): re.compile(r"\.attn2\.add_[kv]_proj$|^vace_blocks"),
+    ("musubi", "wan"): re.compile(r"^vace_blocks"),
+    # VACE's own blocks: diffusers reads them in its own names only.
+    ("diffusers", "wan"): re.compile(r"^vace_blocks"),
     # InvokeAI and sd-scripts have Anima only, which has no cross-attention to an image.
     ("InvokeAI", "cosmos"): re.compile(r"\.attn2\.(?:[qkv]_img|img_context)"),
     ("sd-scripts", "cosmos"): re.compile(r"\.attn2\.(?:[qkv]_img|img_context)"),
@@ -50,12 +62,22 @@ def compile_paths(program: str, family: str, key: str) -> re.Pattern[str]:
     return re.compile("|".join(numbers))
 
 
+def find_key(family: Family, program: str, spelling: Spelling) -> str:
+    """The key of the table for files in the spelling."""
+    prefix, names, _ = spelling
+    keys = [f"{prefix}|{names}"] + [f"{prefix}|diffusers"] * (not family.authors)
+    measured = read_table()[program].get(family.id, {})
+    assert measured.keys() & set(keys), "was not measured, or not read whole"
+    return next(key for key in keys if key in measured)
+
+
 def list_cases() -> list[tuple[str, str, str]]:
     """(family, program, format) of all readers."""
     return [
         (family.id, program, format)
         for family in known_families().values()
         for program, formats in family.readers.items()
+        if program not in BY_RESULTS
         for format in formats
     ]
 
@@ -94,9 +116,7 @@ def test_a_program_has_a_module_for_every_path_of_a_format_it_is_said_to_read(
     id_: str, program: str, format: str
 ) -> None:
     family = known_families()[id_]
-    key = f"{format}/{family.spellings[format].names}"
-    assert key in read_table()[program].get(id_, {}), "was not measured, or not read whole"
-    known = compile_paths(program, id_, key)
+    known = compile_paths(program, id_, find_key(family, program, family.spellings[format]))
     modules = list_modules(family, program)
     assert modules
     paths = {spell_path(family, format, module) for module in modules}
@@ -107,13 +127,78 @@ def test_a_program_has_a_module_for_every_path_of_a_format_it_is_said_to_read(
 def test_a_program_reads_the_factors_as_the_format_calls_them(
     id_: str, program: str, format: str
 ) -> None:
-    key = f"{format}/{known_families()[id_].spellings[format].names}"
+    family = known_families()[id_]
+    key = find_key(family, program, family.spellings[format])
     assert FACTORS.get(format, PLAIN_FACTORS) in read_table()[program][id_][key]["factors"]
+
+
+@cache
+def write_keys(id_: str, format: str) -> frozenset[str]:
+    """Keys of a LoRA of rank 1 on the first block of every stack of every size, as we write it."""
+    family, keys = known_families()[id_], set()
+    for layout in map(load_layout, family.layouts):
+        first = {
+            name: LowRank(torch.ones(shape[0], 1), torch.ones(1, shape[1]))
+            for name, shape in layout.shapes.items()
+            if name in list_modules(family, "") and len(shape) == 2 and is_first(name)
+        }
+        keys |= encode_state_dict(Adapter(first, family=id_), format=format).keys()
+    return frozenset(keys)
+
+
+def is_first(name: str) -> bool:
+    return all(number in "012" for number in re.findall(r"(?<=\.)\d+(?=\.)", name))
+
+
+@pytest.mark.parametrize(("id_", "program", "format"), list_cases())
+def test_a_program_has_a_module_for_every_key_of_a_file_that_we_write(
+    id_: str, program: str, format: str
+) -> None:
+    family = known_families()[id_]
+    known = compile_paths(program, id_, find_key(family, program, family.spellings[format]))
+    absent = ABSENT.get((program, id_))
+    ours = {SUFFIX.sub("", key) for key in write_keys(id_, format)}
+    assert ours
+    missing = sorted(path for path in ours if not known.fullmatch(path))
+    if absent is not None:
+        allowed = {
+            spell_path(family, format, name)
+            for name in list_modules(family, "")
+            if absent.search(name)
+        }
+        missing = [path for path in missing if path not in allowed]
+    assert not missing
 
 
 def test_readers_are_programs_and_formats_that_exist() -> None:
     for family in known_families().values():
         for program, formats in family.readers.items():
-            assert program in read_table(), (family.id, program)
+            assert program in read_table().keys() | BY_RESULTS, (family.id, program)
             assert set(formats) <= set(family.spellings), (family.id, program)
             assert len(set(formats)) == len(formats) > 0
+
+
+def read_page() -> dict[tuple[str, str], str]:
+    """(family's title, program) -> cell of the page's table."""
+    section = PAGE.read_text().partition("## Which programs read")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    programs = lines[0][1:]
+    return {
+        (row[0], p): cell for row in lines[2:] for p, cell in zip(programs, row[1:], strict=True)
+    }
+
+
+def test_the_page_of_formats_says_what_the_families_say() -> None:
+    page, table = read_page(), read_table()
+    programs = {program for _, program in page}
+    assert {title for title, _ in page} == {family.title for family in known_families().values()}
+    for family in known_families().values():
+        assert set(family.readers) <= programs
+        for program in programs:
+            cell = page[family.title, program]
+            if program in family.readers:
+                assert cell == ", ".join(family.readers[program]), (family.id, program)
+            elif family.id in table.get(program, {}):
+                assert cell == "none whole", (family.id, program)
+            else:
+                assert cell in {"not tried", "no model", "no loader"}, (family.id, program)

@@ -14,6 +14,8 @@ from ..architectures.recognition import NamedMatrix, recognise_families
 _DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _CONTEXT = ("attn2.to_k", "attn2.to_v")
 SDXL_FAMILY = ("sdxl", "ssd-1b", "segmind-vega")
+# The numbers of the original checkpoint count two layers a block, which these do not have.
+ONE_LAYER_UNETS = ("koala", "bk-sdm")
 # SHA-256 of the files most LoRAs are trained on.
 _KNOWN_FILES = {
     "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa": (
@@ -174,12 +176,22 @@ def _unet_family(unet: list[str], context: int | None) -> str | None:
 
 
 def _sdxl_family(unet: list[str]) -> str:
-    """SDXL, or one of its two pruned students, by the depth of the lowest down block."""
+    """SDXL, KOALA, or one of the other two pruned students, by the depth of the lowest block."""
+    if _is_koala(unet):
+        return "koala"
     lowest = [name for name in unet if name.startswith("down_blocks.2.attentions.")]
     depth = max((int(d) for name in lowest for d in _DEPTH.findall(name)), default=None)
     if depth is None or any(name.startswith("mid_block.attentions.") for name in unet):
         return "sdxl"
     return "sdxl" if depth > 3 else "ssd-1b" if depth > 1 else "segmind-vega"
+
+
+def _is_koala(unet: list[str]) -> bool:
+    """KOALA has one attention in a down block and two in an up block, SDXL two and three."""
+    places = [name.split(".")[:4] for name in unet if ".attentions." in name]
+    down = {(block, layer) for side, block, _, layer in places if side == "down_blocks"}
+    up = {layer for side, _, _, layer in places if side == "up_blocks"}
+    return down == {("1", "0"), ("2", "0")} and up == {"0", "1"}
 
 
 def _is_pruned_sd1(unet: list[str]) -> bool:

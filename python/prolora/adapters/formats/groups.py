@@ -12,7 +12,7 @@ from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from .. import fused_updates, vectors
 from ..adapter import Adapter
-from ..family import SDXL_FAMILY, claimed_family, guess_family
+from ..family import ONE_LAYER_UNETS, SDXL_FAMILY, claimed_family, guess_family
 from ..keys import module_names
 from . import programs
 
@@ -254,6 +254,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
     # kohya numbers text encoders where a model has several: in the SDXL family and in FLUX.
     sdxl = spelling == "sgm" or _has_several_text_encoders(adapter)
     clip = "clip_h" if _text_width(adapter) == 1024 else "clip_l"
+    two_layers = _guess_family(adapter) not in ONE_LAYER_UNETS
     transformer = find_spelling(adapter, format)
     paths: dict[str, str] = {}
     path: str | None
@@ -264,7 +265,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
         elif format == "kohya":
             path = module_names.to_kohya(name, spelling=spelling, siblings=siblings, sdxl=sdxl)
         elif format == "comfy":
-            path = module_names.to_comfy(name, siblings=siblings, clip=clip)
+            path = module_names.to_comfy(name, siblings=siblings, clip=clip) if two_layers else None
         elif format == "diffusers":
             path = module_names.to_diffusers(name)
         else:

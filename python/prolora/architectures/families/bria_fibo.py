@@ -10,4 +10,7 @@ FAMILY = Family(
     title="Bria FIBO",
     layouts=("bria-fibo",),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
+    readers={
+        "diffusers": ("diffusers",),
+    },
 )

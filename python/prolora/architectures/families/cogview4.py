@@ -7,4 +7,7 @@ FAMILY = Family(
     title="CogView4",
     layouts=("cogview4",),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
+    readers={
+        "diffusers": ("diffusers",),
+    },
 )

@@ -47,6 +47,7 @@ FAMILY = Family(
     },
     readers={
         "ComfyUI": ("comfy", "kohya"),
+        "diffusers": ("diffusers",),
         "InvokeAI": ("comfy",),
         "sd-scripts": ("kohya",),
     },

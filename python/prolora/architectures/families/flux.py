@@ -52,6 +52,21 @@ FAMILY = Family(
     },
     aliases={
         "img_in.proj": "img_in",  # OneTrainer's
+        # DiffSynth-Studio's: a is the image stream, b the text stream.
+        "blocks.N.attn.a_to_qkv": "double_blocks.N.img_attn.qkv",
+        "blocks.N.attn.b_to_qkv": "double_blocks.N.txt_attn.qkv",
+        "blocks.N.attn.a_to_out": "double_blocks.N.img_attn.proj",
+        "blocks.N.attn.b_to_out": "double_blocks.N.txt_attn.proj",
+        "blocks.N.ff_a.0": "double_blocks.N.img_mlp.0",
+        "blocks.N.ff_a.2": "double_blocks.N.img_mlp.2",
+        "blocks.N.ff_b.0": "double_blocks.N.txt_mlp.0",
+        "blocks.N.ff_b.2": "double_blocks.N.txt_mlp.2",
+        "blocks.N.norm1_a.linear": "double_blocks.N.img_mod.lin",
+        "blocks.N.norm1_b.linear": "double_blocks.N.txt_mod.lin",
+        "single_blocks.N.to_qkv_mlp": "single_blocks.N.linear1",
+        "single_blocks.N.proj_out": "single_blocks.N.linear2",
+        "single_blocks.N.norm.linear": "single_blocks.N.modulation.lin",
+        "final_proj_out": "final_layer.linear",
         # XLabs' attention processors: 1 is the image stream, 2 the text stream.
         "double_blocks.N.processor.qkv_lora1": "double_blocks.N.img_attn.qkv",
         "double_blocks.N.processor.qkv_lora2": "double_blocks.N.txt_attn.qkv",
@@ -64,6 +79,10 @@ FAMILY = Family(
             "single_transformer_blocks.N.attn.to_v",
         ),
     },
+    also_read={
+        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),  # OneTrainer's
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),  # SimpleTuner's
+    },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
         "diffusers": ("diffusers", "kohya"),
@@ -71,10 +90,6 @@ FAMILY = Family(
         "musubi": ("kohya",),
         "sd-scripts": ("kohya",),
         "Forge": ("kohya", "comfy", "diffusers"),
-    },
-    also_read={
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),  # OneTrainer's
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),  # SimpleTuner's
     },
     claims={
         "flux1": "FLUX.1",  # sd-scripts, and below

@@ -11,6 +11,7 @@ FAMILY = Family(
     layouts=("hidream-i1",),
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers", "comfy"),
     },
     claims={
         "hidream_i1": "HiDream-I1",  # ai-toolkit

@@ -11,6 +11,10 @@ FAMILY = Family(
         "kandinsky5-image-lite",
         "kandinsky5-image-lite-edit",
     ),
+    readers={
+        "ComfyUI": ("comfy", "kohya", "diffusers"),
+        "diffusers": ("diffusers",),
+    },
     claims={
         # musubi-tuner writes both.
         "kandinsky5": "Kandinsky 5",

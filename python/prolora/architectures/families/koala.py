@@ -1,17 +1,20 @@
 """KOALA: students of SDXL with half as many layers and fewer blocks."""
 
-from ..family import SPELLINGS, Family, Spelling
+from ..family import PEFT, Family, Spelling
 
 FAMILY = Family(
     id="koala",
     title="KOALA",
     layouts=("koala-1b", "koala-700m"),
+    # The authors' numbers of ComfyUI count one layer a block here, and no reader of ours does.
     spellings={
-        **SPELLINGS,
+        "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
         "diffusers": Spelling("unet.", "diffusers"),
+        "peft": PEFT,
     },
     readers={
-        "ComfyUI": ("comfy", "kohya"),
+        "ComfyUI": ("kohya",),
+        "diffusers": ("diffusers", "kohya"),
     },
     unet=True,
 )

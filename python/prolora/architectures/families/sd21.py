@@ -12,12 +12,12 @@ FAMILY = Family(
         "diffusers": Spelling("unet.", "diffusers"),
     },
     readers={
-        "A1111": ("kohya",),
         "ComfyUI": ("comfy", "kohya"),
         "diffusers": ("diffusers", "kohya"),
         "InvokeAI": ("kohya",),
         "sd-scripts": ("kohya",),
         "Forge": ("kohya", "comfy"),
+        "A1111": ("kohya",),
     },
     claims={
         "sd_v2": "Stable Diffusion 2.x",  # sd-scripts, and below

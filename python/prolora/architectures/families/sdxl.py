@@ -11,12 +11,12 @@ FAMILY = Family(
         "diffusers": Spelling("unet.", "diffusers"),
     },
     readers={
-        "A1111": ("kohya",),
         "ComfyUI": ("comfy", "kohya"),
         "diffusers": ("diffusers", "kohya"),
         "InvokeAI": ("kohya",),
         "sd-scripts": ("kohya",),
         "Forge": ("kohya", "comfy"),
+        "A1111": ("kohya",),
     },
     claims={
         "sdxl": "Stable Diffusion XL",  # sd-scripts, ai-toolkit, OneTrainer

@@ -10,6 +10,9 @@ FAMILY = Family(
         **SPELLINGS,
         "diffusers": Spelling("unet.", "diffusers"),
     },
+    readers={
+        "ComfyUI": ("comfy", "kohya"),
+    },
     claims={"vega": "Segmind-Vega"},  # ai-toolkit
     unet=True,
 )

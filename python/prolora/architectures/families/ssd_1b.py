@@ -11,9 +11,9 @@ FAMILY = Family(
         "diffusers": Spelling("unet.", "diffusers"),
     },
     readers={
-        "A1111": ("kohya",),
         "ComfyUI": ("comfy", "kohya"),
         "Forge": ("kohya", "comfy"),
+        "A1111": ("kohya",),
     },
     claims={"ssd": "SSD-1B"},  # ai-toolkit
     unet=True,
