@@ -1,8 +1,8 @@
 """LoRA files <-> `Adapter`."""
 
 from .adapter import Adapter
-from .contents import BaseNames
 from .formats.groups import Group, group_modules, respell_adapter
+from .naming import BaseNames
 from .reading import outline_adapter, read_adapter
 from .writing import adapter_file_size, check_format, encode_state_dict, write_adapter
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from ..architectures.family import Family, Spelling
+from ..architectures.family import Family
 from ..architectures.modules import find_component
-from ..architectures.recognition import NamedMatrix, find_parts
+from ..architectures.recognition import find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import fused_updates, vectors
 from .algorithms import forms
@@ -25,6 +23,7 @@ from .formats.peft_config import (
 )
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
+from .naming import BaseNames, list_matrices, most_common_spelling
 from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
 
@@ -81,18 +80,6 @@ class Contents:
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
-class BaseNames(NamedTuple):
-    """What is known of the base model that an adapter belongs to.
-
-    Attributes:
-        family: id of its family, None if it is not known.
-        modules: its canonical module names; empty if they are not known.
-    """
-
-    family: str | None = None
-    modules: Collection[str] = ()
-
-
 def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Contents:
     """The updates of an adapter in file order; no tensor is read.
 
@@ -135,32 +122,6 @@ def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Cont
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
     return Contents(slots, contents.vectors, contents.left_out, family, contents.unread)
-
-
-def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
-    """How most modules of a transformer are spelled; None where there are none."""
-    counts = Counter(module.spelling for module in modules if module.spelling)
-    return max(counts, key=lambda one: counts[one]) if counts else None
-
-
-def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
-    """What can be modules of a transformer, as the file names them, with the shapes of updates."""
-    sizes: dict[tuple[str, bool], list[int]] = {}
-    for key, header in source.headers.items():
-        path = tensor_keys.find_path(key)
-        name = path and module_names.find_transformer_name(path)
-        if not name:
-            continue
-        size = sizes.setdefault(name, [0, 0])
-        _, role = tensor_keys.split_role(key) or ("", "")
-        shape = header.shape
-        if role == "up" and len(shape) > 1:
-            size[0] = shape[0]
-        elif role == "down" and len(shape) > 1:
-            size[1] = math.prod(shape[1:])
-        elif role == "diff" and len(shape) > 1:
-            size[:] = shape[0], math.prod(shape[1:])
-    return [NamedMatrix(*name, (size[0], size[1])) for name, size in sizes.items()]
 
 
 def _restore_dots(contents: Contents, modules: Collection[str]) -> None:

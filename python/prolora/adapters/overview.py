@@ -17,9 +17,10 @@ from ..architectures.recognition import share_rows
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
-from .contents import Contents, list_matrices, parse_contents, read_scale
+from .contents import Contents, parse_contents, read_scale
 from .family import choose_reading
 from .keys import module_names, tensor_keys
+from .naming import list_matrices
 from .unread import UnreadAdapter
 
 NOT_UNDERSTOOD = "not understood"

@@ -18,14 +18,8 @@ from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
-from .contents import (
-    BaseNames,
-    Contents,
-    Slot,
-    most_common_spelling,
-    parse_contents,
-    read_scale,
-)
+from .contents import Contents, Slot, parse_contents, read_scale
+from .naming import BaseNames, most_common_spelling
 from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)

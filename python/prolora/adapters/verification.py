@@ -13,8 +13,8 @@ from ..core.lowrank import LowRank
 from ..errors import OutputError, ProLoRAError
 from . import vectors
 from .adapter import Adapter
-from .contents import BaseNames
 from .formats import groups
+from .naming import BaseNames
 from .reading import read_pieces
 from .unread import StrPath
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.contents import most_common_spelling
 from ..adapters.family import (
     claimed_family,
     claimed_version,
@@ -22,6 +21,7 @@ from ..adapters.family import (
 from ..adapters.formats.moves import Move, read_moves
 from ..adapters.formats.programs import find_readers
 from ..adapters.keys import module_names, tensor_keys
+from ..adapters.naming import most_common_spelling
 from ..adapters.overview import (
     NOT_UNDERSTOOD,
     ComponentOverview,
