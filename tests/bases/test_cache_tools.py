@@ -250,6 +250,20 @@ def test_pruning_follows_no_link(filled, tmp_path):
     assert not list(version.rglob("*.safetensors"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_a_link_with_the_name_of_a_basis_is_no_file_of_the_cache(filled, tmp_path):
+    folder, *_ = filled
+    basis = next(folder.rglob("*.safetensors"))
+    size = maintenance.measure_cache(folder)
+    link = basis.with_name(f"{basis.name[:2]}{'0' * 62}.safetensors")
+    link.symlink_to(tmp_path / "lora.safetensors")
+    (tmp_path / "lora.safetensors").write_bytes(b"mine")
+    assert maintenance.measure_cache(folder) == size
+    maintenance.prune_cache(folder, everything=True)
+    assert link.is_symlink() and not basis.exists()
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"mine"
+
+
 def test_a_cache_without_a_marker_is_pruned_by_what_its_files_hold(filled):
     """One that was made before there were markers."""
     folder, *_ = filled
