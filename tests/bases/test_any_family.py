@@ -7,7 +7,15 @@ from checkpoints import sparse_file, sparse_gguf
 from prolora import UnsupportedFormat, open_base
 from prolora.bases.describe import classify_model, describe_base
 
-PREFIXES = ["model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.", "unet."]
+PREFIXES = [
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.diffusion_model.net.",
+    "model.",
+    "net.",
+    "transformer.",
+    "unet.",
+]
 # A family that nobody has published: two stacks of blocks, and layers around them.
 UNKNOWN = {
     "patchify.weight": (16, 4),

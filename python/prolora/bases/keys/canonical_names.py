@@ -72,13 +72,18 @@ def name_weights(
 
 
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The diffusion model's weights among those of a file, without the prefix that all have."""
+    """The diffusion model's weights among those of a file, without the prefixes that all have."""
     for prefix in _PREFIXES:
         if model := _take_prefix(weights, prefix):
-            return model
+            return _unwrap(model)  # `model.diffusion_model.net.`, Anima's
     for prefix in _DIFFUSERS_PREFIXES:
         if _has_prefix(model := _take_prefix(weights, prefix), _DIFFUSERS):
             return model
+    return _unwrap(weights)
+
+
+def _unwrap(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights without a prefix that says nothing, where all matrices have it."""
     matrices = [key for key, weight in weights.items() if len(weight.shape) > 1]
     for prefix in _WRAPPERS:
         if matrices and all(key.startswith(prefix) for key in matrices):
