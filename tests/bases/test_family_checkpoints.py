@@ -64,3 +64,30 @@ def test_every_row_of_the_authors_is_where_the_table_has_it(family):
     for name, rows in made.expected.items():
         if rows.shape[0] * torch.Size(base.shapes[name][1:]).numel() < 1 << 24:
             assert torch.equal(base.read(name).flatten(1)[:, :1], rows.float()), name
+
+
+def test_a_model_is_called_by_no_family_that_has_other_names_besides_or_lacks_some(tmp_path):
+    """At a size that is not published, names alone tell, and then all of them must agree."""
+    shapes = {
+        name: tuple(2 * size for size in shape)
+        for name, shape in load_layout("pixart-sigma").shapes.items()
+    }
+    path = tmp_path / "x.safetensors"
+    assert open_base(sparse_file(path, list_diffusers_keys(shapes))).family == "pixart"
+    more = shapes | {"transformer_blocks.0.gate.linear": (8, 8)}
+    less = {name: shape for name, shape in shapes.items() if "caption_projection" not in name}
+    for other in (more, less):
+        base = open_base(sparse_file(path, list_diffusers_keys(other)))
+        assert base.family is None and base.shapes == other
+
+
+def test_blocks_with_names_of_both_kinds_are_of_another_family(tmp_path):
+    """Bria Fibo 2 has Z-Image's names of diffusers in one stack and its authors' in another."""
+    shapes = {}
+    for i in range(2):
+        for name in ("attention.to_q", "attention.to_k", "feed_forward.w1", "feed_forward.w2"):
+            shapes[f"noise_refiner.{i}.{name}"] = (8, 8)
+            shapes[f"layers.{i}.{name}"] = (8, 8)
+        shapes[f"layers.{i}.attention.qkv"] = (24, 8)
+    base = open_base(sparse_file(tmp_path / "x.safetensors", list_diffusers_keys(shapes)))
+    assert base.shapes == shapes and base.family is None

@@ -11,10 +11,12 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
+from ...architectures.families import known_families
 from ...architectures.family import Family
+from ...architectures.layouts import load_layout
 from ...architectures.modules import find_block, matrix_shape
 from ...architectures.recognition import NamedMatrix, Recognition, find_parts, recognise_families
 from ...errors import ShapeMismatch
@@ -108,19 +110,43 @@ def find_family_names(shapes: Mapping[str, tuple[int, ...]]) -> FamilyNames | No
     if not recognition.families:
         return None
     family = recognition.families[0]
-    known = [kind for kind in kinds if find_parts(family, kind)]
-    by_authors = any(family.find_module(kind.name) is None for kind in known)
+    known = [kind.name for kind in kinds if find_parts(family, kind)]
+    by_authors = any(family.find_module(name) is None for name in known)
+    if by_authors and any(find_block(n) and family.find_weight(n) is None for n in known):
+        return None  # blocks with names of both kinds are those of another family
     return FamilyNames(family, by_authors)
 
 
 def find_family(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
     """The family of a transformer, None if none or several are possible.
 
+    A family is told by the names of all matrices: those of a published size of it, no more and no
+    less, whatever the number of blocks and their shapes. Where several have them, shapes decide.
+
     Args:
         shapes: canonical module -> shape of its weight.
     """
-    families = _recognise(_select_kinds(shapes)).families
-    return families[0] if len(families) == 1 else None
+    ours = _list_patterns(shapes)
+    fitting = [
+        family
+        for family in known_families().values()
+        if any(ours == _list_layout_patterns(id_) for id_ in family.layouts)
+    ]
+    if len(fitting) > 1:
+        likely = _recognise(_select_kinds(shapes)).families
+        fitting = [family for family in fitting if family in likely]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _list_patterns(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The names of all matrices, with N in place of every number."""
+    return frozenset(_NUMBER.sub(".N", name) for name, shape in shapes.items() if len(shape) == 2)
+
+
+@cache
+def _list_layout_patterns(id_: str) -> frozenset[str]:
+    """The same of a published size."""
+    return _list_patterns(load_layout(id_).shapes)
 
 
 def _recognise(kinds: list[NamedMatrix]) -> Recognition:
