@@ -23,6 +23,7 @@ from .formats.peft_config import (
 )
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
+from .left_out import find_volumes, leave_out_foreign, leave_out_volume
 from .naming import BaseNames, list_matrices, most_common_spelling
 from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
@@ -166,6 +167,8 @@ def _group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
                     f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
                     "of the two"
                 )
+        elif parsed.role == "diff" and len(header.shape) not in (2, 4):
+            left_out[key] = "a difference of a table or of a convolution over time: not moved"
         else:
             slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
             if parsed.role in slot.keys:
@@ -176,33 +179,14 @@ def _group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
             slot.keys[parsed.role] = key
     if 2 * len(unknown) > len(source.headers) or (unknown and not slots):
         _refuse_unknown(unknown, source)
-    unread = _leave_out_foreign(unknown, left_out, source)
+    unread = leave_out_foreign(unknown, left_out, source)
+    for name in find_volumes({name: slot.keys for name, slot in slots.items()}, source):
+        unread |= leave_out_volume(name, slots.pop(name).keys, left_out, source)
     if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
     vector_list = list(vector_slots.values())
     return Contents(list(slots.values()), vector_list, left_out, unread=unread)
-
-
-def _leave_out_foreign(
-    unknown: list[str], left_out: dict[str, str], source: UnreadAdapter
-) -> dict[str, tuple[int, int, int]]:
-    """Names what is not understood among much that is; (out, in, rank) of what is an update."""
-    updates: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key in unknown:
-        path_and_role = tensor_keys.split_role(key)
-        if path_and_role is None:
-            left_out[key] = (
-                "a tensor that belongs to no LoRA, or to a module that prolora does not know"
-            )
-            continue
-        left_out[path_and_role[0]] = "an update of a module that prolora does not know"
-        updates.setdefault(path_and_role[0], {})[path_and_role[1]] = source.headers[key].shape
-    return {
-        path: (shapes["up"][0], math.prod(shapes["down"][1:]), shapes["down"][0])
-        for path, shapes in updates.items()
-        if all(len(shapes.get(role, ())) > 1 for role in ("up", "down"))
-    }
 
 
 def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:

@@ -347,7 +347,8 @@ def spell_module(name: str, spelling: Spelling, family: Family | None) -> str | 
     local = name
     if spelling.names == "authors" and family is not None:
         weight = family.find_weight_holding(name) or family.find_weight(name)
-        if weight is None:
+        if weight is None and family.find_module(name) is not None:
             return None
-        local = weight.name
+        # A module that is in no table, such as a norm, has the name it came with.
+        local = weight.name if weight else name
     return spelling.prefix + (local if spelling.dotted else local.replace(".", "_"))

@@ -101,6 +101,7 @@ _PACKED_EMBEDDING = "an embedding packed with the LoRA: not part of it"
 _LEFT_OUT = [
     (re.compile(r"\.norm\.(query_norm|key_norm)\.scale$"), _REPLACED_NORM),
     (re.compile(r"\.attn\.norm_(added_)?[qk]\.weight$"), _REPLACED_NORM),
+    (re.compile(r"\.diff_m$"), "a difference of a modulation table: not moved"),
     (re.compile(r"^bundle_emb\.|(^|\.)emb_params$"), _PACKED_EMBEDDING),
 ]
 
