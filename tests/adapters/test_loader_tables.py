@@ -94,9 +94,9 @@ def list_modules(family: Family, program: str) -> set[str]:
     }
 
 
-def spell_path(family: Family, format: str, module: str) -> str:
-    """What a file of the format calls the module, or the matrix that holds it."""
-    prefix, names, dotted = family.spellings[format]
+def spell_path(family: Family, spelling: Spelling, module: str) -> str:
+    """What a file in the spelling calls the module, or the matrix that holds it."""
+    prefix, names, dotted = spelling
     name = module if names == "diffusers" else name_as_authors(family, module)
     return prefix + (name if dotted else name.replace(".", "_"))
 
@@ -119,7 +119,7 @@ def test_a_program_has_a_module_for_every_path_of_a_format_it_is_said_to_read(
     known = compile_paths(program, id_, find_key(family, program, family.spellings[format]))
     modules = list_modules(family, program)
     assert modules
-    paths = {spell_path(family, format, module) for module in modules}
+    paths = {spell_path(family, family.spellings[format], module) for module in modules}
     assert not [path for path in sorted(paths) if not known.fullmatch(path)]
 
 
@@ -132,15 +132,31 @@ def test_a_program_reads_the_factors_as_the_format_calls_them(
     assert FACTORS.get(format, PLAIN_FACTORS) in read_table()[program][id_][key]["factors"]
 
 
+@pytest.mark.parametrize(
+    ("id_", "spelling"),
+    [(f.id, spelling) for f in known_families().values() for spelling in f.also_read],
+)
+def test_a_further_spelling_is_read_by_the_programs_it_names(id_: str, spelling: Spelling) -> None:
+    family = known_families()[id_]
+    for program in family.also_read[spelling]:
+        key = find_key(family, program, spelling)
+        factors = PLAIN_FACTORS if spelling.dotted else FACTORS["kohya"]
+        assert factors in read_table()[program][id_][key]["factors"]
+        known = compile_paths(program, id_, key)
+        paths = {spell_path(family, spelling, name) for name in list_modules(family, program)}
+        assert not [path for path in sorted(paths) if not known.fullmatch(path)]
+
+
 @cache
 def write_keys(id_: str, format: str) -> frozenset[str]:
     """Keys of a LoRA of rank 1 on the first block of every stack of every size, as we write it."""
     family, keys = known_families()[id_], set()
+    modules = list_modules(family, "")
     for layout in map(load_layout, family.layouts):
         first = {
             name: LowRank(torch.ones(shape[0], 1), torch.ones(1, shape[1]))
             for name, shape in layout.shapes.items()
-            if name in list_modules(family, "") and len(shape) == 2 and is_first(name)
+            if name in modules and len(shape) == 2 and is_first(name)
         }
         keys |= encode_state_dict(Adapter(first, family=id_), format=format).keys()
     return frozenset(keys)
@@ -162,7 +178,7 @@ def test_a_program_has_a_module_for_every_key_of_a_file_that_we_write(
     missing = sorted(path for path in ours if not known.fullmatch(path))
     if absent is not None:
         allowed = {
-            spell_path(family, format, name)
+            spell_path(family, family.spellings[format], name)
             for name in list_modules(family, "")
             if absent.search(name)
         }

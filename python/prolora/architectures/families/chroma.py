@@ -3,7 +3,7 @@
 Its modules are called as those of FLUX.1, in diffusers and by the authors.
 """
 
-from ..family import Family
+from ..family import Family, Spelling
 from .flux import FAMILY as FLUX
 
 _REMOVED = ("time_in.", "guidance_in.", "vector_in.", "final_layer.adaLN_modulation.")
@@ -20,6 +20,11 @@ FAMILY = Family(
     | {
         "distilled_guidance_layer.layers.N.in_layer": "distilled_guidance_layer.layers.N.linear_1",
         "distilled_guidance_layer.layers.N.out_layer": "distilled_guidance_layer.layers.N.linear_2",
+    },
+    also_read={
+        Spelling("", "diffusers"): ("ComfyUI",),
+        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
     },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),

@@ -80,8 +80,9 @@ FAMILY = Family(
         ),
     },
     also_read={
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),  # OneTrainer's
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),  # SimpleTuner's
+        Spelling("", "diffusers"): ("ComfyUI",),
+        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI", "Forge"),
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI", "Forge"),
     },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),

@@ -3,12 +3,15 @@
 ComfyUI and the trainers call the modules what diffusers calls them.
 """
 
-from ..family import Family
+from ..family import Family, Spelling
 
 FAMILY = Family(
     id="hidream",
     title="HiDream",
     layouts=("hidream-i1",),
+    also_read={
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
+    },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
         "diffusers": ("diffusers", "comfy"),

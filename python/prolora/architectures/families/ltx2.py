@@ -5,7 +5,7 @@ text encoder (`video_embeddings_connector`, `audio_embeddings_connector`) are an
 diffusers and not described here.
 """
 
-from ..family import Family
+from ..family import Family, Spelling
 
 # The authors' layers that make scales and shifts from the time -> diffusers'.
 _MODULATIONS = {
@@ -46,6 +46,9 @@ FAMILY = Family(
             for ours, theirs in _MODULATIONS.items()
             for layer in _LAYERS
         },
+    },
+    also_read={
+        Spelling("", "diffusers"): ("ComfyUI",),
     },
     readers={
         "ComfyUI": ("comfy", "kohya"),

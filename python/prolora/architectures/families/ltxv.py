@@ -1,6 +1,6 @@
 """LTX-Video, 2B and 13B. Blocks have the same names in the authors' files and in diffusers."""
 
-from ..family import Family
+from ..family import Family, Spelling
 
 FAMILY = Family(
     id="ltxv",
@@ -15,6 +15,9 @@ FAMILY = Family(
         "adaln_single.emb.timestep_embedder.linear_2": (
             "time_embed.emb.timestep_embedder.linear_2"
         ),
+    },
+    also_read={
+        Spelling("", "diffusers"): ("ComfyUI",),
     },
     readers={
         "ComfyUI": ("comfy", "kohya"),

@@ -3,12 +3,16 @@
 ComfyUI and the trainers call the modules what diffusers calls them.
 """
 
-from ..family import Family
+from ..family import Family, Spelling
 
 FAMILY = Family(
     id="qwen-image",
     title="Qwen-Image",
     layouts=("qwen-image",),
+    also_read={
+        Spelling("", "diffusers"): ("ComfyUI", "InvokeAI"),
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
+    },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
         "diffusers": ("diffusers", "comfy", "kohya"),

@@ -3,7 +3,7 @@
 The authors' names are those of ComfyUI. Their `norm3` is `norm2` in diffusers, and the reverse.
 """
 
-from ..family import Family
+from ..family import Family, Spelling
 
 _BLOCK = {
     "self_attn.q": "attn1.to_q",
@@ -52,6 +52,9 @@ FAMILY = Family(
         "vace_blocks.N.after_proj": "vace_blocks.N.proj_out",
         "head.head": "proj_out",
         "head.modulation": "scale_shift_table",
+    },
+    also_read={
+        Spelling("", "diffusers"): ("InvokeAI",),
     },
     readers={
         "ComfyUI": ("comfy", "kohya"),

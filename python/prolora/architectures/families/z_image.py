@@ -29,6 +29,10 @@ FAMILY = Family(
         for stack in ("layers", "noise_refiner", "context_refiner")
     },
     spellings={**SPELLINGS, "comfy": Spelling("diffusion_model.", "diffusers")},
+    also_read={
+        Spelling("", "diffusers"): ("ComfyUI",),
+        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
+    },
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
         "diffusers": ("diffusers", "comfy", "kohya"),
