@@ -1,0 +1,129 @@
+"""What prolora writes for diffusers, read by diffusers' own pipelines: nothing lost, same ΔW.
+
+`lora_state_dict` is what `load_lora_weights` calls first; `test_peft_injection` has the rest of its
+way. The pipelines need no model for it.
+"""
+
+from __future__ import annotations
+
+import pytest
+from family_loras import make_updates, measure_difference
+from published_models import PUBLISHED
+from published_unets import UNETS
+
+from prolora.adapters import Adapter, encode_state_dict
+from prolora.architectures.families import known_families
+from prolora.core.lowrank import LowRank
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.configuration_utils import FrozenDict  # noqa: E402
+from diffusers.utils import convert_unet_state_dict_to_peft  # noqa: E402
+
+PIPELINES = {
+    "auraflow": "AuraFlowPipeline",
+    "bk-sdm": "StableDiffusionPipeline",
+    "bria-fibo": "BriaFiboPipeline",
+    "chroma": "ChromaPipeline",
+    "cogvideox": "CogVideoXPipeline",
+    "cogview4": "CogView4Pipeline",
+    "cosmos": "AnimaModularPipeline",
+    "ernie-image": "ErnieImagePipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2Pipeline",
+    "flux3": "Flux3ModularPipeline",
+    "hidream": "HiDreamImagePipeline",
+    "hunyuan-video": "HunyuanVideoPipeline",
+    "hunyuan-video-1.5": "HunyuanVideo15ModularPipeline",
+    "ideogram4": "Ideogram4Pipeline",
+    "kandinsky5": "Kandinsky5T2VPipeline",
+    "koala": "StableDiffusionXLPipeline",
+    "krea2": "Krea2Pipeline",
+    "ltx2": "LTX2Pipeline",
+    "ltxv": "LTXPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "minimax-h3": "MiniMaxH3ModularPipeline",
+    "mochi": "MochiPipeline",
+    "qwen-image": "QwenImagePipeline",
+    "qwen-image-2.1": "QwenImage21Pipeline",
+    "sana": "SanaPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "sd21": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "segmind-vega": "StableDiffusionXLPipeline",
+    "ssd-1b": "StableDiffusionXLPipeline",
+    "wan": "WanPipeline",
+    "z-image": "ZImagePipeline",
+}
+FAMILIES = known_families()
+# What a reader of diffusers does not know. It raises at those of Chroma and Wan; Anima's adapter of
+# text is another model in diffusers, whose modules it looks for under another prefix.
+NOT_READ = {
+    ("chroma", "kohya"): "distilled_guidance_layer.",
+    ("cosmos", "diffusers"): "llm_adapter.",
+    ("wan", "comfy"): "vace_blocks.",
+    ("wan", "kohya"): "vace_blocks.",
+}
+CASES = [
+    (id_, layout, format)
+    for id_, family in FAMILIES.items()
+    for layout in family.layouts
+    for format in family.readers.get("diffusers", ())
+    if layout in UNETS or not family.unet or layout in PUBLISHED
+]
+
+
+def read_by_diffusers(id_, layout, tensors):
+    """Canonical module -> update, as the pipeline of the family reads the tensors."""
+    pipeline = getattr(diffusers, PIPELINES[id_], None)
+    if pipeline is None:
+        pytest.skip(f"this diffusers has no {PIPELINES[id_]}")
+    config, prefix = {}, "transformer."
+    if FAMILIES[id_].unet:
+        config, prefix = {"unet_config": make_config(layout)}, "unet."
+    state = pipeline.lora_state_dict(dict(tensors), **config)
+    state, alphas = state if isinstance(state, tuple) else (state, None)
+    if FAMILIES[id_].unet:
+        state = convert_unet_state_dict_to_peft(state)  # as `load_lora_adapter` does
+    modules = {}
+    for key, tensor in state.items():
+        assert key.startswith(prefix), key
+        path, _, suffix = key.removeprefix(prefix).partition(".lora")
+        end = suffix.removesuffix(".weight").lstrip("._")
+        modules.setdefault(path, {})[{"A": "down", "B": "up"}.get(end, end)] = tensor
+    updates = {}
+    for path, factors in modules.items():
+        assert factors.keys() == {"down", "up"}, path
+        alpha = (alphas or {}).get(f"{prefix}{path}.alpha", factors["down"].shape[0])
+        up, down = factors["up"].flatten(1), factors["down"].flatten(1)
+        updates[path] = LowRank(up * (float(alpha) / len(down)), down)
+    return updates
+
+
+def make_config(layout):
+    """The configuration of a published UNet, as the pipeline gives it to the reader."""
+    config = {**UNETS, **PUBLISHED}[layout].config
+    return FrozenDict({"layers_per_block": 2, "down_block_types": [""] * 4, **config})
+
+
+@pytest.mark.parametrize(("id_", "layout", "format"), CASES)
+def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, layout, format):
+    left_out = NOT_READ.get((id_, format), " ")
+    updates = make_updates(FAMILIES[id_], layout, lambda name: not name.startswith(left_out))
+    written = encode_state_dict(Adapter(updates, family=id_), format=format)
+    read = read_by_diffusers(id_, layout, written)
+    assert read.keys() == updates.keys()
+    for name, update in updates.items():
+        assert measure_difference(read[name], update) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("id_", "layout", "format"),
+    [("chroma", "chroma", "kohya"), ("wan", "wan2.1-vace-14b", "comfy")],
+)
+def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, format):
+    """Where this fails, diffusers has learned it, and `NOT_READ` can go."""
+    updates = make_updates(FAMILIES[id_], layout)
+    written = encode_state_dict(Adapter(updates, family=id_), format=format)
+    with pytest.raises(ValueError, match=r"Incompatible keys|should be empty"):
+        read_by_diffusers(id_, layout, written)

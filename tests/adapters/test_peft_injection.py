@@ -1,0 +1,96 @@
+"""What prolora writes for PEFT and for diffusers, both put into diffusers' own classes.
+
+The models have their published size and no weights: they are made on the meta device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_loras import is_early, make_updates
+from published_models import PUBLISHED
+from published_others import OTHERS
+from published_unets import UNETS
+from published_videos import VIDEOS
+
+from prolora.adapters import Adapter, encode_state_dict, write_adapter
+from prolora.architectures.families import known_families
+
+peft = pytest.importorskip("peft")
+diffusers = pytest.importorskip("diffusers")
+from make_layouts import build_model  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+MODELS = {**PUBLISHED, **VIDEOS, **OTHERS, **UNETS}
+FAMILIES = known_families()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def given(request):
+    """A family, the class of its first published size, and an adapter of that; made once."""
+    model = make_model(request.param)
+    return request.param, model, make_adapter(request.param, model)
+
+
+def make_model(id_):
+    """The class of the family's first published size."""
+    published = MODELS[FAMILIES[id_].layouts[0]]
+    if not hasattr(diffusers, published.cls):
+        pytest.skip(f"this diffusers has no {published.cls}")
+    return build_model(published)
+
+
+def make_adapter(id_, model):
+    """Updates of all linear layers of the first two blocks of every list."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    family = FAMILIES[id_]
+    updates = make_updates(family, family.layouts[0], linear.__contains__)
+    assert updates.keys() == {name for name in linear if is_early(name)}
+    return Adapter(updates, family=id_)
+
+
+def check_layers(model, adapter, name):
+    """The layers that PEFT put in are those of the adapter: none less, none more, the scale 1."""
+    layers = {
+        path.removeprefix("base_model.model."): module
+        for path, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer) and name in module.lora_A
+    }
+    assert layers.keys() == adapter.updates.keys()
+    for path, update in adapter.updates.items():
+        up, down = (getattr(layers[path], x)[name].weight for x in ("lora_B", "lora_A"))
+        assert (up.shape, down.shape) == (update.up.shape, update.down.shape)
+        assert layers[path].scaling[name] == 1
+
+
+def test_diffusers_loads_the_state_dict_into_the_class_and_misses_no_key(given, monkeypatch):
+    id_, model, adapter = given
+    if not hasattr(model, "load_lora_adapter"):
+        pytest.skip(f"{type(model).__name__} has no LoRAs in diffusers")
+    results, load = [], peft.set_peft_model_state_dict
+
+    def load_and_keep(*args, **kwargs):
+        results.append(load(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", load_and_keep)
+    model.load_lora_adapter(
+        encode_state_dict(adapter, format="diffusers"),
+        prefix="unet" if FAMILIES[id_].unet else "transformer",
+        adapter_name="first",
+        low_cpu_mem_usage=True,
+    )
+    missing = [key for key in results[0].missing_keys if ".lora_" in key]
+    assert not missing and not results[0].unexpected_keys
+    check_layers(model, adapter, "first")
+
+
+def test_peft_loads_the_folder_into_the_class_and_misses_no_key(given, tmp_path):
+    _, model, adapter = given
+    folder = str(tmp_path / "lora")
+    write_adapter(adapter, folder, format="peft")
+    config = peft.PeftConfig.from_pretrained(folder)
+    wrapped = peft.PeftModel(model, config, "second", low_cpu_mem_usage=True)
+    result = wrapped.load_adapter(folder, "second", low_cpu_mem_usage=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    check_layers(wrapped, adapter, "second")
