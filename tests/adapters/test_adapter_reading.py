@@ -428,3 +428,15 @@ def test_any_state_dict_is_read_or_refused_with_a_reason(shapes):
         assert len(str(error)) > 20
     else:
         assert adapter.updates
+
+
+def test_updates_of_two_models_in_one_file_are_refused():
+    flux, unet = (
+        pair(f"{module}.lora_B.weight", f"{module}.lora_A.weight")
+        for module in (
+            "transformer.transformer_blocks.0.attn.to_q",
+            "unet.mid_block.attentions.0.proj_in",
+        )
+    )
+    with pytest.raises(UnsupportedFormat, match=r"is of a UNet and transformer.* of two models"):
+        adapters.read_adapter(flux | unet)

@@ -28,6 +28,7 @@ from .naming import BaseNames, list_matrices, most_common_spelling
 from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
 
+_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
 
@@ -109,7 +110,7 @@ def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Cont
     family = base.family if base else None
     if family is None and matrices:
         style = most_common_spelling(slot.module for slot in contents.slots)
-        family = guess_family(shapes, source.metadata, style)
+        family = guess_family(shapes, source.metadata, style, matrices)
     if family is None and reading and any(slot.module.matrix for slot in contents.slots):
         family = reading.id  # the authors' names are those of this family, whatever its sizes
     slots = _settle_t5(contents.slots, family)
@@ -120,6 +121,7 @@ def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Cont
         slot.peft = scalings.get(slot.module.prefix)
         _check_config(slot, source)
     _check_parts(slots, source)
+    _check_one_model(slots, source)
     for vector in contents.vectors:
         vectors.check_vector(vector, source)
     return Contents(slots, contents.vectors, contents.left_out, family, contents.unread)
@@ -365,6 +367,18 @@ def _check_config(slot: Slot, source: UnreadAdapter) -> None:
         raise UnsupportedFormat(
             f"{source.where}: {what} says DoRA, but the magnitudes of {slot.module.name} are "
             "missing, so the update is not known; save it again"
+        )
+
+
+def _check_one_model(slots: list[Slot], source: UnreadAdapter) -> None:
+    """Refuses updates of a UNet's blocks beside those of a transformer's."""
+    unet = [slot for slot in slots if slot.module.name.startswith(_UNET_BLOCKS)]
+    transformer = [slot for slot in slots if slot.module.spelling and ".0." in slot.module.name]
+    if unet and transformer:
+        first, other = (next(iter(some[0].keys.values())) for some in (unet, transformer))
+        raise UnsupportedFormat(
+            f"{source.where}: {first} is of a UNet and {other} of a transformer: the file holds "
+            "updates of two models; save those of each model by themselves"
         )
 
 

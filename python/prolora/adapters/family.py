@@ -41,12 +41,13 @@ def guess_family(
     shapes: Mapping[str, tuple[int, int]],
     metadata: Mapping[str, str],
     spelling: Spelling | None = None,
+    matrices: Iterable[NamedMatrix] = (),
 ) -> str | None:
     """The id of a family ("sd15", "sdxl", "flux", …), None rather than a wrong one.
 
     Arguments are those of `guess_families`.
     """
-    families = guess_families(shapes, metadata, spelling)
+    families = guess_families(shapes, metadata, spelling, matrices)
     return families[0] if len(families) == 1 else None
 
 
@@ -54,6 +55,7 @@ def guess_families(
     shapes: Mapping[str, tuple[int, int]],
     metadata: Mapping[str, str],
     spelling: Spelling | None = None,
+    matrices: Iterable[NamedMatrix] = (),
 ) -> tuple[str, ...]:
     """The ids of the families that an adapter or checkpoint can be of; none if nothing tells.
 
@@ -65,6 +67,8 @@ def guess_families(
         metadata: header metadata of the file.
         spelling: of a transformer's modules in the file. Of families that fit equally well, those
             remain of which files in this spelling exist.
+        matrices: a transformer's modules under the names of the file, which may be its authors':
+            those tell more than the canonical ones.
     """
     claimed = claimed_family(metadata)
     unet = [name for name in shapes if find_component(name) == "unet"]
@@ -75,7 +79,7 @@ def guess_families(
         # Only the width of the text embedding tells SD1.x from SD2.x.
         guess = claimed if guess is None or (context is None and claimed == "sd21") else guess
         return (guess,) if guess else ()
-    matrices = [
+    matrices = list(matrices) or [
         NamedMatrix(name, True, shape)
         for name, shape in shapes.items()
         if find_component(name) == "transformer"

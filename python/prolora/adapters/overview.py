@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..architectures.family import Family
 from ..architectures.modules import TEXT_ENCODERS, find_component
-from ..architectures.recognition import share_rows
+from ..architectures.recognition import NamedMatrix, share_rows
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
@@ -60,6 +60,7 @@ class Overview:
         foreign: path -> rank of LoRA factors on modules that are not known.
         reason: why the file is refused, None if it is not.
         contents: the file's layout, None if it is refused.
+        matrices: a transformer's modules under the names of the file.
         reading: the family by whose names the modules of a transformer are read.
         alphas: name -> alpha, of the file or of PEFT's configuration.
         scales: name -> the factor in front of the update.
@@ -75,6 +76,7 @@ class Overview:
     reason: str | None = None
     contents: Contents | None = None
     reading: Family | None = None
+    matrices: list[NamedMatrix] = field(default_factory=list)
     alphas: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
 
@@ -158,7 +160,8 @@ class Overview:
 def survey_keys(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
-    overview.reading = choose_reading(list_matrices(source), source.metadata, None)
+    overview.matrices = list_matrices(source)
+    overview.reading = choose_reading(overview.matrices, source.metadata, None)
     for key, header in source.headers.items():
         _sort_key(key, header.shape, overview)
     if not overview.is_adapter:

@@ -182,7 +182,7 @@ def _describe_adapter(
     shapes = overview.shapes
     shapes |= dict.fromkeys(vector_modules - shapes.keys(), (0, 0))
     spelling = most_common_spelling(overview.modules.values())
-    families = guess_families(shapes, opened.metadata, spelling)
+    families = guess_families(shapes, opened.metadata, spelling, overview.matrices)
     places = overview.components()
     alphas: Counter[str] = Counter()
     for place in places.values():

@@ -147,8 +147,8 @@ def _cut_prefix(path: str) -> _Path | None:
     for start in _KOHYA_STARTS:
         if path.startswith(f"{start}_"):
             prefix = f"{start}_"
-            if path.startswith("lora_unet_unet_"):  # some tools write it twice
-                prefix = "lora_unet_unet_"
+            for longer in ("lora_unet_unet_", "lora_unet__"):  # as some tools write it
+                prefix = longer if path.startswith(longer) else prefix
             return _Path(prefix, path[len(prefix) :], "kohya", dotted=False)
         if path.startswith(f"{start}."):
             return _Path(f"{start}.", path[len(start) + 1 :], "kohya")
