@@ -5,11 +5,13 @@
 
 import json
 import logging
+import re
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -17,6 +19,9 @@ import torch
 from safetensors.torch import save
 
 from prolora import adapters
+from prolora.adapters.keys.module_names import spell_module
+from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
 from prolora.errors import ProLoRAError
 from prolora.workflow.dry_run import plan_report
 from prolora.workflow.inspection import inspect
@@ -40,6 +45,13 @@ STEMS = (
     "lora_unet_mid_block_attentions_0_norm",
     "lora_unet_final_layer_adaLN_modulation_1",
 )
+# The spelling of every file that a program reads, with its family.
+SPELLED = [
+    (family, spelling)
+    for family in known_families().values()
+    if not family.unet
+    for spelling in (*family.spellings.values(), *family.also_read)
+]
 KINDS = (
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": ()},
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12)},
@@ -68,6 +80,8 @@ KINDS = (
     {"lokr_w1": (2, 4), "lokr_w2_a": (7, 2), "lokr_w2_b": (2, 3), "alpha": ()},
     {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 4), "lokr_w2": (7, 3), "alpha": ()},
     {"lokr_w1": (2, 4), "lokr_w2_a": (2, 7), "lokr_w2_b": (2, 3), "lokr_t2": (2, 2, 3, 3)},
+    {"lora_B.weight": (84, 4), "lora_A.weight": (4, 12)},
+    {"lora_up.weight": (84, 4), "lora_down.weight": (4, 12), "alpha": ()},
     {"diff": (14, 12), "diff_b": (14,), "w_norm": (14,)},
     {"w_norm": (14,), "b_norm": (14,)},
     {"diff": (14,), "diff_b": (14,)},
@@ -90,11 +104,30 @@ SECONDS = 10.0
 MEGABYTES = 400
 
 
+@cache
+def early_modules(layout):
+    """What lies in the first two blocks, and outside them."""
+    names = load_layout(layout).shapes
+    return [name for name in names if all(int(n) < 2 for n in re.findall(r"\.(\d+)\.", name))]
+
+
+def choose_stems(random):
+    """One to three modules of any spelling, or up to six of one family in one of its own."""
+    if random.random() < 0.5:
+        return random.choices(STEMS, k=random.choice([1, 1, 1, 2, 3]))
+    family, spelling = random.choice(SPELLED)
+    names = early_modules(random.choice(family.layouts))
+    chosen = random.choices(names, k=random.choice([1, 2, 4, 6]))
+    stems = [spell_module(name, spelling, family) for name in chosen]
+    if random.random() < 0.1:  # and a stranger among them
+        stems.append(random.choice(STEMS))
+    return [stem for stem in stems if stem]
+
+
 def whole_file(random, bent=0.0):
-    """A file of one to three kinds and spellings; a share `bent` of its tensors has odd shapes."""
+    """A file of some kinds and spellings; a share `bent` of its tensors has odd shapes."""
     tensors = {}
-    for _ in range(random.choice([1, 1, 1, 2, 3])):
-        stem = random.choice(STEMS)
+    for stem in choose_stems(random):
         for suffix, shape in random.choice(KINDS).items():
             if random.random() < bent:
                 shape = random.choice(
