@@ -26,7 +26,7 @@ SEEDS = [
     },
     {
         "double_blocks.0.img_attn.qkv.weight": (12, 4),
-        "single_blocks.0.linear1.weight": (20, 4),
+        "single_blocks.0.linear1.weight": (28, 4),
         "final_layer.adaLN_modulation.1.weight": (8, 4),
     },
     {"joint_blocks.0.x_block.attn.qkv.weight": (12, 4), "x_embedder.proj.weight": (4, 2, 2, 2)},

@@ -87,6 +87,7 @@ paths = [f"{{folder}}/{{name}}" for name in ("lora.safetensors", "s", "t")]
 def peak():
     status = open("/proc/self/status").read()  # not ru_maxrss, which the parent's peak is part of
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
+prolora.open_base(paths[1]).layout  # the tables of layouts are read once
 bound = resident_bytes() + (40 << 20) + SLACK
 prolora.transfer_file(*paths, f"{{folder}}/a.safetensors", method="prolora", rank=64,
                       threshold=0, max_memory=bound)

@@ -161,7 +161,12 @@ def test_a_vector_is_no_weight():
 LARGE = {
     "i^-0.5": power_law(800, 0.5),
     "i^-1": power_law(800, 1.0),
-    "spikes on a flat bulk": torch.cat([torch.linspace(3, 2, 40), 1 + 0.2 * torch.rand(760)]),
+    "spikes on a flat bulk": torch.cat(
+        [
+            torch.linspace(3, 2, 40),
+            1 + 0.2 * torch.rand(760, generator=torch.Generator().manual_seed(0)),
+        ]
+    ),
 }
 
 

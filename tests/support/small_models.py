@@ -12,11 +12,23 @@ SHRINK = 32
 
 def small_shapes(layout, blocks=2):
     """{canonical module: shape}; matrices only."""
+    matrices = {n: s for n, s in load_layout(layout).shapes.items() if len(s) == 2}
+    first = [n for n in matrices if all(int(i) < blocks for i in _numbers(n)[:1])]
+    # A module that only a later block has, as the last one of some families.
+    kinds = set(map(_kind, first))
+    own = {_kind(n): n for n in matrices if _kind(n) not in kinds}
     return {
-        name: tuple(max(4, size // SHRINK) for size in shape)
-        for name, shape in load_layout(layout).shapes.items()
-        if len(shape) == 2 and all(int(n) < blocks for n in re.findall(r"\.(\d+)\.", name)[:1])
+        name: tuple(max(4, size // SHRINK) for size in matrices[name])
+        for name in (*first, *own.values())
     }
+
+
+def _numbers(name):
+    return re.findall(r"\.(\d+)\.", name)
+
+
+def _kind(name):
+    return re.sub(r"\.\d+\.", ".N.", name, count=1)
 
 
 def small_weights(layout, seed=0, drift=0.0, blocks=2):

@@ -242,6 +242,8 @@ def _match_pattern(
     """
     separator, table = (".", patterns.dotted) if dotted else ("_", patterns.underscored)
     words = name.split(separator)
+    if NUMBER in words:
+        return None  # a pattern is no name
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
     for chosen in _choose_places(places):
         trial = list(words)

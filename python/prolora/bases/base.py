@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..architectures.families import known_families
 from ..architectures.layouts import identify_layout
-from ..architectures.modules import find_component
+from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .keys.family_names import find_family
@@ -68,7 +68,10 @@ class Base:
         for family in known_families().values():
             if self.layout in family.layouts:
                 return family.id
-        named = {n: s for n, s in self.shapes.items() if find_component(n) == "transformer"}
+        named = {n: s for n, s in self.shapes.items() if find_component(n) not in TEXT_ENCODERS}
+        # Some transformers have a `time_embedding` too, beside blocks that no UNet has.
+        if not any(find_component(name) == "transformer" for name in named):
+            return None
         found = find_family(named)
         return None if found is None else found.id
 

@@ -56,6 +56,11 @@ class FamilyNames:
         if len(stored.parts) > 1:
             return self._split_rows(stored.parts, stored.shares, path, weight, where)
         swapped = stored.is_swapped(weight.shape)
+        if swapped and (not weight.shape or weight.shape[0] % 2):
+            raise ShapeMismatch(
+                f"{where}: {path} is {list(weight.shape)}, which is not a shift above a scale as "
+                f"in {self.family.title}; the checkpoint is damaged or of another architecture"
+            )
         return {stored.parts[0]: ConvertedWeight(weight) if swapped else weight}
 
     def _split_rows(
