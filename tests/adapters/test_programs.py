@@ -54,3 +54,20 @@ def test_inspect_says_which_programs_read_a_file(tmp_path):
     assert {"ComfyUI", "musubi"} <= set(inspect(tmp_path / "lora").readers)
     tensors = load_file(tmp_path / "lora")
     assert all(key.startswith("lora_unet_transformer_blocks_0") for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "module"),
+    [
+        ("cosmos", "diffusers", "llm_adapter.blocks.0.self_attn.q_proj"),
+        ("chroma", "kohya", "distilled_guidance_layer.in_proj"),
+        ("wan", "comfy", "vace_blocks.0.attn1.to_q"),
+        ("wan", "kohya", "vace_blocks.0.attn1.to_q"),
+    ],
+)
+def test_a_program_that_does_not_read_some_modules_is_no_reader_of_a_file_with_them(
+    family, format, module
+):
+    assert "diffusers" in find_readers([family], format, None, ["transformer_blocks.0.attn.to_q"])
+    assert "diffusers" not in find_readers([family], format, None, [module])
+    assert "ComfyUI" in find_readers([family], "comfy", None, [module])

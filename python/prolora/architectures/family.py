@@ -115,6 +115,7 @@ class Family:
         also_read: further spellings -> the programs that read files in them whole. A file that
             came in one keeps it.
         readers: program -> the formats of `spellings` that it reads whole, best first.
+        gaps: (program, format) of `readers` -> how the modules begin that it does not read.
         claims: how metadata names a member of the family (the beginning of
             `ss_base_model_version` or `modelspec.architecture`, in lower case) -> its title.
         siblings: pairs that people move LoRAs between, as sentences for the documentation.
@@ -130,6 +131,7 @@ class Family:
     spellings: Mapping[str, Spelling] = field(default_factory=lambda: SPELLINGS)
     also_read: Mapping[Spelling, tuple[str, ...]] = field(default_factory=dict)
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gaps: Mapping[tuple[str, str], str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
     siblings: tuple[str, ...] = ()
     not_linear: Mapping[str, str] = field(default_factory=dict)

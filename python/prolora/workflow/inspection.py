@@ -199,7 +199,7 @@ def _describe_adapter(
         family=families[0] if len(families) == 1 else None,
         families=list(families),
         sizes=list(guess_sizes(shapes)),
-        readers=find_readers(families, first.format if first else "", spelling),
+        readers=find_readers(families, first.format if first else "", spelling, shapes),
         modules=count_values(
             [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
@@ -19,16 +19,29 @@ PROGRAMS = {
 """What `--for` takes -> the program's name in `Family.readers`. diffusers is a format too."""
 
 
-def find_readers(families: Iterable[str], format: str, spelling: Spelling | None) -> list[str]:
+def find_readers(
+    families: Iterable[str],
+    format: str,
+    spelling: Spelling | None,
+    modules: Collection[str] = (),
+) -> list[str]:
     """The programs that read all of a LoRA file, as far as they were tried.
 
     Args:
         families: ids of those that the LoRA can be of.
         format: of the file.
         spelling: of a transformer's modules in it; None for a UNet.
+        modules: canonical names of those that the file updates.
     """
     known = [family for id_ in families if (family := known_families().get(id_)) is not None]
-    readers = [_readers_of(family, format, spelling) for family in known]
+    readers = [
+        [
+            program
+            for program in _readers_of(family, format, spelling)
+            if not any(n.startswith(family.gaps.get((program, format), " ")) for n in modules)
+        ]
+        for family in known
+    ]
     if not readers:
         return []
     return [name for name in readers[0] if all(name in others for others in readers)]

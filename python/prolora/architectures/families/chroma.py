@@ -26,6 +26,7 @@ FAMILY = Family(
         Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),
         Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
     },
+    gaps={("diffusers", "kohya"): "distilled_guidance_layer."},
     readers={
         "ComfyUI": ("comfy", "kohya", "diffusers"),
         "diffusers": ("diffusers", "kohya"),

@@ -51,6 +51,7 @@ FAMILY = Family(
         "InvokeAI": ("comfy",),
         "sd-scripts": ("kohya",),
     },
+    gaps={("diffusers", "diffusers"): "llm_adapter."},
     claims={
         # sd-scripts writes "anima", "anima-preview" and "anima-unknown"; ai-toolkit "anima".
         "anima": "Anima",

@@ -56,6 +56,7 @@ FAMILY = Family(
     also_read={
         Spelling("", "diffusers"): ("InvokeAI",),
     },
+    gaps={("diffusers", "comfy"): "vace_blocks.", ("diffusers", "kohya"): "vace_blocks."},
     readers={
         "ComfyUI": ("comfy", "kohya"),
         "diffusers": ("diffusers", "comfy", "kohya"),
