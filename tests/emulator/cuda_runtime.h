@@ -3,6 +3,7 @@
 #pragma once
 
 #include "emulator.h"
+#include "ptx_model.h"
 
 #define PROLORA_EMULATED 1
 

@@ -2,10 +2,10 @@
 //
 // A fiber runs until it reaches a barrier or a warp collective. Two things make a missing barrier
 // visible: the order in which warps and lanes resume is shuffled (EMU_SEED=1, 2, ...; 0 keeps it),
-// and shared memory starts every block as NaN.
+// and shared memory starts every block as NaN. Tensor cores and asynchronous copies: ptx_model.h.
 //
 // Not modelled: races that need two threads to interleave between barriers, memory ordering
-// between blocks, tensor cores, asynchronous copies, speed.
+// between blocks, speed.
 #pragma once
 
 #include <algorithm>
@@ -53,6 +53,15 @@ inline long from_environment(const char* name, long otherwise) {
 // Shared memory that a block may opt in to: an H100's, or EMU_SHARED_BYTES to play a smaller GPU.
 inline std::size_t max_shared_bytes() { return from_environment("EMU_SHARED_BYTES", 227 << 10); }
 
+// A copy to shared memory that a thread has begun, or the end of a group of them.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int size;   // to write
+  int bytes;  // to read; the rest is 0
+  bool ends_group;
+};
+
 struct Fiber {
   Position position;  // where it goes on
   uint3 thread;
@@ -62,6 +71,7 @@ struct Fiber {
   Wait wait = Wait::Nothing;
   unsigned mask = 0;       // the lanes of the warp collective it waits for
   std::uint64_t slot = 0;  // the value it brings to that collective
+  std::vector<AsyncCopy> copies;
 };
 
 struct Block {

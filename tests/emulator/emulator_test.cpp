@@ -130,6 +130,56 @@ float lost_update() {
   return count;
 }
 
+// a [16, 8] b [8, 8] + c, row-major. `swap` exchanges two registers of A, as if a1 and a2 were laid
+// out like those of a half-precision product; `round` prepares the operands.
+void product_kernel(const float* a, const float* b, float c, float* out, bool swap, bool round) {
+  const int g = threadIdx.x / 4;
+  const int t = threadIdx.x % 4;
+  auto operand = [&](float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return round ? prolora::ptx::round_to_tf32(x) : bits;
+  };
+  unsigned left[4] = {operand(a[g * 8 + t]), operand(a[(g + 8) * 8 + t]), operand(a[g * 8 + t + 4]),
+                      operand(a[(g + 8) * 8 + t + 4])};
+  const unsigned right[2] = {operand(b[t * 8 + g]), operand(b[(t + 4) * 8 + g])};
+  if (swap) std::swap(left[1], left[2]);
+  float sums[4] = {c, c, c, c};
+  prolora::ptx::multiply_add_tf32(sums, left, right);
+  out[g * 8 + 2 * t] = sums[0];
+  out[g * 8 + 2 * t + 1] = sums[1];
+  out[(g + 8) * 8 + 2 * t] = sums[2];
+  out[(g + 8) * 8 + 2 * t + 1] = sums[3];
+}
+
+Values product(const Values& a, const Values& b, float c, int lanes, bool swap, bool round) {
+  Values out(16 * 8);
+  LAUNCH(product_kernel, 1, lanes, 0, nullptr, a.data(), b.data(), c, out.data(), swap, round);
+  return out;
+}
+
+float to_tf32(float x) { return prolora::ptx::as_float(prolora::ptx::round_to_tf32(x)); }
+
+// Two copies by one thread, each in a group of its own; the second one of three numbers. Then
+// waits for both, one or none of the groups, and reads the eight numbers.
+void copy_kernel(const float* from, float* out, int wait_for) {
+  DYNAMIC_SHARED(float, shared);
+  for (int i = 0; i < 2; ++i) {
+    prolora::ptx::copy_16_bytes(shared + 4 * i, from + 4 * i, 16 - 4 * i);
+    prolora::ptx::end_copy_group();
+  }
+  if (wait_for == 2) prolora::ptx::wait_for_copies<0>();
+  if (wait_for == 1) prolora::ptx::wait_for_copies<1>();
+  for (int i = 0; i < 8; ++i) out[i] = shared[i];
+}
+
+Values copy(int wait_for, int misaligned) {
+  alignas(16) const float from[12] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  Values out(8);
+  LAUNCH(copy_kernel, 1, 1, 32, nullptr, from + misaligned, out.data(), wait_for);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulator_test, m) {
@@ -145,4 +195,7 @@ PYBIND11_MODULE(_emulator_test, m) {
   m.def("early_exit", &early_exit);
   m.def("launch", &launch);
   m.def("lost_update", &lost_update);
+  m.def("product", &product);
+  m.def("to_tf32", &to_tf32);
+  m.def("copy", &copy);
 }

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 
 def test_barrier(emulator):
@@ -73,3 +74,41 @@ def test_launches_that_a_gpu_refuses_are_refused(emulator, grid, threads, shared
 def test_lost_updates_are_not_modelled(emulator):
     # A known limit, written down: only racecheck on a GPU finds these.
     assert emulator.lost_update() == 64
+
+
+def test_a_warp_multiplies_fragments_laid_out_as_ptx_says_and_no_others(emulator):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-9, 10, (n, 8), generator=generator) for n in (16, 8))
+    given = a.flatten().tolist(), b.flatten().tolist(), 3.0, 32
+    assert emulator.product(*given, False, True) == (a @ b + 3).flatten().tolist()
+    assert emulator.product(*given, True, True) != (a @ b + 3).flatten().tolist()
+
+
+def test_tensor_cores_take_numbers_of_eleven_bits_and_lose_bits_towards_zero(emulator):
+    ulp = 2.0**-10
+    assert emulator.to_tf32(1 + ulp / 2) == 1 + ulp and emulator.to_tf32(-1 - ulp / 2) == -1 - ulp
+    assert emulator.to_tf32(1 + ulp * 0.499) == 1 and emulator.to_tf32(math.inf) == math.inf
+    assert math.isnan(emulator.to_tf32(math.nan))
+    with pytest.raises(RuntimeError, match="not rounded to TF32"):
+        emulator.product([1 / 3] * 128, [1.0] * 64, 0.0, 32, False, False)
+    assert emulator.product([1 / 3] * 128, [1.0] * 64, 0.0, 32, False, True)[0] != 8 / 3
+    # The nearest float would be the next one above 1.
+    small = [3 * 2.0**-28] + [0.0] * 127
+    assert emulator.product(small, [8.0] * 64, 1.0, 32, False, True)[0] == 1
+
+
+def test_a_product_on_tensor_cores_needs_the_whole_warp(emulator):
+    with pytest.raises(RuntimeError, match="takes no part"):
+        emulator.product([1.0] * 128, [1.0] * 64, 0.0, 16, False, True)
+
+
+@pytest.mark.parametrize(("waited", "there"), [(2, 8), (1, 4), (0, 0)])
+def test_an_asynchronous_copy_is_there_after_the_wait_and_not_before(emulator, waited, there):
+    copied = emulator.copy(waited, 0)
+    assert copied[:there] == [1, 2, 3, 4, 5, 6, 7, 0][:there]
+    assert all(math.isnan(x) for x in copied[there:])
+
+
+def test_a_misaligned_asynchronous_copy_is_reported(emulator):
+    with pytest.raises(RuntimeError, match="misaligned"):
+        emulator.copy(2, 1)
