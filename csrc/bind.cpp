@@ -78,14 +78,11 @@ py::tuple devices() {
   return py::make_tuple(capabilities, why);
 }
 
-Index small_svd_scratch(Index batch, Index m, Index n, bool float64, bool cuda) {
+Index small_svd_scratch(Index batch, Index m, Index n, bool vectors, bool float64, bool cuda) {
 #ifdef PROLORA_CUDA
-  if (cuda) {
-    return float64 ? small_svd_scratch_cuda<double>(batch, m, n)
-                   : small_svd_scratch_cuda<float>(batch, m, n);
-  }
+  if (cuda) return small_svd_scratch_cuda(batch, m, n, vectors, float64);
 #endif
-  (void)batch, (void)m, (void)n, (void)float64, (void)cuda;
+  (void)batch, (void)m, (void)n, (void)vectors, (void)float64, (void)cuda;
   return 0;
 }
 
@@ -102,6 +99,6 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         "Runs an op on the addresses and sizes of its struct in csrc/ops.h, in that order.");
   m.def("panel_qr_scratch", &panel_qr_scratch, arg("r"),
         "Doubles of scratch that panel_qr needs for a panel.");
-  m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("float64"),
-        arg("cuda"), "Bytes of scratch that small_svd needs.");
+  m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("vectors"),
+        arg("float64"), arg("cuda"), "Bytes of scratch that small_svd needs, or the values alone.");
 }

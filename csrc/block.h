@@ -8,7 +8,9 @@
 //   each(n, f)       run f(i) for i in [0, n); lane l takes i = l, l + 32, ... and nobody waits
 //   max(n, f)        the largest f(i), known to every lane; 0 if n is 0
 //   sum(n, f)        the sum of f(i), known to every lane
-//   gram(n, x, y)    x·x, x·y and y·y in one pass over both
+//   dot(n, x, y)     x·y, known to every lane
+//   sync()           wait until every lane is here; what they wrote is there for all of them
+// i has the type of n: int keeps the arithmetic of addresses at 32 bits.
 // The Serial versions (serial.h) are the CPU backend; the Cuda versions run on a GPU or in the
 // emulator. Every sum is taken in an order that depends on n alone, so results repeat bit by bit.
 #pragma once
@@ -27,12 +29,6 @@ namespace prolora {
 
 using Index = std::int64_t;
 
-// Inner products of two columns.
-template <class T>
-struct Gram {
-  T xx, xy, yy;
-};
-
 HOST_DEVICE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
@@ -41,11 +37,13 @@ HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 struct CudaWarp {
   static constexpr unsigned kAll = 0xffffffffu;
 
-  template <class F>
-  __device__ __forceinline__ void each(Index n, F f) const {
+  template <class I, class F>
+  __device__ __forceinline__ void each(I n, F f) const {
 #pragma unroll 2
-    for (Index i = threadIdx.x % 32; i < n; i += 32) f(i);
+    for (I i = I(threadIdx.x % 32); i < n; i += 32) f(i);
   }
+
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
 
   // Butterfly: both partners add the same two numbers, so all lanes end with the same bits.
   template <class T>
@@ -54,45 +52,39 @@ struct CudaWarp {
     return value;
   }
 
-  template <class T, class F>
-  __device__ __forceinline__ T sum(Index n, F f) const {
+  template <class T, class I, class F>
+  __device__ __forceinline__ T sum(I n, F f) const {
     T partial = 0;
-    each(n, [&](Index i) { partial += f(i); });
+    each(n, [&](I i) { partial += f(i); });
     return total(partial);
   }
 
-  template <class T, class F>
-  __device__ __forceinline__ T max(Index n, F f) const {
+  template <class T, class I, class F>
+  __device__ __forceinline__ T max(I n, F f) const {
     T largest = 0;
     auto take = [&](T value) { largest = value > largest ? value : largest; };
-    each(n, [&](Index i) { take(f(i)); });
+    each(n, [&](I i) { take(f(i)); });
     for (int d = 16; d > 0; d /= 2) take(__shfl_xor_sync(kAll, largest, d));
     return largest;
   }
 
-  template <class T>
-  __device__ __forceinline__ Gram<T> gram(Index n, const T* x, const T* y) const {
-    Gram<T> g = {0, 0, 0};
-    each(n, [&](Index i) {
-      g.xx += x[i] * x[i];
-      g.xy += x[i] * y[i];
-      g.yy += y[i] * y[i];
-    });
-    return {total(g.xx), total(g.xy), total(g.yy)};
+  template <class T, class I>
+  __device__ __forceinline__ T dot(I n, const T* x, const T* y) const {
+    return sum<T>(n, [&](I i) { return x[i] * y[i]; });
   }
 };
 
 struct CudaBlock {
-  template <class F>
-  __device__ __forceinline__ void each(Index n, F f) const {
+  template <class I, class F>
+  __device__ __forceinline__ void each(I n, F f) const {
 #pragma unroll 2
-    for (Index i = threadIdx.x; i < n; i += blockDim.x) f(i);
+    for (I i = I(threadIdx.x); i < n; i += I(blockDim.x)) f(i);
     __syncthreads();
   }
 
-  template <class F>
-  __device__ __forceinline__ void each_warp(Index n, F f) const {
-    for (Index i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(CudaWarp{}, i);
+  template <class I, class F>
+  __device__ __forceinline__ void each_warp(I n, F f) const {
+    for (I i = I(threadIdx.x / 32); i < n; i += I(blockDim.x / 32)) f(CudaWarp{}, i);
     __syncthreads();
   }
 };

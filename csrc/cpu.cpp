@@ -45,6 +45,33 @@ void overlap_block(const OverlapTableArgs<T>& args, Index block) {
   args.table[block] = total;
 }
 
+template <bool kVectors, class T>
+void svd_on_cores(const SmallSvdArgs<T>& args) {
+  check_svd_size(args.m, args.n);
+  const int m = int(args.m);
+  const int n = int(args.n);
+  const Index entries = args.m * args.n;
+  bool enough_memory = true;
+#pragma omp parallel if (50.0 * args.batch * m * n * n > kParallelFlops)
+  {
+    const std::unique_ptr<std::byte[]> memory(
+        new (std::nothrow) std::byte[SvdWorkspace<T>::bytes(m, n, kVectors)]);
+    if (!memory) {
+#pragma omp critical
+      enough_memory = false;
+    }
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < args.batch; ++b) {
+      if (!memory) continue;
+      small_svd<kVectors>(SerialBlock{}, args.a + b * entries,
+                          kVectors ? args.u + b * entries : nullptr, args.s + b * n,
+                          kVectors ? args.v + b * n * n : nullptr,
+                          SvdWorkspace<T>::at(memory.get(), m, n, kVectors), m, n);
+    }
+  }
+  if (!enough_memory) throw std::bad_alloc{};
+}
+
 }  // namespace
 
 template <class T>
@@ -95,25 +122,12 @@ void panel_qr_cpu(const PanelQrArgs<T>& args) {
 
 template <class T>
 void small_svd_cpu(const SmallSvdArgs<T>& args) {
-  const Index m = args.m;
-  const Index n = args.n;
-  bool enough_memory = true;
-#pragma omp parallel if (50.0 * args.batch * m * n * n > kParallelFlops)
-  {
-    const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
-                                                  std::byte[SvdWorkspace<T>::bytes(m, n)]);
-    if (!memory) {
-#pragma omp critical
-      enough_memory = false;
-    }
-#pragma omp for schedule(dynamic)
-    for (Index b = 0; b < args.batch; ++b) {
-      if (!memory) continue;
-      small_svd(SerialBlock{}, args.a + b * m * n, args.u + b * m * n, args.s + b * n,
-                args.v + b * n * n, SvdWorkspace<T>::at(memory.get(), m, n), m, int(n));
-    }
-  }
-  if (!enough_memory) throw std::bad_alloc{};
+  svd_on_cores<true>(args);
+}
+
+template <class T>
+void small_singular_values_cpu(const SmallSingularValuesArgs<T>& args) {
+  svd_on_cores<false>(without_vectors(args));
 }
 
 #define PROLORA_INSTANTIATE_CPU(op, Args)     \

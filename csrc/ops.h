@@ -13,17 +13,18 @@
 #include <vector>
 
 // The one list of ops: name, struct of arguments.
-#define PROLORA_OPS(OP)               \
-  OP(overlap_table, OverlapTableArgs) \
-  OP(panel_qr, PanelQrArgs)           \
-  OP(project_pair, ProjectPairArgs)   \
+#define PROLORA_OPS(OP)                              \
+  OP(overlap_table, OverlapTableArgs)                \
+  OP(panel_qr, PanelQrArgs)                          \
+  OP(project_pair, ProjectPairArgs)                  \
+  OP(small_singular_values, SmallSingularValuesArgs) \
   OP(small_svd, SmallSvdArgs)
 
 namespace prolora {
 
 // Raised whenever a struct below or the meaning of an op changes, so that Python notices an
 // extension that was built from other sources (INTERFACE in core/ops/native.py).
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 using Index = std::int64_t;
 
@@ -86,6 +87,19 @@ struct SmallSvdArgs {
   Index batch, m, n;
 };
 
+template <class T>
+struct SmallSingularValuesArgs {
+  const T* a;          // as in SmallSvdArgs
+  T* s;                // [batch, n], descending
+  std::byte* scratch;  // small_svd_scratch_cuda bytes, those without vectors
+  Index batch, m, n;
+};
+
+template <class T>
+SmallSvdArgs<T> without_vectors(const SmallSingularValuesArgs<T>& args) {
+  return {args.a, nullptr, args.s, nullptr, args.scratch, args.batch, args.m, args.n};
+}
+
 // <op>_cpu(args) and <op>_cuda(args, stream) of every op.
 #define PROLORA_DECLARE(op, Args)     \
   template <class T>                  \
@@ -104,8 +118,7 @@ PROLORA_OPS(PROLORA_DECLARE)
 Index panel_qr_scratch(Index r);
 
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
-template <class T>
-Index small_svd_scratch_cuda(Index batch, Index m, Index n);
+Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
 
 // The compute capabilities (major, minor) of the CUDA devices there are; `why` says what is missing
 // where there are none.

@@ -57,16 +57,18 @@ struct Lanes {
 #endif
 
 struct SerialWarp {
-  template <class F>
-  HOST_DEVICE void each(Index n, F f) const {
+  template <class I, class F>
+  HOST_DEVICE void each(I n, F f) const {
     PROLORA_INDEPENDENT
-    for (Index i = 0; i < n; ++i) f(i);
+    for (I i = 0; i < n; ++i) f(i);
   }
 
-  template <class T, class F>
-  HOST_DEVICE T sum(Index n, F f) const {
+  HOST_DEVICE void sync() const {}
+
+  template <class T, class I, class F>
+  HOST_DEVICE T sum(I n, F f) const {
     T partial[kLanes<T>] = {};
-    Index i = 0;
+    I i = 0;
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
       for (int k = 0; k < kLanes<T>; ++k) partial[k] += f(i + k);
     }
@@ -76,39 +78,31 @@ struct SerialWarp {
     return total;
   }
 
-  template <class T, class F>
-  HOST_DEVICE T max(Index n, F f) const {
+  template <class T, class I, class F>
+  HOST_DEVICE T max(I n, F f) const {
     T largest = 0;
-    for (Index i = 0; i < n; ++i) {
+    for (I i = 0; i < n; ++i) {
       const T value = f(i);
       largest = value > largest ? value : largest;
     }
     return largest;
   }
 
-  template <class T>
-  HOST_DEVICE Gram<T> gram(Index n, const T* x, const T* y) const {
-    Lanes<T> xx, xy, yy;
-    Index i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) {
-      xx.add_product(x + i, x + i);
-      xy.add_product(x + i, y + i);
-      yy.add_product(y + i, y + i);
-    }
-    Gram<T> g = {xx.total(), xy.total(), yy.total()};
-    for (; i < n; ++i) {
-      g.xx += x[i] * x[i];
-      g.xy += x[i] * y[i];
-      g.yy += y[i] * y[i];
-    }
-    return g;
+  template <class T, class I>
+  HOST_DEVICE T dot(I n, const T* x, const T* y) const {
+    Lanes<T> lanes;
+    I i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) lanes.add_product(x + i, y + i);
+    T total = lanes.total();
+    for (; i < n; ++i) total += x[i] * y[i];
+    return total;
   }
 };
 
 struct SerialBlock : SerialWarp {
-  template <class F>
-  HOST_DEVICE void each_warp(Index n, F f) const {
-    for (Index i = 0; i < n; ++i) f(SerialWarp{}, i);
+  template <class I, class F>
+  HOST_DEVICE void each_warp(I n, F f) const {
+    for (I i = 0; i < n; ++i) f(SerialWarp{}, i);
   }
 };
 

@@ -19,7 +19,7 @@ from prolora.core.ops import native, torch_twin
 from prolora.core.ops.overlap_table import run_overlap_table
 from prolora.core.ops.panel_qr import run_panel_qr
 from prolora.core.ops.project_pair import run_project_pair
-from prolora.core.ops.small_svd import run_small_svd
+from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
@@ -58,6 +58,11 @@ class Kernels:
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._call(run_small_svd, torch_twin.small_svd, self._there(a))
+
+    def small_singular_values(self, a: Tensor) -> Tensor:
+        values, twin = run_small_singular_values, torch_twin.small_singular_values
+        x = a.to(self.device)
+        return (values(self.module, x, self.cuda) if self.module else twin(x)).cpu()
 
     def _there(self, *operands):
         lists = [[x] if isinstance(x, Tensor) else x for x in operands]

@@ -8,12 +8,13 @@ from prolora import errors
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
 from prolora.core.ops.project_pair import project_pair
-from prolora.core.ops.small_svd import run_small_svd, small_svd
+from prolora.core.ops.small_svd import run_small_svd, small_singular_values, small_svd
 
 CALLS = {
     "overlap_table": lambda x: overlap_table([x], [x]),
     "panel_qr": panel_qr,
     "project_pair": lambda x: project_pair(x, x, x.mT if hasattr(x, "mT") else x),
+    "small_singular_values": small_singular_values,
     "small_svd": small_svd,
 }
 every_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -30,13 +31,13 @@ def test_other_dtypes_are_refused_by_name(call, dtype):
         call(torch.zeros(2, 3, 2, dtype=dtype))
 
 
-@pytest.mark.parametrize("op", [panel_qr, small_svd])
+@pytest.mark.parametrize("op", [panel_qr, small_svd, small_singular_values])
 def test_other_things_than_tensors_are_refused(op):
     with pytest.raises(TypeError, match=r"must be a torch\.Tensor, not list"):
         op([[1.0]])
 
 
-@pytest.mark.parametrize("op", [panel_qr, small_svd])
+@pytest.mark.parametrize("op", [panel_qr, small_svd, small_singular_values])
 def test_vectors_are_refused(op):
     with pytest.raises(errors.ShapeMismatch, match="two or more dimensions"):
         op(torch.zeros(3))
@@ -51,10 +52,11 @@ def test_shapes_and_dtypes_must_agree():
         overlap_table([torch.zeros(2, 5, 3)], [torch.zeros(2, 5, 3).double()])
 
 
+@pytest.mark.parametrize("op", [small_svd, small_singular_values])
 @pytest.mark.parametrize("shape", [(3, 4), (1000, 129)])
-def test_small_svd_refuses_wide_and_large_matrices(shape):
+def test_small_svd_refuses_wide_and_large_matrices(op, shape):
     with pytest.raises(ValueError, match=r"use torch\.linalg\.svd"):
-        small_svd(torch.zeros(shape))
+        op(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,), (2, 0)], ids=str)
@@ -67,6 +69,7 @@ def test_leading_dimensions_are_kept(lead):
     left, s, v = small_svd(u)
     assert (left.shape, s.shape, v.shape) == (u.shape, (*lead, 4), (*lead, 4, 4))
     torch.testing.assert_close((left * s[..., None, :]) @ v.mT, u)
+    torch.testing.assert_close(small_singular_values(u), s)
     q, lower, rank = panel_qr(u.mT)
     assert rank.shape == lead
     torch.testing.assert_close(lower @ q, u.mT)
@@ -97,7 +100,8 @@ def test_inputs_are_not_changed(kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_small_svd_passes_torchs_own_checks(dtype):
-    torch.library.opcheck(torch.ops.prolora.small_svd.default, (randn(2, 9, 4, dtype=dtype),))
+    for op in (torch.ops.prolora.small_svd, torch.ops.prolora.small_singular_values):
+        torch.library.opcheck(op.default, (randn(2, 9, 4, dtype=dtype),))
 
 
 def test_shapes_without_data():
@@ -109,6 +113,7 @@ def test_shapes_without_data():
         assert table.dtype == shells.dtype == torch.float64
         left, s, v = small_svd(u)
         assert (left.shape, s.shape, v.shape) == (u.shape, (5, 2, 4), (5, 2, 4, 4))
+        assert small_singular_values(u).shape == (5, 2, 4)
         q, lower, rank = panel_qr(x)
         assert (q.shape, lower.shape, rank.shape) == (x.shape, (5, 2, 3, 3), (5, 2))
 

@@ -3,19 +3,27 @@ values of s; never by comparing vectors."""
 
 import pytest
 import torch
+from conftest import load
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prolora.core.ops import native, torch_twin
-from prolora.core.ops.small_svd import run_small_svd, small_svd
+from prolora.core.ops.small_svd import (
+    run_small_singular_values,
+    run_small_svd,
+    small_singular_values,
+    small_svd,
+)
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(3, 7, 5), (2, 1, 1), (1, 20, 1), (1, 20, 2), (2, 16, 16), (1, 40, 33), (40, 3, 2)]
 LIMIT = 30  # times n eps
 EXTENSION = native.EXTENSION.kernels
 ON_THIS_CPU = [small_svd, torch_twin.small_svd]
+VALUES_ON_THIS_CPU = [small_singular_values, torch_twin.small_singular_values]
 if EXTENSION is not None:
     ON_THIS_CPU.append(lambda a: run_small_svd(EXTENSION, a, False))
+    VALUES_ON_THIS_CPU.append(lambda a: run_small_singular_values(EXTENSION, a, False))
 
 
 def random(shape, dtype, seed=0):
@@ -56,17 +64,76 @@ def test_empty_problems_give_empty_factors(kernels, shape):
     assert_svd(a, *kernels.small_svd(a))
 
 
+def assert_values(a, s):
+    """s is as good as `assert_svd` asks of it, and nothing else is asked."""
+    assert s.shape == (a.shape[0], a.shape[2]) and s.dtype == a.dtype
+    exact = torch.linalg.svdvals(a.double())
+    unit = LIMIT / 5 * a.shape[2] * torch.finfo(a.dtype).eps
+    assert ((s - exact).abs() <= unit * exact.amax(1, keepdim=True)).all()
+    assert (s >= 0).all() and (s.diff(dim=1) <= 0).all()
+
+
 def test_matrices_too_large_for_shared_memory(kernels, monkeypatch):
     monkeypatch.setenv("EMU_SHARED_BYTES", "4000")
-    a = random((2, 40, 23), torch.float32)
-    assert_svd(a, *kernels.small_svd(a))
+    for dtype in DTYPES:
+        a = random((2, 40, 33), dtype)
+        assert_svd(a, *kernels.small_svd(a))
+        assert_values(a, kernels.small_singular_values(a))
 
 
-def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels):
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (84, 80)), (torch.float64, (60, 56))])
+def test_matrices_for_which_a_block_must_ask_for_more_shared_memory(kernels, dtype, shape):
     """53 KB, beyond the 48 KB that a kernel has without cudaFuncSetAttribute."""
-    a = random((1, 84, 80), torch.float32)
+    a = random((1, *shape), dtype)
     for _ in range(2):  # the second time the limit is raised already
         assert_svd(a, *kernels.small_svd(a))
+
+
+@pytest.mark.parametrize("memory", ["232448", "101376"], ids=["H100", "RTX 4090"])
+def test_the_widest_matrices_in_double_give_their_values_within_and_beyond_shared_memory(
+    memory, monkeypatch
+):
+    """134 KB: what an H100's block may take and an RTX 4090's may not."""
+    emulated = load("emulated", "_emulated")
+    monkeypatch.setenv("EMU_SHARED_BYTES", memory)
+    a = random((1, 128, 128), torch.float64)
+    assert emulated.small_svd_scratch(1, 128, 128, False, True, True) == (
+        0 if memory == "232448" else 133760
+    )
+    assert_values(a, run_small_singular_values(emulated, a, True))
+
+
+def test_values_alone_are_those_of_the_whole_svd(kernels):
+    """Graded, of missing rank, zero, repeated and with NaN; and of every size of block."""
+    special = random((5, 20, 11), torch.float64)
+    special[0] *= torch.logspace(0, -14, 11, dtype=torch.float64)
+    special[1, :, 3:] = special[1, :, :1]
+    special[2] = 0
+    special[3] = torch.eye(20, dtype=torch.float64)[:, :11]
+    special[4, 3, 2] = torch.nan
+    for a in (special, random((2, 30, 1), torch.float32), random((1, 70, 67), torch.float32)):
+        values, s = kernels.small_singular_values(a), kernels.small_svd(a)[1]
+        if kernels.module is not None:
+            assert torch.equal(values.nan_to_num(-1), s.nan_to_num(-1))
+        torch.testing.assert_close(values, s, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cached_lengths_survive_cancellation(kernels, dtype):
+    """Columns that are nearly parallel lose almost all of their length in one rotation."""
+    eps = torch.finfo(dtype).eps
+    shared = random((1, 24, 1), dtype)
+    for closeness in (eps**0.25, eps**0.5, 30 * eps):
+        a = shared + closeness * random((1, 24, 9), dtype, seed=1)
+        assert_svd(a, *kernels.small_svd(a))
+        assert_values(a, kernels.small_singular_values(a))
+
+
+def test_matrices_with_more_entries_than_32_bits_count_are_refused_by_the_kernels():
+    extension = pytest.importorskip("prolora.core._C", reason="no compiled extension")
+    for op, pointers in (("small_svd", 5), ("small_singular_values", 3)):
+        with pytest.raises(ValueError, match="entries"):
+            extension.run(op, [0] * pointers + [1, 2**24, 128], False, False, 0)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
@@ -134,6 +201,8 @@ def test_widest_matrices_by_every_path(threads, dtype):
         a = random((2, 140, 128), dtype)
         for op in ON_THIS_CPU:
             assert_svd(a, *op(a))
+        for op in VALUES_ON_THIS_CPU:
+            assert_values(a, op(a))
     finally:
         torch.set_num_threads(before)
 
@@ -160,3 +229,6 @@ def test_any_shape_and_rank(b, n, more, rank, dtype, seed):
     a = random((b, n + more, rank), dtype, seed) @ random((b, rank, n), dtype, seed + 1)
     for op in ON_THIS_CPU:
         assert_svd(a, *op(a))
+    if a.numel():
+        for op in VALUES_ON_THIS_CPU:
+            assert_values(a, op(a))

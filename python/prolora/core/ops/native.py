@@ -23,13 +23,14 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-INTERFACE = 2
+INTERFACE = 3
 """What this file expects of the extension: kInterface in csrc/ops.h."""
 
 ON_CPU = {
     "overlap_table": "torch's products are faster on a CPU",
     "panel_qr": "LAPACK's QR is faster on a CPU",
     "project_pair": "torch's products are faster on a CPU",
+    "small_singular_values": "LAPACK is faster on a CPU",
     "small_svd": "",
 }
 """The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""

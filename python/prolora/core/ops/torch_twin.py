@@ -157,10 +157,27 @@ def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         u [b, m, n], s [b, n] descending, v [b, n, n].
     """
-    workers = torch.get_num_threads() if a.device.type == "cpu" else 1
-    parts = map_on_threads(svd_of_stack, list(a.tensor_split(max(1, min(len(a), workers)))))
+    parts = map_on_threads(svd_of_stack, share_of_threads(a))
     u, s, v = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return u, s, v
+
+
+def small_singular_values(a: Tensor) -> Tensor:
+    """torch.linalg.svdvals, the stack shared out over the threads of the CPU.
+
+    Args:
+        a: [b, m, n], n ≤ m.
+
+    Returns:
+        [b, n], descending.
+    """
+    return torch.cat(map_on_threads(values_of_stack, share_of_threads(a)))
+
+
+def share_of_threads(a: Tensor) -> list[Tensor]:
+    """A stack in as many parts as the CPU has threads for; on a GPU in one."""
+    workers = torch.get_num_threads() if a.device.type == "cpu" else 1
+    return list(a.tensor_split(max(1, min(len(a), workers))))
 
 
 def svd_of_stack(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,3 +189,13 @@ def svd_of_stack(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = u.masked_fill(noise[:, None], 0).masked_fill(~finite, torch.nan)
     s = s.masked_fill(noise, 0).masked_fill(~finite[:, 0], torch.nan)
     return u, s, vt.mT.masked_fill(~finite, torch.nan).contiguous()
+
+
+def values_of_stack(a: Tensor) -> Tensor:
+    """The singular values on one thread: noise is 0, NaN and Inf give NaN."""
+    n = a.shape[2]
+    finite = a.isfinite().all(2).all(1)[:, None]  # [b, 1]
+    s = torch.linalg.svdvals(torch.where(finite[:, None], a, 0))
+    noise = s <= n * torch.finfo(a.dtype).eps * s.amax(1, keepdim=True) if n else s > 0
+    values: Tensor = s.masked_fill(noise, 0).masked_fill(~finite, torch.nan)
+    return values
