@@ -387,3 +387,30 @@ def test_a_lora_that_was_moved_before_is_refused_before_blocks_are_matched(
     out = tmp_path / "again.safetensors"
     code, _, errors = prolora("transfer", moved, *line, "--match", "similarity", "-o", out)
     assert code == 2 and "AlreadyMoved" in errors
+
+
+def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
+    lora, source, target = case
+    out, page = tmp_path / "out.safetensors", tmp_path / "report.html"
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--report", page)
+    assert prolora(*line)[0] == 0
+    text = page.read_text("utf-8")
+    assert "8 of 12 modules moved" in text and f"--report {page}</code>" in text
+    assert prolora(*line)[0] == 0  # replaces a page of its own
+    page.write_text("<!DOCTYPE html><p>mine")
+    code, _, error = prolora(*line)
+    assert code == 2 and "is no report" in error and page.read_text().endswith("mine")
+
+
+def test_the_page_of_several_loras_has_a_line_and_a_map_for_each(prolora, case, tmp_path):
+    lora, source, target = case
+    bad, page = tmp_path / "<b>bad.safetensors", tmp_path / "index.html"
+    bad.write_bytes(b"x")
+    line = ("transfer", lora, bad, "--source", source, "--target", target, "--report", page)
+    assert prolora(*line, "-o", tmp_path / "moved")[0] == 2
+    text = page.read_text("utf-8")
+    assert "<h1>2 LoRAs: 1 moved, 1 failed</h1>" in text
+    assert text.count('<svg class="thumb"') == 1 and "&lt;b&gt;bad.safetensors" in text
+    # Results that are there already have no numbers.
+    assert prolora(*line, "-o", tmp_path / "moved", "-q")[0] == 2
+    assert "1 already there, 1 failed</h1>" in page.read_text("utf-8")

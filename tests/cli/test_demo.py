@@ -1,5 +1,6 @@
 """The demo: the shipped family is whole, and what it writes is what it shows."""
 
+import base64
 import json
 
 import pytest
@@ -11,18 +12,19 @@ from prolora.cli import demo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lora", "target"), [("thick", "pruned"), ("slanted", "finetuned")])
-def test_the_demo_writes_the_lora_the_report_and_a_picture(tmp_path, lora, target):
+def test_the_demo_writes_the_lora_the_reports_and_a_picture(tmp_path, lora, target):
     from PIL import Image
 
     steps = []
     report, paths = demo.run_demo(
         tmp_path / "out", lora=lora, target=target, progress=lambda *step: steps.append(step)
     )
-    moved, account, picture = paths
+    moved, account, picture, page = paths
     assert json.loads(account.read_text())["totals"]["mapped"] == report.totals["mapped"] > 0
     assert len(adapters.read_adapter(moved).updates) == report.totals["mapped"]
     with Image.open(picture) as image:
         assert image.size[1] == 5 * (16 * demo.SCALE + 4)
+    assert base64.b64encode(picture.read_bytes()).decode() in page.read_text("utf-8")
     assert steps[-1][0] == steps[-1][1] == 5
 
 

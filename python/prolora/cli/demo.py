@@ -20,7 +20,9 @@ from ..adapters.adapter import Adapter
 from ..core.methods import ProjectMethod
 from ..errors import ProLoRAError
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import check_writable
+from ..files.writing import check_writable, write_text_atomically
+from ..workflow.output_paths import check_report_path
+from ..workflow.page.document import Picture, render_report
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
 
@@ -74,10 +76,12 @@ def run_demo(
     source, goal, file = choose_files(models, lora, target)
     base, other = load_unet(source), load_unet(goal)
     output.mkdir(parents=True, exist_ok=True)
-    moved, record, picture = (
-        output / f"{lora}-on-{target}{suffix}" for suffix in (".safetensors", ".json", ".png")
+    moved, record, picture, page = (
+        output / f"{lora}-on-{target}{suffix}"
+        for suffix in (".safetensors", ".json", ".png", ".html")
     )
     check_writable(picture)
+    check_report_path(page)
 
     report = transfer_file(file, source, goal, moved, method=method)
     record.write_text(report.to_json() + "\n")
@@ -97,7 +101,15 @@ def run_demo(
         images.append(sample_digits(unet, table, seed))
     progress(len(rows), len(rows), "done")
     draw_samples([name for name, _ in rows], torch.stack(images), picture)
-    return report, [moved, record, picture]
+    shown = Picture(picture.read_bytes(), describe_samples([name for name, _ in rows]))
+    facts = {"LoRA": file.name, "written to": moved.name}
+    write_text_atomically(page, render_report(report, facts, [shown]))
+    return report, [moved, record, picture, page]
+
+
+def describe_samples(names: list[str]) -> str:
+    """What the picture shows, in a sentence."""
+    return f"Digits from the same noise, a row each: {'; '.join(names)}."
 
 
 def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path]:

@@ -12,14 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..architectures.modules import find_block
 from ..comparison.comparison import Comparison
 from ..comparison.module_comparison import ModuleComparison, average_field
-from ..comparison.transformer_blocks import stack_order
+from ..comparison.transformer_blocks import AROUND, column_order, split_module, stack_order
 from ..errors import OutputError, output_error
 from ..version import __version__
-
-AROUND = "proj"  # the column of what stands around a stack of blocks: proj_in and proj_out
 
 # Inches, and points of the fonts.
 CELL, GAP, BAR = (0.44, 0.27), 0.35, (2.6, 0.13)
@@ -28,9 +25,6 @@ DPI = 150
 # From pale to dark blue, in equal steps of overlap; no red and green, which some cannot tell apart.
 RAMP = ("#f6f1e7", "#cbd9e8", "#8ab2d7", "#427eb8", "#08306b")
 EMPTY = "#cbd9e8"
-
-# The parts of an attention layer in the order of the computation.
-PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
 
 Cells = dict[tuple[str, str], float]
 
@@ -50,17 +44,8 @@ def _average_cells(
 ) -> Cells:
     groups: dict[tuple[str, str], list[ModuleComparison]] = {}
     for module in comparison.modules:
-        groups.setdefault(key(*_split_module(module.target)), []).append(module)
+        groups.setdefault(key(*split_module(module.target)), []).append(module)
     return {found: average_field(modules, "above") for found, modules in groups.items()}
-
-
-def _split_module(module: str) -> tuple[str, str, str]:
-    """(place, depth, leaf); a UNet's place is the attention that holds a stack of blocks."""
-    block = find_block(module)
-    if block is not None:
-        return block.stack.removesuffix(".transformer_blocks"), block.number, block.local
-    place, _, leaf = module.rpartition(".")
-    return place, AROUND, leaf
 
 
 def save_heatmap(comparison: Comparison, path: str | PathLike[str]) -> None:
@@ -224,10 +209,4 @@ def _make_ramp() -> Any:
 
 def _sort_columns(table: Cells) -> list[str]:
     """The columns in order: numbers by value, modules in blocks by layer, then those around."""
-    return sorted(dict.fromkeys(name for _, name in table), key=_column_order)
-
-
-def _column_order(name: str) -> tuple[object, ...]:
-    layer, _, part = name.partition(".")
-    place = next((i for i, start in enumerate(PARTS) if part.startswith(start)), len(PARTS))
-    return not name.isdigit(), not part, int(name) if name.isdigit() else 0, layer, place, name
+    return sorted(dict.fromkeys(name for _, name in table), key=column_order)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..architectures.modules import find_stage
 from ..comparison.comparison import Comparison
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
-from ..core.means import weighted_mean
-from ..workflow.module_report import Measures, ModuleReport
+from ..workflow.group_means import GroupMeans, group_rows
 from ..workflow.report import Outcome, Report
 
 LEGEND = """\
@@ -90,66 +88,44 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
     first = "angle" if every_module and projected else "n"
     for name in (first, *subspaces, *updates, "rank"):
         table.add_column(name, justify="right", no_wrap=True)
-    groups: dict[str, list[ModuleReport]] = {}
-    for row in mapped:
-        groups.setdefault(row.source if every_module else find_stage(row.source), []).append(row)
+    groups = group_rows(mapped, every_module)
     for name, rows in (*groups.items(), ("all", mapped)):
+        means = GroupMeans.of(rows)
         table.add_row(
             name,
-            _angle_text(rows) if first == "angle" else str(len(rows)),
-            *(_subspace_cells(rows) if subspaces else []),
-            *(_update_cells(rows) if updates else []),
-            format_range([row.rank_out for row in rows]),
+            _angle_text(means) if first == "angle" else str(means.modules),
+            *(_subspace_cells(means) if subspaces else []),
+            *(_update_cells(means) if updates else []),
+            format_range(means.ranks),
             style="bold" if name == "all" else None,
         )
     return table
 
 
-def _mean_by_energy(
-    rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
-) -> float:
-    """The mean over the rows that have the value, weighted by the energy of their updates."""
-    mean = weighted_mean((row.energy, value(row)) for row in rows)
-    return math.nan if mean is None else mean
-
-
-def _subspace_cells(rows: list[ModuleReport]) -> list[str]:
-    """What the subspaces of the two bases say about the rows."""
-
-    def mean(value: Callable[[Measures], float]) -> float:
-        return _mean_by_energy(rows, lambda row: value(row.measures) if row.measures else None)
-
-    above = min(mean(lambda m: m.above_left), mean(lambda m: m.above_right))
-    mixed = mean(lambda m: m.range_null_energy + m.null_range_energy)
-    left, right = mean(lambda m: m.phi_left), mean(lambda m: m.phi_right)
+def _subspace_cells(means: GroupMeans) -> list[str]:
+    """What the subspaces of the two bases say about some modules."""
     return [
-        f"{format_number(left)} {format_number(right)}",
-        format_number(above),
-        format_number(mixed, ".0%"),
+        f"{format_number(means.phi_left)} {format_number(means.phi_right)}",
+        format_number(means.above),
+        format_number(means.mixed, ".0%"),
     ]
 
 
-def _angle_text(rows: list[ModuleReport]) -> str:
+def _angle_text(means: GroupMeans) -> str:
     """The median and the largest principal angle in degrees."""
-    median = _mean_by_energy(rows, lambda row: row.measures.angle if row.measures else None)
-    largest = _mean_by_energy(
-        rows, lambda row: row.measures.largest_angle if row.measures else None
-    )
-    if math.isnan(median):
+    median, largest = means.angle, means.largest_angle
+    if median is None or largest is None:
         return format_number(None)
     return f"{math.degrees(median):.0f}…{math.degrees(largest):.0f}°"
 
 
-def _update_cells(rows: list[ModuleReport]) -> list[str]:
-    """What became of the updates of the rows."""
-    drift = _mean_by_energy(rows, lambda row: row.drift)
-    if all(row.drift is None and row.measures is None for row in rows):
-        return ["–", "–", "–", "–"]  # a text encoder carried over
+def _update_cells(means: GroupMeans) -> list[str]:
+    """What became of the updates of some modules."""
     return [
-        format_number(drift),
-        format_number(_mean_by_energy(rows, lambda row: row.surviving_energy), ".0%"),
-        format_number(_mean_by_energy(rows, lambda row: row.norm_ratio)),
-        format_number(_mean_by_energy(rows, lambda row: row.copy_distance)),
+        format_number(means.drift),
+        format_number(means.kept, ".0%"),
+        format_number(means.norm_ratio),
+        format_number(means.copy_distance),
     ]
 
 

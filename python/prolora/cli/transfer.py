@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,6 +19,8 @@ from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import inspect
+from ..workflow.output_paths import is_page_path
+from ..workflow.page.index import render_outcomes
 from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
 from . import tables
@@ -138,13 +142,23 @@ def move_all(
 
 
 def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
-    """The outcomes as JSON: printed, and into the file of --report."""
+    """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     text = json.dumps(records[0] if len(records) == 1 else records, indent=1)
     if output.as_json:
         print(text)
-    if output.report is not None:
+    if output.report is None:
+        return
+    if is_page_path(output.report):
+        page = render_outcomes(outcomes, {"command": read_command()})
+        write_text_atomically(output.report, page)
+    else:
         write_text_atomically(output.report, text + "\n")
+
+
+def read_command() -> str:
+    """The command line, as a shell takes it."""
+    return shlex.join(["prolora", *sys.argv[1:]])
 
 
 def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:

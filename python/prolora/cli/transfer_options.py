@@ -165,7 +165,10 @@ class OutputOptions:
     report: Annotated[
         Path | None,
         typer.Option(
-            parser=parse_path, metavar="FILE", help="Also write the whole report to this JSON file."
+            parser=parse_path,
+            metavar="FILE",
+            help="Also write the whole report: a page for people if the name ends in .html, "
+            "otherwise JSON.",
         ),
     ] = None
     dry_run: Annotated[

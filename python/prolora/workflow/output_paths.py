@@ -13,6 +13,7 @@ from typing import Any
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..errors import OutputError
 from ..files.writing import check_writable
+from .page.document import is_page
 
 StrPath = str | PathLike[str]
 
@@ -111,17 +112,23 @@ def check_report_path(path: StrPath) -> None:
         )
 
 
+def is_page_path(path: StrPath) -> bool:
+    """Whether a report of that name is written as an HTML page."""
+    return Path(path).suffix.lower() in (".html", ".htm")
+
+
 def fold_path(path: Path) -> tuple[str, ...]:
     """The parts of a path as volumes compare them that ignore case and Unicode forms."""
     return tuple(_fold_name(part) for part in path.parts)
 
 
 def _holds_report(file: Path) -> bool:
-    """Whether a file is empty, or holds the JSON of one transfer or of several."""
+    """Whether a file is empty, a page of prolora, or the JSON of one transfer or of several."""
     try:
         with open(file, "rb") as opened:
-            if opened.read(1) not in (b"", b"{", b"["):
-                return False  # a safetensors file may be large
+            head = opened.read(4096)
+        if head[:1] not in (b"", b"{", b"["):
+            return is_page(head)  # a safetensors file may be large
         content = json.loads(file.read_bytes() or b"[]")
     except (OSError, ValueError, RecursionError):
         return False

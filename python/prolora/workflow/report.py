@@ -26,7 +26,9 @@ from ..files.jsontext import replace_nonfinite
 from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
 from .module_report import Measures, ModuleReport
-from .output_paths import check_report_path
+from .output_paths import check_report_path, is_page_path
+from .page.document import render_report
+from .page.notebook import render_summary
 
 STATUSES = ("mapped", "summed", "skipped", "refused")
 
@@ -59,6 +61,8 @@ class Report:
         verdict: what the weights of the two bases promise; None in a dry run.
         probe: what method "probe" found; None for the others.
         seconds: wall time by stage.
+        provenance: what the header of the result says of its making, without the "prolora." of its
+            keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
     """
 
     method: str
@@ -81,6 +85,7 @@ class Report:
     verdict: Verdict | None = None
     probe: ProbeReport | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: the method, the two bases and the counts."""
@@ -274,14 +279,30 @@ class Report:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def to_html(self) -> str:
+        """The report as one HTML page that needs no other file and no network.
+
+        It has the verdict, a heat map of what was kept by block and kind of module, a table of
+        every module, and how the result was made.
+        """
+        return render_report(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sentences, a small map, and a table of the model's parts."""
+        return render_summary(self)
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes `to_json` to a file, whole or not at all; an older report is replaced.
+        """Writes the report to a file, whole or not at all; an older report is replaced.
+
+        Args:
+            path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_json`.
 
         Raises:
             OutputError: the path cannot be written, or holds a file that is no report.
         """
         check_report_path(path)
-        write_text_atomically(path, self.to_json() + "\n")
+        text = self.to_html() if is_page_path(path) else self.to_json() + "\n"
+        write_text_atomically(path, text)
 
 
 def measure_coverage(rows: Iterable[ModuleReport]) -> float:

@@ -63,6 +63,13 @@ def read_moves(metadata: Mapping[str, str]) -> tuple[Move, ...]:
     return (*earlier, last)
 
 
+def read_provenance(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a header says of how prolora made the file, without the prefix of its keys."""
+    return {
+        key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX)
+    }
+
+
 def write_moves(moves: Sequence[Move]) -> dict[str, str]:
     """The entry, without its prefix, that keeps moves in the header of the next result."""
     if not moves:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ... import adapters
 from ...adapters.adapter import Adapter
+from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
@@ -209,6 +210,7 @@ def _finish_probing(
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),
+        provenance=read_provenance(metadata),
     )
     return Result(moved, report, decided)
 
@@ -271,5 +273,12 @@ def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[s
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": PROBE}
     metadata = build_metadata(rival.route) | facts | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
-    report = replace(report, asked=PROBE, probe=probe, strength=strength, modules=rows)
+    report = replace(
+        report,
+        asked=PROBE,
+        probe=probe,
+        strength=strength,
+        modules=rows,
+        provenance=read_provenance(metadata),
+    )
     return Result(moved, report, rival.route)

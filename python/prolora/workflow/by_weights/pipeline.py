@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ... import adapters
 from ...adapters.adapter import Adapter
+from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import matrix_shape
 from ...bases import Base
 from ...bases.base import Progress
@@ -302,11 +303,12 @@ def finish_job(
         raise LowCoverage(explain_low_coverage(coverage, minimum, work.options.threshold))
     route = Route(adapter, plan, source, target, work.options)
     vectors = carry_vectors(route, updates)
-    metadata = dict(adapter.metadata)
+    metadata, provenance = dict(adapter.metadata), {}
     if cache is not None:
         with work.clock("hash"):
             metadata = build_metadata(route, cache)
             metadata |= prefix_notes(notes(cache)) if notes else {}
+            provenance = read_provenance(metadata)
     moved = assemble_adapter(adapter, updates, vectors, target, metadata)
     with work.clock("fit"):
         fitted = job.output.fit(moved, rows)
@@ -319,6 +321,7 @@ def finish_job(
         damping=work.options.kappa if work.method.needs is Needs.WEIGHTS else None,
         file_limit=fitted.limit,
         seconds=work.clock.seconds,
+        provenance=provenance,
     )
     return Result(fitted.adapter, report, route)
 

@@ -1,0 +1,1 @@
+"""A report as a page: one HTML file that needs nothing else."""

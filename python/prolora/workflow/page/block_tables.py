@@ -1,0 +1,56 @@
+"""The tables of blocks: where each came from, and what probing reached in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .markup import Html, tag
+from .module_tables import NOTHING, format_number, make_table, name_cell, number_cell, number_head
+
+if TYPE_CHECKING:
+    from ..report import Report
+
+
+def decisions_table(report: Report) -> Html | None:
+    """The source of each block of the target, where blocks were matched by their weights."""
+    if not report.decisions:
+        return None
+    rows = [
+        tag(
+            "tr",
+            name_cell(decision.target),
+            tag("td", decision.source or decision.fed_by or NOTHING),
+            tag("td", decision.runner_up or NOTHING),
+            *map(
+                number_cell,
+                (
+                    format_number(decision.score),
+                    format_number(decision.runner_up_score),
+                    format_number(decision.margin),
+                ),
+            ),
+        )
+        for decision in report.decisions
+    ]
+    numbers = map(number_head, ("score", "second", "margin"))
+    heads = ["block", "from", "runner-up", *numbers]
+    return make_table(heads, rows, "Where the blocks of the target came from")
+
+
+def probe_table(report: Report) -> Html | None:
+    """What probing reached: a row for each block of the target."""
+    blocks = report.probe.blocks if report.probe else []
+    if not blocks:
+        return None
+    rows = [
+        tag(
+            "tr",
+            name_cell(block.name),
+            number_cell(block.modules),
+            number_cell(format_number(min(block.explained, default=None), ".0%")),
+            number_cell(format_number(block.reached, ".0%")),
+        )
+        for block in blocks
+    ]
+    heads = ["block", *map(number_head, ("modules", "predicted", "reached"))]
+    return make_table(heads, rows, "What probing reached, by block")

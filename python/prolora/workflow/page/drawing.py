@@ -1,0 +1,247 @@
+"""The map of places as SVG: a picture for a page, a small one for a notebook, a thumbnail.
+
+What is kept is drawn in one colour whose opacity grows with the share, which reads alike on light
+and dark ground and for every kind of colour vision; what did not move is hatched.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..module_report import ModuleReport
+from .markup import Html, join, tag
+from .place_map import Cell, Column, PlaceMap
+
+# Pixels.
+WIDEST, ROW, LABEL_SIZE, HEAD = 940, 17, 11, 34
+LEAST_PITCH, GREATEST_PITCH = 9, 24
+PLACE_GAP, STAGE_GAP = 3, 9
+CHARACTER = 0.56  # width of a mean character, of the size of its font
+FAINTEST = 0.07  # opacity of a share of 0, which moved all the same
+NOTEBOOK_COLOUR = "#3b7dd8"
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+_SHORT = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the columns stand.
+
+    Attributes:
+        lefts: the left edge of each column.
+        pitch: from one column of a place to the next.
+        width: of everything.
+        stages: (stage, left edge, right edge).
+    """
+
+    lefts: dict[Column, float]
+    pitch: float
+    width: float
+    stages: list[tuple[str, float, float]]
+
+    @classmethod
+    def of(
+        cls, columns: list[Column], widest: float = WIDEST, least: float = LEAST_PITCH
+    ) -> _Layout:
+        """Columns as wide as `widest` allows, with gaps between places and stages."""
+        gaps = [0.0]
+        for before, column in itertools.pairwise(columns):
+            wide = STAGE_GAP if before.stage != column.stage else PLACE_GAP
+            gaps.append(wide if before.place != column.place else 0.0)
+        room = (widest - sum(gaps)) / max(1, len(columns))
+        pitch = round(min(GREATEST_PITCH, max(least, room)), 1)
+        lefts: dict[Column, float] = {}
+        stages: list[tuple[str, float, float]] = []
+        at = 0.0
+        for gap, column in zip(gaps, columns, strict=True):
+            at += gap
+            lefts[column] = round(at, 1)
+            if not stages or stages[-1][0] != column.stage:
+                stages.append((column.stage, at, at))
+            at += pitch
+            stages[-1] = (column.stage, stages[-1][1], at)
+        return cls(lefts, pitch, round(at, 1), stages)
+
+
+def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
+    """The labels of the rows and the map, side by side, so that the map may scroll.
+
+    Args:
+        places: the modules.
+        describe: a line for the title of a module's cell.
+    """
+    layout, kinds = _Layout.of(places.columns), places.kinds
+    height = HEAD + ROW * len(kinds)
+    labels = max(len(kind) for kind in kinds) * LABEL_SIZE * CHARACTER + 10
+    names = [
+        tag("text", kind, x=round(labels - 6), y=HEAD + ROW * i + 12, text_anchor="end")
+        for i, kind in enumerate(kinds)
+    ]
+    sides = tag(
+        "svg", *names, class_="kinds", width=round(labels), height=height, aria_hidden="true"
+    )
+    cells = _draw_cells(places, layout, describe)
+    summary = f"Heat map: {len(places.modules)} modules by block and kind, each with its share kept"
+    picture = tag(
+        "svg",
+        _HATCH,
+        *_draw_head(places, layout),
+        *cells,
+        class_="map",
+        width=layout.width,
+        height=height,
+        role="group",
+        aria_label=summary,
+    )
+    return join(
+        [
+            sides,
+            tag(
+                "div",
+                picture,
+                class_="scroll",
+                tabindex=0,
+                role="region",
+                aria_label="Map of places",
+            ),
+        ]
+    )
+
+
+def _draw_cells(
+    places: PlaceMap, layout: _Layout, describe: Callable[[ModuleReport], str]
+) -> Iterator[Html]:
+    """A link to its row of the table for each cell; the arrow keys go from one to the next."""
+    numbers = {kind: i for i, kind in enumerate(places.kinds)}
+    first = True
+    for column in places.columns:
+        for kind in places.kinds:
+            cell = places.cells.get((column, kind))
+            if cell is None:
+                continue
+            rect = _draw_rect(
+                cell, layout.lefts[column], HEAD + ROW * numbers[kind], layout.pitch - 1, ROW - 2
+            )
+            title = tag("title", "\n".join(describe(row) for row in cell.rows))
+            yield tag("a", title, rect, href=f"#m{cell.indices[0]}", tabindex=0 if first else -1)
+            first = False
+
+
+def _draw_rect(cell: Cell, x: float, y: float, width: float, height: float) -> Html:
+    shape = {"x": x, "y": y, "width": round(width, 1), "height": height}
+    if not cell.moved:
+        return tag("rect", class_="lost", **shape)
+    if cell.share is None:
+        return tag("rect", class_="fitted", **shape)
+    return tag("rect", class_="kept", fill_opacity=_opacity(cell.share), **shape)
+
+
+def _opacity(share: float) -> float:
+    """Of a share's colour; more than all of the energy looks like all of it."""
+    return round(FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share)), 2)
+
+
+def _draw_head(places: PlaceMap, layout: _Layout) -> Iterator[Html]:
+    """The stages above the map, and the numbers of their blocks."""
+    for stage, left, right in layout.stages:
+        text = _fit_text(_shorten(stage), right - left + STAGE_GAP - 2, LABEL_SIZE)
+        if text:
+            yield tag("text", text, x=round(left), y=11, class_="stage")
+    for column in places.columns:
+        if column.depth.isdecimal() and len(column.depth) < 3 and int(column.depth) % 5 == 0:
+            middle = round(layout.lefts[column] + layout.pitch / 2 - 0.5, 1)
+            yield tag("text", column.depth, x=middle, y=28, class_="depth", text_anchor="middle")
+
+
+def _shorten(stage: str) -> str:
+    """`down_blocks.1` as "down 1", `single_transformer_blocks` as "single"."""
+    root, _, number = stage.partition(".")
+    if root in _SHORT:
+        return f"{_SHORT[root]} {number}".rstrip()
+    return stage.removesuffix("transformer_blocks").strip("._") or "transformer"
+
+
+def _fit_text(text: str, width: float, size: float) -> str:
+    """The text, cut to a width in pixels; nothing where not even two characters fit."""
+    room = int(width / (size * CHARACTER))
+    if len(text) <= room:
+        return text
+    return text[: room - 1] + "…" if room > 2 else ""
+
+
+_HATCH = tag(
+    "defs",
+    tag(
+        "pattern",
+        tag("path", d="M-1 1l2-2M0 5l5-5M4 6l2-2", class_="hatch"),
+        id="hatch",
+        width=5,
+        height=5,
+        patternUnits="userSpaceOnUse",
+    ),
+)
+
+
+def draw_legend() -> Html:
+    """What the colours of the map mean."""
+    swatches = []
+    for share in STEPS:
+        box = tag("rect", class_="kept", fill_opacity=_opacity(share), width=22, height=12)
+        swatches.append(tag("span", _swatch(box), f"{share:.0%}"))
+    lost = tag("span", _swatch(tag("rect", class_="lost", width=22, height=12)), "not moved")
+    return tag("p", "Share of a module's energy on the target:", *swatches, lost, class_="legend")
+
+
+def _swatch(box: Html) -> Html:
+    return tag("svg", box, width=22, height=12, aria_hidden="true")
+
+
+def draw_thumbnail(places: PlaceMap, label: str, width: float = 220, row: float = 4) -> Html:
+    """The map without words, in few bytes: one path for all cells that look alike."""
+    layout = _Layout.of(places.columns, width, least=1)
+    numbers = {kind: i for i, kind in enumerate(places.kinds)}
+    paths: dict[float, list[str]] = {}
+    wide, high = round(max(0.8, layout.pitch - 0.4), 1), round(row - 0.5, 1)
+    for (column, kind), cell in places.cells.items():
+        share = cell.share if cell.moved else -1.0
+        opacity = 0.0 if share == -1.0 else round(_opacity(1.0 if share is None else share), 1)
+        left = layout.lefts[column]
+        paths.setdefault(opacity, []).append(
+            f"M{left:g} {numbers[kind] * row:g}h{wide:g}v{high:g}h-{wide:g}z"
+        )
+    shapes = [
+        tag("path", d="".join(path), fill_opacity=opacity)
+        if opacity
+        else tag("path", d="".join(path), fill="currentColor", fill_opacity=0.14)
+        for opacity, path in sorted(paths.items())
+    ]
+    return tag(
+        "svg",
+        *shapes,
+        class_="thumb",
+        width=layout.width,
+        height=round(row * len(places.kinds)),
+        viewBox=f"0 0 {layout.width:g} {row * len(places.kinds):g}",
+        fill=NOTEBOOK_COLOUR,
+        role="img",
+        aria_label=label,
+    )
+
+
+def draw_bar(share: float | None) -> Html:
+    """A bar as long as a share, for a cell of a table."""
+    if share is None or share != share:
+        return Html("")
+    full = round(60 * min(1.0, max(0.0, share)), 1)
+    return tag(
+        "svg",
+        tag("rect", class_="rail", width=60, height=8),
+        tag("rect", class_="kept", width=full, height=8),
+        width=60,
+        height=8,
+        class_="bar",
+        aria_hidden="true",
+    )
