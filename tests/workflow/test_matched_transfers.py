@@ -5,16 +5,17 @@ import json
 import pytest
 import torch
 from mini import BLOCK, MODULES, lora_tensors, source_weights, target_weights, write_case
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spectra import related
 
 import prolora
-from prolora import LowRank, UnrelatedBases, adapters, cli, open_base
+from prolora import LowCoverage, LowRank, UnrelatedBases, adapters, cli, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.bases import load_layout
 from prolora.comparison import block_matching
 from prolora.workflow.dry_run import plan_report
 
+PLACE = BLOCK.format("{}", "").removesuffix(".")
 COPY = {"method": "copy", "strength": 1.0, "threshold": 0.0}
 
 
@@ -35,10 +36,21 @@ def updates_of(source):
 
 
 def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
-    """By name it would get those of others, and auto refuses what then looks unrelated."""
+    """By name it would get those of others; auto sees from the weights that it must not."""
     source, target = source_weights(), student()
     updates = updates_of(source)
     done = prolora.transfer(lora_tensors(), source, target, match="similarity", **COPY)
+    by_itself = prolora.transfer(lora_tensors(), source, target)
+    assert by_itself.report.renumbered == {
+        PLACE.format(new): PLACE.format(new + 1) for new in (0, 1)
+    }
+    said = str(by_itself.report)
+    assert "2 blocks of the target hold the weights of another block" in said
+    assert "2 renumbered blocks" in by_itself.adapter.metadata["prolora.match"]
+    assert by_itself.report.verdict == done.report.verdict
+    for name, update in done.adapter.updates.items():
+        distance = (by_itself.adapter.updates[name].dense() - update.dense()).norm()
+        assert distance < 0.5 * update.norm()  # auto may damp it, and swaps no block
     assert len(done.adapter.updates) == 8
     for new in range(2):
         for name in MODULES:
@@ -46,8 +58,57 @@ def test_a_renumbered_student_gets_the_updates_of_the_blocks_it_was_made_from():
             wanted = updates[BLOCK.format(new + 1, name)]
             torch.testing.assert_close(moved.dense(), wanted.dense())
     assert done.report.verdict.go and done.report.verdict.drift == pytest.approx(0.1, rel=1e-2)
+
+
+def test_methods_that_are_asked_for_and_dry_runs_keep_to_the_names():
+    source, target = source_weights(), student()
+    named = prolora.transfer(lora_tensors(), source, target, **COPY)
+    assert not named.report.renumbered and named.report.match == "same name"
+    assert named.report.verdict.cosine < 0.1
+    assert plan_report(lora_tensors(), source, target).match == "same name"
+
+
+def test_many_loras_are_moved_as_one_is_where_blocks_are_renumbered(tmp_path):
+    source, target = source_weights(), student()
+    save_file(lora_tensors(), tmp_path / "a.safetensors")
+    (outcome,) = prolora.transfer_many(
+        [tmp_path / "a.safetensors"], source, target, tmp_path / "out"
+    )
+    alone = prolora.transfer(tmp_path / "a.safetensors", source, target)
+    assert outcome.report.renumbered == alone.report.renumbered != {}
+    assert outcome.report.totals["energy_surviving"] == alone.report.totals["energy_surviving"]
+
+
+def test_compare_judges_a_renumbered_student_as_auto_does():
+    found = prolora.compare(source_weights(), student(), rank=None)
+    assert found.verdict.go and len(found.renumbered) == 2
+    assert "2 blocks of the target hold the weights" in " ".join(found.sentences())
+
+
+def test_unrelated_bases_stay_unrelated():
+    other = {name: torch.randn_like(weight) for name, weight in source_weights().items()}
     with pytest.raises(UnrelatedBases):
-        prolora.transfer(lora_tensors(), source, target)
+        prolora.transfer(lora_tensors(), source_weights(), other)
+
+
+def test_auto_leaves_out_a_stranger_among_related_modules_and_says_so():
+    """It would be noise there: one module holds weights that no block of the source has."""
+    source = source_weights()
+    target = {name: related(weight, 0.05, 5) for name, weight in source.items()}
+    stranger = BLOCK.format(2, "ff.net.2")
+    target[stranger] = torch.randn_like(target[stranger])
+    done = prolora.transfer(lora_tensors(), source, target)
+    (row,) = done.report.rows("skipped")
+    assert (row.source, row.target, row.rank_out) == (stranger, None, 0)
+    assert abs(row.cosine) < 0.3 and "nothing in common" in row.reason
+    assert stranger not in done.adapter.updates and len(done.adapter.updates) == 11
+    # It says nothing of the others, whose drift alone decides.
+    assert done.report.verdict.drift == pytest.approx(0.05, rel=0.05)
+    assert prolora.compare(source, target, rank=None).verdict == done.report.verdict
+    with pytest.raises(LowCoverage, match="nothing in common"):
+        prolora.transfer(lora_tensors(), source, target, min_coverage=1.0)
+    forced = prolora.transfer(lora_tensors(), source, target, **COPY)
+    assert stranger in forced.adapter.updates and "Careful" in str(forced.report)
 
 
 def test_a_pairing_that_is_wrong_in_part_is_pointed_out():

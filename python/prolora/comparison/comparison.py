@@ -24,16 +24,18 @@ from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
 from .block_matching import resolve_match
-from .drift import Affinity
 from .module_comparison import ModuleComparison, average_field, compare_module
 from .module_map import (
     BlockDecision,
     Match,
     Matching,
+    Renumbering,
     describe_decisions,
+    describe_renumbered,
     find_partners,
 )
 from .rank_sweep import SweepRow, sweep_columns
+from .renumbered_blocks import recognise_blocks
 from .verdict import (
     AUTO,
     DEFAULT_THRESHOLD,
@@ -42,7 +44,7 @@ from .verdict import (
     Decision,
     Verdict,
     describe_strangers,
-    judge_affinity,
+    judge_pairs,
 )
 from .width_selection import select_narrower
 
@@ -91,6 +93,8 @@ class Comparison:
         coverage: what a LoRA of the source could expect.
         decisions: where blocks were matched by similarity, every one with its runner-up.
         dropped_blocks: the source's blocks that feed none of the target's.
+        renumbered: the target's block -> the source's block whose weights it holds, where equal
+            names say otherwise.
     """
 
     source: str
@@ -103,6 +107,7 @@ class Comparison:
     residuals: Mapping[str, float] = field(default_factory=dict)
     decisions: tuple[BlockDecision, ...] = ()
     dropped_blocks: tuple[str, ...] = ()
+    renumbered: Mapping[str, str] = field(default_factory=dict)
 
     def mean(self, field: str) -> float:
         """The mean of a number of `ModuleComparison` over the pairs where it is defined."""
@@ -111,7 +116,7 @@ class Comparison:
     @cached_property
     def verdict(self) -> Verdict:
         """Go or no-go, from the affinity of all pairs."""
-        return judge_affinity(Affinity.total(module.affinity for module in self.modules))
+        return judge_pairs(module.affinity for module in self.modules)
 
     @cached_property
     def sweep(self) -> list[SweepRow]:
@@ -151,6 +156,7 @@ class Comparison:
                 f"equal): from {overlaps[least]:.2f} in {least} to {most:.2f}; {passing} of "
                 f"{len(self.modules)} pairs reach Φ ≥ {DEFAULT_THRESHOLD} on both sides."
             )
+        sentences += describe_renumbered(self.renumbered)
         strangers = [(m.source, m.target) for m in self.modules if m.cosine < STRANGE_COSINE]
         if strangers and self.verdict.related:
             sentences.append(describe_strangers(strangers))
@@ -273,6 +279,7 @@ def compare(
             max_memory=limit,
             progress=progress,
         )
+        match = recognise_blocks(match, source, target)
         table, rule = find_partners(source, target, match)
         partners = {t: s for t, s in table.items() if is_adaptable(t)}
         source, selections = select_narrower(source, target, table, partners, device)
@@ -298,6 +305,7 @@ def compare(
         coverage=Coverage.of(source, equal.values()),
         decisions=blocks.decisions if blocks else (),
         dropped_blocks=blocks.dropped if blocks else (),
+        renumbered=dict(match.blocks) if isinstance(match, Renumbering) else {},
     )
 
 

@@ -124,7 +124,38 @@ def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str
     return sentences
 
 
-Match = str | PathLike[str] | Mapping[str, str] | Matching
+@dataclass(frozen=True)
+class Renumbering:
+    """Partners by name, corrected by `renumbered_blocks.recognise_blocks`.
+
+    Attributes:
+        table: target module -> source module.
+        by_name: the rule that was corrected.
+        blocks: target's block -> the source's block that it was made from, where names differ.
+    """
+
+    table: Mapping[str, str]
+    by_name: str
+    blocks: Mapping[str, str]
+
+    @property
+    def rule(self) -> str:
+        """For the report."""
+        return f"{self.by_name}, but for {len(self.blocks)} renumbered blocks"
+
+
+def describe_renumbered(blocks: Mapping[str, str]) -> list[str]:
+    """What was found of renumbered blocks, as sentences; none where there are none."""
+    if not blocks:
+        return []
+    target, source = next(iter(blocks.items()))
+    return [
+        f"{len(blocks)} blocks of the target hold the weights of another block than their names "
+        f"say, the first, {target}, those of {source}: they get the updates of that block."
+    ]
+
+
+Match = str | PathLike[str] | Mapping[str, str] | Matching | Renumbering
 """`"name"`, a JSON file {target module: source module}, such a mapping, or a `Matching`.
 
 `"similarity"` itself needs weights: `block_matching.resolve_match` turns it into a `Matching`."""
@@ -137,7 +168,7 @@ def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[di
         UnsupportedFormat: a match that is not understood, or two architectures of which no blocks
             correspond.
     """
-    if isinstance(match, Matching):
+    if isinstance(match, Matching | Renumbering):
         return dict(match.table), match.rule
     if isinstance(match, str) and match == "name":
         return _partners_by_name(source, target)

@@ -6,7 +6,7 @@ The limits lie between the few targets where moving works and those where it fai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..core.methods import Needs, find_method
@@ -136,6 +136,18 @@ def judge_affinity(affinity: Affinity) -> Verdict:
     return Verdict(affinity.drift, affinity.cosine, affinity.spread)
 
 
+def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
+    """The verdict on a pair of bases, from the affinities of all pairs of weights.
+
+    Strangers among them say nothing of the others, and `auto` leaves them out: they do not count,
+    unless they hold more than half of the source's energy.
+    """
+    affinities = list(affinities)
+    total = Affinity.total(affinities)
+    rest = Affinity.total(x for x in affinities if x.cosine >= STRANGE_COSINE)
+    return judge_affinity(rest if 2 * rest.source >= total.source > 0 else total)
+
+
 METHOD_REASONS = {
     "copy": "the drift looks like longer training, which does not change what an update does",
     "damped": (
@@ -146,12 +158,16 @@ METHOD_REASONS = {
 """Why `auto` chose a method."""
 
 
+STRANGER = f"its weight and its partner's have nothing in common (cosine below {STRANGE_COSINE})"
+"""Why `auto` leaves a module out."""
+
+
 def describe_strangers(pairs: Sequence[tuple[str, str]]) -> str:
     """The warning about pairs (source, target) whose weights have nothing in common."""
     source, target = pairs[0]
     return (
         f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "
         f"below {STRANGE_COSINE}), the first {source} → {target}. Equal names need not "
-        "be equal modules: "
-        "--match similarity finds renumbered blocks."
+        f"be equal modules: method '{AUTO}' leaves such pairs out, and --match similarity finds "
+        "renumbered blocks."
     )

@@ -33,10 +33,12 @@ from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
 from ..errors import OutputError, ProLoRAError
 from ..probe.settings import Probing
+from .by_weights.decision import decide_method
 from .by_weights.file_budget import OutputForm
+from .by_weights.job import Job
 from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
 from .by_weights.move_updates import move_all
-from .by_weights.pipeline import Job, decide_method, finish_job, list_inputs, prepare_job
+from .by_weights.pipeline import finish_job, list_inputs, prepare_job
 from .by_weights.slicing import slice_source
 from .options import (
     DEFAULT_PROBING,
@@ -305,7 +307,8 @@ class _Batch:
         for task in group:
             if task.job is not None:
                 results += task.job.work.result_bytes()
-                task.attempt(partial(decide_method, task.job, *bases, cache, self.memory, results))
+                decide = partial(decide_method, task.job, *bases, cache, self.memory, results)
+                task.job = task.attempt(decide)
         jobs = [task.job for task in group if task.job is not None]
         started = time.perf_counter()
         works = [job.work for job in jobs]

@@ -2,9 +2,10 @@
 
 No weight is read here, unless the target is narrower: then a `WidthFinder` looks whether it kept
 some of the source's rows and columns. Every module of the adapter ends in the plan exactly once: as
-a pair, as summed onto another, as skipped with the reason, or as refused with the reason. Two
+a pair, as summed onto another, as skipped with the reason, or as refused with the reason. Three
 reasons to skip arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`),
-and an update that depends on a weight that the base does not hold (`adapters/reading.py`).
+a pair of weights that have nothing in common (`by_weights/decision.py`), and an update that depends
+on a weight that the base does not hold (`adapters/reading.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from ..architectures.modules import (
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
 from ..bases.vae import can_probe
-from ..comparison.module_map import BlockDecision, Match, Matching, find_partners
+from ..comparison.module_map import (
+    BlockDecision,
+    Match,
+    Matching,
+    Renumbering,
+    find_partners,
+)
 from ..comparison.width_selection import Selection, WidthFinder
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
@@ -76,6 +83,8 @@ class Plan:
         decisions: where blocks were matched by similarity, the source of every block and the
             runner-up.
         dropped: where blocks were matched by similarity, the source's blocks that feed none.
+        renumbered: target's block -> the source's block whose weights it holds, where equal names
+            say otherwise.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -88,6 +97,7 @@ class Plan:
     table: Mapping[str, str] = field(default_factory=dict)
     decisions: tuple[BlockDecision, ...] = ()
     dropped: tuple[str, ...] = ()
+    renumbered: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> dict[tuple[int, ...], list[Pair]]:
         """The pairs by weight shape: each group is one stack of equal matrices."""
@@ -157,6 +167,8 @@ def make_plan(
         if modules:
             match.check_any(source, target)
         plan.decisions, plan.dropped = match.decisions, match.dropped
+    if isinstance(match, Renumbering):
+        plan.renumbered = match.blocks
     if dropped == "sum":
         plan.summed = _find_neighbours(modules, plan.table, source, target)
     elif dropped != "skip":

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..comparison.module_map import BlockDecision
+from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
     METHOD_REASONS,
@@ -49,6 +49,8 @@ class Report:
             matched by similarity.
         dropped_blocks: the source's blocks that feed none, where blocks were matched by
             similarity.
+        renumbered: the target's block -> the source's block whose weights it holds, where equal
+            names say otherwise.
         vectors: number of trained biases and tensors of normalisation layers carried over.
         left_out: tensor (or module) of the file that is not moved -> why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
@@ -74,6 +76,7 @@ class Report:
     modules: tuple[ModuleReport, ...] = ()
     decisions: tuple[BlockDecision, ...] = ()
     dropped_blocks: tuple[str, ...] = ()
+    renumbered: dict[str, str] = field(default_factory=dict)
     vectors: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
@@ -221,6 +224,7 @@ class Report:
         sentences = []
         if self.verdict:
             sentences.append(self.verdict.sentence())
+        sentences += describe_renumbered(self.renumbered)
         strangers = self.strangers()
         if strangers and self.verdict and self.verdict.related:
             pairs = [(row.source, str(row.target)) for row in strangers]

@@ -142,7 +142,8 @@ def explain_low_coverage(coverage: float, minimum: float, threshold: float) -> s
     """Why a finished transfer is not written."""
     return (
         f"coverage {coverage:.2f} is below --min-coverage {minimum:g} after the threshold "
-        f"{threshold:g} on Φ; nothing written. Lower --threshold, or try --method copy"
+        f"{threshold:g} on Φ, and without pairs that have nothing in common; nothing written. "
+        "Lower --threshold, or try --method copy"
     )
 
 
@@ -239,6 +240,7 @@ def build_report(
         modules=tuple(modules),
         decisions=plan.decisions,
         dropped_blocks=plan.dropped,
+        renumbered=dict(plan.renumbered),
         vectors=len(vectors.vectors),
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
         kept_energy=dict(adapter.kept_energy),

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
-from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache, CacheLike
 from ...bases.memory import Memory
-from ...bases.vae import can_probe
 from ...comparison.block_matching import resolve_match
-from ...comparison.drift import Affinity, measure_affinities
-from ...comparison.verdict import Verdict, judge_affinity
+from ...comparison.verdict import STRANGER
 from ...comparison.width_selection import WidthFinder
 from ...core.lowrank import LowRank
 from ...core.methods import Needs
-from ...errors import LowCoverage, UnrelatedBases
+from ...errors import LowCoverage
 from ..module_report import ModuleReport
 from ..moved_before import check_moved_before
 from ..options import LoraLike, TransferOptions
@@ -41,7 +37,9 @@ from .assembly import (
     list_unplaced_modules,
     outline_result,
 )
+from .decision import decide_method
 from .file_budget import OutputForm
+from .job import Job, label_stage
 from .lora_work import Clock, LoraWork
 from .move_updates import move_all
 from .slicing import describe_sliced_module, measure_sliced, slice_adapter, slice_source
@@ -65,31 +63,6 @@ class Result:
     adapter: Adapter
     report: Report
     route: Route
-
-
-@dataclass
-class Job:
-    """One LoRA on its way, between the stages of a transfer.
-
-    Attributes:
-        adapter: as it was read; updates without a place have no values any more.
-        plan: where its modules go.
-        asked: the options, before anything was decided.
-        output: what the result will be written as.
-        work: what is moved, and what has been.
-        energies: ‖ΔW_s‖² of the modules without a place, and of those that were sliced.
-        affinities: target module -> affinity of its pair of weights.
-        verdict: on the pair of bases; None where no weight is moved.
-    """
-
-    adapter: Adapter
-    plan: Plan
-    asked: TransferOptions
-    output: OutputForm
-    work: LoraWork
-    energies: dict[str, float]
-    affinities: dict[str, Affinity] = field(default_factory=dict)
-    verdict: Verdict | None = None
 
 
 def transfer_by_weights(
@@ -135,7 +108,7 @@ def _move_job(
     memory = Memory(options.memory_limit, options.rank)
     job = prepare_job(lora, source, target, options, output, cache)
     source = slice_source(source, [job.plan])
-    decide_method(job, source, target, cache, memory, job.work.result_bytes())
+    job = decide_method(job, source, target, cache, memory, job.work.result_bytes())
     move_all([job.work], source, target, cache, memory, options.progress)
     return job, source
 
@@ -160,7 +133,7 @@ def prepare_job(
         cache: what is known of the weights.
         widths: what is known of a narrower target; None starts anew.
     """
-    clock = Clock()
+    clock, whole_source = Clock(), source
     with clock("read"):
         check_moved_before(lora, source, asked, cache)
         adapter = read_lora(lora, source)
@@ -180,7 +153,11 @@ def prepare_job(
     updates = {n: hollow_update(x) if n in unplaced else x for n, x in adapter.updates.items()}
     adapter = replace(adapter, updates=updates)
     work = LoraWork(moved, plan, asked, clock, own_ranks=find_own_ranks(adapter, plan))
-    return Job(adapter, plan, asked, output, work, energies)
+
+    def prepare(options: TransferOptions) -> Job:
+        return prepare_job(lora, whole_source, target, options, output, cache, widths)
+
+    return Job(adapter, plan, asked, output, work, energies, prepare)
 
 
 def read_lora(lora: LoraLike, source: Base) -> Adapter:
@@ -211,70 +188,12 @@ def plan_transfer(
         cache=cache,
         device=options.device,
         max_memory=options.max_memory,
-        progress=_label_stage("matching", options.progress),
+        progress=label_stage("matching", options.progress),
     )
     widths = widths or WidthFinder(
-        source, target, options.device, _label_stage("comparing", options.progress)
+        source, target, options.device, label_stage("comparing", options.progress)
     )
     return make_plan(adapter, source, target, match, options.text_encoder, options.dropped, widths)
-
-
-def decide_method(
-    job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory, results: int
-) -> None:
-    """Looks at the pairs of weights and decides how to move the LoRA.
-
-    Args:
-        job: the LoRA.
-        source: the base that it was trained on.
-        target: the base that it moves to.
-        cache: what is known of their weights.
-        memory: the bound.
-        results: bytes that this LoRA and those before it will take.
-
-    Raises:
-        NonFiniteWeights: NaN or Inf in a weight.
-        UnrelatedBases: method "auto", and the weights have nothing in common.
-        TooLittleMemory: the bound is below what one weight needs.
-    """
-    plan, asked = job.plan, job.asked
-    shapes = {matrix_shape(pair.shape) for pair in plan.pairs}
-    memory.check(shapes, "affinity", results)
-    if asked.chosen is not None:
-        memory.check(shapes, asked.chosen.needs, results)
-    with job.work.clock("check"):
-        places = [(pair.source, pair.target) for pair in plan.pairs]
-        progress = _label_stage("checking", asked.progress)
-        room = memory.room(results)
-        affinities = measure_affinities(source, target, places, progress, cache, room)
-    # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
-    job.verdict = judge_affinity(Affinity.total(affinities)) if affinities else None
-    job.affinities = {pair.target: a for pair, a in zip(plan.pairs, affinities, strict=True)}
-    if asked.chosen is None and job.verdict and not job.verdict.related:
-        total = Affinity.total(affinities)
-        for base, energy in ((source, total.source), (target, total.target)):
-            if energy == 0:
-                raise UnrelatedBases(_explain_zeros(base))
-        raise UnrelatedBases(_explain_unrelated(job.verdict, source, target))
-    job.work.options = asked.decide(job.verdict)
-    memory.check(shapes, job.work.method.needs, results)
-
-
-def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
-    """Why `auto` writes nothing, and what may work instead."""
-    way = " --method copy does it anyway"
-    if can_probe(source.path, target.path):
-        way = f" --method probe looks at the running models and may move it;{way}"
-    return f"{verdict.sentence()} Nothing written;{way}"
-
-
-def _explain_zeros(base: Base) -> str:
-    """Why `auto` writes nothing between bases without values."""
-    return (
-        f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
-        "placeholder or a damaged file, so there is nothing to choose a method by; give the real "
-        "base model, or --method copy"
-    )
 
 
 def finish_job(
@@ -337,6 +256,12 @@ def _collect_results(job: Job) -> tuple[dict[str, LowRank], list[ModuleReport]]:
         rows.append(replace(row, drift=affinity.drift, cosine=affinity.cosine))
         if update is not None:
             updates[pair.target] = update
+    for pair in job.strangers:
+        affinity = job.affinities[pair.target]
+        row = describe_unchanged(job.work.adapter, pair.source, None, STRANGER)
+        row = describe_summed_module(row, adapter, plan)
+        row = replace(row, status="skipped", rank_out=0, cosine=affinity.cosine)
+        rows.append(replace(describe_sliced_module(row, plan, job.energies), drift=affinity.drift))
     for name in plan.passed:
         updates[name] = adapter.updates[name]
         rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
@@ -353,10 +278,3 @@ def list_inputs(lora: LoraLike, source: Base, target: Base) -> list[Path]:
     """The files and folders that a transfer reads."""
     files = [Path(lora)] if isinstance(lora, str | PathLike) else []
     return [*files, *source.files, *target.files]
-
-
-def _label_stage(what: str, progress: Progress | None) -> Progress | None:
-    """The caller's callback; it is told what is done to weights that are not yet moved."""
-    if progress is None:
-        return None
-    return lambda done, total, name: progress(done, total, f"{what} {name}")
