@@ -66,8 +66,11 @@ def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
 @pytest.mark.skipif(sys.platform != "linux", reason="no peak of resident memory in /proc")
 def test_the_bound_is_kept_and_changes_nothing(tmp_path):
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
-    ours = {name.format(i): weights(640, 640, i) for i in range(24)}
-    theirs = {key: related(weight, 0.1, 7) for key, weight in ours.items()}
+    # Two pairs, with their rows rolled: 24 weights of their own for the price of two.
+    pairs = [(weight, related(weight, 0.1, 7)) for weight in (weights(640, 640, i) for i in (0, 1))]
+    ours, theirs = (
+        {name.format(i): pairs[i % 2][side].roll(i, 0) for i in range(24)} for side in (0, 1)
+    )
     write_folder(tmp_path / "s", ours)
     write_folder(tmp_path / "t", theirs)
     tensors = {}
@@ -111,8 +114,9 @@ def test_loras_that_are_moved_together_stay_within_the_bound(tmp_path):
     """What projecting their factors takes beside them is the most, and is cut to fit."""
     name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
     modules = [name.format(i) for i in range(24)]
+    weight = weights(640, 640, 1)
     for folder in "st":
-        write_folder(tmp_path / folder, {key: weights(640, 640, 1) for key in modules})
+        write_folder(tmp_path / folder, {key: weight.clone() for key in modules})
     for i in range(8):
         tensors = {}
         for module in modules:

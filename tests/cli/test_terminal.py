@@ -1,5 +1,6 @@
 """What files say is printed as it is: neither rich nor the terminal obeys it."""
 
+import json
 import os
 import re
 import shutil
@@ -19,10 +20,34 @@ CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 
 
 def run_process(line, encoding):
+    return start_python(["-m", "prolora", *map(str, line)], encoding)
+
+
+def start_python(words, encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-m", "prolora", *map(str, line)]
-    return subprocess.run(words, env=environment, capture_output=True)
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True)
+
+
+def run_in_turn(lines, encoding):
+    """(Exit code, output, errors) of several commands in one process: most of each is its start."""
+    program = """
+import sys, json
+from prolora.cli import main
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line
+    try:
+        code = main() or 0
+    except SystemExit as end:
+        code = end.code or 0
+    print(f"\\0{code}\\0", end="", flush=True)
+    print("\\0", end="", file=sys.stderr, flush=True)
+"""
+    order = json.dumps([[str(word) for word in line] for line in lines])
+    run = start_python(["-c", program, order], encoding)
+    assert run.returncode == 0, run.stderr
+    outputs, errors = run.stdout.split(b"\0"), run.stderr.split(b"\0")
+    return list(zip(map(int, outputs[1::2]), outputs[::2], errors, strict=False))
 
 
 @pytest.mark.parametrize("name", ["[sdxl] style", "[bold]x [link=y]z", ":smile: a\\[b] c"])
@@ -118,15 +143,21 @@ def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
     lora = lora.rename(tmp_path / "ユニコード Ж.safetensors")
     out = tmp_path / "out Ж.safetensors"
     bases = ("--source", source, "--target", target)
-    run = run_process(("transfer", lora, *bases, "-o", out, "--method", "prolora"), encoding)
-    assert run.returncode == 0, run.stderr
+    moved, helped, wrong = run_in_turn(
+        [
+            ("transfer", lora, *bases, "-o", out, "--method", "prolora"),
+            ("transfer", "--help"),
+            ("transfer", lora, *bases, "-o", lora),
+        ],
+        encoding,
+    )
+    assert moved[0] == 0, moved[2]
     assert len(adapters.read_adapter(out).updates) == 8
-    text = run.stdout.decode(encoding)
+    text = moved[1].decode(encoding)
     arrow, phi = ("→", "Φ l/r") if encoding == "utf-8" else ("->", "Phi l/r")
     assert f"source {arrow} target" in text and phi in text
-    assert run_process(("transfer", "--help"), encoding).returncode == 0
-    wrong = run_process(("transfer", lora, *bases, "-o", lora), encoding)
-    assert wrong.returncode == 2 and b"would overwrite the input" in wrong.stderr
+    assert helped[0] == 0 and b"--method" in helped[1]
+    assert wrong[0] == 2 and b"would overwrite the input" in wrong[2]
 
 
 def test_a_file_name_that_is_no_unicode_is_shown(case, tmp_path):
