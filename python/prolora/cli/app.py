@@ -17,6 +17,7 @@ import typer
 from rich.table import Table
 
 from ..core.ops import native
+from ..core.svd import batched_eigh
 from ..version import __version__
 from ..workflow import inspection
 from . import basis, inspect_table
@@ -137,6 +138,7 @@ def info(as_json: JsonOption = False) -> None:
         "cpu threads": torch.get_num_threads(),
         "torch sees a GPU": torch.cuda.is_available(),
         **native.describe_installation(),
+        "GPU eigensolver": batched_eigh.describe_solver(),
     }
     if as_json:
         print(json.dumps(facts, indent=1))

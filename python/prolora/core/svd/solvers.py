@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,13 +11,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..arrays import to_tensor
+from .batched_eigh import stack_solver
+from .cusolver import SolverUnavailable
+from .products import multiply_narrow
+
+logger = logging.getLogger(__name__)
 
 Out = TypeVar("Out")
 # Random vectors that the orthonormality of many columns is judged by.
 PROBES = 32
-# How far (Frobenius) the eigenvectors of a solver that works may be from orthonormal: in float64,
-# and in float32, where eight times what was seen at d = 3072 still is far from wrong.
+# As many tell a result that is wrong from one that is not.
+FEW_PROBES = 16
+# How far (Frobenius) the eigenvectors of a solver that works may be from orthonormal, and their
+# residuals from zero relative to the matrix: in float64, and in float32, where eight times what was
+# seen at d = 3072 still is far from wrong.
 SKEW_64 = 1e-9
 SKEW_32 = 1e-3
 
@@ -35,37 +44,81 @@ def attempt(solve: Callable[[], Out]) -> Out | None:
 
 
 def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of a stack [..., d, d], through CuPy's batched solver on a GPU.
-
-    torch loops over the matrices on a GPU; CuPy, where it is installed, hands the stack to
-    cuSOLVER as one. Both read the lower triangle.
-    """
-    if symmetric.is_cuda and symmetric.ndim > 2 and len(symmetric) > 1:
-        try:
-            import cupy
-        except ImportError:
-            pass
-        else:
-            stream = torch.cuda.current_stream(symmetric.device).cuda_stream
-            with cupy.cuda.Device(symmetric.device.index), cupy.cuda.ExternalStream(stream):
-                pair = cupy.linalg.eigh(cupy.from_dlpack(symmetric.contiguous()), UPLO="L")
-                values, vectors = (to_tensor(x) for x in pair)
-            return values, vectors
-    values, vectors = torch.linalg.eigh(symmetric)
-    return values, vectors
+    """`descending_eigh` of [..., d, d] the other way round, by ascending eigenvalue."""
+    stack = symmetric.reshape(-1, *symmetric.shape[-2:])
+    values, vectors = descending_eigh(stack)
+    return values.flip(-1).reshape(symmetric.shape[:-1]), vectors.flip(-1).reshape(symmetric.shape)
 
 
 def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """`eigh_stack` of [b, d, d] by descending eigenvalue; NaN for a matrix that it fails on."""
-    pair = attempt(lambda: eigh_stack(symmetric))
+    """Eigenvalues and eigenvectors of [b, d, d] by descending eigenvalue, checked.
+
+    On a GPU in one batched call where there is one, without waiting for the device.
+
+    Args:
+        symmetric: float32 or float64; only the lower triangle is read.
+
+    Returns:
+        Values [b, d] and vectors [b, d, d] as columns; NaN for a matrix that the solver failed on,
+        and where the vectors are not orthonormal or do not belong to the matrix.
+    """
+    values, vectors, info = _solve_stack(symmetric, with_vectors=True)
+    lower = symmetric.tril()
+    norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
+    skew, residual = _measure_pairs(lower, values, vectors)
+    # Comparisons with NaN are false.
+    trusted = (info == 0) & norm.isfinite() & (skew <= allowed) & (residual <= allowed * norm)
+    values = torch.where(trusted[:, None], values, torch.nan)
+    return values.flip(-1), vectors.flip(-1).masked_fill_(~trusted[:, None, None], torch.nan)
+
+
+def eigenvalue_stack(symmetric: Tensor) -> Tensor:
+    """Eigenvalues [b, d] of [b, d, d], descending: `descending_eigh` without the vectors.
+
+    NaN for a matrix that the solver failed on, and where the sum of the values or of their squares
+    is not that of the matrix.
+    """
+    values, _, info = _solve_stack(symmetric, with_vectors=False)
+    lower = symmetric.tril()
+    norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
+    trace = lower.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=norm.dtype)
+    trace_error = (values.sum(-1, dtype=norm.dtype) - trace).abs()
+    norm_error = (torch.linalg.vector_norm(values, dim=-1, dtype=norm.dtype) - norm).abs()
+    trusted = (info == 0) & norm.isfinite() & (norm_error <= allowed * norm)
+    trusted &= trace_error <= allowed * math.sqrt(symmetric.shape[-1]) * norm
+    return torch.where(trusted[:, None], values, torch.nan).flip(-1)
+
+
+def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Ascending values, vectors as columns (if asked for), and int32 [b], 0 where it converged."""
+    batched = stack_solver(symmetric.device, symmetric.dtype)
+    if batched.solve is not None:
+        # A copy, which the solver may overwrite. NaN and Inf make some solvers raise for the whole
+        # stack, and others may never end.
+        copy = symmetric.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).contiguous()
+        try:
+            return batched.solve(copy, with_vectors)
+        except SolverUnavailable as error:
+            _warn_once(f"{batched.name} gives way to torch.linalg.eigh: {error}")
+
+    def solve() -> tuple[Tensor, Tensor]:
+        if with_vectors:
+            values, vectors = torch.linalg.eigh(symmetric)
+            return values, vectors
+        return torch.linalg.eigvalsh(symmetric), symmetric
+
+    pair = attempt(solve)
     if pair is None and len(symmetric) > 1:
-        parts = [descending_eigh(one[None]) for one in symmetric]
-        values, vectors = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        return values, vectors
-    if pair is None:
-        unknown = torch.full_like(symmetric, torch.nan)
-        return unknown[..., 0], unknown
-    return pair[0].flip(-1), pair[1].flip(-1)
+        parts = [_solve_stack(one[None], with_vectors) for one in symmetric]
+        values, vectors, info = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        return values, vectors, info
+    info = torch.zeros(len(symmetric), dtype=torch.int32, device=symmetric.device)
+    return (symmetric[..., 0], symmetric, info + 1) if pair is None else (*pair, info)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def full_svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -93,10 +146,52 @@ def estimate_skew(x: Tensor, used: Tensor | None = None) -> Tensor:
         excess.diagonal(dim1=-2, dim2=-1).sub_(1 if used is None else used.to(x.dtype))
         exact: Tensor = torch.linalg.vector_norm(excess, dim=(-2, -1)).double()
         return exact
-    generator = torch.Generator("cpu").manual_seed(0)
-    probes = torch.randn(k, PROBES, generator=generator, dtype=torch.float32, device="cpu")
-    probes = probes.to(x)
+    probes = _random_probes(k, PROBES, x.dtype, x.device)
     wanted = probes if used is None else probes * used[..., None]
     missed = x.mT @ (x @ probes) - wanted
     sampled: Tensor = torch.linalg.vector_norm(missed, dim=(-2, -1)).double()
     return 2 * sampled / math.sqrt(PROBES)
+
+
+def _allowed_error(symmetric: Tensor) -> float:
+    return SKEW_32 if symmetric.dtype == torch.float32 else SKEW_64
+
+
+def _symmetric_norm(lower: Tensor) -> Tensor:
+    """‖G‖_F, float64 [b], of the lower triangles [b, d, d] of G, zeros above."""
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    half = torch.linalg.vector_norm(lower, dim=(-2, -1), dtype=torch.float64)
+    twice = torch.linalg.vector_norm(diagonal, dim=-1, dtype=torch.float64)
+    norm: Tensor = (2 * half.square() - twice.square()).sqrt()
+    return norm
+
+
+def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """‖VᵀV − I‖_F and ‖GV − VΛ‖_F, float64 [b], estimated from random combinations of columns.
+
+    As in `estimate_skew`; for 16 combinations that chance is 1e-7.
+
+    Args:
+        lower: the lower triangles of G [b, d, d], zeros above.
+        values: [b, d].
+        vectors: V [b, d, d].
+    """
+    probes = _random_probes(values.shape[-1], FEW_PROBES, values.dtype, values.device)
+    both = torch.cat([probes.expand(len(values), -1, -1), values[..., None] * probes], -1)
+    mixed, scaled = multiply_narrow(vectors, both).split(FEW_PROBES, -1)
+    image = multiply_narrow(lower, mixed) + multiply_narrow(lower.mT, mixed)
+    image -= lower.diagonal(dim1=-2, dim2=-1)[..., None] * mixed
+    missed = (multiply_narrow(vectors.mT, mixed) - probes, image - scaled)
+    skew, residual = (torch.linalg.vector_norm(x, dim=(-2, -1)).double() for x in missed)
+    return 2 * skew / math.sqrt(FEW_PROBES), 2 * residual / math.sqrt(FEW_PROBES)
+
+
+@functools.lru_cache(maxsize=64)
+def _random_probes(k: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal columns [k, count], the same in every call.
+
+    They are kept because a copy to a GPU waits for the device.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    probes = torch.randn(k, count, generator=generator, dtype=torch.float32, device="cpu")
+    return probes.to(device, dtype)
