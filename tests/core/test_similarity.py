@@ -11,6 +11,13 @@ from spectra import orthonormal, related, weights
 from prolora import NonFiniteWeights, ShapeMismatch, principal_angles, similarity, truncated_svd
 from prolora.core import reference
 from prolora.core.similarity import ANGLE_SHARES, angle_quantiles
+from prolora.core.svd import stacks
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "whole stacks"])
+def both_ways(request, monkeypatch):
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", request.param)
 
 
 def test_similarity_equals_the_dense_formula():
@@ -127,7 +134,10 @@ def test_quantiles_are_those_of_all_angles_for_every_share_of_the_space(columns,
     found, _ = angle_quantiles(*(bases_of(f, f) for f in rounded))
     expected = exact.quantile(torch.tensor(ANGLE_SHARES, dtype=torch.float64))
     tolerance = {64: 1e-7, 32: 1e-6, 16: 1e-3}[bits]
-    assert found.shape == (2, 5) and torch.equal(found[0], found[1])
+    assert found.shape == (2, 5)
+    # Products of a stack need not give equal matrices equal bits.
+    beside = tolerance / 10 if stacks.CPU_AS_GPU else 0
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=beside)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=tolerance)
 
 

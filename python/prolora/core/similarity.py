@@ -9,16 +9,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .angles import column_angles, leading_quantiles, orthonormal_angles, stacked_angles
 from .arrays import Array, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .errors import NonFiniteWeights, ShapeMismatch, SolverFailure
+from .ops.operands import flatten_stack
 from .overlap_tables import OverlapTable, basis_tables
 from .parallel import map_on_threads
 from .precision import in_full_precision, is_finite, working_dtype
 from .rank_rule import Rank
 from .short_text import format_range
-from .svd.products import lower_gram
 from .svd.solvers import attempt
+from .svd.stacks import decides_freely
 from .validation import check_operand, refuse_vmap
 
 ANGLE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -158,26 +160,14 @@ def principal_angles(X: Any, Y: Any) -> Any:
         )
     if x.shape[-1] < y.shape[-1]:
         x, y = y, x
-    angles = attempt(lambda: _angles_of_columns(x, y))
-    if angles is None:
+    flat = [flatten_stack(side) for side in (x, y)]
+    found = attempt(lambda: column_angles(*flat))
+    if found is None:
         raise SolverFailure(
             "the SVD behind the principal angles of X and Y did not converge: are their entries "
             "too large or too small for float64?"
         )
-    return to_kind_of(angles, X)
-
-
-def _angles_of_columns(x: Tensor, y: Tensor) -> Tensor:
-    """Principal angles [..., q] between the spans of x [..., m, p] and y [..., m, q], q ≤ p.
-
-    Raises:
-        LinAlgError: the SVD did not converge.
-    """
-    x, y = torch.linalg.qr(x)[0], torch.linalg.qr(y)[0]
-    inner = x.mT @ y
-    cosines = torch.linalg.svdvals(inner).clamp(0, 1)
-    sines = torch.linalg.svdvals(y - x @ inner).flip(-1).clamp(0, 1)
-    return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
+    return to_kind_of(found.reshape(*x.shape[:-2], found.shape[-1]), X)
 
 
 @in_full_precision
@@ -187,8 +177,8 @@ def angle_quantiles(
     """Quantiles of the principal angles between the bases of a stack, left and right.
 
     The angles are those of `principal_angles` by an eighth to a half of the work, since bases are
-    orthonormal (`_angles_between`). With bases in float32 they err by about 1e-7, and by 1e-4 next
-    to a right angle; with bases in 16 bits (`bases.cache.basis_file`) by 1e-5 and 1e-3.
+    orthonormal (`orthonormal_angles`). With bases in float32 they err by about 1e-7, and by 1e-4
+    next to a right angle; with bases in 16 bits (`bases.cache.basis_file`) by 1e-5 and 1e-3.
 
     Args:
         source: bases of a stack of matrices [b, m, n].
@@ -199,35 +189,32 @@ def angle_quantiles(
         Radians, float64, [b, len(shares)] each; NaN where a basis has no column.
     """
     work = working_dtype(source.U.dtype, target.U.dtype)
-    pairs = [(source[i], target[i]) for i in range(len(source.U))]
-    sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
     wanted = torch.tensor(shares, dtype=torch.float64, device=source.U.device)
+    count = torch.minimum(source.rank, target.rank)
+    if decides_freely(source.U):
+        return _quantiles_in_turn(source, target, list(range(len(count))), wanted)
+    sides = ((source.U, target.U), (source.V, target.V))
+    stacks = (stacked_angles(s.to(work), t.to(work), source.rank, target.rank) for s, t in sides)
+    left, right = (leading_quantiles(angles, count, wanted) for angles in stacks)
+    empty = (count < 1)[:, None]
+    unknown = (left.isnan() | right.isnan()).any(1) & ~empty[:, 0]
+    left, right = left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
+    rest = unknown.nonzero().flatten().tolist()  # the one wait
+    if rest:
+        left[rest], right[rest] = _quantiles_in_turn(source, target, rest, wanted)
+    return left, right
+
+
+def _quantiles_in_turn(
+    source: Basis, target: Basis, places: list[int], wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`angle_quantiles` of some matrices, one by one."""
+    work = working_dtype(source.U.dtype, target.U.dtype)
+    pairs = [(source[i], target[i]) for i in places]
+    sides = [(s.U, t.U) for s, t in pairs] + [(s.V, t.V) for s, t in pairs]
     found = map_on_threads(
-        lambda side: _angles_between(*(x.to(work) for x in side)).quantile(wanted), sides
+        lambda side: orthonormal_angles(*(x.to(work) for x in side)).quantile(wanted), sides
     )
     left, right = torch.stack(found).chunk(2)
-    empty = (torch.minimum(source.rank, target.rank) < 1)[:, None]
+    empty = (torch.minimum(source.rank, target.rank)[places] < 1)[:, None]
     return left.masked_fill(empty, torch.nan), right.masked_fill(empty, torch.nan)
-
-
-def _angles_between(x: Tensor, y: Tensor) -> Tensor:
-    """Principal angles [min(p, q)], ascending, between orthonormal x [m, p] and y [m, q].
-
-    The sines are the singular values of the part of Y outside of X: of Y − X(XᵀY), or, where less
-    than half of the space is outside, of its coordinates there, which are fewer. That part has
-    float32's relative accuracy; only its Gram matrix and the eigenvalues need float64, because they
-    square the sines.
-    """
-    if x.shape[-1] < y.shape[-1]:
-        x, y = y, x
-    m, p = x.shape
-    q = y.shape[-1]
-    if p == m:
-        return y.new_zeros(q, dtype=torch.float64)
-    if 2 * p > m:
-        outside = torch.ormqr(*torch.geqrf(x), y, transpose=True)[p:]
-    else:
-        outside = torch.addmm(y, x, x.mT @ y, alpha=-1)
-    tall = outside.shape[0] > q
-    squares = torch.linalg.eigvalsh(lower_gram(outside.mT if tall else outside))
-    return torch.nn.functional.pad(squares.clamp(0, 1).sqrt().asin(), (q - len(squares), 0))

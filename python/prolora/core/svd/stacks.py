@@ -1,0 +1,70 @@
+"""How many matrices are worked on together, and where a decision of the host costs nothing.
+
+A GPU is kept busy by stacks, and it waits wherever the host reads a number from it. So a stack goes
+through the ladder as one there, by operators that take all of its matrices at once, and the host
+decides seldom. On the CPU a matrix that fits a core's cache is faster than a stack, threads share
+out the matrices, and a decision is free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Tests and counts set this: the CPU then takes whole stacks and decides seldom, as a GPU does.
+CPU_AS_GPU = False
+
+# On the CPU, matrices are worked on together up to this many bytes in float64.
+CPU_CHUNK_BYTES = 2 << 20
+# On a GPU, this share of its memory, but at least and at most so much, and never more than this
+# share of what is free. By halves, so that the same call takes the same stacks (and so gives the
+# same bits) until memory is scarce.
+GPU_SHARE_OF_TOTAL = 1 / 8
+GPU_LEAST_BYTES = 1 << 30
+GPU_MOST_BYTES = 4 << 30
+GPU_SHARE_OF_FREE = 1 / 2
+
+
+def decides_freely(tensor: Tensor) -> bool:
+    """Whether the host may look at this tensor without waiting for a device."""
+    return tensor.is_cpu and not CPU_AS_GPU
+
+
+def take_places(stack: Tensor, places: list[int]) -> Tensor:
+    """Some matrices of a stack [b, …], without waiting for a device."""
+    index = torch.tensor(places, dtype=torch.int64, device="cpu")
+    return stack.index_select(0, index.to(stack.device, non_blocking=True))
+
+
+def count_together(shape: torch.Size, device: torch.device) -> int:
+    """How many matrices of a shape [m, n] are worked on together."""
+    m, n = shape
+    if device.type == "cpu":
+        # A stack of any size, as a GPU with memory enough would take it.
+        return max(1, CPU_CHUNK_BYTES // (8 * m * n)) if not CPU_AS_GPU else 1 << 30
+    return max(1, _gpu_budget(*_gpu_memory(device)) // _working_bytes(m, n))
+
+
+def _working_bytes(m: int, n: int) -> int:
+    """What one matrix [m, n] takes at most on a GPU, in any rung.
+
+    Twice in float64 and twice in float32 the weight or the factors of its long side; of the short
+    side, the Gram matrix, its eigenvectors, their products and residuals: four times in float64 and
+    four times in float32.
+    """
+    return 24 * m * n + 48 * min(m, n) ** 2
+
+
+def _gpu_budget(free: int, total: int) -> int:
+    """Bytes that a stack may take on a GPU with so many bytes free and in total."""
+    budget = min(GPU_MOST_BYTES, max(GPU_LEAST_BYTES, int(total * GPU_SHARE_OF_TOTAL)))
+    while budget > max(1, free * GPU_SHARE_OF_FREE):
+        budget //= 2
+    return budget
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free for tensors on a GPU, those that torch keeps for later included, and in total."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept, total
