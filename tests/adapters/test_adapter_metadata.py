@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from prolora import adapters
 from prolora.adapters.formats.metadata import kohya_hashes, rewrite_metadata
+from prolora.adapters.formats.model_ids import find_ids
+from prolora.architectures.families import known_families
 
 KOHYA = {
     "ss_base_model_version": "sd_v1",
@@ -141,3 +143,44 @@ def test_a_stale_configuration_is_replaced(tmp_path):
         assert "99" not in adapters.read_adapter(tmp_path / "out").metadata.get(
             "lora_adapter_metadata", ""
         )
+
+
+def test_ids_of_layouts_are_what_their_families_are_known_by():
+    """sd-scripts and musubi-tuner write them, and `claims` of a family has what they begin with."""
+    students = {"ssd-1b", "segmind-vega", "koala-1b", "koala-700m"}  # listed with SDXL
+    students |= {"bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"}  # with SD1.5
+    known = 0
+    for family in known_families().values():
+        for layout in set(family.layouts) - students:
+            for name in filter(None, find_ids(layout)):
+                assert any(name.lower().startswith(start) for start in family.claims), layout
+                known += 1
+    assert known > 50
+    assert all(find_ids(layout).architecture for layout in students)
+    assert find_ids("other") == find_ids(None) == (None, None)
+
+
+def test_a_manager_finds_what_the_specification_requires():
+    metadata = moved()
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.title"] == "my cat"
+    for layout, kept in (("sd15", True), ("sdxl", False)):
+        given = KOHYA | {"modelspec.prediction_type": "v", "modelspec.date": "2024-01-01"}
+        result = rewrite_metadata(given, target_name="new", target_layout=layout, provenance={})
+        assert ("modelspec.prediction_type" in result) is kept
+        assert result["modelspec.date"] == "2024-01-01"
+    assert not [key for key in moved() if key == "modelspec.date"]  # same call, same bits
+
+
+def test_the_hash_of_the_specification_is_of_all_that_follows_the_header(tmp_path):
+    adapter = adapter_of({"conv_in": (16, 16)}, 4, metadata=KOHYA)
+    file = tmp_path / "out.safetensors"
+    adapters.write_adapter(adapter, file)
+    data = file.read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    metadata = adapters.read_adapter(file).metadata
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(body).hexdigest()}"
+    assert adapters.writing.adapter_file_size(adapter) == len(data)
+    plain = adapter_of({"conv_in": (16, 16)}, 4, metadata={})
+    adapters.write_adapter(plain, file)
+    assert "modelspec.hash_sha256" not in adapters.read_adapter(file).metadata

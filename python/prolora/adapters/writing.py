@@ -66,7 +66,7 @@ def write_adapter(
     tensors = encoding.encode_adapter(adapter, chosen, stored)
     header = _file_metadata(adapter, chosen, metadata)
     if chosen == "kohya":
-        header.update(headers.kohya_hashes(tensors, header))
+        header.update(headers.compute_hashes(tensors, header))
     with replace_output(path, folder=chosen == "peft") as output:
         if chosen == "peft":
             fill_safetensors(output / PEFT_WEIGHTS, tensors, header, path)
@@ -125,7 +125,7 @@ def adapter_file_size(
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
-        header.update(headers.BLANK_HASHES)
+        header.update(headers.blank_hashes(header))
     size = safetensors_size(encoding.outline_tensors(adapter, chosen, stored), header)
     return size + (len(_config_text(adapter).encode()) if chosen == "peft" else 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -11,12 +12,14 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import LowCoverage, OutputError, ProLoRAError
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
+from ..workflow.card import check_card, place_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import inspect
 from ..workflow.output_paths import is_page_path
@@ -58,6 +61,9 @@ def transfer(
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     if output.report is not None:
         check_report(output.report, outputs, loras, files)
+    card = find_card(loras, output)
+    if card is not None:
+        check_card(card)
     if matching.save_match is not None:
         if len(pairs) > 1:
             raise ValueError("--save-match is for two bases: give one expert of each")
@@ -79,6 +85,8 @@ def transfer(
         for line in tables.failure_lines(outcomes):
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
+    if card is not None:
+        write_card(card, outcomes, read_command(with_folders=False))
     check_outcomes(outcomes, matching.min_coverage)
 
 
@@ -156,9 +164,34 @@ def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
         write_text_atomically(output.report, text + "\n")
 
 
-def read_command() -> str:
-    """The command line, as a shell takes it."""
-    return shlex.join(["prolora", *sys.argv[1:]])
+def find_card(loras: list[Path], output: OutputOptions) -> Path | None:
+    """Where --card writes to; None where it was not asked for, or nothing is written."""
+    if not output.card or output.dry_run:
+        return None
+    path = cast(Path, output.output)
+    is_peft = output.format == "peft" or any((lora / PEFT_CONFIG).is_file() for lora in loras)
+    is_peft = is_peft and output.format in ("auto", "peft") and output.for_program is None
+    return place_card(path, len(loras) > 1 or path.is_dir() or is_peft)
+
+
+def read_command(with_folders: bool = True) -> str:
+    """The command line, as a shell takes it.
+
+    Args:
+        with_folders: False leaves out in which folders files lie, which is nobody's business in
+            what is published.
+    """
+    words = sys.argv[1:]
+    if not with_folders:
+        words = [_drop_folders(word) for word in words]
+    return shlex.join(["prolora", *words])
+
+
+def _drop_folders(word: str) -> str:
+    """A word of a command line, without the folders of a path; a hub id is none."""
+    option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
+    return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"
 
 
 def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:

@@ -171,6 +171,14 @@ class OutputOptions:
             "otherwise JSON.",
         ),
     ] = None
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Also write a model card for the Hugging Face Hub: README.md beside the output, "
+            "or in the folder of several.",
+        ),
+    ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False

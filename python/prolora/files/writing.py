@@ -102,7 +102,7 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     Not by the safetensors library: version 0.8 shuffles the metadata from run to run, so that one
     transfer done twice would give two different files.
     """
-    ordered = _order_tensors(tensors)
+    ordered = order_tensors(tensors)
     with open(path, "wb") as file:
         file.write(encode_header(ordered, metadata))
         for tensor in ordered.values():
@@ -111,12 +111,12 @@ def dump_safetensors(path: Path, tensors: Tensors, metadata: Metadata) -> None:
 
 def safetensors_size(tensors: Tensors, metadata: Metadata) -> int:
     """Bytes of the file that `dump_safetensors` makes; the tensors may be on the meta device."""
-    ordered = _order_tensors(tensors)
+    ordered = order_tensors(tensors)
     data = sum(tensor.numel() * tensor.dtype.itemsize for tensor in ordered.values())
     return len(encode_header(ordered, metadata)) + data
 
 
-def _order_tensors(tensors: Tensors) -> Tensors:
+def order_tensors(tensors: Tensors) -> Tensors:
     """Wide dtypes first, which keeps every tensor aligned for readers that map the file."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
 

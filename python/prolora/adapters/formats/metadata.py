@@ -9,29 +9,17 @@ from collections.abc import Iterable, Mapping
 import safetensors.torch
 from torch import Tensor
 
-from ...files.hashing import view_bytes
-from ...files.writing import encode_header
+from ...files.hashing import hash_parts, view_bytes
+from ...files.writing import encode_header, order_tensors
+from .model_ids import SPECIFICATION, find_ids
 from .peft_config import METADATA_KEY
-
-_SDXL = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
-_SD1 = ("sd_v1", "stable-diffusion-v1")
-# Layout -> (ss_base_model_version, modelspec.architecture). SSD-1B and Vega have no id of their
-# own; user interfaces list their LoRAs with SDXL's.
-_BASES = {
-    "sd15": _SD1,
-    "sd21": ("sd_v2", "stable-diffusion-v2-512"),
-    "sdxl": _SDXL,
-    "ssd-1b": _SDXL,
-    "segmind-vega": _SDXL,
-    "flux1-dev": ("flux1", "flux-1-dev"),
-    "flux1-schnell": ("flux1", "flux-1-schnell"),
-}
 
 # The bytes of a file that kohya's older hash is of.
 _WINDOW = 0x100000, 0x110000
 
 # True only of the file they were written into.
-_OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA_KEY)
+SPECIFIED_HASH = "modelspec.hash_sha256"
+_OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", SPECIFIED_HASH, METADATA_KEY)
 
 
 def rewrite_metadata(
@@ -61,9 +49,9 @@ def rewrite_metadata(
         for key, value in metadata.items()
         if key not in _OF_THE_FILE and not key.startswith("prolora.")
     }
-    version, architecture = _base_ids(target_layout)
+    version, architecture = find_ids(target_layout)
     _replace_entry(kept, "ss_base_model_version", version)
-    _replace_entry(kept, "modelspec.architecture", architecture and f"{architecture}/lora")
+    _describe_architecture(kept, architecture and f"{architecture}/lora")
     _replace_entry(kept, "ss_v2", None if version is None else str(version.startswith("sd_v2")))
     kept["ss_sd_model_name"] = target_name
     _replace_entry(kept, "ss_sd_model_hash", target_short_hash)
@@ -71,6 +59,7 @@ def rewrite_metadata(
 
     lora = metadata.get("ss_output_name") or metadata.get("modelspec.title") or "LoRA"
     kept["modelspec.merged_from"] = f"{lora}, {target_name}"
+    kept.setdefault("modelspec.title", lora)
     source = provenance.get("source", metadata.get("ss_sd_model_name", "another base model"))
     comment = f"moved from {source} to {target_name} by prolora"
     old = metadata.get("ss_training_comment", "")
@@ -79,11 +68,16 @@ def rewrite_metadata(
     return kept
 
 
-def _base_ids(layout: str | None) -> tuple[str | None, str | None]:
-    """The ids of a layout; pruned SD1.x students count as SD1.x."""
-    if layout is not None and layout.startswith("bk-sdm"):
-        return _SD1
-    return _BASES.get(layout or "", (None, None))
+def _describe_architecture(metadata: dict[str, str], architecture: str | None) -> None:
+    """Sets or removes the entry by which managers sort, and what depends on it.
+
+    No date is added: the same call writes the same bytes. That of the LoRA, if it has one, stays.
+    """
+    if architecture != metadata.get("modelspec.architecture"):
+        metadata.pop("modelspec.prediction_type", None)
+    _replace_entry(metadata, "modelspec.architecture", architecture)
+    if architecture is not None:
+        metadata.setdefault("modelspec.sai_model_spec", SPECIFICATION)
 
 
 def _replace_entry(metadata: dict[str, str], key: str, value: str | None) -> None:
@@ -103,7 +97,7 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
     """
     kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
     if format == "kohya":
-        is_flux = kept.get("ss_base_model_version", "").startswith("flux")
+        is_flux = kept.get("ss_base_model_version", "").startswith("flux1")
         kept.setdefault("ss_network_module", "networks.lora_flux" if is_flux else "networks.lora")
     if kept.get("ss_network_module", "").startswith("lycoris"):
         # Whatever it was, what is written is a plain LoRA.
@@ -117,8 +111,25 @@ def clean_metadata(metadata: Mapping[str, str], format: str, ranks: set[int]) ->
     return kept
 
 
-BLANK_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-"""As long as `kohya_hashes` of any file."""
+def blank_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Entries as long as those of `compute_hashes`, for any tensors."""
+    blank = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+    return blank | ({SPECIFIED_HASH: "0x" + "0" * 64} if _is_specified(metadata) else {})
+
+
+def compute_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The hashes in the header of a kohya file: kohya's two, and that of `modelspec`.
+
+    The last is of all bytes after the header, in files that say which architecture they are for.
+    """
+    hashes = kohya_hashes(tensors, metadata)
+    if _is_specified(metadata):
+        hashes[SPECIFIED_HASH] = f"0x{hash_parts(order_tensors(tensors).values())}"
+    return hashes
+
+
+def _is_specified(metadata: Mapping[str, str]) -> bool:
+    return "modelspec.architecture" in metadata
 
 
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -32,8 +32,12 @@ def escape(text: object) -> Html:
     r"""A text as HTML, control characters spelled out (`\x1b`); markup as it is."""
     if isinstance(text, Html):
         return text
-    plain = _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
-    return Html(html.escape(plain, quote=True))
+    return Html(html.escape(replace_controls(str(text)), quote=True))
+
+
+def replace_controls(text: str) -> str:
+    r"""The text with control characters spelled out (`\x1b`); tabs and new lines stay."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def join(parts: Iterable[object]) -> Html:

@@ -1,0 +1,99 @@
+"""The model card: what the Hub reads in it, whose words are in it, and what it replaces."""
+
+import hashlib
+
+import pytest
+from mini import lora_tensors
+from safetensors.torch import save_file
+
+from prolora.workflow import card
+
+HEADER = {
+    "modelspec.trigger_phrase": 'my "cat": [x]\n---\n<script>',
+    "modelspec.license": "apache-2.0",
+    "modelspec.tags": "style, ink",
+}
+
+
+@pytest.fixture
+def line(case):
+    lora, source, target = case
+    save_file(lora_tensors(), lora, HEADER)
+    return "transfer", lora, "--source", source, "--target", target, "--card"
+
+
+def read_card(path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    return hub.ModelCard.load(path)
+
+
+def test_the_hub_reads_the_card(prolora, line, tmp_path):
+    out = tmp_path / "moved.safetensors"
+    assert prolora(*line, "-o", out)[0] == 0
+    read = read_card(tmp_path / "README.md")
+    data = read.data.to_dict()
+    assert data["base_model"] == ["target", "source"]
+    assert data["base_model_relation"] == "adapter" and data["library_name"] == "diffusers"
+    assert data["tags"][:2] == ["lora", "prolora"] and {"style", "ink"} <= set(data["tags"])
+    assert data["license"] == "apache-2.0"
+    assert data["instance_prompt"] == HEADER["modelspec.trigger_phrase"]
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    for text in (
+        digest,
+        "8 of 12 modules moved",
+        "apache-2.0 (carried over",
+        "modules moved | 67%",
+    ):
+        assert text in read.text
+    assert 'my "cat": \\[x\\] --- \\<script\\>' in read.text
+    command = (
+        f"prolora transfer lora.safetensors --source source --target target --card -o {out.name}"
+    )
+    assert f"```bash\n{command}\n```" in read.text and str(tmp_path) not in read.content
+
+
+def test_several_loras_have_one_card_in_their_folder(prolora, line, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file(lora_tensors(), other, {"modelspec.license": "Our own terms: ask"})
+    assert prolora(*line, other, "-o", tmp_path / "moved")[0] == 0
+    read = read_card(tmp_path / "moved" / "README.md")
+    assert read.data.base_model == ["target", "source"]
+    # Each has its own licence and words, so the card as a whole has none.
+    assert read.data.license is None and "instance_prompt" not in read.data.to_dict()
+    assert [row for row in read.text.splitlines() if row.startswith("## ")] == [
+        "## lora.safetensors",
+        "## other.safetensors",
+        "## How it was made",
+    ]
+    assert "Licence: Our own terms: ask" in read.text
+    # Where nothing is new the card stays; what was there already stays in it.
+    file, again = tmp_path / "moved" / "README.md", (*line, other, "-o", tmp_path / "moved")
+    before = file.read_text("utf-8")
+    assert prolora(*again)[0] == 0
+    assert file.read_text("utf-8") == before
+    (tmp_path / "moved" / "other.safetensors").unlink()
+    assert prolora(*again)[0] == 0
+    text = read_card(file).text
+    assert text.count("## ") == 3 and text.count("Moved in an earlier run") == 1
+
+
+def test_the_card_of_a_peft_folder_lies_in_it(prolora, line, tmp_path):
+    for _ in range(2):  # a card of prolora's is replaced
+        assert prolora(*line, "-o", tmp_path / "peft", "--format", "peft")[0] == 0
+        assert read_card(tmp_path / "peft" / "README.md").data.library_name == "peft"
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_readme_of_somebody_else_is_not_replaced(prolora, line, tmp_path):
+    readme, out = tmp_path / "README.md", tmp_path / "moved.safetensors"
+    readme.write_text("# mine")
+    code, _, error = prolora(*line, "-o", out)
+    assert code == 2 and "is no card of prolora" in error
+    assert readme.read_text() == "# mine" and not out.exists()
+    assert prolora(*line, "-o", out, "--dry-run")[0] == 0  # writes no card
+
+
+def test_words_of_others_stay_words():
+    assert card.escape("a | b\n# `c` <i>_d_") == "a \\| b \\# \\`c\\` \\<i\\>\\_d\\_"
+    assert card.quote('"\x1b\u2028') == '"\\"\\\\x1b\\\\u2028"'
+    assert card._write_command("a '```\nb'").startswith("````bash\n")
