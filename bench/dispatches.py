@@ -1,0 +1,153 @@
+"""Counts what truncated_svd asks of a GPU, on the CPU: `python bench/dispatches.py OUT LABEL`.
+
+Dispatches, host synchronisations, flops and bytes of each stage, on generated weights. The chunks
+are those of a GPU, and so are the rungs. OUT is a JSON file, in which the counts stand under LABEL;
+those under other labels stay.
+
+What the CPU cannot count: the kernels that LAPACK's counterparts launch, and the copies between
+host and device. They are in bench/gpu_model.py's figures as estimates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu.counters import Tally, counting
+from gpu.stages import stage_of
+from torch import Tensor
+
+import prolora
+from prolora.core import basis
+
+HEADLINES = [(64, 1280, 1280, 128), (8, 3072, 3072, 128), (64, 1280, 1280, 0.99)]
+"""The stacks that the goals are about: (matrices, rows, columns, rank)."""
+
+
+def make_weights(b: int, m: int, n: int) -> Tensor:
+    """W [b, m, n], float32, with σ_i = i^-0.5 and random vectors.
+
+    Two matrices are multiplied out; the others are these, with their rows and columns permuted.
+    """
+    d = min(m, n)
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(min(b, 2)):
+        u, v = (torch.linalg.qr(torch.randn(size, d, generator=generator))[0] for size in (m, n))
+        made.append((u * torch.arange(1, d + 1) ** -0.5) @ v.mT)
+    for i in range(2, b):
+        rows, columns = (torch.randperm(size, generator=generator) for size in (m, n))
+        made.append(made[i % 2][rows][:, columns])
+    return torch.stack(made)
+
+
+@contextmanager
+def as_on_a_gpu() -> Any:
+    """The chunks and rungs that a GPU would get, on the CPU."""
+    with ExitStack() as stack:
+        if hasattr(basis, "CPU_CHUNK_BYTES"):
+            chunk = basis.GPU_CHUNK_BYTES
+            stack.enter_context(mock.patch.object(basis, "CPU_CHUNK_BYTES", chunk))
+            # The rung in float32 was left out on a GPU.
+            stack.enter_context(mock.patch.object(basis.gram, "suits_gram", lambda *_: False))
+        yield
+
+
+def count_case(b: int, m: int, n: int, rank: int | float) -> dict[str, Any]:
+    """The counts for one stack."""
+    weights = make_weights(b, m, n)
+    began = time.perf_counter()
+    with as_on_a_gpu(), counting(stage_of) as tally:
+        found = prolora.truncated_svd(weights, rank)
+    return {
+        "matrices": b,
+        "rows": m,
+        "columns": n,
+        "rank": rank,
+        "rung": found.rung,
+        "columns kept": int(found.rank.max()),
+        "seconds on the CPU": round(time.perf_counter() - began, 1),
+        **summarise(tally),
+    }
+
+
+def summarise(tally: Tally) -> dict[str, Any]:
+    """The totals, by stage, and the calls themselves for the model of their time."""
+    stages: dict[str, dict[str, int]] = {}
+    for call, count in tally.calls.items():
+        stage = stages.setdefault(call.stage, Counter())
+        stage["dispatches"] += count * (call.kind != "view")
+        stage[f"{call.dtype} flops"] += count * call.flops
+        stage["bytes"] += count * call.bytes
+    for stage, waits in tally.waits.items():
+        stages.setdefault(stage, Counter())["synchronisations"] += waits
+    return {
+        "dispatches": tally.dispatches,
+        "synchronisations": sum(tally.waits.values()),
+        "float32 flops": tally.flops("float32"),
+        "float64 flops": tally.flops("float64"),
+        "bytes": tally.bytes,
+        "factorisations": tally.factorisations(),
+        "stages": {
+            name: {what: n for what, n in stage.items() if n} for name, stage in stages.items()
+        },
+        "calls": _calls(tally),
+    }
+
+
+def _calls(tally: Tally) -> list[list[Any]]:
+    """[stage, op, kind, dtype, shape, flops, bytes, count]; passes of a stage are summed up."""
+    rows: list[list[Any]] = []
+    passes: dict[str, list[int]] = {}
+    for call, count in tally.calls.items():
+        if call.kind == "pass":
+            known = passes.setdefault(call.stage, [0, 0])
+            known[0] += count * call.bytes
+            known[1] += count
+        elif call.kind != "view":
+            shape = list(call.shape)
+            rows.append(
+                [call.stage, call.op, call.kind, call.dtype, shape, call.flops, call.bytes, count]
+            )
+    for stage, (moved, count) in passes.items():
+        rows.append([stage, "passes", "pass", "", [], 0, moved // count, count])
+    return rows
+
+
+def commit() -> str:
+    """Of the sources that are counted."""
+    folder = Path(prolora.__file__).parent
+    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("label")
+    parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
+    words = parser.parse_args()
+    torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
+    cases = []
+    for b, m, n, rank in HEADLINES:
+        for matrices in sorted({2, words.matrices or b}):
+            cases.append(count_case(matrices, m, n, rank))
+            told = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
+            print(json.dumps(told), flush=True)
+    known = json.loads(words.out.read_text()) if words.out.exists() else {}
+    known[words.label] = {"commit": commit(), "torch": torch.__version__, "cases": cases}
+    words.out.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

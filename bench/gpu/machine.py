@@ -1,0 +1,53 @@
+"""What a number depends on beside the code that was timed: card, date, sources."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("csrc", "python/prolora", "CMakeLists.txt", "cmake")
+
+
+def describe_machine() -> dict[str, str]:
+    """The fields card, date, commit and sources of a line."""
+    return {
+        "card": find_card(),
+        "date": date.today().isoformat(),
+        "commit": find_commit(),
+        "sources": hash_sources(),
+    }
+
+
+def find_card() -> str:
+    """The name of the first GPU, or of the processor where there is none."""
+    told = _ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return told.splitlines()[0] if told else f"no GPU ({platform.machine()})"
+
+
+def find_commit() -> str:
+    """As git describes it; "unknown" in a copy without its history."""
+    return _ask("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+
+
+def hash_sources() -> str:
+    """Of everything that is built or installed."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = ROOT / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.suffix in (".py", ".h", ".cpp", ".cu", ".txt", ".cmake") and file.is_file():
+                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,66 @@
+"""Each native op once, small: what compute-sanitizer and ncu run. `python -m gpu.one_kernel OP`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.project_pair import project_pair
+from prolora.core.ops.small_svd import small_svd
+
+
+def random(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def run_small_svd(device: str, large: bool) -> None:
+    """Shared memory, more of it than 48 KiB, and global scratch."""
+    sizes = [(64, 64), (128, 128), (512, 128)] if large else [(9, 7), (80, 80), (300, 100)]
+    for m, n in sizes:
+        small_svd(random(64 if large else 2, m, n, device=device))
+
+
+def run_panel_qr(device: str, large: bool) -> None:
+    """Panels of two widths."""
+    for rows in (32, 64):
+        panel_qr(random(64 if large else 2, rows, 1280 if large else 96, device=device))
+
+
+def run_overlap_table(device: str, large: bool) -> None:
+    """One group."""
+    shape = (64, 1280, 128) if large else (2, 100, 70)
+    overlap_table([random(*shape, device=device)], [random(*shape, device=device).flip(0)])
+
+
+def run_project_pair(device: str, large: bool) -> None:
+    """A square shape and a tall one."""
+    shapes = [(64, 1280, 588, 32), (2, 10240, 588, 32)] if large else [(2, 96, 40, 8)]
+    for b, m, k, r in shapes:
+        us, ut = (random(b, m, k, device=device) / m**0.5 for _ in range(2))
+        project_pair(us, ut, random(b, r, m, device=device))
+
+
+KERNELS: dict[str, Callable[[str, bool], Any]] = {
+    "small_svd": run_small_svd,
+    "panel_qr": run_panel_qr,
+    "overlap_table": run_overlap_table,
+    "project_pair": run_project_pair,
+}
+
+
+def main() -> None:
+    """`one_kernel OP DEVICE [large]`."""
+    KERNELS[sys.argv[1]](sys.argv[2], sys.argv[3:] == ["large"])
+    if sys.argv[2] == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

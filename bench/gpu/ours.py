@@ -1,0 +1,240 @@
+"""Call 3: truncated_svd as a whole and by stage, and each kernel against torch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import prolora
+from prolora.core.ops import torch_twin
+from prolora.core.ops.overlap_table import overlap_table
+from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops.project_pair import project_pair
+from prolora.core.ops.small_svd import small_svd
+
+from .clock import peak_memory, time_call
+from .counters import Counting, counting
+from .one_kernel import random
+from .stages import stage_of
+from .steps import Bench, Step, make_weights
+
+STACKS = [
+    (64, 1280, 1280, 128),
+    (8, 3072, 3072, 128),
+    (64, 1280, 1280, 0.99),
+    (64, 640, 640, 128),
+    (16, 10240, 1280, 128),
+    (64, 1280, 1280, 320),
+    (64, 320, 320, 128),
+    (64, 1280, 1280, 0.9),
+]
+
+
+def list_steps(bench: Bench) -> Iterator[Step]:
+    """The goals' own case first."""
+    for stack in STACKS:
+        yield Step(describe(stack), 40, partial(time_stack, stack=stack))
+    for name, run in KERNELS.items():
+        yield Step(name, 25, run)
+    yield Step("principal angles", 30, time_angles)
+
+
+def describe(stack: tuple[int, int, int, int | float]) -> str:
+    """As 64 x 1280x1280, k=128."""
+    b, m, n, k = stack
+    return f"{b} x {m}x{n}, k={k}"
+
+
+def time_stack(bench: Bench, stack: tuple[int, int, int, int | float]) -> None:
+    """The whole call, its memory, where the host waits, and the share of each stage."""
+    b, m, n, k = stack
+    rank = k if isinstance(k, float) else bench.size(k)
+    w = make_weights(bench.batch(b), bench.size(m), bench.size(n), bench.device)
+    case = describe(stack)
+
+    def whole() -> Any:
+        return prolora.truncated_svd(w, rank)
+
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        # It pins full precision itself, so that the second time must be the first.
+        torch.set_float32_matmul_precision(precision)
+        try:
+            ms, repeats = time_call(whole, bench.device, limit=8)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        note = f"float32 matmul precision {precision}"
+        name = "truncated_svd" if precision == "highest" else "truncated_svd, precision high"
+        bench.record(name, ms, "ms", case, repeats=repeats, note=note)
+    found = whole()
+    bench.record("largest bound", float(found.bound.max()), "sine", case, note=found.rung)
+    bench.record("peak memory", peak_memory(whole, bench.device) / 2**20, "MiB", case)
+    bench.record("synchronisations", count_waits(whole, bench.device), "times", case)
+    with counting(stage_of) as tally:
+        whole()
+    bench.record("dispatches", tally.dispatches, "times", case)
+    for stage, ms in time_stages(whole, bench.device).items():
+        note = "between events, with the counting's own time: for the shares"
+        bench.record(f"stage {stage}", ms, "ms", case, note=note)
+
+
+def count_waits(job: Callable[[], Any], device: str) -> int:
+    """How often the host waits for the GPU, as torch's own debug mode says."""
+    if device != "cuda":
+        with counting(stage_of) as tally:
+            job()
+        return sum(tally.waits.values())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            job()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in seen)
+
+
+class Timing(Counting):
+    """Notes an event wherever the stage changes."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[str, Any]] = []
+        super().__init__(self._notice)
+
+    def _notice(self, frame: Any) -> str:
+        stage = stage_of(frame)
+        # The frame of the dispatch comes after the call, so this call belongs to what follows.
+        if not self.marks or self.marks[-1][0] != stage:
+            self.marks.append((stage, _event()))
+        return stage
+
+
+def _event() -> Any:
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def time_stages(job: Callable[[], Any], device: str) -> dict[str, float]:
+    """Milliseconds of each stage, between events at the first call of every run of a stage."""
+    job()
+    timing = Timing()
+    with timing:
+        job()
+    last = _event()
+    if device != "cuda":
+        return {stage: 0.0 for stage, _ in timing.marks}
+    torch.cuda.synchronize()
+    spent = Counter[str]()
+    ends = [event for _, event in timing.marks[1:]] + [last]
+    for (stage, start), end in zip(timing.marks, ends, strict=True):
+        spent[stage] += start.elapsed_time(end)
+    return dict(spent)
+
+
+def compare_kernel(
+    bench: Bench, case: str, ours: Callable[[], Any], torchs: Callable[[], Any], few: float = 1.0
+) -> None:
+    """Records both times; `few` scales torch's where it ran on fewer matrices."""
+    name = bench.step
+    mine, repeats = time_call(ours, bench.device, limit=3)
+    bench.record(name, 1e3 * mine, "µs", case, repeats=repeats)
+    theirs, repeats = time_call(torchs, bench.device, limit=3)
+    further = {} if few == 1 else {"scaled": few}
+    bench.record(f"torch for {name}", 1e3 * theirs * few, "µs", case, repeats=repeats, **further)
+
+
+def time_small_svd(bench: Bench) -> None:
+    """Against torch.linalg.svd, which loops: two matrices, scaled."""
+    for b, n in ((512, 64), (256, 128), (128, 16)):
+        a = random(b if not bench.dry else 2, bench.size(n), bench.size(n), device=bench.device)
+        few = a[:2].contiguous()
+        compare_kernel(
+            bench,
+            f"{b} x {n}x{n}",
+            partial(small_svd, a),
+            lambda few=few: torch.linalg.svd(few, full_matrices=False),
+            few=b / 2,
+        )
+
+
+def time_panel_qr(bench: Bench) -> None:
+    """Against torch's formulas."""
+    for b, rows, m in ((64, 32, 1280), (16, 32, 10240), (8, 32, 3072)):
+        panel = random(bench.batch(b), bench.size(rows), bench.size(m), device=bench.device)
+        compare_kernel(
+            bench,
+            f"{b} x {rows}x{m}",
+            partial(panel_qr, panel),
+            lambda panel=panel: torch.linalg.qr(panel.mT),
+        )
+
+
+def time_overlap_table(bench: Bench) -> None:
+    """Both sides of a shape's pairs in one launch."""
+    for b, m, k in ((64, 1280, 128), (64, 1280, 640)):
+        us = random(bench.batch(b), bench.size(m), bench.size(k), device=bench.device)
+        ut = us.flip(0).contiguous()
+        compare_kernel(
+            bench,
+            f"{b} x {m}, k={k}",
+            partial(overlap_table, [us], [ut]),
+            partial(torch_twin.overlap_table, [us], [ut]),
+        )
+
+
+def time_project_pair(bench: Bench) -> None:
+    """A square and a tall shape."""
+    for b, m, k, r in ((64, 1280, 588, 32), (2, 10240, 588, 32)):
+        us, ut = (
+            random(bench.batch(b), bench.size(m), bench.size(k), device=bench.device) / m**0.5
+            for _ in range(2)
+        )
+        x: Tensor = random(bench.batch(b), r, bench.size(m), device=bench.device)
+        compare_kernel(
+            bench,
+            f"{b} x ({m}, {k}, {r})",
+            partial(project_pair, us, ut, x),
+            partial(torch_twin.project_pair, us, ut, x),
+        )
+
+
+KERNELS = {
+    "small_svd": time_small_svd,
+    "panel_qr": time_panel_qr,
+    "overlap_table": time_overlap_table,
+    "project_pair": time_project_pair,
+}
+
+
+def time_angles(bench: Bench) -> None:
+    """principal_angles of 64 pairs, against torch's QR and SVD on two of them."""
+    x, y = (
+        random(bench.batch(64), bench.size(1280), bench.size(128), device=bench.device) + i
+        for i in range(2)
+    )
+    ms, repeats = time_call(lambda: prolora.principal_angles(x, y), bench.device, limit=5)
+    bench.record("principal_angles", ms, "ms", "64 x (1280, 128)", repeats=repeats)
+
+    def torchs() -> Any:
+        q, r = (torch.linalg.qr(side[:2].double())[0] for side in (x, y))
+        return torch.linalg.svdvals(q.mT @ r)
+
+    ms, repeats = time_call(torchs, bench.device, limit=5)
+    bench.record(
+        "torch for principal_angles",
+        32 * ms,
+        "ms",
+        "64 x (1280, 128)",
+        repeats=repeats,
+        scaled=32.0,
+        note="cosines alone",
+    )

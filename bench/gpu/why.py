@@ -1,0 +1,108 @@
+"""Call 4: where the time goes, and a whole transfer from file to file."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import prolora
+
+from .machine import ROOT
+from .one_kernel import KERNELS
+from .steps import Bench, Step, make_weights
+
+METRICS = {
+    "gpu__time_duration.sum": "time",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "share of the SMs' peak",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "share of the memory's peak",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
+}
+
+
+def list_steps(bench: Bench) -> Iterator[Step]:
+    """The profile of the goals' case, the kernels, then the whole."""
+    yield Step("profile", 40, profile)
+    for op in list(KERNELS)[: 1 if bench.dry else None]:
+        tool = "" if bench.dry else "ncu"
+        yield Step(f"ncu {op}", 45, partial(run_ncu, op=op), tool=tool)
+    yield Step("sdxl to ssd-1b", 230, transfer_whole)
+
+
+def profile(bench: Bench) -> None:
+    """A trace among the logs, and the ten operators that take most of the device's time."""
+    w = make_weights(bench.batch(64), bench.size(1280), bench.size(1280), bench.device)
+    rank = bench.size(128)
+    prolora.truncated_svd(w, rank)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        prolora.truncated_svd(w, rank)
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(bench.logs / "trace.json"))
+    where = "self_device_time_total" if bench.device == "cuda" else "self_cpu_time_total"
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, where, 0))
+    for row in rows[:10]:
+        case = f"64 x 1280x1280, k=128: {row.key[:60]}"
+        bench.record("profile", getattr(row, where, 0) / 1e3, "ms", case, repeats=max(1, row.count))
+
+
+def run_ncu(bench: Bench, op: str) -> None:
+    """What ncu measures of each launch; without it, that the script runs."""
+    large = () if bench.dry else ("large",)
+    script = (sys.executable, "-m", "gpu.one_kernel", op, bench.device, *large)
+    watch = ("ncu", "--csv", "--metrics", ",".join(METRICS), "--launch-count", "40")
+    code, text = bench.run_command(
+        f"ncu-{op}.txt", *(() if bench.dry else watch), *script, seconds=90, cwd=ROOT / "bench"
+    )
+    assert code == 0, text[-300:]
+    for name, metric, value, unit in parse_ncu(text):
+        bench.record(f"ncu {METRICS[metric]}", value, unit, f"{op}: {name}")
+
+
+def parse_ncu(text: str) -> Iterator[tuple[str, str, float, str]]:
+    """(kernel, metric, value, unit) of `ncu --csv`."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith('"ID"')]
+    for row in csv.DictReader(lines[starts[0] :]) if starts else ():
+        if row.get("Metric Name") in METRICS:
+            value = float(row["Metric Value"].replace(",", ""))
+            yield row["Kernel Name"][:80], row["Metric Name"], value, row["Metric Unit"]
+
+
+def transfer_whole(bench: Bench) -> None:
+    """SDXL's LoRA to SSD-1B; at toy size, between the small models that come with the package."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        if bench.dry:
+            models = ROOT / "examples" / "mini_family" / "weights"
+            paths = [models / "loras" / "thick.safetensors", models / "source", models / "pruned"]
+        else:
+            import sdxl
+
+            sdxl.write_all(root)
+            paths = [root / "lora.safetensors", root / "sdxl", root / "ssd-1b"]
+        for rank in (128, 0.9):
+            for attempt in ("first", "again") if rank == 128 else ("first",):
+                begun = time.perf_counter()
+                report = prolora.transfer_file(
+                    *paths,
+                    root / "out.safetensors",
+                    rank=min(rank, 8) if bench.dry else rank,
+                    method="prolora",
+                    device=bench.device,
+                    cache=root / f"cache-{rank}-{attempt}",
+                )
+                case = f"560 modules, rank {rank}, {attempt} in this process"
+                seconds = time.perf_counter() - begun
+                bench.record("transfer_file", seconds, "s", case)
+                for stage, spent in report.seconds.items():
+                    bench.record(f"transfer_file, {stage}", spent, "s", case)

@@ -1,0 +1,153 @@
+"""The GPU check without its steps: lines, time, workers that fail, tables, counts."""
+
+import sys
+import time
+
+import pytest
+import torch
+from gpu import __main__ as check
+from gpu import calls, registers, render, results, why
+from gpu.counters import counting
+from gpu.stages import stage_of
+from gpu.steps import Bench, Step
+
+import prolora
+
+MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench("ours", tmp_path, MACHINE, "bench/gpu.sh ours", dry=True, step="a step")
+
+
+def test_every_number_is_in_the_file_at_once_and_says_where_it_comes_from(bench):
+    bench.record("time", 1.5, "ms", "a case", repeats=20, scaled=32)
+    (line,) = results.read_lines([bench.results])
+    assert line["value"] == 1.5 and line["card"] == "a card" and line["step"] == "a step"
+    with bench.results.open("a") as file:
+        file.write('{"call": "ours", "na')  # a process that was killed
+    assert len(results.read_lines([bench.results])) == 1
+    bench.record("time", float("nan"), "ms")
+    first, second = results.read_lines([bench.results])
+    assert first == line and second["value"] is None and second["error"] == "nan"
+
+
+@pytest.mark.parametrize("change", [{"value": "fast"}, {"colour": 1}, {"repeats": 1.5}])
+def test_a_line_of_another_form_is_refused(bench, change):
+    bench.record("time", 1.5, "ms")
+    (line,) = results.read_lines([bench.results])
+    with pytest.raises(ValueError):
+        results.check_line(line | change)
+    del line["card"]
+    with pytest.raises(ValueError, match="card"):
+        results.check_line(line)
+
+
+def test_a_step_counts_as_done_for_its_card_and_sources_alone(bench):
+    bench.record(results.FINISHED, 2.0, "s")
+    bench.step = "failed"
+    bench.record(results.FINISHED, None, "s", error="no")
+    lines = results.read_lines([bench.results])
+    assert results.finished_steps(lines, "ours", "a card", "123") == {"a step"}
+    assert not results.finished_steps(lines, "ours", "another card", "123")
+    assert not results.finished_steps(lines, "ours", "a card", "other sources")
+    assert not results.finished_steps(lines, "why", "a card", "123")
+
+
+WORKER = """
+import sys, json, time
+order = json.loads(sys.argv[1])
+for name in order["steps"]:
+    print("BEGIN", name, flush=True)
+    if name == "hangs":
+        time.sleep(60)
+    if name == "crashes":
+        sys.exit(139)
+    print("number", name, flush=True)
+    print("END", name, flush=True)
+"""
+
+
+def test_a_step_that_hangs_or_ends_its_process_costs_itself_alone(bench, monkeypatch, capsys):
+    names = ["first", "hangs", "second", "crashes", "third"]
+    monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", WORKER])
+    monkeypatch.setattr(check, "GRACE", 0.5)
+    steps = [Step(name, 0.1, lambda bench: None) for name in names]
+    monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
+    status = check.run_call(bench, time.time() + 30, bench.out / "none")
+    said = capsys.readouterr().out
+    assert status == 1
+    for name in ("first", "second", "third"):
+        assert f"number {name}" in said
+    assert "FAILED ours/hangs" in said and "FAILED ours/crashes" in said
+
+
+def test_a_call_ends_at_its_deadline(bench, monkeypatch, capsys):
+    monkeypatch.setattr(check, "WORKER", [sys.executable, "-S", "-c", WORKER])
+    monkeypatch.setattr(check, "GRACE", 0.2)
+    steps = [Step(name, 100, lambda bench: None) for name in ("hangs", "never")]
+    monkeypatch.setattr(calls, "list_steps", lambda bench: steps)
+    began = time.time()
+    assert check.run_call(bench, time.time() + 1, bench.out / "none") == 1
+    assert time.time() - began < 10
+    assert "left for another call of `bench/gpu.sh ours`: never" in capsys.readouterr().out
+
+
+def test_the_tables_put_our_times_beside_the_baselines_of_the_same_card(bench):
+    bench.record("truncated_svd", 50.0, "ms", "64 x 1280x1280, k=128")
+    bench.record("stage panel", 5.0, "ms", "64 x 1280x1280, k=128")
+    bench.record("small_svd", 2.0, "µs", "512 x 64x64")
+    bench.record("torch for small_svd", 600.0, "µs", "512 x 64x64", scaled=256)
+    bench.call = "anchors"
+    bench.record("torch.linalg.svd", 1500.0, "ms", "64 x 1280x1280", scaled=32)
+    text = render.render_results(results.read_lines([bench.results]))
+    assert "| 64 x 1280x1280, k=128 | 50 | – | – | – | – | 1500 | 30.0 × |" in text
+    assert "| small_svd | 512 x 64x64 | 2 µs | 600 µs (scaled) | 300.0 × |" in text
+    assert "toy sizes" in text
+
+
+def test_registers_are_read_from_cuobjdump():
+    text = """
+Fatbin elf code:
+arch = sm_90
+ Function overlap:
+  REG:128 STACK:0 SHARED:17408 LOCAL:8 CONSTANT[0]:600 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    (found,) = registers.parse_resources(text)
+    assert (found.kernel, found.architecture) == ("overlap", "sm_90")
+    assert (found.registers, found.shared, found.local) == (128, 17408, 8)
+
+
+def test_metrics_are_read_from_ncu():
+    text = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","small_svd(Args)","gpu__time_duration.sum","us","1,234.5"
+"0","small_svd(Args)","something else","","1"
+"""
+    assert list(why.parse_ncu(text)) == [
+        ("small_svd(Args)", "gpu__time_duration.sum", 1234.5, "us")
+    ]
+
+
+def test_products_waits_and_passes_are_counted_by_stage():
+    x = torch.randn(3, 8, 8)
+    with counting(lambda frame: "here") as tally:
+        y = x @ x.mT
+        torch.linalg.eigh(y)
+        assert bool(y.sum() > 0)
+        y[0, 0].tolist()
+        y.mul_(2)
+    assert tally.flops("float32") == 3 * 2 * 8**3
+    assert tally.factorisations() == {"eigh float32 3x8x8": 1}
+    assert tally.waits == {"here": 3}  # the solver's info, the sum, the list
+    assert tally.dispatches == 6  # bmm, eigh, sum, >, the number, mul_
+
+
+def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
+    weights = torch.randn(2, 24, 24)
+    with counting(stage_of) as tally:
+        prolora.truncated_svd(weights, 4)
+    stages = {call.stage for call in tally.calls}
+    assert {"scaling and norms", "dense", "eigensolver"} <= stages
+    assert "other" not in stages
