@@ -8,6 +8,7 @@ from spectra import planted, power_law, sine
 
 from prolora import LowRank, NonFiniteWeights, ProLoRAError, truncated_svd
 from prolora.core.errors import SolverFailure
+from prolora.core.svd import solvers, stacks
 
 EIGH, SVD = torch.linalg.eigh, torch.linalg.svd
 
@@ -188,6 +189,123 @@ def test_one_matrix_that_a_solver_fails_on_leaves_the_others_of_its_stack_alone(
     assert basis.rungs == ("gram-f64", "svd-f64", "gram-f64") and bool(basis.ok.all())
     for i in (0, 2):
         assert sine(plain.U[i], basis.U[i]) < 1e-12
+
+
+def with_noise(size, orthonormal):
+    """A solver of limited accuracy: each vector is off by `size`, at right angles or not."""
+
+    def spoil(values, vectors):
+        generator = torch.Generator().manual_seed(5)
+        noise = torch.randn(vectors.shape, generator=generator, dtype=vectors.dtype)
+        vectors += size * noise / vectors.shape[-1] ** 0.5
+        if orthonormal:
+            vectors.copy_(torch.linalg.qr(vectors)[0])
+
+    return spoil
+
+
+def give_unrelated_vectors(values, vectors):
+    vectors.copy_(vectors.mT.clone())
+
+
+def spoil_the_first_of_a_stack(values, vectors):
+    if vectors.ndim > 2:
+        vectors[0] = torch.eye(vectors.shape[-1])
+
+
+QUALITIES = {
+    "1e-5": with_noise(1e-5, False),
+    "1e-5, orthonormal": with_noise(1e-5, True),
+    "2e-4, orthonormal": with_noise(
+        2e-4, True
+    ),  # about the worst that the solver's check lets pass
+    "1e-3": with_noise(1e-3, False),
+    "1e-3, orthonormal": with_noise(1e-3, True),
+    "unrelated vectors": give_unrelated_vectors,
+    "one of a stack": spoil_the_first_of_a_stack,
+    "failure": raise_linalg,
+}
+
+
+def step_at(d, k):
+    return torch.cat([torch.full((k,), 4.0), torch.ones(d - k)])
+
+
+def clusters(d, k):
+    """Groups of values within 1e-6 of each other; the cut goes through one."""
+    jitter = torch.rand(d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return (0.8 ** (torch.arange(d) // (k // 2 + 3)) * (1 + 1e-6 * jitter)).sort().values.flip(0)
+
+
+def rank_above(d, k):
+    return torch.linspace(2, 1, k + 22)
+
+
+def edge_of_noise(d, k):
+    """A few values above those of a random matrix, among which the cut goes."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(d, d, dtype=torch.float64, generator=generator) / d**0.5
+    return torch.cat([torch.linspace(6, 3, k // 3), torch.linalg.svdvals(noise)[k // 3 :]])
+
+
+# Name: (d, n, columns, spectra).
+STACKS = {
+    "krylov": (768, 780, 24, [lambda d, k: power_law(d, 0.5), step_at, rank_above]),
+    "gram-f32": (
+        *(400, 420, 80),
+        [
+            *(lambda d, k: power_law(d, 0.5), lambda d, k: power_law(d, 1.0), step_at),
+            *(clusters, rank_above, edge_of_noise),
+        ],
+    ),
+}
+
+
+@cache
+def stack_of(rung):
+    """A stack with a spectrum each, and its singular vectors."""
+    d, n, k, spectra = STACKS[rung]
+    weights = [planted(d, n, values(d, k), seed)[0] for seed, values in enumerate(spectra)]
+    stack = torch.stack(weights).float()
+    return stack, SVD(stack.double(), full_matrices=False)
+
+
+LIMITED = ("1e-5", "1e-5, orthonormal", "2e-4, orthonormal")
+CALLS = [
+    *(("gram-f32", quality, whole) for quality in QUALITIES for whole in (False, True)),
+    *(("krylov", quality, True) for quality in (*LIMITED, "unrelated vectors", "one of a stack")),
+    ("krylov", "2e-4, orthonormal", False),
+]
+
+
+def check_quality(monkeypatch, rung, quality, whole_stacks):
+    """The basis of a stack, none of whose bounds is below the error, or `ok` above the bound."""
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", whole_stacks)
+    stack, exact = stack_of(rung)
+    break_eigh(monkeypatch, QUALITIES[quality], {torch.float32})
+    basis = truncated_svd(stack, STACKS[rung][2])
+    for i in range(len(stack)):
+        error = true_error([x[i] for x in exact], basis[i])
+        assert error <= basis.bound[i] or basis.bound[i] >= 1
+        assert basis.ok[i] == (basis.bound[i] <= 1e-3)
+    return basis
+
+
+@pytest.mark.parametrize(("rung", "quality", "whole_stacks"), CALLS)
+def test_no_quality_of_a_float32_solver_puts_the_bound_below_the_error(
+    monkeypatch, rung, quality, whole_stacks
+):
+    basis = check_quality(monkeypatch, rung, quality, whole_stacks)
+    assert basis.ok.all()
+    assert rung in basis.rungs or quality not in LIMITED
+
+
+@pytest.mark.parametrize("quality", ["1e-3, orthonormal", "unrelated vectors"])
+@pytest.mark.parametrize("rung", STACKS)
+def test_nor_where_nobody_checks_what_the_solver_gives(monkeypatch, rung, quality):
+    measure = solvers._measure_pairs
+    monkeypatch.setattr(solvers, "_measure_pairs", lambda *pairs: [0 * x for x in measure(*pairs)])
+    check_quality(monkeypatch, rung, quality, whole_stacks=True)
 
 
 def test_too_little_memory_is_no_reason_to_try_what_takes_more(monkeypatch):
