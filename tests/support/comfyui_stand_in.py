@@ -1,0 +1,123 @@
+"""As much of ComfyUI as prolora's nodes use, in memory.
+
+PROLORA_COMFYUI=FOLDER runs the same tests with the modules of a real checkout instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+
+class Interrupted(Exception):
+    """What ComfyUI raises where the stop button was pressed."""
+
+
+class Input:
+    """An input of a V3 schema, or an output: what it was made with."""
+
+    def __init__(self, id="", **known):
+        self.id, self.known = id, known
+
+
+class NodeOutput:
+    """What a V3 node returns."""
+
+    def __init__(self, *result, ui=None):
+        self.result, self.ui = result, ui
+
+
+def make_modules(models: Path) -> dict[str, types.ModuleType]:
+    """The modules, with `models` as the folder of models."""
+    folders = {name: ([str(models / name)], {".safetensors"}) for name in ("checkpoints", "loras")}
+    state = SimpleNamespace(interrupted=False, progress=[])
+
+    def get_filename_list(folder):
+        root = models / folder
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*.safetensors"))
+
+    def get_full_path_or_raise(folder, name):
+        path = models / folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"Model in folder '{folder}' with filename '{name}' not found.")
+        return str(path)
+
+    def throw_exception_if_processing_interrupted():
+        if state.interrupted:
+            raise Interrupted
+
+    class ProgressBar:
+        def __init__(self, total, node_id=None):
+            self.total = total
+
+        def update_absolute(self, value, total=None, preview=None):
+            state.progress.append((value, total))
+
+    def load_torch_file(path, safe_load=False):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+    def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
+        return (model, lora, strength_model), (clip, strength_clip)
+
+    kinds = ("Combo", "Float", "String", "Model", "Clip")
+    io = SimpleNamespace(
+        ComfyNode=object,
+        Schema=lambda **known: SimpleNamespace(**known),
+        NodeOutput=NodeOutput,
+        **{kind: SimpleNamespace(Input=Input, Output=Input) for kind in kinds},
+    )
+    ui = SimpleNamespace(
+        PreviewText=lambda text: SimpleNamespace(as_dict=lambda: {"text": (text,)})
+    )
+    contents = {
+        "folder_paths": {
+            "folder_names_and_paths": folders,
+            "get_filename_list": get_filename_list,
+            "get_full_path_or_raise": get_full_path_or_raise,
+            "get_folder_paths": lambda folder: list(folders[folder][0]),
+        },
+        "comfy": {"state": state},
+        "comfy.model_management": {
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted
+        },
+        "comfy.utils": {"ProgressBar": ProgressBar, "load_torch_file": load_torch_file},
+        "comfy.sd": {"load_lora_for_models": load_lora_for_models},
+        "comfy_api": {},
+        "comfy_api.latest": {"ComfyExtension": object, "io": io, "ui": ui},
+    }
+    modules = {}
+    for name, known in contents.items():
+        modules[name] = types.ModuleType(name)
+        vars(modules[name]).update(known)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, modules[name])
+    return modules
+
+
+def install(models: Path, monkeypatch) -> bool:
+    """Makes `import folder_paths` and the others work; whether they are a real ComfyUI's."""
+    real = os.environ.get("PROLORA_COMFYUI")
+    if not real:
+        for name, module in make_modules(models).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return False
+    monkeypatch.syspath_prepend(real)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cpu"])
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import folder_paths
+
+    for name in ("checkpoints", "loras"):
+        known = folder_paths.folder_names_and_paths[name]
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, name, ([str(models / name)], known[1])
+        )
+    folder_paths.filename_list_cache.clear()
+    return True
