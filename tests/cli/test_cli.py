@@ -393,8 +393,9 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
     lora, source, target = case
     out, page = tmp_path / "out.safetensors", tmp_path / "report.html"
     line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--report", page)
-    assert prolora(*line)[0] == 0
+    code, told, _ = prolora(*line)
     text = page.read_text("utf-8")
+    assert code == 0 and f"wrote {page}" in told
     assert "8 of 12 modules moved" in text and f"--report {page}</code>" in text
     assert prolora(*line)[0] == 0  # replaces a page of its own
     page.write_text("<!DOCTYPE html><p>mine")

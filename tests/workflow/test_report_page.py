@@ -158,6 +158,7 @@ def test_what_has_no_number_is_shown_without_one(report):
     for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([])):
         page = Page(shown.to_html())
         assert page.inside["h1"] == [shown.sentences()[0]]
+        assert "kept" not in "".join(page.inside.get("title", []))
         assert "nan" not in page.text.lower()
         Page(shown._repr_html_())
 

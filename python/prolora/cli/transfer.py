@@ -87,6 +87,10 @@ def transfer(
     write_outcomes(outcomes, output)
     if card is not None:
         write_card(card, outcomes, read_command(with_folders=False))
+    if output.show_tables:
+        for path in (output.report, card):
+            if path is not None and path.exists():
+                out.print_line(f"wrote {path}")
     check_outcomes(outcomes, matching.min_coverage)
 
 

@@ -7,6 +7,7 @@ the Markdown.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def _describe_lora(one: _Moved) -> list[str]:
         used.append("- Licence: the LoRA's header names none; those of both bases apply")
     if one.file.readers:
         used.append(f"- Read by: {', '.join(one.file.readers)}")
-    blocks.append("\n".join(used))
+    blocks += ["To use it:", "\n".join(used), "In numbers:"]
     lora_hash = header.get("prolora.lora_hash", "")
     rows = [
         *_list_numbers(report),
@@ -209,7 +210,8 @@ def _list_numbers(report: Report | None) -> list[tuple[str, str]]:
     if report is None:
         return []
     totals = report.totals
-    shown = [(name, _show(totals[key], form)) for name, key, form in _NUMBERS]
+    known = [(name, totals[key], form) for name, key, form in _NUMBERS if _is_known(totals[key])]
+    shown = [(name, format(value, form)) for name, value, form in known]
     return [("modules moved", f"{report.coverage:.0%}"), *shown]
 
 
@@ -223,8 +225,8 @@ _NUMBERS = (
 )
 
 
-def _show(value: float | None, form: str) -> str:
-    return "–" if value is None or value != value else format(value, form)
+def _is_known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
 
 
 def _show_ranks(file: Description) -> str:

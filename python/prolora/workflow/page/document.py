@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -59,10 +59,10 @@ def render_report(
         facts: more of how it was made, by what each is called: the LoRA's file, the command.
         pictures: shown below the verdict.
     """
-    places = PlaceMap(report.modules)
+    places = PlaceMap(report.modules, report.dry_run)
     sections = [_draw_tiles(report), *map(_embed_picture, pictures)]
     if report.modules:
-        sections.append(_map_section(report, places))
+        sections.append(_map_section(places))
     if report.rows("mapped") and not report.dry_run:
         sections.append(tag("section", tag("h2", "By part of the model"), stage_table(report)))
     for heading, table in (
@@ -107,12 +107,14 @@ def kept_of_all(report: Report) -> float | None:
 
 
 def _list_sentences(report: Report) -> Html:
-    """All sentences of the report; a warning stands out."""
+    """The sentences of the report, but for one that is the headline; a warning stands out."""
+    heading = write_headline(report)
     return tag(
         "ul",
         *(
             tag("li", sentence, class_="warn" if sentence.startswith("No-go") else None)
             for sentence in report.sentences()
+            if sentence != heading
         ),
         class_="sentences",
     )
@@ -122,8 +124,9 @@ def _draw_tiles(report: Report) -> Html:
     """The numbers that people ask for first."""
     totals = report.totals
     placed = totals["mapped"] + totals["summed"]
+    name = "modules to move" if report.dry_run else "modules moved"
     tiles = [
-        ("modules moved", f"{report.coverage:.0%}", f"{placed} rows, {totals['skipped']} skipped"),
+        (name, f"{report.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
         ("method", report.method, f"strength {report.strength:.2g}"),
     ]
     if not report.dry_run:
@@ -150,19 +153,21 @@ def _none_of_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _map_section(report: Report, places: PlaceMap) -> Html:
+def _map_section(places: PlaceMap) -> Html:
     hint = (
         "A column for each block in the order of the model, a row for each kind of module. "
         "A cell names its module, and leads to its row of the table below."
     )
+    describe = partial(describe_module, is_planned=places.is_planned)
+    heading = "What would move, by place" if places.is_planned else "What was kept, by place"
     figure = tag(
         "figure",
-        tag("div", draw_map(places, describe_module), class_="heat"),
+        tag("div", draw_map(places, describe), class_="heat"),
         tag("p", "\u00a0", id="readout", aria_live="polite", hidden=True),
-        draw_legend(),
+        draw_legend(places),
         tag("figcaption", hint),
     )
-    return tag("section", tag("h2", "What was kept, by place"), figure)
+    return tag("section", tag("h2", heading), figure)
 
 
 def _unmoved_section(report: Report) -> Html:
@@ -182,7 +187,8 @@ def _unmoved_section(report: Report) -> Html:
         parts.append(tag("p", f"Blocks of the source that feed none: {names}."))
     if not parts:
         parts.append(tag("p", "Every module of the LoRA has a place on the target."))
-    return tag("section", tag("h2", "What did not move"), *parts)
+    heading = "What would not move" if report.dry_run else "What did not move"
+    return tag("section", tag("h2", heading), *parts)
 
 
 def _module_section(report: Report) -> Html:

@@ -84,7 +84,7 @@ def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
         "svg", *names, class_="kinds", width=round(labels), height=height, aria_hidden="true"
     )
     cells = _draw_cells(places, layout, describe)
-    summary = f"Heat map: {len(places.modules)} modules by block and kind, each with its share kept"
+    summary = f"Heat map: {len(places.modules)} modules by block and kind"
     picture = tag(
         "svg",
         _HATCH,
@@ -185,14 +185,23 @@ _HATCH = tag(
 )
 
 
-def draw_legend() -> Html:
+def draw_legend(places: PlaceMap) -> Html:
     """What the colours of the map mean."""
-    swatches = []
-    for share in STEPS:
-        box = tag("rect", class_="kept", fill_opacity=_opacity(share), width=22, height=12)
-        swatches.append(tag("span", _swatch(box), f"{share:.0%}"))
-    lost = tag("span", _swatch(tag("rect", class_="lost", width=22, height=12)), "not moved")
-    return tag("p", "Share of a module's energy on the target:", *swatches, lost, class_="legend")
+    unknown = "would move" if places.is_planned else "moved, share not known"
+    samples: list[tuple[str, str, float | None]] = [
+        (f"{share:.0%}", "kept", _opacity(share)) for share in STEPS
+    ]
+    if places.is_planned:
+        samples = []
+    if any(cell.share is None for cell in places.cells.values()):
+        samples.append((unknown, "fitted", None))
+    samples.append(("would not move" if places.is_planned else "not moved", "lost", None))
+    swatches = [
+        tag("span", _swatch(tag("rect", class_=kind, fill_opacity=x, width=22, height=12)), name)
+        for name, kind, x in samples
+    ]
+    title = "" if places.is_planned else "Share of a module's energy on the target:"
+    return tag("p", title, *swatches, class_="legend")
 
 
 def _swatch(box: Html) -> Html:

@@ -77,7 +77,13 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Html:
     label = f"Heat map of {name}: the share of each module's energy that was kept"
     return tag(
         "tr",
-        tag("th", name, draw_thumbnail(PlaceMap(report.modules), label), details, scope="row"),
+        tag(
+            "th",
+            name,
+            draw_thumbnail(PlaceMap(report.modules, report.dry_run), label),
+            details,
+            scope="row",
+        ),
         status,
         number_cell(f"{report.coverage:.0%}"),
         number_cell(format_number(share, ".0%")),

@@ -196,11 +196,17 @@ def module_table(report: Report) -> Html:
     return make_table([*heads, "why"], rows, "Every module of the LoRA", id="modules")
 
 
-def describe_module(row: ModuleReport) -> str:
-    """A module in a line: its name, what became of it and why."""
+def describe_module(row: ModuleReport, is_planned: bool = False) -> str:
+    """A module in a line: its name, what became of it and why.
+
+    Args:
+        row: the module.
+        is_planned: whether it has not been moved yet.
+    """
     if row.status != "mapped":
         return f"{row.source}: {row.status}, {row.reason}"
     share = row.surviving_energy * (1 - row.rank_cut_energy)
-    kept = f" {format_number(share, '.0%')} kept," if not math.isnan(share) else ""
+    is_known = not (is_planned or math.isnan(share))
+    kept = f" {format_number(share, '.0%')} kept," if is_known else ""
     onto = f" to {row.target}," if row.target not in (None, row.source) else ""
     return f"{row.source}:{onto}{kept} {row.reason}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def render_summary(report: Report) -> str:
     """The headline, the sentences, a small map, the model's parts, and what did not move."""
-    places = PlaceMap(report.modules)
+    places = PlaceMap(report.modules, report.dry_run)
     parts = [tag("p", tag("b", write_headline(report)))]
     parts.append(tag("ul", *(tag("li", sentence) for sentence in report.sentences())))
     if report.modules:

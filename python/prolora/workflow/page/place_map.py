@@ -48,9 +48,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class PlaceMap:
-    """A report's modules by place."""
+    """A report's modules by place.
+
+    Attributes:
+        modules: in the order of the report.
+        is_planned: whether nothing was moved yet, so that no share is known.
+    """
 
     modules: tuple[ModuleReport, ...]
+    is_planned: bool = False
 
     @cached_property
     def cells(self) -> dict[tuple[Column, str], Cell]:
@@ -62,7 +68,8 @@ class PlaceMap:
         cells = {}
         for key, indices in groups.items():
             rows = tuple(self.modules[i] for i in indices)
-            cells[key] = Cell(rows, tuple(indices), share_kept(rows, targets))
+            share = None if self.is_planned else share_kept(rows, targets)
+            cells[key] = Cell(rows, tuple(indices), share)
         return cells
 
     @cached_property
@@ -103,7 +110,7 @@ def share_kept(
 
     Returns:
         Above 1 where an update became larger; None where a fitted update has nothing to be
-        compared with. Modules without energy (in a dry run) count alike.
+        compared with. Modules without energy count alike.
     """
     shares = [_share(row, targets or {}) for row in rows]
     if any(math.isnan(share) for share in shares):
