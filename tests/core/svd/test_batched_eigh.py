@@ -68,6 +68,18 @@ def test_empty_stacks_and_stacks_in_other_layouts_are_solved(monkeypatch):
     assert_solved(symmetric[::2], *solvers.descending_eigh(symmetric[::2]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_check_asks_for_no_scale(monkeypatch, dtype):
+    use(monkeypatch, FakeCusolver())
+    symmetric = make_stack(4, 20, dtype=dtype)
+    scales = torch.tensor([0, 1e-30, 1, 1e30], dtype=dtype)[:, None]
+    values, vectors = solvers.descending_eigh(symmetric * scales[..., None])
+    wanted = torch.linalg.eigvalsh(symmetric).flip(-1)
+    torch.testing.assert_close(values[1:] / scales[1:], wanted[1:], rtol=1e-4, atol=1e-4)
+    assert not values[0].any() and vectors.isfinite().all()
+    assert solvers.eigenvalue_stack(symmetric * scales[..., None]).isfinite().all()
+
+
 def spoil_info(values, rows, info):
     info[1] = 3
 
@@ -208,6 +220,27 @@ def test_the_host_never_waits_for_the_device(monkeypatch, d):
         solvers.eigenvalue_stack(symmetric)
         solvers.estimate_skew(vectors)
     assert values[1].isnan().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 200), (3, 20), (5, 130)])
+def test_a_gpu_solves_a_stack_in_any_stream_without_waiting(shape, dtype):
+    symmetric = make_stack(*shape, dtype=dtype)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        on_gpu = symmetric.cuda()
+        solvers.descending_eigh(on_gpu)  # tries the solver out, and makes the probes
+        batched = batched_eigh.stack_solver(on_gpu.device, dtype).solve is not None
+        torch.cuda.set_sync_debug_mode("error" if batched else "default")
+        try:
+            results = solvers.descending_eigh(on_gpu), solvers.descending_eigh(on_gpu)
+            alone = solvers.eigenvalue_stack(on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(x.equal(y) for x, y in zip(*results, strict=True))
+        assert_solved(symmetric, *(x.cpu() for x in results[0]))
+        assert_values(symmetric, alone.cpu())
 
 
 def choose(monkeypatch, **candidates):

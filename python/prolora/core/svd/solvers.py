@@ -182,7 +182,9 @@ def _measure_pairs(lower: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tens
     image = multiply_narrow(lower, mixed) + multiply_narrow(lower.mT, mixed)
     image -= lower.diagonal(dim1=-2, dim2=-1)[..., None] * mixed
     missed = (multiply_narrow(vectors.mT, mixed) - probes, image - scaled)
-    skew, residual = (torch.linalg.vector_norm(x, dim=(-2, -1)).double() for x in missed)
+    skew, residual = (
+        torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64) for x in missed
+    )
     return 2 * skew / math.sqrt(FEW_PROBES), 2 * residual / math.sqrt(FEW_PROBES)
 
 
