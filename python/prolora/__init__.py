@@ -36,6 +36,7 @@ from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
+from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
 from .workflow.transfer import Transfer, transfer, transfer_file
 
@@ -78,6 +79,7 @@ __all__ = [
     "cuda_status",
     "damped",
     "inspect",
+    "load_moved_lora",
     "open_base",
     "open_experts",
     "plan_report",

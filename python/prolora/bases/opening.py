@@ -63,14 +63,36 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
                 raise UnsupportedFormat(explain_experts(type(source).__name__, parts))
             return open_base(model)
     if isinstance(source, torch.nn.Module):
-        parameters = {
-            name.removeprefix("_orig_mod."): parameter  # torch.compile's wrapper
-            for name, parameter in source.named_parameters()
-        }
-        return _open_tensors(parameters, type(source).__name__)
+        return _open_tensors(_list_parameters(source), type(source).__name__)
     raise UnsupportedFormat(
         f"a base model is a path, a mapping of tensors or a torch module, not {type(source)}"
     )
+
+
+def _list_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model itself, without what torch.compile and PEFT have put around it.
+
+    Raises:
+        UnsupportedFormat: an adapter was merged into the weights, which are not the base's then.
+    """
+    attached = [f"{name}." for name, layer in model.named_modules() if hasattr(layer, "base_layer")]
+    for name in attached:
+        layer = model.get_submodule(name.removesuffix("."))
+        if getattr(layer, "merged", False):
+            raise UnsupportedFormat(
+                f"{type(model).__name__}: an adapter is merged into {name.removesuffix('.')}, so "
+                "its weight is not the base model's; unfuse it first (pipe.unfuse_lora())"
+            )
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        prefix = next((prefix for prefix in attached if name.startswith(prefix)), None)
+        if prefix is not None:
+            inside = name.removeprefix(prefix)
+            if not inside.startswith("base_layer."):
+                continue
+            name = prefix + inside.removeprefix("base_layer.")
+        parameters[name.removeprefix("_orig_mod.")] = parameter
+    return parameters
 
 
 def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:

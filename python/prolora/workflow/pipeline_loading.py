@@ -1,0 +1,58 @@
+"""A LoRA of another base, moved in memory and loaded into a diffusers pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..bases import BaseLike
+from ..errors import InvalidOption
+from .options import LoraLike, TransferOptions
+from .report import Report
+from .transfer import transfer
+
+
+def load_moved_lora(
+    pipe: Any,
+    lora: LoraLike,
+    source: BaseLike,
+    *,
+    adapter_name: str | None = None,
+    adapter_weight: float = 1.0,
+    options: TransferOptions | None = None,
+) -> Report:
+    """Moves a LoRA to the base that a pipeline holds, and loads it there without a file.
+
+    It does what `pipe.load_lora_weights` does for a LoRA of this base. Weights are read from the
+    pipeline as they are in memory; LoRAs that are attached already stay attached and do not count.
+    As there, the new adapter alone is active then; `pipe.set_adapters` combines several.
+
+    Args:
+        pipe: a diffusers pipeline with a `unet` or `transformer` and `load_lora_weights`.
+        lora: the LoRA of the source base, as `transfer` takes it.
+        source: the base it was trained on, as `transfer` takes it.
+        adapter_name: as `pipe.set_adapters` will call it; None leaves the name to diffusers.
+        adapter_weight: its weight.
+        options: how to move it; None means the defaults of `transfer`.
+
+    Returns:
+        What was kept and lost.
+
+    Raises:
+        InvalidOption: the pipeline loads no LoRAs.
+        ProLoRAError: what `transfer` refuses.
+    """
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InvalidOption(f"{type(pipe).__name__} has no load_lora_weights: it loads no LoRAs")
+    chosen = vars(options if options is not None else TransferOptions())
+    done = transfer(lora, source, pipe, **chosen)
+    before = _list_adapters(pipe)
+    pipe.load_lora_weights(done.state_dict("diffusers"), adapter_name=adapter_name)
+    if adapter_weight != 1:
+        (name,) = _list_adapters(pipe) - before
+        pipe.set_adapters([name], [adapter_weight])
+    return done.report
+
+
+def _list_adapters(pipe: Any) -> set[str]:
+    """The names of all adapters that any component of a pipeline holds."""
+    return {name for names in pipe.get_list_adapters().values() for name in names}

@@ -1,0 +1,85 @@
+"""A moved LoRA in a diffusers pipeline, without a file in between."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prolora
+from prolora import InvalidOption, TransferOptions, UnsupportedFormat
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+import tiny_pipelines  # noqa: E402
+
+COPY = TransferOptions(method="copy", strength=1.0)
+
+
+@pytest.fixture
+def case(tmp_path):
+    """The source's folder, a pipeline of the target, and a LoRA file."""
+    source, target = tiny_pipelines.save(tmp_path / "s"), tiny_pipelines.save(tmp_path / "t")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(target)
+    pipe.set_progress_bar_config(disable=True)
+    updates = tiny_pipelines.updates(pipe.unet, ("attn1.to_q", "ff.net.2"))
+    return source, pipe, tiny_pipelines.write_lora(tmp_path / "lora.safetensors", updates)
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(0)
+    known = {"num_inference_steps": 2, "output_type": "np", "generator": generator}
+    return torch.from_numpy(pipe("a b", **known).images)
+
+
+def test_the_images_are_those_of_the_written_file(case, tmp_path):
+    source, pipe, lora = case
+    plain = draw(pipe)
+    report = prolora.load_moved_lora(pipe, lora, source, adapter_name="style", options=COPY)
+    assert report.coverage == 1 and pipe.get_active_adapters() == ["style"]
+    loaded = draw(pipe)
+    pipe.unload_lora_weights()
+    prolora.transfer_file(
+        lora, source, tmp_path / "t", tmp_path / "o.safetensors", method="copy", format="diffusers"
+    )
+    pipe.load_lora_weights(tmp_path / "o.safetensors")
+    written = draw(pipe)
+    assert torch.equal(loaded, written) and not torch.equal(loaded, plain)
+
+
+def test_a_second_lora_moves_to_the_base_and_leaves_the_first_attached(case):
+    source, pipe, lora = case
+    prolora.load_moved_lora(pipe, lora, source, adapter_name="one", options=COPY)
+    alone = draw(pipe)
+    report = prolora.load_moved_lora(
+        pipe, lora, source, adapter_name="two", adapter_weight=0.5, options=COPY
+    )
+    assert report.coverage == 1 and pipe.get_active_adapters() == ["two"]
+    half = draw(pipe)
+    pipe.set_adapters(["one"], [0.5])
+    assert torch.equal(draw(pipe), half) and not torch.equal(half, alone)
+
+
+def test_a_pipeline_with_a_merged_adapter_is_no_base(case):
+    source, pipe, lora = case
+    prolora.load_moved_lora(pipe, lora, source, options=COPY)
+    pipe.fuse_lora()
+    with pytest.raises(UnsupportedFormat, match="unfuse"):
+        prolora.load_moved_lora(pipe, lora, source, options=COPY)
+
+
+def test_what_loads_no_loras_is_refused_before_any_work(case):
+    source, _, lora = case
+    with pytest.raises(InvalidOption, match="loads no LoRAs"):
+        prolora.load_moved_lora(object(), lora, source)
+
+
+def test_the_example_draws_an_image(case, tmp_path, monkeypatch, capsys):
+    source, _, lora = case
+    example = Path(__file__).parents[2] / "examples" / "diffusers_pipeline.py"
+    arguments = [str(tmp_path / "t"), str(source), str(lora), "-o", str(tmp_path / "image.png")]
+    monkeypatch.setattr(sys, "argv", ["example", *arguments, "--prompt", "a b", "--steps", "1"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert (tmp_path / "image.png").stat().st_size > 0
+    assert "8 of 8 modules moved" in capsys.readouterr().out
