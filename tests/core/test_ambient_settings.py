@@ -17,7 +17,6 @@ from prolora.core.overlap_tables import basis_tables
 from prolora.core.parallel import map_on_threads
 from prolora.core.recompression import product_energies
 from prolora.core.similarity import angle_quantiles
-from prolora.core.svd.solvers import eigh_stack
 
 # The Krylov rung, the Gram matrix in float32, and in float64.
 SHAPES = {"krylov": (768, 768, 48), "gram-f32": (400, 420, 100), "gram-f64": (72, 96, 30)}
@@ -118,18 +117,19 @@ def test_no_setting_of_the_caller_changes_a_bit(setting, shape, expected):
 def test_inside_autocast_is_off_and_products_keep_24_bits_and_outside_all_is_as_it_was(monkeypatch):
     seen = []
 
-    def spy(matrix):
+    def spy(matrix, **options):
         seen.append((torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))
-        return eigh_stack(matrix)
+        return eigh(matrix, **options)
 
-    monkeypatch.setattr("prolora.core.svd.gram.eigh_stack", spy)
-    monkeypatch.setattr("prolora.core.svd.solvers.eigh_stack", spy)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", spy)
     with float32_products("medium"), torch.autocast("cpu", torch.bfloat16):
         for shape in ("gram-f32", "gram-f64"):
             truncated_svd(CASES[shape][0], 8)
         assert torch.is_autocast_enabled("cpu")
         assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == torch.bfloat16
-    assert seen == [(False, "highest")] * 2
+    # One of each rung, and the window that the float32 rung refines in float64.
+    assert seen == [(False, "highest")] * 3
 
 
 def test_an_error_puts_the_settings_back():

@@ -1,11 +1,12 @@
 """Leading singular subspaces of weights, each with a bound on how wrong it can be.
 
-The bound comes from `residual_and_angle` in svd/triplets.py for the dense rungs, and from
-`bound_span_angle` in svd/refinement.py for the others.
+The bound comes from `residual_and_angle` in svd/triplets.py for the rungs in float64, and from
+`bound_span_angle` in svd/bounds.py for the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,18 +23,14 @@ from .rank_rule import Rank, read_rank
 from .short_text import format_range, format_shape, format_storage
 from .svd import gram, krylov
 from .svd.dense import dense_triplets
-from .svd.refinement import Refined
 from .svd.solvers import attempt
-from .svd.triplets import Triplets, join_triplets
+from .svd.stacks import count_together, take_places
+from .svd.triplets import Triplets, merge_triplets
 from .validation import check_operand, refuse_tangents, refuse_vmap
 
 # The fields of a Basis: its factors, which a dtype is chosen for, and the facts about them.
 FACTORS = ("U", "S", "V")
 FACTS = ("rank", "energy", "residual", "gap", "bound", "ok")
-# Matrices are worked on together up to this many bytes in float64. On the CPU they fit a core's
-# cache, so that large ones go one at a time; on a GPU they keep it busy.
-CPU_CHUNK_BYTES = 2 << 20
-GPU_CHUNK_BYTES = 1 << 30
 # Entries up to 2^±this need no scaling.
 LARGEST_EXPONENT = 24
 
@@ -126,13 +123,14 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
     - "krylov": few columns of a large matrix (k ≤ d/8, d ≥ 768), by a block Krylov iteration of
       adaptive depth;
     - "gram-f32": eigenvectors of the Gram matrix of the short side in float32, whose rounding a
-      step with float64 residuals takes out (d ≥ 384, on the CPU);
+      step with float64 residuals takes out (d ≥ 384);
     - "gram-f64": the same in float64 throughout;
     - "svd-f64": LAPACK's SVD, for spectra that a Gram matrix cannot resolve (σ_k/σ_1 < 1e-5).
 
     What one rung cannot prove to `tol`, or fails to compute, the next one computes. The bound
     rests on residuals and orthonormality as measured on what is returned. On the CPU the matrices
-    of a stack share out the threads.
+    of a stack share out the threads; a GPU takes them together, as many as its memory holds, and
+    waits for the host a few times, however many there are.
 
     Args:
         W: [m, n] or a stack [..., m, n], any float dtype.
@@ -161,37 +159,41 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
-    size = stack.shape[-2] * stack.shape[-1] * 8
-    chunk = max(1, (CPU_CHUNK_BYTES if stack.is_cpu else GPU_CHUNK_BYTES) // size)
-    jobs = list(zip(stack.split(chunk), exponents.split(chunk), strict=True))
+    chunk = count_together(stack.shape[-2:], stack.device)
+    scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
+    jobs = list(zip(stack.split(chunk), scales or [[]], strict=True))
     parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed), jobs)
     return _join_bases(parts, weight.shape[:-2])
 
 
-def _scale_exponents(stack: Tensor) -> Tensor:
-    """[b], e with the largest entry of each matrix [b, m, n] between 2^(e-1) and 2^e.
+def _scale_exponents(stack: Tensor) -> list[int]:
+    """For each matrix [b, m, n] the e with its largest entry between 2^(e-1) and 2^e, if it is far.
+
+    0 where that entry is so close to 1 that the matrix needs no scaling.
 
     Raises:
         NonFiniteWeights: names the matrices that hold NaN or Inf.
     """
     values = stack.float() if stack.element_size() == 1 else stack  # float8 has no maximum
-    scale = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1)))
-    bad = (~scale.isfinite()).nonzero().flatten().tolist()  # NaN comes through
+    scale = torch.maximum(values.amax((-2, -1)), -values.amin((-2, -1))).tolist()
+    bad = [i for i, largest in enumerate(scale) if not math.isfinite(largest)]  # NaN comes through
     if bad:
         raise NonFiniteWeights(f"NaN or Inf in weight{'s' if len(bad) > 1 else ''} {bad} of W")
-    return torch.frexp(scale.double())[1]
+    exponents = (math.frexp(largest)[1] for largest in scale)
+    return [e if abs(e) > LARGEST_EXPONENT else 0 for e in exponents]
 
 
-def _chunk_basis(stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed: int) -> Basis:
+def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, seed: int) -> Basis:
     """One chunk [b, m, n], through the ladder."""
     wide = stack.shape[-1] >= stack.shape[-2]
     dtype = working_dtype(stack.dtype)
     w = stack.to(dtype) if wide else stack.to(dtype).mT  # [b, d, n], d ≤ n, from here on
     # Scale to where neither σ² nor a sum of squares over- or underflows. The factor is a power of
     # two, so that float32 still holds the same values.
-    scaled = bool((exponents.abs() > LARGEST_EXPONENT).any())
+    scaled = any(exponents)
     if scaled:
-        w = torch.ldexp(w.double(), -exponents[:, None, None]).to(dtype)
+        power = torch.tensor(exponents, device=w.device)[:, None]
+        w = torch.ldexp(w.double(), -power[..., None]).to(dtype)
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
     found = _descend_ladder(w, norm, rank, tol, seed)
@@ -202,7 +204,7 @@ def _chunk_basis(stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed:
     for exact, stored in ((found.short, short), (found.long, long)):
         if exact.dtype != dtype:
             bound = bound + torch.linalg.matrix_norm(exact - stored.double())
-    values = torch.ldexp(found.s, exponents[:, None]) if scaled else found.s
+    values = torch.ldexp(found.s, power) if scaled else found.s
     return Basis(
         U=short if wide else long,
         V=long if wide else short,
@@ -218,31 +220,44 @@ def _chunk_basis(stack: Tensor, exponents: Tensor, rank: Rank, tol: float, seed:
 
 
 def _descend_ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int) -> Triplets:
-    """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result."""
-    found: dict[int, Triplets] = {}
+    """Each matrix of w [b, d, n], float32 or float64, by the first rung that proves its result.
 
-    def take(i: int, one: Refined | None, rung: str) -> None:
-        if one is not None and one.angle <= tol:
-            found[i] = one.triplets(rung)
+    The host waits for a number where it learns which matrices a rung leaves to the next one.
+    """
+    parts: list[tuple[list[int], Triplets]] = []
+    missing = list(range(len(w)))
 
-    if w.dtype == torch.float32:
-        if isinstance(rank, int) and krylov.suits_krylov(w.shape[-2], rank):
-            leading = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed))
-            for i, one in enumerate(leading or []):
-                take(i, one, "krylov")
-        # On a GPU one batched eigenproblem in float64 beats many small steps, matrix by matrix.
-        if w.is_cpu and gram.suits_gram(w.shape[-2], rank):
-            for i in range(len(w)):
-                if i not in found:
-                    one = attempt(partial(gram.gram_triplets, w[i], float(norm[i]), rank))
-                    take(i, one, "gram-f32")
-    missing = [i for i in range(len(w)) if i not in found]
-    if not found:
-        return dense_triplets(w.double(), norm, rank)
-    if missing:
-        rest = dense_triplets(w[missing].double(), norm[missing], rank)
-        found |= {i: rest.one(row) for row, i in enumerate(missing)}
-    return join_triplets([found[i] for i in range(len(w))])
+    def take(some: list[tuple[list[int], Triplets]] | None) -> list[int]:
+        parts.extend(([missing[i] for i in places], part) for places, part in some or [])
+        taken = {i for places, _ in parts for i in places}
+        return [i for i in missing if i not in taken]
+
+    d = w.shape[-2]
+    if w.dtype == torch.float32 and isinstance(rank, int) and krylov.suits_krylov(d, rank):
+        missing = take(attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed)))
+    if missing and w.dtype == torch.float32 and gram.suits_gram(d, rank):
+        refined = attempt(partial(gram.gram_triplets, *_take_rest(w, norm, missing), rank))
+        missing = take(_select_proven(refined, tol) if refined is not None else [])
+    if missing or not parts:
+        rest, its_norm = _take_rest(w, norm, missing)
+        parts.append((missing, dense_triplets(rest.double(), its_norm, rank)))
+    return merge_triplets(parts)
+
+
+def _take_rest(w: Tensor, norm: Tensor, missing: list[int]) -> tuple[Tensor, Tensor]:
+    """The matrices at these places, and their norms."""
+    if len(missing) == len(w):
+        return w, norm
+    return take_places(w, missing), take_places(norm, missing)
+
+
+def _select_proven(triplets: Triplets, tol: float) -> list[tuple[list[int], Triplets]]:
+    """The places of those whose bound meets the tolerance, and these."""
+    facts = torch.stack([triplets.angle, triplets.count.double()]).tolist()
+    places = [i for i, angle in enumerate(facts[0]) if angle <= tol]
+    if not places:
+        return []
+    return [(places, triplets.take(places).narrow(max(int(facts[1][i]) for i in places)))]
 
 
 def _join_bases(parts: list[Basis], batch: torch.Size) -> Basis:

@@ -51,10 +51,14 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     """
     spectrum = _gram_spectrum(w)
     count = _count_columns(spectrum.s, rank, w.shape[-2:])
-    _replace_by_svd(spectrum, w, _unresolved(spectrum, count))
-    count = _count_columns(spectrum.s, rank, w.shape[-2:])
+    # One wait of the host, and another one where a matrix needs an SVD.
+    most, unresolved = _read_counts(count, _is_unresolved(spectrum, count))
+    if unresolved:
+        _replace_by_svd(spectrum, w, unresolved)
+        count = _count_columns(spectrum.s, rank, w.shape[-2:])
+        most, _ = _read_counts(count, spectrum.skew > 0)
     right = spectrum.right
-    k = max(1, int(count.max())) if len(w) else 1
+    k = max(1, most)
     used = torch.arange(k, device=w.device) < count[:, None]
     short, kept = spectrum.short[..., :k] * used[:, None], spectrum.s[:, :k] * used
     long = multiply_narrow(w.mT, short) / torch.where(kept > 0, kept, 1.0)[:, None]
@@ -86,13 +90,17 @@ def _gram_spectrum(w: Tensor) -> Spectrum:
     return Spectrum(short, s, skew, missing, {})
 
 
-def _unresolved(spectrum: Spectrum, count: Tensor) -> list[int]:
-    """The matrices whose Gram matrix says too little, or whose eigenvectors are not orthonormal."""
+def _is_unresolved(spectrum: Spectrum, count: Tensor) -> Tensor:
+    """Whether the Gram matrix says too little, or its vectors are not orthonormal: bool [b]."""
     s = spectrum.s
     last = s.gather(-1, (count - 1).clamp_min(0)[:, None]).squeeze(-1)
-    fallen = (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0) | ~(spectrum.skew <= SKEW_64)
-    places: list[int] = fallen.nonzero().flatten().tolist()
-    return places
+    return (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0) | ~(spectrum.skew <= SKEW_64)
+
+
+def _read_counts(count: Tensor, flagged: Tensor) -> tuple[int, list[int]]:
+    """The largest count [b], 0 of none, and the places of the flags [b]."""
+    counts, flags = torch.stack([count, flagged.to(count.dtype)]).tolist()
+    return max(counts, default=0), [i for i, flag in enumerate(flags) if flag]
 
 
 def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:
@@ -120,10 +128,9 @@ def _ceiling(
     The eigenvalues of the Gram matrix err relative to ‖w‖², so their roots by a root. A solver that
     gives one vector twice has missed another: it may hold what the sum of squares lacks.
     """
-    by_svd = torch.zeros_like(following, dtype=torch.bool)
-    by_svd[list(spectrum.right)] = True
-    blurred = (following.square() + error * norm).sqrt()
-    ceiling = torch.where(by_svd, following + error, blurred)
+    ceiling = (following.square() + error * norm).sqrt()
+    for i in spectrum.right:
+        ceiling[i] = following[i] + error[i]
     lost = (ceiling.square() + spectrum.missing).sqrt()
     ceiling = torch.where(spectrum.missing > error * norm, lost, ceiling)
     return torch.where(count >= spectrum.s.shape[-1], torch.zeros_like(ceiling), ceiling)

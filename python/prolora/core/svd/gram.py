@@ -1,21 +1,26 @@
 """Leading singular triplets by an eigensolver in float32 on the Gram matrix, then repaired.
 
 The Gram matrix is formed in float64, which costs two products of its size in float32 and saves
-those with the weight that the repair would need. The result is right wherever float32
-leaves something to repair, and None elsewhere.
+those with the weight that the repair would need. The result is right wherever float32 leaves
+something to repair; elsewhere its angle is 1.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..rank_rule import Rank, count_columns
+from .cut import Cut, make_cut, make_even_cut
 from .products import FormedGram, lower_gram, mirror_lower
-from .refinement import Refined, Ritz, refine_triplets
-from .solvers import SKEW_32, eigh_stack, estimate_skew
+from .refinement import Ritz, refine_triplets
+from .solvers import descending_eigh
+from .triplets import Triplets, mark_failed
 
 # Below this the eigensolver in float64 costs no more than the repair.
 MIN_DIMENSION = 384
+# The most vectors behind the cut that the repair looks at.
+MOST_GUARD = 32
 
 
 def suits_gram(d: int, rank: Rank) -> bool:
@@ -23,25 +28,44 @@ def suits_gram(d: int, rank: Rank) -> bool:
     return d >= MIN_DIMENSION and (isinstance(rank, float) or rank < d)
 
 
-def gram_triplets(w: Tensor, norm: float, rank: Rank) -> Refined | None:
-    """Leading triplets of w [d, n], float32, d ≤ n; `norm` is ‖w‖_F."""
-    d = w.shape[0]
-    precise = mirror_lower(lower_gram(w))
-    single = precise.float()
-    values, vectors = eigh_stack(single)
-    if not (values.isfinite().all() and estimate_skew(vectors) <= SKEW_32):
-        return None
-    values, vectors = values.flip(-1).double().clamp_min(0), vectors.flip(-1)
-    k = int(count_columns(values.sqrt(), rank))
-    if k >= d:
-        return None
-    p = min(d, k + max(16, min(32, k // 8)))
-    ritz = Ritz(vectors[:, :p], vectors[:, p:], values, None, 0.0, converged=True)
-    refined = refine_triplets(FormedGram(precise, single), w, norm, ritz, k)
-    if refined is not None and isinstance(rank, float):
-        # float32 may have misjudged which column is the first to reach the share.
-        energies = refined.s.square().cumsum(0)
-        wanted = rank * norm**2 * (1 - 1e-12)
-        if energies[-1] < wanted or (k > 1 and energies[-2] >= wanted):
-            return None
-    return refined
+def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
+    """Leading triplets of w [b, d, n], float32, d ≤ n; `norm` [b] is ‖w‖_F."""
+    gram = FormedGram(mirror_lower(lower_gram(w)))
+    values, vectors = descending_eigh(gram.single)
+    vectors = vectors.mT  # rows, [b, d, d]
+    sound = values.isfinite().all(-1)
+    values = values.nan_to_num(0.0).double().clamp_min(0)
+    cut, fits = _find_cut(values, rank)
+    near, far = vectors[:, : cut.near], vectors[:, cut.near :]
+    ritz = Ritz(near, far, values, None, torch.zeros_like(norm))
+    refined = refine_triplets(gram, w, norm, ritz, cut, "gram-f32")
+    if isinstance(rank, float):
+        fits &= _holds_share(refined.s, norm, rank, cut)
+    return mark_failed(refined, sound & fits)
+
+
+def _find_cut(values: Tensor, rank: Rank) -> tuple[Cut, Tensor]:
+    """Where eigenvalues [b, d] are cut, and for which matrices it leaves something behind.
+
+    A share of energy costs one synchronisation: the host must know the largest number of columns.
+    """
+    d = values.shape[-1]
+    if isinstance(rank, int):
+        guard = max(16, min(MOST_GUARD, rank // 8))
+        return make_even_cut(values, rank, guard), values.new_ones(len(values), dtype=torch.bool)
+    count = count_columns(values.sqrt(), rank)
+    fits = count < d
+    count = count.clamp_max(d - 1)
+    least, most = torch.stack(count.aminmax()).tolist()
+    return make_cut(count, least, most, MOST_GUARD, d), fits
+
+
+def _holds_share(s: Tensor, norm: Tensor, rank: float, cut: Cut) -> Tensor:
+    """Whether the last of the values s [b, k] is the first to reach the share of energy: bool [b].
+
+    It may not be, because float32 counted the columns.
+    """
+    energies = s.square().cumsum(-1)
+    wanted = rank * norm.square() * (1 - 1e-12)
+    before = torch.where(cut.count > 1, cut.at(energies, -2), 0.0)
+    return (cut.at(energies, -1) >= wanted) & (before < wanted)

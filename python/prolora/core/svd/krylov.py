@@ -5,6 +5,8 @@ the Ritz vectors have converged (Musco & Musco 2015; a small block beats a wide 
 Chen, Epperly, Meyer, Musco, Rao 2025). Everything runs in float32. `refine_triplets` then takes the
 rounding out and bounds the error; the basis grows on where the bound is not good enough.
 
+A stack goes through it as one. The host waits for a number only where it looks at convergence.
+
 Randomised SVD with a fixed number of power iterations is the special case that never checks: on the
 spectra of diffusion weights its largest angle to the true subspace is 90°.
 """
@@ -12,15 +14,18 @@ spectra of diffusion weights its largest angle to the true subspace is 90°.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower, multiply_narrow
-from .refinement import Refined, Ritz, refine_triplets
-from .solvers import SKEW_32, attempt, eigh_stack, estimate_skew
+from .block_basis import BlockBasis
+from .cut import make_even_cut
+from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
+from .refinement import Ritz, refine_triplets
+from .solvers import descending_eigh
+from .stacks import take_places
+from .triplets import Triplets
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
 MIN_DIMENSION = 768
@@ -39,8 +44,8 @@ GAIN = 4
 # A block of width b finds at most b vectors of an eigenspace: as many values this close to each
 # other may hide more of them.
 CLUSTER = 1e-2
-# Columns of a panel that the others explain up to this are dropped.
-DEPENDENT = 1e-6
+# From this look at convergence on, the distance to the next one doubles.
+EARLY_LOOKS = 3
 
 
 def suits_krylov(d: int, k: int) -> bool:
@@ -48,137 +53,173 @@ def suits_krylov(d: int, k: int) -> bool:
     return d >= MIN_DIMENSION and k * SHARE <= d
 
 
-def krylov_triplets(w: Tensor, norm: Tensor, k: int, tol: float, seed: int) -> list[Refined | None]:
-    """The leading triplets of w [b, d, n] (float32, d ≤ n), None where the iteration gives up.
+@dataclass
+class Schedule:
+    """At which sizes of the basis to look at convergence.
+
+    A look costs an eigenproblem of the basis, and on a GPU a wait, so it is not taken after every
+    block: the logarithm of the angle falls about linearly with the size.
+
+    Attributes:
+        due: the size of the next look.
+        k: columns wanted.
+        width: of a block.
+        largest: the size at which the basis is full.
+        goal: the sine to reach.
+        looks: how many have been taken.
+        before: the size and the sine at the last one.
+    """
+
+    due: int
+    k: int
+    width: int
+    largest: int
+    goal: float
+    looks: int = 0
+    before: tuple[int, float] | None = None
+
+    def advance(self, size: int, sine: float) -> None:
+        """Sets the next look after one that found this sine."""
+        slope = USUAL_SLOPE / self.k
+        if self.before is not None and sine < self.before[1]:
+            slope = math.log(self.before[1] / sine) / (size - self.before[0])
+        self.looks += 1
+        step = self.width * 2 ** max(0, self.looks - EARLY_LOOKS)
+        wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
+        self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
+        self.before = size, sine
+
+
+@dataclass(frozen=True)
+class Look:
+    """The eigenpairs of G within the basis, and how well they have converged.
+
+    Attributes:
+        values: [b, D], float64, descending, not negative.
+        vectors: [b, D, D], in the basis, as columns.
+        left: [b, D], float64, their residuals.
+        sines: the estimated sine of each matrix; NaN where the iteration cannot answer.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    left: Tensor
+    sines: list[float]
+
+
+def krylov_triplets(
+    w: Tensor, norm: Tensor, k: int, tol: float, seed: int
+) -> list[tuple[list[int], Triplets]]:
+    """The leading triplets of those matrices of w [b, d, n] that are proven to `tol`.
 
     Args:
-        w: the stack; all matrices share the depth that the hardest needs.
+        w: the stack, float32, d ≤ n. A matrix leaves it where it is proven or given up; until then
+            all grow as deep as the hardest needs.
         norm: [b], ‖w‖_F.
         k: columns.
         tol: the sine of the largest principal angle to reach.
         seed: of the starting block; the same for every matrix, so that a stack equals its members.
+
+    Returns:
+        Parts of the stack: the places in it, and the triplets of the matrices there.
     """
-    found: list[Refined | None] = [None] * len(w)
-    _, d, n = w.shape
-    single, grams = None, list[FormedGram | ImpliedGram]()
-    if _gram_pays(d, n, USUAL_BASIS * k, k):
-        precise = mirror_lower(lower_gram(w))
-        single = precise.float()
-        grams = [FormedGram(*pair) for pair in zip(precise, single, strict=True)]
-    for iterates in _iterate_blocks(w, single, norm, k, tol, seed):
-        grams = grams or [ImpliedGram(one.double(), one) for one in w]
-        for i, ritz in enumerate(iterates):
-            if found[i] is None or found[i].angle > tol:  # type: ignore[union-attr]
-                found[i] = attempt(
-                    partial(refine_triplets, grams[i], w[i], float(norm[i]), ritz, k)
-                )
-        if all(one is not None and one.angle <= tol for one in found):
-            break
-    return found
-
-
-def _iterate_blocks(
-    w: Tensor, gram: Tensor | None, norm: Tensor, k: int, tol: float, seed: int
-) -> Iterator[list[Ritz]]:
-    """Ritz vectors of wwᵀ each time that the first k seem to have converged.
-
-    Args:
-        w: [b, d, n].
-        gram: wwᵀ [b, d, d], where it was formed.
-        norm: [b], ‖w‖_F.
-        k: columns.
-        tol: the sine to reach.
-        seed: of the starting block.
-    """
-    b, d, _ = w.shape
-    width = max(8, min(32, k // 4))
-    guard = _count_guard(k)
-    limit = int(LARGEST_BASIS * d)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
-    random = start.to(w.device).expand(b, -1, -1)
-    basis = w.new_empty(b, d, limit)
-    projected = w.new_zeros(b, limit, limit)
-    q = _orthonormal_panel(random, basis[..., :0], norm.new_ones(b), random)
-    basis[..., :width] = q
-    size, due, before = width, min(limit - width, max(k + 2 * guard, int(FIRST_LOOK * k))), None
+    basis = _start_basis(w, norm, k, seed)
+    first = max(k + 2 * count_guard(k), int(FIRST_LOOK * k))
+    schedule = Schedule(min(basis.largest, first), k, basis.width, basis.largest, GAIN * tol)
+    places, parts = list(range(len(w))), list[tuple[list[int], Triplets]]()
     while True:
-        known = basis[..., :size]
-        image = multiply_narrow(w, multiply_narrow(w.mT, q)) if gram is None else gram @ q
-        image, column = _orthogonalise(image, known)
-        projected[:, :size, size - width : size] = column
-        projected[:, size - width : size, :size] = column.mT
-        if size >= due:
-            pairs = _solve_projected(projected[:, :size, :size])
-            if pairs is None or _is_clustered(pairs[0][:, : k + 1], width):
-                return
-            values, vectors = pairs
-            coupling = torch.linalg.matrix_norm(image.double())
-            tails = torch.linalg.vector_norm(vectors[:, -width:], dim=1)
-            left = coupling[:, None] * tails  # [b, D], the residuals of the Ritz pairs
-            sine = _estimate_sine(values, left, k)
-            if sine <= GAIN * tol:
-                yield _select_ritz(known, values, vectors, left, norm, k)
-            due = _next_check(size, sine, before, GAIN * tol, k, width)
-            before = size, sine
-        if size + width > limit:
-            return
-        scale = torch.linalg.matrix_norm(column).double()
-        q = _orthonormal_panel(image, known, scale, random)
-        basis[..., size : size + width] = q
-        size += width
+        image = basis.expand()
+        if basis.size >= schedule.due:
+            look = _look_at(basis, image, k)
+            proven = list[int]()
+            ready = [i for i, sine in enumerate(look.sines) if sine <= schedule.goal]
+            if ready:
+                refined = _refine_ready(basis, look, ready, k)
+                rows = [row for row, sine in enumerate(refined.angle.tolist()) if sine <= tol]
+                proven = [ready[row] for row in rows]
+                parts.append(([places[i] for i in proven], refined.take(rows)))
+            open_sines = {
+                i: sine
+                for i, sine in enumerate(look.sines)
+                if i not in proven and not math.isnan(sine)
+            }
+            if not open_sines:
+                break
+            schedule.advance(basis.size, max(open_sines.values()))
+            if len(open_sines) < len(places):
+                rest = list(open_sines)
+                basis, image = basis.take(rest), take_places(image, rest)
+                places = [places[i] for i in rest]
+        if basis.size >= basis.largest:
+            break
+        basis.append(image)
+    return [part for part in parts if part[0]]
 
 
-def _count_guard(k: int) -> int:
+def count_guard(k: int) -> int:
     """How many Ritz vectors behind the k wanted ones the refinement looks at."""
     return max(16, min(32, k // 8))
 
 
-def _orthogonalise(image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """A block [b, d, c] without its part in the span of `known` [b, d, D], and QᵀGQ's new column.
-
-    Classical Gram-Schmidt, twice: its coefficients [b, D, c] are that column.
-    """
-    first = known.mT @ image
-    image = image - known @ first
-    second = known.mT @ image
-    return image - known @ second, first + second
-
-
-def _solve_projected(projected: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues (float64, not negative) and eigenvectors of QᵀGQ [b, D, D], descending.
-
-    None where the solver gave no orthonormal vectors.
-    """
-    values, vectors = eigh_stack(projected)
-    if not bool(values.isfinite().all() & (estimate_skew(vectors) <= SKEW_32).all()):
-        return None
-    return values.flip(-1).double().clamp_min(0), vectors.flip(-1)
+def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int) -> BlockBasis:
+    """The first block: random, the same for every matrix and on every device."""
+    b, d, n = w.shape
+    width = max(8, min(32, k // 4))
+    gram: FormedGram | ImpliedGram = ImpliedGram(w)
+    if _gram_pays(d, n, USUAL_BASIS * k, k):
+        gram = FormedGram(mirror_lower(lower_gram(w)))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
+    start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
+    blocks = int(LARGEST_BASIS * d) // width
+    return BlockBasis.begin(gram, w, norm, start, blocks)
 
 
-def _select_ritz(
-    known: Tensor, values: Tensor, vectors: Tensor, left: Tensor, norm: Tensor, k: int
-) -> list[Ritz]:
-    """The leading Ritz vectors of every matrix, as many as the refinement looks at.
+def _look_at(basis: BlockBasis, image: Tensor, k: int) -> Look:
+    """Rayleigh-Ritz in the basis; the host waits for the sines.
 
     Args:
-        known: the basis [b, d, D].
-        values: [b, D].
-        vectors: [b, D, D], in that basis.
-        left: [b, D], the residuals.
-        norm: [b], ‖w‖_F.
-        k: columns wanted.
+        basis: with `expand` done.
+        image: what G adds to it, [b, width, d].
+        k: columns that must have converged.
     """
-    d, size = known.shape[-2:]
-    p = k + _count_guard(k)
-    seen = min(size, 2 * p)
-    ritz = known @ vectors[..., :seen]
+    values, vectors = descending_eigh(basis.penalised())
+    sound = values.isfinite().all(-1)
+    values = values.double()
+    guarded = max(k + count_guard(k), 2 * count_guard(k))
+    sound &= ~basis.counts_zero_rows(values[:, guarded - 1])
+    sound &= ~_is_clustered(values[:, : k + 1], basis.width)
+    values = values.clamp_min(0)
+    # The residuals: what couples a Ritz vector to what the basis lacks.
+    tails = torch.linalg.vector_norm(vectors[:, -basis.width :], dim=1)
+    left = torch.linalg.vector_norm(image, dim=(-2, -1)).double()[:, None] * tails
+    sines = torch.where(sound, _estimate_sine(values, left, k).clamp_max(1e300), torch.nan)
+    return Look(values, vectors, left, sines.tolist())
+
+
+def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Triplets:
+    """The refined triplets of the matrices whose Ritz vectors have converged.
+
+    Args:
+        basis: of the whole stack.
+        look: at it.
+        ready: the places in the stack.
+        k: columns to keep.
+    """
+    values, vectors, left = look.values, look.vectors, look.left
+    if len(ready) < len(values):
+        basis = basis.take(ready)
+        values, vectors, left = (take_places(x, ready) for x in (values, vectors, left))
+    cut = make_even_cut(basis.w, k, count_guard(k))
+    size, d = basis.size, basis.w.shape[1]
+    seen = min(size, 2 * cut.near)
+    rows = vectors[..., :seen].mT @ basis.rows[:, :size]
     values = values[:, :seen]
-    beyond = (norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
-    return [
-        Ritz(near, far, values[i], float(beyond[i]), float(left[i, p]), False)
-        for i, (near, far) in enumerate(zip(ritz[..., :p], ritz[..., p:], strict=True))
-    ]
+    beyond = (basis.norm.square() - values.sum(-1)).clamp_min(0) / (d - seen)
+    near, far = rows[:, : cut.near], rows[:, cut.near :]
+    # A basis that ends with `near` leaves nothing further to compare with.
+    ritz = Ritz(near, far, values, beyond, left[:, min(cut.near, seen - 1)])
+    return refine_triplets(basis.gram, basis.w, basis.norm, ritz, cut, "krylov")
 
 
 def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
@@ -192,68 +233,20 @@ def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
     return with_gram < without
 
 
-def _is_clustered(values: Tensor, width: int) -> bool:
-    """Whether `width` of the values [b, p], descending, lie close enough to hide more of them."""
+def _is_clustered(values: Tensor, width: int) -> Tensor:
+    """Whether `width` of the values [b, p], descending, lie so close to hide others: bool [b]."""
     first, last = values[:, : 1 - width or None], values[:, width - 1 :]
-    return bool((first - last <= CLUSTER * first).any())
+    return (first - last <= CLUSTER * first).any(-1)
 
 
-def _estimate_sine(values: Tensor, left: Tensor, k: int) -> float:
-    """An estimate of the sine of the angle to the true subspace: residual over gap.
-
-    The largest over the stack.
+def _estimate_sine(values: Tensor, left: Tensor, k: int) -> Tensor:
+    """[b], an estimate of the sine of the angle to the true subspace: residual over gap.
 
     Args:
         values: [b, D].
-        left: [b, D], the residuals: what couples a Ritz vector to what the basis lacks.
+        left: [b, D], the residuals.
         k: columns that must have converged.
     """
     gaps = (values[:, :k] - values[:, k : k + 1]).clamp_min(1e-300)
-    return float(torch.linalg.vector_norm(left[:, :k].double() / gaps, dim=-1).max())
-
-
-def _next_check(
-    size: int, sine: float, before: tuple[int, float] | None, tol: float, k: int, step: int
-) -> int:
-    """The size of the basis at which to look again.
-
-    A look costs an eigenproblem of the basis, so it is not taken after every block: the logarithm
-    of the angle falls about linearly with the size.
-    """
-    slope = USUAL_SLOPE / k
-    if before is not None and sine < before[1]:
-        slope = math.log(before[1] / sine) / (size - before[0])
-    return size + min(max(step, int(math.log(max(1.0, sine / tol)) / slope)), 4 * step)
-
-
-def _orthonormal_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
-    """Orthonormal columns for a panel [b, d, c] that is orthogonal to `known` already: CholQR2.
-
-    The Gram matrix of the first pass is in float64, so that a condition of 1e6 is no trouble. What
-    is shorter than that, of `scale` [b], is rounding: see `_complete_panel`.
-    """
-    q = panel
-    for precise in (True, False):
-        wide = q.double() if precise else q
-        factor, failed = torch.linalg.cholesky_ex((wide.mT @ wide).double())
-        least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
-        if bool(failed.any()) or not bool((least > DEPENDENT * scale).all()):
-            return _complete_panel(panel, known, scale, random)
-        eye = torch.eye(q.shape[-1], dtype=factor.dtype, device=q.device).expand_as(factor)
-        q = q @ torch.linalg.solve_triangular(factor, eye, upper=False).mT.float()
-        scale = torch.ones_like(scale)
-    return q
-
-
-def _complete_panel(panel: Tensor, known: Tensor, scale: Tensor, random: Tensor) -> Tensor:
-    """`_orthonormal_panel` for lower rank: columns that the others explain give way to random ones.
-
-    The iteration has exhausted the space that its start reaches in these columns; a weight of low
-    rank has no more, and another one gets the chance to show what the start has missed.
-    """
-    lengths = torch.linalg.qr(panel.double())[1].diagonal(dim1=-2, dim2=-1).abs()
-    dropped = ~(lengths > DEPENDENT * scale[:, None])
-    q = torch.where(dropped[:, None], random, panel / scale.float()[:, None, None])
-    for _ in range(2):
-        q = torch.linalg.qr((q - known @ (known.mT @ q)).double())[0].float()
-    return q
+    sine: Tensor = torch.linalg.vector_norm(left[:, :k] / gaps, dim=-1)
+    return sine

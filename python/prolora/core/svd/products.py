@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from .stacks import take_places
 
 # Row blocks of a Gram matrix, and how tall they must be to be worth it.
 BLOCKS = 4
@@ -15,46 +18,60 @@ MIN_BLOCK = 64
 PANEL = 640
 
 
-@dataclass(frozen=True)
+@dataclass
 class FormedGram:
-    """Products with G = wwᵀ, from G itself.
+    """Products with G = wwᵀ of a stack, from G itself.
 
     Attributes:
-        precise: G [d, d] in float64.
-        single: the same in float32.
+        precise: G [b, d, d] in float64.
     """
 
     precise: Tensor
-    single: Tensor
+
+    @cached_property
+    def single(self) -> Tensor:
+        """The same in float32."""
+        return self.precise.float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Gx [d, c] for x in float64."""
-        return self.precise @ x
+        """The rows of x [b, c, d], float64, times G."""
+        return x @ self.precise
 
     def rough(self, x: Tensor) -> Tensor:
-        """Gx [d, c] for x in float32."""
-        return self.single @ x
+        """The same in float32."""
+        return x @ self.single
+
+    def take(self, places: list[int]) -> FormedGram:
+        """Some matrices of the stack."""
+        return FormedGram(take_places(self.precise, places))
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImpliedGram:
-    """Products with G = wwᵀ, from w: cheaper where only few are needed.
+    """Products with G = wwᵀ of a stack, from w: cheaper where only few are needed.
 
     Attributes:
-        w: [d, n] in float64.
-        single: the same in float32.
+        single: w [b, d, n] in float32, perhaps a transposed view.
     """
 
-    w: Tensor
     single: Tensor
 
+    @cached_property
+    def precise(self) -> Tensor:
+        """The same in float64."""
+        return self.single.double()
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Gx [d, c] for x in float64."""
-        return multiply_narrow(self.w, multiply_narrow(self.w.mT, x))
+        """The rows of x [b, c, d], float64, times G."""
+        return x @ self.precise @ self.precise.mT
 
     def rough(self, x: Tensor) -> Tensor:
-        """Gx [d, c] for x in float32."""
-        return multiply_narrow(self.single, multiply_narrow(self.single.mT, x))
+        """The same in float32."""
+        return x @ self.single @ self.single.mT
+
+    def take(self, places: list[int]) -> ImpliedGram:
+        """Some matrices of the stack."""
+        return ImpliedGram(take_places(self.single, places))
 
 
 def multiply_narrow(w: Tensor, x: Tensor) -> Tensor:

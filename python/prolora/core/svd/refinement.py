@@ -13,6 +13,9 @@ here, for one product with G in float64 and a few in float32:
 
 Pairs that are both kept are left alone, for they change the vectors but not their span. The bound
 rests on the residuals of what is returned (`bound_span_angle`), so a step that failed is seen.
+
+A stack goes through it as one, by operators that take all of its matrices, and the host decides
+nothing: where a matrix cannot be repaired its angle is 1. Vectors are the rows of [b, p, d].
 """
 
 from __future__ import annotations
@@ -24,356 +27,158 @@ import torch
 from torch import Tensor
 
 from ..precision import EPS, EPS32
-from .products import FormedGram, ImpliedGram, multiply_narrow
-from .solvers import estimate_skew
+from .bounds import SAFETY, Pairs, Repair, bound_dropped, bound_residuals, bound_span_angle
+from .cut import Cut
+from .factors import LARGEST_STEP, assemble_factors
+from .products import FormedGram, ImpliedGram
+from .solvers import descending_eigh
 from .triplets import Triplets
-
-# Times √length·eps: the rounding of float32 products that are not measured.
-SAFETY = 4
-# A first-order step, or a deviation of VᵀV from I, beyond this is not small.
-LARGEST_STEP = 0.1
-# Rows that the rounding of a product is measured on.
-SAMPLE = 48
-# Columns this close to orthonormal (Frobenius, doubled) are as good as LAPACK's in float32.
-SKEW = 1e-4
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenvectors of G = wwᵀ [d, d] in float32, by descending eigenvalue.
+    """Approximate eigenvectors of a stack G = wwᵀ [b, d, d] in float32, by descending eigenvalue.
 
     Attributes:
-        near: [d, p], the k to keep and a guard behind them.
-        far: [d, q], further ones.
-        values: [p + q], float64.
-        beyond: an eigenvalue to assume for what lies in neither; None if together they span all.
-        error: how far the first eigenvalue outside `near` may exceed values[p], rounding aside.
-        converged: whether `far` too are eigenvectors up to rounding.
+        near: [b, p, d], those to keep and a guard behind them.
+        far: [b, q, d], further ones.
+        values: [b, p + q], float64.
+        beyond: [b], an eigenvalue to assume for what lies in neither; None if together they span
+            all, and `far` too are eigenvectors up to rounding.
+        error: [b], how far the first eigenvalue outside `near` may exceed values[p], rounding
+            aside.
     """
 
     near: Tensor
     far: Tensor
     values: Tensor
-    beyond: float | None
-    error: float
-    converged: bool
-
-
-@dataclass(frozen=True)
-class Refined:
-    """Leading triplets of one matrix w [d, n].
-
-    Attributes:
-        short, long: [d, k] and [n, k], float32.
-        s: [k], float64.
-        following: the estimate of σ_{k+1}.
-        residual: upper bound on ‖w·long − short·s‖_F and ‖wᵀ·short − long·s‖_F.
-        angle: upper bound on the sine of the largest angle to the true subspaces, left and right;
-            1 where nothing is known.
-    """
-
-    short: Tensor
-    long: Tensor
-    s: Tensor
-    following: float
-    residual: float
-    angle: float
-
-    def triplets(self, rung: str) -> Triplets:
-        """The triplets as a stack of one matrix."""
-        facts = self.s.new_tensor([self.following, self.residual, self.angle])
-        return Triplets(
-            short=self.short[None],
-            long=self.long[None],
-            s=self.s[None],
-            count=torch.tensor([len(self.s)], device=self.s.device),
-            following=facts[:1],
-            residual=facts[1:2],
-            angle=facts[2:],
-            rungs=(rung,),
-        )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The Ritz pairs of `Ritz.near` in float64, and how far they are from eigenpairs of G.
-
-    Attributes:
-        x: [d, p].
-        image: Gx [d, p].
-        theta: [p].
-        residual: Gx − xθ [d, p].
-        rounding: ‖Gx − xθ‖_F over all d eigenvectors, as estimated.
-        start: the columns from here on have been rotated to eigenvectors within their span.
-    """
-
-    x: Tensor
-    image: Tensor
-    theta: Tensor
-    residual: Tensor
-    rounding: float
-    start: int
-
-
-@dataclass(frozen=True)
-class Repair:
-    """The kept vectors after a first-order step, in float32.
-
-    Attributes:
-        kept: [d, k].
-        step: [d, k], by which they were moved.
-        lengths: [k], float64, of the columns of `step`.
-        residual: [d, k], Gx − xθ before the step.
-        inner: [p, k], the share of that in the span of `Ritz.near`.
-        theta: [≥ k], float64.
-    """
-
-    kept: Tensor
-    step: Tensor
-    lengths: Tensor
-    residual: Tensor
-    inner: Tensor
-    theta: Tensor
+    beyond: Tensor | None
+    error: Tensor
 
 
 def refine_triplets(
-    gram: FormedGram | ImpliedGram, w: Tensor, norm: float, ritz: Ritz, k: int
-) -> Refined | None:
-    """The k leading triplets of w [d, n], d ≤ n, or None where float32 left too little to repair.
+    gram: FormedGram | ImpliedGram, w: Tensor, norm: Tensor, ritz: Ritz, cut: Cut, rung: str
+) -> Triplets:
+    """The leading triplets of w [b, d, n], d ≤ n; angle 1 where float32 left too little to repair.
 
     Args:
         gram: products with wwᵀ.
         w: float32.
-        norm: ‖w‖_F.
-        ritz: with k < p.
-        k: columns to return.
+        norm: [b], ‖w‖_F.
+        ritz: with p = cut.near.
+        cut: how many vectors to keep.
+        rung: the name of what gave the vectors.
     """
-    d, n = w.shape
-    floor = 10 * (d + n) * EPS * norm**2
-    pairs = _measure_pairs(gram, ritz, k)
-    if not pairs.theta[k - 1] > pairs.theta[k] > 0:
-        return None
-    largest_dropped = _bound_dropped(pairs, ritz, k)
-    if largest_dropped is None:
-        return None
-    repair = _step_towards_dropped(pairs, ritz, k)
-    largest = float(torch.linalg.vector_norm(repair.lengths))
-    if not largest <= LARGEST_STEP:
-        return None
-    rho = _bound_residuals(gram, pairs, repair, norm, n, ritz.converged)
+    d, n = w.shape[-2:]
+    square = norm.square()
+    floor = 10 * (d + n) * EPS * square
+    pairs = _measure_pairs(gram, ritz, cut)
+    last, following = cut.at(pairs.theta, -1), cut.at(pairs.theta, 0)
+    dropped = bound_dropped(pairs, _bound_outside(pairs, ritz, cut), cut)
+    repair = _step_towards_dropped(pairs, ritz, cut)
+    largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
+    rough = None if ritz.beyond is None else 2 * SAFETY * math.sqrt(n) * EPS32 * square
+    rho = bound_residuals(gram, pairs, repair, rough, cut)
+    distance = pairs.theta[:, : cut.most] - (dropped + floor)[:, None]
     angle = bound_span_angle(
-        rho + floor / math.sqrt(k),
-        repair.inner[:k].double() * (1 + largest) ** 2,
-        pairs.theta[:k] - (largest_dropped + floor),
+        rho + (floor / cut.count.double().sqrt())[:, None],
+        repair.mixing.double() * (1 + largest).square()[:, None, None],
+        torch.where(cut.kept, distance, torch.inf),
     )
-    return assemble_factors(w, norm, repair, angle)
+    sound = (last > following) & (following > 0) & (largest <= LARGEST_STEP)
+    theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
+    short, s, long, residual, angle = assemble_factors(
+        w, norm, repair, theta, torch.where(sound, angle, torch.nan), cut
+    )
+    following = following.clamp_min(0).sqrt()
+    rungs = (rung,) * len(w)
+    return Triplets(short.mT, long.mT, s, cut.count, following, residual, angle, rungs)
 
 
-def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, k: int) -> Pairs:
-    """Rayleigh quotients and residuals of `ritz.near`, the columns around k rotated."""
-    d, p = ritz.near.shape
-    start = max(0, 2 * k - p)  # the window [start, p) has the cut in its middle
+def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, cut: Cut) -> Pairs:
+    """Rayleigh quotients and residuals of `ritz.near`, those in the window rotated."""
+    d = ritz.near.shape[-1]
     x = ritz.near.double()
     y = gram(x)
-    theta = torch.linalg.vecdot(x, y, dim=0)
-    r = torch.addcmul(y, x, theta, value=-1)
+    theta = torch.linalg.vecdot(x, y, dim=-1)
+    r = torch.addcmul(y, x, theta[..., None], value=-1)
+    squares = torch.linalg.vecdot(r, r, dim=-1)
+    column = torch.arange(cut.near, device=x.device)
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
-    rounding = 2 * math.sqrt(d / p) * float(torch.linalg.vector_norm(r))
-    theta[start:] = rayleigh_ritz(x[:, start:], y[:, start:])
-    r[:, start:] = torch.addcmul(y[:, start:], x[:, start:], theta[start:], value=-1)
-    return Pairs(x, y, theta, r, rounding, start)
+    lost = squares if cut.uniform else torch.where(column < cut.end[:, None], squares, 0.0)
+    rounding = 2 * (lost.sum(-1) * d / cut.end).sqrt()
+    width = 2 * cut.guard
+    values, *rotated = rayleigh_ritz(cut.window(x, width), cut.window(y, width))
+    left = torch.addcmul(rotated[1], rotated[0], values[..., None], value=-1)
+    changes = zip((x, y, theta, r), (*rotated, values, left), strict=True)
+    for whole, rows in (*changes, (squares, torch.linalg.vecdot(left, left, dim=-1))):
+        cut.put(whole, rows)
+    if not cut.uniform:  # what is near for another matrix of the stack is far for this one
+        theta = torch.where(column < cut.end[:, None], theta, ritz.values[:, : cut.near])
+    return Pairs(x, y, theta, r, squares, rounding)
 
 
-def _bound_dropped(pairs: Pairs, ritz: Ritz, k: int) -> float | None:
-    """Upper bound on the eigenvalues behind the cut at k, rounding aside; None where there is none.
-
-    By Courant & Fischer none outside `near` exceeds the first one there.
-    """
-    theta, p = pairs.theta, len(pairs.theta)
-    some_left = p < len(ritz.values)
-    outside = float(ritz.values[p]) + ritz.error + pairs.rounding if some_left else 0.0
-    behind = float(theta[k]) - outside
-    if behind <= 0:
-        return None
-    return float(theta[k]) + float(pairs.residual[:, k:].square().sum()) / behind
+def _bound_outside(pairs: Pairs, ritz: Ritz, cut: Cut) -> Tensor:
+    """[b], upper bound on the eigenvalues outside the span of those before the window's end."""
+    place = cut.end[:, None].clamp_max(ritz.values.shape[1] - 1)
+    first = ritz.values.gather(1, place).squeeze(1) + ritz.error + pairs.rounding
+    return torch.where(cut.end < ritz.values.shape[1], first, 0.0)
 
 
-def _step_towards_dropped(pairs: Pairs, ritz: Ritz, k: int) -> Repair:
+def _step_towards_dropped(pairs: Pairs, ritz: Ritz, cut: Cut) -> Repair:
     """The first-order step of the kept vectors towards the dropped ones."""
+    least, k = cut.least, cut.most
     near, residual = pairs.x.float(), pairs.residual[:, :k].float()
-    inner = near.mT @ residual  # [p, k]
-    theta, dropped = pairs.theta[:k].float(), pairs.theta[k:].float()
-    behind = inner[k:] / (theta - dropped[:, None])
-    behind[:, pairs.start :] = 0  # Rayleigh-Ritz has seen to these
-    coupling = ritz.far.mT @ residual  # [q, k]
-    step = near[:, k:] @ behind
-    further = ritz.values[len(pairs.theta) :].float()
-    step = torch.addmm(step, ritz.far, coupling / (theta - further[:, None]))
+    kept = near[:, :k]
+    theta = pairs.theta[:, :k].float()[..., None]
+    if not cut.uniform:
+        residual = residual * cut.kept[..., None]
+        kept = kept * cut.kept[..., None]
+        theta = torch.where(cut.kept[..., None], theta, torch.inf)  # no step
+    inner = residual @ near.mT  # [b, k, p]
+    behind = _mask_window(inner[..., least:] / (theta - pairs.theta[:, None, least:].float()), cut)
+    coupling = residual @ ritz.far.mT  # [b, k, q]
+    further = ritz.values[:, None, cut.near :].float()
+    step = torch.baddbmm(behind @ near[:, least:], coupling / (theta - further), ritz.far)
     if ritz.beyond is not None:
-        rest = residual - near @ inner - ritz.far @ coupling
-        step += rest / (theta - ritz.beyond)
-    lengths = torch.linalg.vector_norm(step, dim=0).double()
-    return Repair(near[:, :k] + step, step, lengths, residual, inner, pairs.theta)
+        rest = residual - inner @ near - coupling @ ritz.far
+        step += rest / (theta - ritz.beyond.float()[:, None, None])
+    lengths = torch.linalg.vector_norm(step, dim=-1).double()
+    mixing = inner[..., :k]
+    if not cut.uniform:
+        mixing = mixing * cut.kept[:, None]
+    return Repair(kept + step, step, lengths, residual, mixing)
 
 
-def _bound_residuals(
-    gram: FormedGram | ImpliedGram,
-    pairs: Pairs,
-    repair: Repair,
-    norm: float,
-    n: int,
-    converged: bool,
-) -> Tensor:
-    """[k], bounds on the residuals of the repaired vectors outside of their span."""
-    k, d = repair.step.shape[1], len(repair.step)
-    start, step, theta = pairs.start, repair.step, pairs.theta
-    inside = slice(0, start)
-    # The columns next to the cut have the smallest gaps, and so float64 products.
-    late = step[:, start:].double()
-    rho = outside_norms(
-        pairs.x[:, start:k] + late,
-        pairs.image[:, start:k] + gram(late),
-        theta[start:k],
-        repair.kept,
-    )
-    if converged:
-        # No product is needed: G(X_far E) = X_far Λ E up to rounding. The rest is rounding times
-        # the step, and the step times how far the kept vectors mix among themselves.
-        mixing = torch.linalg.vector_norm(repair.inner[:k, inside], dim=0).double()
-        skew = SAFETY * math.sqrt(d) * EPS32
-        largest = float(torch.linalg.vector_norm(repair.lengths))
-        rest = pairs.rounding * repair.lengths[inside] + largest * mixing
-        rest += skew * torch.linalg.vector_norm(repair.residual[:, inside], dim=0)
-    else:
-        image = pairs.image[:, inside] + gram.rough(step[:, inside])
-        rest = outside_norms(
-            pairs.x[:, inside] + step[:, inside], image, theta[inside], repair.kept
-        )
-        rest += 2 * SAFETY * math.sqrt(n) * EPS32 * norm**2 * repair.lengths[inside]
-    return torch.cat([rest, rho])
+def _mask_window(behind: Tensor, cut: Cut) -> Tensor:
+    """Coefficients [b, k, p − least] without those of kept vectors and within the window.
+
+    Rayleigh-Ritz has seen to these.
+    """
+    if cut.uniform:
+        behind[:, cut.first :] = 0
+        return behind
+    column = torch.arange(cut.least, cut.near, device=behind.device)
+    row = torch.arange(cut.most, device=behind.device)[:, None]
+    start, end, count = (x[:, None, None] for x in (cut.start, cut.end, cut.count))
+    wanted = (column >= count) & ((row < start) | (column >= end))
+    return torch.where(wanted, behind, 0.0)
 
 
-def rayleigh_ritz(x: Tensor, y: Tensor) -> Tensor:
-    """Rotates x [d, q] and y = Gx to the eigenvectors of G within their span, in place; float64.
+def rayleigh_ritz(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvectors of G within the span of the rows of x; float64, NaN where they have no basis.
 
     Args:
-        x: any basis, nearly orthonormal; orthonormal afterwards.
-        y: [d, q].
+        x: [b, q, d], any basis, nearly orthonormal.
+        y: xG [b, q, d].
 
     Returns:
-        The eigenvalues [q], descending.
+        The eigenvalues [b, q], descending, the eigenvectors and their products with G.
     """
-    factor = torch.linalg.cholesky(x.mT @ x)
-    half = torch.linalg.solve_triangular(factor, x.mT @ y, upper=False)
-    values, vectors = torch.linalg.eigh(
-        torch.linalg.solve_triangular(factor, half.mT.contiguous(), upper=False)
-    )
-    rotation = torch.linalg.solve_triangular(factor.mT, vectors.flip(-1), upper=True)
-    for columns in (x, y):
-        columns.copy_(columns @ rotation)
-    eigenvalues: Tensor = values.flip(-1)
-    return eigenvalues
-
-
-def outside_norms(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
-    """Norms of the parts of Gx − xθ that lie outside the span of `kept`."""
-    r = (image - x * theta).float()
-    basis = kept.float()
-    norms: Tensor = torch.linalg.vector_norm((r - basis @ (basis.mT @ r)).double(), dim=0)
-    return norms
-
-
-def bound_span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> float:
-    """Bound on the sine of the largest angle between span(X) and the true leading eigenspace.
-
-    GX = X(Θ + F) + R with columns ‖R_j‖ ≤ ρ_j, and P the projector on the eigenvectors dropped,
-    whose eigenvalues are at most θ_j − distance_j. Z = PX solves GZ − ZΘ = PR + ZF, so
-    ‖z_j‖ ≤ (ρ_j + ‖Z‖ ‖f_j‖)/distance_j, and ‖Z‖_F ≤ ‖ρ/distance‖ / (1 − ‖F/distance‖_F).
-
-    Args:
-        rho: [k].
-        mixing: F [k, k].
-        distance: [k].
-    """
-    if not bool((distance > 0).all()):
-        return 1.0
-    feedback = float(torch.linalg.matrix_norm(mixing / distance))
-    if feedback >= 0.9:
-        return 1.0
-    return min(1.0, float(torch.linalg.vector_norm(rho / distance)) / (1 - feedback))
-
-
-def assemble_factors(w: Tensor, norm: float, repair: Repair, angle: float) -> Refined | None:
-    """Orthonormal factors from eigenvectors, all in float32; None where they are too far from it.
-
-    Args:
-        w: [d, n].
-        norm: ‖w‖_F.
-        repair: the eigenvectors.
-        angle: bound on the sine so far, on the left.
-    """
-    kept, theta, residual = repair.kept, repair.theta, repair.residual
-    mixing = repair.inner[: kept.shape[1]]
-    k = kept.shape[1]
-    s = theta[:k].sqrt()
-    scale = s.float()
-    images = multiply_narrow(w.mT, kept)  # [n, k]
-    lost = _measure_rounding(w, norm, kept, images)
-    short, left_skew, _ = _orthonormalise_columns(kept)
-    # VᵀV − I = Σ⁻¹UᵀGUΣ⁻¹ − I, and what makes UᵀGU differ from Θ is known.
-    known = (mixing + mixing.mT) / (2 * scale[:, None] * scale)
-    long, right_skew, turned = _orthonormalise_columns(images / scale, known)
-    skew = max(left_skew, right_skew)
-    if not skew <= LARGEST_STEP:
-        return None
-    # Right: span(wᵀX) deviates by Σ_2 Z Σ_1⁻¹, less than Z does on the left; and float32 lost some.
-    angle = angle / math.sqrt(max(1e-30, 1 - angle**2)) + lost / float(s[-1])
-    unexplained = float((torch.linalg.vector_norm(residual, dim=0) / scale).norm())
-    further = 0.0 if turned is None else float(torch.linalg.vector_norm(turned * scale))
-    if bool((s.diff() > 0).any()):  # values that are equal up to rounding
-        s, order = s.sort(descending=True, stable=True)
-        short, long = short[:, order], long[:, order]
-    return Refined(
-        short=short,
-        long=long,
-        s=s,
-        following=float(theta[k].clamp_min(0).sqrt()),
-        residual=unexplained * (1 + skew) + further,
-        angle=min(1.0, angle + skew + SAFETY * EPS32 * math.sqrt(k)),
-    )
-
-
-def _measure_rounding(w: Tensor, norm: float, x: Tensor, images: Tensor) -> float:
-    """‖images − wᵀx‖_F for w [d, n], x [d, k], from a sample of the n rows and doubled.
-
-    What float32 loses in a row is in proportion to the norm of that row of wᵀ, so a sample of rows,
-    scaled by their norms, speaks for all.
-    """
-    every = max(1, w.shape[1] // SAMPLE)
-    sample = w[:, ::every].mT.double()  # [SAMPLE, d]
-    lost = torch.linalg.vector_norm(images[::every] - sample @ x.double())
-    seen = torch.linalg.vector_norm(sample).clamp_min(1e-300)
-    return 2 * norm * float(lost / seen)
-
-
-def _orthonormalise_columns(
-    x: Tensor, excess: Tensor | None = None
-) -> tuple[Tensor, float, Tensor | None]:
-    """x(3I − xᵀx)/2, a Newton step to the nearest orthonormal columns, where x needs one.
-
-    Args:
-        x: [m, k].
-        excess: xᵀx − I to first order, where it is known.
-
-    Returns:
-        The columns, ‖xᵀx − I‖_F of them (from above), and by what less I they were multiplied,
-        None if they were not; the second is NaN or large where a step was not enough.
-    """
-    skew = float(estimate_skew(x))
-    if skew <= SKEW or not skew <= LARGEST_STEP:
-        return x, skew, None
-    if excess is None:
-        excess = x.mT @ x
-        excess.diagonal().sub_(1)
-    x = torch.addmm(x, x, excess, alpha=-0.5)
-    return x, float(estimate_skew(x)), excess / -2
+    factor, failed = torch.linalg.cholesky_ex(x @ x.mT)
+    half = torch.linalg.solve_triangular(factor, x @ y.mT, upper=False)
+    within = torch.linalg.solve_triangular(factor, half.mT.contiguous(), upper=False)
+    values, vectors = descending_eigh(torch.where(failed[:, None, None] == 0, within, 0.0))
+    rotation = torch.linalg.solve_triangular(factor.mT, vectors, upper=True).mT
+    values = torch.where(failed[:, None] == 0, values, torch.nan)
+    return values, rotation @ x, rotation @ y

@@ -43,13 +43,6 @@ def attempt(solve: Callable[[], Out]) -> Out | None:
         return None
 
 
-def eigh_stack(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """`descending_eigh` of [..., d, d] the other way round, by ascending eigenvalue."""
-    stack = symmetric.reshape(-1, *symmetric.shape[-2:])
-    values, vectors = descending_eigh(stack)
-    return values.flip(-1).reshape(symmetric.shape[:-1]), vectors.flip(-1).reshape(symmetric.shape)
-
-
 def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of [b, d, d] by descending eigenvalue, checked.
 

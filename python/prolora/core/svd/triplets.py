@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..precision import EPS
 from .products import multiply_narrow
+from .stacks import take_places
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,45 @@ class Triplets:
     angle: Tensor
     rungs: tuple[str, ...]
 
-    def one(self, i: int) -> Triplets:
-        """Matrix i alone, as a stack of one."""
-        k = max(1, int(self.count[i]))
-        only = slice(i, i + 1)
-        return Triplets(
-            self.short[only, :, :k],
-            self.long[only, :, :k],
-            self.s[only, :k],
-            self.count[only],
-            self.following[only],
-            self.residual[only],
-            self.angle[only],
-            self.rungs[only],
-        )
+    def take(self, places: list[int]) -> Triplets:
+        """Some matrices of the stack."""
+        if places == list(range(len(self.rungs))):
+            return self
+        fields = {name: take_places(getattr(self, name), places) for name in TENSORS}
+        return Triplets(**fields, rungs=tuple(self.rungs[i] for i in places))
+
+    def narrow(self, k: int) -> Triplets:
+        """The same without the columns from k on, which no matrix uses."""
+        if k == self.s.shape[-1]:
+            return self
+        return replace(self, **{name: getattr(self, name)[..., :k] for name in PADDED})
 
 
-def join_triplets(parts: list[Triplets]) -> Triplets:
-    """The stacks one after the other, padded with zero columns to one width."""
+# The fields of Triplets that are tensors, and those of them that have k columns.
+TENSORS = ("short", "long", "s", "count", "following", "residual", "angle")
+PADDED = ("short", "long", "s")
+
+
+def mark_failed(triplets: Triplets, sound: Tensor) -> Triplets:
+    """The triplets with angle 1 where `sound`, bool [b], is false."""
+    return replace(triplets, angle=torch.where(sound, triplets.angle, 1.0))
+
+
+def merge_triplets(parts: list[tuple[list[int], Triplets]]) -> Triplets:
+    """One stack of the parts of it, which lie at the places named; padded to one width."""
     if len(parts) == 1:
-        return parts[0]
-    k = max(part.s.shape[-1] for part in parts)
+        return parts[0][1]
+    k = max(part.s.shape[-1] for _, part in parts)
     fields = {}
-    for name in ("short", "long", "s", "count", "following", "residual", "angle"):
-        tensors = [getattr(part, name) for part in parts]
-        if name in ("short", "long", "s"):
+    for name in TENSORS:
+        tensors = [getattr(part, name) for _, part in parts]
+        if name in PADDED:
             tensors = [torch.nn.functional.pad(x, (0, k - x.shape[-1])) for x in tensors]
         fields[name] = torch.cat(tensors)
-    return Triplets(**fields, rungs=tuple(rung for part in parts for rung in part.rungs))
+    rungs = tuple(rung for _, part in parts for rung in part.rungs)
+    places = [i for own, _ in parts for i in own]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return Triplets(**fields, rungs=rungs).take(order)
 
 
 def rounding_error(w: Tensor, norm: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Orthonormal singular vectors of both sides from refined eigenvectors of the short one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..precision import EPS32
+from .bounds import SAFETY, Repair
+from .cut import Cut
+from .solvers import estimate_skew
+from .stacks import decides_freely
+
+# A first-order step, or a deviation of VᵀV from I, beyond this is not small.
+LARGEST_STEP = 0.1
+# Columns of w that the rounding of a product is measured on.
+SAMPLE = 48
+# Rows this close to orthonormal (Frobenius, doubled) are as good as LAPACK's in float32.
+SKEW = 1e-4
+
+
+def assemble_factors(
+    w: Tensor, norm: Tensor, repair: Repair, theta: Tensor, angle: Tensor, cut: Cut
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Orthonormal factors from eigenvectors, all in float32.
+
+    Args:
+        w: [b, d, n].
+        norm: [b], ‖w‖_F.
+        repair: the eigenvectors.
+        theta: [b, k], float64, their eigenvalues; 0 beyond the count.
+        angle: [b], bound on the sine so far, on the left.
+        cut: how many there are.
+
+    Returns:
+        Rows [b, k, d] of the short side, s [b, k], rows [b, k, n] of the long side; [b], bounds on
+        the residual and on the sine on both sides, the latter 1 where nothing is known.
+    """
+    kept, used = repair.kept, None if cut.uniform else cut.kept
+    s = theta.clamp_min(0).sqrt()
+    scale = (s if used is None else torch.where(used, s, 1.0)).float()
+    images = kept @ w  # [b, k, n]
+    lost = _measure_rounding(w, norm, kept, images)
+    short, left_skew, _ = _orthonormalise_rows(kept, used)
+    # VVᵀ − I = Σ⁻¹UGUᵀΣ⁻¹ − I, and what makes UGUᵀ differ from Θ is known.
+    known = (repair.mixing + repair.mixing.mT) / (2 * scale[..., None] * scale[:, None])
+    long, right_skew, turned = _orthonormalise_rows(images / scale[..., None], used, known)
+    skew = torch.maximum(left_skew, right_skew)
+    # Right: span(Xw) deviates by Σ_1⁻¹ Z Σ_2, less than Z does on the left; and float32 lost some.
+    angle = angle / (1 - angle.square()).clamp_min(1e-30).sqrt() + lost / cut.at(s, -1)
+    angle = angle + skew + SAFETY * EPS32 * cut.count.double().sqrt()
+    unexplained = torch.linalg.vector_norm(repair.residual, dim=-1) / scale
+    residual = torch.linalg.vector_norm(unexplained, dim=-1).double() * (1 + skew)
+    if turned is not None:
+        residual = residual + torch.linalg.vector_norm(turned * scale[:, None], dim=(-2, -1))
+    angle = torch.where(skew <= LARGEST_STEP, angle, 1.0).nan_to_num(1.0).clamp_max(1)
+    return *_sort_rows(short, s, long), residual, angle
+
+
+def _sort_rows(short: Tensor, s: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By descending value, which they are but for values that are equal up to rounding."""
+    if decides_freely(s) and not bool((s.diff() > 0).any()):
+        return short, s, long
+    s, order = s.sort(descending=True, stable=True)
+    short, long = (x.gather(1, order[..., None].expand_as(x)) for x in (short, long))
+    return short, s, long
+
+
+def _measure_rounding(w: Tensor, norm: Tensor, x: Tensor, images: Tensor) -> Tensor:
+    """[b], ‖images − xw‖_F for x [b, k, d], w [b, d, n], from a sample of n columns and doubled.
+
+    What float32 loses in a column is in proportion to the norm of that column of w, so a sample of
+    columns, scaled by their norms, speaks for all.
+    """
+    every = max(1, w.shape[-1] // SAMPLE)
+    sample = w[..., ::every].double()  # [b, d, SAMPLE]
+    missed = images[..., ::every] - x.double() @ sample
+    seen = torch.linalg.vector_norm(sample, dim=(-2, -1)).clamp_min(1e-300)
+    lost: Tensor = 2 * norm * torch.linalg.vector_norm(missed, dim=(-2, -1)) / seen
+    return lost
+
+
+def _orthonormalise_rows(
+    x: Tensor, used: Tensor | None, excess: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(3I − xxᵀ)x/2, a Newton step to the nearest orthonormal rows, for matrices that need one.
+
+    Args:
+        x: [b, k, m].
+        used: bool [b, k], the rows in use; the others are zero.
+        excess: xxᵀ − I to first order, where it is known.
+
+    Returns:
+        The rows, ‖xxᵀ − I‖_F of them [b] (from above), and by what less I they were multiplied,
+        None if none was; the second is NaN or large where a step was not enough.
+    """
+    skew = estimate_skew(x.mT, used)
+    needed = (skew > SKEW) & (skew <= LARGEST_STEP)
+    if decides_freely(x) and not bool(needed.any()):
+        return x, skew, None
+    if excess is None:
+        excess = x @ x.mT
+        excess.diagonal(dim1=-2, dim2=-1).sub_(1 if used is None else used.to(x.dtype))
+    change = torch.where(needed[:, None, None], excess / -2, 0.0)
+    x = torch.baddbmm(x, change, x)
+    return x, torch.where(needed, estimate_skew(x.mT, used), skew), change

@@ -1,0 +1,156 @@
+"""Stacks taken whole, as a GPU takes them: each matrix's ladder, in a fixed number of steps."""
+
+import pytest
+import torch
+from spectra import planted, power_law, sine
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prolora import truncated_svd
+from prolora.core.svd import stacks
+
+SMALL, LARGE = 400, 800
+# What makes the host wait for a number on a GPU.
+WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "tolist"}
+
+
+def low_rank(d, k):
+    return torch.linspace(2, 1, k // 2, dtype=torch.float64)
+
+
+def steps(d, k):
+    return torch.cat([torch.full((k,), 4.0), torch.full((d - k,), 1.0)])
+
+
+def rank_above(d, k):
+    return torch.linspace(2, 1, k + 22, dtype=torch.float64)
+
+
+def no_gap(d, k):
+    return torch.cat([torch.full((k // 2,), 2.0), torch.full((d - k // 2,), 1.0)])
+
+
+def weight(d, n, values, seed=0):
+    return planted(d, n, values, seed)[0].float()
+
+
+def mixed_stack(m, n, k):
+    """Healthy, zero and clustered matrices, those of low rank and without a gap, in no order."""
+    d = min(m, n)
+    spectra = [power_law(d, 0.5), steps(d, k), rank_above(d, k)]
+    if d < LARGE:
+        spectra += [low_rank(d, k), power_law(d, 1.0), no_gap(d, k)]
+    made = [weight(m, n, values, seed) for seed, values in enumerate(spectra)]
+    return torch.stack([made[0], torch.zeros(m, n), *made[1:]])
+
+
+@pytest.fixture
+def whole_stacks(monkeypatch):
+    """Switches the CPU to whole stacks."""
+    return lambda: monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+
+
+def check_bounds(weights, basis):
+    """No bound is below the error, judged by LAPACK in float64."""
+    u, _, vt = torch.linalg.svd(weights.double(), full_matrices=False)
+    for i, k in enumerate(basis.rank.tolist()):
+        for exact, found in ((u[i], basis.U[i]), (vt[i].mT, basis.V[i])):
+            if basis.bound[i] < 1:
+                assert sine(exact[:, :k], found[:, :k]) <= float(basis.bound[i])
+
+
+@pytest.mark.parametrize(
+    ("d", "n", "rank"),
+    [
+        (LARGE, LARGE, 64),
+        (SMALL, 450, 100),
+        (450, SMALL, 5),
+        (SMALL, 450, 0.9),
+        (SMALL, 450, 0.99),
+        (40, 60, 16),
+    ],
+)
+def test_a_whole_stack_equals_its_members_each_on_its_own_rung(whole_stacks, d, n, rank):
+    k = rank if rank > 8 else min(d, n) // 4
+    stack = mixed_stack(d, n, k)
+    alone = [truncated_svd(one, rank) for one in stack]
+    whole_stacks()
+    together = truncated_svd(stack, rank)
+    assert together.rungs == tuple(one.rung for one in alone)
+    assert len(set(together.rungs)) > (d != 40)
+    assert together.rank.tolist() == [int(one.rank) for one in alone]
+    assert together.ok.tolist() == [bool(one.ok) for one in alone]
+    assert together.U.shape[-1] == max(1, int(together.rank.max()))
+    for i, one in enumerate(alone):
+        k = int(one.rank)
+        torch.testing.assert_close(together.S[i, :k], one.S[:k], rtol=1e-5, atol=1e-5)
+        assert not together.U[i, :, k:].any() and not together.S[i, k:].any()
+        if one.ok:
+            apart = sine(one.U[:, :k], together.U[i, :, :k])
+            assert apart <= max(1e-5, float(one.bound + together.bound[i]))
+    chosen = slice(0, 1) if d == LARGE else slice(None)
+    check_bounds(stack[chosen], together.take(range(len(stack))[chosen]))
+
+
+@pytest.mark.parametrize(("d", "rank"), [(768, 16), (SMALL, 0.9)])
+def test_the_same_whole_stack_gives_the_same_bits(whole_stacks, d, rank):
+    whole_stacks()
+    stack = torch.stack([weight(d, d, power_law(d, 0.5), seed) for seed in range(2)])
+    first, second = truncated_svd(stack, rank), truncated_svd(stack, rank)
+    for name in ("U", "S", "V", "bound", "residual"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+class Counter(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        self.waits += function.overloadpacket.__name__ in WAITS
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("d", "n", "rank", "rung"),
+    [
+        (768, 800, 16, "krylov"),
+        (768, 2400, 16, "krylov"),
+        (400, 450, 60, "gram-f32"),
+        (400, 450, 0.9, "gram-f32"),
+        (60, 80, 0.9, "gram-f64"),
+    ],
+)
+def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
+    whole_stacks, monkeypatch, d, n, rank, rung
+):
+    tolist, counts, lists = torch.Tensor.tolist, [], []
+
+    def counted(tensor):  # does not pass the dispatcher
+        lists.append(tensor.shape)
+        return tolist(tensor)
+
+    whole_stacks()
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    one = weight(d, n, power_law(d, 0.5))
+    stack = torch.stack([one.roll(turn, 1) for turn in range(6)])
+    truncated_svd(stack[:1], rank)  # random vectors are drawn once and kept
+    for size in (2, 6):
+        lists.clear()
+        with Counter() as counter:
+            basis = truncated_svd(stack[:size], rank)
+        assert basis.rungs == (rung,) * size
+        counts.append((counter.calls, counter.waits + len(lists)))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][1] <= 8
+
+
+def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
+    gib = 1 << 30
+    assert stacks._gpu_budget(75 * gib, 80 * gib) == 4 * gib
+    assert stacks._gpu_budget(20 * gib, 24 * gib) == 3 * gib
+    assert stacks._gpu_budget(7 * gib, 8 * gib) == gib
+    assert stacks._gpu_budget(5 * gib, 80 * gib) == 2 * gib
+    assert stacks._gpu_budget(0, 80 * gib) <= 1
