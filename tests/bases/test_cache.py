@@ -14,7 +14,8 @@ from spectra import weights
 import prolora
 from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file, cache_folder
-from prolora.bases.cache.basis_cache import TOLERANCE, BasisCache, default_folder
+from prolora.bases.cache.basis_cache import BasisCache, default_folder
+from prolora.bases.cache.basis_names import TOLERANCE
 from prolora.comparison.block_matching import match_blocks
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import prolora
 from prolora.bases.cache import basis_file, cache_folder, maintenance
-from prolora.bases.cache.basis_cache import BasisCache, basis_name, hash_weight
+from prolora.bases.cache.basis_cache import BasisCache
+from prolora.bases.cache.basis_names import basis_name, hash_weight
 from prolora.cli import app
 from prolora.cli.basis import parse_age
 

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from spectra import related, weights
 
 import prolora
+from prolora.bases import memory
 from prolora.bases.cache.build import survey_base
-from prolora.bases.memory import Memory, resident_bytes
+from prolora.bases.memory import Memory, Room, resident_bytes
 from prolora.core.methods import Needs
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import format_size, parse_limit, parse_size
@@ -46,6 +47,26 @@ def test_a_bound_cuts_stacks_and_never_below_one():
     limit = resident_bytes() + (1000 << 20)
     whole, half = (Memory(limit).room(results=size) for size in (0, 500 << 20))
     assert half.stack(shape, Needs.BASES) < whole.stack(shape, Needs.BASES)
+
+
+def test_a_gpu_takes_stacks_by_its_memory_and_within_the_bound(monkeypatch):
+    shape, rank = (1280, 1280), 128
+    monkeypatch.setattr(memory, "stack_budget", lambda device: 2 << 30)
+    on_cpu = Memory(None, rank).room()
+    free = Memory(None, rank, "cuda").room()
+    bound = Memory(resident_bytes() + (1 << 30), rank, "cuda").room()
+    for work in (Needs.BASES, "comparison", Needs.WEIGHTS):
+        assert on_cpu.stack(shape, work) < bound.stack(shape, work) < free.stack(shape, work)
+    assert 200 <= free.stack(shape, Needs.BASES) <= 320
+    assert free.stack((20000, 20000), Needs.BASES) == 1
+    assert free.columns(shape) > on_cpu.columns(shape)
+
+
+def test_both_weights_of_a_pair_count_where_bases_are_compared():
+    free = 900 << 20
+    transfer, compare = (Room(free, 64).stack((1280, 1280), w) for w in (Needs.BASES, "comparison"))
+    assert 1 <= compare <= transfer
+    assert Room(1, 64).stack((1280, 1280), "comparison") == 1
 
 
 @pytest.mark.parametrize("method", ["prolora", "damped", "copy", "auto"])

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from prolora import (
     similarity,
     truncated_svd,
 )
-from prolora.bases import load_layout
+from prolora.bases import load_layout, memory
 from prolora.bases.cache import basis_cache
 from prolora.cli import heatmap
 from prolora.comparison import comparison
@@ -131,6 +132,47 @@ def test_the_verdict_needs_no_decomposition(monkeypatch):
     assert quick.verdict == whole.verdict and math.isnan(quick.mean("above"))
     assert quick.sweep == []
     assert not any("above chance" in sentence for sentence in quick.sentences())
+
+
+def test_weights_of_one_shape_are_factorised_together_and_small_stacks_give_the_same(monkeypatch):
+    """252 pairs of eight shapes; and stacks of one, as a tight bound of memory makes them."""
+    calls, steps = [], []
+    factorise = basis_cache.truncated_svd
+    monkeypatch.setattr(
+        basis_cache, "truncated_svd", lambda w, *a: calls.append(len(w)) or factorise(w, *a)
+    )
+    source, target = open_base(MINI / "source"), open_base(MINI / "finetuned")
+    whole = comparison.compare(source, target, progress=lambda *at: steps.append(at))
+    shapes = {target.shapes[module.target] for module in whole.modules}
+    assert len(calls) == 2 * len(shapes) and sum(calls) == 2 * len(whole.modules) == 504
+    assert steps[-1][:2] == (252, 252) and len(steps) == len(shapes)
+    assert [m.target for m in whole.modules] == [n for n in target.shapes if n in told(whole)]
+
+    few = dict(list(source.weights.items())[:40])
+    source = replace(source, weights=few)
+    apart, calls[:] = comparison.compare(source, target), []
+    monkeypatch.setattr(memory, "STACK_BYTES", 1)
+    alone = comparison.compare(source, target)
+    assert set(calls) == {1} and [m.target for m in alone.modules] == [
+        m.target for m in apart.modules
+    ]
+    for one, other in zip(alone.modules, apart.modules, strict=True):
+        numbers = [flatten(m.to_dict()) for m in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-5, nan_ok=True)
+
+
+def told(found):
+    """The modules of the target."""
+    return {module.target for module in found.modules}
+
+
+def flatten(value):
+    """All numbers in a structure."""
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return [] if isinstance(value, str) else [float(value)]
+    return [number for part in value for number in flatten(part)]
 
 
 @pytest.mark.parametrize("rank", [40, 0.9])

@@ -13,6 +13,7 @@ import torch
 
 from ..core.methods import Needs
 from ..core.rank_rule import Rank
+from ..core.svd.stacks import stack_budget
 from ..errors import TooLittleMemory
 from ..files.sizes import format_size
 
@@ -32,8 +33,9 @@ PER_COLUMN = 56
 # Python, torch and their buffers grow a little while they work.
 SLACK = 48 << 20
 
-Work = Needs | Literal["affinity"]
-"""What is done with weights: what a method needs of them, or how far they are apart."""
+Work = Needs | Literal["affinity", "comparison"]
+"""What is done with weights: what a method needs of them, or how far they are apart and how alike
+their subspaces are. Of an affinity or a comparison the weights of both bases are in memory."""
 
 
 def resident_bytes() -> int:
@@ -55,15 +57,18 @@ def resident_bytes() -> int:
 class Memory:
     """A bound on the resident memory of this process, or none.
 
-    On a GPU it bounds what is there instead: the same stacks, of the same size.
+    On a GPU it bounds what is there instead: stacks are as large as keeps the GPU busy
+    (`core.svd.stacks.stack_budget`), but within the bound.
 
     Attributes:
         limit: bytes; None where there is no bound.
         rank: of the subspaces; a share of energy may be all columns, and so may None.
+        device: where the weights are worked on; None means the CPU.
     """
 
     limit: int | None = None
     rank: Rank | None = None
+    device: str | None = None
 
     def check(self, shapes: Iterable[tuple[int, int]], work: Work, results: int = 0) -> None:
         """Refuses a bound below what one weight of each shape needs, before anything is done.
@@ -93,9 +98,11 @@ class Memory:
         Args:
             results: bytes that the results will take meanwhile.
         """
+        place = torch.device(self.device or "cpu")
+        on_gpu = stack_budget(place) if place.type == "cuda" else None
         if self.limit is None:
-            return Room(None, self.rank)
-        return Room(self.limit - resident_bytes() - results - SLACK, self.rank)
+            return Room(None, self.rank, on_gpu)
+        return Room(self.limit - resident_bytes() - results - SLACK, self.rank, on_gpu)
 
     @property
     def lora_bytes(self) -> int:
@@ -112,10 +119,12 @@ class Room:
     Attributes:
         free: bytes; None where there is no bound.
         rank: as in `Memory`.
+        on_gpu: bytes for a stack on a GPU, where the work is done there.
     """
 
     free: int | None = None
     rank: Rank | None = None
+    on_gpu: int | None = None
 
     def stack(self, shape: tuple[int, int], work: Work) -> int:
         """How many weights [m, n] to work on at a time, at least one.
@@ -124,8 +133,11 @@ class Room:
             shape: of a weight.
             work: what is done with them.
         """
-        size = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
-        count = max(1, size // (4 * shape[0] * shape[1]))
+        if self.on_gpu is None:
+            size = LIGHT_STACK_BYTES if work is Needs.WEIGHTS else STACK_BYTES
+            count = max(1, size // (4 * shape[0] * shape[1]))
+        else:
+            count = max(1, self.on_gpu // max(1, _bytes_of_weight(shape, work, self.rank)))
         if self.free is not None:
             while count > 1 and _bytes_of_stack(shape, work, count, self.rank) > self.free:
                 count -= 1
@@ -136,7 +148,7 @@ class Room:
 
         Within a bound they fit where the factorisation of a weight was before.
         """
-        size = STACK_BYTES
+        size = STACK_BYTES if self.on_gpu is None else self.on_gpu
         if self.free is not None:
             size = min(size, _bytes_of_factorisation(shape, self.rank))
         return max(1, size // (PER_COLUMN * sum(shape)))
@@ -149,17 +161,24 @@ class Room:
 
 def _bytes_of_stack(shape: tuple[int, int], work: Work, count: int, rank: Rank | None) -> int:
     """Bytes that a stack of so many weights [m, n] takes while it is worked on."""
+    size = count * _bytes_of_weight(shape, work, rank)
+    if work is Needs.BASES or work == "comparison":
+        size += min(count, torch.get_num_threads()) * _bytes_of_factorisation(shape, rank)
+    return size
+
+
+def _bytes_of_weight(shape: tuple[int, int], work: Work, rank: Rank | None) -> int:
+    """Bytes that a weight [m, n] of a stack takes, with all that is kept of it meanwhile."""
     (m, n), d = shape, min(shape)
     if work is Needs.NOTHING:
         return 0
     if work == "affinity":
-        return count * 2 * 4 * m * n
+        return 2 * 4 * m * n
     if work is Needs.WEIGHTS:
-        return count * (4 * 4 * m * n + 3 * 4 * d * d)
+        return 4 * 4 * m * n + 3 * 4 * d * d
     k = min(rank, d) if isinstance(rank, int) else d
-    weights, bases = 4 * m * n, 2 * 4 * (m + n) * k
-    at_once = min(count, torch.get_num_threads())
-    return count * (weights + bases) + at_once * _bytes_of_factorisation(shape, rank)
+    bases = 2 * 4 * (m + n) * k
+    return (2 if work == "comparison" else 1) * 4 * m * n + bases
 
 
 def _bytes_of_factorisation(shape: tuple[int, int], rank: Rank | None) -> int:

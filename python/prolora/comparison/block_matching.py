@@ -99,7 +99,7 @@ def match_blocks(
             f"{source.name} and {target.name} have no transformer blocks of the same kind and "
             "shape: there is nothing to match by similarity"
         )
-    room = _find_room(groups, parse_limit(max_memory))
+    room = _find_room(groups, parse_limit(max_memory), device)
     with open_cache(cache) as opened:
         subspaces = _Subspaces(opened, device, room, _report_steps(groups, progress))
         return _match_groups(source, target, groups, subspaces, min_score, inserted)
@@ -206,7 +206,7 @@ def _choose_rank(shape: tuple[int, int]) -> int:
     return max(1, min(min(shape) // COLUMNS_SHARE, MOST_COLUMNS))
 
 
-def _find_room(groups: list[BlockGroup], limit: int | None) -> Room:
+def _find_room(groups: list[BlockGroup], limit: int | None, device: str | None) -> Room:
     """How much can be factorised at a time beside the bases of a module of all blocks.
 
     Raises:
@@ -219,7 +219,7 @@ def _find_room(groups: list[BlockGroup], limit: int | None) -> Room:
             shape = ours[0].shapes[module]
             shapes.add(shape)
             held = max(held, (len(ours) + len(theirs)) * 4 * sum(shape) * _choose_rank(shape))
-    memory = Memory(limit, max(map(_choose_rank, shapes)))
+    memory = Memory(limit, max(map(_choose_rank, shapes)), device)
     memory.check(shapes, Needs.BASES, held)
     return memory.room(held)
 

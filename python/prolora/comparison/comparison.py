@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +14,7 @@ from ..architectures.modules import have_equal_shapes, is_adaptable, is_attentio
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
-from ..bases.memory import Memory
+from ..bases.memory import Memory, Room
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
@@ -24,7 +24,7 @@ from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
 from .block_matching import resolve_match
-from .module_comparison import ModuleComparison, average_field, compare_module
+from .module_comparison import ModuleComparison, average_field, compare_stack
 from .module_map import (
     BlockDecision,
     Match,
@@ -285,20 +285,23 @@ def compare(
         source, selections = select_narrower(source, target, table, partners, device)
         equal = _list_equal_shapes(source, target, match, partners)
         sizes = {matrix_shape(target.shapes[module]) for module in equal}
-        Memory(limit, rank).check(sizes, "affinity" if rank is None else Needs.BASES)
-        factorise = None if rank is None else partial(_factorise, kept, rank, device)
-        rows = []
-        for done, (module, origin) in enumerate(equal.items(), 1):
-            rows.append(compare_module(source, origin, target, module, factorise))
+        memory = Memory(limit, rank, device)
+        memory.check(sizes, "affinity" if rank is None else Needs.BASES)
+        bases = (source, target)
+        factorise = None if rank is None else partial(_factorise, kept, rank, device, bases)
+        found: dict[str, ModuleComparison] = {}
+        for stack in _iterate_stacks(source, target, equal, memory.room()):
+            rows = compare_stack(source, target, stack, factorise)
+            found.update((row.target, row) for row in rows)
             if progress:
-                progress(done, len(equal), module)
+                progress(len(found), len(equal), stack[-1][1])
     taken = set(partners.values())
     blocks = match if isinstance(match, Matching) else None
     return Comparison(
         source.name,
         target.name,
         rule,
-        rows,
+        [found[module] for module in equal],
         without_partner=sum(is_adaptable(n) and n not in taken for n in source.shapes),
         other_shape=len(partners) - len(equal),
         residuals={name: selection.residual for name, selection in selections.items()},
@@ -328,11 +331,43 @@ def _list_equal_shapes(
     return equal
 
 
+def _iterate_stacks(
+    source: Base, target: Base, equal: Mapping[str, str], room: Room
+) -> Iterator[list[tuple[str, str]]]:
+    """The pairs (source module, target module) in stacks of one shape and dtype that memory holds.
+
+    Args:
+        source: a base.
+        target: another.
+        equal: target module -> source module of equal shape.
+        room: bounds the stacks.
+    """
+    groups: dict[tuple[object, ...], list[tuple[str, str]]] = {}
+    for module, origin in equal.items():
+        shape = matrix_shape(target.shapes[module])
+        kind = (shape, source.dtypes[origin], target.dtypes[module])
+        groups.setdefault(kind, []).append((origin, module))
+    for pairs in groups.values():
+        size = room.stack(matrix_shape(target.shapes[pairs[0][1]]), "comparison")
+        for i in range(0, len(pairs), size):
+            yield pairs[i : i + size]
+
+
 def _factorise(
-    cache: BasisCache, rank: Rank, device: str | None, base: Base, module: str, weight: Tensor
-) -> Basis:
-    """The basis of a weight [m, n], as that of a stack of one."""
-    return cache.bases(weight[None].to(device), rank, base.name, module)
+    cache: BasisCache,
+    rank: Rank,
+    device: str | None,
+    bases: tuple[Base, Base],
+    pairs: Sequence[tuple[str, str]],
+    weights: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> tuple[Basis, Basis]:
+    """The bases of the weights of pairs of modules, as those of two stacks."""
+    requests = [
+        partial(cache.look_up_weights, some, rank, base, modules)
+        for base, modules, some in zip(bases, zip(*pairs, strict=True), weights, strict=True)
+    ]
+    ours, theirs = cache.in_turn(requests, rank, device)
+    return ours, theirs
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:

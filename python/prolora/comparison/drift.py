@@ -12,7 +12,8 @@ from torch import Tensor
 from ..architectures.modules import matrix_shape
 from ..bases import Base, check_finite
 from ..bases.base import Progress
-from ..bases.cache.basis_cache import BasisCache, hash_weight
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.cache.basis_names import hash_weight
 from ..bases.cache.tables import JsonTable
 from ..bases.memory import Room
 from ..core.parallel import map_on_threads

@@ -1,12 +1,13 @@
-"""One pair of weights of two base models: norms, products, and overlap of leading subspaces."""
+"""Pairs of weights of two base models: norms, products, and overlap of leading subspaces."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..architectures.modules import find_stage, matrix_shape
@@ -14,15 +15,29 @@ from ..bases import Base, check_finite
 from ..core.basis import Basis
 from ..core.means import mean_defined
 from ..core.overlap_tables import basis_tables
+from ..core.parallel import map_on_threads
 from ..core.similarity import angle_quantiles, basis_similarity
 from ..errors import NonFiniteWeights
 from .drift import Affinity
-from .rank_sweep import OverlapPoint, trace_curve
+from .rank_sweep import OverlapPoint, energy_shares, trace_curve
 
 _NAN = math.nan
 
-Factorise = Callable[[Base, str, Tensor], Basis]
-"""Gives the basis of a module of a base; its weight [m, n] was read already."""
+Weights = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Of pairs, the weights [m, n] of the sources and of the targets."""
+
+Factorise = Callable[[Sequence[tuple[str, str]], Weights], tuple[Basis, Basis]]
+"""Gives the bases of the weights of pairs of modules, as those of two stacks [b, m, n]."""
+
+# Field of `ModuleComparison` -> of `Similarity`.
+_OVERLAPS = {
+    "phi_left": "left",
+    "phi_right": "right",
+    "chance_left": "chance_left",
+    "chance_right": "chance_right",
+    "above_left": "above_left",
+    "above_right": "above_right",
+}
 
 
 @dataclass(frozen=True)
@@ -93,44 +108,58 @@ def average_field(modules: Iterable[ModuleComparison], field: str) -> float:
     return mean_defined(float(getattr(module, field)) for module in modules)
 
 
-def compare_module(
+def compare_stack(
     source: Base,
-    origin: str,
     target: Base,
-    module: str,
+    pairs: Sequence[tuple[str, str]],
     factorise: Factorise | None,
-) -> ModuleComparison:
-    """Drift and cosine of a pair of weights, and the overlap of their bases where one is asked."""
-    shape = matrix_shape(target.shapes[module])
-    ours, theirs = (
-        base.read(name).reshape(shape) for base, name in ((source, origin), (target, module))
-    )
+) -> list[ModuleComparison]:
+    """Drift and cosine of pairs of weights, and the overlap of their bases where one is asked.
+
+    Args:
+        source: the base of the first of each pair.
+        target: the base of the second.
+        pairs: module names; the weights of all have one matrix shape.
+        factorise: gives the bases of both; None compares no subspaces.
+    """
+    shape = matrix_shape(target.shapes[pairs[0][1]])
+    ours = [source.read(origin).reshape(shape) for origin, _ in pairs]
+    theirs = [target.read(module).reshape(shape) for _, module in pairs]
     try:
-        affinity = Affinity.of(ours, theirs)
+        affinities = map_on_threads(
+            lambda weights: Affinity.of(*weights), list(zip(ours, theirs, strict=True))
+        )
     except NonFiniteWeights:
-        check_finite(source, [origin])  # says which tensor, and where in it
-        check_finite(target, [module])
+        for origin, module in pairs:
+            check_finite(source, [origin])  # says which tensor, and where in it
+            check_finite(target, [module])
         raise
+    rows = [
+        ModuleComparison(*names, shape, affinity)
+        for names, affinity in zip(pairs, affinities, strict=True)
+    ]
     if factorise is None:
-        return ModuleComparison(origin, module, shape, affinity)
-    old, new = factorise(source, origin, ours), factorise(target, module, theirs)
-    tables = basis_tables(old, new)
-    similar = basis_similarity(old, new, tables)
-    angles = angle_quantiles(old, new)
-    return ModuleComparison(
-        origin,
-        module,
-        shape,
-        affinity,
-        phi_left=similar.left.item(),
-        phi_right=similar.right.item(),
-        chance_left=similar.chance_left.item(),
-        chance_right=similar.chance_right.item(),
-        above_left=similar.above_left.item(),
-        above_right=similar.above_right.item(),
-        columns_source=int(old.rank),
-        columns_target=int(new.rank),
-        angles_left=tuple(angles[0][0].tolist()),
-        angles_right=tuple(angles[1][0].tolist()),
-        points=trace_curve(old, new, tables),
-    )
+        return rows
+    numbers = _measure_overlaps(*factorise(pairs, (ours, theirs)))
+    return [replace(row, **overlap) for row, overlap in zip(rows, numbers, strict=True)]
+
+
+def _measure_overlaps(old: Basis, new: Basis) -> Iterator[dict[str, Any]]:
+    """The fields of `ModuleComparison` that tell of subspaces, for each pair of two stacks."""
+    on_device = basis_tables(old, new)
+    similar = basis_similarity(old, new, on_device)
+    overlaps = torch.stack([getattr(similar, name).double() for name in _OVERLAPS.values()], 1)
+    left, right = (x.tolist() for x in angle_quantiles(old, new))
+    tables = [table.cpu() for table in on_device]
+    shares = list(zip(energy_shares(old), energy_shares(new), strict=True))
+    columns = list(zip(old.rank.tolist(), new.rank.tolist(), strict=True))
+    for i, numbers in enumerate(overlaps.tolist()):
+        held = len(shares[i][0]), len(shares[i][1])
+        of_left, of_right = (table.pair(i, *held) for table in tables)
+        yield dict(zip(_OVERLAPS, numbers, strict=True)) | {
+            "columns_source": columns[i][0],
+            "columns_target": columns[i][1],
+            "angles_left": tuple(left[i]),
+            "angles_right": tuple(right[i]),
+            "points": trace_curve(old.shape[-2:], shares[i], (of_left, of_right)),
+        }

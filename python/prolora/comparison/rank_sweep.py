@@ -89,22 +89,24 @@ class SweepRow:
 
 
 def trace_curve(
-    source: Basis, target: Basis, tables: tuple[OverlapTable, OverlapTable]
+    shape: tuple[int, ...],
+    energies: tuple[Sequence[float], Sequence[float]],
+    tables: tuple[OverlapTable, OverlapTable],
 ) -> tuple[OverlapPoint, ...]:
     """The points of a pair: at 16, 32, 64 … columns, and whole.
 
     Args:
-        source: the basis of one matrix, as a stack of it [1, m, n].
-        target: basis of the target's weight.
-        tables: of the two, left and right (`core.overlap_tables.basis_tables`).
+        shape: of both weights.
+        energies: of source and target, the share that the leading 1, 2, 3 … columns hold, as many
+            as the basis has (`energy_shares`).
+        tables: of the two, left and right (`core.overlap_tables.basis_tables`), of one pair.
     """
-    m, n = source.shape[-2:]
-    held = source.U.shape[-1], target.U.shape[-1]
-    shares = [_energy_shares(basis) for basis in (source, target)]
+    m, n = shape
+    held = len(energies[0]), len(energies[1])
 
     def point(ks: int, kt: int) -> OverlapPoint:
         left, right = (table.at(ks, kt).item() for table in tables)
-        energy = (shares[0][ks - 1] + shares[1][kt - 1]) / 2
+        energy = (energies[0][ks - 1] + energies[1][kt - 1]) / 2
         return OverlapPoint(ks, kt, energy, left, right, max(ks, kt) / m, max(ks, kt) / n)
 
     return (*(point(k, k) for k in _column_steps(min(held))), point(*held))
@@ -133,7 +135,9 @@ def _find_point(points: Sequence[OverlapPoint], columns: int) -> OverlapPoint:
     return next((p for p in points[:-1] if p.columns_source == columns), points[-1])
 
 
-def _energy_shares(basis: Basis) -> list[float]:
-    """The share of energy that the leading 1, 2, 3 … columns hold."""
-    squares = basis.S[0].double().square().cumsum(-1)
-    return (squares / squares[-1].clamp_min(1e-300) * basis.energy[0]).tolist()
+def energy_shares(basis: Basis) -> list[list[float]]:
+    """Of each matrix of a stack, the share of energy that its leading 1, 2, 3 … columns hold."""
+    squares = basis.S.double().square().cumsum(-1)
+    shares = squares / squares[:, -1:].clamp_min(1e-300) * basis.energy[:, None]
+    used = basis.rank.clamp_min(1).tolist()
+    return [row[:k] for row, k in zip(shares.tolist(), used, strict=True)]

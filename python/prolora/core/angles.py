@@ -17,7 +17,7 @@ from .ops.small_svd import MAX_SVD_COLUMNS, small_singular_values
 from .parallel import map_on_threads
 from .precision import EPS
 from .svd.products import lower_gram, mirror_lower
-from .svd.solvers import attempt
+from .svd.solvers import eigenvalue_stack
 from .svd.stacks import count_together, decides_freely
 
 # Rows count as orthonormal if one more Cholesky step makes them so: its error is this, squared.
@@ -132,15 +132,6 @@ def singular_values(rows: Tensor) -> Tensor:
     both = rows.new_zeros(len(rows), 2 * q, 2 * q)
     both[:, q:, :q] = rows
     return eigenvalue_stack(both)[:, :q]
-
-
-def eigenvalue_stack(symmetric: Tensor) -> Tensor:
-    """Eigenvalues [b, d] of [b, d, d], descending; reads the lower triangle; NaN if it fails."""
-    found: Tensor | None = attempt(lambda: torch.linalg.eigvalsh(symmetric))
-    if found is None:
-        return torch.full_like(symmetric[..., 0], torch.nan)
-    values: Tensor = found.flip(-1)
-    return values
 
 
 def lower_factor(rows: Tensor) -> Tensor:

@@ -55,6 +55,16 @@ class OverlapTable:
         rows, cols = -(-source // BLOCK), -(-target // BLOCK)
         return self.blocks[..., :rows, :cols].sum((-2, -1))
 
+    def pair(self, i: int, source: int, target: int) -> OverlapTable:
+        """The table of pair i of a stack, whose bases have so many columns, and then zeros."""
+        rows, cols = -(-source // BLOCK), -(-target // BLOCK)
+        blocks, shells = self.blocks[i, :rows, :cols], self.shells[i, : min(source, target)]
+        return OverlapTable(blocks, shells, (source, target))
+
+    def cpu(self) -> OverlapTable:
+        """The same on the CPU."""
+        return OverlapTable(self.blocks.cpu(), self.shells.cpu(), self.columns)
+
     def at(self, source: int, target: int | None = None) -> Tensor:
         """Φ [...] of the leading columns: `shared` over the smaller of the two numbers."""
         return self.shared(source, target) / max(

@@ -247,7 +247,7 @@ class _Batch:
             progress=asked.progress,
         )
         chosen = replace(asked, match=match, progress=None)
-        memory = Memory(asked.memory_limit, asked.rank)
+        memory = Memory(asked.memory_limit, asked.rank, asked.device)
         # A path that cannot be looked at is no file that could be overwritten.
         inputs = [lora for lora in loras if os.path.exists(lora)] + [*source.files, *target.files]
         widths = WidthFinder(source, target, asked.device)

@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,19 +29,24 @@ from torch import Tensor
 
 from ...architectures.modules import matrix_shape
 from ...core.basis import FACTS, Basis, truncated_svd
-from ...core.parallel import map_on_threads
 from ...core.rank_rule import Rank
 from ...errors import UnsupportedFormat, output_error
-from ...files.hashing import hash_parts, hash_text
 from ...files.state import flush_file, read_state
 from ..base import Base, stack_weights
+from ..upload import Reader, work_in_turn
 from . import basis_file
 from .basis_file import StoredBasis
-from .cache_folder import VERSION, create_versioned_folder, versioned_folder
+from .basis_names import (
+    TOLERANCE,
+    BasisRequest,
+    basis_name,
+    describe_basis,
+    hash_weights,
+    short_hash,
+)
+from .cache_folder import create_versioned_folder, versioned_folder
 from .tables import JsonTable
 
-# What bases are computed to, `truncated_svd`'s default.
-TOLERANCE = 1e-3
 CACHE_VARIABLE = "PROLORA_CACHE"
 _DTYPES = dict.fromkeys(FACTS, torch.float64) | {"rank": torch.int64, "ok": torch.bool}
 # Two writes within one tick of a file system's clock leave the same times: a file that was changed
@@ -107,76 +112,110 @@ class BasisCache:
             rank: columns or share of energy, see `truncated_svd`.
             device: where to compute and where the result is; None means the CPU.
         """
+        return next(self.in_turn([partial(self.look_up, base, modules, rank)], rank, device))
+
+    def bases(self, weights: Tensor, rank: Rank) -> Basis:
+        """The same for weights that are in memory and nobody's, a stack [b, m, n]."""
+        request = partial(self.look_up_weights, list(weights), rank)
+        return next(self.in_turn([request], rank))
+
+    def in_turn(
+        self,
+        requests: Iterable[Reader[BasisRequest]],
+        rank: Rank,
+        device: str | None = None,
+    ) -> Iterator[Basis]:
+        """The bases of several stacks; on a GPU the next one is read while one is factorised.
+
+        Args:
+            requests: each calls `look_up` or `look_up_weights`.
+            rank: theirs.
+            device: as in `of`.
+        """
+        place = torch.device(device or "cpu")
+        return work_in_turn(requests, partial(self._answer, rank, place), place)
+
+    def look_up(
+        self, base: Base, modules: Sequence[str], rank: Rank
+    ) -> tuple[BasisRequest, list[Tensor]]:
+        """What the folder holds of the bases of several weights, and the other weights, read.
+
+        Args:
+            base: whose weights.
+            modules: which; all of one matrix shape.
+            rank: as in `of`.
+        """
         shape = matrix_shape(base.shapes[modules[0]])
 
         def read(places: Sequence[int]) -> list[Tensor]:
             return [base.read(modules[i]).reshape(shape) for i in places]
 
+        every = list(range(len(modules)))
         if self.folder is None:
-            return truncated_svd(stack_weights(read(range(len(modules)))).to(device), rank)
+            return BasisRequest(shape, [], every), [stack_weights(read(every))]
         digests = [self.digest(base, module) for module in modules]
         unknown = [i for i, digest in enumerate(digests) if digest is None]
-        if unknown:
-            tensors = read(unknown)
-            weights = stack_weights(tensors)
-            for i, digest in zip(unknown, hash_weights(tensors), strict=True):
-                digests[i] = digest
-                self.learn(base, modules[i], digest)
-            del tensors
-        names = [basis_name(digest, rank) for digest in digests if digest]
+        tensors = read(unknown)
+        for i, digest in zip(unknown, hash_weights(tensors), strict=True):
+            digests[i] = digest
+            self.learn(base, modules[i], digest)
+        names = [basis_name(str(digest), rank) for digest in digests]
+        request = self._request(names, shape, rank, base.name, modules)
+        if request.missing != unknown:
+            tensors = read(request.missing)
+        return request, [stack_weights(tensors)] if tensors else []
 
-        def load(places: list[int]) -> Tensor:
-            return weights if places == unknown else stack_weights(read(places))
-
-        def describe(place: int) -> dict[str, str]:
-            return _describe_basis(names[place], rank, base.name, modules[place])
-
-        return self._find(names, shape, device, load, partial(self._compute, rank, describe))
-
-    def bases(self, weights: Tensor, rank: Rank, base: str = "", module: str = "") -> Basis:
-        """The same for weights that are in memory, a stack [b, m, n].
+    def look_up_weights(
+        self,
+        weights: Sequence[Tensor],
+        rank: Rank,
+        base: Base | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> tuple[BasisRequest, list[Tensor]]:
+        """The same for weights [m, n] that are in memory.
 
         Args:
             weights: of one matrix shape.
             rank: as in `of`.
-            base: whose weights they are, for `prolora basis list`; "" for nobody's.
-            module: which of its weights, where it is one.
+            base: whose weights they are, for `prolora basis list`; None for nobody's.
+            modules: which of its weights.
         """
+        shape = (weights[0].shape[0], weights[0].shape[1])
         if self.folder is None:
-            return truncated_svd(weights, rank)
-        shape = (weights.shape[1], weights.shape[2])
+            return BasisRequest(shape, [], list(range(len(weights)))), [stack_weights(weights)]
         names = [basis_name(digest, rank) for digest in hash_weights(weights)]
+        whose = "" if base is None else base.name
+        request = self._request(names, shape, rank, whose, modules or [""] * len(weights))
+        missing = [weights[i] for i in request.missing]
+        return request, [stack_weights(missing)] if missing else []
 
-        def describe(place: int) -> dict[str, str]:
-            return _describe_basis(names[place], rank, base, module)
-
-        compute = partial(self._compute, rank, describe)
-        return self._find(names, shape, weights.device, weights.__getitem__, compute)
-
-    def _find(
+    def _request(
         self,
         names: list[str],
         shape: tuple[int, int],
-        device: Any,
-        load: Callable[[list[int]], Tensor],
-        compute: Callable[[Tensor, list[int]], list[StoredBasis]],
-    ) -> Basis:
-        """The stack of the bases of those names; what the folder lacks is computed and kept.
-
-        Args:
-            names: of the bases.
-            shape: of every weight, m × n.
-            device: where to compute and where the result is.
-            load: gives the weights [c, m, n] at some places.
-            compute: gives their bases.
-        """
-        stored = self._read_all(names, shape)
+        rank: Rank,
+        base: str,
+        modules: Sequence[str],
+    ) -> BasisRequest:
+        """What the folder holds of bases of these names."""
+        # In turn: threads that open files, each a moment, wait for each other's Python.
+        stored = [self._read(name, shape) for name in names]
         missing = [i for i, basis in enumerate(stored) if basis is None]
+        descriptions = [describe_basis(names[i], rank, base, modules[i]) for i in missing]
+        return BasisRequest(shape, stored, missing, descriptions)
+
+    def _answer(
+        self, rank: Rank, device: torch.device, request: BasisRequest, weights: list[Tensor]
+    ) -> Basis:
+        """The stack of the bases; those that the folder lacks are computed and kept."""
+        if self.folder is None:
+            return truncated_svd(weights[0], rank)
+        stored, missing = list(request.stored), request.missing
         if missing:
-            computed = compute(load(missing).to(device), missing)
+            computed = self._compute(rank, request.descriptions, weights[0])
             for i, basis in zip(missing, computed, strict=True):
                 stored[i] = basis
-        return self._stacked(stored, missing, shape, device)
+        return self._stacked(stored, missing, request.shape, device)
 
     def digest(self, base: Base, module: str) -> str | None:
         """The content hash of a weight, if it is known without reading the weight.
@@ -191,7 +230,7 @@ class BasisCache:
         origin = base.weights[module].origin
         if origin is None:
             return None
-        digest = self._index(base).get(_short_hash(origin.text))
+        digest = self._index(base).get(short_hash(origin.text))
         return digest if isinstance(digest, str) else None
 
     def names(self, base: Base, modules: Sequence[str], rank: Rank) -> list[str]:
@@ -205,7 +244,7 @@ class BasisCache:
         self._digests[id(base), module] = (base, digest)
         origin = base.weights[module].origin
         if origin and time.time_ns() - origin.changed > SETTLING_TIME:
-            self._index(base).put(_short_hash(origin.text), digest)
+            self._index(base).put(short_hash(origin.text), digest)
 
     def file_hash(self, path: Path, kind: str, compute: Callable[[], str]) -> str:
         """A hash of some kind of a file, computed where its state was not seen before."""
@@ -214,7 +253,7 @@ class BasisCache:
         state = read_state(path)
         notes, key = (
             self._table("files", ""),
-            _short_hash(f"{kind} {os.path.abspath(path)} {state}"),
+            short_hash(f"{kind} {os.path.abspath(path)} {state}"),
         )
         known = notes.get(key)
         if isinstance(known, str):
@@ -252,7 +291,7 @@ class BasisCache:
         return self._table("index", str(base.path))
 
     def _table(self, kind: str, of: str) -> JsonTable:
-        name = f"{kind}-{_short_hash(of)}.json"
+        name = f"{kind}-{short_hash(of)}.json"
         if name not in self._notes:
             path = self.folder and versioned_folder(self.folder) / name
             self._notes[name] = JsonTable(path)
@@ -262,10 +301,6 @@ class BasisCache:
         """Where the basis of that name (`basis_name`) lies, or would lie."""
         assert self.folder is not None
         return versioned_folder(self.folder) / name[:2] / f"{name}.safetensors"
-
-    def _read_all(self, names: list[str], shape: tuple[int, int]) -> list[StoredBasis | None]:
-        # In turn: threads that open files, each a moment, wait for each other's Python.
-        return [self._read(name, shape) for name in names]
 
     def _read(self, name: str, shape: tuple[int, int]) -> StoredBasis | None:
         """The basis of that name, or None where there is none that can be trusted."""
@@ -284,17 +319,13 @@ class BasisCache:
         return stored
 
     def _compute(
-        self,
-        rank: Rank,
-        describe: Callable[[int], dict[str, str]],
-        weights: Tensor,
-        places: list[int],
+        self, rank: Rank, descriptions: Sequence[dict[str, str]], weights: Tensor
     ) -> list[StoredBasis]:
         """Bases of a stack [c, m, n], as they are kept: warm or cold, the result is the same."""
-        computed = truncated_svd(weights, rank, tol=TOLERANCE)
+        computed = truncated_svd(weights, rank, tol=TOLERANCE).to("cpu")
         bases = []
-        for i, place in enumerate(places):
-            stored = basis_file.make_stored_basis(computed[i].to("cpu"), TOLERANCE, describe(place))
+        for i, description in enumerate(descriptions):
+            stored = basis_file.make_stored_basis(computed[i], TOLERANCE, description)
             self._try(partial(self._write, stored))
             bases.append(stored)
         return bases
@@ -320,9 +351,9 @@ class BasisCache:
     def _stacked(
         self,
         stored: list[StoredBasis | None],
-        missing: list[int],
+        missing: Sequence[int],
         shape: tuple[int, int],
-        device: Any,
+        device: torch.device,
     ) -> Basis:
         """Single bases as that of their stack."""
         self.misses += len(missing)
@@ -345,7 +376,7 @@ class BasisCache:
         }
         rungs = tuple(str(basis.facts["rung"]) for basis in parts)
         stack = Basis(**factors, **facts, rungs=rungs)
-        return stack.to(device) if device is not None else stack
+        return stack.to(device)
 
 
 CacheLike = str | os.PathLike[str] | BasisCache | None
@@ -364,26 +395,3 @@ def open_cache(cache: CacheLike) -> Iterator[BasisCache]:
     else:
         with BasisCache(cache).saving() as opened:
             yield opened
-
-
-def hash_weight(weight: Tensor) -> str:
-    """SHA-256 over a weight [m, n] as stored: dtype, shape and bytes."""
-    return hash_parts([f"{weight.dtype} {list(weight.shape)} ", weight])
-
-
-def hash_weights(weights: Tensor | Sequence[Tensor]) -> list[str]:
-    """Of every matrix of a stack [b, m, n], or of several [m, n], over the threads."""
-    return map_on_threads(hash_weight, list(weights))
-
-
-def basis_name(digest: str, rank: Rank) -> str:
-    """The name of a basis: of what, by which rule, how exact, by which version."""
-    return hash_text(f"{digest} {rank!r} {TOLERANCE} {VERSION}")
-
-
-def _describe_basis(name: str, rank: Rank, base: str, module: str) -> dict[str, str]:
-    return {"name": name, "rule": repr(rank), "base": base, "module": module}
-
-
-def _short_hash(text: str) -> str:
-    return hash_text(text)[:32]

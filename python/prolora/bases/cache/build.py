@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ...architectures.modules import is_adaptable, matrix_shape
@@ -79,7 +80,7 @@ def survey_base(
     rank = read_rank(rank)
     check_device(device)
     base = open_base(base)
-    memory = Memory(parse_limit(max_memory), rank)
+    memory = Memory(parse_limit(max_memory), rank, device)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in base.shapes.items():
         if is_adaptable(name):
@@ -90,12 +91,12 @@ def survey_base(
     with open_cache(cache) as kept:
         for shape, names in groups.items():
             started = time.perf_counter()
-            summaries, start = [], 0
-            while start < len(names):
-                stack = names[start : start + room.stack(shape, Needs.BASES)]
-                bases = kept.of(base, stack, rank, device)
+            summaries, size = [], room.stack(shape, Needs.BASES)
+            stacks = [names[i : i + size] for i in range(0, len(names), size)]
+            requests = (partial(kept.look_up, base, stack, rank) for stack in stacks)
+            for stack, bases in zip(stacks, kept.in_turn(requests, rank, device), strict=True):
                 summaries += [_BasisSummary(*numbers) for numbers in _basis_facts(bases)]
-                start, done = start + len(stack), done + len(stack)
+                done += len(stack)
                 if progress:
                     progress(done, total, stack[-1])
             rows.append(_summarise_shape(shape, summaries, time.perf_counter() - started))

@@ -18,7 +18,8 @@ from ...errors import ProLoRAError
 from .. import BaseLike, open_base
 from ..base import Progress
 from . import basis_file
-from .basis_cache import BasisCache, basis_name, hash_weight
+from .basis_cache import BasisCache
+from .basis_names import basis_name, hash_weight
 from .cache_folder import VERSION, CacheEntry, list_entries, remove_entries
 
 # A temporary file that nobody has written to for so long (s) belongs to a process that is dead.

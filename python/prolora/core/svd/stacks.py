@@ -42,7 +42,12 @@ def count_together(shape: torch.Size, device: torch.device) -> int:
     if device.type == "cpu":
         # A stack of any size, as a GPU with memory enough would take it.
         return max(1, CPU_CHUNK_BYTES // (8 * m * n)) if not CPU_AS_GPU else 1 << 30
-    return max(1, _gpu_budget(*_gpu_memory(device)) // _working_bytes(m, n))
+    return max(1, stack_budget(device) // _working_bytes(m, n))
+
+
+def stack_budget(device: torch.device) -> int:
+    """Bytes that a stack may take on a GPU now."""
+    return _gpu_budget(*_gpu_memory(device))
 
 
 def _working_bytes(m: int, n: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ...architectures.modules import matrix_shape
@@ -12,6 +14,7 @@ from ...bases import Base
 from ...bases.base import Progress, stack_weights
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory, Room
+from ...bases.upload import work_in_turn
 from ...comparison.overlap import align_bases
 from ...core.damping import Damper
 from ...core.methods import Needs
@@ -44,16 +47,18 @@ def move_all(
             work.add(partial(copy_updates, work))
     done = 0
     total = len({pair for work in works for pair in work.plan.pairs})
-    for needs in (Needs.WEIGHTS, Needs.BASES):
-        chosen = [work for work in works if work.method.needs is needs]
-        for stack in _iterate_stacks(chosen, room, needs):
-            if needs is Needs.WEIGHTS:
-                _damp_stack(chosen, stack, source, target, room)
-            else:
-                _project_stack(chosen, stack, source, target, cache, room)
-            done += len(stack)
-            if progress:
-                progress(min(done, total), total, stack[-1].target)
+    damped, projected = (
+        [work for work in works if work.method.needs is needs]
+        for needs in (Needs.WEIGHTS, Needs.BASES)
+    )
+    stacks = itertools.chain(
+        _damp_stacks(damped, source, target, room),
+        _project_stacks(projected, source, target, cache, room),
+    )
+    for stack in stacks:
+        done += len(stack)
+        if progress:
+            progress(min(done, total), total, stack[-1].target)
 
 
 def _iterate_stacks(works: Sequence[LoraWork], room: Room, needs: Needs) -> Iterator[list[Pair]]:
@@ -74,44 +79,62 @@ def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Te
     return stack_weights([base.read(name).reshape(shape) for name in modules])
 
 
-def _damp_stack(
-    works: Sequence[LoraWork], stack: list[Pair], source: Base, target: Base, room: Room
-) -> None:
-    """Moves a stack of pairs, for every LoRA, by a method that needs the weights."""
-    shape = stack[0].shape
-    with share_time(works, "read"):
-        ours = _stack_weights(source, [pair.source for pair in stack], shape)
-        theirs = _stack_weights(target, [pair.target for pair in stack], shape)
+def _damp_stacks(
+    works: Sequence[LoraWork], source: Base, target: Base, room: Room
+) -> Iterator[list[Pair]]:
+    """Moves every pair, for every LoRA, by a method that needs the weights; gives each stack."""
+    if not works:
+        return
 
-    with share_time(works, "damp"):
-        damper = Damper(ours.to(works[0].options.device), theirs.to(works[0].options.device))
-        for work in works:  # the factors of one κ serve all
-            if work.error is None:
-                damper.at(work.options.kappa)
-        _move_in_turn(works, stack, room, partial(damp_updates, damper=damper))
+    def read(stack: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
+        with share_time(works, "read"):
+            ours = _stack_weights(source, [pair.source for pair in stack], stack[0].shape)
+            theirs = _stack_weights(target, [pair.target for pair in stack], stack[0].shape)
+        return stack, [ours, theirs]
+
+    def damp(stack: list[Pair], weights: list[Tensor]) -> list[Pair]:
+        with share_time(works, "damp"):
+            ours, theirs = weights
+            damper = Damper(ours, theirs)
+            for work in works:  # the factors of one κ serve all
+                if work.error is None:
+                    damper.at(work.options.kappa)
+            _move_in_turn(works, stack, room, partial(damp_updates, damper=damper))
+        return stack
+
+    readers = (partial(read, stack) for stack in _iterate_stacks(works, room, Needs.WEIGHTS))
+    yield from work_in_turn(readers, damp, torch.device(works[0].options.device or "cpu"))
 
 
-def _project_stack(
-    works: Sequence[LoraWork],
-    stack: list[Pair],
-    source: Base,
-    target: Base,
-    cache: BasisCache,
-    room: Room,
-) -> None:
-    """Moves a stack of pairs, for every LoRA, by a method that needs subspaces."""
+def _project_stacks(
+    works: Sequence[LoraWork], source: Base, target: Base, cache: BasisCache, room: Room
+) -> Iterator[list[Pair]]:
+    """Moves every pair, for every LoRA, by a method that needs subspaces; gives each stack."""
+    if not works:
+        return
     rank, device = works[0].options.rank, works[0].options.device
-    modules = [pair.source for pair in stack], [pair.target for pair in stack]
-    with share_time(works, "svd"):
-        ours = cache.of(source, modules[0], rank, device)
-        theirs = cache.of(target, modules[1], rank, device)
-    with share_time(works, "overlap"):
-        names = cache.names(source, modules[0], rank), cache.names(target, modules[1], rank)
-        pairs = list(zip(*names, strict=True))
-        aligned = align_bases(pairs, ours, theirs, cache.pairs(source, target))
-    with share_time(works, "project"):
-        step = partial(project_updates, source=ours, target=theirs, aligned=aligned)
-        _move_in_turn(works, stack, room, step)
+    stacks = list(_iterate_stacks(works, room, Needs.BASES))
+    modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
+    bases = cache.in_turn(
+        (
+            partial(cache.look_up, base, names, rank)
+            for both in modules
+            for base, names in zip((source, target), both, strict=True)
+        ),
+        rank,
+        device,
+    )
+    for stack, (origins, targets) in zip(stacks, modules, strict=True):
+        with share_time(works, "svd"):
+            ours, theirs = next(bases), next(bases)
+        with share_time(works, "overlap"):
+            names = cache.names(source, origins, rank), cache.names(target, targets, rank)
+            pairs = list(zip(*names, strict=True))
+            aligned = align_bases(pairs, ours, theirs, cache.pairs(source, target))
+        with share_time(works, "project"):
+            step = partial(project_updates, source=ours, target=theirs, aligned=aligned)
+            _move_in_turn(works, stack, room, step)
+        yield stack
 
 
 def _move_in_turn(

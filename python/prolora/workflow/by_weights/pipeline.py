@@ -105,7 +105,7 @@ def _move_job(
     cache: BasisCache,
 ) -> tuple[Job, Base]:
     """All stages but the last, and the source as the target's widths cut it."""
-    memory = Memory(options.memory_limit, options.rank)
+    memory = Memory(options.memory_limit, options.rank, options.device)
     job = prepare_job(lora, source, target, options, output, cache)
     source = slice_source(source, [job.plan])
     job = decide_method(job, source, target, cache, memory, job.work.result_bytes())
