@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
 
 #include "ops.h"
+#include "tile.h"
 
 #ifndef MODULE_NAME
 #define MODULE_NAME _C
@@ -86,6 +88,23 @@ Index small_svd_scratch(Index batch, Index m, Index n, bool vectors, bool float6
   return 0;
 }
 
+Index project_pair_scratch(Index batch, Index m, Index ks, Index kt, Index r, bool float64,
+                           bool cuda) {
+#ifdef PROLORA_CUDA
+  if (cuda) {
+    return float64 ? project_pair_scratch_cuda<double>(batch, m, ks, kt, r)
+                   : project_pair_scratch_cuda<float>(batch, m, ks, kt, r);
+  }
+#endif
+  (void)m, (void)float64, (void)cuda;
+  return batch * 2 * r * std::max(ks, kt);
+}
+
+std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
+  const DepthParts parts = depth_parts(tiles, depth, blocks);
+  return {parts.count, parts.length};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -101,4 +120,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         "Doubles of scratch that panel_qr needs for a panel.");
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("vectors"),
         arg("float64"), arg("cuda"), "Bytes of scratch that small_svd needs, or the values alone.");
+  m.def("project_pair_scratch", &project_pair_scratch, arg("batch"), arg("m"), arg("ks"), arg("kt"),
+        arg("r"), arg("float64"), arg("cuda"), "Numbers of scratch that project_pair needs.");
+  m.def("depth_parts", &cut_depth, arg("tiles"), arg("depth"), arg("blocks"),
+        "The number and length of the parts that the depth of a product is cut into.");
+  m.def("tensor_cores_pay", &tensor_cores_pay, arg("major"), arg("minor"),
+        "Whether GPUs of this compute capability multiply float32 on tensor cores.");
 }

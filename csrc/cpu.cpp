@@ -16,15 +16,10 @@ namespace {
 // Below this many flops waking other threads costs more than they bring. (Unused without OpenMP.)
 [[maybe_unused]] constexpr double kParallelFlops = 2e5;
 
-// f(matrix, tile row, tile column) for the tiles of all matrices.
+// f(tile row, tile column) for the tiles of a matrix.
 template <class F>
-void each_tile(TileGrid grid, Index batch, F f) {
-  const Index tiles = batch * grid.per_matrix();
-#pragma omp parallel for schedule(static) if (tiles > 1)
-  for (Index tile = 0; tile < tiles; ++tile) {
-    const Index in_matrix = tile % grid.per_matrix();
-    f(tile / grid.per_matrix(), in_matrix / grid.cols, in_matrix % grid.cols);
-  }
+void each_tile(TileGrid grid, F f) {
+  for (Index tile = 0; tile < grid.per_matrix(); ++tile) f(tile / grid.cols, tile % grid.cols);
 }
 
 // One block of C: its edge and its sum.
@@ -33,7 +28,7 @@ void overlap_block(const OverlapTableArgs<T>& args, Index block) {
   const OverlapPlace place = overlap_place(args, block);
   const OverlapGroup<T>& group = args.groups[place.group];
   T c[kOverlapBlock * kOverlapBlock];
-  overlap_product(SerialTile{}, group, place, c, kOverlapBlock);
+  overlap_product(SerialTile<T>{nullptr}, group, place, c, kOverlapBlock);
   const Index rows = smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock);
   const Index cols = smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock);
   double total = 0;
@@ -91,18 +86,33 @@ void overlap_table_cpu(const OverlapTableArgs<T>& args) {
   }
 }
 
+// A step for one matrix.
+template <class T>
+void project_matrix(const ProjectPairArgs<T>& args, ProjectStep step, Index matrix) {
+  const ProjectRows<T> rows = project_rows(args, step);
+  if (rows.had != nullptr) {
+    bool any = false;
+    for (Index row = 0; row < rows.rows; ++row) {
+      any |= row_cancelled(SerialWarp{}, rows, matrix, row);
+    }
+    if (!any) return;
+  }
+  using Tile = SerialTile<T>;
+  T stage[Tile::kCols * Tile::kStageStride];
+  each_tile(tile_grid<Tile>(rows.k, rows.rows), [&](Index row, Index col) {
+    project_coefficients(Tile{stage}, rows, matrix, row, col, DepthParts{1, rows.m}, 0,
+                         args.coefficients + matrix * rows.rows * rows.k);
+  });
+  each_tile(tile_grid<Tile>(args.m, rows.rows), [&](Index row, Index col) {
+    project_apply(Tile{stage}, args, step, matrix, row, col);
+  });
+}
+
 template <class T>
 void project_pair_cpu(const ProjectPairArgs<T>& args) {
   for (const ProjectStep step : kProjectSteps) {
-    const ProjectRows<T> rows = project_rows(args, step);
-    each_tile(tile_grid<SerialTile>(rows.k, rows.rows), args.batch,
-              [&](Index matrix, Index row, Index col) {
-                project_coefficients(SerialTile{}, args, step, matrix, row, col);
-              });
-    each_tile(tile_grid<SerialTile>(args.m, rows.rows), args.batch,
-              [&](Index matrix, Index row, Index col) {
-                project_apply(SerialTile{}, args, step, matrix, row, col);
-              });
+#pragma omp parallel for schedule(static) if (args.batch > 1)
+    for (Index matrix = 0; matrix < args.batch; ++matrix) project_matrix(args, step, matrix);
   }
 }
 

@@ -65,12 +65,13 @@ struct PanelQrArgs {
 
 template <class T>
 struct ProjectPairArgs {
-  const T* us;      // [batch, m, ks], orthonormal columns (zero columns allowed)
-  const T* ut;      // [batch, m, kt]
-  const T* x;       // [batch, r, m]
-  T* coefficients;  // [batch, 2 r, max(ks, kt)], scratch
-  T* split;         // [batch, 2 r, m]: x in the range of us, and in its complement
-  T* moved;         // [batch, 2 r, m]: the first in the range of ut, the second in its complement
+  const T* us;       // [batch, m, ks], orthonormal columns (zero columns allowed)
+  const T* ut;       // [batch, m, kt]
+  const T* x;        // [batch, r, m]
+  T* coefficients;   // scratch: [batch, 2 r, max(ks, kt)], and parts of it on a GPU
+  Index* cancelled;  // [batch, r], scratch
+  T* split;          // [batch, 2 r, m]: x in the range of us, and in its complement
+  T* moved;          // [batch, 2 r, m]: the first in the range of ut, the second in its complement
   Index batch, m, ks, kt, r;
 };
 
@@ -119,6 +120,10 @@ Index panel_qr_scratch(Index r);
 
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
+
+// Numbers of `coefficients` that project_pair needs on the current device.
+template <class T>
+Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index r);
 
 // The compute capabilities (major, minor) of the CUDA devices there are; `why` says what is missing
 // where there are none.

@@ -2,44 +2,45 @@
 // one launch; then a block of 64 threads per strip of 64 shells.
 #include <cuda_runtime.h>
 
+#include "choose_tile.h"
 #include "launch.h"
 #include "overlap_table.h"
 
 namespace prolora {
 namespace {
 
-template <class T>
-using Tile = CudaTile<T, int(kOverlapBlock)>;
-
 // One column more than a block has: threads that walk down columns and along rows both meet every
 // bank of shared memory.
 constexpr Index kStride = kOverlapBlock + 1;
 
 // The product is needed only once the slices that made it are not.
-template <class T>
+template <class Tile>
 union Shared {
-  typename Tile<T>::Shared slices;
-  T c[kOverlapBlock * kStride];
+  typename Tile::Shared tile;
+  typename Tile::Number c[kOverlapBlock * kStride];
 };
 
-template <class T>
-__global__ void __launch_bounds__(Tile<T>::kThreads, Tile<T>::kMinBlocks)
+template <class Tile, class T>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     overlap_table_kernel(OverlapTableArgs<T> args) {
-  DYNAMIC_SHARED(Shared<T>, shared);
-  const Index block = blockIdx.x;
-  const OverlapPlace place = overlap_place(args, block);
-  const OverlapGroup<T> group = args.groups[place.group];
-  overlap_product(Tile<T>{shared->slices}, group, place, shared->c, kStride);
-  const Index rows = smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock);
-  const Index cols = smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock);
-  double* edges = args.edges + block * kOverlapBlock;
+  static_assert(Tile::kCols == kOverlapBlock);
+  DYNAMIC_SHARED(Shared<Tile>, shared);
+  const OverlapPlace place = overlap_place(args, blockIdx.x);
+  const OverlapGroup<T>& group = args.groups[place.group];
+  // What is needed after the product takes four registers.
+  const int row = int(place.row);
+  const int col = int(place.col);
+  const int rows = int(smaller(kOverlapBlock, group.ks - place.row * kOverlapBlock));
+  const int cols = int(smaller(kOverlapBlock, group.kt - place.col * kOverlapBlock));
+  overlap_product(Tile{shared->tile}, group, place, shared->c, kStride);
+  double* edges = args.edges + Index(blockIdx.x) * kOverlapBlock;
   __syncthreads();
   CudaBlock{}.each(kOverlapBlock, [&](Index t) {
-    edges[t] = edge_sum(shared->c, kStride, rows, cols, place.row, place.col, t);
+    edges[t] = edge_sum(shared->c, kStride, rows, cols, row, col, t);
   });
   if (threadIdx.x < 32) {
     const double sum = CudaWarp{}.sum<double>(kOverlapBlock, [&](Index t) { return edges[t]; });
-    if (threadIdx.x == 0) args.table[block] = sum;
+    if (threadIdx.x == 0) args.table[blockIdx.x] = sum;
   }
 }
 
@@ -59,18 +60,23 @@ __global__ void __launch_bounds__(int(kOverlapBlock)) shells_kernel(OverlapTable
   args.shells[group.first_shell + matrix * fewest + k] = shell_sum(edges, cols, k);
 }
 
+template <class Tile, class T>
+void run_blocks(const OverlapTableArgs<T>& args, cudaStream_t stream) {
+  const int bytes = int(sizeof(Shared<Tile>));
+  auto kernel = overlap_table_kernel<Tile, T>;
+  static SharedMemoryOptIn opt_in;
+  opt_in.raise_limit(kernel, bytes, "overlap_table: shared memory");
+  LAUNCH(kernel, grid_size(args.blocks, "overlap_table"), Tile::kThreads, bytes, stream, args);
+  check(cudaGetLastError(), "overlap_table: launch");
+}
+
 }  // namespace
 
 template <class T>
 void overlap_table_cuda(const OverlapTableArgs<T>& args, std::uintptr_t stream) {
   if (args.blocks == 0) return;
-  const int bytes = int(sizeof(Shared<T>));
-  auto kernel = overlap_table_kernel<T>;
-  static SharedMemoryOptIn opt_in;
-  opt_in.raise_limit(kernel, bytes, "overlap_table: shared memory");
-  LAUNCH(kernel, grid_size(args.blocks, "overlap_table"), Tile<T>::kThreads, bytes,
-         to_stream(stream), args);
-  check(cudaGetLastError(), "overlap_table: launch");
+  run_on_tile<T, kOverlapBlock>(
+      [&](auto tile) { run_blocks<typename decltype(tile)::Type>(args, to_stream(stream)); });
   auto shells = shells_kernel<T>;
   LAUNCH(shells, grid_size(args.strips, "overlap_table"), int(kOverlapBlock), 0, to_stream(stream),
          args);

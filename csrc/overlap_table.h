@@ -5,7 +5,8 @@
 // Columns are sorted by singular value, so the leading a of Us and b of Ut share Σ C² over i < a,
 // j < b: a prefix sum of the table for multiples of 64, of the shells for every a = b.
 //
-// us [batch, m, ks], ut [batch, m, kt], row-major, T float or double; sums in double.
+// us [batch, m, ks], ut [batch, m, kt], row-major, T float or double; sums in double. Products of
+// float32 are accurate to float32 whichever tile makes them (tensor_tile.h).
 //
 // A block of C takes 2 m flops an entry, is kept in shared memory (or the cache) for the 64 sums
 // along its edge, and is never written: per block 65 numbers leave. A block's edge is what it adds

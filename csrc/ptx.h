@@ -13,6 +13,8 @@
 
 namespace prolora::ptx {
 
+__device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
+
 // The nearest number with 10 bits after the point, half away from zero: what tensor cores read.
 __device__ __forceinline__ unsigned round_to_tf32(float x) {
   unsigned rounded = 0;

@@ -107,12 +107,28 @@ struct SerialBlock : SerialWarp {
 };
 
 // Serves as the oracle of the kernels, not for speed: on a CPU the products are torch's.
+template <class T>
 struct SerialTile {
+  using Number = T;
   static constexpr int kRows = 64;
   static constexpr int kCols = 64;
+  static constexpr int kStageStride = kRows;
 
-  template <class T, template <class> class A, template <class> class B, class Use>
-  void product(const A<T>& a, const B<T>& b, Index depth, Use use) const {
+  T* memory;  // [kCols, kStageStride], for algorithms that stage a product
+
+  T* stage() const { return memory; }
+
+  template <class F>
+  void each_pack(Index rows, Index cols, bool, F f) const {
+    for (Index j = 0; j < cols; ++j) {
+      for (Index i = 0; i < rows; ++i) {
+        f(i, j, Pack<T, 1>::load(memory + j * kStageStride + i));
+      }
+    }
+  }
+
+  template <class A, class B, class Use>
+  void product(const A& a, const B& b, Index depth, Use use) const {
     for (Index i = 0; i < a.size; ++i) {
       for (Index j = 0; j < b.size; ++j) {
         const T* x = a.data + i * a.step();

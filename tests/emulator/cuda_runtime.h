@@ -71,8 +71,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum {
+enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
@@ -104,11 +105,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = int(prolora::emulator::max_shared_bytes());
       return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = int(prolora::emulator::from_environment("EMU_PROCESSORS", 132));
+      return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = prolora::emulator::compute_capability() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = prolora::emulator::compute_capability() % 10;
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;

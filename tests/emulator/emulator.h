@@ -53,6 +53,9 @@ inline long from_environment(const char* name, long otherwise) {
 // Shared memory that a block may opt in to: an H100's, or EMU_SHARED_BYTES to play a smaller GPU.
 inline std::size_t max_shared_bytes() { return from_environment("EMU_SHARED_BYTES", 227 << 10); }
 
+// An H100's, or EMU_CAPABILITY (75, 80, ...) to play another GPU.
+inline int compute_capability() { return int(from_environment("EMU_CAPABILITY", 90)); }
+
 // A copy to shared memory that a thread has begun, or the end of a group of them.
 struct AsyncCopy {
   void* to;

@@ -22,9 +22,12 @@ PTX = {"sm_80", "sm_120"}
 REGISTERS = {
     "small_svd_kernel": 128,
     "shells_kernel": 64,
+    "cancelled_kernel": 64,
+    "sum_parts_kernel": 64,
     "panel_qr_kernel": 128,
 }
-TILE_REGISTERS = {"f": 128, "d": 255}
+TILE_KERNELS = ("overlap_table_kernel", "coefficients_kernel", "apply_kernel")
+TILE_REGISTERS = {"CudaTileIf": 128, "CudaTileId": 255, "TensorTile": 128}
 
 
 def run(*command: str) -> str:
@@ -61,12 +64,12 @@ def test_no_kernel_spills_or_uses_more_registers_than_its_budget(cuobjdump):
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage")
     )
     names = " ".join(name for name, *_ in usage)
-    for kernel in ("overlap_table_kernel", "project_pair_kernel", *REGISTERS):
+    for kernel in (*TILE_KERNELS, *REGISTERS):
         assert kernel in names
     for name, registers, stack, local in usage:
         budget = next((n for kernel, n in REGISTERS.items() if kernel in name), None)
         if budget is None:
-            budget = TILE_REGISTERS[re.search(r"_kernelI([fd])", name)[1]]
+            budget = next(n for tile, n in TILE_REGISTERS.items() if tile in name)
         assert (int(stack), int(local)) == (0, 0), name
         assert int(registers) <= budget, name
 

@@ -62,7 +62,9 @@ def machine(monkeypatch):
 
     def play(capabilities, why="", architectures=COMPILED, torch_cuda=True):
         kernels = SimpleNamespace(
-            cuda_architectures=architectures, cuda_devices=lambda: (capabilities, why)
+            cuda_architectures=architectures,
+            cuda_devices=lambda: (capabilities, why),
+            tensor_cores_pay=lambda major, minor: (major, minor) != (8, 9),
         )
         monkeypatch.setattr(native, "EXTENSION", Choice(kernels))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_cuda)
@@ -149,6 +151,16 @@ def test_every_op_is_told_with_what_runs_it(machine):
     facts = native.describe_installation()
     assert facts["GPUs that run the kernels"] == 1
     assert facts["op project_pair"].endswith("gpu: extension")
+
+
+def test_an_op_that_needs_tensor_cores_is_left_to_torch_where_they_are_slow(machine):
+    kernels = machine([(8, 9), (9, 0)])
+    slow, fast = torch.device("cuda:0"), torch.device("cuda:1")
+    assert native.kernels_for("project_pair", fast) is kernels
+    assert native.kernels_for("overlap_table", slow) is kernels
+    choice = native.choose("project_pair", slow)
+    assert choice.kernels is None and "not measured" in choice.why
+    assert native.describe_installation()["op project_pair"].endswith(f"gpu: torch ({choice.why})")
 
 
 def run_python(code, **environment):

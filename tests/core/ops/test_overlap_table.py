@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Kernels, load
 from spectra import orthonormal
 
 from prolora import errors
@@ -16,7 +17,7 @@ SHAPES = [
     (2, 40, 9, 5),
     (1, 1, 1, 1),
     (2, 90, 130, 70),
-    (1, 50, 65, 200),
+    (1, 50, 68, 129),  # 16 bytes at a time on one side
     (1, 1300, 33, 64),
     (0, 4, 2, 3),
     (2, 0, 2, 3),
@@ -81,7 +82,26 @@ def test_results_repeat_bit_by_bit(kernels):
 @pytest.mark.parametrize("kind", ["dense", "coordinates", "two levels", "equal magnitudes"])
 def test_phi_is_exact_to_2e_6_whatever_the_columns_look_like(kind):
     """Columns whose entries all round the same way would show a bias of the arithmetic."""
-    m, k = 512, 96
+    source, target = columns_of(kind, 512, 96)
+    exact = reference.subspace_overlap(source.double(), target.double())
+    (table,) = overlap_tables([source], [target])
+    assert abs(float(table.at(96) - exact / 96)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["two levels", "equal magnitudes"])
+@pytest.mark.parametrize("capability", ["75", "90"])
+def test_tensor_cores_keep_float32s_accuracy(kind, capability, monkeypatch):
+    """One TF32 product of these columns would be off by 3e-4."""
+    monkeypatch.setenv("EMU_CAPABILITY", capability)
+    emulated = Kernels(load("emulated", "_emulated"), cuda=True)
+    source, target = columns_of(kind, 128, 5)
+    exact = reference.subspace_overlap(source.double(), target.double())
+    table, _ = emulated.overlap_table([source[None]], [target[None]])
+    assert abs(float(table - exact) / 5) < 1e-6
+
+
+def columns_of(kind, m, k):
+    """Orthonormal columns [m, k], float32, and a rotation of them."""
     generator = torch.Generator().manual_seed(0)
     signs = sign_matrix(m)[:, :k]
     if kind == "dense":
@@ -94,10 +114,7 @@ def test_phi_is_exact_to_2e_6_whatever_the_columns_look_like(kind):
     else:
         u = signs / m**0.5
     t = torch.linalg.qr(u.double() + 0.01 * torch.randn(m, k, generator=generator).double())[0]
-    source, target = u.float(), t.float()
-    exact = reference.subspace_overlap(source.double(), target.double())
-    (table,) = overlap_tables([source], [target])
-    assert abs(float(table.at(k) - exact / k)) < 2e-6
+    return u.float(), t.float()
 
 
 def sign_matrix(m):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Kernels, load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +12,8 @@ from prolora.core.ops.project_pair import project_pair
 
 DTYPES = [torch.float32, torch.float64]
 # (b, m, ks, kt, r)
-SHAPES = [(2, 40, 9, 5, 4), (1, 1, 1, 1, 1), (1, 131, 67, 40, 33), (3, 33, 5, 20, 17)]
+# The third is moved 16 bytes at a time, the fourth in parts of its depth.
+SHAPES = [(2, 40, 9, 5, 4), (1, 1, 1, 1, 1), (2, 132, 68, 40, 33), (1, 777, 9, 4, 3)]
 EMPTY = [(0, 4, 2, 3, 1), (2, 4, 0, 3, 2), (2, 4, 2, 0, 2), (2, 4, 2, 3, 0)]
 
 
@@ -57,6 +59,54 @@ def test_what_is_left_of_rows_almost_within_is_still_orthogonal(kernels, dtype):
     for _, moved in (op(ut, us, inside) for op in ops):
         # and in the target's complement, of what the source left outside
         assert (moved[:, 5:].double() @ us.double()).abs().max() < 100 * torch.finfo(dtype).eps
+
+
+def test_only_matrices_that_lost_nearly_all_go_through_a_second_time(kernels):
+    us, ut, x = problem((2, 60, 20, 12, 3), torch.float32)
+    plain = kernels.project_pair(us, ut, x)
+    x[0] = x[0] @ us[0] @ us[0].mT
+    mixed = kernels.project_pair(us, ut, x)
+    for one, other in zip(plain, mixed, strict=True):
+        torch.testing.assert_close(one[1], other[1], rtol=0, atol=0)
+    assert (mixed[0][0, 3:] @ us[0]).abs().max() < 1e-12 < (x[0] @ us[0]).abs().max()
+
+
+@pytest.mark.parametrize("capability", ["75", "90"])
+def test_every_gpu_is_as_accurate_and_the_order_of_threads_changes_nothing(capability, monkeypatch):
+    monkeypatch.setenv("EMU_CAPABILITY", capability)
+    monkeypatch.setenv("EMU_SHARED_BYTES", str(48 << 10))
+    module = load("emulated", "_emulated")
+    us, ut, x = problem((1, 588, 70, 8, 2), torch.float32)
+    # In parts, which need memory of their own.
+    assert module.project_pair_scratch(1, 588, 70, 8, 2, False, True) > 4 * 70
+    # Memory that begins 4 bytes after a multiple of 16.
+    shifted = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    found = []
+    for seed in "01":
+        monkeypatch.setenv("EMU_SEED", seed)
+        found.append(Kernels(module, cuda=True).project_pair(us, ut, shifted))
+        assert_moved(us, ut, x, found[-1])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "depth", "blocks", "parts"),
+    [
+        (20, 10240, 528, (25, 416)),  # 2 x (10240, 588) for 32 rows on an H100: 500 blocks
+        (640, 1280, 528, (1, 1280)),  # enough without
+        (1, 511, 528, (1, 511)),  # too short
+        (1, 777, 528, (3, 288)),
+        (0, 777, 528, (1, 777)),
+    ],
+)
+def test_the_depth_is_cut_so_that_a_gpu_is_full(tiles, depth, blocks, parts):
+    assert load("cpu", "_C").depth_parts(tiles, depth, blocks) == parts
+
+
+def test_float32_goes_through_tensor_cores_where_they_are_many_times_as_fast():
+    pays = load("cpu", "_C").tensor_cores_pay
+    assert all(pays(*capability) for capability in ((8, 0), (9, 0), (10, 0), (10, 3)))
+    assert not any(pays(*capability) for capability in ((7, 5), (8, 6), (8, 9), (12, 0)))
 
 
 def test_results_repeat_bit_by_bit(kernels):

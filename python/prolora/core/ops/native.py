@@ -35,6 +35,11 @@ ON_CPU = {
 }
 """The ops, each with the reason why the extension leaves it to torch on a CPU, if it does."""
 
+WITHOUT_TENSOR_CORES = {
+    "project_pair": "without fast TF32 no faster than torch by estimate; not measured",
+}
+"""Why the extension leaves ops to torch on a GPU whose tensor cores they do not use."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -43,10 +48,12 @@ class Choice:
     Attributes:
         kernels: the extension, or None for the torch twin.
         why: one clause, where it is the torch twin.
+        tensor_cores: whether the kernels multiply float32 on the device's tensor cores.
     """
 
     kernels: ModuleType | None
     why: str = ""
+    tensor_cores: bool = False
 
 
 def load_extension() -> Choice:
@@ -112,7 +119,7 @@ def _cuda_choices() -> tuple[tuple[Choice, ...], str]:
     capabilities, why = kernels.cuda_devices()
     built = kernels.cuda_architectures
     choices = [
-        Choice(kernels)
+        Choice(kernels, tensor_cores=kernels.tensor_cores_pay(*capability))
         if kernels_fit(capability, built)
         else Choice(None, "its compute capability {}.{} is not among {}".format(*capability, built))
         for capability in capabilities
@@ -186,6 +193,9 @@ def choose(op: str, device: torch.device) -> Choice:
     choice = serving(device)
     if device.type == "cpu" and choice.kernels is not None and ON_CPU[op]:
         return Choice(None, ON_CPU[op])
+    if device.type == "cuda" and choice.kernels is not None and not choice.tensor_cores:
+        why = WITHOUT_TENSOR_CORES.get(op, "")
+        return Choice(None, why) if why else choice
     return choice
 
 
@@ -203,10 +213,13 @@ def describe_installation() -> dict[str, str | int]:
         "CUDA kernels": (kernels.cuda_architectures if kernels else "") or "none",
         "GPUs that run the kernels": f"0 ({why})" if count == 0 else count,
     }
-    gpu = "extension" if count else "torch"
+    cards = [torch.device("cuda", i) for i, c in enumerate(_cuda_choices()[0]) if c.kernels]
     for op in ON_CPU:
         on_cpu = choose(op, torch.device("cpu"))
         cpu = f"torch ({on_cpu.why})" if on_cpu.kernels is None else "extension"
+        on_gpu = choose(op, cards[0]) if count else Choice(None)
+        why = f" ({on_gpu.why})" if on_gpu.why else ""
+        gpu = f"torch{why}" if on_gpu.kernels is None else "extension"
         facts[f"op {op}"] = f"cpu: {cpu}; gpu: {gpu}"
     return facts
 

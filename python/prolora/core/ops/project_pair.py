@@ -21,16 +21,20 @@ def run_project_pair(
     us, ut, x = us.contiguous(), ut.contiguous(), x.contiguous()
     b, r, m = x.shape
     ks, kt = us.shape[2], ut.shape[2]
-    coefficients = x.new_empty(b, 2 * r, max(ks, kt))
+    with native.on_device(x):
+        size = kernels.project_pair_scratch(b, m, ks, kt, r, x.dtype == torch.float64, cuda)
+    coefficients = x.new_empty(size)
+    cancelled = x.new_empty(b, r, dtype=torch.int64)
     split, moved = x.new_empty(b, 2 * r, m), x.new_empty(b, 2 * r, m)
-    tensors = (us, ut, x, coefficients, split, moved)
+    tensors = (us, ut, x, coefficients, cancelled, split, moved)
     native.run_kernel(kernels, "project_pair", tensors, (b, m, ks, kt, r), cuda)
     return split, moved
 
 
 def _project_pair(us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     kernels = native.kernels_for("project_pair", x.device)
-    if kernels is None:
+    # torch multiplies float64 on tensor cores where a GPU has them for it.
+    if kernels is None or x.dtype == torch.float64:
         return torch_twin.project_pair(us, ut, x)
     return run_project_pair(kernels, us, ut, x, x.is_cuda)
 
