@@ -200,7 +200,8 @@ def run_tests(bench: Bench) -> None:
     Raises:
         AssertionError: some failed.
     """
-    folders = [ROOT / "tests" / "core" / "ops", ROOT / "tests" / "core" / "test_devices.py"]
+    core = ROOT / "tests" / "core"
+    folders = [core / "ops", core / "test_devices.py", core / "svd" / "test_batched_eigh.py"]
     chosen = [path for path in folders if Path(path).exists()]
     chosen_tests = ("-k", "torch", "--co") if bench.dry else ("-k", "cuda")
     words = ("-q", "-p", "no:cacheprovider", *chosen_tests)

@@ -225,7 +225,7 @@ def test_the_host_never_waits_for_the_device(monkeypatch, d):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 200), (3, 20), (5, 130)])
-def test_a_gpu_solves_a_stack_in_any_stream_without_waiting(shape, dtype):
+def test_a_cuda_device_solves_a_stack_in_any_stream_without_waiting(shape, dtype):
     symmetric = make_stack(*shape, dtype=dtype)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
