@@ -10,9 +10,10 @@ import copy
 
 import torch
 from contenders import Updates
-from networks import backbone
+from flow import fit
+from lessons import Lesson
 from torch import Tensor, nn
-from training import PAIRS, adapter_loss, fit, teacher_pairs
+from worlds import backbone
 
 STEPS, RATE = 60, 5e-2
 
@@ -30,17 +31,15 @@ class Strengthened(nn.Module):
         return self.layer(x) + self.strength * (x @ self.down.mT @ self.up.mT)
 
 
-def fit_strengths(kind: str, adapter: str, target: nn.Module, updates: Updates) -> Updates:
+def fit_strengths(target: nn.Module, updates: Updates, lesson: Lesson) -> Updates:
     """The updates, each at the strength that minimises the adapter's training loss on the target.
 
     Args:
-        kind: of the target, for its image domain.
-        adapter: one of ADAPTERS.
         target: the base; left as it is.
         updates: {module: update} to scale.
+        lesson: what the adapter is about there.
     """
     model = copy.deepcopy(target).requires_grad_(False)
-    pairs = teacher_pairs(target, PAIRS, seed=4000) if adapter == "fewstep" else None
     inner = backbone(model)
     layers = {}
     for name, update in updates.items():
@@ -49,7 +48,7 @@ def fit_strengths(kind: str, adapter: str, target: nn.Module, updates: Updates) 
         inner.get_submodule(parent).register_module(child, layer)
         layers[name] = layer
     strengths = [layer.strength for layer in layers.values()]
-    fit(strengths, adapter_loss(kind, adapter, model, pairs), STEPS, RATE, seed=6000)
+    fit(strengths, lesson.loss(model), STEPS, RATE, seed=6000)
     return {
         name: type(update)(update.up * layers[name].strength.item(), update.down)
         for name, update in updates.items()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from networks import ADAPTED, DROPPED, backbone, origin
 from torch import Tensor, nn
+from worlds import World, backbone
 
 import prolora
 from prolora import Basis, LowRank, Verdict
@@ -42,16 +42,24 @@ class Case:
     _bases: dict[tuple, tuple[Basis, Basis]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, arch: str, kind: str, source: nn.Module, target: nn.Module, lora: Updates) -> Case:
+    def of(
+        cls,
+        world: World,
+        arch: str,
+        kind: str,
+        source: nn.Module,
+        target: nn.Module,
+        lora: Updates,
+    ) -> Case:
         """Pairs modules by the map that is known from how the target was made."""
-        pairs = pair_modules(arch, kind, source, target)
+        pairs = pair_modules(world, arch, kind, source, target)
         dropped = {}
-        if kind == "pruned":
-            back = {s: t for t, s in pairs.items()}
+        back = {s: t for t, s in pairs.items()}
+        for gone, neighbour in world.dropped.get((kind, arch), {}).items():
             for name, update in lora.items():
-                for gone, neighbour in DROPPED[arch].items():
-                    if name.startswith(gone):
-                        dropped[back[neighbour + name.removeprefix(gone)]] = update
+                if name.startswith(gone):
+                    place = back[neighbour + name.removeprefix(gone)]
+                    dropped[place] = add_updates(dropped.get(place), update)
         return cls(
             {t: backbone(source).get_submodule(s).weight.data for t, s in pairs.items()},
             {t: backbone(target).get_submodule(t).weight.data for t in pairs},
@@ -83,10 +91,16 @@ def _number(text: str) -> int:
     return int(text.removesuffix("1")) if len(text) > 1 else 1
 
 
-def pair_modules(arch: str, kind: str, source: nn.Module, target: nn.Module) -> dict[str, str]:
+def pair_modules(
+    world: World, arch: str, kind: str, source: nn.Module, target: nn.Module
+) -> dict[str, str]:
     """{target module: source module} of equal shape, as known from how the target was made."""
     ours, theirs = dict(backbone(source).named_modules()), dict(backbone(target).named_modules())
-    pairs = {t: origin(arch, kind, t) for t in theirs if re.fullmatch(ADAPTED[arch], t)}
+    pairs = {
+        t: world.origin(arch, kind, t)
+        for t in theirs
+        if re.fullmatch(world.adapted[arch], t) and not world.is_new(arch, kind, f"{t}.weight")
+    }
     return {
         t: s
         for t, s in pairs.items()
@@ -123,11 +137,16 @@ def sum_dropped_updates(case: Case) -> Updates:
     """Copy, and the updates of dropped blocks added to the block next to them."""
     moved = dict(case.updates)
     for name, extra in case.dropped.items():
-        update = moved[name]
-        moved[name] = LowRank(
-            torch.cat([update.up, extra.up], 1), torch.cat([update.down, extra.down], 0)
-        )
+        moved[name] = add_updates(moved[name], extra)
     return moved
+
+
+def add_updates(first: LowRank | None, second: LowRank) -> LowRank:
+    """The sum; the ranks add up."""
+    if first is None:
+        return second
+    up, down = torch.cat([first.up, second.up], 1), torch.cat([first.down, second.down], 0)
+    return LowRank(up, down)
 
 
 def arbitrate(case: Case) -> Updates:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from contenders import Updates
-from networks import ADAPTED, backbone
 from scoring import apply_updates
 from torch import Tensor, nn
+from worlds import backbone
 
 from prolora import LowRank
 
@@ -28,7 +28,7 @@ def distil_lora(
     source: nn.Module,
     target: nn.Module,
     lora: Updates,
-    to: str,
+    adapted: str,
     samplers: tuple[Sample, Sample, Sample],
     seed: int,
 ) -> tuple[Updates, float]:
@@ -38,7 +38,7 @@ def distil_lora(
         source: called with (images, times, tokens), as the target.
         target: left as it is.
         lora: of the source, diffusers' names.
-        to: architecture of the target.
+        adapted: pattern of the target's modules that get an update.
         samplers: of the source, of the target, of the source with the LoRA.
         seed: of the trajectories.
 
@@ -61,7 +61,7 @@ def distil_lora(
     model = copy.deepcopy(target).requires_grad_(False)
     torch.manual_seed(seed)
     inner = backbone(model)
-    inner.add_adapter(LoraConfig(target_modules=ADAPTED[to], r=RANK, lora_alpha=RANK))
+    inner.add_adapter(LoraConfig(target_modules=adapted, r=RANK, lora_alpha=RANK))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

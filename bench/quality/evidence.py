@@ -14,6 +14,7 @@ from pathlib import Path
 
 import figures
 from results import COPIES, Mean, Row, Table, best, collect, recovered
+from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/quality.json"
@@ -201,6 +202,26 @@ def verdict_table(table: Table) -> str:
     return format_table(head, rows)
 
 
+def yardsticks_table(table: Table) -> str:
+    """Copies and `auto` by the target's look and by the adapters' own images."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in table.rows):
+        part = table.where(kind=kind)
+        named = ("arch", "kind", "seed", "adapter")
+        own = [{n: row[n] for n in named} | row["own"] for row in part.rows if "own" in row]
+        verdicts = [row["verdict"] for row in part.rows if row["verdict"]]
+        go = f"{sum(v['go'] for v in verdicts)} of {len(verdicts)}"
+        for yardstick, rows in (("look", part), ("own", Table(own))):
+            if not rows.rows:
+                continue
+            fixed = rows.best_copy()
+            cells = [format_cell(rows.share(label)) for label in ("copy @ 1", fixed, "auto")]
+            cells[1] += f" at {fixed.removeprefix('copy @ ')}"
+            lines.append([kind, yardstick, str(len(rows.rows)), *cells, go])
+    head = ["", "judged by", "rows", "copy at 1", "copy at its best", "auto", "go"]
+    return format_table(head, lines)
+
+
 def decisions(table: Table) -> str:
     """False-go and false-no-go counts over every scored target and adapter."""
     verdicts = [row for row in table.rows if row["verdict"]]
@@ -241,11 +262,18 @@ def fill_page(page: str, tables: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=NAMES, default=NAMES[0])
     parser.add_argument("--work", type=Path, help="the study's folder")
     options = parser.parse_args()
+    results = (
+        RESULTS if options.world == NAMES[0] else RESULTS.with_stem(f"quality_{options.world}")
+    )
     if options.work:
-        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
-    everything = Table(json.loads(RESULTS.read_text())["rows"])
+        results.write_text(json.dumps(collect(options.work), indent=0) + "\n")
+    everything = Table(json.loads(results.read_text())["rows"])
+    if options.world != NAMES[0]:
+        print(yardsticks_table(everything))  # no page is written from it yet
+        return
     tables: dict[str, Callable[[Table], str]] = {
         "readme": readme_table,
         "methods": methods_table,

@@ -29,13 +29,18 @@ def collect(work: Path) -> dict[str, Any]:
         kind, seed = path.name.removesuffix("-losses.json").rsplit("-", 1)
         parts = {
             part: _read(path.with_name(f"{kind}-{seed}-{part}.json"))
-            for part in ("losses", "chosen", "samples", "relation", "ceiling")
+            for part in ("losses", "chosen", "samples", "relation", "ceiling", "named")
         }
         for adapter, losses in parts["losses"].items():
             chosen = parts["chosen"].get(adapter, {})
             row = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
             row |= {"none": losses["none"], "oracle": losses["oracle"]}
             row["losses"] = losses["losses"] | chosen.get("losses", {})
+            if "own" in losses:
+                own = losses["own"]["losses"] | chosen.get("own", {}).get("losses", {})
+                row["own"] = losses["own"] | {"losses": own}
+            if named := parts["named"].get(adapter):
+                row["named"] = {"losses": named["losses"], "go": named["verdict"]["go"]}
             if adapter in parts["ceiling"]:
                 row["losses"]["ceiling"] = parts["ceiling"][adapter]
             row["verdict"] = chosen.get("verdict")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from contenders import CHOSEN, METHODS, RUNS, Case, Updates, judge_bases, scale_updates
-from images import CONCEPT_LABEL
-from judge import CONCEPT, Judge, diversity, mmd
-from model import sample
-from networks import backbone
+from judge import Judge, diversity, mmd
+from lessons import JUDGED, Lesson, teacher_pairs
 from torch import Tensor, nn
-from training import JUDGED, TOKENS, task_loss, teacher_pairs
+from worlds import World, backbone
 
 SAMPLED = ("copy", "prolora 0.9", "blocks 0.9", "auto")
-IMAGES, SAMPLE_STEPS, FEW_STEPS = 120, 10, 2
+IMAGES, SAMPLE_STEPS, FEW_STEPS, STUDENT_STEPS = 120, 10, 2, 4
 
 
 @contextlib.contextmanager
@@ -34,57 +32,84 @@ def apply_updates(model: nn.Module, updates: Updates) -> Iterator[nn.Module]:
             inner.get_submodule(name).weight.data.copy_(weight)
 
 
-def held_out_pairs(target: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise and samples of the plain target, on which a few-step adapter is judged."""
-    return teacher_pairs(target, JUDGED, seed=99)
-
-
-def cases(arch: str, kind: str, source: nn.Module, target: nn.Module, loras: dict[str, Updates]):
+def cases(
+    world: World,
+    arch: str,
+    kind: str,
+    source: nn.Module,
+    target: nn.Module,
+    loras: dict[str, Updates],
+) -> dict[str, Case]:
     """Adapter -> its Case; the bases are factorised once for all of them."""
     first: Case | None = None
     cases_by_adapter = {}
     for adapter, lora in loras.items():
-        case = Case.of(arch, kind, source, target, lora)
+        case = Case.of(world, arch, kind, source, target, lora)
         first = first or case
         cases_by_adapter[adapter] = first.with_lora(case.updates, case.dropped)
     return cases_by_adapter
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """How the adapters of one target are judged.
+
+    Attributes:
+        lessons: adapter -> what it is asked for.
+        oracles: adapter -> the one that was trained on the target for that.
+    """
+
+    lessons: dict[str, Lesson]
+    oracles: dict[str, Updates]
+
+
 def loss_rows(
-    kind: str, target: nn.Module, cases_by_adapter: dict[str, Case], oracles: dict[str, Updates]
+    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick, own: Yardstick | None
 ) -> dict[str, Any]:
-    """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}."""
-    pairs = held_out_pairs(target)
+    """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}.
+
+    They are of the target's look; "own" has the same for the adapter's own images if these differ.
+    """
     table = {}
     for adapter, case in cases_by_adapter.items():
-
-        def loss(updates: Updates, adapter: str = adapter) -> float:
-            with apply_updates(target, updates):
-                return task_loss(target, kind, adapter, pairs)
-
-        row: dict[str, Any] = {"none": loss({}), "oracle": loss(oracles[adapter]), "losses": {}}
+        rows: list[dict[str, Any]] = []
+        sticks = [stick for stick in (look, own) if stick is not None]
+        for stick in sticks:
+            known = {"none": {}, "oracle": stick.oracles[adapter]}
+            row = {name: held_out(target, stick, adapter, u) for name, u in known.items()}
+            rows.append(row | {"losses": {}})
         for label, method in METHODS.items():
             if not case.updates or (label == "summed" and not case.dropped):
                 continue
             updates = method(case)
             for strength in RUNS.get(label, (1.0,)):
-                row["losses"][f"{label} @ {strength:g}"] = loss(scale_updates(updates, strength))
-        row["modules"] = {n: weight_facts(case, n) for n in case.updates}
-        table[adapter] = row
+                scaled = scale_updates(updates, strength)
+                for stick, row in zip(sticks, rows, strict=True):
+                    loss = held_out(target, stick, adapter, scaled)
+                    row["losses"][f"{label} @ {strength:g}"] = loss
+        table[adapter] = rows[0] | {"modules": {n: weight_facts(case, n) for n in case.updates}}
+        table[adapter] |= {"own": rows[1]} if own else {}
     return table
 
 
+def held_out(target: nn.Module, stick: Yardstick, adapter: str, updates: Updates) -> float:
+    """The held-out loss of the target with updates."""
+    with apply_updates(target, updates):
+        return stick.lessons[adapter].held_out(target)
+
+
 def chosen_rows(
-    kind: str, target: nn.Module, cases_by_adapter: dict[str, Case]
+    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick, own: Yardstick | None
 ) -> dict[str, dict[str, Any]]:
-    """Adapter -> {"losses": {method: loss}, "verdict": …} of what the study led to."""
-    pairs = held_out_pairs(target)
+    """Adapter -> {"losses": {method: loss}, "verdict": …, "own": …} of what the study led to."""
     table = {}
     for adapter, case in cases_by_adapter.items():
-        losses = {}
+        losses, theirs = {}, {}
         for label, method in CHOSEN.items():
-            with apply_updates(target, method(case)):
-                losses[label] = task_loss(target, kind, adapter, pairs)
+            updates = method(case)
+            losses[label] = held_out(target, look, adapter, updates)
+            if own is not None:
+                theirs[label] = held_out(target, own, adapter, updates)
         verdict = judge_bases(case)
         facts = asdict(verdict) | {
             "shift": verdict.shift,
@@ -92,6 +117,7 @@ def chosen_rows(
             "strength": verdict.strength,
         }
         table[adapter] = {"losses": losses, "verdict": facts | {"kappa": verdict.kappa}}
+        table[adapter] |= {"own": {"losses": theirs}} if own else {}
     return table
 
 
@@ -125,40 +151,49 @@ def weight_facts(case: Case, name: str) -> dict[str, float]:
     }
 
 
-def sample_images(target: nn.Module, adapter: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Images the model draws for what the adapter is about, and their labels."""
-    y = torch.arange(IMAGES) % 10
-    if adapter == "concept":
-        y = torch.full((IMAGES,), CONCEPT_LABEL)
+def sample_images(
+    world: World, kind: str, target: nn.Module, adapter: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Images the model draws for what the adapter is about, and their prompts."""
+    y = world.sample_prompts(adapter, IMAGES)
     few = adapter == "fewstep"
-    steps, guidance = (FEW_STEPS, 1.0) if few else (SAMPLE_STEPS, 2.0)
-    return sample(target, TOKENS, y, steps=steps, guidance=guidance, seed=seed), y
+    steps, guidance = (FEW_STEPS, 1.0) if few else (SAMPLE_STEPS, world.guidance_of(kind))
+    if world.distilled.get(kind) == "lines":
+        steps = STUDENT_STEPS
+    return world.sample(target, y, steps=steps, guidance=guidance, seed=seed), y
 
 
 def sample_scores(
-    judge: Judge, target: nn.Module, adapter: str, updates: dict[str, Updates], oracle: Updates
+    world: World,
+    judge: Judge,
+    kind: str,
+    target: nn.Module,
+    adapter: str,
+    updates: dict[str, Updates],
+    oracle: Updates,
 ) -> dict[str, Any]:
     """Label -> {"mmd", "concept", "digit", "diversity"} of samples with those updates.
 
     The reference of the distance is what the oracle draws from other noise; for the few-step
-    adapter, what the plain target draws in many steps.
+    adapter, what the plain target draws in many steps. "digit" is the share of samples in which
+    the judge recognises what was asked for.
     """
     if adapter == "fewstep":
-        reference = held_out_pairs(target)[1][:IMAGES]
+        reference = teacher_pairs(world, target, JUDGED, 99, world.guidance_of(kind))[1][:IMAGES]
     else:
         with apply_updates(target, oracle):
-            reference = sample_images(target, adapter, seed=1)[0]
+            reference = sample_images(world, kind, target, adapter, seed=1)[0]
     wanted = judge(reference)[0]
     scores = {}
     for label, update in ({"none": {}, "oracle": oracle} | updates).items():
         with apply_updates(target, update):
-            images, y = sample_images(target, adapter, seed=0)
+            images, y = sample_images(world, kind, target, adapter, seed=0)
         features, content, _, _ = judge(images)
-        predicted = content.argmax(1)
+        predicted, asked = content.argmax(1), world.content(y)
         scores[label] = {
             "mmd": mmd(features, wanted),
-            "concept": float((predicted == CONCEPT).float().mean()),
-            "digit": float((predicted == y).float().mean()),
-            "diversity": diversity(features, y),
+            "concept": float((predicted == world.concept_class).float().mean()),
+            "digit": float((predicted == asked).float().mean()),
+            "diversity": diversity(features, asked),
         }
     return scores

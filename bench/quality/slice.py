@@ -10,13 +10,15 @@ below the best copy on far fine-tunes of the transformer (docs/evidence.md): mor
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import torch
-import training
-from probing import PREFIX, Sampler
-from scoring import apply_updates, cases, chosen_rows, loss_rows
-from training import task_loss, train_base, train_lora
+from lessons import make_lesson
+from probing import Sampler
+from scoring import Yardstick, apply_updates, cases, chosen_rows, loss_rows
+from training import train_base, train_lora
+from worlds import World, load_world
 
 from prolora import probe
 
@@ -40,17 +42,21 @@ PROBED = 0.3
 """What probing recovers at least of an unrelated base, in a fifth of its usual budget."""
 
 
-def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str, float], bool, str]:
+def recovered(
+    world: World, kind: str, source: torch.nn.Module, lora: dict
+) -> tuple[dict[str, float], bool, str]:
     """Share of the gap that each method recovers on a new target, and the verdicts on it.
 
     Returns:
         Shares by method; whether the verdict from weights is a go; the decision of probing.
     """
-    target = train_base("flux", kind, 0, source)
-    cases_by_adapter = cases("flux", kind, source, target, {ADAPTER: lora})
-    oracle = train_lora("flux", kind, ADAPTER, 0, target)
-    row = loss_rows(kind, target, cases_by_adapter, {ADAPTER: oracle})[ADAPTER]
-    chosen = chosen_rows(kind, target, cases_by_adapter)[ADAPTER]
+    target = train_base(world, "flux", kind, 0, source)
+    cases_by_adapter = cases(world, "flux", kind, source, target, {ADAPTER: lora})
+    taught, judged = (make_lesson(world, kind, ADAPTER, target, s) for s in ("train", "held_out"))
+    oracle = train_lora(world, "flux", ADAPTER, 0, target, taught)
+    prefix, look = world.prefix["flux"], Yardstick({ADAPTER: judged}, {ADAPTER: oracle})
+    row = loss_rows(target, cases_by_adapter, look, None)[ADAPTER]
+    chosen = chosen_rows(target, cases_by_adapter, look, None)[ADAPTER]
     gap = row["none"] - row["oracle"]
     losses = row["losses"] | chosen["losses"]
     decision = ""
@@ -58,19 +64,18 @@ def recovered(kind: str, source: torch.nn.Module, lora: dict) -> tuple[dict[str,
         fitted = probe.fit_lora(
             source,
             target,
-            {f"{PREFIX['flux']}{n}": u for n, u in lora.items()},
-            Sampler(source, ADAPTER, 12, 10),
-            Sampler(target, ADAPTER, 12, 10),
+            {f"{prefix}{n}": u for n, u in lora.items()},
+            Sampler(world, source, ADAPTER, 12, 10),
+            Sampler(world, target, ADAPTER, 12, 10),
             steps=12,
             probes=240,
             held_out=90,
             force=True,
         )
         decision = fitted.report.gate.decision
-        with apply_updates(
-            target, {n.removeprefix(PREFIX["flux"]): u for n, u in fitted.adapter.updates.items()}
-        ):
-            losses["probe"] = task_loss(target, kind, ADAPTER, None)
+        updates = {n.removeprefix(prefix): u for n, u in fitted.adapter.updates.items()}
+        with apply_updates(target, updates):
+            losses["probe"] = judged.held_out(target)
     shares = {label: (row["none"] - loss) / gap for label, loss in losses.items()}
     return shares, chosen["verdict"]["go"], decision
 
@@ -103,12 +108,14 @@ def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list
 
 def main() -> int:
     torch.manual_seed(0)
-    training.BUDGET.update(BUDGET)
-    source = train_base("flux", "source", 0, None)
-    lora = train_lora("flux", "source", ADAPTER, 0, source)
+    world = load_world("digits")
+    world = dataclasses.replace(world, budgets=world.budgets | BUDGET)
+    source = train_base(world, "flux", "source", 0, None)
+    taught = make_lesson(world, "source", ADAPTER, source, "train")
+    lora = train_lora(world, "flux", ADAPTER, 0, source, taught)
     wrong = 0
     for kind in (*ORDER, "independent"):
-        shares, go, decision = recovered(kind, source, lora)
+        shares, go, decision = recovered(world, kind, source, lora)
         ranking = sorted(shares.items(), key=lambda item: -item[1])
         note = f", probing: {decision}" if decision else ""
         print(f"{kind} ({'go' if go else 'no-go'}{note}):")

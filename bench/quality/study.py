@@ -1,4 +1,4 @@
-"""Trains and scores the whole study: ``python bench/quality/study.py --work DIR``. It resumes.
+"""Trains and scores a world: ``python bench/quality/study.py --world icons --work DIR``; resumes.
 
 Run it in several processes at once to use several cores, one thread each (OMP_NUM_THREADS=1).
 """
@@ -15,190 +15,221 @@ from ceiling import fit_strengths
 from contenders import CHOSEN, METHODS, pair_modules
 from jobs import Job, run_jobs
 from judge import Judge, accuracy, train_judge
-from networks import backbone, new_model
+from models import BASE_SEED, Folder, load_lora
 from safetensors.torch import load_file, save_file
 from scoring import (
     SAMPLED,
-    apply_updates,
+    Yardstick,
     cases,
     chosen_rows,
-    held_out_pairs,
+    held_out,
     loss_rows,
     sample_scores,
 )
 from torch import nn
-from training import ADAPTERS, FRESH, KINDS, VARIANTS, task_loss, train_base, train_lora
+from worlds import NAMES, World, backbone, load_world
 
 import prolora
-from prolora import LowRank
 
 SEEDS = (0, 1, 2)
 ARCHS = ("unet", "flux")
 
 
-def model_path(root: Path, arch: str, kind: str, seed: int) -> Path:
-    return root / arch / f"{kind}-{seed}.safetensors"
-
-
-def lora_path(root: Path, arch: str, kind: str, seed: int, adapter: str) -> Path:
-    """The adapter `seed` of the source, or the oracle of a target with that seed."""
-    return root / arch / f"{kind}-{seed}-{adapter}.safetensors"
-
-
-def load_model(root: Path, arch: str, kind: str, seed: int) -> nn.Module:
-    model = new_model(arch, kind)
-    model.load_state_dict(load_file(model_path(root, arch, kind, seed)))
-    return model.eval().requires_grad_(False)
-
-
-def load_lora(path: Path) -> dict[str, LowRank]:
-    """{module: update} of a stored adapter."""
-    stored = load_file(path)
-    names = [key.removesuffix(".up") for key in stored if key.endswith(".up")]
-    return {name: LowRank(stored[name + ".up"], stored[name + ".down"]) for name in names}
-
-
-def make_base(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    source = None if kind == "source" else load_model(root, arch, "source", 0)
-    save_file(train_base(arch, kind, seed, source).state_dict(), out)
-
-
-def make_lora(root: Path, arch: str, kind: str, base: int, adapter: str, out: Path, seed: int):
-    updates = train_lora(arch, kind, adapter, seed, load_model(root, arch, kind, base))
-    parts = {f"{name}.up": update.up for name, update in updates.items()}
-    parts |= {f"{name}.down": update.down for name, update in updates.items()}
-    save_file({name: part.contiguous() for name, part in parts.items()}, out)
-
-
-def targets() -> list[tuple[str, str, int]]:
+def targets(world: World) -> list[tuple[str, str, int]]:
     """Every (arch, kind, seed) that LoRAs are moved to, the most telling first."""
-    related = [kind for kind in KINDS if kind not in FRESH]
+    if world.name != "digits":
+        # The transformers cost half as much as the UNets, and one of them teaches the words.
+        return [(a, kind, seed) for seed in SEEDS for kind in world.kinds for a in ARCHS[::-1]]
+    related = [kind for kind in world.kinds if kind not in world.fresh]
     targets_by_seed = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
-    targets_by_seed += [("flux", kind, 0) for kind in VARIANTS]
+    targets_by_seed += [("flux", kind, 0) for kind in world.variants]
     targets_by_seed += [
         (arch, kind, seed) for seed in SEEDS[1:] for kind in related for arch in ARCHS
     ]
-    fresh = [(arch, kind, seed) for kind in FRESH[1:] for seed in SEEDS for arch in ARCHS]
+    fresh = [(arch, kind, seed) for kind in world.fresh[1:] for seed in SEEDS for arch in ARCHS]
     fresh.sort(key=lambda target: target[0])  # the transformers cost a third of the UNets
     return targets_by_seed + [target for target in fresh if target not in targets_by_seed]
 
 
-def training_jobs(root: Path) -> list[Job]:
-    """Every base and adapter, sources before what hangs on them."""
-    jobs = []
-    for arch in ARCHS:
-        path = model_path(root, arch, "source", 0)
-        jobs.append(Job(path, (), functools.partial(make_base, root, arch, "source", 0)))
-    seen = set()
-    for arch, kind, seed in targets():
-        bases = [(kind, seed)] if (arch, seed) in seen else [("source", 0), (kind, seed)]
-        seen.add((arch, seed))
-        for base, number in bases:
-            path = model_path(root, arch, base, number)
-            if base != "source":
-                needs = (model_path(root, arch, "source", 0),)
-                jobs.append(Job(path, needs, functools.partial(make_base, root, arch, kind, seed)))
-            for adapter in ADAPTERS:
-                made = lora_path(root, arch, base, seed, adapter)
-                run = functools.partial(make_lora, root, arch, base, number, adapter, seed=seed)
-                jobs.append(Job(made, (path,), run))
-    return jobs
+def training_jobs(world: World, root: Path) -> list[Job]:
+    """Every base and adapter, sources before what hangs on them, each once."""
+    jobs: dict[Path, Job] = {}
+
+    def add_base(folder: Folder, kind: str, seed: int) -> None:
+        path = folder.model_path(kind, seed)
+        run = functools.partial(folder.make_base, kind, seed)
+        jobs.setdefault(path, Job(path, folder.base_needs(kind, seed), run))
+
+    def add_lora(folder: Folder, kind: str, seed: int, adapter: str, want: str = "look") -> None:
+        path = folder.lora_path(kind, seed, adapter, want)
+        run = functools.partial(folder.make_lora, kind, seed, adapter, want)
+        jobs.setdefault(path, Job(path, folder.lora_needs(kind, seed, adapter), run))
+
+    def add_target(folder: Folder, kind: str, seed: int) -> None:
+        for name in world.merged.get(kind, ((), 0))[0]:
+            add_lora(folder, "source", seed, name)
+        for part in world.blended.get(kind, {}):
+            add_base(folder, part, seed)
+        add_base(folder, kind, seed)
+        for want in folder.wants(kind):
+            for adapter in world.adapters_for(kind):
+                add_lora(folder, kind, seed, adapter, want)
+
+    for arch in ARCHS[::-1] if world.teaches_words else ARCHS:
+        add_base(Folder(world, root, arch), "source", BASE_SEED)
+    for arch, kind, seed in targets(world):
+        folder = Folder(world, root, arch)
+        for adapter in world.adapters:
+            add_lora(folder, "source", seed, adapter)
+        if world.source_of(kind) != "source":
+            add_target(folder, world.source_of(kind), seed)
+        add_target(folder, world.model_of(kind), seed)
+    return list(jobs.values())
 
 
-def make_judge(out: Path) -> None:
-    judge = train_judge()
-    print("the judge is right about content, style, domain:", accuracy(judge), flush=True)
+def make_judge(world: World, out: Path) -> None:
+    judge = train_judge(world)
+    print("the judge is right about content, style, look:", accuracy(world, judge), flush=True)
     save_file(judge.state_dict(), out)
 
 
-def load_judge(root: Path) -> Judge:
-    judge = Judge()
+def judge_job(world: World, root: Path) -> Job:
+    """The classifier that scores samples."""
+    return Job(root / "judge.safetensors", (), functools.partial(make_judge, world))
+
+
+def load_judge(world: World, root: Path) -> Judge:
+    judge = Judge(world)
     judge.load_state_dict(load_file(root / "judge.safetensors"))
     return judge.eval().requires_grad_(False)
 
 
-def loaded(root: Path, arch: str, kind: str, seed: int) -> tuple[nn.Module, dict, dict]:
+def loaded(folder: Folder, kind: str, seed: int) -> tuple[nn.Module, dict, dict]:
     """A target, its Case for every adapter, and its oracles."""
-    source, target = load_model(root, arch, "source", 0), load_model(root, arch, kind, seed)
-    loras = {a: load_lora(lora_path(root, arch, "source", seed, a)) for a in ADAPTERS}
-    oracles = {a: load_lora(lora_path(root, arch, kind, seed, a)) for a in ADAPTERS}
-    return target, cases(arch, kind, source, target, loras), oracles
+    world = folder.world
+    source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
+    known = world.adapters_for(kind)
+    loras = {a: load_lora(folder.source_lora_path(kind, seed, a)) for a in known}
+    oracles = {a: load_lora(folder.lora_path(kind, seed, a)) for a in known}
+    return target, cases(world, folder.arch, kind, source, target, loras), oracles
 
 
-def score_losses(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, oracles = loaded(root, arch, kind, seed)
-    out.write_text(json.dumps(loss_rows(kind, target, cases_by_adapter, oracles), indent=1))
+def yardsticks(folder: Folder, kind: str, seed: int) -> tuple[Yardstick, Yardstick | None]:
+    """By the target's look, and by the adapters' own images where these differ."""
+    adapters, sticks = folder.world.adapters_for(kind), []
+    for want in folder.wants(kind):
+        lessons = {a: folder.lesson(kind, seed, a, want, "held_out") for a in adapters}
+        oracles = {a: load_lora(folder.lora_path(kind, seed, a, want)) for a in adapters}
+        sticks.append(Yardstick(lessons, oracles))
+    return sticks[0], sticks[1] if len(sticks) > 1 else None
 
 
-def score_chosen(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, _ = loaded(root, arch, kind, seed)
+def score_losses(folder: Folder, kind: str, seed: int, out: Path) -> None:
+    target, cases_by_adapter, _ = loaded(folder, kind, seed)
+    rows = loss_rows(target, cases_by_adapter, *yardsticks(folder, kind, seed))
+    out.write_text(json.dumps(rows, indent=1))
+
+
+def score_chosen(folder: Folder, kind: str, seed: int, out: Path) -> None:
+    target, cases_by_adapter, _ = loaded(folder, kind, seed)
     cases_by_adapter = {adapter: case for adapter, case in cases_by_adapter.items() if case.updates}
-    out.write_text(json.dumps(chosen_rows(kind, target, cases_by_adapter), indent=1))
+    rows = chosen_rows(target, cases_by_adapter, *yardsticks(folder, kind, seed))
+    out.write_text(json.dumps(rows, indent=1))
 
 
-def score_ceiling(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
+def score_named(folder: Folder, kind: str, seed: int, out: Path) -> None:
+    """What the chosen methods give where modules are paired by their names alone."""
+    world, target = folder.world, folder.load_model(kind, seed)
+    adapters = world.adapters_for(kind)
+    loras = {a: load_lora(folder.source_lora_path(kind, seed, a)) for a in adapters}
+    # "near" has the source's names: no renaming is known.
+    named = cases(world, folder.arch, "near", folder.load_source(kind, seed), target, loras)
+    look, own = yardsticks(folder, kind, seed)
+    rows = chosen_rows(target, named, look, own)
+    for adapter, case in named.items():
+        rows[adapter]["losses"]["copy @ 1"] = held_out(target, look, adapter, case.updates)
+    out.write_text(json.dumps(rows, indent=1))
+
+
+def score_ceiling(folder: Folder, kind: str, seed: int, out: Path) -> None:
     """Held-out loss of the copy with strengths fitted to the target, for every adapter."""
-    target, cases_by_adapter, _ = loaded(root, arch, kind, seed)
-    pairs = held_out_pairs(target)
+    target, cases_by_adapter, _ = loaded(folder, kind, seed)
+    look, _ = yardsticks(folder, kind, seed)
     table = {}
     for adapter, case in cases_by_adapter.items():
-        with apply_updates(target, fit_strengths(kind, adapter, target, case.updates)):
-            table[adapter] = task_loss(target, kind, adapter, pairs)
+        taught = folder.lesson(kind, 0, adapter, "look", "train")
+        fitted = fit_strengths(target, case.updates, taught)
+        table[adapter] = held_out(target, look, adapter, fitted)
     out.write_text(json.dumps(table, indent=1))
 
 
-def score_samples(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
-    target, cases_by_adapter, oracles = loaded(root, arch, kind, seed)
-    judge = load_judge(root)
+def score_samples(folder: Folder, kind: str, seed: int, out: Path) -> None:
+    target, cases_by_adapter, oracles = loaded(folder, kind, seed)
+    judge = load_judge(folder.world, folder.root)
     table = {}
     for adapter, case in cases_by_adapter.items():
         known = METHODS | CHOSEN
         moved = {label: known[label](case) for label in SAMPLED} if case.updates else {}
-        table[adapter] = sample_scores(judge, target, adapter, moved, oracles[adapter])
+        table[adapter] = sample_scores(
+            folder.world, judge, kind, target, adapter, moved, oracles[adapter]
+        )
     out.write_text(json.dumps(table, indent=1))
 
 
-def score_relation(root: Path, arch: str, kind: str, seed: int, out: Path) -> None:
+def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
     """How alike the two bases are, as `prolora compare` measures it; or why it cannot say."""
-    source, target = load_model(root, arch, "source", 0), load_model(root, arch, kind, seed)
-    pairs = pair_modules(arch, kind, source, target)
+    source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
+    pairs = pair_modules(folder.world, folder.arch, kind, source, target)
     if pairs:
-        cases_by_adapter = prolora.compare(backbone(source), backbone(target), match=pairs)
-        comparison = cases_by_adapter.to_dict()
+        compared = prolora.compare(backbone(source), backbone(target), match=pairs)
+        comparison = compared.to_dict()
     else:
         comparison = {"refused": "no module of equal shape"}
     out.write_text(json.dumps(comparison, indent=1))
 
 
-def scoring_jobs(root: Path) -> list[Job]:
+def scores_of(world: World, kind: str, seed: int) -> dict:
+    """Name of a score's file -> what makes it, for a target."""
+    scores = {"losses": score_losses, "relation": score_relation, "chosen": score_chosen}
+    if kind in world.kinds:
+        scores["samples"] = score_samples
+    if kind in world.kinds and kind not in world.fresh and seed == 0:
+        scores["ceiling"] = score_ceiling
+    if kind == "renumbered":
+        scores["named"] = score_named
+    return scores
+
+
+def scoring_jobs(world: World, root: Path) -> list[Job]:
     """Losses and samples of every target."""
-    jobs = [Job(root / "judge.safetensors", (), make_judge)]
-    for arch, kind, seed in targets():
-        needs = [model_path(root, arch, "source", 0), model_path(root, arch, kind, seed)]
-        for base in ("source", kind):
-            needs += [lora_path(root, arch, base, seed, a) for a in ADAPTERS]
-        scores = [score_losses, score_relation, score_chosen]
-        if kind in KINDS:
-            scores.append(score_samples)
-        if kind in KINDS and kind not in FRESH and seed == 0:
-            scores.append(score_ceiling)
-        for score in scores:
-            out = root / arch / f"{kind}-{seed}-{score.__name__.removeprefix('score_')}.json"
-            run = functools.partial(score, root, arch, kind, seed)
-            jobs.append(Job(out, (root / "judge.safetensors", *needs), run))
+    judge, jobs = judge_job(world, root).path, []
+    for arch, kind, seed in targets(world):
+        folder = Folder(world, root, arch)
+        needs = [folder.model_path(world.source_of(kind), seed), folder.model_path(kind, seed)]
+        for adapter in world.adapters_for(kind):
+            needs.append(folder.source_lora_path(kind, seed, adapter))
+            needs += [folder.lora_path(kind, seed, adapter, want) for want in folder.wants(kind)]
+        for name, score in scores_of(world, kind, seed).items():
+            out = root / arch / f"{kind}-{seed}-{name}.json"
+            run = functools.partial(score, folder, kind, seed)
+            jobs.append(Job(out, (judge, *needs) if name == "samples" else tuple(needs), run))
     return jobs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=NAMES, default=NAMES[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and scores")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    world = load_world(options.world)
     # What is ready to be scored comes first, so that early results can be looked at.
-    scoring = scoring_jobs(options.work)
+    scoring = scoring_jobs(world, options.work)
     late = [job for job in scoring if job.path.match("unet/*-[12]-samples.json")]
     early = [job for job in scoring if job not in late]
-    run_jobs([*early, *training_jobs(options.work), *late])
+    training = training_jobs(world, options.work)
+    sources, rest = training[: len(ARCHS)], training[len(ARCHS) :]
+    run_jobs([*early, *sources, judge_job(world, options.work), *rest, *late])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study's networks: small UNets with SDXL's module names, small transformers with FLUX's."""
+"""The digits' networks: small UNets with SDXL's module names, small transformers with FLUX's."""
 
 from __future__ import annotations
 
@@ -96,6 +96,11 @@ class ImageTransformer(nn.Module):
 
         self.transformer = FluxTransformer2DModel(**config)
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The diffusers model inside."""
+        return self.transformer
+
     def forward(
         self, x: Tensor, time: Tensor, tokens: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
@@ -128,11 +133,6 @@ def new_model(arch: str, kind: str) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(**config(arch, kind))
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """The diffusers model inside: its module names are the ones LoRAs use."""
-    return model.transformer if isinstance(model, ImageTransformer) else model
 
 
 def origin(arch: str, kind: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the study's models are trained and judged on: digits, styles, a concept, image domains.
+"""What the digits' models are trained and judged on: digits, styles, a concept, image domains.
 
 The digits, the two styles and the far domain are those of the mini family.
 """
@@ -6,14 +6,10 @@ The digits, the two styles and the far domain are those of the mini family.
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.append(str(Path(__file__).parents[2] / "examples/mini_family"))
 
 # isort: split
 import data

@@ -1,0 +1,212 @@
+"""What a model is taught and judged by: images, its own straight lines, or a guided teacher.
+
+A target has two yardsticks. By its *look* an adapter is asked for what it means in the target's own
+domain; by the source's, which is the adapter's *own*, for the images that it was made for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from flow import BATCH, guided_velocity, noised, predict
+from torch import Tensor, nn
+from worlds import Data, World
+
+TEACHER_STEPS = 16
+JUDGED = 320  # held-out images, or held-out teacher pairs, behind every loss
+WANTS = ("look", "own")
+
+Loss = Callable[[torch.Generator], Tensor]
+Pairs = tuple[Tensor, Tensor, Tensor]
+
+
+class Lesson(Protocol):
+    """One side of the split of what is taught."""
+
+    def loss(self, model: nn.Module) -> Loss:
+        """The training loss on a fresh batch, from a random generator."""
+
+    def held_out(self, model: nn.Module) -> float:
+        """The loss on the same rows, times and noises for every model."""
+
+
+def flow_loss(world: World, model: nn.Module, data: Data, teacher: nn.Module | None = None) -> Loss:
+    """The rectified-flow loss on images and prompts; with a teacher, its output is learnt too.
+
+    A tenth of the prompts is hidden for classifier-free guidance.
+    """
+    x, y = data
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        hidden = torch.rand(BATCH, generator=generator) < 0.1
+        prompts = torch.where(hidden, world.null_prompt, y[rows])
+        xt, t, velocity = noised(x[rows], generator)
+        tokens = world.tokens(model, prompts)
+        output = predict(model, xt, t, tokens)
+        if teacher is None:
+            return F.mse_loss(output, velocity)
+        with torch.no_grad():
+            wanted = predict(teacher, xt, t, tokens)
+        return F.mse_loss(output, velocity) + F.mse_loss(output, wanted)
+
+    return loss
+
+
+@dataclass
+class Images:
+    """Images and their prompts; beside them the usual ones, so that these survive.
+
+    Attributes:
+        world: of the images.
+        data: what is learnt.
+        kept: prior preservation, or None.
+    """
+
+    world: World
+    data: Data
+    kept: Data | None = None
+
+    def loss(self, model: nn.Module) -> Loss:
+        """See Lesson."""
+        learnt = flow_loss(self.world, model, self.data)
+        if self.kept is None:
+            return learnt
+        kept = flow_loss(self.world, model, self.kept)
+        return lambda generator: learnt(generator) + 0.3 * kept(generator)
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module) -> float:
+        """See Lesson."""
+        generator = torch.Generator().manual_seed(123)
+        x, y = (part[:JUDGED] for part in self.data)
+        xt, t, velocity = noised(x, generator)
+        return F.mse_loss(predict(model, xt, t, self.world.tokens(model, y)), velocity).item()
+
+
+@dataclass
+class Lines:
+    """Straight lines between noise and what a teacher samples from it (reflow).
+
+    Attributes:
+        world: of the images.
+        pairs: noise, images and prompts.
+    """
+
+    world: World
+    pairs: Pairs
+
+    def loss(self, model: nn.Module) -> Loss:
+        """See Lesson."""
+
+        def along_lines(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.pairs[0]), (BATCH,), generator=generator)
+            return self._error(model, generator, rows)
+
+        return along_lines
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module) -> float:
+        """See Lesson."""
+        generator = torch.Generator().manual_seed(123)
+        return self._error(model, generator, torch.arange(len(self.pairs[0]))).item()
+
+    def _error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+        """Squared error of the velocity along the lines of those rows."""
+        noise, image, y = (part[rows] for part in self.pairs)
+        t = torch.rand(len(rows), generator=generator)
+        s = t[:, None, None, None]
+        tokens = self.world.tokens(model, y)
+        output = predict(model, (1 - s) * image + s * noise, t, tokens)
+        return F.mse_loss(output, noise - image)
+
+
+@dataclass
+class Guided:
+    """A teacher's velocity with guidance, which the student gives at once.
+
+    Attributes:
+        world: of the images.
+        data: images, from which noised ones are made, and their prompts.
+        teacher: the model that is run with guidance.
+    """
+
+    world: World
+    data: Data
+    teacher: nn.Module
+
+    def loss(self, model: nn.Module) -> Loss:
+        """See Lesson."""
+
+        def beside_teacher(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(self.data[0]), (BATCH,), generator=generator)
+            return self._error(model, generator, rows)
+
+        return beside_teacher
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module) -> float:
+        """See Lesson."""
+        rows = torch.arange(min(JUDGED, len(self.data[0])))
+        return self._error(model, torch.Generator().manual_seed(123), rows).item()
+
+    def _error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
+        """Squared distance from the teacher's guided velocity."""
+        x, y = (part[rows] for part in self.data)
+        xt, t, _ = noised(x, generator)
+        with torch.no_grad():
+            tokens = self.world.tokens(self.teacher, y)
+            null = self.world.tokens(self.teacher, self.world.null_like(y))
+            wanted = guided_velocity(self.teacher, xt, t, tokens, null, self.world.guidance)
+        return F.mse_loss(predict(model, xt, t, self.world.tokens(model, y)), wanted)
+
+
+def teacher_pairs(
+    world: World, model: nn.Module, n: int, seed: int, guidance: float, concept: bool = False
+) -> Pairs:
+    """Noise, the image the model samples from it in 16 steps, and the prompt.
+
+    A few-step adapter learns the straight line between the two (reflow), guidance included.
+    """
+    y = world.draw_prompts(n, torch.Generator().manual_seed(seed), concept)
+    noise = torch.randn(n, *world.shape, generator=torch.Generator().manual_seed(seed))
+    return noise, world.sample(model, y, TEACHER_STEPS, guidance, seed), y
+
+
+def make_lesson(
+    world: World,
+    kind: str,
+    adapter: str,
+    model: nn.Module,
+    split: str,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+) -> Lesson:
+    """What an adapter is about on a kind of base.
+
+    Args:
+        world: of the base.
+        kind: of the base, for its look.
+        adapter: one of the world's.
+        model: the plain base, whose lines a few-step adapter straightens.
+        split: "train" or "held_out".
+        seed: of the teacher pairs for training.
+        teacher: for distilled kinds, the source with its adapter.
+    """
+    n, start = (world.pairs, 4000 + seed) if split == "train" else (JUDGED, 99)
+    if adapter == "fewstep":
+        return Lines(world, teacher_pairs(world, model, n, start, world.guidance_of(kind)))
+    data = world.images(kind, adapter, split)
+    if kind in world.distilled:
+        assert teacher is not None, "a distilled base learns from the source with its adapter"
+        if world.distilled[kind] == "guided":
+            return Guided(world, data, copy.deepcopy(teacher))
+        concept = adapter == "concept"
+        return Lines(world, teacher_pairs(world, teacher, n, start, world.guidance, concept))
+    usual = world.images(kind, None, split) if adapter == "concept" else None
+    return Images(world, data, usual)

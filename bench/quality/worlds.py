@@ -1,0 +1,132 @@
+"""The worlds that the study can be run in: what is drawn, by which networks, moved to what.
+
+Jobs, methods and scores are the same for every world.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import flow
+import torch
+from torch import Tensor, nn
+
+Data = tuple[Tensor, Tensor]
+NAMES = ("digits", "icons")
+
+
+@dataclass(frozen=True)
+class World:
+    """One world. A prompt is a number.
+
+    Attributes:
+        name: one of NAMES.
+        shape: of an image.
+        null_prompt: the prompt for guidance.
+        kinds: targets with samples and every score.
+        variants: further targets, losses only.
+        fresh: kinds that start from new weights, the others from the source's.
+        adapters: their names; "fewstep" learns the base's own trajectories.
+        ranks: adapter -> rank.
+        budgets: kind, or "lora" -> batches of 32 and peak learning rate.
+        adapted: architecture -> pattern of the modules that a LoRA changes.
+        prefix: architecture -> what comes before diffusers' names in the models.
+        new_model: (architecture, kind) -> a base with weights from torch's global generator.
+        origin: (architecture, kind, name) -> the source's name of a module or parameter.
+        dropped: (kind, architecture) -> {prefix of a block the target lacks: its neighbour's}.
+        images: (kind, adapter or None, split) -> the images it is about and their prompts.
+        tokens: (model, prompts) -> what the model reads.
+        draw_prompts: (n, generator, whether for the concept) -> what a user would ask for.
+        sample_prompts: (adapter, n) -> the prompts of scored samples.
+        content: prompts -> the judge's class.
+        classes: how many contents, styles and looks the judge tells apart.
+        judged: (split, generator) -> 64 images for the judge and their three labels.
+        concept_class: the judge's class of the withheld concept.
+        is_new, is_silent: (architecture, kind, name) -> whether a parameter is in a block that only
+            the target has, and whether it starts with zeros.
+        pairs_of: kind -> (kind of the source, kind of the target) where they are not
+            ("source", kind).
+        merged: kind -> (adapters whose LoRAs are merged into the source, weight).
+        blended: kind -> {kind: weight} of the fine-tunes it is the mean of.
+        imitating: kinds that learn the source's output beside the images.
+        distilled: kind -> "lines" or "guided", how the source teaches it; sampled without guidance.
+        restyled: kinds whose images look unlike the source's.
+        teaches_words: architecture whose source trains the text encoder; "" if there is none.
+        pairs: how many teacher pairs a few-step adapter is trained on.
+        guidance: of samples.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    null_prompt: int
+    kinds: tuple[str, ...]
+    variants: tuple[str, ...]
+    fresh: tuple[str, ...]
+    adapters: tuple[str, ...]
+    ranks: Mapping[str, int]
+    budgets: dict[str, tuple[int, float]]
+    adapted: Mapping[str, str]
+    prefix: Mapping[str, str]
+    new_model: Callable[[str, str], nn.Module]
+    origin: Callable[[str, str, str], str]
+    dropped: Mapping[tuple[str, str], Mapping[str, str]]
+    images: Callable[[str, str | None, str], Data]
+    tokens: Callable[[nn.Module, Tensor], Tensor]
+    draw_prompts: Callable[[int, torch.Generator, bool], Tensor]
+    sample_prompts: Callable[[str, int], Tensor]
+    content: Callable[[Tensor], Tensor]
+    classes: tuple[int, int, int]
+    judged: Callable[[str, torch.Generator], tuple[Tensor, ...]]
+    concept_class: int
+    judge_steps: int = 900
+    is_new: Callable[[str, str, str], bool] = lambda *_: False
+    is_silent: Callable[[str, str, str], bool] = lambda *_: False
+    pairs_of: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    merged: Mapping[str, tuple[tuple[str, ...], float]] = field(default_factory=dict)
+    blended: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    imitating: tuple[str, ...] = ("pruned",)
+    distilled: Mapping[str, str] = field(default_factory=dict)
+    restyled: tuple[str, ...] = ()
+    teaches_words: str = ""
+    pairs: int = 1024
+    guidance: float = 2.0
+
+    def source_of(self, kind: str) -> str:
+        """The kind of base that LoRAs come from when they are moved to that kind."""
+        return self.pairs_of.get(kind, ("source", kind))[0]
+
+    def model_of(self, kind: str) -> str:
+        """The kind of base that plays the target."""
+        return self.pairs_of.get(kind, ("source", kind))[1]
+
+    def adapters_for(self, kind: str) -> tuple[str, ...]:
+        """Those that make sense on a kind of target: few-step siblings need no few-step adapter."""
+        if self.distilled.get(kind) == "lines":
+            return tuple(adapter for adapter in self.adapters if adapter != "fewstep")
+        return self.adapters
+
+    def guidance_of(self, kind: str) -> float:
+        """The guidance that a kind of base is sampled with; 1 is none."""
+        return 1.0 if kind in self.distilled else self.guidance
+
+    def sample(self, model: nn.Module, y: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
+        """Images (n, *shape) for prompts (n,)."""
+        with torch.no_grad():
+            tokens, null = self.tokens(model, y), self.tokens(model, self.null_like(y))
+        return flow.sample(model, tokens, null, self.shape, steps, guidance, seed)
+
+    def null_like(self, y: Tensor) -> Tensor:
+        """The null prompt as often as there are prompts."""
+        return torch.full_like(y, self.null_prompt)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The diffusers model inside: its module names are the ones LoRAs use."""
+    return getattr(model, "backbone", model)
+
+
+def load_world(name: str) -> World:
+    """The world of that name, one of NAMES."""
+    return importlib.import_module(f"{name}_world").WORLD

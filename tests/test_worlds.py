@@ -1,0 +1,83 @@
+"""The coloured world of bench/quality: its pictures, prompts and networks fit together."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+QUALITY = Path(__file__).parents[1] / "bench/quality"
+pytest.importorskip("PIL")
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUALITY))
+    yield
+    for name in [n for n in sys.modules if n == "icons" or n.startswith("icons.")]:
+        del sys.modules[name]
+
+
+def test_a_prompt_is_the_number_of_its_four_words():
+    from icons import words
+
+    y = torch.tensor([words.read_prompt("heart silhouette ink-red on-blue"), words.NULL_PROMPT])
+    ids = words.word_ids(y)
+    read = [words.VOCABULARY[i] for i in ids[0]]
+    assert read == ["heart", "silhouette", "ink-red", "on-blue"]
+    assert ids[1].tolist() == [0, 0, 0, 0]
+    every = torch.arange(words.PROMPTS)
+    assert torch.equal(words.prompt_number(*words.prompt_parts(every)), every)
+
+
+def test_ink_never_has_the_colour_of_the_ground():
+    from icons import words
+
+    y = words.draw_prompts(400, torch.Generator().manual_seed(0))
+    _, style, ink, ground = words.prompt_parts(y)
+    mono = style == words.STYLE.index("silhouette")
+    assert torch.equal(ink > 0, mono)
+    pairs = zip(ink[mono].tolist(), ground[mono].tolist(), strict=True)
+    assert all(words.INK[i].removeprefix("ink-") != words.GROUND[g] for i, g in pairs)
+
+
+def test_no_icon_is_both_learnt_and_held_out_and_every_word_is_in_both(monkeypatch):
+    from icons import drawing, words
+
+    monkeypatch.setattr(drawing, "PICTURES", {"train": 300, "held_out": 300})
+    drawing.pictures.cache_clear()
+    back = drawing.kept_back()
+    assert 0 < back.sum() < back.numel() / 5
+    masters = drawing.masters()
+    assert masters[:, :, 3].amax((2, 3)).min() > 0.5, "an icon of the sheet is empty"
+    for split in ("train", "held_out"):
+        layers, y = drawing.pictures(split)
+        what = words.prompt_parts(y)[0]
+        assert what.max() < words.WHAT.index(drawing.CONCEPT)
+        assert len(what.unique()) == len(words.WHAT) - 1
+        assert layers.min() >= 0 and layers.max() <= 1
+    learnt, back = ({tuple(p) for p in torch.nonzero(m).tolist()} for m in (~back, back))
+    assert not learnt & back
+
+
+@pytest.mark.parametrize("arch", ["flux", "unet"])
+def test_a_block_that_is_new_changes_nothing_at_first(arch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from icons import networks
+
+    torch.manual_seed(0)
+    source, target = networks.Painter(arch, "source"), networks.Painter(arch, "deepened")
+    old = source.backbone.state_dict()
+    new = {}
+    for name in target.backbone.state_dict():
+        weight = old[networks.origin(arch, "deepened", name)]
+        silent = networks.is_silent(arch, "deepened", name)
+        new[name] = weight * 0 if silent else weight
+    target.backbone.load_state_dict(new)
+    target.text_encoder.load_state_dict(source.text_encoder.state_dict())
+    x, t, y = torch.randn(2, 3, 24, 24), torch.tensor([100.0, 900.0]), torch.tensor([5, 70])
+    with torch.no_grad():
+        drawn = [model(x, t, model.encode(y))[0] for model in (source, target)]
+    assert len(new) > len(old)
+    assert torch.allclose(*drawn, atol=1e-5)
