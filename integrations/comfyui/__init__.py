@@ -5,6 +5,9 @@ A ComfyUI with the V3 interface takes `comfy_entrypoint`, an older one `NODE_CLA
 
 from .nodes import NODES
 
+WEB_DIRECTORY = "web"
+"""Where ComfyUI finds the script that shows reports on the nodes."""
+
 try:
     from .v3 import make_extension
 

@@ -66,7 +66,7 @@ def describe(report: prolora.Report) -> str:
 def move_one(
     lora: Path, source: Path, target: Path, root: Path, progress: Progress, **options: object
 ) -> tuple[Path, str]:
-    """`move_loras` of one: the file, and what was kept and lost.
+    """`move_loras` of one: the file, and what was kept and lost; a page of that is beside it.
 
     Raises:
         ValueError: it cannot be moved; one sentence says why.
@@ -77,8 +77,11 @@ def move_one(
         raise ValueError(str(error)) from None
     if outcome.error is not None:
         raise ValueError(str(outcome.error)) from None
+    page = outcome.out.with_suffix(".html")
     if outcome.report is None:
-        return outcome.out, f"{outcome.out.name} was there already, made of the same in this way."
+        there = f" Its report is {page.name}, beside it." if page.exists() else ""
+        return outcome.out, f"{outcome.out.name} was there already, made so of the same.{there}"
+    outcome.report.save(page)
     return outcome.out, describe(outcome.report)
 
 

@@ -72,7 +72,9 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_the_report_is_shown(pack,
     header = load_file(models / "loras" / name)
     assert len(header) == 24
     again, _ = run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert again[0] == name and "was there already" in again[1]
+    assert again[0] == name and "was there already" in again[1] and "one.html" in again[1]
+    page = (models / "loras" / name).with_suffix(".html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "8 of 12 modules" in page
 
 
 def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, models):
