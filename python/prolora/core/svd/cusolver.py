@@ -46,7 +46,8 @@ VALUES_ONLY, VALUES_AND_VECTORS = 0, 1  # cusolverEigMode_t
 UPPER = 1  # cublasFillMode_t, by columns: the lower triangle of rows
 DATA_TYPES = {torch.float32: 0, torch.float64: 1}  # cudaDataType: CUDA_R_32F, CUDA_R_64F
 # More matrices than about 32,000, or more than 2 GiB of them, are refused or overflow an int
-# inside of the library (seen by others, in no documentation).
+# inside of the library. No documentation says so: github.com/mujocolab/mjlab/pull/732 and
+# github.com/jax-ml/jax/pull/33063 do.
 MOST_MATRICES = 16384
 MOST_BYTES = 2**31 - 1
 

@@ -86,8 +86,7 @@ def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor,
     """Ascending values, vectors as columns (if asked for), and int32 [b], 0 where it converged."""
     batched = stack_solver(symmetric.device, symmetric.dtype)
     if batched.solve is not None:
-        # A copy, which the solver may overwrite. NaN and Inf make some solvers raise for the whole
-        # stack, and others may never end.
+        # A copy, which the solver may overwrite. What it does with NaN and Inf nobody says.
         copy = symmetric.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).contiguous()
         try:
             return batched.solve(copy, with_vectors)
