@@ -53,7 +53,7 @@ class FakeCusolver:
         def answer(*arguments):
             try:
                 return self.statuses.get(name) or function(*arguments) or 0
-            except AssertionError:
+            except Exception:  # a callback that raises would return 0
                 return INVALID_VALUE
 
         return answer

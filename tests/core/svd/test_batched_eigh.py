@@ -10,9 +10,11 @@ import types
 import pytest
 import torch
 from fake_cusolver import EXECUTION_FAILED, INVALID_VALUE, FakeCusolver
+from spectra import weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prolora.core.svd import batched_eigh, cusolver, solvers
+from prolora import truncated_svd
+from prolora.core.svd import batched_eigh, cusolver, solvers, stacks
 from prolora.core.svd.batched_eigh import LOOP, StackSolver
 from prolora.core.svd.cusolver import Cusolver, SolverUnavailable
 
@@ -197,6 +199,26 @@ def test_threads_at_once_take_a_handle_each_and_later_calls_take_them_again(monk
         for thread in threads:
             thread.join()
     assert library.sessions == 2 and len(library.calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("d", "rank", "rung"), [(768, 16, "krylov"), (400, 60, "gram-f32"), (60, 0.9, "gram-f64")]
+)
+def test_the_ladder_hands_the_library_whole_stacks(monkeypatch, d, rank, rung):
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    library = use(monkeypatch, FakeCusolver())
+    weight = torch.stack([weights(d, d + 20, seed) for seed in range(3)])
+    good = truncated_svd(weight, rank)
+    assert good.rungs == (rung,) * 3 and set(library.calls) == {3}
+    library.fault = lambda *results: len(results[0]) == 3 and mix_two_matrices(*results)
+    mixed = truncated_svd(weight, rank)
+    assert mixed.rungs[::2] == (rung,) * 2 and mixed.rungs[1] != rung
+    library.statuses["cusolverDnXsyevBatched"] = EXECUTION_FAILED
+    refused = truncated_svd(weight, rank)
+    assert refused.rungs == good.rungs
+    for basis in (mixed, refused):
+        assert basis.ok.all() and basis.rank.equal(good.rank)
+        torch.testing.assert_close(basis.S, good.S, rtol=1e-5, atol=1e-6)
 
 
 class NoWait(TorchDispatchMode):
