@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import re
 import signal
 import sys
@@ -12,15 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
-from ..core.ops import native
-from ..core.svd import batched_eigh
 from ..version import __version__
 from ..workflow import inspection
 from . import basis, inspect_table
+from . import doctor as doctor_facts
 from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
@@ -35,7 +32,6 @@ CommandLineError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -131,15 +127,17 @@ def demo(
 @app.command(epilog=write_epilog("prolora info"))
 def info(as_json: JsonOption = False) -> None:
     """Say what this installation can do."""
-    facts = {
-        "prolora": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu threads": torch.get_num_threads(),
-        "torch sees a GPU": torch.cuda.is_available(),
-        **native.describe_installation(),
-        "GPU eigensolver": batched_eigh.describe_solver(),
-    }
+    _print_facts(doctor_facts.describe_kernels(), as_json)
+
+
+@app.command(epilog=write_epilog("prolora doctor"))
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, what is missing and how to get it: kernels, extras, memory, cache."""
+    facts = doctor_facts.describe_kernels() | doctor_facts.describe_surroundings()
+    _print_facts(facts, as_json)
+
+
+def _print_facts(facts: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
     else:

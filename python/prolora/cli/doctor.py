@@ -1,0 +1,120 @@
+"""What an installation has, what it lacks, and how to get that."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ..bases.cache.basis_cache import default_folder
+from ..bases.cache.maintenance import measure_cache
+from ..core.ops import native
+from ..core.svd import batched_eigh
+from ..files.sizes import format_size
+from ..version import __version__
+
+# Extras for people who develop prolora.
+_FOR_DEVELOPERS = frozenset({"dev", "study", "test"})
+_REQUIREMENT = re.compile(r"([\w.-]+).*extra\s*==\s*[\"']([\w-]+)[\"']")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional part of prolora.
+
+    Attributes:
+        name: as pip takes it.
+        packages: package -> its version, None where it is missing.
+    """
+
+    name: str
+    packages: dict[str, str | None]
+
+    def describe(self) -> str:
+        """Whether it works; if not, how to install it."""
+        missing = [package for package, version in self.packages.items() if version is None]
+        if missing:
+            return f"no {', '.join(missing)} (pip install 'prolora[{self.name}]')"
+        return ", ".join(f"{package} {version}" for package, version in self.packages.items())
+
+
+def describe_kernels() -> dict[str, str | int | bool]:
+    """The facts of `prolora info`: versions, and what runs the native ops."""
+    return {
+        "prolora": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu threads": torch.get_num_threads(),
+        "torch sees a GPU": torch.cuda.is_available(),
+        **native.describe_installation(),
+        "GPU eigensolver": batched_eigh.describe_solver(),
+    }
+
+
+def describe_surroundings() -> dict[str, str | int]:
+    """Memory, cache and extras."""
+    facts: dict[str, str | int] = {"memory": _describe_memory()}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        facts["GPU memory"] = f"{format_size(free)} free of {format_size(total)}"
+    facts["cache"] = describe_cache(default_folder())
+    for extra in list_extras():
+        facts[f"extra {extra.name}"] = extra.describe()
+    return facts
+
+
+def list_extras() -> list[Extra]:
+    """The extras for users, from prolora's own metadata; none where it was not installed by pip."""
+    try:
+        requirements = metadata.requires("prolora") or []
+    except metadata.PackageNotFoundError:
+        return []
+    extras: dict[str, dict[str, str | None]] = {}
+    for requirement in requirements:
+        match = _REQUIREMENT.match(requirement)
+        if match and match[2] not in _FOR_DEVELOPERS:
+            extras.setdefault(match[2], {})[match[1]] = _find_version(match[1])
+    return [Extra(name, packages) for name, packages in sorted(extras.items())]
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe_cache(folder: Path) -> str:
+    """Where the basis cache is, how large it is and how much more the disk takes."""
+    try:
+        size = measure_cache(folder) if folder.is_dir() else 0
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        return f"{folder}: cannot be read: {error.strerror}"
+    if not os.access(parent, os.W_OK):
+        return f"{folder}: cannot be written (--cache or PROLORA_CACHE names another folder)"
+    return f"{folder}: {format_size(size)}, {format_size(free)} free on the disk"
+
+
+def _describe_memory() -> str:
+    """Total and free memory of the machine, as far as the system says."""
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return "not known"
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return format_size(total)
+    available = next((line for line in lines if line.startswith("MemAvailable")), None)
+    if available is None:
+        return format_size(total)
+    return f"{format_size(int(available.split()[1]) << 10)} free of {format_size(total)}"
