@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -30,6 +31,13 @@ from prolora.core import basis
 
 HEADLINES = [(64, 1280, 1280, 128), (8, 3072, 3072, 128), (64, 1280, 1280, 0.99)]
 """The stacks that the goals are about: (matrices, rows, columns, rank)."""
+# The other shapes of SDXL and FLUX.1, for the model of a whole base.
+MODELS = [
+    *((2, m, n, 128) for m, n in ((640, 640), (1280, 2048), (640, 2048), (10240, 1280))),
+    *((2, m, n, 128) for m, n in ((1280, 5120), (5120, 640), (640, 2560))),
+    *((2, m, n, 128) for m, n in ((12288, 3072), (3072, 12288), (3072, 15360))),
+    *((2, m, n, 0.9) for m, n in ((1280, 1280), (640, 640), (1280, 2048), (640, 2048))),
+]
 
 
 def make_weights(b: int, m: int, n: int) -> Tensor:
@@ -53,11 +61,14 @@ def make_weights(b: int, m: int, n: int) -> Tensor:
 def as_on_a_gpu() -> Any:
     """The chunks and rungs that a GPU would get, on the CPU."""
     with ExitStack() as stack:
-        if hasattr(basis, "CPU_CHUNK_BYTES"):
+        if hasattr(basis, "CPU_CHUNK_BYTES"):  # before there was a switch for it
             chunk = basis.GPU_CHUNK_BYTES
             stack.enter_context(mock.patch.object(basis, "CPU_CHUNK_BYTES", chunk))
-            # The rung in float32 was left out on a GPU.
             stack.enter_context(mock.patch.object(basis.gram, "suits_gram", lambda *_: False))
+        else:
+            from prolora.core.svd import stacks
+
+            stack.enter_context(mock.patch.object(stacks, "CPU_AS_GPU", True))
         yield
 
 
@@ -122,6 +133,17 @@ def _calls(tally: Tally) -> list[list[Any]]:
     return rows
 
 
+def _format(known: dict[str, Any]) -> str:
+    """JSON with a line for each call."""
+    text = json.dumps(known, indent=1)
+    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
+    return re.sub(r"\[\s+(\"[^\[\]{}]*\[[^\[\]]*\][^\[\]{}]*?)\s+\]", _on_one_line, flat) + "\n"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[1].split()) + "]"
+
+
 def commit() -> str:
     """Of the sources that are counted."""
     folder = Path(prolora.__file__).parent
@@ -136,17 +158,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("label")
     parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
+    parser.add_argument("--models", action="store_true", help="count the other shapes instead")
     words = parser.parse_args()
     torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
+    wanted = [
+        (matrices, m, n, rank)
+        for b, m, n, rank in HEADLINES
+        for matrices in sorted({2, words.matrices or b})
+    ]
     cases = []
-    for b, m, n, rank in HEADLINES:
-        for matrices in sorted({2, words.matrices or b}):
-            cases.append(count_case(matrices, m, n, rank))
-            told = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
-            print(json.dumps(told), flush=True)
-    known = json.loads(words.out.read_text()) if words.out.exists() else {}
-    known[words.label] = {"commit": commit(), "torch": torch.__version__, "cases": cases}
-    words.out.write_text(json.dumps(known, indent=1) + "\n")
+    for case in MODELS if words.models else wanted:
+        cases.append(count_case(*case))
+        told = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
+        print(json.dumps(told), flush=True)
+        known = json.loads(words.out.read_text()) if words.out.exists() else {}
+        known[words.label] = {"commit": commit(), "torch": torch.__version__, "cases": cases}
+        words.out.write_text(_format(known))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""What the counts of bench/dispatches.py take on a GPU, estimated: `python bench/gpu_model.py`.
+
+Nothing here is measured. Each call of torch takes the time of its flops or of its bytes, whichever
+is longer, at the rates below; the host takes LAUNCH for each call, beside the GPU; each
+synchronisation costs WAIT. Good to about a factor of two, and useful to see which stage is large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "dispatches.json"
+LAUNCH = 5e-6
+WAIT = 20e-6
+SKINNY = 128
+"""Products with a dimension up to this reach about half of a card's rate."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: sustained rates in flop/s and byte/s.
+
+    Attributes:
+        name: to print.
+        float32: of large products without tensor cores.
+        float32_skinny: of products with a narrow block.
+        float64: of large products.
+        memory: bandwidth.
+        stack: bytes that a stack of matrices may take (prolora.core.svd.stacks).
+    """
+
+    name: str
+    float32: float
+    float32_skinny: float
+    float64: float
+    memory: float
+    stack: int
+
+
+H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 4 << 30)
+RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 3 << 30)
+CARDS = (H100, RTX_4090)
+
+SDXL = {
+    (1280, 1280): 360,
+    (1280, 2048): 120,
+    (640, 640): 60,
+    (10240, 1280): 60,
+    (1280, 5120): 60,
+    (640, 2048): 20,
+    (5120, 640): 10,
+    (640, 2560): 10,
+}
+"""Attention and feed-forward weights of SDXL: shape -> how many; 700 in all."""
+# Both bases of SDXL to SSD-1B: the 272 pairs of attention weights.
+PAIRS = {(1280, 1280): 312, (1280, 2048): 104, (640, 640): 96, (640, 2048): 32}
+# 19 blocks of two streams and 38 of one.
+FLUX = {
+    (3072, 3072): 19 * 8 + 38 * 3,
+    (12288, 3072): 19 * 2 + 38,
+    (3072, 12288): 19 * 2,
+    (3072, 15360): 38,
+}
+GOALS = [
+    ("64 × 1280², k = 128", {(1280, 1280): 64}, 128, H100, "0.06 s"),
+    ("SDXL, 700 weights, k = 128", SDXL, 128, H100, "0.65 s, then 0.45 s"),
+    ("FLUX.1, 418 weights, k = 128", FLUX, 128, H100, "1.5 s"),
+    ("SDXL → SSD-1B, 544 weights, energy 0.9", PAIRS, 0.9, RTX_4090, "3 s"),
+]
+
+
+def estimate_eigh(b: int, d: int, dtype: str, card: Card, batched: bool) -> float:
+    """Seconds of `b` symmetric eigenproblems of size d.
+
+    torch's loop takes 18 µs a matrix and row. XsyevBatched takes 6 ms for 64 × 128² and 15 ms for
+    64 × 512² on an H100 in float32: read as a latency that grows with d, and beside it the reads of
+    the reduction to tridiagonal form (d³/3 numbers) or the flops (9 d³), whichever takes longer.
+    """
+    wide = dtype == "float64"
+    rate = card.float64 if wide else card.float32_skinny
+    flops, moved = 9.0 * d**3, d**3 / 3 * (8 if wide else 4)
+    if not batched and d > 32:
+        return b * max(18e-6 * d, flops / rate)
+    latency = 1e-3 if d <= 32 else 6e-3 * (d / 128) ** 0.45
+    return latency + b * max(moved / card.memory, flops / rate)
+
+
+def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> float:
+    """Seconds of one kind of call on the GPU; `scale` times as many matrices as were counted."""
+    _, op, kind, dtype, shape, flops, moved, _ = call
+    bytes_s = scale * moved / card.memory
+    if kind == "pass":
+        return max(2e-6, bytes_s)
+    if kind == "product":
+        if dtype == "float64":
+            rate = card.float64 * (0.5 if min(shape[1:]) <= SKINNY and card is H100 else 1)
+        else:
+            rate = card.float32_skinny if min(shape[1:]) <= SKINNY else card.float32
+        return max(3e-6, bytes_s, scale * flops / rate)
+    b, rows, columns = round(scale * shape[0]), shape[1], shape[2]
+    d = min(rows, columns)
+    if op == "eigh":
+        return estimate_eigh(b, d, dtype, card, batched)
+    if op in ("cholesky", "triangular"):
+        rate = 0.2 * (card.float64 if dtype == "float64" else card.float32)
+        return max(40e-6, bytes_s, b * d * d * max(rows, columns) / rate)
+    if op == "panel":
+        # Two passes of Gram matrix and product, in sums that cost three float32 products.
+        return max(30e-6, bytes_s, 24.0 * b * d * d * max(rows, columns) / card.float32_skinny)
+    if op == "qr":
+        return 0.3e-3 * b
+    return b * 30e-6 * d  # svd, looped
+
+
+def estimate_stack(
+    case: dict[str, Any], matrices: int, card: Card, batched: bool
+) -> dict[str, float]:
+    """Seconds of each stage for a stack of so many matrices, from the counts of another stack."""
+    scale = matrices / case["matrices"]
+    on_gpu, on_host = Counter[str](), Counter[str]()
+    for call in case["calls"]:
+        on_gpu[call[0]] += call[-1] * estimate_call(call, scale, card, batched)
+        on_host[call[0]] += call[-1] * LAUNCH
+    for stage, counts in case["stages"].items():
+        on_host[stage] += WAIT * counts.get("synchronisations", 0)
+    return {stage: max(on_gpu[stage], on_host[stage]) for stage in {*on_gpu, *on_host}}
+
+
+def estimate_model(
+    cases: list[dict[str, Any]],
+    shapes: dict[tuple[int, int], int],
+    rank: int | float,
+    card: Card,
+    batched: bool = True,
+) -> dict[str, float]:
+    """Seconds of each stage for all weights of a model.
+
+    Raises:
+        KeyError: a shape was not counted.
+    """
+    total = Counter[str]()
+    for (m, n), count in shapes.items():
+        case = find_case(cases, m, n, rank)
+        together = max(1, card.stack // (24 * m * n + 48 * min(m, n) ** 2))
+        stacks = -(-count // together)
+        for stage, seconds in estimate_stack(case, count / stacks, card, batched).items():
+            total[stage] += stacks * seconds
+    return dict(total)
+
+
+def find_case(cases: list[dict[str, Any]], m: int, n: int, rank: int | float) -> dict[str, Any]:
+    """The counts of the largest stack of a shape."""
+    found = [c for c in cases if (c["rows"], c["columns"], c["rank"]) == (m, n, rank)]
+    if not found:
+        raise KeyError(f"{m}x{n} at {rank} was not counted")
+    return max(found, key=lambda case: case["matrices"])
+
+
+def render_model(counts: dict[str, Any]) -> str:
+    """Tables in Markdown: dispatches before and after, the goals, the stages."""
+    after = counts["after"]["cases"] + counts.get("models", {"cases": []})["cases"]
+    parts = [_render_counts(counts), _render_goals(after), _render_stages(after)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_counts(counts: dict[str, Any]) -> str:
+    lines = [
+        "| stack | | rung | dispatches | synchronisations | Tflop float32 | Tflop float64 | GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for before in counts["before"]["cases"]:
+        key = [before[name] for name in ("matrices", "rows", "columns", "rank")]
+        for label in ("before", "after"):
+            for case in counts[label]["cases"]:
+                if [case[name] for name in ("matrices", "rows", "columns", "rank")] == key:
+                    b, m, n, rank = key
+                    rule = f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
+                    lines.append(
+                        f"| {b} × {m}×{n}, {rule} | {label} | `{case['rung']}` "
+                        f"| {case['dispatches']} | {case['synchronisations']} "
+                        f"| {case['float32 flops'] / 1e12:.2g} "
+                        f"| {case['float64 flops'] / 1e12:.2g} | {case['bytes'] / 1e9:.3g} |"
+                    )
+    return "\n".join(lines)
+
+
+def _render_goals(cases: list[dict[str, Any]]) -> str:
+    lines = ["| | card | goal | estimated | of it |", "|---|---|---|---|---|"]
+    for title, shapes, rank, goal_card, goal in GOALS:
+        for card in CARDS:
+            try:
+                stages = estimate_model(cases, shapes, rank, card)
+            except KeyError as error:
+                lines.append(f"| {title} | {card.name} | | {error.args[0]} | |")
+                continue
+            whole = sum(stages.values())
+            largest = sorted(stages.items(), key=lambda item: -item[1])[:3]
+            told = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in largest)
+            wanted = goal if card is goal_card else ""
+            lines.append(f"| {title} | {card.name} | {wanted} | {whole:.2g} s | {told} |")
+    return "\n".join(lines)
+
+
+def _render_stages(cases: list[dict[str, Any]]) -> str:
+    lines = ["| 64 × 1280² | card | stage | ms, estimated |", "|---|---|---|---|"]
+    for rank in (128, 0.99):
+        for card in CARDS:
+            stages = estimate_model(cases, {(1280, 1280): 64}, rank, card)
+            for stage, seconds in sorted(stages.items(), key=lambda item: -item[1]):
+                rule = f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
+                lines.append(f"| {rule} | {card.name} | {stage} | {1e3 * seconds:.2g} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("counts", type=Path, nargs="?", default=RESULTS)
+    print(render_model(json.loads(parser.parse_args().counts.read_text())))
+
+
+if __name__ == "__main__":
+    main()
