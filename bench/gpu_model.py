@@ -146,8 +146,7 @@ def estimate_model(
     total = Counter[str]()
     for (m, n), count in shapes.items():
         case = find_case(cases, m, n, rank)
-        together = max(1, card.stack // (24 * m * n + 48 * min(m, n) ** 2))
-        stacks = -(-count // together)
+        stacks = count_stacks(m, n, count, card)
         for stage, seconds in estimate_stack(case, count / stacks, card, batched).items():
             total[stage] += stacks * seconds
     return dict(total)
@@ -161,43 +160,52 @@ def find_case(cases: list[dict[str, Any]], m: int, n: int, rank: int | float) ->
     return max(found, key=lambda case: case["matrices"])
 
 
+def count_stacks(m: int, n: int, count: int, card: Card) -> int:
+    """The stacks that so many matrices [m, n] are worked on in."""
+    together = max(1, card.stack // (24 * m * n + 48 * min(m, n) ** 2))
+    return -(-count // together)
+
+
 def render_model(counts: dict[str, Any]) -> str:
-    """Tables in Markdown: dispatches before and after, the goals, the stages."""
-    after = counts["after"]["cases"] + counts.get("models", {"cases": []})["cases"]
-    parts = [_render_counts(counts), _render_goals(after), _render_stages(after)]
-    return "\n\n".join(parts) + "\n"
+    """Tables in Markdown: the counts before and after, the goals, the stages."""
+    after = counts["after"]["cases"] + counts["models"]["cases"]
+    before = counts["before"]["cases"]
+    parts = [_render_counts(before, counts["after"]["cases"]), _render_goals(after)]
+    return "\n\n".join([*parts, _render_stages(before, after)]) + "\n"
 
 
-def _render_counts(counts: dict[str, Any]) -> str:
+def _render_counts(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     lines = [
-        "| stack | | rung | dispatches | synchronisations | Tflop float32 | Tflop float64 | GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stack | | rung | dispatches | waits | Tflop float32, float64 | GB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for before in counts["before"]["cases"]:
-        key = [before[name] for name in ("matrices", "rows", "columns", "rank")]
-        for label in ("before", "after"):
-            for case in counts[label]["cases"]:
-                if [case[name] for name in ("matrices", "rows", "columns", "rank")] == key:
-                    b, m, n, rank = key
-                    rule = f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
+    for one in before:
+        key = _key(one)
+        for label, cases in (("before", before), ("now", after)):
+            for case in cases:
+                if _key(case) == key:
                     lines.append(
-                        f"| {b} × {m}×{n}, {rule} | {label} | `{case['rung']}` "
-                        f"| {case['dispatches']} | {case['synchronisations']} "
-                        f"| {case['float32 flops'] / 1e12:.2g} "
-                        f"| {case['float64 flops'] / 1e12:.2g} | {case['bytes'] / 1e9:.3g} |"
+                        f"| {key[0]} × {key[1]}×{key[2]}, {_rule(key[3])} | {label} "
+                        f"| `{case['rung']}` | {case['dispatches']} | {case['synchronisations']} "
+                        f"| {case['float32 flops'] / 1e12:.2g}, "
+                        f"{case['float64 flops'] / 1e12:.2g} | {case['bytes'] / 1e9:.3g} |"
                     )
     return "\n".join(lines)
 
 
+def _key(case: dict[str, Any]) -> list[Any]:
+    return [case[name] for name in ("matrices", "rows", "columns", "rank")]
+
+
+def _rule(rank: int | float) -> str:
+    return f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
+
+
 def _render_goals(cases: list[dict[str, Any]]) -> str:
-    lines = ["| | card | goal | estimated | of it |", "|---|---|---|---|---|"]
+    lines = ["| | card | goal | estimated | most of it |", "|---|---|---|---|---|"]
     for title, shapes, rank, goal_card, goal in GOALS:
         for card in CARDS:
-            try:
-                stages = estimate_model(cases, shapes, rank, card)
-            except KeyError as error:
-                lines.append(f"| {title} | {card.name} | | {error.args[0]} | |")
-                continue
+            stages = estimate_model(cases, shapes, rank, card)
             whole = sum(stages.values())
             largest = sorted(stages.items(), key=lambda item: -item[1])[:3]
             told = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in largest)
@@ -206,15 +214,31 @@ def _render_goals(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _render_stages(cases: list[dict[str, Any]]) -> str:
-    lines = ["| 64 × 1280² | card | stage | ms, estimated |", "|---|---|---|---|"]
-    for rank in (128, 0.99):
-        for card in CARDS:
-            stages = estimate_model(cases, {(1280, 1280): 64}, rank, card)
-            for stage, seconds in sorted(stages.items(), key=lambda item: -item[1]):
-                rule = f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
-                lines.append(f"| {rule} | {card.name} | {stage} | {1e3 * seconds:.2g} |")
-    return "\n".join(lines)
+def _render_stages(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+    columns = {
+        f"{label}{_rule(rank)}, {card.name}": stages
+        for rank in (128, 0.99)
+        for card in CARDS
+        for label, stages in (
+            ("before: ", estimate_stack(find_case(before, 1280, 1280, rank), 64, card, False)),
+            ("", estimate_model(after, {(1280, 1280): 64}, rank, card)),
+        )
+    }
+    names = list(dict.fromkeys(stage for stages in columns.values() for stage in stages))
+    names.sort(key=lambda stage: -max(stages.get(stage, 0) for stages in columns.values()))
+    lines = [
+        f"| 64 × 1280², ms, estimated | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name in names:
+        cells = [_milliseconds(stages.get(name)) for stages in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sums = [_milliseconds(sum(stages.values())) for stages in columns.values()]
+    return "\n".join([*lines, f"| sum | {' | '.join(sums)} |"])
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{float(f'{1e3 * seconds:.2g}'):g}"
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
-from prolora.core.ops.small_svd import small_svd
+from prolora.core.ops.small_svd import small_singular_values, small_svd
 
 
 def random(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -24,7 +24,9 @@ def run_small_svd(device: str, large: bool) -> None:
     """Shared memory, more of it than 48 KiB, and global scratch."""
     sizes = [(64, 64), (128, 128), (512, 128)] if large else [(9, 7), (80, 80), (300, 100)]
     for m, n in sizes:
-        small_svd(random(64 if large else 2, m, n, device=device))
+        a = random(64 if large else 2, m, n, device=device)
+        small_svd(a)
+        small_singular_values(a)
 
 
 def run_panel_qr(device: str, large: bool) -> None:

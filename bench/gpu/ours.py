@@ -16,7 +16,7 @@ from prolora.core.ops import torch_twin
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
-from prolora.core.ops.small_svd import small_svd
+from prolora.core.ops.small_svd import small_singular_values, small_svd
 
 from .clock import peak_memory, time_call
 from .counters import Counting, counting
@@ -166,6 +166,20 @@ def time_small_svd(bench: Bench) -> None:
         )
 
 
+def time_small_singular_values(bench: Bench) -> None:
+    """Against torch.linalg.svdvals, which loops: two matrices, scaled."""
+    for b, n in ((64, 128), (512, 64)):
+        a = random(b if not bench.dry else 2, bench.size(n), bench.size(n), device=bench.device)
+        few = a[:2].contiguous()
+        compare_kernel(
+            bench,
+            f"{b} x {n}x{n}",
+            partial(small_singular_values, a),
+            partial(torch.linalg.svdvals, few),
+            few=b / 2,
+        )
+
+
 def time_panel_qr(bench: Bench) -> None:
     """Against torch's formulas."""
     for b, rows, m in ((64, 32, 1280), (16, 32, 10240), (8, 32, 3072)):
@@ -209,6 +223,7 @@ def time_project_pair(bench: Bench) -> None:
 
 KERNELS = {
     "small_svd": time_small_svd,
+    "small_singular_values": time_small_singular_values,
     "panel_qr": time_panel_qr,
     "overlap_table": time_overlap_table,
     "project_pair": time_project_pair,
