@@ -36,15 +36,16 @@ def run_panel_qr(device: str, large: bool) -> None:
 
 
 def run_overlap_table(device: str, large: bool) -> None:
-    """One group."""
-    shape = (64, 1280, 128) if large else (2, 100, 70)
-    overlap_table([random(*shape, device=device)], [random(*shape, device=device).flip(0)])
+    """Rows that copies of 16 bytes take, and rows that they do not."""
+    for shape in [(64, 1280, 128)] if large else [(2, 128, 64), (2, 101, 70)]:
+        us = random(*shape, device=device)
+        overlap_table([us], [us.flip(0)])
 
 
 def run_project_pair(device: str, large: bool) -> None:
-    """A square shape and a tall one."""
-    shapes = [(64, 1280, 588, 32), (2, 10240, 588, 32)] if large else [(2, 96, 40, 8)]
-    for b, m, k, r in shapes:
+    """Square shapes, and a tall one, whose depth is cut into parts."""
+    small = [(2, 96, 40, 8), (2, 101, 37, 7), (1, 2048, 40, 8)]
+    for b, m, k, r in [(64, 1280, 588, 32), (2, 10240, 588, 32)] if large else small:
         us, ut = (random(b, m, k, device=device) / m**0.5 for _ in range(2))
         project_pair(us, ut, random(b, r, m, device=device))
 
