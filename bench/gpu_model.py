@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Card:
 H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 4 << 30)
 RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 3 << 30)
 CARDS = (H100, RTX_4090)
+LARGER_STACKS = replace(H100, name="H100, stacks of 16 GiB", stack=16 << 30)
 
 SDXL = {
     (1280, 1280): 360,
@@ -204,7 +205,7 @@ def _rule(rank: int | float) -> str:
 def _render_goals(cases: list[dict[str, Any]]) -> str:
     lines = ["| | card | goal | estimated | most of it |", "|---|---|---|---|---|"]
     for title, shapes, rank, goal_card, goal in GOALS:
-        for card in CARDS:
+        for card in (H100, LARGER_STACKS, RTX_4090):
             stages = estimate_model(cases, shapes, rank, card)
             whole = sum(stages.values())
             largest = sorted(stages.items(), key=lambda item: -item[1])[:3]

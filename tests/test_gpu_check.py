@@ -1,8 +1,11 @@
 """The GPU check without its steps: lines, time, workers that fail, tables, counts."""
 
+import json
 import sys
 import time
+from pathlib import Path
 
+import gpu_model
 import pytest
 import torch
 from gpu import __main__ as check
@@ -13,6 +16,7 @@ from gpu.steps import Bench, Step
 
 import prolora
 
+ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
 
 
@@ -151,3 +155,16 @@ def test_the_calls_of_a_truncated_svd_belong_to_stages_of_it():
     stages = {call.stage for call in tally.calls}
     assert {"scaling and norms", "dense", "eigensolver"} <= stages
     assert "other" not in stages
+
+
+def test_the_page_of_performance_has_the_tables_of_the_counts_and_of_the_model():
+    counts = json.loads((ROOT / "bench/results/dispatches.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text("utf-8")
+    for table in gpu_model.render_model(counts).strip().split("\n\n"):
+        assert table in page
+
+
+def test_the_model_gives_the_times_that_it_starts_from():
+    for size, seconds in ((128, 6e-3), (512, 15e-3)):
+        found = gpu_model.estimate_eigh(64, size, "float32", gpu_model.H100, batched=True)
+        assert found == pytest.approx(seconds, rel=0.02)
