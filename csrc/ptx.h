@@ -14,15 +14,10 @@
 namespace prolora::ptx {
 
 __device__ __forceinline__ float as_float(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ unsigned as_bits(float x) { return __float_as_uint(x); }
 
-// The nearest number with 10 bits after the point, half away from zero: what tensor cores read.
-__device__ __forceinline__ unsigned round_to_tf32(float x) {
-  unsigned rounded = 0;
-  PROLORA_SM80(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x)));
-  return rounded;
-}
-
-// c += a b for a [16, 8], b [8, 8], c [16, 8] held by a warp: with g = lane / 4, t = lane % 4
+// c += a b for a [16, 8], b [8, 8], c [16, 8] held by a warp. Operands are float32 whose last 13
+// bits are 0. With g = lane / 4, t = lane % 4:
 //   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
 //   b: (t, g), (t + 4, g)
 //   c: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)

@@ -1,13 +1,13 @@
 // The tile of float32 on tensor cores: three TF32 products for one of float32.
 //
-// x = hi + lo, both rounded to TF32's 11 bits, leaves 2^-22 of x or less, and a b is taken as
-// lo hi + hi lo + hi hi. One product of rounded numbers would not do: columns of equal numbers, as
-// a Hadamard basis has, all round the same way, and an overlap is then off by up to 1e-3. Tensor
-// cores cut sums towards zero: 12 products, a slice's, add up there, and the slices' sums in
-// float32 arithmetic.
+// x = hi + lo, hi the nearest number of 11 bits, lo the rest without its last 13 bits, leaves 2^-23
+// of x or less, and a b is taken as lo hi + hi lo + hi hi. One product of rounded numbers would not
+// do: columns of equal numbers, as a Hadamard basis has, all round the same way, and an overlap is
+// then off by up to 1e-3. Tensor cores cut sums towards zero: 12 products, a slice's, add up there,
+// and the slices' sums in float32 arithmetic.
 //
-// A warp has 32 x 32 sums: per 8 of depth 24 mma for 16 numbers a lane from shared memory, 32
-// conversions and 16 subtractions.
+// A warp has 32 x 32 sums: per 8 of depth 24 mma for 16 numbers a lane from shared memory, which
+// take four instructions each to split.
 #pragma once
 
 #include "ptx.h"
@@ -25,7 +25,7 @@ struct TensorTile {
   static constexpr int kDepth = 32;
   static constexpr int kWarpSize = 32;  // rows and columns of a warp, too
   static constexpr int kThreads = (kRows / kWarpSize) * (kCols / kWarpSize) * 32;
-  static constexpr int kMinBlocks = 512 / kThreads;
+  static constexpr int kMinBlocks = (kCols == 64 ? 384 : 512) / kThreads;  // 168, 128 registers
   using Staged = StagedTile<float, kRows, kCols, kThreads>;
   static constexpr int kStageStride = Staged::kStageStride;
 
@@ -120,8 +120,10 @@ struct TensorTile {
         for (int n = 0; n < kRegisters; ++n) {
           const int across = f * kStep + n % (kStep / 8) * 8;
           const float x = slice[at(p + n / (kStep / 8) * 4, first + across)];
-          high[f][n] = ptx::round_to_tf32(x);
-          low[f][n] = ptx::round_to_tf32(x - ptx::as_float(high[f][n]));
+          // cvt.rna.tf32 takes five instructions, for NaN and infinity; here these leave NaN in
+          // low.
+          high[f][n] = (ptx::as_bits(x) + 0x1000u) & ~0x1fffu;
+          low[f][n] = ptx::as_bits(x - ptx::as_float(high[f][n])) & ~0x1fffu;
         }
       }
     }

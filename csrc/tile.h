@@ -149,8 +149,9 @@ struct CudaTile {
   static constexpr int kThreadRows = 8;
   static constexpr int kThreadCols = 4;
   static constexpr int kThreads = (kRows / kThreadRows) * (kCols / kThreadCols);
-  // Blocks that a multiprocessor should hold: 128 registers a thread, 255 for double.
-  static constexpr int kMinBlocks = (sizeof(T) == 4 ? 512 : 256) / kThreads;
+  // Blocks that a multiprocessor should hold: 128 registers a thread, 168 for 32 columns, whose
+  // threads are fewer and move more each, 255 for double.
+  static constexpr int kMinBlocks = (sizeof(T) == 8 ? 256 : kCols == 64 ? 512 : 384) / kThreads;
   using Staged = StagedTile<T, kRows, kCols, kThreads>;
   static constexpr int kStageStride = Staged::kStageStride;
 

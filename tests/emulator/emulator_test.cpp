@@ -136,9 +136,8 @@ void product_kernel(const float* a, const float* b, float c, float* out, bool sw
   const int g = threadIdx.x / 4;
   const int t = threadIdx.x % 4;
   auto operand = [&](float x) {
-    unsigned bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    return round ? prolora::ptx::round_to_tf32(x) : bits;
+    const unsigned bits = prolora::ptx::as_bits(x);
+    return round ? (bits + 0x1000u) & ~0x1fffu : bits;
   };
   unsigned left[4] = {operand(a[g * 8 + t]), operand(a[(g + 8) * 8 + t]), operand(a[g * 8 + t + 4]),
                       operand(a[(g + 8) * 8 + t + 4])};
@@ -157,8 +156,6 @@ Values product(const Values& a, const Values& b, float c, int lanes, bool swap, 
   LAUNCH(product_kernel, 1, lanes, 0, nullptr, a.data(), b.data(), c, out.data(), swap, round);
   return out;
 }
-
-float to_tf32(float x) { return prolora::ptx::as_float(prolora::ptx::round_to_tf32(x)); }
 
 // Two copies by one thread, each in a group of its own; the second one of three numbers. Then
 // waits for both, one or none of the groups, and reads the eight numbers.
@@ -196,6 +193,5 @@ PYBIND11_MODULE(_emulator_test, m) {
   m.def("launch", &launch);
   m.def("lost_update", &lost_update);
   m.def("product", &product);
-  m.def("to_tf32", &to_tf32);
   m.def("copy", &copy);
 }

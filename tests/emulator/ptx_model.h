@@ -1,7 +1,7 @@
 // The emulator's side of csrc/ptx.h: tensor cores and asynchronous copies.
 //
-// mma is one more warp collective. Its operands must be TF32 numbers, so that a forgotten
-// cvt.rna.tf32 is seen; the sum of the eight products and c is exact, then cut to float towards
+// mma is one more warp collective. Its operands must be TF32 numbers, so that a forgotten rounding
+// is seen; the sum of the eight products and c is exact, then cut to float towards
 // zero, as tensor cores lose bits in one direction. (How many they keep while they add is not
 // documented.)
 //
@@ -21,11 +21,10 @@ inline float as_float(unsigned bits) {
   return x;
 }
 
-inline unsigned round_to_tf32(float x) {
-  if (std::isnan(x)) return 0x7fffe000u;
+inline unsigned as_bits(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  return (bits + 0x1000u) & ~0x1fffu;
+  return bits;
 }
 
 inline float cut_to_float(double x) {

@@ -27,7 +27,13 @@ REGISTERS = {
     "panel_qr_kernel": 128,
 }
 TILE_KERNELS = ("overlap_table_kernel", "coefficients_kernel", "apply_kernel")
-TILE_REGISTERS = {"CudaTileIf": 128, "CudaTileId": 255, "TensorTile": 128}
+TILE_REGISTERS = {
+    "CudaTileIfLi64": 128,
+    "CudaTileIfLi32": 168,
+    "CudaTileId": 255,
+    "TensorTileILi64": 168,
+    "TensorTileILi32": 128,
+}
 
 
 def run(*command: str) -> str:

