@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from prolora.core import recompression
 from prolora.core.recompression import (
     ProductSvd,
+    core_svd,
     factor_product,
     factor_product_by_grams,
     merge_products,
+    product_energies,
 )
+from prolora.core.svd import stacks
 
 
 def panels(conditions: list[float], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,3 +84,46 @@ def test_parts_that_are_orthogonal_merge_in_descending_order():
     wanted = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1, 1e-3], dtype=torch.float64)
     assert torch.allclose(s.take_along_dim(order, -1), wanted.expand(2, -1))
     assert torch.allclose((up * up).sum(-1), s)  # balanced
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("shape", [(150, 135), (135, 150)], ids=str)
+def test_cores_wider_than_the_kernel_go_as_one_stack_on_a_gpu(shape, failing, monkeypatch):
+    """Of full rank, of rank 3, of zeros, huge, tiny; and one that the batched solver fails on."""
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    generator = torch.Generator().manual_seed(0)
+    core = torch.randn(5, *shape, generator=generator)
+    core[1] = core[1, :, :3] @ core[1, :3]
+    core[2] = 0
+    core[3] *= 1e30
+    core[4] *= 1e-30
+    if failing:
+        solve = recompression.descending_eigh
+
+        def fail(symmetric):
+            return tuple(x.index_fill(0, torch.tensor([1]), torch.nan) for x in solve(symmetric))
+
+        monkeypatch.setattr(recompression, "descending_eigh", fail)
+    u, s, v = core_svd(core)
+    exact = torch.linalg.svdvals(core.double())
+    unit = 135 * 2.0**-23
+    assert ((s - exact).abs() <= 3 * unit * exact[:, :1]).all()
+    rebuilt = (u.double() * s.double()[:, None]) @ v.double().mT
+    assert ((rebuilt - core).norm(dim=(1, 2)) <= 3 * unit * core.double().norm(dim=(1, 2))).all()
+    for x in (u[[0, 3, 4]], v[[0, 3, 4]]):
+        assert (x.mT @ x - torch.eye(135)).norm(dim=(1, 2)).max() <= 3 * unit
+    if not failing:
+        assert not s[1, 3:].any() and not s[2].any()
+
+
+def test_energies_of_a_stack_are_those_of_its_products(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(2, 3, *shape, generator=generator) for shape in ((40, 6), (6, 30)))
+    alone = product_energies(up, down)
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    together = product_energies(up, down)
+    torch.testing.assert_close(together, alone)
+    exact = torch.linalg.svdvals((up @ down).double())[..., :6].square()
+    torch.testing.assert_close(together, exact, rtol=1e-5, atol=0)
+    monkeypatch.setattr(recompression, "eigenvalue_stack", lambda x: x[..., 0] * torch.nan)
+    torch.testing.assert_close(product_energies(up, down), alone)

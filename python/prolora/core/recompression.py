@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteWeights, SolverFailure
+from .ops.operands import flatten_stack
 from .ops.panel_qr import MAX_PANEL_ROWS, panel_qr
 from .ops.small_svd import MAX_SVD_COLUMNS, small_svd
-from .precision import in_full_precision, is_finite, working_dtype
+from .precision import EPS32, in_full_precision, is_finite, working_dtype
 from .rank_rule import columns_holding
-from .svd.solvers import attempt
+from .svd.solvers import attempt, descending_eigh, eigenvalue_stack
+from .svd.stacks import decides_freely
 from .validation import refuse_tangents
 
 
@@ -39,8 +41,35 @@ def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S and V of core [..., p, q], q ≤ p."""
     if core.shape[-1] <= MAX_SVD_COLUMNS:
         return small_svd(core)
+    if core.dtype == torch.float32 and not decides_freely(core):
+        return _svd_by_gram(core)
     u, s, vt = torch.linalg.svd(core, full_matrices=False)
     return u, s, vt.mT
+
+
+def _svd_by_gram(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_thin_svd` of a stack in float32, by eigenvectors of coreᵀcore in float64.
+
+    What squaring loses lies below float32's rounding of the largest singular value: values of at
+    most q·eps of it come back as 0, with a zero column in U, as `small_svd` gives them. Matrices
+    that the batched solver fails on are done one by one.
+    """
+    stack = flatten_stack(core)
+    # A power of two: no square over- or underflows in float64, and no digit changes.
+    exponent = torch.frexp(stack.abs().amax((1, 2)))[1]
+    exact = torch.ldexp(stack.double(), -exponent[:, None, None])
+    squares, v = descending_eigh(exact.mT @ exact)
+    s = squares.clamp_min(0).sqrt()
+    noise = s <= core.shape[-1] * EPS32 * s[:, :1]
+    u = (exact @ v / torch.where(noise, 1, s)[:, None]).masked_fill(noise[:, None], 0)
+    s = torch.ldexp(s.masked_fill(noise, 0), exponent[:, None])
+    u, s, v = (x.to(core.dtype) for x in (u, s, v))
+    failed = s.isfinite().all(1).logical_not().nonzero().flatten().tolist()
+    if failed:
+        again, values, vt = torch.linalg.svd(stack[failed], full_matrices=False)
+        u[failed], s[failed], v[failed] = again, values, vt.mT
+    lead = core.shape[:-2]
+    return u.reshape(core.shape), s.reshape(*lead, -1), v.reshape(*lead, *v.shape[1:])
 
 
 @in_full_precision
@@ -55,9 +84,16 @@ def product_energies(up: Tensor, down: Tensor) -> Tensor:
         down: [..., r, n].
     """
     up, down = up.detach().double(), down.detach().double()
-    values, vectors = torch.linalg.eigh(up.mT @ up)
+    left, right = up.mT @ up, down @ down.mT
+    if not decides_freely(left):
+        values, vectors = descending_eigh(flatten_stack(left))
+        root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        energies = eigenvalue_stack(root.mT @ flatten_stack(right) @ root).clamp_min(0)
+        if bool(energies.isfinite().all()):
+            return energies.reshape(left.shape[:-1])
+    values, vectors = torch.linalg.eigh(left)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    found: Tensor = torch.linalg.eigvalsh(root.mT @ (down @ down.mT) @ root)
+    found: Tensor = torch.linalg.eigvalsh(root.mT @ right @ root)
     return found.clamp_min(0).flip(-1)
 
 
