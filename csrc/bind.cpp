@@ -80,6 +80,14 @@ py::tuple devices() {
   return py::make_tuple(capabilities, why);
 }
 
+Index panel_qr_scratch(Index batch, Index r, bool float64, bool cuda) {
+#ifdef PROLORA_CUDA
+  if (cuda) return panel_qr_scratch_cuda(batch, r, float64);
+#endif
+  (void)batch, (void)r, (void)float64, (void)cuda;
+  return 0;
+}
+
 Index small_svd_scratch(Index batch, Index m, Index n, bool vectors, bool float64, bool cuda) {
 #ifdef PROLORA_CUDA
   if (cuda) return small_svd_scratch_cuda(batch, m, n, vectors, float64);
@@ -116,8 +124,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
         "The compute capabilities of the CUDA devices; why there are none.");
   m.def("run", &run, arg("op"), arg("numbers"), arg("float64"), arg("cuda"), arg("stream"),
         "Runs an op on the addresses and sizes of its struct in csrc/ops.h, in that order.");
-  m.def("panel_qr_scratch", &panel_qr_scratch, arg("r"),
-        "Doubles of scratch that panel_qr needs for a panel.");
+  m.def("panel_qr_scratch", &panel_qr_scratch, arg("batch"), arg("r"), arg("float64"), arg("cuda"),
+        "Bytes of scratch that panel_qr needs.");
   m.def("small_svd_scratch", &small_svd_scratch, arg("batch"), arg("m"), arg("n"), arg("vectors"),
         arg("float64"), arg("cuda"), "Bytes of scratch that small_svd needs, or the values alone.");
   m.def("project_pair_scratch", &project_pair_scratch, arg("batch"), arg("m"), arg("ks"), arg("kt"),

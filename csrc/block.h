@@ -10,6 +10,10 @@
 //   sum(n, f)        the sum of f(i), known to every lane
 //   dot(n, x, y)     x·y, known to every lane
 //   sync()           wait until every lane is here; what they wrote is there for all of them
+//   in_order(n, f)   as each, one i of a lane after the other: f may add to variables of its lane,
+//                    or hold many registers
+//   total(x)         the sum over the lanes, known to every lane
+//   partner(x, d)    the x of the lane whose number differs in bit d; a warp has kWidth lanes
 // i has the type of n: int keeps the arithmetic of addresses at 32 bits.
 // The Serial versions (serial.h) are the CPU backend; the Cuda versions run on a GPU or in the
 // emulator. Every sum is taken in an order that depends on n alone, so results repeat bit by bit.
@@ -25,6 +29,13 @@
 #define HOST_DEVICE inline
 #endif
 
+// Unrolls the next loop in full, so that what it indexes can stay in registers.
+#ifdef __CUDACC__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
 namespace prolora {
 
 using Index = std::int64_t;
@@ -36,11 +47,23 @@ HOST_DEVICE Index smaller(Index a, Index b) { return a < b ? a : b; }
 
 struct CudaWarp {
   static constexpr unsigned kAll = 0xffffffffu;
+  static constexpr int kWidth = 32;
 
   template <class I, class F>
   __device__ __forceinline__ void each(I n, F f) const {
 #pragma unroll 2
     for (I i = I(threadIdx.x % 32); i < n; i += 32) f(i);
+  }
+
+  template <class I, class F>
+  __device__ __forceinline__ void in_order(I n, F f) const {
+#pragma unroll 1
+    for (I i = I(threadIdx.x % 32); i < n; i += 32) f(i);
+  }
+
+  template <class T>
+  static __device__ __forceinline__ T partner(T value, int d) {
+    return __shfl_xor_sync(kAll, value, d);
   }
 
   __device__ __forceinline__ void sync() const { __syncwarp(); }

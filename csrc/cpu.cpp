@@ -116,18 +116,28 @@ void project_pair_cpu(const ProjectPairArgs<T>& args) {
   }
 }
 
-Index panel_qr_scratch(Index r) { return PanelWorkspace::doubles(r); }
-
 template <class T>
 void panel_qr_cpu(const PanelQrArgs<T>& args) {
-  const Index r = args.r;
-  const Index m = args.m;
-#pragma omp parallel for schedule(dynamic) if (8.0 * args.batch * m * r * r > kParallelFlops)
-  for (Index b = 0; b < args.batch; ++b) {
-    panel_qr(SerialBlock{}, args.panel + b * r * m, args.q + b * r * m, args.l + b * r * r,
-             args.rank + b, PanelWorkspace::at(args.scratch + b * PanelWorkspace::doubles(r), r), r,
-             m);
+  const int r = int(args.r);
+  const int m = int(args.m);
+  bool enough_memory = true;
+#pragma omp parallel if (20.0 * args.batch * m * r * r > kParallelFlops)
+  {
+    const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
+                                                  std::byte[PanelWorkspace<T>::bytes(r)]);
+    if (!memory) {
+#pragma omp critical
+      enough_memory = false;
+    }
+#pragma omp for schedule(dynamic)
+    for (Index b = 0; b < args.batch; ++b) {
+      if (!memory) continue;
+      panel_qr(SerialBlock{}, args.panel + b * r * m, args.scale ? args.scale[b] : 0.0,
+               args.q + b * r * m, args.l + b * r * r, args.rank + b,
+               PanelWorkspace<T>::at(memory.get(), r), r, m);
+    }
   }
+  if (!enough_memory) throw std::bad_alloc{};
 }
 
 template <class T>

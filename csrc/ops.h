@@ -55,11 +55,12 @@ struct OverlapTableArgs {
 
 template <class T>
 struct PanelQrArgs {
-  const T* panel;   // [batch, r, m]
-  T* q;             // [batch, r, m], orthonormal rows, or zero where a row was dropped
-  T* l;             // [batch, r, r], lower, panel = l q
-  Index* rank;      // [batch], rows kept; -1: not found this way
-  double* scratch;  // [batch, panel_qr_scratch(r)]
+  const T* panel;       // [batch, r, m], r <= 128, r m < 2^31
+  const double* scale;  // [batch], what is left of a row must be longer than 1e-6 of; may be null
+  T* q;                 // [batch, r, m], orthonormal rows, or zero where a row was dropped
+  T* l;                 // [batch, r, r], lower, panel = l q
+  Index* rank;          // [batch], rows kept; -1: not found this way
+  std::byte* scratch;   // panel_qr_scratch_cuda bytes; the CPU brings its own
   Index batch, r, m;
 };
 
@@ -115,10 +116,8 @@ PROLORA_OPS(PROLORA_DECLARE)
   template void op##_cuda(const Args<float>&, std::uintptr_t); \
   template void op##_cuda(const Args<double>&, std::uintptr_t);
 
-// Numbers of scratch for a panel of r rows.
-Index panel_qr_scratch(Index r);
-
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
+Index panel_qr_scratch_cuda(Index batch, Index r, bool float64);
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
 
 // Numbers of `coefficients` that project_pair needs on the current device.

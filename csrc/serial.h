@@ -57,6 +57,8 @@ struct Lanes {
 #endif
 
 struct SerialWarp {
+  static constexpr int kWidth = 1;
+
   template <class I, class F>
   HOST_DEVICE void each(I n, F f) const {
     PROLORA_INDEPENDENT
@@ -64,6 +66,21 @@ struct SerialWarp {
   }
 
   HOST_DEVICE void sync() const {}
+
+  template <class I, class F>
+  HOST_DEVICE void in_order(I n, F f) const {
+    for (I i = 0; i < n; ++i) f(i);
+  }
+
+  template <class T>
+  HOST_DEVICE T total(T value) const {
+    return value;
+  }
+
+  template <class T>
+  HOST_DEVICE T partner(T value, int) const {
+    return value;
+  }
 
   template <class T, class I, class F>
   HOST_DEVICE T sum(I n, F f) const {

@@ -53,8 +53,9 @@ class Kernels:
     def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._call(run_project_pair, torch_twin.project_pair, self._there(us, ut, x))
 
-    def panel_qr(self, panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._call(run_panel_qr, torch_twin.panel_qr, self._there(panel))
+    def panel_qr(self, panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        scale = None if scale is None else scale.to(self.device)
+        return self._call(run_panel_qr, torch_twin.panel_qr, [*self._there(panel), scale])
 
     def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._call(run_small_svd, torch_twin.small_svd, self._there(a))

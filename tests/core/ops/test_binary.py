@@ -24,7 +24,7 @@ REGISTERS = {
     "shells_kernel": 64,
     "cancelled_kernel": 64,
     "sum_parts_kernel": 64,
-    "panel_qr_kernel": 128,
+    "panel_qr_kernel": 168,
 }
 TILE_KERNELS = ("overlap_table_kernel", "coefficients_kernel", "apply_kernel")
 TILE_REGISTERS = {

@@ -146,7 +146,7 @@ def test_every_op_is_told_with_what_runs_it(machine):
     assert facts["compiled extension"] == "yes" and facts["CUDA kernels"] == COMPILED
     assert facts["GPUs that run the kernels"] == "0 (no device found)"
     assert facts["op small_svd"] == "cpu: extension; gpu: torch"
-    assert facts["op panel_qr"] == "cpu: torch (LAPACK's QR is faster on a CPU); gpu: torch"
+    assert facts["op panel_qr"] == "cpu: torch (torch's products are faster on a CPU); gpu: torch"
     machine([(9, 0)])
     facts = native.describe_installation()
     assert facts["GPUs that run the kernels"] == 1

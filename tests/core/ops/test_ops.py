@@ -149,7 +149,7 @@ def test_kernels_without_a_device_raise_instead_of_crashing():
     with pytest.raises(RuntimeError):
         run_small_svd(extension, randn(1, 3, 2), cuda=True)
     with pytest.raises(RuntimeError):
-        run_panel_qr(extension, randn(1, 2, 3), cuda=True)
+        run_panel_qr(extension, randn(1, 2, 3), None, cuda=True)
 
 
 def test_a_wrong_number_of_arguments_is_refused():

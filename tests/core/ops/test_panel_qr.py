@@ -1,24 +1,39 @@
 """panel_qr is judged as LAPACK's tests judge a QR: reconstruction and orthogonality."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prolora import errors
 from prolora.core import recompression
-from prolora.core.ops.panel_qr import panel_qr
+from prolora.core.ops import torch_twin
+from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
 from prolora.core.recompression import orthonormal_rows
 
 DTYPES = [torch.float32, torch.float64]
-SHAPES = [(3, 5, 70), (1, 1, 1), (2, 1, 30), (1, 33, 300), (2, 16, 16)]
+# d is not a multiple of 4 in some, and rows not of 8 in most.
+SHAPES = [(3, 5, 70), (1, 1, 1), (2, 1, 30), (1, 33, 302), (2, 17, 17), (1, 32, 96), (1, 64, 130)]
 # What a row loses when it is dropped: 8 eps in float32; in float64 the Gram matrix is no better
 # than its numbers.
 DROPPED = {torch.float32: 8 * 2.0**-23, torch.float64: 1.5e-7}
 
 
-def random(shape, dtype, seed=0):
+def random(shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def of_condition(condition, shape, seed=0):
+    """A panel [b, r, m] in float64 whose singular values fall evenly from 1 to 1/condition."""
+    b, r, _ = shape
+    right = torch.linalg.qr(random(shape, torch.float64, seed).mT)[0].mT
+    left = torch.linalg.qr(random((b, r, r), torch.float64, seed + 1))[0]
+    return left @ (
+        torch.logspace(0, -math.log10(condition), r, dtype=torch.float64)[:, None] * right
+    )
 
 
 def assert_qr(panel, q, lower, rank, loss=0.0):
@@ -31,6 +46,7 @@ def assert_qr(panel, q, lower, rank, loss=0.0):
     assert torch.equal(kept.sum(1).long(), rank)
     assert ((q @ q.mT - torch.diag_embed(kept)).norm(dim=(1, 2)) <= unit).all()
     assert ((lower @ q - p).norm(dim=2) <= (unit + loss) * p.norm(dim=2)).all()
+    assert not (lower * (1 - kept[:, None])).any()  # the column of a dropped row
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,6 +56,8 @@ def test_rows_are_orthonormal_and_rebuild_the_panel(kernels, shape, dtype):
     q, lower, rank = kernels.panel_qr(panel)
     assert_qr(panel, q, lower, rank)
     assert (rank == shape[1]).all()
+    for one, alone in zip((q, lower, rank), kernels.panel_qr(panel[:1]), strict=True):
+        torch.testing.assert_close(one[:1], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 0, 0)], ids=str)
@@ -49,16 +67,61 @@ def test_empty_panels_give_empty_factors(kernels, shape):
     assert not rank.any()
 
 
+def test_a_condition_of_a_million_costs_no_orthogonality(kernels):
+    """Few eps, not eps times the condition, though no float32 product is summed in float64."""
+    panel = of_condition(1e6, (2, 24, 402)).float()
+    q, lower, rank = kernels.panel_qr(panel, torch.full((2,), 1e-30, dtype=torch.float64))
+    eps = 2.0**-23
+    assert (rank == 24).all()
+    assert (q.double() @ q.double().mT - torch.eye(24)).abs().max() < 4 * eps
+    left = (lower.double() @ q.double() - panel.double()).norm(dim=2)
+    assert (left < 16 * eps * panel.double().norm(dim=2)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_others_span_are_dropped(kernels, dtype):
     panel = random((2, 9, 3), dtype) @ random((2, 3, 40), dtype, 1)
     panel[1, 4] = 0
+    panel = torch.cat([panel, torch.zeros_like(panel[:1])])
     q, lower, rank = kernels.panel_qr(panel)
     done = rank >= 0  # in float64 what is left may be noise that looks like a row: flagged
     assert done.all() or dtype == torch.float64
     assert_qr(panel[done], q[done], lower[done], rank[done], loss=3 * DROPPED[dtype])
-    assert (rank[done] >= 3).all() and (rank[done] <= 4).all()
-    assert not kernels.panel_qr(torch.zeros(1, 3, 8))[2].any()
+    first = rank[:2][done[:2]]
+    assert (first >= 3).all() and (first <= 4).all() and rank[-1] == 0
+    assert not done[1] or not (q[1, 4].any() or lower[1, 4].any())
+
+
+def test_rows_are_dropped_by_a_scale_as_well(kernels):
+    """What is left of a row: 1e-2, 1e-4, 1e-5 of the first row's length, and its own length."""
+    turned = torch.linalg.qr(random((1, 60, 4), torch.float64))[0].mT
+    panel = turned.clone()
+    panel[:, 1] = turned[:, 0] + 1e-2 * turned[:, 1]
+    panel[:, 2] = turned[:, 1] + 1e-4 * turned[:, 2]
+    panel[:, 3] = 1e-5 * turned[:, 3]
+    panel = panel.float().expand(3, -1, -1)
+    scale = torch.tensor([1.0, 20.0, 2e3], dtype=torch.float64)
+    q, lower, rank = kernels.panel_qr(panel, scale)
+    assert rank.tolist() == [4, 3, 2]
+    assert [[bool(row.any()) for row in one] for one in q] == [
+        [True, True, True, True],
+        [True, True, True, False],
+        [True, True, False, False],
+    ]
+    assert ((lower @ q - panel).norm(dim=2) <= 1.01e-6 * scale[:, None] + 1e-6).all()
+    for one, other in zip(kernels.panel_qr(panel), kernels.panel_qr(panel, 0 * scale), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_dropped_row_takes_no_later_one_with_it(kernels):
+    """Its rounding points where a later row does: that one is kept, or the panel is flagged."""
+    turned = torch.linalg.qr(random((1, 60, 3), torch.float64))[0].mT
+    panel = turned[:, [0, 0, 1, 2]]
+    panel[:, 1] += 5e-7 * turned[:, 1]
+    q, lower, rank = kernels.panel_qr(panel.float())
+    assert rank.tolist() == [3] or (rank.tolist() == [-1] and kernels.module is None)
+    if rank[0] == 3:
+        assert_qr(panel.float(), q, lower, rank, loss=DROPPED[torch.float32])
 
 
 @pytest.mark.parametrize("angle", [1e-3, 1e-5, 3e-6, 5e-7, 1e-7])
@@ -72,35 +135,50 @@ def test_rows_close_to_each_other_cost_no_accuracy(kernels, angle):
 
 @pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
 def test_rows_of_any_size(kernels, scale):
-    panel = random((1, 12, 60), torch.float32).clamp(-3, 3)
+    panel = random((1, 12, 60)).clamp(-3, 3)
     panel = panel * torch.logspace(0, -2, 12)[:, None] * scale
     assert_qr(panel, *kernels.panel_qr(panel))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_large_entry_hides_no_others(kernels):
+    panel = random((1, 6, 50))
+    panel[:, :, 0] = 1e4
+    assert_qr(panel, *kernels.panel_qr(panel))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
 def test_non_finite_panels_are_flagged_and_spare_the_others(kernels, bad):
-    panel = random((3, 4, 30), torch.float32)
-    panel[1, 2, 3] = bad
+    """As are rows whose length float32 cannot hold."""
+    panel = random((3, 4, 30))
+    panel[1, 2, 3:5] = bad
     q, lower, rank = kernels.panel_qr(panel)
     assert rank.tolist() == [4, -1, 4]
+    assert q[1].isnan().all() and lower[1].isnan().all()
     assert_qr(panel[::2], q[::2], lower[::2], rank[::2])
 
 
 def test_what_cholesky_cannot_do_goes_to_reflections(kernels, monkeypatch):
-    """The widest spread of sizes there is, mixed: flagged in float64, and still orthonormal."""
-    monkeypatch.setattr(recompression, "panel_qr", kernels.panel_qr)
+    """The widest spread of sizes there is, mixed; and what is flagged is still orthonormal."""
     mix = random((1, 20, 20), torch.float64) * torch.logspace(0, -9, 20, dtype=torch.float64)
     panel = mix @ random((1, 20, 90), torch.float64, 1)
     panel = torch.cat([panel, random((1, 20, 90), torch.float64, 2)])
-    rank = kernels.panel_qr(panel)[2].tolist()
-    assert rank[1] == 20 and (rank[0] == -1 or kernels.module is None)
-    for dtype in DTYPES:
-        q, lower = orthonormal_rows(panel.to(dtype))
-        assert_qr(panel.to(dtype), q, lower, (q.norm(dim=2) > 0).sum(1), DROPPED[dtype])
+
+    def flag_the_first(rows):
+        q, lower, rank = kernels.panel_qr(rows)
+        return (
+            q.index_fill(0, torch.tensor(0), torch.nan),
+            lower,
+            rank.index_fill(0, torch.tensor(0), -1),
+        )
+
+    for op in (kernels.panel_qr, flag_the_first):
+        monkeypatch.setattr(recompression, "panel_qr", op)
+        q, lower = orthonormal_rows(panel.float())
+        assert_qr(panel.float(), q, lower, (q.norm(dim=2) > 0).sum(1), DROPPED[torch.float32])
 
 
 def test_more_rows_than_columns_go_to_reflections():
-    wide = random((2, 7, 3), torch.float32)  # more rows than columns
+    wide = random((2, 7, 3))  # more rows than columns
     q, lower = orthonormal_rows(wide)
     torch.testing.assert_close(lower @ q, wide)
 
@@ -113,19 +191,90 @@ def test_more_rows_than_columns_go_to_reflections():
     seed=st.integers(0, 99),
 )
 def test_any_shape_and_rank(b, r, more, rank, seed):
-    panel = random((b, r, rank), torch.float32, seed) @ random((b, rank, r + more), torch.float32)
+    panel = random((b, r, rank), torch.float32, seed) @ random((b, rank, r + more))
     q, lower, found = panel_qr(panel)
     assert_qr(panel, q, lower, found, loss=20 * DROPPED[torch.float32])
 
 
+def assert_same(kernels, panel, scale=None):
+    """The factors of every backend are those of the twin: with a positive diagonal there are no
+    others."""
+    for one, twin in zip(
+        kernels.panel_qr(panel, scale), torch_twin.panel_qr(panel, scale), strict=True
+    ):
+        torch.testing.assert_close(one, twin, rtol=1e-4, atol=2e-5, equal_nan=True)
+
+
+def test_every_backend_gives_the_same(kernels):
+    panel = random((3, 13, 45))
+    panel[0, 5], panel[0, 9] = 0, panel[0, 2] - 3 * panel[0, 1]
+    panel[2, 3, 7] = torch.nan
+    assert_same(kernels, panel)
+    panel[1, 12] *= 1e-4
+    assert_same(kernels, panel, torch.tensor([1.0, 3e3, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_panels_too_large_for_shared_memory(kernels, dtype, monkeypatch):
+    monkeypatch.setenv("EMU_SHARED_BYTES", "4000")
+    panel = random((2, 19, 50), dtype)
+    assert_qr(panel, *kernels.panel_qr(panel))
+
+
+def test_panels_for_which_a_block_must_ask_for_more_shared_memory(kernels):
+    """54 KiB, beyond the 48 that a kernel has without cudaFuncSetAttribute."""
+    panel = random((1, 64, 66), torch.float64)
+    for _ in range(2):  # the second time the limit is raised already
+        assert_qr(panel, *kernels.panel_qr(panel))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_threads_changes_no_bit(dtype, monkeypatch):
+    extension = pytest.importorskip("prolora.core._emulated", reason="no emulated kernels")
+    panel, results = random((2, 21, 130), dtype), []
+    for seed in "0123":
+        monkeypatch.setenv("EMU_SEED", seed)
+        results.append(run_panel_qr(extension, panel, None, cuda=True))
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+def test_the_products_are_as_good_as_those_of_twice_the_precision(kernels):
+    """Rows at 2e-6 to each other, at the end of what is kept: their squared sines come out to 1 %.
+
+    So the Gram matrix is right to 4e-14; one from float32 sums would not know these rows apart.
+    """
+    turned = torch.linalg.qr(random((1, 1203, 2), torch.float64, 5))[0].mT
+    panel = torch.stack([turned[:, 0], turned[:, 0] + 2e-6 * turned[:, 1]], 1).float()
+    _, upper = torch.linalg.qr(panel.double().mT)
+    lower = kernels.panel_qr(panel)[1].double()
+    torch.testing.assert_close(
+        lower.diagonal(dim1=1, dim2=2), upper.diagonal(dim1=1, dim2=2).abs(), rtol=5e-3, atol=0
+    )
+
+
+def test_the_twin_waits_for_nothing(monkeypatch):
+    """Under fake tensors, of which nothing can be read."""
+    with FakeTensorMode():
+        for dtype in DTYPES:
+            panel, scale = torch.empty(2, 5, 9, dtype=dtype), torch.empty(2, dtype=torch.float64)
+            assert torch_twin.panel_qr(panel, scale)[0].shape == panel.shape
+
+
 def test_leading_dimensions_are_kept_and_sizes_are_refused():
-    panel = random((2, 3, 4, 30), torch.float32)
-    q, lower, rank = panel_qr(panel)
+    panel = random((2, 3, 4, 30))
+    scale = torch.ones(2, 3, dtype=torch.float64)
+    q, lower, rank = panel_qr(panel, scale)
     assert (q.shape, lower.shape, rank.shape) == (panel.shape, (2, 3, 4, 4), (2, 3))
     for shape in ((5, 4), (129, 400)):
         with pytest.raises(errors.ShapeMismatch, match=r"use torch\.linalg\.qr"):
             panel_qr(torch.zeros(shape))
+    with pytest.raises(errors.ShapeMismatch, match="one number a panel"):
+        panel_qr(panel, scale[0])
+    with pytest.raises(TypeError, match="scale must be float64"):
+        panel_qr(panel, scale.float())
 
 
-def test_operator_passes_torchs_own_checks():
-    torch.library.opcheck(torch.ops.prolora.panel_qr.default, (random((2, 3, 9), torch.float32),))
+@pytest.mark.parametrize("scale", [None, torch.ones(2, dtype=torch.float64)], ids=["", "scale"])
+def test_operator_passes_torchs_own_checks(scale):
+    torch.library.opcheck(torch.ops.prolora.panel_qr.default, (random((2, 3, 9)), scale))

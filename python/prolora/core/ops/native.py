@@ -28,7 +28,7 @@ INTERFACE = 3
 
 ON_CPU = {
     "overlap_table": "torch's products are faster on a CPU",
-    "panel_qr": "LAPACK's QR is faster on a CPU",
+    "panel_qr": "torch's products are faster on a CPU",
     "project_pair": "torch's products are faster on a CPU",
     "small_singular_values": "LAPACK is faster on a CPU",
     "small_svd": "",

@@ -12,30 +12,37 @@ from . import native, torch_twin
 from .operands import ANY_DEVICE, check_operands, flatten_stack, library
 
 MAX_PANEL_ROWS = 128
-"""The most rows panel_qr takes: beyond, reflections cost less than Gram matrices in double."""
+"""The most rows panel_qr takes: beyond, reflections cost less than Gram matrices."""
 
-library.define("panel_qr(Tensor panel) -> (Tensor, Tensor, Tensor)")
+library.define("panel_qr(Tensor panel, Tensor? scale=None) -> (Tensor, Tensor, Tensor)")
 
 
-def run_panel_qr(kernels: ModuleType, panel: Tensor, cuda: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """panel: [b, r, m] -> q [b, r, m], l [b, r, r], rank int64 [b]."""
+def run_panel_qr(
+    kernels: ModuleType, panel: Tensor, scale: Tensor | None, cuda: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of panel [b, r, m], scale float64 [b] -> q [b, r, m], l [b, r, r], rank int64 [b]."""
     panel = panel.contiguous()
     b, r, m = panel.shape
+    # The address of a tensor without elements is 0.
+    scale = panel.new_empty(0, dtype=torch.float64) if scale is None else scale.contiguous()
     q, lower = torch.empty_like(panel), panel.new_empty(b, r, r)
     rank = panel.new_empty(b, dtype=torch.int64)
-    scratch = panel.new_empty(b, kernels.panel_qr_scratch(r), dtype=torch.float64)
-    native.run_kernel(kernels, "panel_qr", (panel, q, lower, rank, scratch), (b, r, m), cuda)
+    with native.on_device(panel):
+        size = kernels.panel_qr_scratch(b, r, panel.dtype == torch.float64, cuda)
+    scratch = torch.empty(size, dtype=torch.uint8, device=panel.device)
+    tensors = (panel, scale, q, lower, rank, scratch)
+    native.run_kernel(kernels, "panel_qr", tensors, (b, r, m), cuda)
     return q, lower, rank
 
 
-def _panel_qr(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     kernels = native.kernels_for("panel_qr", panel.device)
     if kernels is None:
-        return torch_twin.panel_qr(panel)
-    return run_panel_qr(kernels, panel, panel.is_cuda)
+        return torch_twin.panel_qr(panel, scale)
+    return run_panel_qr(kernels, panel, scale, panel.is_cuda)
 
 
-def _panel_qr_fake(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _panel_qr_fake(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     b, r, m = panel.shape
     rank = panel.new_empty(b, dtype=torch.int64)
     return panel.new_empty(b, r, m), panel.new_empty(b, r, r), rank
@@ -45,31 +52,45 @@ library.impl("panel_qr", _panel_qr, ANY_DEVICE)
 torch.library.register_fake("prolora::panel_qr", _panel_qr_fake)
 
 
-def panel_qr(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal rows of thin panels: panel = l q.
-
-    The extension takes Cholesky QR (twice, Gram matrices in float64), the torch twin reflections.
+def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal rows of thin panels: panel = l q, by Cholesky QR, without waiting for a device.
 
     Args:
-        panel: [..., r, m], r ≤ m, r ≤ 128.
+        panel: [..., r, m], r ≤ m, r ≤ 128, r·m < 2³¹.
+        scale: float64 [...]; what is left of a row must be longer than 1e-6 of it. For rows that
+            are themselves the rounding of something longer.
 
     Returns:
         q [..., r, m], orthonormal rows; l [..., r, r], lower; rank int64 [...], the rows in use: a
-        row that lies in the span of those above it, to 8 eps of its length (1e-7 in float64), is
-        dropped: zero in q. Rank -1 (NaN, Inf, or rows too close to each other for Cholesky): the
-        other two mean nothing. Not differentiable.
+        row that lies in the span of those above it, to 8 eps of its length (1e-7 in float64) or
+        1e-6 of `scale`, is dropped: a zero row of q, a zero column of l. Rank -1: the other two are
+        NaN, because the panel holds NaN or Inf or rows too close to each other for Cholesky. Not
+        differentiable.
 
     Raises:
-        TypeError: a dtype other than float32 and float64.
-        ShapeMismatch: r larger than m or 128.
+        TypeError: a dtype other than float32 and float64, or a scale other than float64 on the same
+            device.
+        ShapeMismatch: r larger than m or 128, or a scale that is not one number a panel.
     """
     check_operands("panel_qr", panel=panel)
     r, m = panel.shape[-2:]
-    if r > m or r > MAX_PANEL_ROWS:
+    if r > m or r > MAX_PANEL_ROWS or r * m >= 2**31:
         raise ShapeMismatch(
             f"panel_qr: takes [..., r, m] with r <= m and r <= {MAX_PANEL_ROWS}, not {r} x {m}; "
             "use torch.linalg.qr"
         )
-    q, lower, rank = torch.ops.prolora.panel_qr(flatten_stack(panel))
     lead = panel.shape[:-2]
+    if scale is not None:
+        if scale.dtype != torch.float64 or scale.device != panel.device:
+            raise TypeError(
+                f"panel_qr: scale must be float64 on {panel.device}, "
+                f"not {scale.dtype} on {scale.device}"
+            )
+        if scale.shape != lead:
+            raise ShapeMismatch(
+                f"panel_qr: scale must be {tuple(lead)}, one number a panel, "
+                f"not {tuple(scale.shape)}"
+            )
+        scale = scale.reshape(lead.numel())
+    q, lower, rank = torch.ops.prolora.panel_qr(flatten_stack(panel), scale)
     return q.reshape(panel.shape), lower.reshape(*lead, r, r), rank.reshape(lead)

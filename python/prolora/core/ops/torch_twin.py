@@ -23,8 +23,18 @@ PRODUCT = 2 << 20
 # squared norm it had: what is left may then be mostly rounding.
 CANCELLED = 1e-2
 
-# panel_qr drops a row of which the rows above it leave this share of its length or less.
+# panel_qr drops a row of which the rows above it leave this share of its length or less, or this
+# share of the scale that is given.
+DEPENDENT = 1e-6
+TINY, HUGE = 1e-290, 1e200  # as a squared length: of no row, and more than of any
 DROPPED = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-26}
+# By this share the diagonal is raised to find such rows: above the rounding of float64.
+SHIFT = {torch.float32: 1e-14, torch.float64: 2e-15}
+# The type of the same size with whole numbers, and the bits that hold the exponent.
+EXPONENT_BITS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
 
 
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -94,55 +104,117 @@ def cancelled_matrices(rest: Tensor, rows: Tensor) -> Tensor:
     return indices
 
 
-def panel_qr(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal rows by Householder reflections; panels with rows to drop row by row.
+def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal rows by Cholesky QR, twice; nothing waits for the device.
+
+    The first Gram matrix is in float64, which carries a condition of 1e6. The substitution keeps
+    panel = l q to the rounding of each row whatever the condition; the second pass, in the dtype of
+    the panel, makes q orthonormal to rounding.
 
     Args:
         panel: [b, r, m], r ≤ m.
+        scale: float64 [b]; a row of which DEPENDENT · scale or less is left is dropped as well.
 
     Returns:
-        q [b, r, m], l [b, r, r], rank int64 [b], -1 for a panel with NaN or Inf.
+        q [b, r, m], l [b, r, r], rank int64 [b]. NaN and rank -1: NaN, Inf, a length beyond the
+        range of the dtype, or rows that two passes do not make orthonormal.
     """
-    q, lower = split_by_reflections(panel)
-    exact = lower.double()  # squares of what float32 holds may be beyond its range
-    lengths = torch.linalg.vector_norm(exact, dim=2)  # [b, r], those of the panel's rows
-    finite = lengths.isfinite().all(1)  # [b]
-    pivots = exact.diagonal(dim1=1, dim2=2).abs()
-    dependent = (pivots <= DROPPED[panel.dtype] * lengths).any(1) & finite
-    if dependent.any():
-        q[dependent], lower[dependent] = split_row_by_row(panel[dependent])
-    kept = lower.diagonal(dim1=1, dim2=2) != 0
-    return q, lower, kept.sum(1).masked_fill(~finite, -1)
+    b, r, _ = panel.shape
+    if panel.numel() == 0:
+        rank = torch.zeros(b, dtype=torch.int64, device=panel.device)
+        return torch.zeros_like(panel), panel.new_zeros(b, r, r), rank
+    gram, unit = row_products(panel)  # of the rows times unit [b, r, 1], a power of two
+    smallest: Tensor | float = TINY
+    if scale is not None:
+        smallest = (unit[:, :, 0] * (DEPENDENT * scale[:, None])).square_().clamp_min_(TINY)
+    dropped, limit = find_dependent(gram, smallest, panel.dtype)  # [b, r]
+    squares = gram.diagonal(dim1=1, dim2=2) + dropped
+    # Behind a diagonal this large a row no longer counts; it is still made of those before it.
+    gram.diagonal(dim1=1, dim2=2).masked_fill_(dropped, HUGE)
+    factor = torch.linalg.cholesky_ex(gram)[0]
+    factor.diagonal(dim1=1, dim2=2).masked_fill_(dropped, 1)
+    left = squares - factor.square().sum(2)  # of dropped rows, 0 of others
+    factor = factor.to(panel.dtype)
+    q = substitute_rows(factor, panel, unit, dropped)
+    again = (q @ q.mT).double()
+    again.diagonal(dim1=1, dim2=2).add_(dropped)
+    second, failed = torch.linalg.cholesky_ex(again)
+    # NaN and Inf end here, and so does whatever else the first factor came from: any factor at all
+    # leaves panel = factor q, and one pass more makes such rows orthonormal.
+    good = (second.diagonal(dim1=1, dim2=2) >= 0.5) & (unit[:, :, 0] > 0) & (left <= 4 * limit)
+    bad = (good.all(1) & (failed == 0)).logical_not_()
+    second.masked_fill_(bad[:, None, None], torch.nan)
+    eye = torch.eye(r, dtype=second.dtype, device=second.device)
+    inverse = torch.linalg.solve_triangular(second, eye, upper=False).to(panel.dtype)
+    lower = (factor @ second.to(panel.dtype)).div_(unit)
+    lower.masked_fill_((dropped & ~bad[:, None])[:, None], 0)
+    return inverse @ q, lower, (~dropped).sum(1).masked_fill_(bad, -1)
 
 
-def split_by_reflections(panel: Tensor) -> tuple[Tensor, Tensor]:
-    """panel: [b, r, m] -> q [b, r, m], l [b, r, r] by LAPACK, the stack shared out over threads."""
-    workers = torch.get_num_threads() if panel.device.type == "cpu" else 1
-    if min(workers, len(panel)) > 1:
-        parts = map_on_threads(torch.linalg.qr, list(panel.mT.tensor_split(workers)))
-        q, upper = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    else:
-        q, upper = torch.linalg.qr(panel.mT)
-    return q.mT.contiguous(), upper.mT.contiguous()
+def row_products(panel: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of the rows times a power of two each, float64 [b, r, r], and these [b, r, 1].
+
+    The power is 0 for a row whose length its dtype cannot hold.
+    """
+    if panel.dtype == torch.float64:
+        unit = near_reciprocal(panel.abs().amax(2, keepdim=True))
+        wide = panel * unit
+        gram = wide @ wide.mT
+        length = gram.diagonal(dim1=1, dim2=2).sqrt()[:, :, None] / unit
+        return gram, unit * length.isfinite()
+    wide = panel.double()  # where the squares of float32 are far from the ends of the range
+    gram = wide @ wide.mT
+    unit = near_reciprocal(gram.diagonal(dim1=1, dim2=2).sqrt().float()[:, :, None])
+    return gram.mul_(unit).mul_(unit.mT), unit
 
 
-def split_row_by_row(panel: Tensor) -> tuple[Tensor, Tensor]:
-    """panel: [b, r, m] -> q, l by Gram–Schmidt, twice; a row that others span is zero in q."""
-    b, r, m = panel.shape
-    rows = panel.double()
-    scale = torch.linalg.vector_norm(rows, dim=2)  # [b, r]
-    q, lower = rows.new_zeros(b, r, m), rows.new_zeros(b, r, r)
-    for i in range(r):
-        row = rows[:, i] / torch.where(scale[:, i] > 0, scale[:, i], 1)[:, None]  # [b, m]
-        for _ in range(2):
-            along = (q[:, :i] @ row[:, :, None])[:, :, 0]  # [b, i]
-            row = row - (along[:, None] @ q[:, :i])[:, 0]
-            lower[:, i, :i] += along * scale[:, i, None]
-        sine = torch.linalg.vector_norm(row, dim=1)
-        kept = sine > DROPPED[panel.dtype]
-        q[:, i] = torch.where(kept[:, None], row / torch.where(kept, sine, 1)[:, None], 0)
-        lower[:, i, i] = torch.where(kept, sine * scale[:, i], 0)
-    return q.to(panel.dtype), lower.to(panel.dtype)
+def near_reciprocal(size: Tensor) -> Tensor:
+    """The power of two that brings a size to [1, 2); subnormal numbers stay below."""
+    whole, exponent = EXPONENT_BITS[size.dtype]
+    power = size.clamp_min(torch.finfo(size.dtype).tiny).view(whole).bitwise_and(exponent)
+    return power.view(size.dtype).reciprocal_()
+
+
+def find_dependent(
+    gram: Tensor, smallest: Tensor | float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Which rows those before them explain, bool [b, r]; and what may be left of a row, squared.
+
+    A factorisation that drops rows one after the other waits for each. Here all pivots come from
+    one Cholesky factorisation with a little more on the diagonal, so that it gets to the end. A
+    row to be dropped counts for those behind it, which matters to a row along what is left of it
+    alone; `panel_qr` looks afterwards whether there was one.
+
+    Args:
+        gram: products of the rows, float64 [b, r, r].
+        smallest: a row is dropped if the square of what is left of it is at most this [b, r], or
+            at most DROPPED² of its own.
+        dtype: of the rows.
+    """
+    shifted = gram.clone()
+    diagonal = shifted.diagonal(dim1=1, dim2=2)
+    limit = (diagonal * DROPPED[dtype] ** 2).clamp_min_(smallest)
+    diagonal.mul_(1 + SHIFT[dtype]).add_(TINY / 2)  # a row of zeros stays below its limit
+    pivots = torch.linalg.cholesky_ex(shifted)[0].diagonal(dim1=1, dim2=2).square()
+    return (pivots > limit).logical_not_(), limit
+
+
+def substitute_rows(factor: Tensor, panel: Tensor, unit: Tensor, dropped: Tensor) -> Tensor:
+    """factor⁻¹ (unit · panel) [b, r, m], with zeros where a row is dropped [b, r].
+
+    Args:
+        factor: lower [b, r, r], with no entry below the diagonal in the column of a dropped row.
+        panel: [b, r, m].
+        unit: [b, r, 1].
+        dropped: [b, r].
+    """
+    none = dropped[:, :, None]
+    factor = factor.masked_fill(none, 0)
+    factor.diagonal(dim1=1, dim2=2).masked_fill_(dropped, 1)
+    scaled = panel * unit.masked_fill(none, 0)
+    # From the right, where the rows are the columns that LAPACK wants.
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, scaled.mT, upper=True, left=False)
+    return solved.mT
 
 
 def small_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
