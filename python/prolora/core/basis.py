@@ -265,7 +265,8 @@ def _join_bases(parts: list[Basis], batch: torch.Size) -> Basis:
     width = max((part.U.shape[-1] for part in parts), default=1)
 
     def widened(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+        missing = width - tensor.shape[-1]
+        return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
     fields: dict[str, Any] = {}
     for name in FACTORS:

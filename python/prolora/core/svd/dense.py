@@ -11,7 +11,7 @@ from ..errors import SolverFailure
 from ..precision import EPS
 from ..rank_rule import Rank, count_columns
 from .products import lower_gram, multiply_narrow
-from .solvers import SKEW_64, descending_eigh, estimate_skew, full_svd
+from .solvers import SKEW_64, estimate_skew, full_svd, measured_eigh
 from .triplets import Evidence, Triplets, residual_and_angle, rounding_error
 
 # Below this σ_k/σ_1 the eigenvalues of the Gram matrix lose σ_k to rounding (√(d·eps) ≈ 1e-6).
@@ -52,15 +52,17 @@ def dense_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
     spectrum = _gram_spectrum(w)
     count = _count_columns(spectrum.s, rank, w.shape[-2:])
     # One wait of the host, and another one where a matrix needs an SVD.
-    most, unresolved = _read_counts(count, _is_unresolved(spectrum, count))
+    counts, unresolved = _read_counts(count, _is_unresolved(spectrum, count))
     if unresolved:
         _replace_by_svd(spectrum, w, unresolved)
         count = _count_columns(spectrum.s, rank, w.shape[-2:])
-        most, _ = _read_counts(count, spectrum.skew > 0)
+        counts, _ = _read_counts(count, spectrum.skew > 0)
     right = spectrum.right
-    k = max(1, most)
+    k = max(1, *counts) if counts else 1
     used = torch.arange(k, device=w.device) < count[:, None]
-    short, kept = spectrum.short[..., :k] * used[:, None], spectrum.s[:, :k] * used
+    short, kept = spectrum.short[..., :k], spectrum.s[:, :k]
+    if any(own < k for own in counts):
+        short, kept = short * used[:, None], kept * used
     long = multiply_narrow(w.mT, short) / torch.where(kept > 0, kept, 1.0)[:, None]
     left = torch.zeros_like(kept)
     for i, vectors in right.items():
@@ -83,8 +85,8 @@ def _gram_spectrum(w: Tensor) -> Spectrum:
     """By the eigenvectors of wwᵀ."""
     gram = lower_gram(w)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    values, short = descending_eigh(gram)
-    skew = torch.where(values.isfinite().all(-1), estimate_skew(short), torch.nan)
+    values, short, skew = measured_eigh(gram)
+    skew = torch.where(values.isfinite().all(-1), skew, torch.nan)
     missing = (trace - values.sum(-1)).abs()
     s = values.nan_to_num(0.0).clamp_min(0).sqrt()
     return Spectrum(short, s, skew, missing, {})
@@ -97,10 +99,10 @@ def _is_unresolved(spectrum: Spectrum, count: Tensor) -> Tensor:
     return (last < GRAM_RANGE * s[:, 0]) & (s[:, 0] > 0) | ~(spectrum.skew <= SKEW_64)
 
 
-def _read_counts(count: Tensor, flagged: Tensor) -> tuple[int, list[int]]:
-    """The largest count [b], 0 of none, and the places of the flags [b]."""
+def _read_counts(count: Tensor, flagged: Tensor) -> tuple[list[int], list[int]]:
+    """The counts [b], and the places of the flags [b], as the host waits for them."""
     counts, flags = torch.stack([count, flagged.to(count.dtype)]).tolist()
-    return max(counts, default=0), [i for i, flag in enumerate(flags) if flag]
+    return counts, [i for i, flag in enumerate(flags) if flag]
 
 
 def _replace_by_svd(spectrum: Spectrum, w: Tensor, places: list[int]) -> None:

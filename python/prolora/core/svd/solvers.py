@@ -14,6 +14,7 @@ from torch import Tensor
 from .batched_eigh import stack_solver
 from .cusolver import SolverUnavailable
 from .products import multiply_narrow
+from .stacks import decides_freely
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,21 @@ def descending_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
         Values [b, d] and vectors [b, d, d] as columns; NaN for a matrix that the solver failed on,
         and where the vectors are not orthonormal or do not belong to the matrix.
     """
+    return measured_eigh(symmetric)[:2]
+
+
+def measured_eigh(symmetric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`descending_eigh`, and float64 [b], an upper estimate of ‖VᵀV − I‖_F."""
     values, vectors, info = _solve_stack(symmetric, with_vectors=True)
     lower = symmetric.tril()
     norm, allowed = _symmetric_norm(lower), _allowed_error(symmetric)
     skew, residual = _measure_pairs(lower, values, vectors)
     # Comparisons with NaN are false.
     trusted = (info == 0) & norm.isfinite() & (skew <= allowed) & (residual <= allowed * norm)
-    values = torch.where(trusted[:, None], values, torch.nan)
-    return values.flip(-1), vectors.flip(-1).masked_fill_(~trusted[:, None, None], torch.nan)
+    vectors = vectors.flip(-1)
+    if not decides_freely(trusted) or not bool(trusted.all()):
+        vectors.masked_fill_(~trusted[:, None, None], torch.nan)
+    return torch.where(trusted[:, None], values, torch.nan).flip(-1), vectors, skew
 
 
 def eigenvalue_stack(symmetric: Tensor) -> Tensor:
