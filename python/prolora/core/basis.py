@@ -159,7 +159,8 @@ def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Ba
         raise ShapeMismatch(f"a weight must be [..., m, n] with m, n ≥ 1, not {list(weight.shape)}")
     stack = weight.detach().reshape(-1, *weight.shape[-2:])
     exponents = _scale_exponents(stack)
-    chunk = count_together(stack.shape[-2:], stack.device)
+    few = stack.dtype != torch.float64 and _asks_for_few(stack.shape[-2:], rank)
+    chunk = count_together(stack.shape[-2:], stack.device, few)
     scales = [exponents[i : i + chunk] for i in range(0, len(stack), chunk)]
     jobs = list(zip(stack.split(chunk), scales or [[]], strict=True))
     parts = map_on_threads(lambda job: _chunk_basis(*job, rank, tol, seed), jobs)
@@ -192,7 +193,7 @@ def _chunk_basis(stack: Tensor, exponents: list[int], rank: Rank, tol: float, se
     # two, so that float32 still holds the same values.
     scaled = any(exponents)
     if scaled:
-        power = torch.tensor(exponents, device=w.device)[:, None]
+        power = torch.tensor(exponents, device="cpu").to(w.device, non_blocking=True)[:, None]
         w = torch.ldexp(w.double(), -power[..., None]).to(dtype)
     rows = torch.linalg.vector_norm(w if wide else w.mT, dim=-1).double()
     norm = torch.linalg.vector_norm(rows, dim=-1)  # of float32 weights to 1e-8 or so
@@ -225,30 +226,50 @@ def _descend_ladder(w: Tensor, norm: Tensor, rank: Rank, tol: float, seed: int) 
     The host waits for a number where it learns which matrices a rung leaves to the next one.
     """
     parts: list[tuple[list[int], Triplets]] = []
-    missing = list(range(len(w)))
-
-    def take(some: list[tuple[list[int], Triplets]] | None) -> list[int]:
-        parts.extend(([missing[i] for i in places], part) for places, part in some or [])
-        taken = {i for places, _ in parts for i in places}
-        return [i for i in missing if i not in taken]
-
-    d = w.shape[-2]
-    if w.dtype == torch.float32 and isinstance(rank, int) and krylov.suits_krylov(d, rank):
-        missing = take(attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed)))
-    if missing and w.dtype == torch.float32 and gram.suits_gram(d, rank):
-        refined = attempt(partial(gram.gram_triplets, *_take_rest(w, norm, missing), rank))
-        missing = take(_select_proven(refined, tol) if refined is not None else [])
-    if missing or not parts:
-        rest, its_norm = _take_rest(w, norm, missing)
-        parts.append((missing, dense_triplets(rest.double(), its_norm, rank)))
+    if w.dtype == torch.float32 and isinstance(rank, int) and _asks_for_few(w.shape[-2:], rank):
+        parts = attempt(partial(krylov.krylov_triplets, w, norm, rank, tol, seed)) or []
+    missing = _list_missing(parts, range(len(w)))
+    together = count_together(w.shape[-2:], w.device)
+    for i in range(0, max(1, len(missing)), together):
+        some = missing[i : i + together]
+        if some or not parts:
+            parts += _descend_dense(w, norm, some, rank, tol)
     return merge_triplets(parts)
 
 
-def _take_rest(w: Tensor, norm: Tensor, missing: list[int]) -> tuple[Tensor, Tensor]:
+def _asks_for_few(shape: torch.Size, rank: Rank) -> bool:
+    """Whether the Krylov rung suits the columns that are asked for."""
+    return isinstance(rank, int) and krylov.suits_krylov(min(shape), rank)
+
+
+def _descend_dense(
+    w: Tensor, norm: Tensor, places: list[int], rank: Rank, tol: float
+) -> list[tuple[list[int], Triplets]]:
+    """The dense rungs, for the matrices of w [b, d, n] at these places."""
+    parts: list[tuple[list[int], Triplets]] = []
+    some, its_norm = _take_both(w, norm, places)
+    if w.dtype == torch.float32 and gram.suits_gram(w.shape[-2], rank):
+        refined = attempt(partial(gram.gram_triplets, some, its_norm, rank))
+        if refined is not None:
+            parts = _select_proven(refined, tol)
+    rows = _list_missing(parts, range(len(places)))
+    if rows or not parts:
+        rest, its_norm = _take_both(some, its_norm, rows)
+        parts.append((rows, dense_triplets(rest.double(), its_norm, rank)))
+    return [([places[row] for row in rows], part) for rows, part in parts]
+
+
+def _list_missing(parts: list[tuple[list[int], Triplets]], places: range) -> list[int]:
+    """The places that are in none of the parts."""
+    taken = {place for own, _ in parts for place in own}
+    return [place for place in places if place not in taken]
+
+
+def _take_both(w: Tensor, norm: Tensor, places: list[int]) -> tuple[Tensor, Tensor]:
     """The matrices at these places, and their norms."""
-    if len(missing) == len(w):
+    if len(places) == len(w):
         return w, norm
-    return take_places(w, missing), take_places(norm, missing)
+    return take_places(w, places), take_places(norm, places)
 
 
 def _select_proven(triplets: Triplets, tol: float) -> list[tuple[list[int], Triplets]]:

@@ -36,13 +36,19 @@ def take_places(stack: Tensor, places: list[int]) -> Tensor:
     return stack.index_select(0, index.to(stack.device, non_blocking=True))
 
 
-def count_together(shape: torch.Size, device: torch.device) -> int:
-    """How many matrices of a shape [m, n] are worked on together."""
+def count_together(shape: torch.Size, device: torch.device, few_columns: bool = False) -> int:
+    """How many matrices of a shape [m, n] are worked on together.
+
+    Args:
+        shape: of one matrix.
+        device: where they are.
+        few_columns: whether no more than an eighth of the columns are asked for.
+    """
     m, n = shape
     if device.type == "cpu":
         # A stack of any size, as a GPU with memory enough would take it.
         return max(1, CPU_CHUNK_BYTES // (8 * m * n)) if not CPU_AS_GPU else 1 << 30
-    return max(1, stack_budget(device) // _working_bytes(m, n))
+    return max(1, stack_budget(device) // _working_bytes(m, n, few_columns))
 
 
 def stack_budget(device: torch.device) -> int:
@@ -50,14 +56,17 @@ def stack_budget(device: torch.device) -> int:
     return _gpu_budget(*_gpu_memory(device))
 
 
-def _working_bytes(m: int, n: int) -> int:
-    """What one matrix [m, n] takes at most on a GPU, in any rung.
+def _working_bytes(m: int, n: int, few_columns: bool) -> int:
+    """About what one matrix [m, n] takes on a GPU.
 
-    Twice in float64 and twice in float32 the weight or the factors of its long side; of the short
-    side, the Gram matrix, its eigenvectors, their products and residuals: four times in float64 and
-    four times in float32.
+    With few columns, in the Krylov rung: the weight in float32 and float64, a basis and its
+    projection. Else, as the operators of a dense rung add up: the weight and the factors of its
+    long side in both precisions, and, of the short side, the Gram matrix, its eigenvectors and
+    their copies, and the products, residuals and steps of all that are kept.
     """
-    return 24 * m * n + 48 * min(m, n) ** 2
+    if few_columns:
+        return 16 * m * n + 20 * min(m, n) ** 2
+    return 32 * m * n + 80 * min(m, n) ** 2
 
 
 def _gpu_budget(free: int, total: int) -> int:
