@@ -235,6 +235,7 @@ class NoWait(TorchDispatchMode):
 @pytest.mark.parametrize("d", [20, 150])
 def test_the_host_never_waits_for_the_device(monkeypatch, d):
     use(monkeypatch, FakeCusolver(spoil_info))
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
     symmetric = make_stack(3, d, dtype=torch.float32)
     solvers.estimate_skew(solvers.descending_eigh(symmetric)[1])  # makes the probes
     with NoWait():
