@@ -147,7 +147,7 @@ def estimate_model(
     total = Counter[str]()
     for (m, n), count in shapes.items():
         case = find_case(cases, m, n, rank)
-        stacks = count_stacks(m, n, count, card)
+        stacks = count_stacks(m, n, rank, count, card)
         for stage, seconds in estimate_stack(case, count / stacks, card, batched).items():
             total[stage] += stacks * seconds
     return dict(total)
@@ -161,10 +161,12 @@ def find_case(cases: list[dict[str, Any]], m: int, n: int, rank: int | float) ->
     return max(found, key=lambda case: case["matrices"])
 
 
-def count_stacks(m: int, n: int, count: int, card: Card) -> int:
-    """The stacks that so many matrices [m, n] are worked on in."""
-    together = max(1, card.stack // (24 * m * n + 48 * min(m, n) ** 2))
-    return -(-count // together)
+def count_stacks(m: int, n: int, rank: int | float, count: int, card: Card) -> int:
+    """The stacks that so many matrices [m, n] are worked on in, as in prolora.core.svd.stacks."""
+    d = min(m, n)
+    few = isinstance(rank, int) and 8 * rank <= d
+    each = 16 * m * n + 20 * d**2 if few else 32 * m * n + 80 * d**2
+    return -(-count // max(1, card.stack // each))
 
 
 def render_model(counts: dict[str, Any]) -> str:
