@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import dispatches
 import gpu_model
 import pytest
 import torch
@@ -171,3 +172,12 @@ def test_the_model_gives_the_times_that_it_starts_from():
     for size, seconds in ((128, 6e-3), (512, 15e-3)):
         found = gpu_model.estimate_eigh(64, size, "float32", gpu_model.H100, batched=True)
         assert found == pytest.approx(seconds, rel=0.02)
+
+
+def test_what_a_stack_asks_of_a_gpu_does_not_grow_with_it():
+    few, many = (dispatches.count_case(b, 40, 48, 0.9) for b in (2, 9))
+    assert few["rung"] == many["rung"] == "gram-f64"
+    assert many["dispatches"] <= few["dispatches"]
+    assert many["synchronisations"] == few["synchronisations"] <= 8
+    assert many["float64 flops"] == pytest.approx(4.5 * few["float64 flops"], rel=0.2)
+    assert json.loads(dispatches._format({"x": few})) == {"x": json.loads(json.dumps(few))}
