@@ -30,9 +30,11 @@ def run_small_svd(device: str, large: bool) -> None:
 
 
 def run_panel_qr(device: str, large: bool) -> None:
-    """Panels of two widths."""
-    for rows in (32, 64):
-        panel_qr(random(64 if large else 2, rows, 1280 if large else 96, device=device))
+    """Panels of three widths: double of the widest is in global memory on most cards."""
+    for rows in (32, 64, 128):
+        for dtype in (torch.float32, torch.float64):
+            shape = (64 if large else 2, rows, 1280 if large else 160)
+            panel_qr(random(*shape, device=device, dtype=dtype))
 
 
 def run_overlap_table(device: str, large: bool) -> None:
