@@ -97,6 +97,7 @@ struct CudaWarp {
   }
 };
 
+// Both calls are barriers (the contract above): never where threads of the block may be absent.
 struct CudaBlock {
   template <class I, class F>
   __device__ __forceinline__ void each(I n, F f) const {

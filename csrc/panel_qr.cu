@@ -1,5 +1,5 @@
 // panel_qr on a GPU: a block of up to 384 threads per panel, one launch a batch. The r x r matrices
-// lie in shared memory if the device's opt-in limit allows it (r = 64: 35 KiB, r = 128: 134 KiB,
+// lie in shared memory if the device's opt-in limit allows it (r = 64: 34 KiB, r = 128: 133 KiB,
 // which an A100, H100 or B200 has), else in scratch in global memory.
 #include <cuda_runtime.h>
 

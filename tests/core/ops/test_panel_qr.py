@@ -222,7 +222,7 @@ def test_panels_too_large_for_shared_memory(kernels, dtype, monkeypatch):
 
 
 def test_panels_for_which_a_block_must_ask_for_more_shared_memory(kernels):
-    """54 KiB, beyond the 48 that a kernel has without cudaFuncSetAttribute."""
+    """51 KiB, beyond the 48 that a kernel has without cudaFuncSetAttribute."""
     panel = random((1, 64, 66), torch.float64)
     for _ in range(2):  # the second time the limit is raised already
         assert_qr(panel, *kernels.panel_qr(panel))
