@@ -105,11 +105,12 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls = self.waits = 0
+        self.calls = self.waits = self.panels = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += 1
         self.waits += function.overloadpacket.__name__ in WAITS
+        self.panels += str(function.overloadpacket) == "prolora.panel_qr"
         return function(*args, **kwargs or {})
 
 
@@ -143,6 +144,7 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
             basis = truncated_svd(stack[:size], rank)
         assert basis.rungs == (rung,) * size
         counts.append((counter.calls, counter.waits + len(lists)))
+        assert (counter.panels > 3) == (rung == "krylov")  # through the kernel
     assert counts[0] == counts[1]
     assert 0 < counts[0][1] <= 8
 
