@@ -14,7 +14,7 @@ from ..architectures.modules import have_equal_shapes, is_adaptable, is_attentio
 from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
-from ..bases.memory import Memory, Room
+from ..bases.memory import Memory, Room, Work
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
@@ -279,14 +279,18 @@ def compare(
             max_memory=limit,
             progress=progress,
         )
-        match = recognise_blocks(match, source, target)
+        memory = Memory(limit, rank, device)
+        needs: Work = "affinity" if rank is None else Needs.BASES
         table, rule = find_partners(source, target, match)
+        memory.check(_list_sizes(source, target, table), needs)
+        recognised = recognise_blocks(match, source, target)
+        if recognised is not match:
+            match = recognised
+            table, rule = find_partners(source, target, match)
         partners = {t: s for t, s in table.items() if is_adaptable(t)}
         source, selections = select_narrower(source, target, table, partners, device)
         equal = _list_equal_shapes(source, target, match, partners)
-        sizes = {matrix_shape(target.shapes[module]) for module in equal}
-        memory = Memory(limit, rank, device)
-        memory.check(sizes, "affinity" if rank is None else Needs.BASES)
+        memory.check({matrix_shape(target.shapes[module]) for module in equal}, needs)
         bases = (source, target)
         factorise = None if rank is None else partial(_factorise, kept, rank, device, bases)
         found: dict[str, ModuleComparison] = {}
@@ -310,6 +314,15 @@ def compare(
         dropped_blocks=blocks.dropped if blocks else (),
         renumbered=dict(match.blocks) if isinstance(match, Renumbering) else {},
     )
+
+
+def _list_sizes(source: Base, target: Base, table: Mapping[str, str]) -> set[tuple[int, int]]:
+    """The matrix shapes of the pairs whose weights have one shape."""
+    return {
+        matrix_shape(target.shapes[t])
+        for t, s in table.items()
+        if is_adaptable(t) and have_equal_shapes(source.shapes[s], target.shapes[t])
+    }
 
 
 def _list_equal_shapes(
