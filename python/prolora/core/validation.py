@@ -104,7 +104,10 @@ def refuse_vmap(function: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not str(error).startswith("vmap:"):
+        # The second is what `tolist` says there; tensors of other kinds without data are refused
+        # before anything looks at their numbers.
+        hidden = str(error).startswith("vmap:") or "doesn't have storage" in str(error)
+        if not hidden:
             raise
         raise UnsupportedTensor(
             f"{function} cannot run under torch.func.vmap, which hides the numbers that it must "

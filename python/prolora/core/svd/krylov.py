@@ -24,7 +24,7 @@ from .cut import make_even_cut
 from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
-from .stacks import take_places
+from .stacks import float64_cost, take_places
 from .triplets import Triplets
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
@@ -166,7 +166,7 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int) -> BlockBasis:
     b, d, n = w.shape
     width = max(8, min(32, k // 4))
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
-    if _gram_pays(d, n, USUAL_BASIS * k, k):
+    if _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
         gram = FormedGram(mirror_lower(lower_gram(w)))
     generator = torch.Generator("cpu").manual_seed(seed)
     start = torch.randn(d, width, generator=generator, dtype=torch.float32, device="cpu")
@@ -222,14 +222,21 @@ def _refine_ready(basis: BlockBasis, look: Look, ready: list[int], k: int) -> Tr
     return refine_triplets(basis.gram, basis.w, basis.norm, ritz, cut, "krylov")
 
 
-def _gram_pays(d: int, n: int, size: int, k: int) -> bool:
+def _gram_pays(shape: tuple[int, int], size: int, k: int, float64: float) -> bool:
     """Whether to form wwᵀ, for a basis of `size` columns, rather than pass through w twice.
 
-    Flops in float32, those in float64 counted twice: the Gram matrix and its products with the
-    basis, against those with w for the basis and for the residuals of k columns.
+    The Gram matrix and its products with the basis, against those with w for the basis and for the
+    residuals of k columns.
+
+    Args:
+        shape: (d, n) of w.
+        size: columns of the basis.
+        k: columns to return.
+        float64: flops in float32 that one in float64 costs.
     """
-    with_gram = 2.5 * d * d * n + NARROW * 2.0 * d * d * size
-    without = NARROW * 4.0 * d * n * size + 8.0 * d * n * k
+    d, n = shape
+    with_gram = float64 * 1.25 * d * d * n + NARROW * 2.0 * d * d * size
+    without = NARROW * 4.0 * d * n * size + float64 * 4.0 * d * n * k
     return with_gram < without
 
 

@@ -19,15 +19,31 @@ CPU_CHUNK_BYTES = 2 << 20
 # On a GPU, this share of its memory, but at least and at most so much, and never more than this
 # share of what is free. By halves, so that the same call takes the same stacks (and so gives the
 # same bits) until memory is scarce.
-GPU_SHARE_OF_TOTAL = 1 / 8
+# The eigensolver takes about as long for many matrices as for few, so larger stacks take less time
+# a matrix.
+GPU_SHARE_OF_TOTAL = 1 / 4
 GPU_LEAST_BYTES = 1 << 30
-GPU_MOST_BYTES = 4 << 30
+GPU_MOST_BYTES = 16 << 30
 GPU_SHARE_OF_FREE = 1 / 2
+
+# Compute capabilities with half as many units for float64 as for float32: P100, V100, A100, H100
+# and B200. (12.0 are cards for games.)
+FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 
 
 def decides_freely(tensor: Tensor) -> bool:
     """Whether the host may look at this tensor without waiting for a device."""
     return tensor.is_cpu and not CPU_AS_GPU
+
+
+def float64_cost(device: torch.device) -> float:
+    """How many flops in float32 one in float64 costs on a device.
+
+    Two on CPUs and on those GPUs that are built for it, 32 to 64 on all others.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_FLOAT64:
+        return 2.0
+    return 40.0
 
 
 def take_places(stack: Tensor, places: list[int]) -> Tensor:
