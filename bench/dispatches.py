@@ -58,25 +58,34 @@ def make_weights(b: int, m: int, n: int) -> Tensor:
 
 
 @contextmanager
-def as_on_a_gpu() -> Any:
-    """The chunks and rungs that a GPU would get, on the CPU."""
+def as_on_a_gpu(slow_float64: bool = False) -> Any:
+    """The chunks and rungs that a GPU would get, on the CPU.
+
+    Args:
+        slow_float64: a GPU with few units for float64.
+    """
     with ExitStack() as stack:
         if hasattr(basis, "CPU_CHUNK_BYTES"):  # before there was a switch for it
             chunk = basis.GPU_CHUNK_BYTES
             stack.enter_context(mock.patch.object(basis, "CPU_CHUNK_BYTES", chunk))
             stack.enter_context(mock.patch.object(basis.gram, "suits_gram", lambda *_: False))
         else:
-            from prolora.core.svd import stacks
+            from prolora.core.svd import krylov, stacks
 
             stack.enter_context(mock.patch.object(stacks, "CPU_AS_GPU", True))
+            if slow_float64:
+                cost = stacks.SLOW_FLOAT64_COST
+                stack.enter_context(mock.patch.object(krylov, "float64_cost", lambda _: cost))
         yield
 
 
-def count_case(b: int, m: int, n: int, rank: int | float) -> dict[str, Any]:
+def count_case(
+    b: int, m: int, n: int, rank: int | float, slow_float64: bool = False
+) -> dict[str, Any]:
     """The counts for one stack."""
     weights = make_weights(b, m, n)
     began = time.perf_counter()
-    with as_on_a_gpu(), counting(stage_of) as tally:
+    with as_on_a_gpu(slow_float64), counting(stage_of) as tally:
         found = prolora.truncated_svd(weights, rank)
     return {
         "matrices": b,
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("label")
     parser.add_argument("--matrices", type=int, help="instead of the stack's own number")
     parser.add_argument("--models", action="store_true", help="count the other shapes instead")
+    parser.add_argument("--slow-float64", action="store_true", help="as on a card for games")
     words = parser.parse_args()
     torch.set_num_threads(1)  # the stack stays in this thread, where it is counted
     wanted = [
@@ -168,7 +178,7 @@ def main() -> None:
     ]
     cases = []
     for case in MODELS if words.models else wanted:
-        cases.append(count_case(*case))
+        cases.append(count_case(*case, words.slow_float64))
         told = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
         print(json.dumps(told), flush=True)
         known = json.loads(words.out.read_text()) if words.out.exists() else {}

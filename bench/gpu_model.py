@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Card:
         float64: of large products.
         memory: bandwidth.
         stack: bytes that a stack of matrices may take (prolora.core.svd.stacks).
+        slow_float64: whether that asks it for no Gram matrix of wide weights.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Card:
     float64: float
     memory: float
     stack: int
+    slow_float64: bool
 
 
-H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 4 << 30)
-RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 3 << 30)
+H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 16 << 30, False)
+RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 6 << 30, True)
 CARDS = (H100, RTX_4090)
-LARGER_STACKS = replace(H100, name="H100, stacks of 16 GiB", stack=16 << 30)
 
 SDXL = {
     (1280, 1280): 360,
@@ -171,9 +172,13 @@ def count_stacks(m: int, n: int, rank: int | float, count: int, card: Card) -> i
 
 def render_model(counts: dict[str, Any]) -> str:
     """Tables in Markdown: the counts before and after, the goals, the stages."""
-    after = counts["after"]["cases"] + counts["models"]["cases"]
+    after = counts["after"]["cases"]
     before = counts["before"]["cases"]
-    parts = [_render_counts(before, counts["after"]["cases"]), _render_goals(after)]
+    by_card = {
+        card: after + counts["models, slow float64" if card.slow_float64 else "models"]["cases"]
+        for card in CARDS
+    }
+    parts = [_render_counts(before, after), _render_goals(by_card)]
     return "\n\n".join([*parts, _render_stages(before, after)]) + "\n"
 
 
@@ -211,10 +216,10 @@ def _rule(rank: int | float) -> str:
     return f"energy {rank}" if isinstance(rank, float) else f"k = {rank}"
 
 
-def _render_goals(cases: list[dict[str, Any]]) -> str:
+def _render_goals(by_card: dict[Card, list[dict[str, Any]]]) -> str:
     lines = ["| | card | goal | estimated | most of it |", "|---|---|---|---|---|"]
     for title, shapes, rank, goal_card, goal in GOALS:
-        for card in (H100, LARGER_STACKS, RTX_4090):
+        for card, cases in by_card.items():
             stages = estimate_model(cases, shapes, rank, card)
             whole = sum(stages.values())
             largest = sorted(stages.items(), key=lambda item: -item[1])[:3]

@@ -27,7 +27,8 @@ GPU_MOST_BYTES = 16 << 30
 GPU_SHARE_OF_FREE = 1 / 2
 
 # Compute capabilities with half as many units for float64 as for float32: P100, V100, A100, H100
-# and B200. (12.0 are cards for games.)
+# and B200. (12.0 are cards for games, which have one in 32 or 64.)
+SLOW_FLOAT64_COST = 40.0
 FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)})
 
 
@@ -43,7 +44,7 @@ def float64_cost(device: torch.device) -> float:
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_FLOAT64:
         return 2.0
-    return 40.0
+    return SLOW_FLOAT64_COST
 
 
 def take_places(stack: Tensor, places: list[int]) -> Tensor:
