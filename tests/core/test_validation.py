@@ -20,7 +20,7 @@ from prolora import (
     truncated_svd,
 )
 from prolora.bases.cache.build import survey_base
-from prolora.core.validation import check_device, check_operand
+from prolora.core.validation import check_device, check_operand, resolve_device
 
 
 def case(m=9, n=7):
@@ -316,3 +316,11 @@ def test_the_derivative_of_what_has_none_is_refused_instead_of_zero():
     ):
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(function, (source,), (delta,))
+
+
+@pytest.mark.parametrize("gpu, device", [(False, "cpu"), (True, "cuda")])
+def test_the_device_auto_is_a_gpu_where_there_is_one(monkeypatch, gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    assert resolve_device("auto") == device
+    assert resolve_device(None) is None

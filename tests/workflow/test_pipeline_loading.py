@@ -83,3 +83,22 @@ def test_the_example_draws_an_image(case, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert (tmp_path / "image.png").stat().st_size > 0
     assert "8 of 8 modules moved" in capsys.readouterr().out
+
+
+def test_a_model_takes_the_lora_through_peft_alone(case):
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    source, pipe, lora = case
+    done = prolora.transfer(lora, source, pipe, method="copy")
+    pipe.unet.add_adapter(LoraConfig(**done.peft_config()))
+    tensors = {
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in done.state_dict("peft").items()
+    }
+    left = set_peft_model_state_dict(pipe.unet, tensors)
+    assert not left.unexpected_keys
+    held = get_peft_model_state_dict(pipe.unet)
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[key].float(), tensors[key].float()) for key in tensors)
+    layers = [layer for layer in pipe.unet.modules() if hasattr(layer, "lora_A")]
+    assert {factor for layer in layers for factor in layer.scaling.values()} == {1.0}

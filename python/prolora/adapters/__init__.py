@@ -4,7 +4,13 @@ from .adapter import Adapter
 from .formats.groups import Group, group_modules, respell_adapter
 from .naming import BaseNames
 from .reading import outline_adapter, read_adapter
-from .writing import adapter_file_size, check_format, encode_state_dict, write_adapter
+from .writing import (
+    adapter_file_size,
+    check_format,
+    describe_peft_config,
+    encode_state_dict,
+    write_adapter,
+)
 
 __all__ = [
     "Adapter",
@@ -12,6 +18,7 @@ __all__ = [
     "Group",
     "adapter_file_size",
     "check_format",
+    "describe_peft_config",
     "encode_state_dict",
     "group_modules",
     "outline_adapter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,16 @@ def _file_metadata(
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)
     return header
+
+
+def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The keywords of the `peft.LoraConfig` that scales every module by 1.
+
+    Raises:
+        UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
+    """
+    check_format(adapter, "peft")
+    return encoding.peft_config(adapter)
 
 
 def _config_text(adapter: Adapter) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..version import __version__
 from ..workflow import inspection
+from ..workflow.push import push as push_loras
 from . import basis, inspect_table
 from . import doctor as doctor_facts
 from .compare import compare
@@ -122,6 +123,29 @@ def demo(
     show_report(report)
     for path in paths:
         out.print_line(f"wrote {path}")
+
+
+@app.command(epilog=write_epilog("prolora push moved/ my-name/my-loras --public"))
+def push(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=parse_path,
+            metavar="PATH",
+            help="A moved LoRA or a folder of them.",
+        ),
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; it is private else.")
+    ] = False,
+    message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The message of the commit.")
+    ] = None,
+) -> None:
+    """Upload moved LoRAs and their card (transfer --card) to the Hugging Face Hub."""
+    address = push_loras(path, repo, private=not public, message=message)
+    out.print_line(f"uploaded to {address}")
 
 
 @app.command(epilog=write_epilog("prolora info"))

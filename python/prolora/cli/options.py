@@ -20,7 +20,7 @@ from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
 from ..comparison.contested_blocks import InsertedMode
 from ..comparison.verdict import AUTO
-from ..core.validation import check_device
+from ..core.validation import resolve_device
 from ..errors import OutputError
 from ..files.sizes import parse_size
 
@@ -188,7 +188,7 @@ class Resources:
 
     panel: ClassVar[str] = "Resources"
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
     ] = "cpu"
     max_memory: Annotated[
         str,
@@ -203,8 +203,12 @@ class Resources:
     ] = False
 
     def check_device(self) -> None:
-        """Raises UnsupportedDevice, with the reason, where the device cannot be used."""
-        check_device(self.device)
+        """Settles "auto".
+
+        Raises:
+            UnsupportedDevice: the device cannot be used, with the reason.
+        """
+        self.device = resolve_device(self.device) or "cpu"
 
     @property
     def max_bytes(self) -> int | None:

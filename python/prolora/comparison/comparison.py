@@ -19,7 +19,7 @@ from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
-from ..core.validation import check_device
+from ..core.validation import resolve_device
 from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
@@ -253,7 +253,7 @@ def compare(
             verdict needs each weight read once and no singular value decomposition.
         match: how modules are paired, as in `transfer`.
         cache: keeps subspaces, the same folder as `transfer`'s; None keeps nothing.
-        device: where to compute; None means the CPU.
+        device: where to compute; "auto" means a GPU where there is one, None the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
@@ -266,7 +266,7 @@ def compare(
         NonFiniteWeights: NaN or Inf, named.
     """
     rank = None if rank is None else read_rank(rank)
-    check_device(device)
+    device = resolve_device(device)
     limit = parse_limit(max_memory)
     source, target = open_base(source), open_base(target)
     with open_cache(cache) as kept:

@@ -23,7 +23,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
     try:
         wanted = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        message = f"no device is called {device!r}: use cpu, cuda or cuda:1"
+        message = f"no device is called {device!r}: use auto, cpu, cuda or cuda:1"
         raise UnsupportedDevice(message) from error
     try:
         native.require_device(wanted)
@@ -33,6 +33,19 @@ def check_device(device: torch.device | str | None) -> torch.device:
         count = torch.cuda.device_count()
         raise UnsupportedDevice(f"there is no {wanted}: this machine has {count} CUDA devices")
     return wanted
+
+
+def resolve_device(device: torch.device | str | None) -> str | None:
+    """The device to compute on, checked; "auto" is a GPU that torch can use, or else the CPU.
+
+    Raises:
+        UnsupportedDevice: as `check_device`.
+    """
+    if device is None:
+        return None
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return str(check_device(device))
 
 
 def check_layout(name: str, tensor: Tensor) -> None:

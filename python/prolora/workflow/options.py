@@ -20,7 +20,7 @@ from ..core.arrays import make_fields_plain
 from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
-from ..core.validation import check_device
+from ..core.validation import resolve_device
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
 from ..probe.settings import Probing
@@ -92,7 +92,8 @@ class TransferOptions:
         again: moves a LoRA that prolora moved before from any base; else `source` must be the base
             that it was moved to.
         cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
-        device: where to compute, as torch names it; None means the CPU.
+        device: where to compute, as torch names it; "auto" means a GPU where there is one, None the
+            CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         probe: what method "probe" samples.
@@ -151,7 +152,7 @@ class TransferOptions:
                 f"{self.strength!r}"
             )
         self._check_out_rank()
-        check_device(self.device)
+        object.__setattr__(self, "device", resolve_device(self.device))
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
     def _check_out_rank(self) -> None:

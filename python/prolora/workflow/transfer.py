@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -107,6 +108,14 @@ class Transfer:
         """
         return adapters.encode_state_dict(self.adapter, format=format, dtype=read_dtype(dtype))
 
+    def peft_config(self) -> dict[str, Any]:
+        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+
+        Raises:
+            UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
+        """
+        return adapters.describe_peft_config(self.adapter)
+
 
 def transfer(
     lora: LoraLike,
@@ -172,7 +181,8 @@ def transfer(
             "comfy"; None asks for none.
         dtype: of the factors in the file; counts where `out_rank` is a size.
         cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
-        device: where to compute, as torch names it; None means the CPU.
+        device: where to compute, as torch names it; "auto" means a GPU where there is one, None the
+            CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         probe: what method "probe" samples.

@@ -13,7 +13,7 @@ from ...core.basis import Basis
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...core.rank_rule import Rank, read_rank
-from ...core.validation import check_device
+from ...core.validation import resolve_device
 from ...files.sizes import parse_limit
 from .. import BaseLike, open_base
 from ..base import Progress
@@ -67,7 +67,7 @@ def survey_base(
         base: as `open_base` takes it.
         rank: columns, or share of energy.
         cache: keeps the subspaces for later transfers, and gives those it has.
-        device: where to compute; None means the CPU.
+        device: where to compute; "auto" means a GPU where there is one, None the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         progress: called as progress(done, total, name).
@@ -78,7 +78,7 @@ def survey_base(
         TooLittleMemory: the bound is below what the largest weight needs.
     """
     rank = read_rank(rank)
-    check_device(device)
+    device = resolve_device(device)
     base = open_base(base)
     memory = Memory(parse_limit(max_memory), rank, device)
     groups: dict[tuple[int, int], list[str]] = {}
