@@ -1,9 +1,7 @@
 """Fixtures: the kernels under each of their backends, and the emulator."""
 
-import importlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from types import ModuleType
 
 # The processes of pytest-xdist share the cores: one thread each, also in those that tests start.
@@ -12,22 +10,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from backends import Kernels, load, missing
 from hypothesis import settings
-from torch import Tensor
 
-from prolora.core.ops import native, torch_twin
-from prolora.core.ops.overlap_table import run_overlap_table
-from prolora.core.ops.panel_qr import run_panel_qr
-from prolora.core.ops.project_pair import run_project_pair
-from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
+from prolora.core.ops import native
 
 # No deadline: other load on a machine must not fail a test. Derandomised: CI repeats.
 settings.register_profile("prolora", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("prolora")
 
-# PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI).
-# PROLORA_NATIVE=OFF runs everything without the extension: cpu, emulated and cuda are skipped then.
-REQUIRED = os.environ.get("PROLORA_REQUIRE", "").split(",")
 SCHEDULES = [0, 1, 2]
 
 
@@ -37,63 +28,6 @@ def cache_of_the_tests(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@dataclass
-class Kernels:
-    """One backend; takes and gives CPU tensors whatever it runs on."""
-
-    module: ModuleType | None  # None: the torch twin
-    device: str = "cpu"
-    cuda: bool = False
-
-    def overlap_table(self, us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self._call(run_overlap_table, torch_twin.overlap_table, self._there(us, ut))
-
-    def project_pair(self, us: Tensor, ut: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._call(run_project_pair, torch_twin.project_pair, self._there(us, ut, x))
-
-    def panel_qr(self, panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        scale = None if scale is None else scale.to(self.device)
-        return self._call(run_panel_qr, torch_twin.panel_qr, [*self._there(panel), scale])
-
-    def small_svd(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._call(run_small_svd, torch_twin.small_svd, self._there(a))
-
-    def small_singular_values(self, a: Tensor) -> Tensor:
-        values, twin = run_small_singular_values, torch_twin.small_singular_values
-        x = a.to(self.device)
-        return (values(self.module, x, self.cuda) if self.module else twin(x)).cpu()
-
-    def _there(self, *operands):
-        lists = [[x] if isinstance(x, Tensor) else x for x in operands]
-        moved = [[x.to(self.device) for x in some] for some in lists]
-        return [
-            some[0] if isinstance(given, Tensor) else some
-            for given, some in zip(operands, moved, strict=True)
-        ]
-
-    def _call(self, run, twin, operands):
-        outputs = run(self.module, *operands, self.cuda) if self.module else twin(*operands)
-        return tuple(x.cpu() for x in outputs)
-
-
-def missing(backend: str, reason: object) -> None:
-    (pytest.fail if backend in REQUIRED else pytest.skip)(f"{backend}: {reason}")
-
-
-def load(backend: str, name: str) -> ModuleType:
-    """A compiled module. One that is not there is skipped; one that does not load is a failure."""
-    why = native.EXTENSION.why
-    if why.startswith("it cannot be loaded"):
-        pytest.fail(f"{backend}: there is a compiled extension, but {why}")
-    if native.EXTENSION.kernels is None:
-        missing(backend, f"no compiled extension: {why}")
-    try:
-        return importlib.import_module(f"prolora.core.{name}")
-    except ModuleNotFoundError as error:
-        missing(backend, error)
-        raise
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Kernels, load
+from backends import Kernels, load
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@ values of s; never by comparing vectors."""
 
 import pytest
 import torch
-from conftest import load
+from backends import load
 from hypothesis import given
 from hypothesis import strategies as st
 
