@@ -186,7 +186,8 @@ def transfer(
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
             no bound.
         probe: what method "probe" samples.
-        progress: called as progress(done, total, name).
+        progress: called as progress(done, total, name); what it raises ends the call, and nothing
+            is written.
 
     Returns:
         The LoRA of the target in memory, with the report.

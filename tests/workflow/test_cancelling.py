@@ -1,0 +1,63 @@
+"""What the caller's progress raises ends the call, and leaves nothing half done."""
+
+import pytest
+from mini import write_case
+
+import prolora
+from prolora.bases.cache.build import survey_base
+
+
+class Stopped(Exception):
+    """A stop button."""
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+def stop_at(call):
+    """A progress that raises at its n-th call."""
+    calls = []
+
+    def progress(done, total, name):
+        calls.append(name)
+        if len(calls) == call:
+            raise Stopped(name)
+
+    return progress
+
+
+@pytest.mark.parametrize("method", ["auto", "damped", "prolora", "copy"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_transfer_stops_and_writes_nothing(case, tmp_path, method, call):
+    out = tmp_path / "out" / "moved.safetensors"
+    out.parent.mkdir()
+    known = {"method": method, "progress": stop_at(call), "cache": tmp_path / "cache"}
+    try:
+        prolora.transfer_file(*case, out, **known)
+    except Stopped:
+        assert not list(out.parent.iterdir())
+    else:
+        assert call == 2 and method in ("copy", "auto")  # so short that it calls once
+    prolora.transfer_file(*case, out, method=method, cache=tmp_path / "cache")
+
+
+def test_of_several_loras_those_that_are_done_stay(case, tmp_path):
+    lora, source, target = case
+    loras = [lora, tmp_path / "second.safetensors"]
+    loras[1].write_bytes(lora.read_bytes())
+    with pytest.raises(Stopped):
+        prolora.transfer_many(loras, source, target, tmp_path / "out", progress=stop_at(1))
+    assert not list((tmp_path / "out").iterdir())
+    outcomes = prolora.transfer_many(loras, source, target, tmp_path / "out")
+    assert [outcome.status for outcome in outcomes] == ["moved", "moved"]
+
+
+def test_a_comparison_and_a_survey_stop(case, tmp_path):
+    _, source, target = case
+    with pytest.raises(Stopped):
+        prolora.compare(source, target, progress=stop_at(1))
+    with pytest.raises(Stopped):
+        survey_base(source, 4, cache=tmp_path / "cache", progress=stop_at(1))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix == ".tmp"]
