@@ -86,14 +86,14 @@ def count_case(
     weights = make_weights(b, m, n)
     began = time.perf_counter()
     with as_on_a_gpu(slow_float64), counting(stage_of) as tally:
-        found = prolora.truncated_svd(weights, rank)
+        result = prolora.truncated_svd(weights, rank)
     return {
         "matrices": b,
         "rows": m,
         "columns": n,
         "rank": rank,
-        "rung": found.rung,
-        "columns kept": int(found.rank.max()),
+        "rung": result.rung,
+        "columns kept": int(result.rank.max()),
         "seconds on the CPU": round(time.perf_counter() - began, 1),
         **summarise(tally),
     }
@@ -145,12 +145,12 @@ def _calls(tally: Tally) -> list[list[Any]]:
 def _format(known: dict[str, Any]) -> str:
     """JSON with a line for each call."""
     text = json.dumps(known, indent=1)
-    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
+    flat = re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
     return re.sub(r"\[\s+(\"[^\[\]{}]*\[[^\[\]]*\][^\[\]{}]*?)\s+\]", _on_one_line, flat) + "\n"
 
 
-def _on_one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(found[1].split()) + "]"
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + " ".join(match[1].split()) + "]"
 
 
 def commit() -> str:
@@ -179,8 +179,8 @@ def main() -> None:
     cases = []
     for case in MODELS if words.models else wanted:
         cases.append(count_case(*case, words.slow_float64))
-        told = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
-        print(json.dumps(told), flush=True)
+        summary = {k: v for k, v in cases[-1].items() if k not in ("calls", "stages")}
+        print(json.dumps(summary), flush=True)
         known = json.loads(words.out.read_text()) if words.out.exists() else {}
         known[words.label] = {"commit": commit(), "torch": torch.__version__, "cases": cases}
         words.out.write_text(_format(known))

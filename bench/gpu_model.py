@@ -156,10 +156,10 @@ def estimate_model(
 
 def find_case(cases: list[dict[str, Any]], m: int, n: int, rank: int | float) -> dict[str, Any]:
     """The counts of the largest stack of a shape."""
-    found = [c for c in cases if (c["rows"], c["columns"], c["rank"]) == (m, n, rank)]
-    if not found:
+    counted = [c for c in cases if (c["rows"], c["columns"], c["rank"]) == (m, n, rank)]
+    if not counted:
         raise KeyError(f"{m}x{n} at {rank} was not counted")
-    return max(found, key=lambda case: case["matrices"])
+    return max(counted, key=lambda case: case["matrices"])
 
 
 def count_stacks(m: int, n: int, rank: int | float, count: int, card: Card) -> int:
@@ -223,9 +223,9 @@ def _render_goals(by_card: dict[Card, list[dict[str, Any]]]) -> str:
             stages = estimate_model(cases, shapes, rank, card)
             whole = sum(stages.values())
             largest = sorted(stages.items(), key=lambda item: -item[1])[:3]
-            told = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in largest)
+            shares = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in largest)
             wanted = goal if card is goal_card else ""
-            lines.append(f"| {title} | {card.name} | {wanted} | {whole:.2g} s | {told} |")
+            lines.append(f"| {title} | {card.name} | {wanted} | {whole:.2g} s | {shares} |")
     return "\n".join(lines)
 
 

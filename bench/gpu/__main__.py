@@ -113,13 +113,13 @@ def run_worker(bench: Bench, names: list[str], deadline: float) -> tuple[list[st
         stdout=subprocess.PIPE,
         text=True,
     )
-    said = listen(process)
+    next_line = listen(process)
     expected = {step.name: step.seconds for step in calls.list_steps(bench)}
     begun: list[str] = []
     running, limit = "", deadline + GRACE
     while True:
         try:
-            line = said(max(0.1, limit - time.time()))
+            line = next_line(max(0.1, limit - time.time()))
         except queue.Empty:
             process.kill()
             process.wait()

@@ -88,13 +88,13 @@ def time_eigh(bench: Bench, d: int, dtype: torch.dtype) -> None:
         solve = _open(open_solver)
         for batch in (8, 64):
             stack = gram[: bench.batch(batch)].contiguous()
-            told = case.replace("64 x", f"{batch} x")
+            its_case = case.replace("64 x", f"{batch} x")
             if solve is None or bench.device == "cpu":
-                bench.record(f"{name} eigh", None, "ms", told, error="there is none")
+                bench.record(f"{name} eigh", None, "ms", its_case, error="there is none")
                 continue
             # It overwrites its input.
             ms, repeats = time_call(partial(_solve_copy, solve, stack), bench.device, limit=3)
-            bench.record(f"{name} eigh", ms, "ms", told, repeats=repeats)
+            bench.record(f"{name} eigh", ms, "ms", its_case, repeats=repeats)
     ms, repeats = time_call(lambda: solvers.descending_eigh(gram), bench.device, limit=5)
     bench.record("descending_eigh", ms, "ms", case, repeats=repeats)
 

@@ -212,8 +212,8 @@ def run_tests(bench: Bench) -> None:
     )
     print("\n".join(text.splitlines()[-5:]))
     for what in ("passed", "failed", "skipped"):
-        found = re.findall(rf"(\d+) {what}", text)
-        bench.record(f"tests {what}", int(found[-1]) if found else 0, "tests")
+        numbers = re.findall(rf"(\d+) {what}", text)
+        bench.record(f"tests {what}", int(numbers[-1]) if numbers else 0, "tests")
     assert code == 0, f"pytest ended with {code}"
 
 

@@ -109,11 +109,11 @@ class Tally:
 
     def factorisations(self) -> dict[str, int]:
         """How often each came, by kind, dtype and shape."""
-        told = Counter[str]()
+        counts = Counter[str]()
         for call, n in self.calls.items():
             if call.kind == "factorisation":
-                told[f"{call.op} {call.dtype} {'x'.join(map(str, call.shape))}"] += n
-        return dict(told)
+                counts[f"{call.op} {call.dtype} {'x'.join(map(str, call.shape))}"] += n
+        return dict(counts)
 
 
 class Counting(TorchDispatchMode):

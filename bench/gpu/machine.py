@@ -24,8 +24,8 @@ def describe_machine() -> dict[str, str]:
 
 def find_card() -> str:
     """The name of the first GPU, or of the processor where there is none."""
-    told = _ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return told.splitlines()[0] if told else f"no GPU ({platform.machine()})"
+    names = _ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return names.splitlines()[0] if names else f"no GPU ({platform.machine()})"
 
 
 def find_commit() -> str:

@@ -24,10 +24,10 @@ def parse_resources(text: str) -> Iterator[Resources]:
     """What `cuobjdump --dump-resource-usage` prints."""
     architecture = kernel = ""
     for line in text.splitlines():
-        if found := re.search(r"\barch = (sm_\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r"\s*Function (\S+?):?\s*$", line):
-            kernel = found[1]
+        if match := re.search(r"\barch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+?):?\s*$", line):
+            kernel = match[1]
         elif "REG:" in line and kernel:
             numbers = dict(re.findall(r"\b([A-Z]+):(\d+)", line))
             yield Resources(

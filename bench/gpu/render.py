@@ -69,12 +69,12 @@ def _render_stacks(lines: list[Line]) -> str:
 
 
 def _render_stages(lines: list[Line]) -> str:
-    found = {key: line for key, line in _values(lines).items() if key[0].startswith("stage ")}
-    if not found:
+    by_stage = {key: line for key, line in _values(lines).items() if key[0].startswith("stage ")}
+    if not by_stage:
         return ""
-    stages = list(dict.fromkeys(name for name, _ in found))
-    cases = list(dict.fromkeys(case for _, case in found))
-    rows = [[case, *(_number(found.get((stage, case))) for stage in stages)] for case in cases]
+    stages = list(dict.fromkeys(name for name, _ in by_stage))
+    cases = list(dict.fromkeys(case for _, case in by_stage))
+    rows = [[case, *(_number(by_stage.get((stage, case))) for stage in stages)] for case in cases]
     return _table(["ms by stage", *(stage.removeprefix("stage ") for stage in stages)], rows)
 
 

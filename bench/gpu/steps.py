@@ -89,9 +89,9 @@ class Bench:
         if value is not None and not abs(value) < float("inf"):
             line |= {"value": None, "error": f"{value}"}
         append_line(self.results, line)
-        told = "–" if line["value"] is None else f"{value:.4g} {unit}"
+        text = "–" if line["value"] is None else f"{value:.4g} {unit}"
         print(
-            f"{name}{f' [{case}]' if case else ''}: {told} {further.get('error', '')}", flush=True
+            f"{name}{f' [{case}]' if case else ''}: {text} {further.get('error', '')}", flush=True
         )
 
     def run_command(

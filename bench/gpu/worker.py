@@ -39,10 +39,10 @@ def main() -> int:
                 bench.record("missing", 0, "", note=f"{step.tool} is not installed: left out")
         except Exception as error:
             (bench.logs / f"{bench.call}-{name}.txt").write_text(traceback.format_exc())
-            said = f"{type(error).__name__}: {error}"[:300]
-            bench.record(FINISHED, None, "s", error=said)
+            message = f"{type(error).__name__}: {error}"[:300]
+            bench.record(FINISHED, None, "s", error=message)
             print(f"END {name}", flush=True)
-            if "CUDA error" in said:
+            if "CUDA error" in message:
                 return GPU_IS_LOST
             continue
         bench.record(FINISHED, time.perf_counter() - began, "s")

@@ -139,7 +139,7 @@ def test_a_call_waits_for_what_its_own_stream_has_queued_on_cuda(card):
 
 def test_a_second_device_computes_where_its_tensors_are_on_cuda(card):
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU")
+        pytest.skip("cuda: there is no second GPU")
     weight = stack(2, 400, 384)
     with torch.cuda.device(0):
         found = truncated_svd(weight.to("cuda:1"), 40)

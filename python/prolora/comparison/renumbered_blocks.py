@@ -82,17 +82,17 @@ def recognise_blocks(
             cosine = cosines[module]
         if cosine < STRANGE_COSINE:
             strangers.append(block)
-    found = _find_origins(strangers, witnesses, source, target)
-    if not found:
+    origins = _find_origins(strangers, witnesses, source, target)
+    if not origins:
         return match
     corrected = {}
     for module, origin in table.items():
         place = _find_block(module)
-        if place is not None and place in found:
-            origin = found[place].module(module.removeprefix(place.module("")))
+        if place is not None and place in origins:
+            origin = origins[place].module(module.removeprefix(place.module("")))
         if origin in source.shapes:
             corrected[module] = origin
-    blocks = {f"{t.stack}.{t.number}": f"{s.stack}.{s.number}" for t, s in found.items()}
+    blocks = {f"{t.stack}.{t.number}": f"{s.stack}.{s.number}" for t, s in origins.items()}
     return Renumbering(corrected, rule, blocks)
 
 

@@ -83,10 +83,10 @@ def check_card(card: Path) -> None:
     if not card.exists():
         return
     try:
-        own = MARK in card.read_text("utf-8", errors="replace")
+        is_card = MARK in card.read_text("utf-8", errors="replace")
     except OSError as error:
         raise OutputError(f"{card}: exists and cannot be read: {error.strerror}") from error
-    if not own:
+    if not is_card:
         raise OutputError(
             f"{card}: exists and is no card of prolora, so it is not replaced; move it away, or "
             "write the LoRA to another folder"
@@ -157,8 +157,8 @@ def _list_tags(moved: Sequence[_Moved]) -> list[str]:
     tags = []
     for one in moved:
         tags += [one.file.family] if one.file.family else []
-        own = one.header.get("modelspec.tags", "").split(",")
-        tags += [tag.strip() for tag in own if tag.strip()]
+        listed = one.header.get("modelspec.tags", "").split(",")
+        tags += [tag.strip() for tag in listed if tag.strip()]
     return tags
 
 

@@ -65,8 +65,8 @@ def list_files(path: Path) -> list[Path]:
         OutputError: there is no card of prolora, or nothing that prolora moved.
     """
     folder = path if path.is_dir() else path.parent
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    loras = [file for file in found if file.is_file()]
+    candidates = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    loras = [file for file in candidates if file.is_file()]
     if not loras:
         raise OutputError(f"{path}: no .safetensors file there")
     for file in loras:

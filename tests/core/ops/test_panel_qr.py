@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import load
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -230,7 +231,7 @@ def test_panels_for_which_a_block_must_ask_for_more_shared_memory(kernels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_changes_no_bit(dtype, monkeypatch):
-    extension = pytest.importorskip("prolora.core._emulated", reason="no emulated kernels")
+    extension = load("emulated", "_emulated")
     panel, results = random((2, 21, 130), dtype), []
     for seed in "0123":
         monkeypatch.setenv("EMU_SEED", seed)

@@ -245,7 +245,7 @@ def test_the_host_never_waits_for_the_device(monkeypatch, d):
     assert values[1].isnan().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuda: torch sees no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 200), (3, 20), (5, 130)])
 def test_a_cuda_device_solves_a_stack_in_any_stream_without_waiting(shape, dtype):
@@ -311,7 +311,7 @@ def test_the_choice_is_made_once_for_a_device_and_a_dtype_and_logged(monkeypatch
 
 def test_where_torch_has_loaded_no_cusolver_there_is_none(monkeypatch):
     if torch.version.cuda:
-        pytest.skip("this torch brings one")
+        pytest.skip("this torch has CUDA, and so brings a cuSOLVER")
     for name, open_solver in batched_eigh.CANDIDATES.items():
         if name.startswith("cuSOLVER"):
             with pytest.raises(SolverUnavailable, match="no libcusolver"):

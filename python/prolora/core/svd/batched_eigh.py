@@ -151,6 +151,6 @@ def _try_out(solve: Solve, symmetric: Tensor, expected: Tensor) -> None:
         raise SolverUnavailable("it does not converge on a random matrix")
     scale = float(torch.linalg.vector_norm(expected, dim=-1).max())
     tolerance = 1e3 * torch.finfo(symmetric.dtype).eps * scale
-    for name, found, wanted in pairs:
-        if not float((found - wanted).abs().max()) <= tolerance:
+    for name, computed, wanted in pairs:
+        if not float((computed - wanted).abs().max()) <= tolerance:
             raise SolverUnavailable(f"{name} of a random matrix differ from torch's")
