@@ -20,7 +20,7 @@ import prolora
 from prolora import Basis, LowRank, Verdict
 from prolora.adapters import Adapter
 from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import judge_affinity
+from prolora.comparison.verdict import judge_affinity, judge_pairs
 
 Updates = dict[str, LowRank]
 
@@ -133,6 +133,34 @@ def make_projection(
     return run
 
 
+def match_norms(case: Case) -> Updates:
+    """A copy in which every update has the share of its weight's norm that it had in the source.
+
+    What loaders offer in 2026 as a strength for each layer.
+    """
+    return {
+        name: LowRank(
+            update.up * float(case.target[name].norm() / case.source[name].norm()), update.down
+        )
+        for name, update in case.updates.items()
+    }
+
+
+def extract_difference(case: Case) -> Updates:
+    """The merged source less the target, cut to twice the LoRA's rank.
+
+    Apply, subtract, extract: what users do with merging and extraction scripts. It holds the way
+    back from the target to the source beside the LoRA.
+    """
+    moved = {}
+    for name, update in case.updates.items():
+        difference = case.source[name] + update.dense() - case.target[name]
+        rank = min(2 * update.rank, *difference.shape)
+        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
+        moved[name] = LowRank(u[:, :rank] * s[:rank], vh[:rank])
+    return moved
+
+
 def sum_dropped_updates(case: Case) -> Updates:
     """Copy, and the updates of dropped blocks added to the block next to them."""
     moved = dict(case.updates)
@@ -235,7 +263,7 @@ def run_transfer(case: Case, **options: Any) -> Updates:
 def judge_bases(case: Case) -> Verdict:
     """What the weights of the pair say."""
     pairs = [(case.source[name], case.target[name]) for name in case.target]
-    return judge_affinity(Affinity.total(Affinity.of(*pair) for pair in pairs))
+    return judge_pairs(Affinity.of(*pair) for pair in pairs)
 
 
 def copy_by_module(case: Case) -> Updates:
@@ -260,6 +288,8 @@ STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 METHODS: dict[str, Callable[[Case], Updates]] = {
     "copy": copy_updates,
     "summed": sum_dropped_updates,
+    "norm-matched": match_norms,
+    "extracted": extract_difference,
     "casa": arbitrate,
     **{f"prolora {rule}": make_projection("prolora", rule) for rule in (*ENERGIES, *SHARES)},
     **{f"subspace {rule}": make_projection("subspace", rule) for rule in (0.9, "d/2")},
@@ -282,7 +312,8 @@ CHOSEN: dict[str, Callable[[Case], Updates]] = {
     "blocks, automatic strength": functools.partial(
         run_transfer, method="blocks", strength="auto", threshold=0
     ),
-    "damped, κ 1": functools.partial(run_transfer, method="damped", damping=1),
-    "damped, κ 4": functools.partial(run_transfer, method="damped", damping=4),
-    "damped, κ 16": functools.partial(run_transfer, method="damped", damping=16),
+    **{
+        f"damped, κ {kappa}": functools.partial(run_transfer, method="damped", damping=kappa)
+        for kappa in (1, 2, 4, 8, 16, 32)
+    },
 }

@@ -17,8 +17,6 @@ from flow import BATCH, guided_velocity, noised, predict
 from torch import Tensor, nn
 from worlds import Data, World
 
-TEACHER_STEPS = 16
-JUDGED = 320  # held-out images, or held-out teacher pairs, behind every loss
 WANTS = ("look", "own")
 
 Loss = Callable[[torch.Generator], Tensor]
@@ -84,7 +82,7 @@ class Images:
     def held_out(self, model: nn.Module) -> float:
         """See Lesson."""
         generator = torch.Generator().manual_seed(123)
-        x, y = (part[:JUDGED] for part in self.data)
+        x, y = (part[: self.world.judged_rows] for part in self.data)
         xt, t, velocity = noised(x, generator)
         return F.mse_loss(predict(model, xt, t, self.world.tokens(model, y)), velocity).item()
 
@@ -152,7 +150,7 @@ class Guided:
     @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
         """See Lesson."""
-        rows = torch.arange(min(JUDGED, len(self.data[0])))
+        rows = torch.arange(min(self.world.judged_rows, len(self.data[0])))
         return self._error(model, torch.Generator().manual_seed(123), rows).item()
 
     def _error(self, model: nn.Module, generator: torch.Generator, rows: Tensor) -> Tensor:
@@ -169,13 +167,13 @@ class Guided:
 def teacher_pairs(
     world: World, model: nn.Module, n: int, seed: int, guidance: float, concept: bool = False
 ) -> Pairs:
-    """Noise, the image the model samples from it in 16 steps, and the prompt.
+    """Noise, the image the model samples from it, and the prompt.
 
     A few-step adapter learns the straight line between the two (reflow), guidance included.
     """
     y = world.draw_prompts(n, torch.Generator().manual_seed(seed), concept)
     noise = torch.randn(n, *world.shape, generator=torch.Generator().manual_seed(seed))
-    return noise, world.sample(model, y, TEACHER_STEPS, guidance, seed), y
+    return noise, world.sample(model, y, world.teacher_steps, guidance, seed), y
 
 
 def make_lesson(
@@ -198,7 +196,7 @@ def make_lesson(
         seed: of the teacher pairs for training.
         teacher: for distilled kinds, the source with its adapter.
     """
-    n, start = (world.pairs, 4000 + seed) if split == "train" else (JUDGED, 99)
+    n, start = (world.pairs, 4000 + seed) if split == "train" else (world.judged_rows, 99)
     if adapter == "fewstep":
         return Lines(world, teacher_pairs(world, model, n, start, world.guidance_of(kind)))
     data = world.images(kind, adapter, split)

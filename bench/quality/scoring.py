@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from contenders import CHOSEN, METHODS, RUNS, Case, Updates, judge_bases, scale_updates
 from judge import Judge, diversity, mmd
-from lessons import JUDGED, Lesson, teacher_pairs
+from lessons import Lesson, teacher_pairs
 from torch import Tensor, nn
 from worlds import World, backbone
 
@@ -64,11 +64,16 @@ class Yardstick:
 
 
 def loss_rows(
-    target: nn.Module, cases_by_adapter: dict[str, Case], look: Yardstick, own: Yardstick | None
+    target: nn.Module,
+    cases_by_adapter: dict[str, Case],
+    look: Yardstick,
+    own: Yardstick | None,
+    skipped: Collection[str] = (),
 ) -> dict[str, Any]:
     """Adapter -> {"none", "oracle", "losses": {"method @ strength": loss}}.
 
     They are of the target's look; "own" has the same for the adapter's own images if these differ.
+    Methods that are skipped are not run.
     """
     table = {}
     for adapter, case in cases_by_adapter.items():
@@ -79,7 +84,7 @@ def loss_rows(
             row = {name: held_out(target, stick, adapter, u) for name, u in known.items()}
             rows.append(row | {"losses": {}})
         for label, method in METHODS.items():
-            if not case.updates or (label == "summed" and not case.dropped):
+            if not case.updates or (label == "summed" and not case.dropped) or label in skipped:
                 continue
             updates = method(case)
             for strength in RUNS.get(label, (1.0,)):
@@ -179,7 +184,8 @@ def sample_scores(
     the judge recognises what was asked for.
     """
     if adapter == "fewstep":
-        reference = teacher_pairs(world, target, JUDGED, 99, world.guidance_of(kind))[1][:IMAGES]
+        guidance = world.guidance_of(kind)
+        reference = teacher_pairs(world, target, world.judged_rows, 99, guidance)[1][:IMAGES]
     else:
         with apply_updates(target, oracle):
             reference = sample_images(world, kind, target, adapter, seed=1)[0]

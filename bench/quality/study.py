@@ -39,7 +39,13 @@ def targets(world: World) -> list[tuple[str, str, int]]:
     """Every (arch, kind, seed) that LoRAs are moved to, the most telling first."""
     if world.name != "digits":
         # The transformers cost half as much as the UNets, and one of them teaches the words.
-        return [(a, kind, seed) for seed in SEEDS for kind in world.kinds for a in ARCHS[::-1]]
+        return [
+            (arch, kind, seed)
+            for seed in SEEDS
+            for arch in ARCHS[::-1]
+            for kind in world.kinds
+            if seed == SEEDS[0] or kind not in world.once
+        ]
     related = [kind for kind in world.kinds if kind not in world.fresh]
     targets_by_seed = [(arch, kind, 0) for kind in (*related, "independent") for arch in ARCHS]
     targets_by_seed += [("flux", kind, 0) for kind in world.variants]
@@ -126,7 +132,8 @@ def yardsticks(folder: Folder, kind: str, seed: int) -> tuple[Yardstick, Yardsti
 
 def score_losses(folder: Folder, kind: str, seed: int, out: Path) -> None:
     target, cases_by_adapter, _ = loaded(folder, kind, seed)
-    rows = loss_rows(target, cases_by_adapter, *yardsticks(folder, kind, seed))
+    sticks = yardsticks(folder, kind, seed)
+    rows = loss_rows(target, cases_by_adapter, *sticks, folder.world.skipped)
     out.write_text(json.dumps(rows, indent=1))
 
 
@@ -191,7 +198,7 @@ def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
 def scores_of(world: World, kind: str, seed: int) -> dict:
     """Name of a score's file -> what makes it, for a target."""
     scores = {"losses": score_losses, "relation": score_relation, "chosen": score_chosen}
-    if kind in world.kinds:
+    if kind in world.kinds and (seed == 0 or world.name == "digits"):
         scores["samples"] = score_samples
     if kind in world.kinds and kind not in world.fresh and seed == 0:
         scores["ceiling"] = score_ceiling
@@ -225,7 +232,10 @@ def main() -> None:
     world = load_world(options.world)
     # What is ready to be scored comes first, so that early results can be looked at.
     scoring = scoring_jobs(world, options.work)
-    late = [job for job in scoring if job.path.match("unet/*-[12]-samples.json")]
+    waiting = ("unet/*-[12]-samples.json",)
+    if world.name != NAMES[0]:
+        waiting = ("*/*-samples.json", "*/*-ceiling.json")
+    late = [job for job in scoring if any(job.path.match(path) for path in waiting)]
     early = [job for job in scoring if job not in late]
     training = training_jobs(world, options.work)
     sources, rest = training[: len(ARCHS)], training[len(ARCHS) :]

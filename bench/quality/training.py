@@ -12,8 +12,6 @@ from worlds import World, backbone
 
 from prolora import LowRank
 
-STUDENT_PAIRS = 2048  # teacher pairs of a few-step base
-
 
 def train_base(
     world: World, arch: str, kind: str, seed: int, source: nn.Module | None
@@ -57,7 +55,7 @@ def base_lesson(world: World, kind: str, seed: int, model: nn.Module, source: nn
     """The loss that a kind of base is trained by."""
     way = world.distilled.get(kind)
     if way == "lines":
-        pairs = teacher_pairs(world, source, STUDENT_PAIRS, 7000 + seed, world.guidance)
+        pairs = teacher_pairs(world, source, world.student_pairs, 7000 + seed, world.guidance)
         return Lines(world, pairs).loss(model)
     data = world.images(kind, None, "train")
     if way == "guided":

@@ -55,6 +55,11 @@ class World:
         restyled: kinds whose images look unlike the source's.
         teaches_words: architecture whose source trains the text encoder; "" if there is none.
         pairs: how many teacher pairs a few-step adapter is trained on.
+        student_pairs: how many a few-step base is trained on.
+        teacher_steps: in which the teacher makes them.
+        judged_rows: held-out images, or held-out teacher pairs, behind every loss.
+        once: kinds of which there is one seed.
+        skipped: methods of the study that are not run.
         guidance: of samples.
     """
 
@@ -91,6 +96,11 @@ class World:
     restyled: tuple[str, ...] = ()
     teaches_words: str = ""
     pairs: int = 1024
+    student_pairs: int = 2048
+    teacher_steps: int = 16
+    judged_rows: int = 320
+    once: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     guidance: float = 2.0
 
     def source_of(self, kind: str) -> str:

@@ -21,10 +21,10 @@ UNET = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [32, 64, 128],
+    "block_out_channels": [32, 64, 96],
     "layers_per_block": 1,
     "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [1, 2, 4],  # diffusers reads this as the number of heads
+    "attention_head_dim": [1, 2, 3],  # diffusers reads this as the number of heads
     "cross_attention_dim": WIDTH,
     "norm_num_groups": 8,
     "use_linear_projection": True,
@@ -35,7 +35,7 @@ FLUX = {
     "num_layers": 2,
     "num_single_layers": 4,
     "attention_head_dim": 32,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "joint_attention_dim": WIDTH,
     "pooled_projection_dim": WIDTH,
     "guidance_embeds": False,
@@ -54,8 +54,8 @@ CONFIGS = {
     "pruned": CUT,
     "renumbered": CUT,
     "resized": {
-        "unet": {"block_out_channels": [32, 64, 96], "attention_head_dim": [1, 2, 3]},
-        "flux": {"num_attention_heads": 3, "num_single_layers": 3},
+        "unet": {"block_out_channels": [32, 64, 64], "attention_head_dim": [1, 2, 2]},
+        "flux": {"num_attention_heads": 2, "num_single_layers": 3},
     },
     "deepened": {
         "unet": {"transformer_layers_per_block": [1, 2, 3]},
