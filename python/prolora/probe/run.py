@@ -16,14 +16,15 @@ from ..adapters.adapter import Adapter
 from ..bases.base import Progress
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
-from ..errors import ProLoRAError, UnrelatedBases
+from ..errors import UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
 from .gate import REFUSE, Gate, judge_updates
+from .models import check_models, frozen
 from .modules import choose_modules
-from .precision import HALVES, in_float32
+from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
 from .recording.recorder import ORIGINS, Recorder
@@ -41,7 +42,6 @@ from .recording.translation import (
 from .recording.wanted import wanted_changes
 from .report import BlockReport, ProbeReport
 from .settings import FitSettings, Strategy
-from .updates import weight_of
 
 __all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
 
@@ -176,9 +176,9 @@ def fit_lora(
         read or output_of,
     )
     adapter = _as_adapter(lora)
-    _check_models(source, target, adapter)
+    check_models(source, target, adapter)
     sample_all = (sample_source, sample_adapted or sample_source, sample_target)
-    with _frozen(source), _frozen(target), in_float32(source), in_float32(target):
+    with frozen(source), frozen(target), in_float32(source), in_float32(target):
         recorder = Recorder(
             source,
             target,
@@ -253,42 +253,6 @@ def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> 
     if isinstance(lora, str | PathLike):
         return adapters.read_adapter(lora)
     return Adapter(dict(lora), format="diffusers")
-
-
-def _check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None:
-    """Refuses what probing cannot handle, before anything is sampled.
-
-    Raises:
-        ProLoRAError: no updates, a dtype other than those of HALVES and float32, or no such module.
-    """
-    if not adapter.updates:
-        raise ProLoRAError("the LoRA has no updates")
-    for side, model in (("source", source), ("target", target)):
-        for name, parameter in model.named_parameters():
-            if parameter.dtype not in (torch.float32, *HALVES):
-                raise ProLoRAError(
-                    f"{name} of the {side} is {parameter.dtype}: probing computes in float32 from "
-                    "weights of float32, float16 or bfloat16; call .float() on the model"
-                )
-    for name in adapter.updates:
-        weight_of(source, name, convolution=True)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of parameters, until the end of the block."""
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in gradients:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, needed in gradients:
-            parameter.requires_grad_(needed)
 
 
 @contextlib.contextmanager
