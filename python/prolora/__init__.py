@@ -34,6 +34,10 @@ from .probe.settings import Probing
 from .version import __version__
 from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
+from .workflow.fleet.migration import migrate
+from .workflow.fleet.plan import Plan
+from .workflow.fleet.planning import plan_migration
+from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
@@ -59,6 +63,7 @@ __all__ = [
     "NonFiniteWeights",
     "Outcome",
     "OutputError",
+    "Plan",
     "ProLoRAError",
     "Probing",
     "ProjectionInfo",
@@ -80,11 +85,14 @@ __all__ = [
     "damped",
     "inspect",
     "load_moved_lora",
+    "migrate",
     "open_base",
     "open_experts",
+    "plan_migration",
     "plan_report",
     "principal_angles",
     "project",
+    "read_status",
     "require_cuda",
     "similarity",
     "transfer",

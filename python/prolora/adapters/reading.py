@@ -127,6 +127,8 @@ def outline_adapter(
     source: StrPath | Mapping[str, Tensor],
     shapes: Mapping[str, Shape],
     family: str | None = None,
+    *,
+    headers_only: bool = False,
 ) -> Adapter:
     """An adapter as far as a plan needs it: no base weight is read, and nothing is factored.
 
@@ -137,6 +139,7 @@ def outline_adapter(
         source: as for `read_adapter`.
         shapes: canonical module name -> shape of the base model's weight.
         family: id of the base model's family, if it is known.
+        headers_only: reads no tensor: all updates are zeros, and vectors are left out.
 
     Raises:
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `read_adapter` does, as far as it
@@ -144,6 +147,11 @@ def outline_adapter(
     """
     opened = open_adapter(source)
     contents = parse_contents(opened, BaseNames(family, shapes))
+    if headers_only:
+        adapter = _start_adapter(contents, opened)
+        for slot in contents.slots:
+            _add_zeros(adapter, slot, shapes, opened)
+        return adapter
     scales = {slot.module.name: read_scale(slot, opened) for slot in contents.slots}
     adapter = _start_adapter(contents, opened)
     for slot in contents.slots:

@@ -161,3 +161,49 @@ def _find_model_folder(names: list[str], path: str, id_: HubId) -> str:
             f"{id_.name}: has both unet and transformer; write hf://{id_.repo}/unet"
         )
     return parts[0] if parts else ""
+
+
+def is_hub_address(text: str) -> bool:
+    """Whether a text begins with `hf://`."""
+    return _SCHEME.match(text) is not None
+
+
+def fetch_adapters(address: str) -> list[Path]:
+    """The local folders of a repository's adapters, or of those of a collection of repositories.
+
+    Only .safetensors files and the configurations of adapters are fetched, unless the hub's cache
+    has them.
+
+    Args:
+        address: `hf://org/name[@revision][/folder]` or `hf://collections/org/slug`.
+
+    Raises:
+        UnsupportedFormat: `huggingface_hub` is not installed, or the hub does not give it.
+    """
+    collection = re.fullmatch(r"hf://?collections/([^/]+/[^/]+)", address)
+    id_ = None if collection else parse_hub_id(address)
+    hub = _import_hub(id_ or HubId(address))
+    try:
+        if collection:
+            items = hub.HfApi().get_collection(collection[1]).items
+            ids = [HubId(item.item_id) for item in items if item.item_type == "model"]
+        else:
+            ids = [id_] if id_ else []
+        return [_fetch_adapter(hub, one) for one in ids]
+    # Which errors the hub's client raises depends on its version and on that of its HTTP library.
+    except Exception as error:
+        raise UnsupportedFormat(
+            f"{address}: the hub does not give it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fetch_adapter(hub: Any, id_: HubId) -> Path:
+    """The local folder of a repository, with the files that an adapter can be."""
+    start = f"{id_.path}/" if id_.path else ""
+    folder = hub.snapshot_download(
+        id_.repo,
+        revision=id_.revision,
+        allow_patterns=[f"{start}*.safetensors", f"{start}*adapter_config.json"],
+        local_files_only=bool(hub.constants.HF_HUB_OFFLINE),
+    )
+    return Path(folder) / id_.path

@@ -112,3 +112,22 @@ def _keep_state(path: Path, state: FileState) -> Iterator[None]:
     yield
     if read_state(path) != state:
         raise UnsupportedFormat(f"{path}: was changed while it was in use; run again")
+
+
+def compute_fingerprint(base: Base, cache: BasisCache | None = None) -> str:
+    """What tells this base from others at the price of 16 MiB a file; "" for one from memory.
+
+    Not comparable with `compute_identity`, which reads a single file as a whole.
+
+    Args:
+        base: opened from files or from memory.
+        cache: remembers the hashes of files between runs.
+    """
+    if not base.files:
+        return ""
+    cache = cache or BasisCache(None)
+    sampled = sorted(
+        cache.file_hash(file, "sampled", partial(_hash_samples, file, read_state(file)))
+        for file in base.files
+    )
+    return hash_parts(sampled)[:16]

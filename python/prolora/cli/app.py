@@ -17,7 +17,7 @@ from rich.table import Table
 from ..version import __version__
 from ..workflow import inspection
 from ..workflow.push import push as push_loras
-from . import basis, inspect_table
+from . import basis, fleet, inspect_table
 from . import doctor as doctor_facts
 from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
@@ -56,6 +56,20 @@ app.command(
     )
 )(compare)
 app.add_typer(basis.app, name="basis")
+app.command(
+    epilog=write_epilog(
+        "prolora plan loras/ --source sdxl/ --target ssd-1b/ -o plan.jsonl",
+        "prolora plan loras/ --source sdxl/ --source flux/ --target new/ --target newer/",
+    )
+)(fleet.plan)
+app.command(
+    epilog=write_epilog(
+        "prolora migrate plan.jsonl -o moved/",
+        "prolora migrate plan.jsonl -o moved/ --shard 2/8",
+        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED),
+    )
+)(fleet.migrate)
+app.command(epilog=write_epilog("prolora status moved/"))(fleet.status)
 
 
 def print_version(asked: bool) -> None:

@@ -85,9 +85,9 @@ def _explain_other_base(
     same = is_identical(source, last.target_hash, short_hash, cache)
     if same:
         return None
-    named = _fold_name(source.name)
-    told_by_name = _fold_name(last.target) not in (_fold_name(last.source), *_ANY_MODEL)
-    if told_by_name and named == _fold_name(last.target):
+    named = fold_base_name(source.name)
+    told_by_name = fold_base_name(last.target) not in (fold_base_name(last.source), *_ANY_MODEL)
+    if told_by_name and named == fold_base_name(last.target):
         log.warning(
             "the LoRA was moved to %s; %s has that name and %s, so it is taken for the same model",
             last.target,
@@ -112,7 +112,7 @@ def _explain_other_base(
     return f"another model by its name ({_NO_HASHES})"
 
 
-def _fold_name(name: str) -> str:
+def fold_base_name(name: str) -> str:
     """A base's name without folders, without case and without words for how it is stored."""
     plain = _QUANTISED.sub("", re.split(r"[/\\]", name)[-1].lower())
     words = re.split(r"[\s._-]+", plain)

@@ -1,0 +1,342 @@
+"""`prolora plan`, `migrate` and `status`: a collection of LoRAs on its way to other bases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+from rich.table import Table
+
+from ..errors import InvalidOption
+from ..files.sizes import format_size
+from ..workflow.fleet.engines.engine import EngineName
+from ..workflow.fleet.migration import migrate as run_migration
+from ..workflow.fleet.plan import Entry, Plan, parse_shard
+from ..workflow.fleet.planning import plan_migration
+from ..workflow.fleet.status import Status, read_status
+from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
+from ..workflow.options import DtypeName, FormatName, ProgramName
+from .console import out, progress_bar
+from .exits import ExitCode
+from .options import (
+    InsertedOption,
+    JsonOption,
+    MatchOption,
+    QuietOption,
+    Resources,
+    expand_options,
+    parse_base,
+    parse_out_rank,
+    parse_path,
+    parse_share,
+)
+from .transfer_options import MethodOptions
+
+_REASONS = 8
+"""Most reasons that a table shows."""
+
+
+@dataclass
+class Collection:
+    """The bases of a plan."""
+
+    source: Annotated[
+        list[str],
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model that the LoRAs were trained on: file, folder or hub id. Of several "
+            "--source, each LoRA's header and keys tell which it belongs to.",
+        ),
+    ]
+    target: Annotated[
+        list[str],
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model to move to; may be repeated.",
+        ),
+    ]
+
+
+@dataclass
+class PlanMatching:
+    """Which module of the source belongs to which of the target."""
+
+    panel: ClassVar[str] = "Matching"
+    match: MatchOption = "name"
+    inserted: InsertedOption = "skip"
+    min_coverage: Annotated[
+        float,
+        typer.Option(
+            parser=parse_share,
+            metavar="SHARE",
+            help="Refuse a LoRA of which a smaller share of modules can move.",
+        ),
+    ] = 0.0
+
+
+@dataclass
+class PlanOutput:
+    """What the results are written as, and what is shown."""
+
+    panel: ClassVar[str] = "Output"
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=parse_path, metavar="FILE", help="The plan, JSON lines."
+        ),
+    ] = Path("plan.jsonl")
+    out_rank: Annotated[
+        str,
+        typer.Option(metavar="RANK", help="Rank of the results, as `prolora transfer` takes it."),
+    ] = "exact"
+    format: Annotated[
+        FormatName, typer.Option(help="Format of the results; auto keeps each LoRA's.")
+    ] = "auto"
+    for_program: Annotated[
+        ProgramName | None,
+        typer.Option("--for", help="Instead of a format: the program that reads the results."),
+    ] = None
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Type of the factors. Default: each LoRA's.")
+    ] = None
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options of the results as the library takes them.
+
+        Raises:
+            InvalidOption: a format and a program were given.
+        """
+        if self.for_program is not None and self.format != "auto":
+            raise InvalidOption(
+                f"--for {self.for_program} chooses the format itself; leave out --format"
+            )
+        form = {"format": self.for_program or self.format, "dtype": self.dtype}
+        return form | {"out_rank": parse_out_rank(self.out_rank)}
+
+
+@dataclass
+class EngineChoice:
+    """What does the work."""
+
+    panel: ClassVar[str] = "Engine"
+    engine: Annotated[EngineName, typer.Option(help="This process alone, or a Ray cluster.")] = (
+        "local"
+    )
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N", help="Only this part of the plan, as 2/8, for jobs of an array."
+        ),
+    ] = ""
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.")
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="How many workers the engine ray starts.")
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of a GPU that each of them takes.")
+    ] = None
+    retries: Annotated[
+        int,
+        typer.Option(metavar="N", help="How often a LoRA is tried again that the system failed."),
+    ] = 2
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Also try again what an earlier run refused."),
+    ] = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library takes them."""
+        chosen = {name: value for name, value in vars(self).items() if value is not None}
+        return chosen | {"shard": parse_shard(self.shard) if self.shard else None}
+
+
+@expand_options
+def plan(
+    loras: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LORAS",
+            help="LoRA files, folders, text files that list them, or hub addresses (hf://…).",
+        ),
+    ],
+    bases: Collection,
+    method: MethodOptions,
+    matching: PlanMatching,
+    output: PlanOutput,
+) -> None:
+    """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
+    options = method.to_dict() | vars(matching) | output.to_dict()
+    shown = not (output.as_json or output.quiet)
+    with progress_bar("plan", shown) as progress:
+        made = plan_migration(loras, bases.source, bases.target, progress=progress, **options)
+    made.save(output.output)
+    if output.as_json:
+        print(json.dumps(describe_plan(made), indent=1))
+    elif shown:
+        out.print_table(plan_table(made))
+        show_reasons(Counter(entry.refused for entry in made.entries if entry.refused))
+        out.print_line(f"wrote {output.output}")
+
+
+@expand_options
+def migrate(
+    plan: Annotated[
+        Path, typer.Argument(parser=parse_path, metavar="PLAN", help="What `prolora plan` wrote.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder of the results."
+        ),
+    ],
+    engine: EngineChoice,
+    resources: Resources,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Do what a plan says; run it again to go on where it stopped."""
+    resources.check_device()
+    shown = not (as_json or quiet)
+    with progress_bar("migrate", shown) as progress:
+        summary = run_migration(
+            plan,
+            output,
+            cache=resources.find_cache(),
+            device=resources.device,
+            max_memory=resources.max_bytes,
+            progress=progress,
+            **engine.to_dict(),
+        )
+    if as_json:
+        print(json.dumps(summary.to_dict(), indent=1))
+    elif shown:
+        out.print_table(summary_table(summary))
+        show_reasons(summary.reasons)
+        out.print_line(f"wrote {output / SUMMARY_PAGE}")
+    if summary.count("failed"):
+        sys.exit(ExitCode.REFUSED)
+
+
+def status(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            parser=parse_path, metavar="FOLDER", help="What `prolora migrate` was given as -o."
+        ),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say how far a migration is, while it runs or after it."""
+    found = read_status(folder)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    out.print_table(status_table(found))
+    show_reasons(found.reasons)
+
+
+def describe_plan(made: Plan) -> dict[str, Any]:
+    """A plan in numbers, ready for JSON."""
+    return {
+        "moves": sum(not entry.refused for entry in made.entries),
+        "refused": sum(bool(entry.refused) for entry in made.entries),
+        "pairs": [
+            {
+                "source": source,
+                "target": target,
+                "expert": expert,
+                "loras": len(entries),
+                "bytes": sum(entry.size for entry in entries),
+                "seconds": round(sum(entry.seconds for entry in entries), 3),
+                "memory": max(entry.memory for entry in entries),
+            }
+            for (source, target, expert), entries in group_entries(made).items()
+        ],
+        "notes": dict(made.notes),
+    }
+
+
+def group_entries(made: Plan) -> dict[tuple[str, str, str], list[Entry]]:
+    """The entries that move, by pair of bases."""
+    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in made.entries:
+        if not entry.refused:
+            pair = entry.pair
+            groups.setdefault((pair.source, pair.target, pair.expert), []).append(entry)
+    return groups
+
+
+def plan_table(made: Plan) -> Table:
+    """A line for each pair of bases, with what it is estimated to cost."""
+    table = Table(title=f"{len(made.entries)} moves, from headers alone")
+    for name in ("from", "to"):
+        table.add_column(name, overflow="fold")
+    for name in ("LoRAs", "bytes", "time", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (source, target, expert), entries in group_entries(made).items():
+        table.add_row(
+            source,
+            f"{target} {expert}".rstrip(),
+            str(len(entries)),
+            format_size(sum(entry.size for entry in entries)),
+            format_time(sum(entry.seconds for entry in entries)),
+            format_size(max(entry.memory for entry in entries)),
+        )
+    return table
+
+
+def summary_table(summary: Summary) -> Table:
+    """A line for each family and pair of bases."""
+    table = Table(title=summary.sentence())
+    for name in ("family", "from", "to"):
+        table.add_column(name, overflow="fold")
+    for name in ("moved", "failed", "refused", "left", "coverage"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in summary.groups:
+        numbers = (group.done, group.failed, group.refused, group.left)
+        coverage = "" if group.coverage is None else f"{group.coverage:.0%}"
+        table.add_row(group.family, group.source, group.target, *map(str, numbers), coverage)
+    return table
+
+
+def status_table(found: Status) -> Table:
+    """The numbers of a migration, one a line."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("done", "failed", "refused", "left"):
+        table.add_row(name, f"{getattr(found, name)} of {found.total}")
+    table.add_row("at work", f"{found.at_work} processes" if found.at_work else "no process")
+    if found.rate:
+        table.add_row("rate", f"{found.rate:.3g} LoRAs a second")
+    if found.seconds_left is not None and found.left:
+        table.add_row("time to go", format_time(found.seconds_left))
+    return table
+
+
+def show_reasons(reasons: dict[str, int]) -> None:
+    """The most frequent reasons for what does not move."""
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    for reason, number in ordered[:_REASONS]:
+        out.print_line(f"{number} not moved: {reason}", style="yellow")
+    if len(ordered) > _REASONS:
+        out.print_note(f"and {len(ordered) - _REASONS} more reasons")
+
+
+def format_time(seconds: float) -> str:
+    """Seconds for people: "42 s", "12 min", "3.4 h", "2.1 days"."""
+    for unit, size in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

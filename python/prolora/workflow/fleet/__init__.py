@@ -1,0 +1,1 @@
+"""Collections of LoRAs, many bases, many machines: plan, migrate, status."""

@@ -1,0 +1,1 @@
+"""What runs a migration: this process, or a cluster."""

@@ -1,0 +1,92 @@
+"""The LoRAs of a collection: files, folders, lists of them, and repositories on the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...adapters.unread import ADAPTER_FILES
+from ...bases.hub import fetch_adapters, is_hub_address
+from ...errors import UnsupportedFormat, input_error
+
+_WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ListedLora:
+    """A LoRA of a collection.
+
+    Attributes:
+        path: absolute path of a file or of an adapter's folder.
+        source: the base it was trained on, where a list names it; "" elsewhere.
+    """
+
+    path: Path
+    source: str = ""
+
+
+def list_loras(collection: Iterable[str | os.PathLike[str]]) -> list[ListedLora]:
+    """The LoRAs of a collection, each once, in a fixed order.
+
+    Args:
+        collection: each is a .safetensors file; the folder of an adapter (PEFT's or diffusers'); a
+            folder, whose files and adapters are taken, those in folders below it too; a text file
+            with a path in each line, and behind a tab the source base if that is known;
+            `hf://org/name` or `hf://collections/org/slug` on the hub, of which the adapters are
+            fetched.
+
+    Raises:
+        UnsupportedFormat: there is no such file or folder, or the hub does not give it.
+    """
+    listed: dict[Path, ListedLora] = {}
+    for member in collection:
+        for lora in _list_member(member):
+            listed.setdefault(lora.path, lora)
+    return list(listed.values())
+
+
+def _list_member(member: str | os.PathLike[str]) -> Iterator[ListedLora]:
+    text = os.fspath(member)
+    if is_hub_address(text):
+        for folder in fetch_adapters(text):
+            yield from map(ListedLora, _walk(folder))
+        return
+    path = Path(os.path.abspath(text))
+    if path.is_dir():
+        yield from map(ListedLora, _walk(path))
+    elif path.suffix.lower() == _WEIGHTS:
+        yield ListedLora(path)
+    elif path.suffix.lower() in (".txt", ".tsv", ".list"):
+        yield from _read_list(path)
+    else:
+        raise UnsupportedFormat(
+            f"{text}: is no .safetensors file, no folder, no list (.txt) of them and no address on "
+            "the hub (hf://org/name)"
+        )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The adapters in a folder and below it; the folder of an adapter is one."""
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        if any(name in files for name in ADAPTER_FILES):
+            yield Path(place)
+            rest = [name for name in files if name not in ADAPTER_FILES]
+        else:
+            rest = files
+        yield from (Path(place, name) for name in sorted(rest) if name.lower().endswith(_WEIGHTS))
+
+
+def _read_list(path: Path) -> Iterator[ListedLora]:
+    """The lines of a list; relative paths are below the folder of the list."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise input_error(path, error) from error
+    for line in lines:
+        name, _, source = line.partition("\t")
+        if name.strip() and not name.startswith("#"):
+            lora = Path(os.path.abspath(path.parent / name.strip()))
+            yield ListedLora(lora, source.strip())

@@ -1,0 +1,277 @@
+"""Doing what a plan says: what is done stays, the rest is done, one bad LoRA stops nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ...bases.base import Progress
+from ...errors import InvalidOption, OutputError, output_error
+from .claims import Claims
+from .engines.engine import Engine, EngineName, EngineOptions, start_engine
+from .outcomes import is_complete, is_unchanged, write_failures
+from .plan import Batch, Entry, Plan, select_shard
+from .records import Journal, JournalReader, Record
+from .status import PLANS
+from .summary import Summary, summarise
+from .worker import RunSettings
+
+# Seconds between two looks at what another process is doing.
+_POLL_SECONDS = 1.0
+
+
+def migrate(
+    plan: Plan | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    engine: Engine | EngineName = "local",
+    shard: tuple[int, int] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    retries: int = 2,
+    retry_failed: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Summary:
+    """Moves the LoRAs of a plan into a folder; what is there already is not done again.
+
+    Results lie in `out`/loras/TARGET/ under names that follow from the LoRA, the bases, the options
+    and the version. A LoRA that fails is a line in `out`/failed.jsonl and stops no other. Several
+    processes may work on one folder at the same time: no LoRA is moved twice where the file system
+    has locks. At the end summary.json and summary.html are written there.
+
+    Args:
+        plan: a plan, or the file of one.
+        out: the folder; it is made if it does not exist.
+        engine: "local" (this process), "ray" (a cluster), or an engine.
+        shard: (number from 1 on, how many): that part of the plan alone.
+        cache: folder that keeps subspaces; None keeps them as long as their bases are open.
+        device: where to compute, as torch names it.
+        max_memory: bytes that a worker's process may take, or a text such as "2GiB".
+        retries: how often a LoRA is tried again that the system failed (a file that cannot be
+            reached, no memory). A LoRA that is refused is not tried again.
+        retry_failed: also try again what was refused in an earlier run of this plan.
+        progress: called as progress(done, total, name); what it raises ends the call.
+        **options: of the engine, see `EngineOptions`: address, workers, gpus_per_worker.
+
+    Returns:
+        What became of the whole plan so far, other shards included.
+
+    Raises:
+        OutputError: the folder cannot be written, or its disk is full; what is done is kept.
+        InvalidOption: an option has a value that it does not take.
+        UnsupportedFormat: the plan cannot be read.
+    """
+    if not isinstance(plan, Plan):
+        plan = Plan.read(plan)
+    if isinstance(engine, str):
+        engine = start_engine(EngineOptions(engine, **options))
+    elif options:
+        raise InvalidOption(f"{next(iter(options))} is for an engine that is given by its name")
+    if retries < 0:
+        raise InvalidOption(f"retries must be 0 or more, not {retries!r}")
+    with closing(engine):
+        plan.make_options(device=device, max_memory=max_memory)  # refuses before anything is made
+        batches = select_shard(plan.list_batches(), shard)
+        folder = _make_folder(out)
+        settings = RunSettings(
+            dict(plan.bases),
+            dict(plan.options),
+            str(folder),
+            None if cache is None else os.path.abspath(cache),
+            device,
+            max_memory,
+        )
+        _keep_plan(plan, folder)
+        head = {"plan": plan.digest, "shard": list(shard) if shard else None}
+        with _Run(plan, folder, batches, head, retries, retry_failed, progress) as run:
+            run.work(engine, settings)
+    summary = summarise(plan, folder)
+    summary.save(folder)
+    return summary
+
+
+def _make_folder(out: str | os.PathLike[str]) -> Path:
+    folder = Path(os.path.abspath(out))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise output_error(folder, error, "the folder of the results cannot be made") from error
+    return folder
+
+
+def _keep_plan(plan: Plan, folder: Path) -> None:
+    """Puts a copy of the plan into the folder, by which `status` knows what is left."""
+    copy = folder / PLANS / f"{plan.digest}.jsonl"
+    try:
+        copy.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise output_error(copy.parent, error, "cannot be made") from error
+    if not copy.exists():
+        plan.save(copy)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the journals say of a move.
+
+    Attributes:
+        record_out: the result of the last success; "" if there was none.
+        size: its bytes.
+        refused: whether the last failure was the LoRA's own.
+    """
+
+    out: str = ""
+    size: int = 0
+    refused: bool = False
+
+
+@dataclass
+class _Run:
+    """One call of `migrate`.
+
+    Attributes:
+        plan: what is done.
+        folder: of the results.
+        batches: of this shard.
+        head: what the journal says of the run.
+        retries: how often a LoRA is tried again.
+        retry_failed: whether refused LoRAs are tried again.
+        progress: the caller's callback.
+    """
+
+    plan: Plan
+    folder: Path
+    batches: list[Batch]
+    head: dict[str, Any]
+    retries: int
+    retry_failed: bool
+    progress: Progress | None
+    known: dict[str, _Known] = field(default_factory=dict)
+    finished: set[str] = field(default_factory=set)
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def __enter__(self) -> _Run:
+        """Reads what was done before, and begins a journal."""
+        self.reader = JournalReader(self.folder)
+        self._read_journals()
+        if self.retry_failed:
+            for known in self.known.values():
+                known.refused = False
+        self.keys = {
+            self.plan.key(entry): number
+            for number, entry in enumerate(self.plan.entries)
+            if not entry.refused
+        }
+        self.total = sum(len(batch.entries) for batch in self.batches)
+        self.journal = Journal(self.folder, self.head)
+        self.claims = Claims(self.folder / PLANS / f"{self.plan.digest}.claims")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Writes the list of failures, and ends the journal."""
+        self.claims.close()
+        with suppress(OutputError):  # a full disk has been reported
+            write_failures(self.folder, self.plan)
+        with suppress(OutputError):
+            self.journal.close()
+
+    def work(self, engine: Engine, settings: RunSettings) -> None:
+        """Goes over the batches until nothing is left, neither here nor with another process.
+
+        Raises:
+            OutputError: nothing can be written any more.
+        """
+        left = True
+        while left:
+            self.busy, self.again, before = False, False, len(self.finished)
+            with closing(engine.run(self._take_batches(), settings)) as records:
+                for record in records:
+                    self._note(record)
+            left = self.busy or self.again
+            if left and len(self.finished) == before:
+                time.sleep(_POLL_SECONDS)
+
+    def _take_batches(self) -> Iterator[Batch]:
+        """What is left of each batch, claimed for this process."""
+        for batch in self.batches:
+            open_entries = self._list_open(batch.entries)
+            if not open_entries:
+                continue
+            claimed = [entry for entry in open_entries if self._claim(entry)]
+            if len(claimed) < len(open_entries):
+                self.busy = True
+            # Another process may have done it before its claim ended.
+            self._read_journals()
+            left = self._list_open(claimed)
+            for entry in claimed:
+                if entry not in left:
+                    self.claims.release(self.keys[self.plan.key(entry)])
+            if left:
+                yield Batch(batch.pair, tuple(left))
+
+    def _list_open(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The entries that are still to be done."""
+        left = []
+        for entry in entries:
+            key = self.plan.key(entry)
+            if key in self.finished:
+                continue
+            known = self.known.get(key)
+            if known and self._is_settled(entry, known):
+                self._finish(key, Path(entry.lora).name)
+            else:
+                left.append(entry)
+        return left
+
+    def _is_settled(self, entry: Entry, known: _Known) -> bool:
+        """Whether nothing is left to do: the result is there, or the LoRA was refused."""
+        if known.out:
+            return is_complete(self.folder, known.out, known.size) and is_unchanged(entry)
+        return known.refused and is_unchanged(entry)
+
+    def _claim(self, entry: Entry) -> bool:
+        return self.claims.claim(self.keys[self.plan.key(entry)])
+
+    def _note(self, record: Record) -> None:
+        """Writes a record down; a failure of the system may be tried again first.
+
+        Raises:
+            OutputError: nothing can be written any more.
+        """
+        if record.status == "stopped":
+            raise OutputError(record.reason)
+        tries = self.tries.get(record.key, 0)
+        if record.status == "failed" and record.transient and tries < self.retries:
+            self.tries[record.key] = tries + 1
+            self.again = True
+        else:
+            self.journal.add(record.after(self.journal.seconds))
+            self._finish(record.key, Path(record.lora).name)
+        self.claims.release(self.keys[record.key])
+
+    def _finish(self, key: str, name: str) -> None:
+        if key not in self.finished:
+            self.finished.add(key)
+            if self.progress:
+                self.progress(len(self.finished), self.total, name)
+
+    def _read_journals(self) -> None:
+        for _, record in self.reader.read_new():
+            known = self.known.setdefault(record.key, _Known())
+            if record.status == "done":
+                known.out, known.size, known.refused = record.out, record.size, False
+            elif record.status == "failed":
+                known.refused = not record.transient

@@ -1,0 +1,271 @@
+"""Making a plan: whose each LoRA is, where it can go, what that costs; only headers are read."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...adapters.unread import open_adapter
+from ...bases.base import Progress
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
+from ...bases.identity import compute_fingerprint
+from ...core.methods import Needs
+from ...errors import InvalidOption, ProLoRAError
+from ...files.jsontext import read_json_object
+from .calibration import Rates, calibrate
+from .listing import ListedLora, list_loras
+from .outcomes import find_state
+from .plan import Entry, PairOfBases, Plan, PlannedBase, make_label
+from .recognition import Outline, SourceFinder, outline_lora, refuse_move
+
+BasePath = str | os.PathLike[str]
+
+
+def plan_migration(
+    loras: Iterable[str | os.PathLike[str]],
+    sources: BasePath | Sequence[BasePath],
+    targets: BasePath | Sequence[BasePath],
+    *,
+    rates: Rates | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Plan:
+    """Plans the move of a collection to one or more bases; only headers are read.
+
+    Args:
+        loras: .safetensors files, folders, text files that list them, or addresses on the hub (see
+            `fleet.listing`).
+        sources: the bases that they were trained on; which of them a LoRA belongs to is told by its
+            header, its keys and their shapes. A base is a file, a folder or an id on the hub.
+        targets: the bases to move to.
+        rates: speeds for the estimates, of another machine; None measures this one in a second.
+        cache: remembers the hashes of files.
+        progress: called as progress(done, total, LoRA).
+        **options: of `transfer`, but for cache, device, max_memory, probe and progress; with
+            `format` and `dtype`.
+
+    Returns:
+        A plan with an entry for each LoRA and target. Those that cannot move are in it, with the
+        reason.
+
+    Raises:
+        InvalidOption: an option has a value that it does not take.
+        UnsupportedFormat: a file or folder that is not there; a base that cannot be opened.
+    """
+    started = time.perf_counter()
+    chosen = _settle_options(options)
+    rates = rates or calibrate()
+    with BasisCache(cache).saving() as hashes:
+        shelf = _Shelf(hashes)
+        source_labels = [shelf.open(path) for path in _list_paths(sources)]
+        target_labels = [shelf.open(path) for path in _list_paths(targets)]
+        planner = _Planner(shelf, source_labels, target_labels, chosen, rates)
+        listed = list_loras(loras)
+        entries: list[Entry] = []
+        for done, lora in enumerate(listed, 1):
+            entries += planner.plan_lora(lora)
+            if progress:
+                progress(done, len(listed), lora.path.name)
+    order = {label: number for number, label in enumerate(shelf.planned)}
+    # Entries of a pair follow each other, and keep the order of the collection.
+    entries.sort(key=lambda e: _order_pair(e.pair, order))
+    notes: dict[str, Any] = {
+        "seconds": round(time.perf_counter() - started, 3),
+        "loras": len(listed),
+    }
+    notes["setup"] = planner.estimate_setups(entries)
+    return Plan(entries, shelf.planned, chosen, notes)
+
+
+def _order_pair(pair: PairOfBases, order: Mapping[str, int]) -> tuple[int, int, str]:
+    last = len(order)
+    return order.get(pair.source, last), order.get(pair.target, last), pair.expert
+
+
+def _list_paths(paths: BasePath | Sequence[BasePath]) -> list[str]:
+    """Paths as text, absolute where they are paths and not ids on the hub.
+
+    Raises:
+        InvalidOption: there are none.
+    """
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not listed:
+        raise InvalidOption("a plan needs a source base and a target base, at least one of each")
+    return [os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in listed]
+
+
+def _settle_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as a plan keeps them: what JSON can hold, a map of modules by its content.
+
+    Raises:
+        InvalidOption: an option that a plan does not take, or a value.
+        UnsupportedFormat: the map of modules cannot be read.
+    """
+    chosen = dict(options)
+    for name in ("probe", "progress", "device", "max_memory"):
+        if name in chosen:
+            raise InvalidOption(f"{name} is no option of a plan")
+    if isinstance(chosen.get("dtype"), torch.dtype):
+        chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
+    match = chosen.get("match", "name")
+    if isinstance(match, Mapping):
+        chosen["match"] = dict(match)
+    elif match not in ("name", "similarity"):
+        chosen["match"] = read_json_object(Path(match))
+    if chosen.get("method") == "probe":
+        raise InvalidOption(
+            "method probe runs the models for each LoRA, which no plan estimates; use `prolora "
+            "transfer --method probe`, or another method"
+        )
+    Plan((), {}, chosen).make_options()
+    return chosen
+
+
+@dataclass
+class _Shelf:
+    """The opened bases of a plan.
+
+    Attributes:
+        cache: remembers the hashes of files.
+        planned: label -> base, as the plan has it.
+        opened: label -> base, opened.
+    """
+
+    cache: BasisCache
+    planned: dict[str, PlannedBase] = field(default_factory=dict)
+    opened: dict[str, Experts] = field(default_factory=dict)
+
+    def open(self, path: str) -> str:
+        """Opens a base and gives its label; one that is open already has its label.
+
+        Raises:
+            ProLoRAError: it cannot be opened.
+        """
+        for label, planned in self.planned.items():
+            if planned.path == path:
+                return label
+        experts = open_experts(path)
+        first = next(iter(experts.values()))
+        prints = {name: compute_fingerprint(base, self.cache) for name, base in experts.items()}
+        files = {file for base in experts.values() for file in base.files}
+        family = first.layout or first.family or ""
+        size = sum(file.stat().st_size for file in files)
+        label = make_label(_name_base(path), self.planned)
+        self.planned[label] = PlannedBase(path, prints, family, size)
+        self.opened[label] = experts
+        return label
+
+
+def _name_base(path: str) -> str:
+    """The name of a file without its suffix, or of a folder; the pipeline's, for a part of it."""
+    place = Path(path)
+    if place.name in ("unet", "transformer") and place.parent.name:
+        place = place.parent
+    return place.stem if place.suffix in (".safetensors", ".gguf") else place.name
+
+
+class _Planner:
+    """Plans one LoRA after the other; what was learnt of one serves those with the same header."""
+
+    def __init__(
+        self,
+        shelf: _Shelf,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        chosen: dict[str, Any],
+        rates: Rates,
+    ) -> None:
+        self.shelf, self.targets, self.rates = shelf, list(dict.fromkeys(targets)), rates
+        self.options, self.output = Plan((), {}, chosen).make_options()
+        opened = {label: shelf.opened[label] for label in sources}
+        paths = {label: shelf.planned[label].path for label in sources}
+        self.finder = SourceFinder(opened, paths, self.options, shelf.cache)
+        self._refusals: dict[tuple[str, PairOfBases], str] = {}
+
+    def plan_lora(self, lora: ListedLora) -> list[Entry]:
+        """The entries of a LoRA: one for each target, or two where both experts get it."""
+        size, modified = find_state(lora.path)
+        draft = Entry(str(lora.path), PairOfBases("", ""), size=size, modified=modified)
+        try:
+            opened = open_adapter(lora.path)
+            label = self.finder.find(lora, opened)
+            outline = outline_lora(opened, next(iter(self.shelf.opened[label].values())))
+        except ProLoRAError as error:
+            return [
+                replace(draft, pair=PairOfBases("", target), refused=str(error))
+                for target in self.targets
+            ]
+        entries = []
+        for target in self.targets:
+            entries += self._plan_pair(draft, outline, label, target)
+        return entries
+
+    def _plan_pair(self, draft: Entry, outline: Outline, source: str, target: str) -> list[Entry]:
+        """The entries of a LoRA on its way from one base to another."""
+        pair = PairOfBases(source, target)
+        if self.shelf.planned[source] == self.shelf.planned[target]:
+            return [replace(draft, pair=pair, refused="it is a LoRA of the target already")]
+        try:
+            pairs = pair_experts(self.shelf.opened[source], self.shelf.opened[target])
+            chosen = choose_pairs(Path(draft.lora), pairs)
+        except ProLoRAError as error:
+            return [replace(draft, pair=pair, refused=str(error))]
+        entries = []
+        for bases, appended in chosen:
+            pair = PairOfBases(source, target, bases.expert)
+            refused = self._judge(outline, pair, bases, draft.lora)
+            seconds = 0.0 if refused else self._estimate_seconds(outline, draft.size)
+            memory = 0 if refused else outline.memory
+            entries.append(
+                replace(
+                    draft,
+                    pair=pair,
+                    appended=appended,
+                    seconds=round(seconds, 6),
+                    memory=memory,
+                    refused=refused,
+                )
+            )
+        return entries
+
+    def _judge(self, outline: Outline, pair: PairOfBases, bases: ExpertPair, lora: str) -> str:
+        """Why a LoRA with such a header cannot move, "" if it can."""
+        key = outline.signature, pair
+        if key not in self._refusals:
+            reason = refuse_move(Path(lora), bases, self.options, self.output)
+            self._refusals[key] = reason.replace(f"{lora}: ", "")
+        return self._refusals[key]
+
+    def _estimate_seconds(self, outline: Outline, size: int) -> float:
+        rates, method = self.rates, self.options.chosen
+        seconds = size * rates.per_byte + outline.modules * rates.per_module
+        if method is not None and method.needs is Needs.BASES:
+            columns = self.options.rank if isinstance(self.options.rank, int) else 256
+            seconds += 6 * columns * outline.numbers * rates.per_operation
+        return seconds
+
+    def estimate_setups(self, entries: Iterable[Entry]) -> list[dict[str, Any]]:
+        """For each pair of bases: seconds to read and compare it, which its LoRAs share."""
+        pairs = dict.fromkeys(entry.pair for entry in entries if not entry.refused)
+        planned = self.shelf.planned
+        return [
+            {
+                "source": pair.source,
+                "target": pair.target,
+                "bytes": planned[pair.source].bytes + planned[pair.target].bytes,
+                "seconds": round(
+                    (planned[pair.source].bytes + planned[pair.target].bytes)
+                    * self.rates.per_base_byte,
+                    3,
+                ),
+            }
+            for pair in pairs
+        ]

@@ -1,0 +1,233 @@
+"""Which base a LoRA belongs to, and whether it can go to another: told by headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import adapters
+from ...adapters.family import claimed_family
+from ...adapters.unread import UnreadAdapter
+from ...architectures.modules import is_in_text_encoder
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.experts import ExpertPair, Experts
+from ...bases.identity import compute_short_hash
+from ...comparison.width_selection import WidthFinder
+from ...errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
+from ...files.hashing import hash_text
+from ..by_weights.assembly import check_coverage, outline_result
+from ..by_weights.file_budget import OutputForm
+from ..by_weights.lora_work import BYTES_A_NUMBER
+from ..moved_before import check_moved_before, fold_base_name
+from ..options import TransferOptions
+from ..plan import Route, check_fits_source, make_plan, sum_dropped_blocks
+from .listing import ListedLora
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a plan needs to know of a LoRA.
+
+    Attributes:
+        signature: equal for LoRAs whose headers mean the same.
+        modules: number of its tensors, by three: an update has up, down and mostly alpha.
+        numbers: number of its values.
+    """
+
+    signature: str
+    modules: int
+    numbers: int
+
+    @property
+    def memory(self) -> int:
+        """Estimated bytes in memory while it moves."""
+        return BYTES_A_NUMBER * self.numbers
+
+
+def outline_lora(opened: UnreadAdapter, source: Base) -> Outline:
+    """The outline of a LoRA, from its header."""
+    numbers = sum(math.prod(header.shape) for header in opened.headers.values())
+    signature = f"{sign_header(opened)} {source.path}"
+    return Outline(signature, -(-len(opened.headers) // 3), numbers)
+
+
+def sign_header(opened: UnreadAdapter) -> str:
+    """Equal for LoRAs with equal keys, shapes and configuration, of one claimed family."""
+    parts = [
+        [[key, *header.shape] for key, header in opened.headers.items()],
+        opened.config,
+        claimed_family(opened.metadata),
+        opened.metadata.get("lora_adapter_metadata"),
+    ]
+    return hash_text(json.dumps(parts, sort_keys=True, default=str))
+
+
+class SourceFinder:
+    """Tells to which of several bases a LoRA belongs."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Experts],
+        paths: Mapping[str, str],
+        options: TransferOptions,
+        cache: BasisCache,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            sources: label -> base, opened.
+            paths: label -> path, as lists may give it.
+            options: of the transfer.
+            cache: remembers the hashes of files.
+        """
+        self.sources = {label: next(iter(experts.values())) for label, experts in sources.items()}
+        self.paths, self.options, self.cache = paths, options, cache
+        self._fits: dict[tuple[str, str], str] = {}
+        self._hashes: dict[str, str | None] = {}
+
+    def find(self, lora: ListedLora, opened: UnreadAdapter) -> str:
+        """The label of the base that a LoRA belongs to.
+
+        Args:
+            lora: as it was listed.
+            opened: the same, its header read.
+
+        Raises:
+            UnsupportedFormat: it fits none, or several and nothing tells which.
+            AlreadyMoved: prolora moved it to a base that is none of them.
+            ProLoRAError: it cannot be read.
+        """
+        labels = [self._find_listed(lora)] if lora.source else list(self.sources)
+        fitting = self._list_fitting(lora, opened, labels)
+        fitting = self._list_moved_to(lora, fitting)
+        for narrow in (self._have_hash, self._have_name, self._have_family):
+            if len(fitting) > 1:
+                fitting = narrow(opened.metadata, fitting) or fitting
+        if len(fitting) > 1:
+            raise UnsupportedFormat(
+                f"it fits {', '.join(fitting)}, and its header does not tell which of them it was "
+                "trained on; name the base in a list (the LoRA, a tab, the base), or plan with "
+                "one --source"
+            )
+        return fitting[0]
+
+    def _find_listed(self, lora: ListedLora) -> str:
+        """The label of the base that a list names."""
+        for label, path in self.paths.items():
+            if lora.source in (label, path) or Path(path) == Path(lora.source).absolute():
+                return label
+        raise UnsupportedFormat(f"the list names {lora.source}, which is no --source of this plan")
+
+    def _list_fitting(
+        self, lora: ListedLora, opened: UnreadAdapter, labels: list[str]
+    ) -> list[str]:
+        """The bases that have all modules of a LoRA in its shapes.
+
+        Raises:
+            UnsupportedFormat: there is none.
+        """
+        signature = sign_header(opened)
+        reasons = {}
+        for label in labels:
+            key = signature, label
+            if key not in self._fits:
+                reason = _refuse_source(lora.path, self.sources[label])
+                self._fits[key] = reason.replace(f"{opened.where}: ", "")
+            reasons[label] = self._fits[key]
+        fitting = [label for label in labels if not reasons[label]]
+        if fitting:
+            return fitting
+        first = reasons[labels[0]]
+        several = len(labels) > 1 and len(set(reasons.values())) > 1
+        text = "; ".join(f"{label}: {reason}" for label, reason in reasons.items())
+        raise UnsupportedFormat(f"it fits none of the sources. {text}" if several else first)
+
+    def _list_moved_to(self, lora: ListedLora, labels: list[str]) -> list[str]:
+        """The bases that a LoRA which was moved before may belong to.
+
+        Raises:
+            AlreadyMoved: it belongs to none of them.
+        """
+        fitting, refusal = [], None
+        for label in labels:
+            try:
+                check_moved_before(lora.path, self.sources[label], self.options, self.cache)
+                fitting.append(label)
+            except ProLoRAError as error:
+                refusal = error
+        if refusal is not None and not fitting:
+            raise refusal
+        return fitting
+
+    def _have_hash(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases with the hash that kohya's metadata give; of bases that are one file."""
+        wanted = metadata.get("ss_sd_model_hash", "").lower()
+        for label in labels:
+            if label not in self._hashes:
+                self._hashes[label] = compute_short_hash(self.sources[label])
+        return [label for label in labels if wanted and self._hashes[label] == wanted]
+
+    def _have_name(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases with the name that kohya's metadata give."""
+        wanted = fold_base_name(metadata.get("ss_sd_model_name", ""))
+        names = {label: (self.sources[label].name, label) for label in labels}
+        return [
+            label for label, both in names.items() if wanted and wanted in map(fold_base_name, both)
+        ]
+
+    def _have_family(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases of the family that the metadata claim."""
+        wanted = claimed_family(metadata)
+        return [label for label in labels if wanted and self.sources[label].family == wanted]
+
+
+def _refuse_source(lora: Path, source: Base) -> str:
+    """Why a LoRA is none of a base, "" if it may be."""
+    try:
+        adapter = adapters.outline_adapter(lora, source.shapes, source.family, headers_only=True)
+        modules = [name for name in adapter.updates if not is_in_text_encoder(name)]
+        check_fits_source(adapter, modules, source)
+    except ProLoRAError as error:
+        return str(error)
+    return ""
+
+
+def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions, output: OutputForm) -> str:
+    """Why a LoRA cannot move between two bases, "" as far as headers tell.
+
+    Args:
+        lora: the LoRA.
+        bases: the two bases.
+        options: of the transfer.
+        output: what the result is written as.
+    """
+    source, target = bases.source, bases.target
+    if options.match == "similarity":
+        return ""  # only the weights tell which blocks belong together
+    try:
+        adapter = adapters.outline_adapter(lora, source.shapes, source.family, headers_only=True)
+        plan = make_plan(
+            adapter, source, target, options.match, options.text_encoder, options.dropped
+        )
+        if plan.refused and _may_be_narrower(source, target):
+            return ""
+        check_coverage(adapter, plan, options.min_coverage)
+        if output != OutputForm():
+            route = Route(adapter, plan, source, target, options)
+            output.check(outline_result(sum_dropped_blocks(adapter, plan), route))
+    except ShapeMismatch as error:
+        # Weights tell whether the target kept rows and columns of the source.
+        return "" if _may_be_narrower(source, target) else str(error)
+    except ProLoRAError as error:
+        return str(error)
+    return ""
+
+
+def _may_be_narrower(source: Base, target: Base) -> bool:
+    """Whether a module of the target has fewer rows or columns than the source's of that name."""
+    widths = WidthFinder(source, target)
+    return any(widths.may_be(name, name) for name in target.shapes.keys() & source.shapes.keys())

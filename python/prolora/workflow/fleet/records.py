@@ -1,0 +1,239 @@
+"""What became of the moves of a plan: lines that processes append to files of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import output_error
+from ...files.jsontext import replace_nonfinite
+from .plan import Entry
+
+if sys.platform != "win32":
+    import fcntl
+
+JOURNALS = "journal"
+"""The folder, below that of the results, with a file for each process."""
+
+Status = Literal["done", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of one move.
+
+    Attributes:
+        key: of the entry (`Plan.key`).
+        lora: the input.
+        source, target: labels of the bases.
+        status: "done"; "failed"; or "stopped" where nothing can be written any more, so that the
+            run ends and the entry stays as it was.
+        out: the result, below the folder of the results; "" if there is none.
+        size: bytes of the result; of a folder, of its weights.
+        error: name of the error.
+        reason: why it failed.
+        transient: whether it may succeed another time: the system failed, not the LoRA.
+        seconds: wall time; of what was done for several LoRAs at once, its share.
+        method: how it was moved.
+        verdict: by the weights of the two bases: "go"; "weak" where the target has learnt much that
+            is new; "no-go" where they have nothing in common; "" if nothing was measured.
+        coverage: share of the LoRA's modules that moved, 0 … 1; None if it is not known.
+        energy: share of the LoRA's energy that is on the target; None if it is not known.
+        kept: whether the result was there already.
+        at: seconds since the process began, by its own clock.
+    """
+
+    key: str
+    lora: str
+    source: str
+    target: str
+    status: Status
+    out: str = ""
+    size: int = 0
+    error: str = ""
+    reason: str = ""
+    transient: bool = False
+    seconds: float = 0.0
+    method: str = ""
+    verdict: str = ""
+    coverage: float | None = None
+    energy: float | None = None
+    kept: bool = False
+    at: float = 0.0
+
+    def to_line(self) -> str:
+        """As a line of JSON; fields that say nothing are left out."""
+        line = {k: v for k, v in asdict(self).items() if v not in ("", None, False)}
+        return json.dumps(replace_nonfinite(line)) + "\n"
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> Record | None:
+        """Reads a line; None where it is another line, or not of this version."""
+        try:
+            return cls(**{f.name: line[f.name] for f in fields(cls) if f.name in line})
+        except TypeError:
+            return None
+
+    def after(self, seconds: float) -> Record:
+        """The record as the process that began `seconds` ago writes it down."""
+        return replace(self, at=round(seconds, 3))
+
+    @classmethod
+    def of_failure(cls, key: str, entry: Entry, error: BaseException) -> Record:
+        """The record of an entry that an error ended."""
+        return cls(
+            key,
+            entry.lora,
+            entry.pair.source,
+            entry.pair.target,
+            "failed",
+            error=type(error).__name__,
+            reason=str(error),
+            transient=is_transient(error),
+        )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the system failed, so that another try may succeed."""
+    causes = (error, error.__cause__)
+    return any(isinstance(one, OSError | MemoryError | RuntimeError) for one in causes)
+
+
+class Journal:
+    """The file of this process, open for more lines; a lock shows others that it is at work."""
+
+    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+        """Begins a file.
+
+        Args:
+            folder: of the results; it exists.
+            head: about the run: the plan's digest, the shard.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
+        name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self.path = folder / JOURNALS / name
+        self.began = time.monotonic()
+        about = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            self._file = open(self.path, "x", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                pass  # a file system without locks: nobody is told that this process is at work
+        self._append(json.dumps({"journal": 1, **about, **head}) + "\n")
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+    def add(self, record: Record) -> None:
+        """Appends a record.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._append(record.to_line())
+
+    def _append(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+    def close(self) -> None:
+        """Ends the file, and with it the lock."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+
+@dataclass
+class _Tail:
+    """How far a journal was read."""
+
+    offset: int = 0
+    head: dict[str, Any] | None = None
+
+
+class JournalReader:
+    """All journals of a folder, read line by line as they grow."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads nothing yet."""
+        self.folder = folder / JOURNALS
+        self._tails: dict[Path, _Tail] = {}
+
+    def read_new(self) -> Iterator[tuple[Path, Record]]:
+        """What was added since the last call; a line that is still being written waits."""
+        for path in self.list_files():
+            tail = self._tails.setdefault(path, _Tail())
+            try:
+                with open(path, "rb") as file:
+                    file.seek(tail.offset)
+                    for line in file:
+                        if not line.endswith(b"\n"):
+                            break
+                        tail.offset += len(line)
+                        record = _read_line(line, tail)
+                        if record is not None:
+                            yield path, record
+            except OSError:
+                continue  # gone, or on a drive that comes back later
+
+    def list_files(self) -> list[Path]:
+        """The journals, by name."""
+        try:
+            return sorted(self.folder.glob("*.jsonl"))
+        except OSError:
+            return []
+
+    def find_head(self, path: Path) -> dict[str, Any]:
+        """What a journal that was read says of its run."""
+        tail = self._tails.get(path)
+        return (tail.head if tail else None) or {}
+
+
+def _read_line(line: bytes, tail: _Tail) -> Record | None:
+    """The record of a line; the first line of a journal is about its run."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    if "journal" in content:
+        tail.head = content
+        return None
+    return Record.from_dict(content)
+
+
+def is_at_work(journal: Path) -> bool:
+    """Whether the process that writes a journal still runs; False where there are no locks."""
+    if sys.platform == "win32":
+        return False
+    try:
+        with open(journal, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,137 @@
+"""How far a migration is, from its folder alone, while other processes write to it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import UnsupportedFormat
+from .outcomes import read_outcomes
+from .plan import Plan
+from .records import JournalReader, Record, is_at_work
+
+PLANS = "plans"
+"""The folder, below that of the results, with a copy of each plan that was run."""
+
+# Records of a process that its rate is taken from.
+_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a migration is.
+
+    Attributes:
+        total: moves of the plan.
+        done: those whose result is there.
+        failed: those that failed.
+        refused: those that the plan refuses.
+        left: those that are still to be done.
+        reasons: reason -> number of moves that failed or were refused for it.
+        at_work: number of processes that work on the folder now.
+        rate: moves a second of all of them; None where none works, or they have just begun.
+        seconds_left: until all is done at that rate; None where that is not known.
+        plan: digest of the plan.
+    """
+
+    total: int
+    done: int
+    failed: int
+    refused: int
+    left: int
+    reasons: dict[str, int] = field(default_factory=dict)
+    at_work: int = 0
+    rate: float | None = None
+    seconds_left: float | None = None
+    plan: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def read_status(folder: str | os.PathLike[str]) -> Status:
+    """How far the migration into a folder is; nothing is written and no lock is waited for.
+
+    Args:
+        folder: what `migrate` was given as `out`. Of several plans that were run into it, the one
+            counts that a process wrote to last.
+
+    Raises:
+        UnsupportedFormat: no plan was run into that folder.
+    """
+    place = Path(folder)
+    reader = JournalReader(place)
+    windows: dict[Path, list[Record]] = {}
+    for path, record in reader.read_new():
+        window = windows.setdefault(path, [])
+        window.append(record)
+        del window[:-_WINDOW]
+    working = [path for path in reader.list_files() if is_at_work(path)]
+    plan = Plan.read(_find_plan(place, reader, working))
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for entry, state, found in read_outcomes(plan, place):
+        counts[state] += 1
+        if state in ("failed", "refused"):
+            reason = found.reason if found else entry.refused
+            reasons[shorten_reason(reason, entry.lora)] += 1
+    rate = sum(measure_rate(windows.get(path, [])) for path in working) or None
+    return Status(
+        total=len(plan.entries),
+        done=counts["done"],
+        failed=counts["failed"],
+        refused=counts["refused"],
+        left=counts["left"],
+        reasons=dict(reasons.most_common()),
+        at_work=len(working),
+        rate=rate,
+        seconds_left=counts["left"] / rate if rate else None,
+        plan=plan.digest,
+    )
+
+
+def _find_plan(folder: Path, reader: JournalReader, working: Sequence[Path]) -> Path:
+    """The copy of the plan that is at work, or else was last.
+
+    Raises:
+        UnsupportedFormat: there is none.
+    """
+    journals = sorted(working or reader.list_files(), key=_find_time)
+    for journal in reversed(journals):
+        plan = folder / PLANS / f"{reader.find_head(journal).get('plan')}.jsonl"
+        if plan.is_file():
+            return plan
+    raise UnsupportedFormat(
+        f"{folder}: no migration was run into this folder; name the folder that `prolora migrate` "
+        "was given as -o"
+    )
+
+
+def _find_time(path: Path) -> int:
+    """When a file was last written to; the clock is that of its file system."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def measure_rate(records: Sequence[Record]) -> float:
+    """Moves a second of one process, by its own clock; 0 where that cannot be told yet.
+
+    Args:
+        records: its last ones, in order.
+    """
+    made = [record for record in records if not record.kept]
+    if len(made) < 2 or made[-1].at <= made[0].at:
+        return 0.0
+    return (len(made) - 1) / (made[-1].at - made[0].at)
+
+
+def shorten_reason(reason: str, lora: str) -> str:
+    """A reason without the name of the LoRA, so that equal ones count together."""
+    return reason.removeprefix(f"{lora}: ").replace(lora, Path(lora).name)

@@ -1,0 +1,225 @@
+"""What became of a collection: how much of it moved, by family and target; JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...files.writing import write_text_atomically
+from ...version import __version__
+from ..page.document import facts_section, make_page
+from ..page.drawing import draw_bar
+from ..page.markup import Html, join, tag
+from ..page.module_tables import format_number, make_table, name_cell, number_cell, number_head
+from .outcomes import read_outcomes
+from .plan import Plan
+from .status import shorten_reason
+
+SUMMARY_JSON, SUMMARY_PAGE = "summary.json", "summary.html"
+"""The files in the folder of the results."""
+
+_UNKNOWN = "unknown"
+
+
+@dataclass
+class Group:
+    """LoRAs of one family that move from one base to another.
+
+    Attributes:
+        family: of the source base.
+        source, target: labels of the bases.
+        total, done, failed, refused, left: numbers of moves.
+        coverage: mean share of a LoRA's modules that moved; None where none is known.
+        energy: mean share of a LoRA's energy that is on the target; None where none is known.
+        methods: method -> number of results.
+        verdicts: verdict on the pair -> number of LoRAs.
+        seconds: time spent.
+        bytes: size of the results.
+    """
+
+    family: str
+    source: str
+    target: str
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    refused: int = 0
+    left: int = 0
+    coverage: float | None = None
+    energy: float | None = None
+    methods: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share that moved, 0 … 1."""
+        return self.done / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a plan.
+
+    Attributes:
+        groups: one for each family, source and target.
+        reasons: reason -> number of moves that failed or were refused for it, most frequent first.
+        plan: digest of the plan.
+    """
+
+    groups: tuple[Group, ...]
+    reasons: dict[str, int] = field(default_factory=dict)
+    plan: str = ""
+
+    def __repr__(self) -> str:
+        """The headline."""
+        return f"Summary({self.sentence()!r})"
+
+    def count(self, state: str) -> int:
+        """Moves that are "done", "failed", "refused" or "left", or the "total"."""
+        return sum(getattr(group, state) for group in self.groups)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every LoRA of the plan is on every target."""
+        return self.count("done") == self.count("total")
+
+    def sentence(self) -> str:
+        """The result in a sentence."""
+        done, total = self.count("done"), self.count("total")
+        share = f"{done / total:.1%}" if total else "nothing"
+        rest = [
+            f"{n} {state}" for state in ("failed", "refused", "left") if (n := self.count(state))
+        ]
+        return f"{share} of the collection moved: {', '.join([f'{done} of {total}', *rest])}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        states = ("total", "done", "failed", "refused", "left")
+        return {
+            "summary": self.sentence(),
+            "totals": {state: self.count(state) for state in states},
+            "groups": [asdict(group) | {"share": round(group.share, 4)} for group in self.groups],
+            "reasons": self.reasons,
+            "plan": self.plan,
+            "version": __version__,
+        }
+
+    def to_html(self) -> str:
+        """One page that needs no other file and no network."""
+        head = tag(
+            "header",
+            tag("p", "LoRA migration report", class_="eyebrow"),
+            tag("h1", self.sentence()),
+        )
+        sections = [
+            tag("section", tag("h2", "By family and target"), _make_group_table(self.groups))
+        ]
+        if self.reasons:
+            sections.append(
+                tag("section", tag("h2", "What did not move"), _make_reason_table(self.reasons))
+            )
+        facts = {"digest of the plan": self.plan, "versions": f"prolora {__version__}"}
+        sections.append(facts_section(facts))
+        return make_page(self.sentence(), join([head, tag("main", *sections)]))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes summary.json and summary.html into a folder.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        write_text_atomically(
+            Path(folder) / SUMMARY_JSON, json.dumps(self.to_dict(), indent=1) + "\n"
+        )
+        write_text_atomically(Path(folder) / SUMMARY_PAGE, self.to_html())
+
+
+class _Mean:
+    """A mean that grows by a value at a time."""
+
+    def __init__(self) -> None:
+        self.total, self.number = 0.0, 0
+
+    def add(self, value: float | None) -> None:
+        if value is not None:
+            self.total += value
+            self.number += 1
+
+    @property
+    def value(self) -> float | None:
+        return round(self.total / self.number, 4) if self.number else None
+
+
+def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
+    """What became of a plan so far, from the folder alone.
+
+    Args:
+        plan: the plan.
+        folder: of the results.
+    """
+    groups: dict[tuple[str, str, str], tuple[Group, _Mean, _Mean]] = {}
+    reasons: Counter[str] = Counter()
+    for entry, state, record in read_outcomes(plan, Path(folder)):
+        base = plan.bases.get(entry.pair.source)
+        family = (base.family if base else "") or _UNKNOWN
+        name = family, entry.pair.source or _UNKNOWN, entry.pair.target
+        group, coverage, energy = groups.setdefault(name, (Group(*name), _Mean(), _Mean()))
+        group.total += 1
+        setattr(group, state, getattr(group, state) + 1)
+        if state in ("failed", "refused"):
+            reason = record.reason if record else entry.refused
+            reasons[shorten_reason(reason, entry.lora)] += 1
+        if record is None:
+            continue
+        coverage.add(record.coverage)
+        energy.add(record.energy)
+        group.seconds += record.seconds
+        group.bytes += record.size
+        for table, word in ((group.methods, record.method), (group.verdicts, record.verdict)):
+            if word:
+                table[word] = table.get(word, 0) + 1
+    for group, coverage, energy in groups.values():
+        group.coverage, group.energy = coverage.value, energy.value
+        group.seconds = round(group.seconds, 3)
+    ordered = tuple(groups[name][0] for name in sorted(groups))
+    return Summary(ordered, dict(reasons.most_common()), plan.digest)
+
+
+def _make_group_table(groups: Sequence[Group]) -> Html:
+    numbers = ("moved", "of", "failed", "refused", "left", "coverage", "energy kept")
+    heads = ["family", "from", "to", *map(number_head, numbers), "method", "verdict"]
+    rows = [
+        tag(
+            "tr",
+            name_cell(group.family),
+            tag("td", group.source),
+            tag("td", group.target),
+            number_cell(join([draw_bar(group.share), group.done])),
+            *(number_cell(n) for n in (group.total, group.failed, group.refused, group.left)),
+            number_cell(format_number(group.coverage, ".0%")),
+            number_cell(format_number(group.energy, ".0%")),
+            tag("td", _list_counts(group.methods)),
+            tag("td", _list_counts(group.verdicts)),
+        )
+        for group in groups
+    ]
+    return make_table(heads, rows, "What moved, by family and target")
+
+
+def _list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{word} {number}" for word, number in counts.items())
+
+
+def _make_reason_table(reasons: dict[str, int]) -> Html:
+    rows = [
+        tag("tr", tag("th", reason, scope="row"), number_cell(number))
+        for reason, number in reasons.items()
+    ]
+    return make_table(["reason", number_head("LoRAs")], rows, "Why LoRAs did not move")

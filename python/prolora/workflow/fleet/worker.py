@@ -1,0 +1,257 @@
+"""Moving LoRAs between one pair of bases of a plan: the same code wherever it runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...bases import Base
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.experts import open_experts
+from ...bases.identity import compute_fingerprint
+from ...core.precision import full_precision
+from ...errors import OutputError, ProLoRAError, UnrelatedBases
+from ...files.hashing import hash_text
+from ...version import __version__
+from ..by_weights.lora_work import LORA_FAILURES
+from ..options import TransferOptions
+from ..output_paths import name_output
+from ..page.document import kept_of_all
+from ..pair_mover import PairMover, Task, as_refusal
+from ..report import Outcome, Report
+from ..resume import Recipe
+from .plan import Entry, PairOfBases, Plan, PlannedBase
+from .records import Record
+
+RESULTS = "loras"
+"""The folder, below that of a migration, with a folder of results for each target."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a worker needs to know; it can be pickled.
+
+    Attributes:
+        bases: label -> base, of the plan.
+        chosen: the options of the plan, by name.
+        folder: of the results; every worker reaches it by this path.
+        cache: folder of subspaces; None keeps them as long as the worker lives.
+        device: where to compute.
+        max_memory: bytes that a worker's process may take.
+    """
+
+    bases: dict[str, PlannedBase]
+    chosen: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+    cache: str | None = None
+    device: str | None = None
+    max_memory: int | str | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan without its entries: it gives options, fingerprints and keys."""
+        return Plan((), self.bases, self.chosen)
+
+
+class PairWorker:
+    """One pair of bases, opened, with all that is learnt of them.
+
+    Bases are opened by the first call that needs them. A pair that cannot be opened fails every
+    entry, and the next call tries again.
+    """
+
+    def __init__(self, pair: PairOfBases, settings: RunSettings) -> None:
+        """Opens nothing yet.
+
+        Args:
+            pair: the bases.
+            settings: of the run.
+
+        Raises:
+            InvalidOption: an option of the plan that this version does not take.
+        """
+        self.pair, self.settings, self.plan = pair, settings, settings.plan
+        self.options, self.output = self.plan.make_options(
+            cache=settings.cache, device=settings.device, max_memory=settings.max_memory
+        )
+        self._stack = ExitStack()
+        self._mover: PairMover | None = None
+        self._cache = BasisCache(None)
+
+    def move(self, entries: Sequence[Entry]) -> list[Record]:
+        """Moves LoRAs between the bases; see `move_each`."""
+        return list(self.move_each(entries))
+
+    def move_each(self, entries: Sequence[Entry]) -> Iterator[Record]:
+        """Moves LoRAs between the bases and gives a record for each, in any order.
+
+        After a record "stopped" nothing more can be written, and none follows.
+        """
+        with full_precision():
+            try:
+                mover = self._open()
+            except LORA_FAILURES as error:
+                refusal = as_refusal(error)
+                yield from (
+                    replace(Record.of_failure(self.plan.key(entry), entry, refusal), transient=True)
+                    for entry in entries
+                )
+                return
+            yield from self._move_all(mover, entries)
+
+    def _move_all(self, mover: PairMover, entries: Sequence[Entry]) -> Iterator[Record]:
+        """The records of `move_each`, once the bases are open."""
+        tasks: dict[Path, Task] = {}
+        waiting: dict[Path, list[Entry]] = {}
+        for entry in entries:
+            task = Task(Path(entry.lora), Path(entry.lora))
+            task.recipe = task.attempt(partial(mover.make_recipe, task))
+            if task.recipe is None:
+                yield self._record(entry, task)
+                continue
+            task.out = self._name_result(entry, task.recipe)
+            # Equal LoRAs of one name have one result, which is made once.
+            waiting.setdefault(task.out, []).append(entry)
+            tasks.setdefault(task.out, task)
+        mover.look_up(tasks.values(), False, self._cache)
+        left = [task for task in tasks.values() if task.outcome is None]
+        for task in tasks.values():
+            if task.outcome is not None:
+                yield from self._record_all(waiting[task.out], task)
+        for task in mover.run(left, self._cache, [task.lora for task in left]):
+            for record in self._record_all(waiting[task.out], task):
+                yield record
+                if record.status == "stopped":
+                    return
+
+    def _open(self) -> PairMover:
+        """The bases, opened and compared with those of the plan.
+
+        Raises:
+            ProLoRAError: they cannot be opened, or are other files than those of the plan.
+            OSError: the folder of the results cannot be made.
+        """
+        if self._mover is not None:
+            return self._mover
+        self._cache = self._stack.enter_context(BasisCache(self._find_cache()).saving())
+        source, target = (self._open_base(which) for which in ("source", "target"))
+        options: TransferOptions = self.options
+        self._mover = PairMover.open(source, target, options, self.output, self._cache)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._mover
+
+    def _find_cache(self) -> str:
+        """The folder asked for, or one for the life of this worker."""
+        if self.settings.cache is not None:
+            return self.settings.cache
+        temporary = tempfile.TemporaryDirectory(prefix="prolora-")
+        return self._stack.enter_context(temporary)
+
+    def _open_base(self, which: str) -> Base:
+        planned = self.settings.bases[getattr(self.pair, which)]
+        experts = open_experts(planned.path)
+        base = experts.get(self.pair.expert) or next(iter(experts.values()))
+        expected = self.plan.find_fingerprint(self.pair, which)
+        if expected and compute_fingerprint(base, self._cache) != expected:
+            raise ProLoRAError(
+                f"{planned.path}: is not the {which} base that the plan was made for: its files "
+                "differ. Put those files there, or make the plan again"
+            )
+        return base
+
+    @property
+    def _folder(self) -> Path:
+        """Where results go to."""
+        return Path(self.settings.folder) / RESULTS / self.pair.target
+
+    def _name_result(self, entry: Entry, recipe: Recipe) -> Path:
+        """Where a result goes: its name follows from all that it is made of."""
+        prints = [self.plan.find_fingerprint(self.pair, which) for which in ("source", "target")]
+        parts = [recipe.lora_hash, prints, self.settings.chosen, __version__]
+        digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
+        appended = f"{entry.appended}-{digits}"
+        name = name_output(Path(entry.lora), str(self.output.format), appended)
+        return self._folder / name
+
+    def _record_all(self, entries: Sequence[Entry], task: Task) -> Iterator[Record]:
+        for number, entry in enumerate(entries):
+            record = self._record(entry, task)
+            yield record if number == 0 else replace(record, kept=True, seconds=0.0)
+
+    def _record(self, entry: Entry, task: Task) -> Record:
+        """The record of a task that has its outcome."""
+        outcome, key = task.outcome, self.plan.key(entry)
+        if outcome is None or outcome.error is not None:
+            error = outcome.error if outcome else ProLoRAError("it was not reached")
+            assert error is not None
+            record = Record.of_failure(key, entry, error)
+            verdict = "no-go" if isinstance(error, UnrelatedBases) else ""
+            stopped = self._is_stopped_by(error)
+            return replace(
+                record,
+                status="stopped" if stopped else "failed",
+                verdict=verdict,
+                seconds=round(task.seconds, 3),
+            )
+        return self._record_success(key, entry, outcome)
+
+    def _record_success(self, key: str, entry: Entry, outcome: Outcome) -> Record:
+        folder = Path(self.settings.folder)
+        return Record(
+            key,
+            entry.lora,
+            entry.pair.source,
+            entry.pair.target,
+            "done",
+            out=outcome.out.relative_to(folder).as_posix(),
+            size=measure_result(outcome.out),
+            seconds=round(outcome.seconds, 3),
+            kept=outcome.kept,
+            **(_summarise(outcome.report) if outcome.report else {}),
+        )
+
+    def _is_stopped_by(self, error: ProLoRAError) -> bool:
+        """Whether an error says that no result can be written, whichever LoRA comes next."""
+        if not isinstance(error, OutputError):
+            return False
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
+            return True
+        return not os.access(self._folder, os.W_OK | os.X_OK)
+
+    def close(self) -> None:
+        """Closes the bases, and saves what was learnt of them."""
+        self._mover = None
+        self._stack.close()
+
+
+def _summarise(report: Report) -> dict[str, Any]:
+    """What a record keeps of a report."""
+    energy = kept_of_all(report)
+    verdict = "" if report.verdict is None else "go" if report.verdict.go else "weak"
+    return {
+        "method": report.method,
+        "verdict": verdict,
+        "coverage": round(report.coverage, 4),
+        "energy": None if energy is None else round(energy, 4),
+    }
+
+
+def measure_result(path: Path) -> int:
+    """Bytes of a result, the weights of a folder; 0 where it is not there."""
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return path.stat().st_size
+    except OSError:
+        return 0

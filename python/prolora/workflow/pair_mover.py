@@ -1,0 +1,279 @@
+"""Moving LoRAs between one pair of bases: what is learnt of the bases serves all of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..bases import Base
+from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.memory import Memory
+from ..comparison.block_matching import resolve_match
+from ..comparison.width_selection import WidthFinder
+from ..core.methods import Needs
+from ..errors import ProLoRAError
+from .by_weights.decision import decide_method
+from .by_weights.file_budget import OutputForm
+from .by_weights.job import Job
+from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
+from .by_weights.move_updates import move_all
+from .by_weights.pipeline import finish_job, list_inputs, prepare_job
+from .by_weights.slicing import slice_source
+from .options import TransferOptions
+from .output_paths import check_output
+from .report import Outcome, Report
+from .resume import Recipe
+from .transfer import Transfer, run_transfer_file, save_result
+
+
+@dataclass
+class Task:
+    """One LoRA of several, on its way to an outcome."""
+
+    lora: Path
+    out: Path
+    recipe: Recipe | None = None
+    job: Job | None = None
+    outcome: Outcome | None = None
+    seconds: float = 0.0
+
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """Does a step and times it; an error ends this LoRA and no other."""
+        if self.outcome:
+            return None
+        started = time.perf_counter()
+        try:
+            return step()
+        except LORA_FAILURES as error:
+            self.job = None
+            self.outcome = Outcome(
+                self.lora, self.out, error=as_refusal(error), seconds=self.seconds
+            )
+            return None
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def finish(self, report: Report | None) -> None:
+        """Notes the report as the outcome, if there is one."""
+        if report is not None:
+            self.outcome = Outcome(self.lora, self.out, report=report, seconds=self.seconds)
+
+
+def as_refusal(error: BaseException) -> ProLoRAError:
+    """An error of the system or of torch, as one that names itself."""
+    if isinstance(error, ProLoRAError):
+        return error
+    refusal = ProLoRAError(f"{type(error).__name__}: {error}".rstrip(": "))
+    refusal.__cause__ = error
+    return refusal
+
+
+@dataclass(frozen=True)
+class PairMover:
+    """LoRAs between the same two bases.
+
+    They are taken a few at a time, as many as memory allows. What a later group needs of the
+    weights is in the basis cache by then.
+
+    Attributes:
+        source, target: the bases.
+        asked: the options as they were given.
+        chosen: the same with blocks matched, and no progress: each group labels its own.
+        output: what the results are written as.
+        memory: what may be in memory at a time.
+        widths: what is known of a target that is narrower than the source.
+    """
+
+    source: Base
+    target: Base
+    asked: TransferOptions
+    chosen: TransferOptions
+    output: OutputForm
+    memory: Memory
+    widths: WidthFinder
+
+    @classmethod
+    def open(
+        cls,
+        source: Base,
+        target: Base,
+        asked: TransferOptions,
+        output: OutputForm,
+        cache: BasisCache,
+    ) -> PairMover:
+        """Matches the blocks of the bases once, for all LoRAs."""
+        match = resolve_match(
+            asked.match,
+            source,
+            target,
+            inserted=asked.inserted,
+            cache=cache,
+            device=asked.device,
+            max_memory=asked.max_memory,
+            progress=asked.progress,
+        )
+        chosen = replace(asked, match=match, progress=None)
+        memory = Memory(asked.memory_limit, asked.rank, asked.device)
+        widths = WidthFinder(source, target, asked.device)
+        return cls(source, target, asked, chosen, output, memory, widths)
+
+    def look_up(self, tasks: Iterable[Task], redo: bool, cache: BasisCache) -> None:
+        """Gives each task its recipe, and an outcome to those whose result is there already."""
+        for task in tasks:
+            task.attempt(partial(self._look_up, task, redo, cache))
+
+    def _look_up(self, task: Task, redo: bool, cache: BasisCache) -> None:
+        task.recipe = task.recipe or self.make_recipe(task)
+        if not redo and task.recipe.is_made(task.out, cache):
+            task.outcome = Outcome(task.lora, task.out, kept=True)
+
+    def make_recipe(self, task: Task) -> Recipe:
+        """What determines the result; reads the whole LoRA, for its hash.
+
+        Raises:
+            UnsupportedFormat: the LoRA cannot be read.
+        """
+        return Recipe.of(task.lora, self.source, self.target, self.asked, self.output)
+
+    def run(
+        self, tasks: Sequence[Task], cache: BasisCache, loras: Sequence[Path]
+    ) -> Iterator[Task]:
+        """Does the tasks, in groups that fit into memory, and gives each that has its outcome.
+
+        Args:
+            tasks: without an outcome.
+            cache: what is known of the weights.
+            loras: all LoRAs of the caller, for progress; none of them is overwritten.
+        """
+        groups = list(_group_tasks(tasks, self.memory))
+        with _keep_bases(cache, self.chosen, len(groups)) as kept:
+            for group in groups:
+                progress = _label_progress(group, loras, self.asked.progress)
+                inputs = self._list_inputs(loras)
+                if self.chosen.runs_models:
+                    yield from self._probe_in_turn(group, inputs, progress)
+                else:
+                    yield from self._move_group(group, inputs, kept, progress)
+                kept.save()
+
+    def _list_inputs(self, loras: Iterable[Path]) -> list[Path]:
+        """What no output may overwrite: the LoRAs that are there, and the bases."""
+        # A path that cannot be looked at is no file that could be overwritten.
+        there = [lora for lora in loras if os.path.exists(lora)]
+        return [*there, *self.source.files, *self.target.files]
+
+    def _probe_in_turn(
+        self, group: list[Task], inputs: list[Path], progress: Progress | None
+    ) -> Iterator[Task]:
+        """Method "probe": one LoRA after the other, each with the models for itself."""
+        options = replace(self.asked, progress=progress)
+        for task in group:
+
+            def move(task: Task = task) -> Report:
+                check_output(task.out, inputs)
+                return run_transfer_file(
+                    task.lora, self.source, self.target, task.out, options, self.output
+                )
+
+            task.finish(task.attempt(move))
+            yield task
+
+    def _move_group(
+        self,
+        group: list[Task],
+        inputs: list[Path],
+        cache: BasisCache,
+        progress: Progress | None,
+    ) -> Iterator[Task]:
+        """The stages of a transfer by weights, for several LoRAs together."""
+
+        def show(done: int, what: str) -> None:
+            if progress:
+                progress(done, len(group), what)
+
+        for i, task in enumerate(group):
+            show(i, f"reading {task.lora.name}")
+            task.attempt(partial(self._prepare, task, inputs, cache))
+        # One for all, so that each weight is looked at once.
+        plans = [task.job.plan for task in group if task.job is not None]
+        bases = slice_source(self.source, plans), self.target
+        results = 0
+        for task in group:
+            if task.job is not None:
+                results += task.job.work.result_bytes()
+                decide = partial(decide_method, task.job, *bases, cache, self.memory, results)
+                task.job = task.attempt(decide)
+        jobs = [task.job for task in group if task.job is not None]
+        started = time.perf_counter()
+        works = [job.work for job in jobs]
+        move_all(works, *bases, cache, self.memory, progress)
+        share = (time.perf_counter() - started) / max(1, len(jobs))
+        for i, task in enumerate(group):
+            if task.job is None:
+                yield task
+                continue
+            show(i, f"writing {task.lora.name}")
+            task.seconds += share
+            report = task.attempt(partial(self._finish, task, task.job, bases, cache))
+            task.job = None  # its factors are on the disk now
+            task.finish(report)
+            yield task
+        show(len(group), "")
+
+    def _prepare(self, task: Task, inputs: list[Path], cache: BasisCache) -> None:
+        check_output(task.out, inputs)
+        task.job = prepare_job(
+            task.lora, self.source, self.target, self.chosen, self.output, cache, self.widths
+        )
+
+    def _finish(self, task: Task, job: Job, bases: tuple[Base, Base], cache: BasisCache) -> Report:
+        notes = task.recipe.describe if task.recipe else None
+        result = finish_job(job, *bases, cache, notes)
+        inputs = list_inputs(task.lora, self.source, self.target)
+        return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.output)
+
+
+def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
+    """The LoRAs in groups that fit into memory, at least one each."""
+    group: list[Task] = []
+    size = 0
+    for task in tasks:
+        more = estimate_bytes(task.lora)
+        if group and size + more > memory.lora_bytes:
+            yield group
+            group, size = [], 0
+        group.append(task)
+        size += more
+    if group:
+        yield group
+
+
+@contextmanager
+def _keep_bases(cache: BasisCache, options: TransferOptions, groups: int) -> Iterator[BasisCache]:
+    """The cache; where there is no folder, what is needed again goes to a temporary one."""
+    may_factorise = options.chosen is None or options.chosen.needs is Needs.BASES
+    if cache.folder is None and groups > 1 and may_factorise:
+        with tempfile.TemporaryDirectory(prefix="prolora-") as temporary:
+            yield BasisCache(temporary)
+    else:
+        yield cache
+
+
+def _label_progress(
+    group: list[Task], loras: Sequence[Path], progress: Progress | None
+) -> Progress | None:
+    """The caller's callback; it is told which LoRAs are at work."""
+    if progress is None:
+        return None
+    first, last = (loras.index(task.lora) + 1 for task in (group[0], group[-1]))
+    of = f"{first}" if first == last else f"{first}–{last}"
+    label = f"LoRA {of} of {len(loras)}"
+    return lambda done, total, name: progress(done, total, f"{label}: {name}")
