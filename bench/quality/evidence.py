@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures
-from results import COPIES, Mean, Row, Table, best, collect, recovered
+from results import COPIES, Row, Table, best, collect, recovered
+from tables import format_cell, format_table
+from two_worlds import baselines_table, kinds_table, targets_table
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench/results/quality.json"
 PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
@@ -56,14 +57,15 @@ WORKS, FAILS = 0.25, 0.1
 """A transfer worked if it recovers more than the first, and failed if less than the second."""
 
 
-def format_cell(mean: Mean | None) -> str:
-    """0.57 [0.50, 0.63], or a dash."""
-    return "–" if mean is None else f"{mean[0]:.2f} [{mean[1]:.2f}, {mean[2]:.2f}]"
+def results_of(world: str) -> Path:
+    """The file of a world's scores."""
+    name = "quality" if world == NAMES[0] else f"quality_{world}"
+    return ROOT / f"bench/results/{name}.json"
 
 
-def format_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def read_results(world: str) -> Table:
+    """Every scored row of a world."""
+    return Table(json.loads(results_of(world).read_text())["rows"])
 
 
 def methods_table(table: Table) -> str:
@@ -202,26 +204,6 @@ def verdict_table(table: Table) -> str:
     return format_table(head, rows)
 
 
-def yardsticks_table(table: Table) -> str:
-    """Copies and `auto` by the target's look and by the adapters' own images."""
-    lines = []
-    for kind in dict.fromkeys(row["kind"] for row in table.rows):
-        part = table.where(kind=kind)
-        named = ("arch", "kind", "seed", "adapter")
-        own = [{n: row[n] for n in named} | row["own"] for row in part.rows if "own" in row]
-        verdicts = [row["verdict"] for row in part.rows if row["verdict"]]
-        go = f"{sum(v['go'] for v in verdicts)} of {len(verdicts)}"
-        for yardstick, rows in (("look", part), ("own", Table(own))):
-            if not rows.rows:
-                continue
-            fixed = rows.best_copy()
-            cells = [format_cell(rows.share(label)) for label in ("copy @ 1", fixed, "auto")]
-            cells[1] += f" at {fixed.removeprefix('copy @ ')}"
-            lines.append([kind, yardstick, str(len(rows.rows)), *cells, go])
-    head = ["", "judged by", "rows", "copy at 1", "copy at its best", "auto", "go"]
-    return format_table(head, lines)
-
-
 def decisions(table: Table) -> str:
     """False-go and false-no-go counts over every scored target and adapter."""
     verdicts = [row for row in table.rows if row["verdict"]]
@@ -265,15 +247,12 @@ def main() -> None:
     parser.add_argument("--world", choices=NAMES, default=NAMES[0])
     parser.add_argument("--work", type=Path, help="the study's folder")
     options = parser.parse_args()
-    results = (
-        RESULTS if options.world == NAMES[0] else RESULTS.with_stem(f"quality_{options.world}")
-    )
     if options.work:
-        results.write_text(json.dumps(collect(options.work), indent=0) + "\n")
-    everything = Table(json.loads(results.read_text())["rows"])
-    if options.world != NAMES[0]:
-        print(yardsticks_table(everything))  # no page is written from it yet
-        return
+        text = json.dumps(collect(options.work), indent=0)
+        results_of(options.world).write_text(text + "\n")
+    worlds = {name: read_results(name) for name in NAMES if results_of(name).exists()}
+    everything = worlds[NAMES[0]]
+    print(kinds_table(worlds))
     tables: dict[str, Callable[[Table], str]] = {
         "readme": readme_table,
         "methods": methods_table,
@@ -289,10 +268,12 @@ def main() -> None:
         "verdicts": verdict_table,
         "decisions": decisions,
     }
+    filled = {name: make(everything) for name, make in tables.items()}
+    filled |= {"kinds": kinds_table(worlds), "targets": targets_table(worlds)}
+    if "icons" in worlds:
+        filled["baselines"] = baselines_table(worlds["icons"])
     for page in PAGES:
-        page.write_text(
-            fill_page(page.read_text(), {n: make(everything) for n, make in tables.items()})
-        )
+        page.write_text(fill_page(page.read_text(), filled))
     figures.draw(everything, ROOT / "docs/images")
 
 
