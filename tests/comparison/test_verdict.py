@@ -151,6 +151,19 @@ def test_auto_copies_where_the_drift_is_noise():
     assert done.report.method == "copy" and done.report.strength == 1
 
 
+def test_the_look_of_the_lora_is_never_weakened_and_the_report_says_why():
+    source, target = named(source_weights()), named(low_rank_drift(0.06))
+    for method in ("auto", "copy"):
+        done = prolora.transfer(
+            lora_tensors(), source, target, method=method, strength="auto", look="lora"
+        )
+        assert done.report.method == "copy" and done.report.strength == 1
+    chosen = prolora.transfer(lora_tensors(), source, target, look="lora")
+    assert any("look 'lora' aims at" in sentence for sentence in chosen.report.sentences())
+    with pytest.raises(prolora.InvalidOption, match="look must be one of target, lora"):
+        prolora.transfer(lora_tensors(), source, target, look="mine")
+
+
 def test_automatic_strength_is_applied_to_every_update():
     source, target = named(source_weights()), named(low_rank_drift(0.06))
     plain = prolora.transfer(lora_tensors(), source, target, method="copy")

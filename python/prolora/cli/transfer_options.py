@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import typer
 
-from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.projection import DEFAULT_RANK
 from ..errors import InvalidOption
 from ..probe.settings import STRATEGIES, Probing, read_prompts
@@ -64,6 +64,13 @@ class MethodOptions:
             "with --method auto, otherwise 1.",
         ),
     ] = ""
+    look: Annotated[
+        LookMode,
+        typer.Option(
+            help="What auto aims at: the LoRA's idea in the target's own look, or the images that "
+            "the LoRA was made for."
+        ),
+    ] = "target"
     rank: RankOption = str(DEFAULT_RANK)
     dropped: Annotated[
         DroppedMode,

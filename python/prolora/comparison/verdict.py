@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..core.methods import Needs, find_method
 from .drift import Affinity
@@ -17,6 +18,9 @@ STRANGE_COSINE = 0.3
 
 DEFAULT_THRESHOLD = 0.8
 """The Φ that both sides of a pair must reach (the paper's threshold; both sides is our choice)."""
+
+LookMode = Literal["target", "lora"]
+"""What a moved LoRA is for: its idea in the target's look, or the images it was made for."""
 
 AUTO = "auto"
 """The method and the strength that follow from the verdict."""
@@ -99,6 +103,7 @@ class Verdict:
         method: str = AUTO,
         strength: float | str | None = None,
         damping: float | None = None,
+        look: LookMode = "target",
     ) -> Decision:
         """Settles what is left to the verdict.
 
@@ -106,14 +111,21 @@ class Verdict:
             method: AUTO, or the one that was asked for.
             strength: AUTO, a number, or None: AUTO for method AUTO and 1 for any other.
             damping: κ; None lets the drift decide.
+            look: what AUTO aims at. For the LoRA's own images it never weakens an update.
         """
+        weakened = look == "target"
         if method == AUTO:
-            method = "damped" if self.kappa >= MIN_DAMPING else "copy"
-        if strength == AUTO and find_method(method).needs is not Needs.WEIGHTS:
+            method = "damped" if weakened and self.kappa >= MIN_DAMPING else "copy"
+        if strength == AUTO and weakened and find_method(method).needs is not Needs.WEIGHTS:
             strength = self.strength
         elif strength is None or strength == AUTO:
             strength = 1.0
         return Decision(method, float(strength), self.kappa if damping is None else damping)
+
+    def explain(self, method: str) -> str:
+        """Why AUTO chose a method here."""
+        weakens = self.kappa >= MIN_DAMPING
+        return LOOK_REASON if method == "copy" and weakens else METHOD_REASONS[method]
 
     def sentence(self) -> str:
         """The verdict in plain words, with the numbers behind it."""
@@ -156,6 +168,13 @@ METHOD_REASONS = {
     ),
 }
 """Why `auto` chose a method."""
+
+
+LOOK_REASON = (
+    "look 'lora' aims at the images that the LoRA was made for, which a copy draws best; look "
+    "'target' would weaken it"
+)
+"""Why `auto` copies where it would otherwise weaken."""
 
 
 STRANGER = f"its weight and its partner's have nothing in common (cosine below {STRANGE_COSINE})"

@@ -11,7 +11,7 @@ from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
 from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
@@ -49,6 +49,7 @@ def transfer_many(
     threshold: float = DEFAULT_THRESHOLD,
     damping: float | None = None,
     strength: Strength | None = None,
+    look: LookMode = "target",
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
     inserted: InsertedMode = "skip",
@@ -95,6 +96,7 @@ def transfer_many(
         threshold=threshold,
         damping=damping,
         strength=strength,
+        look=look,
         out_rank=out_rank,
         dropped=dropped,
         inserted=inserted,

@@ -11,7 +11,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
@@ -65,6 +65,7 @@ def plan_report(
     threshold: float = DEFAULT_THRESHOLD,
     damping: float | None = None,
     strength: Strength | None = None,
+    look: LookMode = "target",
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
     inserted: InsertedMode = "skip",
@@ -103,6 +104,7 @@ def plan_report(
         threshold=threshold,
         damping=damping,
         strength=strength,
+        look=look,
         out_rank=out_rank,
         dropped=dropped,
         inserted=inserted,

@@ -15,7 +15,7 @@ from ..adapters.adapter import Adapter
 from ..bases.base import Progress
 from ..comparison.contested_blocks import INSERTED, InsertedMode
 from ..comparison.module_map import Match
-from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, Verdict
+from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..core.arrays import make_fields_plain
 from ..core.methods import Method, MethodName, Needs, find_method
 from ..core.projection import DEFAULT_RANK
@@ -52,6 +52,7 @@ FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
 DROPPED: tuple[str, ...] = get_args(DroppedMode)
 TEXT_ENCODER: tuple[str, ...] = get_args(TextEncoderMode)
 VECTORS: tuple[str, ...] = get_args(VectorsMode)
+LOOKS: tuple[str, ...] = get_args(LookMode)
 PROBE = "probe"
 DEFAULT_PROBING = Probing()
 # Its square, times an energy, is in the report: a float must hold that.
@@ -75,6 +76,9 @@ class TransferOptions:
         damping: κ of "damped", 0 or more; None chooses it by the drift between the bases.
         strength: factor on every update; "auto" chooses it by the drift between the bases. None
             means "auto" for method "auto" and 1 for any other method.
+        look: what the automatic method and strength aim at. "target": what the LoRA means in the
+            target's own look, as a LoRA that was trained on the target draws it. "lora": the images
+            that the LoRA was made for, as nearly as the target draws them; a copy does that best.
         out_rank: "exact" keeps every singular value of the result; an int keeps at most that many;
             a share between 0 and 1 the fewest that hold this much of an update's energy; "50%" half
             as many as the LoRA's own rank; "100MB" those that fit a file of that size, spent where
@@ -109,6 +113,7 @@ class TransferOptions:
     threshold: float = DEFAULT_THRESHOLD
     damping: float | None = None
     strength: Strength | None = None
+    look: LookMode = "target"
     out_rank: OutRank = "exact"
     text_encoder: TextEncoderMode = "copy"
     vectors: VectorsMode = "copy"
@@ -138,6 +143,7 @@ class TransferOptions:
             ("dropped", DROPPED),
             ("inserted", INSERTED),
             ("vectors", VECTORS),
+            ("look", LOOKS),
         ):
             check_choice(name, getattr(self, name), words)
         for name in ("threshold", "min_coverage"):
@@ -174,7 +180,7 @@ class TransferOptions:
                 to choose a method by.
         """
         if verdict is not None:
-            settled: Any = verdict.decide(self.method, self.strength, self.damping)
+            settled: Any = verdict.decide(self.method, self.strength, self.damping, self.look)
             # Weights that are all zero have no drift.
             damping = None if math.isnan(settled.damping) else settled.damping
             return replace(self, method=settled.method, strength=settled.strength, damping=damping)

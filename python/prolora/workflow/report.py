@@ -14,7 +14,6 @@ from typing import Any
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
-    METHOD_REASONS,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
@@ -230,7 +229,7 @@ class Report:
             pairs = [(row.source, str(row.target)) for row in strangers]
             sentences.append(describe_strangers(pairs))
         if self.asked == AUTO and self.verdict:
-            reason = METHOD_REASONS[self.method]
+            reason = self.verdict.explain(self.method)
             sentences.append(f"Method 'auto' chose '{self.method}': {reason}.")
         return sentences
 

@@ -67,8 +67,10 @@ class Recipe:
             for field in fields(self.options)
             if field.name not in _INDIFFERENT
         }
-        if chosen["inserted"] == "skip":  # as all results were made before there was a choice
-            del chosen["inserted"]
+        # As all results were made before there was a choice.
+        for name, usual in (("inserted", "skip"), ("look", "target")):
+            if chosen[name] == usual:
+                del chosen[name]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.output.format, str(self.output.dtype))
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)

@@ -16,7 +16,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..comparison.contested_blocks import InsertedMode
 from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD
+from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
@@ -128,6 +128,7 @@ def transfer(
     threshold: float = DEFAULT_THRESHOLD,
     damping: float | None = None,
     strength: Strength | None = None,
+    look: LookMode = "target",
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
     inserted: InsertedMode = "skip",
@@ -162,6 +163,8 @@ def transfer(
         damping: κ of "damped"; None chooses it by the drift between the bases.
         strength: factor on every update; "auto" chooses it by the drift between the bases; None
             means "auto" for method "auto" and 1 for any other method.
+        look: what the automatic method and strength aim at: "target", what the LoRA means in the
+            target's own look; "lora", the images that the LoRA was made for.
         out_rank: "exact" keeps every singular value of the result; an int keeps at most that many;
             a share between 0 and 1 the fewest that hold this much of an update's energy; "50%" half
             as many as the LoRA's own rank; "100MB" those that fit a file of that size.
@@ -212,6 +215,7 @@ def transfer(
         threshold=threshold,
         damping=damping,
         strength=strength,
+        look=look,
         out_rank=out_rank,
         dropped=dropped,
         inserted=inserted,
@@ -260,6 +264,7 @@ def transfer_file(
     threshold: float = DEFAULT_THRESHOLD,
     damping: float | None = None,
     strength: Strength | None = None,
+    look: LookMode = "target",
     out_rank: OutRank = "exact",
     dropped: DroppedMode = "skip",
     inserted: InsertedMode = "skip",
@@ -294,6 +299,7 @@ def transfer_file(
         threshold=threshold,
         damping=damping,
         strength=strength,
+        look=look,
         out_rank=out_rank,
         dropped=dropped,
         inserted=inserted,
