@@ -44,6 +44,8 @@ GROUPS = {
         "Adapter",
     ],
     "Base models": [
+        "advise",
+        "Advice",
         "compare",
         "Comparison",
         "Verdict",

@@ -32,6 +32,7 @@ from .errors import (
 )
 from .probe.settings import Probing
 from .version import __version__
+from .workflow.advice import Advice, advise
 from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
 from .workflow.fleet.migration import migrate
@@ -48,6 +49,7 @@ __all__ = [
     "DEFAULT_RANK",
     "METHODS",
     "Adapter",
+    "Advice",
     "AlreadyMoved",
     "Base",
     "BaseLike",
@@ -80,6 +82,7 @@ __all__ = [
     "UnsupportedTensor",
     "Verdict",
     "__version__",
+    "advise",
     "compare",
     "cuda_status",
     "damped",

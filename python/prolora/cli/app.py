@@ -19,6 +19,7 @@ from ..workflow import inspection
 from ..workflow.push import push as push_loras
 from . import basis, fleet, inspect_table
 from . import doctor as doctor_facts
+from .advise import advise
 from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
@@ -55,6 +56,12 @@ app.command(
         "prolora compare --source sdxl/ --target ssd-1b/ --sweep --plot overlaps.png",
     )
 )(compare)
+app.command(
+    epilog=write_epilog(
+        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/",
+        "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
+    )
+)(advise)
 app.add_typer(basis.app, name="basis")
 app.command(
     epilog=write_epilog(

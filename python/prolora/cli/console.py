@@ -48,6 +48,7 @@ _SUBSTITUTES = {
     "σ": "sigma",
     "Σ": "sum ",
     "Δ": "Delta",
+    **dict(zip("▁▂▃▄▅▆▇█", "12345678", strict=True)),
 }
 """What stands for a character that the output's encoding lacks."""
 

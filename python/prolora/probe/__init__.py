@@ -5,5 +5,18 @@ from .recording.trajectories import Call
 from .report import BlockReport, ProbeReport
 from .run import ProbeTransfer, fit_lora
 from .settings import FitSettings
+from .strength import MeasuredStrength, Measurement, Trajectories, measure_strengths
 
-__all__ = ["BlockReport", "Call", "FitSettings", "Gate", "ProbeReport", "ProbeTransfer", "fit_lora"]
+__all__ = [
+    "BlockReport",
+    "Call",
+    "FitSettings",
+    "Gate",
+    "MeasuredStrength",
+    "Measurement",
+    "ProbeReport",
+    "ProbeTransfer",
+    "Trajectories",
+    "fit_lora",
+    "measure_strengths",
+]

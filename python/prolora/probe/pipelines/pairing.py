@@ -46,8 +46,16 @@ class PipelinePair:
         return json.dumps([settings, schedulers], default=str)
 
 
-def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> PipelinePair:
+def pair_pipelines(
+    source: Pipeline, target: Pipeline, settings: Probing, of_target: Probing | None = None
+) -> PipelinePair:
     """Sets the size and tabulates the conditioning of each model for the prompts.
+
+    Args:
+        source: the pipeline that the LoRA was made for.
+        target: the other one.
+        settings: what is sampled.
+        of_target: steps and guidance of the target where they are its own; None: as `settings`.
 
     Raises:
         UnsupportedFormat: the predictions cannot be converted into each other.
@@ -66,7 +74,8 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> Pip
         sizes = [p.size for p in (source, target)]
         known = [size for size in sizes if size is not None]
         settings = replace(settings, size=min(known) if known else None)
-    ours, theirs = source.tabulate_prompts(settings), target.tabulate_prompts(settings)
+    ours = source.tabulate_prompts(settings)
+    theirs = target.tabulate_prompts(replace(of_target or settings, size=settings.size))
     translation = Translation(
         _CallTranslator(ours, theirs, source.schedule, target.schedule),
         _CallTranslator(theirs, ours, target.schedule, source.schedule),

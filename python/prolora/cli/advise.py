@@ -1,0 +1,157 @@
+"""`prolora advise`: what to do with a LoRA between two bases, in one screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from ..probe.settings import Probing, read_prompts
+from ..workflow.advice import SAMPLED, Advice
+from ..workflow.advice import advise as find_advice
+from . import advice_tables
+from .console import out, progress_bar
+from .options import (
+    Bases,
+    JsonOption,
+    MatchOption,
+    QuietOption,
+    Resources,
+    expand_options,
+    parse_path,
+)
+
+LoraArgument = Annotated[
+    Path | None,
+    typer.Argument(parser=parse_path, metavar="[LORA]", help="A LoRA file or PEFT folder."),
+]
+
+
+@dataclass
+class AdviseOptions:
+    """What is asked, and what is shown."""
+
+    match: MatchOption = "name"
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+
+@dataclass
+class SampleOptions:
+    """What is sampled where the models are run."""
+
+    panel: ClassVar[str] = "Measuring"
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Run both models on a few of their own trajectories and measure what the moved "
+            "LoRA reaches (pipeline folders; no data, no training).",
+        ),
+    ] = False
+    prompt: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+    ] = field(default_factory=list)
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
+        ),
+    ] = None
+    probe_images: Annotated[
+        int, typer.Option(metavar="N", help="Images that each model samples.")
+    ] = SAMPLED.images
+    probe_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")] = (
+        SAMPLED.steps
+    )
+    probe_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
+        ),
+    ] = None
+    probe_guidance: Annotated[
+        float | None,
+        typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
+    ] = None
+    target_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps of the target's own sampler, where it is a few-step model.",
+        ),
+    ] = None
+    target_guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raises ValueError where samples are described although nothing is sampled."""
+        if not self.measure and self != SampleOptions():
+            raise ValueError("prompts, --probe-… and --target-… are for measuring: add --measure")
+
+    def to_probing(self) -> Probing:
+        """As the library takes them."""
+        return Probing(
+            prompts=(*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())),
+            images=self.probe_images,
+            steps=self.probe_steps,
+            size=self.probe_size,
+            guidance=self.probe_guidance,
+        )
+
+
+@expand_options
+def advise(
+    bases: Bases,
+    asked: AdviseOptions,
+    samples: SampleOptions,
+    resources: Resources,
+    lora: LoraArgument = None,
+) -> None:
+    """Say what to do with a LoRA between two bases, and what it will give."""
+    resources.check_device()
+    samples.check()
+    with progress_bar("advise", not (asked.quiet or asked.as_json)) as progress:
+        advice = find_advice(
+            bases.source,
+            bases.target,
+            lora,
+            measure=samples.measure,
+            match=asked.match,
+            probe=samples.to_probing(),
+            target_steps=samples.target_steps,
+            target_guidance=samples.target_guidance,
+            cache=resources.find_cache(),
+            device=resources.device,
+            max_memory=resources.max_bytes,
+            progress=progress,
+        )
+    if asked.as_json:
+        print(json.dumps(advice.to_dict(), indent=1))
+        return
+    if not asked.quiet:
+        show_tables(advice)
+    for sentence in advice.sentences():
+        out.print(sentence, style="bold yellow" if sentence.startswith("No-go") else None)
+    if advice.command:
+        out.print_line(advice.command, style="bold")
+
+
+def show_tables(advice: Advice) -> None:
+    """Drift by depth, expected shares, and what was measured."""
+    out.print_table(advice_tables.stacks_table(advice))
+    out.print_note(advice_tables.STACKS_LEGEND)
+    if advice.measurement is not None:
+        out.print_table(advice_tables.measured_table(advice.measurement))
+        out.print_note(advice_tables.MEASURED_LEGEND)
+    elif advice.expected:
+        out.print_table(advice_tables.expected_table(advice.expected))
+        out.print_note(advice_tables.EXPECTED_LEGEND)

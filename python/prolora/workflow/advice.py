@@ -1,0 +1,310 @@
+"""What to do with a LoRA between two bases, in one screen: `advise`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..architectures.modules import find_stage
+from ..bases import Base, BaseLike, vae
+from ..bases.base import Progress
+from ..comparison.block_matching import resolve_match
+from ..comparison.comparison import Comparison, compare
+from ..comparison.expectation import Expectation, expect_shares, load_calibration
+from ..comparison.module_comparison import ModuleComparison
+from ..comparison.module_map import Match
+from ..comparison.renumbered_blocks import recognise_blocks
+from ..comparison.verdict import Decision, Verdict, judge_pairs
+from ..core.precision import in_full_precision
+from ..errors import InvalidOption
+from ..files.jsontext import replace_nonfinite
+from ..probe.recording.trajectories import Sample
+from ..probe.settings import Probing
+from ..probe.strength import MeasuredStrength, Measurement
+from .by_weights.pipeline import plan_transfer, read_lora
+from .lora_fit import LoraFit, StackDrift, describe_stack, fit_lora, measure_plan
+from .measuring import Side, check_runnable, measure_lora, move_candidates, open_models
+from .options import LoraLike, TransferOptions
+
+SAMPLED = Probing(images=6, steps=12)
+"""What `advise` samples where it measures: six trajectories of each of two models."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do with a LoRA of one base on another, and what it will give.
+
+    Attributes:
+        comparison: the two bases, module by module.
+        verdict: go or no-go, over the LoRA's modules where there is one.
+        expected: the share of training on the target that each method is expected to give; empty
+            where no pair of bases like this was measured.
+        lora: where the LoRA lies; None without one.
+        measurement: what moved LoRAs reach on the running models; None where it was not asked for.
+        command: the `prolora transfer …` that follows; empty where nothing is worth it.
+    """
+
+    comparison: Comparison
+    verdict: Verdict
+    expected: tuple[Expectation, ...]
+    lora: LoraFit | None
+    measurement: Measurement | None
+    command: str
+    _energies: Mapping[str, float]
+
+    @property
+    def decision(self) -> Decision | None:
+        """The method and strength that follow from the weights; None where they forbid all."""
+        return self.verdict.decide() if self.verdict.related else None
+
+    @property
+    def measured(self) -> MeasuredStrength | None:
+        """The best of what was measured."""
+        return (
+            None if self.measurement is None else self.measurement.candidates[self.measurement.best]
+        )
+
+    @property
+    def go(self) -> bool:
+        """Whether moving is worth while: measured if it was, otherwise by the weights."""
+        return self.verdict.go if self.measured is None else self.measured.go
+
+    def stacks(self) -> list[StackDrift]:
+        """Which blocks moved: the drift by depth, a row for each part of the target."""
+        groups: dict[str, list[ModuleComparison]] = {}
+        for module in self.comparison.modules:
+            groups.setdefault(find_stage(module.target), []).append(module)
+        energies = self._energies if self.lora else None
+        return [describe_stack(name, modules, energies) for name, modules in groups.items()]
+
+    def sentences(self) -> list[str]:
+        """The advice in plain words."""
+        sentences = self.comparison.sentences()
+        if self.lora is not None:
+            sentences.append(self.lora.sentence(self.comparison.verdict.drift))
+            if self.verdict != self.comparison.verdict:
+                sentences.append(f"Over the LoRA's modules: {self.verdict.sentence()}")
+        sentences.append(self._expect())
+        if self.measurement is not None:
+            sentences += describe_measurement(self.measurement)
+        elif self.decision is not None:
+            strength = self.decision.strength
+            sentences.append(
+                f"By the weights: method '{self.decision.method}' at strength {strength:.2g}"
+                f"{'' if self.verdict.go else ', at your own risk'}. --measure with a LoRA runs "
+                "the models and measures it."
+            )
+        return sentences
+
+    def _expect(self) -> str:
+        """What the calibration says, and how far it can be trusted."""
+        calibration = load_calibration()
+        worlds = " and ".join(calibration.worlds)
+        if self.verdict.drift == 0:
+            return "The paired weights are equal: the LoRA works as it is."
+        if not self.expected:
+            return (
+                f"No pair of bases like this was measured (worlds: {worlds}), so nothing can be "
+                "said of what a moved LoRA will give."
+            )
+        first = self.expected[0]
+        return (
+            f"Expected shares come from {first.kinds} kinds of target like this one in the world "
+            f"of {' and '.join(first.worlds)} (small models); on kinds that were left out their "
+            f"80 % intervals held {calibration.checked['coverage']:.0%} of what was measured."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        verdict, decision = self.verdict, self.decision
+        fields: dict[str, Any] = {
+            "source": self.comparison.source,
+            "target": self.comparison.target,
+            "match": self.comparison.match,
+            "go": self.go,
+            "verdict": asdict(verdict)
+            | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
+            "decision": asdict(decision) if decision else None,
+            "stacks": [asdict(stack) for stack in self.stacks()],
+            "renumbered": dict(self.comparison.renumbered),
+            "expected": [asdict(expectation) for expectation in self.expected],
+            "calibration": dict(load_calibration().made) | dict(load_calibration().checked),
+            "lora": asdict(self.lora) if self.lora else None,
+            "measurement": _measurement_dict(self.measurement),
+            "command": self.command,
+            "summary": self.sentences(),
+        }
+        plain: dict[str, Any] = replace_nonfinite(fields)
+        return plain
+
+    def __str__(self) -> str:
+        """The sentences, and the command."""
+        return "\n".join([*self.sentences(), *([self.command] if self.command else [])])
+
+
+def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
+    if measurement is None:
+        return None
+    candidates = {
+        name: asdict(way) | {"shares": {f"{s:g}": x for s, x in way.shares.items()}, "go": way.go}
+        for name, way in measurement.candidates.items()
+    }
+    return asdict(measurement) | {"candidates": candidates, "best": measurement.best}
+
+
+def describe_measurement(measurement: Measurement) -> list[str]:
+    """What was measured, in plain words."""
+    best, name = measurement.candidates[measurement.best], measurement.best
+    go = "Go" if best.go else "No-go"
+    low, high = best.strength_interval
+    trajectories = {"adapted": "the LoRA's own", "target": "the target's"}
+    parts = " and ".join(
+        f"{share:.0%} at {strength:.2f} on {trajectories[origin]} trajectories"
+        for origin, (strength, share) in best.by_origin.items()
+    )
+    return [
+        f"{go}, measured on {measurement.trajectories} trajectories of the models themselves: "
+        f"{'the copy' if name == 'copy' else name} reaches {best.share:.0%} of the wanted change "
+        f"at its best strength {best.strength:.2f} ({low:.2f} to {high:.2f}), at 1 "
+        f"{best.shares[1.0]:.0%}; {parts}.",
+        f"The bases' own predictions differ by {measurement.disagreement:.2g} times that change.",
+    ]
+
+
+@in_full_precision
+def advise(
+    source: BaseLike,
+    target: BaseLike,
+    lora: LoraLike | None = None,
+    *,
+    measure: bool = False,
+    match: Match = "name",
+    probe: Probing = SAMPLED,
+    target_steps: int | None = None,
+    target_guidance: float | None = None,
+    samplers: tuple[Sample, Sample] | None = None,
+    cache: str | PathLike[str] | None = None,
+    device: str | None = None,
+    max_memory: int | str | None = None,
+    progress: Progress | None = None,
+) -> Advice:
+    """Says what to do with a LoRA of one base on another, and what it will give.
+
+    From weights alone: whether the bases are of one lineage, which blocks moved, what share of
+    training on the target each method is expected to give (with an interval, from measured pairs of
+    small models), and the strength to use. With `measure` both models run on a few trajectories of
+    their own, without data or training, and the expectation becomes a measurement.
+
+    Args:
+        source: the base that the LoRA was trained on, as `transfer` takes it; a diffusers pipeline
+            at hand, too.
+        target: the base to move to, in any of these forms.
+        lora: the LoRA, as `transfer` takes it; None judges the bases alone.
+        measure: runs the models: needs a LoRA, and pipeline folders, pipelines, or modules with
+            `samplers`.
+        match: how modules are paired, as in `transfer`.
+        probe: prompts, number of images, steps, size and guidance of what is sampled.
+        target_steps: steps of the target's own trajectories, where it is a few-step model; None:
+            as `probe` says, or 4 for the schedulers of few-step models.
+        target_guidance: guidance of the target's own trajectories; None: as `probe` says.
+        samplers: of source and target, where these are modules at hand: each runs a sampler from
+            noise with a given seed.
+        cache: folder that keeps what is computed of the bases; None keeps nothing.
+        device: where to compute; "auto" means a GPU where there is one, None the CPU.
+        max_memory: bytes of memory that the weights may take, or a text such as "2GiB".
+        progress: called as progress(done, total, name).
+
+    Returns:
+        The advice; `print` shows its sentences.
+
+    Raises:
+        InvalidOption: `measure` without a LoRA, or samplers without modules.
+        UnsupportedFormat: a base that is no pipeline where it must run, or shares no module.
+        ProLoRAError: what `transfer` refuses of the LoRA and the bases.
+    """
+    if measure and lora is None:
+        raise InvalidOption("measuring needs a LoRA: what is measured is what moving it reaches")
+    of_target = replace(
+        probe,
+        steps=probe.steps if target_steps is None else target_steps,
+        guidance=probe.guidance if target_guidance is None else target_guidance,
+    )
+    ours, theirs = Side.of(source), Side.of(target)
+    if measure:
+        check_runnable(ours, theirs, samplers)
+    options = TransferOptions(
+        match=match, cache=cache, device=device, max_memory=max_memory, progress=progress
+    )
+    adapter = None if lora is None else read_lora(lora, ours.base)
+    how: dict[str, Any] = {"cache": cache, "device": options.device}
+    how |= {"max_memory": options.memory_limit}
+    paired = recognise_blocks(
+        resolve_match(match, ours.base, theirs.base, progress=progress, **how),
+        ours.base,
+        theirs.base,
+    )
+    comparison = compare(ours.base, theirs.base, rank=None, match=paired, progress=progress, **how)
+    verdict, fit = comparison.verdict, None
+    energies: dict[str, float] = {}
+    if adapter is not None:
+        plan = plan_transfer(adapter, ours.base, theirs.base, replace(options, match=paired), cache)
+        affinities = measure_plan(plan, comparison, ours.base, theirs.base)
+        verdict = judge_pairs(affinities.values()) if affinities else verdict
+        fit, energies = fit_lora(adapter, plan, affinities, _name_lora(lora))
+    measurement = None
+    if measure and adapter is not None:
+        candidates = move_candidates(adapter, ours.base, theirs.base, options)
+        models = open_models(ours, theirs, probe, of_target, samplers, options.device)
+        measurement = measure_lora(models, adapter, candidates, probe.images, progress)
+    expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
+    command = write_command(
+        lora, (source, target), (ours.base, theirs.base), match, verdict, measurement
+    )
+    return Advice(comparison, verdict, expected, fit, measurement, command, energies)
+
+
+def _name_lora(lora: LoraLike | None) -> str:
+    return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
+
+
+def write_command(
+    lora: LoraLike | None,
+    given: tuple[object, object],
+    bases: tuple[Base, Base],
+    match: Match,
+    verdict: Verdict,
+    measurement: Measurement | None,
+) -> str:
+    """The command line that follows; empty where nothing is worth a try.
+
+    Args:
+        lora: what is moved; a placeholder stands for none, and for one that is no file.
+        given: source and target as the caller named them.
+        bases: source and target.
+        match: how modules are paired.
+        verdict: by the weights.
+        measurement: by the running models, or None.
+    """
+    best = None if measurement is None else measurement.candidates[measurement.best]
+    words: list[str] = []
+    if best is not None and best.go:
+        words += ["--method", "copy"] if measurement and measurement.best == "copy" else []
+        words += ["--strength", f"{best.strength:.2f}"]
+    elif best is not None or not verdict.related:
+        if not vae.can_probe(bases[0].path, bases[1].path):
+            return ""
+        words += ["--method", "probe"]
+    if match != "name" and isinstance(match, str | PathLike) and "probe" not in words:
+        words += ["--match", str(match)]
+    file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")
+    names = [
+        str(name) if isinstance(name, str | PathLike) else str(base.path or base.name)
+        for name, base in zip(given, bases, strict=True)
+    ]
+    out = f"{file.stem}-on-{Path(names[1]).stem}.safetensors"
+    line = ["prolora", "transfer", str(file), "--source", names[0], "--target", names[1], *words]
+    return shlex.join([*line, "-o", out])

@@ -1,0 +1,214 @@
+"""Two running models and a LoRA: what moving it reaches, measured on their own trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..adapters.adapter import Adapter
+from ..architectures.modules import is_in_text_encoder
+from ..bases import Base, open_base, vae
+from ..bases.base import Progress
+from ..core.lowrank import LowRank
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..probe.recording.trajectories import Sample
+from ..probe.recording.translation import Translation
+from ..probe.settings import Probing
+from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
+from .by_weights.file_budget import OutputForm
+from .by_weights.pipeline import move_without_header
+from .options import MethodChoice, TransferOptions
+
+MOMENTS = 6
+"""Of each trajectory, at which the models are compared."""
+
+FEW_STEPS = 4
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+"""Schedulers of few-step models: these are sampled in FEW_STEPS unless another number is asked."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A base, and what runs it.
+
+    Attributes:
+        base: its weights.
+        pipe: the diffusers pipeline at hand; None where the base is a file, a folder or a module.
+        module: the model at hand, which samplers that the caller gives run; None for pipelines.
+    """
+
+    base: Base
+    pipe: Any = None
+    module: nn.Module | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> Side:
+        """What `advise` was given: a base in any form, or a diffusers pipeline."""
+        base, is_module = open_base(given), isinstance(given, nn.Module)
+        is_pipe = hasattr(given, "scheduler") and not is_module
+        return cls(base, given if is_pipe else None, given if is_module else None)
+
+    @property
+    def runs(self) -> bool:
+        """Whether a pipeline is there."""
+        return self.pipe is not None or vae.is_pipeline(self.base.path)
+
+
+@dataclass(frozen=True)
+class RunningModels:
+    """What `measure_strengths` takes of two models."""
+
+    source: nn.Module
+    target: nn.Module
+    sample_adapted: Sample
+    sample_target: Sample
+    translation: Translation
+
+
+def check_runnable(source: Side, target: Side, samplers: object) -> None:
+    """Refuses what cannot be run, before anything is read.
+
+    Raises:
+        UnsupportedFormat: a side that is no pipeline.
+        InvalidOption: samplers without modules to run.
+        UnrelatedBases: pipeline folders with different latents.
+    """
+    if samplers is not None:
+        if source.module is None or target.module is None:
+            raise InvalidOption(
+                "samplers run modules at hand: give source and target as nn.Module, or leave "
+                "samplers out for pipelines"
+            )
+        return
+    for name, side in (("source", source), ("target", target)):
+        if not side.runs:
+            raise UnsupportedFormat(
+                f"the {name} {side.base.path or side.base.name} is no pipeline folder: measuring "
+                "runs the models, so both bases must be folders of whole diffusers pipelines "
+                f"({vae.PIPELINE_INDEX}, scheduler, text encoders, and unet or transformer); in "
+                "Python also pipelines at hand, or modules with samplers"
+            )
+    if source.base.path is not None and target.base.path is not None:
+        vae.check_latents(source.base.path, target.base.path)
+
+
+def open_models(
+    source: Side,
+    target: Side,
+    settings: Probing,
+    of_target: Probing,
+    samplers: tuple[Sample, Sample] | None,
+    device: str | None,
+) -> RunningModels:
+    """Loads the pipelines, or takes those at hand.
+
+    Args:
+        source: the base of the LoRA.
+        target: the other base.
+        settings: what is sampled.
+        of_target: the same for the target's own trajectories.
+        samplers: of the source and of the target, where these are modules at hand.
+        device: where pipelines that are loaded run.
+    """
+    if samplers is not None:
+        assert source.module is not None and target.module is not None
+        return RunningModels(source.module, target.module, *samplers, Translation())
+    from ..probe.pipelines import pair_pipelines
+
+    ours, theirs = (_open_pipeline(side, device) for side in (source, target))
+    if of_target.steps == settings.steps and _takes_few_steps(theirs.pipe):
+        of_target = replace(of_target, steps=min(FEW_STEPS, of_target.steps))
+    pair = pair_pipelines(ours, theirs, settings, of_target)
+    of_target = replace(of_target, size=pair.settings.size)
+    return RunningModels(
+        ours.denoiser,
+        theirs.denoiser,
+        _make_sampler(ours, pair.settings),
+        _make_sampler(theirs, of_target),
+        pair.translation,
+    )
+
+
+def _open_pipeline(side: Side, device: str | None) -> Any:
+    from ..probe.pipelines import Pipeline, open_pipeline
+
+    if side.pipe is None:
+        assert side.base.path is not None
+        return open_pipeline(side.base.path, device)
+    return Pipeline(side.pipe, type(side.pipe).__name__)
+
+
+def _takes_few_steps(pipe: Any) -> bool:
+    return type(pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
+
+
+def _make_sampler(pipeline: Any, settings: Probing) -> Sample:
+    """Samples one image; the prompts take turns, the same for both models."""
+    prompts = settings.prompts or ("",)
+
+    def sample(seed: int) -> None:
+        prompt = prompts[(seed // len(ORIGINS)) % len(prompts)]
+        pipeline.sample_latents(prompt, settings, seed)
+
+    return sample
+
+
+def move_candidates(
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions
+) -> dict[str, dict[str, LowRank]]:
+    """The LoRA as `auto` and as a copy, both at strength 1; equal ones once.
+
+    Raises:
+        ProLoRAError: it cannot be moved by weights.
+    """
+    candidates: dict[str, dict[str, LowRank]] = {}
+    methods: tuple[MethodChoice, ...] = ("auto", "copy")
+    for method in methods:
+        asked = replace(options, method=method, strength=1.0, progress=None)
+        with suppress(UnrelatedBases):
+            moved = move_without_header(adapter, source, target, asked, OutputForm())
+            updates = _keep_denoiser(moved.adapter.updates)
+            if updates and not any(_are_equal(updates, other) for other in candidates.values()):
+                candidates[method] = updates
+    if not candidates:
+        raise ProLoRAError("the LoRA has no update of the UNet or transformer to measure")
+    return candidates
+
+
+def _keep_denoiser(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
+    return {name: u for name, u in updates.items() if not is_in_text_encoder(name)}
+
+
+def _are_equal(ours: Mapping[str, LowRank], theirs: Mapping[str, LowRank]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        u.up.shape == theirs[name].up.shape
+        and bool((u.up == theirs[name].up).all())
+        and bool((u.down == theirs[name].down).all())
+        for name, u in ours.items()
+    )
+
+
+def measure_lora(
+    models: RunningModels,
+    adapter: Adapter,
+    candidates: Mapping[str, Mapping[str, LowRank]],
+    runs: int,
+    progress: Progress | None,
+) -> Measurement:
+    """What each candidate reaches; see `measure_strengths`."""
+    return measure_strengths(
+        models.source,
+        models.target,
+        _keep_denoiser(adapter.updates),
+        candidates,
+        models.sample_adapted,
+        models.sample_target,
+        translation=models.translation,
+        trajectories=Trajectories(runs=runs, moments=MOMENTS),
+        progress=progress,
+    )

@@ -1,0 +1,44 @@
+"""`prolora advise`: one screen, JSON, and refusals."""
+
+import json
+
+import pytest
+from mini import target_along_few, write_folder
+
+
+@pytest.fixture
+def tuned(case, tmp_path):
+    """The case, with a target that drifted as fine-tunes do."""
+    return case[0], case[1], write_folder(tmp_path / "tuned", target_along_few())
+
+
+def test_one_screen_says_what_to_do(prolora, tuned):
+    lora, source, target = tuned
+    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    code, text, _ = prolora(*line)
+    assert code == 0
+    for part in ("down_blocks.1", "█", "expected", "Same lineage", "8 of the LoRA's 12 modules"):
+        assert part in text
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith("prolora transfer ") and f"--target {target}" in last
+    assert len(text.splitlines()) < 50
+
+
+def test_json_has_everything(prolora, tuned):
+    _, source, target = tuned
+    code, text, _ = prolora(
+        "advise", "--source", source, "--target", target, "--json", "--no-cache"
+    )
+    advice = json.loads(text)
+    assert code == 0 and advice["go"] and advice["lora"] is None and advice["measurement"] is None
+    assert advice["stacks"][0]["drifts"] and advice["expected"][0]["worlds"]
+    assert advice["command"].startswith("prolora transfer LORA.safetensors")
+
+
+def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(prolora, case):
+    lora, source, target = case
+    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    code, _, text = prolora(*line, "--prompt", "a cat")
+    assert code == 2 and "add --measure" in text
+    code, _, text = prolora(*line, "--measure")
+    assert code == 2 and "no pipeline folder" in text

@@ -1,0 +1,125 @@
+"""`advise`: what to do with a LoRA between two bases, from weights and from running models."""
+
+import shlex
+import warnings
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from mini import BLOCK, source_weights, target_along_few, target_weights, write_case, write_folder
+
+import prolora
+from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
+from prolora.probe.settings import Probing
+
+FEW = Probing(("cat", "dog"), images=2, steps=3)
+
+
+@pytest.fixture
+def case(tmp_path):
+    return write_case(tmp_path)
+
+
+def test_the_bases_alone_are_judged_and_a_command_follows(case, tmp_path):
+    _, source, _ = case
+    target = write_folder(tmp_path / "tuned", target_along_few())
+    advice = prolora.advise(source, target)
+    assert advice.go and advice.lora is None and advice.measurement is None
+    assert [stack.name for stack in advice.stacks()] == ["down_blocks.1"]
+    assert len(advice.stacks()[0].drifts) == 2 and advice.stacks()[0].drift < 0.2
+    words = shlex.split(advice.command)
+    assert words[:3] == ["prolora", "transfer", "LORA.safetensors"] and words[-2] == "-o"
+    assert {e.method for e in advice.expected} >= {"copy", "auto"}
+
+
+def test_a_lora_is_placed_and_its_command_runs(case, tmp_path, monkeypatch):
+    lora, source, target = case
+    advice = prolora.advise(source, target, lora)
+    assert (advice.lora.modules, advice.lora.paired) == (12, 8)
+    assert 0.5 < advice.lora.kept_energy < 0.8 and advice.lora.stranger_energy == 0
+    energies = [stack.energy for stack in advice.stacks()]
+    assert sum(energies) == pytest.approx(advice.lora.kept_energy)
+    options = shlex.split(advice.command)
+    assert options[2] == str(lora) and options[4] == str(source) and options[6] == str(target)
+    report = prolora.transfer_file(lora, source, target, tmp_path / options[-1])
+    assert report.totals["mapped"] == 8
+    assert report.method == advice.decision.method
+
+
+def test_what_was_never_measured_is_not_extrapolated(case, tmp_path):
+    _, source, _ = case
+    huge = {name: 40 * weight for name, weight in target_weights().items()}
+    advice = prolora.advise(source, write_folder(tmp_path / "huge", huge))
+    assert advice.expected == () and advice.to_dict()["expected"] == []
+    assert any("No pair of bases like this was measured" in s for s in advice.sentences())
+
+
+def test_equal_bases_need_no_expectation(case):
+    _, source, _ = case
+    advice = prolora.advise(source, source)
+    assert advice.expected == () and any("equal" in s for s in advice.sentences())
+
+
+def test_unrelated_bases_get_no_command_and_strangers_are_named(case, tmp_path):
+    lora, source, _ = case
+    generator = torch.Generator().manual_seed(3)
+    apart = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
+    advice = prolora.advise(source, write_folder(tmp_path / "apart", apart), lora)
+    assert not advice.go and advice.decision is None and advice.command == ""
+    assert len(advice.stacks()[0].strangers) == 3
+    assert any(s.startswith("No-go") for s in advice.sentences())
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_read(case):
+    lora, source, target = case
+    with pytest.raises(InvalidOption, match="needs a LoRA"):
+        prolora.advise(source, target, measure=True)
+    with pytest.raises(UnsupportedFormat, match="no pipeline folder"):
+        prolora.advise(source, target, lora, measure=True)
+    with pytest.raises(InvalidOption, match=r"nn\.Module"):
+        prolora.advise(source, target, lora, measure=True, samplers=(print, print))
+
+
+def test_a_lora_of_other_shapes_is_refused_as_transfer_refuses_it(case, tmp_path):
+    lora, _, target = case
+    wide = {BLOCK.format(0, "attn1.to_q"): torch.randn(48, 24)}
+    with pytest.raises(ShapeMismatch):
+        prolora.advise(write_folder(tmp_path / "wide", source_weights() | wide), target, lora)
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory):
+    """Two pipeline folders of one UNet, another scheduler, and a LoRA."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        from prolora.probe.pipelines import open_pipeline
+
+        pipe = open_pipeline(folder / "source").pipe
+        tiny.save(folder / "twin", unet=pipe.unet, scheduler="euler")
+        updates = tiny.updates(pipe.unet, ("attn1.to_v", "ff.net.2"))
+        tiny.write_lora(folder / "lora.safetensors", updates)
+        yield folder, pipe
+
+
+def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
+    folder, pipe = pipes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        advice = prolora.advise(
+            pipe,
+            folder / "twin",
+            folder / "lora.safetensors",
+            measure=True,
+            probe=FEW,
+            target_steps=1,
+            target_guidance=1.0,
+        )
+    assert advice.go and advice.measurement.trajectories == 4
+    assert advice.measurement.calls == 2 * 3 + 2 * 1  # the target takes its own few steps
+    assert advice.measured.strength == pytest.approx(1, abs=0.02)
+    assert advice.measured.share == pytest.approx(1, abs=0.01)
+    assert "--strength 1.00" in advice.command
+    assert any(s.startswith("Go, measured on 4 trajectories") for s in advice.sentences())
+    assert pipe.unet.training is False
