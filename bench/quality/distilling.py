@@ -19,7 +19,7 @@ from worlds import backbone
 
 from prolora import LowRank
 
-STEPS, BATCH, RATE, RANK = 150, 48, 3e-3, 8
+STEPS, BATCH, RATE = 150, 48, 3e-3
 
 Sample = Callable[[int], None]
 
@@ -31,6 +31,7 @@ def distil_lora(
     adapted: str,
     samplers: tuple[Sample, Sample, Sample],
     seed: int,
+    rank: int,
 ) -> tuple[Updates, float]:
     """Trains the target to change its prediction as the LoRA changes the source's.
 
@@ -41,6 +42,7 @@ def distil_lora(
         adapted: pattern of the target's modules that get an update.
         samplers: of the source, of the target, of the source with the LoRA.
         seed: of the trajectories.
+        rank: of the trained updates.
 
     Returns:
         The target's updates, and the processor seconds that went into sampling.
@@ -61,7 +63,7 @@ def distil_lora(
     model = copy.deepcopy(target).requires_grad_(False)
     torch.manual_seed(seed)
     inner = backbone(model)
-    inner.add_adapter(LoraConfig(target_modules=adapted, r=RANK, lora_alpha=RANK))
+    inner.add_adapter(LoraConfig(target_modules=adapted, r=rank, lora_alpha=rank))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,8 @@
 """Tables of probing for docs/probe.md: ``python bench/quality/probed.py [--work DIR]``.
 
-With --work the rows that probing.py left in DIR/probing are collected into
-bench/results/probing.json first. Decisions are the gate's at its limits of today.
+With --work the rows that probing.py left in DIR/probing are collected first, into the results of
+--world. Decisions are the gate's at its limits of today; those of rows that were measured before
+the gate knew gains are by the rule of that time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from results import Row, Table, git, round_numbers
 
 from prolora.probe import gate
 
-RESULTS = ROOT / "bench/results/probing.json"
+RESULTS = {
+    "digits": ROOT / "bench/results/probing.json",
+    "icons": ROOT / "bench/results/quality_icons_probing.json",
+}
 PAGES = (ROOT / "docs/probe.md", ROOT / "docs/evidence.md")
 TARGETS = {
     "unrelated, same shape: transformers": ("flux", "flux", "independent"),
@@ -43,7 +47,7 @@ def collect(work: Path) -> dict:
     rows = []
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        if name in ("study", "related", "equal rank") or name.split()[0] in CURVES:
+        if name in ("study", "related", "equal rank", "short") or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
             rows.append(round_numbers(row))
@@ -66,8 +70,25 @@ def select_rows(table: Table, where: tuple[str, str, str], **wanted: object) -> 
 
 def decide_row(row: Row) -> str:
     """What the gate says of a row."""
+    if "gain" not in row:
+        return decide_as_then(row)
     verdict = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
-    return gate.decide_gate(*verdict)[0]
+    gain = gate.Gain(**row["gain"]) if row["gain"] else None
+    return gate.decide_gate(*verdict, gain, row["start"])[0]
+
+
+def decide_as_then(row: Row) -> str:
+    """The gate's rule until rows had gains: disagreement in units of the LoRA's own change."""
+    share, difference = row["share"], largest_disagreement(row)
+    copied = row["copy_share"]["all"] if row["copy_share"] else float("-inf")
+    keeps_copy = copied >= 0.5 and difference > 0.35
+    if difference > 3 and not keeps_copy:
+        return gate.REFUSE
+    if keeps_copy or copied >= share["all"]:
+        return gate.COPY
+    if min(share[origin] for origin in ("adapted", "target")) < gate.MIN_SHARE:
+        return gate.REFUSE
+    return gate.GO if row["strength"] == 1 else gate.WEAKEN
 
 
 def gated_score(row: Row) -> float:
@@ -294,13 +315,44 @@ def curves_table(table: Table) -> str:
     )
 
 
+def starts_table(table: Table) -> str:
+    """Rows of the coloured world, where fits may start from the copy."""
+    lines = []
+    for arch, to, kind in dict.fromkeys((r["arch"], r["to"], r["kind"]) for r in table.rows):
+        part = table.where(arch=arch, to=to, kind=kind, method="probe").rows
+        ceiling = table.where(arch=arch, to=to, kind=kind, method="distilled").mean(score)
+        for row in sorted(part, key=lambda row: (row["seed"], row["adapter"])):
+            gain = row["gain"]
+            lines.append(
+                [
+                    f"{kind}: {arch}" + (f" → {to}" if to != arch else ""),
+                    row["adapter"],
+                    "–" if row["copy"] is None else f"{row['copy']:.2f}",
+                    f"{row['score']:.2f}",
+                    f"{gated_score(row):.2f}",
+                    decide_row(row),
+                    f"{row['start']}, {row['trust']:.2f}",
+                    f"{gain['share']:.2f} ± {gate.SURE * gain['error']:.2f}" if gain else "–",
+                    f"{row['disagreement']['all']:.3f}",
+                    format_cell(ceiling),
+                ]
+            )
+    head = ["target", "LoRA", "copy", "probe, forced", "as gated", "decision", "start, trust"]
+    return format_table([*head, "held-out gain", "disagreement", "*distilled*"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="the study's folder")
+    parser.add_argument("--world", choices=RESULTS, default="digits", help="of --work")
     options = parser.parse_args()
     if options.work:
-        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
-    everything = Table(json.loads(RESULTS.read_text())["rows"])
+        results = json.dumps(collect(options.work), indent=0)
+        RESULTS[options.world].write_text(results + "\n")
+    everything, icons = (
+        Table(json.loads(path.read_text())["rows"]) if path.exists() else Table([])
+        for path in RESULTS.values()
+    )
     tables: dict[str, Callable[[Table], str]] = {
         "probing": targets_table,
         "probing adapters": adapters_table,
@@ -309,10 +361,10 @@ def main() -> None:
         "probing related": related_table,
         "probing curves": curves_table,
     }
+    filled = {name: make(everything) for name, make in tables.items()}
+    filled["probing starts"] = starts_table(icons)
     for page in PAGES:
-        page.write_text(
-            fill_page(page.read_text(), {n: make(everything) for n, make in tables.items()})
-        )
+        page.write_text(fill_page(page.read_text(), filled))
 
 
 if __name__ == "__main__":

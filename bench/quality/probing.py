@@ -11,13 +11,13 @@ import argparse
 import functools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from contenders import Updates
+from contenders import Updates, pair_modules
 from distilling import distil_lora
 from flow import guided_velocity, predict
 from jobs import Job, run_jobs
@@ -30,6 +30,8 @@ from prolora import probe
 from prolora.probe import run as room
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
+SAMPLING = ("images", "sampler_steps")
+"""Options that the ceiling takes too."""
 
 
 class Sampler:
@@ -114,16 +116,13 @@ class Case:
         """Share of the gap that is recovered."""
         return (self.none - self.loss(updates)) / (self.none - self.best)
 
-    def fits(self) -> bool:
-        """Whether the LoRA can be copied as it is."""
-        modules = dict(self.target.named_modules())
-        modules_of_target = {
-            name: modules.get(self.world.prefix[self.to] + name) for name in self.lora
-        }
-        return all(
-            m is not None and m.weight.shape == self.lora[n].shape
-            for n, m in modules_of_target.items()
-        )
+    def copied(self) -> Updates:
+        """The LoRA on the modules of the target that the source has too, names as in diffusers."""
+        if self.arch != self.to:
+            return {}
+        models = self.source, self.target
+        pairs = pair_modules(self.world, self.arch, self.kind, *models)
+        return {t: self.lora[s] for t, s in pairs.items() if s in self.lora}
 
     def samplers(self, images: int, steps: int) -> tuple[Sampler, Sampler, Sampler]:
         """Of the source, of the target, and of the source with the LoRA."""
@@ -143,14 +142,18 @@ def run_probe(
     # Stages in processor time, so that other work on the machine does not count.
     room.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {case.world.prefix[case.arch] + name: update for name, update in case.lora.items()}
+    copied = case.copied()
+    # As by the command line: no lower rank than the LoRA's.
+    rank = max(32, *(update.rank for update in lora.values()))
     result = probe.fit_lora(
         case.source,
         case.target,
         lora,
         *case.samplers(images, sampler_steps),
+        rival={case.world.prefix[case.to] + name: update for name, update in copied.items()},
         force=True,
         seed=100 * case.seed,
-        **options,
+        **{"rank": rank} | options,
     )
     verdict = result.report.gate
     assert verdict is not None
@@ -165,7 +168,8 @@ def run_probe(
         **options,
         "score": case.score(updates),
         "score_at_1": case.score(unweakened),
-        "copy": case.score(case.lora) if case.fits() else None,
+        "copy": case.score(copied) if copied else None,
+        "gain": asdict(verdict.gain) if verdict.gain else None,
         "decision": verdict.decision,
         "strength": verdict.strength,
         "share": verdict.share,
@@ -174,10 +178,11 @@ def run_probe(
         "seconds": result.report.seconds,
         "history": result.report.steps,
         "start": result.report.start,
+        "trust": result.report.trust,
     }
 
 
-def run_ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[str, Any]:
+def run_ceiling(case: Case, images: int = IMAGES, sampler_steps: int = STEPS) -> dict[str, Any]:
     """What training on the same trajectories gives; the library does not offer it."""
     started = time.process_time()
     updates, sampling = distil_lora(
@@ -185,8 +190,9 @@ def run_ceiling(case: Case, images: int = IMAGES, steps: int = STEPS) -> dict[st
         case.target,
         case.lora,
         case.world.adapted[case.to],
-        case.samplers(images, steps),
+        case.samplers(images, sampler_steps),
         seed=100 * case.seed,
+        rank=max(update.rank for update in case.lora.values()),
     )
     seconds = {"sample": sampling, "train": time.process_time() - started - sampling}
     return {"score": case.score(updates), "seconds": seconds}
@@ -221,7 +227,7 @@ def main() -> None:
             for pair in asked.pairs:
                 arch, to = pair.split(":")
                 ours, theirs = (Folder(world, asked.work, a) for a in (arch, to))
-                for adapter in asked.adapters or world.adapters:
+                for adapter in asked.adapters or world.adapters_for(kind):
                     case = (world, asked.work, arch, to, kind, seed, adapter)
                     needs = (
                         theirs.model_path(kind, seed),
@@ -232,7 +238,8 @@ def main() -> None:
                         continue
                     for method in asked.methods:
                         name = f"{asked.name},{method},{arch},{to},{kind},{seed},{adapter}.json"
-                        options = asked.options if method == "probe" else {}
+                        sampled = {k: v for k, v in asked.options.items() if k in SAMPLING}
+                        options = asked.options if method == "probe" else sampled
                         make = functools.partial(run, case, method, options)
                         jobs.append(Job(asked.work / "probing" / name, needs, make))
     run_jobs(jobs)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import LowRank, probe
+from prolora import LowRank, ShapeMismatch, probe
 from prolora.probe import gate
+from prolora.probe.energies import measure_disagreement
 from prolora.probe.fitting import curvature
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.fitting.low_rank import count_directions
 from prolora.probe.recording.batches import count_samples, mix_samples
+from prolora.probe.recording.call_codec import decode_calls, encode_calls
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
 from prolora.probe.recording.translation import Question
+from prolora.probe.recording.wanted import WantedChange
+from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -235,14 +243,95 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
 
 
-def test_a_copy_that_serves_is_kept_unless_the_bases_agree():
+def decide(copied: float | None, gain: float, apart: float, start: str = "copy") -> str:
     share = dict.fromkeys(("adapted", "target", "all"), 0.93)
-    agree, disagree = ({"adapted": 0.1, "target": x} for x in (0.2, 0.9))
-    assert gate.decide_gate(1.0, share, agree, {"all": 0.9})[0] == "go"
-    assert gate.decide_gate(1.0, share, agree, {"all": 0.94})[0] == "copy"
-    assert gate.decide_gate(1.0, share, disagree, {"all": 0.9})[0] == "copy"
-    assert gate.decide_gate(1.0, share, disagree, {"all": 0.3})[0] == "go"
-    far = {"adapted": 0.1, "target": 7.0}
-    assert gate.decide_gate(1.0, share, far, {"all": 0.6})[0] == "copy"
-    assert gate.decide_gate(1.0, share, far, {"all": 0.3})[0] == "refuse"
-    assert gate.decide_gate(1.0, share, far, None)[0] == "refuse"
+    disagreement = {"adapted": apart / 2, "target": apart, "all": apart}
+    rival = None if copied is None else {"all": copied}
+    measured = None if copied is None else gate.Gain(gain, 0.01, 20)
+    return gate.decide_gate(1.0, share, disagreement, rival, measured, start)[0]
+
+
+def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
+    assert decide(0.9, 0.03, apart=0.1) == "go"
+    assert decide(0.9, 0.01, apart=0.1) == "copy"  # one standard error
+    assert decide(0.9, -0.02, apart=0.1) == "copy"
+    assert decide(None, 0.0, apart=0.1) == "go"
+
+
+def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
+    assert decide(0.8, 0.1, apart=0.05, start="zero") == "go"
+    assert decide(0.8, 0.1, apart=0.3, start="zero") == "copy"
+    assert decide(0.0, 0.9, apart=0.3, start="zero") == "go"
+
+
+def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():
+    assert decide(0.6, 0.3, apart=0.9, start="zero") == "copy"
+    assert decide(0.1, 0.8, apart=0.9) == "refuse"
+    assert decide(None, 0.0, apart=0.9) == "refuse"
+
+
+def test_a_target_that_lacks_blocks_gets_a_fit_that_starts_from_the_copy(source, lora):
+    pruned = copy.deepcopy(source)
+    del pruned.blocks[2]
+    forced = run(source, pruned, lora, steps=10, batch=12, force=True)
+    assert forced.report.start == "copy"
+    assert "starting from the copied updates" in forced.report.sentences()[0]
+    gain = forced.report.gate.gain
+    assert gain.lowest > 0
+    assert 10 < gain.trajectories <= 24  # of 24 held-out samples, several lie on one trajectory
+    zero = run(source, pruned, lora, steps=1, force=True, start="zero")
+    assert zero.report.start == "zero"
+
+
+def test_what_the_bases_disagree_on_is_left_to_the_copy(source, lora):
+    """The copy misses no more than the bases' own predictions explain: nothing is fitted."""
+    tuned = copy.deepcopy(source)
+    with torch.no_grad():
+        tuned.leave.weight *= 0.5
+    result = run(source, tuned, lora, force=True)
+    assert (result.report.start, result.report.trust) == ("copy", 0.0)
+    assert result.report.steps == []
+    assert result.report.gate.decision == "copy"
+    assert "nothing is fitted" in result.report.sentences()[0]
+    for name, update in result.adapter.updates.items():
+        torch.testing.assert_close(update.dense(), result.report.gate.strength * lora[name].dense())
+
+
+def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):
+    with pytest.raises(ShapeMismatch, match="start='copy'"):
+        run(source, Denoiser(width=16), lora, start="copy", force=True)
+    with pytest.raises(ValueError, match="joint"):
+        run(source, source, lora, start="copy", strategy="blocks")
+
+
+def test_disagreement_depends_neither_on_the_lora_nor_on_what_the_models_predict(source):
+    x, ours, theirs = torch.randn(3, 8, 5, 4, generator=torch.Generator().manual_seed(0))
+
+    def disagree(one: Tensor, other: Tensor, change: Tensor) -> float:
+        wanted = WantedChange(Call((x,), {}, "target"), other, change, other - one)
+        return measure_disagreement([wanted])["all"]
+
+    assert disagree(ours, ours, x) == 0
+    assert disagree(ours, theirs, x) == pytest.approx(2, abs=0.4)
+    assert disagree(ours, theirs, x) == disagree(ours, theirs, 0.01 * x)
+    turned = disagree(2 * x - 0.7 * ours, 2 * x - 0.7 * theirs, x)  # noise, velocity or image
+    assert turned == pytest.approx(disagree(ours, theirs, x), rel=1e-4)
+
+
+def test_samples_of_one_image_are_one_trajectory(source):
+    generator = torch.Generator().manual_seed(0)
+    first, other = torch.randn(2, 3, 16, 16, generator=generator)
+    calls = [Call((torch.cat([first * s, first * s]),), {}, "source") for s in (1.0, 0.8)]
+    calls += [Call((other,), {}, "source"), Call((other,), {}, "adapted")]
+    numbers = number_trajectories(calls)
+    assert numbers[:2] == [(0, 1, 2, 0, 1, 2)] * 2  # both branches of the guidance
+    assert numbers[2:] == [(3, 4, 5), (6, 7, 8)]
+    numbered = [replace(call, trajectories=n) for call, n in zip(calls, numbers, strict=True)]
+    back = decode_calls(*encode_calls(numbered))
+    assert [call.trajectories for call in back] == numbers
+    sums = sum_by_trajectory(numbered, [torch.ones(len(n)) for n in numbers])
+    assert sums.tolist() == [4, 4, 4, 1, 1, 1, 1, 1, 1]
+
+
+def test_an_interval_over_one_trajectory_is_no_evidence():
+    assert gate.Gain(0.5, math.inf, 1).lowest == -math.inf

@@ -28,6 +28,7 @@ def test_fit_lora_takes_every_setting_with_its_default():
         ("rank", math.nan),
         ("rank", "32"),
         ("strategy", "both"),
+        ("start", "one"),
         ("steps", 0),
         ("steps", 1.5),
         ("probes", -1),

@@ -12,7 +12,7 @@ import typer
 from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.projection import DEFAULT_RANK
 from ..errors import InvalidOption
-from ..probe.settings import STRATEGIES, Probing, read_prompts
+from ..probe.settings import STARTS, STRATEGIES, Probing, read_prompts
 from ..workflow.options import (
     DroppedMode,
     DtypeName,
@@ -40,6 +40,7 @@ from .options import (
 )
 
 StrategyName = Literal[STRATEGIES]  # type: ignore[valid-type]
+StartName = Literal[STARTS]  # type: ignore[valid-type]
 
 MethodOption = Annotated[
     MethodChoice,
@@ -264,6 +265,13 @@ class ProbeOptions:
         StrategyName,
         typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
     ] = "joint"
+    probe_start: Annotated[
+        StartName,
+        typer.Option(
+            help="Where the joint fit starts: from no update, from the LoRA moved without probing, "
+            "or from the better of the two."
+        ),
+    ] = "auto"
     probe_fit_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the joint fit.")] = (
         Probing.fit_steps
     )
@@ -299,6 +307,7 @@ class ProbeOptions:
             size=self.probe_size,
             guidance=self.probe_guidance,
             strategy=self.probe_strategy,
+            start=self.probe_start,
             fit_steps=self.probe_fit_steps,
             force=self.force,
             resume=self.resume,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
+from .energies import energy_of, measure_disagreement, share_by_origin
 from .recording.trajectories import output_of, predict_call
 from .recording.wanted import WantedChange
+from .trajectory_numbers import sum_by_trajectory
 from .updates import apply_updates
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
@@ -19,12 +21,32 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """The factors that are tried."""
 MIN_SHARE = 0.25
 """Least share of the wanted change that an update must reach."""
-MAX_DISAGREEMENT = 3.0
+MAX_DISAGREEMENT = 0.4
 """Disagreement above which the source cannot say what the target should do."""
-COPY_SERVES = 0.5
-"""Least share that a copy reaches between related bases."""
-MAX_START = 0.35
-"""Disagreement up to which a fit improves a copy that reaches COPY_SERVES; above, it harms it."""
+DOUBT = 0.8
+"""Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
+SURE = 1.645
+"""Standard errors between a gain and a sure one (95 %, one-sided)."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much more of the wanted change a fit reaches than the copy.
+
+    Attributes:
+        share: of the wanted change.
+        error: its standard error over the held-out trajectories; infinite for a single one.
+        trajectories: how many there are.
+    """
+
+    share: float
+    error: float
+    trajectories: int
+
+    @property
+    def lowest(self) -> float:
+        """What the gain is at least, with 95 % certainty."""
+        return self.share - SURE * self.error
 
 
 @dataclass(frozen=True)
@@ -32,17 +54,18 @@ class Gate:
     """The verdict of the held-out probes.
 
     Attributes:
-        decision: "go", "weaken", "copy" where the rival (the copied LoRA) does no worse on the same
-            probes, or "refuse".
+        decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
+            LoRA) on the same probes, or "refuse".
         strength: the factor of every update: the one of STRENGTHS with the largest share.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
-        disagreement: origin -> Σ‖v_target − v_source‖²/Σ‖wanted‖². Where the bases differ by much
-            more than the change of the LoRA, the source says little about the target.
+        disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
+            see `measure_disagreement`. 0 is the same base; two unrelated functions have about 2.
         reason: one sentence.
         copy_share: the same as `share`, for the rival at its best strength; None where its modules
             or shapes are not the target's.
         copy_strength: the one of STRENGTHS that is best for the rival.
+        gain: of the fit over the rival; None where there is no rival.
     """
 
     decision: str
@@ -52,6 +75,7 @@ class Gate:
     reason: str
     copy_share: dict[str, float] | None = None
     copy_strength: float = 1.0
+    gain: Gain | None = None
 
     @property
     def copy_serves(self) -> bool:
@@ -69,6 +93,7 @@ def judge_updates(
     held_out: Sequence[WantedChange],
     read: Callable[[Any], Tensor] = output_of,
     copied: Mapping[str, LowRank] | None = None,
+    start: str = "zero",
 ) -> Gate:
     """Chooses the strength and the decision.
 
@@ -78,81 +103,113 @@ def judge_updates(
         held_out: probes of all origins that the fit did not see.
         read: return value of the target -> its prediction.
         copied: the rival, compared where it fits the target's modules.
+        start: where the fit started, "zero" or "copy".
     """
-    strength, share = _best_strength(target, updates, held_out, read)
-    disagreement = _energy_ratio(held_out, lambda wanted: wanted.base_difference)
-    copy_share, copy_strength = None, 1.0
+    disagreement = measure_disagreement(held_out)
+    strength, missing = _best_strength(target, updates, held_out, read)
+    share = share_by_origin(held_out, missing)
+    copy_share, copy_strength, gain = None, 1.0, None
     if copied and fits_target(target, copied):
-        copy_strength, copy_share = _best_strength(target, copied, held_out, read)
-    decision, reason = decide_gate(strength, share, disagreement, copy_share)
-    return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength)
+        copy_strength, copy_missing = _best_strength(target, copied, held_out, read)
+        copy_share = share_by_origin(held_out, copy_missing)
+        gain = _measure_gain(held_out, missing, copy_missing)
+    decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, start)
+    return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength, gain)
 
 
 def decide_gate(
     strength: float,
-    share: dict[str, float],
-    disagreement: dict[str, float],
-    copy_share: dict[str, float] | None,
+    share: Mapping[str, float],
+    disagreement: Mapping[str, float],
+    copy_share: Mapping[str, float] | None,
+    gain: Gain | None,
+    start: str,
 ) -> tuple[str, str]:
-    """The decision and its reason; arguments as in `Gate`."""
+    """The decision and its reason; arguments as in `Gate` and `judge_updates`."""
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
     # would change images that the LoRA does not concern, or miss those that it does.
     worst = min(share[origin] for origin in ("adapted", "target"))
     difference = max(disagreement[origin] for origin in ("adapted", "target"))
-    copied = copy_share["all"] if copy_share else float("-inf")
-    # A copy that serves also acts as the LoRA does away from the probes; a fit knows the probes
-    # only. So the fit is preferred only where the bases agree on what the change should be.
-    keeps_copy = copied >= COPY_SERVES and difference > MAX_START
-    if difference > MAX_DISAGREEMENT and not keeps_copy:
+    copied = copy_share["all"] if copy_share else -math.inf
+    if difference > MAX_DISAGREEMENT and copied < MIN_SHARE:
         return REFUSE, (
-            f"the bases' own predictions differ by {difference:.2g} times the change of the "
-            "LoRA, so the source does not determine what this LoRA should do on the target; use "
-            "--method auto or copy"
+            "the bases' own predictions differ by too much for the source to say what this LoRA "
+            f"should do on the target (disagreement {difference:.2g}, at most "
+            f"{MAX_DISAGREEMENT:g}); use --method auto or copy"
         )
-    if keeps_copy or copied >= share["all"]:
-        return COPY, (
-            f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
-            f"probes, the fitted one {share['all']:.0%}; the bases differ by {difference:.2g} "
-            "times that change"
-        )
+    if gain is not None and gain.lowest <= least_gain(disagreement["all"], start):
+        return COPY, _explain_copy(share["all"], copied, gain, disagreement["all"], start)
     if worst < MIN_SHARE:
         return REFUSE, (
             f"only {worst:.0%} of the wanted change was reached on held-out probes "
             f"(at least {MIN_SHARE:.0%} is required); a larger rank or more probes may help"
         )
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
+    if gain is not None:
+        reason += (
+            f", {copied:.0%} by the LoRA moved without probing (a gain of {gain.share:.1%} "
+            f"± {SURE * gain.error:.1%} over {gain.trajectories} trajectories)"
+        )
     return (GO if strength == 1.0 else WEAKEN), reason
 
 
-def copy_is_start(
-    target: nn.Module,
-    copied: Mapping[str, LowRank],
-    probes: Sequence[WantedChange],
-    read: Callable[[Any], Tensor],
-) -> bool:
-    """Whether a fit should start from copied updates: the bases agree, and the copy serves.
+def least_gain(disagreement: float, start: str) -> float:
+    """The gain over the copy that a fit must exceed, as a share of the wanted change.
 
-    Args:
-        target: the target without updates.
-        copied: of some of its modules.
-        probes: some of those of the fit.
-        read: return value of the target -> its prediction.
+    Where the bases disagree, the wanted change is itself wrong by about DOUBT·disagreement of its
+    energy. A fit from zero follows that error, and the copy does not; so the fit seems better by
+    that much than it is, and the copy worse. A fit from the copy was shrunk for this already.
     """
-    if not copied or not fits_target(target, copied):
-        return False
-    if _energy_ratio(probes, lambda wanted: wanted.base_difference)["all"] > MAX_START:
-        return False
-    return _share_achieved(target, copied, probes, 1.0, read)["all"] >= COPY_SERVES
+    return 2 * DOUBT * disagreement if start == "zero" else 0.0
+
+
+def _explain_copy(fitted: float, copied: float, gain: Gain, disagreement: float, start: str) -> str:
+    """Why the fit is not taken."""
+    if gain.share == 0:
+        return (
+            f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
+            "probes, and nothing was fitted"
+        )
+    reason = (
+        f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
+        f"probes, the fitted one {fitted:.0%}"
+    )
+    least = least_gain(disagreement, start)
+    if gain.lowest <= 0:
+        return f"{reason}; that is no sure gain over {gain.trajectories} trajectories"
+    return (
+        f"{reason}; that gain is smaller than the error of the wanted change itself, because the "
+        f"bases' own predictions differ (disagreement {disagreement:.2g}: a gain of {least:.0%} "
+        "would be needed)"
+    )
 
 
 def fits_target(target: nn.Module, updates: Mapping[str, LowRank]) -> bool:
     """Whether the target has every module of the updates, with weights of their shapes."""
+    return len(fitting_updates(target, updates)) == len(updates)
+
+
+def fitting_updates(target: nn.Module, updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Those of the updates whose module the target has, with a weight of their shape."""
     modules = dict(target.named_modules())
+    fitting = {}
     for name, update in updates.items():
         weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or weight.flatten(1).shape != update.shape:
-            return False
-    return True
+        if isinstance(weight, Tensor) and weight.flatten(1).shape == update.shape:
+            fitting[name] = update
+    return fitting
+
+
+def measure_missing(
+    target: nn.Module,
+    updates: Mapping[str, LowRank],
+    probes: Sequence[WantedChange],
+    strength: float,
+    read: Callable[[Any], Tensor],
+) -> list[Tensor]:
+    """‖achieved − wanted change‖² of every sample [n], batch by batch."""
+    with apply_updates(target, updates, strength):
+        return [energy_of(predict_call(target, w.call, read) - w.plain - w.change) for w in probes]
 
 
 def _best_strength(
@@ -160,41 +217,30 @@ def _best_strength(
     updates: Mapping[str, LowRank],
     held_out: Sequence[WantedChange],
     read: Callable[[Any], Tensor],
-) -> tuple[float, dict[str, float]]:
-    """The one of STRENGTHS with the largest share over all probes, and its shares."""
-    best: tuple[float, dict[str, float]] | None = None
+) -> tuple[float, list[Tensor]]:
+    """The one of STRENGTHS with the largest share over all probes, and what is missing there."""
+    best: tuple[float, list[Tensor]] | None = None
+    least = math.inf
     for strength in reversed(STRENGTHS):
-        share = _share_achieved(target, updates, held_out, strength, read)
-        if best is not None and share["all"] <= best[1]["all"]:
+        missing = measure_missing(target, updates, held_out, strength, read)
+        total = sum(float(part.sum()) for part in missing)
+        if best is not None and total >= least:
             break  # the error is nearly a parabola of the strength: weaker ones are worse still
-        best = strength, share
+        best, least = (strength, missing), total
     assert best is not None
     return best
 
 
-def _share_achieved(
-    target: nn.Module,
-    updates: Mapping[str, LowRank],
-    held_out: Sequence[WantedChange],
-    strength: float,
-    read: Callable[[Any], Tensor],
-) -> dict[str, float]:
-    """Share of the wanted change achieved, by origin and for all."""
-    with apply_updates(target, updates, strength):
-        missing = [predict_call(target, w.call, read) - w.plain - w.change for w in held_out]
-    lost = dict(zip(map(id, held_out), missing, strict=True))
-    ratio = _energy_ratio(held_out, lambda wanted: lost[id(wanted)])
-    return {origin: 1 - value for origin, value in ratio.items()}
-
-
-def _energy_ratio(
-    held_out: Sequence[WantedChange], part: Callable[[WantedChange], Tensor]
-) -> dict[str, float]:
-    """Σ‖part‖²/Σ‖wanted change‖² by origin, and over all."""
-    ratios = {}
-    for origin in (*dict.fromkeys(w.call.origin for w in held_out), "all"):
-        chosen = [w for w in held_out if origin in (w.call.origin, "all")]
-        top = torch.stack([part(w).double().square().sum() for w in chosen]).sum()
-        bottom = torch.stack([w.change.double().square().sum() for w in chosen]).sum()
-        ratios[origin] = float(top / bottom.clamp_min(1e-30))
-    return ratios
+def _measure_gain(
+    held_out: Sequence[WantedChange], missing: list[Tensor], copy_missing: list[Tensor]
+) -> Gain:
+    """The gain over the copy as a ratio of sums over trajectories, and its standard error."""
+    calls = [wanted.call for wanted in held_out]
+    better = sum_by_trajectory(calls, [b - a for a, b in zip(missing, copy_missing, strict=True)])
+    total = sum_by_trajectory(calls, [energy_of(wanted.change) for wanted in held_out])
+    energy, count = max(float(total.sum()), 1e-30), len(total)
+    share = float(better.sum()) / energy
+    if count < 2:
+        return Gain(share, math.inf, count)
+    squares = float((better - share * total).square().sum())
+    return Gain(share, math.sqrt(count / (count - 1) * squares) / energy, count)

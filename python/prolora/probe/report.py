@@ -40,6 +40,9 @@ class ProbeReport:
         modules: number of modules of the target that got an update.
         start: "joint": "copy" where the fit starts from the copied updates (copies outside the
             blocks do not change), else "zero".
+        trust: "joint": share of the way from the start to the fit that was gone, less than 1 where
+            the bases disagree; 0 where no fit was made.
+        start_reason: why that start.
         steps: "joint": share of the wanted change that was reached before every step, on the
             probes of that step.
         blocks: "blocks": one row for every block of the target, in the order of the fit.
@@ -56,6 +59,8 @@ class ProbeReport:
     samples: tuple[int, int] = (0, 0)
     modules: int = 0
     start: str = "zero"
+    trust: float = 1.0
+    start_reason: str = ""
     steps: list[float] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -65,11 +70,7 @@ class ProbeReport:
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
-        where = f" in {_count(len(self.blocks), 'block')}" if self.blocks else ""
-        how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""
-        drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
-        origin = ", starting from the copied updates" if self.start == "copy" else ""
-        lines = [f"{_count(self.modules, 'module')}{where} fitted{how} on {drawn}{origin}."]
+        lines = [self._describe_fit()]
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             verb = "was" if len(self.left_out) == 1 else "were"
@@ -80,6 +81,22 @@ class ProbeReport:
                 f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."
             )
         return lines
+
+    def _describe_fit(self) -> str:
+        """What was fitted, and from where."""
+        drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
+        if not self.trust:
+            return f"The copied updates are kept, and nothing is fitted: {self.start_reason}."
+        where = f" in {_count(len(self.blocks), 'block')}" if self.blocks else ""
+        how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""
+        line = f"{_count(self.modules, 'module')}{where} fitted{how} on {drawn}"
+        if self.start == "copy":
+            line += f", starting from the copied updates ({self.start_reason})"
+            if self.trust < 1:
+                line += f" and going {self.trust:.0%} of the way, as the bases differ"
+        elif self.start_reason:
+            line += f", starting from zero ({self.start_reason})"
+        return f"{line}."
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the sentences ("summary"), ready for JSON."""

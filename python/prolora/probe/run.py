@@ -21,7 +21,7 @@ from ..version import __version__
 from .checkpoint import Checkpoints
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
-from .gate import REFUSE, Gate, judge_updates
+from .gate import REFUSE, Gate, fitting_updates, judge_updates
 from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
@@ -41,7 +41,8 @@ from .recording.translation import (
 )
 from .recording.wanted import wanted_changes
 from .report import BlockReport, ProbeReport
-from .settings import FitSettings, Strategy
+from .settings import FitSettings, Start, Strategy
+from .trajectory_numbers import number_questions
 
 __all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
 
@@ -81,6 +82,7 @@ def fit_lora(
     rival: Mapping[str, LowRank] | None = None,
     rank: float = 32,
     strategy: Strategy = "joint",
+    start: Start = "auto",
     probes: int | None = None,
     held_out: int | None = None,
     steps: int = 32,
@@ -122,9 +124,10 @@ def fit_lora(
         convert: (call of the source, its prediction) -> the prediction in the target's terms.
         read: return value of either model -> its prediction; None: see `output_of`.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
-            start from; None: those of the LoRA itself.
+            start from; None: those of the LoRA itself whose modules the target has.
         rank: of every update that is written, or the share of each update that is kept.
         strategy: "joint" or "blocks", which needs less memory.
+        start: "joint": "zero", "copy" (the rival), or "auto", which chooses.
         probes: "joint": samples of the fit; None: chosen by the number of recorded ones.
         held_out: "joint": samples of the verdict; None: chosen in the same way.
         steps: "joint": Gauss–Newton steps.
@@ -143,6 +146,7 @@ def fit_lora(
 
     Raises:
         InvalidOption: an option has a value that it does not take.
+        ShapeMismatch: the fit is to start from a copy that does not fit the target.
         UnrelatedBases: the gate refuses, and `force` is not set.
         ProLoRAError: a module, block or dtype is of a kind that probing cannot handle; the message
             names it.
@@ -153,6 +157,7 @@ def fit_lora(
     settings = FitSettings(
         rank=rank,
         strategy=strategy,
+        start=start,
         probes=probes,
         held_out=held_out,
         steps=steps,
@@ -188,7 +193,9 @@ def fit_lora(
             Checkpoints(settings.resume),
             settings.samplers,
         )
-        return _record_fit_judge(recorder, adapter.updates if rival is None else rival, settings)
+        if rival is None:
+            rival = fitting_updates(target, adapter.updates)
+        return _record_fit_judge(recorder, rival, settings)
 
 
 def _record_fit_judge(
@@ -198,7 +205,8 @@ def _record_fit_judge(
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        held_out = spill_questions(recorder.record_questions(settings.seed + len(ORIGINS)), limit)
+        judged = number_questions(recorder.record_questions(settings.seed + len(ORIGINS)))
+        held_out = spill_questions(judged, limit)
         report.probes, report.held_out = len(questions), len(held_out)
     if settings.strategy == "joint":
         settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
@@ -237,7 +245,8 @@ def _judge(run: ProbeRun, updates: Mapping[str, LowRank], held_out: Sequence[Que
     """The verdict of the held-out probes."""
     wanted = wanted_changes(run.source, run.target, run.adapter.updates, held_out, run.translation)
     read = run.translation.read
-    return judge_updates(run.target, updates, list(wanted), read, copied=run.rival)
+    start = run.report.start
+    return judge_updates(run.target, updates, list(wanted), read, run.rival, start)
 
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:

@@ -15,6 +15,10 @@ from ..errors import InvalidOption
 Strategy = Literal["joint", "blocks"]
 """Whether a fit takes all updates at once or one block after the other."""
 
+Start = Literal["auto", "zero", "copy"]
+"""Where a joint fit starts: chosen, from no updates, or from the LoRA moved without probing."""
+
+STARTS: tuple[Start, ...] = get_args(Start)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
@@ -34,6 +38,8 @@ class Probing:
         guidance: guidance scale; None means each pipeline's default.
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
             other, which needs memory for the updates and activations of one block only.
+        start: where "joint" starts: "zero" from no updates, "copy" from what moving by weights
+            gives; "auto" chooses (docs/probe.md).
         fit_steps: Gauss–Newton steps of "joint"; the time of the fit is proportional to them.
         force: writes the LoRA even where the verdict of the held-out probes is to refuse it.
         resume: folder for recorded calls and fitted updates, so that an interrupted run goes on.
@@ -45,6 +51,7 @@ class Probing:
     size: int | None = None
     guidance: float | None = None
     strategy: Strategy = "joint"
+    start: Start = "auto"
     fit_steps: int = 32
     force: bool = False
     resume: str | PathLike[str] | None = field(default=None, repr=False)  # changes no result
@@ -61,7 +68,7 @@ class Probing:
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
         for name in ("images", "steps", "fit_steps"):
             _check_count(name, getattr(self, name))
-        _check_strategy(self.strategy)
+        _check_strategy(self.strategy, self.start)
         if self.guidance is not None and not _is_number(self.guidance):
             raise InvalidOption(f"guidance must be a number, not {self.guidance!r}")
         if self.size is not None:
@@ -95,6 +102,9 @@ class FitSettings:
             probes see it, that must be kept, module by module.
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
             other on its residual stream, which needs memory for one block only.
+        start: "joint": "zero" starts from no updates, "copy" from the rival (the LoRA as it is, or
+            as it was moved without probing), "auto" from the rival where it reaches some of the
+            wanted change. From a rival the fit goes only part of the way where the bases disagree.
         probes: "joint": samples for the fit, drawn from the samplers' calls; None: see `sized`.
         held_out: "joint": samples for the verdict; None: see `sized`.
         steps: "joint": Gauss–Newton steps.
@@ -118,6 +128,7 @@ class FitSettings:
 
     rank: float = 32
     strategy: Strategy = "joint"
+    start: Start = "auto"
     probes: int | None = None
     held_out: int | None = None
     steps: int = 32
@@ -141,7 +152,7 @@ class FitSettings:
             InvalidOption: names the option and the values that it takes.
         """
         make_fields_plain(self)
-        _check_strategy(self.strategy)
+        _check_strategy(self.strategy, self.start)
         whole = _is_number(self.rank) and self.rank == int(self.rank)
         if not _is_number(self.rank) or self.rank <= 0 or (self.rank > 1 and not whole):
             raise InvalidOption(
@@ -202,6 +213,10 @@ def _check_count(name: str, value: object) -> None:
         raise InvalidOption(f"{name} must be an integer of 1 or more, not {value!r}")
 
 
-def _check_strategy(value: object) -> None:
-    if value not in STRATEGIES:
-        raise InvalidOption(f"strategy must be one of {', '.join(STRATEGIES)}, not {value!r}")
+def _check_strategy(strategy: object, start: object) -> None:
+    if strategy not in STRATEGIES:
+        raise InvalidOption(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+    if start not in STARTS:
+        raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {start!r}")
+    if strategy == "blocks" and start == "copy":
+        raise InvalidOption("start 'copy' needs strategy 'joint': 'blocks' fits from no updates")

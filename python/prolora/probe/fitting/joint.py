@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...core.lowrank import LowRank
 from ..checkpoint import hash_texts, hash_updates
-from ..gate import copy_is_start
 from ..probe_run import FittedModules, ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import Question
@@ -14,9 +14,10 @@ from ..recording.wanted import WantedChange, wanted_changes
 from ..updates import apply_updates
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from .linearisation import ProbeBatch
+from .start import StartingPoint, choose_start, move_part_way
 
 BATCHES_TO_TRY_COPY = 4
-"""Batches that decide whether the fit starts from copied updates."""
+"""Batches that decide where the fit starts."""
 
 
 def fit_all_modules(
@@ -28,6 +29,9 @@ def fit_all_modules(
         run: the probing; its report gets the steps and the start.
         questions: the probes.
         modules: the modules that get an update.
+
+    Raises:
+        ShapeMismatch: the settings ask for a start that does not fit the target.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""
@@ -36,21 +40,15 @@ def fit_all_modules(
     kept = checkpoints.recall_updates("joint", key)
     if kept is not None:
         updates, facts = kept
-        report.steps, report.start, report.resumed = facts["steps"], facts["start"], 1
+        report.steps, report.resumed = facts["steps"], 1
+        report.start, report.trust, report.start_reason = facts["start"]
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
-    start = dict(run.rival)
-    if not copy_is_start(run.target, start, first, run.translation.read):
-        start = {}
-    report.start = "copy" if start else "zero"
-    inside = set(modules.names)
-    outside = {name: start.pop(name) for name in list(start) if name not in inside}
-    with apply_updates(run.target, outside):  # these copies do not change during the fit
-        fit = _fit_from(run, batches, modules.names, start, key)
-    report.steps = fit.history
-    updates = cut_updates(fit, run.settings.rank) | outside
-    facts = {"steps": fit.history, "start": report.start}
+    start = choose_start(run.settings.start, run.target, run.rival, first, run.translation.read)
+    report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
+    updates = _fit_and_cut(run, batches, modules, start, key) if start.trust else dict(run.rival)
+    facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
     checkpoints.store_updates("joint", key, updates, facts)
     state_file = checkpoints.state_file("fit", key)
     if state_file:
@@ -58,8 +56,22 @@ def fit_all_modules(
     return updates
 
 
+def _fit_and_cut(
+    run: ProbeRun, batches: _BatchQueue, modules: FittedModules, start: StartingPoint, key: str
+) -> dict[str, LowRank]:
+    """The updates at low rank, part of the way from the start to the fit."""
+    names = set(modules.names)
+    inside = {name: update for name, update in start.updates.items() if name in names}
+    outside = {name: update for name, update in start.updates.items() if name not in names}
+    with apply_updates(run.target, outside):  # these copies do not change during the fit
+        fit = _fit_from(run, batches, modules.names, inside, key)
+    run.report.steps = fit.history
+    moved = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
+    return cut_updates(moved, run.settings.rank) | outside
+
+
 def _fit_from(
-    run: ProbeRun, batches: _BatchQueue, names: list[str], start: dict[str, LowRank], key: str
+    run: ProbeRun, batches: _BatchQueue, names: list[str], start: Mapping[str, LowRank], key: str
 ) -> JointFit:
     settings = run.settings
     problem = JointProblem(

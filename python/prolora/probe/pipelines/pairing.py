@@ -17,7 +17,13 @@ from .conditioning import PromptTable, split_call
 from .pipeline import Pipeline
 from .schedules import Schedule
 
-_FIT_SETTINGS = ("force", "resume", "strategy", "fit_steps")  # samples do not depend on them
+_FIT_SETTINGS = (
+    "force",
+    "resume",
+    "strategy",
+    "start",
+    "fit_steps",
+)  # samples do not depend on them
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def _cut_sample(question: Question, row: int, size: int) -> Question:
             call,
             args=tuple(_cut_rows(value, row, size) for value in call.args),
             kwargs={key: _cut_rows(value, row, size) for key, value in call.kwargs.items()},
+            trajectories=call.trajectories[row : row + 1],
         )
 
     return Question(part(question.source), part(question.target))
@@ -146,7 +147,8 @@ def _join_samples(questions: list[Question]) -> Question:
 
     def one(calls: list[Call]) -> Call:
         args = _merge_values([call.args for call in calls])
-        return Call(args, _merge_values([call.kwargs for call in calls]), origin)
+        numbers = tuple(number for call in calls for number in call.trajectories)
+        return Call(args, _merge_values([call.kwargs for call in calls]), origin, numbers)
 
     return Question(one([q.source for q in questions]), one([q.target for q in questions]))
 

@@ -41,7 +41,12 @@ def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
         )
 
     rows = [
-        {"args": encode(tuple(call.args)), "kwargs": encode(call.kwargs), "origin": call.origin}
+        {
+            "args": encode(tuple(call.args)),
+            "kwargs": encode(call.kwargs),
+            "origin": call.origin,
+            "trajectories": call.trajectories,
+        }
         for call in calls
     ]
     return tensors, json.dumps(rows)
@@ -62,5 +67,11 @@ def decode_calls(tensors: Sequence[Tensor], text: str) -> list[Call]:
         return tuple(items) if kind == "tuple" else items
 
     return [
-        Call(decode(row["args"]), decode(row["kwargs"]), row["origin"]) for row in json.loads(text)
+        Call(
+            decode(row["args"]),
+            decode(row["kwargs"]),
+            row["origin"],
+            tuple(row.get("trajectories", ())),
+        )
+        for row in json.loads(text)
     ]

@@ -25,11 +25,13 @@ class Call:
         kwargs: its keyword arguments.
         origin: "source", "adapted" (the source with its LoRA) or "target"; a translated call
             inherits it.
+        trajectories: number of the sampled image of every sample; empty where nobody asked.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     origin: str = ""
+    trajectories: tuple[int, ...] = ()
 
 
 def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:

@@ -21,6 +21,7 @@ from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
+from ...probe.settings import FitSettings
 from ..by_weights.assembly import (
     build_metadata,
     explain_low_coverage,
@@ -116,7 +117,8 @@ def _fit_models(
     assert source.path is not None and target.path is not None
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
     pair = pipelines.pair_pipelines(models[0], models[1], options.probe)
-    settings = _fit_settings(options)
+    updates = _drop_text_encoders(route.adapter.updates)
+    settings = _fit_settings(options, max((u.rank for u in updates.values()), default=1))
     if options.probe.resume is not None:
         bases = [compute_identity(base) for base in (source, target)]
         settings["samplers"] = json.dumps([pair.describe_sampling(), *bases])
@@ -129,7 +131,7 @@ def _fit_models(
     result = probe.fit_lora(
         pair.source.denoiser,
         pair.target.denoiser,
-        route.adapter.with_updates(_drop_text_encoders(route.adapter.updates)),
+        route.adapter.with_updates(updates),
         pair.source.sampler(pair.settings, count_image),
         pair.target.sampler(pair.settings, count_image),
         translate=pair.translation.translate,
@@ -139,27 +141,29 @@ def _fit_models(
         rival=_drop_text_encoders(rival),
         **settings,
     )
-    updates = {
+    fitted = {
         name: LowRank(update.up * options.factor, update.down).to("cpu")
         for name, update in result.adapter.updates.items()
     }
-    return updates, result.report
+    return fitted, result.report
 
 
-def _fit_settings(options: TransferOptions) -> dict[str, Any]:
-    """The options of a transfer as `probe.fit_lora` takes them."""
+def _fit_settings(options: TransferOptions, rank: int) -> dict[str, Any]:
+    """The options of a transfer as `probe.fit_lora` takes them; `rank` is the LoRA's largest."""
     settings: dict[str, Any] = {
         "force": options.probe.force,
         "progress": options.progress,
         "strategy": options.probe.strategy,
+        "start": options.probe.start,
         "steps": options.probe.fit_steps,
     }
     if options.probe.resume is not None:
         settings["resume"] = options.probe.resume
     if options.memory_limit is not None:
         settings["max_memory"] = _memory_left(options.memory_limit)
-    if options.out_rank != "exact":
-        settings["rank"] = options.out_rank
+    # A fit that starts from the LoRA must not lose some of it to a lower rank.
+    default = max(rank, FitSettings.rank)
+    settings["rank"] = default if options.out_rank == "exact" else options.out_rank
     return settings
 
 
@@ -194,7 +198,8 @@ def _finish_probing(
     adapter, plan, source, target = route.adapter, route.plan, route.source, route.target
     gate = probe.gate
     strength = route.options.factor * (gate.strength if gate else 1.0)
-    rows = _list_rows(route, fitted, strength)
+    how = "fitted to the running models" if probe.trust else "copied; nothing was fitted"
+    rows = _list_rows(route, fitted, strength, how)
     updates = fitted | {name: adapter.updates[name] for name in plan.passed}
     decided = replace(route, options=replace(route.options, strength=strength))
     metadata = build_metadata(decided) | _describe_gate(probe, gate, route.options) | notes
@@ -215,8 +220,10 @@ def _finish_probing(
     return Result(moved, report, decided)
 
 
-def _list_rows(route: Route, fitted: Mapping[str, LowRank], strength: float) -> list[ModuleReport]:
-    """What became of every module.
+def _list_rows(
+    route: Route, fitted: Mapping[str, LowRank], strength: float, how: str
+) -> list[ModuleReport]:
+    """What became of every module; `how` is said of those that got an update.
 
     Where the fit starts from the copied updates, those outside the blocks stay copied.
     """
@@ -224,7 +231,6 @@ def _list_rows(route: Route, fitted: Mapping[str, LowRank], strength: float) -> 
     copied = {name for name in plan.skipped if name in fitted}
     skipped = {name: reason for name, reason in plan.skipped.items() if name not in copied}
     plan = replace(plan, skipped=skipped)
-    how = "fitted to the running models"
     rows = []
     for row in list_modules(route.adapter, plan, fitted, how):
         if row.source in copied:
@@ -242,6 +248,7 @@ def _describe_gate(
         "prolora.probe_prompts": str(len(options.probe.prompts)),
         "prolora.probe_decision": gate.decision if gate else "",
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
+        "prolora.probe_start": probe.start,
     }
 
 

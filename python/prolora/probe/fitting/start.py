@@ -1,0 +1,98 @@
+"""Where a joint fit starts, and how far it may move from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.lowrank import LowRank
+from ...errors import ShapeMismatch
+from ..energies import measure_disagreement, share_by_origin
+from ..gate import DOUBT, fits_target, measure_missing
+from ..recording.wanted import WantedChange
+from ..settings import Start
+from .curvature import Weights
+
+LEAST_COPY_SHARE = 0.1
+"""Share of the wanted change that a copy must reach to be a start."""
+LEAST_TRUST = 0.1
+"""Below this share of the way a fit is not worth its time."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a fit starts.
+
+    Attributes:
+        name: "zero" or "copy".
+        trust: share of the way from the start to the fit that is gone; 0 means no fit.
+        reason: one clause, for the report.
+        updates: of the target, to start from.
+    """
+
+    name: str
+    trust: float
+    reason: str
+    updates: Mapping[str, LowRank] = field(default_factory=dict)
+
+
+def choose_start(
+    asked: Start,
+    target: nn.Module,
+    copied: Mapping[str, LowRank],
+    probes: Sequence[WantedChange],
+    read: Callable[[Any], Tensor],
+) -> StartingPoint:
+    """Chooses between zero and copied updates.
+
+    What the copy misses of the wanted change, m = 1 − share, has two causes. The copy may be wrong
+    (blocks are missing, or learnt something else), which a fit repairs. Or the wanted change is
+    wrong for this target, because the bases themselves predict something else; by that much, about
+    DOUBT·disagreement, a fit would harm. If the two errors are independent, the best point on the
+    line from the copy to the wanted change is at 1 − DOUBT·disagreement/m of the way.
+
+    Args:
+        asked: "auto", "zero" or "copy".
+        target: the target without updates.
+        copied: updates of the target; empty where there are none.
+        probes: some of those of the fit.
+        read: return value of the target -> its prediction.
+
+    Raises:
+        ShapeMismatch: "copy" is asked for, and there is no copy that fits the target.
+    """
+    fitting = bool(copied) and fits_target(target, copied)
+    if asked == "copy" and not fitting:
+        raise ShapeMismatch(
+            "start='copy' needs a LoRA that fits the target, and none of its modules has the "
+            "target's names and shapes; use start='auto' or start='zero'"
+        )
+    if asked == "zero" or not fitting:
+        why = "as asked" if asked == "zero" else "no copy fits the target"
+        return StartingPoint("zero", 1.0, why)
+    share = share_by_origin(probes, measure_missing(target, copied, probes, 1.0, read))["all"]
+    if asked == "auto" and share < LEAST_COPY_SHARE:
+        return StartingPoint("zero", 1.0, f"the copy reaches {share:.0%} of the wanted change")
+    missing = max(1 - share, 1e-9)
+    trust = 1 - DOUBT * measure_disagreement(probes)["all"] / missing
+    if trust < LEAST_TRUST:
+        reason = (
+            f"the copy misses {missing:.0%} of the wanted change, no more than the bases' own "
+            "predictions explain"
+        )
+        return StartingPoint("copy", 0.0, reason, copied)
+    reason = f"the copy reaches {share:.0%} of the wanted change"
+    return StartingPoint("copy", trust, reason, copied)
+
+
+def move_part_way(start: Mapping[str, LowRank], fitted: Weights, trust: float) -> Weights:
+    """The point at that share of the way from the start to the fit, module by module [m, n]."""
+    moved = {}
+    for name, update in fitted.items():
+        origin = start[name].dense().to(update) if name in start else torch.zeros_like(update)
+        moved[name] = origin + trust * (update - origin)
+    return moved
