@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar
 import typer
 from rich.table import Table
 
+from ..comparison.verdict import DEFAULT_THRESHOLD
 from ..errors import InvalidOption
 from ..files.sizes import format_size
 from ..workflow.fleet.engines.engine import EngineName
 from ..workflow.fleet.migration import migrate as run_migration
-from ..workflow.fleet.plan import Entry, Plan, parse_shard
+from ..workflow.fleet.plan import Entry, Plan, estimate_worker_memory, parse_shard
 from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
@@ -35,7 +36,7 @@ from .options import (
     parse_path,
     parse_share,
 )
-from .transfer_options import MethodOptions
+from .transfer_options import MethodOptions, ThresholdOption
 
 _REASONS = 8
 """Most reasons that a table shows."""
@@ -71,6 +72,7 @@ class PlanMatching:
     panel: ClassVar[str] = "Matching"
     match: MatchOption = "name"
     inserted: InsertedOption = "skip"
+    threshold: ThresholdOption = DEFAULT_THRESHOLD
     min_coverage: Annotated[
         float,
         typer.Option(
@@ -259,7 +261,7 @@ def describe_plan(made: Plan) -> dict[str, Any]:
                 "loras": len(entries),
                 "bytes": sum(entry.size for entry in entries),
                 "seconds": round(sum(entry.seconds for entry in entries), 3),
-                "memory": max(entry.memory for entry in entries),
+                "memory": estimate_worker_memory(entries),
             }
             for (source, target, expert), entries in group_entries(made).items()
         ],
@@ -291,7 +293,7 @@ def plan_table(made: Plan) -> Table:
             str(len(entries)),
             format_size(sum(entry.size for entry in entries)),
             format_time(sum(entry.seconds for entry in entries)),
-            format_size(max(entry.memory for entry in entries)),
+            format_size(estimate_worker_memory(entries)),
         )
     return table
 

@@ -50,6 +50,15 @@ MethodOption = Annotated[
     ),
 ]
 
+ThresholdOption = Annotated[
+    float,
+    typer.Option(
+        parser=parse_share,
+        metavar="SHARE",
+        help="Skip modules whose subspaces overlap (Φ) less than this on either side.",
+    ),
+]
+
 
 @dataclass
 class MethodOptions:
@@ -114,14 +123,7 @@ class MatchOptions:
     match: MatchOption = "name"
     inserted: InsertedOption = "skip"
     save_match: SaveMatchOption = None
-    threshold: Annotated[
-        float,
-        typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            help="Skip modules whose subspaces overlap (Φ) less than this on either side.",
-        ),
-    ] = DEFAULT_THRESHOLD
+    threshold: ThresholdOption = DEFAULT_THRESHOLD
     min_coverage: Annotated[
         float,
         typer.Option(

@@ -1,19 +1,11 @@
 """Migrations: whole results under names of their own, once, however often and wherever it runs."""
 
-import hashlib
 import json
+
+from fleet_files import results
 
 import prolora
 from prolora.workflow.fleet.plan import Plan
-
-
-def results(folder):
-    """Name below the folder -> digest, of all results."""
-    files = sorted((folder / "loras").rglob("*.safetensors"))
-    return {
-        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-    }
 
 
 def test_every_lora_is_on_every_target_and_what_is_none_is_a_line_with_its_reason(plan, tmp_path):

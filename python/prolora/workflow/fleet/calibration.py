@@ -17,6 +17,8 @@ from ...core.lowrank import LowRank
 
 _MODULE = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
 
+_MANY = 32
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -36,12 +38,12 @@ class Rates:
 
 
 def calibrate() -> Rates:
-    """Measures this machine, in about a second; files are written where temporary ones are."""
+    """Measures this machine, in less than a second; files are written where temporary ones are."""
     with tempfile.TemporaryDirectory(prefix="prolora-") as name:
-        few, many = _make_adapter(2, 1024, 256), _make_adapter(128, 16, 4)
+        few, many = _make_adapter(2, 1024, 256), _make_adapter(_MANY, 16, 4)
         folder = Path(name)
         large, small = (_time(partial(_pass, a, folder)) for a in (few, many))
-    per_module = small / 128
+    per_module = small / _MANY
     size = sum(4 * (x.up.numel() + x.down.numel()) for x in few.updates.values())
     weight = torch.ones(1 << 21)
     matrix = torch.ones(512, 512)

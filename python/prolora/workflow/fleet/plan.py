@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...bases.memory import STACK_BYTES
 from ...errors import InvalidOption, UnsupportedFormat, input_error
 from ...files.hashing import hash_text
 from ...files.jsontext import parse_json_object
@@ -23,6 +24,9 @@ FORMAT = 1
 
 BATCH_LORAS, BATCH_BYTES = 32, 4 << 30
 """The most LoRAs of a batch, and the most memory that they take together."""
+
+PROCESS_BYTES = 250 << 20
+"""What a process takes that has imported torch and prolora (measured on Linux)."""
 
 _KEY = "prolora_plan"
 
@@ -270,6 +274,17 @@ def _parse(lines: Iterable[str], where: str) -> Plan:
             raise UnsupportedFormat(f"{where}, line {number}: is damaged: {error}") from error
         entries.append(entry)
     return Plan(entries, bases, options, notes)
+
+
+def estimate_worker_memory(entries: Iterable[Entry]) -> int:
+    """Estimated bytes of a process that moves LoRAs: itself, weights, and the LoRAs of a batch.
+
+    Args:
+        entries: of one pair of bases.
+    """
+    largest = max((entry.memory for entry in entries), default=0)
+    together = max(largest, min(BATCH_LORAS * largest, BATCH_BYTES))
+    return PROCESS_BYTES + 2 * STACK_BYTES + together
 
 
 def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | None) -> list[Batch]:

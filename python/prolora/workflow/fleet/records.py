@@ -108,7 +108,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 class Journal:
-    """The file of this process, open for more lines; a lock shows others that it is at work."""
+    """The file of this process, open for more lines; a lock shows others that it is at work.
+
+    Attributes:
+        path: of the file.
+        began: when, by the clock that `seconds` is measured with.
+        count: records so far.
+    """
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         """Begins a file.
@@ -124,6 +130,7 @@ class Journal:
         name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
         self.path = folder / JOURNALS / name
         self.began = time.monotonic()
+        self.count = 0
         about = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         try:
             self.path.parent.mkdir(exist_ok=True)
@@ -149,6 +156,7 @@ class Journal:
             OutputError: it cannot be written.
         """
         self._append(record.to_line())
+        self.count += 1
 
     def _append(self, line: str) -> None:
         try:
@@ -158,9 +166,11 @@ class Journal:
             raise output_error(self.path, error) from error
 
     def close(self) -> None:
-        """Ends the file, and with it the lock."""
+        """Ends the file, and with it the lock; one without a record goes, if it is not the only."""
         try:
             self._file.close()
+            if not self.count and any(p != self.path for p in self.path.parent.glob("*.jsonl")):
+                self.path.unlink()
         except OSError as error:
             raise output_error(self.path, error) from error
 
@@ -199,9 +209,12 @@ class JournalReader:
                 continue  # gone, or on a drive that comes back later
 
     def list_files(self) -> list[Path]:
-        """The journals, by name."""
+        """The journals, that which was written to last at the end.
+
+        Their file system has one clock, whatever those of the processes say.
+        """
         try:
-            return sorted(self.folder.glob("*.jsonl"))
+            return sorted(self.folder.glob("*.jsonl"), key=lambda path: (find_time(path), path))
         except OSError:
             return []
 
@@ -209,6 +222,14 @@ class JournalReader:
         """What a journal that was read says of its run."""
         tail = self._tails.get(path)
         return (tail.head if tail else None) or {}
+
+
+def find_time(path: Path) -> int:
+    """When a file was last written to, in nanoseconds; 0 if it cannot be reached."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read_line(line: bytes, tail: _Tail) -> Record | None:

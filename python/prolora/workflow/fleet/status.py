@@ -101,8 +101,7 @@ def _find_plan(folder: Path, reader: JournalReader, working: Sequence[Path]) -> 
     Raises:
         UnsupportedFormat: there is none.
     """
-    journals = sorted(working or reader.list_files(), key=_find_time)
-    for journal in reversed(journals):
+    for journal in reversed(working or reader.list_files()):
         plan = folder / PLANS / f"{reader.find_head(journal).get('plan')}.jsonl"
         if plan.is_file():
             return plan
@@ -110,14 +109,6 @@ def _find_plan(folder: Path, reader: JournalReader, working: Sequence[Path]) -> 
         f"{folder}: no migration was run into this folder; name the folder that `prolora migrate` "
         "was given as -o"
     )
-
-
-def _find_time(path: Path) -> int:
-    """When a file was last written to; the clock is that of its file system."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 def measure_rate(records: Sequence[Record]) -> float:

@@ -18,11 +18,10 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import open_experts
 from ...bases.identity import compute_fingerprint
 from ...core.precision import full_precision
-from ...errors import OutputError, ProLoRAError, UnrelatedBases
+from ...errors import OutputError, ProLoRAError, UnrelatedBases, output_error
 from ...files.hashing import hash_text
 from ...version import __version__
 from ..by_weights.lora_work import LORA_FAILURES
-from ..options import TransferOptions
 from ..output_paths import name_output
 from ..page.document import kept_of_all
 from ..pair_mover import PairMover, Task, as_refusal
@@ -139,16 +138,20 @@ class PairWorker:
 
         Raises:
             ProLoRAError: they cannot be opened, or are other files than those of the plan.
-            OSError: the folder of the results cannot be made.
+            OutputError: the folder of the results cannot be made.
         """
         if self._mover is not None:
             return self._mover
+        self.close()  # what an earlier call opened before it failed
         self._cache = self._stack.enter_context(BasisCache(self._find_cache()).saving())
         source, target = (self._open_base(which) for which in ("source", "target"))
-        options: TransferOptions = self.options
-        self._mover = PairMover.open(source, target, options, self.output, self._cache)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self._mover
+        mover = PairMover.open(source, target, self.options, self.output, self._cache)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(self._folder, error, "cannot be made") from error
+        self._mover = mover
+        return mover
 
     def _find_cache(self) -> str:
         """The folder asked for, or one for the life of this worker."""
@@ -222,12 +225,10 @@ class PairWorker:
 
     def _is_stopped_by(self, error: ProLoRAError) -> bool:
         """Whether an error says that no result can be written, whichever LoRA comes next."""
-        if not isinstance(error, OutputError):
-            return False
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
             return True
-        return not os.access(self._folder, os.W_OK | os.X_OK)
+        return isinstance(error, OutputError) and not os.access(self._folder, os.W_OK | os.X_OK)
 
     def close(self) -> None:
         """Closes the bases, and saves what was learnt of them."""

@@ -1,0 +1,51 @@
+"""`prolora plan`, `migrate` and `status`, as they are typed."""
+
+import json
+
+import pytest
+from fleet_files import RATES, write_collection
+
+from prolora.workflow.fleet import planning
+
+
+@pytest.fixture
+def planned(prolora, tmp_path, monkeypatch):
+    """A plan, and what the command printed."""
+    monkeypatch.setattr(planning, "calibrate", lambda: RATES)
+    loras, source, targets = write_collection(tmp_path)
+    path = tmp_path / "plan.jsonl"
+    words = [f"--target={target}" for target in targets]
+    code, out, err = prolora("plan", loras, "--source", source, *words, "-o", path)
+    assert code == 0, err
+    return path, out
+
+
+def test_a_plan_is_made_done_and_looked_at(prolora, planned, tmp_path):
+    plan, printed = planned
+    assert "10 moves" in printed and "not a safetensors file" in printed
+    moved = tmp_path / "moved"
+    code, out, _ = prolora("migrate", plan, "-o", moved, "--no-cache", "--shard", "1/2", "--json")
+    assert code == 0 and json.loads(out)["totals"]["left"] == 4
+    code, out, _ = prolora("status", moved, "--json")
+    assert (json.loads(out)["done"], json.loads(out)["left"]) == (4, 4)
+    code, out, _ = prolora("migrate", plan, "-o", moved, "--no-cache")
+    assert code == 0 and "80.0% of the collection moved" in out
+    page = (moved / "summary.html").read_text()
+    assert "8 of 10" in page and "not a safetensors file" in page
+    code, out, _ = prolora("status", moved)
+    assert "8 of 10" in out and "no process" in out
+
+
+def test_what_a_run_does_not_take_is_refused_before_anything_is_made(prolora, planned, tmp_path):
+    for words, message in (
+        (["--shard", "3/2"], "as 2/8"),
+        (["--workers", "2"], "--engine ray"),
+        (["--retries=-1"], "retries"),
+    ):
+        code, _, err = prolora("migrate", planned[0], "-o", tmp_path / "moved", *words)
+        assert code == 2 and message in err and not (tmp_path / "moved").exists()
+
+
+def test_a_folder_without_a_migration_is_named(prolora, tmp_path):
+    code, _, err = prolora("status", tmp_path)
+    assert code == 2 and "no migration" in err

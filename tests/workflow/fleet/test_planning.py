@@ -1,0 +1,130 @@
+"""Plans: whose LoRA each is, what cannot move and why, from headers alone."""
+
+import json
+
+import pytest
+from fleet_files import RATES, some_tensors
+from mini import shapes, source_weights, write_folder
+from safetensors.torch import save_file
+from spectra import weights
+
+import prolora
+from prolora.files.safetensors_file import SafetensorsFile
+from prolora.workflow.fleet.calibration import calibrate
+from prolora.workflow.fleet.plan import Plan, select_shard
+
+
+def make(loras, sources, targets, **options):
+    return prolora.plan_migration(loras, sources, targets, rates=RATES, **options)
+
+
+@pytest.fixture
+def sources(collection, tmp_path):
+    """The source, another base of its shapes, and one of other widths."""
+    same = write_folder(tmp_path / "cousin", {n: -w for n, w in source_weights().items()})
+    wide = {name: weights(m, 2 * n, seed=3) for name, (m, n) in shapes(3).items()}
+    return [collection[1], same, write_folder(tmp_path / "wide", wide)]
+
+
+def test_the_header_tells_to_which_of_several_bases_a_lora_belongs(sources, collection, tmp_path):
+    folder, listed = tmp_path / "more", tmp_path / "list.txt"
+    folder.mkdir()
+    for name, metadata in (
+        ("named", {"ss_sd_model_name": "cousin.safetensors"}),
+        ("nameless", {}),
+        ("listed", {}),
+    ):
+        save_file(some_tensors(2, 5), folder / f"{name}.safetensors", metadata)
+    wide = {k: t.repeat(1, 2) if "lora_down" in k else t for k, t in some_tensors(2, 5).items()}
+    save_file(wide, folder / "wide.safetensors")
+    listed.write_text(f"# some\nmore/listed.safetensors\t{sources[0]}\n")
+    plan = make([listed, folder], sources, collection[2][:1])
+    found = {entry.lora.rpartition("/")[2].partition(".")[0]: entry for entry in plan.entries}
+    assert found["named"].pair.source == "cousin" and found["listed"].pair.source == "source"
+    assert found["nameless"].refused.startswith("it fits source, cousin, and its header")
+    # Only the weights tell whether the narrower target kept columns of its base.
+    assert found["wide"].pair.source == "wide" and not found["wide"].refused
+
+
+def test_a_lora_that_was_moved_goes_on_from_where_it_is_now(sources, collection, tmp_path):
+    loras, source, targets = collection
+    moved = tmp_path / "moved" / "a.safetensors"
+    moved.parent.mkdir()
+    prolora.transfer_file(loras / "a.safetensors", source, targets[0], moved)
+    plan = make([moved], [source, targets[0]], targets[1:])
+    assert [entry.pair.source for entry in plan.entries] == ["target"]
+    plan = make([moved], [source], targets[1:])
+    assert "already moved" in plan.entries[0].refused
+    plan = make([moved], [source, targets[0]], targets[:1])
+    assert plan.entries[0].refused == "it is a LoRA of the target already"
+
+
+def test_only_headers_are_read_and_each_kind_of_header_is_judged_once(collection, monkeypatch):
+    loras, source, targets = collection
+    read = []
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *_: read.append(1))
+    save_file({k: t + 1 for k, t in some_tensors(4, 12).items()}, loras / "like-a.safetensors")
+    plan = make([loras], source, targets)
+    assert not read and sum(not entry.refused for entry in plan.entries) == 10
+
+
+def test_a_plan_says_what_it_costs_and_refuses_low_coverage(collection):
+    loras, source, targets = collection
+    plan = make([loras / "a.safetensors"], source, targets, min_coverage=0.9, strength=0.5)
+    assert ["coverage" in entry.refused for entry in plan.entries] == [True, True]
+    plan = make([loras / "a.safetensors"], source, targets)
+    entry = plan.entries[0]
+    assert entry.size == (loras / "a.safetensors").stat().st_size
+    assert entry.seconds > 0.01 and entry.memory > entry.size
+    assert plan.notes["setup"][0]["bytes"] > 10_000
+
+
+def test_another_file_option_or_base_is_another_move(collection, plan):
+    loras, source, targets = collection
+    keys = {plan.key(entry) for entry in plan.entries}
+    assert len(keys) == 10
+    assert {plan.key(e) for e in make([loras], source, targets).entries} == keys
+    other = make([loras], source, targets, strength=0.5)
+    assert not keys & {other.key(entry) for entry in other.entries}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "probe"}, "runs the models"),
+        ({"strength": -1}, "strength"),
+        ({"sterngth": 1}, "sterngth"),
+        ({"device": "cpu"}, "no option of a plan"),
+    ],
+)
+def test_options_that_no_plan_takes_are_refused_at_once(collection, options, message):
+    with pytest.raises(prolora.InvalidOption, match=message):
+        make([collection[0]], collection[1], collection[2], **options)
+
+
+def test_lines_may_be_taken_out_of_a_plan_and_damaged_ones_are_named(plan, tmp_path):
+    path = tmp_path / "plan.jsonl"
+    plan.save(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
+    assert len(Plan.read(path).entries) == 8
+    for damaged in (lines[1][:-3], json.dumps({"lora": "x", "target": "nowhere"}), '{"x": 1}'):
+        path.write_text("\n".join([lines[0], damaged]))
+        with pytest.raises(prolora.UnsupportedFormat, match="line 2"):
+            Plan.read(path)
+    path.write_text("\n".join(lines[1:]))
+    with pytest.raises(prolora.UnsupportedFormat, match="no plan"):
+        Plan.read(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_share_a_plan_out(plan, count, monkeypatch):
+    monkeypatch.setattr("prolora.workflow.fleet.plan.BATCH_LORAS", 1)
+    batches = plan.list_batches()
+    shards = [select_shard(batches, (number, count)) for number in range(1, count + 1)]
+    assert [batch for shard in shards for batch in shard] == batches
+
+
+def test_a_machine_is_measured():
+    rates = calibrate()
+    assert 0 < rates.per_operation < rates.per_byte < rates.per_module < 1
