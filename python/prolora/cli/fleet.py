@@ -189,6 +189,8 @@ def plan(
         out.print_table(plan_table(made))
         show_reasons(Counter(entry.refused for entry in made.entries if entry.refused))
         out.print_line(f"wrote {output.output}")
+    if all(entry.refused for entry in made.entries):
+        sys.exit(ExitCode.REFUSED)
 
 
 @expand_options

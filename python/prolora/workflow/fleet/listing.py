@@ -27,7 +27,9 @@ class ListedLora:
     source: str = ""
 
 
-def list_loras(collection: Iterable[str | os.PathLike[str]]) -> list[ListedLora]:
+def list_loras(
+    collection: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[ListedLora]:
     """The LoRAs of a collection, each once, in a fixed order.
 
     Args:
@@ -38,12 +40,17 @@ def list_loras(collection: Iterable[str | os.PathLike[str]]) -> list[ListedLora]
             fetched.
 
     Raises:
-        UnsupportedFormat: there is no such file or folder, or the hub does not give it.
+        UnsupportedFormat: there is no such file or folder, the hub does not give it, or there is no
+            LoRA in all of them.
     """
     listed: dict[Path, ListedLora] = {}
-    for member in collection:
+    members = [collection] if isinstance(collection, str | os.PathLike) else list(collection)
+    for member in members:
         for lora in _list_member(member):
             listed.setdefault(lora.path, lora)
+    if not listed:
+        names = ", ".join(os.fspath(member) for member in members) or "nothing"
+        raise UnsupportedFormat(f"there is no LoRA in {names}")
     return list(listed.values())
 
 

@@ -15,11 +15,11 @@ from ...bases.base import Progress
 from ...errors import InvalidOption, OutputError, output_error
 from .claims import Claims
 from .engines.engine import Engine, EngineName, EngineOptions, start_engine
-from .outcomes import is_complete, is_unchanged, write_failures
+from .outcomes import FAILED, is_complete, is_unchanged, write_failures
 from .plan import Batch, Entry, Plan, select_shard
 from .records import Journal, JournalReader, Record
 from .status import PLANS
-from .summary import Summary, summarise
+from .summary import SUMMARY_JSON, SUMMARY_PAGE, Summary, summarise
 from .worker import RunSettings
 
 # Seconds between two looks at what another process is doing.
@@ -104,6 +104,12 @@ def _make_folder(out: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise output_error(folder, error, "the folder of the results cannot be made") from error
+    if not (folder / PLANS).is_dir():
+        for name in (FAILED, SUMMARY_JSON, SUMMARY_PAGE):
+            if (folder / name).exists():
+                raise OutputError(
+                    f"{folder}: holds a {name} that no migration wrote; name another folder"
+                )
     return folder
 
 

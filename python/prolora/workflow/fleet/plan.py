@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...bases.memory import STACK_BYTES
-from ...errors import InvalidOption, UnsupportedFormat, input_error
+from ...errors import InvalidOption, OutputError, UnsupportedFormat, input_error
 from ...files.hashing import hash_text
 from ...files.jsontext import parse_json_object
-from ...files.writing import write_text_atomically
+from ...files.writing import check_writable, write_text_atomically
 from ...version import __version__
 from ..by_weights.file_budget import OutputForm
 from ..options import TransferOptions
@@ -212,8 +212,13 @@ class Plan:
         """Writes the plan: a line about itself, then a line for each entry.
 
         Raises:
-            OutputError: the file cannot be written.
+            OutputError: the file cannot be written, or is there and no plan.
         """
+        check_writable(path)
+        if os.path.isfile(path) and not _holds_plan(path):
+            raise OutputError(
+                f"{os.fspath(path)}: exists and is no plan; give the plan another name"
+            )
         write_text_atomically(path, "".join(self._write_lines()))
 
     def _write_lines(self) -> Iterator[str]:
@@ -239,6 +244,16 @@ class Plan:
                 return _parse(file, os.fspath(path))
         except (OSError, UnicodeDecodeError) as error:
             raise input_error(path, error) from error
+
+
+def _holds_plan(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is empty, or begins as a plan does."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return False
+    return not head or head.startswith(f'{{"{_KEY}": '.encode())
 
 
 def _parse(lines: Iterable[str], where: str) -> Plan:

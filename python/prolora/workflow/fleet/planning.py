@@ -25,13 +25,13 @@ from .outcomes import find_state
 from .plan import Entry, PairOfBases, Plan, PlannedBase, make_label
 from .recognition import Outline, SourceFinder, outline_lora, refuse_move
 
-BasePath = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
 def plan_migration(
-    loras: Iterable[str | os.PathLike[str]],
-    sources: BasePath | Sequence[BasePath],
-    targets: BasePath | Sequence[BasePath],
+    loras: StrPath | Iterable[str | os.PathLike[str]],
+    sources: StrPath | Sequence[StrPath],
+    targets: StrPath | Sequence[StrPath],
     *,
     rates: Rates | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -62,13 +62,13 @@ def plan_migration(
     """
     started = time.perf_counter()
     chosen = _settle_options(options)
+    listed = list_loras(loras)
     rates = rates or calibrate()
     with BasisCache(cache).saving() as hashes:
         shelf = _Shelf(hashes)
         source_labels = [shelf.open(path) for path in _list_paths(sources)]
         target_labels = [shelf.open(path) for path in _list_paths(targets)]
         planner = _Planner(shelf, source_labels, target_labels, chosen, rates)
-        listed = list_loras(loras)
         entries: list[Entry] = []
         for done, lora in enumerate(listed, 1):
             entries += planner.plan_lora(lora)
@@ -90,7 +90,7 @@ def _order_pair(pair: PairOfBases, order: Mapping[str, int]) -> tuple[int, int, 
     return order.get(pair.source, last), order.get(pair.target, last), pair.expert
 
 
-def _list_paths(paths: BasePath | Sequence[BasePath]) -> list[str]:
+def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
     """Paths as text, absolute where they are paths and not ids on the hub.
 
     Raises:
