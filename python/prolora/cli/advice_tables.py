@@ -24,6 +24,9 @@ MEASURED_LEGEND = """\
 share of the wanted change of the prediction that is reached at each strength, in brackets 80 % over
 trajectories; the wanted change is what the LoRA does to the source."""
 
+SHOWN = STRENGTHS[1:]
+"""The strengths that 80 columns have room for."""
+
 WANTED = {"look": "in the target's look", "own": "the LoRA's own images"}
 
 
@@ -66,7 +69,8 @@ def _stack_cells(stack: StackDrift, largest: float, advice: Advice) -> Iterable[
 
 
 def _has_strangers(advice: Advice) -> bool:
-    return any(stack.strangers for stack in advice.stacks())
+    """Whether some weights are strangers; between unrelated bases all of them are."""
+    return advice.verdict.related and any(stack.strangers for stack in advice.stacks())
 
 
 def expected_table(expected: Sequence[Expectation]) -> Table:
@@ -86,7 +90,7 @@ def measured_table(measurement: Measurement) -> Table:
     """What was measured: a row for each way to move the LoRA."""
     table = make_table("measured")
     table.add_column("method", no_wrap=True)
-    for strength in STRENGTHS:
+    for strength in SHOWN:
         table.add_column(f"{strength:g}", justify="right", no_wrap=True)
     table.add_column("best at", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
@@ -94,7 +98,7 @@ def measured_table(measurement: Measurement) -> Table:
         low, high = way.share_interval
         table.add_row(
             name,
-            *(f"{way.shares[strength]:.2f}" for strength in STRENGTHS),
+            *(f"{way.shares[strength]:.2f}" for strength in SHOWN),
             f"{way.strength:.2f}",
             f"{way.share:.2f} [{low:.2f}, {high:.2f}]",
         )

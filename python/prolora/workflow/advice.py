@@ -86,12 +86,12 @@ class Advice:
         sentences = self.comparison.sentences()
         if self.lora is not None:
             sentences.append(self.lora.sentence(self.comparison.verdict.drift))
-            if self.verdict != self.comparison.verdict:
+            if self._differs():
                 sentences.append(f"Over the LoRA's modules: {self.verdict.sentence()}")
-        sentences.append(self._expect())
         if self.measurement is not None:
-            sentences += describe_measurement(self.measurement)
-        elif self.decision is not None:
+            return sentences + describe_measurement(self.measurement)
+        sentences.append(self._expect())
+        if self.decision is not None:
             strength = self.decision.strength
             sentences.append(
                 f"By the weights: method '{self.decision.method}' at strength {strength:.2g}"
@@ -99,6 +99,11 @@ class Advice:
                 "the models and measures it."
             )
         return sentences
+
+    def _differs(self) -> bool:
+        """Whether the LoRA's modules lead to another verdict than all modules."""
+        ours, all_of_it = self.verdict, self.comparison.verdict
+        return ours.go != all_of_it.go or ours.decide().method != all_of_it.decide().method
 
     def _expect(self) -> str:
         """What the calibration says, and how far it can be trusted."""
@@ -112,8 +117,9 @@ class Advice:
                 "said of what a moved LoRA will give."
             )
         first = self.expected[0]
+        kinds = "1 kind" if first.kinds == 1 else f"{first.kinds} kinds"
         return (
-            f"Expected shares come from {first.kinds} kinds of target like this one in the world "
+            f"Expected shares come from {kinds} of target like this one in the world "
             f"of {' and '.join(first.worlds)} (small models); on kinds that were left out their "
             f"80 % intervals held {calibration.checked['coverage']:.0%} of what was measured."
         )
@@ -169,8 +175,8 @@ def describe_measurement(measurement: Measurement) -> list[str]:
     return [
         f"{go}, measured on {measurement.trajectories} trajectories of the models themselves: "
         f"{'the copy' if name == 'copy' else name} reaches {best.share:.0%} of the wanted change "
-        f"at its best strength {best.strength:.2f} ({low:.2f} to {high:.2f}), at 1 "
-        f"{best.shares[1.0]:.0%}; {parts}.",
+        f"at its best strength {best.strength:.2f} ({low:.2f} to {high:.2f}) and "
+        f"{best.shares[1.0]:.0%} at 1; {parts}.",
         f"The bases' own predictions differ by {measurement.disagreement:.2g} times that change.",
     ]
 
