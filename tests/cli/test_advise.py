@@ -1,9 +1,14 @@
 """`prolora advise`: one screen, JSON, and refusals."""
 
+import io
 import json
 
 import pytest
 from mini import target_along_few, write_folder
+from rich.console import Console
+
+from prolora.cli import advice_tables
+from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 
 
 @pytest.fixture
@@ -42,3 +47,14 @@ def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(p
     assert code == 2 and "add --measure" in text
     code, _, text = prolora(*line, "--measure")
     assert code == 2 and "no pipeline folder" in text
+
+
+def test_measured_shares_fit_80_columns_whatever_their_sign():
+    shares = dict.fromkeys(STRENGTHS, -0.25) | {1.5: -10.25}
+    way = MeasuredStrength(0.07, 0.01, (0.0, 0.13), (-0.34, 0.02), shares, {})
+    table = advice_tables.measured_table(Measurement({"auto": way, "copy": way}, 1.0, 12, 72))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert "…" not in text and text.count("-0.25") == 10 and text.count("< −1") == 2
+    assert "0.01 [-0.34, 0.02]" in text

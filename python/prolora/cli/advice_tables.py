@@ -98,8 +98,13 @@ def measured_table(measurement: Measurement) -> Table:
         low, high = way.share_interval
         table.add_row(
             name,
-            *(f"{way.shares[strength]:.2f}" for strength in SHOWN),
+            *(_share_text(way.shares[strength]) for strength in SHOWN),
             f"{way.strength:.2f}",
             f"{way.share:.2f} [{low:.2f}, {high:.2f}]",
         )
     return table
+
+
+def _share_text(share: float) -> str:
+    """A share; how far below −1 the harm is matters to nobody, and needs room."""
+    return "< −1" if share < -1 else f"{share:.2f}"
