@@ -71,12 +71,12 @@ def migrate(
     """
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
-    if isinstance(engine, str):
-        engine = start_engine(EngineOptions(engine, **options))
-    elif options:
-        raise InvalidOption(f"{next(iter(options))} is for an engine that is given by its name")
     if retries < 0:
         raise InvalidOption(f"retries must be 0 or more, not {retries!r}")
+    if isinstance(engine, str):
+        engine = start_engine(EngineOptions(engine, **options), retries)
+    elif options:
+        raise InvalidOption(f"{next(iter(options))} is for an engine that is given by its name")
     with closing(engine):
         plan.make_options(device=device, max_memory=max_memory)  # refuses before anything is made
         batches = select_shard(plan.list_batches(), shard)

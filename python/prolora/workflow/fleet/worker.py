@@ -98,7 +98,7 @@ class PairWorker:
         """
         with full_precision():
             try:
-                mover = self._open()
+                mover = self.open()
             except LORA_FAILURES as error:
                 refusal = as_refusal(error)
                 yield from (
@@ -133,8 +133,8 @@ class PairWorker:
                 if record.status == "stopped":
                     return
 
-    def _open(self) -> PairMover:
-        """The bases, opened and compared with those of the plan.
+    def open(self) -> PairMover:
+        """The bases, opened at the first call and compared with those of the plan.
 
         Raises:
             ProLoRAError: they cannot be opened, or are other files than those of the plan.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -11,6 +12,8 @@ from ...options import check_choice
 from ..plan import Batch
 from ..records import Record
 from ..worker import RunSettings
+from .local import LocalEngine
+from .ray_engine import RayEngine
 
 EngineName = Literal["local", "ray"]
 ENGINES: tuple[str, ...] = get_args(EngineName)
@@ -43,7 +46,8 @@ class EngineOptions:
 
     Attributes:
         name: "local" (this process) or "ray".
-        address: of a Ray cluster; None starts one on this machine, or takes the running one.
+        address: of a Ray cluster; None takes the connection that this process has, or starts Ray on
+            this machine.
         workers: how many work at a time; None lets the engine choose.
         gpus_per_worker: share of a GPU that each takes.
     """
@@ -60,6 +64,12 @@ class EngineOptions:
             InvalidOption: names the option.
         """
         check_choice("engine", self.name, ENGINES)
+        if self.workers is not None and self.workers < 1:
+            raise InvalidOption(f"workers must be 1 or more, not {self.workers!r}")
+        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker < math.inf:
+            raise InvalidOption(
+                f"gpus_per_worker is a share of a GPU, not {self.gpus_per_worker!r}"
+            )
         if self.name == "local":
             for name in ("address", "workers", "gpus_per_worker"):
                 if getattr(self, name) is not None:
@@ -69,14 +79,16 @@ class EngineOptions:
                     )
 
 
-def start_engine(options: EngineOptions) -> Engine:
+def start_engine(options: EngineOptions, retries: int = 2) -> Engine:
     """The engine that the options name.
 
-    Raises:
-        InvalidOption: it is not installed.
-    """
-    from .local import LocalEngine
+    Args:
+        options: which, and what it may take.
+        retries: how often a batch is given again whose worker was lost.
 
+    Raises:
+        ProLoRAError: it is not installed, does not start, or its cluster cannot be reached.
+    """
     if options.name == "local":
         return LocalEngine()
-    raise InvalidOption("the engine ray is not part of this installation; use --engine local")
+    return RayEngine(options.address, options.workers, options.gpus_per_worker, retries)

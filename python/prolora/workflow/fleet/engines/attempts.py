@@ -1,0 +1,86 @@
+"""Batches on their way to workers, and what becomes of one whose worker is lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..plan import Batch, Entry, PairOfBases
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A batch, and what is known of it from earlier tries.
+
+    Attributes:
+        batch: what is to be done.
+        losses: how many workers were lost with it.
+        avoid: ids of the nodes that do not have what it needs.
+    """
+
+    batch: Batch
+    losses: int = 0
+    avoid: frozenset[str] = frozenset()
+
+    @property
+    def pair(self) -> PairOfBases:
+        """Its bases."""
+        return self.batch.pair
+
+
+class AttemptQueue:
+    """The work of a run: batches that came back go before those that were never tried."""
+
+    def __init__(self, batches: Iterable[Batch], retries: int) -> None:
+        """Takes nothing yet.
+
+        Args:
+            batches: taken one at a time, as workers are free.
+            retries: how often a batch is given again after its worker was lost.
+        """
+        self._fresh = iter(batches)
+        self._returned: deque[Attempt] = deque()
+        self._retries = retries
+        self.is_exhausted = False
+
+    def take(self) -> Attempt | None:
+        """The next one, or None where all are taken."""
+        if self._returned:
+            return self._returned.popleft()
+        batch = next(self._fresh, None)
+        self.is_exhausted = batch is None
+        return None if batch is None else Attempt(batch)
+
+    def put_back(self, attempt: Attempt) -> None:
+        """Takes back what was not tried."""
+        self._returned.appendleft(attempt)
+
+    def return_lost(self, attempt: Attempt) -> tuple[Entry, ...]:
+        """Takes a batch back whose worker was lost.
+
+        It is given again as often as there are retries. Then its LoRAs are tried one at a time, so
+        that one which ends its process does not take the others along.
+
+        Returns:
+            The LoRAs that are given up: none, or the one that was tried alone.
+        """
+        entries = attempt.batch.entries
+        if attempt.losses < self._retries:
+            self._returned.append(replace(attempt, losses=attempt.losses + 1))
+            return ()
+        if len(entries) == 1:
+            return entries
+        # Each has a second try, since a worker may be lost by chance.
+        alone = replace(attempt, losses=max(0, self._retries - 1))
+        self._returned.extend(_narrow(alone, [entry]) for entry in entries)
+        return ()
+
+    def return_elsewhere(self, entries: Sequence[Entry], attempt: Attempt, node: str) -> None:
+        """Takes LoRAs of a batch back that another node may have."""
+        self._returned.append(_narrow(replace(attempt, avoid=attempt.avoid | {node}), entries))
+
+
+def _narrow(attempt: Attempt, entries: Sequence[Entry]) -> Attempt:
+    """The same for some of its LoRAs."""
+    return replace(attempt, batch=replace(attempt.batch, entries=tuple(entries)))
