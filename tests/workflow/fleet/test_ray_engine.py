@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import ray_faults
+from fleet_files import RATES, records, results
 from safetensors.torch import load_file, save_file
-from test_migration import results
 
 import prolora
 
 pytest.importorskip("ray", reason="needs the extra ray")
 
 SUPPORT = Path(ray_faults.__file__).parent
-RATES = prolora.workflow.fleet.calibration.Rates(1e-8, 1e-3, 1e-9, 1e-10)
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +64,5 @@ def test_a_lora_that_ends_its_process_fails_alone(cluster, collection, tmp_path)
     lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
     (lost,) = [line for line in lines if line["error"] == "LostWorker"]
     assert lost["lora"].endswith("kills.safetensors") and "its process ended" in lost["reason"]
-    records = [
-        json.loads(line)["key"]
-        for journal in (out / "journal").iterdir()
-        for line in journal.read_text().splitlines()[1:]
-    ]
-    assert len(records) == len(set(records)) == 4  # nothing is lost, and nothing comes twice
+    keys = [record["key"] for record in records(out)]
+    assert len(keys) == len(set(keys)) == 4  # nothing is lost, and nothing comes twice

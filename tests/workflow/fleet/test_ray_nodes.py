@@ -1,0 +1,86 @@
+"""Nodes of a cluster that lack something, with a stand-in for Ray."""
+
+import json
+
+import pytest
+from fleet_files import results
+from ray_stand_in import StandIn
+
+import prolora
+from prolora.errors import OutputError
+from prolora.workflow.fleet.engines.ray_driver import RayDriver
+from prolora.workflow.fleet.engines.ray_session import divide_cluster
+
+UNKNOWN = "machine-"
+
+
+class StandInEngine:
+    """The engine ray on a stand-in."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+
+    def run(self, batches, settings):
+        needs = divide_cluster(self.cluster.nodes(), None, 0, 0)
+        driver = RayDriver(self.cluster, needs, settings, 1)
+        try:
+            yield from driver.run(batches)
+        finally:
+            driver.close()
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def migrate(plan, tmp_path, monkeypatch):
+    """The plan on a cluster; the summary, and whether its files are those of one process."""
+    monkeypatch.setattr(RayDriver, "_pin", lambda self, nodes: nodes[0])
+    prolora.migrate(plan, tmp_path / "alone", cache=tmp_path / "cache")
+
+    def run(cluster, **options):
+        out = tmp_path / "moved"
+        options = {"cache": tmp_path / "cache", "engine": StandInEngine(cluster)} | options
+        summary = prolora.migrate(plan, out, **options)
+        assert not list(out.glob(".*")) and not list((tmp_path / "cache").glob(".*"))
+        return summary, results(out) == results(tmp_path / "alone")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    [{"a.safetensors"}, {"target"}, {"folder"}, {"cache"}, {"target2", "c.safetensors", "cache"}],
+    ids=lambda lacks: "-".join(sorted(lacks)),
+)
+def test_what_one_node_lacks_is_done_on_another(migrate, lacks):
+    summary, equal = migrate(StandIn(["1", "2"], {"1": lacks}))
+    assert equal and (summary.count("done"), summary.count("failed")) == (8, 0)
+
+
+def test_a_node_with_another_version_is_not_used(migrate):
+    cluster = StandIn(["1", "2"], {"2": set()}, {"1": "0.0"})
+    assert migrate(cluster)[1]
+
+
+def test_what_no_node_has_fails_with_the_names_of_the_nodes(migrate, plan, tmp_path):
+    for path in tmp_path.glob("loras/c.safetensors"):
+        path.unlink()
+    summary, _ = migrate(StandIn(["1", "2"]), retries=0)
+    assert (summary.count("done"), summary.count("failed")) == (6, 2)
+    lines = (tmp_path / "moved" / "failed.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert sum("c.safetensors" in reason and UNKNOWN in reason for reason in reasons) == 2
+
+
+def test_a_folder_that_no_node_has_ends_the_run(migrate):
+    cluster = StandIn(["1", "2"], {"1": {"folder"}, "2": {"folder"}})
+    with pytest.raises(OutputError, match=r"machine-1 has another folder.*machine-2 has another"):
+        migrate(cluster)
+
+
+def test_a_cache_is_shipped_once_to_a_node_that_has_another(migrate):
+    cluster = StandIn(["1"], {"1": {"cache"}})
+    migrate(cluster)
+    assert cluster.received and len(set(cluster.received)) == len(cluster.received)
+    assert all(name.startswith(("pairs-",)) or "/" in name for _, name in cluster.received)
