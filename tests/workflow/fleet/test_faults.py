@@ -141,3 +141,14 @@ def test_what_the_system_failed_is_tried_again(plan, tmp_path, monkeypatch):
     summary = prolora.migrate(plan, out, retries=1)
     assert counts(summary) == [4, 4, 2, 0] and len(records(out)) == 8
     assert counts(prolora.migrate(plan, out)) == [8, 0, 2, 0]
+
+
+def test_files_that_are_no_plan_and_no_reports_of_a_migration_are_not_replaced(plan, tmp_path):
+    lora, out = tmp_path / "loras" / "a.safetensors", tmp_path / "mine"
+    with pytest.raises(prolora.OutputError, match="no plan"):
+        plan.save(lora)
+    out.mkdir()
+    (out / "summary.json").write_text("{}")
+    with pytest.raises(prolora.OutputError, match="no migration wrote"):
+        prolora.migrate(plan, out)
+    assert [file.name for file in out.iterdir()] == ["summary.json"]
