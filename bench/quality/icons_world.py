@@ -40,7 +40,7 @@ LOOKS = {
         for kind, (names, weight) in MERGES.items()
     },
 }
-LOOKS["sibling"] = LOOKS["far ground"]
+LOOKS |= {"far, long": sketched, "sibling": LOOKS["far ground"]}
 KINDS = (
     "pruned",
     "far",
@@ -54,6 +54,7 @@ KINDS = (
     "blended",
     "independent",
     "continued, long",
+    "far, long",
     "guided",
     "merged 10",
     "renumbered",
@@ -65,6 +66,7 @@ BUDGETS = {
     "near": (200, 5e-4),
     "far": (500, 1e-3),
     "far ground": (500, 1e-3),
+    "far, long": (1500, 1e-3),
     "pruned": (500, 1e-3),
     "renumbered": (500, 1e-3),
     "deepened": (400, 1e-3),
@@ -172,7 +174,7 @@ WORLD = World(
     imitating=("pruned", "renumbered"),
     distilled={"few-step": "lines", "guided": "guided"},
     # Of a pale copy of the source's look the two yardsticks are nearly one.
-    restyled=("far", "far ground", "merged 1", "merged 10"),
+    restyled=("far", "far, long", "far ground", "merged 1", "merged 10"),
     teaches_words="flux",
     pairs=512,
     student_pairs=1024,

@@ -22,6 +22,7 @@ PRACTICE = {
     "deepened": "new blocks put in",
     "sibling": "from one fine-tune to another",
     "far": "another art style or domain",
+    "far, long": "the same, three times as long",
     "far ground": "another ground",
     "independent": "trained from the start elsewhere",
     "resized": "other width and depth",

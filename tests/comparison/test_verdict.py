@@ -1,5 +1,6 @@
 """What the weights of two bases promise, and what `auto` makes of it."""
 
+import itertools
 import math
 
 import pytest
@@ -93,11 +94,33 @@ def test_the_more_a_target_learnt_the_weaker_the_update():
 
 
 def test_drift_that_looks_like_noise_weakens_nothing():
-    assert Verdict(0.3, 0.95, 0.6).shift == 0 and Verdict(0.3, 0.95, 0.6).go
+    noise = Verdict(0.3, 0.95, 0.6)
+    assert noise.go and noise.decide().method == "copy" and noise.strength > 0.999
+
+
+def test_drift_that_looks_like_merged_loras_weakens_nothing():
+    merged = Verdict(0.15, 0.99, 0.015)
+    assert merged.go and merged.decide().method == "copy" and merged.strength > 0.99
+
+
+def test_damping_and_strength_have_no_knee():
+    steps = torch.linspace(0, 1, 4001).tolist()
+    by_spread = [Verdict(0.15, 0.97, spread) for spread in steps]
+    by_drift = [Verdict(drift / 5, 0.97, 0.25) for drift in steps]
+    for verdicts in (by_spread, by_drift):
+        strengths = [verdict.strength for verdict in verdicts]
+        slopes = [b - a for a, b in itertools.pairwise(strengths)]
+        assert max(map(abs, slopes)) < 0.01
+        assert max(abs(b - a) for a, b in itertools.pairwise(slopes)) < 0.001
+
+
+def test_damping_is_bounded_as_long_as_it_is_a_go():
+    shifts = [Verdict(drift, 0.98, 0.25) for drift in torch.linspace(0, 0.165, 50).tolist()]
+    assert all(v.go and v.kappa < 3.1 for v in shifts)
 
 
 def test_no_go_is_said_of_unrelated_bases_and_of_targets_that_learnt_something_else():
-    apart, changed = Verdict(1.4, MIN_COSINE - 0.1, 0.9), Verdict(2 * MAX_SHIFT, 0.95, 0.0)
+    apart, changed = Verdict(1.4, MIN_COSINE - 0.1, 0.9), Verdict(6 * MAX_SHIFT, 0.95, 0.2)
     assert not apart.go and "No-go" in apart.sentence() and "nothing in common" in apart.sentence()
     assert not changed.go and changed.related and "No-go" in changed.sentence()
 

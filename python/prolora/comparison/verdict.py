@@ -6,6 +6,7 @@ The limits lie between the few targets where moving works and those where it fai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,16 +30,28 @@ MIN_COSINE = 0.7
 """Below this cosine the bases share no coordinates, and no update keeps its meaning."""
 
 NOISE_SPREAD = 0.42
-"""A drift over this share of its directions, or more, is what longer training leaves behind."""
+"""Around this spread a drift begins to look like what longer training leaves behind."""
+
+NOISE_WIDTH = 0.02
+"""How gradually it does."""
+
+MERGED_SPREAD = 0.08
+"""Below this spread a drift looks like merged LoRAs, beside which others keep their meaning."""
 
 MAX_SHIFT = 0.075
 """Beyond this shift the target does something else with the same weights."""
 
-HALF_SHIFT = 0.062
-"""The shift at which a plain copy does best at half its strength."""
-
 DAMPING = 2000.0
-"""κ of the method `damped`, per squared shift."""
+"""κ of the method `damped`, per squared shift, where the shift is small."""
+
+MAX_DAMPING = 2.5
+"""The κ that shifts approach below the limit: more helps on some targets and harms on others."""
+
+LIMIT_WIDTH = 0.003
+"""How gradually that bound ends at the limit, beyond which damping only prevents harm."""
+
+HALF_DAMPING = 5.0
+"""The κ that weakens an update as much as half the strength of a plain copy."""
 
 MIN_DAMPING = 0.05
 """A smaller κ changes nothing worth the time; the update is copied."""
@@ -74,9 +87,20 @@ class Verdict:
     spread: float
 
     @property
+    def novelty(self) -> float:
+        """The share of the drift that is something new, by its spread: 0 … 1.
+
+        (1 − exp(−(spread/0.08)²)) · 0.02 log(1 + exp((0.42 − spread)/0.02))/0.42. It is small for a
+        drift along very few directions, as merged LoRAs leave it, and for one like noise.
+        """
+        beside_merges = 1 - math.exp(-((self.spread / MERGED_SPREAD) ** 2))
+        beside_noise = math.log1p(math.exp((NOISE_SPREAD - self.spread) / NOISE_WIDTH))
+        return beside_merges * beside_noise * NOISE_WIDTH / NOISE_SPREAD
+
+    @property
     def shift(self) -> float:
-        """The drift, times how far it is from noise: what the target has learnt that is new."""
-        return self.drift * max(0.0, 1 - self.spread / NOISE_SPREAD)
+        """The drift times its novelty: how much the target has learnt that is new."""
+        return self.drift * self.novelty
 
     @property
     def go(self) -> bool:
@@ -90,13 +114,20 @@ class Verdict:
 
     @property
     def strength(self) -> float:
-        """The factor that suits an unchanged copy best: 1 / (1 + (shift / HALF_SHIFT)³)."""
-        return 1 / (1 + (self.shift / HALF_SHIFT) ** 3)
+        """The factor that suits an unchanged copy best: 1 / (1 + κ/5)."""
+        return 1 / (1 + self.kappa / HALF_DAMPING)
 
     @property
     def kappa(self) -> float:
-        """The κ of `damped` that suits these bases; 0 is the copy."""
-        return DAMPING * self.shift**2
+        """The κ of `damped` that suits these bases; 0 is the copy.
+
+        (1 − w) · 2.5 (1 − exp(−κ₀/2.5)) + w κ₀ with κ₀ = 2000 shift² and the logistic weight
+        w = 1/(1 + exp((0.075 − shift)/0.003)): bounded on a go, unbounded on a no-go.
+        """
+        unbounded = DAMPING * self.shift**2
+        bounded = MAX_DAMPING * -math.expm1(-unbounded / MAX_DAMPING)
+        beyond = 1 / (1 + math.exp(min(50.0, (MAX_SHIFT - self.shift) / LIMIT_WIDTH)))
+        return (1 - beyond) * bounded + beyond * unbounded
 
     def decide(
         self,
