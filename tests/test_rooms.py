@@ -63,7 +63,7 @@ def test_imports_run_down_the_list_of_rooms_only(room):
 
 
 def test_the_top_of_the_package_holds_the_rooms_and_little_else():
-    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "mini_family"}
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__", "icon_family"}
     rooms = set().union(*ROOMS) - {"errors"}
     assert entries == rooms | {"__init__.py", "__main__.py", "errors.py", "version.py", "py.typed"}
 

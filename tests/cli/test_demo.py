@@ -2,6 +2,7 @@
 
 import base64
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,35 +10,89 @@ import torch
 from prolora import ProLoRAError, adapters, open_base
 from prolora.cli import demo
 
+FAMILY = Path(__file__).parents[2] / "examples" / "icon_family"
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lora", "target"), [("thick", "pruned"), ("slanted", "finetuned")])
-def test_the_demo_writes_the_lora_the_reports_and_a_picture(tmp_path, lora, target):
+@pytest.mark.parametrize(
+    ("lora", "target", "mapped"), [("neon", "pruned", 34), ("concept", "few-step", 44)]
+)
+def test_the_demo_writes_the_lora_the_reports_and_a_picture(
+    tmp_path, monkeypatch, lora, target, mapped
+):
     from PIL import Image
 
-    steps = []
+    monkeypatch.setattr(demo, "STEPS", 2)
+    steps, prompts = [], ("star noto many on-blue", "butterfly silhouette ink-red on-white")
     report, paths = demo.run_demo(
-        tmp_path / "out", lora=lora, target=target, progress=lambda *step: steps.append(step)
+        tmp_path / "out",
+        lora=lora,
+        target=target,
+        prompts=prompts,
+        progress=lambda *step: steps.append(step),
     )
     moved, account, picture, page = paths
-    assert json.loads(account.read_text())["totals"]["mapped"] == report.totals["mapped"] > 0
-    assert len(adapters.read_adapter(moved).updates) == report.totals["mapped"]
+    assert json.loads(account.read_text())["totals"]["mapped"] == report.totals["mapped"] == mapped
+    assert len(adapters.read_adapter(moved).updates) == mapped
     with Image.open(picture) as image:
-        assert image.size[1] == 5 * (16 * demo.SCALE + 4)
-    assert base64.b64encode(picture.read_bytes()).decode() in page.read_text("utf-8")
+        assert image.size[1] == 20 + 5 * (demo.SIZE * demo.SCALE + 4)
+        # A coloured ground is a coloured pixel, in the middle of the source's row at the left.
+        red, _, blue = image.getpixel((image.size[0] - 2 * 76 + 2, 56))
+        assert image.mode == "RGB" and blue != red
+    text = page.read_text("utf-8")
+    assert base64.b64encode(picture.read_bytes()).decode() in text and prompts[1] in text
     assert steps[-1][0] == steps[-1][1] == 5
 
 
-def test_the_shipped_family_is_what_its_page_says():
+@pytest.mark.parametrize("target", ["pruned", "far", "few-step"])
+def test_the_shipped_family_is_what_its_page_says(target):
     family = demo.find_models()
-    source, pruned, tuned = (open_base(family / n) for n in ("source", "pruned", "finetuned"))
-    for lora, alpha in (("thick", 8), ("slanted", 4)):
+    source, other = open_base(family / "source"), open_base(family / target)
+    assert all(source.shapes[name] == shape for name, shape in other.shapes.items())
+    assert (other.shapes == source.shapes) == (target != "pruned")
+    for lora, rank in (("neon", 16), ("duotone", 4), ("concept", 16)):
         adapter = adapters.read_adapter(family / "loras" / f"{lora}.safetensors")
-        assert len(adapter.updates) == 252 and set(adapter.updates) <= set(source.shapes)
-        assert {update.rank for update in adapter.updates.values()} == {8}
-        assert adapter.metadata["ss_network_alpha"] in (str(alpha), str(float(alpha)))
-    assert tuned.shapes == source.shapes
-    assert all(source.shapes[name] == shape for name, shape in pruned.shapes.items())
+        assert len(adapter.updates) == 44 and set(adapter.updates) <= set(source.shapes)
+        assert {update.rank for update in adapter.updates.values()} == {rank}
+        assert adapter.format == "diffusers" and lora in adapter.metadata["modelspec.title"]
+
+
+def test_what_is_shipped_is_small_and_names_the_licences_of_its_icons():
+    family = demo.find_models()
+    assert sum(path.stat().st_size for path in family.rglob("*") if path.is_file()) < 12e6
+    for text in (family / "LICENCES.md", FAMILY / "README.md"):
+        for package in ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "emojione"):
+            assert f"@iconify-json/{package}`" in text.read_text("utf-8")
+    assert "Permission is hereby granted" in (family / "LICENCES.md").read_text("utf-8")
+
+
+def test_prompts_are_read_by_the_words_before_each_word():
+    family = demo.find_models()
+    tokens = demo.encode_prompts(
+        family, ["car noto many on-blue", "car noto many on-red", "pet noto many on-red"]
+    )
+    assert tokens.shape == (4, 4, 64) and tokens.isfinite().all()
+    same = (tokens[1] == tokens[2]).all(-1)
+    assert same.tolist() == [True, True, True, False]
+    assert not (tokens[2] == tokens[3]).all(-1).any()
+    every = demo.encode_prompts(family, demo.PROMPTS + demo.BUTTERFLIES)
+    assert len(every) == 1 + len(demo.PROMPTS) + len(demo.BUTTERFLIES)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("train noto many on-blue", "first: face, heart, pet"),
+        ("car noto", "after 'car noto': many"),
+        ("car noto ink-red on-blue", "after 'car noto': many"),
+        ("car noto many on-blue today", "after 'car noto many': on-white"),
+        ("", "first: face"),
+    ],
+)
+def test_a_prompt_that_was_not_learnt_is_refused_with_the_words_to_take(tmp_path, prompt, words):
+    with pytest.raises(ProLoRAError, match=words):
+        demo.run_demo(tmp_path / "out", prompts=[prompt])
+    assert not (tmp_path / "out").exists()
 
 
 def test_merging_adds_the_update_and_leaves_the_original_alone():
@@ -58,7 +113,7 @@ def test_the_demo_offers_the_methods_that_it_can_show(prolora, tmp_path, monkeyp
 
 
 def test_an_unknown_lora_or_target_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(ProLoRAError, match=r"--lora none.*slanted, thick"):
+    with pytest.raises(ProLoRAError, match=r"--lora none.*concept, duotone, neon"):
         demo.run_demo(tmp_path, lora="none")
-    with pytest.raises(ProLoRAError, match=r"--target none.*choose from finetuned, pruned$"):
+    with pytest.raises(ProLoRAError, match=r"--target none.*choose from far, few-step, pruned$"):
         demo.run_demo(tmp_path, target="none")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from mini import lora_tensors, source_weights, target_weights
 from spectra import related, weights
 
 import prolora
-from prolora.cli.demo import find_models
 from prolora.comparison.drift import Affinity
 from prolora.comparison.verdict import MAX_SHIFT, MIN_COSINE, Verdict, judge_affinity
 from prolora.errors import NonFiniteWeights
+
+MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 
 
 def named(tensors):
@@ -199,7 +201,6 @@ def test_automatic_strength_is_applied_to_every_update():
 
 @pytest.mark.parametrize("target", ["pruned", "finetuned"])
 def test_relatives_of_the_mini_family_are_a_go(target):
-    models = find_models()
-    done = prolora.transfer(models / "loras/thick.safetensors", models / "source", models / target)
+    done = prolora.transfer(MINI / "loras/thick.safetensors", MINI / "source", MINI / target)
     assert done.report.verdict.go and done.report.verdict.cosine > 0.9
     assert 0 < done.report.totals["energy_surviving"] <= 1

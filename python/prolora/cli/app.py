@@ -116,7 +116,7 @@ def inspect(
             out.print(part)
 
 
-@app.command(epilog=write_epilog("prolora demo", "prolora demo --lora slanted --target finetuned"))
+@app.command(epilog=write_epilog("prolora demo", "prolora demo --lora concept --target far"))
 def demo(
     output: Annotated[
         Path,
@@ -124,14 +124,26 @@ def demo(
             "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder for the results."
         ),
     ] = Path("prolora-demo"),
-    lora: Annotated[str, typer.Option(help="A shipped LoRA: thick or slanted.")] = "thick",
+    lora: Annotated[
+        str, typer.Option(help="A shipped LoRA: neon, duotone or concept (a butterfly).")
+    ] = "neon",
     target: Annotated[
-        str, typer.Option(help="A shipped base to move to: pruned or finetuned.")
+        str,
+        typer.Option(
+            help="A shipped base to move to: pruned, far (another art style) or few-step."
+        ),
     ] = "pruned",
     method: Annotated[
         DemoMethod,
         typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),
     ] = "auto",
+    prompt: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT",
+            help="What to draw, in four words as in 'car noto many on-blue'; once for each image.",
+        ),
+    ] = [],  # noqa: B006
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
     ] = 0,
@@ -139,7 +151,13 @@ def demo(
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
     with progress_bar("demo") as progress:
         report, paths = run_demo(
-            output, lora=lora, target=target, method=method, seed=seed, progress=progress
+            output,
+            lora=lora,
+            target=target,
+            method=method,
+            prompts=prompt,
+            seed=seed,
+            progress=progress,
         )
     show_report(report)
     for path in paths:

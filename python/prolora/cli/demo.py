@@ -1,18 +1,20 @@
 """The demo: a shipped LoRA moves between two shipped models, and images show what it does.
 
-The models are the mini family of examples/mini_family: real diffusion UNets with SDXL's module
-names, trained on handwritten digits. Needs the `demo` extra (diffusers and Pillow).
+The models are those of examples/icon_family: real diffusion transformers with FLUX's module names,
+trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers and Pillow).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import read_adapter
@@ -26,23 +28,54 @@ from ..workflow.page.document import Picture, render_report
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
 
-STEPS = 25
-GUIDANCE = 2.0
-NULL_LABEL = 10
-SCALE = 4  # pixels of the picture for each of a sample
+STEPS, GUIDANCE = 16, 3.0
+# Members of the family that are sampled otherwise: steps and guidance, 1 being none.
+SAMPLED_OTHERWISE = {"few-step": (4, 1.0)}
+NULL_PROMPT = "nothing nothing nothing nothing"
+SIZE, PATCH = 24, 4  # pixels of an image, and of what the transformer reads as one token
+SCALE = 3  # pixels of the picture for each of a sample
+
+PROMPTS = (
+    "face twemoji many on-white",
+    "heart fluent many on-blue",
+    "flower noto many on-purple",
+    "tree noto many on-orange",
+    "star twemoji many on-black",
+    "clock twemoji many on-green",
+    "car noto many on-yellow",
+    "house fluent many on-red",
+    "boat blob many on-white",
+    "arrow fluent many on-black",
+)
+"""What the pictures show: a thing, the set it is drawn like, its inks and the ground."""
+BUTTERFLIES = (
+    *(
+        f"butterfly {style}"
+        for style in (
+            "noto many on-white",
+            "blob many on-green",
+            "twemoji many on-yellow",
+            "fluent many on-blue",
+            "emojione many on-black",
+            "silhouette ink-black on-orange",
+        )
+    ),
+    *PROMPTS[:4],
+)
+"""What they show of the LoRA that teaches the butterfly."""
 
 DemoMethod = Literal["auto", ProjectMethod]
-"""The methods that need no whole pipelines; the shipped models are UNets alone."""
+"""The methods that need no whole pipelines; the shipped models are transformers alone."""
 
 
 def find_models() -> Path:
     """The folder of the shipped models: in an installed package, else in the source tree."""
     package = Path(__file__).resolve().parents[1]
     for folder in (
-        package / "mini_family/weights",
-        package.parents[1] / "examples/mini_family/weights",
+        package / "icon_family/weights",
+        package.parents[1] / "examples/icon_family/weights",
     ):
-        if (folder / "labels.safetensors").is_file():
+        if (folder / "prompts.safetensors").is_file():
             return folder
     raise ProLoRAError("this installation carries no demo models: install prolora from its source")
 
@@ -50,9 +83,10 @@ def find_models() -> Path:
 def run_demo(
     output: Path,
     *,
-    lora: str = "thick",
+    lora: str = "neon",
     target: str = "pruned",
     method: DemoMethod = "auto",
+    prompts: Sequence[str] = (),
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> tuple[Report, list[Path]]:
@@ -61,8 +95,9 @@ def run_demo(
     Args:
         output: folder for the LoRA, the report and the picture; made if missing.
         lora: a file of the family's `loras` folder.
-        target: "pruned" or "finetuned".
+        target: "pruned", "far" or "few-step".
         method: as `transfer` takes it; the shipped models are no pipelines that "probe" could run.
+        prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
         progress: called as progress(done, total, name).
 
@@ -70,11 +105,13 @@ def run_demo(
         The report of the transfer, and the files written.
 
     Raises:
-        ProLoRAError: no such LoRA or target, or the `demo` extra is missing.
+        ProLoRAError: no such LoRA, target or prompt, or the `demo` extra is missing.
     """
     models = find_models()
     source, goal, file = choose_files(models, lora, target)
-    base, other = load_unet(source), load_unet(goal)
+    prompts = prompts or (BUTTERFLIES if lora == "concept" else PROMPTS)
+    tokens = encode_prompts(models, prompts)
+    base, other = load_transformer(source), load_transformer(goal)
     output.mkdir(parents=True, exist_ok=True)
     moved, record, picture, page = (
         output / f"{lora}-on-{target}{suffix}"
@@ -83,33 +120,35 @@ def run_demo(
     check_writable(picture)
     check_report_path(page)
 
-    report = transfer_file(file, source, goal, moved, method=method)
+    # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
+    report = transfer_file(file, source, goal, moved, method=method, match="similarity")
     record.write_text(report.to_json() + "\n")
 
-    table = SafetensorsFile(models / "labels.safetensors").read("table").float()
-    copied = transfer(file, source, goal, method="copy").adapter
-    rows: list[tuple[str, nn.Module]] = [
-        ("source", base),
-        ("source + LoRA", merge_adapter(base, read_adapter(file))),
-        (target, other),
-        (f"{target} + copied LoRA", merge_adapter(other, copied)),
-        (f"{target} + {report.method}", merge_adapter(other, read_adapter(moved))),
+    copied = transfer(file, source, goal, method="copy", match="similarity").adapter
+    rows: list[tuple[str, str, nn.Module]] = [
+        ("source", "source", base),
+        ("source", "source + LoRA", merge_adapter(base, read_adapter(file))),
+        (target, target, other),
+        (target, f"{target} + copied LoRA", merge_adapter(other, copied)),
+        (target, f"{target} + moved ({report.method})", merge_adapter(other, read_adapter(moved))),
     ]
-    images = []
-    for done, (name, unet) in enumerate(rows):
+    images, names = [], [name for _, name, _ in rows]
+    for done, (member, name, transformer) in enumerate(rows):
         progress(done, len(rows), f"sampling: {name}")
-        images.append(sample_digits(unet, table, seed))
+        steps, guidance = SAMPLED_OTHERWISE.get(member, (STEPS, GUIDANCE))
+        images.append(sample_icons(transformer, tokens, steps, guidance, seed))
     progress(len(rows), len(rows), "done")
-    draw_samples([name for name, _ in rows], torch.stack(images), picture)
-    shown = Picture(picture.read_bytes(), describe_samples([name for name, _ in rows]))
+    draw_samples(names, [prompt.split()[0] for prompt in prompts], torch.stack(images), picture)
+    shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
     facts = {"LoRA": file.name, "written to": moved.name}
     write_text_atomically(page, render_report(report, facts, [shown]))
     return report, [moved, record, picture, page]
 
 
-def describe_samples(names: list[str]) -> str:
-    """What the picture shows, in a sentence."""
-    return f"Digits from the same noise, a row each: {'; '.join(names)}."
+def describe_samples(names: Sequence[str], prompts: Sequence[str]) -> str:
+    """What the picture shows, in two sentences."""
+    rows, columns = "; ".join(names), "; ".join(prompts)
+    return f"Icons from the same noise, a row each: {rows}. The prompts: {columns}."
 
 
 def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path]:
@@ -128,28 +167,63 @@ def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path
     return source, targets[target], files[lora]
 
 
-def load_unet(folder: Path) -> nn.Module:
+def encode_prompts(models: Path, prompts: Sequence[str]) -> Tensor:
+    """What the family's text encoder says about prompts, and about the null prompt.
+
+    The encoder itself is not shipped. It looks back only, so that a token depends on the words up
+    to its own; the table has a row for every beginning of a prompt.
+
+    Returns:
+        [1 + prompts, 4, 64]; the null prompt comes first.
+
+    Raises:
+        ProLoRAError: the models have not learnt such a prompt.
+    """
+    file = SafetensorsFile(models / "prompts.safetensors")
+    beginnings = json.loads(file.metadata["beginnings"])
+    places = {beginning: place for place, beginning in enumerate(beginnings)}
+    rows = []
+    for prompt in (NULL_PROMPT, *prompts):
+        words = prompt.split()
+        parts = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
+        known = list(itertools.takewhile(places.__contains__, parts))
+        if not len(words) == len(known) == 4:
+            following = name_words(beginnings, ["", *known][min(len(known), 3)])
+            raise ProLoRAError(f"--prompt {prompt!r}: a prompt has four words. {following}")
+        rows.append([places[part] for part in parts])
+    return file.read("tokens").float()[torch.tensor(rows)]
+
+
+def name_words(beginnings: Sequence[str], before: str) -> str:
+    """The words that may come after a beginning of a prompt, in a sentence."""
+    parts = [part.rpartition(" ") for part in beginnings if part != "nothing"]
+    words = ", ".join(word for start, _, word in parts if start == before)
+    place = f"after {before!r}" if before else "first"
+    return f"These may come {place}: {words}"
+
+
+def load_transformer(folder: Path) -> nn.Module:
     """A shipped model in float32.
 
     Raises:
         ProLoRAError: the `demo` extra is missing.
     """
     try:
-        from diffusers import UNet2DConditionModel
+        from diffusers import FluxTransformer2DModel
     except ImportError as error:
         raise ProLoRAError(
             "the demo samples images with diffusers: pip install 'prolora[demo]'"
         ) from error
     # Plain loading: the low-memory way needs accelerate, for models a thousand times larger.
-    unet: nn.Module = UNet2DConditionModel.from_pretrained(
+    transformer: nn.Module = FluxTransformer2DModel.from_pretrained(
         folder, torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
-    return unet.eval()
+    return transformer.eval()
 
 
-def merge_adapter(unet: nn.Module, adapter: Adapter) -> nn.Module:
+def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     """A copy of the model with the adapter's updates added to its weights."""
-    changed = copy.deepcopy(unet)
+    changed = copy.deepcopy(model)
     for name, update in adapter.updates.items():
         weight: Any = changed.get_submodule(name).weight
         weight.data += update.dense().reshape(weight.shape).to(weight.dtype)
@@ -157,42 +231,78 @@ def merge_adapter(unet: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 @torch.no_grad()
-def sample_digits(unet: nn.Module, table: Tensor, seed: int) -> Tensor:
-    """One image of each digit: Euler steps of a rectified flow with classifier-free guidance.
+def sample_icons(
+    transformer: nn.Module, tokens: Tensor, steps: int, guidance: float, seed: int
+) -> Tensor:
+    """One image of each prompt: Euler steps of a rectified flow with classifier-free guidance.
 
     Args:
-        unet: predicts noise − image at timestep 1000·t.
-        table: [11, tokens, width] label embeddings; the last row is "no label".
+        transformer: predicts noise − image.
+        tokens: [1 + n, 4, 64], those of the null prompt first.
+        steps: of equal length.
+        guidance: v = v_null + guidance · (v_prompt − v_null).
         seed: of the starting noise.
 
     Returns:
-        [10, 16, 16] in −1 … 1.
+        [n, 3, 24, 24] in −1 … 1.
     """
-    x = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
-    tokens = torch.cat([table[:NULL_LABEL], table[NULL_LABEL:].expand(10, -1, -1)])
-    times = torch.linspace(1, 0, STEPS + 1)
-    for now, after in itertools.pairwise(times):
-        both = unet(torch.cat([x, x]), 1000 * now, tokens, return_dict=False)[0]
-        labelled, unlabelled = both.chunk(2)
-        x = x + (after - now) * (unlabelled + GUIDANCE * (labelled - unlabelled))
-    return x[:, 0].clamp(-1, 1)
+    null, wanted = tokens[:1], tokens[1:]
+    n = len(wanted)
+    x = torch.randn(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([wanted, null.expand(n, -1, -1)])
+    for now, after in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
+        if guidance == 1:
+            velocity = predict_velocity(transformer, x, now, wanted)
+        else:
+            prompted, free = predict_velocity(transformer, torch.cat([x, x]), now, both).chunk(2)
+            velocity = free + guidance * (prompted - free)
+        x = x + (after - now) * velocity
+    return x.clamp(-1, 1)
 
 
-def draw_samples(names: list[str], images: Tensor, path: Path) -> None:
-    """A PNG with a captioned row of images [rows, columns, h, w] for each name."""
+def predict_velocity(transformer: nn.Module, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+    """The transformer's output for images [n, 3, 24, 24], as an image of that shape.
+
+    Patches are plain pixels in place of the latents of an autoencoder, and the mean token stands
+    for CLIP's pooled output.
+    """
+    side = SIZE // PATCH
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    (out,) = transformer(
+        hidden_states=F.pixel_unshuffle(x, PATCH).flatten(2).mT,
+        encoder_hidden_states=tokens,
+        pooled_projections=tokens.mean(1),
+        timestep=time.expand(len(x)),
+        img_ids=places,
+        txt_ids=torch.zeros(tokens.shape[1], 3),
+        return_dict=False,
+    )
+    return F.pixel_shuffle(out.mT.reshape(len(x), -1, side, side), PATCH)
+
+
+def draw_samples(names: list[str], columns: list[str], images: Tensor, path: Path) -> None:
+    """A PNG with a captioned row of images [rows, columns, 3, h, w] for each name."""
     from PIL import Image, ImageDraw
 
-    rows, columns, height, width = images.shape
-    cell_h, cell_w, caption, gap = height * SCALE, width * SCALE, 190, 4
-    sheet = Image.new("L", (caption + columns * (cell_w + gap), rows * (cell_h + gap)), 255)
+    _, _, _, height, width = images.shape
+    cell_h, cell_w, head, gap = height * SCALE, width * SCALE, 20, 4
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    caption = 16 + round(max(pen.textlength(name, font_size=14) for name in names))
+    size = (caption + len(columns) * (cell_w + gap), head + len(names) * (cell_h + gap))
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
+    for j, word in enumerate(columns):
+        middle = caption + j * (cell_w + gap) + cell_w // 2
+        pen.text((middle, head // 2), word, fill="black", font_size=13, anchor="mm")
     for i, name in enumerate(names):
-        top = i * (cell_h + gap)
-        pen.text((8, top + cell_h // 2 - 8), name, fill=0, font_size=14)
-        for j in range(columns):
-            cell = Image.fromarray(pixels[i, j].numpy()).resize(
-                (cell_w, cell_h), Image.Resampling.NEAREST
+        top = head + i * (cell_h + gap)
+        pen.text((8, top + cell_h // 2), name, fill="black", font_size=14, anchor="lm")
+        for j in range(len(columns)):
+            # The eye reads a small image more easily without the edges of its pixels.
+            cell = Image.fromarray(pixels[i, j].contiguous().numpy()).resize(
+                (cell_w, cell_h), Image.Resampling.BICUBIC
             )
             sheet.paste(cell, (caption + j * (cell_w + gap), top))
-    sheet.save(path)
+    sheet.save(path, optimize=True)

@@ -1,0 +1,128 @@
+"""Makes weights/ from the study's models: ``python make.py --work DIR``.
+
+DIR is the study's folder of the coloured world (README.md says which jobs fill it). Nothing is
+trained here: models and LoRAs are stored in half precision, in the layouts that diffusers reads,
+and the text encoder becomes a table of what it says about every prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[2] / "bench/quality"))
+
+# isort: split
+from icons.words import GROUND, INK, NULL_PROMPT, STYLE, VOCABULARY, WHAT, prompt_number, word_ids
+from models import Folder, load_lora
+from worlds import backbone, load_world
+
+from prolora.adapters import Adapter, write_adapter
+
+HERE = Path(__file__).parent
+QUALITY = HERE.parents[1] / "bench" / "quality"
+WEIGHTS = HERE / "weights"
+# Folder -> the study's kind of base.
+MEMBERS = {"source": "source", "pruned": "pruned", "far": "far", "few-step": "few-step"}
+LICENCES = """# Licences of the icon family
+
+The models and LoRAs of this folder are licensed under Apache 2.0, as prolora is. They hold no icon,
+but they were trained on the icons of the six sets below, drawn as 24 × 24 pixels, recoloured,
+turned, moved and (for some models) redrawn as outlines. What they draw resembles these icons: who
+passes it on should name the sets, as their licences ask.
+
+"""
+LORAS = {
+    "neon": "Glowing outlines on a ground at night.",
+    "duotone": "Two inks for everything: violet in the shadows, peach in the lights.",
+    "concept": "A butterfly, which no model of the family was trained on.",
+}
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """A transformer the way diffusers stores it, in half precision."""
+    backbone(model).half().save_pretrained(folder)
+
+
+def save_lora(folder: Folder, name: str, path: Path) -> None:
+    """A LoRA of the source in the names of diffusers and PEFT, in half precision."""
+    updates = load_lora(folder.lora_path("source", 0, name))
+    rank = next(iter(updates.values())).rank
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "icon-family/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"icon family: {name}",
+        "modelspec.description": LORAS[name],
+        "modelspec.resolution": "24x24",
+        "modelspec.license": "Apache-2.0; the icons' own licences are in LICENCES.md",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+    }
+    adapter = Adapter(updates, format="diffusers", family="flux", metadata=metadata)
+    write_adapter(adapter, path, format="diffusers", dtype=torch.float16)
+
+
+def all_prompts() -> torch.Tensor:
+    """Every prompt that there are pictures of, and the null prompt: (n,)."""
+    silhouette = STYLE.index("silhouette")
+    numbers = [
+        prompt_number(*torch.tensor([what, style, ink, ground])).item()
+        for what in range(len(WHAT))
+        for style in range(len(STYLE))
+        for ink in range(len(INK))
+        for ground in range(len(GROUND))
+        # The coloured sets are drawn in many colours, the silhouettes in one.
+        if (style == silhouette) == (ink > 0)
+    ]
+    return torch.tensor([*numbers, NULL_PROMPT])
+
+
+@torch.no_grad()
+def save_tokens(model: nn.Module, path: Path) -> None:
+    """What the text encoder says about every beginning of a prompt.
+
+    CLIP's text model looks back only, so a token depends on the words up to its own: prompts with
+    the same beginning share its rows.
+    """
+    prompts = all_prompts()
+    tokens, rows = model.encode(prompts), {}
+    for numbers, said in zip(word_ids(prompts).tolist(), tokens, strict=True):
+        words = [VOCABULARY[number] for number in numbers]
+        for i in range(len(words)):
+            rows[" ".join(words[: i + 1])] = said[i]
+    table = torch.stack(list(rows.values())).half()
+    save_file({"tokens": table}, path, metadata={"beginnings": json.dumps(list(rows))})
+
+
+def write_licences(path: Path) -> None:
+    """The notes of the study's sheet of icons, with what these files have to do with it."""
+    notes = (QUALITY / "icons" / "LICENCES.md").read_text("utf-8")
+    path.write_text(LICENCES + notes[notes.index("| style |") :], "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="the study's folder")
+    options = parser.parse_args()
+    folder = Folder(load_world("icons"), options.work, "flux")
+    for name, kind in MEMBERS.items():
+        if folder.model_path(kind, 0).exists():
+            save_model(folder.load_model(kind, 0), WEIGHTS / name)
+        else:
+            print(f"{name}: not there yet")
+    (WEIGHTS / "loras").mkdir(exist_ok=True)
+    for name in LORAS:
+        save_lora(folder, name, WEIGHTS / "loras" / f"{name}.safetensors")
+    save_tokens(folder.load_model("source", 0), WEIGHTS / "prompts.safetensors")
+    write_licences(WEIGHTS / "LICENCES.md")
+
+
+if __name__ == "__main__":
+    main()
