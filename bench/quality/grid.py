@@ -6,92 +6,188 @@ With --out it draws there; with --bases only what the source and the targets dra
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from contenders import CHOSEN, METHODS
 from evidence import RELATED, ROOT
-from models import Folder
+from icons.words import WHAT
+from models import Folder, load_lora
 from PIL import Image, ImageDraw
-from scoring import FEW_STEPS, SAMPLE_STEPS, apply_updates
+from scoring import FEW_STEPS, SAMPLE_STEPS, STUDENT_STEPS, apply_updates
 from study import loaded
-from torch import Tensor
+from torch import Tensor, nn
 from worlds import NAMES, World, load_world
 
-COLUMNS = {
-    "digits": {"thick": 6, "slanted": 6, "concept": 5, "fewstep": 6},
-    "icons": {"neon": 8, "duotone": 6, "concept": 6, "fewstep": 8},
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is drawn of a world, and how large.
+
+    Attributes:
+        columns: adapter -> how many images.
+        kinds: of target.
+        every: of the prompts that are scored, every how many-th is drawn.
+        contents: the words of the judge's classes, for the heads of the columns; () for none.
+        pixels: of an image, each way.
+        label: pixels at the left.
+        font: height of the letters.
+    """
+
+    columns: dict[str, int]
+    kinds: tuple[str, ...]
+    every: int = 1
+    contents: Sequence[str] = ()
+    pixels: int = 32
+    label: int = 118
+    font: int = 10
+
+
+SHEETS = {
+    "digits": Sheet({"thick": 6, "slanted": 6, "concept": 5, "fewstep": 6}, RELATED),
+    "icons": Sheet(
+        {"neon": 6, "duotone": 4, "concept": 4},
+        ("pruned", "far", "merged 1", "few-step"),
+        every=3,
+        contents=WHAT,
+        pixels=56,
+        label=170,
+        font=14,
+    ),
 }
-KINDS = {"digits": RELATED, "icons": ("near", "far", "far ground", "pruned", "merged 3")}
 ROWS = ("no adapter", "copy", "prolora 0.9", "auto", "trained there")
-PIXELS, LABEL, GAP = 32, 118, 8
+GAP = 8
 
 
-def draw_samples(world: World, model: torch.nn.Module, adapter: str, n: int) -> Tensor:
-    """n images for what the adapter is about, from the same noise for every row."""
-    y = world.sample_prompts(adapter, n)
-    few = adapter == "fewstep"
-    steps, guidance = (FEW_STEPS, 1.0) if few else (SAMPLE_STEPS, 2.0)
+def draw_samples(folder: Folder, kind: str, model: nn.Module, adapter: str) -> Tensor:
+    """Images for what the adapter is about, from the same noise for every row."""
+    world, y = folder.world, choose_prompts(folder.world, adapter)
+    few_step = world.distilled.get(kind) == "lines"
+    steps = STUDENT_STEPS if few_step else SAMPLE_STEPS
+    guidance = world.guidance_of(kind)
+    if adapter == "fewstep":
+        steps, guidance = FEW_STEPS, 1.0
     return world.sample(model, y, steps=steps, guidance=guidance, seed=3)
 
 
-def paste_strip(page: Image.Image, images: Tensor, left: int, top: int) -> None:
-    """Images (n, c, h, w) side by side, as large as the page's world shows them."""
-    strip = ((torch.cat(list(images), dim=2) + 1) * 127.5).clamp(0, 255).byte()
-    pixels = strip[0] if page.mode == "L" else strip.permute(1, 2, 0)
-    tile = Image.fromarray(pixels.contiguous().numpy())
-    size = (len(images) * PIXELS, PIXELS)
-    page.paste(tile.resize(size, Image.Resampling.NEAREST), (left, top))
+def choose_prompts(world: World, adapter: str) -> Tensor:
+    """The prompts of an adapter's columns."""
+    sheet = SHEETS[world.name]
+    n = sheet.columns[adapter]
+    return world.sample_prompts(adapter, n * sheet.every)[:: sheet.every]
+
+
+def new_page(world: World, width: int, height: int) -> Image.Image:
+    """White paper, grey where the world is."""
+    return Image.new("L" if world.shape[0] == 1 else "RGB", (width, height), "white")
+
+
+def write_text(page: Image.Image, place: tuple[int, int], text: str, font: int) -> None:
+    """Black letters; the place is the left end of their middle line."""
+    ImageDraw.Draw(page).text(place, text, fill="black", font_size=font, anchor="lm")
+
+
+def paste_strip(page: Image.Image, images: Tensor, left: int, top: int, pixels: int) -> None:
+    """Images (n, c, h, w) side by side, each of so many pixels of the page."""
+    bytes_ = ((images + 1) * 127.5).clamp(0, 255).byte()
+    # Coloured pixels are smoothed: the eye reads a small picture more easily without their edges.
+    way = Image.Resampling.NEAREST if page.mode == "L" else Image.Resampling.BICUBIC
+    for i, image in enumerate(bytes_):
+        flat = image[0] if page.mode == "L" else image.permute(1, 2, 0)
+        tile = Image.fromarray(flat.contiguous().numpy()).resize((pixels, pixels), way)
+        page.paste(tile, (left + i * pixels, top))
 
 
 def draw_bases(folder: Folder, n: int = 32) -> Image.Image:
     """A row of samples of every base that is there."""
-    kinds = ["source", *folder.world.kinds]
+    world, sheet = folder.world, SHEETS[folder.world.name]
+    kinds = ["source", *world.kinds]
     kinds = [kind for kind in kinds if folder.model_path(kind, 0).exists()]
-    mode = "L" if folder.world.shape[0] == 1 else "RGB"
-    page = Image.new(mode, (LABEL + n * PIXELS, len(kinds) * (PIXELS + 2)), "white")
+    row = sheet.pixels + 2
+    page = new_page(world, sheet.label + n * sheet.pixels, len(kinds) * row)
     for i, kind in enumerate(kinds):
-        model, top = folder.load_model(kind, 0), i * (PIXELS + 2)
-        few = folder.world.distilled.get(kind) == "lines"
-        y = folder.world.sample_prompts("", n)
-        guidance = folder.world.guidance_of(kind)
-        images = folder.world.sample(model, y, 4 if few else 16, guidance, seed=3)
-        paste_strip(page, images, LABEL, top)
-        ImageDraw.Draw(page).text((2, top + 10), kind, fill="black")
+        few_step = world.distilled.get(kind) == "lines"
+        images = world.sample(
+            folder.load_model(kind, 0),
+            world.sample_prompts("", n),
+            STUDENT_STEPS if few_step else 16,
+            world.guidance_of(kind),
+            seed=3,
+        )
+        paste_strip(page, images, sheet.label, i * row, sheet.pixels)
+        write_text(page, (2, i * row + sheet.pixels // 2), kind, sheet.font)
     return page
 
 
 def draw_adapters(folder: Folder) -> Image.Image:
-    """Every adapter on the kinds of target shown, moved by the methods shown."""
-    world, kinds = folder.world, KINDS[folder.world.name]
-    columns = COLUMNS[world.name]
-    width = LABEL + sum(n * PIXELS + GAP for n in columns.values())
-    block = len(ROWS) * PIXELS + GAP
-    mode = "L" if world.shape[0] == 1 else "RGB"
-    page = Image.new(mode, (width, 18 + len(kinds) * block), "white")
-    pen = ImageDraw.Draw(page)
-    left = LABEL
-    for adapter, n in columns.items():
-        pen.text((left, 3), adapter, fill="black")
-        left += n * PIXELS + GAP
-    for i, kind in enumerate(kinds):
-        target, cases_by_adapter, oracles = loaded(folder, kind, 0)
-        left = LABEL
-        for adapter, n in columns.items():
-            case = cases_by_adapter[adapter]
-            updates = {
-                "no adapter": {},
-                "trained there": oracles[adapter],
-                **{label: (METHODS | CHOSEN)[label](case) for label in ROWS[1:-1]},
-            }
-            for j, label in enumerate(ROWS):
-                top = 18 + i * block + j * PIXELS
-                with apply_updates(target, updates[label]):
-                    paste_strip(page, draw_samples(world, target, adapter, n), left, top)
-                if left == LABEL:
-                    pen.text((2, top + 10), f"{kind}: {label}", fill="black")
-            left += n * PIXELS + GAP
+    """Every adapter on the source and on the kinds of target shown, by the methods shown."""
+    world, sheet = folder.world, SHEETS[folder.world.name]
+    kinds = [kind for kind in sheet.kinds if folder.model_path(kind, 0).exists()]
+    blocks = [draw_source(folder), *(draw_target(folder, kind) for kind in kinds)]
+    head = (1 + bool(sheet.contents)) * (sheet.font + 8)
+    width = sheet.label + sum(n * sheet.pixels + GAP for n in sheet.columns.values())
+    rows = sum(map(len, blocks))
+    page = new_page(world, width, head + rows * sheet.pixels + len(blocks) * GAP)
+    write_heads(page, world)
+    top = head
+    for block in blocks:
+        for label, strips in block.items():
+            write_text(page, (2, top + sheet.pixels // 2), label, sheet.font)
+            left = sheet.label
+            for images, n in zip(strips, sheet.columns.values(), strict=True):
+                paste_strip(page, images, left, top, sheet.pixels)
+                left += n * sheet.pixels + GAP
+            top += sheet.pixels
+        top += GAP
     return page
+
+
+def write_heads(page: Image.Image, world: World) -> None:
+    """Names of the adapters, and what each column is asked for."""
+    sheet = SHEETS[world.name]
+    left, line = sheet.label, sheet.font + 8
+    for adapter, n in sheet.columns.items():
+        write_text(page, (left, line // 2), adapter, sheet.font)
+        for i, content in enumerate(world.content(choose_prompts(world, adapter)).tolist()):
+            if sheet.contents:
+                place = (left + i * sheet.pixels, line + line // 2)
+                write_text(page, place, sheet.contents[content], sheet.font - 2)
+        left += n * sheet.pixels + GAP
+
+
+Strips = dict[str, list[Tensor]]
+"""Label of a row -> the images of each adapter."""
+
+
+def draw_source(folder: Folder) -> Strips:
+    """The source, by itself and with each adapter that is moved."""
+    model, strips = folder.load_model("source", 0), {}
+    for adapter in SHEETS[folder.world.name].columns:
+        updates = load_lora(folder.lora_path("source", 0, adapter))
+        for label, update in (("source: no adapter", {}), ("source: with it", updates)):
+            with apply_updates(model, update):
+                images = draw_samples(folder, "source", model, adapter)
+            strips.setdefault(label, []).append(images)
+    return strips
+
+
+def draw_target(folder: Folder, kind: str) -> Strips:
+    """A target, with each adapter by every method."""
+    target, cases_by_adapter, oracles = loaded(folder, kind, 0)
+    strips: Strips = {}
+    for adapter in SHEETS[folder.world.name].columns:
+        case = cases_by_adapter[adapter]
+        updates = {
+            "no adapter": {},
+            **{label: (METHODS | CHOSEN)[label](case) for label in ROWS[1:-1]},
+            "trained there": oracles[adapter],
+        }
+        for label, update in updates.items():
+            with apply_updates(target, update):
+                images = draw_samples(folder, kind, target, adapter)
+            strips.setdefault(f"{kind}: {label}", []).append(images)
+    return strips
 
 
 def main() -> None:
@@ -107,6 +203,8 @@ def main() -> None:
     page = draw_bases(folder) if options.bases else draw_adapters(folder)
     named = "" if world.name == NAMES[0] else f"-{world.name}"
     name = f"evidence-{'bases' if options.bases else 'samples'}{named}-{options.arch}.png"
+    if page.mode == "RGB":
+        page = page.quantize(256, dither=Image.Dither.NONE)  # a third of the size
     page.save(options.out or ROOT / "docs/images" / name, optimize=True)
 
 
