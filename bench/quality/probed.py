@@ -38,19 +38,25 @@ RELATED = {
     "trained on (*continued*): transformers": ("flux", "flux", "continued"),
     "trained on (*continued*): UNets": ("unet", "unet", "continued"),
 }
+KEYS = ("name", "method", "arch", "to", "kind", "seed", "adapter")
+SHORT = "short"
+"""Name of the rows with a fifth of the samples, where the start of a fit is looked at."""
 CURVES = ("images", "batch", "probes", "steps", "damping", "rank")
 DEFAULTS = {"images": 24, "batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
 
 
-def collect(work: Path) -> dict:
-    """Every row in DIR/probing that belongs to a named set of options."""
-    rows = []
+def collect(work: Path, kept: dict) -> dict:
+    """Every row in DIR/probing that belongs to a named set of options, and the kept ones.
+
+    Rows that were collected earlier stay where they were not measured again.
+    """
+    row_by_key = {identify(row): row for row in kept.get("rows", [])}
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        if name in ("study", "related", "equal rank", "short") or name.split()[0] in CURVES:
+        if name in ("study", "related", "equal rank", SHORT) or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
-            rows.append(round_numbers(row))
+            row_by_key[identify(row)] = round_numbers(row)
     made = {
         "script": "bench/quality/probing.py",
         "commit": git("rev-parse", "--short", "HEAD"),
@@ -58,7 +64,13 @@ def collect(work: Path) -> dict:
         "torch": torch.__version__,
         "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
     }
-    return {"made": made, "rows": rows}
+    before = {"before": kept["made"]} if kept else {}
+    return {"made": made | before, "rows": list(row_by_key.values())}
+
+
+def identify(row: Row) -> tuple:
+    """What tells a row from all others."""
+    return tuple(row[key] for key in KEYS)
 
 
 def select_rows(table: Table, where: tuple[str, str, str], **wanted: object) -> Table:
@@ -315,26 +327,26 @@ def curves_table(table: Table) -> str:
     )
 
 
-def starts_table(table: Table) -> str:
-    """Rows of the coloured world, where fits may start from the copy."""
+def starts_table(table_by_world: dict[str, Table]) -> str:
+    """The short rows, where fits may start from the copy."""
     lines = []
-    for arch, to, kind in dict.fromkeys((r["arch"], r["to"], r["kind"]) for r in table.rows):
-        part = table.where(arch=arch, to=to, kind=kind, method="probe").rows
-        ceiling = table.where(arch=arch, to=to, kind=kind, method="distilled").mean(score)
-        for row in sorted(part, key=lambda row: (row["seed"], row["adapter"])):
+    for world, table in table_by_world.items():
+        rows = table.where(name=SHORT, method="probe").rows
+        for row in sorted(rows, key=lambda row: (row["kind"], row["seed"], row["adapter"])):
+            ceiling = table.where(**dict(zip(KEYS, identify(row), strict=True), method="distilled"))
             gain = row["gain"]
             lines.append(
                 [
-                    f"{kind}: {arch}" + (f" → {to}" if to != arch else ""),
+                    f"{row['kind']}, {world}",
                     row["adapter"],
                     "–" if row["copy"] is None else f"{row['copy']:.2f}",
                     f"{row['score']:.2f}",
                     f"{gated_score(row):.2f}",
                     decide_row(row),
-                    f"{row['start']}, {row['trust']:.2f}",
+                    f"{row['start']}, {row['trust']:.0%}",
                     f"{gain['share']:.2f} ± {gate.SURE * gain['error']:.2f}" if gain else "–",
                     f"{row['disagreement']['all']:.3f}",
-                    format_cell(ceiling),
+                    format_cell(ceiling.mean(score)),
                 ]
             )
     head = ["target", "LoRA", "copy", "probe, forced", "as gated", "decision", "start, trust"]
@@ -347,12 +359,15 @@ def main() -> None:
     parser.add_argument("--world", choices=RESULTS, default="digits", help="of --work")
     options = parser.parse_args()
     if options.work:
-        results = json.dumps(collect(options.work), indent=0)
-        RESULTS[options.world].write_text(results + "\n")
-    everything, icons = (
-        Table(json.loads(path.read_text())["rows"]) if path.exists() else Table([])
-        for path in RESULTS.values()
-    )
+        path = RESULTS[options.world]
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
+    table_by_world = {
+        world: Table(json.loads(path.read_text())["rows"])
+        for world, path in RESULTS.items()
+        if path.exists()
+    }
+    everything = table_by_world["digits"]
     tables: dict[str, Callable[[Table], str]] = {
         "probing": targets_table,
         "probing adapters": adapters_table,
@@ -362,7 +377,7 @@ def main() -> None:
         "probing curves": curves_table,
     }
     filled = {name: make(everything) for name, make in tables.items()}
-    filled["probing starts"] = starts_table(icons)
+    filled["probing starts"] = starts_table(table_by_world)
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), filled))
 

@@ -93,8 +93,9 @@ def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list
             )
         return [*faults_seen, *(["an unrelated base is called a go"] if go else [])]
     faults_seen = [] if go else ["a related base is called a no-go"]
-    if kind == "far" and decision not in ("refuse", "copy"):
-        faults_seen.append(f"probing calls a far fine-tune a {decision}")
+    lost = shares["copy @ 1"] - shares.get("probe", shares["copy @ 1"])
+    if kind == "far" and decision not in ("refuse", "copy") and lost > MARGIN:
+        faults_seen.append(f"probing calls a far fine-tune a {decision}, {lost:.2f} below the copy")
     for better, worse in zip(ORDER[kind], ORDER[kind][1:], strict=False):
         if shares[better] < shares[worse] + MARGIN:
             faults_seen.append(

@@ -259,7 +259,7 @@ def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
 
 
 def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
-    assert decide(0.8, 0.1, apart=0.05, start="zero") == "go"
+    assert decide(0.8, 0.1, apart=0.02, start="zero") == "go"
     assert decide(0.8, 0.1, apart=0.3, start="zero") == "copy"
     assert decide(0.0, 0.9, apart=0.3, start="zero") == "go"
 
@@ -298,8 +298,11 @@ def test_what_the_bases_disagree_on_is_left_to_the_copy(source, lora):
 
 
 def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):
-    with pytest.raises(ShapeMismatch, match="start='copy'"):
-        run(source, Denoiser(width=16), lora, start="copy", force=True)
+    def forbidden(seed: int) -> None:
+        raise AssertionError("sampled before the refusal")
+
+    with pytest.raises(ShapeMismatch, match="start 'copy'"):
+        probe.fit_lora(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
     with pytest.raises(ValueError, match="joint"):
         run(source, source, lora, start="copy", strategy="blocks")
 

@@ -23,7 +23,7 @@ MIN_SHARE = 0.25
 """Least share of the wanted change that an update must reach."""
 MAX_DISAGREEMENT = 0.4
 """Disagreement above which the source cannot say what the target should do."""
-DOUBT = 0.8
+DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
 """Standard errors between a gain and a sure one (95 %, one-sided)."""

@@ -21,6 +21,7 @@ from ..version import __version__
 from .checkpoint import Checkpoints
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
+from .fitting.start import check_start
 from .gate import REFUSE, Gate, fitting_updates, judge_updates
 from .models import check_models, frozen
 from .modules import choose_modules
@@ -182,6 +183,9 @@ def fit_lora(
     )
     adapter = _as_adapter(lora)
     check_models(source, target, adapter)
+    if rival is None:
+        rival = fitting_updates(target, adapter.updates)
+    check_start(settings.start, target, rival)
     sample_all = (sample_source, sample_adapted or sample_source, sample_target)
     with frozen(source), frozen(target), in_float32(source), in_float32(target):
         recorder = Recorder(
@@ -193,8 +197,6 @@ def fit_lora(
             Checkpoints(settings.resume),
             settings.samplers,
         )
-        if rival is None:
-            rival = fitting_updates(target, adapter.updates)
         return _record_fit_judge(recorder, rival, settings)
 
 

@@ -29,9 +29,6 @@ def fit_all_modules(
         run: the probing; its report gets the steps and the start.
         questions: the probes.
         modules: the modules that get an update.
-
-    Raises:
-        ShapeMismatch: the settings ask for a start that does not fit the target.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""

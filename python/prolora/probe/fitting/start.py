@@ -21,6 +21,10 @@ LEAST_COPY_SHARE = 0.1
 """Share of the wanted change that a copy must reach to be a start."""
 LEAST_TRUST = 0.1
 """Below this share of the way a fit is not worth its time."""
+NO_COPY = (
+    "start 'copy' needs a LoRA that can be moved to the target without probing, and this one has "
+    "no module of the target's names and shapes; use 'auto' or 'zero'"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class StartingPoint:
     trust: float
     reason: str
     updates: Mapping[str, LowRank] = field(default_factory=dict)
+
+
+def check_start(asked: Start, target: nn.Module, copied: Mapping[str, LowRank]) -> None:
+    """Refuses a start that does not exist, before anything is sampled.
+
+    Raises:
+        ShapeMismatch: "copy" is asked for, and there is no copy that fits the target.
+    """
+    if asked == "copy" and not (copied and fits_target(target, copied)):
+        raise ShapeMismatch(NO_COPY)
 
 
 def choose_start(
@@ -61,16 +75,8 @@ def choose_start(
         copied: updates of the target; empty where there are none.
         probes: some of those of the fit.
         read: return value of the target -> its prediction.
-
-    Raises:
-        ShapeMismatch: "copy" is asked for, and there is no copy that fits the target.
     """
     fitting = bool(copied) and fits_target(target, copied)
-    if asked == "copy" and not fitting:
-        raise ShapeMismatch(
-            "start='copy' needs a LoRA that fits the target, and none of its modules has the "
-            "target's names and shapes; use start='auto' or start='zero'"
-        )
     if asked == "zero" or not fitting:
         why = "as asked" if asked == "zero" else "no copy fits the target"
         return StartingPoint("zero", 1.0, why)

@@ -17,8 +17,9 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity
 from ...bases.memory import resident_bytes
 from ...core.lowrank import LowRank
-from ...errors import LowCoverage, ProLoRAError, TooLittleMemory, UnrelatedBases
+from ...errors import LowCoverage, ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
+from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
@@ -52,6 +53,7 @@ def transfer_by_probing(
 
     Raises:
         UnrelatedBases: the held-out probes speak against both, and `force` is not set.
+        ShapeMismatch: the fit is to start from a copy, and there is none.
         ProLoRAError: see `prolora.transfer` and `probe.fit_lora`.
     """
     check_probing(source, target, options)
@@ -64,6 +66,8 @@ def transfer_by_probing(
     if coverage < options.min_coverage:
         raise LowCoverage(explain_low_coverage(coverage, options.min_coverage, 0.0))
     rival = _move_rival(route, output)
+    if rival is None and options.probe.start == "copy":
+        raise ShapeMismatch(NO_COPY)
     updates, report = _fit_models(route, rival.adapter.updates if rival else {})
     gate = report.gate
     if gate and gate.decision == COPY and not options.probe.force:
