@@ -340,7 +340,7 @@ def starts_table(table_by_world: dict[str, Table]) -> str:
                     f"{row['kind']}, {world}",
                     row["adapter"],
                     "–" if row["copy"] is None else f"{row['copy']:.2f}",
-                    f"{row['score']:.2f}",
+                    f"{row['score_at_1']:.2f}",
                     f"{gated_score(row):.2f}",
                     decide_row(row),
                     f"{row['start']}, {row['trust']:.0%}",

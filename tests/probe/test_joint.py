@@ -252,9 +252,10 @@ def decide(copied: float | None, gain: float, apart: float, start: str = "copy")
 
 
 def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
-    assert decide(0.9, 0.03, apart=0.1) == "go"
-    assert decide(0.9, 0.01, apart=0.1) == "copy"  # one standard error
-    assert decide(0.9, -0.02, apart=0.1) == "copy"
+    assert decide(0.9, 0.03, apart=0.01) == "go"
+    assert decide(0.9, 0.01, apart=0.01) == "copy"  # one standard error
+    assert decide(0.9, -0.02, apart=0.01) == "copy"
+    assert decide(0.7, 0.12, apart=0.14) == "copy"  # less than the wanted change may be wrong by
     assert decide(None, 0.0, apart=0.1) == "go"
 
 

@@ -56,7 +56,8 @@ class Gate:
     Attributes:
         decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
             LoRA) on the same probes, or "refuse".
-        strength: the factor of every update: the one of STRENGTHS with the largest share.
+        strength: the factor of every update: the one of STRENGTHS with the largest share, where
+            that is surely better than 1.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
@@ -106,11 +107,12 @@ def judge_updates(
         start: where the fit started, "zero" or "copy".
     """
     disagreement = measure_disagreement(held_out)
-    strength, missing = _best_strength(target, updates, held_out, read)
+    doubt = least_gain(disagreement["all"], "zero")
+    strength, missing = _best_strength(target, updates, held_out, doubt, read)
     share = share_by_origin(held_out, missing)
     copy_share, copy_strength, gain = None, 1.0, None
     if copied and fits_target(target, copied):
-        copy_strength, copy_missing = _best_strength(target, copied, held_out, read)
+        copy_strength, copy_missing = _best_strength(target, copied, held_out, doubt, read)
         copy_share = share_by_origin(held_out, copy_missing)
         gain = _measure_gain(held_out, missing, copy_missing)
     decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, start)
@@ -158,9 +160,10 @@ def least_gain(disagreement: float, start: str) -> float:
 
     Where the bases disagree, the wanted change is itself wrong by about DOUBT·disagreement of its
     energy. A fit from zero follows that error, and the copy does not; so the fit seems better by
-    that much than it is, and the copy worse. A fit from the copy was shrunk for this already.
+    that much than it is, and the copy worse. A fit from the copy was shrunk for this already, but
+    by an error that was taken for independent of the copy's: it must exceed the error once.
     """
-    return 2 * DOUBT * disagreement if start == "zero" else 0.0
+    return (2 if start == "zero" else 1) * DOUBT * disagreement
 
 
 def _explain_copy(fitted: float, copied: float, gain: Gain, disagreement: float, start: str) -> str:
@@ -216,19 +219,24 @@ def _best_strength(
     target: nn.Module,
     updates: Mapping[str, LowRank],
     held_out: Sequence[WantedChange],
+    doubt: float,
     read: Callable[[Any], Tensor],
 ) -> tuple[float, list[Tensor]]:
-    """The one of STRENGTHS with the largest share over all probes, and what is missing there."""
-    best: tuple[float, list[Tensor]] | None = None
-    least = math.inf
-    for strength in reversed(STRENGTHS):
+    """The one of STRENGTHS with the largest share over all probes, and what is missing there.
+
+    It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change.
+    """
+    energy = sum(float(energy_of(wanted.change).sum()) for wanted in held_out)
+    full = measure_missing(target, updates, held_out, 1.0, read)
+    best, least = (1.0, full), sum(float(part.sum()) for part in full)
+    bound = least - doubt * energy
+    for strength in sorted(STRENGTHS, reverse=True)[1:]:
         missing = measure_missing(target, updates, held_out, strength, read)
         total = sum(float(part.sum()) for part in missing)
-        if best is not None and total >= least:
+        if total >= least:
             break  # the error is nearly a parabola of the strength: weaker ones are worse still
         best, least = (strength, missing), total
-    assert best is not None
-    return best
+    return best if least < bound else (1.0, full)
 
 
 def _measure_gain(
