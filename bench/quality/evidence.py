@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures
-from results import COPIES, Row, Table, best, collect, recovered
+from results import COPIES, Row, Table, best, collect
 from tables import format_cell, format_table
-from two_worlds import baselines_table, kinds_table, targets_table
+from two_worlds import baselines_table, decisions_table, kinds_table, targets_table
 from worlds import NAMES
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "docs/evidence.md", ROOT / "README.md")
+PAGES = (ROOT / "docs/evidence.md", ROOT / "docs/study.md", ROOT / "README.md")
 RELATED = ("near", "far", "pruned", "continued")
 KINDS = (*RELATED, "independent")
 METHODS = {
@@ -53,8 +53,6 @@ ABLATION = {
     "no complement (`subspace`), energy 0.9": "subspace 0.9 @ 1",
     "no complement (`subspace`), k = d/2": "subspace d/2 @ 1",
 }
-WORKS, FAILS = 0.25, 0.1
-"""A transfer worked if it recovers more than the first, and failed if less than the second."""
 
 
 def results_of(world: str) -> Path:
@@ -204,35 +202,6 @@ def verdict_table(table: Table) -> str:
     return format_table(head, rows)
 
 
-def decisions(table: Table) -> str:
-    """False-go and false-no-go counts over every scored target and adapter."""
-    verdicts = [row for row in table.rows if row["verdict"]]
-    go = [row for row in verdicts if row["verdict"]["go"]]
-    no_go = [row for row in verdicts if not row["verdict"]["go"]]
-    failed = [row for row in go if (recovered(row, "auto") or 0) < FAILS]
-    labels = ("damped, κ 4", "damped, κ 16", *COPIES)
-    missed = [row for row in no_go if max(recovered(row, label) or 0 for label in labels) > WORKS]
-    related = table.where(kind=RELATED).rows
-    kept = [row for row in related if row["verdict"] and row["verdict"]["go"]]
-    return format_table(
-        ["", "count", "of", "rate"],
-        [
-            _rate(f"false go: `auto` went ahead and recovered less than {FAILS}", failed, go),
-            _rate(
-                f"false no-go: warned off, though some copy or `damped` recovers over {WORKS}",
-                missed,
-                no_go,
-            ),
-            _rate("go among the related kinds of the study", kept, related),
-        ],
-    )
-
-
-def _rate(name: str, some: list, all_rows: list) -> list[str]:
-    share = f"{len(some) / len(all_rows):.1%}" if all_rows else "–"
-    return [name, str(len(some)), str(len(all_rows)), share]
-
-
 def fill_page(page: str, tables: dict[str, str]) -> str:
     """The page with each table between its marks, <!-- name --> and <!-- end -->."""
     for name, table in tables.items():
@@ -266,10 +235,10 @@ def main() -> None:
         "digits": lambda t: samples_table(t, ("thick", "slanted", "fewstep"), "digit"),
         "diversity": lambda t: samples_table(t, ("thick", "slanted", "concept"), "diversity"),
         "verdicts": verdict_table,
-        "decisions": decisions,
     }
     filled = {name: make(everything) for name, make in tables.items()}
     filled |= {"kinds": kinds_table(worlds), "targets": targets_table(worlds)}
+    filled |= {"decisions": decisions_table(worlds)}
     if "icons" in worlds:
         filled["baselines"] = baselines_table(worlds["icons"])
     for page in PAGES:

@@ -21,7 +21,7 @@ from prolora.probe import gate
 
 RESULTS = {
     "digits": ROOT / "bench/results/probing.json",
-    "icons": ROOT / "bench/results/quality_icons_probing.json",
+    "icons": ROOT / "bench/results/probing_icons.json",
 }
 PAGES = (ROOT / "docs/probe.md", ROOT / "docs/evidence.md")
 TARGETS = {

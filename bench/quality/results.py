@@ -19,6 +19,8 @@ from intervals import interval
 
 Row = dict[str, Any]
 Mean = tuple[float, float, float]
+MIN_GAP = 0.08
+"""The least share of the loss that an oracle must take away for a row to count."""
 COPIES = tuple(f"copy @ {s:g}" for s in (0.25, 0.4, 0.6, 0.8, 1.0, 1.25))
 
 
@@ -74,9 +76,12 @@ def round_numbers(value: Any) -> Any:
 
 
 def recovered(row: Row, label: str) -> float | None:
-    """Share of the held-out gap that a method recovers; None where it was not run."""
-    loss = row["losses"].get(label)
-    return None if loss is None else (row["none"] - loss) / (row["none"] - row["oracle"])
+    """Share of the held-out gap that a method recovers; None where it was not run.
+
+    Also None where the oracle gains next to nothing: a share of that is noise.
+    """
+    loss, gap = row["losses"].get(label), row["none"] - row["oracle"]
+    return None if loss is None or gap < MIN_GAP * row["none"] else (row["none"] - loss) / gap
 
 
 @dataclass(frozen=True)

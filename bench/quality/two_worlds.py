@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from results import COPIES, Row, Table, best, recovered
+from results import COPIES, Table, best, recovered
 from tables import format_cell, format_table
+
+WORKS, FAILS = 0.25, 0.1
+"""A transfer worked if it recovers more than the first, and failed if less than the second."""
 
 PRACTICE = {
     "near": "a light fine-tune",
@@ -42,8 +45,12 @@ BASELINES = {
 
 
 def by_own_images(table: Table) -> Table:
-    """The rows by the second yardstick; those of targets that look like the source have one."""
-    return Table([row | row.get("own", {}) for row in table.rows])
+    """The rows by the second yardstick; those of targets that look like the source have one.
+
+    A few-step adapter has no images of its own.
+    """
+    rows = [row for row in table.rows if row["adapter"] != "fewstep"]
+    return Table([row | row.get("own", {}) for row in rows])
 
 
 def order_kinds(table: Table) -> list[str]:
@@ -122,12 +129,18 @@ def _worst(parts: Mapping[str, Table], other: Callable[[Table], str]) -> list[st
     return [f"{mean:+.3f}", f"{known[least][0]:+.2f} ({least})"]
 
 
-def failed_and_missed(table: Table, fails: float, works: float) -> tuple[list[Row], list[Row]]:
-    """Rows of a go on which `auto` recovered too little, and of a no-go that had a way."""
-    judged = [row for row in table.rows if row["verdict"]]
-    labels = [f"damped, κ {kappa}" for kappa in (1, 2, 4, 8, 16, 32)] + list(COPIES)
-    go = [row for row in judged if row["verdict"]["go"]]
-    stopped = [row for row in judged if not row["verdict"]["go"]]
-    failed = [row for row in go if (recovered(row, "auto") or 0) < fails]
-    missed = [row for row in stopped if max(recovered(row, x) or 0 for x in labels) > works]
-    return failed, missed
+def decisions_table(tables: Mapping[str, Table]) -> str:
+    """False-go and false-no-go counts over every scored target and adapter, by the look."""
+    lines = []
+    for world, table in tables.items():
+        judged = [r for r in table.rows if r["verdict"] and recovered(r, "copy @ 1") is not None]
+        go = [row for row in judged if row["verdict"]["go"]]
+        stopped = [row for row in judged if not row["verdict"]["go"]]
+        failed = [row for row in go if (recovered(row, "auto") or 0) < FAILS]
+        labels = [*(f"damped, κ {kappa}" for kappa in (1, 2, 4, 8, 16, 32)), *COPIES]
+        missed = [r for r in stopped if max(recovered(r, x) or 0 for x in labels) > WORKS]
+        for name, some, every in (("go", failed, go), ("no-go", missed, stopped)):
+            where = ", ".join(sorted({f"{row['adapter']} on {row['kind']}" for row in some}))
+            share = f"{len(some) / len(every):.1%}" if every else "–"
+            lines.append([world, f"false {name}", f"{len(some)} of {len(every)}", share, where])
+    return format_table(["world", "", "rows", "rate", "which"], lines)

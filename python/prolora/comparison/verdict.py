@@ -194,8 +194,8 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 METHOD_REASONS = {
     "copy": "the drift looks like longer training, which does not change what an update does",
     "damped": (
-        "the target drifted along few directions, and the update is weakened along them; a copy "
-        "would show more of it, and more mistakes"
+        "the target learnt something new, and the update is weakened along what changed, for the "
+        "target's own look; --look lora copies it, for the images that the LoRA was made for"
     ),
 }
 """Why `auto` chose a method."""
