@@ -192,7 +192,9 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 
 
 METHOD_REASONS = {
-    "copy": "the drift looks like longer training, which does not change what an update does",
+    "copy": (
+        "the drift looks like longer training or merged LoRAs, which do not change what an update does"
+    ),
     "damped": (
         "the target learnt something new, and the update is weakened along what changed, for the "
         "target's own look; --look lora copies it, for the images that the LoRA was made for"
