@@ -193,7 +193,8 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 
 METHOD_REASONS = {
     "copy": (
-        "the drift looks like longer training or merged LoRAs, which do not change what an update does"
+        "the drift looks like longer training or merged LoRAs, which do not change what an update "
+        "does"
     ),
     "damped": (
         "the target learnt something new, and the update is weakened along what changed, for the "
