@@ -20,7 +20,7 @@ from prolora.bases import identity, vae
 from prolora.cli import app
 from prolora.errors import OutputError
 from prolora.probe import pipelines
-from prolora.probe.pipelines import schedules
+from prolora.probe.pipelines import conversion, schedules
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import record_calls
@@ -88,17 +88,17 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
     a = torch.linspace(0.999, 0.005, 1000).double()
     ours, theirs = schedules.Schedule("epsilon", a), schedules.Schedule("v_prediction", a**1.5)
     time = torch.tensor([40.0, 500.0, 900.0])
-    there = schedules.translate_time(ours, theirs, time)
+    there = conversion.translate_time(ours, theirs, time)
     torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))
     alpha = ours.alpha(time).float()[:, None, None, None]
     x = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(
-        schedules.convert_prediction(ours, theirs, x, time, noise), velocity, **close
+        conversion.convert_prediction(ours, theirs, x, time, noise), velocity, **close
     )
     torch.testing.assert_close(
-        schedules.convert_prediction(theirs, ours, x, there, velocity), noise, **close
+        conversion.convert_prediction(theirs, ours, x, there, velocity), noise, **close
     )
 
 
@@ -225,7 +225,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         ("vae", UnrelatedBases, "trained apart"),
         ("pickle", UnsupportedFormat, "save_pretrained"),
         ("code", UnsupportedFormat, "code of its own"),
-        ("flow", UnsupportedFormat, "flow"),
+        ("kind", UnsupportedFormat, "trigflow"),
     ],
 )
 def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broken, error, words):
@@ -246,11 +246,10 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
     elif broken == "code":
         index["unet"] = ["my_unet", "Mine"]
         (target / "model_index.json").write_text(json.dumps(index))
-    elif broken == "flow":
-        flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-        (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
-        index["scheduler"] = ["diffusers", flow["_class_name"]]
-        (target / "model_index.json").write_text(json.dumps(index))
+    elif broken == "kind":
+        config = target / "scheduler" / "scheduler_config.json"
+        changed = json.loads(config.read_text()) | {"prediction_type": "trigflow"}
+        config.write_text(json.dumps(changed))
     with pytest.raises(error, match=words):
         prolora_transfer(
             room / "lora.safetensors", room / "source", target, method="probe", probe=SETTINGS

@@ -51,6 +51,8 @@ class ProbeReport:
         resumed: number of fits (blocks, or 1 for the joint fit) read back from the folder of an
             earlier probing.
         seconds: wall time by stage.
+        log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
+            different quantities (pipelines only); None without a bound.
     """
 
     probes: int
@@ -67,10 +69,17 @@ class ProbeReport:
     gate: gate.Gate | None = None
     resumed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    log_snr: tuple[float, float] | None = None
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
         lines = [self._describe_fit()]
+        if self.log_snr:
+            low, high = self.log_snr
+            lines.append(
+                f"The models predict different quantities; both were asked at equal log-SNR, from "
+                f"{low:.1f} to {high:.1f}, and compared by x₀."
+            )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             verb = "was" if len(self.left_out) == 1 else "were"

@@ -80,6 +80,7 @@ def fit_lora(
     translate_back: Translate | None = None,
     convert: Convert | None = None,
     read: Read | None = None,
+    clip: Translate | None = None,
     rival: Mapping[str, LowRank] | None = None,
     rank: float = 32,
     strategy: Strategy = "joint",
@@ -113,7 +114,7 @@ def fit_lora(
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
             in float32, float16 or bfloat16; computed in float32.
         target: the same of the target; widths and depths may differ. Both must take the same
-            inputs and predict the same quantity, unless the four functions below translate.
+            inputs and predict the same quantity, unless the five functions below translate.
         lora: a file, an adapter, or updates by the source's module names.
         sample_source: runs the source's sampler from noise with the given seed.
         sample_target: the same for the target.
@@ -124,6 +125,8 @@ def fit_lora(
         translate_back: turns a call recorded on the target into that of the source.
         convert: (call of the source, its prediction) -> the prediction in the target's terms.
         read: return value of either model -> its prediction; None: see `output_of`.
+        clip: turns a recorded call into the nearest one that both models can be asked; `origin`
+            says which model recorded it. None: the same call.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself whose modules the target has.
         rank: of every update that is written, or the share of each update that is kept.
@@ -180,6 +183,7 @@ def fit_lora(
         translate_back or same_call,
         convert or same_prediction,
         read or output_of,
+        clip or same_call,
     )
     adapter = _as_adapter(lora)
     check_models(source, target, adapter)

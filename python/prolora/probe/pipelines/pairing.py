@@ -6,16 +6,23 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError
 from ..recording.trajectories import Call, output_of
-from ..recording.translation import Translation
+from ..recording.translation import Translation, same_call
 from ..settings import Probing
-from . import schedules
-from .conditioning import PromptTable, split_call
+from .conditioning import PromptTable, build_call, split_call
+from .conversion import (
+    clip_state,
+    common_levels,
+    convert_prediction,
+    translate_state,
+    translate_time,
+)
 from .pipeline import Pipeline
-from .schedules import Schedule
+from .schedules import FLOW, Schedule, level_log_snr
 
 _FIT_SETTINGS = (
     "force",
@@ -35,12 +42,15 @@ class PipelinePair:
         target: the other one.
         settings: with the size set.
         translation: turns calls and predictions of one into those of the other.
+        log_snr: the lowest and highest log-SNR at which both are asked, for models that predict
+            different quantities; None without a bound.
     """
 
     source: Pipeline
     target: Pipeline
     settings: Probing
     translation: Translation
+    log_snr: tuple[float, float] | None = None
 
     def describe_sampling(self) -> str:
         """What the samplers do, as a text: part of the keys of recorded calls."""
@@ -55,7 +65,10 @@ class PipelinePair:
 def pair_pipelines(
     source: Pipeline, target: Pipeline, settings: Probing, of_target: Probing | None = None
 ) -> PipelinePair:
-    """Sets the size and tabulates the conditioning of each model for the prompts.
+    """Sets the size, and tabulates the conditioning of each model for the prompts.
+
+    Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
+    to see what their times mean.
 
     Args:
         source: the pipeline that the LoRA was made for.
@@ -64,12 +77,10 @@ def pair_pipelines(
         of_target: steps and guidance of the target where they are its own; None: as `settings`.
 
     Raises:
-        UnsupportedFormat: the predictions cannot be converted into each other.
+        UnsupportedFormat: the times or predictions of a flow cannot be read.
         ProLoRAError: the latents have different numbers of channels.
     """
     names = source.name, target.name
-    same = type(source.denoiser) is type(target.denoiser)
-    schedules.check_schedules(source.schedule, target.schedule, same, names)
     channels = [p.channels for p in (source, target)]
     if channels[0] != channels[1]:
         raise ProLoRAError(
@@ -80,20 +91,28 @@ def pair_pipelines(
         sizes = [p.size for p in (source, target)]
         known = [size for size in sizes if size is not None]
         settings = replace(settings, size=min(known) if known else None)
-    ours = source.tabulate_prompts(settings)
-    theirs = target.tabulate_prompts(replace(of_target or settings, size=settings.size))
+    theirs_settings = replace(of_target or settings, size=settings.size)
+    ours, theirs = source.schedule, target.schedule
+    alike = type(source.denoiser) is type(target.denoiser) and ours.predicts_alike(theirs)
+    if not alike and FLOW in (ours.kind, theirs.kind):
+        ours = source.observe_schedule(settings)
+        theirs = target.observe_schedule(theirs_settings)
+    levels = common_levels(ours, theirs)
+    tables = source.tabulate_prompts(settings), target.tabulate_prompts(theirs_settings)
     translation = Translation(
-        _CallTranslator(ours, theirs, source.schedule, target.schedule),
-        _CallTranslator(theirs, ours, target.schedule, source.schedule),
-        _PredictionConverter(source.denoiser, source.schedule, target.schedule),
+        _CallTranslator(*tables, ours, theirs),
+        _CallTranslator(tables[1], tables[0], theirs, ours),
+        _PredictionConverter(source.denoiser, ours, theirs),
         _PredictionReader(channels[0]),
+        same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
     )
-    return PipelinePair(source, target, settings, translation)
+    log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
+    return PipelinePair(source, target, settings, translation, log_snr)
 
 
 @dataclass(frozen=True)
 class _CallTranslator:
-    """A call of one model -> the other's: same latents and noise, its own text embeddings."""
+    """A call of one model -> the other's: same x₀, ε and log-SNR, its own text embeddings."""
 
     ours: PromptTable
     theirs: PromptTable
@@ -103,8 +122,31 @@ class _CallTranslator:
     def __call__(self, call: Call) -> Call:
         parts = split_call(self.ours.model, call)
         prompts = [self.ours.prompt_of(parts, i) for i in range(len(parts.latent))]
-        time = schedules.translate_time(self.schedule, self.their_schedule, parts.time)
-        return self.theirs.build_call(parts.latent, time, prompts)
+        time = translate_time(self.schedule, self.their_schedule, parts.time)
+        latent = translate_state(self.schedule, self.their_schedule, parts.latent, parts.time)
+        return self.theirs.build_call(latent, time, prompts)
+
+
+@dataclass(frozen=True)
+class _CallClipper:
+    """A recorded call -> the nearest one at a noise level that both models can be asked at."""
+
+    source: Pipeline
+    target: Pipeline
+    schedule: Schedule
+    their_schedule: Schedule
+    levels: tuple[float, float]
+
+    def __call__(self, call: Call) -> Call:
+        of_target = call.origin == "target"
+        model = (self.target if of_target else self.source).denoiser
+        schedule = self.their_schedule if of_target else self.schedule
+        parts = split_call(model, call)
+        latent, time = clip_state(schedule, self.levels, parts.latent, parts.time)
+        if latent is parts.latent:
+            return call
+        time = time.to(parts.time.dtype if parts.time.is_floating_point() else torch.float32)
+        return build_call(model, replace(parts, latent=latent, time=time))
 
 
 @dataclass(frozen=True)
@@ -117,9 +159,7 @@ class _PredictionConverter:
 
     def __call__(self, call: Call, prediction: Tensor) -> Tensor:
         parts = split_call(self.model, call)
-        return schedules.convert_prediction(
-            self.ours, self.theirs, parts.latent, parts.time, prediction
-        )
+        return convert_prediction(self.ours, self.theirs, parts.latent, parts.time, prediction)
 
 
 @dataclass(frozen=True)

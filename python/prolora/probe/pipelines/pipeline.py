@@ -16,7 +16,8 @@ from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..recording.trajectories import Call, Sample
 from ..settings import Probing
 from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
-from .schedules import Schedule
+from .flow_convention import STEPS, observe_flow
+from .schedules import FLOW, Schedule
 
 
 class Pipeline:
@@ -148,6 +149,24 @@ class Pipeline:
             empty = self._capture_call("", settings)
             negative = sample_conditioning(split_call(self.denoiser, empty), 0)
         return PromptTable(self.denoiser, [*entries, negative or entries[-1]], parts.time)
+
+    def observe_schedule(self, settings: Probing) -> Schedule:
+        """The schedule; that of a flow with the times that the denoiser is given, and its sign.
+
+        Raises:
+            UnsupportedFormat: see `observe_flow`.
+        """
+        if self.schedule.kind != FLOW:
+            return self.schedule
+        short = replace(settings, steps=STEPS)
+        prompt = _prompts_or_empty(settings)[0]
+        return observe_flow(
+            self.schedule,
+            self.pipe.scheduler,
+            self.denoiser,
+            lambda: self.sample_latents(prompt, short, 0),
+            self.name,
+        )
 
     def _capture_call(self, prompt: str, settings: Probing) -> Call:
         """The first call of the denoiser for a prompt."""

@@ -1,8 +1,9 @@
-"""What a denoiser predicts at which noise level, and conversion between two conventions."""
+"""What a denoiser predicts at which noise level, read from a diffusers scheduler."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,22 +11,51 @@ from torch import Tensor
 
 from ...errors import UnsupportedFormat
 
-EPSILON, VELOCITY, FLOW = "epsilon", "v_prediction", "flow"
+EPSILON, VELOCITY, SAMPLE, FLOW = "epsilon", "v_prediction", "sample", "flow"
+LEAST_LOG_SNR = -10.0
+"""Below it, x₀ from a prediction of ε is ε's error times 150 or more."""
+LARGEST_LOG_SNR = 14.0
+"""Above it, all predictions but that of x₀ are x₀'s error times 1000 or more."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """The time of a denoiser that is linear in the noise level: slope · level + offset."""
+
+    slope: float
+    offset: float
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The convention of a pipeline, from its scheduler.
+    """The convention of a pipeline: x = a·x₀ + b·ε at a time, and what is predicted there.
 
-    Variance-preserving models see x = √ᾱ·x₀ + √(1−ᾱ)·ε at the time t whose ᾱ the scheduler lists.
+    The noise level is u = b/(a + b), from 0 (an image) to 1 (noise); log-SNR = 2·log((1 − u)/u).
+    Every prediction is f = c·x₀ + d·x with numbers c and d that depend on the level alone
+    (`weights`), so predictions of all kinds can be converted into each other.
+
+    Flows see a = 1 − u, b = u and predict ε − x₀. All others are variance-preserving in units of
+    `sigma_data`: a² · sigma_data² + b² = 1. Their velocity is a·ε − b·x₀ (sigma_data 1).
 
     Attributes:
-        kind: "epsilon", "v_prediction" (√ᾱ·ε − √(1−ᾱ)·x₀) or "flow".
-        alphas: ᾱ by time, falling, float64; None for flows.
+        kind: "epsilon", "v_prediction", "sample" (x₀) or "flow".
+        alphas: ᾱ by time, falling, float64; None where there is no table of times.
+        sign: −1 where the model predicts the negative.
+        sigma_data: standard deviation of x₀ by which EDM models are preconditioned.
+        log_sigmas: where times are ¼·log σ (EDM), the smallest and the largest log σ.
+        times: of a flow; None until a pipeline was observed, see `observe_flow`.
+        unit: of a flow, what its scheduler calls level 1: num_train_timesteps.
+        inverted: of a flow, whether its scheduler counts from image to noise.
     """
 
     kind: str
-    alphas: Tensor | None
+    alphas: Tensor | None = field(repr=False)
+    sign: int = 1
+    sigma_data: float = 1.0
+    log_sigmas: tuple[float, float] | None = None
+    times: Times | None = None
+    unit: float = 1000.0
+    inverted: bool = False
 
     @classmethod
     def of(cls, scheduler: Any, name: str) -> Schedule:
@@ -34,16 +64,35 @@ class Schedule:
         Raises:
             UnsupportedFormat: the scheduler has another convention.
         """
-        kind = getattr(scheduler.config, "prediction_type", None)
+        config = scheduler.config
+        kind = getattr(config, "prediction_type", None)
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
-            return cls(FLOW, None)
-        if kind in (EPSILON, VELOCITY) and alphas is not None:
-            return cls(kind, torch.as_tensor(alphas).double().cpu())
-        raise UnsupportedFormat(
-            f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; probing handles "
-            f"{EPSILON} and {VELOCITY} with alphas_cumprod, and flow matching"
-        )
+            unit = float(getattr(config, "num_train_timesteps", 1000))
+            inverted = bool(getattr(config, "invert_sigmas", False))
+            return cls(FLOW, None, sign=-1 if inverted else 1, unit=unit, inverted=inverted)
+        continuous = getattr(config, "timestep_type", None) == "continuous"
+        data = getattr(config, "sigma_data", None)
+        if kind in (EPSILON, VELOCITY) and type(scheduler).__name__.startswith("EDM") and data:
+            # EDM's x₀ = c_skip·x ± c_out·f is ∓ the velocity in units of sigma_data.
+            bounds = (math.log(config.sigma_min), math.log(config.sigma_max))
+            sign = -1 if kind == EPSILON else 1
+            return cls(VELOCITY, None, sign=sign, sigma_data=float(data), log_sigmas=bounds)
+        if kind not in (EPSILON, VELOCITY, SAMPLE) or alphas is None:
+            raise UnsupportedFormat(
+                f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; probing "
+                f"handles {EPSILON}, {VELOCITY} and {SAMPLE} with alphas_cumprod, flow matching, "
+                "and EDM. Another scheduler of the same model may say what it predicts"
+            )
+        alphas = torch.as_tensor(alphas).double().cpu()
+        if continuous and kind == VELOCITY:
+            odds = ((1 - alphas[[0, -1]]) / alphas[[0, -1]].clamp_min(1e-12)).log() / 2
+            bounds = (
+                math.log(config.sigma_min) if config.sigma_min else float(odds[0]),
+                math.log(config.sigma_max) if config.sigma_max else float(odds[1]),
+            )
+            return cls(VELOCITY, None, log_sigmas=bounds)
+        return cls(kind, alphas)
 
     def alpha(self, time: Tensor) -> Tensor:
         """ᾱ at (fractional) times, by linear interpolation."""
@@ -63,58 +112,106 @@ class Schedule:
         part = ((alpha - rising[high - 1]) / span).clamp(0, 1)
         return len(rising) - 1 - (high - 1 + part)
 
+    def level_at(self, time: Tensor) -> Tensor:
+        """The noise level at times of the model, float64 on the CPU."""
+        time = time.double().cpu()
+        if self.alphas is not None:
+            return _level_of_alpha(self.alpha(time))
+        if self.log_sigmas is not None:
+            return torch.sigmoid(4 * time)  # σ/(1 + σ)
+        times = self._known_times()
+        return ((time - times.offset) / times.slope).clamp(0, 1)
 
-def translate_time(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
-    """The time at which the other model sees as much noise; the same time for equal schedules."""
-    if ours.alphas is None or theirs.alphas is None:
-        return time
-    if ours.alphas.shape == theirs.alphas.shape and torch.allclose(
-        ours.alphas, theirs.alphas, rtol=1e-5, atol=1e-9
-    ):
-        return time
-    return theirs.time(ours.alpha(time)).to(time.device)
+    def time_at(self, level: Tensor) -> Tensor:
+        """The times of the model at noise levels; the nearer end where it never has that much."""
+        level = level.double().cpu()
+        if self.alphas is not None:
+            signal, noise = (1 - level).square(), level.square()
+            return self.time(signal / (signal + noise))
+        if self.log_sigmas is not None:
+            return torch.logit(level).clamp(*self.log_sigmas) / 4
+        times = self._known_times()
+        return times.slope * level + times.offset
+
+    def _known_times(self) -> Times:
+        if self.times is None:
+            raise RuntimeError("the times of a flow are known once its pipeline was observed")
+        return self.times
+
+    def scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """A and b of x = a·x₀ + b·ε at a noise level."""
+        if self.kind == FLOW:
+            return 1 - level, level
+        size = (level.square() + (self.sigma_data * (1 - level)).square()).sqrt()
+        return (1 - level) / size, level / size
+
+    def weights(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """C and d of the prediction f = c·x₀ + d·x at a noise level."""
+        a, b = self.scales(level)
+        if self.kind == SAMPLE:
+            c, d = torch.ones_like(level), torch.zeros_like(level)
+        elif self.kind == EPSILON:
+            c, d = -a / b, 1 / b
+        elif self.kind == FLOW:
+            c, d = -1 / b, 1 / b  # ε − x₀ = (x − a·x₀)/b − x₀, and a + b = 1
+        else:
+            c, d = -1 / (self.sigma_data * b), self.sigma_data * a / b
+        return self.sign * c, self.sign * d
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The noise levels at which the model can be asked and its answer says something of x₀."""
+        low, high = (log_snr_level(x) for x in (LARGEST_LOG_SNR, LEAST_LOG_SNR))
+        if self.kind != EPSILON:
+            high = 1.0
+        if self.kind == SAMPLE:
+            low = 0.0
+        if self.alphas is not None:
+            least, largest = _level_of_alpha(self.alphas[[0, -1]]).tolist()
+            return max(low, least), min(high, largest)
+        if self.log_sigmas is not None:
+            least, largest = torch.tensor(self.log_sigmas).double().sigmoid().tolist()
+            return max(low, least), min(high, largest)
+        return low, high
+
+    def with_flow(self, times: Times, sign: int) -> Schedule:
+        """The convention of a flow whose pipeline was observed."""
+        return replace(self, times=times, sign=sign * self.sign)
+
+    def has_same_path(self, other: Schedule) -> bool:
+        """Whether both see the same x at the same noise level."""
+        return (self.kind == FLOW) == (other.kind == FLOW) and self.sigma_data == other.sigma_data
+
+    def predicts_alike(self, other: Schedule) -> bool:
+        """Whether both predict the same quantity of the same x."""
+        ours, theirs = ((schedule.kind, schedule.sign) for schedule in (self, other))
+        return ours == theirs and self.has_same_path(other)
+
+    def has_same_times(self, other: Schedule) -> bool:
+        """Whether a time means the same noise level to both."""
+        if self.alphas is None or other.alphas is None:
+            ours, theirs = (
+                (s.kind == FLOW, s.times, s.log_sigmas is None, s.alphas is None)
+                for s in (self, other)
+            )
+            return ours == theirs
+        return self.alphas.shape == other.alphas.shape and torch.allclose(
+            self.alphas, other.alphas, rtol=1e-5, atol=1e-9
+        )
 
 
-def convert_prediction(
-    ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor, prediction: Tensor
-) -> Tensor:
-    """Converts a prediction to the kind of another schedule: ε = √ᾱ·v + √(1−ᾱ)·x and back.
-
-    Args:
-        ours: schedule of the model that predicted.
-        theirs: schedule of the other model.
-        latent: x [n, ...], the input of the model that predicted.
-        time: at which it predicted, [] or [n].
-        prediction: [n, ...].
-    """
-    if ours.kind == theirs.kind:
-        return prediction
-    alpha = ours.alpha(time).to(prediction.device, torch.float32)
-    alpha = alpha.reshape(-1, *[1] * (prediction.dim() - 1))
+def _level_of_alpha(alpha: Tensor) -> Tensor:
     signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
-    if theirs.kind == EPSILON:
-        return signal * prediction + noise * latent
-    return (prediction - noise * latent) / signal
+    return noise / (signal + noise)
 
 
-def check_schedules(
-    source: Schedule, target: Schedule, same_class: bool, names: tuple[str, str]
-) -> None:
-    """Refuses conventions that cannot be converted into each other.
+def log_snr_level(log_snr: float) -> float:
+    """The noise level at a log-SNR."""
+    return 1 / (1 + math.exp(log_snr / 2))
 
-    Raises:
-        UnsupportedFormat: one is a flow and the other variance-preserving; or both are flows, of
-            two architectures, whose times may have different meanings.
-    """
-    if FLOW not in (source.kind, target.kind):
-        return
-    if source.kind != target.kind:
-        raise UnsupportedFormat(
-            f"{names[0]} predicts {source.kind} and {names[1]} {target.kind}: probing does not "
-            "translate between flow matching and noise prediction"
-        )
-    if not same_class:
-        raise UnsupportedFormat(
-            f"{names[0]} and {names[1]} are flows of two architectures, whose times may "
-            "have different meanings; probing moves between flows of one architecture only"
-        )
+
+def level_log_snr(level: float) -> float:
+    """The log-SNR at a noise level, infinite at its ends."""
+    if level <= 0 or level >= 1:
+        return math.inf if level <= 0 else -math.inf
+    return 2 * math.log((1 - level) / level)

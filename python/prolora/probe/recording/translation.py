@@ -62,15 +62,19 @@ class Translation:
         convert: the source's call and prediction -> the prediction in the target's terms. The
             target should change by the differences of converted predictions.
         read: return value of either model -> its prediction.
+        clip: a recorded call -> the one that is asked, where a model cannot answer or understand
+            the recorded one; its origin says which model recorded it.
     """
 
     translate: Translate = same_call
     translate_back: Translate = same_call
     convert: Convert = same_prediction
     read: Read = output_of
+    clip: Translate = same_call
 
     def question(self, call: Call) -> Question:
         """The question that a recorded call asks; its origin says which model recorded it."""
+        call = replace(self.clip(call), origin=call.origin)
         if call.origin == "target":
             return Question(replace(self.translate_back(call), origin=call.origin), call)
         return Question(call, replace(self.translate(call), origin=call.origin))

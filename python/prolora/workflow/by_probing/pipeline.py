@@ -142,9 +142,11 @@ def _fit_models(
         translate_back=pair.translation.translate_back,
         convert=pair.translation.convert,
         read=pair.translation.read,
+        clip=pair.translation.clip,
         rival=_drop_text_encoders(rival),
         **settings,
     )
+    result.report.log_snr = pair.log_snr
     fitted = {
         name: LowRank(update.up * options.factor, update.down).to("cpu")
         for name, update in result.adapter.updates.items()

@@ -1,0 +1,98 @@
+"""One question to two models of different kinds: at equal log-SNR, answered in terms of x₀."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schedules import Schedule
+
+
+def translate_time(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
+    """The time at which the other model sees as much noise; the same time for equal schedules.
+
+    Where a table of discrete times lies between two entries, the result is a fraction: diffusers'
+    models embed times by sinusoids, which take fractions.
+    """
+    if ours.has_same_times(theirs):
+        return time
+    if ours.alphas is not None and theirs.alphas is not None:
+        return theirs.time(ours.alpha(time)).to(time.device)
+    return theirs.time_at(ours.level_at(time)).to(time.device)
+
+
+def translate_state(ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor) -> Tensor:
+    """The other model's x [n, ...] of the same x₀ and ε at the same log-SNR: a multiple of ours."""
+    if ours.has_same_path(theirs):
+        return latent
+    level = ours.level_at(time)
+    (a, b), (a_theirs, b_theirs) = ours.scales(level), theirs.scales(level)
+    return latent * align_rows(torch.hypot(a_theirs, b_theirs) / torch.hypot(a, b), latent)
+
+
+def convert_prediction(
+    ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor, prediction: Tensor
+) -> Tensor:
+    """What the other model would predict at the same log-SNR, were its x₀ that of this prediction.
+
+    From f = c·x₀ + d·x on both sides: f' = (c'/c)·f + (d'·r − (c'/c)·d)·x, where x' = r·x. So a
+    change of x₀ is a change c'/c times that of f.
+
+    Args:
+        ours: schedule of the model that predicted.
+        theirs: schedule of the other model.
+        latent: x [n, ...], the input of the model that predicted.
+        time: at which it predicted, [] or [n].
+        prediction: [n, ...].
+    """
+    if ours.predicts_alike(theirs):
+        return prediction
+    level = ours.level_at(time)
+    (a, b), (a_theirs, b_theirs) = ours.scales(level), theirs.scales(level)
+    (c, d), (c_theirs, d_theirs) = ours.weights(level), theirs.weights(level)
+    share = c_theirs / c
+    rest = d_theirs * torch.hypot(a_theirs, b_theirs) / torch.hypot(a, b) - share * d
+    return align_rows(share, prediction) * prediction + align_rows(rest, prediction) * latent
+
+
+def clip_state(
+    schedule: Schedule, levels: tuple[float, float], latent: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The nearest state and time with a noise level within bounds.
+
+    A state with more noise than the bound becomes that of x₀ = 0 and the same ε at the bound; one
+    with less keeps its signal. States within the bounds are returned as they are.
+
+    Args:
+        schedule: of the model.
+        levels: lowest and highest noise level.
+        latent: [n, ...].
+        time: [] or [n].
+    """
+    level = schedule.level_at(time)
+    bound = level.clamp(*levels)
+    outside = (level - bound).abs() > 1e-6
+    if not bool(outside.any()):
+        return latent, time
+    (a, b), (a_bound, b_bound) = schedule.scales(level), schedule.scales(bound)
+    factor = torch.where(level > bound, b_bound / b, a_bound / a.clamp_min(1e-12))
+    factor = torch.where(outside, factor, torch.ones_like(factor))
+    clipped = torch.where(outside, schedule.time_at(bound), time.double().cpu())
+    return latent * align_rows(factor, latent), clipped.to(time.device)
+
+
+def common_levels(ours: Schedule, theirs: Schedule) -> tuple[float, float] | None:
+    """The noise levels at which both can be asked and answer; None without a bound.
+
+    Models of one kind are not bounded: their predictions need no conversion.
+    """
+    if ours.predicts_alike(theirs):
+        return None
+    bounds = ours.levels, theirs.levels
+    return max(low for low, _ in bounds), min(high for _, high in bounds)
+
+
+def align_rows(factor: Tensor, like: Tensor) -> Tensor:
+    """A number, or one for each sample, with the axes of a batch and at least its precision."""
+    factor = factor.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return factor.reshape(-1, *[1] * (like.dim() - 1))

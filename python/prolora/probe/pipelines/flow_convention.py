@@ -1,0 +1,154 @@
+"""What a flow pipeline gives its denoiser as time, and takes from it, seen on one short sampling.
+
+Schedulers of flows state their noise level, but pipelines differ in what they make of it: FLUX is
+given the level u, SD3 1000·u, Lumina and Z-Image 1 − u, and the latter two predict x₀ − ε instead
+of ε − x₀. No configuration says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnsupportedFormat
+from ..hooks import keep_hooks
+from ..recording.trajectories import Call
+from .conditioning import split_call
+from .schedules import Schedule, Times
+
+STEPS = 3
+"""Sampling steps that are observed."""
+_TOLERANCE = 0.01  # of the range of times; pipelines round them to half precision
+_USUAL = ((1.0, 0.0), (-1.0, 1.0))  # slope and offset of times, in units of 1 or of the scheduler
+
+
+@dataclass
+class _Observed:
+    """One sampling: for each step, the scheduler's time, and what the model was given and gave."""
+
+    times: list[tuple[float, float]] = field(default_factory=list)
+    signs: list[float] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    asked: float = 0.0
+
+    def add_call(self, time: Tensor, output: Any) -> None:
+        self.asked = float(time.double().mean())
+        self.outputs.append(_stack_output(output).double().cpu())
+
+    def add_step(self, used: Tensor, time: Any) -> None:
+        if self.outputs:
+            self.times.append((self.asked, float(torch.as_tensor(time).double().mean())))
+            self.signs.append(_sum_of_shares(used.detach().double().cpu(), self.outputs))
+        self.outputs = []
+
+
+def observe_flow(
+    schedule: Schedule, scheduler: Any, denoiser: nn.Module, sample: Callable[[], None], name: str
+) -> Schedule:
+    """The schedule of a flow with its times and its sign.
+
+    Args:
+        schedule: as read from the scheduler.
+        scheduler: of the pipeline.
+        denoiser: of the pipeline.
+        sample: runs the pipeline from noise, in STEPS steps.
+        name: of the pipeline, for messages.
+
+    Raises:
+        UnsupportedFormat: its times are not linear in the noise level, or what it takes from the
+            model is no multiple of the prediction.
+    """
+    observed = _Observed()
+
+    def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        observed.add_call(split_call(model, Call(args, kwargs)).time, out)
+
+    hook = denoiser.register_forward_hook(record, with_kwargs=True)
+    with keep_hooks([hook]), _watch_steps(scheduler, observed.add_step):
+        sample()
+    if not observed.times:
+        raise UnsupportedFormat(
+            f"{name}: its scheduler {type(scheduler).__name__} was never stepped, so the noise "
+            "level of its calls is unknown"
+        )
+    return schedule.with_flow(
+        _fit_times(schedule, observed.times, name), _read_sign(observed.signs, name)
+    )
+
+
+@contextmanager
+def _watch_steps(scheduler: Any, on_step: Callable[[Tensor, Any], None]) -> Iterator[None]:
+    """Calls a function with the prediction and time of every step of a scheduler."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at its parameters
+    def watched(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        on_step(model_output, timestep)
+        return step(model_output, timestep, *args, **kwargs)
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _stack_output(output: Any) -> Tensor:
+    """A model's return value as one tensor [n, ...]."""
+    if hasattr(output, "sample"):
+        return _stack_output(output.sample)
+    if isinstance(output, tuple | list):
+        tensors = [value for value in output if isinstance(value, Tensor)]
+        several = len(tensors) > 1 and len({value.shape for value in tensors}) == 1
+        return torch.stack(tensors) if several else _stack_output(output[0])
+    assert isinstance(output, Tensor)
+    return output.detach()
+
+
+def _sum_of_shares(used: Tensor, outputs: list[Tensor]) -> float:
+    """Σ w of used ≈ Σ w·output over the branches of the guidance: 1, or −1 for the negative."""
+    size = used.numel()
+    branches = [part for o in outputs if o.numel() % size == 0 for part in o.reshape(-1, size)]
+    if not branches:
+        return 0.0
+    matrix = torch.stack(branches, 1)
+    return float(torch.linalg.lstsq(matrix, used.reshape(-1, 1), driver="gelsd").solution.sum())
+
+
+def _read_sign(shares: list[float], name: str) -> int:
+    mean = sum(shares) / len(shares)
+    if abs(mean) < 0.2 or any(share * mean < 0 for share in shares):
+        raise UnsupportedFormat(
+            f"{name}: what its pipeline gives to the scheduler is no multiple of the model's "
+            "predictions, so they cannot be converted"
+        )
+    return 1 if mean > 0 else -1
+
+
+def _fit_times(schedule: Schedule, times: list[tuple[float, float]], name: str) -> Times:
+    """Slope and offset of the model's time over the noise level."""
+    asked = torch.tensor([pair[0] for pair in times], dtype=torch.float64)
+    level = torch.tensor([pair[1] for pair in times], dtype=torch.float64) / schedule.unit
+    level = 1 - level if schedule.inverted else level
+    for unit in (1.0, schedule.unit):
+        for slope, offset in _USUAL:
+            usual = Times(slope * unit, offset * unit)
+            error = asked - usual.slope * level - usual.offset
+            if float(error.abs().max()) < _TOLERANCE * unit:
+                return usual
+    if len(times) > 1 and float(level.max() - level.min()) > 0.05:
+        matrix = torch.stack([level, torch.ones_like(level)], 1)
+        slope, offset = torch.linalg.lstsq(matrix, asked[:, None]).solution[:, 0].tolist()
+        error = asked - slope * level - offset
+        if slope and float(error.abs().max()) < 0.1 * _TOLERANCE * abs(slope):
+            return Times(slope, offset)
+    raise UnsupportedFormat(
+        f"{name}: the times that its pipeline gives to the model are not linear in the noise "
+        "level of its scheduler, so other models cannot be asked at the same one"
+    )
