@@ -6,12 +6,16 @@ import itertools
 import math
 
 import pytest
+import tiny_pipelines as tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from prolora import UnsupportedFormat
+from prolora import UnsupportedFormat, probe
+from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, flow_convention, schedules
 from prolora.probe.pipelines.schedules import Schedule, Times
+from prolora.probe.settings import Probing
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 NARROW = (1 - torch.linspace(0.03, 0.11, 1000).double().square()).cumprod(0)
@@ -96,7 +100,6 @@ def test_schedulers_say_what_their_models_predict():
         DPMSolverMultistepScheduler,
         EDMEulerScheduler,
         EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
         SCMScheduler,
         UniPCMultistepScheduler,
     )
@@ -155,8 +158,6 @@ class Denoiser(torch.nn.Module):
 )
 @pytest.mark.parametrize("guidance", [None, 4.0])
 def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sign, guidance):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     steps = FlowMatchEulerDiscreteScheduler(shift=2.0)
     denoiser = Denoiser()
 
@@ -187,8 +188,6 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
     ],
 )
 def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     steps = FlowMatchEulerDiscreteScheduler()
     denoiser = Denoiser()
 
@@ -200,3 +199,55 @@ def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words)
 
     with pytest.raises(UnsupportedFormat, match=words):
         flow_convention.observe_flow(Schedule.of(steps, "name"), steps, denoiser, sample, "name")
+
+
+class FlowOfNoise(UNet2DConditionModel):
+    """The flow of a model that predicts ε: the same x₀ at the same log-SNR, by the textbook."""
+
+    alphas = ALPHAS
+
+    def forward(self, sample, timestep, **kwargs):
+        u = torch.as_tensor(timestep).reshape(-1).double() / 1000
+        u = u.clamp(max=float((1 + (self.alphas[-1] / (1 - self.alphas[-1])).sqrt()) ** -1))
+        alpha = (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+        time = (self.alphas[None] - alpha[:, None]).abs().argmin(1).float()
+        a, b, u = (s.float()[:, None, None, None] for s in (alpha.sqrt(), (1 - alpha).sqrt(), u))
+        x = sample * b / u.clamp_min(1e-6)
+        noise = super().forward(x, time, **{**kwargs, "return_dict": False})[0]
+        return (noise - (x - b * noise) / a,)
+
+
+class FlowScheduler(FlowMatchEulerDiscreteScheduler):
+    """For a pipeline that was written for noise."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, _: Tensor) -> Tensor:
+        return sample
+
+
+def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    tiny.save(tmp_path / "source")
+    source = pipelines.open_pipeline(tmp_path / "source")
+    other = pipelines.open_pipeline(tmp_path / "source")
+    flow = FlowOfNoise(**tiny.UNET, cross_attention_dim=8)
+    flow.load_state_dict(source.denoiser.state_dict())
+    flow.alphas = source.schedule.alphas
+    other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowScheduler(shift=2.0)
+    target = pipelines.Pipeline(other.pipe, "target")
+    pair = pipelines.pair_pipelines(source, target, Probing(("cat",), images=1, steps=6, size=16))
+    assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
+    result = probe.fit_lora(
+        source.denoiser,
+        target.denoiser,
+        tiny.updates(source.denoiser, ("attn1.to_v", "ff.net.2")),
+        source.sampler(pair.settings),
+        target.sampler(pair.settings),
+        steps=1,
+        **vars(pair.translation),
+    )
+    gate = result.report.gate
+    assert gate.decision == "copy"
+    assert min(gate.copy_share.values()) > 0.99  # the flow rounds its times to whole ones
+    assert max(gate.disagreement.values()) < 0.01

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from ..architectures.modules import find_block, is_adaptable
 from ..errors import ProLoRAError
-from .fitting.blocks import find_blocks
+from .hooks import keep_hooks
 from .probe_run import FittedModules, ProbeRun
+from .recording.trajectories import Call
 from .recording.translation import Question
+
+
+def find_blocks(model: nn.Module, call: Call) -> list[str]:
+    """The names of a model's transformer blocks, in the order in which they first run.
+
+    A block is what `find_block` calls one by the names of the model's linear modules: an item of
+    `transformer_blocks` in a UNet, of an outermost list (`blocks`, `layers`, `context_refiner`, …)
+    in any other model.
+
+    Raises:
+        ProLoRAError: the model runs no block that holds linear modules.
+    """
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    positions = [position for name in linear if (position := find_block(name))]
+    names = dict.fromkeys(f"{position.stack}.{position.number}" for position in positions)
+    order: dict[str, None] = {}
+    hooks = (
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: order.setdefault(name)
+        )
+        for name in names
+    )
+    with keep_hooks(hooks), torch.no_grad():
+        model(*call.args, **call.kwargs)
+    if not order:
+        raise ProLoRAError(
+            f"{type(model).__name__} has no block with linear layers, which is what probing fits"
+        )
+    return list(order)
 
 
 def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
@@ -15,7 +47,8 @@ def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
 
     A role is a name inside a block. Where the two models have no class of blocks in common, roles
     do not correspond: then every linear module of a block is chosen, except for those that
-    modulate norms. The report lists the modules of the LoRA that are outside all blocks.
+    normalise or modulate (`is_adaptable`). The report lists the modules of the LoRA that are
+    outside all blocks.
 
     Args:
         run: the probing.
@@ -41,7 +74,10 @@ def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
     for block in target_blocks:
         inside = run.target.get_submodule(block).named_modules()
         linear = [name for name, module in inside if isinstance(module, nn.Linear)]
-        chosen = [n for n in linear if (n in roles if alike else "norm" not in n)]
+        if alike:
+            chosen = [name for name in linear if name in roles]
+        else:
+            chosen = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
         if chosen:
             by_block[block] = chosen
     if not by_block:

@@ -12,38 +12,15 @@ from ...errors import ProLoRAError
 from ..hooks import capture_first_call, keep_hooks
 from ..recording.trajectories import Call
 
-BLOCK_CLASSES = ("BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
-"""Class names of the blocks whose outputs are residual streams."""
-
 Streams = tuple[Tensor, ...]
 """Outputs of one block, each [n, tokens, width]: one in UNets, text and image in FLUX."""
 
 
-def find_blocks(model: nn.Module, call: Call) -> list[str]:
-    """The names of a model's blocks, in the order in which they run.
-
-    Raises:
-        ProLoRAError: the model has no block of a known class.
-    """
-    order: list[str] = []
-    hooks = (
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-        for name, module in model.named_modules()
-        if type(module).__name__ in BLOCK_CLASSES
-    )
-    with keep_hooks(hooks), torch.no_grad():
-        model(*call.args, **call.kwargs)
-    if not order:
-        raise ProLoRAError(
-            f"{type(model).__name__} has no block that probing can handle "
-            f"({', '.join(BLOCK_CLASSES)})"
-        )
-    return order
-
-
 def as_streams(output: Any) -> Streams:
     """The return value of a block as a tuple of streams."""
-    return (output,) if isinstance(output, Tensor) else tuple(output)
+    if isinstance(output, Tensor):
+        return (output,)
+    return tuple(stream for stream in output if isinstance(stream, Tensor))  # SD3 ends without text
 
 
 @torch.no_grad()
