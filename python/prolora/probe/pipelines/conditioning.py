@@ -44,7 +44,7 @@ def split_call(model: nn.Module, call: Call) -> CallParts:
         ProLoRAError: the model has no parameter `timestep`.
     """
     arguments = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
-    arguments = {**arguments, **arguments.pop("kwargs", {})}
+    arguments |= arguments.pop("kwargs", {})
     latent = arguments.pop(next(iter(arguments)))
     if "timestep" not in arguments:
         raise ProLoRAError(f"{type(model).__name__} takes no timestep; probing needs a denoiser")
