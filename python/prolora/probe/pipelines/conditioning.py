@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ProLoRAError
-from ..recording.trajectories import Call
+from ..recording.trajectories import Call, output_of
 
 Path = tuple[str, ...]
 Conditioning = dict[Path, Any]
@@ -19,6 +19,7 @@ Conditioning = dict[Path, Any]
 
 # Positions of tokens: one table for all samples of a batch.
 _SHARED = ("img_ids", "txt_ids")
+_TIMES = ("timestep", "timesteps", "t")  # what denoisers call the time
 _TOLERANCE = 1e-3  # of a squared norm: text encoders round differently in a batch of another size
 
 
@@ -30,38 +31,66 @@ class CallParts:
         latent: [n, ...].
         time: [] or [n].
         conditioning: all other arguments.
+        listed: whether the model takes a list of latents, one for each sample.
     """
 
     latent: Tensor
     time: Tensor
     conditioning: Conditioning
+    listed: bool = False
 
 
 def split_call(model: nn.Module, call: Call) -> CallParts:
     """Splits a call by the parameter names of the model's `forward`.
 
     Raises:
-        ProLoRAError: the model has no parameter `timestep`.
+        ProLoRAError: the model takes no time, or latents of different sizes.
     """
     arguments = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     latent = arguments.pop(next(iter(arguments)))
-    if "timestep" not in arguments:
-        raise ProLoRAError(f"{type(model).__name__} takes no timestep; probing needs a denoiser")
-    time = torch.as_tensor(arguments.pop("timestep"), device=latent.device)
-    return CallParts(latent, time, _flatten_nested(arguments))
+    listed = isinstance(latent, list)
+    if listed and len({x.shape if isinstance(x, Tensor) else x for x in latent}) == 1:
+        latent = torch.stack(latent)
+    name = _time_name(model)
+    if name not in arguments or not isinstance(latent, Tensor):
+        raise ProLoRAError(
+            f"{type(model).__name__} takes no timestep and latents of one size; probing needs a "
+            "denoiser"
+        )
+    time = torch.as_tensor(arguments.pop(name), device=latent.device)
+    return CallParts(latent, time, _flatten_nested(arguments), listed)
+
+
+def _time_name(model: nn.Module) -> str:
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _TIMES if name in parameters), _TIMES[0])
 
 
 def build_call(model: nn.Module, parts: CallParts) -> Call:
     """The call of the model that has these parts."""
     first = next(iter(inspect.signature(model.forward).parameters))
-    kwargs: dict[str, Any] = {first: parts.latent, "timestep": parts.time}
+    latent = list(parts.latent.unbind()) if parts.listed else parts.latent
+    kwargs: dict[str, Any] = {first: latent, _time_name(model): parts.time}
     for path, value in parts.conditioning.items():
         inner = kwargs
         for name in path[:-1]:
             inner = inner.setdefault(name, {})
         inner[path[-1]] = value
     return Call((), kwargs)
+
+
+def stack_output(result: Any) -> Tensor:
+    """The prediction [n, ...] of a model's return value; some return a list of samples.
+
+    Raises:
+        ProLoRAError: it holds no tensor.
+    """
+    if isinstance(result, list) and all(isinstance(sample, Tensor) for sample in result):
+        return torch.stack(result)
+    if isinstance(result, tuple | list) and result:
+        return stack_output(result[0])
+    return stack_output(result.sample) if hasattr(result, "sample") else output_of(result)
 
 
 def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning:
@@ -75,7 +104,9 @@ def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning
 
 
 def _has_row_per_sample(path: Path, value: Any, count: int) -> bool:
-    """Whether a value is a tensor with a row for every sample of the call."""
+    """Whether a value is a tensor with a row, or a list with an item, for every sample."""
+    if isinstance(value, list):
+        return len(value) == count
     return (
         isinstance(value, Tensor)
         and value.dim() > 0
@@ -104,6 +135,8 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
         values = [other[path] for other in rows]
         if not _has_row_per_sample(path, value, 1):
             stacked[path] = value
+        elif isinstance(value, list):
+            stacked[path] = [item for v in values for item in v]
         elif len({v.shape for v in values}) > 1:
             raise ProLoRAError(
                 f"{'.'.join(path)} has a different length for each prompt, so that one call cannot "
@@ -117,10 +150,10 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
 class PromptTable:
     """The conditioning of one model for each prompt and for none, in one order for both models."""
 
-    def __init__(self, model: nn.Module, entries: Sequence[Conditioning], time: Tensor) -> None:
-        """Takes `entries` by prompt, the unconditional one last, and a `time` of the pipeline."""
+    def __init__(self, model: nn.Module, entries: Sequence[Conditioning], like: CallParts) -> None:
+        """Takes `entries` by prompt, the unconditional one last, and a call of the pipeline."""
         self.model, self.entries = model, list(entries)
-        self.time = time
+        self.like, self.time = like, like.time
         self._stacked: dict[tuple[int, ...], Conditioning] = {}
 
     def prompt_of(self, parts: CallParts, i: int) -> int:
@@ -130,7 +163,7 @@ class PromptTable:
             ProLoRAError: it has none of them.
         """
         conditioning = sample_conditioning(parts, i)
-        distances = [_conditioning_distance(conditioning, entry) for entry in self.entries]
+        distances = [conditioning_distance(conditioning, entry) for entry in self.entries]
         best = min(range(len(distances)), key=lambda k: distances[k])
         if distances[best] > _TOLERANCE:
             raise ProLoRAError(
@@ -161,16 +194,20 @@ class PromptTable:
             time = time.expand(len(latent))
         if not self.time.dim() and time.dim() and bool((time == time[0]).all()):
             time = time[0]
-        return build_call(self.model, CallParts(latent, time, conditioning))
+        return build_call(self.model, CallParts(latent, time, conditioning, self.like.listed))
 
 
-def _conditioning_distance(a: Conditioning, b: Conditioning) -> float:
+def conditioning_distance(a: Conditioning, b: Conditioning) -> float:
     """Largest ‖x − y‖²/(‖x‖² + ‖y‖²) of the tensors with a row for each sample."""
     distances = []
     for path, x in a.items():
         y = b.get(path)
         if not _has_row_per_sample(path, x, 1):
             continue
+        if isinstance(x, list) and isinstance(y, list):
+            x, y = (value[0] for value in (x, y))
+            if not isinstance(x, Tensor):
+                continue
         if not isinstance(y, Tensor) or x.shape != y.shape:
             return float("inf")
         x, y = x.double(), y.double().to(x.device)

@@ -46,7 +46,7 @@ def convert_prediction(
         prediction: [n, ...].
     """
     if ours.predicts_alike(theirs):
-        return prediction
+        return prediction if ours.sign == theirs.sign else -prediction
     level = ours.level_at(time)
     (a, b), (a_theirs, b_theirs) = ours.scales(level), theirs.scales(level)
     (c, d), (c_theirs, d_theirs) = ours.weights(level), theirs.weights(level)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedFormat
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
-from .conditioning import split_call
+from .conditioning import split_call, stack_output
 from .schedules import Schedule, Times
 
 STEPS = 3
@@ -39,7 +39,7 @@ class _Observed:
 
     def add_call(self, time: Tensor, output: Any) -> None:
         self.asked = float(time.double().mean())
-        self.outputs.append(_stack_output(output).double().cpu())
+        self.outputs.append(stack_output(output).detach().double().cpu())
 
     def add_step(self, used: Tensor, time: Any) -> None:
         if self.outputs:
@@ -70,7 +70,7 @@ def observe_flow(
         observed.add_call(split_call(model, Call(args, kwargs)).time, out)
 
     hook = denoiser.register_forward_hook(record, with_kwargs=True)
-    with keep_hooks([hook]), _watch_steps(scheduler, observed.add_step):
+    with keep_hooks([hook]), watch_steps(scheduler, observed.add_step):
         sample()
     if not observed.times:
         raise UnsupportedFormat(
@@ -83,7 +83,7 @@ def observe_flow(
 
 
 @contextmanager
-def _watch_steps(scheduler: Any, on_step: Callable[[Tensor, Any], None]) -> Iterator[None]:
+def watch_steps(scheduler: Any, on_step: Callable[[Tensor, Any], None]) -> Iterator[None]:
     """Calls a function with the prediction and time of every step of a scheduler."""
     step = scheduler.step
 
@@ -97,18 +97,6 @@ def _watch_steps(scheduler: Any, on_step: Callable[[Tensor, Any], None]) -> Iter
         yield
     finally:
         del scheduler.step
-
-
-def _stack_output(output: Any) -> Tensor:
-    """A model's return value as one tensor [n, ...]."""
-    if hasattr(output, "sample"):
-        return _stack_output(output.sample)
-    if isinstance(output, tuple | list):
-        tensors = [value for value in output if isinstance(value, Tensor)]
-        several = len(tensors) > 1 and len({value.shape for value in tensors}) == 1
-        return torch.stack(tensors) if several else _stack_output(output[0])
-    assert isinstance(output, Tensor)
-    return output.detach()
 
 
 def _sum_of_shares(used: Tensor, outputs: list[Tensor]) -> float:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ProLoRAError
-from ..recording.trajectories import Call, output_of
+from ..recording.trajectories import Call
 from ..recording.translation import Translation, same_call
 from ..settings import Probing
-from .conditioning import PromptTable, build_call, split_call
+from .conditioning import PromptTable, build_call, split_call, stack_output
 from .conversion import (
     clip_state,
     common_levels,
@@ -21,6 +20,7 @@ from .conversion import (
     translate_state,
     translate_time,
 )
+from .layouts import Layout, check_shapes
 from .pipeline import Pipeline
 from .schedules import FLOW, Schedule, level_log_snr
 
@@ -78,32 +78,29 @@ def pair_pipelines(
 
     Raises:
         UnsupportedFormat: the times or predictions of a flow cannot be read.
-        ProLoRAError: the latents have different numbers of channels.
+        ProLoRAError: the latents have different shapes.
     """
     names = source.name, target.name
-    channels = [p.channels for p in (source, target)]
-    if channels[0] != channels[1]:
-        raise ProLoRAError(
-            f"{names[0]} denoises {channels[0]} channels and {names[1]} {channels[1]}: they cannot "
-            "be asked the same question"
-        )
     if settings.size is None:
         sizes = [p.size for p in (source, target)]
         known = [size for size in sizes if size is not None]
         settings = replace(settings, size=min(known) if known else None)
     theirs_settings = replace(of_target or settings, size=settings.size)
     ours, theirs = source.schedule, target.schedule
-    alike = type(source.denoiser) is type(target.denoiser) and ours.predicts_alike(theirs)
+    alike = type(source.denoiser) is type(target.denoiser) and ours.kind == theirs.kind
     if not alike and FLOW in (ours.kind, theirs.kind):
         ours = source.observe_schedule(settings)
         theirs = target.observe_schedule(theirs_settings)
     levels = common_levels(ours, theirs)
     tables = source.tabulate_prompts(settings), target.tabulate_prompts(theirs_settings)
+    latents = tables[0].like.latent, tables[1].like.latent
+    layouts = Layout.of(source.pipe, latents[0]), Layout.of(target.pipe, latents[1])
+    check_shapes(latents, layouts, names)
     translation = Translation(
-        _CallTranslator(*tables, ours, theirs),
-        _CallTranslator(tables[1], tables[0], theirs, ours),
-        _PredictionConverter(source.denoiser, ours, theirs),
-        _PredictionReader(channels[0]),
+        _CallTranslator(*tables, ours, theirs, *layouts),
+        _CallTranslator(tables[1], tables[0], theirs, ours, layouts[1], layouts[0]),
+        _PredictionConverter(source.denoiser, ours, theirs, *layouts),
+        _PredictionReader(next((x.shape[1] for x in latents if x.dim() == 4), None)),
         same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
@@ -118,12 +115,15 @@ class _CallTranslator:
     theirs: PromptTable
     schedule: Schedule
     their_schedule: Schedule
+    layout: Layout
+    their_layout: Layout
 
     def __call__(self, call: Call) -> Call:
         parts = split_call(self.ours.model, call)
         prompts = [self.ours.prompt_of(parts, i) for i in range(len(parts.latent))]
         time = translate_time(self.schedule, self.their_schedule, parts.time)
         latent = translate_state(self.schedule, self.their_schedule, parts.latent, parts.time)
+        latent = self.layout.translate(latent, self.their_layout)
         return self.theirs.build_call(latent, time, prompts)
 
 
@@ -156,18 +156,21 @@ class _PredictionConverter:
     model: nn.Module
     ours: Schedule
     theirs: Schedule
+    layout: Layout
+    their_layout: Layout
 
     def __call__(self, call: Call, prediction: Tensor) -> Tensor:
         parts = split_call(self.model, call)
-        return convert_prediction(self.ours, self.theirs, parts.latent, parts.time, prediction)
+        converted = convert_prediction(self.ours, self.theirs, parts.latent, parts.time, prediction)
+        return self.layout.translate(converted, self.their_layout)
 
 
 @dataclass(frozen=True)
 class _PredictionReader:
     """The prediction without the variance that some models (DiT, PixArt) predict as well."""
 
-    channels: int
+    channels: int | None
 
     def __call__(self, result: Any) -> Tensor:
-        output = output_of(result)
+        output = stack_output(result)
         return output[:, : self.channels] if output.dim() == 4 else output

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,18 @@ from torch import nn
 from ...bases.folder import MODELS
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
+from ..precision import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import Probing
-from .conditioning import Conditioning, PromptTable, build_call, sample_conditioning, split_call
-from .flow_convention import STEPS, observe_flow
+from .conditioning import (
+    CallParts,
+    PromptTable,
+    build_call,
+    conditioning_distance,
+    sample_conditioning,
+    split_call,
+)
+from .flow_convention import STEPS, observe_flow, watch_steps
 from .schedules import FLOW, Schedule
 
 
@@ -57,12 +66,6 @@ class Pipeline:
         sample = sample[0] if isinstance(sample, list | tuple) else sample
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
-
-    @property
-    def channels(self) -> int:
-        """Number of channels of the latents that the denoiser takes."""
-        config: Any = self.denoiser.config
-        return int(config.in_channels)
 
     def sample_latents(self, prompt: str, settings: Probing, seed: int) -> None:
         """Samples the latents of one image from noise.
@@ -129,26 +132,64 @@ class Pipeline:
         Raises:
             ProLoRAError: the guidance has more than two branches.
         """
-        entries: list[Conditioning] = []
-        negative: Conditioning | None = None
-        for prompt in _prompts_or_empty(settings):
-            parts = split_call(self.denoiser, self._capture_call(prompt, settings))
-            branches = len(parts.latent)
-            if branches > 2:
-                raise ProLoRAError(
-                    f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
-                    "branches, which probing cannot handle"
-                )
-            entries.append(sample_conditioning(parts, branches - 1))
-            if branches == 2:
-                # DiT puts the conditional sample first, all others the unconditional one.
-                swapped = "class_labels" in self.accepted
-                negative = sample_conditioning(parts, int(swapped))
-                entries[-1] = sample_conditioning(parts, int(not swapped))
-        if negative is None and "class_labels" not in self.accepted:
+        prompts = _prompts_or_empty(settings)
+        calls = [split_call(self.denoiser, self._capture_call(p, settings)) for p in prompts]
+        if len(calls[0].latent) == 2:
+            place = self._place_of_prompt(calls[0], prompts, settings)
+            entries = [sample_conditioning(parts, place) for parts in calls]
+            negative = sample_conditioning(calls[-1], 1 - place)
+            return PromptTable(self.denoiser, [*entries, negative], calls[-1])
+        entries = [sample_conditioning(parts, 0) for parts in calls]
+        branches = self._capture_branches(prompts[-1], settings)
+        self._check_branches(max(len(branches), *(len(parts.latent) for parts in calls)))
+        if len(branches) == 2:
+            negative = sample_conditioning(branches[1], 0)
+        elif "class_labels" in self.accepted:
+            negative = entries[-1]
+        else:
             empty = self._capture_call("", settings)
             negative = sample_conditioning(split_call(self.denoiser, empty), 0)
-        return PromptTable(self.denoiser, [*entries, negative or entries[-1]], parts.time)
+        return PromptTable(self.denoiser, [*entries, negative], calls[-1])
+
+    def _check_branches(self, count: int) -> None:
+        if count > 2:
+            raise ProLoRAError(
+                f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
+                "branches, which probing cannot handle"
+            )
+
+    def _place_of_prompt(self, parts: CallParts, prompts: Sequence[str], settings: Probing) -> int:
+        """Which of the two samples of a guided call has the prompt: the one that changes with it.
+
+        Most pipelines put the unconditional sample first, DiT and Z-Image the conditional one.
+        """
+        if "class_labels" in self.accepted:
+            return 0
+        other = next((p for p in (*prompts, "") if p != prompts[0]), None)
+        if other is None:
+            return 1  # the empty prompt alone: most often both samples are the same
+        changed = split_call(self.denoiser, self._capture_call(other, settings))
+        distances = [
+            conditioning_distance(sample_conditioning(parts, i), sample_conditioning(changed, i))
+            for i in range(2)
+        ]
+        return int(distances[1] >= distances[0])
+
+    def _capture_branches(self, prompt: str, settings: Probing) -> list[CallParts]:
+        """The calls of the denoiser in the first step; some guide by one call for each branch."""
+        calls: list[CallParts] = []
+
+        def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(split_call(model, Call(args, kwargs)))
+
+        def stop(*_: Any) -> None:
+            raise FirstCallReached
+
+        hook = self.denoiser.register_forward_pre_hook(record, with_kwargs=True)
+        steps = watch_steps(self.pipe.scheduler, stop)
+        with keep_hooks([hook]), steps, in_float32(self.denoiser), suppress(FirstCallReached):
+            self.sample_latents(prompt, settings, 0)
+        return calls
 
     def observe_schedule(self, settings: Probing) -> Schedule:
         """The schedule; that of a flow with the times that the denoiser is given, and its sign.
@@ -160,13 +201,14 @@ class Pipeline:
             return self.schedule
         short = replace(settings, steps=STEPS)
         prompt = _prompts_or_empty(settings)[0]
-        return observe_flow(
-            self.schedule,
-            self.pipe.scheduler,
-            self.denoiser,
-            lambda: self.sample_latents(prompt, short, 0),
-            self.name,
-        )
+        with in_float32(self.denoiser):
+            return observe_flow(
+                self.schedule,
+                self.pipe.scheduler,
+                self.denoiser,
+                lambda: self.sample_latents(prompt, short, 0),
+                self.name,
+            )
 
     def _capture_call(self, prompt: str, settings: Probing) -> Call:
         """The first call of the denoiser for a prompt."""

@@ -183,9 +183,8 @@ class Schedule:
         return (self.kind == FLOW) == (other.kind == FLOW) and self.sigma_data == other.sigma_data
 
     def predicts_alike(self, other: Schedule) -> bool:
-        """Whether both predict the same quantity of the same x."""
-        ours, theirs = ((schedule.kind, schedule.sign) for schedule in (self, other))
-        return ours == theirs and self.has_same_path(other)
+        """Whether both predict the same quantity of the same x, or one the other's negative."""
+        return self.kind == other.kind and self.has_same_path(other)
 
     def has_same_times(self, other: Schedule) -> bool:
         """Whether a time means the same noise level to both."""

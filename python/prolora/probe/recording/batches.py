@@ -81,8 +81,13 @@ def _draw_calls(
 
 
 def count_samples(call: Call) -> int:
-    """The number of samples in a call: the length of its first tensor with two axes or more."""
+    """The number of samples in a call: the length of its first tensor with two axes or more.
+
+    A list of tensors counts as one with a row for each.
+    """
     for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, list) and value and all(isinstance(x, Tensor) for x in value):
+            return len(value)
         if isinstance(value, Tensor) and value.dim() > 1:
             return value.shape[0]
     return 1
@@ -104,8 +109,8 @@ def _check_joined_batch(
         for new, old in zip(joined, predict(questions[i]), strict=True):
             if len(old) != sizes[i] or len(new) != len(chosen):
                 raise _CannotShareBatch
-            if (new[position] - old[row]).norm() > _TOLERANCE * old[row].norm():
-                raise _CannotShareBatch
+            if not (new[position] - old[row]).norm() <= _TOLERANCE * old[row].norm():
+                raise _CannotShareBatch  # also where one of them is not finite
 
 
 def _cut_sample(question: Question, row: int, size: int) -> Question:
@@ -123,7 +128,13 @@ def _cut_sample(question: Question, row: int, size: int) -> Question:
 
 
 def _cut_rows(value: Any, row: int, size: int) -> Any:
-    """One row of every tensor that has as many rows as samples; anything else unchanged."""
+    """One row of every tensor that has as many rows as samples; anything else unchanged.
+
+    A list of as many tensors as samples is cut as well.
+    """
+    if isinstance(value, list) and len(value) == size:
+        if all(isinstance(item, Tensor) for item in value):
+            return _ListRow([value[row]])
     if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
         return _SampleRow(value[row : row + 1])
     if isinstance(value, dict):
@@ -138,6 +149,14 @@ class _SampleRow:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+
+class _ListRow(_SampleRow):
+    """Marks a list of tensors that was cut."""
+
+    def __init__(self, items: list[Tensor]) -> None:
+        super().__init__(items[0])
+        self.items = items
 
 
 def _join_samples(questions: list[Question]) -> Question:
@@ -158,6 +177,8 @@ def _merge_values(values: list[Any]) -> Any:
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise _CannotShareBatch
+    if isinstance(first, _ListRow):
+        return [item for value in values for item in value.items]
     if isinstance(first, _SampleRow):
         if len({value.tensor.shape for value in values}) > 1:
             raise _CannotShareBatch

@@ -1,0 +1,100 @@
+"""How denoisers lay out the same latents: as an image, one frame of a video, or packed tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ProLoRAError
+
+IMAGE, FRAME, PACKED, OTHER = "image", "frame", "packed", "other"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a denoiser's latents.
+
+    Attributes:
+        kind: "image" [n, c, h, w]; "frame" [n, c, 1, h, w]; "packed" [n, h·w/4, 4c], patches of
+            2 × 2 as FLUX packs them; "other" in all other cases.
+    """
+
+    kind: str
+
+    @classmethod
+    def of(cls, pipe: Any, latent: Tensor) -> Layout:
+        """The layout of a latent [n, ...] that a pipeline gives its denoiser."""
+        if latent.dim() == 4:
+            return cls(IMAGE)
+        if latent.dim() == 5 and latent.shape[2] == 1:
+            return cls(FRAME)
+        return cls(PACKED if latent.dim() == 3 and _packs_patches(pipe) else OTHER)
+
+    def unpack(self, latent: Tensor) -> Tensor:
+        """The latent as an image [n, c, h, w].
+
+        Raises:
+            ProLoRAError: packed tokens are not those of a square.
+        """
+        if self.kind == FRAME:
+            return latent[:, :, 0]
+        if self.kind != PACKED:
+            return latent
+        n, tokens, width = latent.shape
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ProLoRAError(f"a latent of {tokens} tokens is no square; probing samples squares")
+        return (
+            latent.reshape(n, side, side, width // 4, 2, 2)
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(n, width // 4, 2 * side, 2 * side)
+        )
+
+    def pack(self, image: Tensor) -> Tensor:
+        """An image [n, c, h, w] as a latent."""
+        if self.kind == FRAME:
+            return image[:, :, None]
+        return _pack_patches(image) if self.kind == PACKED else image
+
+    def translate(self, latent: Tensor, theirs: Layout) -> Tensor:
+        """A latent in another layout; the same where both have one."""
+        return latent if theirs == self else theirs.pack(self.unpack(latent))
+
+
+def _pack_patches(image: Tensor) -> Tensor:
+    n, c, h, w = image.shape
+    patches = image.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(n, h * w // 4, 4 * c)
+
+
+def _packs_patches(pipe: Any) -> bool:
+    """Whether a pipeline packs latents as FLUX does, tried on a small one."""
+    pack = getattr(pipe, "_pack_latents", None)
+    image = torch.arange(2 * 3 * 4 * 4).float().reshape(2, 3, 4, 4)
+    try:
+        return pack is not None and torch.equal(pack(image, 2, 3, 4, 4), _pack_patches(image))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def check_shapes(
+    shapes: tuple[Tensor, Tensor], layouts: tuple[Layout, Layout], names: tuple[str, str]
+) -> None:
+    """Refuses latents that are not the same numbers in two layouts.
+
+    Raises:
+        ProLoRAError: names the shapes.
+    """
+    ours, theirs = (
+        tuple((layout.unpack(latent) if layouts[0] != layouts[1] else latent).shape[1:])
+        for layout, latent in zip(layouts, shapes, strict=True)
+    )
+    if ours != theirs:
+        raise ProLoRAError(
+            f"{names[0]} denoises {list(ours)} numbers and {names[1]} {list(theirs)}: they cannot "
+            "be asked the same question"
+        )
