@@ -19,6 +19,9 @@ Weights = dict[str, Tensor]
 MAX_FACTOR = 4096
 """Wider factors are diagonal in the joint fit: a full one would cost more than the model."""
 
+_ROUNDING = 1e-7
+"""Of the largest module's Σ g gᵀ: squares of gradients that are little but rounding."""
+
 _FADE = 0.9  # of the factors, when new probes are added: the weights move
 
 
@@ -29,11 +32,17 @@ def add_outer_products(sums: Weights, name: str, rows: Tensor) -> None:
     sums[name] = sums[name] + product if name in sums else product
 
 
+def _diagonal(factor: Tensor) -> Tensor:
+    """Of a factor [n, n], or of one that is kept as its diagonal [n]."""
+    return factor if factor.dim() == 1 else factor.diagonal()
+
+
 class JointCurvature:
     """JᵀJ ≈ (Σ g gᵀ) ⊗ (Σ x xᵀ) / tokens, module by module.
 
     x is what the module reads, g what reaches its output. Both factors are damped by
-    √damping · (mean diagonal) before they are inverted.
+    √damping · (mean diagonal) before they are inverted, that of g by _ROUNDING of the largest
+    module's at least: a module that acts by rounding alone would outweigh all others.
 
     Attributes:
         damping: relative to the mean diagonal.
@@ -76,13 +85,18 @@ class JointCurvature:
 
     def invert(self) -> None:
         """Inverts the factors as they are now."""
-        for name in self.writes:  # a module that never reaches the prediction has no entry
-            self.inverse[name] = (self._invert(self.writes[name]), self._invert(self.reads[name]))
+        means = [_diagonal(writes).mean() for writes in self.writes.values()]
+        largest = float(torch.stack(means).max()) if means else 0.0
+        for name, writes in self.writes.items():  # none where nothing reaches the prediction
+            inverse = self._invert(writes, _ROUNDING * largest)
+            self.inverse[name] = (inverse, self._invert(self.reads[name]))
 
-    def _invert(self, factor: Tensor) -> Tensor:
-        """(F + √damping·mean(diag F)·I)⁻¹ of a factor [n, n] or of a diagonal [n]."""
-        diagonal = factor if factor.dim() == 1 else factor.diagonal()
-        shift = (self.damping**0.5 * diagonal.mean()).clamp_min(1e-30)
+    def _invert(self, factor: Tensor, least: float = 0.0) -> Tensor:
+        """(F + √damping·mean(diag F)·I)⁻¹ of a factor [n, n] or of a diagonal [n].
+
+        The term of I is at least `least`.
+        """
+        shift = (self.damping**0.5 * _diagonal(factor).mean()).clamp_min(max(least, 1e-30))
         if factor.dim() == 1:
             return torch.reciprocal(factor + shift)
         shifted = factor + shift * torch.eye(len(factor), device=factor.device)
