@@ -160,6 +160,9 @@ def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
         pair.source.sampler(pair.settings),
         pair.target.sampler(pair.settings),
         force=True,
+        probes=16,
+        held_out=8,
+        batch=8,
         **vars(pair.translation),
         **options,
     )

@@ -236,7 +236,7 @@ def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_p
     flow.alphas = source.schedule.alphas
     other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowMatchForNoise(shift=2.0)
     target = pipelines.Pipeline(other.pipe, "target")
-    pair = pipelines.pair_pipelines(source, target, Probing(("cat",), images=1, steps=6, size=16))
+    pair = pipelines.pair_pipelines(source, target, Probing(("cat",), images=1, steps=3, size=16))
     assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
     result = probe.fit_lora(
         source.denoiser,
@@ -245,6 +245,8 @@ def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_p
         source.sampler(pair.settings),
         target.sampler(pair.settings),
         steps=1,
+        probes=8,
+        held_out=8,
         **vars(pair.translation),
     )
     gate = result.report.gate
