@@ -18,6 +18,11 @@ from .options import (
     Bases,
     JsonOption,
     MatchOption,
+    ProbeGuidanceOption,
+    ProbeSizeOption,
+    ProbeStepsOption,
+    PromptOption,
+    PromptsOption,
     QuietOption,
     Resources,
     expand_options,
@@ -52,32 +57,14 @@ class SampleOptions:
             "LoRA reaches (pipeline folders; no data, no training).",
         ),
     ] = False
-    prompt: Annotated[
-        list[str],
-        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
-    ] = field(default_factory=list)
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
-        ),
-    ] = None
+    prompt: PromptOption = field(default_factory=list)
+    prompts: PromptsOption = None
     probe_images: Annotated[
         int, typer.Option(metavar="N", help="Images that each model samples.")
     ] = SAMPLED.images
-    probe_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")] = (
-        SAMPLED.steps
-    )
-    probe_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
-        ),
-    ] = None
-    probe_guidance: Annotated[
-        float | None,
-        typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
-    ] = None
+    probe_steps: ProbeStepsOption = SAMPLED.steps
+    probe_size: ProbeSizeOption = None
+    probe_guidance: ProbeGuidanceOption = None
     target_steps: Annotated[
         int | None,
         typer.Option(

@@ -117,6 +117,27 @@ ModulesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
+PromptOption = Annotated[
+    list[str],
+    typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
+    ),
+]
+ProbeSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
+    ),
+]
+ProbeGuidanceOption = Annotated[
+    float | None,
+    typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
+]
+ProbeStepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")]
 CacheOption = Annotated[
     Path | None,
     typer.Option(

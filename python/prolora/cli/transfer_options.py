@@ -29,6 +29,11 @@ from .options import (
     JsonOption,
     MatchOption,
     ModulesOption,
+    ProbeGuidanceOption,
+    ProbeSizeOption,
+    ProbeStepsOption,
+    PromptOption,
+    PromptsOption,
     QuietOption,
     RankOption,
     SaveMatchOption,
@@ -236,33 +241,15 @@ class ProbeOptions:
     """What is sampled where the models are run."""
 
     panel: ClassVar[str] = "Probing (only with --method probe)"
-    prompt: Annotated[
-        list[str],
-        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
-    ] = field(default_factory=list)
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
-        ),
-    ] = None
+    prompt: PromptOption = field(default_factory=list)
+    prompts: PromptsOption = None
     probe_images: Annotated[
         int,
         typer.Option(metavar="N", help="Images each model samples; as many again are held out."),
     ] = Probing.images
-    probe_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")] = (
-        Probing.steps
-    )
-    probe_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
-        ),
-    ] = None
-    probe_guidance: Annotated[
-        float | None,
-        typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
-    ] = None
+    probe_steps: ProbeStepsOption = Probing.steps
+    probe_size: ProbeSizeOption = None
+    probe_guidance: ProbeGuidanceOption = None
     probe_strategy: Annotated[
         StrategyName,
         typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
