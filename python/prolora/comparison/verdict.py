@@ -99,8 +99,11 @@ class Verdict:
 
     @property
     def shift(self) -> float:
-        """The drift times its novelty: how much the target has learnt that is new."""
-        return self.drift * self.novelty
+        """The drift times its novelty: how much the target has learnt that is new.
+
+        0 where the source's weights are all zero, which have no drift.
+        """
+        return self.drift * self.novelty if math.isfinite(self.drift) else 0.0
 
     @property
     def go(self) -> bool:

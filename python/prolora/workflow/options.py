@@ -181,9 +181,12 @@ class TransferOptions:
         """
         if verdict is not None:
             settled: Any = verdict.decide(self.method, self.strength, self.damping, self.look)
-            # Weights that are all zero have no drift.
-            damping = None if math.isnan(settled.damping) else settled.damping
-            return replace(self, method=settled.method, strength=settled.strength, damping=damping)
+            return replace(
+                self,
+                method=settled.method,
+                strength=settled.strength,
+                damping=settled.damping,
+            )
         # Without weights there is no drift to weaken an update along.
         copies = self.chosen is None or self.chosen.needs is Needs.WEIGHTS
         return replace(self, method="copy" if copies else self.method, strength=self.factor)
