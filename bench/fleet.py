@@ -130,8 +130,8 @@ def measure(part: str, folder: Path, count: int, engine: str, workers: int) -> d
     command = [sys.executable, __file__, str(folder), "--part", part, "--counts", str(count)]
     command += ["--engine", engine, "--workers", str(workers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def main() -> None:
@@ -147,10 +147,10 @@ def main() -> None:
     counts = [int(text) for text in args.counts.split(",")]
     if args.part:
         if args.part == "plan":
-            found = make_plan(args.folder, counts[0])
+            figures = make_plan(args.folder, counts[0])
         else:
-            found = run_plan(args.folder, counts[0], args.engine, args.workers)
-        print(json.dumps(found | {"peak GiB": peak_gib()}))
+            figures = run_plan(args.folder, counts[0], args.engine, args.workers)
+        print(json.dumps(figures | {"peak GiB": peak_gib()}))
         return
     write_bases(args.folder)
     write_loras(args.folder / "loras", max(counts))

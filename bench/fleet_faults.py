@@ -40,15 +40,15 @@ RAY += ["--object-store-memory=80000000", "--disable-usage-stats"]
 
 def list_processes() -> dict[int, tuple[int, str]]:
     """Process -> its parent and its command."""
-    found = {}
+    processes = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 stat, line = (entry / "stat").read_text(), (entry / "cmdline").read_text()
             except OSError:
                 continue
-            found[int(entry.name)] = int(stat.rpartition(")")[2].split()[1]), line
-    return found
+            processes[int(entry.name)] = int(stat.rpartition(")")[2].split()[1]), line
+    return processes
 
 
 def list_children(parent: int) -> list[tuple[int, str]]:
@@ -138,7 +138,7 @@ def count_results(out: Path) -> int:
 
 def compare(folder: Path, out: Path) -> dict[str, Any]:
     """Results against those of the local engine, and the journals."""
-    expected, found = hash_results(folder / "local"), hash_results(out)
+    expected, reached = hash_results(folder / "local"), hash_results(out)
     records = [
         json.loads(line)
         for journal in (out / "journal").glob("*.jsonl")
@@ -149,8 +149,8 @@ def compare(folder: Path, out: Path) -> dict[str, Any]:
         record["key"] for record in records if record["status"] == "done" and "kept" not in record
     )
     return {
-        "results": len(found),
-        "equal to the local engine's": found == expected,
+        "results": len(reached),
+        "equal to the local engine's": reached == expected,
         "moves with a record": len(done),
         "recorded as moved twice": sum(number > 1 for number in moved.values()),
         "failed": sum(record["status"] == "failed" for record in records),
@@ -258,9 +258,9 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         started = time.monotonic()
-        told = CASES[name](folder, out) | {"seconds": round(time.monotonic() - started, 1)}
-        told |= compare(folder, out) | {"commit": commit(), "date": str(date.today())}
-        results[name] = {"case": str(CASES[name].__doc__)} | told
+        facts = CASES[name](folder, out) | {"seconds": round(time.monotonic() - started, 1)}
+        facts |= compare(folder, out) | {"commit": commit(), "date": str(date.today())}
+        results[name] = {"case": str(CASES[name].__doc__)} | facts
         print(json.dumps({name: results[name]}, indent=1), flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -63,8 +63,8 @@ def test_equal_bases_need_no_expectation(case):
 def test_unrelated_bases_get_no_command_and_strangers_are_named(case, tmp_path):
     lora, source, _ = case
     generator = torch.Generator().manual_seed(3)
-    apart = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
-    advice = prolora.advise(source, write_folder(tmp_path / "apart", apart), lora)
+    unrelated = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
+    advice = prolora.advise(source, write_folder(tmp_path / "apart", unrelated), lora)
     assert not advice.go and advice.decision is None and advice.command == ""
     assert len(advice.stacks()[0].strangers) == 3
     assert any(s.startswith("No-go") for s in advice.sentences())

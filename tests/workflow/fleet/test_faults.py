@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -58,6 +59,24 @@ prolora.migrate({str(tmp_path / "plan.jsonl")!r}, {str(out)!r})
     prolora.migrate(plan, tmp_path / "one")
     assert results(out) == results(tmp_path / "one")
     assert len(records(out)) == 8
+
+
+@pytest.mark.parametrize("hours", [-1000, 1000])
+def test_clocks_that_differ_by_weeks_change_nothing(plan, tmp_path, monkeypatch, hours):
+    out, seconds = tmp_path / "moved", 3600 * hours
+    assert counts(prolora.migrate(plan, out, shard=(1, 2)))[0] == 4
+    first = results(out)
+    for file in out.rglob("*"):  # as if another machine had written them
+        if file.is_file():
+            os.utime(file, (file.stat().st_atime, file.stat().st_mtime + seconds))
+    for clock in ("time", "monotonic", "perf_counter"):
+        real = getattr(time, clock)
+        monkeypatch.setattr(time, clock, lambda real=real: real() - seconds)
+    assert prolora.read_status(out).done == 4
+    assert counts(prolora.migrate(plan, out)) == [8, 0, 2, 0]
+    assert first.items() <= results(out).items()
+    assert len(records(out)) == 8 and prolora.read_status(out).done == 8
+    assert counts(prolora.migrate(plan, out)) == [8, 0, 2, 0] and len(records(out)) == 8
 
 
 def test_a_lora_that_another_process_has_is_left_to_it(plan, tmp_path, monkeypatch):

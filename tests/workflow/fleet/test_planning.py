@@ -39,11 +39,11 @@ def test_the_header_tells_to_which_of_several_bases_a_lora_belongs(sources, coll
     save_file(wide, folder / "wide.safetensors")
     listed.write_text(f"# some\nmore/listed.safetensors\t{sources[0]}\n")
     plan = make([listed, folder], sources, collection[2][:1])
-    found = {entry.lora.rpartition("/")[2].partition(".")[0]: entry for entry in plan.entries}
-    assert found["named"].pair.source == "cousin" and found["listed"].pair.source == "source"
-    assert found["nameless"].refused.startswith("it fits source, cousin, and its header")
+    entries = {entry.lora.rpartition("/")[2].partition(".")[0]: entry for entry in plan.entries}
+    assert entries["named"].pair.source == "cousin" and entries["listed"].pair.source == "source"
+    assert entries["nameless"].refused.startswith("it fits source, cousin, and its header")
     # Only the weights tell whether the narrower target kept columns of its base.
-    assert found["wide"].pair.source == "wide" and not found["wide"].refused
+    assert entries["wide"].pair.source == "wide" and not entries["wide"].refused
 
 
 def test_a_lora_that_was_moved_goes_on_from_where_it_is_now(sources, collection, tmp_path):
@@ -123,6 +123,9 @@ def test_shards_share_a_plan_out(plan, count, monkeypatch):
     batches = plan.list_batches()
     shards = [select_shard(batches, (number, count)) for number in range(1, count + 1)]
     assert [batch for shard in shards for batch in shard] == batches
+    for shard in ("2/8", (1, 2, 3), (0, 2), (1.5, 2), 3):
+        with pytest.raises(prolora.InvalidOption, match="shard"):
+            select_shard(batches, shard)
 
 
 def test_a_machine_is_measured():

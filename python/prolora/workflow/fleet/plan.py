@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -314,7 +315,10 @@ def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | None) -> lis
     """
     if shard is None:
         return list(batches)
-    number, count = shard
+    try:
+        number, count = map(operator.index, shard)
+    except (TypeError, ValueError) as error:
+        raise InvalidOption(f"shard must be (number, count), as (2, 8), not {shard!r}") from error
     if not 1 <= number <= count:
         raise InvalidOption(
             f"shard {number}/{count}: the first is 1/{count}, the last {count}/{count}"

@@ -75,10 +75,10 @@ def read_status(folder: str | os.PathLike[str]) -> Status:
     plan = Plan.read(_find_plan(place, reader, working))
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for entry, state, found in read_outcomes(plan, place):
+    for entry, state, outcome in read_outcomes(plan, place):
         counts[state] += 1
         if state in ("failed", "refused"):
-            reason = found.reason if found else entry.refused
+            reason = outcome.reason if outcome else entry.refused
             reasons[shorten_reason(reason, entry.lora)] += 1
     rate = sum(measure_rate(windows.get(path, [])) for path in working) or None
     return Status(
