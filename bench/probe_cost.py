@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
@@ -49,11 +50,19 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _Fused:
-    """Attention as one call, counted by its two products."""
+class FusedAttention:
+    """Attention as one call, counted by its two products; inside `with`, all models use it."""
 
     def __init__(self) -> None:
         self.flops = 0
+        self.replaced = nn.functional.scaled_dot_product_attention
+
+    def __enter__(self) -> FusedAttention:
+        nn.functional.scaled_dot_product_attention = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        nn.functional.scaled_dot_product_attention = self.replaced
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **_) -> Tensor:
         n, heads, tokens, width = query.shape
@@ -61,80 +70,81 @@ class _Fused:
         return _Attention.apply(query, key, value)
 
 
-def sdxl() -> tuple[nn.Module, dict[str, object]]:
-    """The UNet and one sample of 1024 × 1024 pixels."""
+def sdxl(size: int = 1024) -> tuple[nn.Module, dict[str, object]]:
+    """The UNet and one sample of so many pixels a side."""
     with torch.device("meta"):
         model = UNet2DConditionModel(**SDXL)
-        told = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         return model, {
-            "sample": torch.empty(1, 4, 128, 128),
+            "sample": torch.empty(1, 4, size // 8, size // 8),
             "timestep": torch.ones(1),
             "encoder_hidden_states": torch.empty(1, 77, 2048),
-            "added_cond_kwargs": told,
+            "added_cond_kwargs": added,
         }
 
 
-def flux() -> tuple[nn.Module, dict[str, object]]:
-    """The transformer of FLUX.1 dev and one sample of 1024 × 1024 pixels."""
+def flux(size: int = 1024) -> tuple[nn.Module, dict[str, object]]:
+    """The transformer of FLUX.1 dev and one sample of so many pixels a side."""
+    tokens = (size // 16) ** 2
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
         return model, {
-            "hidden_states": torch.empty(1, 4096, 64),
+            "hidden_states": torch.empty(1, tokens, 64),
             "timestep": torch.ones(1),
             "encoder_hidden_states": torch.empty(1, 512, 4096),
             "guidance": torch.ones(1),
             "pooled_projections": torch.empty(1, 768),
-            "img_ids": torch.empty(4096, 3),
+            "img_ids": torch.empty(tokens, 3),
             "txt_ids": torch.empty(512, 3),
         }
 
 
-def count(model: nn.Module, sample: dict[str, object], pattern: str) -> dict[str, float]:
-    """Counts of one sample, with gradients for the modules that match."""
+def match_modules(model: nn.Module, pattern: str) -> list[str]:
+    """The names of the modules that match."""
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+
+
+def count(
+    model: nn.Module, sample: dict[str, object], adapted: Collection[str]
+) -> dict[str, float]:
+    """Counts of one sample, with gradients for the modules of these names."""
     model.requires_grad_(False)
-    adapted = {n: m for n, m in model.named_modules() if re.fullmatch(pattern, n)}
-    for module in adapted.values():
-        module.weight.requires_grad_()
-    weights = {id(p) for p in model.parameters()}
+    weights = [model.get_submodule(name).weight.requires_grad_() for name in adapted]
+    all_weights = {id(p): p for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
-        if id(base) not in weights:
-            kept[id(base)] = base
+        kept[id(base)] = base
         return tensor
 
-    fused = _Fused()
-    own, nn.functional.scaled_dot_product_attention = (
-        nn.functional.scaled_dot_product_attention,
-        fused,
-    )
-    try:
-        counter = FlopCounterMode(display=False)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(**sample, return_dict=False)
-    finally:
-        nn.functional.scaled_dot_product_attention = own
-    sides = [side for m in adapted.values() for side in m.weight.shape]
-    full = [side for side in sides if side <= 4096]
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FusedAttention() as fused, counter, hooks:
+        model(**sample, return_dict=False)
+    full = [side for weight in weights for side in weight.shape if side <= 4096]
+    fitted = {id(weight) for weight in weights}
+    frozen = [p for key, p in all_weights.items() if key in kept and key not in fitted]
+    activations = [t for key, t in kept.items() if key not in all_weights]
     return {
-        "modules": len(adapted),
-        "weights": sum(m.weight.numel() for m in adapted.values()),
-        "all weights": sum(p.numel() for p in model.parameters()),
+        "modules": len(weights),
+        "weights": sum(weight.numel() for weight in weights),
+        "all weights": sum(p.numel() for p in all_weights.values()),
         "factors": sum(side**2 for side in full),
         "Tflop a prediction": (counter.get_total_flops() + fused.flops) / 1e12,
-        "activations GB": sum(t.numel() * t.element_size() for t in kept.values()) / 1e9,
+        "activations GB": sum(t.numel() * t.element_size() for t in activations) / 1e9,
+        "other weights in float32 GB": sum(4 * p.numel() for p in frozen) / 1e9,
     }
 
 
 def main() -> None:
     """Prints the counts."""
-    found = {
-        f"{name}, {which}": count(*make(), pattern)
-        for name, make in (("SDXL", sdxl), ("FLUX.1", flux))
-        for which, pattern in (("attention", ATTENTION), ("attention and feed-forward", ALL))
-    }
-    print(json.dumps(found, indent=1))
+    counts = {}
+    for name, make in (("SDXL", sdxl), ("FLUX.1", flux)):
+        for which, pattern in (("attention", ATTENTION), ("attention and feed-forward", ALL)):
+            model, sample = make()
+            counts[f"{name}, {which}"] = count(model, sample, match_modules(model, pattern))
+    print(json.dumps(counts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,607 @@
+"""What probing between pipelines with different VAEs would cost on one 24 GB card, counted.
+
+`python bench/crossing_cost.py` prints the tables of docs/performance.md. Flops and bytes are
+counted on models without values (the meta device); the bytes that a fit holds for each weight, on
+a small model on the CPU. The rate of the card is an assumption. Nothing here is measured on a GPU.
+It takes a minute, and a diffusers that has FLUX.2 and Qwen-Image.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    UNet2DConditionModel,
+)
+from probe_cost import ATTENTION, FusedAttention, count, flux, match_modules, sdxl
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prolora.architectures.modules import find_block, is_adaptable
+from prolora.probe import FitSettings
+from prolora.probe.fitting.block_fit import BlockProblem, fit_block
+from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
+from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.fitting.ridge_map import MAX_COLUMNS
+from prolora.probe.fitting.wanted_streams import MAP_BYTES
+from prolora.probe.precision import in_float32
+from prolora.probe.recording.trajectories import Call, output_of
+
+RATE = 66.0
+"""Tflop/s of an RTX 4090, assumed: 80 % of its peak of 82.6 in float32, in which probing computes
+today. It is 40 % of its dense peak of 165 in bfloat16 as well."""
+IMAGES, STEPS = 24, 25
+FEW_IMAGES, FEW_STEPS = 4, 10
+"""What strategy "blocks" is given, as it fits all recorded calls."""
+SOLVING = 74
+"""Predictions of strategy "blocks" for each call, in one block after the other."""
+
+KL: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
+KLEIN_4B: dict[str, Any] = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+
+Sample = dict[str, object]
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside that live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensors, made in (((args, kwargs), False), (result, True)):
+            for tensor in tree_leaves(tensors):
+                if isinstance(tensor, Tensor):
+                    self._add(tensor.untyped_storage(), made)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, made: bool) -> None:
+        """Adds memory that was not seen before; what an operation reads was made outside."""
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes() if made else 0
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+def count_forward(run: Callable[[], object]) -> tuple[float, float]:
+    """Tflop of a run without gradients, and the peak of its tensors in GB."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), FusedAttention() as fused, counter, PeakBytes() as memory:
+        run()
+    return (counter.get_total_flops() + fused.flops) / 1e12, memory.peak / 1e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline.
+
+    Attributes:
+        name: to print.
+        make: pixels a side -> the denoiser and one sample.
+        make_vae: its VAE.
+        latents: channels of a latent.
+        text_encoders: parameters in billions, as published.
+        size: pixels a side that it was trained for.
+        guided: whether its pipeline asks twice a step.
+        frames: whether its VAE takes videos, of one frame here.
+    """
+
+    name: str
+    make: Callable[[int], tuple[nn.Module, Sample]]
+    make_vae: Callable[[], nn.Module]
+    latents: int
+    text_encoders: tuple[float, ...]
+    size: int = 1024
+    guided: bool = False
+    frames: bool = False
+
+    @property
+    def branches(self) -> int:
+        """Predictions a step."""
+        return 2 if self.guided else 1
+
+    @property
+    def text_weights(self) -> float:
+        """Parameters of the text encoders."""
+        return 1e9 * sum(self.text_encoders)
+
+
+def sd15(size: int) -> tuple[nn.Module, Sample]:
+    """The UNet of SD1.5 and one sample."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SD15), {
+            "sample": torch.empty(1, 4, size // 8, size // 8),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, 77, 768),
+        }
+
+
+def klein(size: int) -> tuple[nn.Module, Sample]:
+    """The transformer of FLUX.2 klein 4B and one sample."""
+    tokens = (size // 16) ** 2
+    with torch.device("meta"):
+        return Flux2Transformer2DModel(**KLEIN_4B), {
+            "hidden_states": torch.empty(1, tokens, 128),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, 512, 7680),
+            "img_ids": torch.empty(tokens, 4),
+            "txt_ids": torch.empty(512, 4),
+        }
+
+
+def qwen(size: int) -> tuple[nn.Module, Sample]:
+    """The transformer of Qwen-Image and one sample, with a prompt of 128 tokens."""
+    side = size // 16
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel(), {
+            "hidden_states": torch.empty(1, side**2, 64),
+            "timestep": torch.ones(1),
+            "encoder_hidden_states": torch.empty(1, 128, 3584),
+            "img_shapes": [[(1, side, side)]],
+        }
+
+
+def make_kl(**options: Any) -> Callable[[], nn.Module]:
+    """A maker of the VAE that Stable Diffusion and FLUX.1 share but for its options."""
+    return lambda: AutoencoderKL(**KL, **options)
+
+
+CLIP_L, CLIP_G, T5_XXL, QWEN3_4B, QWEN25_VL = 0.123, 0.695, 4.76, 4.02, 8.29
+PLAIN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+SD = Model("SD1.5", sd15, make_kl(), 4, (CLIP_L,), size=512, guided=True)
+XL = Model("SDXL", sdxl, make_kl(), 4, (CLIP_L, CLIP_G), guided=True)
+FLUX1 = Model("FLUX.1", flux, make_kl(**PLAIN), 16, (CLIP_L, T5_XXL))
+KLEIN = Model("FLUX.2 klein 4B", klein, AutoencoderKLFlux2, 32, (QWEN3_4B,))
+QWEN = Model("Qwen-Image", qwen, AutoencoderKLQwenImage, 16, (QWEN25_VL,), frames=True)
+MODELS = (SD, XL, FLUX1, KLEIN, QWEN)
+PAIRS = ((SD, XL), (XL, FLUX1), (FLUX1, KLEIN), (FLUX1, QWEN))
+
+
+def choose_linear(denoiser: nn.Module) -> list[str]:
+    """The modules that probing fits where source and target have no class of blocks in common."""
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear)
+        and find_block(name)
+        and "norm" not in name
+        and is_adaptable(name)
+    ]
+
+
+def name_block(module: str) -> str:
+    """The block that a module is in."""
+    position = find_block(module)
+    assert position is not None
+    return f"{position.stack}.{position.number}"
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Counts of a denoiser, of one sample.
+
+    Attributes:
+        weights: all of them.
+        fitted: those that get an update.
+        largest: of `fitted`, in the block with most of them.
+        grams: Σ n² over what the modules of that block read.
+        blocks: how many have updates.
+        factors: Σ d² over the sides of the fitted weights that get a full factor.
+        tflop: of a prediction.
+        peak: of a prediction without gradients, in GB.
+        activations: for a backward pass, in GB.
+        others: weights that get no update, in float32 for the backward pass, in GB.
+        stream: what a block gives out, in GB.
+        width: of it.
+    """
+
+    weights: float
+    fitted: float
+    largest: float
+    grams: float
+    blocks: int
+    factors: float
+    tflop: float
+    peak: float
+    activations: float
+    others: float
+    stream: float
+    width: int
+
+
+@cache
+def count_denoiser(model: Model, size: int, attention: bool) -> Denoiser:
+    """Counts of a denoiser with updates of its attention, or of all linear modules of blocks."""
+    denoiser, sample = model.make(size)
+    names = match_modules(denoiser, ATTENTION) if attention else choose_linear(denoiser)
+    counts = count(denoiser, sample, names)
+    blocks: dict[str, list[Tensor]] = {}
+    for name in names:
+        blocks.setdefault(name_block(name), []).append(denoiser.get_submodule(name).weight)
+    largest = max(blocks.values(), key=lambda block: sum(w.numel() for w in block))
+    streams: list[tuple[int, int]] = []
+
+    def note_streams(_module: nn.Module, _args: object, output: object) -> None:
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        streams.append((sum(4 * t.numel() for t in tensors), max(t.shape[-1] for t in tensors)))
+
+    for name in blocks:
+        denoiser.get_submodule(name).register_forward_hook(note_streams)
+    _, peak = count_forward(lambda: denoiser(**sample, return_dict=False))
+    return Denoiser(
+        weights=counts["all weights"],
+        fitted=counts["weights"],
+        largest=sum(w.numel() for w in largest),
+        grams=sum(w.shape[1] ** 2 for w in largest),
+        blocks=len(blocks),
+        factors=counts["factors"],
+        tflop=counts["Tflop a prediction"],
+        peak=peak,
+        activations=counts["activations GB"],
+        others=counts["other weights in float32 GB"],
+        stream=max(streams)[0] / 1e9,
+        width=max(width for _, width in streams),
+    )
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Counts of a VAE in float32 for one image: weights, Tflop, and peaks in GB."""
+
+    weights: float
+    decode: float
+    encode: float
+    peak: float
+
+
+@cache
+def count_vae(model: Model, size: int) -> Autoencoder:
+    """Counts of a VAE; the peak is that of decoding, which is larger."""
+    frames = (1,) if model.frames else ()
+    with torch.device("meta"):
+        vae = model.make_vae().requires_grad_(False)
+        image = torch.empty(1, 3, *frames, size, size)
+        latent = torch.empty(1, model.latents, *frames, size // 8, size // 8)
+    decode, peak = count_forward(lambda: vae.decode(latent))
+    encode, _ = count_forward(lambda: vae.encode(image))
+    return Autoencoder(sum(p.numel() for p in vae.parameters()), decode, encode, peak)
+
+
+class _Parallel(nn.Module):
+    """Linear modules whose outputs are added: nearly all of its memory is weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(64, 4224, bias=False) for _ in range(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((part(x) for part in self.parts), torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class FitBytes:
+    """Bytes for each fitted weight that a fit holds at its peak.
+
+    Attributes:
+        backward: the joint fit, while it holds the activations too.
+        trial: the joint fit at its trial points.
+        block: the fit of one block, for each weight of this block.
+    """
+
+    backward: int
+    trial: int
+    block: int
+
+
+@cache
+def measure_fit_bytes() -> FitBytes:
+    """Runs both fits on a small model with weights of 16 bits, whose curvature is small."""
+    torch.manual_seed(0)
+    model = _Parallel().half().requires_grad_(False)
+    names = [f"parts.{i}" for i in range(len(model.parts))]
+    call = Call((torch.randn(1, 64),), {})
+    held = [0]
+
+    def note_held(*_: object) -> None:
+        if torch.is_grad_enabled():
+            held.append(memory.live)
+
+    with in_float32(model):
+        plain = model(*call.args)
+        wanted = plain + 0.1 * torch.randn_like(plain)
+        problem = BlockProblem(model, names, [call], [(wanted,)], lambda y: (y,), 0.03, 6)
+        with PeakBytes() as block:
+            fit_block(problem)
+        model.register_forward_pre_hook(note_held)
+        batch = ProbeBatch(call, plain, wanted)
+        with PeakBytes() as memory:
+            fit_jointly(JointProblem(model, names, output_of, lambda: [batch], 4, 1.0))
+    weights = sum(p.numel() for p in model.parameters())
+    before, trial, peak = (
+        4 * round(size / weights / 4) for size in (max(held), memory.peak, block.peak)
+    )
+    return FitBytes(before + 4, trial, peak)  # the backward pass makes one gradient
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A pair at one size.
+
+    Attributes:
+        source: the pipeline of the LoRA.
+        target: the other one.
+        small: whether both sample 512² pixels; else each its size, and images are resized.
+        attention: whether the LoRA is on the attention alone, or on all linear modules of blocks.
+    """
+
+    source: Model
+    target: Model
+    small: bool = False
+    attention: bool = True
+
+    @property
+    def name(self) -> str:
+        """What is printed."""
+        ours, theirs = self.sizes
+        both = ours == theirs
+        name = f"{self.source.name}{'' if both else f', {ours}²'} → {self.target.name}, {theirs}²"
+        return name if self.attention else f"{name}, feed-forward too"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Pixels a side of both."""
+        if self.small:
+            return 512, 512
+        return self.source.size, self.target.size
+
+    @property
+    def ours(self) -> Denoiser:
+        """The source, with the LoRA in its weights."""
+        return count_denoiser(self.source, self.sizes[0], self.attention)
+
+    @property
+    def theirs(self) -> Denoiser:
+        """The target: of two UNets the LoRA's roles get updates, else all linear modules."""
+        roles = self.target is XL and self.attention
+        return count_denoiser(self.target, self.sizes[1], roles)
+
+    @property
+    def vaes(self) -> tuple[Autoencoder, Autoencoder]:
+        """Of source and target."""
+        return count_vae(self.source, self.sizes[0]), count_vae(self.target, self.sizes[1])
+
+    def count_samples(self, images: int, steps: int) -> tuple[int, int]:
+        """Predictions of the source (with and without LoRA) and of the target for `images`."""
+        each = images * steps
+        return 2 * each * self.source.branches, each * self.target.branches
+
+    def count_passes(self) -> dict[str, tuple[float, float, float, float]]:
+        """Stage -> predictions of the source and of the target, crossings there and back.
+
+        A crossing is a decoding by one VAE and an encoding by the other.
+        """
+        ours, theirs = (2 * n for n in self.count_samples(IMAGES, STEPS))
+        settings = FitSettings().sized(ours + theirs)
+        probes, judged, batch = settings.probes, settings.held_out, settings.batch
+        assert probes and judged and batch
+        renewals = sum(step < 2 or step % 4 == 0 for step in range(settings.steps))
+        return {
+            "sampling": (ours, theirs, 0, 0),
+            "images": (0, 0, 4 * IMAGES, 2 * IMAGES),
+            "asking": (2 * probes, probes, 0, 0),
+            "joint fit": (0, (5 * settings.steps + 2 * renewals) * batch, 0, 0),
+            "judging": (2 * judged, 5 * judged, 0, 0),
+            "changes by pixels": (0, 0, 2 * (probes + judged), 0),
+        }
+
+    def estimate_minutes(self, passes: tuple[float, float, float, float]) -> float:
+        """Minutes of so many passes at RATE."""
+        ours, theirs = self.vaes
+        there, back = ours.decode + theirs.encode, theirs.decode + ours.encode
+        each = self.ours.tflop, self.theirs.tflop, there, back
+        return sum(n * tflop for n, tflop in zip(passes, each, strict=True)) / RATE / 60
+
+    def estimate_block_minutes(self) -> float:
+        """Minutes of a fit by strategy "blocks", of few calls."""
+        theirs = self.theirs
+        maps = 8 * MAX_COLUMNS * (MAX_COLUMNS + theirs.width)
+        groups = math.ceil(theirs.blocks * maps / MAP_BYTES)
+        passes = 5 * groups, SOLVING + theirs.blocks / 2 + groups, 0, 0
+        return sum(self.count_samples(FEW_IMAGES, FEW_STEPS)) * self.estimate_minutes(passes)
+
+    @property
+    def loaded(self) -> float:
+        """GB of both pipelines as they are loaded: all but the denoisers is float32."""
+        rest = sum(model.text_weights for model in (self.source, self.target))
+        rest += sum(vae.weights for vae in self.vaes)
+        return (2 * (self.ours.weights + self.theirs.weights) + 4 * rest) / 1e9
+
+    def count_memory(self) -> dict[str, tuple[float, ...]]:
+        """Stage -> GB with both pipelines on the card; with what the stage uses; rewritten.
+
+        The third number is there for fits alone. The joint fit is rewritten so that the card holds
+        one set of weights, its gradient and that of one batch, and computes each block again in the
+        backward pass. Strategy "blocks" is rewritten so that the card holds one block, solved in
+        float32. The machine's memory holds the rest.
+        """
+        ours = self.ours
+        both = 2 * (ours.weights + self.theirs.weights) / 1e9
+        lora = 4 * ours.fitted / 1e9  # weights that get the LoRA are float32 meanwhile
+        maps = lora + MAP_BYTES / 1e9
+        vaes = 4 * sum(vae.weights for vae in self.vaes) / 1e9
+        image = max(vae.peak for vae in self.vaes)
+        alone = 2 * ours.weights / 1e9 + lora + ours.peak
+        return {
+            "loaded": (self.loaded,),
+            "sampling with LoRA": (self.loaded + lora + self.batch * ours.peak, alone),
+            "images": (self.loaded + image, vaes + image),
+            "joint fit": self._count_joint_memory(),
+            "`blocks`: maps": (self.loaded + maps, both + maps),
+            "`blocks`: fit": self._count_block_memory(),
+        }
+
+    @property
+    def batch(self) -> int:
+        """Samples in a call: those of the pipeline that has more."""
+        return max(self.source.branches, self.target.branches)
+
+    def _count_joint_memory(self) -> tuple[float, float, float]:
+        theirs, size = self.theirs, measure_fit_bytes()
+        target, fitted = 2 * theirs.weights / 1e9, theirs.fitted / 1e9
+
+        def count_fit(samples: int) -> float:
+            backward = size.backward * fitted + theirs.others + samples * theirs.activations
+            return max(backward, size.trial * fitted) + 8 * theirs.factors / 1e9
+
+        rewritten = 12 * fitted + theirs.blocks * theirs.stream + theirs.activations / theirs.blocks
+        return self.loaded + count_fit(self.batch), target + count_fit(1), target + rewritten
+
+    def _count_block_memory(self) -> tuple[float, float, float]:
+        theirs, size = self.theirs, measure_fit_bytes()
+        target, activations = 2 * theirs.weights / 1e9, theirs.activations / theirs.blocks
+        block = (size.block * theirs.largest + 16 * theirs.grams) / 1e9
+        outputs = sum(self.count_samples(FEW_IMAGES, FEW_STEPS)) * theirs.stream
+        fit = block + 4 * theirs.fitted / 1e9 + outputs  # updates of the blocks before are dense
+        return (
+            self.loaded + fit + self.batch * activations,
+            target + fit + activations,
+            block / 2 + 2 * theirs.largest / 1e9 + activations,
+        )
+
+
+def list_crossings() -> list[Crossing]:
+    """All pairs at both sizes."""
+    return [Crossing(*pair, small=small) for small in (False, True) for pair in PAIRS]
+
+
+def format_number(value: float) -> str:
+    """Two digits, and all of an integer part."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+
+
+def join_numbers(values: Iterable[float]) -> str:
+    """Several numbers in one cell."""
+    return " / ".join(map(format_number, values))
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table in Markdown."""
+    columns = list(header)
+    print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def list_models() -> Iterator[list[str]]:
+    """Rows: what one prediction and one image cost, at 512² and 1024² pixels."""
+    for model in MODELS:
+        denoisers = [count_denoiser(model, size, attention=False) for size in (512, 1024)]
+        vaes = [count_vae(model, size) for size in (512, 1024)]
+        yield [
+            model.name,
+            format_number(denoisers[0].weights / 1e9),
+            format_number(model.text_weights / 1e9),
+            join_numbers(d.tflop for d in denoisers),
+            join_numbers(vae.decode + vae.encode for vae in vaes),
+            join_numbers(vae.peak for vae in vaes),
+            format_number(denoisers[0].fitted / 1e9),
+            join_numbers(d.activations for d in denoisers),
+        ]
+
+
+def list_passes() -> Iterator[list[str]]:
+    """Rows: predictions by stage."""
+    for pair in PAIRS:
+        crossing = Crossing(*pair)
+        counts = crossing.count_passes().values()
+        yield [
+            f"{crossing.source.name} → {crossing.target.name}",
+            *(" + ".join(f"{n:.0f}" for n in passes if n) for passes in counts),
+        ]
+
+
+def list_minutes() -> Iterator[list[str]]:
+    """Rows: minutes by stage."""
+    for crossing in list_crossings():
+        minutes = {k: crossing.estimate_minutes(n) for k, n in crossing.count_passes().items()}
+        pixels = minutes.pop("changes by pixels")
+        numbers = [*minutes.values(), sum(minutes.values()), pixels]
+        numbers.append(crossing.estimate_block_minutes())
+        yield [crossing.name, *map(format_number, numbers)]
+
+
+def list_memory() -> Iterator[list[str]]:
+    """Rows: GB by stage."""
+    crossings = list_crossings()
+    crossings.insert(1, Crossing(SD, XL, attention=False))
+    for crossing in crossings:
+        stages = crossing.count_memory().values()
+        yield [crossing.name, *map(join_numbers, stages)]
+
+
+def main() -> None:
+    """Prints the tables."""
+    example = Crossing(SD, XL)
+    stages = list(example.count_passes())
+    print_table(
+        (
+            "512² / 1024²",
+            "weights, G",
+            "text encoders, G",
+            "Tflop, prediction",
+            "Tflop, decode + encode",
+            "GB, decode",
+            "weights fitted, G",
+            "GB, activations",
+        ),
+        list_models(),
+    )
+    print_table(("predictions", *stages), list_passes())
+    print_table(("minutes", *stages[:-1], "sum", stages[-1], "`blocks`, few calls"), list_minutes())
+    print_table(("GB", *example.count_memory()), list_memory())
+    print(f"Bytes for each fitted weight: {measure_fit_bytes()}")
+
+
+if __name__ == "__main__":
+    main()
