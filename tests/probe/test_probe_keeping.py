@@ -10,7 +10,7 @@ import torch
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
-from prolora import LowRank, probe
+from prolora import LowRank, ProLoRAError, probe
 from prolora.probe import checkpoint
 from prolora.probe.fitting import ridge_map, wanted_streams
 from prolora.probe.recording import call_codec
@@ -177,6 +177,14 @@ def test_a_key_tells_weights_that_differ_in_one_bit(source):
     before = checkpoint.hash_model(source)
     source.blocks[1].down.bias.data[0] += 1e-6
     assert checkpoint.hash_model(source) != before
+
+
+def test_no_folder_is_made_for_what_is_refused(source, tmp_path):
+    sample = sampler(source)
+    kept = tmp_path / "kept"
+    with pytest.raises(ProLoRAError, match="no updates"):
+        probe.fit_lora(source, source, {}, sample, sample, resume=kept, samplers="any")
+    assert not kept.exists()
 
 
 def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):

@@ -14,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from prolora import ProLoRAError, ShapeMismatch, UnrelatedBases, UnsupportedFormat, adapters
+from prolora import (
+    ProLoRAError,
+    ShapeMismatch,
+    UnrelatedBases,
+    UnsupportedFormat,
+    adapters,
+    advise,
+)
 from prolora import transfer as prolora_transfer
 from prolora.bases import identity, vae
 from prolora.cli import app
@@ -221,8 +228,6 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     ("broken", "error", "words"),
     [
         ("file", UnsupportedFormat, "pipeline folder"),
-        ("scaling", UnrelatedBases, "scaling_factor"),
-        ("vae", UnrelatedBases, "trained apart"),
         ("pickle", UnsupportedFormat, "save_pretrained"),
         ("code", UnsupportedFormat, "code of its own"),
         ("kind", UnsupportedFormat, "trigflow"),
@@ -230,12 +235,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
 )
 def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broken, error, words):
     target = tmp_path / "target"
-    if broken == "scaling":
-        tiny.save(target, scaling=0.13025)
-    elif broken == "vae":
-        tiny.save(target, vae_seed=8)
-    else:
-        shutil.copytree(room / "twin", target)
+    shutil.copytree(room / "twin", target)
     index = json.loads((target / "model_index.json").read_text())
     if broken == "file":
         target = target / "unet" / "diffusion_pytorch_model.safetensors"
@@ -254,6 +254,19 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
         prolora_transfer(
             room / "lora.safetensors", room / "source", target, method="probe", probe=SETTINGS
         )
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"scaling": 0.13025}, "scaling_factor 0.18215 against 0.13025"), ({"vae_seed": 8}, "apart")],
+)
+def test_other_latents_are_named_and_no_copy_is_measured_there(room, tmp_path, changed, words):
+    """Probing takes images across (test_crossing_latents); a copy cannot be asked anything."""
+    target = tiny.save(tmp_path / "target", **changed)
+    assert words in vae.explain_different_latents(room / "source", target)
+    assert vae.explain_different_latents(room / "source", room / "other") is None
+    with pytest.raises(UnrelatedBases, match=f"{words}.*--method probe"):
+        advise(room / "source", target, room / "lora.safetensors", measure=True)
 
 
 def test_options_without_a_use_are_refused(room, tmp_path):
@@ -276,6 +289,10 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     with pytest.raises(UnrelatedBases, match="--method probe"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
     unrelated = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
+    with pytest.raises(ShapeMismatch, match="--method probe"):
+        prolora_transfer(wide, room / "source", unrelated, method="copy")
+    # No image can cross to a pipeline without a VAE.
+    shutil.rmtree(unrelated / "vae")
     assert not vae.can_probe(room / "source", unrelated)
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", unrelated, method="copy")

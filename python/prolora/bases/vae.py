@@ -1,4 +1,4 @@
-"""Whether two pipelines denoise the same latents: decided by their VAEs, from files alone."""
+"""Whether pipelines denoise the same latents, or images can cross between them: from files."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
+from ..architectures.modules import find_block
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
 from .folder import MODELS, open_folder_weights
 
 PIPELINE_INDEX = "model_index.json"
-_DEFAULTS: dict[str, Any] = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
-PROBED = (
-    "UNet2DConditionModel",
-    "FluxTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "DiTTransformer2DModel",
-    "Transformer2DModel",
-)
-"""The denoisers whose blocks probing knows."""
+_DEFAULTS: dict[str, Any] = {
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
 MIN_COSINE = 0.9
 """Of two VAEs' encoders: fine-tunes and copies have 1, VAEs trained apart far less."""
 
@@ -45,40 +44,76 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
     different = [key for key in ours if ours[key] != theirs[key]]
     if not different:
         return None
-    facts = ", ".join(f"{key} {ours[key]} against {theirs[key]}" for key in different)
+    facts = ", ".join(
+        key
+        if isinstance(ours[key] or theirs[key], list)
+        else f"{key} {ours[key]} against {theirs[key]}"
+        for key in different
+    )
     return f"their VAEs differ ({facts}), so a latent of one means nothing to the other"
 
 
 def can_probe(source: Path | None, target: Path | None) -> bool:
     """Whether `--method probe` could move a LoRA between two bases, as far as files tell.
 
-    Both must be whole pipelines of a known kind with the same latents; whether the result would be
-    any good is known only after sampling.
+    Both must be whole pipelines whose denoisers have linear layers in blocks, with the same latents
+    or with a way from latents to images and back. Whether the result would be any good is known
+    only after sampling.
     """
     if source is None or target is None or not (is_pipeline(source) and is_pipeline(target)):
         return False
     try:
-        kinds = [_read_denoiser_class(folder) for folder in (source, target)]
-        return (
-            all(kind in PROBED for kind in kinds) and explain_vae_difference(source, target) is None
-        )
+        if explain_vae_difference(source, target) is not None:
+            check_images_cross(source, target)
+        return all(_has_fitted_blocks(folder) for folder in (source, target))
     except UnsupportedFormat:
         return False
 
 
-def _read_denoiser_class(folder: Path) -> str | None:
-    """The class of a pipeline's UNet or transformer."""
-    for part in MODELS:
-        if (folder / part / "config.json").is_file():
-            return read_json_object(folder / part / "config.json").get("_class_name")
-    return None
+def _has_fitted_blocks(folder: Path) -> bool:
+    """Whether a pipeline's UNet or transformer has linear layers in blocks."""
+    part = next((part for part in MODELS if (folder / part).is_dir()), None)
+    if part is None:
+        return False
+    weights = open_folder_weights(folder / part)[0]
+    return any(
+        len(weight.shape) == 2 and find_block(key.removesuffix(".weight"))
+        for key, weight in weights.items()
+        if key.endswith(".weight")
+    )
 
 
-def check_latents(source: Path, target: Path) -> None:
-    """Refuses pipelines whose latents are different spaces.
+def check_images_cross(source: Path, target: Path) -> None:
+    """Refuses pipelines with different latents between which no image could cross, from files.
 
     Raises:
-        UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
+        UnsupportedFormat: one has no VAE and denoises no pixels, or a VAE without an encoder.
+    """
+    for folder in (source, target):
+        if not (folder / "vae").is_dir():
+            if _read_denoiser_config(folder).get("in_channels", 3) != 3:
+                raise UnsupportedFormat(
+                    f"{folder}: the pipeline has no VAE, and its latents are no pixels, so no "
+                    "image can cross to another model's latents"
+                )
+        elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")[0]):
+            raise UnsupportedFormat(
+                f"{folder / 'vae'}: the VAE has no encoder, so no image can cross to its latents"
+            )
+
+
+def _read_denoiser_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a pipeline's UNet or transformer; empty without one."""
+    for part in MODELS:
+        if (folder / part / "config.json").is_file():
+            return read_json_object(folder / part / "config.json")
+    return {}
+
+
+def explain_different_latents(source: Path, target: Path) -> str | None:
+    """Why the latents of two pipeline folders are different spaces; None where they are one.
+
+    Raises:
         UnsupportedFormat: a VAE without readable safetensors.
     """
     reason = explain_vae_difference(source, target)
@@ -89,11 +124,21 @@ def check_latents(source: Path, target: Path) -> None:
                 f"their VAEs' encoders were trained apart (cosine {cosine:.2f}, at least "
                 f"{MIN_COSINE} is asked for), so a latent of one means nothing to the other"
             )
+    return reason
+
+
+def check_latents(source: Path, target: Path) -> None:
+    """Refuses pipelines whose latents are different spaces, where a LoRA cannot be measured.
+
+    Raises:
+        UnrelatedBases: the configurations of the VAEs differ, or the weights of their encoders.
+        UnsupportedFormat: a VAE without readable safetensors.
+    """
+    reason = explain_different_latents(source, target)
     if reason is not None:
         raise UnrelatedBases(
-            f"probing cannot ask {source.name} and {target.name} the same question: {reason}. "
-            "Only bases that share a VAE can be probed: SD1.5, SD2.1, BK-SDM, PixArt α; or SDXL, "
-            "SSD-1B, Vega, PixArt Σ"
+            f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
+            "--method probe moves a LoRA between latents by way of images"
         )
 
 

@@ -130,7 +130,9 @@ PromptsOption = Annotated[
 ProbeSizeOption = Annotated[
     int | None,
     typer.Option(
-        metavar="PIXELS", help="Height and width. Default: the smaller of the two pipelines'."
+        metavar="PIXELS",
+        help="Height and width. Default: the smaller of the two pipelines', or that of each where "
+        "their latents differ.",
     ),
 ]
 ProbeGuidanceOption = Annotated[

@@ -15,6 +15,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room, Work
+from ..bases.vae import can_probe
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
@@ -384,14 +385,17 @@ def _factorise(
 
 
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
-    """Why there is nothing to compare."""
+    """Why there is nothing to compare, and what may work instead."""
+    way = ""
+    if can_probe(source.path, target.path):
+        way = "; --method probe looks at the running models instead, and may move a LoRA"
     if partners:
         return (
             f"every pair of {source.name} and {target.name} has different widths, and no weight of "
             "the target is a selection of the source's rows and columns: no published data-free "
-            "method maps between widths"
+            f"method maps between widths{way}"
         )
     return (
         f"{source.name} and {target.name} have no attention or feed-forward module of equal "
-        "name and shape: weights alone cannot relate them"
+        f"name and shape: weights alone cannot relate them{way}"
     )

@@ -23,6 +23,12 @@ MIN_SHARE = 0.25
 """Least share of the wanted change that an update must reach."""
 MAX_DISAGREEMENT = 0.4
 """Disagreement above which the source cannot say what the target should do."""
+MIN_IMAGE_SHARE = 0.1
+"""The same on the LoRA's images where the models were asked about images: half of such a fit
+follows pairs of images, which are not among the held-out questions, and a LoRA is worth more than
+this share says (docs/probe.md)."""
+IMAGE_DOUBT = 0.02
+"""Share of the wanted change by which a weaker strength must be better there."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -67,6 +73,7 @@ class Gate:
             or shapes are not the target's.
         copy_strength: the one of STRENGTHS that is best for the rival.
         gain: of the fit over the rival; None where there is no rival.
+        effect: of the fit over no update, where the models were asked about images; else None.
     """
 
     decision: str
@@ -77,15 +84,16 @@ class Gate:
     copy_share: dict[str, float] | None = None
     copy_strength: float = 1.0
     gain: Gain | None = None
+    effect: Gain | None = None
 
     @property
     def copy_serves(self) -> bool:
         """Whether the copy does no worse, and reaches enough of the change to be written."""
-        return (
-            self.decision == COPY
-            and self.copy_share is not None
-            and min(self.copy_share[origin] for origin in ("adapted", "target")) >= MIN_SHARE
-        )
+        if self.decision != COPY or self.copy_share is None:
+            return False
+        if self.effect is not None:
+            return self.copy_share["adapted"] >= MIN_IMAGE_SHARE and self.copy_share["target"] >= 0
+        return min(self.copy_share[origin] for origin in ("adapted", "target")) >= MIN_SHARE
 
 
 def judge_updates(
@@ -95,6 +103,8 @@ def judge_updates(
     read: Callable[[Any], Tensor] = output_of,
     copied: Mapping[str, LowRank] | None = None,
     start: str = "zero",
+    images: bool = False,
+    same_noise: bool = True,
 ) -> Gate:
     """Chooses the strength and the decision.
 
@@ -105,9 +115,11 @@ def judge_updates(
         read: return value of the target -> its prediction.
         copied: the rival, compared where it fits the target's modules.
         start: where the fit started, "zero" or "copy".
+        images: whether the models were asked about images, and the fit followed pairs of them too.
+        same_noise: whether both models saw the same noise, so that their predictions compare.
     """
     disagreement = measure_disagreement(held_out)
-    doubt = least_gain(disagreement["all"], "zero")
+    doubt = IMAGE_DOUBT if images else least_gain(disagreement["all"], "zero")
     strength, missing = _best_strength(target, updates, held_out, doubt, read)
     share = share_by_origin(held_out, missing)
     copy_share, copy_strength, gain = None, 1.0, None
@@ -115,8 +127,15 @@ def judge_updates(
         copy_strength, copy_missing = _best_strength(target, copied, held_out, doubt, read)
         copy_share = share_by_origin(held_out, copy_missing)
         gain = _measure_gain(held_out, missing, copy_missing)
-    decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, start)
-    return Gate(decision, strength, share, disagreement, reason, copy_share, copy_strength, gain)
+    effect = None
+    if images:
+        effect = _measure_gain(held_out, missing, [energy_of(w.change) for w in held_out])
+        compared = disagreement if same_noise else None
+        decision, reason = decide_on_images(strength, share, effect, copy_share, gain, compared)
+    else:
+        decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, start)
+    rival = (copy_share, copy_strength, gain)
+    return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 
 
 def decide_gate(
@@ -134,11 +153,7 @@ def decide_gate(
     difference = max(disagreement[origin] for origin in ("adapted", "target"))
     copied = copy_share["all"] if copy_share else -math.inf
     if difference > MAX_DISAGREEMENT and copied < MIN_SHARE:
-        return REFUSE, (
-            "the bases' own predictions differ by too much for the source to say what this LoRA "
-            f"should do on the target (disagreement {difference:.2g}, at most "
-            f"{MAX_DISAGREEMENT:g}); use --method auto or copy"
-        )
+        return REFUSE, _explain_disagreement(difference)
     if gain is not None and gain.lowest <= least_gain(disagreement["all"], start):
         return COPY, _explain_copy(share["all"], copied, gain, disagreement["all"], start)
     if worst < MIN_SHARE:
@@ -153,6 +168,81 @@ def decide_gate(
             f"± {SURE * gain.error:.1%} over {gain.trajectories} trajectories)"
         )
     return (GO if strength == 1.0 else WEAKEN), reason
+
+
+def decide_on_images(
+    strength: float,
+    share: Mapping[str, float],
+    effect: Gain,
+    copy_share: Mapping[str, float] | None,
+    gain: Gain | None,
+    disagreement: Mapping[str, float] | None,
+) -> tuple[str, str]:
+    """The decision and its reason where the models were asked about images.
+
+    What counts is that the change was reached on images that the fit did not see.
+
+    Args:
+        strength: see `Gate`.
+        share: see `Gate`.
+        effect: see `Gate`.
+        copy_share: see `Gate`.
+        gain: see `Gate`.
+        disagreement: see `Gate`; None where each model saw noise of its own, which makes most of
+            what their predictions differ by.
+    """
+    differ = 0.0 if disagreement is None else disagreement["all"]
+    copied = copy_share["all"] if copy_share else -math.inf
+    if gain is not None and gain.lowest <= least_gain(differ, "copy"):
+        return COPY, _explain_copy(share["all"], copied, gain, differ, "copy")
+    refusal = _refuse_images(share, effect, copied, disagreement)
+    if refusal is not None:
+        return REFUSE, refusal
+    reason = (
+        f"{effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change reached on held-out "
+        f"images ({effect.trajectories} samplings)"
+    )
+    return (GO if strength == 1.0 else WEAKEN), reason
+
+
+def _refuse_images(
+    share: Mapping[str, float],
+    effect: Gain,
+    copied: float,
+    disagreement: Mapping[str, float] | None,
+) -> str | None:
+    """Why a fit that was asked about images is refused; None where nothing speaks against it."""
+    if effect.share == 0 and effect.error == 0:
+        return "the LoRA changes nothing that the models' predictions show"
+    differ = max(disagreement[o] for o in ("adapted", "target")) if disagreement else 0.0
+    if differ > MAX_DISAGREEMENT and copied < MIN_SHARE:
+        return _explain_disagreement(differ)
+    if effect.lowest <= 0:
+        return (
+            f"only {effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change was reached "
+            f"on held-out images, which may be chance ({effect.trajectories} samplings); more "
+            "images (--probe-images) may help"
+        )
+    if share["adapted"] < MIN_IMAGE_SHARE:
+        return (
+            f"only {share['adapted']:.0%} of the wanted change was reached on held-out images of "
+            f"the LoRA (at least {MIN_IMAGE_SHARE:.0%} is required); more images (--probe-images) "
+            "or a larger rank may help"
+        )
+    if share["target"] < 0:
+        return (
+            "on held-out images of the target the fit does worse than no LoRA "
+            f"({share['target']:.0%} of the wanted change); more images (--probe-images) may help"
+        )
+    return None
+
+
+def _explain_disagreement(difference: float) -> str:
+    return (
+        "the bases' own predictions differ by too much for the source to say what this LoRA "
+        f"should do on the target (disagreement {difference:.2g}, at most "
+        f"{MAX_DISAGREEMENT:g}); use --method auto or copy"
+    )
 
 
 def least_gain(disagreement: float, start: str) -> float:

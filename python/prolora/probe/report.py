@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..files.jsontext import replace_nonfinite
 from . import gate
+from .crossed import CrossedReport
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class ProbeReport:
             earlier probing.
         seconds: wall time by stage.
         log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
-            different quantities (pipelines only); None without a bound.
+            different quantities or have different latents (pipelines only); None without a bound.
+        crossed: what crossed between models with different latents; None where they share them.
     """
 
     probes: int
@@ -70,16 +73,21 @@ class ProbeReport:
     resumed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     log_snr: tuple[float, float] | None = None
+    crossed: CrossedReport | None = None
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
         lines = [self._describe_fit()]
         if self.log_snr:
             low, high = self.log_snr
+            lowest = "noise alone" if math.isinf(low) else f"{low:.1f}"
+            why = "" if self.crossed else "The models predict different quantities; both"
             lines.append(
-                f"The models predict different quantities; both were asked at equal log-SNR, from "
-                f"{low:.1f} to {high:.1f}, and compared by x₀."
+                f"{why or 'Both models'} were asked at equal log-SNR, from {lowest} to "
+                f"{high:.1f}, and compared by x₀."
             )
+        if self.crossed:
+            lines += self.crossed.sentences()
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
             verb = "was" if len(self.left_out) == 1 else "were"

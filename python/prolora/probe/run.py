@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +20,22 @@ from ..core.precision import in_full_precision
 from ..errors import UnrelatedBases
 from ..version import __version__
 from .checkpoint import Checkpoints
+from .crossed import CrossedImages, measure_bands
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
-from .gate import REFUSE, Gate, fitting_updates, judge_updates
+from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
 from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
-from .recording.recorder import ORIGINS, Recorder
+from .recording.lazy import Selection
+from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import spill_questions
-from .recording.trajectories import Sample, output_of
+from .recording.trajectories import Sample, output_of, predict_call
 from .recording.translation import (
+    PAIR,
     Convert,
     Question,
     Read,
@@ -186,32 +190,60 @@ def fit_lora(
         clip or same_call,
     )
     adapter = _as_adapter(lora)
-    check_models(source, target, adapter)
     if rival is None:
         rival = fitting_updates(target, adapter.updates)
+    check_models(source, target, adapter)
     check_start(settings.start, target, rival)
-    sample_all = (sample_source, sample_adapted or sample_source, sample_target)
+    recorder = Recorder(
+        source,
+        target,
+        adapter,
+        (sample_source, sample_adapted or sample_source, sample_target),
+        translation,
+        Checkpoints(settings.resume),
+        settings.samplers,
+    )
+    return _run_models(recorder, rival, settings)
+
+
+@in_full_precision
+def fit_from_recorder(
+    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
+) -> ProbeTransfer:
+    """`fit_lora` with the questions of a recorder: for models that cannot share recorded calls.
+
+    Args:
+        recorder: of both models and the LoRA.
+        rival: see `fit_lora`.
+        settings: of the fit.
+
+    Raises:
+        ProLoRAError: see `fit_lora`.
+    """
+    check_models(recorder.source, recorder.target, recorder.adapter)
+    check_start(settings.start, recorder.target, rival)
+    return _run_models(recorder, rival, settings)
+
+
+def _run_models(
+    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
+) -> ProbeTransfer:
+    """The fit and the verdict with both models at rest and in float32."""
+    source, target = recorder.source, recorder.target
     with frozen(source), frozen(target), in_float32(source), in_float32(target):
-        recorder = Recorder(
-            source,
-            target,
-            adapter,
-            sample_all,
-            translation,
-            Checkpoints(settings.resume),
-            settings.samplers,
-        )
         return _record_fit_judge(recorder, rival, settings)
 
 
 def _record_fit_judge(
-    recorder: Recorder, rival: Mapping[str, LowRank], settings: FitSettings
+    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        judged = number_questions(recorder.record_questions(settings.seed + len(ORIGINS)))
+        judged = number_questions(
+            recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+        )
         held_out = spill_questions(judged, limit)
         report.probes, report.held_out = len(questions), len(held_out)
     if settings.strategy == "joint":
@@ -239,7 +271,7 @@ def _record_fit_judge(
         for name in updates:
             report.left_out.pop(name, None)
     with _timed(report, "judge"):
-        verdict = report.gate = _judge(run, updates, held_out)
+        verdict = report.gate = _judge(run, updates, held_out, recorder.crossed)
     total = settings.steps if settings.strategy == "joint" else len(modules.by_block)
     run.notify(total, total, "judged")
     if verdict.decision == REFUSE and not settings.force:
@@ -247,12 +279,25 @@ def _record_fit_judge(
     return _scale_updates(run, updates, verdict.strength)
 
 
-def _judge(run: ProbeRun, updates: Mapping[str, LowRank], held_out: Sequence[Question]) -> Gate:
-    """The verdict of the held-out probes."""
-    wanted = wanted_changes(run.source, run.target, run.adapter.updates, held_out, run.translation)
-    read = run.translation.read
+def _judge(
+    run: ProbeRun,
+    updates: Mapping[str, LowRank],
+    held_out: Sequence[Question],
+    crossed: CrossedImages | None,
+) -> Gate:
+    """The verdict of the held-out probes; the report gets what crossed, where images did."""
+    translation, target = run.translation, run.target
+    wanted = list(wanted_changes(run.source, target, run.adapter.updates, held_out, translation))
     start = run.report.start
-    return judge_updates(run.target, updates, list(wanted), read, run.rival, start)
+    images, same_noise = crossed is not None, translation.same_noise
+    verdict = judge_updates(
+        target, updates, wanted, translation.read, run.rival, start, images, same_noise
+    )
+    if crossed is not None:
+        copied = verdict.decision == COPY and not run.settings.force
+        moved = (run.rival, verdict.copy_strength) if copied else (updates, verdict.strength)
+        run.report.crossed = crossed.report(measure_bands(target, *moved, wanted, translation))
+    return verdict
 
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
@@ -287,6 +332,10 @@ def _draw_samples(
     assert settings.probes and settings.held_out and settings.batch
 
     def predict_both(question: Question) -> tuple[Tensor, Tensor]:
+        if question.origin == PAIR:
+            read = run.translation.read
+            before = predict_call(run.target, question.source, read)
+            return before, run.translation.of_target(run.target, question)
         return (
             run.translation.of_source(run.source, question),
             run.translation.of_target(run.target, question),
@@ -297,8 +346,21 @@ def _draw_samples(
         of_origin = [question for question in held_out if question.origin == origin]
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
-    drawn = mix_samples(questions, settings.probes, settings.batch, predict_both, generator)
+    origins = [question.origin for question in questions]
+    pairs = Selection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
+    asked = Selection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
+    count = max(settings.probes // 2, 1) if pairs else settings.probes
+    drawn = mix_samples(asked, count, settings.batch, predict_both, generator)
+    if pairs:
+        taught = mix_samples(pairs, count, settings.batch, predict_both, generator)
+        drawn = _alternate(drawn, taught)
     return spill_questions(drawn, limit), spill_questions(judged, limit)
+
+
+def _alternate(first: Sequence[Question], second: Sequence[Question]) -> list[Question]:
+    """The questions of both in turn; what is left of the longer one comes last."""
+    both = itertools.zip_longest(first, second)
+    return [question for pair in both for question in pair if question is not None]
 
 
 def _count_samples(questions: Sequence[Question]) -> int:

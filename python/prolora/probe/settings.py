@@ -34,7 +34,8 @@ class Probing:
         images: number sampled by each of source, source with LoRA and target for the fit, and again
             for the verdict.
         steps: sampling steps.
-        size: height and width in pixels; None means the smaller of the two pipelines' defaults.
+        size: height and width in pixels; None means the smaller of the two pipelines' defaults, and
+            that of each pipeline where their latents are different spaces.
         guidance: guidance scale; None means each pipeline's default.
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
             other, which needs memory for the updates and activations of one block only.

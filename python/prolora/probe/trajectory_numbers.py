@@ -20,8 +20,10 @@ def number_questions(questions: Sequence[Question]) -> list[Question]:
     """The questions, each call with the number of the trajectory of every sample.
 
     Args:
-        questions: in the order in which they were recorded.
+        questions: in the order in which they were recorded; numbered ones are left as they are.
     """
+    if all(question.target.trajectories for question in questions):
+        return list(questions)
     numbers = number_trajectories([question.target for question in questions])
     return [
         Question(replace(question.source, trajectories=n), replace(question.target, trajectories=n))

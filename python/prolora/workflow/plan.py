@@ -157,7 +157,7 @@ def make_plan(
             two architectures without corresponding blocks.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
-            over because every shape differs.
+            over because every shape differs, or because none has a partner and probing may serve.
     """
     plan = Plan()
     modules = place_text_encoders(adapter, source, target, text_encoder, plan)
@@ -180,6 +180,9 @@ def make_plan(
     if plan.refused and not plan.pairs:
         name, reason = next(iter(plan.refused.items()))
         raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
+    nothing = not (plan.pairs or plan.summed or plan.passed or adapter.vectors)
+    if modules and nothing and can_probe(source.path, target.path):
+        raise ShapeMismatch(f"no module of this LoRA has a partner on the target{PROBE_INSTEAD}")
     return plan
 
 

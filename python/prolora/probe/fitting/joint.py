@@ -9,7 +9,7 @@ from ...core.lowrank import LowRank
 from ..checkpoint import hash_texts, hash_updates
 from ..probe_run import FittedModules, ProbeRun
 from ..recording.spill import SpillStore
-from ..recording.translation import Question
+from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
 from ..updates import apply_updates
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
@@ -42,7 +42,9 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
-    start = choose_start(run.settings.start, run.target, run.rival, first, run.translation.read)
+    translation = run.translation
+    read, same_noise = translation.read, translation.same_noise
+    start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
     updates = _fit_and_cut(run, batches, modules, start, key) if start.trust else dict(run.rival)
     facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
@@ -93,12 +95,12 @@ class _BatchQueue:
 
     def ask_models(self) -> list[WantedChange]:
         """Computes and stores the wanted prediction of every probe; returns the first few."""
-        run, first = self.run, []
+        run, first = self.run, list[WantedChange]()
         asked = wanted_changes(
             run.source, run.target, run.adapter.updates, self.questions, run.translation
         )
         for i, wanted in enumerate(asked):
-            if i < BATCHES_TO_TRY_COPY:
+            if len(first) < BATCHES_TO_TRY_COPY and wanted.call.origin != PAIR:
                 first.append(wanted)
             run.notify(i, len(self.questions), "asking")
             self.store.put(i, (wanted.plain, wanted.plain + wanted.change))

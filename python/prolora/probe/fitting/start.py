@@ -60,6 +60,7 @@ def choose_start(
     copied: Mapping[str, LowRank],
     probes: Sequence[WantedChange],
     read: Callable[[Any], Tensor],
+    same_noise: bool = True,
 ) -> StartingPoint:
     """Chooses between zero and copied updates.
 
@@ -75,6 +76,8 @@ def choose_start(
         copied: updates of the target; empty where there are none.
         probes: some of those of the fit.
         read: return value of the target -> its prediction.
+        same_noise: whether both models saw the same noise; if not, their disagreement says nothing
+            of the wanted change, and the fit goes all the way.
     """
     fitting = bool(copied) and fits_target(target, copied)
     if asked == "zero" or not fitting:
@@ -84,7 +87,8 @@ def choose_start(
     if asked == "auto" and share < LEAST_COPY_SHARE:
         return StartingPoint("zero", 1.0, f"the copy reaches {share:.0%} of the wanted change")
     missing = max(1 - share, 1e-9)
-    trust = 1 - DOUBT * measure_disagreement(probes)["all"] / missing
+    differ = measure_disagreement(probes)["all"] if same_noise else 0.0
+    trust = 1 - DOUBT * differ / missing
     if trust < LEAST_TRUST:
         reason = (
             f"the copy misses {missing:.0%} of the wanted change, no more than the bases' own "

@@ -1,7 +1,21 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
+from .crossing import CrossingRecorder, CrossingSide, describe_crossing, observe_sides
+from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
 
-__all__ = ["Pipeline", "PipelinePair", "open_pipeline", "pair_pipelines"]
+__all__ = [
+    "CrossingRecorder",
+    "CrossingSide",
+    "LatentSpace",
+    "Pipeline",
+    "PipelinePair",
+    "SharedLatents",
+    "check_shown",
+    "describe_crossing",
+    "observe_sides",
+    "open_pipeline",
+    "pair_pipelines",
+]

@@ -93,6 +93,27 @@ def stack_output(result: Any) -> Tensor:
     return stack_output(result.sample) if hasattr(result, "sample") else output_of(result)
 
 
+@dataclass(frozen=True)
+class PredictionReader:
+    """The prediction without the variance that some models (DiT, PixArt) predict as well.
+
+    Attributes:
+        channels: of latents that are images; None for other layouts.
+    """
+
+    channels: int | None
+
+    @classmethod
+    def of(cls, *latents: Tensor) -> PredictionReader:
+        """The reader of a model, or of two, that are given these latents."""
+        return cls(next((x.shape[1] for x in latents if x.dim() == 4), None))
+
+    def __call__(self, result: Any) -> Tensor:
+        """The prediction [n, ...] of a model's return value."""
+        output = stack_output(result)
+        return output[:, : self.channels] if output.dim() == 4 else output
+
+
 def _flatten_nested(values: Mapping[str, Any], above: Path = ()) -> Conditioning:
     flat: Conditioning = {}
     for name, value in values.items():

@@ -83,20 +83,37 @@ def observe_flow(
 
 
 @contextmanager
-def watch_steps(scheduler: Any, on_step: Callable[[Tensor, Any], None]) -> Iterator[None]:
-    """Calls a function with the prediction and time of every step of a scheduler."""
-    step = scheduler.step
+def watch_steps(
+    scheduler: Any,
+    on_step: Callable[[Tensor, Any], None] | None = None,
+    on_result: Callable[[Tensor], object] | None = None,
+) -> Iterator[None]:
+    """Calls functions at every step of a scheduler, also inside another such block.
+
+    Args:
+        scheduler: of a pipeline.
+        on_step: called with the prediction and the time, before the step.
+        on_result: called with the latents after the step.
+    """
+    step, before = scheduler.step, vars(scheduler).get("step")
 
     @functools.wraps(step)  # pipelines look at its parameters
     def watched(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        on_step(model_output, timestep)
-        return step(model_output, timestep, *args, **kwargs)
+        if on_step:
+            on_step(model_output, timestep)
+        result = step(model_output, timestep, *args, **kwargs)
+        if on_result:
+            on_result(result[0])
+        return result
 
     scheduler.step = watched
     try:
         yield
     finally:
-        del scheduler.step
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
 
 
 def _sum_of_shares(used: Tensor, outputs: list[Tensor]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..recording.trajectories import Call
 from ..recording.translation import Translation, same_call
 from ..settings import Probing
-from .conditioning import PromptTable, build_call, split_call, stack_output
+from .conditioning import PredictionReader, PromptTable, build_call, split_call
 from .conversion import (
     clip_state,
     common_levels,
@@ -21,16 +20,8 @@ from .conversion import (
     translate_time,
 )
 from .layouts import Layout, check_shapes
-from .pipeline import Pipeline
+from .pipeline import Pipeline, describe_pipeline
 from .schedules import FLOW, Schedule, level_log_snr
-
-_FIT_SETTINGS = (
-    "force",
-    "resume",
-    "strategy",
-    "start",
-    "fit_steps",
-)  # samples do not depend on them
 
 
 @dataclass(frozen=True)
@@ -54,12 +45,8 @@ class PipelinePair:
 
     def describe_sampling(self) -> str:
         """What the samplers do, as a text: part of the keys of recorded calls."""
-        settings = {k: v for k, v in vars(self.settings).items() if k not in _FIT_SETTINGS}
-        schedulers = [
-            (type(p.pipe).__name__, type(p.pipe.scheduler).__name__, dict(p.pipe.scheduler.config))
-            for p in (self.source, self.target)
-        ]
-        return json.dumps([settings, schedulers], default=str)
+        both = [describe_pipeline(p, self.settings) for p in (self.source, self.target)]
+        return json.dumps(both)
 
 
 def pair_pipelines(
@@ -100,7 +87,7 @@ def pair_pipelines(
         _CallTranslator(*tables, ours, theirs, *layouts),
         _CallTranslator(tables[1], tables[0], theirs, ours, layouts[1], layouts[0]),
         _PredictionConverter(source.denoiser, ours, theirs, *layouts),
-        _PredictionReader(next((x.shape[1] for x in latents if x.dim() == 4), None)),
+        PredictionReader.of(*latents),
         same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
@@ -163,14 +150,3 @@ class _PredictionConverter:
         parts = split_call(self.model, call)
         converted = convert_prediction(self.ours, self.theirs, parts.latent, parts.time, prediction)
         return self.layout.translate(converted, self.their_layout)
-
-
-@dataclass(frozen=True)
-class _PredictionReader:
-    """The prediction without the variance that some models (DiT, PixArt) predict as well."""
-
-    channels: int | None
-
-    def __call__(self, result: Any) -> Tensor:
-        output = stack_output(result)
-        return output[:, : self.channels] if output.dim() == 4 else output

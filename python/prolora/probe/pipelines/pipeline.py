@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...bases.folder import MODELS
 from ...errors import ProLoRAError, UnsupportedFormat
@@ -26,7 +28,11 @@ from .conditioning import (
     split_call,
 )
 from .flow_convention import STEPS, observe_flow, watch_steps
+from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, Schedule
+
+# Samples do not depend on them.
+_FIT_SETTINGS = ("force", "resume", "strategy", "start", "fit_steps")
 
 
 class Pipeline:
@@ -67,13 +73,21 @@ class Pipeline:
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
-    def sample_latents(self, prompt: str, settings: Probing, seed: int) -> None:
+    def sample_latents(
+        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+    ) -> None:
         """Samples the latents of one image from noise.
+
+        Args:
+            prompt: of the image.
+            settings: steps, size and guidance.
+            seed: of the noise.
+            output: "latent", or "pt" for pixels.
 
         Raises:
             ProLoRAError: the pipeline needs more than a prompt, an image for example.
         """
-        arguments = self._build_arguments(prompt, settings, seed)
+        arguments = self._build_arguments(prompt, settings, seed, output)
         hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
         with keep_hooks([hook]), torch.no_grad():
             try:
@@ -86,11 +100,41 @@ class Pipeline:
                     f"alone: {type(error).__name__}: {error}"
                 ) from error
 
-    def _build_arguments(self, prompt: str, settings: Probing, seed: int) -> dict[str, Any]:
+    def sample_final(
+        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Samples one image, and looks at its latents and at the times of its calls.
+
+        What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so the
+        latents are taken from its scheduler. Arguments are those of `sample_latents`; a sampling
+        that `FirstCallReached` ends after its last step counts.
+
+        Returns:
+            The latents after the last step [1, ...], and the times of all calls.
+
+        Raises:
+            UnsupportedFormat: its scheduler is never stepped.
+        """
+        times: list[Tensor] = []
+        results: list[Tensor] = []
+        hook = _watch_times(self.denoiser, times.append)
+        steps = watch_steps(self.pipe.scheduler, on_result=lambda x: results.append(x.detach()))
+        with keep_hooks([hook]), steps, suppress(FirstCallReached):
+            self.sample_latents(prompt, settings, seed, output)
+        if not results:
+            raise UnsupportedFormat(
+                f"{self.name}: its scheduler {type(self.pipe.scheduler).__name__} was never "
+                "stepped, so its latents are not known"
+            )
+        return results[-1][:1], times  # a guided DiT steps the same latents twice
+
+    def _build_arguments(
+        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+    ) -> dict[str, Any]:
         """The arguments of the pipeline's call, of those that it accepts."""
         arguments: dict[str, Any] = {
             "num_inference_steps": settings.steps,
-            "output_type": "latent",
+            "output_type": output,
             "generator": torch.Generator().manual_seed(seed),
             "height": settings.size,
             "width": settings.size,
@@ -210,6 +254,26 @@ class Pipeline:
                 self.name,
             )
 
+    def observe_latents(self, settings: Probing, like: Tensor) -> LatentSpace:
+        """What the latents show, seen on a sampling of two steps.
+
+        Args:
+            settings: size and guidance.
+            like: latents [n, ...] as the denoiser is given them.
+
+        Raises:
+            UnsupportedFormat: see `observe_latents`.
+        """
+        short = replace(settings, steps=2)
+        prompt = _prompts_or_empty(settings)[0]
+        final: list[Tensor] = []
+        with in_float32(self.denoiser):
+            given = capture_decoded(
+                getattr(self.pipe, "vae", None),
+                lambda: final.append(self.sample_final(prompt, short, 0, "pt")[0]),
+            )
+        return observe_latents(self.pipe, like[:1], final[0], given, self.name)
+
     def _capture_call(self, prompt: str, settings: Probing) -> Call:
         """The first call of the denoiser for a prompt."""
         inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
@@ -218,6 +282,23 @@ class Pipeline:
                 f"{self.name}: its {type(self.pipe).__name__} never ran its denoiser"
             )
         return Call(*inputs)
+
+
+def describe_pipeline(pipeline: Pipeline, settings: Probing) -> str:
+    """What a sampler does, as a text: part of the keys of what is kept of its samplings."""
+    settings_text = {k: v for k, v in vars(settings).items() if k not in _FIT_SETTINGS}
+    pipe = pipeline.pipe
+    kind = (type(pipe).__name__, type(pipe.scheduler).__name__, dict(pipe.scheduler.config))
+    return json.dumps([settings_text, kind], default=str)
+
+
+def _watch_times(model: nn.Module, on_time: Callable[[Tensor], object]) -> RemovableHandle:
+    """Calls a function with the time of each call of a model."""
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_time(split_call(module, Call(args, kwargs)).time.detach().cpu())
+
+    return model.register_forward_pre_hook(watch, with_kwargs=True)
 
 
 def _repeat_time(

@@ -122,6 +122,7 @@ def _cut_sample(question: Question, row: int, size: int) -> Question:
             args=tuple(_cut_rows(value, row, size) for value in call.args),
             kwargs={key: _cut_rows(value, row, size) for key, value in call.kwargs.items()},
             trajectories=call.trajectories[row : row + 1],
+            clean=None if call.clean is None else call.clean[row : row + 1],
         )
 
     return Question(part(question.source), part(question.target))
@@ -167,7 +168,9 @@ def _join_samples(questions: list[Question]) -> Question:
     def one(calls: list[Call]) -> Call:
         args = _merge_values([call.args for call in calls])
         numbers = tuple(number for call in calls for number in call.trajectories)
-        return Call(args, _merge_values([call.kwargs for call in calls]), origin, numbers)
+        kwargs = _merge_values([call.kwargs for call in calls])
+        parts = [call.clean for call in calls if call.clean is not None]
+        return Call(args, kwargs, origin, numbers, torch.cat(parts) if parts else None)
 
     return Question(one([q.source for q in questions]), one([q.target for q in questions]))
 

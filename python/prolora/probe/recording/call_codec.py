@@ -46,6 +46,7 @@ def encode_calls(calls: Iterable[Call]) -> tuple[list[Tensor], str]:
             "kwargs": encode(call.kwargs),
             "origin": call.origin,
             "trajectories": call.trajectories,
+            "clean": encode(call.clean),
         }
         for call in calls
     ]
@@ -72,6 +73,7 @@ def decode_calls(tensors: Sequence[Tensor], text: str) -> list[Call]:
             decode(row["kwargs"]),
             row["origin"],
             tuple(row.get("trajectories", ())),
+            decode(row["clean"]) if "clean" in row else None,
         )
         for row in json.loads(text)
     ]

@@ -28,3 +28,19 @@ class LazySequence(Sequence[T]):
         if not 0 <= index < len(self):
             raise IndexError(i)
         return self.item(index)
+
+
+class Selection(LazySequence[T]):
+    """Some items of another sequence."""
+
+    def __init__(self, items: Sequence[T], rows: Sequence[int]) -> None:
+        """Takes the sequence, and the positions of the items."""
+        self.items, self.rows = items, rows
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.rows)
+
+    def item(self, i: int) -> T:
+        """Item i."""
+        return self.items[self.rows[i]]

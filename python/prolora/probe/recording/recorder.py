@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from ...adapters.adapter import Adapter
 from ..checkpoint import Checkpoints, hash_model, hash_texts, hash_updates
+from ..crossed import CrossedImages
 from ..updates import apply_updates
 from .call_codec import decode_calls, encode_calls
 from .trajectories import Call, Sample, record_calls
@@ -18,6 +20,46 @@ from .translation import Question, Translation
 
 ORIGINS = ("source", "adapted", "target")
 """Whose trajectories are recorded: the source's, the source's with its LoRA, the target's."""
+
+
+class QuestionSource(Protocol):
+    """Two models, a LoRA of the first, and questions to both."""
+
+    @property
+    def source(self) -> nn.Module:
+        """The source model."""
+
+    @property
+    def target(self) -> nn.Module:
+        """The target model."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The LoRA of the source."""
+
+    @property
+    def translation(self) -> Translation:
+        """Turns the source's predictions into the target's terms."""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Where results are kept."""
+
+    @property
+    def key(self) -> str:
+        """Hash of what all questions together depend on."""
+
+    @property
+    def crossed(self) -> CrossedImages | None:
+        """What became of images that crossed between latents; None where models share them."""
+
+    def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
+        """The questions of three origins, whose seeds lie in `seed` … `seed` + 2.
+
+        Args:
+            seed: of the samplings.
+            held_out: whether they are for the verdict, and not for the fit.
+        """
 
 
 @dataclass(frozen=True)
@@ -47,21 +89,21 @@ class Recorder:
         """Origin -> hash of what its trajectories depend on, besides the seed."""
         if self.checkpoints.folder is None:
             return dict.fromkeys(ORIGINS, "")
-        source, target = hash_model(self.source), hash_model(self.target)
-        lora = hash_updates(self.adapter.updates)
-        return {
-            "source": hash_texts(source, self.samplers_text),
-            "adapted": hash_texts(source, self.samplers_text, lora),
-            "target": hash_texts(target, self.samplers_text),
-        }
+        return hash_origins(self.source, self.target, self.adapter, self.samplers_text)
 
     @property
     def key(self) -> str:
         """Hash of what all trajectories together depend on."""
         return hash_texts(*self.keys.values())
 
-    def record_questions(self, seed: int) -> list[Question]:
+    @property
+    def crossed(self) -> None:
+        """No images cross: both models take the same latents."""
+        return None
+
+    def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
         """The questions of all three trajectories, whose seeds are `seed` and the next two."""
+        del held_out  # both kinds are recorded alike
         models = self.source, self.source, self.target
         calls: list[Call] = []
         for i, (origin, model) in enumerate(zip(ORIGINS, models, strict=True)):
@@ -80,6 +122,18 @@ class Recorder:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         key = hash_texts(self.keys[origin], str(seed))
         return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
+
+
+def hash_origins(
+    source: nn.Module, target: nn.Module, adapter: Adapter, samplers_text: str
+) -> dict[str, str]:
+    """Origin -> hash of what its samplings depend on, besides the seed."""
+    ours, theirs = hash_model(source), hash_model(target)
+    return {
+        "source": hash_texts(ours, samplers_text),
+        "adapted": hash_texts(ours, samplers_text, hash_updates(adapter.updates)),
+        "target": hash_texts(theirs, samplers_text),
+    }
 
 
 def load_or_record(

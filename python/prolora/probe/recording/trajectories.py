@@ -23,15 +23,17 @@ class Call:
     Attributes:
         args: positional arguments of the model's forward.
         kwargs: its keyword arguments.
-        origin: "source", "adapted" (the source with its LoRA) or "target"; a translated call
-            inherits it.
+        origin: "source", "adapted" (the source with its LoRA), "target", or "pair" (PAIR in
+            translation.py); a translated call inherits it.
         trajectories: number of the sampled image of every sample; empty where nobody asked.
+        clean: x₀ of every sample [n, ...], for calls about images that were made from it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     origin: str = ""
     trajectories: tuple[int, ...] = ()
+    clean: Tensor | None = None
 
 
 def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> list[Call]:

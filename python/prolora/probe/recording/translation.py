@@ -30,13 +30,19 @@ def same_prediction(_: Call, prediction: Tensor) -> Tensor:
     return prediction
 
 
+PAIR = "pair"
+"""Origin of a question about two images, drawn by the source without and with its LoRA."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One question at one point of a trajectory, as each model is asked it.
 
     Attributes:
-        source: the call of the source.
-        target: the call of the target; the very same where both take the same inputs.
+        source: the call of the source; of a PAIR, that of the target about the image without the
+            LoRA, with the same noise.
+        target: the call of the target; the very same where both take the same inputs. Of a PAIR, it
+            is about the image with the LoRA.
     """
 
     source: Call
@@ -44,7 +50,7 @@ class Question:
 
     @property
     def origin(self) -> str:
-        """The trajectory it lies on: "source", "adapted" or "target"; "mixed" for several."""
+        """Where it comes from: "source", "adapted", "target", "pair"; "mixed" for several."""
         return self.source.origin
 
 
@@ -86,3 +92,23 @@ class Translation:
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
         """The prediction of the target."""
         return predict_call(model, question.target, self.read)
+
+    @property
+    def same_noise(self) -> bool:
+        """Whether both models are asked with the same noise, so that their predictions compare."""
+        return True
+
+    def of_clean(self, call: Call) -> Tensor:
+        """The prediction of the target that means the x₀ that a call of it was made from."""
+        raise NotImplementedError("recorded calls do not know their images")
+
+    def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
+        """The change of x₀ that a change of the target's prediction means, as an image.
+
+        It is [n, c, h, w]; None where the layout of the latents is not known.
+
+        Args:
+            call: of the target.
+            change: of its prediction [n, ...].
+        """
+        return None

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..updates import apply_updates
-from .trajectories import Call
-from .translation import Question, Translation
+from .trajectories import Call, predict_call
+from .translation import PAIR, Question, Translation
 
 CALLS_AT_ONCE = 16
 """Calls replayed between two changes of the source's weights."""
@@ -24,8 +24,9 @@ class WantedChange:
     Attributes:
         call: inputs of the target.
         plain: the target's prediction without updates.
-        change: source with LoRA minus source, in the target's terms.
-        base_difference: target minus source, both without updates.
+        change: source with LoRA minus source, in the target's terms; of a PAIR, what the target
+            misses of the image with the LoRA beyond what it misses of the other.
+        base_difference: target minus source, both without updates; of a PAIR, target minus image.
     """
 
     call: Call
@@ -53,9 +54,34 @@ def wanted_changes(
     """
     for start in range(0, len(questions), CALLS_AT_ONCE):
         some = questions[start : start + CALLS_AT_ONCE]
-        before = [translation.of_source(source, question) for question in some]
+        asked = [question for question in some if question.origin != PAIR]
+        before = [translation.of_source(source, question) for question in asked]
         with apply_updates(source, updates):
-            after = [translation.of_source(source, question) for question in some]
-        for question, v, w in zip(some, before, after, strict=True):
+            after = [translation.of_source(source, question) for question in asked]
+        answers = iter(zip(before, after, strict=True))
+        for question in some:
+            if question.origin == PAIR:
+                yield _change_of_pair(target, question, translation)
+                continue
+            v, w = next(answers)
             plain = translation.of_target(target, question)
             yield WantedChange(question.target, plain, w - v, plain - v)
+
+
+def _change_of_pair(
+    target: nn.Module, question: Question, translation: Translation
+) -> WantedChange:
+    """What the target misses of the image with the LoRA, beyond what it misses of the one without.
+
+    With r = wanted − predicted for either image, at one noise, the change is r' − s·r, where s is
+    the slope of r' on r, sample by sample and within 0 … 1. So neither the style of the source nor
+    noise that both images share is learnt.
+    """
+    plain = translation.of_target(target, question)
+    before = predict_call(target, question.source, translation.read)
+    missing = translation.of_clean(question.target) - plain
+    missing_before = translation.of_clean(question.source) - before
+    rows = [part.flatten(1) for part in (missing, missing_before)]
+    slope = (rows[0] * rows[1]).sum(1) / rows[1].square().sum(1).clamp_min(1e-30)
+    slope = slope.clamp(0, 1).reshape(-1, *[1] * (missing.dim() - 1))
+    return WantedChange(question.target, plain, missing - slope * missing_before, -missing_before)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import is_in_text_encoder
-from ...bases import Base
+from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity
 from ...bases.memory import resident_bytes
@@ -22,7 +23,7 @@ from ...files.sizes import format_size
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
-from ...probe.settings import FitSettings
+from ...probe.settings import FitSettings, Probing
 from ..by_weights.assembly import (
     build_metadata,
     explain_low_coverage,
@@ -36,6 +37,10 @@ from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
 from ..plan import Route
 from .plan import check_probing, outline_fit, plan_probing
 from .rows import build_probe_report, list_modules, list_vectors, outline_report
+
+if TYPE_CHECKING:
+    from ...probe.pipelines import Pipeline
+    from ...probe.run import ProbeTransfer
 
 
 def transfer_by_probing(
@@ -114,44 +119,107 @@ def _fit_models(
         route: of the LoRA.
         rival: the updates that the target would get without probing; empty where there are none.
     """
-    from ... import probe
     from ...probe import pipelines
+    from ...probe.pipelines.schedules import FLOW
 
     source, target, options = route.source, route.target, route.options
     assert source.path is not None and target.path is not None
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
-    pair = pipelines.pair_pipelines(models[0], models[1], options.probe)
     updates = _drop_text_encoders(route.adapter.updates)
+    adapter = route.adapter.with_updates(updates)
     settings = _fit_settings(options, max((u.rank for u in updates.values()), default=1))
-    if options.probe.resume is not None:
-        bases = [compute_identity(base) for base in (source, target)]
-        settings["samplers"] = json.dumps([pair.describe_sampling(), *bases])
     images = itertools.count(1)
 
     def count_image() -> None:
         if options.progress:
             options.progress(next(images), 6 * options.probe.images, "sampling")
 
-    result = probe.fit_lora(
-        pair.source.denoiser,
-        pair.target.denoiser,
-        route.adapter.with_updates(updates),
-        pair.source.sampler(pair.settings, count_image),
-        pair.target.sampler(pair.settings, count_image),
-        translate=pair.translation.translate,
-        translate_back=pair.translation.translate_back,
-        convert=pair.translation.convert,
-        read=pair.translation.read,
-        clip=pair.translation.clip,
-        rival=_drop_text_encoders(rival),
-        **settings,
+    bases = [compute_identity(base) for base in (source, target)] if options.probe.resume else []
+    shared = vae.explain_different_latents(source.path, target.path) is None
+    mixed = len({model.schedule.kind == FLOW for model in models}) > 1
+    # Between a flow and another path the images of the samplings say more than its calls.
+    crosses = not shared or (mixed and options.probe.strategy == "joint")
+    fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
+    result = fit(
+        (models[0], models[1]),
+        options.probe,
+        (adapter, _drop_text_encoders(rival)),
+        settings,
+        lambda sampling: json.dumps([sampling, *bases]) if bases else "",
+        count_image,
     )
-    result.report.log_snr = pair.log_snr
     fitted = {
         name: LowRank(update.up * options.factor, update.down).to("cpu")
         for name, update in result.adapter.updates.items()
     }
     return fitted, result.report
+
+
+def _fit_pair(
+    models: tuple[Pipeline, Pipeline],
+    sampled: Probing,
+    loras: tuple[Adapter, Mapping[str, LowRank]],
+    settings: dict[str, Any],
+    describe: Callable[[str], str],
+    on_image: Callable[[], None],
+) -> ProbeTransfer:
+    """The fit between pipelines with the same latents.
+
+    Args:
+        models: source and target.
+        sampled: what is sampled.
+        loras: the LoRA of the source, and its rival on the target.
+        settings: of the fit.
+        describe: adds the bases to a text that says what the samplers do.
+        on_image: called after each sampled image.
+    """
+    from ... import probe
+    from ...probe.pipelines import pair_pipelines
+
+    pair = pair_pipelines(*models, sampled)
+    result = probe.fit_lora(
+        pair.source.denoiser,
+        pair.target.denoiser,
+        loras[0],
+        pair.source.sampler(pair.settings, on_image),
+        pair.target.sampler(pair.settings, on_image),
+        translate=pair.translation.translate,
+        translate_back=pair.translation.translate_back,
+        convert=pair.translation.convert,
+        read=pair.translation.read,
+        clip=pair.translation.clip,
+        rival=loras[1],
+        samplers=describe(pair.describe_sampling()),
+        **settings,
+    )
+    result.report.log_snr = pair.log_snr
+    return result
+
+
+def _fit_crossing(
+    models: tuple[Pipeline, Pipeline],
+    sampled: Probing,
+    loras: tuple[Adapter, Mapping[str, LowRank]],
+    settings: dict[str, Any],
+    describe: Callable[[str], str],
+    on_image: Callable[[], None],
+    shared: bool,
+) -> ProbeTransfer:
+    """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
+    from ...probe.models import check_models
+    from ...probe.pipelines import CrossingRecorder, check_shown, describe_crossing, observe_sides
+    from ...probe.run import fit_from_recorder
+
+    adapter, rival = loras
+    check_models(models[0].denoiser, models[1].denoiser, adapter)
+    for model in () if shared else models:
+        check_shown(model.pipe, model.name)
+    ours, theirs = observe_sides(*models, sampled, shared)
+    asked = FitSettings(samplers=describe(describe_crossing(ours, theirs)), **settings)
+    recorder = CrossingRecorder(ours, theirs, adapter, asked.resume, asked.samplers, on_image)
+    result = fit_from_recorder(recorder, rival, asked)
+    result.report.log_snr = recorder.log_snr
+    return result
 
 
 def _fit_settings(options: TransferOptions, rank: int) -> dict[str, Any]:

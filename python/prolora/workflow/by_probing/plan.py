@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ...adapters.adapter import Adapter
-from ...architectures.modules import find_block
+from ...architectures.modules import find_block, is_adaptable
 from ...bases import Base, vae
 from ...comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ...core.lowrank import LowRank
@@ -25,8 +27,8 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
 
     Raises:
         InvalidOption: an option that probing has no use for.
-        UnsupportedFormat: a base that is no pipeline folder.
-        UnrelatedBases: pipelines with different latents.
+        UnsupportedFormat: a base that is no pipeline folder, or different latents between which no
+            image can cross.
     """
     unused = {
         "match": options.match == "name",
@@ -55,7 +57,13 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
                 ".save_pretrained(FOLDER) and the like; a model on the hub by downloading all of it"
             )
     assert source.path is not None and target.path is not None
-    vae.check_latents(source.path, target.path)
+    if vae.explain_different_latents(source.path, target.path) is not None:
+        vae.check_images_cross(source.path, target.path)
+        if options.probe.strategy == "blocks":
+            raise InvalidOption(
+                "strategy 'blocks' maps what one model sees to what the other sees at the same "
+                "latent; between different latents take 'joint'"
+            )
 
 
 def plan_probing(adapter: Adapter, source: Base, target: Base, options: TransferOptions) -> Plan:
@@ -87,17 +95,44 @@ def fitted_modules(names: list[str], source: Base) -> set[str]:
 
 
 def target_modules(adapter: Adapter, source: Base, target: Base) -> dict[str, tuple[int, ...]]:
-    """Target module -> shape, of all that may get an update: the roles that the LoRA adapts."""
-    roles = {
-        block.local
-        for name in fitted_modules(list(adapter.updates), source)
-        if (block := find_block(name))
-    }
-    return {
-        name: shape
-        for name, shape in target.shapes.items()
-        if (block := find_block(name)) and block.local in roles and len(shape) == 2
-    }
+    """Target module -> shape, of all that may get an update: the roles that the LoRA adapts.
+
+    Where no block of one model has the names of a block of the other, roles do not correspond, and
+    these are all linear modules in blocks that neither normalise nor modulate.
+    """
+    blocks = _group_by_block(target)
+    modules = {name for names in blocks.values() for name in names.values()}
+    if _have_like_blocks(_group_by_block(source), blocks):
+        roles = {
+            block.local
+            for name in fitted_modules(list(adapter.updates), source)
+            if (block := find_block(name))
+        }
+        modules = {
+            name
+            for name, shape in target.shapes.items()
+            if (block := find_block(name)) and block.local in roles and len(shape) == 2
+        }
+    return {name: shape for name, shape in target.shapes.items() if name in modules}
+
+
+def _group_by_block(base: Base) -> dict[tuple[str, str], dict[str, str]]:
+    """Block -> {name inside it: module}, of the linear modules that LoRAs are trained on."""
+    blocks: dict[tuple[str, str], dict[str, str]] = {}
+    for name, shape in base.shapes.items():
+        block = find_block(name)
+        if block and len(shape) == 2 and "norm" not in block.local and is_adaptable(name):
+            blocks.setdefault((block.stack, block.number), {})[block.local] = name
+    return blocks
+
+
+def _have_like_blocks(
+    ours: Mapping[tuple[str, str], Mapping[str, str]],
+    theirs: Mapping[tuple[str, str], Mapping[str, str]],
+) -> bool:
+    """Whether all names inside some block of one model are those inside a block of the other."""
+    kinds, other_kinds = ({frozenset(names) for names in side.values()} for side in (ours, theirs))
+    return any(a <= b or b <= a for a in kinds for b in other_kinds)
 
 
 def outline_fit(adapter: Adapter, plan: Plan, source: Base, target: Base) -> dict[str, LowRank]:

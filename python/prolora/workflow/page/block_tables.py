@@ -1,4 +1,4 @@
-"""The tables of blocks: where each came from, and what probing reached in it."""
+"""The tables of blocks, where each came from and what probing reached in it, and of bands."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ def probe_table(report: Report) -> Html | None:
     ]
     heads = ["block", *map(number_head, ("modules", "predicted", "reached"))]
     return make_table(heads, rows, "What probing reached, by block")
+
+
+def crossed_table(report: Report) -> Html | None:
+    """What crossed between two latent spaces: a row for each band of the change."""
+    crossed = report.probe.crossed if report.probe else None
+    if crossed is None or not crossed.bands:
+        return None
+    rows = [
+        tag(
+            "tr",
+            name_cell(band.name),
+            number_cell(format_number(band.energy, ".0%")),
+            number_cell(format_number(band.reached, ".0%")),
+        )
+        for band in crossed.bands
+    ]
+    heads = ["band", *map(number_head, ("of the wanted change", "reached"))]
+    return make_table(heads, rows, "What crossed, on held-out probes")

@@ -1,0 +1,231 @@
+"""Pipelines of a few thousand weights whose latents are different spaces, saved as folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny_pipelines as tiny
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    IFPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def tokenizer(length: int = 16, **more: Any) -> PreTrainedTokenizerFast:
+    """Two words and the marks of a language model."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "cat": 3, "dog": 4}
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
+        **more,
+    )
+
+
+def save_sdxl(folder: Path, seed: int = 1) -> Path:
+    """A VAE of its own, with statistics by channel, and images of twice the side."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        **tiny.VAE,
+        scaling_factor=0.13025,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.1, 0.9, 1.3, 0.7],
+    )
+    unet = UNet2DConditionModel(
+        **{**tiny.UNET, "sample_size": 16},
+        cross_attention_dim=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+    )
+    StableDiffusionXLPipeline(
+        vae=vae,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**tiny.ALPHAS),
+        text_encoder=tiny.text_encoder(8),
+        tokenizer=tiny.tokenizer(folder / "vocabulary"),
+        text_encoder_2=tiny.text_encoder(8, CLIPTextModelWithProjection),
+        tokenizer_2=tiny.tokenizer(folder / "vocabulary"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_flux(folder: Path, seed: int = 2) -> Path:
+    """Eight channels, a shift, packed tokens, and the guidance embedded."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        **{**tiny.VAE, "latent_channels": 8}, scaling_factor=0.3611, shift_factor=0.1159
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae,
+        tiny.text_encoder(8),
+        tiny.tokenizer(folder / "vocabulary"),
+        T5EncoderModel(config),
+        tokenizer(),
+        transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    """Its patches have a batch norm with statistics."""
+    blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    vae = AutoencoderKLFlux2(
+        down_block_types=blocks[0],
+        up_block_types=blocks[1],
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return vae
+
+
+def save_flux2(folder: Path, seed: int = 3) -> Path:
+    """FLUX.2 klein: patches through a batch norm, which the pipeline takes back for "latent"."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    encoder = Qwen3ForCausalLM(Qwen3Config(**TEXT, num_hidden_layers=28, head_dim=4))
+    words = tokenizer(512)
+    words.chat_template = "cat {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    Flux2KleinPipeline(
+        scheduler, flux2_vae(), encoder, words, transformer, is_distilled=True
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_qwen_image(folder: Path, seed: int = 4) -> Path:
+    """A VAE of videos, with statistics by channel; packed tokens."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.7, 0.5, 0.1, -0.2],
+        latents_std=[2.8, 1.5, 2.2, 0.8],
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    text = {**TEXT, "num_hidden_layers": 1}
+    rope = {
+        "rope_type": "default",
+        "type": "default",
+        "mrope_section": [1, 1, 0],
+        "rope_theta": 1e4,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rope, "rope_scaling": rope},
+        vision_config={**vision, "out_hidden_size": 8, "fullatt_block_indexes": [0]},
+    )
+    encoder = Qwen2_5_VLForConditionalGeneration(config)
+    QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer(1100), transformer
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_pixels(folder: Path, seed: int = 5) -> Path:
+    """DeepFloyd IF: no VAE, and a learned variance."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        **{**tiny.UNET, "sample_size": 16, "in_channels": 3, "out_channels": 6},
+        cross_attention_dim=16,
+    )
+    config = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    IFPipeline(
+        tokenizer(77),
+        T5EncoderModel(config),
+        unet,
+        DDPMScheduler(variance_type="learned_range"),
+        None,
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+MAKERS = {
+    "sd": tiny.save,
+    "sdxl": save_sdxl,
+    "flux": save_flux,
+    "flux2": save_flux2,
+    "qwen": save_qwen_image,
+    "pixels": save_pixels,
+}
