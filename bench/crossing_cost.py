@@ -1,14 +1,13 @@
-"""What probing between pipelines with different VAEs would cost on one 24 GB card, counted.
+"""What probing between pipelines with different VAEs costs on one card, counted.
 
 `python bench/crossing_cost.py` prints the tables of docs/performance.md. Flops and bytes are
 counted on models without values (the meta device); the bytes that a fit holds for each weight, on
 a small model on the CPU. The rate of the card is an assumption. Nothing here is measured on a GPU.
-It takes a minute, and a diffusers that has FLUX.2 and Qwen-Image.
+It takes a minute or two, and a diffusers that has FLUX.2 and Qwen-Image.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,22 +31,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prolora.architectures.modules import find_block, is_adaptable
 from prolora.probe import FitSettings
-from prolora.probe.fitting.block_fit import BlockProblem, fit_block
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
-from prolora.probe.fitting.ridge_map import MAX_COLUMNS
-from prolora.probe.fitting.wanted_streams import MAP_BYTES
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import Call, output_of
+from prolora.probe.settings import MAX_SAMPLES
 
 RATE = 66.0
 """Tflop/s of an RTX 4090, assumed: 80 % of its peak of 82.6 in float32, in which probing computes
 today. It is 40 % of its dense peak of 165 in bfloat16 as well."""
-IMAGES, STEPS = 24, 25
-FEW_IMAGES, FEW_STEPS = 4, 10
-"""What strategy "blocks" is given, as it fits all recorded calls."""
-SOLVING = 74
-"""Predictions of strategy "blocks" for each call, in one block after the other."""
+STEPS = 25
+IMAGES = (24, 48)
+"""Of each origin: the default, and twice as many."""
 
 KL: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -223,30 +218,28 @@ class Denoiser:
     Attributes:
         weights: all of them.
         fitted: those that get an update.
-        largest: of `fitted`, in the block with most of them.
-        grams: Σ n² over what the modules of that block read.
         blocks: how many have updates.
+        inside: all weights of these blocks.
+        largest: all weights of the largest of them.
         factors: Σ d² over the sides of the fitted weights that get a full factor.
         tflop: of a prediction.
         peak: of a prediction without gradients, in GB.
         activations: for a backward pass, in GB.
         others: weights that get no update, in float32 for the backward pass, in GB.
         stream: what a block gives out, in GB.
-        width: of it.
     """
 
     weights: float
     fitted: float
-    largest: float
-    grams: float
     blocks: int
+    inside: float
+    largest: float
     factors: float
     tflop: float
     peak: float
     activations: float
     others: float
     stream: float
-    width: int
 
 
 @cache
@@ -255,32 +248,29 @@ def count_denoiser(model: Model, size: int, attention: bool) -> Denoiser:
     denoiser, sample = model.make(size)
     names = match_modules(denoiser, ATTENTION) if attention else choose_linear(denoiser)
     counts = count(denoiser, sample, names)
-    blocks: dict[str, list[Tensor]] = {}
-    for name in names:
-        blocks.setdefault(name_block(name), []).append(denoiser.get_submodule(name).weight)
-    largest = max(blocks.values(), key=lambda block: sum(w.numel() for w in block))
-    streams: list[tuple[int, int]] = []
+    blocks = [denoiser.get_submodule(name) for name in dict.fromkeys(map(name_block, names))]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    streams: list[int] = []
 
     def note_streams(_module: nn.Module, _args: object, output: object) -> None:
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        streams.append((sum(4 * t.numel() for t in tensors), max(t.shape[-1] for t in tensors)))
+        streams.append(sum(4 * t.numel() for t in tensors))
 
-    for name in blocks:
-        denoiser.get_submodule(name).register_forward_hook(note_streams)
+    for block in blocks:
+        block.register_forward_hook(note_streams)
     _, peak = count_forward(lambda: denoiser(**sample, return_dict=False))
     return Denoiser(
         weights=counts["all weights"],
         fitted=counts["weights"],
-        largest=sum(w.numel() for w in largest),
-        grams=sum(w.shape[1] ** 2 for w in largest),
         blocks=len(blocks),
+        inside=sum(sizes),
+        largest=max(sizes),
         factors=counts["factors"],
         tflop=counts["Tflop a prediction"],
         peak=peak,
         activations=counts["activations GB"],
         others=counts["other weights in float32 GB"],
-        stream=max(streams)[0] / 1e9,
-        width=max(width for _, width in streams),
+        stream=max(streams) / 1e9,
     )
 
 
@@ -291,20 +281,22 @@ class Autoencoder:
     weights: float
     decode: float
     encode: float
-    peak: float
+    decode_peak: float
+    encode_peak: float
 
 
 @cache
 def count_vae(model: Model, size: int) -> Autoencoder:
-    """Counts of a VAE; the peak is that of decoding, which is larger."""
+    """Counts of a VAE."""
     frames = (1,) if model.frames else ()
     with torch.device("meta"):
         vae = model.make_vae().requires_grad_(False)
         image = torch.empty(1, 3, *frames, size, size)
         latent = torch.empty(1, model.latents, *frames, size // 8, size // 8)
-    decode, peak = count_forward(lambda: vae.decode(latent))
-    encode, _ = count_forward(lambda: vae.encode(image))
-    return Autoencoder(sum(p.numel() for p in vae.parameters()), decode, encode, peak)
+    decode, decode_peak = count_forward(lambda: vae.decode(latent))
+    encode, encode_peak = count_forward(lambda: vae.encode(image))
+    weights = sum(p.numel() for p in vae.parameters())
+    return Autoencoder(weights, decode, encode, decode_peak, encode_peak)
 
 
 class _Parallel(nn.Module):
@@ -320,22 +312,20 @@ class _Parallel(nn.Module):
 
 @dataclass(frozen=True)
 class FitBytes:
-    """Bytes for each fitted weight that a fit holds at its peak.
+    """Bytes for each fitted weight that the joint fit holds.
 
     Attributes:
-        backward: the joint fit, while it holds the activations too.
-        trial: the joint fit at its trial points.
-        block: the fit of one block, for each weight of this block.
+        backward: while it holds the activations too.
+        trial: at its trial points.
     """
 
     backward: int
     trial: int
-    block: int
 
 
 @cache
 def measure_fit_bytes() -> FitBytes:
-    """Runs both fits on a small model with weights of 16 bits, whose curvature is small."""
+    """Runs the fit on a small model with weights of 16 bits, whose curvature is small."""
     torch.manual_seed(0)
     model = _Parallel().half().requires_grad_(False)
     names = [f"parts.{i}" for i in range(len(model.parts))]
@@ -349,18 +339,37 @@ def measure_fit_bytes() -> FitBytes:
     with in_float32(model):
         plain = model(*call.args)
         wanted = plain + 0.1 * torch.randn_like(plain)
-        problem = BlockProblem(model, names, [call], [(wanted,)], lambda y: (y,), 0.03, 6)
-        with PeakBytes() as block:
-            fit_block(problem)
         model.register_forward_pre_hook(note_held)
         batch = ProbeBatch(call, plain, wanted)
         with PeakBytes() as memory:
             fit_jointly(JointProblem(model, names, output_of, lambda: [batch], 4, 1.0))
     weights = sum(p.numel() for p in model.parameters())
-    before, trial, peak = (
-        4 * round(size / weights / 4) for size in (max(held), memory.peak, block.peak)
-    )
-    return FitBytes(before + 4, trial, peak)  # the backward pass makes one gradient
+    before, trial = (4 * round(size / weights / 4) for size in (max(held), memory.peak))
+    return FitBytes(before + 4, trial)  # the backward pass makes one gradient
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often models run on one sample.
+
+    Attributes:
+        ours: predictions of the source.
+        theirs: predictions of the target.
+        there: decodings by the source's VAE, each with an encoding by the target's.
+        back: the other way round.
+    """
+
+    ours: int
+    theirs: int
+    there: int = 0
+    back: int = 0
+
+    def describe(self) -> str:
+        """In one cell."""
+        parts = [f"{self.ours} + {self.theirs}"] if self.ours else []
+        parts += [f"{self.theirs}"] if self.theirs and not self.ours else []
+        crossed = f"{self.there} + {self.back}" if self.back else f"{self.there}"
+        return ", ".join(parts + ([f"{crossed} crossings"] if self.there else []))
 
 
 @dataclass(frozen=True)
@@ -410,44 +419,38 @@ class Crossing:
         """Of source and target."""
         return count_vae(self.source, self.sizes[0]), count_vae(self.target, self.sizes[1])
 
-    def count_samples(self, images: int, steps: int) -> tuple[int, int]:
-        """Predictions of the source (with and without LoRA) and of the target for `images`."""
-        each = images * steps
-        return 2 * each * self.source.branches, each * self.target.branches
+    def count_passes(self, images: int, rewritten: bool = False) -> dict[str, Passes]:
+        """Stage -> its passes, with so many images of each origin.
 
-    def count_passes(self) -> dict[str, tuple[float, float, float, float]]:
-        """Stage -> predictions of the source and of the target, crossings there and back.
-
-        A crossing is a decoding by one VAE and an encoding by the other.
+        Args:
+            images: of each origin, for the fit; as many again are held out.
+            rewritten: whether the fit computes each block again for every backward pass.
         """
-        ours, theirs = (2 * n for n in self.count_samples(IMAGES, STEPS))
-        settings = FitSettings().sized(ours + theirs)
+        ours, theirs = 2 * self.source.branches, self.target.branches
+        sampled = 2 * images * STEPS
+        settings = FitSettings().sized(4 * sampled)  # of three origins, and of pairs of images
         probes, judged, batch = settings.probes, settings.held_out, settings.batch
         assert probes and judged and batch
-        renewals = sum(step < 2 or step % 4 == 0 for step in range(settings.steps))
+        half, steps = probes // 2, settings.steps
+        renewals = sum(step < 2 or step % 4 == 0 for step in range(steps))
+        again = steps + renewals if rewritten else 0
+        fitting = 5 * steps + 2 * renewals + again
         return {
-            "sampling": (ours, theirs, 0, 0),
-            "images": (0, 0, 4 * IMAGES, 2 * IMAGES),
-            "asking": (2 * probes, probes, 0, 0),
-            "joint fit": (0, (5 * settings.steps + 2 * renewals) * batch, 0, 0),
-            "judging": (2 * judged, 5 * judged, 0, 0),
-            "changes by pixels": (0, 0, 2 * (probes + judged), 0),
+            "sampling": Passes(ours * sampled, theirs * sampled),
+            "images": Passes(0, 0, 4 * images, 2 * images),
+            "asking: answers": Passes(2 * half, half, 2 * half),
+            "asking: pairs": Passes(0, 2 * half),
+            "joint fit": Passes(0, fitting * batch),
+            "judging": Passes(2 * judged, 6 * judged, 2 * judged),
         }
 
-    def estimate_minutes(self, passes: tuple[float, float, float, float]) -> float:
+    def estimate_minutes(self, passes: Passes) -> float:
         """Minutes of so many passes at RATE."""
         ours, theirs = self.vaes
-        there, back = ours.decode + theirs.encode, theirs.decode + ours.encode
-        each = self.ours.tflop, self.theirs.tflop, there, back
-        return sum(n * tflop for n, tflop in zip(passes, each, strict=True)) / RATE / 60
-
-    def estimate_block_minutes(self) -> float:
-        """Minutes of a fit by strategy "blocks", of few calls."""
-        theirs = self.theirs
-        maps = 8 * MAX_COLUMNS * (MAX_COLUMNS + theirs.width)
-        groups = math.ceil(theirs.blocks * maps / MAP_BYTES)
-        passes = 5 * groups, SOLVING + theirs.blocks / 2 + groups, 0, 0
-        return sum(self.count_samples(FEW_IMAGES, FEW_STEPS)) * self.estimate_minutes(passes)
+        tflop = passes.ours * self.ours.tflop + passes.theirs * self.theirs.tflop
+        tflop += passes.there * (ours.decode + theirs.encode)
+        tflop += passes.back * (theirs.decode + ours.encode)
+        return tflop / RATE / 60
 
     @property
     def loaded(self) -> float:
@@ -457,61 +460,64 @@ class Crossing:
         return (2 * (self.ours.weights + self.theirs.weights) + 4 * rest) / 1e9
 
     def count_memory(self) -> dict[str, tuple[float, ...]]:
-        """Stage -> GB with both pipelines on the card; with what the stage uses; rewritten.
-
-        The third number is there for fits alone. The joint fit is rewritten so that the card holds
-        one set of weights, its gradient and that of one batch, and computes each block again in the
-        backward pass. Strategy "blocks" is rewritten so that the card holds one block, solved in
-        float32. The machine's memory holds the rest.
-        """
-        ours = self.ours
-        both = 2 * (ours.weights + self.theirs.weights) / 1e9
+        """Stage -> GB with both pipelines on the card, and with what the stage uses alone."""
+        ours, (our_vae, their_vae) = self.ours, self.vaes
         lora = 4 * ours.fitted / 1e9  # weights that get the LoRA are float32 meanwhile
-        maps = lora + MAP_BYTES / 1e9
-        vaes = 4 * sum(vae.weights for vae in self.vaes) / 1e9
-        image = max(vae.peak for vae in self.vaes)
-        alone = 2 * ours.weights / 1e9 + lora + ours.peak
+        alone = 2 * ours.weights / 1e9 + lora
+        vaes = 4 * (our_vae.weights + their_vae.weights) / 1e9
+        image = max(v for vae in self.vaes for v in (vae.decode_peak, vae.encode_peak))
+        sampling = self.source.branches * ours.peak
+        answer = max(ours.peak, our_vae.decode_peak, their_vae.encode_peak)
+        answer *= self.target.branches  # a call has as many samples as those of the target
+        target = 2 * self.theirs.weights / 1e9
+        fits = [self.count_fit(samples) for samples in (self.target.branches, 1)]
+        both, single = ((self.loaded + fit, target + fit) for fit in fits)
         return {
             "loaded": (self.loaded,),
-            "sampling with LoRA": (self.loaded + lora + self.batch * ours.peak, alone),
+            "sampling with LoRA": (self.loaded + lora + sampling, alone + sampling),
             "images": (self.loaded + image, vaes + image),
-            "joint fit": self._count_joint_memory(),
-            "`blocks`: maps": (self.loaded + maps, both + maps),
-            "`blocks`: fit": self._count_block_memory(),
+            "answers": (self.loaded + lora + answer, alone + vaes + answer),
+            "joint fit": both,
+            "joint fit, one sample per call": single,
         }
 
-    @property
-    def batch(self) -> int:
-        """Samples in a call: those of the pipeline that has more."""
-        return max(self.source.branches, self.target.branches)
-
-    def _count_joint_memory(self) -> tuple[float, float, float]:
+    def count_fit(self, samples: int) -> float:
+        """GB of the joint fit, besides the models, with so many samples in a call."""
         theirs, size = self.theirs, measure_fit_bytes()
-        target, fitted = 2 * theirs.weights / 1e9, theirs.fitted / 1e9
+        fitted = theirs.fitted / 1e9
+        backward = size.backward * fitted + theirs.others + samples * theirs.activations
+        return max(backward, size.trial * fitted) + 8 * theirs.factors / 1e9
 
-        def count_fit(samples: int) -> float:
-            backward = size.backward * fitted + theirs.others + samples * theirs.activations
-            return max(backward, size.trial * fitted) + 8 * theirs.factors / 1e9
+    def count_rewritten(self) -> dict[str, tuple[float, float]]:
+        """Joint fit that is not written -> GB on the card, and in the machine's memory.
 
-        rewritten = 12 * fitted + theirs.blocks * theirs.stream + theirs.activations / theirs.blocks
-        return self.loaded + count_fit(self.batch), target + count_fit(1), target + rewritten
-
-    def _count_block_memory(self) -> tuple[float, float, float]:
-        theirs, size = self.theirs, measure_fit_bytes()
-        target, activations = 2 * theirs.weights / 1e9, theirs.activations / theirs.blocks
-        block = (size.block * theirs.largest + 16 * theirs.grams) / 1e9
-        outputs = sum(self.count_samples(FEW_IMAGES, FEW_STEPS)) * theirs.stream
-        fit = block + 4 * theirs.fitted / 1e9 + outputs  # updates of the blocks before are dense
-        return (
-            self.loaded + fit + self.batch * activations,
-            target + fit + activations,
-            block / 2 + 2 * theirs.largest / 1e9 + activations,
-        )
+        Both fits keep the activations of one block, and compute those of a block again for the
+        backward pass. "Rewritten" has on the card the target, one set of float32 weights, their
+        gradient and that of one sample. "By blocks" has there these of one block, through which
+        all samples of a step pass before the next block comes. The machine has both pipelines,
+        updates, last step, direction, both factors of the curvature and their inverses; "by blocks"
+        also the gradient, and what every block gave out for every sample.
+        """
+        theirs, fitted = self.theirs, self.theirs.fitted / 1e9
+        block = theirs.peak + (theirs.activations + 4 * theirs.factors / 1e9) / theirs.blocks
+        streams = theirs.blocks * theirs.stream
+        target = 2 * theirs.weights / 1e9
+        outside = target - 2 * theirs.inside / 1e9
+        machine = self.loaded + 12 * fitted + 8 * theirs.factors / 1e9
+        kept = 4 * fitted + MAX_SAMPLES[2] * streams
+        one = 12 * theirs.largest / 1e9 + block
+        return {
+            "rewritten": (target + 12 * fitted + streams + block, machine),
+            "by blocks": (outside + one, machine + kept),
+        }
 
 
 def list_crossings() -> list[Crossing]:
-    """All pairs at both sizes."""
-    return [Crossing(*pair, small=small) for small in (False, True) for pair in PAIRS]
+    """All pairs at both sizes; two UNets also with updates of the feed-forward layers."""
+    pairs = [(*PAIRS[0], True), (*PAIRS[0], False), *((*pair, True) for pair in PAIRS[1:])]
+    return [
+        Crossing(a, b, small, attention) for small in (False, True) for a, b, attention in pairs
+    ]
 
 
 def format_number(value: float) -> str:
@@ -519,9 +525,9 @@ def format_number(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
 
 
-def join_numbers(values: Iterable[float]) -> str:
+def join_numbers(values: Iterable[float], sign: str = "/") -> str:
     """Several numbers in one cell."""
-    return " / ".join(map(format_number, values))
+    return f" {sign} ".join(map(format_number, values))
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -544,46 +550,49 @@ def list_models() -> Iterator[list[str]]:
             format_number(model.text_weights / 1e9),
             join_numbers(d.tflop for d in denoisers),
             join_numbers(vae.decode + vae.encode for vae in vaes),
-            join_numbers(vae.peak for vae in vaes),
+            join_numbers(vae.decode_peak for vae in vaes),
             format_number(denoisers[0].fitted / 1e9),
             join_numbers(d.activations for d in denoisers),
         ]
 
 
 def list_passes() -> Iterator[list[str]]:
-    """Rows: predictions by stage."""
-    for pair in PAIRS:
-        crossing = Crossing(*pair)
-        counts = crossing.count_passes().values()
-        yield [
-            f"{crossing.source.name} → {crossing.target.name}",
-            *(" + ".join(f"{n:.0f}" for n in passes if n) for passes in counts),
-        ]
+    """Rows: what a stage runs, with few images and with more."""
+    counts = [Crossing(SD, XL).count_passes(images) for images in IMAGES]
+    for stage in counts[0]:
+        yield [stage, *(passes[stage].describe() for passes in counts)]
 
 
 def list_minutes() -> Iterator[list[str]]:
-    """Rows: minutes by stage."""
+    """Rows: minutes by stage, and of more images and of a rewritten fit."""
     for crossing in list_crossings():
-        minutes = {k: crossing.estimate_minutes(n) for k, n in crossing.count_passes().items()}
-        pixels = minutes.pop("changes by pixels")
-        numbers = [*minutes.values(), sum(minutes.values()), pixels]
-        numbers.append(crossing.estimate_block_minutes())
+        if not crossing.attention:
+            continue  # as long as for the attention alone
+        few, more = (crossing.count_passes(images) for images in IMAGES)
+        minutes = {stage: crossing.estimate_minutes(passes) for stage, passes in few.items()}
+        pairs = minutes.pop("asking: pairs")
+        minutes["asking: answers"] += pairs
+        again = crossing.count_passes(IMAGES[0], rewritten=True)["joint fit"]
+        numbers = [
+            *minutes.values(),
+            sum(minutes.values()),
+            sum(map(crossing.estimate_minutes, more.values())),
+            crossing.estimate_minutes(again),
+        ]
         yield [crossing.name, *map(format_number, numbers)]
 
 
 def list_memory() -> Iterator[list[str]]:
-    """Rows: GB by stage."""
-    crossings = list_crossings()
-    crossings.insert(1, Crossing(SD, XL, attention=False))
-    for crossing in crossings:
+    """Rows: GB by stage, and of rewritten fits."""
+    for crossing in list_crossings():
         stages = crossing.count_memory().values()
-        yield [crossing.name, *map(join_numbers, stages)]
+        rewritten = (join_numbers(kinds, "+") for kinds in crossing.count_rewritten().values())
+        yield [crossing.name, *map(join_numbers, stages), *rewritten]
 
 
 def main() -> None:
     """Prints the tables."""
     example = Crossing(SD, XL)
-    stages = list(example.count_passes())
     print_table(
         (
             "512² / 1024²",
@@ -597,9 +606,11 @@ def main() -> None:
         ),
         list_models(),
     )
-    print_table(("predictions", *stages), list_passes())
-    print_table(("minutes", *stages[:-1], "sum", stages[-1], "`blocks`, few calls"), list_minutes())
-    print_table(("GB", *example.count_memory()), list_memory())
+    print_table(("predictions", *(f"{images} images" for images in IMAGES)), list_passes())
+    stages = ("sampling", "images", "asking", "joint fit", "judging", "sum")
+    more = (f"sum, {IMAGES[1]} images", "joint fit, rewritten")
+    print_table(("minutes", *stages, *more), list_minutes())
+    print_table(("GB", *example.count_memory(), *example.count_rewritten()), list_memory())
     print(f"Bytes for each fitted weight: {measure_fit_bytes()}")
 
 
