@@ -217,8 +217,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="the study's folder")
     options = parser.parse_args()
     if options.work:
-        text = json.dumps(collect(options.work), indent=0)
-        results_of(options.world).write_text(text + "\n")
+        results = results_of(options.world)
+        kept = json.loads(results.read_text()) if results.exists() else {}
+        results.write_text(json.dumps(collect(options.work, kept), indent=0) + "\n")
     worlds = {name: read_results(name) for name in NAMES if results_of(name).exists()}
     everything = worlds[NAMES[0]]
     print(kinds_table(worlds))

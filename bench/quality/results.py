@@ -21,12 +21,18 @@ Row = dict[str, Any]
 Mean = tuple[float, float, float]
 MIN_GAP = 0.08
 """The least share of the loss that an oracle must take away for a row to count."""
+KEYS = ("arch", "kind", "seed", "adapter")
+"""What tells a row from all others."""
 COPIES = tuple(f"copy @ {s:g}" for s in (0.25, 0.4, 0.6, 0.8, 1.0, 1.25))
 
 
-def collect(work: Path) -> dict[str, Any]:
-    """Everything that was scored: a row for each target and adapter, and how it was made."""
-    rows = []
+def collect(work: Path, kept: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was scored: a row for each target and adapter, and how it was made.
+
+    Rows that were collected earlier stay where they were not scored again; parts of them that the
+    folder lacks (samples, ceilings) are not kept beside new losses.
+    """
+    rows = [dict(row) for row in kept.get("rows", [])]
     for path in sorted(work.glob("*/*-losses.json")):
         kind, seed = path.name.removesuffix("-losses.json").rsplit("-", 1)
         parts = {
@@ -49,6 +55,7 @@ def collect(work: Path) -> dict[str, Any]:
             row["relation"] = parts["relation"].get("means")
             row["samples"] = parts["samples"].get(adapter)
             rows.append(round_numbers(row))
+    rows = list({tuple(row[key] for key in KEYS): row for row in rows}.values())
     made = {
         "script": "bench/quality/study.py",
         "commit": git("rev-parse", "--short", "HEAD"),
@@ -56,7 +63,7 @@ def collect(work: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "seeds": sorted({row["seed"] for row in rows}),
     }
-    return {"made": made, "rows": rows}
+    return {"made": made | ({"before": kept["made"]} if kept else {}), "rows": rows}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -134,17 +134,24 @@ DROPPED = {
 
 
 class Painter(nn.Module):
-    """A diffusion model of 24 × 24 images with its text encoder, called the way a UNet is."""
+    """A diffusion model of images with its text encoder, called the way a UNet is.
 
-    def __init__(self, arch: str, kind: str) -> None:
+    A UNet sees 12 × 12 places and a transformer 6 × 6, whatever the shape of an image: what is
+    larger is folded into channels.
+    """
+
+    def __init__(self, arch: str, kind: str, shape: tuple[int, int, int] = (3, 24, 24)) -> None:
         super().__init__()
         import diffusers
 
         flux = arch == "flux"
         build = diffusers.FluxTransformer2DModel if flux else diffusers.UNet2DConditionModel
         changes = CONFIGS.get(kind, {}).get(arch, {})
-        self.arch = arch
-        self.backbone = build(**((FLUX if flux else UNET) | changes))
+        channels, side, _ = shape
+        self.arch, self.fold = arch, side // (6 if flux else 12)
+        folded = {"in_channels": channels * self.fold**2}
+        folded |= {} if flux else {"out_channels": channels * self.fold**2}
+        self.backbone = build(**((FLUX if flux else UNET) | folded | changes))
         self.text_encoder = new_text_encoder().requires_grad_(False)
 
     def encode(self, y: Tensor) -> Tensor:
@@ -152,24 +159,25 @@ class Painter(nn.Module):
         return encode(self.text_encoder, y)
 
     def forward(
-        self, x: Tensor, time: Tensor, tokens: Tensor, return_dict: bool = False
+        self, x: Tensor, timestep: Tensor, tokens: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """(n, 3, 24, 24), times (n,) in 0..1000, (n, 4, 64) -> the velocity, as a 1-tuple."""
+        """Images (n, c, h, w), times (n,), (n, 4, 64) -> the prediction, as a 1-tuple."""
         if self.arch == "unet":
-            out = self.backbone(F.pixel_unshuffle(x, 2), time, tokens, return_dict=False)[0]
-            return (F.pixel_shuffle(out, 2),)
+            folded = F.pixel_unshuffle(x, self.fold)
+            out = self.backbone(folded, timestep, tokens, return_dict=False)[0]
+            return (F.pixel_shuffle(out, self.fold),)
         rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
         places = torch.stack([torch.zeros(36), rows.flatten(), columns.flatten()], -1)
         out = self.backbone(
-            hidden_states=F.pixel_unshuffle(x, 4).flatten(2).mT,
+            hidden_states=F.pixel_unshuffle(x, self.fold).flatten(2).mT,
             encoder_hidden_states=tokens,
             pooled_projections=tokens.mean(1),
-            timestep=time / 1000,
+            timestep=timestep / 1000,
             img_ids=places,
             txt_ids=torch.zeros(tokens.shape[1], 3),
             return_dict=False,
         )[0]
-        return (F.pixel_shuffle(out.mT.reshape(len(x), 48, 6, 6), 4),)
+        return (F.pixel_shuffle(out.mT.unflatten(2, (6, 6)), self.fold),)
 
 
 def backbone(model: nn.Module) -> nn.Module:

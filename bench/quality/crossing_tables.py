@@ -1,0 +1,154 @@
+"""Tables of moves between latent spaces: ``python crossing_tables.py [--work DIR]``.
+
+With --work the rows that crossed.py and crossing_ideas.py left in DIR are collected first, into
+bench/results/crossing.json. The tables are written between the marks of docs/probe.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from crossing_ideas import SHOWN, WAYS
+from evidence import ROOT, fill_page, format_cell, format_table
+from intervals import interval
+from results import Mean, Row, git, round_numbers
+
+from prolora.probe import gate
+
+RESULTS = ROOT / "bench/results/crossing.json"
+PAGE = ROOT / "docs/probe.md"
+WRITTEN = ("go", "weaken")
+METHODS = {"probe": "", "recorded": "by recorded calls", "trained": "*trained on the same images*"}
+"""Method -> its name; "" for that of the pair."""
+
+
+def collect(work: Path) -> dict:
+    """Every row of both studies."""
+    made = {
+        "scripts": ["bench/quality/crossed.py", "bench/quality/crossing_ideas.py"],
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": git("log", "-1", "--format=%cs"),
+        "torch": torch.__version__,
+        "threads": 1,
+    }
+    rows, ideas = (
+        [round_numbers(json.loads(path.read_text())) for path in sorted((work / part).glob("*"))]
+        for part in ("crossed", "ideas")
+    )
+    return {"made": made, "rows": rows, "ideas": ideas}
+
+
+def decide_row(row: Row) -> str:
+    """What the gate says of a row, by its rule of today."""
+    effect = gate.Gain(**row["effect"])
+    same_noise = row["pair"] == "flow → ε, the same latent"
+    compared = row["disagreement"] if same_noise else None
+    verdict = (row["strength"], row["share"], effect, None, None, compared)
+    return gate.decide_on_images(*verdict)[0]
+
+
+def mean_of(rows: list[Row], value: str) -> Mean | None:
+    """Mean and 95 % interval over seeds and LoRAs."""
+    values = {((row["pair"], row["seed"]), row["adapter"]): row[value] for row in rows}
+    return interval(values) if values else None
+
+
+def pairs_table(rows: list[Row]) -> str:
+    """One line for each pair of settings."""
+    lines = []
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        part = [r for r in rows if r["pair"] == pair and r["adapter"] not in ("zero", "noise")]
+        moved = [row for row in part if row["method"] == "probe"]
+        trained = [row for row in part if row["method"] == "trained"]
+        gated = [r | {"score": r["score"] * (decide_row(r) in WRITTEN)} for r in moved]
+        written = sum(decide_row(row) in WRITTEN for row in moved)
+        shares = [row["share"]["all"] for row in moved]
+        seeds = len({row["seed"] for row in moved})
+        lines.append(
+            [
+                pair,
+                f"{seeds} × {len(moved) // max(seeds, 1)}",
+                f"**{format_cell(mean_of(moved, 'score'))}**",
+                format_cell(mean_of(gated, "score")),
+                f"{written} of {len(moved)}",
+                format_cell(mean_of(trained, "score")),
+                f"{min(shares):.2f} … {max(shares):.2f}",
+            ]
+        )
+    head = ["pair", "seeds × LoRAs", "moved", "as gated", "go", "*trained on the same images*"]
+    return format_table([*head, "held-out share"], lines)
+
+
+def adapters_table(rows: list[Row]) -> str:
+    """One line for each pair and way, a column for each LoRA."""
+    adapters = [a for a in dict.fromkeys(r["adapter"] for r in rows) if a not in ("zero", "noise")]
+    lines = []
+    for pair in dict.fromkeys(row["pair"] for row in rows):
+        for method, name in METHODS.items():
+            part = [r for r in rows if r["pair"] == pair and r["method"] == method]
+            if not part:
+                continue
+            cells = []
+            for adapter in adapters:
+                scores = [r["score"] for r in part if r["adapter"] == adapter]
+                if not scores:
+                    cells.append("–")
+                    continue
+                mean = sum(scores) / len(scores)
+                cells.append(f"{mean:.2f} ({min(scores):.2f} … {max(scores):.2f})")
+            lines.append([name or pair, *cells])
+    return format_table(["", *adapters], lines)
+
+
+def effects_table(rows: list[Row]) -> str:
+    """LoRAs without a meaning: what became of them."""
+    lines = [
+        [
+            row["pair"],
+            {"zero": "zeros", "noise": "random numbers"}[row["adapter"]],
+            decide_row(row),
+            f"{row['share']['all']:.2f}" if row["adapter"] == "noise" else "–",
+            f"{row['score_at_1']:.2f}",
+        ]
+        for row in rows
+        if row["adapter"] in ("zero", "noise")
+    ]
+    return format_table(["pair", "LoRA", "decision", "held-out share", "moved all the same"], lines)
+
+
+def ideas_table(ideas: list[Row]) -> str:
+    """One line for each way, a column for each LoRA."""
+    adapters = list(dict.fromkeys(row["adapter"] for row in ideas))
+    lines = []
+    for way in WAYS:
+        by_adapter = {r["adapter"]: r["score"] for r in ideas if r["way"] == way}
+        if not by_adapter:
+            continue
+        mean = sum(by_adapter.values()) / len(by_adapter)
+        cells = [f"{by_adapter[a]:.2f}" if a in by_adapter else "–" for a in adapters]
+        lines.append([way, *cells, f"**{mean:.2f}**"])
+    return format_table(["", *adapters, "mean"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="folder of crossed.py")
+    options = parser.parse_args()
+    if options.work:
+        RESULTS.write_text(json.dumps(collect(options.work), indent=0) + "\n")
+    stored = json.loads(RESULTS.read_text())
+    tables = {
+        "crossing": pairs_table(stored["rows"]),
+        "crossing adapters": adapters_table(stored["rows"]),
+        "crossing nothing": effects_table(stored["rows"]),
+    }
+    for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
+        tables[name] = ideas_table([row for row in stored["ideas"] if row["pair"] == pair])
+    PAGE.write_text(fill_page(PAGE.read_text(), tables))
+
+
+if __name__ == "__main__":
+    main()
