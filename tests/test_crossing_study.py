@@ -7,8 +7,8 @@ import pytest
 import torch
 
 QUALITY = Path(__file__).parents[1] / "bench/quality"
-pytest.importorskip("PIL")
-pytest.importorskip("diffusers")
+pytest.importorskip("PIL", reason="Pillow, which reads the sheet of icons, is missing")
+pytest.importorskip("diffusers", reason="diffusers, whose models the study trains, is missing")
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,8 @@ from prolora.probe.pipelines.conversion import (
     translate_state,
     translate_time,
 )
-from prolora.probe.pipelines.crossing import CrossingRecorder, CrossingSide
+from prolora.probe.pipelines.crossing import CrossingSide
+from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
 from prolora.probe.pipelines.latents import LatentSpace, SharedLatents
 from prolora.probe.pipelines.layouts import Layout
 from prolora.probe.pipelines.schedules import Schedule

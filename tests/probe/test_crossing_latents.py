@@ -194,7 +194,9 @@ def test_a_lora_crosses_to_a_file_of_the_target(room, tmp_path, monkeypatch, pai
     assert "What crossed" in Path("report.html").read_text()
     assert inspect(out).trigger_words[:2] == ["sks cat", "neon"]
     if "--resume" in more:
-        monkeypatch.setattr(crossing.CrossingRecorder, "_sample", lambda *_: pytest.fail("sampled"))
+        monkeypatch.setattr(
+            pipelines.CrossingRecorder, "_sample", lambda *_: pytest.fail("sampled")
+        )
         again = run(room, source, target, Path("again.safetensors"), *more)
         assert again["probe"]["resumed"] == 1
         assert Path("again.safetensors").read_bytes() == out.read_bytes()

@@ -150,9 +150,9 @@ def test_the_gate_of_crossed_images_asks_for_a_sure_effect():
     assert decide(0.3, sure, gain=Gain(0.01, 0.05, 48)) == COPY
     assert decide(0.3, sure, gain=Gain(0.2, 0.05, 48)) == GO
     # Where both models saw the same noise, bases that differ are refused as ever.
-    apart = dict.fromkeys(("adapted", "target", "all"), 0.6)
-    assert decide(0.3, sure, disagreement=apart) == REFUSE
-    assert decide(0.3, sure, disagreement=dict.fromkeys(apart, 0.1)) == GO
+    unlike = dict.fromkeys(("adapted", "target", "all"), 0.6)
+    assert decide(0.3, sure, disagreement=unlike) == REFUSE
+    assert decide(0.3, sure, disagreement=dict.fromkeys(unlike, 0.1)) == GO
 
 
 def test_an_ε_model_and_a_flow_with_one_vae_see_the_same_images_and_noise(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
-from .crossing import CrossingRecorder, CrossingSide, describe_crossing, observe_sides
+from .crossing import CrossingSide, describe_crossing, observe_sides
+from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines

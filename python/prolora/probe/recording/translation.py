@@ -100,7 +100,7 @@ class Translation:
 
     def of_clean(self, call: Call) -> Tensor:
         """The prediction of the target that means the x₀ that a call of it was made from."""
-        raise NotImplementedError("recorded calls do not know their images")
+        raise RuntimeError("only calls that were made from images know them")
 
     def image_of_change(self, call: Call, change: Tensor) -> Tensor | None:
         """The change of x₀ that a change of the target's prediction means, as an image.

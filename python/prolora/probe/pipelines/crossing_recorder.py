@@ -1,0 +1,285 @@
+"""Questions about images: sampled, crossed, and asked of both models at noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.adapter import Adapter
+from ...errors import ProLoRAError
+from ..checkpoint import Checkpoints, hash_model, hash_texts
+from ..crossed import CrossedImages
+from ..recording.recorder import ORIGINS, hash_origins
+from ..recording.trajectories import Call
+from ..recording.translation import PAIR, Question
+from ..updates import apply_updates
+from .conditioning import stack_conditionings
+from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images
+from .latents import LatentSpace, SharedLatents
+from .schedules import level_log_snr
+
+_QUESTIONS = 2**40  # seeds of what is drawn for questions, beyond those of the samplers
+FREE_SHARE = 0.2
+"""Share of the samples that are asked without a prompt, as guidance asks them."""
+ROUND_TRIPS = 8
+"""Images on which the round trip through each VAE is measured."""
+
+
+@dataclass(frozen=True)
+class DrawnStates:
+    """What is drawn for one call.
+
+    Attributes:
+        levels: of the noise [n].
+        prompts: numbers of the prompts, −1 for none.
+        generator: of the noise.
+    """
+
+    levels: Tensor
+    prompts: list[int]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class CrossingRecorder:
+    """Samples images by source, source with its LoRA and target, and asks both models about them.
+
+    It takes the place of `Recorder` where recorded calls mean nothing to the other model.
+
+    Attributes:
+        ours: the source.
+        theirs: the target.
+        adapter: the LoRA of the source.
+        folder: where final latents are kept; None keeps nothing.
+        samplers_text: what the samplers do; part of the keys of what is kept.
+        on_image: called after each sampled image.
+        crossed: what became of the images so far.
+    """
+
+    ours: CrossingSide
+    theirs: CrossingSide
+    adapter: Adapter
+    folder: str | PathLike[str] | None = None
+    samplers_text: str = ""
+    on_image: Callable[[], None] | None = None
+    crossed: CrossedImages = field(default_factory=CrossedImages)
+
+    @property
+    def source(self) -> nn.Module:
+        """The source model."""
+        return self.ours.pipeline.denoiser
+
+    @property
+    def target(self) -> nn.Module:
+        """The target model."""
+        return self.theirs.pipeline.denoiser
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Where results are kept; the folder is created on the first use."""
+        return Checkpoints(self.folder)
+
+    @cached_property
+    def translation(self) -> CrossedTranslation:
+        """Turns the source's predictions into the target's terms."""
+        return CrossedTranslation.of(self.ours, self.theirs)
+
+    @cached_property
+    def log_snr(self) -> tuple[float, float]:
+        """The lowest and highest log-SNR at which both are asked."""
+        low, high = self._levels
+        return level_log_snr(high), level_log_snr(low)
+
+    @cached_property
+    def _levels(self) -> tuple[float, float]:
+        bounds = [side.schedule.levels for side in (self.ours, self.theirs)]
+        return max(low for low, _ in bounds), min(high for _, high in bounds)
+
+    @cached_property
+    def _call_size(self) -> int:
+        """How many states a call holds; one where the texts of two prompts differ in length."""
+        sides = self.ours, self.theirs
+        try:
+            for side in sides:
+                stack_conditionings(side.table.entries)
+        except ProLoRAError:
+            return 1
+        return min(len(side.table.like.latent) for side in sides)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Origin -> hash of what its images depend on, besides the seed."""
+        if self.folder is None:
+            return dict.fromkeys(ORIGINS, "")
+        return hash_origins(self.source, self.target, self.adapter, self.samplers_text)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of what all questions together depend on, the VAEs included."""
+        if self.folder is None:
+            return ""
+        spaces = self.ours.space, self.theirs.space
+        hashes = ["" if s.vae is None else hash_model(s.vae) for s in spaces]
+        return hash_texts(
+            "across latents", *self.keys.values(), *hashes, *map(repr, map(_norms, spaces))
+        )
+
+    def record_questions(self, seed: int, held_out: bool = False) -> list[Question]:
+        """Questions about the images of three origins, and for the fit about pairs of images.
+
+        The source draws the same prompts from the same noise with the LoRA and without it; each
+        such pair is one trajectory, and a question about it is of the target alone.
+        """
+        self.crossed.shared = isinstance(self.ours.space, SharedLatents)
+        seeds = {"source": seed, "adapted": seed, "target": seed + 2}
+        sampled = {origin: self._load_or_sample(origin, seeds[origin]) for origin in ORIGINS}
+        levels = sampled["target"]["levels"]
+        prompts = max(len(self.ours.settings.prompts), 1)
+        questions = []
+        drawn: dict[tuple[str, int], Tensor] = {}
+        for i, origin in enumerate(ORIGINS):
+            latents = sampled[origin]["latents"]
+            for k, latent in enumerate(latents):
+                pair = self._cross_image(origin, latent[None])
+                drawn[origin, k] = pair[1]
+                number = seeds[origin] * len(latents) + k
+                prompt = (seeds[origin] + k) % prompts
+                for state in self._draw_states(prompt, levels, len(ORIGINS) * number + i):
+                    calls = self._ask_image(pair, state, (number,))
+                    ours, theirs = (replace(call, origin=origin) for call in calls)
+                    questions.append(Question(ours, theirs))
+                if origin == "adapted" and not held_out:
+                    images = drawn["source", k], pair[1]
+                    for state in self._draw_states(prompt, levels, -1 - number):
+                        questions.append(self._pair_images(images, state, (number,)))
+        return questions
+
+    def _cross_image(self, origin: str, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides' latents of one image; the one of its origin is as it was sampled."""
+        here, there, name = (
+            (self.theirs, self.ours, "source")
+            if origin == "target"
+            else (self.ours, self.theirs, "target")
+        )
+        pixels = show_images(here, latent, there.pixels)
+        crossed = there.space.encode(pixels)
+        if self.crossed.count(name) <= ROUND_TRIPS and there.space.vae is not None:
+            self.crossed.add_round_trip(name, pixels, there.space.decode(crossed))
+        kept = here.space.as_latent(here.space.as_image(latent))
+        return (crossed, kept) if origin == "target" else (kept, crossed)
+
+    def _draw_states(self, prompt: int, levels: Tensor, seed: int) -> Iterator[DrawnStates]:
+        """What is drawn for one image: a noise level for each of the target's, in calls.
+
+        A call holds as many states as both samplers' calls do.
+
+        Args:
+            prompt: its number.
+            levels: falling; each is moved at random towards the next.
+            seed: of what is drawn.
+        """
+        # Samplers draw from small seeds; noise of a question must not be that of another image.
+        generator = torch.Generator().manual_seed(_QUESTIONS + seed)
+        gaps = torch.cat([levels[:-1] - levels[1:], levels[-1:] / 2])
+        shares = torch.rand(2, len(levels), generator=generator).double()
+        at = (levels - gaps * shares[0]).clamp(*self._levels)
+        share = FREE_SHARE if self.ours.has_free and self.theirs.has_free else 0.0
+        rows = [-1 if free else prompt for free in (shares[1] < share).tolist()]
+        for start in range(0, len(levels), self._call_size):
+            part = slice(start, start + self._call_size)
+            yield DrawnStates(at[part], rows[part], generator)
+
+    def _ask_image(
+        self, pair: tuple[Tensor, Tensor], state: DrawnStates, number: tuple[int]
+    ) -> tuple[Call, Call]:
+        """Both sides' calls about one image.
+
+        Args:
+            pair: the two latents of the image.
+            state: noise levels and prompts.
+            number: of the image.
+        """
+        count = len(state.levels)
+        cleans = [clean.expand(count, *clean.shape[1:]) for clean in pair]
+        sides = self.ours, self.theirs
+        noises = draw_noise(sides, (cleans[0], cleans[1]), state.generator)
+        ours, theirs = (
+            replace(
+                side.build_call(clean, noise, state.levels, state.prompts),
+                trajectories=number * count,
+            )
+            for side, clean, noise in zip(sides, cleans, noises, strict=True)
+        )
+        return ours, theirs
+
+    def _pair_images(
+        self, images: tuple[Tensor, Tensor], state: DrawnStates, number: tuple[int]
+    ) -> Question:
+        """The target's calls about an image without and with the LoRA, with the same noise.
+
+        Args:
+            images: the target's latents of both.
+            state: noise levels and prompts.
+            number: of the image.
+        """
+        count = len(state.levels)
+        cleans = [image.expand(count, *image.shape[1:]) for image in images]
+        noise = torch.randn(cleans[0].shape, generator=state.generator).to(cleans[0])
+        before, after = (
+            replace(
+                self.theirs.build_call(clean, noise, state.levels, state.prompts),
+                origin=PAIR,
+                trajectories=number * count,
+                clean=clean,
+            )
+            for clean in cleans
+        )
+        return Question(before, after)
+
+    def _load_or_sample(self, origin: str, seed: int) -> dict[str, Tensor]:
+        """The final latents of an origin's images, and the noise levels of their calls."""
+        side = self.theirs if origin == "target" else self.ours
+        name, key = f"latents-{origin}-{seed}", hash_texts("latents", self.keys[origin], str(seed))
+        kept = self.checkpoints.recall(name, key)
+        if kept is None:
+            if origin == "adapted":
+                with apply_updates(self.source, self.adapter.updates):
+                    sampled = self._sample(side, seed)
+            else:
+                sampled = self._sample(side, seed)
+            self.checkpoints.store(name, key, sampled)
+        else:
+            sampled = kept[0]
+        device = side.table.like.latent.device
+        return {"latents": sampled["latents"].to(device), "levels": sampled["levels"]}
+
+    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+        """Latents [images, ...] and the noise levels of the sampler's calls, falling."""
+        prompts = side.settings.prompts or ("",)
+        times: list[Tensor] = []
+        latents = []
+        for i in range(side.settings.images):
+            prompt = prompts[(seed + i) % len(prompts)]
+            number = seed * side.settings.images + i
+            latent, asked = side.pipeline.sample_final(prompt, side.settings, number)
+            latents.append(latent.float())
+            times += asked
+            if self.on_image:
+                self.on_image()
+        levels = torch.cat([side.schedule.level_at(time).flatten() for time in times])
+        return {
+            "latents": torch.cat(latents),
+            "levels": levels.round(decimals=6).unique().flip(0),
+        }
+
+
+def _norms(space: LatentSpace | SharedLatents) -> dict[str, Any]:
+    """All of a space but the VAE, as plain values."""
+    known = {name: value for name, value in vars(space).items() if name != "vae"}
+    return {n: v.tolist() if isinstance(v, Tensor) else v for n, v in known.items()}
