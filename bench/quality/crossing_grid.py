@@ -75,7 +75,8 @@ def draw_page(study: Crossing, names: list[str]) -> Image.Image:
     page = new_page(study.world, width, height)
     top = line
     for number, name in enumerate(names):
-        write_text(page, (2, top + line // 2), name, sheet.font)
+        plain = name.replace("ε", "noise").replace("→", "to")  # the font lacks both
+        write_text(page, (2, top + line // 2), plain, sheet.font)
         left = label
         for adapter, count in COLUMNS.items():
             if number == 0:

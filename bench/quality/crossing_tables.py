@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+from crossed import PAIRS
 from crossing_ideas import SHOWN, WAYS
 from evidence import ROOT, fill_page, format_cell, format_table
 from intervals import interval
@@ -59,11 +60,11 @@ def mean_of(rows: list[Row], value: str) -> Mean | None:
 def pairs_table(rows: list[Row]) -> str:
     """One line for each pair of settings."""
     lines = []
-    for pair in dict.fromkeys(row["pair"] for row in rows):
+    for pair in PAIRS:
         part = [r for r in rows if r["pair"] == pair and r["adapter"] not in ("zero", "noise")]
         moved = [row for row in part if row["method"] == "probe"]
         trained = [row for row in part if row["method"] == "trained"]
-        gated = [r | {"score": r["score"] * (decide_row(r) in WRITTEN)} for r in moved]
+        gated = [r | {"score": r["score_at_1"] * (decide_row(r) in WRITTEN)} for r in moved]
         written = sum(decide_row(row) in WRITTEN for row in moved)
         shares = [row["share"]["all"] for row in moved]
         seeds = len({row["seed"] for row in moved})
@@ -71,7 +72,7 @@ def pairs_table(rows: list[Row]) -> str:
             [
                 pair,
                 f"{seeds} × {len(moved) // max(seeds, 1)}",
-                f"**{format_cell(mean_of(moved, 'score'))}**",
+                f"**{format_cell(mean_of(moved, 'score_at_1'))}**",
                 format_cell(mean_of(gated, "score")),
                 f"{written} of {len(moved)}",
                 format_cell(mean_of(trained, "score")),
@@ -86,19 +87,20 @@ def adapters_table(rows: list[Row]) -> str:
     """One line for each pair and way, a column for each LoRA."""
     adapters = [a for a in dict.fromkeys(r["adapter"] for r in rows) if a not in ("zero", "noise")]
     lines = []
-    for pair in dict.fromkeys(row["pair"] for row in rows):
+    for pair in PAIRS:
         for method, name in METHODS.items():
             part = [r for r in rows if r["pair"] == pair and r["method"] == method]
             if not part:
                 continue
             cells = []
             for adapter in adapters:
-                scores = [r["score"] for r in part if r["adapter"] == adapter]
+                scores = [r.get("score_at_1", r["score"]) for r in part if r["adapter"] == adapter]
                 if not scores:
                     cells.append("–")
                     continue
                 mean = sum(scores) / len(scores)
-                cells.append(f"{mean:.2f} ({min(scores):.2f} … {max(scores):.2f})")
+                spread = f" ({min(scores):.2f} … {max(scores):.2f})" if len(scores) > 1 else ""
+                cells.append(f"{mean:.2f}{spread}")
             lines.append([name or pair, *cells])
     return format_table(["", *adapters], lines)
 

@@ -24,7 +24,7 @@ from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images
 from .latents import LatentSpace, SharedLatents
 from .schedules import level_log_snr
 
-_QUESTIONS = 2**40  # seeds of what is drawn for questions, beyond those of the samplers
+_QUESTIONS = 2**30  # seeds of what is drawn for questions, beyond those of the samplers
 FREE_SHARE = 0.2
 """Share of the samples that are asked without a prompt, as guidance asks them."""
 ROUND_TRIPS = 8
