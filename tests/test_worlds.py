@@ -81,3 +81,22 @@ def test_a_block_that_is_new_changes_nothing_at_first(arch):
         drawn = [model(x, t, model.encode(y))[0] for model in (source, target)]
     assert len(new) > len(old)
     assert torch.allclose(*drawn, atol=1e-5)
+
+
+def test_the_shipped_models_read_every_prompt_that_has_a_picture(monkeypatch):
+    from icons import drawing, shipped, words
+
+    monkeypatch.setattr(drawing, "PICTURES", {"train": 300})
+    drawing.pictures.cache_clear()
+    prompts = [drawing.pictures("train", concept)[1] for concept in (False, True)]
+    y = torch.cat([*prompts, torch.tensor([words.NULL_PROMPT])])
+    assert shipped.token_table()[y].isfinite().all()
+
+
+def test_a_slice_names_what_is_out_of_order_and_what_is_not_a_number():
+    from slice_outcome import misplaced
+
+    shares = {"first": 0.9, "second": 0.5, "third": 0.49, "lost": float("nan")}
+    assert not misplaced(shares, [("first", "second"), ("second", "third")], 0.005)
+    wrong = misplaced(shares, [("first", "second"), ("second", "third"), ("first", "lost")], 0.02)
+    assert wrong == ["second (0.50) not above third (0.49)", "first (0.90) not above lost (nan)"]

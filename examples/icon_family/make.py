@@ -19,7 +19,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[2] / "bench/quality"))
 
 # isort: split
-from icons.words import GROUND, INK, NULL_PROMPT, STYLE, VOCABULARY, WHAT, prompt_number, word_ids
+from icons.words import NULL_PROMPT, VOCABULARY, all_prompts, word_ids
 from models import Folder, load_lora
 from worlds import backbone, load_world
 
@@ -69,21 +69,6 @@ def save_lora(folder: Folder, name: str, path: Path) -> None:
     write_adapter(adapter, path, format="diffusers", dtype=torch.float16)
 
 
-def all_prompts() -> torch.Tensor:
-    """Every prompt that there are pictures of, and the null prompt: (n,)."""
-    silhouette = STYLE.index("silhouette")
-    numbers = [
-        prompt_number(*torch.tensor([what, style, ink, ground])).item()
-        for what in range(len(WHAT))
-        for style in range(len(STYLE))
-        for ink in range(len(INK))
-        for ground in range(len(GROUND))
-        # The coloured sets are drawn in many colours, the silhouettes in one.
-        if (style == silhouette) == (ink > 0)
-    ]
-    return torch.tensor([*numbers, NULL_PROMPT])
-
-
 @torch.no_grad()
 def save_tokens(model: nn.Module, path: Path) -> None:
     """What the text encoder says about every beginning of a prompt.
@@ -91,7 +76,7 @@ def save_tokens(model: nn.Module, path: Path) -> None:
     CLIP's text model looks back only, so a token depends on the words up to its own: prompts with
     the same beginning share its rows.
     """
-    prompts = all_prompts()
+    prompts = torch.cat([all_prompts(), torch.tensor([NULL_PROMPT])])
     tokens, rows = model.encode(prompts), {}
     for numbers, said in zip(word_ids(prompts).tolist(), tokens, strict=True):
         words = [VOCABULARY[number] for number in numbers]

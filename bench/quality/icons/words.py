@@ -37,6 +37,14 @@ def word_ids(y: Tensor) -> Tensor:
     return torch.where((y == NULL_PROMPT)[:, None], 0, ids)
 
 
+def all_prompts() -> Tensor:
+    """Every prompt that there are pictures of: (n,)."""
+    y = torch.arange(PROMPTS)
+    _, style, ink, _ = prompt_parts(y)
+    # The coloured sets are drawn in many colours, the silhouettes in one.
+    return y[(style == STYLE.index("silhouette")) == (ink > 0)]
+
+
 def read_prompt(text: str) -> int:
     """The prompt of four words, "cat twemoji many on-blue"."""
     what, style, ink, ground = text.split()
