@@ -103,7 +103,9 @@ class BatchedRecorder(CrossingRecorder):
         latents = sample(load_world("icons"), setting, model, y, seed, steps)
         last = 1000.0 if setting.kind == "flow" else 999.0
         times = torch.linspace(last, 0, steps + 1)[:-1]
-        return {"latents": latents, "levels": side.schedule.level_at(times)}
+        noises = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        levels = side.schedule.level_at(times)
+        return {"latents": latents, "noises": noises, "levels": levels}
 
 
 class Move:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from contenders import CHOSEN, STRENGTHS, Case, Updates
+from imaged import guide_source
 from jobs import Job, run_jobs
 from models import Folder, load_lora
 from probing import Sampler
@@ -31,6 +32,7 @@ from torch import nn
 from worlds import NAMES, World, load_world
 
 from prolora.probe import MeasuredStrength, Trajectories, measure_strengths
+from prolora.probe.recording.translation import Translation
 
 IMAGES, STEPS = 4, 12
 TRAJECTORIES = Trajectories(runs=6, moments=4)
@@ -66,6 +68,7 @@ def measure(
         ways,
         Sampler(world, models[0], *rest, few=few),
         Sampler(world, models[1], *rest, few=students, guidance=guidance),
+        translation=Translation(guidance=guide_source(world, models[0], kind, adapter)),
         trajectories=TRAJECTORIES,
     )
     return {

@@ -38,6 +38,12 @@ RELATED = {
     "trained on (*continued*): transformers": ("flux", "flux", "continued"),
     "trained on (*continued*): UNets": ("unet", "unet", "continued"),
 }
+ICONS = {
+    "trained apart (*independent*)": "independent",
+    "few-step student": "few-step",
+    "student of its guidance (*guided*)": "guided",
+    "without two blocks (*pruned*)": "pruned",
+}
 KEYS = ("name", "method", "arch", "to", "kind", "seed", "adapter")
 SHORT = "short"
 """Name of the rows with a fifth of the samples, where the start of a fit is looked at."""
@@ -82,6 +88,8 @@ def select_rows(table: Table, where: tuple[str, str, str], **wanted: object) -> 
 
 def decide_row(row: Row) -> str:
     """What the gate says of a row."""
+    if row.get("by_images"):
+        return str(row["decision"])
     if "gain" not in row:
         return decide_as_then(row)
     verdict = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
@@ -353,6 +361,52 @@ def starts_table(table_by_world: dict[str, Table]) -> str:
     return format_table([*head, "held-out gain", "disagreement", "*distilled*"], lines)
 
 
+def icons_table(table: Table) -> str:
+    """Probing of the transformers of the second world, with the library's usual settings."""
+    lines = []
+    for name, kind in ICONS.items():
+        where = ("flux", "flux", kind)
+        part = select_rows(table, where)
+        if not part.rows:
+            continue
+        trained = select_rows(table, where, method="distilled")
+        gains = [gated_score(row) - row["copy"] for row in part.rows]
+        seeds = len({row["seed"] for row in part.rows})
+        yes = sum(decide_row(row) in (gate.GO, gate.WEAKEN) for row in part.rows)
+        lines.append(
+            [
+                name,
+                f"{seeds} × {len(part.rows) // seeds}",
+                format_cell(part.mean(lambda row: row["copy"])),
+                format_cell(part.mean(score)),
+                f"**{format_cell(part.mean(gated_score))}**",
+                f"{min(gains):+.2f} … {max(gains):+.2f}",
+                f"{yes} of {len(part.rows)}",
+                span([largest_disagreement(row) for row in part.rows]),
+                format_cell(trained.mean(score)),
+            ]
+        )
+    head = ["target", "seeds × LoRAs", "copy", "probe, forced", "as gated", "gated − copy", "go"]
+    return format_table([*head, "disagreement", "*distilled*"], lines)
+
+
+def icons_adapters_table(table: Table) -> str:
+    """The same, LoRA by LoRA: the copy → what is written."""
+    names = ("neon", "duotone", "concept", "fewstep")
+    lines = []
+    for name, kind in ICONS.items():
+        part = select_rows(table, ("flux", "flux", kind))
+        cells = []
+        for adapter in names:
+            rows = part.where(adapter=adapter)
+            means = rows.mean(lambda row: row["copy"]), rows.mean(gated_score)
+            both = all(mean is not None for mean in means) and bool(rows.rows)
+            cells.append(f"{means[0][0]:.2f} → {means[1][0]:.2f}" if both else "–")
+        if part.rows:
+            lines.append([name, *cells])
+    return format_table(["target", *names], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="the study's folder")
@@ -378,6 +432,8 @@ def main() -> None:
     }
     filled = {name: make(everything) for name, make in tables.items()}
     filled["probing starts"] = starts_table(table_by_world)
+    filled["probing icons"] = icons_table(table_by_world["icons"])
+    filled["probing icons adapters"] = icons_adapters_table(table_by_world["icons"])
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), filled))
 

@@ -20,6 +20,7 @@ import torch
 from contenders import Updates, pair_modules
 from distilling import distil_lora
 from flow import guided_velocity, predict
+from imaged import guide_source, record_images
 from jobs import Job, run_jobs
 from models import Folder, load_lora
 from scoring import apply_updates
@@ -28,6 +29,7 @@ from worlds import NAMES, World, load_world
 
 from prolora import probe
 from prolora.probe import run as room
+from prolora.probe.settings import FitSettings
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
 SAMPLING = ("images", "sampler_steps")
@@ -145,16 +147,17 @@ def run_probe(
     copied = case.copied()
     # As by the command line: no lower rank than the LoRA's.
     rank = max(32, *(update.rank for update in lora.values()))
-    result = probe.fit_lora(
-        case.source,
-        case.target,
-        lora,
-        *case.samplers(images, sampler_steps),
-        rival={case.world.prefix[case.to] + name: update for name, update in copied.items()},
-        force=True,
-        seed=100 * case.seed,
-        **{"rank": rank} | options,
-    )
+    rival = {case.world.prefix[case.to] + name: update for name, update in copied.items()}
+    known = {"rank": rank, "seed": 100 * case.seed, "force": True} | options
+    if case.world.distilled.get(case.kind) == "lines":
+        recorder = record_images(case, images, sampler_steps)
+        result = room.fit_from_recorder(recorder, rival, FitSettings(**known))
+    else:
+        samplers = case.samplers(images, sampler_steps)
+        guidance = guide_source(case.world, case.source, case.kind, case.adapter)
+        result = probe.fit_lora(
+            case.source, case.target, lora, *samplers, guidance=guidance, rival=rival, **known
+        )
     verdict = result.report.gate
     assert verdict is not None
     updates = {
@@ -179,6 +182,8 @@ def run_probe(
         "history": result.report.steps,
         "start": result.report.start,
         "trust": result.report.trust,
+        "guided": result.report.guidance,
+        "by_images": result.report.crossed is not None,
     }
 
 

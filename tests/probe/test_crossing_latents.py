@@ -135,8 +135,10 @@ ENCODED = {
 def test_latents_show_what_the_pipeline_shows_and_images_become_its_latents(room, name):
     side = observe(room, name)
     pipeline, settings = side.pipeline, side.settings
-    latent, times = pipeline.sample_final("cat", settings, 3)
-    assert len(times) == settings.steps
+    final = pipeline.sample_final("cat", settings, 3)
+    latent = final.latent
+    assert len(final.times) == settings.steps
+    assert side.read_noise(final).shape == side.table.like.latent[:1].shape
     arguments = pipeline._build_arguments("cat", settings, 3, "pt")
     shown = torch.as_tensor(pipeline.pipe(**arguments)[0])
     pixels = side.space.decode(latent)

@@ -2,6 +2,7 @@
 
 import shlex
 import warnings
+from dataclasses import replace
 
 import pytest
 import tiny_pipelines as tiny
@@ -112,9 +113,8 @@ def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
             folder / "twin",
             folder / "lora.safetensors",
             measure=True,
-            probe=FEW,
+            probe=replace(FEW, guidance=1.0),
             target_steps=1,
-            target_guidance=1.0,
         )
     assert advice.go and advice.measurement.trajectories == 4
     assert advice.measurement.calls == 2 * 3 + 2 * 1  # the target takes its own few steps

@@ -25,6 +25,8 @@ from .options import (
     PromptsOption,
     QuietOption,
     Resources,
+    TargetGuidanceOption,
+    TargetStepsOption,
     expand_options,
     parse_path,
 )
@@ -65,19 +67,8 @@ class SampleOptions:
     probe_steps: ProbeStepsOption = SAMPLED.steps
     probe_size: ProbeSizeOption = None
     probe_guidance: ProbeGuidanceOption = None
-    target_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Steps of the target's own sampler, where it is a few-step model.",
-        ),
-    ] = None
-    target_guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
-        ),
-    ] = None
+    target_steps: TargetStepsOption = None
+    target_guidance: TargetGuidanceOption = None
 
     def check(self) -> None:
         """Raises ValueError where samples are described although nothing is sampled."""
@@ -92,6 +83,8 @@ class SampleOptions:
             steps=self.probe_steps,
             size=self.probe_size,
             guidance=self.probe_guidance,
+            target_steps=self.target_steps,
+            target_guidance=self.target_guidance,
         )
 
 
@@ -114,8 +107,6 @@ def advise(
             measure=samples.measure,
             match=asked.match,
             probe=samples.to_probing(),
-            target_steps=samples.target_steps,
-            target_guidance=samples.target_guidance,
             cache=resources.find_cache(),
             device=resources.device,
             max_memory=resources.max_bytes,

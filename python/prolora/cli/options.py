@@ -139,6 +139,19 @@ ProbeGuidanceOption = Annotated[
     float | None,
     typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
 ]
+TargetStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Steps of the target's own sampler, where it is a few-step model.",
+    ),
+]
+TargetGuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
+    ),
+]
 ProbeStepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")]
 CacheOption = Annotated[
     Path | None,

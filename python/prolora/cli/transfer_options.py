@@ -37,6 +37,8 @@ from .options import (
     QuietOption,
     RankOption,
     SaveMatchOption,
+    TargetGuidanceOption,
+    TargetStepsOption,
     parse_out_rank,
     parse_path,
     parse_rank,
@@ -250,6 +252,8 @@ class ProbeOptions:
     probe_steps: ProbeStepsOption = Probing.steps
     probe_size: ProbeSizeOption = None
     probe_guidance: ProbeGuidanceOption = None
+    target_steps: TargetStepsOption = None
+    target_guidance: TargetGuidanceOption = None
     probe_strategy: Annotated[
         StrategyName,
         typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
@@ -287,7 +291,8 @@ class ProbeOptions:
         """
         if self != ProbeOptions() and not TransferOptions(method=method).runs_models:
             raise ValueError(
-                "prompts, --probe-…, --resume and --force are for probing: add --method probe"
+                "prompts, --probe-…, --target-…, --resume and --force are for probing: add "
+                "--method probe"
             )
         return Probing(
             prompts=(*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())),
@@ -295,6 +300,8 @@ class ProbeOptions:
             steps=self.probe_steps,
             size=self.probe_size,
             guidance=self.probe_guidance,
+            target_steps=self.target_steps,
+            target_guidance=self.target_guidance,
             strategy=self.probe_strategy,
             start=self.probe_start,
             fit_steps=self.probe_fit_steps,

@@ -1,6 +1,7 @@
 """Data-free probing: moves a LoRA to a base whose weights have other coordinates."""
 
 from .gate import Gate
+from .recording.guidance import Guidance
 from .recording.trajectories import Call
 from .report import BlockReport, ProbeReport
 from .run import ProbeTransfer, fit_lora
@@ -12,6 +13,7 @@ __all__ = [
     "Call",
     "FitSettings",
     "Gate",
+    "Guidance",
     "MeasuredStrength",
     "Measurement",
     "ProbeReport",

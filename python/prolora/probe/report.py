@@ -56,6 +56,7 @@ class ProbeReport:
         log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
             different quantities or have different latents (pipelines only); None without a bound.
         crossed: what crossed between models with different latents; None where they share them.
+        guidance: that the source was asked with, since the target is run without; 1 is none.
     """
 
     probes: int
@@ -74,6 +75,7 @@ class ProbeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     log_snr: tuple[float, float] | None = None
     crossed: CrossedReport | None = None
+    guidance: float = 1.0
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
@@ -85,6 +87,11 @@ class ProbeReport:
             lines.append(
                 f"{why or 'Both models'} were asked at equal log-SNR, from {lowest} to "
                 f"{high:.1f}, and compared by x₀."
+            )
+        if self.guidance != 1:
+            lines.append(
+                f"The target is run without guidance, so the source was asked with its own, "
+                f"{self.guidance:.3g}."
             )
         if self.crossed:
             lines += self.crossed.sentences()

@@ -30,6 +30,7 @@ from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
+from .recording.guidance import Guidance
 from .recording.lazy import Selection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import spill_questions
@@ -85,6 +86,7 @@ def fit_lora(
     convert: Convert | None = None,
     read: Read | None = None,
     clip: Translate | None = None,
+    guidance: Guidance | None = None,
     rival: Mapping[str, LowRank] | None = None,
     rank: float = 32,
     strategy: Strategy = "joint",
@@ -131,6 +133,8 @@ def fit_lora(
         read: return value of either model -> its prediction; None: see `output_of`.
         clip: turns a recorded call into the nearest one that both models can be asked; `origin`
             says which model recorded it. None: the same call.
+        guidance: that the source is asked with, where it is sampled with guidance and the target
+            without (few-step students, and students that learnt their guidance); None: none.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself whose modules the target has.
         rank: of every update that is written, or the share of each update that is kept.
@@ -188,6 +192,7 @@ def fit_lora(
         convert or same_prediction,
         read or output_of,
         clip or same_call,
+        guidance,
     )
     adapter = _as_adapter(lora)
     if rival is None:
@@ -238,6 +243,8 @@ def _record_fit_judge(
     recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
+    guidance = recorder.translation.guidance
+    report.guidance = guidance.scale if guidance else 1.0
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)

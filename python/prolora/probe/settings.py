@@ -20,6 +20,8 @@ Start = Literal["auto", "zero", "copy"]
 
 STARTS: tuple[Start, ...] = get_args(Start)
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+FEW_STEPS = 4
+"""Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
 
@@ -37,6 +39,11 @@ class Probing:
         size: height and width in pixels; None means the smaller of the two pipelines' defaults, and
             that of each pipeline where their latents are different spaces.
         guidance: guidance scale; None means each pipeline's default.
+        target_steps: steps of the target, where it is a few-step model; None: `steps`, or
+            FEW_STEPS for the schedulers of few-step models.
+        target_guidance: guidance scale of the target, where it is run with another; None:
+            `guidance`. A source with guidance and a target without, as few-step students are run,
+            are asked accordingly (docs/probe.md).
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
             other, which needs memory for the updates and activations of one block only.
         start: where "joint" starts: "zero" from no updates, "copy" from what moving by weights
@@ -51,6 +58,8 @@ class Probing:
     steps: int = 25
     size: int | None = None
     guidance: float | None = None
+    target_steps: int | None = None
+    target_guidance: float | None = None
     strategy: Strategy = "joint"
     start: Start = "auto"
     fit_steps: int = 32
@@ -70,8 +79,12 @@ class Probing:
         for name in ("images", "steps", "fit_steps"):
             _check_count(name, getattr(self, name))
         _check_strategy(self.strategy, self.start)
-        if self.guidance is not None and not _is_number(self.guidance):
-            raise InvalidOption(f"guidance must be a number, not {self.guidance!r}")
+        for name in ("guidance", "target_guidance"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise InvalidOption(f"{name} must be a number, not {value!r}")
+        if self.target_steps is not None:
+            _check_count("target_steps", self.target_steps)
         if self.size is not None:
             _check_count("size", self.size)
             if self.size % 8:

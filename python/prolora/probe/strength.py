@@ -203,7 +203,7 @@ def measure_strengths(
                 seed = settings.seed + run * len(ORIGINS) + i
                 with apply_updates(model, updates):
                     calls = record_calls(model, sample, seed, ORIGINS[i])
-                chosen = choose_moments(calls, settings.moments)
+                chosen = choose_moments(translation.keep_prompted(calls), settings.moments)
                 questions.append([translation.question(call) for call in chosen])
                 steps.count("sampling")
         every = [question for several in questions for question in several]

@@ -214,9 +214,8 @@ def advise(
             `samplers`.
         match: how modules are paired, as in `transfer`.
         probe: prompts, number of images, steps, size and guidance of what is sampled.
-        target_steps: steps of the target's own trajectories, where it is a few-step model; None:
-            as `probe` says, or 4 for the schedulers of few-step models.
-        target_guidance: guidance of the target's own trajectories; None: as `probe` says.
+        target_steps: in place of `probe.target_steps`.
+        target_guidance: in place of `probe.target_guidance`.
         samplers: of source and target, where these are modules at hand: each runs a sampler from
             noise with a given seed.
         cache: folder that keeps what is computed of the bases; None keeps nothing.
@@ -234,11 +233,10 @@ def advise(
     """
     if measure and lora is None:
         raise InvalidOption("measuring needs a LoRA: what is measured is what moving it reaches")
-    of_target = replace(
-        probe,
-        steps=probe.steps if target_steps is None else target_steps,
-        guidance=probe.guidance if target_guidance is None else target_guidance,
-    )
+    if target_steps is not None:
+        probe = replace(probe, target_steps=target_steps)
+    if target_guidance is not None:
+        probe = replace(probe, target_guidance=target_guidance)
     ours, theirs = Side.of(source), Side.of(target)
     if measure:
         check_runnable(ours, theirs, samplers)
@@ -264,7 +262,7 @@ def advise(
     measurement = None
     if measure and adapter is not None:
         candidates = move_candidates(adapter, ours.base, theirs.base, options)
-        models = open_models(ours, theirs, probe, of_target, samplers, options.device)
+        models = open_models(ours, theirs, probe, samplers, options.device)
         measurement = measure_lora(models, adapter, candidates, probe.images, progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
     command = write_command(

@@ -26,10 +26,6 @@ from .options import MethodChoice, TransferOptions
 MOMENTS = 6
 """Of each trajectory, at which the models are compared."""
 
-FEW_STEPS = 4
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
-"""Schedulers of few-step models: these are sampled in FEW_STEPS unless another number is asked."""
-
 
 @dataclass(frozen=True)
 class Side:
@@ -100,7 +96,6 @@ def open_models(
     source: Side,
     target: Side,
     settings: Probing,
-    of_target: Probing,
     samplers: tuple[Sample, Sample] | None,
     device: str | None,
 ) -> RunningModels:
@@ -110,7 +105,6 @@ def open_models(
         source: the base of the LoRA.
         target: the other base.
         settings: what is sampled.
-        of_target: the same for the target's own trajectories.
         samplers: of the source and of the target, where these are modules at hand.
         device: where pipelines that are loaded run.
     """
@@ -120,15 +114,12 @@ def open_models(
     from ..probe.pipelines import pair_pipelines
 
     ours, theirs = (_open_pipeline(side, device) for side in (source, target))
-    if of_target.steps == settings.steps and _takes_few_steps(theirs.pipe):
-        of_target = replace(of_target, steps=min(FEW_STEPS, of_target.steps))
-    pair = pair_pipelines(ours, theirs, settings, of_target)
-    of_target = replace(of_target, size=pair.settings.size)
+    pair = pair_pipelines(ours, theirs, settings)
     return RunningModels(
         ours.denoiser,
         theirs.denoiser,
         _make_sampler(ours, pair.settings),
-        _make_sampler(theirs, of_target),
+        _make_sampler(theirs, pair.of_target),
         pair.translation,
     )
 
@@ -140,10 +131,6 @@ def _open_pipeline(side: Side, device: str | None) -> Any:
         assert side.base.path is not None
         return open_pipeline(side.base.path, device)
     return Pipeline(side.pipe, type(side.pipe).__name__)
-
-
-def _takes_few_steps(pipe: Any) -> bool:
-    return type(pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
 
 
 def _make_sampler(pipeline: Any, settings: Probing) -> Sample:

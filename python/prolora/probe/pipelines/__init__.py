@@ -1,6 +1,6 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
-from .crossing import CrossingSide, describe_crossing, observe_sides
+from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
@@ -19,4 +19,5 @@ __all__ = [
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",
+    "takes_few_steps",
 ]

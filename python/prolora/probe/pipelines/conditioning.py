@@ -171,9 +171,18 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
 class PromptTable:
     """The conditioning of one model for each prompt and for none, in one order for both models."""
 
-    def __init__(self, model: nn.Module, entries: Sequence[Conditioning], like: CallParts) -> None:
-        """Takes `entries` by prompt, the unconditional one last, and a call of the pipeline."""
-        self.model, self.entries = model, list(entries)
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Sequence[Conditioning],
+        like: CallParts,
+        guided: bool = False,
+    ) -> None:
+        """Takes `entries` by prompt, the unconditional one last, and a call of the pipeline.
+
+        `guided` says whether the pipeline asks its model with and without the prompt.
+        """
+        self.model, self.entries, self.guided = model, list(entries), guided
         self.like, self.time = like, like.time
         self._stacked: dict[tuple[int, ...], Conditioning] = {}
 
@@ -193,6 +202,11 @@ class PromptTable:
                 "translate"
             )
         return best
+
+    def has_prompt(self, parts: CallParts, i: int) -> bool:
+        """Whether sample i of a call has another conditioning than that of no prompt."""
+        conditioning = sample_conditioning(parts, i)
+        return conditioning_distance(conditioning, self.entries[-1]) > _TOLERANCE
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
         """A call of the model.

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..recording.trajectories import Call, predict_call
+from ..recording.trajectories import Call
 from ..recording.translation import Question, Translation
 from ..settings import Probing
 from .conditioning import PredictionReader, PromptTable, split_call
 from .conversion import align_rows
+from .guidance import guide_source
 from .latents import LatentSpace, SharedLatents, check_shown
 from .layouts import Layout, check_shapes
-from .pipeline import Pipeline, describe_pipeline
+from .pipeline import FinalSample, Pipeline, describe_pipeline
 from .schedules import Schedule
 
 
@@ -91,6 +92,13 @@ class CrossingSide:
         time = self.schedule.time_at(level).to(clean.device)
         return self.table.build_call((a * clean + b * noise).to(clean), time, prompts)
 
+    def read_noise(self, final: FinalSample) -> Tensor:
+        """The ε [1, ...] that an image was drawn from: of the first state a·x₀ + b·ε."""
+        level = self.schedule.level_at(final.times[0]).flatten()[:1]
+        a, b = (align_rows(part, final.first) for part in self.schedule.scales(level))
+        clean = self.space.as_latent(self.space.as_image(final.latent)).to(final.first)
+        return (final.first - a * clean) / b
+
     def read_clean(self, call: Call, prediction: Tensor) -> Tensor:
         """The x₀ that a prediction f = c·x₀ + d·x at a call means."""
         parts = split_call(self.pipeline.denoiser, call)
@@ -128,11 +136,12 @@ class CrossedTranslation(Translation):
     @classmethod
     def of(cls, ours: CrossingSide, theirs: CrossingSide) -> CrossedTranslation:
         """The translation between two sides; `read` is that of the target."""
-        return cls(read=theirs.read, ours=ours, theirs=theirs)
+        guidance = guide_source(ours.pipeline, ours.settings, (ours.table, theirs.table))
+        return cls(read=theirs.read, guidance=guidance, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:
         """See `Translation.of_source`."""
-        prediction = predict_call(model, question.source, self.ours.read)
+        prediction = self.ask_source(model, question.source, self.ours.read)
         clean = self.ours.read_clean(question.source, prediction)
         crossed = cross_clean(self.ours, self.theirs, clean)
         return self.theirs.predict_clean(question.target, crossed)
@@ -185,12 +194,18 @@ def observe_sides(
     if shared:
         sizes = [size for size in (source.size, target.size) if size is not None]
         settings = replace(settings, size=settings.size or min(sizes, default=None))
-    ours, theirs = (CrossingSide.of(p, settings, shared) for p in (source, target))
+    ours = CrossingSide.of(source, settings, shared)
+    theirs = CrossingSide.of(target, target.own_settings(settings), shared)
     if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):
         latents = ours.table.like.latent, theirs.table.like.latent
         layouts = ours.space.layout, theirs.space.layout
         check_shapes(latents, layouts, (source.name, target.name))
     return ours, theirs
+
+
+def takes_few_steps(of_source: Probing, of_target: Probing) -> bool:
+    """Whether the target is sampled in half the steps of the source, or fewer."""
+    return 2 * of_target.steps <= of_source.steps
 
 
 def draw_noise(

@@ -20,7 +20,7 @@ from ..recording.trajectories import Call
 from ..recording.translation import PAIR, Question
 from ..updates import apply_updates
 from .conditioning import stack_conditionings
-from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images
+from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images, takes_few_steps
 from .latents import LatentSpace, SharedLatents
 from .schedules import level_log_snr
 
@@ -134,7 +134,9 @@ class CrossingRecorder:
         """Questions about the images of three origins, and for the fit about pairs of images.
 
         The source draws the same prompts from the same noise with the LoRA and without it; each
-        such pair is one trajectory, and a question about it is of the target alone.
+        such pair is one trajectory, and a question about it is of the target alone. A few-step
+        target has learnt the straight way from a noise to the image that its teacher draws from it,
+        so it is asked on that way.
         """
         self.crossed.shared = isinstance(self.ours.space, SharedLatents)
         seeds = {"source": seed, "adapted": seed, "target": seed + 2}
@@ -156,8 +158,9 @@ class CrossingRecorder:
                     questions.append(Question(ours, theirs))
                 if origin == "adapted" and not held_out:
                     images = drawn["source", k], pair[1]
+                    noise = self._cross_noise(sampled["source"]["noises"][k][None])
                     for state in self._draw_states(prompt, levels, -1 - number):
-                        questions.append(self._pair_images(images, state, (number,)))
+                        questions.append(self._pair_images(images, state, (number,), noise))
         return questions
 
     def _cross_image(self, origin: str, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,8 @@ class CrossingRecorder:
     def _draw_states(self, prompt: int, levels: Tensor, seed: int) -> Iterator[DrawnStates]:
         """What is drawn for one image: a noise level for each of the target's, in calls.
 
-        A call holds as many states as both samplers' calls do.
+        A target of few levels is asked about each of them several times, so that it is asked as
+        often as the source takes steps. A call holds as many states as both samplers' calls do.
 
         Args:
             prompt: its number.
@@ -187,9 +191,12 @@ class CrossingRecorder:
         # Samplers draw from small seeds; noise of a question must not be that of another image.
         generator = torch.Generator().manual_seed(_QUESTIONS + seed)
         gaps = torch.cat([levels[:-1] - levels[1:], levels[-1:] / 2])
+        times = max(self.ours.settings.steps // len(levels), 1)
+        levels, gaps = levels.repeat_interleave(times), gaps.repeat_interleave(times)
         shares = torch.rand(2, len(levels), generator=generator).double()
         at = (levels - gaps * shares[0]).clamp(*self._levels)
-        share = FREE_SHARE if self.ours.has_free and self.theirs.has_free else 0.0
+        asks_free = self.ours.has_free and self.theirs.has_free
+        share = FREE_SHARE if asks_free and self.translation.guidance is None else 0.0
         rows = [-1 if free else prompt for free in (shares[1] < share).tolist()]
         for start in range(0, len(levels), self._call_size):
             part = slice(start, start + self._call_size)
@@ -218,8 +225,19 @@ class CrossingRecorder:
         )
         return ours, theirs
 
+    def _cross_noise(self, noise: Tensor) -> Tensor | None:
+        """The noise of an image for the target, where it is to be asked with that; else None."""
+        shared = isinstance(self.ours.space, SharedLatents)
+        if not (shared and takes_few_steps(self.ours.settings, self.theirs.settings)):
+            return None
+        return self.theirs.space.as_latent(self.ours.space.as_image(noise))
+
     def _pair_images(
-        self, images: tuple[Tensor, Tensor], state: DrawnStates, number: tuple[int]
+        self,
+        images: tuple[Tensor, Tensor],
+        state: DrawnStates,
+        number: tuple[int],
+        noise: Tensor | None,
     ) -> Question:
         """The target's calls about an image without and with the LoRA, with the same noise.
 
@@ -227,10 +245,13 @@ class CrossingRecorder:
             images: the target's latents of both.
             state: noise levels and prompts.
             number: of the image.
+            noise: that both were drawn from; None takes fresh noise.
         """
         count = len(state.levels)
         cleans = [image.expand(count, *image.shape[1:]) for image in images]
-        noise = torch.randn(cleans[0].shape, generator=state.generator).to(cleans[0])
+        if noise is None:
+            noise = torch.randn(cleans[0].shape, generator=state.generator)
+        noise = noise.to(cleans[0]).expand_as(cleans[0])
         before, after = (
             replace(
                 self.theirs.build_call(clean, noise, state.levels, state.prompts),
@@ -243,9 +264,12 @@ class CrossingRecorder:
         return Question(before, after)
 
     def _load_or_sample(self, origin: str, seed: int) -> dict[str, Tensor]:
-        """The final latents of an origin's images, and the noise levels of their calls."""
+        """The final latents of an origin's images, their noise, and the levels of their calls."""
         side = self.theirs if origin == "target" else self.ours
-        name, key = f"latents-{origin}-{seed}", hash_texts("latents", self.keys[origin], str(seed))
+        name, key = (
+            f"latents-{origin}-{seed}",
+            hash_texts("latents, noises", self.keys[origin], str(seed)),
+        )
         kept = self.checkpoints.recall(name, key)
         if kept is None:
             if origin == "adapted":
@@ -257,24 +281,27 @@ class CrossingRecorder:
         else:
             sampled = kept[0]
         device = side.table.like.latent.device
-        return {"latents": sampled["latents"].to(device), "levels": sampled["levels"]}
+        on_device = {name: sampled[name].to(device) for name in ("latents", "noises")}
+        return {**on_device, "levels": sampled["levels"]}
 
     def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
-        """Latents [images, ...] and the noise levels of the sampler's calls, falling."""
+        """Latents and noises [images, ...], and the levels of the sampler's calls, falling."""
         prompts = side.settings.prompts or ("",)
         times: list[Tensor] = []
-        latents = []
+        latents, noises = [], []
         for i in range(side.settings.images):
             prompt = prompts[(seed + i) % len(prompts)]
             number = seed * side.settings.images + i
-            latent, asked = side.pipeline.sample_final(prompt, side.settings, number)
-            latents.append(latent.float())
-            times += asked
+            final = side.pipeline.sample_final(prompt, side.settings, number)
+            latents.append(final.latent.float())
+            noises.append(side.read_noise(final).float())
+            times += final.times
             if self.on_image:
                 self.on_image()
         levels = torch.cat([side.schedule.level_at(time).flatten() for time in times])
         return {
             "latents": torch.cat(latents),
+            "noises": torch.cat(noises),
             "levels": levels.round(decimals=6).unique().flip(0),
         }
 

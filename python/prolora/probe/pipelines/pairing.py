@@ -19,6 +19,7 @@ from .conversion import (
     translate_state,
     translate_time,
 )
+from .guidance import guide_source
 from .layouts import Layout, check_shapes
 from .pipeline import Pipeline, describe_pipeline
 from .schedules import FLOW, Schedule, level_log_snr
@@ -32,6 +33,7 @@ class PipelinePair:
         source: the pipeline that the LoRA was made for.
         target: the other one.
         settings: with the size set.
+        of_target: the same, with the steps and the guidance that the target is sampled with.
         translation: turns calls and predictions of one into those of the other.
         log_snr: the lowest and highest log-SNR at which both are asked, for models that predict
             different quantities; None without a bound.
@@ -40,18 +42,17 @@ class PipelinePair:
     source: Pipeline
     target: Pipeline
     settings: Probing
+    of_target: Probing
     translation: Translation
     log_snr: tuple[float, float] | None = None
 
     def describe_sampling(self) -> str:
         """What the samplers do, as a text: part of the keys of recorded calls."""
-        both = [describe_pipeline(p, self.settings) for p in (self.source, self.target)]
-        return json.dumps(both)
+        sides = ((self.source, self.settings), (self.target, self.of_target))
+        return json.dumps([describe_pipeline(*side) for side in sides])
 
 
-def pair_pipelines(
-    source: Pipeline, target: Pipeline, settings: Probing, of_target: Probing | None = None
-) -> PipelinePair:
+def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> PipelinePair:
     """Sets the size, and tabulates the conditioning of each model for the prompts.
 
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
@@ -61,7 +62,6 @@ def pair_pipelines(
         source: the pipeline that the LoRA was made for.
         target: the other one.
         settings: what is sampled.
-        of_target: steps and guidance of the target where they are its own; None: as `settings`.
 
     Raises:
         UnsupportedFormat: the times or predictions of a flow cannot be read.
@@ -72,14 +72,14 @@ def pair_pipelines(
         sizes = [p.size for p in (source, target)]
         known = [size for size in sizes if size is not None]
         settings = replace(settings, size=min(known) if known else None)
-    theirs_settings = replace(of_target or settings, size=settings.size)
+    of_target = target.own_settings(settings)
     ours, theirs = source.schedule, target.schedule
     alike = type(source.denoiser) is type(target.denoiser) and ours.kind == theirs.kind
     if not alike and FLOW in (ours.kind, theirs.kind):
         ours = source.observe_schedule(settings)
-        theirs = target.observe_schedule(theirs_settings)
+        theirs = target.observe_schedule(of_target)
     levels = common_levels(ours, theirs)
-    tables = source.tabulate_prompts(settings), target.tabulate_prompts(theirs_settings)
+    tables = source.tabulate_prompts(settings), target.tabulate_prompts(of_target)
     latents = tables[0].like.latent, tables[1].like.latent
     layouts = Layout.of(source.pipe, latents[0]), Layout.of(target.pipe, latents[1])
     check_shapes(latents, layouts, names)
@@ -89,9 +89,10 @@ def pair_pipelines(
         _PredictionConverter(source.denoiser, ours, theirs, *layouts),
         PredictionReader.of(*latents),
         same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
+        guide_source(source, settings, tables),
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
-    return PipelinePair(source, target, settings, translation, log_snr)
+    return PipelinePair(source, target, settings, of_target, translation, log_snr)
 
 
 @dataclass(frozen=True)

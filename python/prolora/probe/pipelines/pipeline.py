@@ -6,19 +6,18 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ...bases.folder import MODELS
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
 from ..recording.trajectories import Call, Sample
-from ..settings import Probing
+from ..settings import FEW_STEPS, Probing
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -31,8 +30,28 @@ from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, Schedule
 
-# Samples do not depend on them.
-_FIT_SETTINGS = ("force", "resume", "strategy", "start", "fit_steps")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+"""Schedulers of few-step models."""
+# Samples do not depend on them, or (those of the target) by `own_settings` alone.
+_FIT_SETTINGS = (
+    *("force", "resume", "strategy", "start", "fit_steps"),
+    *("target_steps", "target_guidance"),
+)
+
+
+@dataclass(frozen=True)
+class FinalSample:
+    """One image that was sampled.
+
+    Attributes:
+        latent: after the last step [1, ...].
+        first: what the denoiser was given in the first step [1, ...]: noise, nearly alone.
+        times: of all calls.
+    """
+
+    latent: Tensor
+    first: Tensor
+    times: list[Tensor]
 
 
 class Pipeline:
@@ -73,6 +92,19 @@ class Pipeline:
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
+    def own_settings(self, settings: Probing) -> Probing:
+        """The settings of a target's sampling: its steps and its guidance where they are others."""
+        few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
+        steps = settings.target_steps or (min(FEW_STEPS, settings.steps) if few else settings.steps)
+        guidance = settings.target_guidance
+        return replace(
+            settings,
+            steps=steps,
+            guidance=settings.guidance if guidance is None else guidance,
+            target_steps=None,
+            target_guidance=None,
+        )
+
     def sample_latents(
         self, prompt: str, settings: Probing, seed: int, output: str = "latent"
     ) -> None:
@@ -102,22 +134,25 @@ class Pipeline:
 
     def sample_final(
         self, prompt: str, settings: Probing, seed: int, output: str = "latent"
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> FinalSample:
         """Samples one image, and looks at its latents and at the times of its calls.
 
         What a pipeline returns as latents is already denormalised in some (FLUX.2 klein), so the
         latents are taken from its scheduler. Arguments are those of `sample_latents`; a sampling
         that `FirstCallReached` ends after its last step counts.
 
-        Returns:
-            The latents after the last step [1, ...], and the times of all calls.
-
         Raises:
             UnsupportedFormat: its scheduler is never stepped.
         """
-        times: list[Tensor] = []
+        calls: list[CallParts] = []
         results: list[Tensor] = []
-        hook = _watch_times(self.denoiser, times.append)
+
+        def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            parts = split_call(model, Call(args, kwargs))
+            latent = parts.latent[:0] if calls else parts.latent[:1].detach().clone()
+            calls.append(CallParts(latent, parts.time.detach().cpu(), {}))
+
+        hook = self.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
         steps = watch_steps(self.pipe.scheduler, on_result=lambda x: results.append(x.detach()))
         with keep_hooks([hook]), steps, suppress(FirstCallReached):
             self.sample_latents(prompt, settings, seed, output)
@@ -126,7 +161,8 @@ class Pipeline:
                 f"{self.name}: its scheduler {type(self.pipe.scheduler).__name__} was never "
                 "stepped, so its latents are not known"
             )
-        return results[-1][:1], times  # a guided DiT steps the same latents twice
+        # A guided DiT steps the same latents twice.
+        return FinalSample(results[-1][:1], calls[0].latent, [parts.time for parts in calls])
 
     def _build_arguments(
         self, prompt: str, settings: Probing, seed: int, output: str = "latent"
@@ -182,7 +218,7 @@ class Pipeline:
             place = self._place_of_prompt(calls[0], prompts, settings)
             entries = [sample_conditioning(parts, place) for parts in calls]
             negative = sample_conditioning(calls[-1], 1 - place)
-            return PromptTable(self.denoiser, [*entries, negative], calls[-1])
+            return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided=True)
         entries = [sample_conditioning(parts, 0) for parts in calls]
         branches = self._capture_branches(prompts[-1], settings)
         self._check_branches(max(len(branches), *(len(parts.latent) for parts in calls)))
@@ -193,7 +229,8 @@ class Pipeline:
         else:
             empty = self._capture_call("", settings)
             negative = sample_conditioning(split_call(self.denoiser, empty), 0)
-        return PromptTable(self.denoiser, [*entries, negative], calls[-1])
+        guided = len(branches) == 2
+        return PromptTable(self.denoiser, [*entries, negative], calls[-1], guided)
 
     def _check_branches(self, count: int) -> None:
         if count > 2:
@@ -270,7 +307,7 @@ class Pipeline:
         with in_float32(self.denoiser):
             given = capture_decoded(
                 getattr(self.pipe, "vae", None),
-                lambda: final.append(self.sample_final(prompt, short, 0, "pt")[0]),
+                lambda: final.append(self.sample_final(prompt, short, 0, "pt").latent),
             )
         return observe_latents(self.pipe, like[:1], final[0], given, self.name)
 
@@ -290,15 +327,6 @@ def describe_pipeline(pipeline: Pipeline, settings: Probing) -> str:
     pipe = pipeline.pipe
     kind = (type(pipe).__name__, type(pipe.scheduler).__name__, dict(pipe.scheduler.config))
     return json.dumps([settings_text, kind], default=str)
-
-
-def _watch_times(model: nn.Module, on_time: Callable[[Tensor], object]) -> RemovableHandle:
-    """Calls a function with the time of each call of a model."""
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        on_time(split_call(module, Call(args, kwargs)).time.detach().cpu())
-
-    return model.register_forward_pre_hook(watch, with_kwargs=True)
 
 
 def _repeat_time(

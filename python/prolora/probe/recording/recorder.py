@@ -108,7 +108,7 @@ class Recorder:
         calls: list[Call] = []
         for i, (origin, model) in enumerate(zip(ORIGINS, models, strict=True)):
             calls += self._load_or_record(origin, model, self.samplers[i], seed + i)
-        return [self.translation.question(call) for call in calls]
+        return [self.translation.question(c) for c in self.translation.keep_prompted(calls)]
 
     def _load_or_record(
         self, origin: str, model: nn.Module, sample: Sample, seed: int

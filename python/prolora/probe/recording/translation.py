@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from .guidance import Guidance
 from .trajectories import Call, output_of, predict_call
 
 Translate = Callable[[Call], Call]
@@ -70,6 +71,7 @@ class Translation:
         read: return value of either model -> its prediction.
         clip: a recorded call -> the one that is asked, where a model cannot answer or understand
             the recorded one; its origin says which model recorded it.
+        guidance: of the source's answers, where the target needs none itself; None: no guidance.
     """
 
     translate: Translate = same_call
@@ -77,6 +79,18 @@ class Translation:
     convert: Convert = same_prediction
     read: Read = output_of
     clip: Translate = same_call
+    guidance: Guidance | None = None
+
+    def keep_prompted(self, calls: Iterable[Call]) -> list[Call]:
+        """Recorded calls; of a source that is asked with guidance, the samples with a prompt."""
+        if self.guidance is None:
+            return list(calls)
+        kept = []
+        for call in calls:
+            prompted = call if call.origin == "target" else self.guidance.keep_prompted(call)
+            if prompted is not None:
+                kept.append(replace(prompted, origin=call.origin))
+        return kept
 
     def question(self, call: Call) -> Question:
         """The question that a recorded call asks; its origin says which model recorded it."""
@@ -87,7 +101,20 @@ class Translation:
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:
         """The prediction of the source, in the target's terms."""
-        return self.convert(question.source, predict_call(model, question.source, self.read))
+        return self.convert(question.source, self.ask_source(model, question.source, self.read))
+
+    def ask_source(self, model: nn.Module, call: Call, read: Read) -> Tensor:
+        """The prediction of the source at a call of it, guided where it is to be.
+
+        Args:
+            model: the source.
+            call: of it.
+            read: its return value -> its prediction.
+        """
+        prediction = predict_call(model, call, read)
+        if self.guidance is None:
+            return prediction
+        return self.guidance.guide(model, call, prediction, read)
 
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
         """The prediction of the target."""

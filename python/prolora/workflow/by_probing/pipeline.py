@@ -137,8 +137,11 @@ def _fit_models(
     bases = [compute_identity(base) for base in (source, target)] if options.probe.resume else []
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-    # Between a flow and another path the images of the samplings say more than its calls.
-    crosses = not shared or (mixed and options.probe.strategy == "joint")
+    sampled = options.probe
+    few = pipelines.takes_few_steps(sampled, models[1].own_settings(sampled))
+    # Between a flow and another path, and for a target of few steps, the images of the samplings
+    # say more than their calls.
+    crosses = not shared or ((mixed or few) and sampled.strategy == "joint")
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
     result = fit(
         (models[0], models[1]),
@@ -182,12 +185,13 @@ def _fit_pair(
         pair.target.denoiser,
         loras[0],
         pair.source.sampler(pair.settings, on_image),
-        pair.target.sampler(pair.settings, on_image),
+        pair.target.sampler(pair.of_target, on_image),
         translate=pair.translation.translate,
         translate_back=pair.translation.translate_back,
         convert=pair.translation.convert,
         read=pair.translation.read,
         clip=pair.translation.clip,
+        guidance=pair.translation.guidance,
         rival=loras[1],
         samplers=describe(pair.describe_sampling()),
         **settings,

@@ -1,0 +1,128 @@
+"""Probing by images in a world of the study: what the library does for a target of few steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from crossing import flow_schedule
+from flow import sample
+from torch import Tensor, nn
+from worlds import World
+
+from prolora.adapters.adapter import Adapter
+from prolora.probe import Call, Guidance
+from prolora.probe.pipelines.conditioning import (
+    CallParts,
+    PromptTable,
+    build_call,
+    split_call,
+)
+from prolora.probe.pipelines.crossing import CrossedTranslation, CrossingSide
+from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
+from prolora.probe.pipelines.latents import SharedLatents
+from prolora.probe.pipelines.layouts import Layout
+from prolora.probe.settings import FEW_STEPS, Probing
+
+if TYPE_CHECKING:
+    from probing import Case
+
+
+def guide_source(world: World, source: nn.Module, kind: str, adapter: str) -> Guidance | None:
+    """The guidance that the source is asked with, where the target of that kind runs without.
+
+    A few-step adapter makes the source a model that runs without, too.
+    """
+    if kind not in world.distilled or adapter == "fewstep":
+        return None
+    with torch.no_grad():
+        null = world.tokens(source, torch.tensor([world.null_prompt]))
+
+    def without_prompt(call: Call) -> Call:
+        parts = split_call(source, call)
+        tokens = null.expand(len(parts.latent), *null.shape[1:])
+        return build_call(source, replace(parts, conditioning={("tokens",): tokens}))
+
+    def keep_prompted(call: Call) -> Call | None:
+        tokens = split_call(source, call).conditioning["tokens",]
+        rows = (tokens != null).flatten(1).any(1)
+        if not rows.any():
+            return None
+        return replace(call, args=tuple(part[rows] for part in call.args))
+
+    return Guidance(world.guidance, without_prompt, keep_prompted)
+
+
+class Painted:
+    """What a recorder needs of a pipeline: the model, its name, and the guidance of its samples."""
+
+    def __init__(self, model: nn.Module, name: str, guidance: float) -> None:
+        self.denoiser, self.name, self.guidance = model, name, guidance
+
+
+@dataclass(frozen=True)
+class WorldRecorder(CrossingRecorder):
+    """Samples all images at once: a pipeline would take one after the other.
+
+    Attributes:
+        world: of both models.
+        guidance: that the source is asked with.
+    """
+
+    world: World = field(kw_only=True)
+    guidance: Guidance | None = None
+
+    @cached_property
+    def translation(self) -> CrossedTranslation:
+        """As between pipelines."""
+        sides = {"ours": self.ours, "theirs": self.theirs}
+        return CrossedTranslation(read=self.theirs.read, guidance=self.guidance, **sides)
+
+    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+        painted, settings = side.pipeline, side.settings
+        numbers = [int(prompt) for prompt in settings.prompts]
+        y = torch.tensor([numbers[(seed + i) % len(numbers)] for i in range(settings.images)])
+        with torch.no_grad():
+            tokens, null = (
+                self.world.tokens(painted.denoiser, prompts)
+                for prompts in (y, self.world.null_like(y))
+            )
+        steps, guidance = settings.steps, painted.guidance
+        latents = sample(painted.denoiser, tokens, null, self.world.shape, steps, guidance, seed)
+        noises = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        times = torch.linspace(1000, 0, steps + 1)[:-1]
+        return {"latents": latents, "noises": noises, "levels": side.schedule.level_at(times)}
+
+
+def record_images(case: Case, images: int, steps: int) -> WorldRecorder:
+    """The recorder of a case: prompts are those that a user of the LoRA would give.
+
+    Args:
+        case: one LoRA and one target.
+        images: of each origin.
+        steps: of the source; the target takes FEW_STEPS.
+    """
+    world, prefix = case.world, case.world.prefix[case.arch]
+    generator = torch.Generator().manual_seed(case.seed)
+    y = world.draw_prompts(2 * images, generator, case.adapter == "concept")
+    settings = Probing(tuple(str(int(k)) for k in y), images=images, steps=steps)
+    few = replace(settings, steps=FEW_STEPS)
+    known = torch.tensor([*y.tolist(), world.null_prompt])
+    sides = []
+    for model, asked, guidance in (
+        (case.source, settings, world.guidance),
+        (case.target, few, world.guidance_of(case.kind)),
+    ):
+        with torch.no_grad():
+            tokens = world.tokens(model, known)
+        entries = [{("tokens",): row[None]} for row in tokens]
+        like = CallParts(torch.zeros(25, *world.shape), torch.zeros(25), entries[0])
+        painted = Painted(model, case.arch, guidance)
+        table, space = PromptTable(model, entries, like), SharedLatents(Layout("image"))
+        size = (world.shape[1], world.shape[2])
+        sides.append(CrossingSide(painted, asked, flow_schedule(), table, space, size))
+    lora = Adapter({prefix + n: u for n, u in case.lora.items()}, format="diffusers")
+    guided = guide_source(world, case.source, case.kind, case.adapter)
+    return WorldRecorder(*sides, lora, world=world, guidance=guided)

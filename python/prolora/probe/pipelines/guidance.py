@@ -1,0 +1,146 @@
+"""The guidance of a pipeline, seen on the first step of a sampling.
+
+Pipelines mean different things by a guidance scale: 1 is none in most, 0 in Z-Image, and some have
+another argument for it. So the scale is read off what the scheduler is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks import FirstCallReached, keep_hooks
+from ..precision import in_float32
+from ..recording.guidance import Guidance
+from ..recording.trajectories import Call
+from ..settings import Probing
+from .conditioning import (
+    PredictionReader,
+    PromptTable,
+    build_call,
+    sample_conditioning,
+    split_call,
+    stack_conditionings,
+)
+from .flow_convention import watch_steps
+from .pipeline import Pipeline
+
+_ALIKE = 1e-4
+"""Predictions with and without the prompt that differ by less say nothing about a scale."""
+_TOLERANCE = 0.02
+"""Of the guided prediction, which must be a sum of both."""
+
+
+def observe_guidance(pipeline: Pipeline, settings: Probing, table: PromptTable) -> float | None:
+    """The g of v = u + g·(c − u) that a pipeline gives to its scheduler.
+
+    Args:
+        pipeline: loaded.
+        settings: what is sampled.
+        table: its conditioning, from `Pipeline.tabulate_prompts`.
+
+    Returns:
+        1 without guidance, and where the prompt changes nothing; None where what the scheduler is
+        given is no such sum.
+    """
+    prompt = next((prompt for prompt in settings.prompts if prompt), "")
+    read = PredictionReader.of(table.like.latent)
+    with_prompt: list[Tensor] = []
+    without: list[Tensor] = []
+    scales: list[float | None] = []
+
+    def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        parts = split_call(model, Call(args, kwargs))
+        for i, row in enumerate(read(out).detach().double().cpu()):
+            branch = with_prompt if table.has_prompt(parts, i) else without
+            branch.append(row.flatten())
+
+    def stop(used: Tensor, _: Any) -> None:
+        scales.append(read_scale(read(used).detach().double().cpu(), with_prompt, without))
+        raise FirstCallReached
+
+    hook = pipeline.denoiser.register_forward_hook(record, with_kwargs=True)
+    steps = watch_steps(pipeline.pipe.scheduler, stop)
+    with keep_hooks([hook]), steps, in_float32(pipeline.denoiser), suppress(FirstCallReached):
+        pipeline.sample_latents(prompt, settings, 0)
+    return scales[0] if scales else None
+
+
+def read_scale(
+    used: Tensor, with_prompt: Sequence[Tensor], without: Sequence[Tensor]
+) -> float | None:
+    """The scale of used = ±(u + g·(c − u))."""
+    if not with_prompt or not without:
+        return 1.0
+    prompted, free = with_prompt[0], without[0]
+    if float((prompted - free).norm()) < _ALIKE * float(prompted.norm()):
+        return 1.0
+    given = used.flatten()[: prompted.numel()]
+    branches = torch.stack([prompted, free], 1)
+    weights = torch.linalg.lstsq(branches, given[:, None], driver="gelsd").solution[:, 0]
+    total = float(weights.sum())
+    left = float((branches @ weights - given).norm())
+    if abs(total) < 0.5 or left > _TOLERANCE * float(given.norm()):
+        return None
+    return float(weights[0]) / total
+
+
+@dataclass(frozen=True)
+class _PromptDropper:
+    """A call of a model -> the same without its prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> Call:
+        parts = split_call(self.table.model, call)
+        last = len(self.table.entries) - 1
+        return replace(
+            self.table.build_call(parts.latent, parts.time, [last] * len(parts.latent)),
+            origin=call.origin,
+        )
+
+
+@dataclass(frozen=True)
+class _PromptKeeper:
+    """A call of a model -> its samples that have a prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> Call | None:
+        parts = split_call(self.table.model, call)
+        rows = [i for i in range(len(parts.latent)) if self.table.has_prompt(parts, i)]
+        if len(rows) == len(parts.latent):
+            return call
+        if not rows:
+            return None
+        kept = replace(
+            parts,
+            latent=parts.latent[rows],
+            time=parts.time[rows] if parts.time.dim() else parts.time,
+            conditioning=stack_conditionings([sample_conditioning(parts, i) for i in rows]),
+        )
+        return build_call(self.table.model, kept)
+
+
+def guide_source(
+    source: Pipeline, settings: Probing, tables: tuple[PromptTable, PromptTable]
+) -> Guidance | None:
+    """The guidance that the source is asked with: its own, where the target runs without any.
+
+    Args:
+        source: of the LoRA.
+        settings: of its sampling.
+        tables: conditioning of source and target.
+    """
+    ours, theirs = tables
+    if not ours.guided or theirs.guided:
+        return None
+    scale = observe_guidance(source, settings, ours)
+    if scale is None or scale == 1:
+        return None
+    return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours))

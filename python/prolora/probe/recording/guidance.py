@@ -1,0 +1,52 @@
+"""A source that is asked with its guidance, for targets that are run without any.
+
+Few-step students, and students that learnt their guidance, are run without any: what they predict
+is their teacher's v = u + g·(c − u), with c for the prompt and u for none. So the change that they
+should make is that of the guided prediction, and the change of c alone is too small by a factor of
+about g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .trajectories import Call, predict_call
+
+
+def keep_call(call: Call) -> Call:
+    """The call unchanged."""
+    return call
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance that the source is asked with.
+
+    Attributes:
+        scale: g of v = u + g·(c − u); 1 is none.
+        without_prompt: a call of the source -> the same call without its prompt.
+        keep_prompted: a call that the source's sampler made -> its samples that have a prompt, None
+            where none has: the target never sees the others.
+    """
+
+    scale: float
+    without_prompt: Callable[[Call], Call]
+    keep_prompted: Callable[[Call], Call | None] = keep_call
+
+    def guide(
+        self, model: nn.Module, call: Call, prediction: Tensor, read: Callable[[Any], Tensor]
+    ) -> Tensor:
+        """The guided prediction.
+
+        Args:
+            model: the source.
+            call: of it, with a prompt.
+            prediction: of the model at that call.
+            read: return value of the model -> its prediction.
+        """
+        free = predict_call(model, self.without_prompt(call), read)
+        return free + self.scale * (prediction - free)

@@ -1,0 +1,221 @@
+"""A source that is asked with its guidance, for targets that are run without."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
+from torch import Tensor, nn
+
+from prolora import LowRank, Probing, probe
+from prolora import transfer as prolora_transfer
+from prolora.adapters.adapter import Adapter
+from prolora.probe import pipelines
+from prolora.probe.pipelines.conditioning import split_call
+from prolora.probe.pipelines.flow_convention import watch_steps
+from prolora.probe.pipelines.guidance import observe_guidance, read_scale
+from prolora.probe.recording.trajectories import Call, record_calls
+from prolora.probe.recording.translation import PAIR, Translation
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def scale_of(make, folder, guidance: float | None, prompts=SETTINGS.prompts) -> float | None:
+    pipeline = opened(make, folder)
+    settings = replace(SETTINGS, guidance=guidance, prompts=prompts)
+    return observe_guidance(pipeline, settings, pipeline.tabulate_prompts(settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "guidance", "scale"),
+    [
+        (stable_diffusion, None, 7.5),
+        (stable_diffusion, 3.0, 3.0),
+        (stable_diffusion, 1.0, 1.0),
+        (sd3, 4.0, 4.0),
+        (z_image, 4.0, 5.0),  # c + g·(c − u)
+        (z_image, 0.0, 1.0),
+        (flux, 4.0, 1.0),  # an input of the model, and no second branch
+    ],
+)
+def test_the_scale_is_that_of_what_the_scheduler_is_given(make, guidance, scale, tmp_path):
+    assert scale_of(make, tmp_path, guidance) == pytest.approx(scale, rel=1e-3)
+
+
+def test_guidance_away_from_the_empty_prompt_alone_is_none(tmp_path):
+    assert scale_of(stable_diffusion, tmp_path, 3.0, ()) == 1
+    # An empty prompt among others is the other branch's, and hides nothing.
+    assert scale_of(stable_diffusion, tmp_path, 3.0, ("", "cat")) == pytest.approx(3)
+
+
+def test_what_is_no_sum_of_both_branches_has_no_scale():
+    prompted, free = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double()
+    guided = free + 3 * (prompted - free)
+    assert read_scale(-guided, [prompted], [free]) == pytest.approx(3)
+    assert read_scale(guided.sin(), [prompted], [free]) is None
+    assert read_scale(prompted - free, [prompted], [free]) is None
+    assert read_scale(guided, [prompted], [prompted]) == 1
+
+
+@pytest.mark.parametrize("make", [stable_diffusion, sd3, z_image])
+def test_the_source_is_asked_what_its_pipeline_gives_to_the_scheduler(make, tmp_path):
+    source, target = opened(make, tmp_path), opened(make, tmp_path)
+    settings = replace(SETTINGS, guidance=4.0, target_guidance=1.0 if make is not z_image else 0.0)
+    pair = pipelines.pair_pipelines(source, target, settings)
+    used: list[Tensor] = []
+    with watch_steps(source.pipe.scheduler, lambda output, _: used.append(output)):
+        calls = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+    kept = pair.translation.keep_prompted(calls)
+    assert len(kept) == len(used) == SETTINGS.images * SETTINGS.steps
+    for call, output in zip(kept, used, strict=True):
+        assert call.origin == "source"
+        parts = split_call(source.denoiser, call)
+        assert len(parts.latent) == 1 and pair.translation.guidance
+        question = pair.translation.question(call)
+        answer = pair.translation.of_source(source.denoiser, question).reshape(output.shape)
+        # Z-Image's pipeline negates what its model predicts.
+        assert min(float((answer - sign * output).norm()) for sign in (1, -1)) < 1e-4 * float(
+            output.norm()
+        )
+    asked = record_calls(target.denoiser, target.sampler(pair.of_target), 0, "target")
+    assert pair.translation.keep_prompted(asked) == asked
+
+
+def test_pipelines_that_are_both_guided_or_both_not_are_asked_plainly(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(stable_diffusion, tmp_path)
+    for settings in (SETTINGS, replace(SETTINGS, guidance=1.0)):
+        assert pipelines.pair_pipelines(source, target, settings).translation.guidance is None
+    unguided = replace(SETTINGS, guidance=1.0, target_guidance=5.0)
+    assert pipelines.pair_pipelines(source, target, unguided).translation.guidance is None
+
+
+def test_crossed_images_are_asked_with_guidance_and_never_without_a_prompt(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(flux, tmp_path)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+    guidance = recorder.translation.guidance
+    assert guidance and guidance.scale == pytest.approx(7.5, rel=1e-3)
+    with torch.no_grad():
+        questions = recorder.record_questions(0, held_out=True)
+        asked = questions[0]
+        plain = replace(recorder.translation, guidance=None)
+        call = asked.source
+        bare = guidance.without_prompt(call)
+        c, u = (
+            plain.of_source(source.denoiser, replace(asked, source=part)) for part in (call, bare)
+        )
+        guided = recorder.translation.of_source(source.denoiser, asked)
+    # x₀ is affine in the prediction, so guidance of one is guidance of the other.
+    torch.testing.assert_close(guided, u + guidance.scale * (c - u), rtol=1e-3, atol=1e-3)
+    for question in questions:
+        parts = split_call(source.denoiser, question.source)
+        table = sides[0].table
+        assert all(table.has_prompt(parts, i) for i in range(len(parts.latent)))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_few_step_target_is_asked_on_the_way_from_a_noise_to_its_image(steps, tmp_path):
+    source, target = opened(sd3, tmp_path), opened(sd3, tmp_path)
+    settings = replace(SETTINGS, target_steps=steps)
+    sides = pipelines.observe_sides(source, target, settings, shared=True)
+    recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+    with torch.no_grad():
+        pairs = [q for q in recorder.record_questions(0) if q.origin == PAIR]
+    assert pairs
+    for question in pairs:
+        number = question.target.trajectories[0]
+        generator = torch.Generator().manual_seed(number)
+        drawn = torch.randn(1, 4, 8, 8, generator=generator)  # as the pipeline draws it
+        for call in (question.source, question.target):
+            parts = split_call(target.denoiser, call)
+            level = sides[1].schedule.level_at(parts.time)
+            a, b = (part.float()[:, None, None, None] for part in sides[1].schedule.scales(level))
+            noise = (parts.latent - a * call.clean) / b
+            own = float((noise - drawn).abs().max()) < 1e-3
+            assert own == (steps == 1)
+
+
+def probe_adapter(source: pipelines.Pipeline):
+    """A LoRA of the source."""
+    return Adapter(updates(source.denoiser), format="diffusers")
+
+
+def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_asked(tmp_path):
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = Probing(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
+    few = replace(probing, target_steps=1, target_guidance=1.0)
+    ends = tmp_path / "source", tmp_path / "twin"
+    moved = prolora_transfer(lora, *ends, method="probe", probe=few)
+    report = moved.report.probe
+    assert report.guidance == pytest.approx(7.5, rel=1e-3)
+    # Three origins of one image, and the pair of the first two, at as many levels as the source's.
+    assert report.probes == 4 * 2 and report.crossed and report.crossed.shared
+    said = " ".join(report.sentences())
+    assert "The target is run without guidance, so the source was asked with its own, 7.5." in said
+    plain = prolora_transfer(lora, *ends, method="probe", probe=probing).report.probe
+    assert plain.guidance == 1 and plain.probes == 3 * 2
+    assert "guidance" not in " ".join(plain.sentences())
+
+
+class Prompted(nn.Module):
+    """Predicts W·(x + loudness · prompt)."""
+
+    def __init__(self, loudness: float = 1.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer = nn.Linear(6, 6, bias=False)
+        self.layer.weight.data = 0.4 * torch.randn(6, 6, generator=generator)
+        self.loudness = loudness
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        return self.layer(x + self.loudness * prompt)
+
+
+def sampler(model: Prompted):
+    def sample(seed: int) -> None:
+        x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(seed))
+        for _ in range(3):
+            x = x - 0.1 * model(x, prompt)
+
+    return sample
+
+
+def test_a_student_of_guided_answers_takes_the_lora_at_full_strength():
+    """With W linear, the guided source is the student: W·(x + g·prompt)."""
+    source, student = Prompted(), Prompted(loudness=3.0)
+    generator = torch.Generator().manual_seed(1)
+    up, down = torch.randn(6, 2, generator=generator), torch.randn(2, 6, generator=generator)
+    lora = {"layer": LowRank(up, down)}
+
+    def without_prompt(call: Call) -> Call:
+        return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
+
+    guidance = probe.Guidance(3.0, without_prompt)
+    measured = [
+        probe.measure_strengths(
+            source,
+            student,
+            lora,
+            {"copy": lora},
+            sampler(source),
+            sampler(student),
+            translation=Translation(guidance=asked),
+            trajectories=probe.Trajectories(runs=3, moments=2),
+        ).candidates["copy"]
+        for asked in (guidance, None)
+    ]
+    assert measured[0].strength == pytest.approx(1, abs=1e-3)
+    assert measured[0].share == pytest.approx(1, abs=1e-4)
+    assert measured[1].strength < 0.7
