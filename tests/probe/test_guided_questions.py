@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+import crossing_pipelines as crossing
 import pytest
 import tiny_pipelines as tiny
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
 from torch import Tensor, nn
 
@@ -27,6 +29,22 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def dit(_) -> DiTPipeline:
+    """A thousand classes, as of ImageNet."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+    )
+    for weight in transformer.parameters():  # new ones predict nothing
+        weight.data = 0.3 * torch.randn_like(weight)
+    return DiTPipeline(transformer, tiny.vae(), DDIMScheduler(**tiny.ALPHAS))
 
 
 def scale_of(make, folder, guidance: float | None, prompts=SETTINGS.prompts) -> float | None:
@@ -144,6 +162,69 @@ def test_a_few_step_target_is_asked_on_the_way_from_a_noise_to_its_image(steps, 
             assert own == (steps == 1)
 
 
+def test_class_numbers_next_to_that_of_no_class_are_prompts(tmp_path):
+    """Class 990 is nearly 1000, that of no class, and as different from it as class 1."""
+    source, target = opened(dit, tmp_path), opened(dit, tmp_path)
+    for prompts in (("990", "999"), ("1", "990")):
+        settings = replace(SETTINGS, prompts=prompts, size=None, target_guidance=1.0)
+        pair = pipelines.pair_pipelines(source, target, settings)
+        assert pair.translation.guidance
+        assert pair.translation.guidance.scale == pytest.approx(4, rel=1e-3)
+        calls = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+        kept = pair.translation.keep_prompted(calls)
+        assert len(kept) == len(calls) == SETTINGS.images * SETTINGS.steps
+        parts = [split_call(source.denoiser, call) for call in kept]
+        classes = {int(p.conditioning["class_labels",]) for p in parts}
+        assert classes == {int(prompt) for prompt in prompts}
+
+
+def test_images_of_the_empty_prompt_alone_are_asked_about(tmp_path):
+    source, target = opened(stable_diffusion, tmp_path), opened(stable_diffusion, tmp_path)
+    settings = replace(SETTINGS, prompts=("", "cat"), images=1, target_guidance=1.0)
+    pair = pipelines.pair_pipelines(source, target, settings)
+    runs = [
+        record_calls(source.denoiser, source.sampler(pair.settings), seed, origin)
+        for seed, origin in enumerate(("source", "adapted"))
+    ]
+    assert pair.translation.keep_prompted(runs[0]) == runs[0]  # both branches have no prompt
+    kept = pair.translation.keep_prompted([*runs[0], *runs[1]])
+    assert [call.origin for call in kept] == 2 * ["source"] + 2 * ["adapted"]
+    rows = [len(split_call(source.denoiser, call).latent) for call in kept]
+    assert rows == [2, 2, 1, 1]
+    result = probe.fit_lora(
+        source.denoiser,
+        target.denoiser,
+        updates(source.denoiser),
+        source.sampler(pair.settings),
+        target.sampler(pair.of_target),
+        force=True,
+        steps=1,
+        **vars(pair.translation),
+    )
+    assert result.report.guidance == pytest.approx(7.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("guidance", "asked"), [(None, 1), (4.0, 1), (1.0, 5)])
+def test_a_target_that_guides_with_a_negative_prompt_alone_is_no_student(guidance, asked, tmp_path):
+    source, target = (
+        pipelines.open_pipeline(save(tmp_path / save.__name__))
+        for save in (crossing.save_sdxl, crossing.save_qwen_image)
+    )
+    settings = replace(SETTINGS, size=None, target_guidance=guidance)
+    sides = pipelines.observe_sides(source, target, settings, shared=False)
+    translation = pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation
+    scale = translation.guidance.scale if translation.guidance else 1
+    assert scale == pytest.approx(asked, rel=1e-3)
+
+
+def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
+    source, target = opened(stable_diffusion, tmp_path), opened(flux, tmp_path)
+    monkeypatch.setattr("prolora.probe.pipelines.guidance.observe_guidance", lambda *_: None)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    assert pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation.guidance is None
+    assert "stable_diffusion: what its guidance makes" in caplog.text
+
+
 def probe_adapter(source: pipelines.Pipeline):
     """A LoRA of the source."""
     return Adapter(updates(source.denoiser), format="diffusers")
@@ -169,6 +250,25 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     assert "guidance" not in " ".join(plain.sentences())
 
 
+def test_streams_that_are_compared_without_guidance_are_told_apart(tmp_path):
+    source = opened(stable_diffusion, tmp_path)
+    settings = replace(SETTINGS, target_guidance=1.0)
+    pair = pipelines.pair_pipelines(source, opened(stable_diffusion, tmp_path), settings)
+    result = probe.fit_lora(
+        source.denoiser,
+        pair.target.denoiser,
+        updates(source.denoiser),
+        source.sampler(pair.settings),
+        pair.target.sampler(pair.of_target),
+        strategy="blocks",
+        iterations=1,
+        rounds=1,
+        force=True,
+        **vars(pair.translation),
+    )
+    assert "blocks before it were compared without" in " ".join(result.report.sentences())
+
+
 class Prompted(nn.Module):
     """Predicts W·(x + loudness · prompt)."""
 
@@ -181,6 +281,11 @@ class Prompted(nn.Module):
 
     def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
         return self.layer(x + self.loudness * prompt)
+
+
+def drop_prompt(call: Call) -> Call:
+    """The call without its prompt."""
+    return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
 
 
 def sampler(model: Prompted):
@@ -199,10 +304,7 @@ def test_a_student_of_guided_answers_takes_the_lora_at_full_strength():
     up, down = torch.randn(6, 2, generator=generator), torch.randn(2, 6, generator=generator)
     lora = {"layer": LowRank(up, down)}
 
-    def without_prompt(call: Call) -> Call:
-        return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
-
-    guidance = probe.Guidance(3.0, without_prompt)
+    guidance = probe.Guidance(3.0, drop_prompt)
     measured = [
         probe.measure_strengths(
             source,

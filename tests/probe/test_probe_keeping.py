@@ -100,6 +100,11 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     third = run(source, target, weaker, **kept, **QUICK)
     assert third.report.resumed == 0
     assert len(list(tmp_path.iterdir())) == 9 + 2 + 3
+    # Asked with guidance: the trajectories are of use, and what was fitted to other answers is not.
+    guidance = probe.Guidance(3.0, lambda call: call)
+    fourth = run(source, target, lora, guidance=guidance, **kept, **QUICK)
+    assert fourth.report.resumed == 0
+    assert len(list(tmp_path.iterdir())) == 9 + 2 + 3 + 3
     with pytest.raises(ValueError, match="samplers"):
         run(source, target, lora, resume=tmp_path, **QUICK)
 

@@ -123,3 +123,21 @@ def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
     assert "--strength 1.00" in advice.command
     assert any(s.startswith("Go, measured on 4 trajectories") for s in advice.sentences())
     assert pipe.unet.training is False
+
+
+def test_the_command_of_a_probing_says_how_the_target_is_run(pipes):
+    folder, _ = pipes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "apart", seed=7)
+        advice = prolora.advise(
+            folder / "source",
+            folder / "apart",
+            folder / "lora.safetensors",
+            measure=True,
+            probe=FEW,
+            target_steps=1,
+            target_guidance=1.0,
+        )
+    assert not advice.go
+    assert "--method probe --target-steps 1 --target-guidance 1.0" in advice.command

@@ -93,6 +93,11 @@ class ProbeReport:
                 f"The target is run without guidance, so the source was asked with its own, "
                 f"{self.guidance:.3g}."
             )
+            if len(self.blocks) > 1:
+                lines.append(
+                    "The last block was fitted to that; the streams of the blocks before it were "
+                    "compared without guidance."
+                )
         if self.crossed:
             lines += self.crossed.sentences()
         if self.left_out:

@@ -19,7 +19,7 @@ from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..errors import UnrelatedBases
 from ..version import __version__
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, hash_texts
 from .crossed import CrossedImages, measure_bands
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
@@ -245,6 +245,8 @@ def _record_fit_judge(
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     guidance = recorder.translation.guidance
     report.guidance = guidance.scale if guidance else 1.0
+    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
+    key = hash_texts(recorder.key, f"guidance {guidance.scale:.4g}") if guidance else recorder.key
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)
@@ -263,7 +265,7 @@ def _record_fit_judge(
         rival,
         settings,
         recorder.checkpoints,
-        recorder.key,
+        key,
         report,
     )
     with _timed(report, "draw"):

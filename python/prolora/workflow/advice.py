@@ -266,7 +266,7 @@ def advise(
         measurement = measure_lora(models, adapter, candidates, probe.images, progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
     command = write_command(
-        lora, (source, target), (ours.base, theirs.base), match, verdict, measurement
+        lora, (source, target), (ours.base, theirs.base), match, verdict, measurement, probe
     )
     return Advice(comparison, verdict, expected, fit, measurement, command, energies)
 
@@ -282,6 +282,7 @@ def write_command(
     match: Match,
     verdict: Verdict,
     measurement: Measurement | None,
+    probe: Probing = SAMPLED,
 ) -> str:
     """The command line that follows; empty where nothing is worth a try.
 
@@ -292,6 +293,7 @@ def write_command(
         match: how modules are paired.
         verdict: by the weights.
         measurement: by the running models, or None.
+        probe: says how the target is run.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
     words: list[str] = []
@@ -302,6 +304,9 @@ def write_command(
         if not vae.can_probe(bases[0].path, bases[1].path):
             return ""
         words += ["--method", "probe"]
+        run = {"--target-steps": probe.target_steps, "--target-guidance": probe.target_guidance}
+        for option, value in run.items():
+            words += [] if value is None else [option, str(value)]
     if match != "name" and isinstance(match, str | PathLike) and "probe" not in words:
         words += ["--match", str(match)]
     file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")

@@ -204,9 +204,16 @@ class PromptTable:
         return best
 
     def has_prompt(self, parts: CallParts, i: int) -> bool:
-        """Whether sample i of a call has another conditioning than that of no prompt."""
+        """Whether sample i of a call has another conditioning than that of no prompt.
+
+        Some prompts are close to none: neighbouring class numbers, and texts whose first token
+        outweighs all others. So what counts is the nearest entry, and none where two are as near.
+        """
         conditioning = sample_conditioning(parts, i)
-        return conditioning_distance(conditioning, self.entries[-1]) > _TOLERANCE
+        free = conditioning_distance(conditioning, self.entries[-1])
+        if free == 0 or free > _TOLERANCE:
+            return free > 0
+        return any(conditioning_distance(conditioning, e) < free for e in self.entries[:-1])
 
     def build_call(self, latent: Tensor, time: Tensor, prompts: Sequence[int]) -> Call:
         """A call of the model.

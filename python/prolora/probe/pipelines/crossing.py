@@ -136,7 +136,11 @@ class CrossedTranslation(Translation):
     @classmethod
     def of(cls, ours: CrossingSide, theirs: CrossingSide) -> CrossedTranslation:
         """The translation between two sides; `read` is that of the target."""
-        guidance = guide_source(ours.pipeline, ours.settings, (ours.table, theirs.table))
+        guidance = guide_source(
+            (ours.pipeline, theirs.pipeline),
+            (ours.settings, theirs.settings),
+            (ours.table, theirs.table),
+        )
         return cls(read=theirs.read, guidance=guidance, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question) -> Tensor:

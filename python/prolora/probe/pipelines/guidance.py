@@ -6,6 +6,7 @@ another argument for it. So the scale is read off what the scheduler is given.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from .conditioning import (
 )
 from .flow_convention import watch_steps
 from .pipeline import Pipeline
+
+log = logging.getLogger(__name__)
 
 _ALIKE = 1e-4
 """Predictions with and without the prompt that differ by less say nothing about a scale."""
@@ -127,20 +130,41 @@ class _PromptKeeper:
         return build_call(self.table.model, kept)
 
 
+def lacks_negative_prompt(pipeline: Pipeline, settings: Probing) -> bool:
+    """Whether a pipeline guides, but only with a negative prompt, which probing does not give.
+
+    Qwen-Image does: its second scale is above 1 unless it is told otherwise, and FLUX's is not. A
+    student of such a model is one whose guidance scale was asked to be none.
+    """
+    second = pipeline.accepted.get("true_cfg_scale")
+    usual = second.default if second else None
+    if not isinstance(usual, int | float) or usual <= 1:
+        return False
+    return settings.guidance is None or settings.guidance > 1
+
+
 def guide_source(
-    source: Pipeline, settings: Probing, tables: tuple[PromptTable, PromptTable]
+    pipelines: tuple[Pipeline, Pipeline],
+    settings: tuple[Probing, Probing],
+    tables: tuple[PromptTable, PromptTable],
 ) -> Guidance | None:
     """The guidance that the source is asked with: its own, where the target runs without any.
 
     Args:
-        source: of the LoRA.
-        settings: of its sampling.
-        tables: conditioning of source and target.
+        pipelines: source and target.
+        settings: of the sampling of each.
+        tables: conditioning of each.
     """
     ours, theirs = tables
-    if not ours.guided or theirs.guided:
+    if not ours.guided or theirs.guided or lacks_negative_prompt(pipelines[1], settings[1]):
         return None
-    scale = observe_guidance(source, settings, ours)
+    scale = observe_guidance(pipelines[0], settings[0], ours)
+    if scale is None:
+        log.warning(
+            "%s: what its guidance makes of the predictions with and without the prompt is no sum "
+            "of both, so it is asked without, although %s is run without guidance",
+            *(pipeline.name for pipeline in pipelines),
+        )
     if scale is None or scale == 1:
         return None
     return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours))

@@ -89,7 +89,7 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> Pip
         _PredictionConverter(source.denoiser, ours, theirs, *layouts),
         PredictionReader.of(*latents),
         same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
-        guide_source(source, settings, tables),
+        guide_source((source, target), (settings, of_target), tables),
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
     return PipelinePair(source, target, settings, of_target, translation, log_snr)

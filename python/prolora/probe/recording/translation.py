@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,14 +83,17 @@ class Translation:
     guidance: Guidance | None = None
 
     def keep_prompted(self, calls: Iterable[Call]) -> list[Call]:
-        """Recorded calls; of a source that is asked with guidance, the samples with a prompt."""
+        """Recorded calls; of a source that is asked with guidance, the samples with a prompt.
+
+        Where an origin has none, its images were drawn from the empty prompt, and are kept.
+        """
         if self.guidance is None:
             return list(calls)
         kept = []
-        for call in calls:
-            prompted = call if call.origin == "target" else self.guidance.keep_prompted(call)
-            if prompted is not None:
-                kept.append(replace(prompted, origin=call.origin))
+        for origin, recorded in itertools.groupby(calls, lambda call: call.origin):
+            every = list(recorded)
+            prompted = every if origin == "target" else map(self.guidance.keep_prompted, every)
+            kept += [replace(c, origin=origin) for c in prompted if c is not None] or every
         return kept
 
     def question(self, call: Call) -> Question:
