@@ -3,8 +3,9 @@
 DIR holds the models and adapters that study.py trained; it resumes. For each target one file
 ``ARCH/KIND-SEED-measured.json`` says what `prolora.probe.measure_strengths` reaches with the copy
 and with `auto` on a few trajectories of the two models; it sees neither data nor oracles. With
---table it prints what the copy recovers at the measured strength, beside the best fixed strength in
-hindsight; the loss there is interpolated between those of study.py.
+--table it measures nothing, and collects what is there into bench/results: what the copy recovers
+at the measured strength, beside the best fixed strength in hindsight. The loss there is
+interpolated between those of study.py. The table goes into docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import functools
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import CHOSEN, STRENGTHS, Case, Updates
+from evidence import ROOT, fill_page
 from imaged import guide_source
 from jobs import Job, run_jobs
 from models import Folder, load_lora
 from probing import Sampler
-from results import Row, Table, recovered
+from results import COPIES, KEYS, Row, Table, git, round_numbers
 from scoring import cases
 from study import targets
+from tables import format_cell, format_table
 from torch import nn
+from two_worlds import order_kinds
 from worlds import NAMES, World, load_world
 
 from prolora.probe import MeasuredStrength, Trajectories, measure_strengths
@@ -37,6 +40,8 @@ from prolora.probe.recording.translation import Translation
 IMAGES, STEPS = 4, 12
 TRAJECTORIES = Trajectories(runs=6, moments=4)
 LABEL = "copy, measured strength"
+KEPT = (*COPIES, "auto", LABEL, "copy, measured on the LoRA's", "copy, measured on the target's")
+"""The losses that are collected."""
 BY_ORIGIN = {"adapted": "copy, measured on the LoRA's", "target": "copy, measured on the target's"}
 
 
@@ -145,60 +150,77 @@ def add_measured(scored: Row, measured: Mapping[str, Any]) -> Row:
     return {"none": scored["none"], "oracle": scored["oracle"], "losses": losses}
 
 
-def collect_rows(work: Path) -> dict[str, list[Row]]:
-    """By what is wanted ("look" or "own"), a row for each target and adapter."""
-    rows: dict[str, list[Row]] = defaultdict(list)
+def collect_rows(work: Path) -> list[Row]:
+    """A row for each target, adapter and yardstick ("look" or "own")."""
+    rows = []
     for path in sorted(work.glob("*/*-measured.json")):
         kind, seed = path.name.removesuffix("-measured.json").rsplit("-", 1)
         scores = path.with_name(f"{kind}-{seed}-losses.json")
         scored = json.loads(scores.read_text()) if scores.exists() else {}
         for adapter, measured in json.loads(path.read_text()).items():
             names = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
+            way = measured["ways"]["copy"]
+            found = {key: way[key] for key in ("strength", "share", "strength_interval", "go")}
+            found |= {"disagreement": measured["disagreement"], "seconds": measured["seconds"]}
             for want in ("look", "own"):
                 part = scored.get(adapter, {})
                 part = part if want == "look" else part.get("own")
                 if part:
-                    rows[want].append(names | add_measured(part, measured) | {"measured": measured})
+                    row = names | {"want": want} | add_measured(part, measured)
+                    row["losses"] = {k: row["losses"][k] for k in KEPT if k in row["losses"]}
+                    rows.append(round_numbers(row | {"measured": found}))
     return rows
 
 
-def show_table(rows: list[Row], title: str) -> None:
+def collect(work: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows that are there, and the kept ones that were not measured again."""
+    keys = (*KEYS, "want")
+    rows = [*kept.get("rows", []), *collect_rows(work)]
+    made = {
+        "script": "bench/quality/measured.py",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "date": git("log", "-1", "--format=%cs"),
+        "torch": torch.__version__,
+    }
+    return {"made": made, "rows": list({tuple(r[k] for k in keys): r for r in rows}.values())}
+
+
+def measured_table(table: Table) -> str:
     """What the copy recovers at 1, at its best fixed strength, and at the measured ones."""
-    print(f"\n{title}: copy at 1, best fixed in hindsight, measured, its difference; strengths")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        table = Table(rows).where(kind=kind)
-        fixed = table.best_copy()
-        shares = [table.share(label) for label in ("copy @ 1", fixed, LABEL, *BY_ORIGIN.values())]
-        difference = table.difference(LABEL, fixed)
-        if difference is None or None in shares:
-            continue
-        means = " ".join(f"{share[0]:6.2f}" for share in shares if share)
-        mean, low, high = difference
-        strengths = [row["measured"]["ways"]["copy"]["strength"] for row in table.rows]
-        span = f"{min(strengths):.2f} … {max(strengths):.2f}"
-        print(f"{kind:18} {means}  {mean:5.2f} [{low:.2f}, {high:.2f}] ({fixed})  at {span}")
-        for row in table.rows:
-            way = row["measured"]["ways"]["copy"]
-            print(
-                f"    {row['arch']} {row['seed']} {row['adapter']:10}"
-                f" measured {way['strength']:.2f}, share {way['share']:.2f},"
-                f" recovers {recovered(row, LABEL) or math.nan:.2f}, at 1"
-                f" {recovered(row, 'copy @ 1') or math.nan:.2f}, {fixed}"
-                f" {recovered(row, fixed) or math.nan:.2f}"
-            )
+    lines = []
+    for kind in order_kinds(table):
+        for want in ("look", "own"):
+            part = table.where(kind=kind, want=want)
+            fixed = part.best_copy()
+            if not part.rows or part.difference(LABEL, fixed) is None:
+                continue
+            shares = [format_cell(part.share(label)) for label in ("copy @ 1", fixed, LABEL)]
+            shares[1] += f" at {fixed.removeprefix('copy @ ')}"
+            strengths = [row["measured"]["strength"] for row in part.rows]
+            span = f"{min(strengths):.2f} … {max(strengths):.2f}"
+            differences = [format_cell(part.difference(LABEL, x)) for x in ("copy @ 1", fixed)]
+            lines.append([kind, want, *shares, span, *differences])
+    head = ["target", "judged by", "copy at 1", "copy at its best", "at the measured strength"]
+    return format_table([*head, "strengths", "measured − copy at 1", "measured − best copy"], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=NAMES, default=NAMES[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of study.py")
-    parser.add_argument("--table", action="store_true", help="show what is there, measure nothing")
+    parser.add_argument("--table", action="store_true", help="collect what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.table:
         run_jobs(measuring_jobs(load_world(options.world), options.work))
-    for want, rows in collect_rows(options.work).items():
-        show_table(rows, {"look": "in the target's look", "own": "the LoRA's own images"}[want])
+        return
+    file = ROOT / f"bench/results/measured_{options.world}.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    collected = collect(options.work, kept)
+    file.write_text(json.dumps(collected, indent=0) + "\n")
+    page = ROOT / "docs/evidence.md"
+    table = measured_table(Table(collected["rows"]))
+    page.write_text(fill_page(page.read_text(), {f"measured {options.world}": table}))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def score_ceiling(folder: Folder, kind: str, seed: int, out: Path) -> None:
     look, _ = yardsticks(folder, kind, seed)
     table = {}
     for adapter, case in cases_by_adapter.items():
-        taught = folder.lesson(kind, 0, adapter, "look", "train")
+        taught = folder.lesson(kind, seed, adapter, "look", "train")
         fitted = fit_strengths(target, case.updates, taught)
         table[adapter] = held_out(target, look, adapter, fitted)
     out.write_text(json.dumps(table, indent=1))
@@ -198,9 +198,9 @@ def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
 def scores_of(world: World, kind: str, seed: int) -> dict:
     """Name of a score's file -> what makes it, for a target."""
     scores = {"losses": score_losses, "relation": score_relation, "chosen": score_chosen}
-    if kind in world.kinds and (seed == 0 or world.name == "digits"):
+    if kind in world.kinds and seed in world.sampled_seeds:
         scores["samples"] = score_samples
-    if kind in world.kinds and kind not in world.fresh and seed == 0:
+    if kind in world.kinds and kind not in world.fresh and seed == world.sampled_seeds[0]:
         scores["ceiling"] = score_ceiling
     if kind == "renumbered":
         scores["named"] = score_named

@@ -59,6 +59,7 @@ class World:
         teacher_steps: in which the teacher makes them.
         judged_rows: held-out images, or held-out teacher pairs, behind every loss.
         once: kinds of which there is one seed.
+        sampled_seeds: whose targets have samples; the first of them has ceilings, too.
         skipped: methods of the study that are not run.
         guidance: of samples.
     """
@@ -100,6 +101,7 @@ class World:
     teacher_steps: int = 16
     judged_rows: int = 320
     once: tuple[str, ...] = ()
+    sampled_seeds: tuple[int, ...] = (0, 1, 2)
     skipped: tuple[str, ...] = ()
     guidance: float = 2.0
 
