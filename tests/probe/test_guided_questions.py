@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
 from torch import Tensor, nn
 
-from prolora import LowRank, Probing, probe
+from prolora import InvalidOption, LowRank, Probing, probe
 from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.probe import pipelines
@@ -21,7 +21,8 @@ from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.pipelines.flow_convention import watch_steps
 from prolora.probe.pipelines.guidance import observe_guidance, read_scale
 from prolora.probe.recording.trajectories import Call, record_calls
-from prolora.probe.recording.translation import PAIR, Translation
+from prolora.probe.recording.translation import PAIR, Question, Translation
+from prolora.probe.recording.wanted import wanted_changes
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +270,40 @@ def test_streams_that_are_compared_without_guidance_are_told_apart(tmp_path):
     assert "blocks before it were compared without" in " ".join(result.report.sentences())
 
 
+def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_path):
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = Probing(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
+    few = replace(probing, lora_steps=1, lora_guidance=1.0)
+    ends = tmp_path / "source", tmp_path / "twin"
+    report = prolora_transfer(lora, *ends, method="probe", probe=few).report.probe
+    # Source and target are guided, and so nothing is asked with guidance.
+    assert (report.guidance, report.guided_lora, report.probes) == (1, True, 4 + 1 + 4)
+    few = replace(few, target_guidance=1.0)
+    report = prolora_transfer(lora, *ends, method="probe", probe=few).report.probe
+    assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
+    assert report.probes == 4 + 1 + 4 and report.crossed is None
+    assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
+
+
+def test_a_few_step_lora_has_no_pairs_of_images(tmp_path):
+    source, target = opened(sd3, tmp_path), opened(sd3, tmp_path)
+    for settings, paired in ((SETTINGS, True), (replace(SETTINGS, lora_steps=1), False)):
+        sides = pipelines.observe_sides(source, target, settings, shared=True)
+        recorder = pipelines.CrossingRecorder(*sides, probe_adapter(source))
+        with torch.no_grad():
+            origins = {question.origin for question in recorder.record_questions(0)}
+        assert (PAIR in origins) == paired
+
+
+@pytest.mark.parametrize("bad", [{"lora_steps": 0}, {"target_steps": 0}, {"lora_guidance": "x"}])
+def test_impossible_samplings_are_refused(bad):
+    with pytest.raises(InvalidOption, match=next(iter(bad))):
+        Probing(**bad)
+
+
 class Prompted(nn.Module):
     """Predicts W·(x + loudness · prompt)."""
 
@@ -321,3 +356,20 @@ def test_a_student_of_guided_answers_takes_the_lora_at_full_strength():
     assert measured[0].strength == pytest.approx(1, abs=1e-3)
     assert measured[0].share == pytest.approx(1, abs=1e-4)
     assert measured[1].strength < 0.7
+
+
+def test_the_change_of_a_few_step_lora_is_from_the_guided_source_to_its_plain_answer():
+    source, student = Prompted(), Prompted(loudness=3.0)
+    lora = {"layer": LowRank(torch.ones(6, 1), torch.ones(1, 6) / 6)}
+
+    def without_prompt(call: Call) -> Call:
+        return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
+
+    x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(5))
+    call = Call((x, prompt), {}, "source")
+    translation = Translation(guidance=probe.Guidance(3.0, without_prompt, adapted=False))
+    asked = [Question(call, call)]
+    (wanted,) = wanted_changes(source, student, lora, asked, translation)
+    with torch.no_grad():
+        after = (x + prompt) @ (source.layer.weight + lora["layer"].dense()).mT
+    torch.testing.assert_close(wanted.change, after - student(x, prompt).detach())

@@ -96,7 +96,9 @@ def test_what_is_missed_of_both_images_is_not_wanted():
 
 def test_the_source_is_not_asked_about_pairs(monkeypatch):
     asked = []
-    monkeypatch.setattr(OfClean, "of_source", lambda self, model, question: asked.append(question))
+    monkeypatch.setattr(
+        OfClean, "of_source", lambda self, model, question, **_: asked.append(question)
+    )
     ask_pair(pair_of(*draw(2)))
     assert asked == []
 

@@ -17,6 +17,8 @@ from .console import out, progress_bar
 from .options import (
     Bases,
     JsonOption,
+    LoraGuidanceOption,
+    LoraStepsOption,
     MatchOption,
     ProbeGuidanceOption,
     ProbeSizeOption,
@@ -69,11 +71,15 @@ class SampleOptions:
     probe_guidance: ProbeGuidanceOption = None
     target_steps: TargetStepsOption = None
     target_guidance: TargetGuidanceOption = None
+    lora_steps: LoraStepsOption = None
+    lora_guidance: LoraGuidanceOption = None
 
     def check(self) -> None:
         """Raises ValueError where samples are described although nothing is sampled."""
         if not self.measure and self != SampleOptions():
-            raise ValueError("prompts, --probe-… and --target-… are for measuring: add --measure")
+            raise ValueError(
+                "prompts, --probe-…, --target-… and --lora-… are for measuring: add --measure"
+            )
 
     def to_probing(self) -> Probing:
         """As the library takes them."""
@@ -85,6 +91,8 @@ class SampleOptions:
             guidance=self.probe_guidance,
             target_steps=self.target_steps,
             target_guidance=self.target_guidance,
+            lora_steps=self.lora_steps,
+            lora_guidance=self.lora_guidance,
         )
 
 

@@ -152,6 +152,20 @@ TargetGuidanceOption = Annotated[
         metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
     ),
 ]
+LoraStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Steps of the source with the LoRA, where it is a few-step LoRA. Default: "
+        "--probe-steps.",
+    ),
+]
+LoraGuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE", help="Guidance of the source with the LoRA. Default: --probe-guidance."
+    ),
+]
 ProbeStepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")]
 CacheOption = Annotated[
     Path | None,

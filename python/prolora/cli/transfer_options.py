@@ -27,6 +27,8 @@ from ..workflow.options import (
 from .options import (
     InsertedOption,
     JsonOption,
+    LoraGuidanceOption,
+    LoraStepsOption,
     MatchOption,
     ModulesOption,
     ProbeGuidanceOption,
@@ -254,6 +256,8 @@ class ProbeOptions:
     probe_guidance: ProbeGuidanceOption = None
     target_steps: TargetStepsOption = None
     target_guidance: TargetGuidanceOption = None
+    lora_steps: LoraStepsOption = None
+    lora_guidance: LoraGuidanceOption = None
     probe_strategy: Annotated[
         StrategyName,
         typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
@@ -291,8 +295,8 @@ class ProbeOptions:
         """
         if self != ProbeOptions() and not TransferOptions(method=method).runs_models:
             raise ValueError(
-                "prompts, --probe-…, --target-…, --resume and --force are for probing: add "
-                "--method probe"
+                "prompts, --probe-…, --target-…, --lora-…, --resume and --force are for probing: "
+                "add --method probe"
             )
         return Probing(
             prompts=(*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())),
@@ -302,6 +306,8 @@ class ProbeOptions:
             guidance=self.probe_guidance,
             target_steps=self.target_steps,
             target_guidance=self.target_guidance,
+            lora_steps=self.lora_steps,
+            lora_guidance=self.lora_guidance,
             strategy=self.probe_strategy,
             start=self.probe_start,
             fit_steps=self.probe_fit_steps,

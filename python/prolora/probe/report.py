@@ -57,6 +57,7 @@ class ProbeReport:
             different quantities or have different latents (pipelines only); None without a bound.
         crossed: what crossed between models with different latents; None where they share them.
         guidance: that the source was asked with, since the target is run without; 1 is none.
+        guided_lora: whether the source with the LoRA was asked with that, too.
     """
 
     probes: int
@@ -76,6 +77,7 @@ class ProbeReport:
     log_snr: tuple[float, float] | None = None
     crossed: CrossedReport | None = None
     guidance: float = 1.0
+    guided_lora: bool = True
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
@@ -91,7 +93,7 @@ class ProbeReport:
         if self.guidance != 1:
             lines.append(
                 f"The target is run without guidance, so the source was asked with its own, "
-                f"{self.guidance:.3g}."
+                f"{self.guidance:.3g}{'' if self.guided_lora else ', and with the LoRA without'}."
             )
             if len(self.blocks) > 1:
                 lines.append(

@@ -244,9 +244,11 @@ def _record_fit_judge(
 ) -> ProbeTransfer:
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     guidance = recorder.translation.guidance
-    report.guidance = guidance.scale if guidance else 1.0
+    if guidance:
+        report.guidance, report.guided_lora = guidance.scale, guidance.adapted
     # What the samplers do, which the recorder's key is of, does not say how the source is asked.
-    key = hash_texts(recorder.key, f"guidance {guidance.scale:.4g}") if guidance else recorder.key
+    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
+    key = hash_texts(recorder.key, asked) if asked else recorder.key
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)

@@ -44,6 +44,9 @@ class Probing:
         target_guidance: guidance scale of the target, where it is run with another; None:
             `guidance`. A source with guidance and a target without, as few-step students are run,
             are asked accordingly (docs/probe.md).
+        lora_steps: steps of the source with the LoRA, where it is a few-step LoRA; None: `steps`.
+        lora_guidance: guidance scale of the source with the LoRA; None: `guidance`. Most few-step
+            LoRAs are run without.
         strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
             other, which needs memory for the updates and activations of one block only.
         start: where "joint" starts: "zero" from no updates, "copy" from what moving by weights
@@ -60,6 +63,8 @@ class Probing:
     guidance: float | None = None
     target_steps: int | None = None
     target_guidance: float | None = None
+    lora_steps: int | None = None
+    lora_guidance: float | None = None
     strategy: Strategy = "joint"
     start: Start = "auto"
     fit_steps: int = 32
@@ -79,16 +84,31 @@ class Probing:
         for name in ("images", "steps", "fit_steps"):
             _check_count(name, getattr(self, name))
         _check_strategy(self.strategy, self.start)
-        for name in ("guidance", "target_guidance"):
+        for name in ("guidance", "target_guidance", "lora_guidance"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise InvalidOption(f"{name} must be a number, not {value!r}")
-        if self.target_steps is not None:
-            _check_count("target_steps", self.target_steps)
+        for name in ("target_steps", "lora_steps"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         if self.size is not None:
             _check_count("size", self.size)
             if self.size % 8:
                 raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
+
+    @property
+    def has_few_step_lora(self) -> bool:
+        """Whether the source is sampled in another way with the LoRA in its weights."""
+        return self.lora_steps is not None or self.lora_guidance is not None
+
+    def with_lora(self) -> Probing:
+        """The settings of the sampling of the source with the LoRA."""
+        steps, guidance = self.lora_steps, self.lora_guidance
+        return replace(
+            self,
+            steps=self.steps if steps is None else steps,
+            guidance=self.guidance if guidance is None else guidance,
+        )
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:

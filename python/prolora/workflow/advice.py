@@ -293,7 +293,7 @@ def write_command(
         match: how modules are paired.
         verdict: by the weights.
         measurement: by the running models, or None.
-        probe: says how the target is run.
+        probe: says how the target and the LoRA are run.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
     words: list[str] = []
@@ -304,9 +304,9 @@ def write_command(
         if not vae.can_probe(bases[0].path, bases[1].path):
             return ""
         words += ["--method", "probe"]
-        run = {"--target-steps": probe.target_steps, "--target-guidance": probe.target_guidance}
-        for option, value in run.items():
-            words += [] if value is None else [option, str(value)]
+        for name in ("target_steps", "target_guidance", "lora_steps", "lora_guidance"):
+            value = getattr(probe, name)
+            words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
     if match != "name" and isinstance(match, str | PathLike) and "probe" not in words:
         words += ["--match", str(match)]
     file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")

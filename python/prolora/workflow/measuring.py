@@ -118,7 +118,7 @@ def open_models(
     return RunningModels(
         ours.denoiser,
         theirs.denoiser,
-        _make_sampler(ours, pair.settings),
+        _make_sampler(ours, pair.settings.with_lora()),
         _make_sampler(theirs, pair.of_target),
         pair.translation,
     )

@@ -139,7 +139,7 @@ class WantedStreams:
         change = -run.translation.of_source(run.source, question)
         with apply_updates(run.source, run.adapter.updates):
             after = read_streams(run.source, source_blocks, question.source)
-            change += run.translation.of_source(run.source, question)
+            change += run.translation.of_source(run.source, question, adapted=True)
         if len(inner) < len(group):
             prediction = run.translation.of_target(run.target, question)
             self.store.put((k, PREDICTION), (prediction + change,))

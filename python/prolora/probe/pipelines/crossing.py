@@ -143,9 +143,9 @@ class CrossedTranslation(Translation):
         )
         return cls(read=theirs.read, guidance=guidance, ours=ours, theirs=theirs)
 
-    def of_source(self, model: nn.Module, question: Question) -> Tensor:
+    def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
         """See `Translation.of_source`."""
-        prediction = self.ask_source(model, question.source, self.ours.read)
+        prediction = self.ask_source(model, question.source, self.ours.read, adapted)
         clean = self.ours.read_clean(question.source, prediction)
         crossed = cross_clean(self.ours, self.theirs, clean)
         return self.theirs.predict_clean(question.target, crossed)

@@ -134,7 +134,8 @@ class CrossingRecorder:
         """Questions about the images of three origins, and for the fit about pairs of images.
 
         The source draws the same prompts from the same noise with the LoRA and without it; each
-        such pair is one trajectory, and a question about it is of the target alone. A few-step
+        such pair is one trajectory, and a question about it is of the target alone. A few-step LoRA
+        changes how images are reached and not which, so its pairs would teach nothing. A few-step
         target has learnt the straight way from a noise to the image that its teacher draws from it,
         so it is asked on that way.
         """
@@ -143,6 +144,7 @@ class CrossingRecorder:
         sampled = {origin: self._load_or_sample(origin, seeds[origin]) for origin in ORIGINS}
         levels = sampled["target"]["levels"]
         prompts = max(len(self.ours.settings.prompts), 1)
+        few_step_lora = self.ours.settings.has_few_step_lora
         questions = []
         drawn: dict[tuple[str, int], Tensor] = {}
         for i, origin in enumerate(ORIGINS):
@@ -156,7 +158,7 @@ class CrossingRecorder:
                     calls = self._ask_image(pair, state, (number,))
                     ours, theirs = (replace(call, origin=origin) for call in calls)
                     questions.append(Question(ours, theirs))
-                if origin == "adapted" and not held_out:
+                if origin == "adapted" and not held_out and not few_step_lora:
                     images = drawn["source", k], pair[1]
                     noise = self._cross_noise(sampled["source"]["noises"][k][None])
                     for state in self._draw_states(prompt, levels, -1 - number):
@@ -274,7 +276,8 @@ class CrossingRecorder:
         if kept is None:
             if origin == "adapted":
                 with apply_updates(self.source, self.adapter.updates):
-                    sampled = self._sample(side, seed)
+                    adapted = replace(side, settings=side.settings.with_lora())
+                    sampled = self._sample(adapted, seed)
             else:
                 sampled = self._sample(side, seed)
             self.checkpoints.store(name, key, sampled)

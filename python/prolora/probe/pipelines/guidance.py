@@ -167,4 +167,7 @@ def guide_source(
         )
     if scale is None or scale == 1:
         return None
-    return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours))
+    adapted = True
+    if settings[0].lora_guidance is not None:
+        adapted = pipelines[0].tabulate_prompts(settings[0].with_lora()).guided
+    return Guidance(scale, _PromptDropper(ours), _PromptKeeper(ours), adapted)

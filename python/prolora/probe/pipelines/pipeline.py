@@ -103,6 +103,8 @@ class Pipeline:
             guidance=settings.guidance if guidance is None else guidance,
             target_steps=None,
             target_guidance=None,
+            lora_steps=None,
+            lora_guidance=None,
         )
 
     def sample_latents(

@@ -31,11 +31,14 @@ class Guidance:
         without_prompt: a call of the source -> the same call without its prompt.
         keep_prompted: a call that the source's sampler made -> its samples that have a prompt, None
             where none has: the target never sees the others.
+        adapted: whether the source is guided with the LoRA in its weights, too. Few-step LoRAs are
+            run without: they have learnt the guidance.
     """
 
     scale: float
     without_prompt: Callable[[Call], Call]
     keep_prompted: Callable[[Call], Call | None] = keep_call
+    adapted: bool = True
 
     def guide(
         self, model: nn.Module, call: Call, prediction: Tensor, read: Callable[[Any], Tensor]

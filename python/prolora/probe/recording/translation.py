@@ -103,20 +103,22 @@ class Translation:
             return Question(replace(self.translate_back(call), origin=call.origin), call)
         return Question(call, replace(self.translate(call), origin=call.origin))
 
-    def of_source(self, model: nn.Module, question: Question) -> Tensor:
-        """The prediction of the source, in the target's terms."""
-        return self.convert(question.source, self.ask_source(model, question.source, self.read))
+    def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
+        """The prediction of the source, in the target's terms; arguments as in `ask_source`."""
+        answer = self.ask_source(model, question.source, self.read, adapted)
+        return self.convert(question.source, answer)
 
-    def ask_source(self, model: nn.Module, call: Call, read: Read) -> Tensor:
+    def ask_source(self, model: nn.Module, call: Call, read: Read, adapted: bool = False) -> Tensor:
         """The prediction of the source at a call of it, guided where it is to be.
 
         Args:
             model: the source.
             call: of it.
             read: its return value -> its prediction.
+            adapted: whether the LoRA is in its weights.
         """
         prediction = predict_call(model, call, read)
-        if self.guidance is None:
+        if self.guidance is None or (adapted and not self.guidance.adapted):
             return prediction
         return self.guidance.guide(model, call, prediction, read)
 

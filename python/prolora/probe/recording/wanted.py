@@ -57,7 +57,7 @@ def wanted_changes(
         asked = [question for question in some if question.origin != PAIR]
         before = [translation.of_source(source, question) for question in asked]
         with apply_updates(source, updates):
-            after = [translation.of_source(source, question) for question in asked]
+            after = [translation.of_source(source, question, adapted=True) for question in asked]
         answers = iter(zip(before, after, strict=True))
         for question in some:
             if question.origin == PAIR:

@@ -186,6 +186,7 @@ def _fit_pair(
         loras[0],
         pair.source.sampler(pair.settings, on_image),
         pair.target.sampler(pair.of_target, on_image),
+        pair.source.sampler(pair.settings.with_lora(), on_image),
         translate=pair.translation.translate,
         translate_back=pair.translation.translate_back,
         convert=pair.translation.convert,
