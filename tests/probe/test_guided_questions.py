@@ -9,7 +9,7 @@ import crossing_pipelines as crossing
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LCMScheduler
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
 from torch import Tensor, nn
 
@@ -224,6 +224,81 @@ def test_a_guidance_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
     assert pipelines.CrossingRecorder(*sides, probe_adapter(source)).translation.guidance is None
     assert "stable_diffusion: what its guidance makes" in caplog.text
+
+
+def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_path):
+    """Three steps beside four are too many for pairs of images."""
+    tiny.save(tmp_path / "source")
+    unet = pipelines.open_pipeline(tmp_path / "source").denoiser
+    tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
+    lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    probing = Probing(
+        ("cat", "dog"),
+        images=1,
+        steps=4,
+        size=16,
+        target_steps=3,
+        fit_steps=1,
+        force=True,
+        resume=tmp_path / "kept",
+    )
+    ends = tmp_path / "source", tmp_path / "twin"
+
+    def probed(**changes: float) -> probe.ProbeReport:
+        asked = replace(probing, **changes)
+        return prolora_transfer(lora, *ends, method="probe", probe=asked).report.probe
+
+    unguided = probed(target_guidance=1.0)
+    assert unguided.guidance == pytest.approx(7.5, rel=1e-3)
+    assert unguided.probes == unguided.held_out == 4 + 4 + 3 and not unguided.crossed
+    guided = probed(target_guidance=3.0)
+    assert guided.guidance == 1 and guided.resumed == 0
+    # Samples of another guidance of the target are others, although the source is asked alike.
+    assert probed(target_guidance=5.0).resumed == 0
+    assert probed(target_guidance=5.0).resumed == 1
+
+
+def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
+    pipeline = opened(stable_diffusion, tmp_path)
+    settings = replace(SETTINGS, steps=25)
+    assert pipeline.own_settings(settings).steps == 25
+    pipeline.pipe.scheduler = LCMScheduler(**tiny.ALPHAS)
+    assert pipeline.own_settings(settings).steps == 4
+    assert pipeline.own_settings(replace(settings, target_steps=2)).steps == 2
+    assert pipeline.own_settings(SETTINGS).steps == SETTINGS.steps == 2
+
+
+def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_path):
+    folder = crossing.save_flux2(tmp_path / "klein")
+    source, target = pipelines.open_pipeline(folder), pipelines.open_pipeline(folder)
+    source.pipe.register_to_config(is_distilled=False)
+    for pipeline in (source, target):  # a new model hardly listens to its prompt
+        for weight in pipeline.denoiser.parameters():
+            weight.data *= 3
+    pair = pipelines.pair_pipelines(source, target, SETTINGS)
+    assert pair.translation.guidance
+    assert pair.translation.guidance.scale == pytest.approx(4, rel=1e-3)
+    samplers = source.sampler(pair.settings), target.sampler(pair.of_target)
+    used: list[Tensor] = []
+    with watch_steps(source.pipe.scheduler, lambda output, _: used.append(output)):
+        calls = record_calls(source.denoiser, samplers[0], 0, "source")
+    kept = pair.translation.keep_prompted(calls)
+    assert len(calls) == 2 * len(kept) == 2 * len(used)
+    for call, output in zip(kept, used, strict=True):
+        answer = pair.translation.of_source(source.denoiser, pair.translation.question(call))
+        torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-3)
+    lora = updates(source.denoiser)
+    ends = source.denoiser, target.denoiser, lora
+    fitted = probe.fit_lora(*ends, *samplers, steps=1, force=True, **vars(pair.translation))
+    assert fitted.report.probes == 3 * len(used)  # those without the prompt are not asked
+    measured = probe.measure_strengths(
+        *ends,
+        {"copy": lora},
+        *samplers,
+        translation=pair.translation,
+        trajectories=probe.Trajectories(runs=1, moments=99),
+    )
+    assert measured.calls == 2 * len(used)
 
 
 def probe_adapter(source: pipelines.Pipeline):

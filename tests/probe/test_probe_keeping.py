@@ -178,6 +178,16 @@ def test_calls_come_back_from_a_file_as_they_were():
     assert back.kwargs["a"]["b"][1] is None
 
 
+def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
+    """The time of a call with one sample is such a tensor, of stride 0."""
+    times = {str(x.dtype): x.expand(1).clone() for x in (torch.tensor(7), torch.tensor(0.5))}
+    assert all(time.stride() == (0,) for time in times.values())
+    kept = checkpoint.Checkpoints(tmp_path)
+    kept.store("times", "key", times)
+    again, _ = kept.recall("times", "key")
+    assert all(torch.equal(again[name], time) for name, time in times.items())
+
+
 def test_a_key_tells_weights_that_differ_in_one_bit(source):
     before = checkpoint.hash_model(source)
     source.blocks[1].down.bias.data[0] += 1e-6

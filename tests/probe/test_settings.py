@@ -55,6 +55,8 @@ def test_a_fit_setting_out_of_range_is_refused_by_name(name: str, value: Any):
         ("size", 100),
         ("size", 0),
         ("guidance", math.nan),
+        ("target_guidance", math.nan),
+        ("target_steps", 0),
         ("strategy", "both"),
     ],
 )

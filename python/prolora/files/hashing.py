@@ -68,4 +68,11 @@ def read_blocks(path: Path, start: int = 0, size: int | None = None) -> Iterator
 
 def view_bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor as a buffer, copied only from another device or layout."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return flatten_bytes(tensor).numpy().data
+
+
+def flatten_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor [n] in the machine's memory, as `view_bytes` has them."""
+    values = tensor.detach().cpu().contiguous()
+    # One value that was expanded counts as contiguous, and has the stride 0.
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import OutputError, UnsupportedFormat, output_error
 from .atomic import remove_stale_temporaries, replace_file, replace_folder
-from .hashing import view_bytes
+from .hashing import flatten_bytes, view_bytes
 from .safetensors_file import DTYPES, SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
@@ -164,8 +164,7 @@ def _verify_safetensors(
     for name, tensor in tensors.items():
         back = file.read(name)
         same = back.dtype == tensor.dtype and back.shape == tensor.shape
-        back_bytes, bytes_ = (t.reshape(-1).view(torch.uint8) for t in (back, tensor))
-        if not same or not torch.equal(back_bytes, bytes_):
+        if not same or not torch.equal(flatten_bytes(back), flatten_bytes(tensor)):
             raise OutputError(f"{where}: {name} reads back differently; the disk may be faulty")
 
 
