@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def guide_source(world: World, source: nn.Module, kind: str, adapter: str) -> Guidance | None:
     """The guidance that the source is asked with, where the target of that kind runs without.
 
-    A few-step adapter makes the source a model that runs without, too.
+    With a few-step adapter the source runs without, too.
     """
-    if kind not in world.distilled or adapter == "fewstep":
+    if kind not in world.distilled:
         return None
     with torch.no_grad():
         null = world.tokens(source, torch.tensor([world.null_prompt]))
@@ -52,7 +52,7 @@ def guide_source(world: World, source: nn.Module, kind: str, adapter: str) -> Gu
             return None
         return replace(call, args=tuple(part[rows] for part in call.args))
 
-    return Guidance(world.guidance, without_prompt, keep_prompted)
+    return Guidance(world.guidance, without_prompt, keep_prompted, adapter != "fewstep")
 
 
 class Painted:

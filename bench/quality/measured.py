@@ -165,7 +165,8 @@ def collect_rows(work: Path) -> list[Row]:
             for want in ("look", "own"):
                 part = scored.get(adapter, {})
                 part = part if want == "look" else part.get("own")
-                if part:
+                # A few-step adapter has no images of its own.
+                if part and not (want == "own" and adapter == "fewstep"):
                     row = names | {"want": want} | add_measured(part, measured)
                     row["losses"] = {k: row["losses"][k] for k in KEPT if k in row["losses"]}
                     rows.append(round_numbers(row | {"measured": found}))

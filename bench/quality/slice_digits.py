@@ -88,7 +88,7 @@ def faults(kind: str, shares: dict[str, float], go: bool, decision: str) -> list
         faults_seen = [
             f"{label} recovers {shares[label]:.2f} of an unrelated base" for label in worked
         ]
-        if shares["probe"] < PROBED or decision != "go":
+        if not shares["probe"] >= PROBED or decision != "go":
             faults_seen.append(
                 f"probing ({decision}) recovers {shares['probe']:.2f} of an unrelated base"
             )
