@@ -40,6 +40,7 @@ RELATED = {
 }
 ICONS = {
     "trained apart (*independent*)": "independent",
+    "other width and depth (*resized*)": "resized",
     "few-step student": "few-step",
     "student of its guidance (*guided*)": "guided",
     "without two blocks (*pruned*)": "pruned",
@@ -370,7 +371,7 @@ def icons_table(table: Table) -> str:
         if not part.rows:
             continue
         trained = select_rows(table, where, method="distilled")
-        gains = [gated_score(row) - row["copy"] for row in part.rows]
+        gains = [gated_score(row) - (row["copy"] or 0.0) for row in part.rows]
         seeds = len({row["seed"] for row in part.rows})
         yes = sum(decide_row(row) in (gate.GO, gate.WEAKEN) for row in part.rows)
         lines.append(
@@ -399,7 +400,7 @@ def icons_adapters_table(table: Table) -> str:
         cells = []
         for adapter in names:
             rows = part.where(adapter=adapter)
-            means = rows.mean(lambda row: row["copy"]), rows.mean(gated_score)
+            means = rows.mean(lambda row: row["copy"] or 0.0), rows.mean(gated_score)
             both = all(mean is not None for mean in means) and bool(rows.rows)
             cells.append(f"{means[0][0]:.2f} → {means[1][0]:.2f}" if both else "–")
         if part.rows:
