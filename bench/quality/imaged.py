@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from crossing import flow_schedule
 from flow import sample
+from guiding import guide_source
 from torch import Tensor, nn
 from worlds import World
 
 from prolora.adapters.adapter import Adapter
-from prolora.probe import Call, Guidance
-from prolora.probe.pipelines.conditioning import (
-    CallParts,
-    PromptTable,
-    build_call,
-    split_call,
-)
+from prolora.probe import Guidance
+from prolora.probe.pipelines.conditioning import CallParts, PromptTable
 from prolora.probe.pipelines.crossing import CrossedTranslation, CrossingSide
 from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
 from prolora.probe.pipelines.latents import SharedLatents
@@ -28,31 +24,6 @@ from prolora.probe.settings import FEW_STEPS, Probing
 
 if TYPE_CHECKING:
     from probing import Case
-
-
-def guide_source(world: World, source: nn.Module, kind: str, adapter: str) -> Guidance | None:
-    """The guidance that the source is asked with, where the target of that kind runs without.
-
-    With a few-step adapter the source runs without, too.
-    """
-    if kind not in world.distilled:
-        return None
-    with torch.no_grad():
-        null = world.tokens(source, torch.tensor([world.null_prompt]))
-
-    def without_prompt(call: Call) -> Call:
-        parts = split_call(source, call)
-        tokens = null.expand(len(parts.latent), *null.shape[1:])
-        return build_call(source, replace(parts, conditioning={("tokens",): tokens}))
-
-    def keep_prompted(call: Call) -> Call | None:
-        tokens = split_call(source, call).conditioning["tokens",]
-        rows = (tokens != null).flatten(1).any(1)
-        if not rows.any():
-            return None
-        return replace(call, args=tuple(part[rows] for part in call.args))
-
-    return Guidance(world.guidance, without_prompt, keep_prompted, adapter != "fewstep")
 
 
 class Painted:

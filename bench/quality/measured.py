@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from contenders import CHOSEN, STRENGTHS, Case, Updates
 from evidence import ROOT, fill_page
-from imaged import guide_source
+from guiding import guide_source
 from jobs import Job, run_jobs
 from models import Folder, load_lora
 from probing import Sampler
@@ -160,8 +160,8 @@ def collect_rows(work: Path) -> list[Row]:
         for adapter, measured in json.loads(path.read_text()).items():
             names = {"arch": path.parent.name, "kind": kind, "seed": int(seed), "adapter": adapter}
             way = measured["ways"]["copy"]
-            found = {key: way[key] for key in ("strength", "share", "strength_interval", "go")}
-            found |= {"disagreement": measured["disagreement"], "seconds": measured["seconds"]}
+            figures = {key: way[key] for key in ("strength", "share", "strength_interval", "go")}
+            figures |= {"disagreement": measured["disagreement"], "seconds": measured["seconds"]}
             for want in ("look", "own"):
                 part = scored.get(adapter, {})
                 part = part if want == "look" else part.get("own")
@@ -169,7 +169,7 @@ def collect_rows(work: Path) -> list[Row]:
                 if part and not (want == "own" and adapter == "fewstep"):
                     row = names | {"want": want} | add_measured(part, measured)
                     row["losses"] = {k: row["losses"][k] for k in KEPT if k in row["losses"]}
-                    rows.append(round_numbers(row | {"measured": found}))
+                    rows.append(round_numbers(row | {"measured": figures}))
     return rows
 
 

@@ -20,7 +20,8 @@ import torch
 from contenders import Updates, pair_modules
 from distilling import distil_lora
 from flow import guided_velocity, predict
-from imaged import guide_source, record_images
+from guiding import guide_source
+from imaged import record_images
 from jobs import Job, run_jobs
 from models import Folder, load_lora
 from scoring import apply_updates

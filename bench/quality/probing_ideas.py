@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from evidence import ROOT, fill_page
 from flow import sample
-from imaged import guide_source
+from guiding import guide_source
 from jobs import Job, run_jobs
 from models import Folder
 from probing import IMAGES, STEPS, Case

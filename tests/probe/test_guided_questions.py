@@ -261,11 +261,11 @@ def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_
 def test_schedulers_of_few_step_models_take_four_steps(tmp_path):
     pipeline = opened(stable_diffusion, tmp_path)
     settings = replace(SETTINGS, steps=25)
-    assert pipeline.own_settings(settings).steps == 25
+    assert pipeline.derive_target_settings(settings).steps == 25
     pipeline.pipe.scheduler = LCMScheduler(**tiny.ALPHAS)
-    assert pipeline.own_settings(settings).steps == 4
-    assert pipeline.own_settings(replace(settings, target_steps=2)).steps == 2
-    assert pipeline.own_settings(SETTINGS).steps == SETTINGS.steps == 2
+    assert pipeline.derive_target_settings(settings).steps == 4
+    assert pipeline.derive_target_settings(replace(settings, target_steps=2)).steps == 2
+    assert pipeline.derive_target_settings(SETTINGS).steps == SETTINGS.steps == 2
 
 
 def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_path):
@@ -319,14 +319,14 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     assert report.guidance == pytest.approx(7.5, rel=1e-3)
     # Three origins of one image, and the pair of the first two, at as many levels as the source's.
     assert report.probes == 4 * 2 and report.crossed and report.crossed.shared
-    said = " ".join(report.sentences())
-    assert "The target is run without guidance, so the source was asked with its own, 7.5." in said
+    text = " ".join(report.sentences())
+    assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
     plain = prolora_transfer(lora, *ends, method="probe", probe=probing).report.probe
     assert plain.guidance == 1 and plain.probes == 3 * 2
     assert "guidance" not in " ".join(plain.sentences())
 
 
-def test_streams_that_are_compared_without_guidance_are_told_apart(tmp_path):
+def test_the_report_names_streams_that_are_compared_without_guidance(tmp_path):
     source = opened(stable_diffusion, tmp_path)
     settings = replace(SETTINGS, target_guidance=1.0)
     pair = pipelines.pair_pipelines(source, opened(stable_diffusion, tmp_path), settings)
@@ -437,12 +437,9 @@ def test_the_change_of_a_few_step_lora_is_from_the_guided_source_to_its_plain_an
     source, student = Prompted(), Prompted(loudness=3.0)
     lora = {"layer": LowRank(torch.ones(6, 1), torch.ones(1, 6) / 6)}
 
-    def without_prompt(call: Call) -> Call:
-        return replace(call, args=(call.args[0], torch.zeros_like(call.args[1])))
-
     x, prompt = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(5))
     call = Call((x, prompt), {}, "source")
-    translation = Translation(guidance=probe.Guidance(3.0, without_prompt, adapted=False))
+    translation = Translation(guidance=probe.Guidance(3.0, drop_prompt, adapted=False))
     asked = [Question(call, call)]
     (wanted,) = wanted_changes(source, student, lora, asked, translation)
     with torch.no_grad():

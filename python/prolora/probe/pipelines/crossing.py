@@ -199,7 +199,7 @@ def observe_sides(
         sizes = [size for size in (source.size, target.size) if size is not None]
         settings = replace(settings, size=settings.size or min(sizes, default=None))
     ours = CrossingSide.of(source, settings, shared)
-    theirs = CrossingSide.of(target, target.own_settings(settings), shared)
+    theirs = CrossingSide.of(target, target.derive_target_settings(settings), shared)
     if isinstance(ours.space, SharedLatents) and isinstance(theirs.space, SharedLatents):
         latents = ours.table.like.latent, theirs.table.like.latent
         layouts = ours.space.layout, theirs.space.layout

@@ -72,7 +72,7 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> Pip
         sizes = [p.size for p in (source, target)]
         known = [size for size in sizes if size is not None]
         settings = replace(settings, size=min(known) if known else None)
-    of_target = target.own_settings(settings)
+    of_target = target.derive_target_settings(settings)
     ours, theirs = source.schedule, target.schedule
     alike = type(source.denoiser) is type(target.denoiser) and ours.kind == theirs.kind
     if not alike and FLOW in (ours.kind, theirs.kind):

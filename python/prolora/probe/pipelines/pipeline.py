@@ -32,7 +32,7 @@ from .schedules import FLOW, Schedule
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
-# Samples do not depend on them, or (those of the target) by `own_settings` alone.
+# Samples do not depend on them, or (those of the target) by `derive_target_settings` alone.
 _FIT_SETTINGS = (
     *("force", "resume", "strategy", "start", "fit_steps"),
     *("target_steps", "target_guidance"),
@@ -92,7 +92,7 @@ class Pipeline:
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
-    def own_settings(self, settings: Probing) -> Probing:
+    def derive_target_settings(self, settings: Probing) -> Probing:
         """The settings of a target's sampling: its steps and its guidance where they are others."""
         few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
         steps = settings.target_steps or (min(FEW_STEPS, settings.steps) if few else settings.steps)

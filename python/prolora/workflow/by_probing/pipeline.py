@@ -138,7 +138,7 @@ def _fit_models(
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
     sampled = options.probe
-    few = pipelines.takes_few_steps(sampled, models[1].own_settings(sampled))
+    few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
     crosses = not shared or ((mixed or few) and sampled.strategy == "joint")
