@@ -9,6 +9,7 @@ differently. The sources are read, never imported.
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -91,6 +92,7 @@ SETTINGS: Any = {
 def render_page() -> str:
     """The whole page as Markdown."""
     package = griffe.load("prolora", search_paths=[str(ROOT / "python")], docstring_parser="google")
+    _tell_options(package)
     exported = [str(name) for name in package.exports or [] if not str(name).startswith("_")]
     errors = [name for name in exported if _is_error(package[name])]
     groups = GROUPS | {"Errors": errors}
@@ -102,6 +104,20 @@ def render_page() -> str:
         if present:
             parts += [f"## {title}\n", *(_render_object(package[name], name) for name in present)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _tell_options(package: Any) -> None:
+    """Gives the fields of `TransferOptions` the help that `option(default, help, …)` tells."""
+    kind = _resolve(package["TransferOptions"])
+    parameters = {parameter.name: parameter for parameter in kind.parameters}
+    lines = []
+    for name, member in kind.attributes.items():
+        call = str(member.value or "")
+        if call.startswith("option("):
+            default, told = ast.parse(call, mode="eval").body.args[:2]  # type: ignore[attr-defined]
+            parameters[name].default = ast.unparse(default)
+            lines.append(f"    {name}: {ast.literal_eval(told)}")
+    kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
 
 
 def _resolve(item: Any) -> Any:

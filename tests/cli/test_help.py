@@ -38,7 +38,7 @@ def test_the_exit_codes_are_told(prolora):
 
 def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    _, text, _ = prolora("transfer", "--help")
+    _, text, _ = prolora("transfer", "--help-all")
     titles = re.findall(r"^╭─ (.+?) ─+╮$", text, re.M)
     assert titles == [
         "Arguments",
@@ -53,12 +53,20 @@ def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
     for panel, option in (
         ("Options", "--source"),
         ("Method", "--strength"),
-        ("Matching", "--threshold"),
+        ("Method", "--threshold"),
         ("Output", "--out-rank"),
         ("Resources", "--max-memory"),
         (titles[-1], "--resume"),
     ):
         assert option in panels[panel]
+
+
+def test_the_short_help_of_transfer_fits_a_screen_and_names_the_long_one(prolora, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, text, _ = prolora("transfer", "-h")
+    options = text.partition("Examples")[0]
+    assert len(options.splitlines()) <= 48
+    assert "--help-all" in options and "--source" in options and "--max-memory" not in options
 
 
 def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):

@@ -46,7 +46,7 @@ def test_sizes_of_other_depth_are_not_paired_by_numbers_of_blocks(source, target
     pair = open_size(tmp_path, source), open_size(tmp_path, target)
     with pytest.raises(UnsupportedFormat, match=counts) as refused:
         find_partners(*pair)
-    assert "--match similarity recognises them" in str(refused.value)
+    assert 'match "similarity" recognises them' in str(refused.value)
 
 
 def test_neither_are_two_models_of_no_known_size(tmp_path):

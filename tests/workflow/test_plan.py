@@ -175,7 +175,7 @@ def test_an_unknown_architecture_is_described():
 
 
 def test_known_layouts_without_a_rule_are_refused_and_the_message_offers_a_map():
-    with pytest.raises(UnsupportedFormat, match="--match"):
+    with pytest.raises(UnsupportedFormat, match="by their weights"):
         make_plan(lora("sd21"), base("sd21"), base("bk-sdm-base"))
 
 

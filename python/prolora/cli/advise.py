@@ -43,7 +43,7 @@ LoraArgument = Annotated[
 class AdviseOptions:
     """What is asked, and what is shown."""
 
-    match: MatchOption = "name"
+    match: MatchOption = "auto"
     as_json: JsonOption = False
     quiet: QuietOption = False
 

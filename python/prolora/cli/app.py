@@ -24,7 +24,7 @@ from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
-from .options import JsonOption, parse_path
+from .options import BriefCommand, JsonOption, parse_path
 from .transfer import show_report, transfer
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,13 @@ app = typer.Typer(
     ),
 )
 app.command(
+    cls=BriefCommand,
     epilog=write_epilog(
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
         "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ --dry-run",
         codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.LOW_COVERAGE),
-    )
+    ),
 )(transfer)
 app.command(
     epilog=write_epilog(

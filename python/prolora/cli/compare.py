@@ -15,7 +15,6 @@ from . import heatmap, tables
 from .console import out, progress_bar
 from .options import (
     Bases,
-    InsertedOption,
     JsonOption,
     MatchOption,
     ModulesOption,
@@ -36,8 +35,7 @@ class MeasureOptions:
 
     panel: ClassVar[str] = "Measures"
     rank: RankOption = str(comparison.OVERLAP_RANK)
-    match: MatchOption = "name"
-    inserted: InsertedOption = "skip"
+    match: MatchOption = "auto"
     quick: Annotated[
         bool, typer.Option("--quick", help="The verdict alone: no overlaps, no decompositions.")
     ] = False
@@ -89,7 +87,6 @@ def compare(
             measures.match,
             source,
             target,
-            inserted=measures.inserted,
             device=resources.device,
             cache=resources.find_cache(),
             max_memory=resources.max_bytes,

@@ -121,10 +121,10 @@ def run_demo(
     check_report_path(page)
 
     # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
-    report = transfer_file(file, source, goal, moved, method=method, match="similarity")
+    report = transfer_file(file, source, goal, moved, method=method)
     record.write_text(report.to_json() + "\n")
 
-    copied = transfer(file, source, goal, method="copy", match="similarity").adapter
+    copied = transfer(file, source, goal, method="copy").adapter
     rows: list[tuple[str, str, nn.Module]] = [
         ("source", "source", base),
         ("source", "source + LoRA", merge_adapter(base, read_adapter(file))),

@@ -12,8 +12,6 @@ from typing import Annotated, Any, ClassVar
 import typer
 from rich.table import Table
 
-from ..comparison.verdict import DEFAULT_THRESHOLD
-from ..errors import InvalidOption
 from ..files.sizes import format_size
 from ..workflow.fleet.engines.engine import EngineName
 from ..workflow.fleet.migration import migrate as run_migration
@@ -21,22 +19,17 @@ from ..workflow.fleet.plan import Entry, Plan, estimate_worker_memory, parse_sha
 from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
-from ..workflow.options import DtypeName, FormatName, ProgramName
+from ..workflow.options import TransferOptions
 from .console import out, progress_bar
 from .exits import ExitCode
 from .options import (
-    InsertedOption,
     JsonOption,
-    MatchOption,
     QuietOption,
     Resources,
     expand_options,
     parse_base,
-    parse_out_rank,
     parse_path,
-    parse_share,
 )
-from .transfer_options import MethodOptions, ThresholdOption
 
 _REASONS = 8
 """Most reasons that a table shows."""
@@ -66,26 +59,8 @@ class Collection:
 
 
 @dataclass
-class PlanMatching:
-    """Which module of the source belongs to which of the target."""
-
-    panel: ClassVar[str] = "Matching"
-    match: MatchOption = "name"
-    inserted: InsertedOption = "skip"
-    threshold: ThresholdOption = DEFAULT_THRESHOLD
-    min_coverage: Annotated[
-        float,
-        typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            help="Refuse a LoRA of which a smaller share of modules can move.",
-        ),
-    ] = 0.0
-
-
-@dataclass
 class PlanOutput:
-    """What the results are written as, and what is shown."""
+    """Where the plan goes, and what is shown."""
 
     panel: ClassVar[str] = "Output"
     output: Annotated[
@@ -94,35 +69,8 @@ class PlanOutput:
             "--output", "-o", parser=parse_path, metavar="FILE", help="The plan, JSON lines."
         ),
     ] = Path("plan.jsonl")
-    out_rank: Annotated[
-        str,
-        typer.Option(metavar="RANK", help="Rank of the results, as `prolora transfer` takes it."),
-    ] = "exact"
-    format: Annotated[
-        FormatName, typer.Option(help="Format of the results; auto keeps each LoRA's.")
-    ] = "auto"
-    for_program: Annotated[
-        ProgramName | None,
-        typer.Option("--for", help="Instead of a format: the program that reads the results."),
-    ] = None
-    dtype: Annotated[
-        DtypeName | None, typer.Option(help="Type of the factors. Default: each LoRA's.")
-    ] = None
     as_json: JsonOption = False
     quiet: QuietOption = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options of the results as the library takes them.
-
-        Raises:
-            InvalidOption: a format and a program were given.
-        """
-        if self.for_program is not None and self.format != "auto":
-            raise InvalidOption(
-                f"--for {self.for_program} chooses the format itself; leave out --format"
-            )
-        form = {"format": self.for_program or self.format, "dtype": self.dtype}
-        return form | {"out_rank": parse_out_rank(self.out_rank)}
 
 
 @dataclass
@@ -173,15 +121,13 @@ def plan(
         ),
     ],
     bases: Collection,
-    method: MethodOptions,
-    matching: PlanMatching,
+    moving: TransferOptions,
     output: PlanOutput,
 ) -> None:
     """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
-    options = method.to_dict() | vars(matching) | output.to_dict()
     shown = not (output.as_json or output.quiet)
     with progress_bar("plan", shown) as progress:
-        made = plan_migration(loras, bases.source, bases.target, progress=progress, **options)
+        made = plan_migration(loras, bases.source, bases.target, moving, progress=progress)
     made.save(output.output)
     if output.as_json:
         print(json.dumps(describe_plan(made), indent=1))

@@ -11,20 +11,50 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Optional
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..comparison.contested_blocks import InsertedMode
 from ..comparison.verdict import AUTO
 from ..core.validation import resolve_device
 from ..errors import OutputError
 from ..files.sizes import parse_size
+from ..workflow.options import Shown, TransferOptions, find_shown
 
 log = logging.getLogger(__name__)
+
+
+def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
+    """The parameter of an option that is told in `workflow.options`; none if it has no panel."""
+    shown: Shown = field.metadata["shown"]
+    if not shown.panel:
+        return []
+    kind: Any = str
+    if shown.words:
+        kind = Literal[shown.words]
+    elif isinstance(field.default, bool):
+        kind = bool
+    flags = FLAGS.get(field.name, (f"--{field.name.replace('_', '-')}",))
+    option = typer.Option(
+        *flags,
+        help=shown.help,
+        metavar=shown.metavar or None,
+        parser=PARSERS.get(field.name),
+        rich_help_panel=shown.panel,
+    )
+    if field.default is None:
+        kind = Optional[kind]  # noqa: UP045 (a Literal made at run time has no |)
+    parameter = inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=field.default,
+        annotation=Annotated[kind, option],
+    )
+    return [parameter]
 
 
 def parse_path(text: str | Path) -> Path:
@@ -52,8 +82,10 @@ def parse_share(text: str | float) -> float:
     return share
 
 
-def parse_rank(text: str) -> int | float:
+def parse_rank(text: str | float) -> int | float:
     """'320' as an int, '0.9' as a share of energy."""
+    if not isinstance(text, str):  # a default
+        return text
     try:
         return int(text)
     except ValueError:
@@ -64,7 +96,7 @@ def parse_rank(text: str) -> int | float:
         raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
 
 
-def parse_out_rank(text: str) -> int | float | str:
+def parse_out_rank(text: str | float) -> int | float | str:
     """'16' as an int, '0.95' as a share; 'exact', '50%' and '100MB' stay text."""
     try:
         return parse_rank(text)
@@ -72,7 +104,7 @@ def parse_out_rank(text: str) -> int | float | str:
         return text
 
 
-def parse_strength(text: str) -> float | str | None:
+def parse_strength(text: str | float) -> float | str | None:
     """'0.8' as a number, 'auto' as it is, nothing as None: what the method calls for."""
     if text in ("", AUTO):
         return text or None
@@ -80,6 +112,19 @@ def parse_strength(text: str) -> float | str | None:
         return float(text)
     except ValueError:
         raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "rank": parse_rank,
+    "out_rank": parse_out_rank,
+    "strength": parse_strength,
+    "threshold": parse_share,
+    "min_coverage": parse_share,
+}
+"""How the command line reads those options of a transfer that are no words and no switches."""
+
+FLAGS = {"format": ("--format", "--for")}
+"""Options with another flag than their name."""
 
 
 RankOption = Annotated[
@@ -91,16 +136,8 @@ RankOption = Annotated[
 MatchOption = Annotated[
     str,
     typer.Option(
-        metavar="name|similarity|FILE",
-        help="How modules are paired: by name, by similarity, or by a JSON file "
-        "{target module: source module}.",
-    ),
-]
-InsertedOption = Annotated[
-    InsertedMode,
-    typer.Option(
-        help="Blocks that the target has more (with --match similarity): leave them without a "
-        "LoRA, or give them the updates of the block that they resemble, or of the previous one."
+        metavar="auto|name|similarity|FILE",
+        help=find_shown(TransferOptions, "match").help,
     ),
 ]
 SaveMatchOption = Annotated[
@@ -282,6 +319,46 @@ class Resources:
         return folder
 
 
+BASIC = {"source", "target", "output", "method", "strength", "look", "format", "report", "dry_run"}
+"""The options that the short help of a `BriefCommand` shows, beside help itself."""
+
+_HELP_ALL = "prolora.help_all"
+
+
+def show_all_help(context: typer.Context, asked: bool) -> None:
+    """Prints the help with every option and ends the command."""
+    if asked and not context.resilient_parsing:
+        context.meta[_HELP_ALL] = True
+        print(context.get_help(), end="")
+        raise typer.Exit
+
+
+HelpAllOption = Annotated[
+    bool,
+    typer.Option(
+        "--help-all", is_eager=True, callback=show_all_help, help="Show all options and exit."
+    ),
+]
+
+
+class BriefCommand(TyperCommand):
+    """A command whose help shows what most people need; `--help-all` shows the rest."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help; the short one has the basic options alone, in a sentence each."""
+        options: list[Any] = [p for p in self.params if isinstance(p, TyperOption)]
+        told = [(option, option.hidden, option.help) for option in options]
+        if not ctx.meta.get(_HELP_ALL):
+            for option in options:
+                option.hidden = option.name not in BASIC | {"help_all"}
+                option.help = (option.help or "").split(". ")[0].rstrip(".") + "."
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for option, hidden, text in told:
+                option.hidden, option.help = hidden, text
+
+
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command with a parameter for each field of the dataclasses that `command` takes.
 
@@ -302,8 +379,8 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values: Any) -> None:
         for name, kind in groups.items():
-            names = [field.name for field in dataclasses.fields(kind)]
-            values[name] = kind(**{field: values.pop(field) for field in names})
+            names = [parameter.name for parameter in _list_parameters(kind)]
+            values[name] = kind(**{taken: values.pop(taken) for taken in names})
         command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -316,6 +393,9 @@ def _list_parameters(kind: Any) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(kind, include_extras=True)
     parameters = []
     for field in dataclasses.fields(kind):
+        if "shown" in field.metadata:
+            parameters += _derive_parameter(field)
+            continue
         default: Any = inspect.Parameter.empty
         if field.default is not dataclasses.MISSING:
             default = field.default

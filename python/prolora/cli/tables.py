@@ -306,16 +306,10 @@ def _every_decision_table(title: str, decisions: Sequence[BlockDecision]) -> Tab
 
 
 def _origins_text(stack: str, decisions: list[BlockDecision]) -> str:
-    """`0←0 1←3`, with the source's stack of blocks where it is another.
-
-    A block that was inserted and is fed all the same has its source in parentheses: `2←(1)`.
-    """
+    """`0←0 1←3`, with the source's stack of blocks where it is another."""
     origins = []
     for decision in decisions:
-        origin, _, index = (decision.source or decision.fed_by or "").rpartition(".")
+        origin, _, index = (decision.source or "").rpartition(".")
         prefix = "" if origin in ("", stack) else origin.removesuffix(".transformer_blocks") + "."
-        text = f"{prefix}{index or 'none'}"
-        if decision.source is None and decision.fed_by is not None:
-            text = f"({text})"
-        origins.append(f"{decision.target.rpartition('.')[2]}←{text}")
+        origins.append(f"{decision.target.rpartition('.')[2]}←{prefix}{index or 'none'}")
     return " ".join(origins)

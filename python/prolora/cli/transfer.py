@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -22,6 +22,7 @@ from ..workflow.batch import transfer_many
 from ..workflow.card import check_card, place_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import inspect
+from ..workflow.options import FormatLike, TransferOptions
 from ..workflow.output_paths import is_page_path
 from ..workflow.page.index import render_outcomes
 from ..workflow.report import Outcome, Report
@@ -29,9 +30,9 @@ from ..workflow.transfer import transfer_file
 from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
-from .options import ExpertBases, Resources, expand_options, parse_path
-from .outputs import append_to_name, check_match_file, check_report, list_outputs, save_match
-from .transfer_options import MatchOptions, MethodOptions, OutputOptions, ProbeOptions
+from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
+from .outputs import append_to_name, check_report, list_outputs
+from .transfer_options import OutputOptions, ProbeOptions
 
 LoraArguments = Annotated[
     list[Path],
@@ -43,44 +44,39 @@ LoraArguments = Annotated[
 def transfer(
     loras: LoraArguments,
     bases: ExpertBases,
-    method: MethodOptions,
-    matching: MatchOptions,
+    moving: TransferOptions,
     output: OutputOptions,
     resources: Resources,
     probing: ProbeOptions,
+    help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
     if output.output is None and not output.dry_run:
         raise OutputError("-o OUT is missing: where should the new LoRA be written?")
     resources.check_device()
-    options = method.to_dict() | matching.to_dict()
-    options |= {"out_rank": output.rank, "probe": probing.to_probing(method.method)}
     source, target = bases.open()
     pairs = pair_experts(source, target)
-    outputs = list_outputs(output.output, loras, pairs, output.format)
+    outputs = list_outputs(output.output, loras, pairs, moving.format or "auto")
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
     if output.report is not None:
         check_report(output.report, outputs, loras, files)
-    card = find_card(loras, output)
+    card = find_card(loras, output, moving.format)
     if card is not None:
         check_card(card)
-    if matching.save_match is not None:
-        if len(pairs) > 1:
-            raise ValueError("--save-match is for two bases: give one expert of each")
-        check_match_file(matching.save_match, [*outputs, *loras, *files])
-    # A dry run makes no cache folder.
-    cache = resources.cache if output.dry_run else resources.find_cache()
-    options |= {"cache": cache, "device": resources.device, "max_memory": resources.max_bytes}
-    if matching.save_match is not None:
-        with progress_bar("match", output.show_tables) as progress:
-            options["match"] = match_bases(pairs[0], options | {"progress": progress})
-        save_match(matching.save_match, pairs[0].source, pairs[0].target, options["match"])
+    options = replace(
+        moving,
+        probe=probing.to_probing(moving),
+        # A dry run makes no cache folder.
+        cache=resources.cache if output.dry_run else resources.find_cache(),
+        device=resources.device,
+        max_memory=resources.max_bytes,
+    )
     run = plan_all if output.dry_run else move_all
     outcomes = run(loras, source, target, output, options)
     if output.show_tables:
         show_outcomes(outcomes, output.modules)
         if not output.dry_run and any(used_subspaces(outcome) for outcome in outcomes):
-            show_cache(cache)
+            show_cache(cast("Path | None", options.cache))
     elif len(outcomes) > 1:
         for line in tables.failure_lines(outcomes):
             err.print_line(line, style="red")
@@ -91,7 +87,7 @@ def transfer(
         for path in (output.report, card):
             if path is not None and path.exists():
                 out.print_line(f"wrote {path}")
-    check_outcomes(outcomes, matching.min_coverage)
+    check_outcomes(outcomes, moving.min_coverage)
 
 
 def plan_all(
@@ -99,7 +95,7 @@ def plan_all(
     source: Experts,
     target: Experts,
     output: OutputOptions,
-    options: dict[str, Any],
+    options: TransferOptions,
 ) -> list[Outcome]:
     """What would become of each LoRA; blocks are matched once for all.
 
@@ -107,17 +103,17 @@ def plan_all(
     """
     pairs = pair_experts(source, target)
     moves = [(lora, *chosen) for lora in loras for chosen in choose_pairs(lora, pairs)]
-    matches = [options["match"]] * len(pairs)
+    matches = [options.match] * len(pairs)
     outcomes = []
     with progress_bar("match", output.show_tables) as progress:
-        options = options | output.form | {"progress": progress}
+        options = replace(options.for_file(), progress=progress)
         if len(loras) > 1:
             matches = [match_bases(pair, options) for pair in pairs]
         for lora, pair, appended in moves:
-            options["match"] = matches[pairs.index(pair)]
+            asked = replace(options, match=matches[pairs.index(pair)])
             outcome = Outcome(lora, append_to_name(lora, appended), planned=True)
             try:
-                report = plan_report(lora, pair.source, pair.target, **options)
+                report = plan_report(lora, pair.source, pair.target, asked)
                 outcomes.append(replace(outcome, report=report))
             except ProLoRAError as error:
                 if len(moves) == 1:
@@ -126,11 +122,17 @@ def plan_all(
     return outcomes
 
 
-def match_bases(pair: ExpertPair, options: dict[str, Any]) -> Match:
+def match_bases(pair: ExpertPair, options: TransferOptions) -> Match:
     """The match that the options ask for, with blocks matched where that needs weights."""
-    names = ("inserted", "cache", "device", "max_memory", "progress")
-    how = {name: options[name] for name in names}
-    return resolve_match(options["match"], pair.source, pair.target, **how)
+    return resolve_match(
+        options.match,
+        pair.source,
+        pair.target,
+        cache=options.cache,
+        device=options.device,
+        max_memory=options.max_memory,
+        progress=options.progress,
+    )
 
 
 def move_all(
@@ -138,17 +140,17 @@ def move_all(
     source: Experts,
     target: Experts,
     output: OutputOptions,
-    options: dict[str, Any],
+    options: TransferOptions,
 ) -> list[Outcome]:
     """Moves one LoRA into a file (or one for each expert), or all of them into a folder."""
     path, outcomes = cast(Path, output.output), []
     with progress_bar("transfer", output.show_tables) as progress:
-        options = options | output.form | {"progress": progress}
-        if len(loras) > 1 or (path.is_dir() and output.format != "peft"):
-            return transfer_many(loras, source, target, path, redo=output.redo, **options)
+        options = replace(options, progress=progress)
+        if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
+            return transfer_many(loras, source, target, path, options, redo=output.redo)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
-            report = transfer_file(loras[0], pair.source, pair.target, out, **options)
+            report = transfer_file(loras[0], pair.source, pair.target, out, options)
             outcomes.append(Outcome(loras[0], out, report))
     return outcomes
 
@@ -168,13 +170,13 @@ def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
         write_text_atomically(output.report, text + "\n")
 
 
-def find_card(loras: list[Path], output: OutputOptions) -> Path | None:
+def find_card(loras: list[Path], output: OutputOptions, format: FormatLike | None) -> Path | None:
     """Where --card writes to; None where it was not asked for, or nothing is written."""
     if not output.card or output.dry_run:
         return None
     path = cast(Path, output.output)
-    is_peft = output.format == "peft" or any((lora / PEFT_CONFIG).is_file() for lora in loras)
-    is_peft = is_peft and output.format in ("auto", "peft") and output.for_program is None
+    came_so = any((lora / PEFT_CONFIG).is_file() for lora in loras)
+    is_peft = format == "peft" or (came_so and format in (None, "auto"))
     return place_card(path, len(loras) > 1 or path.is_dir() or is_peft)
 
 

@@ -1,35 +1,19 @@
-"""The options of `prolora transfer`, panel by panel."""
+"""What `prolora transfer` takes beside the options of a transfer: files, and what is sampled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-import torch
 import typer
 
-from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
-from ..core.projection import DEFAULT_RANK
-from ..errors import InvalidOption
 from ..probe.settings import STARTS, STRATEGIES, Probing, read_prompts
-from ..workflow.options import (
-    DroppedMode,
-    DtypeName,
-    FormatLike,
-    FormatName,
-    MethodChoice,
-    ProgramName,
-    TextEncoderMode,
-    TransferOptions,
-    VectorsMode,
-)
+from ..workflow.options import TransferOptions
 from .options import (
-    InsertedOption,
     JsonOption,
     LoraGuidanceOption,
     LoraStepsOption,
-    MatchOption,
     ModulesOption,
     ProbeGuidanceOption,
     ProbeSizeOption,
@@ -37,114 +21,13 @@ from .options import (
     PromptOption,
     PromptsOption,
     QuietOption,
-    RankOption,
-    SaveMatchOption,
     TargetGuidanceOption,
     TargetStepsOption,
-    parse_out_rank,
     parse_path,
-    parse_rank,
-    parse_share,
-    parse_strength,
 )
 
 StrategyName = Literal[STRATEGIES]  # type: ignore[valid-type]
 StartName = Literal[STARTS]  # type: ignore[valid-type]
-
-MethodOption = Annotated[
-    MethodChoice,
-    typer.Option(
-        help="How to move the LoRA. auto chooses by how far the bases are apart; probe runs the "
-        "models."
-    ),
-]
-
-ThresholdOption = Annotated[
-    float,
-    typer.Option(
-        parser=parse_share,
-        metavar="SHARE",
-        help="Skip modules whose subspaces overlap (Φ) less than this on either side.",
-    ),
-]
-
-
-@dataclass
-class MethodOptions:
-    """How the updates are moved."""
-
-    panel: ClassVar[str] = "Method"
-    method: MethodOption = "auto"
-    strength: Annotated[
-        str,
-        typer.Option(
-            metavar="FACTOR|auto",
-            help="Factor on every update; auto takes what suits these bases best. Default: auto "
-            "with --method auto, otherwise 1.",
-        ),
-    ] = ""
-    look: Annotated[
-        LookMode,
-        typer.Option(
-            help="What auto aims at: the LoRA's idea in the target's own look, or the images that "
-            "the LoRA was made for."
-        ),
-    ] = "target"
-    rank: RankOption = str(DEFAULT_RANK)
-    dropped: Annotated[
-        DroppedMode,
-        typer.Option(
-            help="Updates of blocks that the target lacks: leave them out, or add them to the "
-            "nearest block that is still there."
-        ),
-    ] = "skip"
-    text_encoder: Annotated[
-        TextEncoderMode,
-        typer.Option(
-            help="The LoRA's text-encoder part: copy it unchanged, move it like the rest, or leave "
-            "it out."
-        ),
-    ] = "copy"
-    vectors: Annotated[
-        VectorsMode,
-        typer.Option(help="Trained biases and normalisation layers: copy them, or leave them out."),
-    ] = "copy"
-    again: Annotated[
-        bool,
-        typer.Option(
-            "--again",
-            help="Move a LoRA that prolora moved before, although --source is not the base that it "
-            "was moved to.",
-        ),
-    ] = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the library takes them."""
-        parsed = {"rank": parse_rank(self.rank), "strength": parse_strength(self.strength)}
-        return vars(self) | parsed
-
-
-@dataclass
-class MatchOptions:
-    """Which module of the source belongs to which of the target."""
-
-    panel: ClassVar[str] = "Matching"
-    match: MatchOption = "name"
-    inserted: InsertedOption = "skip"
-    save_match: SaveMatchOption = None
-    threshold: ThresholdOption = DEFAULT_THRESHOLD
-    min_coverage: Annotated[
-        float,
-        typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            help="Fail if a smaller share of the LoRA's modules can move.",
-        ),
-    ] = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the library takes them."""
-        return {name: value for name, value in vars(self).items() if name != "save_match"}
 
 
 @dataclass
@@ -161,25 +44,6 @@ class OutputOptions:
             metavar="PATH",
             help="Output file; a folder if there are several LoRAs.",
         ),
-    ] = None
-    out_rank: Annotated[
-        str,
-        typer.Option(
-            metavar="RANK",
-            help="Rank of the output: a number, a share of the energy (0.99), a share of the "
-            "LoRA's rank (50%), what fits a file of a size (100MB), or exact (at most twice the "
-            "LoRA's).",
-        ),
-    ] = "exact"
-    format: Annotated[
-        FormatName, typer.Option(help="Format of the output; auto keeps the LoRA's.")
-    ] = "auto"
-    for_program: Annotated[
-        ProgramName | None,
-        typer.Option("--for", help="Instead of a format: the program that reads the output."),
-    ] = None
-    dtype: Annotated[
-        DtypeName | None, typer.Option(help="Type of the factors. Default: the LoRA's.")
     ] = None
     report: Annotated[
         Path | None,
@@ -207,32 +71,6 @@ class OutputOptions:
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
-
-    @property
-    def form(self) -> dict[str, Any]:
-        """Format and dtype as the library takes them."""
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        return {"format": self.format_or_program, "dtype": dtype}
-
-    @property
-    def format_or_program(self) -> FormatLike:
-        """What the file is for, or its format.
-
-        Raises:
-            InvalidOption: both were given.
-        """
-        if self.for_program is None:
-            return self.format
-        if self.format != "auto":
-            raise InvalidOption(
-                f"--for {self.for_program} chooses the format itself; leave out --format"
-            )
-        return self.for_program
-
-    @property
-    def rank(self) -> int | float | str:
-        """The rank of the output as the library takes it."""
-        return parse_out_rank(self.out_rank)
 
     @property
     def show_tables(self) -> bool:
@@ -287,13 +125,13 @@ class ProbeOptions:
         ),
     ] = False
 
-    def to_probing(self, method: MethodChoice) -> Probing:
+    def to_probing(self, moving: TransferOptions) -> Probing:
         """As the library takes them.
 
         Raises:
-            ValueError: some are given although `method` does not probe.
+            ValueError: some are given although the method does not probe.
         """
-        if self != ProbeOptions() and not TransferOptions(method=method).runs_models:
+        if self != ProbeOptions() and not moving.runs_models:
             raise ValueError(
                 "prompts, --probe-…, --target-…, --lora-…, --resume and --force are for probing: "
                 "add --method probe"

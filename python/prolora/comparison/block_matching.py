@@ -24,18 +24,15 @@ from ..bases.memory import Memory, Room
 from ..core.basis import Basis, stack_bases
 from ..core.methods import Needs
 from ..core.precision import in_full_precision, working_dtype
-from ..errors import InvalidOption, NonFiniteWeights, UnsupportedFormat
+from ..errors import NonFiniteWeights, UnsupportedFormat
 from ..files.sizes import parse_limit
 from .assignment import monotone_assignment
 from .contested_blocks import (
-    INSERTED,
-    InsertedMode,
     Sides,
-    find_previous,
     find_resembled,
     settle_contests,
 )
-from .module_map import BlockDecision, Match, Matching
+from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
 from .transformer_blocks import UNET_STAGES, Block, BlockGroup, group_blocks, list_blocks
 
 # Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
@@ -57,7 +54,6 @@ def match_blocks(
     target: Base,
     *,
     min_score: float = MIN_SCORE,
-    inserted: InsertedMode = "skip",
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,
@@ -73,9 +69,6 @@ def match_blocks(
         source: the base with the blocks to look among.
         target: the base whose blocks are asked for.
         min_score: pairs of blocks that score less are not made.
-        inserted: what feeds a block of the target that no block of the source became: "skip"
-            nothing, as in the published maps of Anima's 28 blocks to 40 and 52; "similar" the block
-            that it resembles, if any; "previous" the block that feeds the one before it.
         cache: keeps subspaces; None keeps nothing.
         device: where to compute; None means the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
@@ -87,10 +80,7 @@ def match_blocks(
         TooLittleMemory: the bound is below what the largest weight needs.
         NonFiniteWeights: NaN or Inf, named.
         ValueError: min_score is no number.
-        InvalidOption: inserted is none of its words.
     """
-    if inserted not in INSERTED:
-        raise InvalidOption(f"inserted must be one of {', '.join(INSERTED)}, not {inserted!r}")
     if math.isnan(min_score):
         raise ValueError("min_score must be a number, not NaN")
     groups = group_blocks(source, target)
@@ -102,7 +92,7 @@ def match_blocks(
     room = _find_room(groups, parse_limit(max_memory), device)
     with open_cache(cache) as opened:
         subspaces = _Subspaces(opened, device, room, _report_steps(groups, progress))
-        return _match_groups(source, target, groups, subspaces, min_score, inserted)
+        return _match_groups(source, target, groups, subspaces, min_score)
 
 
 def _match_groups(
@@ -111,7 +101,6 @@ def _match_groups(
     groups: list[BlockGroup],
     subspaces: _Subspaces,
     min_score: float,
-    inserted: InsertedMode,
 ) -> Matching:
     """Scores and assigns the blocks of every group."""
     decisions: list[BlockDecision] = []
@@ -131,17 +120,14 @@ def _match_groups(
         for j, block in enumerate(theirs):
             decision = _record_decision(block, pairs.get(j), scores[:, j], deviations[:, j], ours)
             resembled = None if j in pairs else find_resembled(scores, related, j)
-            choices = {"similar": resembled, "previous": find_previous(j, pairs, theirs)}
-            feeding = pairs.get(j, choices.get(inserted))
             decision = replace(
                 decision,
                 resembles=None if resembled is None else ours[resembled].name,
-                fed_by=None if feeding is None else ours[feeding].name,
                 tied=j in tied,
             )
             decisions.append(decision)
-            if decision.fed_by is not None:
-                partners[decision.target] = decision.fed_by
+            if decision.source is not None:
+                partners[decision.target] = decision.source
     table = dict(_pair_modules(source, target, partners, places))
     order = {block.name: i for i, block in enumerate(list_blocks(target))}
     decisions.sort(key=lambda decision: order[decision.target])
@@ -153,29 +139,23 @@ def resolve_match(
     source: Base,
     target: Base,
     *,
-    inserted: InsertedMode = "skip",
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Match:
-    """`"similarity"` as the `Matching` it stands for; every other match as it is.
+    """The match with the blocks recognised, where only weights tell which belong together.
 
+    That is "similarity", and "auto" where names do not tell; every other match stays as it is.
     Whatever makes a plan calls this first, since a plan reads no weights. Arguments and errors are
     those of `match_blocks`.
-
-    Raises:
-        InvalidOption: inserted blocks are to be fed, and nothing tells which those are.
     """
-    if inserted != "skip" and not (match == "similarity" or isinstance(match, Matching)):
-        raise InvalidOption(
-            f"inserted {inserted!r} needs match 'similarity', which finds the blocks"
-        )
-    if isinstance(match, str) and match == "similarity":
+    if isinstance(match, str) and (
+        match == "similarity" or (match == AUTO_MATCH and not do_names_tell(source, target))
+    ):
         return match_blocks(
             source,
             target,
-            inserted=inserted,
             cache=cache,
             device=device,
             max_memory=max_memory,

@@ -239,7 +239,7 @@ def compare(
     target: BaseLike,
     *,
     rank: Rank | None = OVERLAP_RANK,
-    match: Match = "name",
+    match: Match = "auto",
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +17,6 @@ from torch import Tensor
 from ..architectures.modules import is_attention
 from ..bases import Base
 from .transformer_blocks import Block
-
-InsertedMode = Literal["skip", "similar", "previous"]
-INSERTED: tuple[str, ...] = get_args(InsertedMode)
 
 # A block whose score with a block of the source is below this share of another's is told from it.
 CLEARLY_LESS = 0.8
@@ -112,13 +108,3 @@ def find_resembled(scores: Tensor, related: Tensor, index: int) -> int | None:
     """Our block that their block without a partner resembles most, None if it resembles none."""
     best = int(scores[:, index].argmax())
     return best if float(related[best, index]) > 0 else None
-
-
-def find_previous(index: int, pairs: Mapping[int, int], theirs: list[Block]) -> int | None:
-    """Our block that feeds the last block with a partner before this one, in the same stack."""
-    for j in range(index - 1, -1, -1):
-        if theirs[j].place != theirs[index].place:
-            return None
-        if j in pairs:
-            return pairs[j]
-    return None

@@ -32,8 +32,6 @@ class BlockDecision:
         deviations: how many standard deviations the overlap lies beyond chance.
         runner_up: the source's block with the next best score; None if there is no other.
         runner_up_score: its score, NaN if there is none.
-        fed_by: the block whose updates it gets: `source`, or for a block without one what the
-            caller chose (`match_blocks`, `inserted`).
         resembles: where source is None, the source's block that it overlaps most beyond chance,
             which feeds another one: it is a copy or a mixture of it.
         tied: another block of the target is as near to `source`; this one comes first.
@@ -45,7 +43,6 @@ class BlockDecision:
     deviations: float
     runner_up: str | None
     runner_up_score: float
-    fed_by: str | None = None
     resembles: str | None = None
     tied: bool = False
 
@@ -81,9 +78,6 @@ class Matching:
         notes = f", least margin {min(margins):.3f}" if margins else ""
         if tied := sum(decision.tied for decision in self.decisions):
             notes += f", {tied} with a copy as near"
-        fed = sum(bool(decision.fed_by) for decision in self.decisions) - matched
-        if fed > 0:
-            notes += f"; {fed} inserted blocks fed too"
         return f"similarity: {matched} of {len(self.decisions)} blocks matched{notes}"
 
     def check_any(self, source: Base, target: Base) -> None:
@@ -94,7 +88,7 @@ class Matching:
         raise UnrelatedBases(
             f"No-go: no transformer block of {target.name} overlaps with one of {source.name} "
             f"beyond chance (the best by {best:.2f}, where 1 is equal). These bases were trained "
-            "apart, or the target drifted too far to tell; --match name pairs equal names"
+            'apart, or the target drifted too far to tell; match "name" pairs equal names'
         )
 
 
@@ -109,10 +103,9 @@ def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str
     ]
     alike = [decision for decision in decisions if decision.resembles]
     if alike:
-        fed = sum(decision.fed_by is not None for decision in alike)
         sentences.append(
             f"{len(alike)} of the others resemble a block that feeds another one, as inserted "
-            f"copies do: {fed} of them get its updates too (--inserted)."
+            "copies do; they get no update."
         )
     tied = [decision.target for decision in decisions if decision.tied]
     if tied:
@@ -156,12 +149,35 @@ def describe_renumbered(blocks: Mapping[str, str]) -> list[str]:
 
 
 Match = str | PathLike[str] | Mapping[str, str] | Matching | Renumbering
-"""`"name"`, a JSON file {target module: source module}, such a mapping, or a `Matching`.
+"""How modules are paired.
 
-`"similarity"` itself needs weights: `block_matching.resolve_match` turns it into a `Matching`."""
+`"auto"`: by equal names or the map of a known family, corrected where the weights of renumbered
+blocks say otherwise, and by similarity where names do not tell; `"name"`: by names alone;
+`"similarity"`: blocks are recognised by their weights; a JSON file {target module: source module};
+such a mapping, or a `Matching`. Where only weights tell, `block_matching.resolve_match` makes a
+`Matching` of it."""
+
+AUTO_MATCH = "auto"
 
 
-def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[dict[str, str], str]:
+class NamesDoNotTell(UnsupportedFormat):
+    """Equal names need not be equal blocks: only weights, or a map, tell which belong together."""
+
+
+def do_names_tell(source: Base, target: Base) -> bool:
+    """Whether names say which blocks belong together, or that none do."""
+    try:
+        _partners_by_name(source, target)
+    except NamesDoNotTell:
+        return False
+    except UnsupportedFormat:
+        return True
+    return True
+
+
+def find_partners(
+    source: Base, target: Base, match: Match = AUTO_MATCH
+) -> tuple[dict[str, str], str]:
     """{target module: source module} over all modules that have a partner, and the rule's name.
 
     Raises:
@@ -170,7 +186,7 @@ def find_partners(source: Base, target: Base, match: Match = "name") -> tuple[di
     """
     if isinstance(match, Matching | Renumbering):
         return dict(match.table), match.rule
-    if isinstance(match, str) and match == "name":
+    if isinstance(match, str) and match in (AUTO_MATCH, "name"):
         return _partners_by_name(source, target)
     if isinstance(match, str) and match == "similarity":
         raise UnsupportedFormat(
@@ -231,11 +247,10 @@ def _refuse_other_depth(source: Base, target: Base) -> None:
     ours, theirs = _list_block_numbers(source), _list_block_numbers(target)
     for stack in ours.keys() & theirs.keys():
         if ours[stack] != theirs[stack]:
-            raise UnsupportedFormat(
+            raise NamesDoNotTell(
                 f"{stack} has {len(ours[stack])} blocks in {source.name} and {len(theirs[stack])} "
-                f"in {target.name}: blocks of equal number need not be equal blocks. "
-                "--match similarity recognises them by their weights, or give --match a JSON file "
-                "{target module: source module}"
+                f'in {target.name}, so names cannot tell which block is which; match "similarity" '
+                "recognises them by their weights"
             )
 
 
@@ -264,10 +279,9 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
             f"{what}: these are different architectures, no block of one corresponds to a block of "
             f"the other{why}. No data-free method maps between them; train the LoRA on the target"
         )
-    raise UnsupportedFormat(
+    raise NamesDoNotTell(
         f"{what}: nothing is known about which of their blocks belong together, and equal names "
-        "need not be equal modules. Try --match similarity, or give --match a JSON file "
-        "{target module: source module}"
+        'need not be equal modules; match "similarity" recognises blocks by their weights'
     )
 
 
@@ -277,7 +291,7 @@ def _read_map(path: Path) -> dict[str, str]:
         table = read_json_object(path)
     except UnsupportedFormat as error:
         raise UnsupportedFormat(
-            f'--match takes "name", "similarity" or a JSON file {{target module: source '
+            f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
     if not all(isinstance(v, str) for v in table.values()):

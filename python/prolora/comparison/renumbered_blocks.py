@@ -22,7 +22,7 @@ from ..architectures.modules import (
     matrix_shape,
 )
 from ..bases import Base
-from .module_map import Match, Renumbering, find_partners
+from .module_map import AUTO_MATCH, Match, Renumbering, find_partners
 from .verdict import MIN_COSINE, STRANGE_COSINE
 
 SAMPLED_ROWS = 64
@@ -52,7 +52,7 @@ def recognise_blocks(
 
     A block whose weight has nothing in common with that of its namesake gets the source's block
     whose weight points the same way, if there is one. All else stays as it was; so does every match
-    but "name".
+    but "auto".
 
     Args:
         match: how modules are paired.
@@ -68,7 +68,7 @@ def recognise_blocks(
     Raises:
         UnsupportedFormat: the bases cannot be paired by name.
     """
-    if not isinstance(match, str) or match != "name":
+    if not isinstance(match, str) or match != AUTO_MATCH:
         return match
     table, rule = find_partners(source, target, match)
     looked_at = table if cosines is None else {t: s for t, s in table.items() if t in cosines}

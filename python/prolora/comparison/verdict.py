@@ -224,6 +224,6 @@ def describe_strangers(pairs: Sequence[tuple[str, str]]) -> str:
     return (
         f"Careful: the bases are related, but {len(pairs)} pairs have nothing in common (cosine "
         f"below {STRANGE_COSINE}), the first {source} → {target}. Equal names need not "
-        f"be equal modules: method '{AUTO}' leaves such pairs out, and --match similarity finds "
+        f"be equal modules: method '{AUTO}' leaves such pairs out, and match 'similarity' finds "
         "renumbered blocks."
     )

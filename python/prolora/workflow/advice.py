@@ -188,7 +188,7 @@ def advise(
     lora: LoraLike | None = None,
     *,
     measure: bool = False,
-    match: Match = "name",
+    match: Match = "auto",
     probe: Probing = SAMPLED,
     target_steps: int | None = None,
     target_guidance: float | None = None,
@@ -307,7 +307,7 @@ def write_command(
         for name in ("target_steps", "target_guidance", "lora_steps", "lora_guidance"):
             value = getattr(probe, name)
             words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
-    if match != "name" and isinstance(match, str | PathLike) and "probe" not in words:
+    if match != "auto" and isinstance(match, str | PathLike) and "probe" not in words:
         words += ["--match", str(match)]
     file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")
     names = [

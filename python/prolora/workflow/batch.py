@@ -5,65 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
-from ..comparison.contested_blocks import InsertedMode
-from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
-from ..core.projection import DEFAULT_RANK
-from ..core.rank_rule import Rank
 from ..errors import OutputError
-from ..probe.settings import Probing
-from .by_weights.file_budget import OutputForm
 from .options import (
-    DEFAULT_PROBING,
-    DroppedMode,
-    DtypeLike,
-    FormatLike,
-    MethodChoice,
-    Strength,
-    TextEncoderMode,
+    DEFAULT_OPTIONS,
+    OptionChanges,
     TransferOptions,
-    VectorsMode,
+    settle_options,
+    takes_options,
 )
-from .out_rank import OutRank
 from .output_paths import check_name, name_outputs
 from .pair_mover import PairMover, Task
 from .report import Outcome
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes_options
 @in_full_precision
 def transfer_many(
     loras: Iterable[str | PathLike[str]],
     source: ExpertsLike | Experts,
     target: ExpertsLike | Experts,
     folder: str | PathLike[str],
+    options: TransferOptions = DEFAULT_OPTIONS,
     *,
     redo: bool = False,
-    method: MethodChoice = "auto",
-    rank: Rank = DEFAULT_RANK,
-    match: Match = "name",
-    threshold: float = DEFAULT_THRESHOLD,
-    damping: float | None = None,
-    strength: Strength | None = None,
-    look: LookMode = "target",
-    out_rank: OutRank = "exact",
-    dropped: DroppedMode = "skip",
-    inserted: InsertedMode = "skip",
-    text_encoder: TextEncoderMode = "copy",
-    vectors: VectorsMode = "copy",
-    min_coverage: float = 0.0,
-    again: bool = False,
-    format: FormatLike = "auto",
-    dtype: DtypeLike | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    probe: Probing = DEFAULT_PROBING,
-    progress: Progress | None = None,
+    **changes: Unpack[OptionChanges],
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
 
@@ -71,7 +44,7 @@ def transfer_many(
     LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
     off goes on where it was. The folder is made if it does not exist.
 
-    Every option has the meaning that it has in `transfer`. Without `cache` what is learnt of the
+    Without `cache` what is learnt of the
     bases is kept for this call only; `progress` is called as progress(done, total,
     "LoRAs: module").
 
@@ -79,6 +52,15 @@ def transfer_many(
     noise). A LoRA whose name has "high_noise" or "low_noise" in it, "HIGH" or "LOW" in capitals, or
     either of these words at its end, is moved to that expert. Any other is moved to both, and the
     names of its results end in "_high_noise" and "_low_noise".
+
+    Args:
+        loras: .safetensors files and PEFT folders.
+        source: the base that they were trained on, or its two experts.
+        target: the base to move to, or its two experts.
+        folder: where the results go.
+        options: how to move them.
+        redo: also moves what is there already.
+        **changes: options by name, in place of those.
 
     Returns:
         An outcome for each LoRA and each expert that it is moved to, in order. A LoRA that is
@@ -89,28 +71,7 @@ def transfer_many(
         UnsupportedFormat: the source alone has experts, and a LoRA's name does not tell one.
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
-    options = TransferOptions(
-        method=method,
-        rank=rank,
-        match=match,
-        threshold=threshold,
-        damping=damping,
-        strength=strength,
-        look=look,
-        out_rank=out_rank,
-        dropped=dropped,
-        inserted=inserted,
-        text_encoder=text_encoder,
-        vectors=vectors,
-        min_coverage=min_coverage,
-        again=again,
-        cache=cache,
-        device=device,
-        max_memory=max_memory,
-        probe=probe,
-        progress=progress,
-    )
-    output = OutputForm.of(options, format, dtype)
+    options = settle_options(options, changes).for_file()
     pairs = pair_experts(open_experts(source), open_experts(target))
     moves = [
         (Path(lora), pair, appended)
@@ -119,7 +80,7 @@ def transfer_many(
     ]
     check_name(folder)
     names = [lora for lora, _, _ in moves], [appended for _, _, appended in moves]
-    outputs = name_outputs(names[0], Path(folder), format, names[1])
+    outputs = name_outputs(names[0], Path(folder), options.format or "auto", names[1])
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -129,7 +90,7 @@ def transfer_many(
         for pair in pairs:
             mine = [Task(m[0], out) for m, out in zip(moves, outputs, strict=True) if m[1] is pair]
             if mine:
-                mover = PairMover.open(pair.source, pair.target, options, output, opened)
+                mover = PairMover.open(pair.source, pair.target, options, opened)
                 mover.look_up(mine, redo, opened)
                 left = [task for task in mine if task.outcome is None]
                 for _ in mover.run(left, opened, [task.lora for task in mine]):

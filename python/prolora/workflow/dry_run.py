@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from os import PathLike
+from typing import TYPE_CHECKING
 
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
-from ..bases.base import Progress
-from ..comparison.contested_blocks import InsertedMode
-from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
-from ..core.projection import DEFAULT_RANK
-from ..core.rank_rule import Rank
-from ..probe.settings import Probing
 from .by_probing.plan import check_probing
 from .by_probing.rows import outline_report
 from .by_weights.assembly import (
@@ -37,53 +30,32 @@ from .by_weights.slicing import (
 from .by_weights.vectors import carry_vectors
 from .moved_before import check_moved_before
 from .options import (
-    DEFAULT_PROBING,
-    DroppedMode,
-    DtypeLike,
-    FormatLike,
+    DEFAULT_OPTIONS,
     LoraLike,
-    MethodChoice,
-    Strength,
-    TextEncoderMode,
+    OptionChanges,
     TransferOptions,
-    VectorsMode,
+    settle_options,
+    takes_options,
 )
-from .out_rank import OutRank
 from .plan import Route, sum_dropped_blocks
 from .report import Report
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes_options
 @in_full_precision
 def plan_report(
     lora: LoraLike,
     source: BaseLike,
     target: BaseLike,
-    *,
-    method: MethodChoice = "auto",
-    rank: Rank = DEFAULT_RANK,
-    match: Match = "name",
-    threshold: float = DEFAULT_THRESHOLD,
-    damping: float | None = None,
-    strength: Strength | None = None,
-    look: LookMode = "target",
-    out_rank: OutRank = "exact",
-    dropped: DroppedMode = "skip",
-    inserted: InsertedMode = "skip",
-    text_encoder: TextEncoderMode = "copy",
-    vectors: VectorsMode = "copy",
-    min_coverage: float = 0.0,
-    again: bool = False,
-    format: FormatLike | None = None,
-    dtype: DtypeLike | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    probe: Probing = DEFAULT_PROBING,
-    progress: Progress | None = None,
+    options: TransferOptions = DEFAULT_OPTIONS,
+    **changes: Unpack[OptionChanges],
 ) -> Report:
     """What `transfer` would map, skip and refuse: nothing is factored, and weights are hardly read.
 
-    Every argument has the meaning that it has in `transfer`. Ranks and energies are those of a
+    Ranks and energies are those of a
     LoRA's own factors; what first has to be made one (DoRA, LoHa, full differences …) counts with
     the rank that the file states and no energy.
 
@@ -91,41 +63,27 @@ def plan_report(
     here. Matching by similarity needs them too, and so does a target that is narrower than the
     source: only then they are read.
 
+    Args:
+        lora: as `transfer` takes it.
+        source: the base that the LoRA was trained on, likewise.
+        target: the base to move to, likewise.
+        options: how it would be moved.
+        **changes: options by name, in place of those.
+
     Returns:
         A report with the keys of a real one, `dry_run` set.
 
     Raises:
         ProLoRAError: what `transfer` refuses before it looks at weights.
     """
-    options = TransferOptions(
-        method=method,
-        rank=rank,
-        match=match,
-        threshold=threshold,
-        damping=damping,
-        strength=strength,
-        look=look,
-        out_rank=out_rank,
-        dropped=dropped,
-        inserted=inserted,
-        text_encoder=text_encoder,
-        vectors=vectors,
-        min_coverage=min_coverage,
-        again=again,
-        cache=cache,
-        device=device,
-        max_memory=max_memory,
-        probe=probe,
-        progress=progress,
-    )
-    output = OutputForm.of(options, format, dtype)
+    options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
     check_moved_before(lora, old, options)
     if options.runs_models:
         check_probing(old, new, options)
         report = outline_report(_outline_lora(lora, old), old, new, options)
         return replace(report, dry_run=True)
-    return _plan_by_weights(_outline_lora(lora, old), old, new, options, output)
+    return _plan_by_weights(_outline_lora(lora, old), old, new, options)
 
 
 def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
@@ -135,7 +93,7 @@ def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
 
 
 def _plan_by_weights(
-    adapter: Adapter, source: Base, target: Base, options: TransferOptions, output: OutputForm
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions
 ) -> Report:
     """A row for every module, as the plan has it."""
     plan = plan_transfer(adapter, source, target, options, options.cache)
@@ -143,7 +101,7 @@ def _plan_by_weights(
     adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
     summed = sum_dropped_blocks(adapter, plan)
     route = Route(adapter, plan, source, target, options)
-    if output != OutputForm():
+    if (output := OutputForm.of(options)) != OutputForm():
         output.check(outline_result(summed, route))
     rows = list_unplaced_modules(adapter, plan)
     for pair in plan.pairs:

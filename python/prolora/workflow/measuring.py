@@ -19,7 +19,6 @@ from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
 from ..probe.settings import Probing
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
-from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import move_without_header
 from .options import MethodChoice, TransferOptions
 
@@ -157,7 +156,7 @@ def move_candidates(
     for method in methods:
         asked = replace(options, method=method, strength=1.0, progress=None)
         with suppress(UnrelatedBases):
-            moved = move_without_header(adapter, source, target, asked, OutputForm())
+            moved = move_without_header(adapter, source, target, asked)
             updates = _keep_denoiser(moved.adapter.updates)
             if updates and not any(_are_equal(updates, other) for other in candidates.values()):
                 candidates[method] = updates

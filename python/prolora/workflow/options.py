@@ -1,20 +1,26 @@
-"""The choices of a transfer: every one that the paper leaves open has a name here."""
+"""The choices of a transfer: every one that the paper leaves open is told here, and only here.
+
+Command line, plans, recipes in headers, docs/api.md and `help(prolora.transfer)` are derived from
+the fields of `TransferOptions`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..bases.base import Progress
-from ..comparison.contested_blocks import INSERTED, InsertedMode
-from ..comparison.module_map import Match
+from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..core.arrays import make_fields_plain
 from ..core.methods import Method, MethodName, Needs, find_method
@@ -26,6 +32,9 @@ from ..files.sizes import parse_limit
 from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
+if TYPE_CHECKING:
+    pass
+
 LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
 
@@ -35,8 +44,8 @@ MethodChoice = Literal["auto", MethodName]
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
 ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "diffusers", "musubi", "sd-scripts"]
 FormatLike = FormatName | ProgramName
-"""A format, or the program that reads the file: each family says which format that is."""
-"""The formats of a LoRA file; "auto" is the one that it came in."""
+"""A format of LoRA files, or the program that reads the file: each family says which format that
+is. "auto" is the format that the LoRA came in."""
 
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 DtypeLike = torch.dtype | DtypeName
@@ -49,10 +58,6 @@ Strength = float | Literal["auto"]
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
 FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
-DROPPED: tuple[str, ...] = get_args(DroppedMode)
-TEXT_ENCODER: tuple[str, ...] = get_args(TextEncoderMode)
-VECTORS: tuple[str, ...] = get_args(VectorsMode)
-LOOKS: tuple[str, ...] = get_args(LookMode)
 PROBE = "probe"
 DEFAULT_PROBING = Probing()
 # Its square, times an energy, is in the report: a float must hold that.
@@ -60,70 +65,181 @@ LARGEST_STRENGTH = 1e30
 
 
 @dataclass(frozen=True)
-class TransferOptions:
-    """How a LoRA is moved; `transfer` takes each of these by its name.
+class Shown:
+    """How an option is told to people.
 
     Attributes:
-        method: "prolora" (the paper), "subspace" (its ablation), "lora-x", "blocks", "copy" (the
-            update as it is), "damped" (see `damping`), "probe" (see `probe`; runs the models and
-            needs pipeline folders), or "auto": the one that docs/evidence.md found best for bases
-            as far apart as these.
-        rank: columns of the subspaces, or the share of energy that they hold, between 0 and 1.
-        match: how modules are paired: "name"; "similarity" (blocks are recognised by their
-            weights); a JSON file or a mapping {target module: source module}.
-        threshold: the overlap Φ that both sides of a pair must reach, 0 … 1; a pair below it gets
-            no update. "copy" looks at no weights and skips nothing.
-        damping: κ of "damped", 0 or more; None chooses it by the drift between the bases.
-        strength: factor on every update; "auto" chooses it by the drift between the bases. None
-            means "auto" for method "auto" and 1 for any other method.
-        look: what the automatic method and strength aim at. "target": what the LoRA means in the
-            target's own look, as a LoRA that was trained on the target draws it. "lora": the images
-            that the LoRA was made for, as nearly as the target draws them; a copy does that best.
-        out_rank: "exact" keeps every singular value of the result; an int keeps at most that many;
-            a share between 0 and 1 the fewest that hold this much of an update's energy; "50%" half
-            as many as the LoRA's own rank; "100MB" those that fit a file of that size, spent where
-            they hold most energy. Method "probe" fits updates of that rank or share.
-        dropped: "skip" leaves out the updates of blocks that the target has dropped; "sum" adds
-            them to those of the nearest block that is still there.
-        inserted: what feeds blocks that the target has more, where blocks are matched by
-            similarity: "skip" nothing, "similar" the block of the source that they resemble,
-            "previous" the block that feeds the one before them.
-        text_encoder: "copy" carries the text encoders' updates over unchanged, "project" moves
-            them as all others where both bases hold their weights, "skip" leaves them out.
-        vectors: "copy" carries trained biases and normalisation layers over to the modules that
-            they belong to, "skip" leaves them out.
-        min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
-        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
-            that it was moved to.
-        cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
-        device: where to compute, as torch names it; "auto" means a GPU where there is one, None the
-            CPU.
-        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
-            no bound.
-        probe: what method "probe" samples.
-        progress: called as progress(done, total, name); what it raises ends the call, and nothing
-            is written.
+        help: what it does and what it takes, in the words of the command line, of Python and of
+            whatever shows a form.
+        panel: the group that it belongs to; "" keeps it off the command line.
+        metavar: what stands for its value; "" leaves that to its type.
+        basic: whether the first page of the command line's help has it.
+        decides: whether the result depends on it. What says only where to compute, or what to
+            refuse, does not.
+        words: the values that it takes, where these are words.
     """
 
-    method: MethodChoice = "auto"
-    rank: Rank = DEFAULT_RANK
-    match: Match = "name"
-    dropped: DroppedMode = "skip"
-    inserted: InsertedMode = "skip"
-    threshold: float = DEFAULT_THRESHOLD
-    damping: float | None = None
-    strength: Strength | None = None
-    look: LookMode = "target"
-    out_rank: OutRank = "exact"
-    text_encoder: TextEncoderMode = "copy"
-    vectors: VectorsMode = "copy"
-    min_coverage: float = 0.0
-    again: bool = False
-    cache: str | PathLike[str] | None = None
-    device: str | None = None
-    max_memory: int | str | None = None
-    probe: Probing = DEFAULT_PROBING
-    progress: Progress | None = None
+    help: str
+    panel: str = ""
+    metavar: str = ""
+    basic: bool = False
+    decides: bool = True
+    words: tuple[str, ...] = ()
+
+
+def option(default: Any, help: str, /, **shown: Any) -> Any:
+    """A field of an options object, with what is told of it (see `Shown`)."""
+    return field(default=default, metadata={"shown": Shown(help, **shown)})
+
+
+def find_shown(kind: type, name: str) -> Shown:
+    """What is told of an option of an options object."""
+    by_name = {known.name: known for known in fields(kind)}
+    return _read_shown(by_name[name])
+
+
+def _read_shown(known: Field[Any]) -> Shown:
+    shown: Shown = known.metadata["shown"]
+    return shown
+
+
+METHOD, OUTPUT, MATCHING = "Method", "Output", "Matching"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """How a LoRA is moved; `transfer` takes each of these by its name."""
+
+    method: MethodChoice = option(
+        "auto",
+        'How to move the LoRA. "auto": what docs/evidence.md found best for bases as far apart as '
+        'these; "copy": the update as it is; "damped": weakened along what the target has '
+        'learnt; "prolora": the paper; "subspace": its ablation without the complement; '
+        '"lora-x", "blocks": its relatives; "probe": fitted to the running models, which '
+        "needs pipeline folders.",
+        panel=METHOD,
+        basic=True,
+        words=METHOD_NAMES,
+    )
+    strength: Strength | None = option(
+        None,
+        'Factor on every update; "auto" takes what suits these bases best. Default: "auto" '
+        'with method "auto", otherwise 1.',
+        panel=METHOD,
+        metavar="FACTOR|auto",
+        basic=True,
+    )
+    look: LookMode = option(
+        "target",
+        'What method "auto" aims at. "target": the LoRA\'s idea in the target\'s own look; '
+        '"lora": the images that the LoRA was made for.',
+        panel=METHOD,
+        basic=True,
+        words=get_args(LookMode),
+    )
+    rank: Rank = option(
+        DEFAULT_RANK,
+        "Columns of the subspaces (320), or the share of energy that they hold (0.99).",
+        panel=METHOD,
+        metavar="RANK",
+    )
+    threshold: float = option(
+        DEFAULT_THRESHOLD,
+        "Overlap Φ, 0 … 1, that both sides of a pair of weights must reach; a pair below it gets "
+        'no update. Method "copy" looks at no weights and skips nothing.',
+        panel=METHOD,
+        metavar="SHARE",
+    )
+    damping: float | None = option(
+        None, 'κ of method "damped", 0 or more. Default: chosen by the drift between the bases.'
+    )
+    text_encoder: TextEncoderMode = option(
+        "copy",
+        'The LoRA\'s text-encoder part: "copy" it unchanged, "project" it like the rest where '
+        'both bases hold its weights, or "skip" it.',
+        panel=METHOD,
+        words=get_args(TextEncoderMode),
+    )
+    vectors: VectorsMode = option(
+        "copy",
+        'Trained biases and normalisation layers: "copy" them, or "skip" them.',
+        words=get_args(VectorsMode),
+    )
+    again: bool = option(
+        False,
+        "Move a LoRA that prolora moved before, although the source is not the base that it was "
+        "moved to.",
+        panel=METHOD,
+        decides=False,
+    )
+    match: Match = option(
+        AUTO_MATCH,
+        'How modules are paired. "auto": by name, or by their weights where blocks were cut out, '
+        'added or renumbered; "name": by name alone; "similarity": by their weights alone; or a '
+        "JSON file or mapping {target module: source module}.",
+        panel=MATCHING,
+        metavar="auto|name|similarity|FILE",
+    )
+    dropped: DroppedMode = option(
+        "skip",
+        'Updates of blocks that the target has dropped: "skip" them, or "sum" them onto the '
+        "nearest block that is still there.",
+        panel=MATCHING,
+        words=get_args(DroppedMode),
+    )
+    min_coverage: float = option(
+        0.0,
+        "Fail if a smaller share of the LoRA's modules, 0 … 1, can move.",
+        panel=MATCHING,
+        metavar="SHARE",
+    )
+    out_rank: OutRank = option(
+        "exact",
+        "Rank of the output: a number, a share of an update's energy (0.99), a share of the LoRA's "
+        "own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
+        'energy), or "exact" (at most twice the LoRA\'s).',
+        panel=OUTPUT,
+        metavar="RANK",
+    )
+    format: FormatLike | None = option(
+        None,
+        "Format of the output, or the program that will read it. Default: the LoRA's own format.",
+        panel=OUTPUT,
+        metavar="FORMAT|PROGRAM",
+        basic=True,
+        words=FORMATS,
+    )
+    dtype: DtypeLike | None = option(
+        None,
+        "Type of the factors in the file. Default: the LoRA's.",
+        panel=OUTPUT,
+        words=get_args(DtypeName),
+    )
+    cache: str | PathLike[str] | None = option(
+        None,
+        "Folder that keeps what is computed of the bases, for the next LoRA.",
+        metavar="FOLDER",
+        decides=False,
+    )
+    device: str | None = option(
+        None,
+        'Where to compute: cpu, cuda, cuda:1; "auto" means a GPU where there is one.',
+        metavar="DEVICE",
+        decides=False,
+    )
+    max_memory: int | str | None = option(
+        None,
+        "Memory this process may take, as 2GiB; refused if it is too little.",
+        metavar="SIZE",
+        decides=False,
+    )
+    probe: Probing = option(DEFAULT_PROBING, 'What method "probe" samples, and how it fits.')
+    progress: Progress | None = option(
+        None,
+        "Called as progress(done, total, name); what it raises ends the call, and nothing is "
+        "written.",
+        decides=False,
+    )
 
     def __post_init__(self) -> None:
         """Refuses values that no transfer can use, before anything is read.
@@ -137,15 +253,11 @@ class TransferOptions:
             read_rank(self.rank)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
-        for name, words in (
-            ("method", METHOD_NAMES),
-            ("text_encoder", TEXT_ENCODER),
-            ("dropped", DROPPED),
-            ("inserted", INSERTED),
-            ("vectors", VECTORS),
-            ("look", LOOKS),
-        ):
-            check_choice(name, getattr(self, name), words)
+        object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        for known in fields(self):
+            words, value = _read_shown(known).words, getattr(self, known.name)
+            if words and not (value == known.default or isinstance(value, torch.dtype)):
+                check_choice(known.name, value, words)
         for name in ("threshold", "min_coverage"):
             _check_share(name, getattr(self, name))
         if self.damping is not None and not (0 <= self.damping < math.inf):
@@ -171,6 +283,10 @@ class TransferOptions:
                 f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {self.method} "
                 "fits new ones: give a rank or a share of the energy"
             )
+
+    def for_file(self) -> TransferOptions:
+        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        return self if self.format is not None else replace(self, format="auto")
 
     def decide(self, verdict: Verdict | None) -> TransferOptions:
         """The options with method, strength and damping settled.
@@ -217,6 +333,80 @@ class TransferOptions:
         return parse_limit(self.max_memory)
 
 
+class OptionChanges(TypedDict, total=False):
+    """The fields of `TransferOptions` as keywords, for type checkers; a test compares the two."""
+
+    method: MethodChoice
+    strength: Strength | None
+    look: LookMode
+    rank: Rank
+    threshold: float
+    damping: float | None
+    text_encoder: TextEncoderMode
+    vectors: VectorsMode
+    again: bool
+    match: Match
+    dropped: DroppedMode
+    min_coverage: float
+    out_rank: OutRank
+    format: FormatLike | None
+    dtype: DtypeLike | None
+    cache: str | PathLike[str] | None
+    device: str | None
+    max_memory: int | str | None
+    probe: Probing
+    progress: Progress | None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def settle_options(options: TransferOptions, changes: Mapping[str, Any]) -> TransferOptions:
+    """The options with changes made by keyword.
+
+    Raises:
+        InvalidOption: an option that there is not, or a value that it does not take.
+    """
+    known = {taken.name for taken in fields(options)}
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InvalidOption(f"there is no option {name!r}{hint}")
+    return replace(options, **changes)
+
+
+def takes_options(function: Function) -> Function:
+    """Gives a function with `options` and `**changes` the help of every option.
+
+    `help()` and editors then show each keyword with its default and what it does.
+    """
+    names = OptionChanges.__annotations__
+    told = [known for known in fields(TransferOptions) if known.name in names]
+    lines = [
+        textwrap.fill(
+            f"{known.name}: {_read_shown(known).help}",
+            width=100,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+        )
+        for known in told
+    ]
+    text = function.__doc__ or ""
+    function.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    taken = {parameter.name for parameter in parameters}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters += [
+        inspect.Parameter(known.name, keyword, default=known.default, annotation=known.type)
+        for known in told
+        if known.name not in taken
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
 def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
     """Refuses a value that is none of the words.
 
@@ -244,3 +434,6 @@ def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:
     check_choice("dtype", dtype, get_args(DtypeName))
     named: torch.dtype = getattr(torch, dtype)
     return named
+
+
+DEFAULT_OPTIONS = TransferOptions()

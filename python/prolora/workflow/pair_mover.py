@@ -21,7 +21,6 @@ from ..comparison.width_selection import WidthFinder
 from ..core.methods import Needs
 from ..errors import ProLoRAError
 from .by_weights.decision import decide_method
-from .by_weights.file_budget import OutputForm
 from .by_weights.job import Job
 from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
 from .by_weights.move_updates import move_all
@@ -87,7 +86,6 @@ class PairMover:
         source, target: the bases.
         asked: the options as they were given.
         chosen: the same with blocks matched, and no progress: each group labels its own.
-        output: what the results are written as.
         memory: what may be in memory at a time.
         widths: what is known of a target that is narrower than the source.
     """
@@ -96,7 +94,6 @@ class PairMover:
     target: Base
     asked: TransferOptions
     chosen: TransferOptions
-    output: OutputForm
     memory: Memory
     widths: WidthFinder
 
@@ -106,7 +103,6 @@ class PairMover:
         source: Base,
         target: Base,
         asked: TransferOptions,
-        output: OutputForm,
         cache: BasisCache,
     ) -> PairMover:
         """Matches the blocks of the bases once, for all LoRAs."""
@@ -114,7 +110,6 @@ class PairMover:
             asked.match,
             source,
             target,
-            inserted=asked.inserted,
             cache=cache,
             device=asked.device,
             max_memory=asked.max_memory,
@@ -123,7 +118,7 @@ class PairMover:
         chosen = replace(asked, match=match, progress=None)
         memory = Memory(asked.memory_limit, asked.rank, asked.device)
         widths = WidthFinder(source, target, asked.device)
-        return cls(source, target, asked, chosen, output, memory, widths)
+        return cls(source, target, asked, chosen, memory, widths)
 
     def look_up(self, tasks: Iterable[Task], redo: bool, cache: BasisCache) -> None:
         """Gives each task its recipe, and an outcome to those whose result is there already."""
@@ -141,7 +136,7 @@ class PairMover:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        return Recipe.of(task.lora, self.source, self.target, self.asked, self.output)
+        return Recipe.of(task.lora, self.source, self.target, self.asked)
 
     def run(
         self, tasks: Sequence[Task], cache: BasisCache, loras: Sequence[Path]
@@ -179,9 +174,7 @@ class PairMover:
 
             def move(task: Task = task) -> Report:
                 check_output(task.out, inputs)
-                return run_transfer_file(
-                    task.lora, self.source, self.target, task.out, options, self.output
-                )
+                return run_transfer_file(task.lora, self.source, self.target, task.out, options)
 
             task.finish(task.attempt(move))
             yield task
@@ -230,15 +223,13 @@ class PairMover:
 
     def _prepare(self, task: Task, inputs: list[Path], cache: BasisCache) -> None:
         check_output(task.out, inputs)
-        task.job = prepare_job(
-            task.lora, self.source, self.target, self.chosen, self.output, cache, self.widths
-        )
+        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, cache, self.widths)
 
     def _finish(self, task: Task, job: Job, bases: tuple[Base, Base], cache: BasisCache) -> Report:
         notes = task.recipe.describe if task.recipe else None
         result = finish_job(job, *bases, cache, notes)
         inputs = list_inputs(task.lora, self.source, self.target)
-        return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.output)
+        return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.chosen)
 
 
 def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:

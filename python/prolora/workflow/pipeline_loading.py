@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bases import BaseLike
 from ..errors import InvalidOption
-from .options import LoraLike, TransferOptions
+from .options import (
+    DEFAULT_OPTIONS,
+    LoraLike,
+    OptionChanges,
+    TransferOptions,
+    settle_options,
+    takes_options,
+)
 from .report import Report
 from .transfer import transfer
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes_options
 def load_moved_lora(
     pipe: Any,
     lora: LoraLike,
     source: BaseLike,
+    options: TransferOptions = DEFAULT_OPTIONS,
     *,
     adapter_name: str | None = None,
     adapter_weight: float = 1.0,
-    options: TransferOptions | None = None,
+    **changes: Unpack[OptionChanges],
 ) -> Report:
     """Moves a LoRA to the base that a pipeline holds, and loads it there without a file.
 
@@ -30,9 +42,10 @@ def load_moved_lora(
         pipe: a diffusers pipeline with a `unet` or `transformer` and `load_lora_weights`.
         lora: the LoRA of the source base, as `transfer` takes it.
         source: the base it was trained on, as `transfer` takes it.
+        options: how to move it.
         adapter_name: as `pipe.set_adapters` will call it; None leaves the name to diffusers.
         adapter_weight: its weight.
-        options: how to move it; None means the defaults of `transfer`.
+        **changes: options by name, in place of those.
 
     Returns:
         What was kept and lost.
@@ -43,8 +56,7 @@ def load_moved_lora(
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise InvalidOption(f"{type(pipe).__name__} has no load_lora_weights: it loads no LoRAs")
-    chosen = vars(options if options is not None else TransferOptions())
-    done = transfer(lora, source, pipe, **chosen)
+    done = transfer(lora, source, pipe, settle_options(options, changes))
     before = _list_adapters(pipe)
     pipe.load_lora_weights(done.state_dict("diffusers"), adapter_name=adapter_name)
     if adapter_weight != 1:

@@ -130,7 +130,7 @@ def make_plan(
     adapter: Adapter,
     source: Base,
     target: Base,
-    match: Match = "name",
+    match: Match = "auto",
     text_encoder: str = "copy",
     dropped: str = "skip",
     widths: WidthFinder | None = None,

@@ -18,11 +18,9 @@ from ..comparison.module_map import Matching
 from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..version import __version__
-from .by_weights.file_budget import OutputForm
-from .options import TransferOptions
+from .options import TransferOptions, find_shown
 
-# Options that say how the work is done, or what is refused, and not what comes out.
-_INDIFFERENT = ("again", "cache", "device", "progress", "max_memory")
+_FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class Recipe:
         source: the base it was trained on.
         target: the base it moves to.
         options: as they were asked for.
-        output: what the result is written as.
         lora_hash: "sha256:…" of the LoRA.
     """
 
@@ -42,19 +39,16 @@ class Recipe:
     source: Base
     target: Base
     options: TransferOptions
-    output: OutputForm
     lora_hash: str
 
     @classmethod
-    def of(
-        cls, lora: Path, source: Base, target: Base, options: TransferOptions, output: OutputForm
-    ) -> Recipe:
+    def of(cls, lora: Path, source: Base, target: Base, options: TransferOptions) -> Recipe:
         """The recipe of a LoRA that is not yet read: a file that changes later has another one.
 
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        return cls(lora, source, target, options, output, f"sha256:{_hash_adapter(lora)}")
+        return cls(lora, source, target, options, f"sha256:{_hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:
         """The two entries of a result's header; reads the bases completely, for their hashes.
@@ -65,14 +59,14 @@ class Recipe:
         chosen = {
             field.name: _jsonable(getattr(self.options, field.name))
             for field in fields(self.options)
-            if field.name not in _INDIFFERENT
+            if find_shown(TransferOptions, field.name).decides and field.name not in _FORM
         }
         # As all results were made before there was a choice.
-        for name, usual in (("inserted", "skip"), ("look", "target")):
+        for name, usual in (("look", "target"),):
             if chosen[name] == usual:
                 del chosen[name]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
-        form = (self.output.format, str(self.output.dtype))
+        form = (self.options.format, str(self.options.dtype))
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
         return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
 

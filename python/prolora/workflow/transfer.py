@@ -6,41 +6,33 @@ import time
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
-from ..bases.base import Progress
-from ..comparison.contested_blocks import InsertedMode
-from ..comparison.module_map import Match
-from ..comparison.verdict import DEFAULT_THRESHOLD, LookMode
 from ..core.precision import in_full_precision
-from ..core.projection import DEFAULT_RANK
-from ..core.rank_rule import Rank
-from ..probe.settings import Probing
 from .by_probing.pipeline import transfer_by_probing
-from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import Notes, list_inputs, transfer_by_weights
 from .options import (
-    DEFAULT_PROBING,
-    DroppedMode,
+    DEFAULT_OPTIONS,
     DtypeLike,
     FormatLike,
     LoraLike,
-    MethodChoice,
-    Strength,
-    TextEncoderMode,
+    OptionChanges,
     TransferOptions,
-    VectorsMode,
     read_dtype,
+    settle_options,
+    takes_options,
 )
-from .out_rank import OutRank
 from .output_paths import check_output
 from .report import Report
 from .resume import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,32 +109,13 @@ class Transfer:
         return adapters.describe_peft_config(self.adapter)
 
 
+@takes_options
 def transfer(
     lora: LoraLike,
     source: BaseLike,
     target: BaseLike,
-    *,
-    method: MethodChoice = "auto",
-    rank: Rank = DEFAULT_RANK,
-    match: Match = "name",
-    threshold: float = DEFAULT_THRESHOLD,
-    damping: float | None = None,
-    strength: Strength | None = None,
-    look: LookMode = "target",
-    out_rank: OutRank = "exact",
-    dropped: DroppedMode = "skip",
-    inserted: InsertedMode = "skip",
-    text_encoder: TextEncoderMode = "copy",
-    vectors: VectorsMode = "copy",
-    min_coverage: float = 0.0,
-    again: bool = False,
-    format: FormatLike | None = None,
-    dtype: DtypeLike | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    probe: Probing = DEFAULT_PROBING,
-    progress: Progress | None = None,
+    options: TransferOptions = DEFAULT_OPTIONS,
+    **changes: Unpack[OptionChanges],
 ) -> Transfer:
     """Turns a LoRA of one base model into the LoRA of another, without training and without data.
 
@@ -151,46 +124,8 @@ def transfer(
         source: the base that the LoRA was trained on: a file, a folder, an id on the hub, a mapping
             name -> tensor, an nn.Module or an opened `Base`.
         target: the base to move to, in any of these forms.
-        method: "auto" (chosen by how far the bases are apart), "prolora" (the paper), "subspace"
-            (its ablation without the complement), "lora-x", "blocks", "copy" (the update as it is),
-            "damped" (weakened along the drift of the weights) or "probe" (fitted to the running
-            models).
-        rank: columns of the subspaces, or the share of energy that they hold, between 0 and 1.
-        match: how modules are paired: "name"; "similarity" (blocks are recognised by their
-            weights); a JSON file or a mapping {target module: source module}.
-        threshold: the overlap Φ that both sides of a pair must reach, 0 … 1; a pair below it gets
-            no update.
-        damping: κ of "damped"; None chooses it by the drift between the bases.
-        strength: factor on every update; "auto" chooses it by the drift between the bases; None
-            means "auto" for method "auto" and 1 for any other method.
-        look: what the automatic method and strength aim at: "target", what the LoRA means in the
-            target's own look; "lora", the images that the LoRA was made for.
-        out_rank: "exact" keeps every singular value of the result; an int keeps at most that many;
-            a share between 0 and 1 the fewest that hold this much of an update's energy; "50%" half
-            as many as the LoRA's own rank; "100MB" those that fit a file of that size.
-        dropped: "skip" leaves out the updates of blocks that the target has dropped; "sum" adds
-            them to those of the nearest block that is still there.
-        inserted: what feeds blocks that the target has more, where blocks are matched by
-            similarity: "skip" nothing, "similar" the block of the source that they resemble,
-            "previous" the block that feeds the one before them.
-        text_encoder: "copy" carries the text encoders' updates over unchanged, "project" moves
-            them as all others, "skip" leaves them out.
-        vectors: "copy" carries trained biases and normalisation layers over, "skip" leaves them
-            out.
-        min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
-        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
-            that it was moved to.
-        format: the format that the result must fit: "auto", "kohya", "diffusers", "peft" or
-            "comfy"; None asks for none.
-        dtype: of the factors in the file; counts where `out_rank` is a size.
-        cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
-        device: where to compute, as torch names it; "auto" means a GPU where there is one, None the
-            CPU.
-        max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
-            no bound.
-        probe: what method "probe" samples.
-        progress: called as progress(done, total, name); what it raises ends the call, and nothing
-            is written.
+        options: how to move it.
+        **changes: options by name, in place of those.
 
     Returns:
         The LoRA of the target in memory, with the report.
@@ -208,29 +143,9 @@ def transfer(
             the held-out probes speak against it.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
-    options = TransferOptions(
-        method=method,
-        rank=rank,
-        match=match,
-        threshold=threshold,
-        damping=damping,
-        strength=strength,
-        look=look,
-        out_rank=out_rank,
-        dropped=dropped,
-        inserted=inserted,
-        text_encoder=text_encoder,
-        vectors=vectors,
-        min_coverage=min_coverage,
-        again=again,
-        cache=cache,
-        device=device,
-        max_memory=max_memory,
-        probe=probe,
-        progress=progress,
+    return run_transfer(
+        lora, open_base(source), open_base(target), settle_options(options, changes)
     )
-    output = OutputForm.of(options, format, dtype)
-    return run_transfer(lora, open_base(source), open_base(target), options, output)
 
 
 @in_full_precision
@@ -239,7 +154,6 @@ def run_transfer(
     source: Base,
     target: Base,
     options: TransferOptions,
-    output: OutputForm,
     notes: Notes | None = None,
 ) -> Transfer:
     """Moves a LoRA through the pipeline that its method needs.
@@ -248,42 +162,30 @@ def run_transfer(
         ProLoRAError: see `transfer`.
     """
     pipeline = transfer_by_probing if options.runs_models else transfer_by_weights
-    result = pipeline(lora, source, target, options, output, notes)
+    result = pipeline(lora, source, target, options, notes)
     return Transfer(result.adapter, result.report, list_inputs(lora, source, target))
 
 
+@takes_options
 def transfer_file(
     lora: str | PathLike[str],
     source: BaseLike,
     target: BaseLike,
     out: str | PathLike[str],
-    *,
-    method: MethodChoice = "auto",
-    rank: Rank = DEFAULT_RANK,
-    match: Match = "name",
-    threshold: float = DEFAULT_THRESHOLD,
-    damping: float | None = None,
-    strength: Strength | None = None,
-    look: LookMode = "target",
-    out_rank: OutRank = "exact",
-    dropped: DroppedMode = "skip",
-    inserted: InsertedMode = "skip",
-    text_encoder: TextEncoderMode = "copy",
-    vectors: VectorsMode = "copy",
-    min_coverage: float = 0.0,
-    again: bool = False,
-    format: FormatLike = "auto",
-    dtype: DtypeLike | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    probe: Probing = DEFAULT_PROBING,
-    progress: Progress | None = None,
+    options: TransferOptions = DEFAULT_OPTIONS,
+    **changes: Unpack[OptionChanges],
 ) -> Report:
     """Moves a LoRA from file to file: `transfer`, then `Transfer.save`.
 
-    The output path is checked before any work. Every option has the meaning that it has in
-    `transfer`; `format` and `dtype` are those of the file.
+    The output path is checked before any work.
+
+    Args:
+        lora: a .safetensors file or a PEFT folder.
+        source: the base that the LoRA was trained on, as `transfer` takes it.
+        target: the base to move to, likewise.
+        out: the file to write, or a folder for format "peft".
+        options: how to move it.
+        **changes: options by name, in place of those.
 
     Returns:
         What was kept and lost.
@@ -292,29 +194,8 @@ def transfer_file(
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `transfer` raises.
     """
-    options = TransferOptions(
-        method=method,
-        rank=rank,
-        match=match,
-        threshold=threshold,
-        damping=damping,
-        strength=strength,
-        look=look,
-        out_rank=out_rank,
-        dropped=dropped,
-        inserted=inserted,
-        text_encoder=text_encoder,
-        vectors=vectors,
-        min_coverage=min_coverage,
-        again=again,
-        cache=cache,
-        device=device,
-        max_memory=max_memory,
-        probe=probe,
-        progress=progress,
-    )
-    output = OutputForm.of(options, format, dtype)
-    return run_transfer_file(Path(lora), open_base(source), open_base(target), out, options, output)
+    options = settle_options(options, changes).for_file()
+    return run_transfer_file(Path(lora), open_base(source), open_base(target), out, options)
 
 
 def run_transfer_file(
@@ -323,7 +204,6 @@ def run_transfer_file(
     target: Base,
     out: str | PathLike[str],
     options: TransferOptions,
-    output: OutputForm,
 ) -> Report:
     """`transfer_file`, its options checked and its bases opened.
 
@@ -332,17 +212,17 @@ def run_transfer_file(
         ProLoRAError: see `transfer`.
     """
     check_output(out, list_inputs(lora, source, target))
-    recipe = Recipe.of(lora, source, target, options, output)
-    done = run_transfer(lora, source, target, options, output, recipe.describe)
+    recipe = Recipe.of(lora, source, target, options)
+    done = run_transfer(lora, source, target, options, recipe.describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {Path(out).name}")
-    return save_result(done, Path(out), output)
+    return save_result(done, Path(out), options)
 
 
-def save_result(done: Transfer, out: Path, output: OutputForm) -> Report:
+def save_result(done: Transfer, out: Path, options: TransferOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
-    done.save(out, format=output.format or "auto", dtype=output.dtype)
+    done.save(out, format=options.format or "auto", dtype=options.dtype)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done.report, seconds=seconds)

@@ -29,7 +29,6 @@ from ..by_weights.assembly import (
     explain_low_coverage,
     list_tensors_left_out,
 )
-from ..by_weights.file_budget import OutputForm
 from ..by_weights.pipeline import Notes, Result, move_without_header, prefix_notes, read_lora
 from ..module_report import ModuleReport
 from ..moved_before import check_moved_before
@@ -48,7 +47,6 @@ def transfer_by_probing(
     source: Base,
     target: Base,
     options: TransferOptions,
-    output: OutputForm,
     notes: Notes | None = None,
 ) -> Result:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
@@ -66,11 +64,11 @@ def transfer_by_probing(
     adapter = read_lora(lora, source)
     route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
     blank = _outline_result(route)
-    adapters.check_format(blank, output.format or "auto")
+    adapters.check_format(blank, options.format or "auto")
     coverage = outline_report(adapter, source, target, options).coverage
     if coverage < options.min_coverage:
         raise LowCoverage(explain_low_coverage(coverage, options.min_coverage, 0.0))
-    rival = _move_rival(route, output)
+    rival = _move_rival(route)
     if rival is None and options.probe.start == "copy":
         raise ShapeMismatch(NO_COPY)
     updates, report = _fit_models(route, rival.adapter.updates if rival else {})
@@ -95,14 +93,13 @@ def _read_notes(notes: Notes | None) -> dict[str, str]:
     return {} if notes is None else prefix_notes(notes(BasisCache(None)))
 
 
-def _move_rival(route: Route, output: OutputForm) -> Result | None:
+def _move_rival(route: Route) -> Result | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     for method in methods:
-        options = replace(route.options, method=method, progress=None)
-        form = OutputForm.of(options, output.format, None)
+        options = replace(route.options, method=method, progress=None, dtype=None)
         try:
-            return move_without_header(route.adapter, route.source, route.target, options, form)
+            return move_without_header(route.adapter, route.source, route.target, options)
         except UnrelatedBases:
             continue
         except ProLoRAError:

@@ -9,6 +9,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...architectures.modules import find_block, is_adaptable
 from ...bases import Base, vae
+from ...comparison.module_map import AUTO_MATCH
 from ...comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ...core.lowrank import LowRank
 from ...core.projection import DEFAULT_RANK
@@ -31,9 +32,8 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
             image can cross.
     """
     unused = {
-        "match": options.match == "name",
+        "match": options.match == AUTO_MATCH,
         "dropped": options.dropped == "skip",
-        "inserted": options.inserted == "skip",
         "rank": options.rank == DEFAULT_RANK,
         "damping": options.damping is None,
         "threshold": options.threshold == DEFAULT_THRESHOLD,

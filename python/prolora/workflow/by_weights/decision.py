@@ -40,7 +40,10 @@ def decide_method(
     _measure_pairs(job, source, target, cache, memory, results)
     if job.asked.chosen is None:
         cosines = {module: affinity.cosine for module, affinity in job.affinities.items()}
-        match = recognise_blocks(job.asked.match, source, target, cosines)
+        by_names = not job.plan.decisions  # names told which block is which
+        match = job.asked.match
+        if by_names:
+            match = recognise_blocks(match, source, target, cosines)
         if match is not job.asked.match:
             job = job.prepare(replace(job.asked, match=match))
             _measure_pairs(job, source, target, cache, memory, results)

@@ -18,11 +18,8 @@ from ...core.recompression import product_energies
 from ...errors import OutputError
 from ..module_report import ModuleReport
 from ..options import (
-    FORMATS,
-    DtypeLike,
     FormatLike,
     TransferOptions,
-    check_choice,
     read_dtype,
 )
 from ..out_rank import parse_size_limit
@@ -61,17 +58,9 @@ class OutputForm:
     limit: int | None = None
 
     @classmethod
-    def of(
-        cls, options: TransferOptions, format: FormatLike | None, dtype: DtypeLike | None
-    ) -> OutputForm:
-        """What the options ask for, in that format and dtype.
-
-        Raises:
-            InvalidOption: there is no such format or dtype.
-        """
-        if format is not None:
-            check_choice("format", format, FORMATS)
-        return cls(format, read_dtype(dtype), parse_size_limit(options.out_rank))
+    def of(cls, options: TransferOptions) -> OutputForm:
+        """What the options ask for."""
+        return cls(options.format, read_dtype(options.dtype), parse_size_limit(options.out_rank))
 
     def check(self, outline: Adapter) -> None:
         """Refuses what the format cannot hold, or the size, before anything is moved.

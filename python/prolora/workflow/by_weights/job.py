@@ -11,7 +11,6 @@ from ...comparison.drift import Affinity
 from ...comparison.verdict import Verdict
 from ..options import TransferOptions
 from ..plan import Pair, Plan
-from .file_budget import OutputForm
 from .lora_work import LoraWork
 
 
@@ -23,7 +22,6 @@ class Job:
         adapter: as it was read; updates without a place have no values any more.
         plan: where its modules go.
         asked: the options, before anything was decided.
-        output: what the result will be written as.
         work: what is moved, and what has been.
         energies: ‖ΔW_s‖² of the modules without a place, and of those that were sliced.
         prepare: reads and plans the LoRA anew, with other options.
@@ -35,7 +33,6 @@ class Job:
     adapter: Adapter
     plan: Plan
     asked: TransferOptions
-    output: OutputForm
     work: LoraWork
     energies: dict[str, float]
     prepare: Callable[[TransferOptions], Job]

@@ -70,7 +70,6 @@ def transfer_by_weights(
     source: Base,
     target: Base,
     options: TransferOptions,
-    output: OutputForm,
     notes: Notes | None = None,
 ) -> Result:
     """Moves one LoRA: the stages, one after the other.
@@ -79,12 +78,12 @@ def transfer_by_weights(
         ProLoRAError: see `prolora.transfer`.
     """
     with BasisCache(options.cache).saving() as cache:
-        job, source = _move_job(lora, source, target, options, output, cache)
+        job, source = _move_job(lora, source, target, options, cache)
         return finish_job(job, source, target, cache, notes)
 
 
 def move_without_header(
-    lora: LoraLike, source: Base, target: Base, options: TransferOptions, output: OutputForm
+    lora: LoraLike, source: Base, target: Base, options: TransferOptions
 ) -> Result:
     """`transfer_by_weights` of what may never be written: no base is hashed for its header.
 
@@ -92,7 +91,7 @@ def move_without_header(
         ProLoRAError: see `prolora.transfer`.
     """
     with BasisCache(options.cache).saving() as cache:
-        job, source = _move_job(lora, source, target, options, output, cache)
+        job, source = _move_job(lora, source, target, options, cache)
         return finish_job(job, source, target, None)
 
 
@@ -101,12 +100,11 @@ def _move_job(
     source: Base,
     target: Base,
     options: TransferOptions,
-    output: OutputForm,
     cache: BasisCache,
 ) -> tuple[Job, Base]:
     """All stages but the last, and the source as the target's widths cut it."""
     memory = Memory(options.memory_limit, options.rank, options.device)
-    job = prepare_job(lora, source, target, options, output, cache)
+    job = prepare_job(lora, source, target, options, cache)
     source = slice_source(source, [job.plan])
     job = decide_method(job, source, target, cache, memory, job.work.result_bytes())
     move_all([job.work], source, target, cache, memory, options.progress)
@@ -118,7 +116,6 @@ def prepare_job(
     source: Base,
     target: Base,
     asked: TransferOptions,
-    output: OutputForm,
     cache: BasisCache,
     widths: WidthFinder | None = None,
 ) -> Job:
@@ -129,7 +126,6 @@ def prepare_job(
         source: the base that it was trained on.
         target: the base that it moves to.
         asked: the options.
-        output: what the result is written as.
         cache: what is known of the weights.
         widths: what is known of a narrower target; None starts anew.
     """
@@ -143,7 +139,7 @@ def prepare_job(
     whole = measure_sliced(adapter, plan)
     adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
     summed = sum_dropped_blocks(adapter, plan)
-    if output != OutputForm():
+    if (output := OutputForm.of(asked)) != OutputForm():
         output.check(outline_result(summed, Route(adapter, plan, source, target, asked)))
     used = {pair.source for pair in plan.pairs}
     moved = replace(summed, updates={n: x for n, x in summed.updates.items() if n in used})
@@ -155,9 +151,9 @@ def prepare_job(
     work = LoraWork(moved, plan, asked, clock, own_ranks=find_own_ranks(adapter, plan))
 
     def prepare(options: TransferOptions) -> Job:
-        return prepare_job(lora, whole_source, target, options, output, cache, widths)
+        return prepare_job(lora, whole_source, target, options, cache, widths)
 
-    return Job(adapter, plan, asked, output, work, energies, prepare)
+    return Job(adapter, plan, asked, work, energies, prepare)
 
 
 def read_lora(lora: LoraLike, source: Base) -> Adapter:
@@ -184,7 +180,6 @@ def plan_transfer(
         options.match,
         source,
         target,
-        inserted=options.inserted,
         cache=cache,
         device=options.device,
         max_memory=options.max_memory,
@@ -230,7 +225,7 @@ def finish_job(
             provenance = read_provenance(metadata)
     moved = assemble_adapter(adapter, updates, vectors, target, metadata)
     with work.clock("fit"):
-        fitted = job.output.fit(moved, rows)
+        fitted = OutputForm.of(job.asked).fit(moved, rows)
     report = build_report(
         route,
         fitted.rows,

@@ -17,8 +17,7 @@ from ...files.hashing import hash_text
 from ...files.jsontext import parse_json_object
 from ...files.writing import check_writable, write_text_atomically
 from ...version import __version__
-from ..by_weights.file_budget import OutputForm
-from ..options import TransferOptions
+from ..options import DEFAULT_OPTIONS, TransferOptions, settle_options
 
 FORMAT = 1
 """The version of the file format."""
@@ -174,7 +173,7 @@ class Plan:
             return ""
         return base.fingerprint.get(pair.expert) or next(iter(base.fingerprint.values()), "")
 
-    def make_options(self, **resources: Any) -> tuple[TransferOptions, OutputForm]:
+    def make_options(self, **resources: Any) -> TransferOptions:
         """The options as a transfer takes them.
 
         Args:
@@ -183,13 +182,7 @@ class Plan:
         Raises:
             InvalidOption: an option of the plan that this version does not take.
         """
-        chosen = dict(self.options)
-        format, dtype = chosen.pop("format", "auto"), chosen.pop("dtype", None)
-        try:
-            options = TransferOptions(**chosen, **resources)
-        except TypeError as error:
-            raise InvalidOption(f"the plan's options: {error}") from error
-        return options, OutputForm.of(options, format, dtype)
+        return settle_options(DEFAULT_OPTIONS, {**self.options, **resources}).for_file()
 
     def list_batches(self) -> list[Batch]:
         """The moves in batches, the same for every reader of the plan."""

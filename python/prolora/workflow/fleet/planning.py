@@ -7,36 +7,43 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...adapters.unread import open_adapter
-from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
 from ...core.methods import Needs
 from ...errors import InvalidOption, ProLoRAError
 from ...files.jsontext import read_json_object
+from ..options import (
+    DEFAULT_OPTIONS,
+    OptionChanges,
+    TransferOptions,
+    settle_options,
+    takes_options,
+)
 from .calibration import Rates, calibrate
 from .listing import ListedLora, list_loras
 from .outcomes import find_state
 from .plan import Entry, PairOfBases, Plan, PlannedBase, make_label
 from .recognition import Outline, SourceFinder, outline_lora, refuse_move
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 StrPath = str | os.PathLike[str]
 
 
+@takes_options
 def plan_migration(
     loras: StrPath | Iterable[str | os.PathLike[str]],
     sources: StrPath | Sequence[StrPath],
     targets: StrPath | Sequence[StrPath],
+    options: TransferOptions = DEFAULT_OPTIONS,
     *,
     rates: Rates | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    **changes: Unpack[OptionChanges],
 ) -> Plan:
     """Plans the move of a collection to one or more bases; only headers are read.
 
@@ -46,11 +53,11 @@ def plan_migration(
         sources: the bases that they were trained on; which of them a LoRA belongs to is told by its
             header, its keys and their shapes. A base is a file, a folder or an id on the hub.
         targets: the bases to move to.
+        options: how the LoRAs will be moved, but for device, max_memory and probe, which are given
+            to `migrate`; `cache` remembers the hashes of files, and `progress` is called as
+            progress(done, total, LoRA).
         rates: speeds for the estimates, of another machine; None measures this one in a second.
-        cache: remembers the hashes of files.
-        progress: called as progress(done, total, LoRA).
-        **options: of `transfer`, but for cache, device, max_memory, probe and progress; with
-            `format` and `dtype`.
+        **changes: options by name, in place of those.
 
     Returns:
         A plan with an entry for each LoRA and target. Those that cannot move are in it, with the
@@ -61,10 +68,11 @@ def plan_migration(
         UnsupportedFormat: a file or folder that is not there; a base that cannot be opened.
     """
     started = time.perf_counter()
-    chosen = _settle_options(options)
+    asked = settle_options(options, changes)
+    chosen, progress = describe_choices(asked), asked.progress
     listed = list_loras(loras)
     rates = rates or calibrate()
-    with BasisCache(cache).saving() as hashes:
+    with BasisCache(asked.cache).saving() as hashes:
         shelf = _Shelf(hashes)
         source_labels = [shelf.open(path) for path in _list_paths(sources)]
         target_labels = [shelf.open(path) for path in _list_paths(targets)]
@@ -102,30 +110,36 @@ def _list_paths(paths: StrPath | Sequence[StrPath]) -> list[str]:
     return [os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in listed]
 
 
-def _settle_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as a plan keeps them: what JSON can hold, a map of modules by its content.
+def describe_choices(options: TransferOptions) -> dict[str, Any]:
+    """The options as a plan keeps them: those that are not as usual, as JSON can hold them.
+
+    A map of modules is kept by its content.
 
     Raises:
-        InvalidOption: an option that a plan does not take, or a value.
+        InvalidOption: an option that a plan does not take.
         UnsupportedFormat: the map of modules cannot be read.
     """
-    chosen = dict(options)
-    for name in ("probe", "progress", "device", "max_memory"):
-        if name in chosen:
+    if options.runs_models:
+        raise InvalidOption(
+            "method probe runs the models for each LoRA, which no plan estimates; move each LoRA "
+            "for itself, or choose another method"
+        )
+    usual, given = vars(DEFAULT_OPTIONS), vars(options)
+    for name in ("device", "max_memory", "probe"):
+        if given[name] != usual[name]:
             raise InvalidOption(f"{name} is no option of a plan")
-    if isinstance(chosen.get("dtype"), torch.dtype):
+    chosen = {
+        name: value
+        for name, value in given.items()
+        if value != usual[name] and name not in ("cache", "progress")
+    }
+    if "dtype" in chosen:
         chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
-    match = chosen.get("match", "name")
+    match = chosen.get("match", "auto")
     if isinstance(match, Mapping):
         chosen["match"] = dict(match)
-    elif match not in ("name", "similarity"):
+    elif match not in ("auto", "name", "similarity"):
         chosen["match"] = read_json_object(Path(match))
-    if chosen.get("method") == "probe":
-        raise InvalidOption(
-            "method probe runs the models for each LoRA, which no plan estimates; use `prolora "
-            "transfer --method probe`, or another method"
-        )
-    Plan((), {}, chosen).make_options()
     return chosen
 
 
@@ -184,7 +198,7 @@ class _Planner:
         rates: Rates,
     ) -> None:
         self.shelf, self.targets, self.rates = shelf, list(dict.fromkeys(targets)), rates
-        self.options, self.output = Plan((), {}, chosen).make_options()
+        self.options = Plan((), {}, chosen).make_options()
         opened = {label: shelf.opened[label] for label in sources}
         paths = {label: shelf.planned[label].path for label in sources}
         self.finder = SourceFinder(opened, paths, self.options, shelf.cache)
@@ -240,7 +254,7 @@ class _Planner:
         """Why a LoRA with such a header cannot move, "" if it can."""
         key = outline.signature, pair
         if key not in self._refusals:
-            reason = refuse_move(Path(lora), bases, self.options, self.output)
+            reason = refuse_move(Path(lora), bases, self.options)
             self._refusals[key] = reason.replace(f"{lora}: ", "")
         return self._refusals[key]
 

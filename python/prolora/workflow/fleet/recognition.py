@@ -196,14 +196,13 @@ def _refuse_source(lora: Path, source: Base) -> str:
     return ""
 
 
-def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions, output: OutputForm) -> str:
+def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions) -> str:
     """Why a LoRA cannot move between two bases, "" as far as headers tell.
 
     Args:
         lora: the LoRA.
         bases: the two bases.
         options: of the transfer.
-        output: what the result is written as.
     """
     source, target = bases.source, bases.target
     if options.match == "similarity":
@@ -216,7 +215,7 @@ def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions, output:
         if plan.refused and _may_be_narrower(source, target):
             return ""
         check_coverage(adapter, plan, options.min_coverage)
-        if output != OutputForm():
+        if (output := OutputForm.of(options)) != OutputForm():
             route = Route(adapter, plan, source, target, options)
             output.check(outline_result(sum_dropped_blocks(adapter, plan), route))
     except ShapeMismatch as error:

@@ -80,7 +80,7 @@ class PairWorker:
             InvalidOption: an option of the plan that this version does not take.
         """
         self.pair, self.settings, self.plan = pair, settings, settings.plan
-        self.options, self.output = self.plan.make_options(
+        self.options = self.plan.make_options(
             cache=settings.cache, device=settings.device, max_memory=settings.max_memory
         )
         self._stack = ExitStack()
@@ -145,7 +145,7 @@ class PairWorker:
         self.close()  # what an earlier call opened before it failed
         self._cache = self._stack.enter_context(BasisCache(self._find_cache()).saving())
         source, target = (self._open_base(which) for which in ("source", "target"))
-        mover = PairMover.open(source, target, self.options, self.output, self._cache)
+        mover = PairMover.open(source, target, self.options, self._cache)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -183,7 +183,7 @@ class PairWorker:
         parts = [recipe.lora_hash, prints, self.settings.chosen, __version__]
         digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
         appended = f"{entry.appended}-{digits}"
-        name = name_output(Path(entry.lora), str(self.output.format), appended)
+        name = name_output(Path(entry.lora), str(self.options.format), appended)
         return self._folder / name
 
     def _record_all(self, entries: Sequence[Entry], task: Task) -> Iterator[Record]:

@@ -19,7 +19,7 @@ def decisions_table(report: Report) -> Html | None:
         tag(
             "tr",
             name_cell(decision.target),
-            tag("td", decision.source or decision.fed_by or NOTHING),
+            tag("td", decision.source or NOTHING),
             tag("td", decision.runner_up or NOTHING),
             *map(
                 number_cell,
