@@ -113,8 +113,8 @@ class MethodOptions:
         bool,
         typer.Option(
             "--again",
-            help="Move a LoRA that prolora moved before, although --source is not the base that it "
-            "was moved to.",
+            help="Take both bases as given: even where the LoRA was moved to another base before, "
+            "or belongs to --target, or the two are one model.",
         ),
     ] = False
 

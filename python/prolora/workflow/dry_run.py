@@ -16,6 +16,7 @@ from ..core.precision import in_full_precision
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank
 from ..probe.settings import Probing
+from .base_check import check_bases
 from .by_probing.plan import check_probing
 from .by_probing.rows import outline_report
 from .by_weights.assembly import (
@@ -35,7 +36,6 @@ from .by_weights.slicing import (
     slice_source,
 )
 from .by_weights.vectors import carry_vectors
-from .moved_before import check_moved_before
 from .options import (
     DEFAULT_PROBING,
     DroppedMode,
@@ -120,7 +120,7 @@ def plan_report(
     )
     output = OutputForm.of(options, format, dtype)
     old, new = open_base(source), open_base(target)
-    check_moved_before(lora, old, options)
+    check_bases(lora, old, new, options)
     if options.runs_models:
         check_probing(old, new, options)
         report = outline_report(_outline_lora(lora, old), old, new, options)

@@ -93,8 +93,9 @@ class TransferOptions:
         vectors: "copy" carries trained biases and normalisation layers over to the modules that
             they belong to, "skip" leaves them out.
         min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
-        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
-            that it was moved to.
+        again: takes `source` and `target` as they are given. Else a LoRA that prolora moved before
+            must start from the base that it was moved to, the target must not be the base whose
+            hash the LoRA's header gives, and the two must not be one model.
         cache: folder that keeps subspaces for later LoRAs; None keeps nothing.
         device: where to compute, as torch names it; "auto" means a GPU where there is one, None the
             CPU.

@@ -178,8 +178,9 @@ def transfer(
         vectors: "copy" carries trained biases and normalisation layers over, "skip" leaves them
             out.
         min_coverage: the least share of the LoRA's modules that must find a place, 0 … 1.
-        again: moves a LoRA that prolora moved before from any base; else `source` must be the base
-            that it was moved to.
+        again: takes `source` and `target` as they are given. Else a LoRA that prolora moved before
+            must start from the base that it was moved to, the target must not be the base whose
+            hash the LoRA's header gives, and the two must not be one model.
         format: the format that the result must fit: "auto", "kohya", "diffusers", "peft" or
             "comfy"; None asks for none.
         dtype: of the factors in the file; counts where `out_rank` is a size.
@@ -201,6 +202,7 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
+        WrongBase: the LoRA belongs to `target` and not to `source`, or the two are one model.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputError: out_rank is a size that one column a module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.

@@ -240,7 +240,7 @@ class _Planner:
         """Why a LoRA with such a header cannot move, "" if it can."""
         key = outline.signature, pair
         if key not in self._refusals:
-            reason = refuse_move(Path(lora), bases, self.options, self.output)
+            reason = refuse_move(Path(lora), bases, self.options, self.output, self.shelf.cache)
             self._refusals[key] = reason.replace(f"{lora}: ", "")
         return self._refusals[key]
 
