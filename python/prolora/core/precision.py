@@ -37,7 +37,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def in_full_precision(function: AnyFunction) -> AnyFunction:
-    """The function, deaf to the caller's autocast and float32 precision (see `full_precision`)."""
+    """The function, deaf to the caller's settings for arithmetic (see `full_precision`)."""
 
     @wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -53,9 +53,12 @@ def full_precision() -> Iterator[None]:
 
     Bounds are proved for float32 products that keep 24 bits, and images of models in float32 are
     meant to be that. Autocast belongs to a thread; these settings belong to the process, so that
-    other threads keep 24 bits too for that long.
+    other threads keep 24 bits too for that long. Tensors that are made without a device are made
+    on the CPU, whatever the caller's default is.
     """
     with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

@@ -17,6 +17,7 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
 from ...core.methods import Needs
+from ...core.precision import in_full_precision
 from ...errors import InvalidOption, ProLoRAError
 from ...files.jsontext import read_json_object
 from .calibration import Rates, calibrate
@@ -28,6 +29,7 @@ from .recognition import Outline, SourceFinder, outline_lora, refuse_move
 StrPath = str | os.PathLike[str]
 
 
+@in_full_precision
 def plan_migration(
     loras: StrPath | Iterable[str | os.PathLike[str]],
     sources: StrPath | Sequence[StrPath],
