@@ -29,6 +29,7 @@ from .errors import (
     UnsupportedDevice,
     UnsupportedFormat,
     UnsupportedTensor,
+    WrongBase,
 )
 from .probe.settings import Probing
 from .version import __version__
@@ -81,6 +82,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedTensor",
     "Verdict",
+    "WrongBase",
     "__version__",
     "advise",
     "compare",

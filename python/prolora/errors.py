@@ -28,6 +28,7 @@ __all__ = [
     "UnsupportedDevice",
     "UnsupportedFormat",
     "UnsupportedTensor",
+    "WrongBase",
     "explain_os_error",
     "input_error",
     "output_error",
@@ -46,7 +47,11 @@ class UnrelatedBases(ProLoRAError):
     """The two bases share too little for any update to keep its meaning."""
 
 
-class AlreadyMoved(ProLoRAError):
+class WrongBase(ProLoRAError):
+    """A source that is not the base of the LoRA, or is the target itself."""
+
+
+class AlreadyMoved(WrongBase):
     """A LoRA that prolora moved before, and a source base that is not the one it was moved to."""
 
 

@@ -168,6 +168,7 @@ def test_outputs_are_named_as_their_format_needs(prolora, case, tmp_path):
             "--target",
             target,
             "-q",
+            "--again",
             "-o",
             moved,
             "--format",
@@ -370,7 +371,7 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
     for end in (("-o", tmp_path / "again.safetensors"), ("--dry-run",)):
         code, _, errors = prolora("transfer", moved, *line, *end)
         assert code == 2 and errors.startswith("AlreadyMoved:")
-        assert "give target as --source, or --again to move it" in errors
+        assert "give target as the source, or set again to move it" in errors
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
 
 

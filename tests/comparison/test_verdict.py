@@ -11,7 +11,13 @@ from spectra import related, weights
 
 import prolora
 from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import MAX_SHIFT, MIN_COSINE, Verdict, judge_affinity
+from prolora.comparison.verdict import (
+    MAX_SHIFT,
+    MIN_COSINE,
+    Verdict,
+    judge_affinity,
+    judge_pairs,
+)
 from prolora.errors import NonFiniteWeights
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
@@ -204,3 +210,42 @@ def test_relatives_of_the_mini_family_are_a_go(target):
     done = prolora.transfer(MINI / "loras/thick.safetensors", MINI / "source", MINI / target)
     assert done.report.verdict.go and done.report.verdict.cosine > 0.9
     assert 0 < done.report.totals["energy_surviving"] <= 1
+
+
+def make_pairs(strangers, relatives, heavy=1.0):
+    """Affinities of pairs with nothing in common, and of equal ones of another energy."""
+    strange = [
+        Affinity.of(weights(16, 24, seed=2 * i), weights(16, 24, seed=2 * i + 1))
+        for i in range(strangers)
+    ]
+    size = math.sqrt(heavy)
+    equal = [size * weights(16, 24, seed=700 + i) for i in range(relatives)]
+    return strange + [Affinity.of(weight, weight) for weight in equal]
+
+
+def test_one_heavy_weight_that_is_the_same_does_not_make_relatives_of_strangers():
+    pairs = make_pairs(strangers=44, relatives=1, heavy=44 * 19)  # 95 % of the energy
+    assert Affinity.total(pairs).cosine > 0.9
+    verdict = judge_pairs(pairs)
+    assert not verdict.related and abs(verdict.cosine) < 0.3
+    assert "nothing in common" in verdict.sentence()
+
+
+def test_strangers_are_outvoted_by_as_many_relatives_of_their_energy():
+    assert judge_pairs(make_pairs(strangers=10, relatives=10)).go
+    assert not judge_pairs(make_pairs(strangers=11, relatives=10)).related
+
+
+def test_weights_that_are_zero_in_both_bases_are_no_strangers():
+    nothing = [Affinity.of(torch.zeros(16, 24), torch.zeros(16, 24))] * 5
+    assert judge_pairs(make_pairs(strangers=0, relatives=2) + nothing).go
+
+
+def test_auto_refuses_where_most_modules_are_unrelated_beside_a_heavy_frozen_one():
+    source = source_weights()
+    target = unrelated()
+    heavy = next(iter(target))
+    source[heavy] = source[heavy] * 30
+    target[heavy] = source[heavy]
+    with pytest.raises(prolora.UnrelatedBases, match="nothing in common"):
+        prolora.transfer(lora_tensors(), named(source), named(target))

@@ -157,6 +157,75 @@ def test_the_precision_of_products_is_put_back_by_the_last_of_several_threads():
         assert torch.get_float32_matmul_precision() == "highest"
 
 
+def read_settings():
+    """Every setting by its name, as torch gives it or refuses to."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    values = {"matmul": torch.get_float32_matmul_precision(), "cudnn": cudnn.allow_tf32}
+    for library, name in (
+        (torch.backends.cuda, "matmul"),
+        (cudnn, "conv"),
+        (cudnn, "rnn"),
+        (mkldnn, "matmul"),
+        (mkldnn, "conv"),
+        (mkldnn, "rnn"),
+    ):
+        operation = getattr(library, name, None)
+        if hasattr(operation, "fp32_precision"):
+            values[f"{library.__name__}.{name}"] = operation.fp32_precision
+    return values
+
+
+@pytest.mark.parametrize("by_default", [True, False])
+def test_convolutions_keep_24_bits_inside_and_are_as_they_were_outside(by_default):
+    """torch's default is ten bits; old and new settings agree, or reading them would raise."""
+
+    @precision.in_full_precision
+    def look():
+        return read_settings()
+
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = by_default
+        outside = read_settings()
+        inside = look()
+        assert (inside.pop("matmul"), inside.pop("cudnn")) == ("highest", False)
+        assert set(inside.values()) <= {"ieee"}
+        assert read_settings() == outside and outside["cudnn"] is by_default
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
+def test_settings_that_contradict_each_other_are_pinned_and_put_back():
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        cudnn.allow_tf32, cudnn.conv.fp32_precision = True, "ieee"  # rnn is tf32
+        torch.set_float32_matmul_precision("high")
+        cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        with pytest.raises(RuntimeError):
+            read_settings()
+        with precision.full_precision():
+            assert cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "ieee"
+            assert cuda.matmul.fp32_precision == "ieee"
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+        assert cuda.matmul.fp32_precision == "tf32"
+    finally:
+        cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def test_what_somebody_sets_inside_stays():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        with precision.full_precision():
+            torch.backends.cudnn.allow_tf32 = True
+        assert torch.backends.cudnn.allow_tf32 is True
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def test_threads_of_the_caller_get_the_same_bits(expected):
     with ThreadPoolExecutor(4) as pool:
         for shape, found in pool.map(lambda s: (s, compute(s)), [*SHAPES, *SHAPES]):
@@ -180,7 +249,7 @@ def test_a_forked_child_computes_the_same(pinned):
         # Not bit for bit: bits, and signs of singular vectors, go with the number of threads.
         wanted = project(delta.dense(), source, target, rank=k)
         with precision.full_precision() if pinned else nullcontext():
-            held = precision._PRODUCTS._lock if pinned else nullcontext()
+            held = precision._ARITHMETIC._lock if pinned else nullcontext()
             with held, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 child = os.fork()

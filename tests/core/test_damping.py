@@ -152,3 +152,52 @@ def test_a_kappa_that_is_no_number_is_refused(kappa):
         prolora.damped(delta, source, target, kappa)
     with pytest.raises(prolora.ShapeMismatch, match="kappa is"):
         prolora.damped(delta, source, target, torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(8, 2048), (2048, 8)])
+def test_an_oblong_weight_is_damped_in_float64_as_soon_as_its_longer_side_asks_for_it(shape):
+    """κ is within float32 by the shorter side alone, and far beyond it by the longer one."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(3)
+    source = torch.randn(m, n, generator=generator)
+    left, right = (torch.randn(k, 1, generator=generator) for k in shape)
+    drift = left @ right.mT + 1e-4 * torch.randn(m, n, generator=generator)
+    delta = LowRank(torch.randn(m, 2, generator=generator), torch.randn(2, n, generator=generator))
+    target = source + drift
+    limit = float(source.norm() ** 2 / drift.norm() ** 2) / (64 * torch.finfo(torch.float32).eps)
+    kappa = 0.5 * limit / min(shape)
+    moved = prolora.damped(delta, source, target, kappa)
+    wanted = reference.damp_dense(delta.dense(), source.double(), target.double(), kappa)
+    assert (moved.dense().double() - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**-60, 2.0**60, 2.0**124])
+def test_a_common_factor_of_both_weights_changes_nothing(scale):
+    delta, source, target = case(16, 24, dtype=torch.float32)
+    both = [torch.stack([w, w * scale]) for w in (source, target)]
+    stack = LowRank(*(torch.stack([x, x]) for x in (delta.up, delta.down)))
+    moved = prolora.damped(stack, *both, 3.0)
+    plain = prolora.damped(delta, source, target, 3.0)
+    for i in range(2):
+        torch.testing.assert_close(moved.dense()[i], plain.dense(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("theirs", [3e38, -3e38, 1e-3])
+def test_weights_near_the_end_of_float32_are_damped_as_float64_damps_them(theirs):
+    delta, source, target = case(12, 20, dtype=torch.float32)
+    source = source / source.abs().max() * 3e38
+    target = target / target.abs().max() * theirs
+    moved = prolora.damped(delta, source, target, 2.0)
+    wanted = reference.damp_dense(delta.dense(), source.double(), target.double(), 2.0)
+    assert (moved.dense().double() - wanted).norm() < 1e-4 * wanted.norm()
+    projected = prolora.project(delta, source, target, method="damped", kappa=2.0)
+    assert torch.equal(projected.up, moved.up)
+
+
+def test_scaling_leaves_the_callers_weights_alone():
+    delta, source, target = case(12, 20, dtype=torch.float32)
+    for scale in (1.0, 1e35):
+        ours, theirs = source * scale, target * scale
+        before = ours.clone(), theirs.clone()
+        prolora.damped(delta, ours, theirs, 2.0)
+        assert torch.equal(ours, before[0]) and torch.equal(theirs, before[1])

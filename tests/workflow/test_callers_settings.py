@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mini import write_case
+from mini import BLOCK, MODULES, write_case
+from safetensors.torch import load_file
 
 import prolora
 
@@ -23,3 +24,29 @@ def test_autocast_changes_no_bit_of_a_result(tmp_path, options, dtype):
     assert found.report.totals == plain.report.totals == many.report.totals
     assert plan.totals["mapped"] == plain.report.totals["mapped"]
     assert again.modules == compared.modules
+
+
+def test_the_callers_default_device_changes_no_bit_of_a_result(tmp_path):
+    """The meta device stands for a GPU that torch makes tensors on by default."""
+    lora, source, target = write_case(tmp_path)
+    options = [
+        {"method": "copy"},
+        {"method": "damped"},
+        {"method": "prolora", "out_rank": "50%", "dropped": "sum"},
+        {"match": "similarity", "out_rank": "20kB"},
+    ]
+    plain = [prolora.transfer(lora, source, target, **each).state_dict() for each in options]
+    with torch.device("meta"):
+        assert prolora.inspect(lora).supported
+        assert prolora.open_base(source).read(BLOCK.format(0, MODULES[0])).device.type == "cpu"
+        for each, wanted in zip(options, plain, strict=True):
+            prolora.transfer_file(lora, source, target, tmp_path / "out.safetensors", **each)
+            found = load_file(tmp_path / "out.safetensors", device="cpu")
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert prolora.plan_report(lora, source, target).totals["mapped"]
+        assert prolora.advise(source, target, lora).go
+        plan = prolora.plan_migration([lora], source, target)
+        prolora.migrate(plan, tmp_path / "migrated")
+        assert torch.empty(1).device.type == "meta"
+    assert prolora.read_status(tmp_path / "migrated")

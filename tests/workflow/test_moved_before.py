@@ -2,13 +2,14 @@
 
 import json
 import logging
+import time
 
 import pytest
 from mini import source_weights, target_weights, write_case, write_folder
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.adapters.formats.moves import describe_moves, read_moves
+from prolora.adapters.formats.moves import MOST_EARLIER, describe_moves, read_moves
 from prolora.bases import identity
 from prolora.files.safetensors_file import SafetensorsFile
 
@@ -61,8 +62,8 @@ def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, t
         prolora.transfer_file(moved, a, c, out)
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
-    assert "--source is a.safetensors, the base that it was moved from" in text
-    assert "give b.safetensors as --source, or --again" in text
+    assert "the source is a.safetensors, the base that it was moved from" in text
+    assert "give b.safetensors as the source, or set again" in text
     assert not out.exists()
     with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
         prolora.transfer(moved, c, a)
@@ -178,3 +179,20 @@ def test_inspection_says_from_where_to_where_it_was_moved(files):
     ]
     table = json.loads(json.dumps(found.to_dict()))
     assert table["moves"][0]["method"] == "copy"
+
+
+def test_a_list_of_earlier_moves_that_nobody_made_costs_no_time(files, tmp_path):
+    moved, _, b, c = files
+    names = [{"source": f"s{i}", "target": f"t{i}"} for i in range(100_000)]
+    for listed in (names, names[:1000]):
+        tensors, header = load_file(moved), SafetensorsFile(moved).metadata
+        header["prolora.earlier_moves"] = json.dumps(listed)
+        save_file(tensors, tmp_path / "long.safetensors", header)
+        started = time.process_time()
+        moves = read_moves(header)
+        described = describe_moves(moves)
+        again = move(tmp_path / "long.safetensors", b, c, tmp_path / "out.safetensors")
+        assert time.process_time() - started < 2
+        assert len(moves) <= MOST_EARLIER + 1 and len(described) < 5000
+        assert len(again["prolora.earlier_moves"]) < 20_000
+    assert moves[-2].target == "t999"  # the latest are kept

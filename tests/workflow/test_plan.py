@@ -197,7 +197,7 @@ def test_an_update_that_does_not_fit_its_module_names_both_shapes_and_the_tensor
 )
 def test_a_lora_that_takes_a_second_image_is_named(layout, module, shape):
     update = LowRank(torch.zeros(shape[0], 4), torch.zeros(4, shape[1]))
-    with pytest.raises(ShapeMismatch, match=r"LoRA for control, editing or inpainting.*--source"):
+    with pytest.raises(ShapeMismatch, match=r"LoRA for control, editing or inpainting.*the source"):
         make_plan(Adapter({module: update}), base(layout), base(layout))
 
 

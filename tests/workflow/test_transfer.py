@@ -169,7 +169,7 @@ def test_the_rank_is_cut_to_a_share_of_the_energy_or_of_the_loras_rank(case):
 
 def test_same_source_and_target_at_full_rank_gives_the_lora_back(case):
     lora, source, _ = case
-    done = prolora.transfer(lora, source, source, rank=24, method="prolora")
+    done = prolora.transfer(lora, source, source, rank=24, method="prolora", again=True)
     before = prolora.adapters.read_adapter(lora)
     square = [name for name, (m, n) in shapes(3).items() if m == n]
     for name in square:
@@ -194,7 +194,7 @@ def test_a_peft_folder_is_replaced_but_no_input_is(case, tmp_path):
     done = prolora.transfer(lora, source, target)
     for _ in range(2):
         done.save(tmp_path / "peft", format="peft")
-    again = prolora.transfer(tmp_path / "peft", target, target)
+    again = prolora.transfer(tmp_path / "peft", target, target, again=True)
     assert set(again.adapter.updates) == set(shapes(2))
     with pytest.raises(prolora.OutputError):
         again.save(tmp_path / "peft", format="peft")
@@ -381,7 +381,7 @@ def test_a_diffusers_pipeline_loads_the_result_without_a_file(tmp_path):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(target)
     updates = tiny_pipelines.updates(pipe.unet, ("attn1.to_q", "ff.net.2"))
     lora = tiny_pipelines.write_lora(tmp_path / "lora.safetensors", updates)
-    done = prolora.transfer(lora, source, target, method="copy", strength=0.5)
+    done = prolora.transfer(lora, source, target, method="copy", strength=0.5, again=True)
     pipe.load_lora_weights(done.state_dict("diffusers"))
     loaded = attached(pipe.unet)
     assert loaded.keys() == updates.keys()

@@ -323,6 +323,8 @@ def _look_up_base(slot: Slot, get: Callable[[str], T], where: str) -> list[T] | 
 
 def _check_fit(slot: Slot, shapes: list[Shape], where: str) -> None:
     """Refuses an update that does not fit the weight, or parts that do not fit each other."""
+    if any(len(shape) < 2 for shape in shapes):
+        raise ShapeMismatch(f"{where}: the weight it depends on is {list(shapes[0])}, no matrix")
     out, inputs = sum(shape[0] for shape in shapes), math.prod(shapes[0][1:])
     same = len({shape[1:] for shape in shapes}) == 1
     if not same or out != slot.form.out or slot.form.inputs not in (0, inputs):

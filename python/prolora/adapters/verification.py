@@ -67,7 +67,7 @@ def verify_output(
     _compare_vectors(back.vectors, adapter.vectors, dtype, where)
 
 
-_NOTHING = LowRank(torch.zeros(1, 1), torch.zeros(1, 1))
+_NOTHING = LowRank(*[torch.zeros(1, 1, device="cpu")] * 2)
 
 
 def _difference(where: StrPath, name: str) -> OutputError:

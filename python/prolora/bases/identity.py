@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..errors import UnsupportedFormat
-from ..files.hashing import hash_file, hash_parts, read_blocks
+from ..files.hashing import hash_file, hash_parts, hash_text, read_blocks
 from ..files.state import FileState, flush_file, read_state
 from . import Base
 from .cache.basis_cache import BasisCache
@@ -19,6 +19,8 @@ _SAMPLE = 1 << 20
 _SAMPLES = 16
 # kohya's and A1111's short hash is of these bytes of a file.
 _SHORT_START, _SHORT_SIZE = 0x100000, 0x10000
+EMPTY_SHORT_HASH = hash_text("")[:8]
+"""The short hash of every file that ends before those bytes."""
 
 
 def compute_sha256(base: Base, cache: BasisCache | None = None) -> str | None:
@@ -39,7 +41,7 @@ def compute_short_hash(base: Base) -> str | None:
     """The eight digits that kohya writes as `ss_sd_model_hash`, of a base that is one file."""
     if len(base.files) != 1:
         return None
-    return hash_file(base.files[0], _SHORT_START, _SHORT_SIZE)[:8]
+    return _hash_short(base.files[0], read_state(base.files[0]))
 
 
 def compute_identity(base: Base, cache: BasisCache | None = None) -> str | None:
@@ -83,6 +85,12 @@ def is_identical(
     if short_hash and len(base.files) == 1 and compute_short_hash(base) != short_hash:
         return False
     return compute_identity(base, cache) == identity
+
+
+@lru_cache(maxsize=256)
+def _hash_short(path: Path, state: FileState) -> str:
+    """The short hash of a file in that state."""
+    return hash_file(path, _SHORT_START, _SHORT_SIZE)[:8]
 
 
 @lru_cache(maxsize=64)

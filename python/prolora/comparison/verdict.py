@@ -186,10 +186,15 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
     """The verdict on a pair of bases, from the affinities of all pairs of weights.
 
     Strangers among them say nothing of the others, and `auto` leaves them out: they do not count,
-    unless they hold more than half of the source's energy.
+    unless they hold more than half of the source's energy. Where they are more than half of all
+    pairs they alone count: one heavy weight that training left alone does not make relatives.
     """
     affinities = list(affinities)
     total = Affinity.total(affinities)
+    telling = [x for x in affinities if x.source > 0 or x.target > 0]
+    strangers = [x for x in telling if x.cosine < STRANGE_COSINE]
+    if 2 * len(strangers) > len(telling):
+        return judge_affinity(Affinity.total(strangers))
     rest = Affinity.total(x for x in affinities if x.cosine >= STRANGE_COSINE)
     return judge_affinity(rest if 2 * rest.source >= total.source > 0 else total)
 

@@ -14,16 +14,21 @@ vectors, and the rank stays r.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .errors import ShapeMismatch
 from .lowrank import LowRank
 from .precision import in_full_precision, working_dtype
 from .svd.products import lower_gram
 from .validation import check_operand, refuse_gradients, refuse_vmap
+
+SAFE_EXPONENT = 40
+"""Weights between 2⁻⁴⁰ and 2⁴⁰ have sums of squares that float32 holds."""
 
 
 @refuse_vmap("damped")
@@ -84,9 +89,10 @@ class Damper:
         """Takes W_s and W_t [..., m, n]; works in `dtype` or float32, whichever is wider."""
         work = working_dtype(dtype)
         source, target = source.detach(), target.detach()
-        ours = source.to(work)  # any storage dtype; float8 takes part in no arithmetic
+        # Any storage dtype; float8 takes part in no arithmetic.
+        ours, theirs = _scale_together(source.to(work), target.to(work))
         # In place: touching memory for the first time takes as long as what is computed there.
-        self._drift = target.to(work, copy=True).sub_(ours)
+        self._drift = theirs - ours if theirs is target else theirs.sub_(ours)
         self._size = _squared_norms(ours)
         self._drifted = _squared_norms(self._drift)
         self._grams: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
@@ -195,7 +201,22 @@ def _factorise_damping(gram: Tensor, rate: Tensor) -> Tensor:
     return factor
 
 
+def _scale_together(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of weights [..., m, n], divided by a power of two where squares leave the range.
+
+    The damping depends on their proportion alone, and a power of two costs no bit.
+    """
+    largest = torch.maximum(*(vector_norm(x, math.inf, dim=(-2, -1)) for x in (source, target)))
+    most = math.frexp(torch.finfo(largest.dtype).max)[1] - 2
+    exponent = largest.frexp().exponent.clamp(-most, most)
+    exponent = torch.where(exponent.abs() > SAFE_EXPONENT, exponent, 0)
+    if not bool(exponent.any()):
+        return source, target
+    factor = torch.ldexp(torch.ones_like(largest), -exponent)[..., None, None]
+    return source * factor, target * factor
+
+
 def _squared_norms(x: Tensor) -> Tensor:
     """‖X‖_F² [...] of x [..., m, n]."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    norm: Tensor = vector_norm(x, dim=(-2, -1))
     return norm.square()

@@ -6,8 +6,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
-from typing import Any, TypeVar, cast
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def in_full_precision(function: AnyFunction) -> AnyFunction:
-    """The function, deaf to the caller's autocast and float32 precision (see `full_precision`)."""
+    """The function, deaf to the caller's settings for arithmetic (see `full_precision`)."""
 
     @wraps(function)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -49,76 +49,113 @@ def in_full_precision(function: AnyFunction) -> AnyFunction:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switches autocast off, and TF32 and bfloat16 products of float32 matrices.
+    """Switches autocast off, and TF32 and bfloat16 in products and convolutions of float32.
 
-    Bounds are proved for float32 products that keep 24 bits. Autocast belongs to a thread; the
-    precision of products belongs to the process, so that the products of other threads keep 24 bits
-    too for that long.
+    Bounds are proved for float32 products that keep 24 bits, and images of models in float32 are
+    meant to be that. Autocast belongs to a thread; these settings belong to the process, so that
+    other threads keep 24 bits too for that long. Tensors that are made without a device are made
+    on the CPU, whatever the caller's default is.
     """
     with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_PRODUCTS.exact())
+        stack.enter_context(_ARITHMETIC.exact())
         yield
 
 
-class _ProductPrecision:
-    """The process-wide precision of float32 products, counted over the threads that pin it."""
+class _Setting(NamedTuple):
+    """A setting of torch that costs float32 arithmetic some of its 24 bits.
+
+    Attributes:
+        read: gives its value; raises RuntimeError where torch finds that it contradicts another.
+        write: sets it.
+        exact: the value that keeps all bits.
+    """
+
+    read: Callable[[], str | bool]
+    write: Callable[[Any], None]
+    exact: str | bool
+
+    def look(self) -> str | bool | None:
+        """Its value, None where torch calls it contradictory."""
+        try:
+            return self.read()
+        except RuntimeError:
+            return None
+
+    def put(self, value: str | bool | None) -> None:
+        """Sets it, if that is a value and another than it has: writing one sets others too."""
+        if value is not None and self.look() != value:
+            self.write(value)
+
+
+def _list_settings() -> list[_Setting]:
+    """The settings for products of matrices and for convolutions, as far as this torch has them.
+
+    torch 2.9 has one for each library and operation beside the old ones for all, and checks in some
+    places that they agree: so all are pinned, the old ones first, which set the new ones.
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    settings = [
+        _Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        _Setting(
+            partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), False
+        ),
+    ]
+    for library, operations in (
+        (torch.backends.cuda, ["matmul"]),
+        (cudnn, ["conv", "rnn"]),
+        (mkldnn, ["matmul", "conv", "rnn"]),
+    ):
+        for one in (getattr(library, name, None) for name in operations):
+            if hasattr(one, "fp32_precision"):
+                name = "fp32_precision"
+                settings.append(
+                    _Setting(partial(getattr, one, name), partial(setattr, one, name), "ieee")
+                )
+    return settings
+
+
+class _ArithmeticPrecision:
+    """The process-wide precision of float32 arithmetic, counted over the threads that pin it."""
 
     def __init__(self) -> None:
         self.reset()
+        self._settings = _list_settings()
 
     def reset(self) -> None:
         """Forgets who has pinned it: in a forked child nobody has."""
         self._lock, self._users = threading.Lock(), 0
-        self._before: tuple[str | None, ...] = ()
+        self._before: list[str | bool | None] = []
 
     @contextmanager
     def exact(self) -> Iterator[None]:
         """Pins it; the last thread to leave puts back what the first one found."""
         with self._lock:
             if not self._users:
-                self._before = _read_product_precision()
-                common = None if self._before[0] is None else "highest"
-                _write_product_precision(common, *["ieee"] * len(_LIBRARIES))
+                self._before = [setting.look() for setting in self._settings]
+                for setting, found in zip(self._settings, self._before, strict=True):
+                    setting.put(None if found is None else setting.exact)
             self._users += 1
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
-                # What somebody else has set in the meantime stays.
-                if not self._users and set(_read_product_precision()) <= {"highest", "ieee"}:
-                    _write_product_precision(*self._before)
+                if not self._users:
+                    self._restore()
+
+    def _restore(self) -> None:
+        """Puts back what was found, but for what somebody else has set in the meantime."""
+        pinned = [setting.look() == setting.exact for setting in self._settings]
+        for setting, found, ours in zip(self._settings, self._before, pinned, strict=True):
+            if ours:
+                setting.put(found)
 
 
-# torch 2.9 has a setting for each library beside the old one for all, and checks in some places
-# that they agree: so both are pinned.
-_LIBRARIES = [
-    library.matmul
-    for library in (torch.backends.cuda, torch.backends.mkldnn)
-    if hasattr(getattr(library, "matmul", None), "fp32_precision")
-]
-
-
-def _read_product_precision() -> tuple[str | None, ...]:
-    """The setting for all libraries, None where torch calls it contradictory, and for each."""
-    try:
-        common = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        common = None
-    return common, *(library.fp32_precision for library in _LIBRARIES)
-
-
-def _write_product_precision(common: str | None, *each: str | None) -> None:
-    if common is not None and _read_product_precision()[0] != common:
-        torch.set_float32_matmul_precision(common)
-    for library, value in zip(_LIBRARIES, each, strict=True):
-        if library.fp32_precision != value:
-            library.fp32_precision = value
-
-
-_PRODUCTS = _ProductPrecision()
+_ARITHMETIC = _ArithmeticPrecision()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_PRODUCTS.reset)
+    os.register_at_fork(after_in_child=_ARITHMETIC.reset)

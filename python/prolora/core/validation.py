@@ -22,7 +22,7 @@ def check_device(device: torch.device | str | None) -> torch.device:
     """
     try:
         wanted = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         message = f"no device is called {device!r}: use auto, cpu, cuda or cuda:1"
         raise UnsupportedDevice(message) from error
     try:

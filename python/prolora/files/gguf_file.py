@@ -133,7 +133,7 @@ class GgufFile:
     def _read_stored(self, name: str, start: int, stop: int) -> Tensor:
         """Stored rows as numbers [stop − start, columns]."""
         info = self.tensors[name]
-        raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8)
+        raw = torch.empty(stop - start, info.row_bytes, dtype=torch.uint8, device="cpu")
         try:
             with open(self.path, "rb", buffering=0) as file:
                 check_unchanged(self.path, self.state, file.fileno())

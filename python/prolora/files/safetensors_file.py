@@ -151,8 +151,8 @@ class SafetensorsFile:
         """`shape` elements of `dtype` from byte `start` of the data."""
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
-        buffer = torch.empty(size, dtype=torch.uint8)
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with self._open() as file:
             check_unchanged(self.path, self.state, file.fileno())
             try:

@@ -25,6 +25,7 @@ from ..files.jsontext import replace_nonfinite
 from ..probe.recording.trajectories import Sample
 from ..probe.settings import Probing
 from ..probe.strength import MeasuredStrength, Measurement
+from .base_check import check_bases
 from .by_weights.pipeline import plan_transfer, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, fit_lora, measure_plan
 from .measuring import Side, check_runnable, measure_lora, move_candidates, open_models
@@ -243,6 +244,8 @@ def advise(
     options = TransferOptions(
         match=match, cache=cache, device=device, max_memory=max_memory, progress=progress
     )
+    if lora is not None:
+        check_bases(lora, ours.base, theirs.base, options)
     adapter = None if lora is None else read_lora(lora, ours.base)
     how: dict[str, Any] = {"cache": cache, "device": options.device}
     how |= {"max_memory": options.memory_limit}

@@ -9,6 +9,7 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
+from .base_check import check_bases
 from .by_probing.plan import check_probing
 from .by_probing.rows import outline_report
 from .by_weights.assembly import (
@@ -28,7 +29,6 @@ from .by_weights.slicing import (
     slice_source,
 )
 from .by_weights.vectors import carry_vectors
-from .moved_before import check_moved_before
 from .options import (
     DEFAULT_OPTIONS,
     LoraLike,
@@ -78,7 +78,7 @@ def plan_report(
     """
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
-    check_moved_before(lora, old, options)
+    check_bases(lora, old, new, options)
     if options.runs_models:
         check_probing(old, new, options)
         report = outline_report(_outline_lora(lora, old), old, new, options)

@@ -26,6 +26,8 @@ _FORMS = re.compile(
 _QUANTISED = re.compile(r"(?<![a-z0-9])i?q\d(?:_[a-z0-9]+)*")  # GGUF's Q4_K_M and the like
 _NO_HASHES = "a file, a folder and a model in memory have no hashes to compare"
 # Names of folders and objects that any model may have.
+NAMED_BASE = "base_model_name_or_path"
+"""Where PEFT's configuration names the base."""
 _ANY_MODEL = {"unet", "transformer", "transformer 2", "model", "diffusion pytorch model", ""}
 
 
@@ -48,7 +50,7 @@ def check_moved_before(
         AlreadyMoved: it was moved to another base.
         UnsupportedFormat: the LoRA cannot be read.
     """
-    metadata = _read_metadata(lora)
+    metadata = read_header(lora)
     moves = read_moves(metadata)
     if not moves or options.again:
         return
@@ -58,17 +60,21 @@ def check_moved_before(
         return
     where = f"{lora}: " if isinstance(lora, str | PathLike) else ""
     raise AlreadyMoved(
-        f"{where}this LoRA was already moved {describe_moves(moves)}, but --source is "
-        f"{source.name}, {reason}; give {last.target} as --source, or --again to move it all the "
-        "same"
+        f"{where}this LoRA was already moved {describe_moves(moves)}, but the source is "
+        f"{source.name}, {reason}; give {last.target} as the source, or set again to move it all "
+        "the same"
     )
 
 
-def _read_metadata(lora: LoraLike) -> Mapping[str, str]:
-    """The header of a LoRA; a state dict has none."""
+def read_header(lora: LoraLike) -> Mapping[str, str]:
+    """The header of a LoRA, with the base that PEFT's configuration names; of a state dict none."""
     if isinstance(lora, Adapter):
         return lora.metadata
-    return {} if isinstance(lora, Mapping) else open_adapter(lora).metadata
+    if isinstance(lora, Mapping):
+        return {}
+    opened = open_adapter(lora)
+    named = (opened.config or {}).get(NAMED_BASE)
+    return {NAMED_BASE: named} | opened.metadata if isinstance(named, str) else opened.metadata
 
 
 def _explain_other_base(

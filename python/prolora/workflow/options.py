@@ -167,8 +167,8 @@ class TransferOptions:
     )
     again: bool = option(
         False,
-        "Move a LoRA that prolora moved before, although the source is not the base that it was "
-        "moved to.",
+        "Take both bases as given: even where the LoRA was moved to another base before, or "
+        "belongs to the target, or the two are one model.",
         panel=METHOD,
         decides=False,
     )
@@ -260,12 +260,16 @@ class TransferOptions:
                 check_choice(known.name, value, words)
         for name in ("threshold", "min_coverage"):
             _check_share(name, getattr(self, name))
-        if self.damping is not None and not (0 <= self.damping < math.inf):
+        if self.damping is not None and not (
+            isinstance(self.damping, float | int) and 0 <= self.damping < math.inf
+        ):
             raise InvalidOption(f"damping must be 0 or more, not {self.damping!r}")
         if isinstance(self.strength, str):
             if self.strength != AUTO:
                 raise InvalidOption(f'strength must be a number or "auto", not {self.strength!r}')
-        elif self.strength is not None and not (0 < self.strength <= LARGEST_STRENGTH):
+        elif self.strength is not None and not (
+            isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH
+        ):
             raise InvalidOption(
                 f"strength must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
                 f"{self.strength!r}"

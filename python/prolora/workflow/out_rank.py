@@ -35,14 +35,14 @@ def parse_size_limit(out_rank: OutRank) -> int | None:
         return None
 
 
-def is_out_rank(out_rank: OutRank) -> bool:
+def is_out_rank(out_rank: object) -> bool:
     """Whether it is one of `OUT_RANK_FORMS`."""
     if isinstance(out_rank, str):
         number = parse_percentage(out_rank) or parse_size_limit(out_rank) or 0
         return out_rank == EXACT or number > 0
     if isinstance(out_rank, float):
         return 0 < out_rank < 1
-    return out_rank >= 1
+    return isinstance(out_rank, int) and not isinstance(out_rank, bool) and out_rank >= 1
 
 
 def cut_rank(update: LowRank, out_rank: OutRank, rank_in: int) -> LowRank:

@@ -365,8 +365,7 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
         layout = f" (layout {source.layout})" if source.layout else f" ({describe_base(source)})"
         raise UnsupportedFormat(
             f"{len(unknown)} of {len(modules)} LoRA modules do not exist in the source base "
-            f"{source.name}{layout}, the first: {unknown[0]}. Is this LoRA for another "
-            "architecture, or --source the wrong base? `prolora inspect` says what it is for"
+            f"{source.name}{layout}, the first: {unknown[0]}"
         )
     for name in modules:
         update = adapter.updates[name]
@@ -392,7 +391,7 @@ def _explain_wider_input(name: str, ours: tuple[int, ...], theirs: tuple[int, ..
         return ""
     return (
         ". It is a LoRA for control, editing or inpainting: its model takes a second image in "
-        "further channels of this layer; give such a model as --source, and as --target"
+        "further channels of this layer; give such a model as the source, and as the target"
     )
 
 

@@ -136,6 +136,7 @@ def transfer(
             `format` cannot hold.
         ShapeMismatch: an update or a pair of weights that does not fit.
         NonFiniteWeights: NaN or Inf, named. All of these before any SVD runs.
+        WrongBase: the LoRA belongs to `target` and not to `source`, or the two are one model.
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputError: out_rank is a size that one column a module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.

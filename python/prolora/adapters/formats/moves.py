@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, fields
 PREFIX = "prolora."
 EARLIER = "earlier_moves"
 """The entry, after `PREFIX`, that lists all moves but the last; absent after a first move."""
+MOST_EARLIER = 64
+"""How many earlier moves are kept, the latest: more were never made, and a header is anybody's."""
+_LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,19 @@ def read_moves(metadata: Mapping[str, str]) -> tuple[Move, ...]:
 
     Args:
         metadata: of the file's header. Anybody may have written it: what is not understood is
-            taken as absent.
+            taken as absent, and so is a list of moves of more than a megabyte.
     """
     last = Move(**{name: metadata.get(PREFIX + name, "") for name in _FIELDS})
     if not last.target:
         return ()
     try:
-        listed = json.loads(metadata.get(PREFIX + EARLIER, "[]"))
+        told = metadata.get(PREFIX + EARLIER, "[]")
+        listed = json.loads(told) if len(told) <= _LONGEST else []
     except (ValueError, RecursionError):
         listed = []
     earlier = [
         Move(**{name: text for name in _FIELDS if isinstance(text := entry.get(name), str)})
-        for entry in (listed if isinstance(listed, list) else [])
+        for entry in (listed[-MOST_EARLIER:] if isinstance(listed, list) else [])
         if isinstance(entry, dict)
     ]
     return (*earlier, last)

@@ -24,6 +24,7 @@ from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings, Probing
+from ..base_check import check_bases
 from ..by_weights.assembly import (
     build_metadata,
     explain_low_coverage,
@@ -31,7 +32,6 @@ from ..by_weights.assembly import (
 )
 from ..by_weights.pipeline import Notes, Result, move_without_header, prefix_notes, read_lora
 from ..module_report import ModuleReport
-from ..moved_before import check_moved_before
 from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
 from ..plan import Route
 from .plan import check_probing, outline_fit, plan_probing
@@ -60,7 +60,7 @@ def transfer_by_probing(
         ProLoRAError: see `prolora.transfer` and `probe.fit_lora`.
     """
     check_probing(source, target, options)
-    check_moved_before(lora, source, options)
+    check_bases(lora, source, target, options)
     adapter = read_lora(lora, source)
     route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
     blank = _outline_result(route)

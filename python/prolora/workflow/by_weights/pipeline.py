@@ -19,8 +19,8 @@ from ...comparison.width_selection import WidthFinder
 from ...core.lowrank import LowRank
 from ...core.methods import Needs
 from ...errors import LowCoverage
+from ..base_check import check_bases
 from ..module_report import ModuleReport
-from ..moved_before import check_moved_before
 from ..options import LoraLike, TransferOptions
 from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report, measure_coverage
@@ -131,7 +131,7 @@ def prepare_job(
     """
     clock, whole_source = Clock(), source
     with clock("read"):
-        check_moved_before(lora, source, asked, cache)
+        check_bases(lora, source, target, asked, cache)
         adapter = read_lora(lora, source)
     with clock("match"):
         plan = plan_transfer(adapter, source, target, asked, cache, widths)

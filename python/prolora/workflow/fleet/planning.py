@@ -14,6 +14,7 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
 from ...core.methods import Needs
+from ...core.precision import in_full_precision
 from ...errors import InvalidOption, ProLoRAError
 from ...files.jsontext import read_json_object
 from ..options import (
@@ -36,6 +37,7 @@ StrPath = str | os.PathLike[str]
 
 
 @takes_options
+@in_full_precision
 def plan_migration(
     loras: StrPath | Iterable[str | os.PathLike[str]],
     sources: StrPath | Sequence[StrPath],
@@ -254,7 +256,7 @@ class _Planner:
         """Why a LoRA with such a header cannot move, "" if it can."""
         key = outline.signature, pair
         if key not in self._refusals:
-            reason = refuse_move(Path(lora), bases, self.options)
+            reason = refuse_move(Path(lora), bases, self.options, self.shelf.cache)
             self._refusals[key] = reason.replace(f"{lora}: ", "")
         return self._refusals[key]
 

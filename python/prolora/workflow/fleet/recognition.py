@@ -11,20 +11,26 @@ from pathlib import Path
 from ... import adapters
 from ...adapters.family import claimed_family
 from ...adapters.unread import UnreadAdapter
-from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts
-from ...bases.identity import compute_short_hash
+from ...comparison.module_map import NamesDoNotTell
 from ...comparison.width_selection import WidthFinder
 from ...errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
 from ...files.hashing import hash_text
+from ..base_check import (
+    HASH_KEYS,
+    check_bases,
+    explain_misfit,
+    is_named_base,
+    is_stated_base,
+)
 from ..by_weights.assembly import check_coverage, outline_result
 from ..by_weights.file_budget import OutputForm
 from ..by_weights.lora_work import BYTES_A_NUMBER
-from ..moved_before import check_moved_before, fold_base_name
+from ..moved_before import check_moved_before, read_header
 from ..options import TransferOptions
-from ..plan import Route, check_fits_source, make_plan, sum_dropped_blocks
+from ..plan import Route, make_plan, sum_dropped_blocks
 from .listing import ListedLora
 
 
@@ -61,7 +67,7 @@ def sign_header(opened: UnreadAdapter) -> str:
         [[key, *header.shape] for key, header in opened.headers.items()],
         opened.config,
         claimed_family(opened.metadata),
-        opened.metadata.get("lora_adapter_metadata"),
+        *map(opened.metadata.get, ("lora_adapter_metadata", *HASH_KEYS)),
     ]
     return hash_text(json.dumps(parts, sort_keys=True, default=str))
 
@@ -87,7 +93,6 @@ class SourceFinder:
         self.sources = {label: next(iter(experts.values())) for label, experts in sources.items()}
         self.paths, self.options, self.cache = paths, options, cache
         self._fits: dict[tuple[str, str], str] = {}
-        self._hashes: dict[str, str | None] = {}
 
     def find(self, lora: ListedLora, opened: UnreadAdapter) -> str:
         """The label of the base that a LoRA belongs to.
@@ -104,9 +109,10 @@ class SourceFinder:
         labels = [self._find_listed(lora)] if lora.source else list(self.sources)
         fitting = self._list_fitting(lora, opened, labels)
         fitting = self._list_moved_to(lora, fitting)
+        header = read_header(lora.path)
         for narrow in (self._have_hash, self._have_name, self._have_family):
             if len(fitting) > 1:
-                fitting = narrow(opened.metadata, fitting) or fitting
+                fitting = narrow(header, fitting) or fitting
         if len(fitting) > 1:
             raise UnsupportedFormat(
                 f"it fits {', '.join(fitting)}, and its header does not tell which of them it was "
@@ -135,8 +141,8 @@ class SourceFinder:
         for label in labels:
             key = signature, label
             if key not in self._fits:
-                reason = _refuse_source(lora.path, self.sources[label])
-                self._fits[key] = reason.replace(f"{opened.where}: ", "")
+                reason = explain_misfit(lora.path, self.sources[label])
+                self._fits[key] = str(reason or "").replace(f"{opened.where}: ", "")
             reasons[label] = self._fits[key]
         fitting = [label for label in labels if not reasons[label]]
         if fitting:
@@ -163,51 +169,38 @@ class SourceFinder:
             raise refusal
         return fitting
 
-    def _have_hash(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
-        """The bases with the hash that kohya's metadata give; of bases that are one file."""
-        wanted = metadata.get("ss_sd_model_hash", "").lower()
-        for label in labels:
-            if label not in self._hashes:
-                self._hashes[label] = compute_short_hash(self.sources[label])
-        return [label for label in labels if wanted and self._hashes[label] == wanted]
+    def _have_hash(self, header: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases that are the file whose hash the header gives."""
+        bases = self.sources
+        return [name for name in labels if is_stated_base(header, bases[name], self.cache)]
 
-    def _have_name(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
-        """The bases with the name that kohya's metadata give."""
-        wanted = fold_base_name(metadata.get("ss_sd_model_name", ""))
-        names = {label: (self.sources[label].name, label) for label in labels}
-        return [
-            label for label, both in names.items() if wanted and wanted in map(fold_base_name, both)
-        ]
+    def _have_name(self, header: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases with the name that the header gives."""
+        bases = self.sources
+        return [label for label in labels if is_named_base(header, bases[label].name, label)]
 
-    def _have_family(self, metadata: Mapping[str, str], labels: list[str]) -> list[str]:
-        """The bases of the family that the metadata claim."""
-        wanted = claimed_family(metadata)
+    def _have_family(self, header: Mapping[str, str], labels: list[str]) -> list[str]:
+        """The bases of the family that the header claims."""
+        wanted = claimed_family(header)
         return [label for label in labels if wanted and self.sources[label].family == wanted]
 
 
-def _refuse_source(lora: Path, source: Base) -> str:
-    """Why a LoRA is none of a base, "" if it may be."""
-    try:
-        adapter = adapters.outline_adapter(lora, source.shapes, source.family, headers_only=True)
-        modules = [name for name in adapter.updates if not is_in_text_encoder(name)]
-        check_fits_source(adapter, modules, source)
-    except ProLoRAError as error:
-        return str(error)
-    return ""
-
-
-def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions) -> str:
+def refuse_move(
+    lora: Path, bases: ExpertPair, options: TransferOptions, cache: BasisCache | None = None
+) -> str:
     """Why a LoRA cannot move between two bases, "" as far as headers tell.
 
     Args:
         lora: the LoRA.
         bases: the two bases.
         options: of the transfer.
+        cache: remembers the hashes of files.
     """
     source, target = bases.source, bases.target
-    if options.match == "similarity":
-        return ""  # only the weights tell which blocks belong together
     try:
+        check_bases(lora, source, target, options, cache)
+        if options.match == "similarity":
+            return ""  # only the weights tell which blocks belong together
         adapter = adapters.outline_adapter(lora, source.shapes, source.family, headers_only=True)
         plan = make_plan(
             adapter, source, target, options.match, options.text_encoder, options.dropped
@@ -218,6 +211,8 @@ def refuse_move(lora: Path, bases: ExpertPair, options: TransferOptions) -> str:
         if (output := OutputForm.of(options)) != OutputForm():
             route = Route(adapter, plan, source, target, options)
             output.check(outline_result(sum_dropped_blocks(adapter, plan), route))
+    except NamesDoNotTell:
+        return ""  # only the weights tell which blocks belong together
     except ShapeMismatch as error:
         # Weights tell whether the target kept rows and columns of the source.
         return "" if _may_be_narrower(source, target) else str(error)

@@ -1,0 +1,229 @@
+"""Whether a LoRA belongs to the source that it is moved from: told before a weight is read.
+
+Modules and shapes must fit the source. What the header says of the base is believed where it is a
+hash; a name only warns, since people rename files.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from os import PathLike
+
+from ..adapters.adapter import Adapter
+from ..adapters.family import guess_families, guess_family
+from ..adapters.overview import survey_keys
+from ..adapters.reading import outline_adapter
+from ..adapters.unread import open_adapter
+from ..architectures.families import known_families
+from ..architectures.modules import is_in_text_encoder
+from ..bases import Base
+from ..bases.cache.basis_cache import BasisCache
+from ..bases.describe import describe_base
+from ..bases.identity import (
+    EMPTY_SHORT_HASH,
+    compute_fingerprint,
+    compute_identity,
+    compute_short_hash,
+    is_identical,
+)
+from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from .moved_before import NAMED_BASE, check_moved_before, fold_base_name, read_header
+from .options import LoraLike, TransferOptions
+from .plan import check_fits_source
+
+log = logging.getLogger(__name__)
+
+_LANGUAGE_MODEL = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.\w+_proj$")
+HASH_KEYS = ("ss_new_sd_model_hash", "ss_sd_model_hash")
+"""Where sd-scripts writes which file the base was."""
+_NAME_KEYS = ("ss_sd_model_name", NAMED_BASE)
+
+
+def check_bases(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    cache: BasisCache | None = None,
+) -> None:
+    """Refuses a source that is not the LoRA's, and a target that is.
+
+    Args:
+        lora: what is to be moved; of a file, the header alone is read.
+        source: the base it is said to belong to.
+        target: the base it is to move to.
+        options: `again` takes the bases as they are given, as long as the LoRA fits the source.
+        cache: remembers the hashes of files.
+
+    Raises:
+        UnsupportedFormat: the LoRA cannot be read, or has modules that the source does not have.
+        ShapeMismatch: an update does not fit the source.
+        WrongBase: the LoRA fits the target and not the source, or its header has the hash of the
+            target; or source and target are one model.
+        AlreadyMoved: prolora moved it before, to another base than the source.
+    """
+    if misfit := explain_misfit(lora, source, target):
+        raise misfit
+    if options.again:
+        return
+    check_moved_before(lora, source, options, cache)
+    header = read_header(lora)
+    where = _name_file(lora)
+    if are_one_base(source, target, cache):
+        raise WrongBase(
+            f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
+            "where the LoRA works as it is; choose another target, or set again to move it all the "
+            "same"
+        )
+    if is_stated_base(header, target, cache) and not is_stated_base(header, source, cache):
+        raise WrongBase(
+            f"{where}by the hash in its header this LoRA was trained on the target, {target.name}, "
+            f"and not on the source, {source.name}: did you swap them? If not, set again to move "
+            "it all the same"
+        )
+    _compare_names(header, source, target)
+
+
+def explain_misfit(
+    lora: LoraLike, source: Base, target: Base | None = None
+) -> UnsupportedFormat | ShapeMismatch | WrongBase | None:
+    """Why a LoRA is none of its source, by modules and shapes alone; None if it may be.
+
+    Args:
+        lora: what is to be moved; of a file, the header alone is read.
+        source: the base it is said to belong to.
+        target: the base that it may belong to instead.
+    """
+    misfit = _find_misfit(lora, source)
+    if misfit is None:
+        return None
+    fitting = target if target is not None and _find_misfit(lora, target) is None else None
+    ours, theirs = (
+        _describe_kind(fitting) if fitting else _describe_lora(lora),
+        _describe_kind(source),
+    )
+    sentences = []
+    if ours is not None and ours != theirs:
+        sentences.append(
+            f"This LoRA is for {ours}. The source you gave, {source.name}, is {theirs}."
+        )
+    if fitting:
+        sentences.append("It fits the target and not the source: did you swap them?")
+    if not sentences:
+        return misfit
+    where = _name_file(lora)
+    kind = WrongBase if fitting else type(misfit)
+    error = kind(f"{where}{' '.join(sentences)} ({str(misfit).removeprefix(where)})")
+    error.__cause__ = misfit
+    return error
+
+
+def _find_misfit(lora: LoraLike, base: Base) -> UnsupportedFormat | ShapeMismatch | None:
+    """Why a LoRA is none of a base, by modules and shapes alone; None if it may be."""
+    try:
+        adapter = (
+            lora
+            if isinstance(lora, Adapter)
+            else outline_adapter(lora, base.shapes, base.family, headers_only=True)
+        )
+        modules = [name for name in adapter.updates if not is_in_text_encoder(name)]
+        check_fits_source(adapter, modules, base)
+    except (UnsupportedFormat, ShapeMismatch) as error:
+        return error
+    return None
+
+
+def is_stated_base(
+    header: Mapping[str, str], base: Base, cache: BasisCache | None = None
+) -> bool | None:
+    """Whether a base is the file whose hash a LoRA's header gives; None where nothing tells.
+
+    sd-scripts and what came from it write two hashes: `ss_new_sd_model_hash`, the SHA-256 of the
+    file, and `ss_sd_model_hash`, eight digits of that of 64 KiB, which fine-tunes may share. So the
+    first decides where there are both. A word in place of a hash says that there was no one file.
+
+    Args:
+        header: of the LoRA.
+        base: opened.
+        cache: remembers the hashes of files.
+    """
+    full, short = (_read_digits(header, *key) for key in zip(HASH_KEYS, (64, 8), strict=True))
+    if full:
+        return is_identical(base, f"sha256:{full}", short, cache)
+    if short in ("", EMPTY_SHORT_HASH) or len(base.files) != 1:
+        return None
+    return compute_short_hash(base) == short
+
+
+def is_named_base(header: Mapping[str, str], *names: str) -> bool:
+    """Whether one of a base's names is that of the base in a LoRA's header."""
+    stated = {fold_base_name(header[key]) for key in _NAME_KEYS if header.get(key)} - {""}
+    return any(fold_base_name(name) in stated for name in names)
+
+
+def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) -> bool:
+    """Whether two bases are one model: the same files, copies of them, or the same object."""
+    if source is target:
+        return True
+    if not source.files or not target.files:
+        return False
+    ours, theirs = ({file.resolve() for file in base.files} for base in (source, target))
+    if ours <= theirs or theirs <= ours:  # a pipeline's folder, and that of its model alone
+        return True
+    sizes = [sorted(file.stat().st_size for file in base.files) for base in (source, target)]
+    if sizes[0] != sizes[1]:
+        return False
+    # Samples differ almost always where files do, and are read in no time.
+    return compute_fingerprint(source, cache) == compute_fingerprint(
+        target, cache
+    ) and compute_identity(source, cache) == compute_identity(target, cache)
+
+
+def _describe_lora(lora: LoraLike) -> str | None:
+    """The title of the model that a LoRA is for, by its modules and shapes; None if unknown."""
+    if isinstance(lora, Adapter):
+        names = list(lora.updates)
+        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
+        families = guess_families(sizes, lora.metadata)
+    else:
+        opened = open_adapter(lora)
+        overview = survey_keys(opened)
+        names = overview.canonical
+        families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
+    if families:
+        *others, last = (known_families()[family].title for family in families)
+        return f"{', '.join(others)} or {last}" if others else last
+    if any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in names):
+        return "a language model"
+    return None
+
+
+def _describe_kind(base: Base) -> str:
+    """The title of a base's family, or what it looks like."""
+    sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
+    family = base.family or guess_family(sizes, {})
+    return known_families()[family].title if family else describe_base(base)
+
+
+def _name_file(lora: LoraLike) -> str:
+    """The beginning of a message about a LoRA."""
+    return f"{lora}: " if isinstance(lora, str | PathLike) else ""
+
+
+def _read_digits(header: Mapping[str, str], key: str, count: int) -> str:
+    """A hash of so many hexadecimal digits, "" for anything else."""
+    text = header.get(key, "").lower()
+    return text if re.fullmatch(f"[0-9a-f]{{{count}}}", text) else ""
+
+
+def _compare_names(header: Mapping[str, str], source: Base, target: Base) -> None:
+    """Warns where the header names the target, and not the source, as the LoRA's base."""
+    if is_named_base(header, target.name) and not is_named_base(header, source.name):
+        log.warning(
+            "the LoRA's header gives the name of the target, %s, as the base that it was trained "
+            "on; the source is %s: were they swapped?",
+            target.name,
+            source.name,
+        )
