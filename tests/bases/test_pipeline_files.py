@@ -81,7 +81,9 @@ def test_a_size_of_another_kind_or_beyond_bounds_is_refused_by_name(tmp_path, se
         pipeline_files.read_component_config(folder)
 
 
-@pytest.mark.parametrize("value", ["0.1", True, {}, [0.5, "x"], float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize(
+    "value", ["0.1", True, {}, [0.5, "x"], float("nan"), float("inf"), 10**400]
+)
 def test_a_scale_of_another_kind_is_refused_by_name(tmp_path, value):
     folder = write(tmp_path, CONFIG | {"scaling_factor": value}, "config.json")
     with pytest.raises(UnsupportedFormat, match=r"config.json: scaling_factor must be a finite"):

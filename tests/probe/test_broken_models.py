@@ -11,9 +11,9 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_probe import lora, permuted, run, sampler, source
+from test_probe import lora, permuted, run, source
 
-from prolora import LowRank, NonFiniteWeights, OutputError, ProLoRAError, probe, transfer
+from prolora import NonFiniteWeights, OutputError, ProLoRAError, probe, transfer
 from prolora.probe import pipelines
 from prolora.probe.recording.spill import SpillStore
 from prolora.probe.settings import Probing
@@ -69,9 +69,7 @@ def test_one_broken_number_of_the_lora_is_refused_before_sampling(source, lora, 
         "text_encoder/model.safetensors",
     ],
 )
-def test_one_broken_weight_of_a_pipeline_is_refused_before_sampling(
-    room, file, value, monkeypatch
-):
+def test_one_broken_weight_of_a_pipeline_is_refused_before_sampling(room, file, value, monkeypatch):
     path = room / "target" / file
     tensors = load_file(path)
     # One that moving by weights does not read.
@@ -121,7 +119,7 @@ def test_a_full_folder_for_temporary_files_is_told_with_the_way_out(monkeypatch)
         "prolora.probe.recording.spill.dump_safetensors", lambda *_: (_ for _ in ()).throw(full)
     )
     monkeypatch.setenv("TMPDIR", "/small")
-    with pytest.raises(OutputError, match=r"^/small: .*4\.1 kB.*No space left.*use another disk"):
+    with pytest.raises(OutputError, match=r"^/small: .*4.0 KiB.*No space left.*use another disk"):
         store.put("a", (torch.zeros(1024),))
 
 
@@ -129,9 +127,3 @@ def test_a_missing_folder_for_temporary_files_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(OutputError, match="No such file"):
         SpillStore(0).put("a", (torch.zeros(1024),))
-
-
-def test_a_lora_that_changes_nothing_ends_in_words(source):
-    nothing = {"blocks.0.up": LowRank(torch.zeros(24, 2), torch.ones(2, 12))}
-    with pytest.raises(ProLoRAError, match="changes nothing"):
-        probe.fit_lora(source, permuted(source), nothing, sampler(source), sampler(source))

@@ -184,7 +184,11 @@ def _as_mapping(part: Any) -> Mapping[str, Any]:
     if hasattr(part, "get_vocab"):
         # The whole tokenizer as its library writes it, where that can be had.
         backend = getattr(part, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else _write_value(sorted(part.get_vocab().items()))
+        text = (
+            backend.to_str()
+            if backend is not None
+            else _write_value(sorted(part.get_vocab().items()))
+        )
         return {**getattr(part, "init_kwargs", {}), _CONTENT: hash_text(text)}
     if to_dict is not None:
         return to_dict()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import SolverFailure
 from .low_rank import multiply_factors
 
 Weights = dict[str, Tensor]
@@ -84,12 +85,22 @@ class JointCurvature:
             sums[name] = sums[name] + squares if name in sums else squares
 
     def invert(self) -> None:
-        """Inverts the factors as they are now."""
+        """Inverts the factors as they are now.
+
+        Raises:
+            SolverFailure: those of a module are not finite; the message names it.
+        """
         means = [_diagonal(writes).mean() for writes in self.writes.values()]
         largest = float(torch.stack(means).max()) if means else 0.0
         for name, writes in self.writes.items():  # none where nothing reaches the prediction
-            inverse = self._invert(writes, _ROUNDING * largest)
-            self.inverse[name] = (inverse, self._invert(self.reads[name]))
+            try:
+                inverse = self._invert(writes, _ROUNDING * largest)
+                self.inverse[name] = (inverse, self._invert(self.reads[name]))
+            except torch.linalg.LinAlgError as error:
+                raise SolverFailure(
+                    f"{name} of the target: what it reads or what reaches its output is too large "
+                    "for float32, or NaN; the target cannot be fitted with these weights"
+                ) from error
 
     def _invert(self, factor: Tensor, least: float = 0.0) -> Tensor:
         """(F + √damping·mean(diag F)·I)⁻¹ of a factor [n, n] or of a diagonal [n].

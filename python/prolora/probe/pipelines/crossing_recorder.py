@@ -16,7 +16,7 @@ from ...errors import ProLoRAError
 from ..checkpoint import Checkpoints, hash_texts
 from ..crossed import CrossedImages
 from ..recording.recorder import ORIGINS, hash_origins
-from ..recording.trajectories import Call
+from ..recording.trajectories import Call, check_sampled
 from ..recording.translation import PAIR, Question
 from ..updates import apply_updates
 from .conditioning import stack_conditionings
@@ -271,9 +271,9 @@ class CrossingRecorder:
             if origin == "adapted":
                 with apply_updates(self.source, self.adapter.updates):
                     adapted = replace(side, settings=side.settings.with_lora())
-                    sampled = self._sample(adapted, seed)
+                    sampled = self._sample(adapted, seed, origin)
             else:
-                sampled = self._sample(side, seed)
+                sampled = self._sample(side, seed, origin)
             self.checkpoints.store(name, key, sampled)
         else:
             sampled = kept[0]
@@ -281,7 +281,7 @@ class CrossingRecorder:
         on_device = {name: sampled[name].to(device) for name in ("latents", "noises")}
         return {**on_device, "levels": sampled["levels"]}
 
-    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+    def _sample(self, side: CrossingSide, seed: int, origin: str) -> dict[str, Tensor]:
         """Latents and noises [images, ...], and the levels of the sampler's calls, falling."""
         prompts = side.settings.prompts or ("",)
         times: list[Tensor] = []
@@ -290,6 +290,7 @@ class CrossingRecorder:
             prompt = prompts[(seed + i) % len(prompts)]
             number = seed * side.settings.images + i
             final = side.pipeline.sample_final(prompt, side.settings, number)
+            check_sampled(final.latent, origin)
             latents.append(final.latent.float())
             noises.append(side.read_noise(final).float())
             times += final.times
