@@ -184,11 +184,8 @@ def _as_mapping(part: Any) -> Mapping[str, Any]:
     if hasattr(part, "get_vocab"):
         # The whole tokenizer as its library writes it, where that can be had.
         backend = getattr(part, "backend_tokenizer", None)
-        text = (
-            backend.to_str()
-            if backend is not None
-            else _write_value(sorted(part.get_vocab().items()))
-        )
+        words = sorted(part.get_vocab().items())
+        text = _write_value(words) if backend is None else backend.to_str()
         return {**getattr(part, "init_kwargs", {}), _CONTENT: hash_text(text)}
     if to_dict is not None:
         return to_dict()

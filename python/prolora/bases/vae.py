@@ -48,7 +48,7 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
 
 
 def can_probe(source: Path | None, target: Path | None) -> bool:
-    """Whether `--method probe` could move a LoRA between two bases, as far as files tell.
+    """Whether probing could move a LoRA between two bases, as far as files tell.
 
     Both must be whole pipelines whose denoisers have linear layers in blocks, with the same latents
     or with a way from latents to images and back. Whether the result would be any good is known
@@ -132,7 +132,7 @@ def check_latents(source: Path, target: Path) -> None:
     if reason is not None:
         raise UnrelatedBases(
             f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
-            "--method probe moves a LoRA between latents by way of images"
+            "probing moves a LoRA between latents by way of images"
         )
 
 

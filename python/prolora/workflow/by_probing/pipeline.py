@@ -276,8 +276,8 @@ def _memory_left(limit: int) -> int:
     taken = resident_bytes()
     if taken >= limit:
         raise TooLittleMemory(
-            f"--max-memory {format_size(limit)} is too little: the two pipelines alone take "
-            f"{format_size(taken)}"
+            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
+            f"take {format_size(taken)}"
         )
     return limit - taken
 

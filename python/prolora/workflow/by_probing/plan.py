@@ -50,7 +50,7 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
     for side, base in (("source", source), ("target", target)):
         if not is_pipeline(base.path):
             raise UnsupportedFormat(
-                f"the {side} {base.path or base.name} is no pipeline folder: --method probe runs "
+                f"the {side} {base.path or base.name} is no pipeline folder: probing runs "
                 "the models, so both bases must be folders of whole diffusers pipelines "
                 f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
                 "transformer). A single "
