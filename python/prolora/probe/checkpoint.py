@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from ..bases.pipeline_identity import (
+    Facts,
+    describe_module,
+    describe_versions,
+    digest_facts,
+    list_changes,
+)
 from ..core.lowrank import LowRank
-from ..errors import OutputError, UnsupportedFormat
+from ..errors import OutputError, UnsupportedFormat, output_error
+from ..files.atomic import TEMPORARY_NAME
 from ..files.hashing import hash_parts, hash_text
+from ..files.jsontext import read_json_object
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import write_safetensors
+from ..files.writing import write_safetensors, write_text_atomically
 from ..version import __version__
 
 log = logging.getLogger(__name__)
@@ -24,6 +34,12 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_STATES = 180.0
 """Seconds between two states of a fit: writing that of a large model takes about ten seconds."""
 
+INPUTS_FILE = "prolora-inputs.json"
+"""Marks a folder of kept results, and lists what they were made from."""
+
+_MADE_FROM, _VERSIONS = "made_from", "versions"
+_REMEDY = "delete the folder, or give another one"
+_NAMED = 6  # changes that a message lists
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
 
@@ -41,11 +57,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def hash_model(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers."""
-    return hash_tensors(dict(model.named_parameters()) | dict(model.named_buffers()))
-
-
 def hash_updates(updates: Mapping[str, LowRank]) -> str:
     """SHA-256 of updates."""
     return hash_tensors(_name_factors(updates))
@@ -56,31 +67,100 @@ def _name_factors(updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return factors | {f"{name}.down": u.down for name, u in updates.items()}
 
 
+Inputs = Mapping[str, Facts]
+"""What the results in a folder were made from: "the source: files" or the like -> what it is."""
+
+
+def check_inputs(folder: Path, inputs: Inputs) -> bool:
+    """Whether a folder holds results that were made from these inputs, and those alone.
+
+    Args:
+        folder: need not exist.
+        inputs: all of them, or the ones that are known so far.
+
+    Returns:
+        False where it does not exist yet, or is empty.
+
+    Raises:
+        OutputError: it holds other things, or results of other inputs; the message names both.
+    """
+    listed = folder / INPUTS_FILE
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder}: the folder {place} cannot be written")
+        if not listed.exists():
+            others = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+            others = [name for name in others if not TEMPORARY_NAME.fullmatch(name)]
+            if others:
+                raise OutputError(
+                    f"{folder}: holds other things ({', '.join(others[:3])}) and no {INPUTS_FILE}, "
+                    "so it is no folder of kept results; give an empty or a new one"
+                )
+            return False
+        kept = read_json_object(listed).get(_MADE_FROM)
+    except UnsupportedFormat as error:
+        raise OutputError(f"{error}; {_REMEDY}") from error
+    except OSError as error:
+        raise output_error(folder, error) from error
+    if not _are_inputs(kept):
+        raise OutputError(f"{listed}: lists no inputs of kept results; {_REMEDY}")
+    changes = [
+        change if owner == _VERSIONS else f"{owner.partition(':')[0]}'s {change}"
+        for owner, facts in inputs.items()
+        for change in list_changes(kept.get(owner, {}), facts)
+    ]
+    if changes:
+        more = f"; and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+        raise OutputError(
+            f"{folder}: its results were made from other inputs: {'; '.join(changes[:_NAMED])}"
+            f"{more}; {_REMEDY}"
+        )
+    return True
+
+
+def _are_inputs(value: Any) -> TypeGuard[dict[str, Facts]]:
+    def is_table(item: Any, is_value: Callable[[Any], bool]) -> bool:
+        return isinstance(item, dict) and all(map(is_value, item.values()))
+
+    def is_settings(item: Any) -> bool:
+        return is_table(item, lambda text: isinstance(text, str))
+
+    return is_table(value, lambda facts: is_table(facts, is_settings))
+
+
 class Checkpoints:
     """Named results in a folder, each under a key, the hash of what it depends on.
 
     A result is used again only if its key and the checksum of its content match; anything else is
-    computed again.
+    computed again. The folder lists the inputs that all of its results share: models, versions.
     """
 
-    def __init__(self, folder: str | PathLike[str] | None) -> None:
-        """Opens a folder, created if it does not exist; None keeps nothing.
+    def __init__(
+        self, folder: str | PathLike[str] | None, inputs: Callable[[], Inputs] = dict
+    ) -> None:
+        """Opens a folder, created with the first result; None keeps nothing.
+
+        Args:
+            folder: new, empty, or with results of the same inputs.
+            inputs: called where there is a folder: everything that all results depend on.
 
         Raises:
-            OutputError: the folder cannot be created.
+            OutputError: see `check_inputs`.
         """
         self.folder = None if folder is None else Path(folder)
+        self.inputs: Inputs = {}
         if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OutputError(f"{folder}: cannot be created: {error}") from error
+            self.inputs = inputs()
+            self._listed = check_inputs(self.folder, self.inputs)
+        self._digest = digest_facts(self.inputs)
 
     def recall(self, name: str, key: str) -> tuple[dict[str, Tensor], str] | None:
         """The tensors and the note under a name and key; None where there are none."""
         path = self._path(name, key)
-        if path is None or not path.exists():
+        if path is None or not os.path.lexists(path):
             return None
+        key = hash_texts(key, self._digest)
         try:
             file = SafetensorsFile(path)
             tensors = {name: file.read(name) for name in file.tensors}
@@ -102,6 +182,8 @@ class Checkpoints:
         """
         path = self._path(name, key)
         if path is not None:
+            self._list_inputs()
+            key = hash_texts(key, self._digest)
             marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
             write_safetensors(path, dict(tensors), marks)
 
@@ -112,7 +194,29 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def _path(self, name: str, key: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}-{key[:16]}.safetensors"
+        """Where a result is kept.
+
+        Raises:
+            OutputError: somebody has put something else there.
+        """
+        if self.folder is None:
+            return None
+        path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
+        return path
+
+    def _list_inputs(self) -> None:
+        """Makes the folder, and writes down what its results are made from."""
+        assert self.folder is not None
+        if not self._listed:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise output_error(self.folder, error, "cannot be created") from error
+            text = json.dumps({_MADE_FROM: self.inputs}, indent=1)
+            write_text_atomically(self.folder / INPUTS_FILE, text)
+            self._listed = True
 
     def recall_updates(
         self, name: str, key: str
@@ -136,6 +240,31 @@ class Checkpoints:
     def state_file(self, name: str, key: str) -> StateFile | None:
         """Where the state of a long fit is kept; None without a folder."""
         return None if self.folder is None else StateFile(self, name, key)
+
+
+def open_checkpoints(
+    folder: str | PathLike[str] | None, source: nn.Module, target: nn.Module, more: Inputs
+) -> Checkpoints:
+    """Where the results of a probing of two models are kept.
+
+    Args:
+        folder: None keeps nothing.
+        source: the source model.
+        target: the target model.
+        more: inputs beside the two models.
+
+    Raises:
+        OutputError: see `check_inputs`.
+    """
+    return Checkpoints(
+        folder,
+        lambda: {
+            **more,
+            _VERSIONS: describe_versions(),
+            "the source: model": describe_module(source),
+            "the target: model": describe_module(target),
+        },
+    )
 
 
 class StateFile:

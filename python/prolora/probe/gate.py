@@ -222,18 +222,18 @@ def _refuse_images(
         return (
             f"only {effect.share:.0%} ± {SURE * effect.error:.0%} of the wanted change was reached "
             f"on held-out images, which may be chance ({effect.trajectories} samplings); more "
-            "images (--probe-images) may help"
+            "images may help"
         )
     if share["adapted"] < MIN_IMAGE_SHARE:
         return (
             f"only {share['adapted']:.0%} of the wanted change was reached on held-out images of "
-            f"the LoRA (at least {MIN_IMAGE_SHARE:.0%} is required); more images (--probe-images) "
+            f"the LoRA (at least {MIN_IMAGE_SHARE:.0%} is required); more images "
             "or a larger rank may help"
         )
     if share["target"] < 0:
         return (
             "on held-out images of the target the fit does worse than no LoRA "
-            f"({share['target']:.0%} of the wanted change); more images (--probe-images) may help"
+            f"({share['target']:.0%} of the wanted change); more images may help"
         )
     return None
 
@@ -242,7 +242,7 @@ def _explain_disagreement(difference: float) -> str:
     return (
         "the bases' own predictions differ by too much for the source to say what this LoRA "
         f"should do on the target (disagreement {difference:.2g}, at most "
-        f"{MAX_DISAGREEMENT:g}); use --method auto or copy"
+        f"{MAX_DISAGREEMENT:g}); move it by weights, or copy it"
     )
 
 

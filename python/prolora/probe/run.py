@@ -19,7 +19,7 @@ from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
 from ..errors import UnrelatedBases
 from ..version import __version__
-from .checkpoint import Checkpoints, hash_texts
+from .checkpoint import hash_texts, open_checkpoints
 from .crossed import CrossedImages, measure_bands
 from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
@@ -205,7 +205,7 @@ def fit_lora(
         adapter,
         (sample_source, sample_adapted or sample_source, sample_target),
         translation,
-        Checkpoints(settings.resume),
+        open_checkpoints(settings.resume, source, target, {}),
         settings.samplers,
     )
     return _run_models(recorder, rival, settings)

@@ -13,6 +13,7 @@ from ..adapters.adapter import Adapter
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, open_base, vae
 from ..bases.base import Progress
+from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.recording.trajectories import Sample
@@ -50,7 +51,7 @@ class Side:
     @property
     def runs(self) -> bool:
         """Whether a pipeline is there."""
-        return self.pipe is not None or vae.is_pipeline(self.base.path)
+        return self.pipe is not None or is_pipeline(self.base.path)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def check_runnable(source: Side, target: Side, samplers: object) -> None:
             raise UnsupportedFormat(
                 f"the {name} {side.base.path or side.base.name} is no pipeline folder: measuring "
                 "runs the models, so both bases must be folders of whole diffusers pipelines "
-                f"({vae.PIPELINE_INDEX}, scheduler, text encoders, and unet or transformer); in "
+                f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or transformer); in "
                 "Python also pipelines at hand, or modules with samplers"
             )
     if source.base.path is not None and target.base.path is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import SolverFailure
 from .low_rank import multiply_factors
 
 Weights = dict[str, Tensor]
@@ -84,23 +85,33 @@ class JointCurvature:
             sums[name] = sums[name] + squares if name in sums else squares
 
     def invert(self) -> None:
-        """Inverts the factors as they are now."""
+        """Inverts the factors as they are now.
+
+        Raises:
+            SolverFailure: those of a module are not finite; the message names it.
+        """
         means = [_diagonal(writes).mean() for writes in self.writes.values()]
         largest = float(torch.stack(means).max()) if means else 0.0
         for name, writes in self.writes.items():  # none where nothing reaches the prediction
-            inverse = self._invert(writes, _ROUNDING * largest)
-            self.inverse[name] = (inverse, self._invert(self.reads[name]))
+            inverse = self._invert(name, writes, _ROUNDING * largest)
+            self.inverse[name] = (inverse, self._invert(name, self.reads[name]))
 
-    def _invert(self, factor: Tensor, least: float = 0.0) -> Tensor:
+    def _invert(self, name: str, factor: Tensor, least: float = 0.0) -> Tensor:
         """(F + √damping·mean(diag F)·I)⁻¹ of a factor [n, n] or of a diagonal [n].
 
-        The term of I is at least `least`.
+        The term of I is at least `least`; `name` is that of the module.
         """
         shift = (self.damping**0.5 * _diagonal(factor).mean()).clamp_min(max(least, 1e-30))
         if factor.dim() == 1:
             return torch.reciprocal(factor + shift)
         shifted = factor + shift * torch.eye(len(factor), device=factor.device)
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        root, failed = torch.linalg.cholesky_ex(shifted)
+        if bool(failed):
+            raise SolverFailure(
+                f"{name} of the target: what it reads or what reaches its output is NaN, or too "
+                "large for float32; the target cannot be fitted with these weights"
+            )
+        return torch.cholesky_inverse(root)
 
     def solve(self, gradient: Weights) -> Weights:
         """(JᵀJ)⁻¹ gradient, module by module [m, n]; 0 where nothing reaches the prediction."""

@@ -92,36 +92,41 @@ def fit_jointly(
         if step < first:
             continue  # drawn all the same: the same probes come to the same steps
         on_step(step)
-        if not _take_step(function, state, probes):
-            break
+        _take_step(function, state, probes)
+        state.step += 1
         if store and store.due():
             store.store(*state.pack(function))
     return JointFit(state.updates, function.curvature, state.history)
 
 
-def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch]) -> bool:
-    """One Gauss–Newton step; False where nothing is missing, or no step helps."""
+def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch]) -> None:
+    """One Gauss–Newton step; none where these probes miss nothing, or no length helps them.
+
+    Neither says anything about the probes of the next step. Where no length helps, the next one
+    takes its differences over half the way.
+    """
     renew = state.step < 2 or state.step % _REFRESH == 0
     at = {name: function.start[name] + update for name, update in state.updates.items()}
     point = function.linearise(probes, at, renew)
     state.history.append(point.reached)
     if 1 - point.reached < _ROUNDING:
-        return False  # the rest is rounding of float32
+        return  # the rest is rounding of float32
     direction = function.curvature.solve(point.gradient)
     lines = [direction]
     if state.last_step is None:
         state.lengths[0] = _first_length(function, point, direction)
+        if not state.lengths[0]:
+            return
     else:
         lines.append(state.last_step)
     lengths = function.solve_lengths(point, lines, state.lengths)
     if not any(lengths):
-        return False
+        state.lengths[0] /= 2
+        return
     taken = {n: _weighted_sum(lengths, [line[n] for line in lines]) for n in function.names}
     state.last_step = taken
     state.lengths[0] = max(lengths[0], 0.1 * state.lengths[0])
     state.updates = {name: update + taken[name] for name, update in state.updates.items()}
-    state.step += 1
-    return True
 
 
 def _first_length(function: TargetFunction, point: Linearisation, direction: Weights) -> float:
@@ -156,7 +161,7 @@ class _FitState:
         last_step: what the last step added to them.
         lengths: over which the directions are differenced in the next step.
         history: share of the wanted change reached, before every step.
-        step: steps done.
+        step: steps done, those that changed nothing included.
     """
 
     updates: Weights
@@ -197,7 +202,7 @@ class _FitState:
         curvature.tokens = dict(facts["tokens"])
         curvature.invert()
         function.generator.set_state(tensors["generator"])
-        self.updates, self.last_step = groups["update"], groups["before"]
+        self.updates, self.last_step = groups["update"], groups["before"] or None
         self.lengths, self.history, self.step = facts["lengths"], facts["history"], facts["step"]
 
 

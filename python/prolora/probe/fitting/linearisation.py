@@ -91,7 +91,8 @@ class TargetFunction:
             total += float((probe.wanted - probe.plain).double().square().sum())
         if renew:
             self.curvature.invert()
-        return Linearisation(probes, weights, base, gradient, 1 - left / max(total, 1e-30))
+        reached = 1 - left / total if total else float(not left)
+        return Linearisation(probes, weights, base, gradient, reached)
 
     def _add_gradient(
         self, probe: ProbeBatch, weights: Weights, gradient: Weights, renew: bool

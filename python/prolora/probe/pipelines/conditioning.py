@@ -161,7 +161,7 @@ def stack_conditionings(rows: Sequence[Conditioning]) -> Conditioning:
         elif len({v.shape for v in values}) > 1:
             raise ProLoRAError(
                 f"{'.'.join(path)} has a different length for each prompt, so that one call cannot "
-                "hold two prompts; probe with a single prompt and --probe-guidance 1"
+                "hold two prompts; probe with a single prompt, without guidance"
             )
         else:
             stacked[path] = torch.cat(values)

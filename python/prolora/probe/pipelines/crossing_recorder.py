@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
+from ...bases.pipeline_identity import describe_module, digest_facts
 from ...errors import ProLoRAError
-from ..checkpoint import Checkpoints, hash_model, hash_texts
+from ..checkpoint import Checkpoints, hash_texts
 from ..crossed import CrossedImages
 from ..recording.recorder import ORIGINS, hash_origins
-from ..recording.trajectories import Call
+from ..recording.trajectories import Call, check_sampled
 from ..recording.translation import PAIR, Question
 from ..updates import apply_updates
 from .conditioning import stack_conditionings
@@ -56,7 +56,7 @@ class CrossingRecorder:
         ours: the source.
         theirs: the target.
         adapter: the LoRA of the source.
-        folder: where final latents are kept; None keeps nothing.
+        checkpoints: where final latents are kept.
         samplers_text: what the samplers do; part of the keys of what is kept.
         on_image: called after each sampled image.
         crossed: what became of the images so far.
@@ -65,7 +65,7 @@ class CrossingRecorder:
     ours: CrossingSide
     theirs: CrossingSide
     adapter: Adapter
-    folder: str | PathLike[str] | None = None
+    checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
     samplers_text: str = ""
     on_image: Callable[[], None] | None = None
     crossed: CrossedImages = field(default_factory=CrossedImages)
@@ -79,11 +79,6 @@ class CrossingRecorder:
     def target(self) -> nn.Module:
         """The target model."""
         return self.theirs.pipeline.denoiser
-
-    @cached_property
-    def checkpoints(self) -> Checkpoints:
-        """Where results are kept; the folder is created on the first use."""
-        return Checkpoints(self.folder)
 
     @cached_property
     def translation(self) -> CrossedTranslation:
@@ -114,18 +109,17 @@ class CrossingRecorder:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its images depend on, besides the seed."""
-        if self.folder is None:
-            return dict.fromkeys(ORIGINS, "")
-        return hash_origins(self.source, self.target, self.adapter, self.samplers_text)
+        """Origin -> hash of what its images depend on, besides the seed and the models."""
+        return hash_origins(self.checkpoints, self.adapter, self.samplers_text)
 
     @cached_property
     def key(self) -> str:
         """Hash of what all questions together depend on, the VAEs included."""
-        if self.folder is None:
+        if self.checkpoints.folder is None:
             return ""
         spaces = self.ours.space, self.theirs.space
-        hashes = ["" if s.vae is None else hash_model(s.vae) for s in spaces]
+        vaes = (s.vae for s in spaces)
+        hashes = ["" if v is None else digest_facts(describe_module(v)) for v in vaes]
         return hash_texts(
             "across latents", *self.keys.values(), *hashes, *map(repr, map(_norms, spaces))
         )
@@ -277,9 +271,9 @@ class CrossingRecorder:
             if origin == "adapted":
                 with apply_updates(self.source, self.adapter.updates):
                     adapted = replace(side, settings=side.settings.with_lora())
-                    sampled = self._sample(adapted, seed)
+                    sampled = self._sample(adapted, seed, origin)
             else:
-                sampled = self._sample(side, seed)
+                sampled = self._sample(side, seed, origin)
             self.checkpoints.store(name, key, sampled)
         else:
             sampled = kept[0]
@@ -287,7 +281,7 @@ class CrossingRecorder:
         on_device = {name: sampled[name].to(device) for name in ("latents", "noises")}
         return {**on_device, "levels": sampled["levels"]}
 
-    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+    def _sample(self, side: CrossingSide, seed: int, origin: str) -> dict[str, Tensor]:
         """Latents and noises [images, ...], and the levels of the sampler's calls, falling."""
         prompts = side.settings.prompts or ("",)
         times: list[Tensor] = []
@@ -296,6 +290,7 @@ class CrossingRecorder:
             prompt = prompts[(seed + i) % len(prompts)]
             number = seed * side.settings.images + i
             final = side.pipeline.sample_final(prompt, side.settings, number)
+            check_sampled(final.latent, origin)
             latents.append(final.latent.float())
             noises.append(side.read_noise(final).float())
             times += final.times

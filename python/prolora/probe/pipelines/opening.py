@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...bases import vae
-from ...bases.folder import MODELS, choose_candidate, open_folder_weights
+from ...bases.folder import choose_candidate, open_folder_weights
+from ...bases.pipeline_files import (
+    PIPELINE_INDEX,
+    UNUSED_PARTS,
+    PipelineIndex,
+    is_pipeline,
+    read_component_config,
+    read_pipeline_index,
+)
 from ...errors import UnsupportedFormat
-from ...files.jsontext import read_json_object
+from ..models import check_weights
 from ..precision import HALVES
 from .pipeline import Pipeline
-
-# None of these runs when latents are asked for; a pipeline works without them.
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
@@ -36,6 +40,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
         UnsupportedFormat: it is not a pipeline folder, needs code that is not in diffusers or
             transformers, or has weights as pickles only; or diffusers (transformers, for text
             encoders) is missing or cannot load it.
+        NonFiniteWeights: a weight holds NaN, Inf or a number that no sampling survives.
     """
     index = _read_index(folder)
     try:
@@ -44,23 +49,22 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
         raise UnsupportedFormat(
             'probing runs the models through diffusers: pip install "prolora[probe]"'
         ) from error
-    class_ = getattr(diffusers, index["_class_name"], None)
-    if class_ is None:
-        raise UnsupportedFormat(
-            f"{folder}: diffusers {diffusers.__version__} has no {index['_class_name']}; "
-            "pip install -U diffusers"
-        )
-    part = next(part for part in MODELS if isinstance(index.get(part), list))
+    assert index.denoiser is not None
+    part, parts = index.denoiser, index.parts
+    class_ = _find_class(diffusers, index.class_name, "DiffusionPipeline", folder)
+    model_class = _find_class(diffusers, parts[part][1], "ModelMixin", folder)
+    for name in {part, "vae"} & parts.keys():
+        read_component_config(folder / name)
     best = choose_candidate(file.name for file in (folder / part).glob("*"))
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if best is not None and best.variant:
         options["variant"] = best.variant
     try:
         with _hide_progress_bars(diffusers):
-            denoiser = getattr(diffusers, index[part][1]).from_pretrained(
+            denoiser = model_class.from_pretrained(
                 folder / part, torch_dtype=_stored_dtype(folder / part), **options
             )
-            unused = {name: None for name in _UNUSED if name in index}
+            unused = {name: None for name in UNUSED_PARTS if name in index.content}
             pipe = class_.from_pretrained(folder, **{part: denoiser}, **unused, **options)
     except ImportError as error:
         raise UnsupportedFormat(
@@ -72,8 +76,9 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
             f"{type(error).__name__}: {error}. Pickles are not read; save it again with "
             "pipe.save_pretrained(FOLDER, safe_serialization=True)"
         ) from error
-    for model in pipe.components.values():
+    for name, model in pipe.components.items():
         if isinstance(model, nn.Module):
+            check_weights(model, str(folder / name))
             model.eval()
             if model is not denoiser:
                 model.float()  # a text encoder has the dtype in which it was saved
@@ -106,28 +111,40 @@ def _hide_progress_bars(diffusers: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> PipelineIndex:
     """Reads model_index.json; refuses a pipeline that would run code of other packages.
 
     Raises:
         UnsupportedFormat: see `open_pipeline`.
     """
-    if not vae.is_pipeline(folder):
+    if not is_pipeline(folder):
         raise UnsupportedFormat(
-            f"{folder}: --method probe runs the models, so each base must be the folder of a whole "
-            f"diffusers pipeline ({vae.PIPELINE_INDEX}, scheduler, text encoders, unet or "
+            f"{folder}: probing runs the models, so each base must be the folder of a whole "
+            f"diffusers pipeline ({PIPELINE_INDEX}, scheduler, text encoders, unet or "
             "transformer); weights alone cannot be sampled"
         )
-    index = read_json_object(folder / vae.PIPELINE_INDEX)
-    if not isinstance(index.get("_class_name"), str):
-        raise UnsupportedFormat(f"{folder / vae.PIPELINE_INDEX}: names no class of diffusers")
-    for name, value in index.items():
-        if isinstance(value, list) and name not in _UNUSED and value[0] is not None:
-            if value[0] not in ("diffusers", "transformers"):
-                raise UnsupportedFormat(
-                    f"{folder / vae.PIPELINE_INDEX}: {name} comes from {value[0]!r}, which is "
-                    "code of its own; probing runs code of diffusers and transformers only"
-                )
-    if not any(isinstance(index.get(part), list) for part in MODELS):
+    index = read_pipeline_index(folder)
+    for name, (library, _) in index.parts.items():
+        if library not in ("diffusers", "transformers") and name not in UNUSED_PARTS:
+            raise UnsupportedFormat(
+                f"{folder / PIPELINE_INDEX}: {name} comes from {library!r}, which is code of its "
+                "own; probing runs code of diffusers and transformers only"
+            )
+    if index.denoiser is None:
         raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")
     return index
+
+
+def _find_class(diffusers: Any, name: str, kind: str, folder: Path) -> Any:
+    """A class of diffusers by its name; `kind` is the class that it must be derived from.
+
+    Raises:
+        UnsupportedFormat: there is none.
+    """
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, getattr(diffusers, kind)):
+        raise UnsupportedFormat(
+            f"{folder}: diffusers {diffusers.__version__} has no {kind} called {name}; "
+            "pip install -U diffusers"
+        )
+    return found

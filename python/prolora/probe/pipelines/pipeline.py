@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...bases.folder import MODELS
+from ...bases.pipeline_identity import Facts, describe_parts, digest_facts
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
@@ -79,6 +81,11 @@ class Pipeline:
         self.schedule = Schedule.of(pipe.scheduler, name)
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         pipe.set_progress_bar_config(disable=True)
+
+    @cached_property
+    def parts(self) -> Facts:
+        """What all but its denoiser is: text encoders, VAE, tokenizers, scheduler."""
+        return describe_parts(self.pipe, self.denoiser)
 
     @property
     def size(self) -> int | None:
@@ -324,11 +331,12 @@ class Pipeline:
 
 
 def describe_pipeline(pipeline: Pipeline, settings: Probing) -> str:
-    """What a sampler does, as a text: part of the keys of what is kept of its samplings."""
+    """What a sampler does, as a text: part of the keys of what is kept of its samplings.
+
+    All parts of the pipeline count but its denoiser, whose own identity belongs to what is kept.
+    """
     settings_text = {k: v for k, v in vars(settings).items() if k not in _FIT_SETTINGS}
-    pipe = pipeline.pipe
-    kind = (type(pipe).__name__, type(pipe.scheduler).__name__, dict(pipe.scheduler.config))
-    return json.dumps([settings_text, kind], default=str)
+    return json.dumps([settings_text, digest_facts(pipeline.parts)], default=str)
 
 
 def _repeat_time(

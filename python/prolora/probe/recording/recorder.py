@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...adapters.adapter import Adapter
-from ..checkpoint import Checkpoints, hash_model, hash_texts, hash_updates
+from ..checkpoint import Checkpoints, hash_texts, hash_updates
 from ..crossed import CrossedImages
 from ..updates import apply_updates
 from .call_codec import decode_calls, encode_calls
@@ -86,10 +86,8 @@ class Recorder:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Origin -> hash of what its trajectories depend on, besides the seed."""
-        if self.checkpoints.folder is None:
-            return dict.fromkeys(ORIGINS, "")
-        return hash_origins(self.source, self.target, self.adapter, self.samplers_text)
+        """Origin -> hash of what its trajectories depend on, besides the seed and the models."""
+        return hash_origins(self.checkpoints, self.adapter, self.samplers_text)
 
     @property
     def key(self) -> str:
@@ -124,16 +122,13 @@ class Recorder:
         return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
 
 
-def hash_origins(
-    source: nn.Module, target: nn.Module, adapter: Adapter, samplers_text: str
-) -> dict[str, str]:
-    """Origin -> hash of what its samplings depend on, besides the seed."""
-    ours, theirs = hash_model(source), hash_model(target)
-    return {
-        "source": hash_texts(ours, samplers_text),
-        "adapted": hash_texts(ours, samplers_text, hash_updates(adapter.updates)),
-        "target": hash_texts(theirs, samplers_text),
-    }
+def hash_origins(checkpoints: Checkpoints, adapter: Adapter, samplers_text: str) -> dict[str, str]:
+    """Origin -> hash of what its samplings depend on, besides the seed and the folder's inputs."""
+    if checkpoints.folder is None:
+        return dict.fromkeys(ORIGINS, "")
+    plain = hash_texts(samplers_text)
+    adapted = hash_texts(samplers_text, hash_updates(adapter.updates))
+    return {"source": plain, "adapted": adapted, "target": plain}
 
 
 def load_or_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import output_error
 from ...files.safetensors_file import SafetensorsFile
+from ...files.sizes import format_size
 from ...files.writing import dump_safetensors
 from . import call_codec
 from .lazy import LazySequence
@@ -37,18 +40,28 @@ class SpillStore:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, key: Hashable, bundle: Bundle) -> None:
-        """Stores tensors of one device; the key must be new."""
+        """Stores tensors of one device; the key must be new.
+
+        Raises:
+            OutputError: the folder for temporary files is full, or there is none.
+        """
         size = sum(t.numel() * t.element_size() for t in bundle)
         device = bundle[0].device if bundle else torch.device("cpu")
         if self.max_bytes is None or self.held + size <= self.max_bytes or not size:
             self._bundles[key] = tuple(t.cpu() for t in bundle), device
             self.held += size
             return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="prolora-probe-")
-        path = Path(self._folder.name) / f"{len(self._files)}-{self.spilled}.safetensors"
         named = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(bundle)}
-        dump_safetensors(path, named, {})
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="prolora-probe-")
+            path = Path(self._folder.name) / f"{len(self._files)}-{self.spilled}.safetensors"
+            dump_safetensors(path, named, {})
+        except OSError as error:
+            place = os.environ.get("TMPDIR") or "the folder for temporary files"
+            raise output_error(
+                place, error, f"cannot take {format_size(size)} of what does not fit in memory"
+            ) from error
         self._files[key] = path, device
         self.spilled += size
 

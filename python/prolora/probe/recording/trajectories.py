@@ -46,12 +46,13 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
         origin: stored in every call.
 
     Raises:
-        ProLoRAError: the sampler never called the model.
+        ProLoRAError: the sampler never called the model, or makes NaN or Inf.
     """
     calls: list[Call] = []
     pool = _TensorPool()
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_sampled(next(filter(_is_floating, (*args, *kwargs.values())), None), origin)
         calls.append(Call(pool.copy(args), pool.copy(kwargs), origin))
 
     hook = model.register_forward_pre_hook(record, with_kwargs=True)
@@ -63,6 +64,24 @@ def record_calls(model: nn.Module, sample: Sample, seed: int, origin: str) -> li
             "pass the very module that the pipeline runs (its unet or transformer)"
         )
     return calls
+
+
+def check_sampled(latent: Tensor | None, origin: str) -> None:
+    """Refuses a sampling that makes numbers that are none, before more of it is done.
+
+    Raises:
+        ProLoRAError: the latents hold NaN or Inf.
+    """
+    if latent is not None and not bool(torch.isfinite(latent).all()):
+        whose = "source with its LoRA" if origin == "adapted" else origin
+        raise ProLoRAError(
+            f"sampling the {whose} makes NaN or Inf: its weights are damaged, or the settings of "
+            "the sampling do not suit it"
+        )
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class _TensorPool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import adapters
@@ -15,8 +15,8 @@ from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
-from ...bases.identity import compute_identity
 from ...bases.memory import resident_bytes
+from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
 from ...errors import LowCoverage, ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
@@ -38,6 +38,7 @@ from .plan import check_probing, outline_fit, plan_probing
 from .rows import build_probe_report, list_modules, list_vectors, outline_report
 
 if TYPE_CHECKING:
+    from ...probe.checkpoint import Checkpoints, Inputs
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
@@ -68,10 +69,11 @@ def transfer_by_probing(
     coverage = outline_report(adapter, source, target, options).coverage
     if coverage < options.min_coverage:
         raise LowCoverage(explain_low_coverage(coverage, options.min_coverage, 0.0))
+    inputs = _check_kept(source, target, options)
     rival = _move_rival(route)
     if rival is None and options.probe.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    updates, report = _fit_models(route, rival.adapter.updates if rival else {})
+    updates, report = _fit_models(route, rival.adapter.updates if rival else {}, inputs)
     gate = report.gate
     if gate and gate.decision == COPY and not options.probe.force:
         if not gate.copy_serves:
@@ -81,6 +83,26 @@ def transfer_by_probing(
         if rival:
             return _scale_rival(rival, report, gate.copy_strength, _read_notes(notes))
     return _finish_probing(route, blank, updates, report, _read_notes(notes))
+
+
+def _check_kept(source: Base, target: Base, options: TransferOptions) -> Inputs:
+    """Refuses a folder of kept results that were made from other files, before anything is loaded.
+
+    Returns:
+        What both pipelines are made of, by file; nothing where nothing is kept.
+
+    Raises:
+        OutputError: see `check_inputs`.
+    """
+    from ...probe.checkpoint import check_inputs
+
+    if options.probe.resume is None:
+        return {}
+    assert source.path is not None and target.path is not None
+    folders = {"the source: files": source.path, "the target: files": target.path}
+    inputs = {name: describe_pipeline_folder(path) for name, path in folders.items()}
+    check_inputs(Path(options.probe.resume), inputs)
+    return inputs
 
 
 def _outline_result(route: Route) -> Adapter:
@@ -108,20 +130,27 @@ def _move_rival(route: Route) -> Result | None:
 
 
 def _fit_models(
-    route: Route, rival: Mapping[str, LowRank]
+    route: Route, rival: Mapping[str, LowRank], inputs: Inputs
 ) -> tuple[dict[str, LowRank], ProbeReport]:
     """Runs the pipelines and fits: target module -> update at the strength asked for.
 
     Args:
         route: of the LoRA.
         rival: the updates that the target would get without probing; empty where there are none.
+        inputs: see `_check_kept`.
     """
     from ...probe import pipelines
+    from ...probe.checkpoint import open_checkpoints
     from ...probe.pipelines.schedules import FLOW
 
     source, target, options = route.source, route.target, route.options
     assert source.path is not None and target.path is not None
     models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
+    if inputs:
+        sides = ("the source: parts", "the target: parts")
+        inputs = {**inputs, **{n: model.parts for n, model in zip(sides, models, strict=True)}}
+    denoisers = models[0].denoiser, models[1].denoiser
+    checkpoints = open_checkpoints(options.probe.resume, *denoisers, inputs)
     updates = _drop_text_encoders(route.adapter.updates)
     adapter = route.adapter.with_updates(updates)
     settings = _fit_settings(options, max((u.rank for u in updates.values()), default=1))
@@ -131,7 +160,6 @@ def _fit_models(
         if options.progress:
             options.progress(next(images), 6 * options.probe.images, "sampling")
 
-    bases = [compute_identity(base) for base in (source, target)] if options.probe.resume else []
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
     sampled = options.probe
@@ -145,7 +173,7 @@ def _fit_models(
         options.probe,
         (adapter, _drop_text_encoders(rival)),
         settings,
-        lambda sampling: json.dumps([sampling, *bases]) if bases else "",
+        checkpoints,
         count_image,
     )
     fitted = {
@@ -160,7 +188,7 @@ def _fit_pair(
     sampled: Probing,
     loras: tuple[Adapter, Mapping[str, LowRank]],
     settings: dict[str, Any],
-    describe: Callable[[str], str],
+    checkpoints: Checkpoints,
     on_image: Callable[[], None],
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
@@ -170,30 +198,23 @@ def _fit_pair(
         sampled: what is sampled.
         loras: the LoRA of the source, and its rival on the target.
         settings: of the fit.
-        describe: adds the bases to a text that says what the samplers do.
+        checkpoints: where results are kept.
         on_image: called after each sampled image.
     """
-    from ... import probe
     from ...probe.pipelines import pair_pipelines
+    from ...probe.recording.recorder import Recorder
+    from ...probe.run import fit_from_recorder
 
     pair = pair_pipelines(*models, sampled)
-    result = probe.fit_lora(
-        pair.source.denoiser,
-        pair.target.denoiser,
-        loras[0],
+    samplers = (
         pair.source.sampler(pair.settings, on_image),
-        pair.target.sampler(pair.of_target, on_image),
         pair.source.sampler(pair.settings.with_lora(), on_image),
-        translate=pair.translation.translate,
-        translate_back=pair.translation.translate_back,
-        convert=pair.translation.convert,
-        read=pair.translation.read,
-        clip=pair.translation.clip,
-        guidance=pair.translation.guidance,
-        rival=loras[1],
-        samplers=describe(pair.describe_sampling()),
-        **settings,
+        pair.target.sampler(pair.of_target, on_image),
     )
+    text = pair.describe_sampling() if checkpoints.folder else ""
+    denoisers = pair.source.denoiser, pair.target.denoiser
+    recorder = Recorder(*denoisers, loras[0], samplers, pair.translation, checkpoints, text)
+    result = fit_from_recorder(recorder, loras[1], FitSettings(samplers=text, **settings))
     result.report.log_snr = pair.log_snr
     return result
 
@@ -203,7 +224,7 @@ def _fit_crossing(
     sampled: Probing,
     loras: tuple[Adapter, Mapping[str, LowRank]],
     settings: dict[str, Any],
-    describe: Callable[[str], str],
+    checkpoints: Checkpoints,
     on_image: Callable[[], None],
     shared: bool,
 ) -> ProbeTransfer:
@@ -217,9 +238,9 @@ def _fit_crossing(
     for model in () if shared else models:
         check_shown(model.pipe, model.name)
     ours, theirs = observe_sides(*models, sampled, shared)
-    asked = FitSettings(samplers=describe(describe_crossing(ours, theirs)), **settings)
-    recorder = CrossingRecorder(ours, theirs, adapter, asked.resume, asked.samplers, on_image)
-    result = fit_from_recorder(recorder, rival, asked)
+    text = describe_crossing(ours, theirs) if checkpoints.folder else ""
+    recorder = CrossingRecorder(ours, theirs, adapter, checkpoints, text, on_image)
+    result = fit_from_recorder(recorder, rival, FitSettings(samplers=text, **settings))
     result.report.log_snr = recorder.log_snr
     return result
 
@@ -252,8 +273,8 @@ def _memory_left(limit: int) -> int:
     taken = resident_bytes()
     if taken >= limit:
         raise TooLittleMemory(
-            f"--max-memory {format_size(limit)} is too little: the two pipelines alone take "
-            f"{format_size(taken)}"
+            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
+            f"take {format_size(taken)}"
         )
     return limit - taken
 

@@ -9,6 +9,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...architectures.modules import find_block, is_adaptable
 from ...bases import Base, vae
+from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ...comparison.module_map import AUTO_MATCH
 from ...comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ...core.lowrank import LowRank
@@ -47,11 +48,11 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
             "not at pairs of weights; its rank is out_rank"
         )
     for side, base in (("source", source), ("target", target)):
-        if not vae.is_pipeline(base.path):
+        if not is_pipeline(base.path):
             raise UnsupportedFormat(
-                f"the {side} {base.path or base.name} is no pipeline folder: --method probe runs "
+                f"the {side} {base.path or base.name} is no pipeline folder: probing runs "
                 "the models, so both bases must be folders of whole diffusers pipelines "
-                f"({vae.PIPELINE_INDEX}, scheduler, text encoders, and unet or "
+                f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
                 "transformer). A single "
                 "file becomes one by StableDiffusionPipeline.from_single_file(FILE)"
                 ".save_pretrained(FOLDER) and the like; a model on the hub by downloading all of it"

@@ -1,0 +1,129 @@
+"""What the JSON files of a diffusers pipeline folder say: kinds checked, sizes bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedFormat
+from ..files.jsontext import read_json_object
+from .folder import MODELS
+
+PIPELINE_INDEX = "model_index.json"
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of pipelines that never run when latents are sampled from a prompt."""
+
+_MOST_BYTES = 1 << 20  # real ones have a few thousand
+_MOST = 1 << 20  # no width, size or number of layers is larger
+_COUNTS = (
+    *("in_channels", "out_channels", "latent_channels", "sample_size", "block_out_channels"),
+    *("layers_per_block", "num_layers", "norm_num_groups", "cross_attention_dim"),
+    *("attention_head_dim", "num_attention_heads"),
+)
+_NUMBERS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """A model_index.json.
+
+    Attributes:
+        class_name: of the pipeline, as diffusers calls it.
+        parts: name -> (library, class), of those that the pipeline has.
+        content: all of the file.
+    """
+
+    class_name: str
+    parts: Mapping[str, tuple[str, str]]
+    content: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> str | None:
+        """The name of its UNet or transformer; None without one."""
+        return next((part for part in MODELS if part in self.parts), None)
+
+
+def is_pipeline(folder: str | Path | None) -> bool:
+    """Whether a path is the folder of a whole diffusers pipeline."""
+    return folder is not None and (Path(folder) / PIPELINE_INDEX).is_file()
+
+
+def read_pipeline_index(folder: Path) -> PipelineIndex:
+    """Reads the model_index.json of a pipeline folder.
+
+    Raises:
+        UnsupportedFormat: it is missing, damaged or too large, names no class, or has a part that
+            is no pair of library and class, or whose name is no name of a folder.
+    """
+    file = folder / PIPELINE_INDEX
+    content = read_json_object(file, _MOST_BYTES)
+    class_name = content.get("_class_name")
+    if not isinstance(class_name, str) or not _is_name(class_name):
+        raise UnsupportedFormat(f"{file}: names no class of diffusers as _class_name")
+    parts = {}
+    for name, value in content.items():
+        if not _is_name(name) or value is None or value == [None, None]:
+            continue
+        if isinstance(value, list) and len(value) == 2 and all(map(_is_name, value)):
+            parts[name] = (value[0], value[1])
+        elif name in (*MODELS, "vae", "scheduler") or (folder / name).is_dir():
+            raise UnsupportedFormat(
+                f"{file}: {name} must be a pair of a library and a class, not {_shorten(value)}"
+            )
+    return PipelineIndex(class_name, parts, content)
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value could name a part, a library or a class."""
+    if not isinstance(value, str) or not value.isascii() or len(value) > 100:
+        return False
+    return all(word.isidentifier() for word in value.split("."))
+
+
+def read_component_config(folder: Path) -> dict[str, Any]:
+    """Reads the config.json of a pipeline's UNet, transformer or VAE.
+
+    Raises:
+        UnsupportedFormat: it is missing, damaged or too large, or a number in it that a model is
+            built by is of another kind or beyond all bounds.
+    """
+    file = folder / "config.json"
+    config = read_json_object(file, _MOST_BYTES)
+    for names, check, what in (
+        (_COUNTS, _is_count, f"a whole number of at most {_MOST}, or a list of such"),
+        (_NUMBERS, _is_finite, "a finite number, or a list of such"),
+    ):
+        for name in names:
+            value = config.get(name)
+            items = _flatten(value) if isinstance(value, list) else [value]
+            if value is not None and not all(check(item) for item in items):
+                raise UnsupportedFormat(f"{file}: {name} must be {what}, not {_shorten(value)}")
+    return config
+
+
+def _flatten(values: list[Any]) -> list[Any]:
+    """The items of lists in lists, two levels down: layers of blocks of blocks."""
+    for _ in range(2):
+        values = [i for v in values for i in (v if isinstance(v, list) else [v])]
+    return values
+
+
+def _is_count(value: object) -> bool:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value is None
+    return 0 <= value <= _MOST
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return value is None
+    return abs(value) < 1e30 and not math.isnan(value)
+
+
+def _shorten(value: object) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

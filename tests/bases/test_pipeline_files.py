@@ -1,0 +1,141 @@
+"""model_index.json and the configurations of a pipeline's parts: read, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prolora import UnsupportedFormat
+from prolora.bases import pipeline_files, vae
+from prolora.errors import ProLoRAError
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.36.0",
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256],
+    "latent_channels": 4,
+    "layers_per_block": [[2, 2], 1],
+    "in_channels": 3,
+    "sample_size": [64, 32],
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": [0.5, -0.25],
+}
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=6,
+)
+
+
+def write(folder: Path, content: object, name: str = "model_index.json") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def test_the_parts_of_a_pipeline_are_those_that_it_has(tmp_path):
+    index = pipeline_files.read_pipeline_index(write(tmp_path, INDEX))
+    assert index.class_name == "StableDiffusionPipeline"
+    assert set(index.parts) == {"scheduler", "unet", "vae"}
+    assert index.denoiser == "unet"
+    absent = INDEX | {"unet": [None, None], "transformer": ["diffusers", "X"], "tags": ["a", 1, 2]}
+    assert pipeline_files.read_pipeline_index(write(tmp_path, absent)).denoiser == "transformer"
+
+
+WRONG = [[], ["diffusers"], ["diffusers", None], ["a", "b", "c"], ["a", ["b"]], {}, 3, True, "vae"]
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "scheduler", "tokenizer"])
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_a_part_of_another_kind_is_refused_by_name(tmp_path, part, value):
+    (tmp_path / "tokenizer").mkdir()
+    folder = write(tmp_path, INDEX | {part: value})
+    with pytest.raises(UnsupportedFormat, match=f"model_index.json: {part} must be a pair"):
+        pipeline_files.read_pipeline_index(folder)
+
+
+@pytest.mark.parametrize("name", [None, 3, [], "", "os.system('x')", "a b", "../x", "x" * 101])
+def test_a_pipeline_without_the_name_of_a_class_is_refused(tmp_path, name):
+    with pytest.raises(UnsupportedFormat, match="names no class"):
+        pipeline_files.read_pipeline_index(write(tmp_path, INDEX | {"_class_name": name}))
+
+
+@pytest.mark.parametrize("setting", ["latent_channels", "in_channels", "block_out_channels"])
+@pytest.mark.parametrize("value", [-1, 1.5, "4", True, {}, [2, "3"], 2**21, 10**400], ids=repr)
+def test_a_size_of_another_kind_or_beyond_bounds_is_refused_by_name(tmp_path, setting, value):
+    folder = write(tmp_path, CONFIG | {setting: value}, "config.json")
+    with pytest.raises(UnsupportedFormat, match=f"config.json: {setting} must be a whole number"):
+        pipeline_files.read_component_config(folder)
+
+
+@pytest.mark.parametrize(
+    "value", ["0.1", True, {}, [0.5, "x"], float("nan"), float("inf"), 10**400]
+)
+def test_a_scale_of_another_kind_is_refused_by_name(tmp_path, value):
+    folder = write(tmp_path, CONFIG | {"scaling_factor": value}, "config.json")
+    with pytest.raises(UnsupportedFormat, match=r"config.json: scaling_factor must be a finite"):
+        pipeline_files.read_component_config(folder)
+
+
+def test_a_configuration_as_diffusers_writes_it_is_read(tmp_path):
+    assert pipeline_files.read_component_config(write(tmp_path, CONFIG, "config.json")) == CONFIG
+
+
+def test_a_file_larger_than_any_real_one_is_refused_unread(tmp_path):
+    folder = write(tmp_path, INDEX | {"x": "y" * (1 << 20)})
+    with pytest.raises(UnsupportedFormat, match="too large"):
+        pipeline_files.read_pipeline_index(folder)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(changes=st.dictionaries(st.sampled_from([*INDEX, *CONFIG]) | st.text(max_size=9), ANY))
+def test_whatever_the_files_say_is_read_or_refused(tmp_path, changes):
+    """Both files, and what is made of them: nothing but prolora's own refusals comes out."""
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        write(folder, INDEX)
+        write(folder / "vae", CONFIG, "config.json")
+    write(tmp_path / "b", INDEX | changes)
+    write(tmp_path / "b" / "vae", CONFIG | changes, "config.json")
+    for read in (
+        lambda: pipeline_files.read_pipeline_index(tmp_path / "b"),
+        lambda: pipeline_files.read_component_config(tmp_path / "b" / "vae"),
+        lambda: vae.explain_vae_difference(tmp_path / "a", tmp_path / "b"),
+        lambda: vae.can_probe(tmp_path / "a", tmp_path / "b"),
+    ):
+        try:
+            read()
+        except ProLoRAError as refusal:
+            assert "\n" not in str(refusal) and len(str(refusal)) < 600
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.booleans())
+def test_cut_and_flipped_files_are_read_or_refused(tmp_path, at, byte, cut):
+    raw = bytearray(json.dumps(INDEX).encode())
+    at %= len(raw)
+    if cut:
+        del raw[at:]
+    else:
+        raw[at] = byte
+    (tmp_path / "model_index.json").write_bytes(raw)
+    try:
+        pipeline_files.read_pipeline_index(tmp_path)
+    except ProLoRAError as refusal:
+        assert "model_index.json" in str(refusal)
