@@ -17,6 +17,7 @@ from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
 from .errors import (
     AlreadyMoved,
+    ForeignFile,
     InvalidOption,
     LowCoverage,
     NonFiniteWeights,
@@ -57,6 +58,7 @@ __all__ = [
     "Comparison",
     "Description",
     "ExpertsLike",
+    "ForeignFile",
     "InvalidOption",
     "LowCoverage",
     "LowRank",

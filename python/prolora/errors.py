@@ -16,6 +16,7 @@ from .core.errors import (
 
 __all__ = [
     "AlreadyMoved",
+    "ForeignFile",
     "InvalidOption",
     "LowCoverage",
     "NonFiniteWeights",
@@ -52,6 +53,10 @@ class AlreadyMoved(ProLoRAError):
 
 class OutputError(ProLoRAError):
     """The output cannot be written where the caller wants it, or would overwrite an input."""
+
+
+class ForeignFile(OutputError):
+    """A file stands where the output goes, and prolora did not write it as it is."""
 
 
 class TooLittleMemory(ProLoRAError):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import OutputError, UnsupportedFormat, output_error
 from .atomic import remove_stale_temporaries, replace_file, replace_folder
 from .hashing import flatten_bytes, view_bytes
+from .ownership import MARK_KEY, UNSIGNED, compute_mark, sign
 from .safetensors_file import DTYPES, SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
@@ -68,7 +69,7 @@ def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> No
     Args:
         path: the file; replaced if it exists, untouched if anything fails.
         tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
+        metadata: the header's metadata; an `UNSIGNED` mark in it is filled in.
 
     Raises:
         OutputError: it cannot be written, or reads back differently.
@@ -83,7 +84,7 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     Args:
         path: the file, as `replace_output` gives it or in a folder of that.
         tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
+        metadata: the header's metadata; an `UNSIGNED` mark in it is filled in.
         where: what messages call it.
 
     Raises:
@@ -92,6 +93,10 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: replace_surrogates(value) for key, value in metadata.items()}
+    if metadata.get(MARK_KEY) == UNSIGNED:
+        ordered = order_tensors(plain)
+        parts = (encode_header(ordered, metadata), *map(view_bytes, ordered.values()))
+        metadata[MARK_KEY] = compute_mark(parts)
     dump_safetensors(path, plain, metadata)
     _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
 
@@ -141,13 +146,22 @@ def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:
 
 
 def write_text_atomically(path: StrPath, text: str) -> None:
-    """Writes `text` as UTF-8; an existing file stays as it is if anything fails.
+    """Writes `text` as UTF-8, its mark filled in (see `ownership.sign`); whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_bytes_atomically(path, sign(replace_surrogates(text).encode()))
+
+
+def write_bytes_atomically(path: StrPath, content: bytes) -> None:
+    """Writes a file; an existing one stays as it is if anything fails.
 
     Raises:
         OutputError: it cannot be written.
     """
     with replace_output(path) as temporary:
-        temporary.write_bytes(replace_surrogates(text).encode())
+        temporary.write_bytes(content)
 
 
 def replace_surrogates(text: str) -> str:
