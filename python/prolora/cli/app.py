@@ -24,7 +24,7 @@ from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
-from .options import JsonOption, parse_path
+from .options import JsonOption, OverwriteOption, parse_path
 from .transfer import show_report, transfer
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ def demo(
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
     ] = 0,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
     with progress_bar("demo") as progress:
@@ -157,6 +158,7 @@ def demo(
             method=method,
             prompts=prompt,
             seed=seed,
+            overwrite=overwrite,
             progress=progress,
         )
     show_report(report)

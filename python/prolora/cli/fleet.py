@@ -22,12 +22,14 @@ from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
 from ..workflow.options import DtypeName, FormatName, ProgramName
+from ..workflow.output_paths import check_beside
 from .console import out, progress_bar
 from .exits import ExitCode
 from .options import (
     InsertedOption,
     JsonOption,
     MatchOption,
+    OverwriteOption,
     QuietOption,
     Resources,
     expand_options,
@@ -108,6 +110,7 @@ class PlanOutput:
     dtype: Annotated[
         DtypeName | None, typer.Option(help="Type of the factors. Default: each LoRA's.")
     ] = None
+    overwrite: OverwriteOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
 
@@ -180,9 +183,10 @@ def plan(
     """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
     options = method.to_dict() | vars(matching) | output.to_dict()
     shown = not (output.as_json or output.quiet)
+    check_beside(output.output, "plan", overwrite=output.overwrite)
     with progress_bar("plan", shown) as progress:
         made = plan_migration(loras, bases.source, bases.target, progress=progress, **options)
-    made.save(output.output)
+    made.save(output.output, overwrite=output.overwrite)
     if output.as_json:
         print(json.dumps(describe_plan(made), indent=1))
     elif shown:

@@ -31,6 +31,7 @@ from .options import (
     LoraStepsOption,
     MatchOption,
     ModulesOption,
+    OverwriteOption,
     ProbeGuidanceOption,
     ProbeSizeOption,
     ProbeStepsOption,
@@ -159,7 +160,7 @@ class OutputOptions:
             "-o",
             parser=parse_path,
             metavar="PATH",
-            help="Output file; a folder if there are several LoRAs.",
+            help="Output file (.safetensors); a folder if there are several LoRAs.",
         ),
     ] = None
     out_rank: Annotated[
@@ -187,7 +188,7 @@ class OutputOptions:
             parser=parse_path,
             metavar="FILE",
             help="Also write the whole report: a page for people if the name ends in .html, "
-            "otherwise JSON.",
+            "otherwise JSON; - prints the JSON.",
         ),
     ] = None
     card: Annotated[
@@ -198,6 +199,7 @@ class OutputOptions:
             "or in the folder of several.",
         ),
     ] = False
+    overwrite: OverwriteOption = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False
@@ -237,7 +239,7 @@ class OutputOptions:
     @property
     def show_tables(self) -> bool:
         """Whether people read along."""
-        return not (self.as_json or self.quiet)
+        return not (self.as_json or self.quiet or self.report == Path("-"))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def transfer_many(
     again: bool = False,
     format: FormatLike = "auto",
     dtype: DtypeLike | None = None,
+    overwrite: bool = False,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
     max_memory: int | str | None = None,
@@ -69,7 +71,8 @@ def transfer_many(
 
     A result that is there already, complete, and says in its header that it was made of this very
     LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
-    off goes on where it was. The folder is made if it does not exist.
+    off goes on where it was. A LoRA whose place holds a file that prolora did not write is refused
+    (unless `overwrite` is set). The folder is made if it does not exist.
 
     Every option has the meaning that it has in `transfer`. Without `cache` what is learnt of the
     bases is kept for this call only; `progress` is called as progress(done, total,
@@ -110,7 +113,7 @@ def transfer_many(
         probe=probe,
         progress=progress,
     )
-    output = OutputForm.of(options, format, dtype)
+    output = replace(OutputForm.of(options, format, dtype), overwrite=overwrite)
     pairs = pair_experts(open_experts(source), open_experts(target))
     moves = [
         (Path(lora), pair, appended)

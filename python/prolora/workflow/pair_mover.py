@@ -178,7 +178,7 @@ class PairMover:
         for task in group:
 
             def move(task: Task = task) -> Report:
-                check_output(task.out, inputs)
+                check_output(task.out, inputs, self.output.overwrite)
                 return run_transfer_file(
                     task.lora, self.source, self.target, task.out, options, self.output
                 )
@@ -229,7 +229,7 @@ class PairMover:
         show(len(group), "")
 
     def _prepare(self, task: Task, inputs: list[Path], cache: BasisCache) -> None:
-        check_output(task.out, inputs)
+        check_output(task.out, inputs, self.output.overwrite)
         task.job = prepare_job(
             task.lora, self.source, self.target, self.chosen, self.output, cache, self.widths
         )

@@ -67,6 +67,7 @@ class Transfer:
         *,
         format: FormatLike = "auto",
         dtype: DtypeLike | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Writes the LoRA: to a temporary file, read back and compared, then renamed.
 
@@ -76,13 +77,16 @@ class Transfer:
                 program that reads the file: "comfyui", "a1111", "forge", "invokeai", ….
             dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None means as they
                 came in.
+            overwrite: replace a file that prolora did not write. A result of prolora that nobody
+                has changed since is replaced in any case.
 
         Raises:
+            ForeignFile: a file is there that prolora did not write.
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
             UnsupportedFormat: the format has no name for a module.
         """
-        check_output(path, self.inputs)
+        check_output(path, self.inputs, overwrite)
         adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
 
     def state_dict(
@@ -274,6 +278,7 @@ def transfer_file(
     again: bool = False,
     format: FormatLike = "auto",
     dtype: DtypeLike | None = None,
+    overwrite: bool = False,
     cache: str | PathLike[str] | None = None,
     device: str | None = None,
     max_memory: int | str | None = None,
@@ -283,12 +288,13 @@ def transfer_file(
     """Moves a LoRA from file to file: `transfer`, then `Transfer.save`.
 
     The output path is checked before any work. Every option has the meaning that it has in
-    `transfer`; `format` and `dtype` are those of the file.
+    `transfer`; `format`, `dtype` and `overwrite` have those of `Transfer.save`.
 
     Returns:
         What was kept and lost.
 
     Raises:
+        ForeignFile: a file is there that prolora did not write.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `transfer` raises.
     """
@@ -313,7 +319,7 @@ def transfer_file(
         probe=probe,
         progress=progress,
     )
-    output = OutputForm.of(options, format, dtype)
+    output = replace(OutputForm.of(options, format, dtype), overwrite=overwrite)
     return run_transfer_file(Path(lora), open_base(source), open_base(target), out, options, output)
 
 
@@ -331,7 +337,7 @@ def run_transfer_file(
         OutputError: out cannot be written, or is an input.
         ProLoRAError: see `transfer`.
     """
-    check_output(out, list_inputs(lora, source, target))
+    check_output(out, list_inputs(lora, source, target), output.overwrite)
     recipe = Recipe.of(lora, source, target, options, output)
     done = run_transfer(lora, source, target, options, output, recipe.describe)
     if options.progress:
@@ -343,6 +349,7 @@ def run_transfer_file(
 def save_result(done: Transfer, out: Path, output: OutputForm) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
-    done.save(out, format=output.format or "auto", dtype=output.dtype)
+    format = output.format or "auto"
+    done.save(out, format=format, dtype=output.dtype, overwrite=output.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done.report, seconds=seconds)

@@ -16,9 +16,9 @@ from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
+from ...comparison.module_map import read_map
 from ...core.methods import Needs
 from ...errors import InvalidOption, ProLoRAError
-from ...files.jsontext import read_json_object
 from .calibration import Rates, calibrate
 from .listing import ListedLora, list_loras
 from .outcomes import find_state
@@ -119,7 +119,7 @@ def _settle_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(match, Mapping):
         chosen["match"] = dict(match)
     elif match not in ("name", "similarity"):
-        chosen["match"] = read_json_object(Path(match))
+        chosen["match"] = read_map(Path(match))
     if chosen.get("method") == "probe":
         raise InvalidOption(
             "method probe runs the models for each LoRA, which no plan estimates; use `prolora "
