@@ -165,10 +165,10 @@ def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path
     targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
     source = targets.pop("source")
     files = {path.stem: path for path in models.glob("loras/*.safetensors")}
-    for option, name, known in (("--target", target, targets), ("--lora", lora, files)):
+    for what, name, known in (("target", target, targets), ("LoRA", lora, files)):
         if name not in known:
             choices = ", ".join(sorted(known))
-            raise ProLoRAError(f"{option} {name}: there is none; choose from {choices}")
+            raise ProLoRAError(f"unknown demo {what} {name!r}: choose from {choices}")
     return source, targets[target], files[lora]
 
 

@@ -19,7 +19,7 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.width_selection import WidthFinder
 from ..core.methods import Needs
-from ..errors import ProLoRAError
+from ..errors import ProLoRAError, explain_os_error
 from .by_weights.decision import decide_method
 from .by_weights.file_budget import OutputForm
 from .by_weights.job import Job
@@ -68,10 +68,11 @@ class Task:
 
 
 def as_refusal(error: BaseException) -> ProLoRAError:
-    """An error of the system or of torch, as one that names itself."""
+    """An error of the system or of torch, as one of prolora's."""
     if isinstance(error, ProLoRAError):
         return error
-    refusal = ProLoRAError(f"{type(error).__name__}: {error}".rstrip(": "))
+    said = explain_os_error(error) if isinstance(error, OSError) else str(error)
+    refusal = ProLoRAError(said or type(error).__name__)
     refusal.__cause__ = error
     return refusal
 

@@ -106,7 +106,7 @@ def list_uploads(path: Path) -> list[Upload]:
     loras = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     loras = [file for file in loras if file.is_symlink() or file.is_file()]
     if not loras:
-        raise OutputError(f"{path}: no .safetensors file there")
+        raise OutputError(f"{path}: no .safetensors file there to publish")
     beside = [file.with_suffix(".html") for file in loras]
     config = [folder / PEFT_CONFIG] if any(f.name == PEFT_WEIGHTS for f in loras) else []
     card = folder / CARD
@@ -115,7 +115,9 @@ def list_uploads(path: Path) -> list[Upload]:
         for file in (card, *loras, *present):
             _refuse_link(file)
         if not card.is_file() or MARK not in card.read_text("utf-8", errors="replace"):
-            raise OutputError(f"{card}: no model card of prolora; write one with the LoRA")
+            raise OutputError(
+                f"{card}: no model card of prolora; a transfer writes one where it is asked for"
+            )
         return [_publish_text(card), *map(_publish_lora, loras), *map(_publish_text, present)]
     except OSError as error:
         raise output_error(path, error, "cannot be read") from error
