@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import itertools
 import os
+import re
 
 from .core.errors import (
     NonFiniteWeights,
@@ -16,8 +19,10 @@ from .core.errors import (
 
 __all__ = [
     "AlreadyMoved",
+    "ForeignFile",
     "InvalidOption",
     "LowCoverage",
+    "MissingFile",
     "NonFiniteWeights",
     "OutputError",
     "ProLoRAError",
@@ -29,6 +34,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedTensor",
     "WrongBase",
+    "describe_missing",
     "explain_os_error",
     "input_error",
     "output_error",
@@ -37,6 +43,10 @@ __all__ = [
 
 class UnsupportedFormat(ProLoRAError):
     """A file, key or adapter type that prolora cannot read exactly, or will not guess at."""
+
+
+class MissingFile(UnsupportedFormat):
+    """An input that is not there."""
 
 
 class LowCoverage(ProLoRAError):
@@ -59,6 +69,10 @@ class OutputError(ProLoRAError):
     """The output cannot be written where the caller wants it, or would overwrite an input."""
 
 
+class ForeignFile(OutputError):
+    """A file stands where the output goes, and prolora did not write it as it is."""
+
+
 class TooLittleMemory(ProLoRAError):
     """A bound on memory below what a single matrix needs."""
 
@@ -67,11 +81,13 @@ class InvalidOption(ProLoRAError):
     """An option has a value that it does not take."""
 
 
+# Names of a folder among which similar ones are looked for.
+_LISTED = 10_000
+
 _WAYS_OUT = {
     errno.EACCES: "change its permissions, or use a folder that you own",
     errno.EPERM: "change its permissions, or use a folder that you own",
     errno.EROFS: "use a folder that can be written",
-    errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.ELOOP: "remove the symbolic links that point at each other",
     errno.ENAMETOOLONG: "use a shorter name",
@@ -102,7 +118,34 @@ def input_error(
     path: str | os.PathLike[str], error: OSError | ValueError, what: str = "cannot be read"
 ) -> UnsupportedFormat:
     """The error of an input that the operating system does not give, naming path and way out."""
+    if isinstance(error, FileNotFoundError):
+        return MissingFile(describe_missing(path))
     return UnsupportedFormat(f"{os.fspath(path)}: {what}: {explain_os_error(error)}")
+
+
+def describe_missing(path: str | os.PathLike[str], wanted: str = "file") -> str:
+    """What to say of an input that is not there: what it may be, and what is called alike there.
+
+    Args:
+        path: of the input.
+        wanted: what it should have been.
+    """
+    # A `Path` made of an address has lost a slash.
+    text = re.sub(r"^(\w{2,}):/(?=[^/])", r"\1://", os.fspath(path))
+    if "://" in text:
+        return f"{text}: an address on the web; download it, and give the file"
+    if "*" in text:
+        return f"{text}: no such {wanted}; a pattern in quotes stands for no other names"
+    folder, name = os.path.split(text.rstrip("/\\"))
+    try:
+        with os.scandir(folder or ".") as entries:
+            there = [entry.name for entry in itertools.islice(entries, _LISTED)]
+    except (OSError, ValueError):
+        return f"{text}: no such {wanted}; there is no folder {folder} to read"
+    # Without endings, which most names of a folder have in common.
+    stems = {os.path.splitext(other)[0]: other for other in there}
+    alike = [stems[stem] for stem in difflib.get_close_matches(os.path.splitext(name)[0], stems)]
+    return f"{text}: no such {wanted}" + (f". Similar here: {', '.join(alike)}" if alike else "")
 
 
 def output_error(

@@ -247,11 +247,11 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
     "extra, said",
     [
         ((), "-o OUT is missing"),
-        (("-o", "no/such/folder/x.safetensors"), "OutputError"),
+        (("-o", "source/config.json/x.safetensors"), "config.json is a file, not a folder"),
         (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
         (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
         (("-o", "x.safetensors", "--out-rank", "half"), "out_rank must be"),
-        (("-o", "x.safetensors", "--match", "nowhere.json"), "UnsupportedFormat"),
+        (("-o", "x.safetensors", "--match", "nowhere.json"), "match takes"),
     ],
 )
 def test_what_is_refused_says_why_and_exits_with_two(
@@ -397,7 +397,8 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
     code, told, _ = prolora(*line)
     text = page.read_text("utf-8")
     assert code == 0 and f"wrote {page}" in told
-    assert "8 of 12 modules moved" in text and f"--report {page}</code>" in text
+    assert "8 of 12 modules moved" in text and "--report report.html</code>" in text
+    assert str(tmp_path) not in text  # pages are published
     assert prolora(*line)[0] == 0  # replaces a page of its own
     page.write_text("<!DOCTYPE html><p>mine")
     code, _, error = prolora(*line)

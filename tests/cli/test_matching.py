@@ -66,7 +66,7 @@ def test_compare_says_what_the_other_blocks_are_and_saves_the_map(prolora, deepe
     text = " ".join(text.split())
     assert code == 0 and "28 of 40 blocks of the target were recognised" in text
     assert "12 of the others resemble a block that feeds another one" in text
-    assert len(json.loads(saved.read_text())) == 28 * 16
+    assert len(json.loads(saved.read_text())) == 28 * 16 + 1  # and the mark
     code, text, _ = prolora(*command(deeper, "compare", "--match", saved, "--no-cache", "--json"))
     assert code == 0 and json.loads(text)["match"] == "the map map.json"
 
@@ -75,7 +75,7 @@ def test_a_map_replaces_nothing_but_a_map(prolora, deeper, tmp_path):
     line = ("--match", "similarity", "--no-cache", "--save-match")
     other = tmp_path / "x.json"
     other.write_text('{"a": 1}')
-    for path in (other, deeper / "source.safetensors", tmp_path / "missing" / "map.json"):
+    for path in (other, deeper / "source.safetensors", other / "map.json"):
         code, _, error = prolora(*command(deeper, "compare", *line, path))
         assert code == 2 and path.name in " ".join(error.split()).replace(" ", "")
     assert other.read_text() == '{"a": 1}'

@@ -107,7 +107,7 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
         ("compare", *bases, *cache),
         ("transfer", lora, *bases, "-o", tmp_path / f"out{name}.safetensors", *cache),
         ("transfer", lora, *bases, "-o", lora, *cache),
-        ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o", *cache),
+        ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o.safetensors", *cache),
         ("basis", source, *cache),
         ("basis", "list", *cache),
         ("basis", "verify", *cache),
@@ -130,7 +130,16 @@ def test_control_characters_reach_no_log(prolora, case, tmp_path, monkeypatch):
     lora, source, target = case
     (tmp_path / "file\x1b[2J").write_text("")
     monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "file\x1b[2J" / "cache"))
-    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
+    line = (
+        "transfer",
+        lora,
+        "--source",
+        source,
+        "--target",
+        target,
+        "-o",
+        tmp_path / "x.safetensors",
+    )
     run = run_process(line, "utf-8")
     assert run.returncode == 0 and b"nothing is kept" in run.stderr
     assert b"\x1b" not in run.stderr and rb"\x1b[2J" in run.stderr

@@ -155,12 +155,12 @@ def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path: Path) -> No
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
-    """Missing folder, a folder, a device, names no file system takes, a loop of links."""
+    """A file for a folder, a folder, a device, names no file system takes, a loop of links."""
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").touch()
     for path in (
-        tmp_path / "missing" / "x",
         tmp_path / "file" / "x",
+        tmp_path / "file" / "missing" / "x",
         tmp_path,
         Path(os.devnull),
         tmp_path / ("x" * 300),
@@ -172,3 +172,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
         with pytest.raises(OutputError):
             write_text_atomically(path, "text")
     assert Path(os.devnull).is_char_device()
+
+
+def test_a_missing_folder_is_made_and_vanishes_where_nothing_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x"
+    check_writable(path)
+    assert not path.parent.exists()
+    with pytest.raises(ZeroDivisionError), writing.replace_output(path):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    write_text_atomically(path, "text")
+    assert path.read_text() == "text"

@@ -126,7 +126,8 @@ def test_a_result_of_anything_else_is_made_again(folder):
     save_file(lora_tensors(3), loras[0])  # another LoRA of that name
     out = moved / loras[1].name
     out.write_bytes(out.read_bytes()[:-8])  # cut off
-    assert statuses() == ["moved", "moved", "already there"]
+    assert statuses() == ["moved", "failed", "already there"]  # not ours as it is
+    assert statuses(overwrite=True) == ["already there", "moved", "already there"]
     assert SafetensorsFile(out).metadata["prolora.lora_hash"].startswith("sha256:")
     weights = next(target.glob("*.safetensors"))
     tensors = load_file(weights)
@@ -240,7 +241,7 @@ def test_an_interruption_is_no_failure_of_a_lora(folder, monkeypatch):
 
 
 def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
-    """What a run left that was killed between the two files."""
+    """What a run left that was killed between the two files; an edited one is somebody's."""
     loras, source, target, moved = folder
     options = {"format": "peft", "method": "copy"}
     outcome, other = prolora.transfer_many(loras[:2], source, target, moved, **options)
@@ -249,6 +250,8 @@ def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
     old = (other.out / "adapter_config.json").read_bytes()
     (outcome.out / "adapter_config.json").write_bytes(old)
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
+    assert "adapter_config.json: exists and is no configuration as prolora" in str(again.error)
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, overwrite=True, **options)
     assert again.status == "moved"
     (outcome.out / "adapter_config.json").unlink()
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)

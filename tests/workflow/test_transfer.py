@@ -310,8 +310,9 @@ def damaged(case, tmp_path, what):
         save_file(tensors, lora)
         return lora, source, target, out, prolora.UnsupportedFormat, "surprise"
     if what == "unwritable output":
-        missing = tmp_path / "no" / "such" / "out.safetensors"
-        return lora, source, target, missing, prolora.OutputError, "no"
+        (tmp_path / "no").touch()
+        below = tmp_path / "no" / "such" / "out.safetensors"
+        return lora, source, target, below, prolora.OutputError, "no is a file"
     if what == "output equal to input":
         return lora, source, target, lora, prolora.OutputError, "lora.safetensors"
     if what == "output equal to a base":

@@ -28,6 +28,8 @@ from .naming import BaseNames, list_matrices, most_common_spelling
 from .unread import PEFT_CONFIG, UnreadAdapter
 from .vectors import VectorSlot
 
+# Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
+_EMBEDDING = re.compile(r"(emb_params|string_to_param\..*|clip_[lg]|t5xxl)$")
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 _CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
 
@@ -186,6 +188,8 @@ def _group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
         unread |= leave_out_volume(name, slots.pop(name).keys, left_out, source)
     if not slots and not vector_slots:
         key, reason = next(iter(left_out.items()))
+        if all(_EMBEDDING.match(name) for name in source.headers):
+            raise _refuse_embedding(source)
         raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
     vector_list = list(vector_slots.values())
     return Contents(list(slots.values()), vector_list, left_out, unread=unread)
@@ -209,11 +213,18 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
             f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as --source "
             "or --target"
         )
+    if all(_EMBEDDING.match(key) for key in unknown):
+        raise _refuse_embedding(source)
     listed = ", ".join(key[:120] for key in unknown[:5])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    count = "1 key is" if len(unknown) == 1 else f"{len(unknown)} keys are"
     hint = tensor_keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
-    raise UnsupportedFormat(
-        f"{source.where}: {len(unknown)} keys are not understood: {listed}{more}. {hint}"
+    raise UnsupportedFormat(f"{source.where}: {count} not understood: {listed}{more}. {hint}")
+
+
+def _refuse_embedding(source: UnreadAdapter) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"{source.where}: a textual-inversion embedding, not a LoRA; it cannot be moved"
     )
 
 

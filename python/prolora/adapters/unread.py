@@ -139,6 +139,14 @@ def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdap
     for name in _PICKLES:
         if (folder / name).is_file():
             return _open_file(folder / name, metadata)  # raises, with the command that converts it
+    if any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+        raise UnsupportedFormat(f"{folder}: the folder of a model, not a LoRA; give the LoRA")
+    count = sum(1 for _ in folder.glob("*.safetensors"))
+    if count > 1:
+        raise UnsupportedFormat(
+            f"{folder}: a folder of {count} LoRAs; give its files ({folder / '*.safetensors'}) and "
+            "a folder for the results, or plan the move of a collection"
+        )
     raise UnsupportedFormat(
         f"{folder}: holds neither {PEFT_CONFIG} with {PEFT_WEIGHTS} nor {_DIFFUSERS_WEIGHTS}; "
         "name a .safetensors file"

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..core.precision import in_full_precision
 from ..errors import OutputError, UnsupportedFormat
+from ..files.hashing import hash_file, hash_text
+from ..files.ownership import CONFIG_KEY, MARK_KEY, make_mark
+from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import (
     check_writable,
     fill_safetensors,
@@ -146,7 +149,7 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
 def _file_metadata(
     adapter: Adapter, format: str, metadata: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The file's metadata, all but kohya's hashes."""
+    """The file's metadata, all but kohya's hashes and the digits of its mark."""
     header = headers.clean_metadata(
         adapter.metadata if metadata is None else metadata,
         format,
@@ -155,6 +158,9 @@ def _file_metadata(
     table = encoding.diffusers_metadata(adapter) if format == "diffusers" else None
     if table is not None:
         header[METADATA_KEY] = json.dumps(table)
+    if format == "peft":
+        header[CONFIG_KEY] = hash_text(_config_text(adapter))
+    header[MARK_KEY] = make_mark("LoRA")
     return header
 
 
@@ -171,6 +177,15 @@ def describe_peft_config(adapter: Adapter) -> dict[str, Any]:
 def _config_text(adapter: Adapter) -> str:
     """PEFT's adapter_config.json."""
     return json.dumps(encoding.peft_config(adapter), indent=2, sort_keys=True) + "\n"
+
+
+def has_own_config(folder: Path) -> bool:
+    """Whether the configuration in a PEFT folder is the one that its weights were written with."""
+    try:
+        header = SafetensorsFile(folder / PEFT_WEIGHTS).metadata
+        return header.get(CONFIG_KEY) == hash_file(folder / PEFT_CONFIG)
+    except UnsupportedFormat:
+        return False
 
 
 def check_format(adapter: Adapter, format: str) -> str:

@@ -90,10 +90,16 @@ def fetch_model(id_: HubId, subfolder: str | None = None) -> Path:
         raise
     # Which errors the hub's client raises depends on its version and on that of its HTTP library.
     except Exception as error:
-        raise UnsupportedFormat(
-            f"{id_.name}: is no local file or folder, and the hub does not give it: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        missing = "no such file or folder, and the Hugging Face Hub"
+        raise UnsupportedFormat(f"{id_.name}: {missing} {_explain_hub(error)}") from error
+
+
+def _explain_hub(error: Exception) -> str:
+    """What the hub's client says, in a line: which errors it raises depends on its version."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"}:
+        return "cannot be reached (no network?); give a local file or folder"
+    return f"does not give it: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def _import_hub(id_: HubId) -> Any:
@@ -192,9 +198,7 @@ def fetch_adapters(address: str) -> list[Path]:
         return [_fetch_adapter(hub, one) for one in ids]
     # Which errors the hub's client raises depends on its version and on that of its HTTP library.
     except Exception as error:
-        raise UnsupportedFormat(
-            f"{address}: the hub does not give it: {type(error).__name__}: {error}"
-        ) from error
+        raise UnsupportedFormat(f"{address}: the Hugging Face Hub {_explain_hub(error)}") from error
 
 
 def _fetch_adapter(hub: Any, id_: HubId) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.modules import TEXT_ENCODERS
-from ..errors import UnsupportedFormat
+from ..errors import MissingFile, UnsupportedFormat, describe_missing
 from ..files.safetensors_file import SafetensorsFile
 from . import hub
 from .base import Base
@@ -102,9 +102,8 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     if not path.exists():
         id_ = hub.parse_hub_id(os.fspath(source))
         if id_ is None:
-            raise UnsupportedFormat(
-                f"{path}: no such file or folder, nor the id of a model on the hub (org/name)"
-            )
+            wanted = "file, folder or model of the hub (org/name)"
+            raise MissingFile(describe_missing(source, wanted))
         path, name, subfolder = hub.fetch_model(id_, subfolder), id_.name, None
     path = Path(os.path.abspath(path))  # weights are read later, maybe from another working folder
     weights: dict[str, Weight] = {}

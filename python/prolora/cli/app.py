@@ -7,15 +7,17 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ..files.sizes import format_size
 from ..version import __version__
 from ..workflow import inspection
+from ..workflow.publication import Upload, list_uploads
 from ..workflow.push import push as push_loras
 from . import basis, fleet, inspect_table
 from . import doctor as doctor_facts
@@ -24,7 +26,7 @@ from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
-from .options import BriefCommand, JsonOption, parse_path
+from .options import BriefCommand, JsonOption, OverwriteOption, parse_path
 from .transfer import show_report, transfer
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ def demo(
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed of the noise that the images start from.")
     ] = 0,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Move a shipped LoRA between two small shipped models, and draw what it does."""
     with progress_bar("demo") as progress:
@@ -158,6 +161,7 @@ def demo(
             method=method,
             prompts=prompt,
             seed=seed,
+            overwrite=overwrite,
             progress=progress,
         )
     show_report(report)
@@ -165,7 +169,12 @@ def demo(
         out.print_line(f"wrote {path}")
 
 
-@app.command(epilog=write_epilog("prolora push moved/ my-name/my-loras --public"))
+@app.command(
+    epilog=write_epilog(
+        "prolora push moved/ my-name/my-loras --dry-run",
+        "prolora push moved/ my-name/my-loras --public",
+    )
+)
 def push(
     path: Annotated[
         Path,
@@ -182,10 +191,28 @@ def push(
     message: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The message of the commit.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be published, and send nothing."),
+    ] = False,
 ) -> None:
     """Upload moved LoRAs and their card (transfer --card) to the Hugging Face Hub."""
+    if dry_run:
+        for line in describe_uploads(list_uploads(path)):
+            out.print_line(line)
+        return
     address = push_loras(path, repo, private=not public, message=message)
     out.print_line(f"uploaded to {address}")
+
+
+def describe_uploads(uploads: Iterable[Upload]) -> Iterator[str]:
+    """What would be published of each file, in lines."""
+    for upload in uploads:
+        yield f"{upload.file.name}: {format_size(upload.file.stat().st_size)}"
+        if upload.header is not None:
+            yield f"  sent of its header: {', '.join(upload.header) or 'nothing'}"
+            yield f"  left out of its header: {', '.join(upload.removed) or 'nothing'}"
+        yield f"  private: {', '.join(upload.private) or 'nothing found'}"
 
 
 @app.command(epilog=write_epilog("prolora info"))
@@ -233,7 +260,8 @@ def main() -> None:
     except CommandLineError as error:
         # Not typer's own message, which would obey the escape sequences of file names.
         if type(error).__name__ != "NoArgsIsHelpError":
-            print_error("UsageError", error.format_message())
+            # Typer passes on how the library below it calls a wrong choice.
+            print_error(error.format_message().replace("Value error, ", ""))
             command = error.ctx.command_path if error.ctx else "prolora"
             err.print_line(f"Try '{command} -h' for help.")
         sys.exit(ExitCode.REFUSED)
@@ -244,7 +272,9 @@ def main() -> None:
     sys.exit(code)
 
 
-def print_error(name: str, message: str) -> None:
-    """Prints what went wrong to stderr."""
-    err.print(f"{name}:", style="bold red", end=" ")
+def print_error(message: str, command: str = "") -> None:
+    """Prints what went wrong to stderr, and on a line of its own the command that helps."""
+    err.print("Error:", style="bold red", end=" ")
     err.print_line(message)
+    if command:
+        err.print_line(command)

@@ -11,6 +11,7 @@ import typer
 
 from ..comparison import comparison
 from ..comparison.block_matching import resolve_match
+from ..workflow.output_paths import check_beside
 from . import heatmap, tables
 from .console import out, progress_bar
 from .options import (
@@ -18,6 +19,7 @@ from .options import (
     JsonOption,
     MatchOption,
     ModulesOption,
+    OverwriteOption,
     QuietOption,
     RankOption,
     Resources,
@@ -26,7 +28,7 @@ from .options import (
     parse_path,
     parse_rank,
 )
-from .outputs import check_match_file, check_plot, save_match
+from .outputs import check_match_file, save_match
 
 
 @dataclass
@@ -64,6 +66,7 @@ class ShowOptions:
         ),
     ] = None
     save_match: SaveMatchOption = None
+    overwrite: OverwriteOption = False
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
@@ -79,9 +82,9 @@ def compare(
     source, target = bases.open()
     if shown.plot is not None:
         heatmap.check_matplotlib()
-        check_plot(shown.plot, [*source.files, *target.files])
+        check_beside(shown.plot, "picture", [*source.files, *target.files], shown.overwrite)
     if shown.save_match is not None:
-        check_match_file(shown.save_match, [*source.files, *target.files])
+        check_match_file(shown.save_match, [*source.files, *target.files], shown.overwrite)
     with progress_bar("compare", not (shown.quiet or shown.as_json)) as progress:
         match = resolve_match(
             measures.match,

@@ -7,6 +7,7 @@ trained on coloured icons of 24 × 24 pixels. Needs the `demo` extra (diffusers 
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..core.methods import ProjectMethod
 from ..errors import ProLoRAError
+from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
-from ..files.writing import check_writable, write_text_atomically
-from ..workflow.output_paths import check_report_path
+from ..files.writing import write_bytes_atomically, write_text_atomically
+from ..workflow.output_paths import check_beside
 from ..workflow.page.document import Picture, render_report
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
@@ -88,6 +90,7 @@ def run_demo(
     method: DemoMethod = "auto",
     prompts: Sequence[str] = (),
     seed: int = 0,
+    overwrite: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> tuple[Report, list[Path]]:
     """Transfers a shipped LoRA and draws samples of every combination, from the same noise.
@@ -99,6 +102,7 @@ def run_demo(
         method: as `transfer` takes it; the shipped models are no pipelines that "probe" could run.
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
+        overwrite: replace what prolora did not write.
         progress: called as progress(done, total, name).
 
     Returns:
@@ -112,17 +116,17 @@ def run_demo(
     prompts = prompts or (BUTTERFLIES if lora == "concept" else PROMPTS)
     tokens = encode_prompts(models, prompts)
     base, other = load_transformer(source), load_transformer(goal)
-    output.mkdir(parents=True, exist_ok=True)
     moved, record, picture, page = (
         output / f"{lora}-on-{target}{suffix}"
         for suffix in (".safetensors", ".json", ".png", ".html")
     )
-    check_writable(picture)
-    check_report_path(page)
+    kinds: tuple[Kind, ...] = ("LoRA", "report", "picture", "report")
+    for path, kind in zip((moved, record, picture, page), kinds, strict=True):
+        check_beside(path, kind, overwrite=overwrite)
 
     # The pruned target lacks blocks in the middle, so that its numbers are not the source's.
-    report = transfer_file(file, source, goal, moved, method=method)
-    record.write_text(report.to_json() + "\n")
+    report = transfer_file(file, source, goal, moved, method=method, overwrite=overwrite)
+    report.save(record, overwrite=overwrite)
 
     copied = transfer(file, source, goal, method="copy").adapter
     rows: list[tuple[str, str, nn.Module]] = [
@@ -160,10 +164,10 @@ def choose_files(models: Path, lora: str, target: str) -> tuple[Path, Path, Path
     targets = {path.parent.name: path.parent for path in models.glob("*/config.json")}
     source = targets.pop("source")
     files = {path.stem: path for path in models.glob("loras/*.safetensors")}
-    for option, name, known in (("--target", target, targets), ("--lora", lora, files)):
+    for what, name, known in (("target", target, targets), ("LoRA", lora, files)):
         if name not in known:
             choices = ", ".join(sorted(known))
-            raise ProLoRAError(f"{option} {name}: there is none; choose from {choices}")
+            raise ProLoRAError(f"unknown demo {what} {name!r}: choose from {choices}")
     return source, targets[target], files[lora]
 
 
@@ -305,4 +309,6 @@ def draw_samples(names: list[str], columns: list[str], images: Tensor, path: Pat
                 (cell_w, cell_h), Image.Resampling.BICUBIC
             )
             sheet.paste(cell, (caption + j * (cell_w + gap), top))
-    sheet.save(path, optimize=True)
+    drawn = io.BytesIO()
+    sheet.save(drawn, "png", optimize=True)
+    write_bytes_atomically(path, sign_png(drawn.getvalue()))

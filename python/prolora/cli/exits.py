@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from ..errors import LowCoverage
+from ..errors import ForeignFile, LowCoverage, ProLoRAError
 
 
 class ExitCode(IntEnum):
@@ -54,14 +54,17 @@ def find_exit_code(error: BaseException) -> ExitCode:
 
 
 def describe_error(error: BaseException) -> tuple[str, str]:
-    """The name of an error and its message, for people."""
+    """What an error says to people, and a command line that helps, to be copied; "" for none."""
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         advice = "the system gave no more memory; --max-memory 2GiB keeps prolora within a bound"
-        return "MemoryError", f"{advice} ({error})" if str(error) else advice
-    name = type(error).__name__
+        return f"{advice} ({error})" if str(error) else advice, ""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return name, f"{error.filename}: {error.strerror}"
-    return name, str(error)
+        return f"{error.filename}: {error.strerror}", ""
+    if isinstance(error, ForeignFile):
+        return f"{error} (--overwrite)", ""
+    command = error.command if isinstance(error, ProLoRAError) else ""
+    # Not `str(error)` alone, whose line break would be spelled out.
+    return str(error).removesuffix(command).rstrip() or type(error).__name__, command
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +20,7 @@ from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
 from ..workflow.options import TransferOptions
+from ..workflow.output_paths import check_beside
 from .console import out, progress_bar
 from .exits import ExitCode
 from .options import (
@@ -126,9 +127,11 @@ def plan(
 ) -> None:
     """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
     shown = not (output.as_json or output.quiet)
+    check_beside(output.output, "plan", overwrite=moving.overwrite)
     with progress_bar("plan", shown) as progress:
-        made = plan_migration(loras, bases.source, bases.target, moving, progress=progress)
-    made.save(output.output)
+        how = replace(moving, overwrite=False)  # is for the plan's own file
+        made = plan_migration(loras, bases.source, bases.target, how, progress=progress)
+    made.save(output.output, overwrite=moving.overwrite)
     if output.as_json:
         print(json.dumps(describe_plan(made), indent=1))
     elif shown:

@@ -5,17 +5,19 @@ Needs matplotlib (the `plot` extra), which is imported only to draw.
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..comparison.comparison import Comparison
 from ..comparison.module_comparison import ModuleComparison, average_field
 from ..comparison.transformer_blocks import AROUND, column_order, split_module, stack_order
-from ..errors import OutputError, output_error
+from ..errors import OutputError
+from ..files.ownership import sign_png
+from ..files.writing import write_bytes_atomically
 from ..version import __version__
 
 # Inches, and points of the fonts.
@@ -55,19 +57,10 @@ def save_heatmap(comparison: Comparison, path: str | PathLike[str]) -> None:
         OutputError: matplotlib is missing, the comparison holds no overlaps, or the file cannot be
             written.
     """
-    figure = draw_heatmap(comparison)
+    figure, picture = draw_heatmap(comparison), io.BytesIO()
     software = {"Software": f"prolora {__version__}"}
-    try:
-        figure.savefig(
-            Path(path), format="png", bbox_inches="tight", pad_inches=0.25, metadata=software
-        )
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-def is_heatmap(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is a picture that `save_heatmap` made."""
-    return head.startswith(b"\x89PNG\r\n\x1a\n") and b"Software\0prolora " in head
+    figure.savefig(picture, format="png", bbox_inches="tight", pad_inches=0.25, metadata=software)
+    write_bytes_atomically(path, sign_png(picture.getvalue()))
 
 
 def check_matplotlib() -> None:

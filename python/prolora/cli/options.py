@@ -148,6 +148,12 @@ SaveMatchOption = Annotated[
         help="Save which module was paired with which, as JSON that --match takes.",
     ),
 ]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Also replace files that prolora did not write, or that were edited."
+    ),
+]
 ModulesOption = Annotated[
     bool,
     typer.Option("--modules", help="Show a table row per module (or block), not per stage."),

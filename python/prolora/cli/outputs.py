@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,15 +10,21 @@ from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
 from ..bases import Base
 from ..bases.experts import ExpertPair
 from ..comparison.module_map import Match, find_partners
-from ..errors import OutputError, UnsupportedFormat
-from ..files.jsontext import read_json_object
-from ..files.writing import check_writable, write_text_atomically
-from ..workflow.output_paths import check_report_path, fold_path, name_output
-from .heatmap import is_heatmap
+from ..errors import OutputError
+from ..files.ownership import mark_json
+from ..files.writing import write_text_atomically
+from ..workflow.output_paths import check_beside, fold_path, name_output
+
+# Ends of other kinds of LoRA files, which people write out of habit.
+_OTHER_ENDS = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".st", ".gguf")
 
 
 def check_report(
-    report: Path, outputs: Iterable[Path], loras: Iterable[Path], bases: Iterable[Path]
+    report: Path,
+    outputs: Iterable[Path],
+    loras: Iterable[Path],
+    bases: Iterable[Path],
+    overwrite: bool,
 ) -> None:
     """Refuses a report path before any work is done for it.
 
@@ -28,16 +33,16 @@ def check_report(
         outputs: the files and PEFT folders that this run writes.
         loras: the LoRAs to move.
         bases: files of the bases.
+        overwrite: replace what prolora did not write.
 
     Raises:
         OutputError: the report cannot be written, or would replace an input, a LoRA of this run,
-            or a file that is no report.
+            or a file that prolora did not write.
     """
-    check_writable(report, [*loras, *bases])
     taken = [file for path in outputs for file in (path, path / PEFT_CONFIG, path / PEFT_WEIGHTS)]
     if _resolve_path(report) in map(_resolve_path, taken):
         raise OutputError(f"{report}: the report would replace the LoRA; give it another name")
-    check_report_path(report)
+    check_beside(report, "report", [*loras, *bases], overwrite)
 
 
 def list_outputs(
@@ -58,53 +63,42 @@ def append_to_name(path: Path, appended: str) -> Path:
     return path.with_name(f"{path.stem}{appended}{path.suffix}")
 
 
-def check_plot(plot: Path, bases: Iterable[Path]) -> None:
-    """Refuses the path of a picture before any work is done for it.
+def check_lora_name(path: Path, is_folder: bool) -> None:
+    """Refuses a name that programs would not take for a LoRA.
+
+    Args:
+        path: where one LoRA is written to.
+        is_folder: whether a folder is written there.
 
     Raises:
-        OutputError: it cannot be written, or would replace a base or a file that is no picture of
-            a comparison.
+        OutputError: a file's name does not end in .safetensors.
     """
-    check_writable(plot, bases)
-    try:
-        with plot.open("rb") as file:
-            head = file.read(4096)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{plot}: exists and cannot be read: {error.strerror}") from error
-    if head and not is_heatmap(head):
+    if not (is_folder or path.is_dir() or path.suffix.lower() == ".safetensors"):
+        name = path.with_name(f"{path.stem if path.suffix in _OTHER_ENDS else path.name}")
         raise OutputError(
-            f"{plot}: exists and is no picture of a comparison; give the picture another name"
+            f"{path}: programs read a LoRA from a file that ends in .safetensors: write "
+            f"{name}.safetensors; or make a folder of that name first, to keep the LoRA's name"
         )
 
 
-def check_match_file(path: Path, inputs: Iterable[Path]) -> None:
+def check_match_file(path: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuses the path of a map of modules before any work is done for it.
 
     Raises:
         OutputError: it cannot be written, or would replace an input, an output of this run, or a
-            file that is no such map.
+            file that prolora did not write.
     """
     inputs = list(inputs)
-    check_writable(path, inputs)
     if _resolve_path(path) in map(_resolve_path, inputs):
         raise OutputError(f"{path}: the map would replace another file of this run")
-    if not path.exists():
-        return
-    try:
-        is_map = all(isinstance(name, str) for name in read_json_object(path).values())
-    except UnsupportedFormat:
-        is_map = False
-    if not is_map:
-        raise OutputError(f"{path}: exists and is no map of modules; give the map another name")
+    check_beside(path, "map", inputs, overwrite)
 
 
 def save_match(path: Path, source: Base, target: Base, match: Match) -> None:
     """Writes {target module: source module}, which --match takes, in the target's order."""
     table, _ = find_partners(source, target, match)
     ordered = {name: table[name] for name in target.shapes if name in table}
-    write_text_atomically(path, json.dumps(ordered, indent=1) + "\n")
+    write_text_atomically(path, mark_json("map", ordered))
 
 
 def _resolve_path(path: Path) -> tuple[str, ...]:

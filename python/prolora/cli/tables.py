@@ -15,6 +15,7 @@ from ..comparison.module_map import BlockDecision
 from ..comparison.rank_sweep import THRESHOLDS
 from ..workflow.group_means import GroupMeans, group_rows
 from ..workflow.report import Outcome, Report
+from .exits import describe_error
 
 LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; kept: share of the update's energy left on the target;
@@ -195,11 +196,12 @@ def _name_outcome(outcome: Outcome, outcomes: list[Outcome]) -> str:
 
 def failure_lines(outcomes: list[Outcome]) -> list[str]:
     """Why LoRAs were not moved, a line each."""
-    return [
-        f"{_name_outcome(outcome, outcomes)}: {type(outcome.error).__name__}: {outcome.error}"
-        for outcome in outcomes
-        if outcome.error
-    ]
+    lines = []
+    for outcome in outcomes:
+        if outcome.error:
+            message, command = describe_error(outcome.error)
+            lines += [f"{_name_outcome(outcome, outcomes)}: {message}", *filter(None, [command])]
+    return lines
 
 
 def comparison_table(comparison: Comparison, every_module: bool = False) -> Table:

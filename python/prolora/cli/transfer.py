@@ -17,13 +17,14 @@ from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
 from ..errors import LowCoverage, OutputError, ProLoRAError
+from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
-from ..workflow.card import check_card, place_card, write_card
+from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import inspect
 from ..workflow.options import FormatLike, TransferOptions
-from ..workflow.output_paths import is_page_path
+from ..workflow.output_paths import check_beside, is_page_path
 from ..workflow.page.index import render_outcomes
 from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
@@ -31,8 +32,11 @@ from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
-from .outputs import append_to_name, check_report, list_outputs
+from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .transfer_options import OutputOptions, ProbeOptions
+
+STDOUT = Path("-")
+"""What stands for standard output in the place of a file."""
 
 LoraArguments = Annotated[
     list[Path],
@@ -58,11 +62,13 @@ def transfer(
     pairs = pair_experts(source, target)
     outputs = list_outputs(output.output, loras, pairs, moving.format or "auto")
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
-    if output.report is not None:
-        check_report(output.report, outputs, loras, files)
+    if output.output is not None and len(loras) == 1:
+        check_lora_name(output.output, writes_folder(loras, moving.format))
+    if output.report not in (None, STDOUT):
+        check_report(output.report, outputs, loras, files, moving.overwrite)
     card = find_card(loras, output, moving.format)
     if card is not None:
-        check_card(card)
+        check_beside(card, "card", overwrite=moving.overwrite)
     options = replace(
         moving,
         probe=probing.to_probing(moving),
@@ -82,10 +88,10 @@ def transfer(
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     if card is not None:
-        write_card(card, outcomes, read_command(with_folders=False))
+        write_card(card, outcomes, read_command(), moving.overwrite)
     if output.show_tables:
         for path in (output.report, card):
-            if path is not None and path.exists():
+            if path not in (None, STDOUT) and path.exists():
                 out.print_line(f"wrote {path}")
     check_outcomes(outcomes, moving.min_coverage)
 
@@ -158,16 +164,15 @@ def move_all(
 def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
     """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
-    text = json.dumps(records[0] if len(records) == 1 else records, indent=1)
-    if output.as_json:
-        print(text)
-    if output.report is None:
+    if output.as_json or output.report == STDOUT:
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=1))
+    if output.report in (None, STDOUT):
         return
     if is_page_path(output.report):
         page = render_outcomes(outcomes, {"command": read_command()})
         write_text_atomically(output.report, page)
     else:
-        write_text_atomically(output.report, text + "\n")
+        write_text_atomically(output.report, mark_json("report", *records))
 
 
 def find_card(loras: list[Path], output: OutputOptions, format: FormatLike | None) -> Path | None:
@@ -175,22 +180,21 @@ def find_card(loras: list[Path], output: OutputOptions, format: FormatLike | Non
     if not output.card or output.dry_run:
         return None
     path = cast(Path, output.output)
+    return place_card(path, len(loras) > 1 or path.is_dir() or writes_folder(loras, format))
+
+
+def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
+    """Whether a result is a PEFT folder."""
     came_so = any((lora / PEFT_CONFIG).is_file() for lora in loras)
-    is_peft = format == "peft" or (came_so and format in (None, "auto"))
-    return place_card(path, len(loras) > 1 or path.is_dir() or is_peft)
+    return format == "peft" or (came_so and format in (None, "auto"))
 
 
-def read_command(with_folders: bool = True) -> str:
-    """The command line, as a shell takes it.
+def read_command() -> str:
+    """The command line as a shell takes it, for pages and cards, which people publish.
 
-    Args:
-        with_folders: False leaves out in which folders files lie, which is nobody's business in
-            what is published.
+    In which folders files lie is nobody's business, and left out.
     """
-    words = sys.argv[1:]
-    if not with_folders:
-        words = [_drop_folders(word) for word in words]
-    return shlex.join(["prolora", *words])
+    return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
 
 
 def _drop_folders(word: str) -> str:

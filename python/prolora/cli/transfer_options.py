@@ -42,7 +42,7 @@ class OutputOptions:
             "-o",
             parser=parse_path,
             metavar="PATH",
-            help="Output file; a folder if there are several LoRAs.",
+            help="Output file (.safetensors); a folder if there are several LoRAs.",
         ),
     ] = None
     report: Annotated[
@@ -51,7 +51,7 @@ class OutputOptions:
             parser=parse_path,
             metavar="FILE",
             help="Also write the whole report: a page for people if the name ends in .html, "
-            "otherwise JSON.",
+            "otherwise JSON; - prints the JSON.",
         ),
     ] = None
     card: Annotated[
@@ -75,7 +75,7 @@ class OutputOptions:
     @property
     def show_tables(self) -> bool:
         """Whether people read along."""
-        return not (self.as_json or self.quiet)
+        return not (self.as_json or self.quiet or self.report == Path("-"))
 
 
 @dataclass

@@ -17,6 +17,10 @@ from ..bases import Base, find_correspondence
 from ..bases.describe import classify_model, describe_base, list_adaptable_shapes
 from ..errors import UnrelatedBases, UnsupportedFormat
 from ..files.jsontext import read_json_object
+from ..files.ownership import WRITTEN_BY
+
+# Bytes of a map file, and letters of a name in one: 100,000 modules have 16 MB.
+_MAP_BYTES, _LONGEST_NAME = 16 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ def find_partners(
     if isinstance(match, Mapping):
         table, rule_name = dict(match), "the caller's map"
     else:
-        table, rule_name = _read_map(Path(match)), f"the map {Path(match).name}"
+        table, rule_name = read_map(Path(match)), f"the map {Path(match).name}"
     for side, names, base in (("target", table, target), ("source", table.values(), source)):
         missing = [name for name in names if name not in base.shapes]
         if missing:
@@ -285,15 +289,24 @@ def _refuse_unrelated(source: Base, target: Base) -> NoReturn:
     )
 
 
-def _read_map(path: Path) -> dict[str, str]:
-    """A user's map file."""
+def read_map(path: Path) -> dict[str, str]:
+    """Reads a map of modules: a JSON object {target module: source module}.
+
+    Raises:
+        UnsupportedFormat: it is missing or damaged, holds anything else, or more than a model has.
+    """
     try:
-        table = read_json_object(path)
+        table = read_json_object(path, _MAP_BYTES)
     except UnsupportedFormat as error:
         raise UnsupportedFormat(
             f'match takes "auto", "name", "similarity" or a JSON file {{target module: source '
             f"module}}; {path} is neither ({error})"
         ) from error
-    if not all(isinstance(v, str) for v in table.values()):
-        raise UnsupportedFormat(f"{path} must hold one JSON object of target: source names")
+    table.pop(WRITTEN_BY, None)
+    for target, source in table.items():
+        if not isinstance(source, str) or max(len(source), len(target)) > _LONGEST_NAME:
+            raise UnsupportedFormat(
+                f"{path}: {target[:80]!r} leads to {str(source)[:80]!r}; a map of modules has a "
+                "JSON object of target and source names"
+            )
     return table

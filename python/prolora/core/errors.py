@@ -2,7 +2,13 @@
 
 
 class ProLoRAError(ValueError):
-    """Base class of everything prolora refuses."""
+    """Base class of everything prolora refuses.
+
+    Attributes:
+        command: a command line that helps, with which the message ends; "" where there is none.
+    """
+
+    command: str = ""
 
 
 class ShapeMismatch(ProLoRAError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import stat
 from collections.abc import Mapping
@@ -53,6 +54,11 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# rar, 7z, gzip and xz, which people download; a zip file is looked into.
+_ARCHIVES = (b"Rar!", b"7z\xbc\xaf", b"\x1f\x8b", b"\xfd7zXZ")
+# Bytes in which a zip file names its first entry.
+_NAME_BYTES = 512
 
 _CONVERT_PICKLE = (
     "import sys, torch, safetensors.torch as s; "
@@ -193,7 +199,7 @@ def _read_header(file: FileIO, path: Path, size: int) -> bytes:
     length = int.from_bytes(head[:8], "little")
     # Only the whole start tells: a header of 128 bytes begins with the 0x80 of a pickle.
     if len(head) < 9 or head[8:] != b"{" or length > _LONGEST_HEADER:
-        _refuse_other_formats(head, path)
+        _refuse_other_formats(head + file.read(_NAME_BYTES), path)
     if length > _HEADER_LIMIT:
         raise UnsupportedFormat(
             f"{path}: its header has {length} bytes, more than any real one; if that is metadata, "
@@ -212,18 +218,20 @@ def _read_header(file: FileIO, path: Path, size: int) -> bytes:
 
 
 def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
-    """Says what a file is that does not start like a safetensors file."""
-    if head.startswith((b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
-        converted = path.with_suffix(".safetensors")
-        if converted == path:  # a pickle that was merely renamed
-            converted = path.with_suffix(".converted.safetensors")
-        command = (
-            f'python -c "{_CONVERT_PICKLE}" {shlex.quote(str(path))} {shlex.quote(str(converted))}'
-        )
+    """Says what a file is that does not start like a safetensors file.
+
+    Args:
+        head: its beginning.
+        path: of the file.
+    """
+    # PyTorch's pickles are zip files whose first entry is the pickle.
+    is_zip, is_torch = head.startswith(b"PK"), b"/data.pkl" in head
+    if head.startswith(_ARCHIVES) or (is_zip and not is_torch):
         raise UnsupportedFormat(
-            f"{path}: a pickle checkpoint; it can run code when it is loaded, so it is not read. "
-            f"Convert it once:\n{command}"
+            f"{path}: an archive; unpack it, and give the .safetensors file in it"
         )
+    if is_zip or head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
+        raise _refuse_pickle(path)
     if head.startswith(b"GGUF"):
         raise UnsupportedFormat(
             f"{path}: a GGUF file; base models are read from GGUF, LoRAs are not: use the "
@@ -238,7 +246,29 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")
-    raise UnsupportedFormat(f"{path}: not a safetensors file")
+    way_out = "" if path.suffix == ".safetensors" else "; give the .safetensors file beside it"
+    raise UnsupportedFormat(f"{path}: not a safetensors file{way_out}")
+
+
+def _refuse_pickle(path: Path) -> UnsupportedFormat:
+    """The error of a pickle, with the command that converts it."""
+    converted = path.with_suffix(".safetensors")
+    if converted == path:  # a pickle that was merely renamed
+        converted = path.with_suffix(".converted.safetensors")
+    command = f'python -c "{_CONVERT_PICKLE}" {_quote(str(path))} {_quote(str(converted))}'
+    error = UnsupportedFormat(
+        f"{path}: a pickle checkpoint; it can run code when it is loaded, so it is not read. "
+        f"Convert it once:\n{command}"
+    )
+    error.command = command
+    return error
+
+
+def _quote(word: str) -> str:
+    """A word of a command line: in double quotes, which cmd.exe knows, too, where they suffice."""
+    if re.fullmatch(r"[\w./:\\+@%-]+", word) and (os.name == "nt" or "\\" not in word):
+        return word
+    return shlex.quote(word) if re.search(r'["$`\\!]', word) and os.name != "nt" else f'"{word}"'
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import OutputError, UnsupportedFormat, output_error
 from .atomic import remove_stale_temporaries, replace_file, replace_folder
 from .hashing import flatten_bytes, view_bytes
+from .ownership import MARK_KEY, compute_digest, make_mark, sign
 from .safetensors_file import DTYPES, SafetensorsFile, StrPath
 
 Tensors = Mapping[str, Tensor]
@@ -27,19 +28,21 @@ def check_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
     """Refuses an output path before any work is done for it.
 
     Args:
-        path: the file that will be written; a symbolic link stands for what it points to.
+        path: the file that will be written, in a folder that is made if it is missing; a symbolic
+            link stands for what it points to.
         inputs: files or folders that must not be overwritten.
 
     Raises:
-        OutputError: the folder is missing or cannot be written, `path` is something other than a
-            file, or it is one of `inputs` (also through a symbolic or hard link).
+        OutputError: the folder cannot be made or written, `path` is something other than a file,
+            or it is one of `inputs` (also through a symbolic or hard link).
     """
     try:
         target = Path(os.path.realpath(path))
-        if not target.parent.is_dir():
-            raise OutputError(f"{path}: the folder {target.parent} does not exist")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{path}: the folder {target.parent} cannot be written")
+        around = next(above for above in target.parents if os.path.lexists(above))
+        if not around.is_dir():
+            raise OutputError(f"{path}: {around} is a file, not a folder; choose another name")
+        if not os.access(around, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: the folder {around} cannot be written")
         try:
             mode = os.lstat(target).st_mode
         except FileNotFoundError:
@@ -68,7 +71,7 @@ def write_safetensors(path: StrPath, tensors: Tensors, metadata: Metadata) -> No
     Args:
         path: the file; replaced if it exists, untouched if anything fails.
         tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
+        metadata: the header's metadata; its mark gets the digest.
 
     Raises:
         OutputError: it cannot be written, or reads back differently.
@@ -83,7 +86,7 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     Args:
         path: the file, as `replace_output` gives it or in a folder of that.
         tensors: name -> tensor of any device and layout.
-        metadata: the header's metadata.
+        metadata: the header's metadata; its mark gets the digest.
         where: what messages call it.
 
     Raises:
@@ -92,6 +95,11 @@ def fill_safetensors(path: Path, tensors: Tensors, metadata: Metadata, where: St
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {key: replace_surrogates(value) for key, value in metadata.items()}
+    if MARK_KEY in metadata:
+        metadata[MARK_KEY] = make_mark("LoRA")
+        ordered = order_tensors(plain)
+        parts = (encode_header(ordered, metadata), *map(view_bytes, ordered.values()))
+        metadata[MARK_KEY] = metadata[MARK_KEY].replace("0" * 64, compute_digest(parts))
     dump_safetensors(path, plain, metadata)
     _verify_safetensors(SafetensorsFile(path), plain, metadata, where)
 
@@ -141,13 +149,22 @@ def encode_header(tensors: Tensors, metadata: Metadata) -> bytes:
 
 
 def write_text_atomically(path: StrPath, text: str) -> None:
-    """Writes `text` as UTF-8; an existing file stays as it is if anything fails.
+    """Writes `text` as UTF-8, its mark filled in (see `ownership.sign`); whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_bytes_atomically(path, sign(replace_surrogates(text).encode()))
+
+
+def write_bytes_atomically(path: StrPath, content: bytes) -> None:
+    """Writes a file; an existing one stays as it is if anything fails.
 
     Raises:
         OutputError: it cannot be written.
     """
     with replace_output(path) as temporary:
-        temporary.write_bytes(replace_surrogates(text).encode())
+        temporary.write_bytes(content)
 
 
 def replace_surrogates(text: str) -> str:
@@ -173,7 +190,8 @@ def replace_output(path: StrPath, *, folder: bool = False) -> Iterator[Path]:
     """A new file or folder that takes the name of an output once it is written and checked.
 
     Args:
-        path: the output; a symbolic link stands for what it points to.
+        path: the output; a symbolic link stands for what it points to. A missing folder around it
+            is made, and vanishes where the output is not written.
         folder: make a folder; one that has the name is replaced as a whole, and what it holds
             beside the new files is kept.
 
@@ -183,11 +201,28 @@ def replace_output(path: StrPath, *, folder: bool = False) -> Iterator[Path]:
     if not (folder and os.path.isdir(path)):
         check_writable(path)
     target = Path(os.path.realpath(path))
-    remove_stale_temporaries(target.parent)
     try:
-        with (replace_folder if folder else replace_file)(target) as temporary:
+        with (
+            _make_folder(target.parent),
+            (replace_folder if folder else replace_file)(target) as temporary,
+        ):
             yield temporary
     except UnsupportedFormat as error:
         raise OutputError(f"{path}: was written but cannot be read back: {error}") from error
     except OSError as error:
         raise output_error(path, error) from error
+
+
+@contextmanager
+def _make_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and those around it; on a failure those that are still empty vanish."""
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(folder)
+    try:
+        yield
+    except BaseException:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
+        raise

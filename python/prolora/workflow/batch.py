@@ -42,7 +42,8 @@ def transfer_many(
 
     A result that is there already, complete, and says in its header that it was made of this very
     LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
-    off goes on where it was. The folder is made if it does not exist.
+    off goes on where it was. A LoRA whose place holds a file that prolora did not write is refused
+    (unless `overwrite` is set). The folder is made if it does not exist.
 
     Without `cache` what is learnt of the
     bases is kept for this call only; `progress` is called as progress(done, total,

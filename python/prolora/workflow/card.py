@@ -15,17 +15,18 @@ from pathlib import Path
 
 from ..adapters.formats.moves import Move
 from ..adapters.unread import PEFT_WEIGHTS, open_adapter
-from ..errors import OutputError
 from ..files.hashing import hash_file
-from ..files.writing import check_writable, write_text_atomically
+from ..files.ownership import make_mark
+from ..files.writing import write_text_atomically
 from ..version import __version__
 from .inspection import Description, inspect
+from .output_paths import check_beside
 from .page.markup import replace_controls
 from .report import Outcome, Report
 
 CARD = "README.md"
 MARK = "<!-- written by prolora"
-"""What every card holds, by which it is known again and may be replaced."""
+"""What every card begins with below its front matter, also one that its author has edited."""
 
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the Hub lists them: "apache-2.0"
 
@@ -71,42 +72,24 @@ def place_card(out: Path, in_folder: bool) -> Path:
     return (out if in_folder else out.parent) / CARD
 
 
-def check_card(card: Path) -> None:
-    """Refuses the path of a card before any work is done for it.
-
-    Raises:
-        OutputError: it cannot be written, or holds a README that is not prolora's.
-    """
-    if not card.parent.exists():
-        return  # a folder that the run makes
-    check_writable(card)
-    if not card.exists():
-        return
-    try:
-        is_card = MARK in card.read_text("utf-8", errors="replace")
-    except OSError as error:
-        raise OutputError(f"{card}: exists and cannot be read: {error.strerror}") from error
-    if not is_card:
-        raise OutputError(
-            f"{card}: exists and is no card of prolora, so it is not replaced; move it away, or "
-            "write the LoRA to another folder"
-        )
-
-
-def write_card(card: Path, outcomes: Iterable[Outcome], command: str) -> None:
+def write_card(
+    card: Path, outcomes: Iterable[Outcome], command: str, overwrite: bool = False
+) -> None:
     """Writes the card of all results; nothing where none is new.
 
     Args:
         card: as `place_card` gives it.
         outcomes: of the run; those that failed are left out.
         command: the command line, without folders that are nobody's business.
+        overwrite: replace a README that prolora did not write, or that was edited since.
 
     Raises:
+        ForeignFile: such a README is there.
         OutputError: the card cannot be written.
     """
     written = [o for o in outcomes if not o.planned and not o.error]
     if any(outcome.report for outcome in written):
-        check_card(card)
+        check_beside(card, "card", overwrite=overwrite)
         write_text_atomically(card, render_card([_Moved.of(o) for o in written], command))
 
 
@@ -116,7 +99,7 @@ def render_card(moved: Sequence[_Moved], command: str) -> str:
     move = moved[0].move
     blocks = [
         _write_front(moved),
-        f"{MARK} {__version__} -->",
+        f"{MARK} {__version__} {make_mark('card')} -->",
         f"# {escape(title)}",
         f"{'A LoRA' if len(moved) == 1 else 'LoRAs'} for **{escape(move.target)}**, moved from "
         f"{escape(move.source)} by prolora, without training and without data.",

@@ -215,6 +215,13 @@ class TransferOptions:
         panel=OUTPUT,
         words=get_args(DtypeName),
     )
+    overwrite: bool = option(
+        False,
+        "Replace a file that prolora did not write, or that was changed since. A result of prolora "
+        "that nobody has changed is replaced in any case.",
+        panel=OUTPUT,
+        decides=False,
+    )
     cache: str | PathLike[str] | None = option(
         None,
         "Folder that keeps what is computed of the bases, for the next LoRA.",
@@ -355,6 +362,7 @@ class OptionChanges(TypedDict, total=False):
     out_rank: OutRank
     format: FormatLike | None
     dtype: DtypeLike | None
+    overwrite: bool
     cache: str | PathLike[str] | None
     device: str | None
     max_memory: int | str | None

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ..adapters.unread import PEFT_CONFIG, PEFT_WEIGHTS
+from ..adapters.writing import has_own_config
 from ..errors import OutputError
+from ..files.ownership import Kind, check_replaceable, foreign_file
 from ..files.writing import check_writable
-from .page.document import is_page
 
 StrPath = str | PathLike[str]
 
 
-def check_output(path: StrPath, inputs: Iterable[StrPath]) -> None:
+def check_output(path: StrPath, inputs: Iterable[StrPath], overwrite: bool = False) -> None:
     """Refuses an output that cannot be written, or that is an input or a folder around one.
 
     A PEFT folder may exist, and keeps what is not prolora's. It is exchanged as a whole, so no
     model may lie in it.
 
+    Args:
+        path: a file or a PEFT folder.
+        inputs: files or folders that must not be overwritten.
+        overwrite: replace what prolora did not write.
+
     Raises:
+        ForeignFile: a file is there that prolora did not write.
         OutputError: says why.
     """
     check_name(path)
     folder, inputs = Path(path), list(inputs)
-    if os.path.isdir(folder):
-        own = Path(os.path.realpath(folder))
-        for source in (Path(os.path.realpath(source)) for source in inputs):
-            if own == source or own in source.parents:
-                raise OutputError(
-                    f"{path}: holds the input {source}; name a folder that is for the adapter only"
-                )
-    check_writable(folder / PEFT_WEIGHTS if os.path.isdir(folder) else folder, inputs)
+    if not os.path.isdir(folder):
+        check_writable(folder, inputs)
+        check_replaceable(folder, "LoRA", overwrite)
+        return
+    own = Path(os.path.realpath(folder))
+    for source in (Path(os.path.realpath(source)) for source in inputs):
+        if own == source or own in source.parents:
+            raise OutputError(
+                f"{path}: holds the input {source}; name a folder that is for the adapter only"
+            )
+    check_writable(folder / PEFT_WEIGHTS, inputs)
+    check_replaceable(folder / PEFT_WEIGHTS, "LoRA", overwrite)
+    if os.path.isfile(folder / PEFT_CONFIG) and not (overwrite or has_own_config(folder)):
+        raise foreign_file(folder / PEFT_CONFIG, "configuration")
 
 
 def check_name(path: StrPath) -> None:
@@ -97,19 +108,23 @@ def _fold_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def check_report_path(path: StrPath) -> None:
-    """Refuses a path for a report that cannot be written, or holds anything else.
+def check_beside(
+    path: StrPath, kind: Kind, inputs: Iterable[StrPath] = (), overwrite: bool = False
+) -> None:
+    """Refuses the path of a report, a picture or another file that goes with a result.
+
+    Args:
+        path: a file.
+        kind: of the file; only its like is replaced.
+        inputs: files or folders that must not be overwritten.
+        overwrite: replace what prolora did not write.
 
     Raises:
-        OutputError: says why.
+        ForeignFile: a file is there that prolora did not write.
+        OutputError: it cannot be written.
     """
-    check_writable(path)
-    report = Path(path)
-    if report.exists() and not _holds_report(report):
-        raise OutputError(
-            f"{path}: exists and is no report of prolora, so it is not replaced; delete it or name "
-            "another file"
-        )
+    check_writable(path, inputs)
+    check_replaceable(path, kind, overwrite)
 
 
 def is_page_path(path: StrPath) -> bool:
@@ -120,24 +135,3 @@ def is_page_path(path: StrPath) -> bool:
 def fold_path(path: Path) -> tuple[str, ...]:
     """The parts of a path as volumes compare them that ignore case and Unicode forms."""
     return tuple(_fold_name(part) for part in path.parts)
-
-
-def _holds_report(file: Path) -> bool:
-    """Whether a file is empty, a page of prolora, or the JSON of one transfer or of several."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(4096)
-        if head[:1] not in (b"", b"{", b"["):
-            return is_page(head)  # a safetensors file may be large
-        content = json.loads(file.read_bytes() or b"[]")
-    except (OSError, ValueError, RecursionError):
-        return False
-    entries = content if isinstance(content, list) else [content]
-    return all(isinstance(entry, dict) and _is_report(entry) for entry in entries)
-
-
-def _is_report(entry: dict[str, Any]) -> bool:
-    """Whether a JSON object is the report of a transfer, or says why there is none."""
-    return {"modules", "totals", "summary"} <= entry.keys() or (
-        {"lora", "out", "status"} <= entry.keys()
-    )

@@ -19,7 +19,7 @@ from ..bases.memory import Memory
 from ..comparison.block_matching import resolve_match
 from ..comparison.width_selection import WidthFinder
 from ..core.methods import Needs
-from ..errors import ProLoRAError
+from ..errors import ProLoRAError, explain_os_error
 from .by_weights.decision import decide_method
 from .by_weights.job import Job
 from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
@@ -67,10 +67,11 @@ class Task:
 
 
 def as_refusal(error: BaseException) -> ProLoRAError:
-    """An error of the system or of torch, as one that names itself."""
+    """An error of the system or of torch, as one of prolora's."""
     if isinstance(error, ProLoRAError):
         return error
-    refusal = ProLoRAError(f"{type(error).__name__}: {error}".rstrip(": "))
+    said = explain_os_error(error) if isinstance(error, OSError) else str(error)
+    refusal = ProLoRAError(said or type(error).__name__)
     refusal.__cause__ = error
     return refusal
 
@@ -173,7 +174,7 @@ class PairMover:
         for task in group:
 
             def move(task: Task = task) -> Report:
-                check_output(task.out, inputs)
+                check_output(task.out, inputs, options.overwrite)
                 return run_transfer_file(task.lora, self.source, self.target, task.out, options)
 
             task.finish(task.attempt(move))
@@ -222,7 +223,7 @@ class PairMover:
         show(len(group), "")
 
     def _prepare(self, task: Task, inputs: list[Path], cache: BasisCache) -> None:
-        check_output(task.out, inputs)
+        check_output(task.out, inputs, self.asked.overwrite)
         task.job = prepare_job(task.lora, self.source, self.target, self.chosen, cache, self.widths)
 
     def _finish(self, task: Task, job: Job, bases: tuple[Base, Base], cache: BasisCache) -> Report:

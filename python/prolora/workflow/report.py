@@ -22,10 +22,11 @@ from ..core.means import weighted_mean
 from ..core.methods import Needs, find_method
 from ..errors import ProLoRAError
 from ..files.jsontext import replace_nonfinite
+from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
 from .module_report import Measures, ModuleReport
-from .output_paths import check_report_path, is_page_path
+from .output_paths import check_beside, is_page_path
 from .page.document import render_report
 from .page.notebook import render_summary
 
@@ -294,18 +295,22 @@ class Report:
         """What a notebook shows: the sentences, a small map, and a table of the model's parts."""
         return render_summary(self)
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Writes the report to a file, whole or not at all; an older report is replaced.
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the report to a file, whole or not at all; what prolora wrote there is replaced.
 
         Args:
-            path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_json`.
+            path: the file; `to_html` if its name ends in .html or .htm, otherwise `to_dict` as
+                JSON, with an entry by which the file is known again.
+            overwrite: also replace what prolora did not write.
 
         Raises:
-            OutputError: the path cannot be written, or holds a file that is no report.
+            ForeignFile: a file is there that prolora did not write.
+            OutputError: the path cannot be written.
         """
-        check_report_path(path)
-        text = self.to_html() if is_page_path(path) else self.to_json() + "\n"
-        write_text_atomically(path, text)
+        check_beside(path, "report", overwrite=overwrite)
+        write_text_atomically(
+            path, self.to_html() if is_page_path(path) else mark_json("report", self.to_dict())
+        )
 
 
 def measure_coverage(rows: Iterable[ModuleReport]) -> float:

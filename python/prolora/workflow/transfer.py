@@ -59,6 +59,7 @@ class Transfer:
         *,
         format: FormatLike = "auto",
         dtype: DtypeLike | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Writes the LoRA: to a temporary file, read back and compared, then renamed.
 
@@ -68,13 +69,16 @@ class Transfer:
                 program that reads the file: "comfyui", "a1111", "forge", "invokeai", ….
             dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None means as they
                 came in.
+            overwrite: replace a file that prolora did not write. A result of prolora that nobody
+                has changed since is replaced in any case.
 
         Raises:
+            ForeignFile: a file is there that prolora did not write.
             OutputError: the path cannot be written, or is one of the inputs.
             NonFiniteWeights: a factor overflows in dtype.
             UnsupportedFormat: the format has no name for a module.
         """
-        check_output(path, self.inputs)
+        check_output(path, self.inputs, overwrite)
         adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
 
     def state_dict(
@@ -192,6 +196,7 @@ def transfer_file(
         What was kept and lost.
 
     Raises:
+        ForeignFile: a file is there that prolora did not write.
         OutputError: out cannot be written, or is an input.
         ProLoRAError: everything that `transfer` raises.
     """
@@ -212,7 +217,7 @@ def run_transfer_file(
         OutputError: out cannot be written, or is an input.
         ProLoRAError: see `transfer`.
     """
-    check_output(out, list_inputs(lora, source, target))
+    check_output(out, list_inputs(lora, source, target), options.overwrite)
     recipe = Recipe.of(lora, source, target, options)
     done = run_transfer(lora, source, target, options, recipe.describe)
     if options.progress:
@@ -224,6 +229,7 @@ def run_transfer_file(
 def save_result(done: Transfer, out: Path, options: TransferOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
-    done.save(out, format=options.format or "auto", dtype=options.dtype)
+    format = options.format or "auto"
+    done.save(out, format=format, dtype=options.dtype, overwrite=options.overwrite)
     seconds = done.report.seconds | {"write": time.perf_counter() - started}
     return replace(done.report, seconds=seconds)

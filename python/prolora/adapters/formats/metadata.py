@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ...files.hashing import hash_parts, view_bytes
+from ...files.ownership import CONFIG_KEY, MARK_KEY
 from ...files.writing import encode_header, order_tensors
 from .model_ids import SPECIFICATION, find_ids
 from .peft_config import METADATA_KEY
@@ -19,7 +20,14 @@ _WINDOW = 0x100000, 0x110000
 
 # True only of the file they were written into.
 SPECIFIED_HASH = "modelspec.hash_sha256"
-_OF_THE_FILE = ("sshs_model_hash", "sshs_legacy_hash", SPECIFIED_HASH, METADATA_KEY)
+_OF_THE_FILE = (
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    SPECIFIED_HASH,
+    METADATA_KEY,
+    MARK_KEY,
+    CONFIG_KEY,
+)
 
 
 def rewrite_metadata(

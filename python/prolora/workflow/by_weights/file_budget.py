@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -51,11 +51,13 @@ class OutputForm:
         format: the format that it must fit; None asks for none.
         dtype: of the factors; None keeps the LoRA's.
         limit: bytes of the file; None sets no bound.
+        overwrite: replace a file that prolora did not write.
     """
 
     format: FormatLike | None = None
     dtype: torch.dtype | None = None
     limit: int | None = None
+    overwrite: bool = field(default=False, compare=False)  # which changes nothing of the result
 
     @classmethod
     def of(cls, options: TransferOptions) -> OutputForm:

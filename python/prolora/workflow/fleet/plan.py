@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ...bases.memory import STACK_BYTES
-from ...errors import InvalidOption, OutputError, UnsupportedFormat, input_error
+from ...errors import InvalidOption, UnsupportedFormat, input_error
 from ...files.hashing import hash_text
 from ...files.jsontext import parse_json_object
-from ...files.writing import check_writable, write_text_atomically
+from ...files.ownership import WRITTEN_BY, make_mark
+from ...files.writing import write_text_atomically
 from ...version import __version__
 from ..options import DEFAULT_OPTIONS, TransferOptions, settle_options
+from ..output_paths import check_beside
 
 FORMAT = 1
 """The version of the file format."""
@@ -202,22 +204,24 @@ class Plan:
             batches.append(Batch(members[0].pair, tuple(members)))
         return batches
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the plan: a line about itself, then a line for each entry.
 
+        Args:
+            path: the file; a plan that nobody has edited is replaced.
+            overwrite: replace whatever is there.
+
         Raises:
-            OutputError: the file cannot be written, or is there and no plan.
+            ForeignFile: a file is there that prolora did not write.
+            OutputError: the file cannot be written.
         """
-        check_writable(path)
-        if os.path.isfile(path) and not _holds_plan(path):
-            raise OutputError(
-                f"{os.fspath(path)}: exists and is no plan; give the plan another name"
-            )
+        check_beside(path, "plan", overwrite=overwrite)
         write_text_atomically(path, "".join(self._write_lines()))
 
     def _write_lines(self) -> Iterator[str]:
         head = {
             _KEY: FORMAT,
+            WRITTEN_BY: make_mark("plan"),
             "version": __version__,
             "options": dict(self.options),
             "bases": {label: asdict(base) for label, base in self.bases.items()},
@@ -238,16 +242,6 @@ class Plan:
                 return _parse(file, os.fspath(path))
         except (OSError, UnicodeDecodeError) as error:
             raise input_error(path, error) from error
-
-
-def _holds_plan(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is empty, or begins as a plan does."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError:
-        return False
-    return not head or head.startswith(f'{{"{_KEY}": '.encode())
 
 
 def _parse(lines: Iterable[str], where: str) -> Plan:

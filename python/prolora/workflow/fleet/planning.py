@@ -13,10 +13,10 @@ from ...adapters.unread import open_adapter
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts, choose_pairs, open_experts, pair_experts
 from ...bases.identity import compute_fingerprint
+from ...comparison.module_map import read_map
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...errors import InvalidOption, ProLoRAError
-from ...files.jsontext import read_json_object
 from ..options import (
     DEFAULT_OPTIONS,
     OptionChanges,
@@ -127,7 +127,7 @@ def describe_choices(options: TransferOptions) -> dict[str, Any]:
             "for itself, or choose another method"
         )
     usual, given = vars(DEFAULT_OPTIONS), vars(options)
-    for name in ("device", "max_memory", "probe"):
+    for name in ("device", "max_memory", "probe", "overwrite"):
         if given[name] != usual[name]:
             raise InvalidOption(f"{name} is no option of a plan")
     chosen = {
@@ -141,7 +141,7 @@ def describe_choices(options: TransferOptions) -> dict[str, Any]:
     if isinstance(match, Mapping):
         chosen["match"] = dict(match)
     elif match not in ("auto", "name", "similarity"):
-        chosen["match"] = read_json_object(Path(match))
+        chosen["match"] = read_map(Path(match))
     return chosen
 
 

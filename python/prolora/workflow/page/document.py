@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...core.means import weighted_mean
+from ...files.ownership import make_mark
 from ...version import __version__
 from .block_tables import crossed_table, decisions_table, probe_table
 from .drawing import draw_legend, draw_map
@@ -31,9 +32,6 @@ from .place_map import PlaceMap, share_kept
 
 if TYPE_CHECKING:
     from ..report import Report
-
-GENERATOR = "prolora"
-"""What the page calls its maker, by which it is known again."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,8 @@ def make_page(title: str, body: Html) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="generator", content=f"{GENERATOR} {__version__}"),
+        tag("meta", name="generator", content=f"prolora {__version__}"),
+        tag("meta", name="prolora", content=make_mark("report")),
         tag("meta", name="referrer", content="no-referrer"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{title} – prolora"),
@@ -280,9 +279,3 @@ def read_asset(name: str) -> str:
 def _digest(text: str) -> str:
     """As a content security policy names a style or a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def is_page(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is a page that `make_page` wrote."""
-    generator = f'<meta name="generator" content="{GENERATOR} '.encode()
-    return head.startswith(b"<!DOCTYPE html>") and generator in head

@@ -32,9 +32,9 @@ def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None
     """
     if len(outcomes) == 1 and outcomes[0].report is not None:
         outcome = outcomes[0]
-        known = {"LoRA": str(outcome.lora)}
+        known = {"LoRA": outcome.lora.name}  # in which folder is nobody's business
         if not outcome.planned:
-            known["written to"] = str(outcome.out)
+            known["written to"] = outcome.out.name
         return render_report(outcomes[0].report, known | dict(facts or {}))
     counts = Counter(outcome.status for outcome in outcomes)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -67,8 +67,7 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Html:
     report = outcome.report
     status = tag("td", outcome.status, class_="warn" if outcome.error else None)
     if report is None:
-        error = outcome.error
-        why = tag("div", f"{type(error).__name__}: {error}") if error else ""
+        why = tag("div", str(outcome.error)) if outcome.error else ""
         dashes = [number_cell(NOTHING)] * 4
         return tag("tr", tag("th", name, why, scope="row"), status, *dashes)
     share, totals = kept_of_all(report), report.totals

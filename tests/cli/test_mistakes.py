@@ -1,0 +1,312 @@
+"""What people get wrong: one line says what it is and what to do, and nothing is written.
+
+Most are from a session in which newcomers' mistakes were made one after the other.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from mini import lora_tensors, write_folder
+from safetensors.torch import load_file, save_file
+
+BASES = ("--source", "source", "--target", "target")
+MOVE = ("transfer", "lora.safetensors", *BASES)
+TO = ("-o", "out.safetensors")
+
+
+@pytest.fixture
+def room(case, tmp_path, monkeypatch):
+    """A folder as people have it: LoRAs, bases, and what was downloaded with them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path.parent / "hub"))
+    (tmp_path / "loras").mkdir()
+    for name in "abc":
+        shutil.copy("lora.safetensors", f"loras/{name}.safetensors")
+    pickled = {"a.lora_up.weight": torch.ones(2, 2)}
+    for name in ("old.pt", "my old.ckpt"):
+        torch.save(pickled, name)
+    with zipfile.ZipFile("pack.zip", "w") as archive:
+        archive.write("lora.safetensors")
+    whole = Path("lora.safetensors").read_bytes()
+    texts = {
+        "lora.civitai.info": b'{"id": 1, "modelId": 2}',
+        "words.txt": b"trigger words",
+        "page.safetensors": b"<!DOCTYPE html><title>Log in</title>",
+        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "empty.safetensors": b"",
+        "cut.safetensors": whole[:-100],
+        "cut_early.safetensors": whole[:50],
+        "preview.png": b"\x89PNG\r\n\x1a\n" + bytes(60),
+        "model.gguf": b"GGUF\3\0\0\0" + bytes(60),
+        "list.json": b"[1]",
+        "numbers.json": b'{"a": 1}',
+        "foreign.json": b'{"mine": true}',
+        "mine.safetensors": whole,
+        "README.md": b"# mine",
+        "half.json": b'{"a": ',
+        "names.json": b'{"no.such.module": "no.such.either"}',
+    }
+    for name, content in texts.items():
+        Path(name).write_bytes(content)
+    save_file({"emb_params": torch.ones(4, 24)}, "embedding.safetensors")
+    save_file(
+        {"clip_l": torch.ones(4, 24), "clip_g": torch.ones(4, 24)}, "embedding-xl.safetensors"
+    )
+    save_file({"one": torch.ones(4)}, "odd.safetensors")
+    broken = lora_tensors()
+    next(iter(broken.values()))[0] = torch.nan
+    save_file(broken, "diverged.safetensors")
+    key = next(iter(lora_tensors())).rpartition(".lora_")[0]
+    other = {f"{key}.lora_up.weight": torch.ones(7, 2), f"{key}.lora_down.weight": torch.ones(2, 7)}
+    save_file(other, "wide.safetensors")
+    weights = next(Path("source").glob("*.safetensors"))
+    shutil.copy(weights, "checkpoint.safetensors")
+    unrelated = {f"layers.{i}.mlp.weight": torch.randn(8, 8) for i in range(3)}
+    write_folder(tmp_path / "unrelated", unrelated)
+    return tmp_path
+
+
+def read_tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+MISTAKES = {
+    "a missing LoRA": (
+        ("transfer", "lorra.safetensors", *BASES, *TO),
+        "lorra.safetensors: no such file. Similar here: lora.safetensors",
+    ),
+    "an ending with a letter missing": (
+        ("transfer", "lora.safetensor", *BASES, *TO),
+        "lora.safetensor: no such file. Similar here: lora.safetensors",
+    ),
+    "a LoRA by its id": (
+        ("transfer", "someone/my-lora", *BASES, *TO),
+        "someone/my-lora: no such file; there is no folder someone to read",
+    ),
+    "a LoRA by its address": (
+        ("transfer", "https://civitai.com/api/download/models/1", *BASES, *TO),
+        "https://civitai.com/api/download/models/1: an address on the web; download it",
+    ),
+    "a base by its address": (
+        ("transfer", "lora.safetensors", "--source", "https://civitai.com/x", *BASES[2:], *TO),
+        "https://civitai.com/x: an address on the web; download it",
+    ),
+    "a pattern in quotes": (
+        ("transfer", "loras/*.safetensors", *BASES, *TO),
+        "loras/*.safetensors: no such file; a pattern in quotes stands for no other names",
+    ),
+    "a missing base": (
+        ("transfer", "lora.safetensors", "--source", "sorce", *BASES[2:], *TO),
+        "sorce: no such file, folder or model of the hub (org/name). Similar here: source",
+    ),
+    "a base that is on the hub, without a network": (
+        ("transfer", "lora.safetensors", "--source", "some/base", *BASES[2:], *TO),
+        "some/base: no such file or folder, and the Hugging Face Hub",
+    ),
+    "a folder of LoRAs": (
+        ("transfer", "loras", *BASES, *TO),
+        "loras: a folder of 3 LoRAs; give its files (loras/*.safetensors)",
+    ),
+    "a base for a LoRA": (
+        ("transfer", "source", *BASES, *TO),
+        "source: the folder of a model, not a LoRA",
+    ),
+    "a checkpoint for a LoRA": (
+        ("transfer", "checkpoint.safetensors", *BASES, *TO),
+        "is a weight of a base model, not a LoRA",
+    ),
+    "a LoRA for a base": (
+        ("transfer", "lora.safetensors", "--source", "lora.safetensors", *BASES[2:], *TO),
+        "is a LoRA or a model with one attached",
+    ),
+    "an embedding": (
+        ("transfer", "embedding.safetensors", *BASES, *TO),
+        "embedding.safetensors: a textual-inversion embedding, not a LoRA",
+    ),
+    "an embedding of SDXL": (
+        ("transfer", "embedding-xl.safetensors", *BASES, *TO),
+        "embedding-xl.safetensors: a textual-inversion embedding, not a LoRA",
+    ),
+    "a file of another kind": (
+        ("transfer", "odd.safetensors", *BASES, *TO),
+        "odd.safetensors: 1 key is not understood: one",
+    ),
+    "what civitai stores beside a LoRA": (
+        ("transfer", "lora.civitai.info", *BASES, *TO),
+        "lora.civitai.info: not a safetensors file; give the .safetensors file beside it",
+    ),
+    "a text file": (
+        ("transfer", "words.txt", *BASES, *TO),
+        "words.txt: not a safetensors file; give the .safetensors file beside it",
+    ),
+    "a picture": (("transfer", "preview.png", *BASES, *TO), "preview.png: not a safetensors file"),
+    "a GGUF file for a LoRA": (("transfer", "model.gguf", *BASES, *TO), "model.gguf: a GGUF file"),
+    "an archive": (
+        ("transfer", "pack.zip", *BASES, *TO),
+        "pack.zip: an archive; unpack it, and give the .safetensors file in it",
+    ),
+    "a web page": (("transfer", "page.safetensors", *BASES, *TO), "a web page, as links give one"),
+    "a pointer": (("transfer", "pointer.safetensors", *BASES, *TO), "a pointer of Git LFS"),
+    "an empty file": (("transfer", "empty.safetensors", *BASES, *TO), "empty file; download it"),
+    "half a download": (("transfer", "cut.safetensors", *BASES, *TO), "download it again"),
+    "a cut header": (("transfer", "cut_early.safetensors", *BASES, *TO), "cut off inside its"),
+    "a diverged training": (("transfer", "diverged.safetensors", *BASES, *TO), "holds NaN or Inf"),
+    "a LoRA of another base": (("transfer", "wide.safetensors", *BASES, *TO), "is 7×7, but that"),
+    "bases of different models": (
+        ("transfer", "lora.safetensors", "--source", "source", "--target", "unrelated", *TO),
+        "unrelated",
+    ),
+    "no output": (MOVE, "-o OUT is missing: where should the new LoRA be written?"),
+    "an output of another kind": (
+        (*MOVE, "-o", "moved.ckpt"),
+        "moved.ckpt: programs read a LoRA from a file that ends in .safetensors: write moved.safet",
+    ),
+    "an output without an ending": (
+        (*MOVE, "-o", "moved"),
+        "moved: programs read a LoRA from a file that ends in .safetensors: write moved.safet",
+    ),
+    "an output below a file": ((*MOVE, "-o", "words.txt/x.safetensors"), "is a file, not a folder"),
+    "the input for an output": (
+        (*MOVE, "-o", "lora.safetensors"),
+        "lora.safetensors: would overwrite the input lora.safetensors",
+    ),
+    "a trained LoRA for an output": (
+        (*MOVE, "-o", "mine.safetensors"),
+        "choose another name, or allow it to be overwritten (--overwrite)",
+    ),
+    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is no card as prolora"),
+    "somebody's file for a report": (
+        (*MOVE, *TO, "--report", "foreign.json"),
+        "foreign.json: exists and is no report as prolora wrote it",
+    ),
+    "the output for a report": (
+        (*MOVE, *TO, "--report", "out.safetensors"),
+        "the report would replace the LoRA; give it another name",
+    ),
+    "somebody's file for a map": (
+        (*MOVE, *TO, "--save-match", "foreign.json"),
+        "foreign.json: exists and is no map as prolora wrote it",
+    ),
+    "a folder that cannot be an adapter": (
+        (*MOVE, "-o", "words.txt", "--format", "peft"),
+        "words.txt: exists and is no LoRA as prolora wrote it",
+    ),
+    "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
+    "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
+    "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
+    "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
+    "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
+    "an empty base": (("compare", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "a method that is none": (
+        (*MOVE, *TO, "--method", "prolroa"),
+        "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
+    ),
+    "a program that is none": ((*MOVE, *TO, "--for", "comfy"), "'comfy' is not one of 'comfyui'"),
+    "a format with a program": (
+        (*MOVE, *TO, "--for", "comfyui", "--format", "kohya"),
+        "chooses the format itself",
+    ),
+    "a dtype by its short name": ((*MOVE, *TO, "--dtype", "fp16"), "'fp16' is not one of"),
+    "a device that is none": ((*MOVE, *TO, "--device", "gpu"), "no device is called 'gpu': use"),
+    "a misspelt option": ((*MOVE, *TO, "--metod", "copy"), "No such option: --metod"),
+    "a misspelt command": (("tranfer",), "No such command 'tranfer'. Did you mean 'transfer'?"),
+    "a word for a number": ((*MOVE, *TO, "--strength", "two"), "takes a number or 'auto', not"),
+    "a share above one": ((*MOVE, *TO, "--min-coverage", "2"), "'2' is not a number from 0 to 1"),
+    "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
+    "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "out_rank must be"),
+    "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size is a number with a unit"),
+    "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
+    "prompts without probing": ((*MOVE, *TO, "--prompt", "cat"), "are for probing: add --method"),
+    "a map that is missing": (
+        (*MOVE, *TO, "--match", "similar"),
+        'match takes "name", "similarity" or a JSON file',
+    ),
+    "a map that is a list": ((*MOVE, *TO, "--match", "list.json"), "holds no JSON object"),
+    "a map that is cut off": ((*MOVE, *TO, "--match", "half.json"), "is damaged: not JSON"),
+    "a map of numbers": ((*MOVE, *TO, "--match", "numbers.json"), "'a' leads to '1'; a map of"),
+    "a map of other modules": ((*MOVE, *TO, "--match", "names.json"), "the map names.json names"),
+    "two LoRAs of one name": (
+        ("transfer", "lora.safetensors", "lora.safetensors", *BASES, "-o", "moved"),
+        "two inputs would become lora.safetensors",
+    ),
+    "a pickle for a base": (
+        ("compare", "--source", "old.pt", "--target", "target"),
+        "old.pt: a pickle checkpoint; it can run code when it is loaded",
+    ),
+    "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
+    "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),
+    "a folder of LoRAs to look at": (("inspect", "loras"), "name one of them"),
+    "overlaps that are left out": (("compare", *BASES, "--quick", "--sweep"), "give one of them"),
+    "advice on a missing base": (
+        ("advise", "--source", "source", "--target", "targte"),
+        "targte: no such file, folder or model of the hub (org/name). Similar here: target",
+    ),
+    "a plan of nothing": (("plan", "nothing", *BASES), "nothing: is no .safetensors file"),
+    "somebody's file for a plan": (
+        ("plan", "loras", *BASES, "-o", "foreign.json"),
+        "foreign.json: exists and is no plan as prolora wrote it",
+    ),
+    "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
+    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is no plan"),
+    "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
+    "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
+    "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),
+    "a push of nothing": (("push", "nothing", "me/x"), "no .safetensors file there to publish"),
+    "a push without a card": (("push", "loras", "me/x"), "no model card of prolora"),
+    "subspaces of a LoRA": (("basis", "lora.safetensors"), "is a LoRA or a model with one"),
+    "an age that is none": (("basis", "prune", "--older-than", "soon"), "an age is a number of"),
+}
+
+
+@pytest.mark.parametrize("words, said", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_answered_in_one_line_and_writes_nothing(prolora, room, words, said):
+    before = read_tree(room)
+    code, out, error = prolora(*words)
+    assert code == 2 and not out
+    lines = [line for line in error.splitlines() if not line.startswith("Try '")]
+    assert lines[0].startswith("Error: ") and said in lines[0], error
+    # Behind it only a command to be copied.
+    assert all(line.startswith("python -c ") for line in lines[1:]) and len(lines) <= 2
+    for leak in ("Traceback", "Value error", r"\n", "Errno", "Error: Error"):
+        assert leak not in error
+    assert not re.search(r"\b[A-Z]\w+(Error|Format|Mismatch|Option|File)\b:", error)
+    assert read_tree(room) == before
+
+
+@pytest.mark.parametrize("name", ["old.pt", "my old.ckpt"])
+def test_the_command_that_converts_a_pickle_can_be_copied(prolora, room, name):
+    """It runs as it stands on its line; in double quotes, which cmd.exe knows too."""
+    _, _, error = prolora("inspect", name)
+    command = error.splitlines()[1]
+    assert "'" not in command.partition('sys.argv[2])"')[2]
+    subprocess.run(command, shell=True, check=True, env=os.environ, timeout=120)
+    converted = load_file(Path(name).with_suffix(".safetensors"))
+    assert torch.equal(converted["a.lora_up.weight"], torch.ones(2, 2))
+
+
+def test_a_name_cannot_forge_a_second_line(prolora, room):
+    _, _, error = prolora("inspect", "x\nError: all is well")
+    assert len(error.splitlines()) == 1 and r"x\nError: all is well" in error
+
+
+def test_a_report_goes_to_standard_output_where_that_is_asked_for(prolora, room):
+    code, out, _ = prolora(*MOVE, *TO, "--report", "-", "--method", "copy")
+    assert code == 0 and json.loads(out)["totals"]["mapped"] == 8
+    assert not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    "loras", [["lora.safetensors"], ["loras/a.safetensors", "loras/b.safetensors"]]
+)
+def test_a_missing_folder_of_the_output_is_made(prolora, room, loras):
+    out = Path("new", "folder", *(["x.safetensors"] if len(loras) == 1 else []))
+    assert prolora("transfer", *loras, *BASES, "-o", out, "--method", "copy", "-q")[0] == 0
+    assert len(list(Path("new", "folder").glob("*.safetensors"))) == len(loras)
