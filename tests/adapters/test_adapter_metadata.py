@@ -107,6 +107,18 @@ def test_rank_and_alpha_in_the_header_are_those_of_the_new_file(tmp_path, rank, 
     assert metadata["ss_tag_frequency"] == KOHYA["ss_tag_frequency"]
 
 
+@pytest.mark.parametrize("format", ["kohya", "comfy", "diffusers", "peft"])
+@pytest.mark.parametrize("had_rank", [True, False])
+def test_a_rank_is_stated_in_kohya_files_and_where_there_was_one(tmp_path, format, had_rank):
+    """A1111 and managers show it; a header that had none gets one in the format that has it."""
+    metadata = {"ss_network_dim": "99"} if had_rank else {}
+    out = tmp_path / "out"
+    adapters.write_adapter(adapter_of(LINEAR, 4, metadata=metadata), out, format=format)
+    found = adapters.read_adapter(out).metadata
+    stated = "4" if had_rank or format == "kohya" else None
+    assert (found.get("ss_network_dim"), found.get("ss_network_alpha")) == (stated, stated)
+
+
 @pytest.mark.parametrize("size", [16, 1024])
 def test_kohya_hashes_are_those_of_the_file_with_training_metadata_only(tmp_path, size):
     adapter = adapter_of({"conv_in": (size, size)}, 256, metadata=KOHYA)

@@ -224,7 +224,7 @@ def test_patterns_pick_the_same_modules_as_in_peft(patterns):
         ({"peft_type": "BOFT"}, "'BOFT'"),
         ({"peft_type": ["LORA"]}, "PEFT method"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"rank_pattern": {"(": 4}}, "not a regular expression"),
+        ({"rank_pattern": {"(": 4}}, "no foreign regular expression"),
         ({"rank_pattern": {"a": 0}}, "whole number"),
         ({"rank_pattern": [1]}, "rank_pattern is not a JSON object"),
         ({"r": 0}, "whole number"),

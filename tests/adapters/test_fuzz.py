@@ -57,6 +57,9 @@ KINDS = (
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12)},
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "dora_scale": (14, 1), "alpha": ()},
     {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "lora_magnitude_vector": (14,)},
+    {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "magnitude": (14,)},
+    {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": (), "scale": ()},
+    {"lora_B.weight": (14, 4), "lora_A.weight": (4, 12), "lora_gate": (14,)},
     {
         "lora_up.weight": (14, 4, 1, 1),
         "lora_mid.weight": (4, 4, 3, 3),
@@ -94,6 +97,7 @@ SUFFIXES = sorted({suffix for kind in KINDS for suffix in kind} | {"weight", "bi
 CONFIGS = (
     {"unet.r": 4, "unet.lora_alpha": 8},
     {"unet.r": 4, "unet.rank_pattern": {"(a|a)*b": 2}},
+    {"unet.r": 8, "unet.rank_pattern": {r"^.*mid_block\.\w+.\d+\.proj_(in|out)$": 4}},
     {"r": 4, "lora_alpha": 1e308, "use_rslora": True},
     {"unet.r": "4"},
     [],

@@ -179,6 +179,40 @@ def test_a_dora_is_what_the_layer_of_lycoris_does_on_either_axis(kind, alpha, dt
     assert relative_error(adapter.updates[where].dense(), effect(module, base)) < 2e-6
 
 
+CORES = {
+    "hada_w1_a": (2, 6),
+    "hada_w1_b": (2, 4),
+    "hada_w2_a": (2, 6),
+    "hada_w2_b": (2, 4),
+    "hada_t1": (2, 2, 3, 1),
+    "hada_t2": (2, 2, 3, 1),
+}
+FLAT_LOHA = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 36), "hada_w2_a": (6, 2), "hada_w2_b": (2, 36)}
+FLAT_LOKR = {"lokr_w1": (2, 4), "lokr_w2": (3, 9)}
+FLAT_LORA = {"lora_up.weight": (6, 2), "lora_down.weight": (2, 36)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "module", "kernel"),
+    [
+        (FLAT_LOHA, CONV, (3, 3)),
+        (FLAT_LOKR, CONV, (3, 3)),
+        (FLAT_LOHA, LINEAR, None),  # 36 inputs may be 4 channels of 3×3
+        (FLAT_LOKR, LINEAR, None),
+        (FLAT_LOKR | {"lokr_w2": (3, 10)}, CONV, None),  # and 40 none
+        (FLAT_LORA, CONV, None),  # a 1×1 convolution as a matrix
+        (CORES, CONV, (3, 1)),  # the core's own shape, whatever the name
+        (CORES, LINEAR, (3, 1)),
+    ],
+)
+def test_only_flat_products_on_what_is_called_a_convolution_have_a_kernel_by_name(
+    parts, module, kernel
+):
+    stem = "lora_unet_" + module.replace(".", "_")
+    adapter = adapters.read_adapter({f"{stem}.{k}": torch.ones(s) for k, s in parts.items()})
+    assert adapter.kernels == ({module: kernel} if kernel else {})
+
+
 def test_a_dora_without_its_base_is_refused_and_never_read_as_a_lora():
     _, _, tensors = trained("locon", weight_decompose=True)
     with pytest.raises(UnsupportedFormat, match=rf"update of {CONV} is rescaled .*give the base"):

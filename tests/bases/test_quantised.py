@@ -90,6 +90,19 @@ def plain(**more):
     return {f"{Q}.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), **more}
 
 
+def quanto(dtype):
+    """A layer as optimum-quanto saves it, beside one that it left alone."""
+    weight = {
+        f"{Q}.weight._data": torch.ones(4, 4).to(dtype),
+        f"{Q}.weight._scale": torch.ones(4, 1),
+    }
+    scales = {f"{Q}.input_scale": torch.ones(()), f"{Q}.output_scale": torch.ones(())}
+    return weight | scales | {f"{Q[:-1]}k.weight": torch.ones(4, 4)}
+
+
+QUANTO = rf"a quantised checkpoint \({Q}\.weight\._(data|scale)\).*fp16"
+
+
 @pytest.mark.parametrize(
     ("content", "metadata", "message"),
     [
@@ -112,6 +125,13 @@ def plain(**more):
         ({f"{Q}.weight": torch.ones(4, 4), f"{Q}.weight_scale": torch.ones(1)}, {}, "only float8"),
         ({f"{Q}.weight": torch.ones(4, 4).to(torch.int8), f"{Q}.SCB": torch.ones(4)}, {}, "SCB"),
         ({f"{Q}.qweight": torch.ones(4, 4).int(), f"{Q}.scales": torch.ones(4)}, {}, "qweight"),
+        (
+            quanto(torch.float8_e4m3fn),
+            {},
+            QUANTO,
+        ),
+        (quanto(torch.int8), {}, QUANTO),
+        ({f"{Q}.weight._data._data": torch.ones(8).byte()}, {}, r"weight\._data\._data"),
     ],
 )
 def test_what_is_quantised_otherwise_is_refused_by_name(content, metadata, message, tmp_path):

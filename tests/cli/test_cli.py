@@ -303,6 +303,24 @@ def test_inspect_describes_a_lora(prolora, case):
     assert code == 0 and "kohya" in text
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.0.self_attn.q_proj",  # Llama's, and Qwen3's
+        "transformer.h.0.attn.c_attn",  # GPT-2's
+        "text_model.encoder.layers.0.self_attn.q_proj",  # CLIP's
+    ],
+)
+def test_inspect_says_where_alone_a_lora_of_no_known_family_can_go(prolora, tmp_path, module):
+    stem = f"base_model.model.{module}"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    code, text, _ = prolora("inspect", tmp_path / "lora.safetensors")
+    words = " ".join(text.split())
+    assert code == 0 and "only between two bases that have these modules" in words
+    assert "convert it to any format" not in words
+
+
 def test_inspect_describes_a_base_folder(prolora, case):
     _, source, _ = case
     code, text, _ = prolora("inspect", source, "--json")

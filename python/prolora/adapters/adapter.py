@@ -38,8 +38,8 @@ class Adapter:
             high to be kept exactly (see `truncation`); all others are exact and have no entry.
         left_out: tensor or module of the file that is in neither of the two -> the reason. Nothing
             else of a file is ever left out.
-        unread: module among `left_out` -> (out, in, rank) of its update, which depends on a weight
-            that the base does not hold.
+        unread: module among `left_out` that has an update -> its (out, in, rank).
+        refused: modules among `unread` whose update has a tensor beside it that is not read.
     """
 
     updates: dict[str, LowRank]
@@ -55,6 +55,7 @@ class Adapter:
     kept_energy: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     @classmethod
     def from_state_dict(

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
+from .algorithms import forms
 from .keys import tensor_keys
 from .unread import UnreadAdapter
 
+Size = tuple[int, int, int]
+"""(out, in, rank) of an update."""
+
 
 def leave_out_foreign(
-    unknown: list[str], left_out: dict[str, str], source: UnreadAdapter
-) -> dict[str, tuple[int, int, int]]:
+    unknown: Iterable[str], left_out: dict[str, str], source: UnreadAdapter
+) -> dict[str, Size]:
     """Names what is not understood among much that is; (out, in, rank) of what is an update."""
-    updates: dict[str, dict[str, tuple[int, ...]]] = {}
+    updates: dict[str, dict[str, str]] = {}
     for key in unknown:
         path_and_role = tensor_keys.split_role(key)
         if path_and_role is None:
             left_out[key] = (
                 "a tensor that belongs to no LoRA, or to a module that prolora does not know"
             )
-            continue
-        left_out[path_and_role[0]] = "an update of a module that prolora does not know"
-        updates.setdefault(path_and_role[0], {})[path_and_role[1]] = source.headers[key].shape
-    return {
-        path: (shapes["up"][0], math.prod(shapes["down"][1:]), shapes["down"][0])
-        for path, shapes in updates.items()
-        if all(len(shapes.get(role, ())) > 1 for role in ("up", "down"))
-    }
+        else:
+            updates.setdefault(path_and_role[0], {})[path_and_role[1]] = key
+    left_out |= dict.fromkeys(updates, "an update of a module that prolora does not know")
+    sizes = {path: measure_update(keys, source) for path, keys in updates.items()}
+    return {path: size for path, size in sizes.items() if size}
+
+
+def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | None:
+    """(out, in, rank) of an update by the shapes of its tensors; None if these do not tell.
+
+    Args:
+        keys: role -> key.
+        source: the adapter.
+    """
+    shapes = {role: source.headers[key].shape for role, key in keys.items()}
+    if forms.find_missing_role(shapes.keys()) is None and (form := forms.derive_form(shapes)):
+        return form.out, form.inputs, max(1, form.rank)
+    if all(len(shapes.get(role, ())) > 1 for role in ("up", "down")):  # also over time
+        return shapes["up"][0], math.prod(shapes["down"][1:]), shapes["down"][0]
+    return None
 
 
 def find_volumes(slots: Mapping[str, Mapping[str, str]], source: UnreadAdapter) -> list[str]:
@@ -44,12 +60,24 @@ def find_volumes(slots: Mapping[str, Mapping[str, str]], source: UnreadAdapter) 
     ]
 
 
-def leave_out_volume(
-    name: str, keys: Mapping[str, str], left_out: dict[str, str], source: UnreadAdapter
-) -> dict[str, tuple[int, int, int]]:
-    """Names the update of a convolution over time; its (out, in, rank) if it has factors."""
-    left_out[name] = "an update of a convolution over time: not moved"
-    shapes = {role: source.headers[key].shape for role, key in keys.items()}
-    if not {"up", "down"} <= shapes.keys():
+def find_neighbours(
+    keys: Collection[str], updates: Mapping[str, Iterable[str]]
+) -> dict[str, tuple[str, str]]:
+    """Key -> (module, suffix) of every tensor that stands beside an update and is no part of it.
+
+    Args:
+        keys: of tensors that are not read.
+        updates: module -> the keys of what is read of it.
+    """
+    if not keys:
         return {}
-    return {name: (shapes["up"][0], math.prod(shapes["down"][1:]), shapes["down"][0])}
+    paths = {tensor_keys.find_path(key): name for name, own in updates.items() for key in own}
+    found = {}
+    for key in keys:
+        end = len(key)
+        while key not in found and (end := key.rfind(".", 0, end)) > 0:
+            # `to_q_lora.down` is a factor of `to_q`.
+            name = paths.get(key[:end]) or paths.get(key[:end].removesuffix("_lora"))
+            if name is not None:
+                found[key] = name, key[end + 1 :]
+    return found

@@ -17,10 +17,11 @@ from ..architectures.recognition import NamedMatrix, share_rows
 from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
-from .contents import Contents, parse_contents, read_scale
+from .contents import parse_contents, read_scale
 from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .naming import list_matrices
+from .slots import Contents
 from .unread import UnreadAdapter
 
 NOT_UNDERSTOOD = "not understood"
@@ -112,7 +113,7 @@ class Overview:
         """The algorithm of a module, with "+dora" behind it where the result is rescaled."""
         roles = self.roles[name].keys()
         form = self.forms.get(name)
-        dora = {"dora_scale", "magnitude"} & roles
+        dora = forms.MAGNITUDES & roles
         family = form.algorithm if form else forms.kind_of_roles(roles)
         return family + ("+dora" if dora else "")
 

@@ -18,8 +18,9 @@ from . import fused_updates, vectors
 from .adapter import Adapter
 from .algorithms import dora_oft_glora, forms, products
 from .algorithms.truncation import TruncatedUpdate
-from .contents import Contents, Slot, parse_contents, read_scale
+from .contents import parse_contents, read_scale
 from .naming import BaseNames, most_common_spelling
+from .slots import Contents, Slot
 from .unread import StrPath, UnreadAdapter, open_adapter, read_finite
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,12 @@ def read_adapter(
     authors (for FLUX also those of XLabs and OneTrainer); fused matrices come out as their parts.
     A module of a family that is not known goes by the name it has in the file.
 
-    The scale is exact and folded into `up`: α/r of an `.alpha` tensor, or α/r (rsLoRA: α/√r) of
-    PEFT's configuration with its patterns, in adapter_config.json or in the header of a diffusers
-    file; 1 where the file says nothing. Updates of high rank are cut by the rule in `truncation`,
-    and `Adapter.kept_energy` says what that kept. Differences of biases and normalisation layers
-    are in `Adapter.vectors`; packed embeddings and the like are named in `Adapter.left_out`.
+    The scale is exact and folded into `up`: α/r of an `.alpha` tensor, a `.scale` tensor in its
+    place, or α/r (rsLoRA: α/√r) of PEFT's configuration with its patterns, in adapter_config.json
+    or in the header of a diffusers file; 1 where the file says nothing. Updates of high rank are
+    cut by the rule in `truncation`, and `Adapter.kept_energy` says what that kept. Differences of
+    biases and normalisation layers are in `Adapter.vectors`. Packed embeddings and the like are
+    named in `Adapter.left_out`, and so are updates that an unknown tensor stands beside.
 
     Args:
         source: a .safetensors file, a PEFT folder, or a state dict.
@@ -188,7 +190,7 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
         source.headers[key].dtype
         for slot in contents.slots
         for role, key in slot.keys.items()
-        if role not in ("alpha", "scalar", "dora_scale", "magnitude")
+        if role not in forms.NUMBERS | forms.MAGNITUDES
     } or {source.headers[slot.key].dtype for slot in contents.vectors}
     return Adapter(
         {},
@@ -200,6 +202,7 @@ def _start_adapter(contents: Contents, source: UnreadAdapter) -> Adapter:
         metadata=source.metadata,
         left_out=dict(contents.left_out),
         unread=dict(contents.unread),
+        refused=set(contents.refused),
     )
 
 
@@ -271,7 +274,7 @@ def _add_zeros(
         magnitudes = {
             role: torch.empty(source.headers[key].shape, device="meta")
             for role, key in slot.keys.items()
-            if role in ("dora_scale", "magnitude")
+            if role in forms.MAGNITUDES
         }
         if magnitudes:
             dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *base_shapes[0][1:]), where)

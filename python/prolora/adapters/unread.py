@@ -21,6 +21,8 @@ StrPath = str | os.PathLike[str]
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# Bytes; a pattern for every module of the largest models takes a tenth.
+_CONFIG_LIMIT = 4 << 20
 _PICKLES = ("adapter_model.bin", "pytorch_lora_weights.bin")
 ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS, *_PICKLES)
 """What a folder holds that is an adapter's and not a base model's."""
@@ -132,7 +134,7 @@ def _open_file(
 def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdapter:
     if (folder / PEFT_CONFIG).is_file():
         if (folder / PEFT_WEIGHTS).is_file():
-            config = read_json_object(folder / PEFT_CONFIG)
+            config = read_json_object(folder / PEFT_CONFIG, _CONFIG_LIMIT)
             return _open_file(folder / PEFT_WEIGHTS, metadata, config)
     elif (folder / _DIFFUSERS_WEIGHTS).is_file():
         return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)

@@ -141,8 +141,15 @@ def _support_text(description: Description) -> str:
     if not description.supported:
         reason = (description.reason or "").removeprefix(f"{description.path}: ")
         return f"cannot transfer it: {reason}"
-    if description.needs_base:
-        return "can transfer it; its updates depend on the base it was trained on (--source)"
+    on_base = "; its updates depend on the base it was trained on (--source)"
+    on_base = on_base if description.needs_base else ""
+    if not description.families:
+        return (
+            "can transfer it only between two bases that have these modules, which are those of no "
+            f"family that it knows{on_base}"
+        )
+    if on_base:
+        return f"can transfer it{on_base}"
     return "can transfer it and convert it to any format that has its modules"
 
 

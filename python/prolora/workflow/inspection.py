@@ -59,7 +59,8 @@ class Description:
             of normalisation layers alone; or a type that is not supported. The rarest where a file
             has several.
         algorithms: number of modules by algorithm.
-        supported: whether prolora can transfer it (a LoRA) or knows its keys (a base).
+        supported: whether prolora can transfer it (a LoRA; without `families` only between bases
+            that have its modules) or knows its keys (a base).
         reason: why it is not supported.
         needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
         family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by

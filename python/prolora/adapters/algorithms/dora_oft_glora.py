@@ -24,7 +24,7 @@ def dora_update(weight: Tensor, delta: Tensor, tensors: Tensors, where: str) -> 
     Args:
         weight: W [out, in] or [out, in, kh, kw].
         delta: δ = scale·up·down, in the shape of W.
-        tensors: `magnitude` (PEFT's, of the output axis always) or `dora_scale`.
+        tensors: `magnitude` (PEFT's and ai-toolkit's, of the output axis always) or `dora_scale`.
         where: for messages.
 
     Raises:
@@ -45,7 +45,7 @@ def magnitude_axis(tensors: Tensors, shape: tuple[int, ...], where: str) -> tupl
     """The magnitudes of a DoRA and the axis they belong to: 0 (output) or 1 (input).
 
     LyCORIS and OneTrainer write [out, 1] or [1, in] (with more ones on convolutions), old files
-    mostly the latter; PEFT writes [out], on convolutions [1, out, 1, 1].
+    mostly the latter; PEFT and ai-toolkit write [out], PEFT on convolutions [1, out, 1, 1].
 
     Raises:
         ShapeMismatch: the shape is none of these.

@@ -27,11 +27,17 @@ ALGORITHM_NAMES = {
     "oft": "diag-OFT",
 }
 
+NUMBERS = frozenset({"alpha", "scale", "scalar"})
+"""Roles of tensors of one number."""
+
+MAGNITUDES = frozenset({"dora_scale", "magnitude"})
+"""Roles of the tensors that make an update a DoRA."""
+
 _ROLES = {
-    "lora": ({"down", "up"}, {"mid", "alpha", "dora_scale", "magnitude", "scalar"}),
+    "lora": ({"down", "up"}, {"mid", *NUMBERS, *MAGNITUDES}),
     "loha": (
         {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
-        {"hada_t1", "hada_t2", "alpha", "dora_scale", "magnitude", "scalar"},
+        {"hada_t1", "hada_t2", "alpha", "scalar", *MAGNITUDES},
     ),
     "lokr": (
         set(),
@@ -44,9 +50,8 @@ _ROLES = {
             "lokr_w2_b",
             "lokr_t2",
             "alpha",
-            "dora_scale",
-            "magnitude",
             "scalar",
+            *MAGNITUDES,
         },
     ),
     "full": ({"diff"}, {"alpha"}),
@@ -112,7 +117,7 @@ def find_surplus_role(roles: Set[str]) -> str | None:
     """A role that does not go with the others, None if all do."""
     family = kind_of_roles(roles)
     extra = roles - _ROLES[family][0] - _ROLES[family][1]
-    if {"dora_scale", "magnitude"} <= roles:
+    if roles >= MAGNITUDES:
         extra = {"magnitude"}
     for half in ("lokr_w1", "lokr_w2"):
         if half in roles:
@@ -238,12 +243,21 @@ _FORMS: dict[str, Callable[[Mapping[str, Shape]], Form | None]] = {
 
 def needs_base(roles: Set[str]) -> bool:
     """Whether ΔW depends on the weight it is added to."""
-    return bool(roles & {"dora_scale", "magnitude", "oft_blocks", "a1"})
+    return bool(roles & {*MAGNITUDES, "oft_blocks", "a1"})
+
+
+def takes_scale(roles: Set[str]) -> bool:
+    """Whether a tensor `scale` beside these stands for α/r with every program that reads it.
+
+    Beside factors alone: of other kinds some programs ignore it, and of a DoRA they multiply the
+    whole update by it.
+    """
+    return {"down", "up"} <= roles and kind_of_roles(roles) == "lora" and not needs_base(roles)
 
 
 def needs_base_reason(roles: Set[str]) -> str:
     """Why, in words that finish "its update is …"."""
-    if roles & {"dora_scale", "magnitude"}:
+    if roles & MAGNITUDES:
         return "rescaled to learned magnitudes (DoRA), which takes the base model's own weight"
     if "oft_blocks" in roles:
         return "a rotation (OFT) of the base model's own weight"

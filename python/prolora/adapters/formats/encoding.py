@@ -18,7 +18,7 @@ from ...errors import NonFiniteWeights, OutputError, ShapeMismatch, UnsupportedF
 from .. import vectors
 from ..adapter import Adapter
 from .groups import Group, find_authors, find_paths, group_modules
-from .peft_config import Patterns
+from .peft_patterns import PatternTable
 
 FORMATS = ("kohya", "diffusers", "peft", "comfy")
 
@@ -243,7 +243,7 @@ def _anchor_patterns(pattern: dict[str, int], ranks: dict[str, int], common: int
     `proj_out` also fits `single_transformer_blocks.0.proj_out`: PEFT reads the keys as regular
     expressions for the end of a name.
     """
-    plain = Patterns(pattern, "rank_pattern")
+    plain = PatternTable(pattern, "rank_pattern")
     if all(plain.get(name, common) == rank for name, rank in ranks.items()):
         return pattern
     return {"^" + re.escape(name): rank for name, rank in pattern.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UnsupportedFormat
 from ...files.jsontext import parse_json_object
+from .peft_patterns import PatternTable
 
 METADATA_KEY = "lora_adapter_metadata"
 
@@ -39,39 +39,6 @@ _UNSUPPORTED = (
 # JSON's whole numbers have no end; beyond this one, floating point loses digits.
 _NUMBER_LIMIT = 2**53
 
-# A pattern without regular expression syntax but for dots: its last word must end the name.
-_LITERAL_TAIL = re.compile(r"\^?(?:\w|\.|\\\.)*?(\w+)")
-
-
-class Patterns:
-    """PEFT's rank_pattern or alpha_pattern: the first regular expression that fits a name wins."""
-
-    def __init__(self, patterns: Mapping[str, float], where: str) -> None:
-        """Compiles the patterns.
-
-        Raises:
-            UnsupportedFormat: a pattern is no regular expression or its value no number.
-        """
-        self._entries: list[tuple[str, re.Pattern[str], float]] = []
-        for pattern, value in patterns.items():
-            try:
-                compiled = re.compile(rf"(.*\.)?({pattern})$")
-            except (re.error, RecursionError, OverflowError) as error:
-                raise UnsupportedFormat(
-                    f"{where}: the pattern {pattern!r:.100} is not a regular expression: {error}"
-                ) from error
-            tail = _LITERAL_TAIL.fullmatch(pattern)
-            number = _check_number(value, f"the pattern {pattern!r:.100}", where)
-            self._entries.append((tail[1] if tail else "", compiled, number))
-
-    def get(self, name: str, default: float) -> float:
-        """The value for module `name`."""
-        for tail, pattern, value in self._entries:
-            # With hundreds of patterns, one a module, comparing the tail first saves seconds.
-            if name.endswith(tail) and pattern.match(name):
-                return value
-        return default
-
 
 @dataclass(frozen=True)
 class PeftScaling:
@@ -89,8 +56,8 @@ class PeftScaling:
 
     rank_default: float
     alpha_default: float
-    ranks: Patterns
-    alphas: Patterns
+    ranks: PatternTable
+    alphas: PatternTable
     rslora: bool
     dora: bool = False
     method: str = "lora"
@@ -144,14 +111,13 @@ def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
     scaling = PeftScaling(
         rank,
         _check_number(config.get(alpha, 8), alpha, where),
-        Patterns(_check_table(config, "rank_pattern", where), where),
-        Patterns(_check_table(config, "alpha_pattern", where), where),
-        bool(config.get("use_rslora")),
-        bool(config.get("use_dora")),
+        _read_table(config, "rank_pattern", where),
+        _read_table(config, "alpha_pattern", where),
+        _read_switch(config, "use_rslora", where),
+        _read_switch(config, "use_dora", where),
         method.lower(),
     )
-    every_rank = [rank, *(entry[2] for entry in scaling.ranks._entries)]
-    if any(r < 1 or r != int(r) for r in every_rank):
+    if any(r < 1 or r != int(r) for r in (rank, *scaling.ranks)):
         raise UnsupportedFormat(f"{where}: a rank of the PEFT configuration is not a whole number")
     return scaling
 
@@ -199,8 +165,17 @@ def _check_number(value: object, what: str, where: str) -> float:
     return value
 
 
-def _check_table(config: Mapping[str, Any], option: str, where: str) -> dict[str, float]:
+def _read_table(config: Mapping[str, Any], option: str, where: str) -> PatternTable:
     table = config.get(option) or {}
     if not isinstance(table, dict):
         raise UnsupportedFormat(f"{where}: {option} is not a JSON object")
-    return table
+    for pattern, value in table.items():
+        _check_number(value, f"the pattern {pattern!r:.100}", where)
+    return PatternTable(table, f"{where}: {option}")
+
+
+def _read_switch(config: Mapping[str, Any], option: str, where: str) -> bool:
+    value = config.get(option)
+    if not isinstance(value, bool | None):
+        raise UnsupportedFormat(f"{where}: {option} is {value!r:.40}, neither true nor false")
+    return bool(value)

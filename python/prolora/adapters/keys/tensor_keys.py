@@ -28,15 +28,15 @@ _XLABS = re.compile(
     r"(?P<path>(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)"
     r"\.(?P<role>down|up)\.weight"
 )
-# Every other tensor that makes up an update. The role is the suffix, but for the two names that
-# DoRA's magnitudes have: PEFT's go with the output axis always, the others with either.
+# Every other tensor that makes up an update. The role is the suffix, but for the names that DoRA's
+# magnitudes have: PEFT's and ai-toolkit's go with the output axis always, the others with either.
 _PART = re.compile(
     r"(?P<path>.+?)\.(?:"
     r"(?P<lora_mid>lora_mid)\.weight"
     r"|(?P<plain>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|diff|oft_blocks|rescale"
     r"|dora_scale|scalar|alpha)"
     r"|(?P<glora>a1|a2|b1|b2|bm)\.weight"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.default)?(?:\.weight)?|magnitude)"
     r")"
 )
 # Differences of biases and normalisation layers; those of a LoRA's own bias have its scale.

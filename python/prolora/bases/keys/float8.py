@@ -26,7 +26,8 @@ _NOTE = ".comfy_quant"
 _OF_ACTIVATIONS = (".scale_input", ".input_scale")
 _REFUSED = re.compile(
     r"(?:^|\.)(?:weight_scale_\w+|scale_weight_\w+|pre_quant_scale|absmax|nested_absmax|quant_map"
-    r"|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|scales|g_idx|wscales|smooth_factor\w*)$"
+    r"|nested_quant_map|quant_state\..*|SCB|qweight|qzeros|scales|g_idx|wscales|smooth_factor\w*"
+    r"|weight\._(?:data|scale|shift)(?:\._\w+)?)$"
 )
 _NOTE_LIMIT = 65_536
 

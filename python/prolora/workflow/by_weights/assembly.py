@@ -62,12 +62,12 @@ def list_unplaced_modules(
 
 
 def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
-    """The rows of modules whose update depends on a weight that the base does not hold."""
+    """The rows of modules whose update was not read: it is refused, or has no place here."""
     return [
         ModuleReport(
             source=name,
             target=None,
-            status="skipped",
+            status="refused" if name in adapter.refused else "skipped",
             reason=adapter.left_out[name],
             shape=(out, inputs),
             rank_in=rank,

@@ -1,0 +1,208 @@
+"""The tensors of an adapter by module: what is read, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..architectures.family import Family
+from ..errors import UnsupportedFormat
+from .algorithms import forms
+from .algorithms.forms import Form
+from .formats.peft_config import PeftScaling
+from .keys import tensor_keys
+from .keys.module_names import ModulePath
+from .left_out import Size, find_neighbours, find_volumes, leave_out_foreign, measure_update
+from .unread import UnreadAdapter
+from .vectors import VectorSlot
+
+# Of a textual-inversion embedding: the names that A1111, kohya and SDXL's trainers write.
+_EMBEDDING = re.compile(r"(emb_params|string_to_param\..*|clip_[lg]|t5xxl)$")
+_CONVOLUTION_NAME = re.compile(r"(^|\.)(conv[12]?|conv_in|conv_out)$")
+
+
+@dataclass
+class Slot:
+    """The tensors of one module, or of one weight that several modules are rows of.
+
+    Attributes:
+        module: what the keys' common path means.
+        keys: role -> key in the file.
+        form: kind, shape and rank, known once the shapes are checked.
+        peft: the configuration that gives the scale, if there is one.
+    """
+
+    module: ModulePath
+    keys: dict[str, str] = field(default_factory=dict)
+    form: Form = field(default_factory=lambda: Form("lora", 0, 0, 0))
+    peft: PeftScaling | None = None
+
+    @property
+    def kind(self) -> str:
+        """The algorithm, with "+dora" if the result is rescaled."""
+        dora = forms.MAGNITUDES & self.keys.keys()
+        return self.form.algorithm + ("+dora" if dora else "")
+
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
+        if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
+            is_3x3 = _CONVOLUTION_NAME.search(self.module.name) and self.form.inputs % 9 == 0
+            return (3, 3) if is_3x3 else None
+        return self.form.kernel
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter file by its header.
+
+    Attributes:
+        slots: one for each update.
+        vectors: one for each bias and each tensor of a normalisation layer.
+        left_out: tensors that are neither -> the reason.
+        family: id of the family whose names the modules have, None where several have them.
+        unread: path of an update that is left out -> its (out, in, rank).
+        refused: modules that are left out because a tensor beside them is not read.
+    """
+
+    slots: list[Slot]
+    vectors: list[VectorSlot]
+    left_out: dict[str, str]
+    family: str | None = None
+    unread: dict[str, Size] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+
+
+def group_keys(source: UnreadAdapter, family: Family | None) -> Contents:
+    """Groups the keys by module; a key that is not understood is a reason to refuse the file."""
+    if not source.headers:
+        raise UnsupportedFormat(f"{source.where}: holds no tensors at all; download it again")
+    slots: dict[str, Slot] = {}
+    vector_slots: dict[str, VectorSlot] = {}
+    left_out: dict[str, str] = {}
+    unknown = []
+    for key, header in source.headers.items():
+        parsed = tensor_keys.parse_key(key, header.shape, family)
+        if isinstance(parsed, tensor_keys.RefusedKey):
+            raise UnsupportedFormat(explain_refusal(source, key, parsed.algorithm))
+        if isinstance(parsed, tensor_keys.LeftOutKey):
+            left_out[key] = parsed.reason
+        elif parsed is None:
+            unknown.append(key)
+        elif isinstance(parsed, tensor_keys.VectorKey):
+            vector = VectorSlot(parsed.module, parsed.tensor, key, parsed.scaled)
+            other = vector_slots.setdefault(vector.name, vector)
+            if other is not vector:
+                raise UnsupportedFormat(
+                    f"{source.where}: {other.key} and {key} are both the {vector.name}; remove one "
+                    "of the two"
+                )
+        elif parsed.role == "diff" and len(header.shape) not in (2, 4):
+            left_out[key] = "a difference of a table or of a convolution over time: not moved"
+        else:
+            slot = slots.setdefault(parsed.module.name, Slot(parsed.module))
+            if parsed.role in slot.keys:
+                raise UnsupportedFormat(
+                    f"{source.where}: {slot.keys[parsed.role]} and {key} are the same factor of "
+                    f"{parsed.module.name}; remove one of the two"
+                )
+            slot.keys[parsed.role] = key
+    contents = Contents(list(slots.values()), list(vector_slots.values()), left_out)
+    return _leave_out(contents, unknown, source)
+
+
+def _leave_out(contents: Contents, unknown: list[str], source: UnreadAdapter) -> Contents:
+    """The contents without what is not moved, which is named.
+
+    A tensor that is not read refuses the update that it stands beside: it may change what that
+    does. One that stands beside none is left out, if there is not too much of it.
+    """
+    slots = {slot.module.name: slot for slot in contents.slots}
+    left_out = contents.left_out
+    neighbours = _find_neighbours(contents, unknown, slots)
+    read = {slot.keys.get("scale") for slot in slots.values()}
+    foreign = [key for key in unknown if key not in neighbours and key not in read]
+    if 2 * len(foreign) > len(source.headers) or (foreign and not slots):
+        _refuse_unknown(foreign, source)
+    unread = leave_out_foreign(foreign, left_out, source)
+    reasons = dict.fromkeys(
+        find_volumes({name: slot.keys for name, slot in slots.items()}, source),
+        "an update of a convolution over time: not moved",
+    )
+    refused = {name for name, _ in neighbours.values()}
+    for name, suffix in neighbours.values():
+        reasons[name] = f"an update with a tensor {suffix!r:.80} that prolora does not read"
+    for name in [name for name in reasons if name in slots]:
+        size = measure_update(slots[name].keys, source)
+        if size:
+            unread[name] = size
+        if size or name not in refused:  # what is incomplete is a reason to refuse the file
+            left_out[name] = reasons[name]
+            del slots[name]
+    vector_slots = []
+    for vector in contents.vectors:
+        name = vector.module.name
+        if name in refused or (vector.scaled and name in reasons):  # by a scale that is not known
+            left_out[vector.key] = reasons[name]
+        else:
+            vector_slots.append(vector)
+    if not slots and not vector_slots:
+        key, reason = next(iter(left_out.items()))
+        if all(_EMBEDDING.match(name) for name in source.headers):
+            raise _refuse_embedding(source)
+        raise UnsupportedFormat(f"{source.where}: holds no update of a weight; {key} is {reason}")
+    return Contents(list(slots.values()), vector_slots, left_out, unread=unread, refused=refused)
+
+
+def _find_neighbours(
+    contents: Contents, unknown: list[str], slots: Mapping[str, Slot]
+) -> dict[str, tuple[str, str]]:
+    """Key -> (module, suffix) of what stands beside an update and is not read there.
+
+    A `scale` beside factors is understood, and becomes one of their roles.
+    """
+    own: dict[str, list[str]] = {name: list(slot.keys.values()) for name, slot in slots.items()}
+    for vector in contents.vectors:
+        own.setdefault(vector.module.name, []).append(vector.key)
+    neighbours = find_neighbours([*unknown, *contents.left_out], own)
+    for key, (name, suffix) in list(neighbours.items()):
+        if suffix == "scale" and name in slots and forms.takes_scale(slots[name].keys.keys()):
+            slots[name].keys["scale"] = key
+            del neighbours[key]
+    # The weight of a layer is a vector or a matrix, and never both.
+    vectors = [v for v in contents.vectors if v.tensor == "weight" and v.module.name in slots]
+    return neighbours | find_neighbours([vector.key for vector in vectors], own)
+
+
+def explain_refusal(source: UnreadAdapter, key: str, algorithm: str) -> str:
+    """What to tell the user about an adapter type that is not read."""
+    return (
+        f"{source.where}: {key} makes this {tensor_keys.REASONS[algorithm]}, which prolora does "
+        f"not read. {tensor_keys.REMEDIES[algorithm]}"
+    )
+
+
+def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
+    """Says what the first keys that are not understood look like."""
+    first = unknown[0]
+    if any(tensor_keys.is_base_weight(key) for key in unknown) and not any(
+        tensor_keys.split_factor(key) for key in source.headers
+    ):
+        raise UnsupportedFormat(
+            f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as --source "
+            "or --target"
+        )
+    if all(_EMBEDDING.match(key) for key in unknown):
+        raise _refuse_embedding(source)
+    listed = ", ".join(key[:120] for key in unknown[:5])
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    hint = tensor_keys.explain_other_kind(unknown) or "They belong to no module that prolora knows"
+    count = "1 key is" if len(unknown) == 1 else f"{len(unknown)} keys are"
+    raise UnsupportedFormat(f"{source.where}: {count} not understood: {listed}{more}. {hint}")
+
+
+def _refuse_embedding(source: UnreadAdapter) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        f"{source.where}: a textual-inversion embedding, not a LoRA; it cannot be moved"
+    )

@@ -1,0 +1,317 @@
+"""Tensors that prolora does not know never pass unseen: the update they stand beside is refused."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_files import relative_error, save
+from test_fuzz import KINDS, SPELLED, early_modules
+from torch import nn
+
+import prolora
+from prolora import adapters
+from prolora.adapters.keys.module_names import spell_module
+from prolora.errors import LowCoverage, ProLoRAError, UnsupportedFormat
+
+KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
+PROJ_IN = "mid_block.attentions.0.proj_in"
+PROJ_OUT = "mid_block.attentions.0.proj_out"
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def two_modules(out=6, inputs=5, **beside):
+    """A LoRA of proj_in, with tensors beside it, and of proj_out."""
+    tensors = {}
+    for stem in (KOHYA, f"{KOHYA[:-2]}out"):
+        tensors[f"{stem}.lora_up.weight"] = random(out, 4)
+        tensors[f"{stem}.lora_down.weight"] = random(4, inputs, seed=1)
+    return tensors | {f"{KOHYA}.{suffix}": tensor for suffix, tensor in beside.items()}
+
+
+class ToolkitDoRA(nn.Module):
+    """A layer as ai-toolkit's DoRA module applies it: the norm is of rows, the scale is 1.
+
+    The layer's own output, the plain LoRA's, and (m/‖V‖ − 1)·V·x with V = W + up·down.
+    """
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+        self.magnitude = nn.Parameter(torch.linalg.norm(layer.weight.detach(), dim=1))
+
+    def forward(self, x):
+        merged = self.layer.weight + self.lora_up.weight @ self.lora_down.weight
+        factor = (self.magnitude / torch.linalg.norm(merged, dim=1) - 1).view(1, -1)
+        plain = nn.functional.linear(x, self.layer.weight) + self.lora_up(self.lora_down(x))
+        return plain + factor * nn.functional.linear(x, merged)
+
+
+def toolkit_dora(out=48, inputs=36, prefix="diffusion_model."):
+    """(base weights, tensors as ai-toolkit saves them, module -> ΔW of its own formula)."""
+    weights, tensors, updates = {}, {}, {}
+    with torch.no_grad():
+        for i, leaf in enumerate("qkv"):
+            name = f"transformer_blocks.0.attn.to_{leaf}"
+            torch.manual_seed(i)
+            module = ToolkitDoRA(nn.Linear(inputs, out, bias=False), 4)
+            module.magnitude.mul_(1 + 0.3 * random(out, seed=i))
+            weights[name] = module.layer.weight
+            tensors[f"{prefix}{name}.magnitude"] = module.magnitude
+            tensors[f"{prefix}{name}.lora_A.weight"] = module.lora_down.weight
+            tensors[f"{prefix}{name}.lora_B.weight"] = module.lora_up.weight
+            unit = torch.eye(inputs)
+            updates[name] = (module(unit) - module.layer(unit)).mT
+    return weights, {key: tensor.detach().clone() for key, tensor in tensors.items()}, updates
+
+
+@pytest.mark.parametrize("shape", [(48, 36), (36, 48), (40, 40)])
+def test_a_dora_of_ai_toolkit_is_what_its_layer_does(shape):
+    weights, tensors, updates = toolkit_dora(*shape)
+    adapter = adapters.read_adapter(tensors, read_weight=weights.__getitem__)
+    assert adapter.updates.keys() == updates.keys() and not adapter.left_out
+    for name, wanted in updates.items():
+        assert adapter.algorithms[name] == "lora+dora"
+        assert relative_error(adapter.updates[name].dense(), wanted) < 1e-5
+        plain = tensors[f"diffusion_model.{name}.lora_B.weight"]
+        plain = plain @ tensors[f"diffusion_model.{name}.lora_A.weight"]
+        assert relative_error(plain, wanted) > 0.3  # what a loader does that drops the magnitudes
+
+
+def test_a_dora_of_ai_toolkit_is_moved_to_within_a_thousandth(tmp_path):
+    weights, tensors, updates = toolkit_dora()
+    lora = save(tmp_path / "dora.safetensors", tensors)
+    base = {f"{name}.weight": weight for name, weight in weights.items()}
+    found = prolora.inspect(lora)
+    assert found.algorithms == {"lora+dora": 3} and found.needs_base and found.supported
+    result = prolora.transfer(lora, base, base, method="copy", again=True)
+    assert result.report.coverage == 1
+    for name, wanted in updates.items():
+        assert relative_error(result.adapter.updates[name].dense(), wanted) < 1e-3
+
+
+def test_a_dora_of_ai_toolkit_without_its_base_is_refused():
+    with pytest.raises(UnsupportedFormat, match=r"to_q is rescaled .*\(DoRA\).*give the base"):
+        adapters.read_adapter(toolkit_dora()[1])
+    flux = toolkit_dora(prefix="transformer.")[1]
+    with pytest.raises(UnsupportedFormat, match=r"depends on the weight of .*base does not"):
+        adapters.read_adapter(flux, read_weight={}.__getitem__)
+
+
+def test_magnitudes_of_another_size_are_refused():
+    weights, tensors, _ = toolkit_dora()
+    tensors["diffusion_model.transformer_blocks.0.attn.to_q.magnitude"] = torch.ones(36)
+    with pytest.raises(ProLoRAError, match="DoRA magnitudes of a weight"):
+        adapters.read_adapter(tensors, read_weight=weights.__getitem__)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_a_scale_stands_for_alpha_over_rank(shape, alpha):
+    """As stable-diffusion.cpp, A1111 and SD.Next read it, alpha or not."""
+    tensors = two_modules(scale=torch.full(shape, 0.25))
+    if alpha is not None:
+        tensors[f"{KOHYA}.alpha"] = torch.tensor(alpha)
+    adapter = adapters.read_adapter(tensors)
+    wanted = 0.25 * tensors[f"{KOHYA}.lora_up.weight"] @ tensors[f"{KOHYA}.lora_down.weight"]
+    assert relative_error(adapter.updates[PROJ_IN].dense(), wanted) < 1e-6
+    assert relative_error(adapter.updates[PROJ_OUT].dense(), 4 * wanted) < 1e-6
+    assert not adapter.left_out
+
+
+def test_a_scale_is_shown_and_may_not_contradict_the_configuration(tmp_path):
+    tensors = two_modules(scale=torch.tensor(0.25))
+    path = save(tmp_path / "lora.safetensors", tensors)
+    assert prolora.inspect(path).places["unet"].scales == {"0.25": 1, "1": 1}
+    table = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 4})}
+    stem = "unet.mid_block.attentions.0.proj_in"
+    factors = {f"{stem}.lora_B.weight": random(6, 4), f"{stem}.lora_A.weight": random(4, 5)}
+    with pytest.raises(
+        UnsupportedFormat, match=rf"{stem}\.scale asks for the scale 0\.25, the PEFT"
+    ):
+        adapters.read_adapter(factors | {f"{stem}.scale": torch.tensor(0.25)}, metadata=table)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(torch.ones(6), "not one number"), (torch.tensor(float("nan")), "is nan")],
+)
+def test_a_scale_that_is_no_number_is_refused(scale, message):
+    with pytest.raises(ProLoRAError, match=rf"proj_in\.scale .*{message}"):
+        adapters.read_adapter(two_modules(scale=scale))
+
+
+def test_a_scale_that_programs_read_differently_refuses_its_update():
+    """Beside a DoRA and beside LoHa, where stable-diffusion.cpp and A1111 disagree."""
+    dora = two_modules(scale=torch.tensor(0.25), dora_scale=torch.ones(6, 1))
+    loha = {f"{KOHYA}.hada_w{i}_{x}": random(5, 5) for i in (1, 2) for x in "ab"}
+    plain = {key: tensor for key, tensor in two_modules().items() if KOHYA not in key}
+    for tensors in (dora, plain | loha | {f"{KOHYA}.scale": torch.tensor(0.25)}):
+        adapter = adapters.read_adapter(tensors)
+        assert list(adapter.updates) == [PROJ_OUT] and adapter.refused == {PROJ_IN}
+        assert "'scale'" in adapter.left_out[PROJ_IN]
+
+
+def test_a_scale_of_a_module_without_an_update_is_left_out():
+    adapter = adapters.read_adapter(two_modules() | {"lora_unet_conv_in.scale": torch.tensor(2.0)})
+    assert len(adapter.updates) == 2 and not adapter.refused
+    assert adapter.left_out.keys() == {"lora_unet_conv_in.scale"}
+
+
+SUFFIXES = ["lora_gate", "lora_magnitude", "weight", "bias", "lora_A.turbo.weight", "lora.gate"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_update_with_an_unknown_tensor_is_refused_by_name_and_no_other(suffix, tmp_path):
+    tensors = two_modules(8, 8, **{suffix: random(8)})
+    adapter = adapters.read_adapter(tensors)
+    assert list(adapter.updates) == [PROJ_OUT]
+    assert adapter.refused == {PROJ_IN} and adapter.unread == {PROJ_IN: (8, 8, 4)}
+    assert repr(suffix) in adapter.left_out[PROJ_IN]
+
+    lora = save(tmp_path / "lora.safetensors", tensors)
+    base = {f"{PROJ_IN}.weight": random(8, 8), f"{PROJ_OUT}.weight": random(8, 8, seed=1)}
+    report = prolora.plan_report(lora, base, base, again=True)
+    for found in (prolora.transfer(lora, base, base, method="copy", again=True).report, report):
+        assert found.coverage == 0.5 and found.totals["refused"] == 1
+        (row,) = (row for row in found.modules if row.status == "refused")
+        assert row.source == PROJ_IN and repr(suffix) in row.reason
+    with pytest.raises(LowCoverage):
+        prolora.transfer(lora, base, base, method="copy", again=True, min_coverage=0.9)
+    described = prolora.inspect(lora)
+    assert any(repr(suffix) in reason for reason in described.left_out)
+
+
+def test_a_file_whose_every_update_has_an_unknown_tensor_is_refused(tmp_path):
+    tensors = two_modules(lora_gate=random(6))
+    tensors[f"{KOHYA[:-2]}out.lora_gate"] = random(6)
+    with pytest.raises(UnsupportedFormat, match=r"no update of a weight.*'lora_gate'.*not read"):
+        adapters.read_adapter(tensors)
+    found = prolora.inspect(save(tmp_path / "lora.safetensors", tensors))
+    assert not found.supported and "'lora_gate'" in found.reason
+
+
+def test_vectors_of_a_refused_update_are_not_moved_either():
+    """They may have the scale of the update in front of them."""
+    stem = "unet.mid_block.attentions.0.proj_in"
+    tensors = {
+        f"{stem}.lora_B.weight": random(6, 4),
+        f"{stem}.lora_A.weight": random(4, 5),
+        f"{stem}.lora_B.bias": random(6),
+    }
+    tensors |= {key.replace("proj_in", "proj_out"): tensor for key, tensor in tensors.items()}
+    assert len(adapters.read_adapter(tensors).vectors) == 2
+    adapter = adapters.read_adapter(tensors | {f"{stem}.gate": random(6)})
+    assert list(adapter.vectors) == [f"{PROJ_OUT}.bias"]
+    assert f"{stem}.lora_B.bias" in adapter.left_out
+
+
+def test_the_bias_of_an_update_over_time_is_not_moved_at_another_scale():
+    stem = "diffusion_model.patch_embedding"
+    block = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {
+        f"{stem}.lora_up.weight": random(8, 2, 1, 1, 1),
+        f"{stem}.lora_down.weight": random(2, 4, 1, 2, 2),
+        f"{stem}.alpha": torch.tensor(1.0),
+        f"{stem}.lora_up.bias": random(8),
+        f"{block}.lora_up.weight": random(8, 2),
+        f"{block}.lora_down.weight": random(2, 8),
+    }
+    adapter = adapters.read_adapter(tensors)
+    assert not adapter.vectors and f"{stem}.lora_up.bias" in adapter.left_out
+
+
+@pytest.mark.parametrize(("suffix", "shape"), [("gate", (6,)), ("diff", (6, 1, 2, 2, 2))])
+def test_a_trained_vector_with_a_tensor_that_is_not_read_is_left_out(suffix, shape):
+    norm = "lora_unet_mid_block_attentions_0_norm"
+    tensors = two_modules() | {f"{norm}.diff_b": random(6), f"{norm}.{suffix}": random(*shape)}
+    adapter = adapters.read_adapter(tensors)
+    assert len(adapter.updates) == 2 and not adapter.vectors
+    assert repr(suffix) in adapter.left_out[f"{norm}.diff_b"]
+
+
+# Beside every spelling that a program reads: modules of UNets and text encoders in theirs.
+STEMS = [
+    KOHYA,
+    "lora_unet_middle_block_1_proj_in",
+    "unet.mid_block.attentions.0.proj_in",
+    "diffusion_model.middle_block.1.proj_in",
+    "base_model.model.mid_block.attentions.0.proj_in",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "my_model.blocks.0.attention.query",
+]
+WORDS = st.sampled_from(
+    [
+        *("scale", "magnitude", "gate", "lora_gate", "lora_magnitude", "lora_A", "lora_B"),
+        *("weight", "default", "turbo", "bias", "diff_m", "emb_params", "norm", "query_norm", "0"),
+        *("lora_E", "ranknum", "dora_scale", "alpha", "rank", "w_norm", "b_norm", "diff", "diff_b"),
+        *("scalar", "rescale", "lora_mid", "on_input", "lokr_t1", "hada_w3_a", "bm", "set_weight"),
+        *("lora", "up"),
+    ]
+)
+SUFFIXES_OF_ALL_KINDS = sorted({suffix for kind in KINDS for suffix in kind})
+ANY_SUFFIX = st.one_of(
+    st.lists(WORDS, min_size=1, max_size=3).map(".".join),
+    st.sampled_from(SUFFIXES_OF_ALL_KINDS),
+    st.text("abz_.0", min_size=1, max_size=6),
+)
+ANY_SHAPE = st.sampled_from([(), (1,), (14,), (12,), (14, 1), (1, 12), (14, 12), (3, 7), (2, 3, 4)])
+
+
+OTHER = "lora_unet_conv_in"
+
+
+@st.composite
+def files(draw):
+    """(tensors of an update of any kind and of a plain LoRA, the stem of the former)."""
+    kind = draw(st.sampled_from(KINDS))
+    stem = draw(st.sampled_from(STEMS))
+    if draw(st.booleans()):
+        family, spelling = draw(st.sampled_from(SPELLED))
+        names = early_modules(draw(st.sampled_from(family.layouts)))
+        stem = spell_module(draw(st.sampled_from(names)), spelling, family) or stem
+    shapes = {f"{stem}.{suffix}": shape for suffix, shape in kind.items()}
+    shapes |= {f"{OTHER}.lora_up.weight": (6, 4), f"{OTHER}.lora_down.weight": (4, 5)}
+    tensors = {k: 1 + random(*shape, seed=i).abs() for i, (k, shape) in enumerate(shapes.items())}
+    return tensors, stem
+
+
+def read_all(tensors):
+    """Every update and vector that is read of a file; None if it is refused."""
+    weight = torch.randn(14, 12, generator=torch.Generator().manual_seed(3))
+    try:
+        adapter = adapters.read_adapter(tensors, read_weight=lambda name: weight)
+    except ProLoRAError as error:
+        assert len(str(error)) > 20
+        return None
+    return {name: update.dense() for name, update in adapter.updates.items()} | adapter.vectors
+
+
+def test_a_tensor_under_any_suffix_of_an_update_refuses_it_or_changes_the_result():
+    tried = []
+
+    @settings(max_examples=800, deadline=None)
+    @given(files(), ANY_SUFFIX, ANY_SHAPE)
+    def check(file, suffix, shape):
+        tensors, stem = file
+        key = f"{stem}.{suffix}"
+        before = read_all(tensors) if key not in tensors else None
+        if before is None or before.keys() == {"conv_in"}:
+            return  # it is refused as it is
+        tried.append(key)
+        after = read_all(tensors | {key: torch.full(shape, 0.3)})
+        if after is None or (suffix == "alpha" and f"{stem}.diff" in tensors):
+            return  # no program scales a difference of weights by its alpha
+        same = before.keys() == after.keys()
+        assert not (same and all(torch.equal(before[n], after[n]) for n in before)), (tensors, key)
+
+    check()
+    assert len(tried) > 200  # most files are read before
