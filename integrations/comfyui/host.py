@@ -12,6 +12,8 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 
+from .jobs import Place
+
 BASE_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 ALL_LORAS = "(all)"
 
@@ -52,6 +54,11 @@ def find_base(name: str) -> Path:
 def find_output_root() -> Path:
     """The folder that moved LoRAs are written below: the first of ComfyUI's for LoRAs."""
     return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def find_place(target: str) -> Place:
+    """Where the LoRAs of a base model are written."""
+    return Place(find_output_root(), target.partition("/")[2])
 
 
 def name_lora(path: Path) -> str:

@@ -58,10 +58,10 @@ def move_lora(
 ) -> tuple[str, str]:
     """Moves one LoRA: its name for ComfyUI's loader, and the report."""
     path, report = jobs.move_one(
-        host.find_lora(lora),
+        {lora: host.find_lora(lora)},
         host.find_base(source),
         host.find_base(target),
-        host.find_output_root(),
+        host.find_place(target),
         host.make_progress(),
         **_read_options(method, strength, format, rank),
     )
@@ -80,10 +80,10 @@ def load_moved_lora(
 ) -> tuple[Any, Any, str]:
     """Moves a LoRA unless it was moved before, and applies it."""
     path, report = jobs.move_one(
-        host.find_lora(lora),
+        {lora: host.find_lora(lora)},
         host.find_base(source),
         host.find_base(target),
-        host.find_output_root(),
+        host.find_place(target),
         host.make_progress(),
         method=method,
         format="comfyui",
@@ -98,17 +98,17 @@ def move_folder(
     inside = [
         name
         for name in host.list_loras()
-        if folder in (host.ALL_LORAS, os.path.dirname(name)) and Path(name).parts[0] != "moved"
+        if folder in (host.ALL_LORAS, os.path.dirname(name)) and Path(name).parts[0] != jobs.MOVED
     ]
     outcomes = jobs.move_loras(
-        [host.find_lora(name) for name in inside],
+        {name: host.find_lora(name) for name in inside},
         host.find_base(source),
         host.find_base(target),
-        host.find_output_root(),
+        host.find_place(target),
         host.make_progress(),
         **_read_options(method, strength, format, rank),
     )
-    return (jobs.summarise(outcomes),)
+    return (jobs.summarise(inside, outcomes),)
 
 
 def advise(source: str, target: str, lora: str) -> tuple[str]:
@@ -136,7 +136,7 @@ NODES = (
     Node(
         "ProloraMoveLora",
         "Move LoRA to another base",
-        "Writes the LoRA that belongs on another base model below loras/moved, without training. "
+        "Writes the LoRA that belongs on another base below loras/zz-moved, without training. "
         "Both bases are read from the disk, a layer at a time; none is loaded.",
         (_LORA, _SOURCE, _TARGET, _METHOD, _STRENGTH, _FORMAT, _RANK),
         (("STRING", "lora_name"), ("STRING", "report")),
@@ -166,7 +166,7 @@ NODES = (
     Node(
         "ProloraLoadMovedLora",
         "Load moved LoRA",
-        "Moves the LoRA once, keeps the file below loras/moved, and applies it to the model and "
+        "Moves the LoRA once, keeps the file below loras/zz-moved, and applies it to the model and "
         "its text encoder.",
         (
             Field("model", "MODEL", "The target base model, loaded."),

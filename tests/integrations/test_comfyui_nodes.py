@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from mini import lora_tensors, source_weights, target_weights
 from safetensors.torch import load_file, save_file
+
+import prolora
 
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 BASES = {"source": "checkpoints/source.safetensors", "target": "checkpoints/target.safetensors"}
@@ -66,13 +69,18 @@ def run(pack, name, **values):
 
 def test_a_lora_is_moved_below_the_folder_of_loras_and_the_report_is_shown(pack, models):
     (name, report), shown = run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert Path(name) == Path("moved/target-copy/one.safetensors") and shown == report
+    assert re.fullmatch(r"zz-moved/target/one-copy-[0-9a-f]{12}\.safetensors", name)
+    assert shown == report
     assert "8 of 12 modules moved from source.safetensors to target.safetensors" in report
     assert "4 modules skipped: the target has no such module" in report
     header = load_file(models / "loras" / name)
     assert len(header) == 24
     again, _ = run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert again[0] == name and "was there already" in again[1] and "one.html" in again[1]
+    assert (
+        again[0] == name
+        and "was there already" in again[1]
+        and f"{Path(name).stem}.html" in again[1]
+    )
     page = (models / "loras" / name).with_suffix(".html").read_text("utf-8")
     assert page.startswith("<!DOCTYPE html>") and "8 of 12 modules" in page
 
@@ -83,7 +91,7 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
         run(
             pack, "ProloraMoveLora", lora="one.safetensors", **bases, **WIDGETS | {"method": "auto"}
         )
-    assert error.value.__suppress_context__ and not (models / "loras" / "moved").exists()
+    assert error.value.__suppress_context__ and not (models / "loras" / "zz-moved").exists()
 
 
 def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypatch):
@@ -98,7 +106,7 @@ def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypat
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stop)
     with pytest.raises(Stopped):
         run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert not (models / "loras" / "moved").exists()
+    assert not (models / "loras" / "zz-moved").exists()
 
 
 def test_advice_writes_nothing(pack, models):
@@ -135,7 +143,8 @@ def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
     for _ in range(2):
         result, _ = run(pack, "ProloraLoadMovedLora", model="m", clip="c", **values, **strengths)
         assert result[:2] == ("patched model", "patched clip")
-    written = load_file(models / "loras" / "moved" / "target" / "one.safetensors")
+    (file,) = (models / "loras" / "zz-moved" / "target").glob("one-*.safetensors")
+    written = load_file(file)
     assert applied == [(set(written), 0.8, 0.5)] * 2
 
 
@@ -179,3 +188,71 @@ def test_the_example_workflows_use_nodes_and_widgets_that_exist(pack):
                 assert len(node["widgets_values"]) == len(widgets)
                 found += 1
     assert found >= 3
+
+
+def move(pack, **changes):
+    """The name of the result of *Move LoRA*, with other inputs than usual."""
+    values = {"lora": "one.safetensors", **BASES, **WIDGETS} | changes
+    return run(pack, "ProloraMoveLora", **values)[0][0]
+
+
+def test_loras_bases_and_settings_of_one_name_lie_side_by_side(pack, models):
+    for folder in ("styles", "other"):
+        (models / "loras" / folder).mkdir(exist_ok=True)
+        save_file(lora_tensors(), models / "loras" / folder / "last.safetensors")
+    for folder in ("first", "second"):
+        weights = {f"{name}.weight": w for name, w in target_weights(0.1).items()}
+        (models / "checkpoints" / folder).mkdir()
+        save_file(
+            weights,
+            models / "checkpoints" / folder / "diffusion_pytorch_model.safetensors",
+            {"made by": folder},
+        )
+    second = "checkpoints/{}/diffusion_pytorch_model.safetensors"
+    names = [
+        move(pack),
+        move(pack, lora="styles/last.safetensors"),
+        move(pack, lora="other/last.safetensors"),
+        move(pack, method="auto"),
+        move(pack, rank="2"),
+        move(pack, strength=0.5),
+        move(pack, format="diffusers"),
+        move(pack, target=second.format("first")),
+        move(pack, target=second.format("second")),
+    ]
+    assert len({*names}) == len(names)
+    assert all((models / "loras" / name).is_file() for name in names)
+    assert "first" in names[-2] and "second" in names[-1] and "styles" in names[1]
+    contents = {name: (models / "loras" / name).read_bytes() for name in names}
+    assert move(pack) == names[0]
+    assert contents == {name: (models / "loras" / name).read_bytes() for name in names}
+
+
+def test_a_lora_that_was_trained_on_does_not_replace_what_was_moved_before(pack, models):
+    first = move(pack)
+    before = (models / "loras" / first).read_bytes()
+    save_file(lora_tensors(rank=2), models / "loras" / "one.safetensors")
+    assert move(pack) != first and (models / "loras" / first).read_bytes() == before
+
+
+def test_all_moves_folders_that_hold_one_name_twice(pack, models):
+    (models / "loras" / "other").mkdir()
+    save_file(lora_tensors(), models / "loras" / "other" / "two.safetensors")
+    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
+    assert report.splitlines()[-1] == "3 of 3 LoRAs are in place."
+    moved = [path for path in models.rglob("two*.safetensors") if "moved" in str(path)]
+    assert {path.parent.name for path in moved} == {"styles", "other"}
+    assert "styles/two.safetensors" in report and "other/two.safetensors" in report
+
+
+@pytest.mark.skipif(
+    not hasattr(prolora.errors, "ForeignFile"), reason="prolora replaces such files"
+)
+def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
+    file = models / "loras" / move(pack)
+    foreign = lora_tensors(rank=3)
+    save_file(foreign, file)
+    before = file.read_bytes()
+    with pytest.raises(Exception, match=file.stem):
+        move(pack)
+    assert file.read_bytes() == before
