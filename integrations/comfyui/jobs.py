@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 import prolora
 from prolora.bases.cache.basis_cache import default_folder
 
+from . import words
+
 AUTO = "auto"
 METHODS = (AUTO, *(name for name in prolora.METHODS if name != "probe"))
-FORMATS = ("comfyui", AUTO, "kohya", "diffusers")
-NO_LORA = "(none)"
+FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffusers": "diffusers"}
 MOVED = "zz-moved"
 """The folder of results, which comes last in ComfyUI's lists."""
 
-GENERIC_NAMES = ("diffusion_pytorch_model", "model", "unet", "transformer")
-"""What files and folders of any model are called."""
-
-USUAL = {"method": AUTO, "strength": None, "out_rank": "exact", "format": FORMATS[0]}
-MOST_BYTES = 100
+_MOST_BYTES = 100
+# The bytes of a model that trainers hash for the header of a LoRA.
+_HASHED_START, _HASHED_SIZE = 0x100000, 0x10000
 
 Progress = Callable[[int, int, str], None]
 
@@ -41,36 +44,111 @@ class Place:
     @property
     def folder(self) -> Path:
         """The folder: all parts of the target's name that tell something."""
-        parts = Path(self.target).with_suffix("").parts
-        telling = [part for part in parts if part not in GENERIC_NAMES]
-        name = make_plain("-".join(telling or parts))
-        return self.root / MOVED / (name or "target")
+        return (
+            self.root
+            / MOVED
+            / (make_plain(words.shorten(self.target).replace("/", "-")) or "target")
+        )
 
-    def name(self, lora: str, settings: str, digest: str) -> Path:
+    def name(self, lora: str, label: str, digest: str) -> Path:
         """A result's path below `folder`: in folders as the LoRA is, what tells most first.
 
         Args:
             lora: its name in ComfyUI's list.
-            settings: the unusual ones, in words.
+            label: of the settings.
             digest: of all that the result is made of.
         """
         inside = Path(lora)
-        words = (make_plain(inside.stem), settings, digest)
-        return inside.with_name("-".join(word for word in words if word))
+        parts = (make_plain(inside.stem), label, digest)
+        return inside.with_name("-".join(part for part in parts if part))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of a LoRA.
+
+    Attributes:
+        path: of the result.
+        report: None if it could not be moved, or was moved before.
+        error: why it could not be moved, in a sentence.
+    """
+
+    path: Path
+    report: prolora.Report | None = None
+    error: str | None = None
+
+    @property
+    def page(self) -> Path | None:
+        """The whole report, beside the file."""
+        page = self.path.with_suffix(".html")
+        return page if page.exists() else None
 
 
 def make_plain(text: str) -> str:
     """A text as every file system takes it for a part of a name."""
-    plain = re.sub(r"[^\w.+-]+", "_", text).strip("._")
-    return plain.encode()[-MOST_BYTES:].decode(errors="ignore")
+    plain = re.sub(r"[^\w.+-]+", "_", re.sub(r"['’]", "", text)).strip("._")
+    return plain.encode()[-_MOST_BYTES:].decode(errors="ignore")
 
 
-def describe_settings(options: Mapping[str, object]) -> str:
-    """The settings that are not the usual ones, as a name holds them."""
-    chosen = [options.get(name) or usual for name, usual in USUAL.items()]
-    return make_plain(
-        "-".join(str(x) for x, usual in zip(chosen, USUAL.values(), strict=True) if x != usual)
-    )
+@dataclass(frozen=True)
+class Settings:
+    """How LoRAs are moved, as the widgets say it; the first choice of each is the usual one."""
+
+    aim: str = next(iter(words.AIMS))
+    method: str = AUTO
+    rank: str = next(iter(words.RANKS))
+    format: str = next(iter(FORMATS))
+
+    def options(self) -> dict[str, Any]:
+        """Options of `prolora.transfer_many`."""
+        return {
+            "look": words.AIMS[self.aim],
+            "method": self.method,
+            "out_rank": words.RANKS[self.rank],
+            "format": FORMATS[self.format],
+        }
+
+    def label(self) -> str:
+        """The unusual settings, as a name holds them."""
+        usual = Settings()
+        told = [
+            self.aim if self.aim != usual.aim else "",
+            self.method if self.method != usual.method else "",
+            f"rank {self.rank}" if self.rank != usual.rank else "",
+            self.format if self.format != usual.format else "",
+        ]
+        return make_plain("-".join(word for word in told if word))
+
+
+def find_trained_on(lora: Path, bases: Mapping[str, Path]) -> str | None:
+    """The name of the base that a LoRA's header tells of, by its hash or by its name."""
+    try:
+        with safe_open(lora, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None  # moving it says why
+    wanted = metadata.get("ss_sd_model_hash", "").lower()
+    told = PureWindowsPath(metadata.get("ss_sd_model_name", "")).stem.lower()
+    named = [
+        name for name in bases if told not in ("", *words.GENERIC_NAMES) and _stem(name) == told
+    ]
+    hashed = (name for name, path in bases.items() if wanted and _hash_start(path) == wanted)
+    return next(hashed, None) or next(iter(named), None)
+
+
+def _stem(name: str) -> str:
+    return PureWindowsPath(name).stem.lower()
+
+
+def _hash_start(path: Path) -> str:
+    """The eight digits by which trainers name a model; "" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(_HASHED_START)
+            hashed = file.read(_HASHED_SIZE)
+            return hashlib.sha256(hashed).hexdigest()[:8] if hashed else ""
+    except OSError:
+        return ""
 
 
 def move_loras(
@@ -78,9 +156,9 @@ def move_loras(
     source: Path,
     target: Path,
     place: Place,
+    settings: Settings,
     progress: Progress,
-    **options: object,
-) -> list[prolora.Outcome]:
+) -> list[Moved]:
     """Moves LoRAs to where they belong; what is there already, made so, is left alone.
 
     Args:
@@ -88,86 +166,66 @@ def move_loras(
         source: the base that they were trained on.
         target: the base that they move to.
         place: where the results go.
+        settings: as the widgets have them.
         progress: called as progress(done, total, name); what it raises ends the job.
-        **options: of `prolora.transfer_many`: method, strength, format, out_rank.
+
+    Raises:
+        ValueError: the two bases cannot be used; a sentence says why.
     """
-    settings, names = describe_settings(options), {path: name for name, path in loras.items()}
-    if options.get("format") == FORMATS[0] and prolora.open_base(target).family is None:
-        options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
-    used = {place.folder}
+    options, names = settings.options(), {path: name for name, path in loras.items()}
+    used = {place.root / MOVED, place.folder}
 
     def naming(lora: Path, digest: str) -> str:
-        inside = place.name(names[lora], settings, digest)
+        inside = place.name(names[lora], settings.label(), digest)
         used.update(place.folder / parent for parent in inside.parents)
         return str(inside)
 
-    try:
-        return prolora.transfer_many(
-            list(loras.values()),
+    def transfer(paths: list[Path], match: str) -> dict[Path, prolora.Outcome]:
+        outcomes = prolora.transfer_many(
+            paths,
             source,
             target,
             place.folder,
             naming=naming,
+            match=match,
             cache=default_folder(),
             progress=progress,
             **options,
         )
+        return {outcome.lora: outcome for outcome in outcomes}
+
+    try:
+        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
+            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
+        outcomes = transfer(list(names), "name")
+        unmatched = [lora for lora, outcome in outcomes.items() if _asks_to_match(outcome.error)]
+        if unmatched:
+            outcomes |= transfer(unmatched, "similarity")
+        return [_finish(outcomes[lora]) for lora in names]
+    except prolora.ProLoRAError as error:
+        raise ValueError(words.explain(error)) from None
     finally:
-        for folder in sorted({*used, place.root / MOVED}, reverse=True):  # the innermost first
+        for folder in sorted(used, reverse=True):  # the innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def describe(report: prolora.Report) -> str:
-    """What was kept and lost, and why modules stay behind."""
-    left = [
-        f"{count} modules {status}: {reason}."
-        for (status, reason), count in report.reasons().items()
-    ]
-    return "\n".join([*report.sentences(), *left])
+def _asks_to_match(error: prolora.ProLoRAError | None) -> bool:
+    """Whether blocks must be recognised by their weights, as their numbers say nothing."""
+    return error is not None and "match similarity" in str(error)
 
 
-def move_one(
-    lora: Mapping[str, Path],
-    source: Path,
-    target: Path,
-    place: Place,
-    progress: Progress,
-    **options: object,
-) -> tuple[Path, str]:
-    """`move_loras` of one: the file, and what was kept and lost; a page of that is beside it.
+def _finish(outcome: prolora.Outcome) -> Moved:
+    """Writes the page of a report beside the file.
 
     Raises:
-        ValueError: it cannot be moved; one sentence says why.
+        OutputError: it cannot be written.
     """
-    try:
-        (outcome,) = move_loras(lora, source, target, place, progress, **options)
-        page = outcome.out.with_suffix(".html")
-        if outcome.report is not None:
-            outcome.report.save(page)
-    except prolora.ProLoRAError as error:
-        raise ValueError(str(error)) from None
     if outcome.error is not None:
-        raise ValueError(str(outcome.error)) from None
-    if outcome.report is None:
-        there = f" Its report is {page.name}, beside it." if page.exists() else ""
-        return outcome.out, f"{outcome.out.name} was there already, made so of the same.{there}"
-    return outcome.out, describe(outcome.report)
-
-
-def summarise(names: Iterable[str], outcomes: Sequence[prolora.Outcome]) -> str:
-    """A line for each LoRA, and one for all."""
-    lines = []
-    for name, outcome in zip(names, outcomes, strict=True):
-        detail = outcome.status
-        if outcome.error is not None:
-            detail += f": {outcome.error}"
-        elif outcome.report is not None:
-            detail += f": {outcome.report.sentences()[0]}"
-        lines.append(f"{name} — {detail}")
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    lines.append(f"{len(outcomes) - failed} of {len(outcomes)} LoRAs are in place.")
-    return "\n".join(lines)
+        return Moved(outcome.out, error=words.explain(outcome.error))
+    if outcome.report is not None:
+        outcome.report.save(outcome.out.with_suffix(".html"))
+    return Moved(outcome.out, outcome.report)
 
 
 def advise(source: Path, target: Path, lora: Path | None, progress: Progress) -> str:
@@ -176,13 +234,19 @@ def advise(source: Path, target: Path, lora: Path | None, progress: Progress) ->
     Raises:
         ValueError: the two cannot be compared; one sentence says why.
     """
-    try:
-        comparison = prolora.compare(
-            source, target, rank=None, cache=default_folder(), progress=progress
+
+    def ask(match: str) -> prolora.Advice:
+        return prolora.advise(
+            source, target, lora, match=match, cache=default_folder(), progress=progress
         )
-        parts = comparison.sentences()
-        if lora is not None:
-            parts.append(describe(prolora.plan_report(lora, source, target)))
+
+    try:
+        try:
+            advice = ask("name")
+        except prolora.ProLoRAError as error:
+            if not _asks_to_match(error):
+                raise
+            advice = ask("similarity")
     except prolora.ProLoRAError as error:
-        raise ValueError(str(error)) from None
-    return "\n".join(parts)
+        raise ValueError(words.explain(error)) from None
+    return words.tell_advice(advice)
