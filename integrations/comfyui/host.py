@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from aiohttp import web
-from server import PromptServer
 
 from .jobs import MOVED, Place
 
@@ -76,12 +76,15 @@ def find_base(name: str) -> Path:
     return Path(path)
 
 
-def find_file(name: str) -> Path | None:
-    """The path of a LoRA or a base model; None of any other text."""
-    for find in (find_lora, find_base):
-        with suppress(ValueError):
-            return find(name)
-    return None
+def read_states(names: Iterable[str]) -> str:
+    """Size and time of the LoRAs and base models among some texts."""
+    states = []
+    for name in names:
+        for find in (find_lora, find_base):
+            with suppress(ValueError):
+                state = find(name).stat()
+                states.append(f"{name}:{state.st_size}:{state.st_mtime_ns}")
+    return " ".join(states)
 
 
 def find_output_root() -> Path:
@@ -133,6 +136,7 @@ async def send_page(request: web.Request) -> web.StreamResponse:
 
 def serve_pages() -> None:
     """Lets ComfyUI's server send the pages; there is none where ComfyUI runs without it."""
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.routes.get(PAGES)(send_page)
+    # It is imported long before it asks packs for their nodes.
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    if hasattr(server, "instance"):
+        server.instance.routes.get(PAGES)(send_page)

@@ -133,9 +133,9 @@ def _move(
 
 
 def _move_one(
-    lora: str, trained_on: str, use_on: str, settings: Mapping[str, str]
+    lora: str, trained_on: str, use_on: str, settings: Mapping[str, str], next_step: str
 ) -> tuple[jobs.Moved, str, str]:
-    """One LoRA: the result, its name in ComfyUI's list and the report.
+    """One LoRA: the result, its name in ComfyUI's list and the report, which tells the next step.
 
     Raises:
         ValueError: a sentence says why not.
@@ -149,7 +149,7 @@ def _move_one(
     told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
     way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
     name = host.name_lora(moved.path)
-    return moved, name, words.tell_report(moved.report, name, way)
+    return moved, name, words.tell_report(moved.report, name, way, next_step)
 
 
 class _ProloraNode:
@@ -161,10 +161,11 @@ class _ProloraNode:
 
     @classmethod
     def IS_CHANGED(cls, **values: Any) -> str:
-        """Size and time of the files that are named, so that a changed file is moved again."""
-        named = [host.find_file(str(value)) for value in values.values()]
-        states = [(path, path.stat()) for path in named if path is not None]
-        return " ".join(f"{path}:{state.st_size}:{state.st_mtime_ns}" for path, state in states)
+        """Size and time of the files that are used, so that a changed file is moved again."""
+        names = [str(value) for value in values.values()]
+        if values.get("trained_on") == FROM_LORA:
+            names += host.list_bases()
+        return host.read_states(names)
 
 
 class MoveLora(_ProloraNode):
@@ -185,7 +186,8 @@ class MoveLora(_ProloraNode):
 
     def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
-        moved, name, report = _move_one(lora, trained_on, use_on, settings)
+        step = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
         return _show(report, moved.page, name)
 
 
@@ -225,7 +227,8 @@ class LoadMovedLora(_ProloraNode):
         **settings: str,
     ) -> dict[str, Any]:
         """The model and the text encoder with the LoRA, and the report."""
-        moved, _, report = _move_one(lora, trained_on, use_on, settings)
+        step = "It is applied to the outputs of this node. To load it elsewhere, press R."
+        moved, _, report = _move_one(lora, trained_on, use_on, settings, step)
         patched = host.apply_lora(model, clip, moved.path, strength_model, strength_clip)
         return _show(report, moved.page, *patched)
 
@@ -251,8 +254,8 @@ class MoveFolder(_ProloraNode):
 
     @classmethod
     def IS_CHANGED(cls, **values: Any) -> str:
-        """The same, and the names of the LoRAs."""
-        return f"{super().IS_CHANGED(**values)} {host.list_loras()}"
+        """The same, and that of all LoRAs."""
+        return f"{super().IS_CHANGED(**values)} {host.read_states(host.list_loras())}"
 
     def run(self, folder: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """A line for each LoRA."""

@@ -75,13 +75,14 @@ def judge_report(report: prolora.Report) -> tuple[str, str]:
     return judge(report.verdict, report.totals["energy_mapped"])
 
 
-def tell_report(report: prolora.Report | None, name: str, way: str) -> str:
+def tell_report(report: prolora.Report | None, name: str, way: str, next_step: str) -> str:
     """At most six lines on a LoRA that was moved.
 
     Args:
         report: None if it was moved before.
         name: of the result in ComfyUI's list.
         way: from which model to which.
+        next_step: what the user does now.
     """
     if report is None:
         lines = [f"✔ Already moved {way} with the same settings."]
@@ -91,7 +92,7 @@ def tell_report(report: prolora.Report | None, name: str, way: str) -> str:
         [
             *lines,
             f"File: loras/{name}",
-            "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists.",
+            next_step,
             "The button opens the whole report.",
         ]
     )

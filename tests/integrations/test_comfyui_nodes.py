@@ -392,6 +392,7 @@ def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
     for _ in range(2):
         result, _ = run(pack, "ProloraLoadMovedLora", model="m", clip="c", **values, **strengths)
         assert result[:2] == ("patched model", "patched clip")
+        assert "It is applied" in result[2] and "output “LoRA”" not in result[2]
     (file,) = (models / "loras" / "zz-moved" / "target").glob("one-*.safetensors")
     assert applied == [(set(load_file(file)), 0.8, 0.5)] * 2
 
@@ -407,6 +408,19 @@ def test_a_changed_file_changes_the_fingerprint(pack, models):
     assert node.IS_CHANGED(**LORA, **BASES, **WIDGETS) != changed
 
 
+def test_a_changed_file_that_is_not_named_changes_the_fingerprint_too(pack, models):
+    move_one, move_all = (
+        pack.NODE_CLASS_MAPPINGS[name] for name in ("ProloraMoveLora", "ProloraMoveFolder")
+    )
+    told = BASES | {"trained_on": "from the LoRA"}
+    before = move_one.IS_CHANGED(**LORA, **told)
+    write_base(models, "source", source_weights() | {"more": torch.zeros(2, 2)})
+    assert move_one.IS_CHANGED(**LORA, **told) != before
+    before = move_all.IS_CHANGED(folder="(all)", **BASES)
+    write_lora(models, "styles/two", rank=2)
+    assert move_all.IS_CHANGED(folder="(all)", **BASES) != before
+
+
 def test_only_pages_of_moved_loras_are_sent(pack, models):
     host = sys.modules["comfyui_prolora.host"]
     _, shown = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
@@ -416,6 +430,8 @@ def test_only_pages_of_moved_loras_are_sent(pack, models):
     def ask(name):
         return asyncio.run(host.send_page(SimpleNamespace(query={"name": name})))
 
+    state = getattr(sys.modules["comfy"], "state", None)  # of the stand-in
+    assert state is None or state.routes == {"/prolora/report": host.send_page}
     (page,) = shown["page"]
     found = ask(page)
     assert found.status == 200 and "sandbox" in found.headers["Content-Security-Policy"]
