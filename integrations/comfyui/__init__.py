@@ -1,21 +1,20 @@
-"""prolora's nodes for ComfyUI: move a LoRA to another base model, without training.
+"""prolora's nodes for ComfyUI: move a LoRA to another base model, without training."""
 
-A ComfyUI with the V3 interface takes `comfy_entrypoint`, an older one `NODE_CLASS_MAPPINGS`.
-"""
+import importlib.util
+import sys
 
-from .nodes import NODES
+if importlib.util.find_spec("prolora") is None:
+    raise ImportError(
+        f"prolora is not installed for the Python that runs ComfyUI ({sys.executable}); the pack's "
+        "README.md says how to install it"
+    )
+
+from .host import serve_pages
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 WEB_DIRECTORY = "web"
 """Where ComfyUI finds the script that shows reports on the nodes."""
 
-try:
-    from .v3 import make_extension
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 
-    async def comfy_entrypoint():
-        """What ComfyUI calls to learn of the nodes."""
-        return make_extension(NODES)
-
-except ImportError:
-    from .v1 import make_mappings
-
-    NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = make_mappings(NODES)
+serve_pages()

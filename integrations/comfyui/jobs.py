@@ -2,102 +2,230 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 import prolora
 from prolora.bases.cache.basis_cache import default_folder
 
+from . import words
+
 AUTO = "auto"
 METHODS = (AUTO, *(name for name in prolora.METHODS if name != "probe"))
-FORMATS = ("comfyui", AUTO, "kohya", "diffusers")
-NO_LORA = "(none)"
+FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffusers": "diffusers"}
+MOVED = "zz-moved"
+"""The folder of results, which comes last in ComfyUI's lists."""
+
+_MOST_BYTES = 100
+# The bytes of a model that trainers hash for the header of a LoRA.
+_HASHED_START, _HASHED_SIZE = 0x100000, 0x10000
 
 Progress = Callable[[int, int, str], None]
 
 
-def make_folder_name(target: Path, method: str) -> str:
-    """The folder below `moved/` for a target: its name, and the method if one was chosen."""
-    name = re.sub(r"[^\w.+-]+", "_", target.stem).strip("._") or "target"
-    return name if method == AUTO else f"{name}-{method}"
+@dataclass(frozen=True)
+class Place:
+    """Where the results of one target go, and what they are called.
+
+    Attributes:
+        root: ComfyUI's folder of LoRAs.
+        target: the target's name below ComfyUI's folder of such models.
+    """
+
+    root: Path
+    target: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder: all parts of the target's name that tell something."""
+        return (
+            self.root
+            / MOVED
+            / (make_plain(words.shorten(self.target).replace("/", "-")) or "target")
+        )
+
+    def name(self, lora: str, label: str, digest: str) -> Path:
+        """A result's path below `folder`: in folders as the LoRA is, what tells most first.
+
+        Args:
+            lora: its name in ComfyUI's list.
+            label: of the settings.
+            digest: of all that the result is made of.
+        """
+        inside = Path(lora)
+        parts = (make_plain(inside.stem), label, digest)
+        return inside.with_name("-".join(part for part in parts if part))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of a LoRA.
+
+    Attributes:
+        path: of the result.
+        report: None if it could not be moved, or was moved before.
+        error: why it could not be moved, in a sentence.
+    """
+
+    path: Path
+    report: prolora.Report | None = None
+    error: str | None = None
+
+    @property
+    def page(self) -> Path | None:
+        """The whole report, beside the file."""
+        page = self.path.with_suffix(".html")
+        return page if page.exists() else None
+
+
+def make_plain(text: str) -> str:
+    """A text as every file system takes it for a part of a name."""
+    plain = re.sub(r"[^\w.+-]+", "_", re.sub(r"['’]", "", text)).strip("._")
+    return plain.encode()[-_MOST_BYTES:].decode(errors="ignore")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How LoRAs are moved, as the widgets say it; the first choice of each is the usual one."""
+
+    aim: str = next(iter(words.AIMS))
+    method: str = AUTO
+    rank: str = next(iter(words.RANKS))
+    format: str = next(iter(FORMATS))
+
+    def options(self) -> dict[str, Any]:
+        """Options of `prolora.transfer_many`."""
+        return {
+            "look": words.AIMS[self.aim],
+            "method": self.method,
+            "out_rank": words.RANKS[self.rank],
+            "format": FORMATS[self.format],
+        }
+
+    def label(self) -> str:
+        """The unusual settings, as a name holds them."""
+        usual = Settings()
+        told = [
+            self.aim if self.aim != usual.aim else "",
+            self.method if self.method != usual.method else "",
+            f"rank {self.rank}" if self.rank != usual.rank else "",
+            self.format if self.format != usual.format else "",
+        ]
+        return make_plain("-".join(word for word in told if word))
+
+
+def find_trained_on(lora: Path, bases: Mapping[str, Path]) -> str | None:
+    """The name of the base that a LoRA's header tells of, by its hash or by its name."""
+    try:
+        with safe_open(lora, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None  # moving it says why
+    wanted = metadata.get("ss_sd_model_hash", "").lower()
+    told = PureWindowsPath(metadata.get("ss_sd_model_name", "")).stem.lower()
+    named = [
+        name for name in bases if told not in ("", *words.GENERIC_NAMES) and _stem(name) == told
+    ]
+    hashed = (name for name, path in bases.items() if wanted and _hash_start(path) == wanted)
+    return next(hashed, None) or next(iter(named), None)
+
+
+def _stem(name: str) -> str:
+    return PureWindowsPath(name).stem.lower()
+
+
+def _hash_start(path: Path) -> str:
+    """The eight digits by which trainers name a model; "" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(_HASHED_START)
+            hashed = file.read(_HASHED_SIZE)
+            return hashlib.sha256(hashed).hexdigest()[:8] if hashed else ""
+    except OSError:
+        return ""
 
 
 def move_loras(
-    loras: Sequence[Path],
+    loras: Mapping[str, Path],
     source: Path,
     target: Path,
-    root: Path,
+    place: Place,
+    settings: Settings,
     progress: Progress,
-    **options: object,
-) -> list[prolora.Outcome]:
-    """Moves LoRAs into `root`/moved/target; what is there already, made so, is left alone.
+) -> list[Moved]:
+    """Moves LoRAs to where they belong; what is there already, made so, is left alone.
 
     Args:
-        loras: files.
+        loras: files by their names in ComfyUI's list.
         source: the base that they were trained on.
         target: the base that they move to.
-        root: ComfyUI's folder of LoRAs.
+        place: where the results go.
+        settings: as the widgets have them.
         progress: called as progress(done, total, name); what it raises ends the job.
-        **options: of `prolora.transfer_many`: method, strength, format, out_rank.
-    """
-    if options.get("format") == FORMATS[0] and prolora.open_base(target).family is None:
-        options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
-    folder = root / "moved" / make_folder_name(target, str(options.get("method", AUTO)))
-    try:
-        return prolora.transfer_many(
-            loras, source, target, folder, cache=default_folder(), progress=progress, **options
-        )
-    finally:
-        for empty in (folder, folder.parent):
-            if empty.is_dir() and not any(empty.iterdir()):
-                empty.rmdir()
-
-
-def describe(report: prolora.Report) -> str:
-    """What was kept and lost, and why modules stay behind."""
-    left = [
-        f"{count} modules {status}: {reason}."
-        for (status, reason), count in report.reasons().items()
-    ]
-    return "\n".join([*report.sentences(), *left])
-
-
-def move_one(
-    lora: Path, source: Path, target: Path, root: Path, progress: Progress, **options: object
-) -> tuple[Path, str]:
-    """`move_loras` of one: the file, and what was kept and lost; a page of that is beside it.
 
     Raises:
-        ValueError: it cannot be moved; one sentence says why.
+        ValueError: the two bases cannot be used; a sentence says why.
     """
+    options, names = settings.options(), {path: name for name, path in loras.items()}
+    used = {place.root / MOVED, place.folder}
+
+    def naming(lora: Path, digest: str) -> str:
+        inside = place.name(names[lora], settings.label(), digest)
+        used.update(place.folder / parent for parent in inside.parents)
+        return str(inside)
+
+    def transfer(paths: list[Path], match: str) -> dict[Path, prolora.Outcome]:
+        outcomes = prolora.transfer_many(
+            paths,
+            source,
+            target,
+            place.folder,
+            naming=naming,
+            match=match,
+            cache=default_folder(),
+            progress=progress,
+            **options,
+        )
+        return {outcome.lora: outcome for outcome in outcomes}
+
     try:
-        (outcome,) = move_loras([lora], source, target, root, progress, **options)
+        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
+            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
+        outcomes = transfer(list(names), "name")
+        unmatched = [lora for lora, outcome in outcomes.items() if _asks_to_match(outcome.error)]
+        if unmatched:
+            outcomes |= transfer(unmatched, "similarity")
+        return [_finish(outcomes[lora]) for lora in names]
     except prolora.ProLoRAError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(words.explain(error)) from None
+    finally:
+        for folder in sorted(used, reverse=True):  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _asks_to_match(error: prolora.ProLoRAError | None) -> bool:
+    """Whether blocks must be recognised by their weights, as their numbers say nothing."""
+    return error is not None and "match similarity" in str(error)
+
+
+def _finish(outcome: prolora.Outcome) -> Moved:
+    """Writes the page of a report beside the file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     if outcome.error is not None:
-        raise ValueError(str(outcome.error)) from None
-    page = outcome.out.with_suffix(".html")
-    if outcome.report is None:
-        there = f" Its report is {page.name}, beside it." if page.exists() else ""
-        return outcome.out, f"{outcome.out.name} was there already, made so of the same.{there}"
-    outcome.report.save(page)
-    return outcome.out, describe(outcome.report)
-
-
-def summarise(outcomes: Sequence[prolora.Outcome]) -> str:
-    """A line for each LoRA, and one for all."""
-    lines = []
-    for outcome in outcomes:
-        detail = outcome.status
-        if outcome.error is not None:
-            detail += f": {outcome.error}"
-        elif outcome.report is not None:
-            detail += f": {outcome.report.sentences()[0]}"
-        lines.append(f"{outcome.lora.name} — {detail}")
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    lines.append(f"{len(outcomes) - failed} of {len(outcomes)} LoRAs are in place.")
-    return "\n".join(lines)
+        return Moved(outcome.out, error=words.explain(outcome.error))
+    if outcome.report is not None:
+        outcome.report.save(outcome.out.with_suffix(".html"))
+    return Moved(outcome.out, outcome.report)
 
 
 def advise(source: Path, target: Path, lora: Path | None, progress: Progress) -> str:
@@ -106,13 +234,19 @@ def advise(source: Path, target: Path, lora: Path | None, progress: Progress) ->
     Raises:
         ValueError: the two cannot be compared; one sentence says why.
     """
-    try:
-        comparison = prolora.compare(
-            source, target, rank=None, cache=default_folder(), progress=progress
+
+    def ask(match: str) -> prolora.Advice:
+        return prolora.advise(
+            source, target, lora, match=match, cache=default_folder(), progress=progress
         )
-        parts = comparison.sentences()
-        if lora is not None:
-            parts.append(describe(prolora.plan_report(lora, source, target)))
+
+    try:
+        try:
+            advice = ask("name")
+        except prolora.ProLoRAError as error:
+            if not _asks_to_match(error):
+                raise
+            advice = ask("similarity")
     except prolora.ProLoRAError as error:
-        raise ValueError(str(error)) from None
-    return "\n".join(parts)
+        raise ValueError(words.explain(error)) from None
+    return words.tell_advice(advice)

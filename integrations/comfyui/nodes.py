@@ -3,201 +3,322 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import host, jobs
-from .declaration import Field, Node
+from . import host, jobs, words
 
-_LORA = Field("lora", "combo", "The LoRA to move.", options=host.list_loras)
-_SOURCE = Field("source", "combo", "The base that it was trained on.", options=host.list_bases)
-_TARGET = Field("target", "combo", "The base model that it moves to.", options=host.list_bases)
-_METHOD = Field(
-    "method",
-    "combo",
-    "auto decides from the weights of both bases; copy changes nothing; prolora is the published "
-    "projection.",
-    jobs.AUTO,
-    lambda: jobs.METHODS,
-)
-_STRENGTH = Field(
-    "strength",
-    "float",
-    "The factor on every update that is written into the file. 0 lets prolora decide.",
-    0.0,
-    limits=(0.0, 4.0),
-)
-_FORMAT = Field(
-    "format",
-    "combo",
-    "How the file spells its modules: as ComfyUI reads them, or another way.",
-    jobs.FORMATS[0],
-    lambda: jobs.FORMATS,
-)
-_RANK = Field(
-    "rank",
-    "string",
-    'The rank of the result: "exact", "same", a number, a percentage of the energy such as "99%", '
-    'or the size of a file such as "100MB".',
-    "exact",
-)
+CHOOSE = "choose…"
+FROM_LORA = "from the LoRA"
+NO_LORA = "(none)"
+ALL_LORAS = "(all)"
 
 
-def _read_options(method: str, strength: float, format: str, rank: str) -> dict[str, Any]:
-    """Options of `transfer_many` from what the widgets hold."""
+class LoraName(str):
+    """The type of an output that fits core's *Load LoRA*.
+
+    The type of that input is the list of names at the moment, to which no fixed type is equal.
+    ComfyUI asks for inequality, and lets types answer themselves.
+    """
+
+    def __ne__(self, other: object) -> bool:
+        """Whether ComfyUI shall refuse the connection."""
+        return not isinstance(other, list) and str.__ne__(self, other)
+
+
+def _combo(
+    choices: Sequence[str], tooltip: str, label: str | None = None, folded: bool = False
+) -> tuple[list[str], dict[str, Any]]:
+    """An input to choose from; the first choice is the usual one.
+
+    Args:
+        choices: the names.
+        tooltip: what it means.
+        label: what the user reads; None means the input's name.
+        folded: shown on request only (`web/report.js` does that).
+    """
+    known = {"tooltip": tooltip, "default": choices[0], "folded": folded}
+    return list(choices), known | ({"display_name": label} if label else {})
+
+
+def _list_inputs() -> dict[str, Any]:
+    """The inputs that the nodes share, by name; folders are read anew each time."""
+    bases = host.list_bases()
     return {
-        "method": method,
-        "strength": strength or None,
-        "format": format,
-        "out_rank": int(rank) if rank.strip().isdecimal() else rank.strip(),
+        "lora": _combo([CHOOSE, *host.list_loras()], "The LoRA to move.", "LoRA"),
+        "trained_on": _combo(
+            [FROM_LORA, *bases],
+            "The model that the LoRA was trained on. Many LoRAs tell which one it was.",
+            "trained on",
+        ),
+        "use_on": _combo([CHOOSE, *bases], "The model that you want to use it on.", "use on"),
+        "aim": _combo(
+            list(words.AIMS),
+            "Keep the look of the model that you use, or the look that the LoRA was made for.",
+        ),
+        "method": _combo(
+            jobs.METHODS,
+            "auto decides from the weights of both models. copy changes nothing. The others are "
+            "for experiments.",
+            folded=True,
+        ),
+        "rank": _combo(
+            list(words.RANKS),
+            "The size of the result. exact loses nothing; same and half go by the LoRA's own rank; "
+            "a number keeps at most that rank.",
+            folded=True,
+        ),
+        "format": _combo(
+            list(jobs.FORMATS),
+            "How the file names its parts: for ComfyUI, as it came in, or for other programs.",
+            "file for",
+            folded=True,
+        ),
     }
 
 
-def move_lora(
-    lora: str, source: str, target: str, method: str, strength: float, format: str, rank: str
-) -> tuple[str, str]:
-    """Moves one LoRA: its name for ComfyUI's loader, and the report."""
-    path, report = jobs.move_one(
-        host.find_lora(lora),
+def _take(*names: str, **more: Any) -> dict[str, dict[str, Any]]:
+    """INPUT_TYPES of a node: some of the shared inputs, and its own before them."""
+    shared = _list_inputs()
+    return {"required": {**more, **{name: shared[name] for name in names}}}
+
+
+def _show(report: str, page: Path | None, *values: Any) -> dict[str, Any]:
+    """What a node returns: the report as its last output, and on the node with a link."""
+    shown = {"text": (report,), "page": (host.name_lora(page),) if page else ()}
+    return {"ui": shown, "result": (*values, report)}
+
+
+def _find_lora(name: str) -> Path:
+    """A LoRA that was chosen."""
+    if name == CHOOSE:
+        raise ValueError("Choose the LoRA that you want to move, under “LoRA”.")
+    return host.find_lora(name)
+
+
+def _find_target(name: str) -> Path:
+    """A target that was chosen."""
+    if name == CHOOSE:
+        raise ValueError("Choose the model that you want to use the LoRA on, under “use on”.")
+    return host.find_base(name)
+
+
+def _find_source(name: str, lora: str) -> str:
+    """The name of the base that a LoRA was trained on, chosen or told by the LoRA."""
+    if name != FROM_LORA:
+        return name
+    bases = {base: host.find_base(base) for base in host.list_bases()}
+    told = jobs.find_trained_on(host.find_lora(lora), bases)
+    if told is None:
+        raise ValueError(
+            "This LoRA does not tell which model it was trained on, or that model is not in your "
+            "folders. Choose it under “trained on”."
+        )
+    return told
+
+
+def _move(
+    loras: Mapping[str, Path], source: str, use_on: str, settings: Mapping[str, str]
+) -> list[jobs.Moved]:
+    """Moves LoRAs of one base."""
+    return jobs.move_loras(
+        loras,
         host.find_base(source),
-        host.find_base(target),
-        host.find_output_root(),
+        _find_target(use_on),
+        host.find_place(use_on),
+        jobs.Settings(**settings),
         host.make_progress(),
-        **_read_options(method, strength, format, rank),
     )
-    return host.name_lora(path), report
 
 
-def load_moved_lora(
-    model: Any,
-    clip: Any,
-    lora: str,
-    source: str,
-    target: str,
-    method: str,
-    strength_model: float,
-    strength_clip: float,
-) -> tuple[Any, Any, str]:
-    """Moves a LoRA unless it was moved before, and applies it."""
-    path, report = jobs.move_one(
-        host.find_lora(lora),
-        host.find_base(source),
-        host.find_base(target),
-        host.find_output_root(),
-        host.make_progress(),
-        method=method,
-        format="comfyui",
+def _move_one(
+    lora: str, trained_on: str, use_on: str, settings: Mapping[str, str], next_step: str
+) -> tuple[jobs.Moved, str, str]:
+    """One LoRA: the result, its name in ComfyUI's list and the report, which tells the next step.
+
+    Raises:
+        ValueError: a sentence says why not.
+    """
+    files = {lora: _find_lora(lora)}
+    _find_target(use_on)
+    source = _find_source(trained_on, lora)
+    (moved,) = _move(files, source, use_on, settings)
+    if moved.error is not None:
+        raise ValueError(moved.error)
+    told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
+    way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
+    name = host.name_lora(moved.path)
+    return moved, name, words.tell_report(moved.report, name, way, next_step)
+
+
+class _ProloraNode:
+    """What the nodes have in common."""
+
+    CATEGORY = "loaders/prolora"
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def IS_CHANGED(cls, **values: Any) -> str:
+        """Size and time of the files that are used, so that a changed file is moved again."""
+        names = [str(value) for value in values.values()]
+        if values.get("trained_on") == FROM_LORA:
+            names += host.list_bases()
+        return host.read_states(names)
+
+
+class MoveLora(_ProloraNode):
+    """Moves one LoRA."""
+
+    DESCRIPTION = (
+        "Writes the LoRA that belongs on another model, without training. Both models are read "
+        "from the disk, a layer at a time; neither is loaded."
     )
-    return (*host.apply_lora(model, clip, path, strength_model, strength_clip), report)
+    RETURN_TYPES = (LoraName("COMBO"), "STRING")
+    RETURN_NAMES = ("LoRA", "report")
+    OUTPUT_TOOLTIPS = ("Connect it to lora_name of Load LoRA.", "What to expect, in six lines.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        return _take("lora", "trained_on", "use_on", "aim", "method", "rank", "format")
+
+    def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
+        """The name of the result in ComfyUI's list, and the report."""
+        step = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
+        return _show(report, moved.page, name)
 
 
-def move_folder(
-    folder: str, source: str, target: str, method: str, strength: float, format: str, rank: str
-) -> tuple[str]:
+class LoadMovedLora(_ProloraNode):
+    """Moves one LoRA unless it was moved before, and applies it."""
+
+    DESCRIPTION = (
+        "Moves the LoRA once, keeps the file, and applies it to the model and its text encoder in "
+        "place of Load LoRA."
+    )
+    RETURN_TYPES = ("MODEL", "CLIP", "STRING")
+    RETURN_NAMES = ("model", "clip", "report")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+        inputs = _take(
+            *("lora", "trained_on", "use_on", "aim"),
+            model=("MODEL", {"tooltip": "The model that you use, loaded."}),
+            clip=("CLIP", {"tooltip": "Its text encoder."}),
+        )
+        for name in ("strength_model", "strength_clip"):
+            inputs["required"][name] = ("FLOAT", strength | {"tooltip": "As in Load LoRA."})
+        inputs["required"]["method"] = _list_inputs()["method"]
+        return inputs
+
+    def run(
+        self,
+        model: Any,
+        clip: Any,
+        lora: str,
+        trained_on: str,
+        use_on: str,
+        strength_model: float,
+        strength_clip: float,
+        **settings: str,
+    ) -> dict[str, Any]:
+        """The model and the text encoder with the LoRA, and the report."""
+        step = "It is applied to the outputs of this node. To load it elsewhere, press R."
+        moved, _, report = _move_one(lora, trained_on, use_on, settings, step)
+        patched = host.apply_lora(model, clip, moved.path, strength_model, strength_clip)
+        return _show(report, moved.page, *patched)
+
+
+class MoveFolder(_ProloraNode):
     """Moves every LoRA of a folder."""
-    inside = [
-        name
-        for name in host.list_loras()
-        if folder in (host.ALL_LORAS, os.path.dirname(name)) and Path(name).parts[0] != "moved"
-    ]
-    outcomes = jobs.move_loras(
-        [host.find_lora(name) for name in inside],
-        host.find_base(source),
-        host.find_base(target),
-        host.find_output_root(),
-        host.make_progress(),
-        **_read_options(method, strength, format, rank),
+
+    DESCRIPTION = (
+        "Moves every LoRA of a folder. One that cannot be moved stops no other, and those that "
+        "were moved before are left alone."
     )
-    return (jobs.summarise(outcomes),)
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        folders = [CHOOSE, ALL_LORAS, *host.list_lora_folders()]
+        return _take(
+            *("trained_on", "use_on", "aim", "method", "rank", "format"),
+            folder=_combo(folders, "A folder below your folder of LoRAs."),
+        )
+
+    @classmethod
+    def IS_CHANGED(cls, **values: Any) -> str:
+        """The same, and that of all LoRAs."""
+        return f"{super().IS_CHANGED(**values)} {host.read_states(host.list_loras())}"
+
+    def run(self, folder: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
+        """A line for each LoRA."""
+        if folder == CHOOSE:
+            raise ValueError("Choose the folder of LoRAs that you want to move, under “folder”.")
+        _find_target(use_on)
+        inside = [
+            name
+            for name in host.list_loras()
+            if folder in (ALL_LORAS, os.path.dirname(name)) and Path(name).parts[0] != jobs.MOVED
+        ]
+        lines: dict[str, str] = {}
+        by_source: dict[str, dict[str, Path]] = {}
+        for name in inside:
+            try:
+                source = _find_source(trained_on, name)
+            except ValueError as error:
+                lines[name] = words.tell_in_one_line(name, None, str(error))
+            else:
+                by_source.setdefault(source, {})[name] = host.find_lora(name)
+        done = 0
+        for source, loras in by_source.items():
+            results = _move(loras, source, use_on, settings)
+            for name, moved in zip(loras, results, strict=True):
+                lines[name] = words.tell_in_one_line(name, moved.report, moved.error)
+                done += moved.error is None
+        lines[""] = f"{done} of {len(inside)} LoRAs are in place, below loras/{jobs.MOVED}."
+        return _show("\n".join(lines[name] for name in [*inside, ""]), None)
 
 
-def advise(source: str, target: str, lora: str) -> tuple[str]:
-    """What to expect of a LoRA of one base on the other."""
-    path = None if lora == jobs.NO_LORA else host.find_lora(lora)
-    bases = host.find_base(source), host.find_base(target)
-    return (jobs.advise(*bases, path, host.make_progress()),)
+class Advise(_ProloraNode):
+    """Says what to expect of a LoRA of one base on another."""
+
+    DESCRIPTION = (
+        "Says from the weights of two models whether LoRAs of one work on the other. Writes "
+        "nothing."
+    )
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        inputs = _take("trained_on", "use_on")
+        names = [NO_LORA, *host.list_loras()]
+        inputs["required"]["lora"] = _combo(names, "A LoRA, or none.", "LoRA")
+        return inputs
+
+    def run(self, trained_on: str, use_on: str, lora: str) -> dict[str, Any]:
+        """What to expect."""
+        target = _find_target(use_on)
+        path = None if lora == NO_LORA else host.find_lora(lora)
+        if trained_on == FROM_LORA and path is None:
+            raise ValueError("Choose a LoRA, or the model that it was trained on.")
+        source = host.find_base(_find_source(trained_on, lora))
+        return _show(jobs.advise(source, target, path, host.make_progress()), None)
 
 
-def fingerprint(**values: Any) -> str:
-    """Size and time of the files that are named, so that a changed file is moved again."""
-    paths = []
-    if values.get("lora", jobs.NO_LORA) != jobs.NO_LORA:
-        paths.append(host.find_lora(values["lora"]))
-    paths += [host.find_base(values[name]) for name in ("source", "target") if values.get(name)]
-    return " ".join(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths)
-
-
-def fingerprint_folder(folder: str, **values: Any) -> str:
-    """`fingerprint`, and the names of the LoRAs of a folder."""
-    return f"{fingerprint(**values)} {host.list_loras()}"
-
-
-NODES = (
-    Node(
-        "ProloraMoveLora",
-        "Move LoRA to another base",
-        "Writes the LoRA that belongs on another base model below loras/moved, without training. "
-        "Both bases are read from the disk, a layer at a time; none is loaded.",
-        (_LORA, _SOURCE, _TARGET, _METHOD, _STRENGTH, _FORMAT, _RANK),
-        (("STRING", "lora_name"), ("STRING", "report")),
-        move_lora,
-        fingerprint,
-    ),
-    Node(
-        "ProloraAdvise",
-        "Advise on moving LoRAs",
-        "Says from the weights of two base models whether LoRAs of one can move to the other, and "
-        "how; with a LoRA, where its modules would go. Writes nothing.",
-        (
-            _SOURCE,
-            _TARGET,
-            Field(
-                "lora",
-                "combo",
-                "A LoRA, or none.",
-                jobs.NO_LORA,
-                lambda: [jobs.NO_LORA, *host.list_loras()],
-            ),
-        ),
-        (("STRING", "report"),),
-        advise,
-        fingerprint,
-    ),
-    Node(
-        "ProloraLoadMovedLora",
-        "Load moved LoRA",
-        "Moves the LoRA once, keeps the file below loras/moved, and applies it to the model and "
-        "its text encoder.",
-        (
-            Field("model", "MODEL", "The target base model, loaded."),
-            Field("clip", "CLIP", "Its text encoder."),
-            _LORA,
-            _SOURCE,
-            _TARGET,
-            _METHOD,
-            Field("strength_model", "float", "As of Load LoRA.", 1.0, limits=(-10.0, 10.0)),
-            Field("strength_clip", "float", "As of Load LoRA.", 1.0, limits=(-10.0, 10.0)),
-        ),
-        (("MODEL", "model"), ("CLIP", "clip"), ("STRING", "report")),
-        load_moved_lora,
-        fingerprint,
-    ),
-    Node(
-        "ProloraMoveFolder",
-        "Move folder of LoRAs",
-        "Moves every LoRA of a folder below loras. One that cannot be moved stops no other, and "
-        "those that were moved before are left alone.",
-        (
-            Field("folder", "combo", "The folder.", host.ALL_LORAS, host.list_lora_folders),
-            _SOURCE,
-            _TARGET,
-            _METHOD,
-            _STRENGTH,
-            _FORMAT,
-            _RANK,
-        ),
-        (("STRING", "report"),),
-        move_folder,
-        fingerprint_folder,
-    ),
-)
+_NODES = {
+    "ProloraMoveLora": (MoveLora, "Move LoRA to another model"),
+    "ProloraLoadMovedLora": (LoadMovedLora, "Load moved LoRA"),
+    "ProloraMoveFolder": (MoveFolder, "Move folder of LoRAs"),
+    "ProloraAdvise": (Advise, "Can this LoRA move?"),
+}
+NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in _NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in _NODES.items()}

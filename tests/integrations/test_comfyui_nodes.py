@@ -1,39 +1,55 @@
 """The ComfyUI nodes, on a stand-in of ComfyUI's modules or on a real checkout (PROLORA_COMFYUI)."""
 
 import asyncio
+import hashlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfyui_stand_in
 import pytest
 import torch
-from mini import lora_tensors, source_weights, target_weights
+from mini import lora_tensors, source_weights, target_along_few, target_weights
 from safetensors.torch import load_file, save_file
 
-PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
-BASES = {"source": "checkpoints/source.safetensors", "target": "checkpoints/target.safetensors"}
-WIDGETS = {"method": "copy", "strength": 0.0, "format": "comfyui", "rank": "exact"}
+import prolora
+
+ROOT = Path(__file__).parents[2]
+PACK = ROOT / "integrations" / "comfyui"
+BASES = {"trained_on": "source.safetensors", "use_on": "target.safetensors"}
+LOOK = "target's look"
+WIDGETS = {"aim": LOOK, "method": "copy", "rank": "exact", "format": "ComfyUI"}
+LORA = {"lora": "one.safetensors"}
 
 
-def write_models(models):
-    (models / "checkpoints").mkdir(parents=True)
-    (models / "loras" / "styles").mkdir(parents=True)
-    stranger = {name: torch.randn_like(weight) for name, weight in source_weights().items()}
-    bases = {"source": source_weights(), "target": target_weights(), "stranger": stranger}
-    for name, weights in bases.items():
-        stored = {f"{module}.weight": weight for module, weight in weights.items()}
-        save_file(stored, models / "checkpoints" / f"{name}.safetensors")
-    for name in ("one", "styles/two"):
-        save_file(lora_tensors(), models / "loras" / f"{name}.safetensors")
+def write_base(models, name, weights, metadata=None):
+    file = models / "checkpoints" / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{module}.weight": weight for module, weight in weights.items()}, file, metadata)
+    return file
+
+
+def write_lora(models, name, metadata=None, **known):
+    file = models / "loras" / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(lora_tensors(**known), file, metadata)
+    return file
 
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     monkeypatch.setenv("PROLORA_CACHE", str(tmp_path / "cache"))
-    write_models(tmp_path / "models")
-    return tmp_path / "models"
+    models = tmp_path / "models"
+    stranger = {name: torch.randn_like(weight) for name, weight in source_weights().items()}
+    bases = {"source": source_weights(), "target": target_weights(), "stranger": stranger}
+    for name, weights in bases.items():
+        write_base(models, name, weights)
+    for name in ("one", "styles/two"):
+        write_lora(models, name)
+    return models
 
 
 @pytest.fixture
@@ -53,37 +69,187 @@ def import_pack(monkeypatch):
     return module
 
 
-def list_nodes(pack):
-    extension = asyncio.run(pack.comfy_entrypoint())
-    return {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
-
-
 def run(pack, name, **values):
-    out = list_nodes(pack)[name].execute(**values)
-    shown = out.ui.as_dict()["text"][0] if out.ui else None
-    return out.result, shown
+    """(outputs, what the node shows)."""
+    out = pack.NODE_CLASS_MAPPINGS[name]().run(**values)
+    assert out["ui"]["text"] == (out["result"][-1],)
+    return out["result"], out["ui"]
 
 
-def test_a_lora_is_moved_below_the_folder_of_loras_and_the_report_is_shown(pack, models):
-    (name, report), shown = run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert Path(name) == Path("moved/target-copy/one.safetensors") and shown == report
-    assert "8 of 12 modules moved from source.safetensors to target.safetensors" in report
-    assert "4 modules skipped: the target has no such module" in report
-    header = load_file(models / "loras" / name)
-    assert len(header) == 24
-    again, _ = run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert again[0] == name and "was there already" in again[1] and "one.html" in again[1]
-    page = (models / "loras" / name).with_suffix(".html").read_text("utf-8")
-    assert page.startswith("<!DOCTYPE html>") and "8 of 12 modules" in page
+def move(pack, **changes):
+    """The name of the result of *Move LoRA*, with other inputs than usual."""
+    return run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | changes)[0][0]
+
+
+def refuse(pack, name="ProloraMoveLora", **changes):
+    """The sentence of a node that cannot do what it is asked for."""
+    with pytest.raises(ValueError) as error:
+        run(pack, name, **LORA | BASES | WIDGETS | changes)
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+    return str(error.value)
+
+
+def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack, models):
+    (name, report), shown = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    assert re.fullmatch(r"zz-moved/target/one-copy-[0-9a-f]{12}\.safetensors", name)
+    lines = report.splitlines()
+    assert len(lines) == 6 and lines[0].startswith("✔ This should work")
+    assert re.match(r"Most of the LoRA \(\d\d%\) found a place, and all of that was kept", lines[1])
+    assert lines[2] == "What was done: copied from source to target, unchanged."
+    assert lines[3] == f"File: loras/{name}" and "press R" in lines[4]
+    assert len(load_file(models / "loras" / name)) == 24
+    page = models / "loras" / shown["page"][0]
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
+    again, _ = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    assert again[0] == name and again[1].startswith("✔ Already moved from source to target")
+
+
+def test_what_is_chosen_first_is_nothing_and_says_what_to_choose(pack, models):
+    for node in pack.NODE_CLASS_MAPPINGS.values():
+        for choices, known in node.INPUT_TYPES()["required"].values():
+            assert not isinstance(choices, list) or known["default"] == choices[0]
+    assert "under “LoRA”" in refuse(pack, lora="choose…")
+    assert "under “use on”" in refuse(pack, use_on="choose…")
+    assert "under “trained on”" in refuse(pack, trained_on="from the LoRA")
+    folder = {"folder": "choose…", **BASES, **WIDGETS}
+    with pytest.raises(ValueError, match="under “folder”"):
+        run(pack, "ProloraMoveFolder", **folder)
+    with pytest.raises(ValueError, match="Choose a LoRA, or the model"):
+        run(
+            pack,
+            "ProloraAdvise",
+            trained_on="from the LoRA",
+            use_on="target.safetensors",
+            lora="(none)",
+        )
+    assert "choose another one" in refuse(pack, use_on="gone.safetensors")
+    assert "choose another one" in refuse(pack, lora="gone.safetensors")
+    assert not (models / "loras" / "zz-moved").exists()
+
+
+@pytest.mark.parametrize("told", ["hash", "name", "windows path"])
+def test_the_header_tells_which_model_a_lora_was_trained_on(pack, models, told):
+    # Trainers hash 64 KiB from the second MiB on.
+    weights = source_weights() | {"long": torch.randn(600, 600)}
+    file = write_base(models, "sub/renamed", weights)
+    short = hashlib.sha256(file.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+    write_base(models, "Source", source_weights()).unlink()
+    metadata = {
+        "hash": {"ss_sd_model_hash": short, "ss_sd_model_name": "model.safetensors"},
+        "name": {"ss_sd_model_name": "source.ckpt", "ss_sd_model_hash": "01234567"},
+        "windows path": {"ss_sd_model_name": "C:\\models\\SOURCE.safetensors"},
+    }[told]
+    write_lora(models, "one", metadata)
+    result, _ = run(
+        pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"trained_on": "from the LoRA"}
+    )
+    source = "sub/renamed" if told == "hash" else "source"
+    assert f"copied from {source} (as the LoRA tells) to target" in result[1]
+
+
+def test_a_moved_lora_tells_the_model_that_it_was_moved_to(pack, models):
+    moved = move(pack)
+    write_base(models, "further", target_weights(0.12))
+    result, _ = run(
+        pack,
+        "ProloraMoveLora",
+        lora=moved,
+        trained_on="from the LoRA",
+        use_on="further.safetensors",
+        **WIDGETS,
+    )
+    assert "from target (as the LoRA tells) to further" in result[1]
+
+
+def test_the_aim_decides_whether_a_lora_is_weakened(pack, models):
+    write_base(models, "target", target_along_few(0.15))
+    reports = {
+        aim: run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"method": "auto", "aim": aim})
+        for aim in (LOOK, "LoRA's own look")
+    }
+    weakened, own = (result[1] for result, _ in reports.values())
+    assert "weakened where the two models differ" in weakened and "unchanged" in own
+    assert "LoRAs_own_look" in reports["LoRA's own look"][0][0]
+
+
+def test_every_rank_that_is_offered_works(pack, models):
+    ranks = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"].INPUT_TYPES()["required"]["rank"][0]
+    assert "same" in ranks and len(ranks) > 4
+    found = {}
+    for rank in ranks:
+        file = models / "loras" / move(pack, rank=rank, method="prolora")
+        found[rank] = prolora.inspect(file).rank_max
+    assert found["same"] == 4 and found["half"] == 2 and found["4"] == 4
+    assert found["exact"] == found["128"] >= 4
+
+
+@pytest.mark.parametrize("program", ["ComfyUI", "as it came", "kohya", "diffusers"])
+def test_every_format_that_is_offered_works(pack, models, program):
+    assert prolora.inspect(models / "loras" / move(pack, format=program)).kind == "lora"
+
+
+def test_the_output_fits_every_list_of_names_and_nothing_else(pack):
+    (kind, _) = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"].RETURN_TYPES
+    for fitting in (["one.safetensors"], [], "COMBO"):
+        assert not kind != fitting
+    assert kind != "MODEL" and json.dumps(kind) == '"COMBO"'
 
 
 def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, models):
-    bases = BASES | {"target": "checkpoints/stranger.safetensors"}
-    with pytest.raises(ValueError, match="have nothing in common") as error:
-        run(
-            pack, "ProloraMoveLora", lora="one.safetensors", **bases, **WIDGETS | {"method": "auto"}
+    sentence = refuse(pack, use_on="stranger.safetensors", method="auto")
+    assert "have nothing in common" in sentence and "Nothing was written" in sentence
+    assert not (models / "loras" / "zz-moved").exists()
+
+
+def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
+    words = sys.modules["comfyui_prolora.words"]
+    library = "\n".join(
+        path.read_text("utf-8") for path in Path(prolora.__file__).parent.rglob("*.py")
+    )
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", library))
+    assert len(flags) > 20
+    for flag in flags:
+        said = words.explain(prolora.ProLoRAError(f"It is broken; give {flag} another model."))
+        assert "--" not in said and said.startswith("It is broken")
+    moved = (
+        "this LoRA was already moved from a to b, but --source is c; give b as --source, or --again"
+    )
+    assert words.explain(prolora.AlreadyMoved(moved)).startswith(
+        "this LoRA was already moved from a to b, but “trained on” is c"
+    )
+    assert words.explain(prolora.ProLoRAError("--match similarity")).startswith("This LoRA cannot")
+
+
+def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models):
+    def transformer(blocks):
+        generator = torch.Generator().manual_seed(3)
+        names = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
+        weights = {
+            f"transformer_blocks.{i}.{name}": torch.randn(48, 48, generator=generator)
+            for i in range(4)
+            for name in names
+        }
+        kept = [weights[f"transformer_blocks.{i}.{n}"] for i in blocks for n in names]
+        return dict(
+            zip(
+                (f"transformer_blocks.{i}.{n}" for i in range(len(blocks)) for n in names),
+                kept,
+                strict=True,
+            )
         )
-    assert error.value.__suppress_context__ and not (models / "loras" / "moved").exists()
+
+    write_base(models, "source", transformer([0, 1, 2, 3]))
+    write_base(models, "target", transformer([0, 2, 3]))
+    tensors = {}
+    for name in transformer([0, 1, 2, 3]):
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, 48)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(48, 2)
+    save_file(tensors, models / "loras" / "one.safetensors")
+    result, _ = run(pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"method": "auto"})
+    moved = load_file(models / "loras" / result[0])
+    original = tensors["transformer.transformer_blocks.2.attn.to_q.lora_A.weight"]
+    factor = next(v for k, v in moved.items() if "blocks.1.attn.to_q.lora_A" in k)
+    assert torch.linalg.matrix_rank(torch.cat([original, factor.float()])) == 2
 
 
 def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypatch):
@@ -97,27 +263,118 @@ def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypat
 
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stop)
     with pytest.raises(Stopped):
-        run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
-    assert not (models / "loras" / "moved").exists()
+        run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    assert not (models / "loras" / "zz-moved").exists()
 
 
 def test_advice_writes_nothing(pack, models):
     before = sorted(models.rglob("*"))
-    (report,), shown = run(pack, "ProloraAdvise", lora="one.safetensors", **BASES)
-    assert report == shown and report.startswith("Go") and "8 of 12 modules would move" in report
+    (report,), _ = run(pack, "ProloraAdvise", **LORA, **BASES)
+    assert report.startswith("✔ ") and "8 of the LoRA's 12 parts have a place" in report
     (bases_alone,), _ = run(pack, "ProloraAdvise", lora="(none)", **BASES)
-    assert "would move" not in bases_alone and sorted(models.rglob("*")) == before
+    assert "parts" not in bases_alone and "Move LoRA would" in bases_alone
+    stranger = BASES | {"use_on": "stranger.safetensors"}
+    (apart,), _ = run(pack, "ProloraAdvise", lora="(none)", **stranger)
+    assert apart.startswith("✖ ") and "Move LoRA would" not in apart
+    assert sorted(models.rglob("*")) == before
 
 
 def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
-    run(pack, "ProloraMoveLora", lora="one.safetensors", **BASES, **WIDGETS)
+    move(pack)
     (models / "loras" / "bad.safetensors").write_bytes(b"nothing")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("bad.safetensors — failed:") and "already there" in lines[1]
-    assert "two.safetensors — moved:" in lines[2] and lines[3] == "2 of 3 LoRAs are in place."
+    assert lines[0].startswith("✖ bad.safetensors: ")
+    assert lines[1] == "✔ one.safetensors: moved before"
+    assert lines[2].startswith("✔ styles/two.safetensors: moved, ")
+    assert lines[3] == "2 of 3 LoRAs are in place, below loras/zz-moved."
     (only,), _ = run(pack, "ProloraMoveFolder", folder="styles", **BASES, **WIDGETS)
-    assert only.splitlines()[-1] == "1 of 1 LoRAs are in place."
+    assert only.splitlines()[-1].startswith("1 of 1 LoRAs are in place")
+    choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
+    assert choices == ["choose…", "(all)", "styles"]
+
+
+def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, models):
+    write_base(models, "other", target_weights(0.12))
+    write_lora(models, "styles/two", {"ss_sd_model_name": "source"})
+    bases = BASES | {"trained_on": "from the LoRA"}
+    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **bases, **WIDGETS)
+    lines = report.splitlines()
+    assert lines[0].startswith("✖ one.safetensors: This LoRA does not tell")
+    assert lines[1].startswith("✔ styles/two.safetensors: moved")
+
+
+def test_all_moves_folders_that_hold_one_name_twice(pack, models):
+    write_lora(models, "other/two")
+    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
+    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
+    assert {path.parent.name for path in moved} == {"styles", "other"}
+    assert len(list((models / "loras" / "zz-moved").rglob("two*.html"))) == 2
+    assert "styles/two.safetensors" in report and "other/two.safetensors" in report
+
+
+def test_loras_bases_and_settings_of_one_name_lie_side_by_side(pack, models):
+    for folder in ("styles", "other"):
+        write_lora(models, f"{folder}/last")
+    generic = "{}/diffusion_pytorch_model"
+    for folder in ("first", "second"):
+        write_base(models, generic.format(folder), target_weights(), {"made by": folder})
+    names = [
+        move(pack),
+        move(pack, lora="styles/last.safetensors"),
+        move(pack, lora="other/last.safetensors"),
+        move(pack, method="auto"),
+        move(pack, rank="4"),
+        move(pack, aim="LoRA's own look"),
+        move(pack, format="diffusers"),
+        move(pack, use_on=generic.format("first") + ".safetensors"),
+        move(pack, use_on=generic.format("second") + ".safetensors"),
+    ]
+    assert len({*names}) == len(names)
+    assert "/first/" in names[-2] and "/second/" in names[-1] and "/styles/last" in names[1]
+    assert "rank_4" in names[4]
+    contents = {name: (models / "loras" / name).read_bytes() for name in names}
+    assert move(pack) == names[0]
+    assert contents == {name: (models / "loras" / name).read_bytes() for name in names}
+
+
+def test_a_lora_that_was_trained_on_does_not_replace_what_was_moved_before(pack, models):
+    first = move(pack)
+    before = (models / "loras" / first).read_bytes()
+    write_lora(models, "one", rank=2)
+    assert move(pack) != first and (models / "loras" / first).read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(prolora.errors, "ForeignFile"), reason="such files are replaced")
+def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
+    name = move(pack)
+    file = write_lora(models, name.removesuffix(".safetensors"), rank=3)
+    before = file.read_bytes()
+    assert file.stem in refuse(pack) and file.read_bytes() == before
+
+
+def test_names_that_no_file_system_takes_become_plain_and_short(pack, models):
+    long = "ü" * 90 + " (v2)"
+    write_lora(models, f"my styles/{long}")
+    name = move(pack, lora=f"my styles/{long}.safetensors")
+    assert "/my styles/" in name and len(Path(name).name.encode()) < 150
+    assert (models / "loras" / name).is_file()
+
+
+def test_a_model_is_named_with_its_folder_where_two_have_one_name(pack, models, monkeypatch):
+    import folder_paths
+
+    known = folder_paths.folder_names_and_paths
+    monkeypatch.setitem(
+        known, "diffusion_models", ([str(models / "diffusion_models")], {".safetensors"})
+    )
+    (models / "diffusion_models").mkdir()
+    save_file({}, models / "diffusion_models" / "target.safetensors")
+    bases = sys.modules["comfyui_prolora.host"].list_bases()
+    assert {"checkpoints/target.safetensors", "diffusion_models/target.safetensors"} < {*bases}
+    assert "source.safetensors" in bases and "target.safetensors" not in bases
+    assert move(pack, use_on="checkpoints/target.safetensors")
 
 
 def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
@@ -130,52 +387,99 @@ def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
         return "patched model", "patched clip"
 
     monkeypatch.setattr(comfy.sd, "load_lora_for_models", load)
-    values = {"lora": "one.safetensors", **BASES, "method": "auto"}
+    values = {**LORA, **BASES, "aim": LOOK, "method": "auto"}
     strengths = {"strength_model": 0.8, "strength_clip": 0.5}
     for _ in range(2):
         result, _ = run(pack, "ProloraLoadMovedLora", model="m", clip="c", **values, **strengths)
         assert result[:2] == ("patched model", "patched clip")
-    written = load_file(models / "loras" / "moved" / "target" / "one.safetensors")
-    assert applied == [(set(written), 0.8, 0.5)] * 2
+        assert "It is applied" in result[2] and "output “LoRA”" not in result[2]
+    (file,) = (models / "loras" / "zz-moved" / "target").glob("one-*.safetensors")
+    assert applied == [(set(load_file(file)), 0.8, 0.5)] * 2
 
 
 def test_a_changed_file_changes_the_fingerprint(pack, models):
-    node = list_nodes(pack)["ProloraMoveLora"]
-    before = node.fingerprint_inputs(lora="one.safetensors", **BASES, **WIDGETS)
-    assert before == node.fingerprint_inputs(lora="one.safetensors", **BASES, **WIDGETS)
-    save_file(lora_tensors(rank=2), models / "loras" / "one.safetensors")
-    assert before != node.fingerprint_inputs(lora="one.safetensors", **BASES, **WIDGETS)
-
-
-def test_an_older_comfyui_gets_the_same_nodes(models, monkeypatch):
-    comfyui_stand_in.install(models, monkeypatch)
-    new = list_nodes(import_pack(monkeypatch))
-    monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
-    monkeypatch.delitem(sys.modules, "comfyui_prolora.v3")
-    pack = import_pack(monkeypatch)
-    assert not hasattr(pack, "comfy_entrypoint")
-    assert set(pack.NODE_CLASS_MAPPINGS) == set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(new)
-    for name, node in pack.NODE_CLASS_MAPPINGS.items():
-        inputs = node.INPUT_TYPES()["required"]
-        assert list(inputs) == [field.id for field in new[name].define_schema().inputs]
     node = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"]
-    assert node.INPUT_TYPES()["required"]["lora"][0] == [
-        "one.safetensors",
-        "styles/two.safetensors",
-    ]
-    out = node().execute(lora="one.safetensors", **BASES, **WIDGETS)
-    assert out["ui"]["text"][0] == out["result"][1]
+    before = node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
+    assert before == node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
+    write_lora(models, "one", rank=2)
+    changed = node.IS_CHANGED(**LORA, **BASES, **WIDGETS)
+    assert changed != before
+    write_base(models, "target", target_weights(0.2))
+    assert node.IS_CHANGED(**LORA, **BASES, **WIDGETS) != changed
 
 
-def test_the_example_workflows_use_nodes_and_widgets_that_exist(pack):
-    nodes = list_nodes(pack)
+def test_a_changed_file_that_is_not_named_changes_the_fingerprint_too(pack, models):
+    move_one, move_all = (
+        pack.NODE_CLASS_MAPPINGS[name] for name in ("ProloraMoveLora", "ProloraMoveFolder")
+    )
+    told = BASES | {"trained_on": "from the LoRA"}
+    before = move_one.IS_CHANGED(**LORA, **told)
+    write_base(models, "source", source_weights() | {"more": torch.zeros(2, 2)})
+    assert move_one.IS_CHANGED(**LORA, **told) != before
+    before = move_all.IS_CHANGED(folder="(all)", **BASES)
+    write_lora(models, "styles/two", rank=2)
+    assert move_all.IS_CHANGED(folder="(all)", **BASES) != before
+
+
+def test_only_pages_of_moved_loras_are_sent(pack, models):
+    host = sys.modules["comfyui_prolora.host"]
+    _, shown = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
+    (models / "loras" / "mine.html").write_text("<script>")
+    (models / "secret.html").write_text("secret")
+
+    def ask(name):
+        return asyncio.run(host.send_page(SimpleNamespace(query={"name": name})))
+
+    state = getattr(sys.modules["comfy"], "state", None)  # of the stand-in
+    assert state is None or state.routes == {"/prolora/report": host.send_page}
+    (page,) = shown["page"]
+    found = ask(page)
+    assert found.status == 200 and "sandbox" in found.headers["Content-Security-Policy"]
+    file = page.removesuffix(".html") + ".safetensors"
+    for name in ("", "mine.html", file, "zz-moved/../mine.html", "zz-moved/../../secret.html"):
+        assert ask(name).status == 404, name
+
+
+def test_a_comfyui_without_prolora_is_told_how_to_install_it(models, monkeypatch):
+    comfyui_stand_in.install(models, monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="README") as error:
+        import_pack(monkeypatch)
+    assert sys.executable in str(error.value)
+
+
+def test_the_example_workflows_open_on_widgets_that_exist_and_name_no_file(pack):
     found = 0
     for path in sorted((PACK / "example_workflows").glob("*.json")):
-        for node in json.loads(path.read_text())["nodes"]:
-            if node["type"].startswith("Prolora"):
-                schema = nodes[node["type"]].define_schema()
-                sockets = {entry["name"] for entry in node.get("inputs", [])}
-                widgets = [field.id for field in schema.inputs if field.id not in sockets]
-                assert len(node["widgets_values"]) == len(widgets)
-                found += 1
-    assert found >= 3
+        nodes = json.loads(path.read_text("utf-8"))["nodes"]
+        assert nodes[0]["type"] == "MarkdownNote" and "*use on*" in nodes[0]["widgets_values"][0]
+        assert ".safetensors" not in path.read_text("utf-8")
+        for node in nodes:
+            if not node["type"].startswith("Prolora"):
+                continue
+            cls = pack.NODE_CLASS_MAPPINGS[node["type"]]
+            widgets = {
+                name: kind
+                for name, kind in cls.INPUT_TYPES()["required"].items()
+                if kind[0] not in ("MODEL", "CLIP")
+            }
+            for value, (choices, _) in zip(node["widgets_values"], widgets.values(), strict=True):
+                assert not isinstance(choices, list) or value == choices[0]
+            assert [out["type"] for out in node["outputs"]] == list(cls.RETURN_TYPES)
+            found += 1
+    assert found == 4
+
+
+def test_the_pack_asks_an_index_for_nothing_that_is_not_there():
+    tomllib = pytest.importorskip("tomllib")
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    lines = (PACK / "requirements.txt").read_text("utf-8").splitlines()
+    asked = [line for line in lines if line and not line.startswith("#")]
+    assert {*asked} <= {*own} and asked
+    assert not any(line.startswith(("torch", "prolora")) for line in asked)
+    packed = tomllib.loads((PACK / "pyproject.toml").read_text("utf-8"))
+    assert packed["project"]["dependencies"] == asked
+    assert (PACK / packed["project"]["license"]["file"]).read_bytes() == (
+        ROOT / "LICENSE"
+    ).read_bytes()
+    assert packed["tool"]["comfy"]["requires-comfyui"]

@@ -16,34 +16,24 @@ class Interrupted(Exception):
     """What ComfyUI raises where the stop button was pressed."""
 
 
-class Input:
-    """An input of a V3 schema, or an output: what it was made with."""
-
-    def __init__(self, id="", **known):
-        self.id, self.known = id, known
-
-
-class NodeOutput:
-    """What a V3 node returns."""
-
-    def __init__(self, *result, ui=None):
-        self.result, self.ui = result, ui
-
-
 def make_modules(models: Path) -> dict[str, types.ModuleType]:
     """The modules, with `models` as the folder of models."""
     folders = {name: ([str(models / name)], {".safetensors"}) for name in ("checkpoints", "loras")}
-    state = SimpleNamespace(interrupted=False, progress=[])
+    state = SimpleNamespace(interrupted=False, progress=[], routes={})
+
+    def get_full_path(folder, name):
+        path = models / folder / name
+        return str(path) if path.is_file() else None
+
+    def get(path):
+        return lambda handler: state.routes.setdefault(path, handler)
+
+    def respond(**known):
+        return SimpleNamespace(**known)
 
     def get_filename_list(folder):
         root = models / folder
         return sorted(str(path.relative_to(root)) for path in root.rglob("*.safetensors"))
-
-    def get_full_path_or_raise(folder, name):
-        path = models / folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"Model in folder '{folder}' with filename '{name}' not found.")
-        return str(path)
 
     def throw_exception_if_processing_interrupted():
         if state.interrupted:
@@ -64,21 +54,11 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
     def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
         return (model, lora, strength_model), (clip, strength_clip)
 
-    kinds = ("Combo", "Float", "String", "Model", "Clip")
-    io = SimpleNamespace(
-        ComfyNode=object,
-        Schema=lambda **known: SimpleNamespace(**known),
-        NodeOutput=NodeOutput,
-        **{kind: SimpleNamespace(Input=Input, Output=Input) for kind in kinds},
-    )
-    ui = SimpleNamespace(
-        PreviewText=lambda text: SimpleNamespace(as_dict=lambda: {"text": (text,)})
-    )
     contents = {
         "folder_paths": {
             "folder_names_and_paths": folders,
             "get_filename_list": get_filename_list,
-            "get_full_path_or_raise": get_full_path_or_raise,
+            "get_full_path": get_full_path,
             "get_folder_paths": lambda folder: list(folders[folder][0]),
         },
         "comfy": {"state": state},
@@ -87,8 +67,18 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
         },
         "comfy.utils": {"ProgressBar": ProgressBar, "load_torch_file": load_torch_file},
         "comfy.sd": {"load_lora_for_models": load_lora_for_models},
-        "comfy_api": {},
-        "comfy_api.latest": {"ComfyExtension": object, "io": io, "ui": ui},
+        "server": {
+            "PromptServer": SimpleNamespace(
+                instance=SimpleNamespace(routes=SimpleNamespace(get=get))
+            )
+        },
+        "aiohttp": {},
+        "aiohttp.web": {
+            "Request": object,
+            "StreamResponse": object,
+            "Response": respond,
+            "FileResponse": lambda path, headers: respond(status=200, path=path, headers=headers),
+        },
     }
     modules = {}
     for name, known in contents.items():

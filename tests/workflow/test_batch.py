@@ -108,6 +108,29 @@ def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
     assert [o.status for o in redone] == ["moved"] * 3
 
 
+def test_results_that_the_caller_names_by_what_they_are_made_of_lie_side_by_side(folder):
+    loras, source, target, moved = folder
+    missing = loras[0].with_name("missing.safetensors")
+
+    def move(**options):
+        return prolora.transfer_many(
+            [*loras, missing],
+            source,
+            target,
+            moved,
+            naming=lambda lora, digest: f"{lora.stem}/one-{digest}",
+            **options,
+        )
+
+    first, other = move(), move(strength=0.5)
+    assert [o.status for o in first] == [o.status for o in other] == ["moved"] * 3 + ["failed"]
+    assert len({o.out for o in first[:3] + other[:3]}) == 6
+    assert first[0].out.parent == moved / "a" and first[0].out.suffix == ".safetensors"
+    assert [o.status for o in move()] == ["already there"] * 3 + ["failed"]
+    with pytest.raises(prolora.OutputError, match="overwrite each other"):
+        prolora.transfer_many(loras, source, target, moved, naming=lambda lora, digest: "one")
+
+
 def test_a_result_of_anything_else_is_made_again(folder):
     loras, source, target, moved = folder
     prolora.transfer_many(loras, source, target, moved)

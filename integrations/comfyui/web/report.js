@@ -1,35 +1,106 @@
-// Shows the report of prolora's nodes on the node itself, below its widgets.
+// Labels prolora's nodes, folds what is advanced, and shows the report below the widgets.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
+const WIDTH = 460;
+const REPORT_HEIGHT = 160;
 const SHOWN = "shown report";
+const OPEN = "open the whole report";
+
+function findWidget(node, name) {
+  return node.widgets?.find((widget) => widget.name === name);
+}
+
+// Neither in the workflow nor in the prompt.
+function keepOut(widget) {
+  widget.serialize = false;
+  widget.options = { ...widget.options, serialize: false };
+  widget.serializeValue = () => undefined;
+}
 
 function showReport(node, text) {
-  let widget = node.widgets?.find((candidate) => candidate.name === SHOWN);
+  let widget = findWidget(node, SHOWN);
   if (!widget) {
-    const made = ComfyWidgets.STRING(node, SHOWN, ["STRING", { multiline: true }], app);
-    widget = made.widget;
+    widget = ComfyWidgets.STRING(node, SHOWN, ["STRING", { multiline: true }], app).widget;
     widget.label = "report";
-    widget.serialize = false; // neither in the workflow nor in the prompt
-    widget.options = { ...widget.options, serialize: false };
-    widget.serializeValue = () => undefined;
+    keepOut(widget);
     const element = widget.inputEl ?? widget.element;
     if (element) element.readOnly = true;
   }
   widget.value = text;
+}
+
+function showLink(node, page) {
+  let widget = findWidget(node, OPEN);
+  if (!widget) {
+    widget = node.addWidget("button", OPEN, null, () => window.open(widget.page, "_blank"));
+    keepOut(widget);
+  }
+  widget.page = api.apiURL(`/prolora/report?name=${encodeURIComponent(page)}`);
+  widget.hidden = !page;
+}
+
+// Labels as people read them. Some versions of ComfyUI do this themselves.
+function label(node) {
+  for (const widget of node.widgets ?? []) {
+    const known = findInput(node, widget)?.[1];
+    if (known?.display_name) widget.label = known.display_name;
+  }
+}
+
+function findInput(node, widget) {
+  return node.constructor.nodeData?.input?.required?.[widget.name];
+}
+
+function fold(widget, folded) {
+  widget.hidden = folded;
+  // Versions that hide a widget may still leave its room.
+  if (folded) widget.computeSize = () => [0, -4];
+  else delete widget.computeSize;
+}
+
+// A button below the widgets shows those that few people need.
+function foldAdvanced(node) {
+  const advanced = (node.widgets ?? []).filter((w) => findInput(node, w)?.[1].folded);
+  if (!advanced.length) return;
+  let folded = false;
+  const button = node.addWidget("button", "settings", null, turn);
+  keepOut(button);
+  function turn() {
+    const before = node.computeSize()[1];
+    folded = !folded;
+    advanced.forEach((widget) => fold(widget, folded));
+    button.label = folded ? "more settings ▸" : "fewer settings ▾";
+    node.setSize([node.size[0], node.size[1] + node.computeSize()[1] - before]);
+    app.graph?.setDirtyCanvas(true, false);
+  }
+  turn();
+}
+
+function makeRoom(node) {
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + 80)]);
-  app.graph.setDirtyCanvas(true, false);
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + REPORT_HEIGHT)]);
+  app.graph?.setDirtyCanvas(true, false);
 }
 
 app.registerExtension({
   name: "prolora.report",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("Prolora")) return;
+    label(node);
+    foldAdvanced(node);
+    node.setSize([WIDTH, node.computeSize()[1]]);
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("Prolora")) return;
     const before = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);
-      if (output?.text) showReport(this, output.text.join(""));
+      if (!output?.text) return;
+      showLink(this, output.page?.[0] ?? "");
+      showReport(this, output.text.join(""));
+      makeRoom(this);
     };
   },
 });

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +19,13 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .output_paths import check_name, name_outputs
+from .output_paths import check_distinct, check_name, name_output
 from .pair_mover import PairMover, Task
 from .report import Outcome
+from .resume import Recipe
+
+Naming = Callable[[Path, str], str]
+"""(LoRA, digest of all that its result is made of) -> the result's path below the folder."""
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,6 +41,7 @@ def transfer_many(
     options: TransferOptions = DEFAULT_OPTIONS,
     *,
     redo: bool = False,
+    naming: Naming | None = None,
     **changes: Unpack[OptionChanges],
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
@@ -61,6 +67,10 @@ def transfer_many(
         folder: where the results go.
         options: how to move them.
         redo: also moves what is there already.
+        naming: gives results other names: it is called with each LoRA and twelve digits that differ
+            wherever the LoRA, a base, an option or the version does, and returns a path below the
+            folder without the suffix. Results with the digits in their names never take each
+            other's place.
         **changes: options by name, in place of those.
 
     Returns:
@@ -80,21 +90,52 @@ def transfer_many(
         for pair, appended in choose_pairs(Path(lora), pairs)
     ]
     check_name(folder)
-    names = [lora for lora, _, _ in moves], [appended for _, _, appended in moves]
-    outputs = name_outputs(names[0], Path(folder), options.format or "auto", names[1])
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
-    outcomes: dict[Path, Outcome] = {}
+    format = options.format or "auto"
     with BasisCache(options.cache).saving() as opened:
+        tasks = [
+            Task(lora, Path(folder) / name_output(lora, format, appended))
+            for lora, _, appended in moves
+        ]
+        if naming is not None:
+            for task, (_, pair, appended) in zip(tasks, moves, strict=True):
+                recipe = partial(Recipe.of, task.lora, pair.source, pair.target, options)
+                tail = name_output(task.lora, format, appended, stem="")
+                task.attempt(partial(_rename, task, recipe, opened, Path(folder), naming, tail))
+        live = [task for task in tasks if task.outcome is None]
+        check_distinct([task.lora for task in live], [task.out for task in live])
+        _make_folders({Path(folder), *(task.out.parent for task in tasks)})
         for pair in pairs:
-            mine = [Task(m[0], out) for m, out in zip(moves, outputs, strict=True) if m[1] is pair]
+            mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
                 mover = PairMover.open(pair.source, pair.target, options, opened)
                 mover.look_up(mine, redo, opened)
                 left = [task for task in mine if task.outcome is None]
                 for _ in mover.run(left, opened, [task.lora for task in mine]):
                     pass
-                outcomes |= {task.out: task.outcome for task in mine if task.outcome is not None}
-    return [outcomes[out] for out in outputs if out in outcomes]
+    return [task.outcome for task in tasks if task.outcome is not None]
+
+
+def _rename(
+    task: Task,
+    make_recipe: Callable[[], Recipe],
+    cache: BasisCache,
+    folder: Path,
+    naming: Naming,
+    tail: str,
+) -> None:
+    """Gives a result the name that a caller wants it to have."""
+    task.recipe = make_recipe()
+    task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
+
+
+def _make_folders(folders: Iterable[Path]) -> None:
+    """Makes the folders of the results.
+
+    Raises:
+        OutputError: one cannot be made.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error

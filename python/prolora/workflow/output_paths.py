@@ -56,7 +56,7 @@ def check_name(path: StrPath) -> None:
         raise OutputError("the output has an empty name")
 
 
-def name_output(lora: Path, format: str, appended: str = "") -> str:
+def name_output(lora: Path, format: str, appended: str = "", stem: str | None = None) -> str:
     """The name of a LoRA's result in a folder: a PEFT adapter is a folder and has no suffix.
 
     Every other LoRA is a .safetensors file.
@@ -65,33 +65,26 @@ def name_output(lora: Path, format: str, appended: str = "") -> str:
         lora: the input.
         format: of the result.
         appended: put at the end of the name, before the suffix.
+        stem: the name without both; None means the LoRA's own.
     """
     # os.path answers "no" where a path cannot be looked at; the reader says why later.
     is_folder, is_peft = os.path.isdir(lora), os.path.isfile(lora / PEFT_CONFIG)
-    stem, suffix = (lora.name, ".safetensors") if is_folder else (lora.stem, lora.suffix)
+    own, suffix = (lora.name, ".safetensors") if is_folder else (lora.stem, lora.suffix)
     if format == "peft" or (format == "auto" and is_peft):
         suffix = ""
-    return f"{stem}{appended}{suffix}"
+    return f"{own if stem is None else stem}{appended}{suffix}"
 
 
-def name_outputs(
-    loras: Sequence[Path], folder: Path, format: str, appended: Sequence[str] | None = None
-) -> list[Path]:
-    """The results of several LoRAs in a folder.
+def check_distinct(loras: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Refuses results that overwrite each other.
 
     Args:
         loras: the inputs.
-        folder: of the results.
-        format: of the results.
-        appended: put at the end of each name, before the suffix; None appends nothing.
+        outputs: the result of each.
 
     Raises:
         OutputError: two would be one file, on a volume that ignores case and Unicode forms too.
     """
-    ends = appended or [""] * len(loras)
-    outputs = [
-        folder / name_output(lora, format, end) for lora, end in zip(loras, ends, strict=True)
-    ]
     taken: dict[tuple[str, ...], Path] = {}
     for lora, output in zip(loras, outputs, strict=True):
         other = taken.setdefault(fold_path(Path(os.path.realpath(output))), lora)
@@ -100,7 +93,6 @@ def name_outputs(
                 f"two inputs would become {output.name} and overwrite each other: {other} and "
                 f"{lora} (some volumes ignore upper and lower case and the form of accents)"
             )
-    return outputs
 
 
 def _fold_name(name: str) -> str:

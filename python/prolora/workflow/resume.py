@@ -70,6 +70,14 @@ class Recipe:
         text = json.dumps([__version__, bases, chosen, *form], sort_keys=True)
         return {"lora_hash": self.lora_hash, "recipe": f"sha256:{hash_text(text)}"}
 
+    def digest(self, cache: BasisCache) -> str:
+        """Twelve digits that tell the result from all others; reads the bases completely.
+
+        Args:
+            cache: remembers the hashes of files.
+        """
+        return hash_parts(self.describe(cache).values())[:12]
+
     def is_made(self, out: Path, cache: BasisCache) -> bool:
         """Whether `out` is a complete result of this recipe: its header says so, and fits its size.
 
