@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,10 +17,13 @@ from ..errors import InvalidOption
 from ..files.sizes import format_size
 from ..workflow.fleet.engines.engine import EngineName
 from ..workflow.fleet.migration import migrate as run_migration
+from ..workflow.fleet.outcomes import Reason, gather_reasons
 from ..workflow.fleet.plan import Entry, Plan, estimate_worker_memory, parse_shard
 from ..workflow.fleet.planning import plan_migration
+from ..workflow.fleet.result_folder import FAILED, SUMMARY_PAGE
 from ..workflow.fleet.status import Status, read_status
-from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
+from ..workflow.fleet.summary import Summary
+from ..workflow.fleet.worker import TIME_LIMIT
 from ..workflow.options import DtypeName, FormatName, ProgramName
 from .console import out, progress_bar
 from .exits import ExitCode
@@ -38,8 +41,8 @@ from .options import (
 )
 from .transfer_options import MethodOptions, ThresholdOption
 
-_REASONS = 8
-"""Most reasons that a table shows."""
+_REASONS, _FILES = 8, 3
+"""Most reasons that are shown, and most LoRAs that each names."""
 
 
 @dataclass
@@ -156,6 +159,13 @@ class EngineChoice:
         bool,
         typer.Option("--retry-failed", help="Also try again what an earlier run refused."),
     ] = False
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Give a LoRA up after so long without any progress, and replace its worker.",
+        ),
+    ] = TIME_LIMIT
 
     def to_dict(self) -> dict[str, Any]:
         """As the library takes them."""
@@ -187,9 +197,9 @@ def plan(
         print(json.dumps(describe_plan(made), indent=1))
     elif shown:
         out.print_table(plan_table(made))
-        show_reasons(Counter(entry.refused for entry in made.entries if entry.refused))
+        show_reasons(find_refusals(made))
         out.print_line(f"wrote {output.output}")
-    if all(entry.refused for entry in made.entries):
+    if any(entry.refused for entry in made.entries):
         sys.exit(ExitCode.REFUSED)
 
 
@@ -226,9 +236,9 @@ def migrate(
         print(json.dumps(summary.to_dict(), indent=1))
     elif shown:
         out.print_table(summary_table(summary))
-        show_reasons(summary.reasons)
+        show_reasons(summary.reasons, output / FAILED)
         out.print_line(f"wrote {output / SUMMARY_PAGE}")
-    if summary.count("failed"):
+    if summary.count("failed") or summary.count("refused"):
         sys.exit(ExitCode.REFUSED)
 
 
@@ -239,15 +249,27 @@ def status(
             parser=parse_path, metavar="FOLDER", help="What `prolora migrate` was given as -o."
         ),
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read every result, and compare its bytes with those written."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say how far a migration is, while it runs or after it."""
-    found = read_status(folder)
+    found = read_status(folder, verify=verify)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
-        return
-    out.print_table(status_table(found))
-    show_reasons(found.reasons)
+    else:
+        out.print_table(status_table(found))
+        show_reasons(found.reasons, folder / FAILED)
+        for name, why in (found.damaged or {}).items():
+            out.print_line(f"damaged: {folder / name}: {why}", style="yellow")
+        if found.damaged:
+            out.print_note("Remove what is damaged and run prolora migrate again.")
+    if found.damaged:
+        sys.exit(ExitCode.REFUSED)
 
 
 def describe_plan(made: Plan) -> dict[str, Any]:
@@ -267,8 +289,14 @@ def describe_plan(made: Plan) -> dict[str, Any]:
             }
             for (source, target, expert), entries in group_entries(made).items()
         ],
+        "reasons": {text: asdict(reason) for text, reason in find_refusals(made).items()},
         "notes": dict(made.notes),
     }
+
+
+def find_refusals(made: Plan) -> dict[str, Reason]:
+    """Why LoRAs of a plan cannot move, and which."""
+    return gather_reasons((entry, entry.refused) for entry in made.entries if entry.refused)
 
 
 def group_entries(made: Plan) -> dict[tuple[str, str, str], list[Entry]]:
@@ -329,13 +357,23 @@ def status_table(found: Status) -> Table:
     return table
 
 
-def show_reasons(reasons: dict[str, int]) -> None:
-    """The most frequent reasons for what does not move."""
-    ordered = sorted(reasons.items(), key=lambda item: -item[1])
-    for reason, number in ordered[:_REASONS]:
-        out.print_line(f"{number} not moved: {reason}", style="yellow")
-    if len(ordered) > _REASONS:
-        out.print_note(f"and {len(ordered) - _REASONS} more reasons")
+def show_reasons(reasons: Mapping[str, Reason], all_of_them: Path | None = None) -> None:
+    """The most frequent reasons for what does not move, and some of the LoRAs.
+
+    Args:
+        reasons: the most frequent first.
+        all_of_them: the file that lists all; None where there is none.
+    """
+    for text, reason in list(reasons.items())[:_REASONS]:
+        out.print_line(f"{reason.count} not moved: {text}", style="yellow")
+        more = len(reason.files) - _FILES
+        named = [*reason.files[:_FILES], *([f"and {more} more"] if more > 0 else [])]
+        for name in named:
+            out.print_line(f"    {name}")
+    if len(reasons) > _REASONS:
+        out.print_note(f"and {len(reasons) - _REASONS} more reasons")
+    if reasons and all_of_them is not None and all_of_them.exists():
+        out.print_line(f"all of them, with the reasons: {all_of_them}")
 
 
 def format_time(seconds: float) -> str:

@@ -110,9 +110,6 @@ def _settle_options(options: Mapping[str, Any]) -> dict[str, Any]:
         UnsupportedFormat: the map of modules cannot be read.
     """
     chosen = dict(options)
-    for name in ("probe", "progress", "device", "max_memory"):
-        if name in chosen:
-            raise InvalidOption(f"{name} is no option of a plan")
     if isinstance(chosen.get("dtype"), torch.dtype):
         chosen["dtype"] = str(chosen["dtype"]).removeprefix("torch.")
     match = chosen.get("match", "name")
