@@ -6,9 +6,20 @@ import math
 import os
 import stat
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from typing import (
+    Any,
+    BinaryIO,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..errors import UnsupportedFormat, input_error
 
@@ -64,7 +75,7 @@ def read_fields(kind: type[Kind], content: object, where: str, **given: object) 
     """
     if not isinstance(content, Mapping):
         raise UnsupportedFormat(f"{where}: is damaged: an object is needed, not {content!r:.40}")
-    hints = get_type_hints(kind)
+    hints = _find_hints(cast(Hashable, kind))
     for name in content:
         if name not in hints or name in given:
             raise UnsupportedFormat(f"{where}: is damaged: {name!r:.40} is unknown")
@@ -76,6 +87,12 @@ def read_fields(kind: type[Kind], content: object, where: str, **given: object) 
         if not _is_of(value, hints[name]):
             raise UnsupportedFormat(f"{where}: is damaged: {name} cannot be {value!r:.40}")
     return kind(**content, **given)
+
+
+@lru_cache
+def _find_hints(kind: Hashable) -> dict[str, Any]:
+    """The types of a dataclass's fields; evaluating them takes longer than reading a line."""
+    return get_type_hints(kind)
 
 
 def _is_of(value: object, hint: Any) -> bool:
