@@ -221,14 +221,16 @@ def test_a_marker_of_others_marks_no_cache_of_ours(tmp_path, kind):
     mine = version / "ab" / f"ab{'0' * 62}.safetensors"
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    text = cache_folder._MARKER_TEXT
+    text = cache_folder.MARKER.text
     if kind == "link":
         (tmp_path / "tag").write_bytes(text)
-        (version / cache_folder.MARKER).symlink_to(tmp_path / "tag")
+        (version / cache_folder.MARKER.name).symlink_to(tmp_path / "tag")
     else:
-        (version / cache_folder.MARKER).write_bytes(text.partition(b"\n")[0] + b"\n# of another")
+        (version / cache_folder.MARKER.name).write_bytes(
+            text.partition(b"\n")[0] + b"\n# of another"
+        )
     maintenance.prune_cache(tmp_path, everything=True)
-    assert mine.exists() and (version / cache_folder.MARKER).exists()
+    assert mine.exists() and (version / cache_folder.MARKER.name).exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
@@ -269,7 +271,7 @@ def test_a_cache_without_a_marker_is_pruned_by_what_its_files_hold(filled):
     """One that was made before there were markers."""
     folder, *_ = filled
     version = next(folder.glob("v*"))
-    (version / cache_folder.MARKER).unlink()
+    (version / cache_folder.MARKER.name).unlink()
     mine = version / "ab" / f"ab{'0' * 62}.safetensors"
     mine.parent.mkdir(exist_ok=True)
     mine.write_bytes(b"mine")

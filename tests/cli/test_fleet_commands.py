@@ -1,6 +1,8 @@
 """`prolora plan`, `migrate` and `status`, as they are typed."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from fleet_files import RATES, write_collection
@@ -16,24 +18,53 @@ def planned(prolora, tmp_path, monkeypatch):
     path = tmp_path / "plan.jsonl"
     words = [f"--target={target}" for target in targets]
     code, out, err = prolora("plan", loras, "--source", source, *words, "-o", path)
-    assert code == 0, err
+    assert code == 2, err  # one of the files is no LoRA
     return path, out
 
 
 def test_a_plan_is_made_done_and_looked_at(prolora, planned, tmp_path):
     plan, printed = planned
     assert "10 moves" in printed and "not a safetensors file" in printed
+    assert str(tmp_path / "loras" / "notes.safetensors") in printed
     moved = tmp_path / "moved"
     code, out, _ = prolora("migrate", plan, "-o", moved, "--no-cache", "--shard", "1/2", "--json")
-    assert code == 0 and json.loads(out)["totals"]["left"] == 4
+    assert code == 2 and json.loads(out)["totals"]["left"] == 4
+    (reason,) = json.loads(out)["reasons"].values()
+    assert reason == {"count": 2, "files": [str(tmp_path / "loras" / "notes.safetensors")]}
     code, out, _ = prolora("status", moved, "--json")
     assert (json.loads(out)["done"], json.loads(out)["left"]) == (4, 4)
     code, out, _ = prolora("migrate", plan, "-o", moved, "--no-cache")
-    assert code == 0 and "80.0% of the collection moved" in out
+    assert code == 2 and "80.0% of the collection moved" in out
+    assert "notes.safetensors" in out and str(moved / "failed.jsonl") in out
     page = (moved / "summary.html").read_text()
-    assert "8 of 10" in page and "not a safetensors file" in page
+    assert "8 of 10" in page and "not a safetensors file" in page and "notes.safetensors" in page
     code, out, _ = prolora("status", moved)
-    assert "8 of 10" in out and "no process" in out
+    assert code == 0 and "8 of 10" in out and "no process" in out and "notes.safetensors" in out
+
+
+def test_a_result_whose_bytes_were_changed_is_named(prolora, planned, tmp_path):
+    moved = tmp_path / "moved"
+    prolora("migrate", planned[0], "-o", moved, "--no-cache", "--quiet")
+    assert prolora("status", moved, "--verify")[0] == 0
+    result = next((moved / "loras" / "target").glob("b*.safetensors"))
+    content = bytearray(result.read_bytes())
+    content[-5] ^= 1
+    result.write_bytes(content)
+    assert prolora("status", moved)[0] == 0
+    code, out, _ = prolora("status", moved, "--verify")
+    assert code == 2 and str(result) in out and "not those that were written" in out
+    result.unlink()
+    assert prolora("migrate", planned[0], "-o", moved, "--no-cache", "--quiet")[0] == 2
+    assert prolora("status", moved, "--verify")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_plan_that_is_no_file_is_refused_at_once(prolora, tmp_path, kind):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(path)
+    code, _, err = prolora("migrate", path, "-o", tmp_path / "moved")
+    assert code == 2 and "not a regular file" in err and not (tmp_path / "moved").exists()
 
 
 def test_what_a_run_does_not_take_is_refused_before_anything_is_made(prolora, planned, tmp_path):

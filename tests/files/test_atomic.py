@@ -17,9 +17,9 @@ from prolora.files.writing import replace_output, write_text_atomically
 
 
 def age(path: Path, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the clock run on: the time of the last change of any kind cannot be set."""
+    """Lets the folder's clock run on: the time of the last change of any kind cannot be set."""
     now = time.time() + seconds
-    monkeypatch.setattr(atomic.time, "time", lambda: now)
+    monkeypatch.setattr(atomic, "_read_clock", lambda folder: now)
 
 
 def names(folder: Path) -> list[str]:
@@ -202,6 +202,19 @@ def test_without_locks_an_hour_must_have_passed(
     age(tmp_path, 3700, monkeypatch)
     remove_stale_temporaries(tmp_path)
     assert names(tmp_path) == [link.name]
+
+
+def test_without_locks_a_clock_that_is_hours_ahead_removes_nothing_of_a_live_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    monkeypatch.setattr(atomic, "_lock", lambda _: None)
+    with replace_output(tmp_path / "x") as live:
+        live.write_text("half")
+        remove_stale_temporaries(tmp_path)
+        assert names(tmp_path) == [live.name]
+    assert names(tmp_path) == ["x"]
 
 
 @pytest.mark.skipif(

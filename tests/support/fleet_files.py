@@ -46,3 +46,14 @@ def records(folder):
         for line in file.read_text().splitlines()
     ]
     return [line for line in lines if "journal" not in line]
+
+
+def seal(lines):
+    """The bytes of a plan of these lines, with the count and the digest that belong to them."""
+    head = json.loads(lines[0])
+    about = {k: v for k, v in head.items() if k not in ("prolora_plan", "sha256", "moves")}
+    moves = head["moves"] if type(head["moves"]) is not int else len(lines) - 1
+    rest = f'", "moves": {json.dumps(moves)}, {json.dumps(about)[1:]}\n'
+    rest += "".join(f"{line}\n" for line in lines[1:])
+    digest = hashlib.sha256(rest.encode()).hexdigest()
+    return f'{{"prolora_plan": 2, "sha256": "{digest}{rest}'.encode()

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 
 def break_workers():
-    """A LoRA "kills" ends each process that gets it; one with "once" in its name the first."""
+    """A LoRA "kills" ends each process that gets it; one with "once" in its name the first.
+
+    One with "sleeps" in its name never gets on, and one with "stops" freezes its process.
+    """
     from prolora.workflow.fleet import worker
 
     move_each = worker.PairWorker.move_each
@@ -17,8 +21,13 @@ def break_workers():
             if "once" in entry.lora and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            if "kills" in entry.lora:
+            name = Path(entry.lora).name
+            if "kills" in name:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "stops" in name:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if "sleeps" in name:
+                time.sleep(3600)
         return move_each(self, entries)
 
     worker.PairWorker.move_each = move

@@ -46,7 +46,7 @@ class StandIn:
     def wait(self, refs, num_returns, timeout):
         return refs[:num_returns], refs[num_returns:]
 
-    def get(self, ref):
+    def get(self, ref, timeout=None):
         return ref.run()
 
     def kill(self, actor):

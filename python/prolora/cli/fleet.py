@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +15,20 @@ from rich.table import Table
 from ..files.sizes import format_size
 from ..workflow.fleet.engines.engine import EngineName
 from ..workflow.fleet.migration import migrate as run_migration
-from ..workflow.fleet.plan import Entry, Plan, estimate_worker_memory, parse_shard
+from ..workflow.fleet.outcomes import Reason, gather_reasons
+from ..workflow.fleet.plan import (
+    Entry,
+    Plan,
+    check_plan_path,
+    estimate_worker_memory,
+    parse_shard,
+)
 from ..workflow.fleet.planning import plan_migration
+from ..workflow.fleet.result_folder import FAILED, SUMMARY_PAGE
 from ..workflow.fleet.status import Status, read_status
-from ..workflow.fleet.summary import SUMMARY_PAGE, Summary
+from ..workflow.fleet.summary import Summary
+from ..workflow.fleet.worker import TIME_LIMIT
 from ..workflow.options import TransferOptions
-from ..workflow.output_paths import check_beside
 from .console import out, progress_bar
 from .exits import ExitCode
 from .options import (
@@ -32,8 +40,8 @@ from .options import (
     parse_path,
 )
 
-_REASONS = 8
-"""Most reasons that a table shows."""
+_REASONS, _FILES = 8, 3
+"""Most reasons that are shown, and most LoRAs that each names."""
 
 
 @dataclass
@@ -105,6 +113,13 @@ class EngineChoice:
         bool,
         typer.Option("--retry-failed", help="Also try again what an earlier run refused."),
     ] = False
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Give a LoRA up after so long without any progress, and replace its worker.",
+        ),
+    ] = TIME_LIMIT
 
     def to_dict(self) -> dict[str, Any]:
         """As the library takes them."""
@@ -127,7 +142,7 @@ def plan(
 ) -> None:
     """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
     shown = not (output.as_json or output.quiet)
-    check_beside(output.output, "plan", overwrite=moving.overwrite)
+    check_plan_path(output.output, moving.overwrite)
     with progress_bar("plan", shown) as progress:
         how = replace(moving, overwrite=False)  # is for the plan's own file
         made = plan_migration(loras, bases.source, bases.target, how, progress=progress)
@@ -136,9 +151,9 @@ def plan(
         print(json.dumps(describe_plan(made), indent=1))
     elif shown:
         out.print_table(plan_table(made))
-        show_reasons(Counter(entry.refused for entry in made.entries if entry.refused))
+        show_reasons(find_refusals(made))
         out.print_line(f"wrote {output.output}")
-    if all(entry.refused for entry in made.entries):
+    if any(entry.refused for entry in made.entries):
         sys.exit(ExitCode.REFUSED)
 
 
@@ -175,9 +190,9 @@ def migrate(
         print(json.dumps(summary.to_dict(), indent=1))
     elif shown:
         out.print_table(summary_table(summary))
-        show_reasons(summary.reasons)
+        show_reasons(summary.reasons, output / FAILED)
         out.print_line(f"wrote {output / SUMMARY_PAGE}")
-    if summary.count("failed"):
+    if summary.count("failed") or summary.count("refused"):
         sys.exit(ExitCode.REFUSED)
 
 
@@ -188,15 +203,27 @@ def status(
             parser=parse_path, metavar="FOLDER", help="What `prolora migrate` was given as -o."
         ),
     ],
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read every result, and compare its bytes with those written."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say how far a migration is, while it runs or after it."""
-    found = read_status(folder)
+    found = read_status(folder, verify=verify)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
-        return
-    out.print_table(status_table(found))
-    show_reasons(found.reasons)
+    else:
+        out.print_table(status_table(found))
+        show_reasons(found.reasons, folder / FAILED)
+        for name, why in (found.damaged or {}).items():
+            out.print_line(f"damaged: {folder / name}: {why}", style="yellow")
+        if found.damaged:
+            out.print_note("Remove what is damaged and run prolora migrate again.")
+    if found.damaged:
+        sys.exit(ExitCode.REFUSED)
 
 
 def describe_plan(made: Plan) -> dict[str, Any]:
@@ -216,8 +243,14 @@ def describe_plan(made: Plan) -> dict[str, Any]:
             }
             for (source, target, expert), entries in group_entries(made).items()
         ],
+        "reasons": {text: asdict(reason) for text, reason in find_refusals(made).items()},
         "notes": dict(made.notes),
     }
+
+
+def find_refusals(made: Plan) -> dict[str, Reason]:
+    """Why LoRAs of a plan cannot move, and which."""
+    return gather_reasons((entry, entry.refused) for entry in made.entries if entry.refused)
 
 
 def group_entries(made: Plan) -> dict[tuple[str, str, str], list[Entry]]:
@@ -278,13 +311,23 @@ def status_table(found: Status) -> Table:
     return table
 
 
-def show_reasons(reasons: dict[str, int]) -> None:
-    """The most frequent reasons for what does not move."""
-    ordered = sorted(reasons.items(), key=lambda item: -item[1])
-    for reason, number in ordered[:_REASONS]:
-        out.print_line(f"{number} not moved: {reason}", style="yellow")
-    if len(ordered) > _REASONS:
-        out.print_note(f"and {len(ordered) - _REASONS} more reasons")
+def show_reasons(reasons: Mapping[str, Reason], all_of_them: Path | None = None) -> None:
+    """The most frequent reasons for what does not move, and some of the LoRAs.
+
+    Args:
+        reasons: the most frequent first.
+        all_of_them: the file that lists all; None where there is none.
+    """
+    for text, reason in list(reasons.items())[:_REASONS]:
+        out.print_line(f"{reason.count} not moved: {text}", style="yellow")
+        more = len(reason.files) - _FILES
+        named = [*reason.files[:_FILES], *([f"and {more} more"] if more > 0 else [])]
+        for name in named:
+            out.print_line(f"    {name}")
+    if len(reasons) > _REASONS:
+        out.print_note(f"and {len(reasons) - _REASONS} more reasons")
+    if reasons and all_of_them is not None and all_of_them.exists():
+        out.print_line(f"all of them, with the reasons: {all_of_them}")
 
 
 def format_time(seconds: float) -> str:

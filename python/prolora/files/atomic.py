@@ -13,7 +13,6 @@ import secrets
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,11 +107,29 @@ def remove_stale_temporaries(folder: Path) -> None:
     A temporary counts as left behind if it has exactly such a name, belongs to this user, was not
     written to for a minute, and nobody holds its lock; where there are no locks, after an hour.
     """
-    with suppress(OSError), os.scandir(folder) as entries:
-        stale = [Path(entry) for entry in entries if TEMPORARY_NAME.fullmatch(entry.name)]
-        for path in stale:
+    with suppress(OSError):
+        with os.scandir(folder) as entries:
+            found = [Path(entry) for entry in entries if TEMPORARY_NAME.fullmatch(entry.name)]
+        now = _read_clock(folder) if found else 0.0
+        for path in found:
             with suppress(OSError):
-                _remove_if_stale(path)
+                _remove_if_stale(path, now)
+
+
+def _read_clock(folder: Path) -> float:
+    """The time by the clock that dates the files of a folder, in seconds since 1970.
+
+    On a network drive that is another one than this machine's, which may go hours before it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    trial = _choose_temporary(folder / "clock")
+    try:
+        trial.touch(exist_ok=False)
+        return os.lstat(trial).st_mtime
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def _choose_temporary(path: Path) -> Path:
@@ -148,14 +165,18 @@ def _unlock(number: int | None) -> None:
         os.close(number)
 
 
-def _remove_if_stale(path: Path) -> None:
+def _remove_if_stale(path: Path, now: float) -> None:
     """Removes a temporary if it was left behind.
+
+    Args:
+        path: of the temporary.
+        now: by the clock that dated it.
 
     Raises:
         OSError: it is somebody else's, or just gone.
     """
     status = os.lstat(path)
-    age = time.time() - max(status.st_mtime, status.st_ctime)
+    age = now - max(status.st_mtime, status.st_ctime)
     is_folder = stat.S_ISDIR(status.st_mode)
     mine = sys.platform == "win32" or status.st_uid == os.getuid()
     if not mine or age < _STALE_SECONDS or not (is_folder or stat.S_ISREG(status.st_mode)):

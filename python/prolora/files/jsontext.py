@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedFormat, input_error
+from .outside import open_regular
 
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = (
@@ -60,17 +60,11 @@ def read_json_object(path: Path, limit: int = SIZE_LIMIT) -> dict[str, Any]:
     Raises:
         UnsupportedFormat: it is missing, unreadable, too large, damaged or holds no object.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block
-            raise UnsupportedFormat(f"{path}: not a file; a JSON file is needed")
-        if status.st_size > limit:
-            raise UnsupportedFormat(
-                f"{path}: too large: {status.st_size} bytes, more than any real one of its kind"
-            )
-        text = path.read_bytes()
-    except OSError as error:
-        raise input_error(path, error) from error
+    with open_regular(path, limit) as file:
+        try:
+            text = file.read()
+        except OSError as error:
+            raise input_error(path, error) from error
     if text.startswith(LFS_START):
         raise UnsupportedFormat(f"{path}: {LFS_POINTER}")
     return parse_json_object(text, str(path))

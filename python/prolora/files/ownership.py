@@ -24,7 +24,7 @@ CONFIG_KEY = "prolora.config"
 """The entry of the weights' header in a PEFT folder that holds the digest of its configuration."""
 WRITTEN_BY = "written_by"
 """The entry of a JSON object that holds it."""
-Kind = Literal["LoRA", "report", "card", "picture", "map", "plan", "state"]
+Kind = Literal["LoRA", "report", "card", "picture", "map", "state"]
 """What a file is: it is replaced by its like only."""
 
 _ZEROS = b"0" * 64

@@ -48,7 +48,7 @@ class Recipe:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        return cls(lora, source, target, options, f"sha256:{_hash_adapter(lora)}")
+        return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:
         """The two entries of a result's header; reads the bases completely, for their hashes.
@@ -104,11 +104,11 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        return _hash_adapter(Path(value)) if Path(value).exists() else str(value)
+        return hash_adapter(Path(value)) if Path(value).exists() else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)
 
 
-def _hash_adapter(path: Path) -> str:
+def hash_adapter(path: Path) -> str:
     """SHA-256 of a file, or of the files of an adapter's folder.
 
     Raises:

@@ -168,6 +168,6 @@ def test_files_that_are_no_plan_and_no_reports_of_a_migration_are_not_replaced(p
         plan.save(lora)
     out.mkdir()
     (out / "summary.json").write_text("{}")
-    with pytest.raises(prolora.OutputError, match="no migration wrote"):
+    with pytest.raises(prolora.OutputError, match="which prolora did not write"):
         prolora.migrate(plan, out)
     assert [file.name for file in out.iterdir()] == ["summary.json"]

@@ -1,7 +1,5 @@
 """Plans: whose LoRA each is, what cannot move and why, from headers alone."""
 
-import json
-
 import pytest
 from fleet_files import RATES, some_tensors
 from mini import shapes, source_weights, write_folder
@@ -11,7 +9,7 @@ from spectra import weights
 import prolora
 from prolora.files.safetensors_file import SafetensorsFile
 from prolora.workflow.fleet.calibration import calibrate
-from prolora.workflow.fleet.plan import Plan, select_shard
+from prolora.workflow.fleet.plan import select_shard
 
 
 def make(loras, sources, targets, **options):
@@ -100,21 +98,6 @@ def test_another_file_option_or_base_is_another_move(collection, plan):
 def test_options_that_no_plan_takes_are_refused_at_once(collection, options, message):
     with pytest.raises(prolora.InvalidOption, match=message):
         make([collection[0]], collection[1], collection[2], **options)
-
-
-def test_lines_may_be_taken_out_of_a_plan_and_damaged_ones_are_named(plan, tmp_path):
-    path = tmp_path / "plan.jsonl"
-    plan.save(path)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
-    assert len(Plan.read(path).entries) == 8
-    for damaged in (lines[1][:-3], json.dumps({"lora": "x", "target": "nowhere"}), '{"x": 1}'):
-        path.write_text("\n".join([lines[0], damaged]))
-        with pytest.raises(prolora.UnsupportedFormat, match="line 2"):
-            Plan.read(path)
-    path.write_text("\n".join(lines[1:]))
-    with pytest.raises(prolora.UnsupportedFormat, match="no plan"):
-        Plan.read(path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -66,3 +66,17 @@ def test_a_lora_that_ends_its_process_fails_alone(cluster, collection, tmp_path)
     assert lost["lora"].endswith("kills.safetensors") and "its process ended" in lost["reason"]
     keys = [record["key"] for record in records(out)]
     assert len(keys) == len(set(keys)) == 4  # nothing is lost, and nothing comes twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sleeps", "stops"])
+def test_a_worker_that_does_not_get_on_is_replaced(cluster, collection, tmp_path, name):
+    loras, source, targets = collection
+    (loras / "b.safetensors").rename(loras / f"{name}.safetensors")
+    plan = prolora.plan_migration([loras], source, targets[:1], rates=RATES)
+    out = tmp_path / "moved"
+    summary = prolora.migrate(plan, out, engine="ray", workers=2, time_limit=4)
+    assert [summary.count(s) for s in ("done", "failed", "refused")] == [3, 1, 1]
+    lines = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
+    (hung,) = [line for line in lines if line["error"] == "HungWorker"]
+    assert hung["lora"].endswith(f"{name}.safetensors") and "did not get on" in hung["reason"]

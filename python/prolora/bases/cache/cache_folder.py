@@ -25,19 +25,21 @@ from pathlib import Path
 
 from ...errors import ProLoRAError, output_error
 from ...files.atomic import TEMPORARY_NAME
+from ...files.managed_folder import FolderMarker
 from . import basis_file
-from .cache_files import publish_file
 from .tables import read_table
 
 # Part of every name of a basis: raise it when an algorithm's results change, or what a file holds.
 VERSION = 3
 
-MARKER = "CACHEDIR.TAG"
 # The first line is that of the Cache Directory Tagging Specification.
-_MARKER_TEXT = b"""Signature: 8a477f597d28d172789f06886806bc55
+MARKER = FolderMarker(
+    "CACHEDIR.TAG",
+    b"""Signature: 8a477f597d28d172789f06886806bc55
 # This folder was made by prolora, which deletes files in it: `prolora basis prune`.
 # Everything here can be computed again. See https://bford.info/cachedir/ about this file.
-"""
+""",
+)
 
 _VERSIONED = re.compile(r"v([1-9][0-9]{0,8})")
 _SHELF = re.compile(r"[0-9a-f]{2}")
@@ -82,7 +84,7 @@ def create_versioned_folder(folder: Path) -> None:
     with os.scandir(path) as entries:
         if any(entries):
             return
-    publish_file(path / MARKER, lambda file: file.write_bytes(_MARKER_TEXT))
+    MARKER.put_into(path)
 
 
 def list_entries(folder: Path) -> Iterator[CacheEntry]:
@@ -91,7 +93,7 @@ def list_entries(folder: Path) -> Iterator[CacheEntry]:
         match = _VERSIONED.fullmatch(entry.name)
         if match and _is_folder(entry):
             path, version = Path(entry.path), int(match[1])
-            marked = _is_marked(path)
+            marked = MARKER.is_in(path)
             yield from _list_version(path, version, marked)
         elif _SHELF.fullmatch(entry.name) and _is_folder(entry):
             # The first version had no folder of its own.
@@ -127,7 +129,7 @@ def _list_version(path: Path, version: int, marked: bool) -> Iterator[CacheEntry
             yield from _describe_file(entry, "table", version, marked)
         elif marked and TEMPORARY_NAME.fullmatch(entry.name):
             yield from _describe_file(entry, "temporary", version, marked)
-        elif marked and entry.name == MARKER:
+        elif marked and entry.name == MARKER.name:
             yield from _describe_file(entry, "marker", version, marked)
 
 
@@ -165,17 +167,6 @@ def _was_written_by_us(path: Path, kind: str) -> bool:
     return True
 
 
-def _is_marked(path: Path) -> bool:
-    marker = path / MARKER
-    try:
-        if not stat.S_ISREG(os.lstat(marker).st_mode):
-            return False
-        with open(marker, "rb") as file:
-            return file.read(len(_MARKER_TEXT)) == _MARKER_TEXT
-    except OSError:
-        return False
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether it is a folder itself and no link to one."""
     try:
@@ -198,8 +189,8 @@ def _scan_folder(path: Path) -> list[os.DirEntry[str]]:
 
 def _remove_if_empty(path: Path) -> None:
     """Removes a folder without files; beside a marker that is ours there may be none either."""
-    if _is_marked(path) and [entry.name for entry in _scan_folder(path)] == [MARKER]:
+    if MARKER.is_in(path) and [entry.name for entry in _scan_folder(path)] == [MARKER.name]:
         with suppress(OSError):
-            (path / MARKER).unlink()
+            (path / MARKER.name).unlink()
     with suppress(OSError):  # it holds something, or somebody has just put something there
         path.rmdir()

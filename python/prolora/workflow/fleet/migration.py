@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...bases.base import Progress
-from ...errors import InvalidOption, OutputError, output_error
+from ...errors import InvalidOption, OutputError
+from ...files.managed_folder import ManagedFolder
 from .claims import Claims
 from .engines.engine import Engine, EngineName, EngineOptions, start_engine
-from .outcomes import FAILED, is_complete, is_unchanged, write_failures
-from .plan import Batch, Entry, Plan, select_shard
-from .records import Journal, JournalReader, Record
-from .status import PLANS
-from .summary import SUMMARY_JSON, SUMMARY_PAGE, Summary, summarise
-from .worker import RunSettings
+from .outcomes import is_complete, is_unchanged, write_failures
+from .plan import Batch, Entry, Plan, holds_plan, select_shard
+from .records import Journal, JournalReader, Record, find_time
+from .result_folder import PLANS, make_result_folder
+from .summary import Summary, summarise
+from .worker import TIME_LIMIT, RunSettings
 
 # Seconds between two looks at what another process is doing.
 _POLL_SECONDS = 1.0
+# Seconds; the system's clocks take no more.
+_LONGEST = 1e9
+
+log = logging.getLogger(__name__)
 
 
 def migrate(
@@ -37,6 +43,7 @@ def migrate(
     max_memory: int | str | None = None,
     retries: int = 2,
     retry_failed: bool = False,
+    time_limit: float = TIME_LIMIT,
     progress: Progress | None = None,
     **options: Any,
 ) -> Summary:
@@ -58,6 +65,9 @@ def migrate(
         retries: how often a LoRA is tried again that the system failed (a file that cannot be
             reached, no memory). A LoRA that is refused is not tried again.
         retry_failed: also try again what was refused in an earlier run of this plan.
+        time_limit: seconds without any progress (a file or a weight that is done) after which a
+            LoRA is given up and its worker replaced, and after which the claims of another process
+            that does not get on are taken over.
         progress: called as progress(done, total, name); what it raises ends the call.
         **options: of the engine, see `EngineOptions`: address, workers, gpus_per_worker.
 
@@ -73,6 +83,8 @@ def migrate(
         plan = Plan.read(plan)
     if retries < 0:
         raise InvalidOption(f"retries must be 0 or more, not {retries!r}")
+    if not 0 < time_limit <= _LONGEST:
+        raise InvalidOption(f"time_limit is a number of seconds, not {time_limit!r}")
     if isinstance(engine, str):
         engine = start_engine(EngineOptions(engine, **options), retries)
     elif options:
@@ -80,47 +92,31 @@ def migrate(
     with closing(engine):
         plan.make_options(device=device, max_memory=max_memory)  # refuses before anything is made
         batches = select_shard(plan.list_batches(), shard)
-        folder = _make_folder(out)
+        folder = make_result_folder(out)
         settings = RunSettings(
             dict(plan.bases),
             dict(plan.options),
-            str(folder),
+            str(folder.path),
             None if cache is None else os.path.abspath(cache),
             device,
             max_memory,
+            time_limit,
         )
         _keep_plan(plan, folder)
         head = {"plan": plan.digest, "shard": list(shard) if shard else None}
         with _Run(plan, folder, batches, head, retries, retry_failed, progress) as run:
             run.work(engine, settings)
-    summary = summarise(plan, folder)
-    summary.save(folder)
+    summary = summarise(plan, folder.path)
+    summary.save(folder.path)
     return summary
 
 
-def _make_folder(out: str | os.PathLike[str]) -> Path:
-    folder = Path(os.path.abspath(out))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise output_error(folder, error, "the folder of the results cannot be made") from error
-    if not (folder / PLANS).is_dir():
-        for name in (FAILED, SUMMARY_JSON, SUMMARY_PAGE):
-            if (folder / name).exists():
-                raise OutputError(
-                    f"{folder}: holds a {name} that no migration wrote; name another folder"
-                )
-    return folder
-
-
-def _keep_plan(plan: Plan, folder: Path) -> None:
+def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
     """Puts a copy of the plan into the folder, by which `status` knows what is left."""
-    copy = folder / PLANS / f"{plan.digest}.jsonl"
-    try:
-        copy.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise output_error(copy.parent, error, "cannot be made") from error
-    if not copy.exists():
+    folder.make_folder(PLANS)
+    copy = folder.find_place(PLANS, f"{plan.digest}.jsonl")
+    if not holds_plan(copy):
+        copy.unlink(missing_ok=True)  # it was damaged
         plan.save(copy)
 
 
@@ -154,7 +150,7 @@ class _Run:
     """
 
     plan: Plan
-    folder: Path
+    folder: ManagedFolder
     batches: list[Batch]
     head: dict[str, Any]
     retries: int
@@ -166,7 +162,7 @@ class _Run:
 
     def __enter__(self) -> _Run:
         """Reads what was done before, and begins a journal."""
-        self.reader = JournalReader(self.folder)
+        self.reader = JournalReader(self.folder.path)
         self._read_journals()
         if self.retry_failed:
             for known in self.known.values():
@@ -178,7 +174,8 @@ class _Run:
         }
         self.total = sum(len(batch.entries) for batch in self.batches)
         self.journal = Journal(self.folder, self.head)
-        self.claims = Claims(self.folder / PLANS / f"{self.plan.digest}.claims")
+        self.claims = Claims(self.folder.find_place(PLANS, f"{self.plan.digest}.claims"))
+        self.others, self.quiet_since = self._look_at_others(), time.monotonic()
         return self
 
     def __exit__(
@@ -189,10 +186,12 @@ class _Run:
     ) -> None:
         """Writes the list of failures, and ends the journal."""
         self.claims.close()
-        with suppress(OutputError):  # a full disk has been reported
-            write_failures(self.folder, self.plan)
-        with suppress(OutputError):
-            self.journal.close()
+        # Beside another error, as that of a full disk, this one says nothing new.
+        with suppress(OutputError) if error else nullcontext():
+            try:
+                write_failures(self.folder, self.plan)
+            finally:
+                self.journal.close()
 
     def work(self, engine: Engine, settings: RunSettings) -> None:
         """Goes over the batches until nothing is left, neither here nor with another process.
@@ -205,10 +204,35 @@ class _Run:
             self.busy, self.again, before = False, False, len(self.finished)
             with closing(engine.run(self._take_batches(), settings)) as records:
                 for record in records:
-                    self._note(record)
+                    if record is None:
+                        self.journal.touch()
+                    else:
+                        self._note(record)
             left = self.busy or self.again
             if left and len(self.finished) == before:
                 time.sleep(_POLL_SECONDS)
+                self._watch_others(settings.time_limit)
+
+    def _watch_others(self, time_limit: float) -> None:
+        """Takes over what other processes have claimed when none of them gets on any more.
+
+        How long that is, is told by this process's clock alone.
+        """
+        others = self._look_at_others()
+        if others != self.others:
+            self.others, self.quiet_since = others, time.monotonic()
+        elif self.busy and time.monotonic() - self.quiet_since > time_limit:
+            log.warning(
+                "another process has not got on for %.0f s: its LoRAs are taken over", time_limit
+            )
+            self.claims.take_over()
+            self.quiet_since = time.monotonic()
+
+    def _look_at_others(self) -> dict[Path, int]:
+        """When the other processes' journals were written to last, or touched."""
+        return {
+            path: find_time(path) for path in self.reader.list_files() if path != self.journal.path
+        }
 
     def _take_batches(self) -> Iterator[Batch]:
         """What is left of each batch, claimed for this process."""
@@ -245,7 +269,7 @@ class _Run:
     def _is_settled(self, entry: Entry, known: _Known) -> bool:
         """Whether nothing is left to do: the result is there, or the LoRA was refused."""
         if known.out:
-            return is_complete(self.folder, known.out, known.size) and is_unchanged(entry)
+            return is_complete(self.folder.path, known.out, known.size) and is_unchanged(entry)
         return known.refused and is_unchanged(entry)
 
     def _claim(self, entry: Entry) -> bool:

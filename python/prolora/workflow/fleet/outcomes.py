@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...errors import UnsupportedFormat
+from ...errors import ProLoRAError, UnsupportedFormat
+from ...files.managed_folder import ManagedFolder
 from ...files.state import read_state
-from ...files.writing import write_text_atomically
+from ..resume import hash_adapter
 from .plan import Entry, Plan
 from .records import JournalReader, Record
-from .worker import RESULTS
-
-FAILED = "failed.jsonl"
-"""The file, in the folder of the results, with a line for each LoRA that failed."""
+from .result_folder import FAILED, RESULTS
 
 State = Literal["done", "failed", "refused", "left"]
 
@@ -28,7 +28,7 @@ def read_outcomes(
     """What became of each entry of a plan, in its order, and the record that says so.
 
     Journals have no common clock. A success counts whatever else there is, as long as its result is
-    there.
+    there and has the size that it had.
 
     Args:
         plan: the plan.
@@ -44,7 +44,7 @@ def read_outcomes(
             continue
         if record.status == "failed":
             failed[record.key] = record
-        elif record.out in present:
+        elif record.size and present.get(record.out) == record.size:
             earlier = done.get(record.key)
             # That a result was there already says less than the record of the move itself.
             if earlier is None or earlier.coverage is None or record.coverage is not None:
@@ -61,43 +61,106 @@ def read_outcomes(
             yield entry, "left", None
 
 
-def list_results(folder: Path) -> set[str]:
-    """The results that are in a folder, as records name them."""
-    results: set[str] = set()
+def list_results(folder: Path) -> dict[str, int]:
+    """The results that are in a folder, as records name them, and their bytes."""
+    results: dict[str, int] = {}
     with suppress(OSError):
         for target in os.scandir(folder / RESULTS):
-            with suppress(OSError):
-                names = os.listdir(target)
-                results |= {f"{RESULTS}/{target.name}/{name}" for name in names}
+            if target.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    for name in os.listdir(target):
+                        path = Path(target.path, name)
+                        results[f"{RESULTS}/{target.name}/{name}"] = measure_result(path)
     return results
 
 
-def write_failures(folder: Path, plan: Plan) -> None:
+def measure_result(path: Path) -> int:
+    """Bytes of a result, the weights of a folder; 0 where it is not there, or only a link."""
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return sum(os.lstat(file).st_size for file in path.glob("*.safetensors"))
+        return os.lstat(path).st_size if stat.S_ISREG(mode) else 0
+    except OSError:
+        return 0
+
+
+def find_damaged(plan: Plan, folder: Path) -> dict[str, str]:
+    """The results of a plan whose bytes are not those that were written, and why.
+
+    Each is read completely.
+
+    Args:
+        plan: the plan.
+        folder: of the results.
+    """
+    damaged = {}
+    for _, state, record in read_outcomes(plan, folder):
+        if state != "done" or record is None:
+            continue
+        try:
+            found = hash_adapter(folder / record.out)
+        except ProLoRAError as error:
+            damaged[record.out] = str(error)
+            continue
+        if not record.digest:
+            damaged[record.out] = "its record has no digest to compare it with"
+        elif found != record.digest:
+            damaged[record.out] = "its bytes are not those that were written"
+    return damaged
+
+
+@dataclass
+class Reason:
+    """Why some moves failed or were refused.
+
+    Attributes:
+        count: of the moves.
+        files: their LoRAs, each once.
+    """
+
+    count: int = 0
+    files: list[str] = field(default_factory=list)
+
+
+def gather_reasons(refused: Iterable[tuple[Entry, str]]) -> dict[str, Reason]:
+    """Equal reasons together, the most frequent first.
+
+    Args:
+        refused: entries, and why each does not move.
+    """
+    reasons: dict[str, Reason] = {}
+    for entry, text in refused:
+        # Without the name of the LoRA, so that equal ones count together.
+        short = text.removeprefix(f"{entry.lora}: ").replace(entry.lora, Path(entry.lora).name)
+        reason = reasons.setdefault(short, Reason())
+        reason.count += 1
+        reason.files.append(entry.lora)
+    for reason in reasons.values():
+        reason.files = list(dict.fromkeys(reason.files))
+    return dict(sorted(reasons.items(), key=lambda item: -item[1].count))
+
+
+def write_failures(folder: ManagedFolder, plan: Plan) -> None:
     """Writes failed.jsonl anew: a line for each LoRA that failed or was refused, with the reason.
 
     Raises:
         OutputError: it cannot be written.
     """
     lines = []
-    for entry, state, record in read_outcomes(plan, folder):
+    for entry, state, record in read_outcomes(plan, folder.path):
         if state in ("failed", "refused"):
             line = {"lora": entry.lora, "source": entry.pair.source, "target": entry.pair.target}
             line["error"] = record.error if record else "refused by the plan"
             line["reason"] = record.reason if record else entry.refused
             lines.append(json.dumps(line) + "\n")
-    if lines or (folder / FAILED).exists():
-        write_text_atomically(folder / FAILED, "".join(lines))
+    if lines or (folder.path / FAILED).exists():
+        folder.write_text(FAILED, "".join(lines))
 
 
 def is_complete(folder: Path, out: str, size: int) -> bool:
     """Whether a result is where its record says, with the size that it had."""
-    path = folder / out
-    try:
-        if path.is_dir():
-            return sum(file.stat().st_size for file in path.glob("*.safetensors")) == size
-        return path.stat().st_size == size
-    except OSError:
-        return False
+    return size > 0 and measure_result(folder / out) == size
 
 
 def is_unchanged(entry: Entry) -> bool:

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ...bases.memory import STACK_BYTES
+from ...comparison.module_map import AUTO_MATCH
 from ...errors import InvalidOption, UnsupportedFormat, input_error
-from ...files.hashing import hash_text
+from ...files.hashing import hash_parts, hash_text
 from ...files.jsontext import parse_json_object
-from ...files.ownership import WRITTEN_BY, make_mark
-from ...files.writing import write_text_atomically
+from ...files.managed_folder import is_component
+from ...files.outside import is_path_text, open_regular, read_fields
+from ...files.ownership import foreign_file
+from ...files.writing import check_writable, write_text_atomically
 from ...version import __version__
 from ..options import DEFAULT_OPTIONS, TransferOptions, settle_options
-from ..output_paths import check_beside
 
-FORMAT = 1
+FORMAT = 2
 """The version of the file format."""
 
 BATCH_LORAS, BATCH_BYTES = 32, 4 << 30
@@ -31,6 +33,13 @@ PROCESS_BYTES = 250 << 20
 """What a process takes that has imported torch and prolora (measured on Linux)."""
 
 _KEY = "prolora_plan"
+# Options of a transfer that change no result; those who run a plan choose them.
+_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "probe", "progress"}
+# Line 1 begins so: everything behind the digest, other lines included, is what it is of.
+_START = f'{{"{_KEY}": {FORMAT}, "sha256": "'
+_MOVES = '", "moves": '
+# Bytes of a plan: some millions of moves, of 300 each.
+_SIZE_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +106,28 @@ class Entry:
         return {k: v for k, v in (line | rest).items() if k != "pair" and v not in ("", 0)}
 
     @classmethod
-    def from_dict(cls, line: Mapping[str, Any]) -> Entry:
+    def from_dict(cls, line: Mapping[str, Any], where: str) -> Entry:
         """Reads what `to_dict` wrote.
 
         Raises:
-            TypeError, KeyError: it is no such line.
+            UnsupportedFormat: it is no such line.
         """
         names = [f.name for f in fields(PairOfBases)]
-        pair = PairOfBases(**{name: str(line.get(name, "")) for name in names})
+        pair = read_fields(PairOfBases, {name: line.get(name, "") for name in names}, where)
         rest = {key: value for key, value in line.items() if key not in names}
-        return cls(**rest, pair=pair)
+        return read_fields(cls, rest, where, pair=pair)
+
+    def find_fault(self, bases: Mapping[str, PlannedBase]) -> str:
+        """What is wrong with it in a plan of these bases; "" if nothing is."""
+        labels = {self.pair.target} if self.refused else {self.pair.source, self.pair.target}
+        unknown = sorted(labels - bases.keys())
+        if unknown:
+            return f"the plan has no base {unknown[0]!r:.80}"
+        if not is_path_text(self.lora) or not os.path.isabs(self.lora):
+            return f"{self.lora!r:.80} is no absolute path of a LoRA"
+        if not is_component(f"x{self.appended}"):
+            return f"{self.appended!r:.80} cannot be part of a file's name"
+        return "" if self.seconds >= 0 else "it takes less than no time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +145,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `prolora.migrate` does; save it, read it, filter its lines.
+    """What `prolora.migrate` does; save it, read it, choose among its entries.
 
     Attributes:
         entries: one for each LoRA and target; those of one pair of bases follow each other.
@@ -138,6 +159,24 @@ class Plan:
     bases: Mapping[str, PlannedBase]
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what would be read or written where nobody expects it.
+
+        Raises:
+            UnsupportedFormat: a label that cannot be a folder's name, an entry of an unknown base,
+                or one whose LoRA or result could not have the name that it claims.
+        """
+        for label, base in self.bases.items():
+            if not is_component(label):
+                raise UnsupportedFormat(
+                    f"the label {label!r:.80} of a base cannot be the name of a folder"
+                )
+            if not is_path_text(base.path):
+                raise UnsupportedFormat(f"{base.path!r:.80} is no path of a base")
+        for number, entry in enumerate(self.entries, 1):
+            if fault := entry.find_fault(self.bases):
+                raise UnsupportedFormat(f"move {number}: {fault}")
 
     def __repr__(self) -> str:
         """One line: how many LoRAs move, and how many are refused."""
@@ -184,7 +223,13 @@ class Plan:
         Raises:
             InvalidOption: an option of the plan that this version does not take.
         """
-        return settle_options(DEFAULT_OPTIONS, {**self.options, **resources}).for_file()
+        chosen = dict(self.options)
+        for name in _NOT_PLANNED & chosen.keys():
+            raise InvalidOption(f"{name} is no option of a plan")
+        match = chosen.get("match", AUTO_MATCH)
+        if match not in (AUTO_MATCH, "name", "similarity") and not _is_map(match):
+            raise InvalidOption(f"match of a plan is a word or a map of modules, not {match!r:.80}")
+        return settle_options(DEFAULT_OPTIONS, chosen | resources).for_file()
 
     def list_batches(self) -> list[Batch]:
         """The moves in batches, the same for every reader of the plan."""
@@ -215,13 +260,13 @@ class Plan:
             ForeignFile: a file is there that prolora did not write.
             OutputError: the file cannot be written.
         """
-        check_beside(path, "plan", overwrite=overwrite)
-        write_text_atomically(path, "".join(self._write_lines()))
+        check_plan_path(path, overwrite)
+        head, *lines = self._write_lines()
+        rest = "".join([f"{_MOVES}{len(lines)}, {head[1:]}", *lines])
+        write_text_atomically(path, f"{_START}{hash_text(rest)}{rest}")
 
     def _write_lines(self) -> Iterator[str]:
         head = {
-            _KEY: FORMAT,
-            WRITTEN_BY: make_mark("plan"),
             "version": __version__,
             "options": dict(self.options),
             "bases": {label: asdict(base) for label, base in self.bases.items()},
@@ -232,51 +277,98 @@ class Plan:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan that `save` wrote; lines may have been taken out.
+        """Reads a plan that `save` wrote, every byte of it.
 
         Raises:
-            UnsupportedFormat: it cannot be read, or is no plan.
+            UnsupportedFormat: it cannot be read, is no plan, or was cut or changed.
         """
+        where = os.fspath(path)
+        content = _read_whole(path)
+        head, *lines = content[:-1].split(b"\n")
         try:
-            with open(path, encoding="utf-8") as file:
-                return _parse(file, os.fspath(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise input_error(path, error) from error
+            about = read_fields(_Head, parse_json_object(head, f"{where}, line 1"), where)
+            bases = {
+                label: read_fields(PlannedBase, base, f"{where}, line 1, base {label!r:.80}")
+                for label, base in about.bases.items()
+            }
+            entries = [
+                Entry.from_dict(parse_json_object(line, place), place)
+                for place, line in ((f"{where}, line {i}", x) for i, x in enumerate(lines, 2))
+            ]
+            if len(entries) != about.moves:
+                raise UnsupportedFormat(f"it has {len(entries)} of {about.moves} moves")
+            return cls(entries, bases, about.options, about.notes)
+        except UnsupportedFormat as error:
+            text = str(error)
+            raise UnsupportedFormat(text if where in text else f"{where}: {text}") from error
 
 
-def _parse(lines: Iterable[str], where: str) -> Plan:
-    """The plan in the lines of a file.
+@dataclass(frozen=True)
+class _Head:
+    """Line 1 of a plan."""
+
+    prolora_plan: int
+    sha256: str
+    moves: int
+    version: str
+    options: dict[str, Any]
+    bases: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def check_plan_path(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Refuses the path of a plan that holds anything but a plan as it was written.
 
     Raises:
-        UnsupportedFormat: it is none, or a line is damaged.
+        ForeignFile: a file is there that prolora did not write, or that was changed.
+        OutputError: the file cannot be written.
     """
-    reader = iter(lines)
-    try:
-        head = parse_json_object(next(reader, ""), where)
-    except UnsupportedFormat:
-        head = {}
-    if head.get(_KEY) != FORMAT:
+    check_writable(path)
+    taken = os.path.exists(path) and os.path.getsize(path) > 0
+    if taken and not (overwrite or holds_plan(path)):
+        raise foreign_file(path, "plan")
+
+
+def _is_map(match: object) -> bool:
+    """Whether it is a mapping {target module: source module}."""
+    return isinstance(match, Mapping) and all(
+        isinstance(name, str) for pair in match.items() for name in pair
+    )
+
+
+def _read_whole(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a plan, which are those that its digest is of.
+
+    Raises:
+        UnsupportedFormat: they are others, or the file is no plan.
+    """
+    where = os.fspath(path)
+    with open_regular(path, _SIZE_LIMIT) as file:
+        try:
+            start = file.read(len(_START))
+            content = start + file.read() if start == _START.encode() else b""
+        except OSError as error:
+            raise input_error(path, error) from error
+    if not content:
         raise UnsupportedFormat(
             f"{where}: is no plan of this version; make one with `prolora plan`"
         )
-    entries = []
+    digest, rest = content[len(start) : len(start) + 64], content[len(start) + 64 :]
+    if hash_parts([rest]).encode() != digest:
+        raise UnsupportedFormat(
+            f"{where}: was cut or changed since it was written and does not "
+            "have the digest of its line 1. Make the plan again, or choose among its entries "
+            "in Python and save that plan"
+        )
+    return content
+
+
+def holds_plan(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a plan of this version that nobody has changed."""
     try:
-        bases = {label: PlannedBase(**base) for label, base in head["bases"].items()}
-        options, notes = dict(head["options"]), dict(head["notes"])
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise UnsupportedFormat(f"{where}: line 1 is damaged: {error!r}") from error
-    for number, line in enumerate(reader, 2):
-        if not line.strip():
-            continue
-        fields_of_line = parse_json_object(line, f"{where}, line {number}")
-        try:
-            entry = Entry.from_dict(fields_of_line)
-            if not entry.refused and not {entry.pair.source, entry.pair.target} <= bases.keys():
-                raise KeyError("a base that line 1 does not list")
-        except (TypeError, KeyError) as error:
-            raise UnsupportedFormat(f"{where}, line {number}: is damaged: {error}") from error
-        entries.append(entry)
-    return Plan(entries, bases, options, notes)
+        return bool(_read_whole(path))
+    except UnsupportedFormat:
+        return False
 
 
 def estimate_worker_memory(entries: Iterable[Entry]) -> int:
@@ -340,7 +432,7 @@ def make_label(name: str, taken: Iterable[str]) -> str:
         taken: labels of other bases.
     """
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name or "base")
-    plain = plain.strip(".-") or "base"
+    plain = plain[:48].strip(".-") or "base"
     lower = {label.casefold() for label in taken}
     label, number = plain, 2
     while label.casefold() in lower:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from ...errors import output_error
-from ...files.jsontext import replace_nonfinite
+from ...errors import UnsupportedFormat, output_error
+from ...files.jsontext import parse_json_object, replace_nonfinite
+from ...files.managed_folder import ManagedFolder, is_component
+from ...files.outside import open_regular, read_fields
 from .plan import Entry
+from .result_folder import JOURNALS, RESULTS
 
 if sys.platform != "win32":
     import fcntl
 
-JOURNALS = "journal"
-"""The folder, below that of the results, with a file for each process."""
+# Bytes; a line of ours has some hundred.
+_LINE_LIMIT = 1 << 20
+# Between two signs of life of a process: a file system need not note more of them.
+_TOUCH_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 Status = Literal["done", "failed", "stopped"]
 
@@ -38,6 +47,7 @@ class Record:
             run ends and the entry stays as it was.
         out: the result, below the folder of the results; "" if there is none.
         size: bytes of the result; of a folder, of its weights.
+        digest: SHA-256 of the result.
         error: name of the error.
         reason: why it failed.
         transient: whether it may succeed another time: the system failed, not the LoRA.
@@ -58,6 +68,7 @@ class Record:
     status: Status
     out: str = ""
     size: int = 0
+    digest: str = ""
     error: str = ""
     reason: str = ""
     transient: bool = False
@@ -75,12 +86,17 @@ class Record:
         return json.dumps(replace_nonfinite(line)) + "\n"
 
     @classmethod
-    def from_dict(cls, line: Mapping[str, Any]) -> Record | None:
-        """Reads a line; None where it is another line, or not of this version."""
-        try:
-            return cls(**{f.name: line[f.name] for f in fields(cls) if f.name in line})
-        except TypeError:
-            return None
+    def from_dict(cls, line: Mapping[str, Any], where: str) -> Record:
+        """Reads what `to_line` wrote; what another version adds is passed over.
+
+        Raises:
+            UnsupportedFormat: it is no such line, or its result lies elsewhere than results do.
+        """
+        known = {f.name: line[f.name] for f in fields(cls) if f.name in line}
+        record = read_fields(cls, known, where)
+        if record.out and not _is_place(record.out):
+            raise UnsupportedFormat(f"{where}: is damaged: no result lies at {record.out!r:.80}")
+        return record
 
     def after(self, seconds: float) -> Record:
         """The record as the process that began `seconds` ago writes it down."""
@@ -101,6 +117,22 @@ class Record:
         )
 
 
+def _is_place(out: str) -> bool:
+    """Whether a path is one that results have: RESULTS/TARGET/NAME."""
+    first, *names = out.split("/")
+    return (
+        first == RESULTS
+        and len(names) == 2
+        and is_component(names[0])
+        and names[1]
+        not in (
+            "",
+            ".",
+            "..",
+        )
+    )
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the system failed, so that another try may succeed."""
     causes = (error, error.__cause__)
@@ -116,11 +148,11 @@ class Journal:
         count: records so far.
     """
 
-    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+    def __init__(self, folder: ManagedFolder, head: Mapping[str, Any]) -> None:
         """Begins a file.
 
         Args:
-            folder: of the results; it exists.
+            folder: of the results.
             head: about the run: the plan's digest, the shard.
 
         Raises:
@@ -128,12 +160,11 @@ class Journal:
         """
         host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
         name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-        self.path = folder / JOURNALS / name
-        self.began = time.monotonic()
+        self.path = folder.make_folder(JOURNALS) / name
+        self.began = self._touched = time.monotonic()
         self.count = 0
         about = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         try:
-            self.path.parent.mkdir(exist_ok=True)
             self._file = open(self.path, "x", encoding="utf-8", buffering=1)
         except OSError as error:
             raise output_error(self.path, error) from error
@@ -157,6 +188,13 @@ class Journal:
         """
         self._append(record.to_line())
         self.count += 1
+
+    def touch(self) -> None:
+        """Shows others that this process gets on, by the time of its file."""
+        if time.monotonic() - self._touched >= _TOUCH_SECONDS:
+            self._touched = time.monotonic()
+            with suppress(OSError):
+                os.utime(self.path)
 
     def _append(self, line: str) -> None:
         try:
@@ -196,17 +234,15 @@ class JournalReader:
         for path in self.list_files():
             tail = self._tails.setdefault(path, _Tail())
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
                     file.seek(tail.offset)
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
+                    for line in _read_lines(file):
                         tail.offset += len(line)
-                        record = _read_line(line, tail)
+                        record = _read_line(line, tail, path)
                         if record is not None:
                             yield path, record
-            except OSError:
-                continue  # gone, or on a drive that comes back later
+            except (OSError, UnsupportedFormat):
+                continue  # gone, no file, or on a drive that comes back later
 
     def list_files(self) -> list[Path]:
         """The journals, that which was written to last at the end.
@@ -232,18 +268,23 @@ def find_time(path: Path) -> int:
         return 0
 
 
-def _read_line(line: bytes, tail: _Tail) -> Record | None:
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that are whole; what follows one that is too long is none of ours."""
+    while (line := file.readline(_LINE_LIMIT)).endswith(b"\n"):
+        yield line
+
+
+def _read_line(line: bytes, tail: _Tail, path: Path) -> Record | None:
     """The record of a line; the first line of a journal is about its run."""
     try:
-        content = json.loads(line)
-    except ValueError:
+        content = parse_json_object(line, f"{path}, the line that ends at byte {tail.offset}")
+        if "journal" in content:
+            tail.head = content
+            return None
+        return Record.from_dict(content, f"{path}, the line that ends at byte {tail.offset}")
+    except UnsupportedFormat as error:
+        log.warning("%s; it does not count", error)
         return None
-    if not isinstance(content, dict):
-        return None
-    if "journal" in content:
-        tail.head = content
-        return None
-    return Record.from_dict(content)
 
 
 def is_at_work(journal: Path) -> bool:
@@ -251,10 +292,10 @@ def is_at_work(journal: Path) -> bool:
     if sys.platform == "win32":
         return False
     try:
-        with open(journal, "rb") as file:
+        with open_regular(journal) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, UnsupportedFormat):
         return False
     return False

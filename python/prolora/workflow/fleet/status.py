@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UnsupportedFormat
-from .outcomes import read_outcomes
+from ...files.managed_folder import is_component
+from .outcomes import Reason, find_damaged, gather_reasons, read_outcomes
 from .plan import Plan
 from .records import JournalReader, Record, is_at_work
-
-PLANS = "plans"
-"""The folder, below that of the results, with a copy of each plan that was run."""
+from .result_folder import PLANS
 
 # Records of a process that its rate is taken from.
 _WINDOW = 64
@@ -27,15 +26,16 @@ class Status:
 
     Attributes:
         total: moves of the plan.
-        done: those whose result is there.
+        done: those whose result is there, with the size that it had.
         failed: those that failed.
         refused: those that the plan refuses.
         left: those that are still to be done.
-        reasons: reason -> number of moves that failed or were refused for it.
+        reasons: why moves failed or were refused -> how many, and their LoRAs.
         at_work: number of processes that work on the folder now.
         rate: moves a second of all of them; None where none works, or they have just begun.
         seconds_left: until all is done at that rate; None where that is not known.
         plan: digest of the plan.
+        damaged: result -> what is wrong with it, of those that are done; None where nobody looked.
     """
 
     total: int
@@ -43,23 +43,25 @@ class Status:
     failed: int
     refused: int
     left: int
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, Reason] = field(default_factory=dict)
     at_work: int = 0
     rate: float | None = None
     seconds_left: float | None = None
     plan: str = ""
+    damaged: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return asdict(self)
 
 
-def read_status(folder: str | os.PathLike[str]) -> Status:
+def read_status(folder: str | os.PathLike[str], *, verify: bool = False) -> Status:
     """How far the migration into a folder is; nothing is written and no lock is waited for.
 
     Args:
         folder: what `migrate` was given as `out`. Of several plans that were run into it, the one
             counts that a process wrote to last.
+        verify: read every result that is done, and compare its bytes with those that were written.
 
     Raises:
         UnsupportedFormat: no plan was run into that folder.
@@ -74,12 +76,11 @@ def read_status(folder: str | os.PathLike[str]) -> Status:
     working = [path for path in reader.list_files() if is_at_work(path)]
     plan = Plan.read(_find_plan(place, reader, working))
     counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    refused = []
     for entry, state, outcome in read_outcomes(plan, place):
         counts[state] += 1
         if state in ("failed", "refused"):
-            reason = outcome.reason if outcome else entry.refused
-            reasons[shorten_reason(reason, entry.lora)] += 1
+            refused.append((entry, outcome.reason if outcome else entry.refused))
     rate = sum(measure_rate(windows.get(path, [])) for path in working) or None
     return Status(
         total=len(plan.entries),
@@ -87,11 +88,12 @@ def read_status(folder: str | os.PathLike[str]) -> Status:
         failed=counts["failed"],
         refused=counts["refused"],
         left=counts["left"],
-        reasons=dict(reasons.most_common()),
+        reasons=gather_reasons(refused),
         at_work=len(working),
         rate=rate,
         seconds_left=counts["left"] / rate if rate else None,
         plan=plan.digest,
+        damaged=find_damaged(plan, place) if verify else None,
     )
 
 
@@ -102,8 +104,9 @@ def _find_plan(folder: Path, reader: JournalReader, working: Sequence[Path]) -> 
         UnsupportedFormat: there is none.
     """
     for journal in reversed(working or reader.list_files()):
-        plan = folder / PLANS / f"{reader.find_head(journal).get('plan')}.jsonl"
-        if plan.is_file():
+        name = f"{reader.find_head(journal).get('plan')}.jsonl"
+        plan = folder / PLANS / name
+        if is_component(name) and plan.is_file():
             return plan
     raise UnsupportedFormat(
         f"{folder}: no migration was run into this folder; name the folder that `prolora migrate` "
@@ -121,8 +124,3 @@ def measure_rate(records: Sequence[Record]) -> float:
     if len(made) < 2 or made[-1].at <= made[0].at:
         return 0.0
     return (len(made) - 1) / (made[-1].at - made[0].at)
-
-
-def shorten_reason(reason: str, lora: str) -> str:
-    """A reason without the name of the LoRA, so that equal ones count together."""
-    return reason.removeprefix(f"{lora}: ").replace(lora, Path(lora).name)

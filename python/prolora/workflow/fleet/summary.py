@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...files.writing import write_text_atomically
+from ...files.managed_folder import ManagedFolder
 from ...version import __version__
 from ..page.document import facts_section, make_page
 from ..page.drawing import draw_bar
 from ..page.markup import Html, join, tag
 from ..page.module_tables import format_number, make_table, name_cell, number_cell, number_head
-from .outcomes import read_outcomes
+from .outcomes import Reason, gather_reasons, read_outcomes
 from .plan import Plan
-from .status import shorten_reason
+from .result_folder import FAILED, MARKER, SUMMARY_JSON, SUMMARY_PAGE
 
-SUMMARY_JSON, SUMMARY_PAGE = "summary.json", "summary.html"
-"""The files in the folder of the results."""
-
+# LoRAs that a reason on the page names.
+_NAMED = 20
 _UNKNOWN = "unknown"
 
 
@@ -69,12 +67,13 @@ class Summary:
 
     Attributes:
         groups: one for each family, source and target.
-        reasons: reason -> number of moves that failed or were refused for it, most frequent first.
+        reasons: why moves failed or were refused -> how many, and their LoRAs; the most frequent
+            comes first.
         plan: digest of the plan.
     """
 
     groups: tuple[Group, ...]
-    reasons: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, Reason] = field(default_factory=dict)
     plan: str = ""
 
     def __repr__(self) -> str:
@@ -106,7 +105,7 @@ class Summary:
             "summary": self.sentence(),
             "totals": {state: self.count(state) for state in states},
             "groups": [asdict(group) | {"share": round(group.share, 4)} for group in self.groups],
-            "reasons": self.reasons,
+            "reasons": {text: asdict(reason) for text, reason in self.reasons.items()},
             "plan": self.plan,
             "version": __version__,
         }
@@ -133,12 +132,11 @@ class Summary:
         """Writes summary.json and summary.html into a folder.
 
         Raises:
-            OutputError: they cannot be written.
+            OutputError: they cannot be written, or are there and the folder is no migration's.
         """
-        write_text_atomically(
-            Path(folder) / SUMMARY_JSON, json.dumps(self.to_dict(), indent=1) + "\n"
-        )
-        write_text_atomically(Path(folder) / SUMMARY_PAGE, self.to_html())
+        place = ManagedFolder(Path(os.path.abspath(folder)), MARKER)
+        place.write_text(SUMMARY_JSON, json.dumps(self.to_dict(), indent=1) + "\n")
+        place.write_text(SUMMARY_PAGE, self.to_html())
 
 
 class _Mean:
@@ -165,7 +163,7 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         folder: of the results.
     """
     groups: dict[tuple[str, str, str], tuple[Group, _Mean, _Mean]] = {}
-    reasons: Counter[str] = Counter()
+    refused = []
     for entry, state, record in read_outcomes(plan, Path(folder)):
         base = plan.bases.get(entry.pair.source)
         family = (base.family if base else "") or _UNKNOWN
@@ -174,8 +172,7 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         group.total += 1
         setattr(group, state, getattr(group, state) + 1)
         if state in ("failed", "refused"):
-            reason = record.reason if record else entry.refused
-            reasons[shorten_reason(reason, entry.lora)] += 1
+            refused.append((entry, record.reason if record else entry.refused))
         if record is None:
             continue
         coverage.add(record.coverage)
@@ -189,7 +186,7 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         group.coverage, group.energy = coverage.value, energy.value
         group.seconds = round(group.seconds, 3)
     ordered = tuple(groups[name][0] for name in sorted(groups))
-    return Summary(ordered, dict(reasons.most_common()), plan.digest)
+    return Summary(ordered, gather_reasons(refused), plan.digest)
 
 
 def _make_group_table(groups: Sequence[Group]) -> Html:
@@ -217,9 +214,20 @@ def _list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{word} {number}" for word, number in counts.items())
 
 
-def _make_reason_table(reasons: dict[str, int]) -> Html:
+def _make_reason_table(reasons: dict[str, Reason]) -> Html:
     rows = [
-        tag("tr", tag("th", reason, scope="row"), number_cell(number))
-        for reason, number in reasons.items()
+        tag(
+            "tr",
+            tag("th", text, scope="row"),
+            number_cell(reason.count),
+            tag("td", join([tag("div", file) for file in _name_files(reason)])),
+        )
+        for text, reason in reasons.items()
     ]
-    return make_table(["reason", number_head("LoRAs")], rows, "Why LoRAs did not move")
+    heads = ["reason", number_head("moves"), "LoRAs"]
+    return make_table(heads, rows, "Why LoRAs did not move")
+
+
+def _name_files(reason: Reason) -> list[str]:
+    more = len(reason.files) - _NAMED
+    return reason.files[:_NAMED] + ([f"and {more} more; {FAILED} has all"] if more > 0 else [])

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,20 +18,23 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import open_experts
 from ...bases.identity import compute_fingerprint
 from ...core.precision import full_precision
-from ...errors import OutputError, ProLoRAError, UnrelatedBases, output_error
+from ...errors import OutputError, ProLoRAError, UnrelatedBases
 from ...files.hashing import hash_text
+from ...files.managed_folder import ManagedFolder
 from ...version import __version__
 from ..by_weights.lora_work import LORA_FAILURES
 from ..output_paths import name_output
 from ..page.document import kept_of_all
 from ..pair_mover import PairMover, Task, as_refusal
 from ..report import Outcome, Report
-from ..resume import Recipe
+from ..resume import Recipe, hash_adapter
+from .outcomes import measure_result
 from .plan import Entry, PairOfBases, Plan, PlannedBase
 from .records import Record
+from .result_folder import MARKER, RESULTS
 
-RESULTS = "loras"
-"""The folder, below that of a migration, with a folder of results for each target."""
+TIME_LIMIT = 3600.0
+"""Seconds; much more than a weight, a file or a base takes on a slow drive."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -47,6 +50,7 @@ class RunSettings:
         cache: folder of subspaces; None keeps them as long as the worker lives.
         device: where to compute.
         max_memory: bytes that a worker's process may take.
+        time_limit: seconds without any progress after which a LoRA is given up.
     """
 
     bases: dict[str, PlannedBase]
@@ -55,6 +59,7 @@ class RunSettings:
     cache: str | None = None
     device: str | None = None
     max_memory: int | str | None = None
+    time_limit: float = TIME_LIMIT
 
     @property
     def plan(self) -> Plan:
@@ -69,20 +74,28 @@ class PairWorker:
     entry, and the next call tries again.
     """
 
-    def __init__(self, pair: PairOfBases, settings: RunSettings) -> None:
+    def __init__(
+        self, pair: PairOfBases, settings: RunSettings, beat: Callable[[], object] = lambda: None
+    ) -> None:
         """Opens nothing yet.
 
         Args:
             pair: the bases.
             settings: of the run.
+            beat: called whenever a step is done; what it raises ends the work.
 
         Raises:
             InvalidOption: an option of the plan that this version does not take.
         """
         self.pair, self.settings, self.plan = pair, settings, settings.plan
         self.options = self.plan.make_options(
-            cache=settings.cache, device=settings.device, max_memory=settings.max_memory
+            cache=settings.cache,
+            device=settings.device,
+            max_memory=settings.max_memory,
+            progress=lambda *_: beat(),
         )
+        self._beat = beat
+        self._place = ManagedFolder(Path(settings.folder), MARKER)
         self._stack = ExitStack()
         self._mover: PairMover | None = None
         self._cache = BasisCache(None)
@@ -113,12 +126,14 @@ class PairWorker:
         tasks: dict[Path, Task] = {}
         waiting: dict[Path, list[Entry]] = {}
         for entry in entries:
+            self._beat()
             task = Task(Path(entry.lora), Path(entry.lora))
-            task.recipe = task.attempt(partial(mover.make_recipe, task))
-            if task.recipe is None:
+            recipe = task.recipe = task.attempt(partial(mover.make_recipe, task))
+            out = task.attempt(partial(self._name_result, entry, recipe))
+            if out is None:
                 yield self._record(entry, task)
                 continue
-            task.out = self._name_result(entry, task.recipe)
+            task.out = out
             # Equal LoRAs of one name have one result, which is made once.
             waiting.setdefault(task.out, []).append(entry)
             tasks.setdefault(task.out, task)
@@ -146,10 +161,7 @@ class PairWorker:
         self._cache = self._stack.enter_context(BasisCache(self._find_cache()).saving())
         source, target = (self._open_base(which) for which in ("source", "target"))
         mover = PairMover.open(source, target, self.options, self._cache)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(self._folder, error, "cannot be made") from error
+        self._place.make_folder(RESULTS, self.pair.target)
         self._mover = mover
         return mover
 
@@ -172,19 +184,18 @@ class PairWorker:
             )
         return base
 
-    @property
-    def _folder(self) -> Path:
-        """Where results go to."""
-        return Path(self.settings.folder) / RESULTS / self.pair.target
-
     def _name_result(self, entry: Entry, recipe: Recipe) -> Path:
-        """Where a result goes: its name follows from all that it is made of."""
+        """Where a result goes: its name follows from all that it is made of.
+
+        Raises:
+            OutputError: a link has its name.
+        """
         prints = [self.plan.find_fingerprint(self.pair, which) for which in ("source", "target")]
         parts = [recipe.lora_hash, prints, self.settings.chosen, __version__]
         digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
         appended = f"{entry.appended}-{digits}"
         name = name_output(Path(entry.lora), str(self.options.format), appended)
-        return self._folder / name
+        return self._place.find_place(RESULTS, self.pair.target, name)
 
     def _record_all(self, entries: Sequence[Entry], task: Task) -> Iterator[Record]:
         for number, entry in enumerate(entries):
@@ -218,6 +229,7 @@ class PairWorker:
             "done",
             out=outcome.out.relative_to(folder).as_posix(),
             size=measure_result(outcome.out),
+            digest=hash_adapter(outcome.out),
             seconds=round(outcome.seconds, 3),
             kept=outcome.kept,
             **(_summarise(outcome.report) if outcome.report else {}),
@@ -226,9 +238,10 @@ class PairWorker:
     def _is_stopped_by(self, error: ProLoRAError) -> bool:
         """Whether an error says that no result can be written, whichever LoRA comes next."""
         cause = error.__cause__
+        folder = self._place.path / RESULTS / self.pair.target
         if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
             return True
-        return isinstance(error, OutputError) and not os.access(self._folder, os.W_OK | os.X_OK)
+        return isinstance(error, OutputError) and not os.access(folder, os.W_OK | os.X_OK)
 
     def close(self) -> None:
         """Closes the bases, and saves what was learnt of them."""
@@ -246,13 +259,3 @@ def _summarise(report: Report) -> dict[str, Any]:
         "coverage": round(report.coverage, 4),
         "energy": None if energy is None else round(energy, 4),
     }
-
-
-def measure_result(path: Path) -> int:
-    """Bytes of a result, the weights of a folder; 0 where it is not there."""
-    try:
-        if path.is_dir():
-            return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        return path.stat().st_size
-    except OSError:
-        return 0

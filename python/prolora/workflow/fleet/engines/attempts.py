@@ -6,7 +6,16 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ....errors import ProLoRAError
 from ..plan import Batch, Entry, PairOfBases
+
+
+class LostWorker(ProLoRAError):
+    """The process that moved a LoRA ended, each time that it was tried."""
+
+
+class HungWorker(ProLoRAError):
+    """Whoever moved a LoRA did not get on any more."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,15 @@ class Attempt:
 class AttemptQueue:
     """The work of a run: batches that came back go before those that were never tried."""
 
-    def __init__(self, batches: Iterable[Batch], retries: int) -> None:
+    def __init__(self, batches: Iterable[Batch], retries: int, workers: int = 1) -> None:
         """Takes nothing yet.
 
         Args:
             batches: taken one at a time, as workers are free.
             retries: how often a batch is given again after its worker was lost.
+            workers: how many take batches at a time.
         """
+        self._hung, self._most_hung = 0, 2 * workers
         self._fresh = iter(batches)
         self._returned: deque[Attempt] = deque()
         self._retries = retries
@@ -55,6 +66,37 @@ class AttemptQueue:
     def put_back(self, attempt: Attempt) -> None:
         """Takes back what was not tried."""
         self._returned.appendleft(attempt)
+
+    def return_hung(self, attempt: Attempt, done: Iterable[str] = ()) -> tuple[Entry, ...]:
+        """Takes a batch back whose worker does not get on; its LoRAs are tried once, alone.
+
+        Args:
+            attempt: the batch.
+            done: LoRAs of it that are done.
+
+        Returns:
+            The LoRAs that are given up: none, or the one that was tried alone.
+
+        Raises:
+            HungWorker: one after the other hangs, so that it is not due to the LoRAs.
+        """
+        self._hung += 1
+        if self._hung > self._most_hung:
+            raise HungWorker(
+                f"{self._hung} workers one after the other did not get on: a drive or a device may "
+                "hang. Run again when it works"
+            )
+        held = set(done)
+        left = tuple(entry for entry in attempt.batch.entries if entry.lora not in held)
+        if len(attempt.batch.entries) == 1:
+            return left
+        alone = replace(attempt, losses=self._retries)
+        self._returned.extend(_narrow(alone, [entry]) for entry in left)
+        return ()
+
+    def note_success(self) -> None:
+        """Notes that a worker gets on."""
+        self._hung = 0
 
     def return_lost(self, attempt: Attempt) -> tuple[Entry, ...]:
         """Takes a batch back whose worker was lost.

@@ -22,8 +22,11 @@ ENGINES: tuple[str, ...] = get_args(EngineName)
 class Engine(Protocol):
     """What runs the batches of a plan, here or elsewhere."""
 
-    def run(self, batches: Iterable[Batch], settings: RunSettings) -> Generator[Record]:
+    def run(self, batches: Iterable[Batch], settings: RunSettings) -> Generator[Record | None]:
         """Moves the LoRAs of batches and gives a record for each, in any order.
+
+        In between it gives None whenever a worker has got on. One that does not for as long as the
+        settings allow is given up.
 
         A LoRA that fails is a record; an exception of this method ends the run. Batches are taken
         from the iterable no earlier than there is a worker for them: by then another process may

@@ -17,20 +17,19 @@ from ....version import __version__
 from ..plan import Batch, PairOfBases
 from ..records import Record
 from ..worker import RunSettings
-from .attempts import Attempt, AttemptQueue
+from .attempts import Attempt, AttemptQueue, HungWorker, LostWorker
 from .folder_check import FolderMark
 from .ray_session import WorkerNeeds, shorten
+from .ray_vitals import RayVitals
 from .ray_worker import Location, Moved, Opening, RayWorker, Surroundings
 
 # How long a run waits for room for its first worker: other jobs may end, machines may be added.
 _PATIENCE_SECONDS = 600.0
 _CLOSE_SECONDS = 10.0
+# Between two questions to each worker how far it is.
+_ASK_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
-
-
-class LostWorker(ProLoRAError):
-    """The process that moved a LoRA ended, each time that it was tried."""
 
 
 @dataclass(eq=False)
@@ -42,12 +41,18 @@ class _Worker:
         pair: its bases.
         attempt: the batch that it has, or gets when its bases are open.
         location: None until it runs.
+        steps: that it had done when it was asked last.
+        moved: when that number grew, or it was given something to do, by the driver's clock.
+        question: what it was asked last about its steps; None if it has answered.
     """
 
     actor: Any
     pair: PairOfBases
     attempt: Attempt | None
     location: Location | None = None
+    steps: int = 0
+    moved: float = 0.0
+    question: Any = None
 
     @property
     def node(self) -> str:
@@ -58,7 +63,14 @@ class _Worker:
 class RayDriver:
     """One run: its workers and what each of them is doing."""
 
-    def __init__(self, ray: Any, needs: WorkerNeeds, settings: RunSettings, retries: int) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        needs: WorkerNeeds,
+        settings: RunSettings,
+        retries: int,
+        vitals: RayVitals | None = None,
+    ) -> None:
         """Starts nothing yet.
 
         Args:
@@ -66,7 +78,10 @@ class RayDriver:
             needs: of each worker.
             settings: of the run.
             retries: how often a batch is given again whose worker was lost.
+            vitals: whether Ray's own processes live; None asks nobody.
         """
+        self._vitals = vitals or RayVitals([])
+        self._asked = 0.0
         self._ray, self._needs, self._retries = ray, needs, retries
         if needs.gpus and settings.device is None:
             settings = replace(settings, device="cuda")
@@ -76,7 +91,7 @@ class RayDriver:
         self._cache_mark = FolderMark(Path(settings.cache)) if settings.cache else None
         self._busy: dict[Any, _Worker] = {}  # by what Ray answers with
         self._idle: list[_Worker] = []
-        self._closing: list[Any] = []
+        self._closing: dict[Any, _Worker] = {}
         self._unfit: dict[tuple[PairOfBases, str], str] = {}
         self._foreign: dict[str, str] = {}
         self._shipped: set[str] = set()
@@ -84,20 +99,22 @@ class RayDriver:
         self._failed_starts = 0
         self._last_success = time.monotonic()
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[Record]:
-        """The records of all batches.
+    def run(self, batches: Iterable[Batch]) -> Iterator[Record | None]:
+        """The records of all batches, and None whenever a worker has got on.
 
         Raises:
             OutputError: no node has the folder of the results.
-            ProLoRAError: no node has room for a worker, or workers do not start.
+            ProLoRAError: no node has room for a worker, workers do not start or hang one after the
+                other, or Ray's own processes have ended.
         """
-        self._queue = AttemptQueue(batches, self._retries)
+        self._queue = AttemptQueue(batches, self._retries, self._most)
         while True:
             self._hand_out()
             if not self._busy:
                 return
             for answer in self._wait():
                 yield from self._receive(answer)
+            yield from self._watch()
 
     # What there is to do, to workers.
 
@@ -134,8 +151,15 @@ class RayDriver:
             good = [node for node in self._list_nodes() if node not in bad]
             if good:
                 options["scheduling_strategy"] = self._pin(good)
-        actor = self._class.options(max_restarts=0, **options).remote(attempt.pair, self._settings)
-        self._busy[actor.locate.remote()] = _Worker(actor, attempt.pair, attempt)
+        # One method does the work, and another says how far it is.
+        options |= {"max_restarts": 0, "max_concurrency": 2}
+        actor = self._class.options(**options).remote(attempt.pair, self._settings)
+        self._ask(_Worker(actor, attempt.pair, attempt), actor.locate)
+
+    def _ask(self, worker: _Worker, method: Any, *arguments: object) -> None:
+        """Gives a worker something to do."""
+        worker.moved = time.monotonic()
+        self._busy[method.remote(*arguments)] = worker
 
     def _pin(self, nodes: list[str]) -> Any:
         """Lets Ray start a worker on the one of these nodes that has the fewest of ours."""
@@ -145,12 +169,13 @@ class RayDriver:
         return strategies.NodeAffinitySchedulingStrategy(node, soft=False)
 
     def _list_nodes(self) -> list[str]:
+        self._vitals.check()
         return self._needs.list_fitting(self._ray.nodes())
 
     def _move(self, worker: _Worker, attempt: Attempt) -> None:
         worker.attempt = attempt
         others = self._has_others(worker, attempt)
-        self._busy[worker.actor.move.remote(attempt.batch.entries, others)] = worker
+        self._ask(worker, worker.actor.move, attempt.batch.entries, others)
 
     def _has_others(self, worker: _Worker, attempt: Attempt) -> bool:
         """Whether another node may have what this one lacks."""
@@ -163,23 +188,59 @@ class RayDriver:
     # What workers answer.
 
     def _wait(self) -> list[Any]:
-        """The answers that are there, one at least.
+        """The answers that come within a second.
 
         Raises:
-            ProLoRAError: no node has had room for a worker for a long time.
+            ProLoRAError: no node has had room for a worker for a long time, or Ray's own processes
+                have ended.
         """
-        while True:
-            ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=1.0)
-            if ready:
-                return list(ready)
-            waiting = [worker for worker in self._busy.values() if worker.location is None]
-            if len(waiting) < len(self._busy):
-                self._pass_on(waiting)
-            elif time.monotonic() - self._last_success > _PATIENCE_SECONDS:
-                raise ProLoRAError(
-                    f"no node of the Ray cluster has had room for a worker for "
-                    f"{_PATIENCE_SECONDS:.0f} s; one needs {self._needs}"
-                )
+        self._vitals.check()
+        ready, _ = self._ray.wait([*self._busy, *self._closing], num_returns=1, timeout=1.0)
+        for ref in ready:
+            if ref in self._closing:
+                self._kill(self._closing.pop(ref))
+        if ready:
+            return [ref for ref in ready if ref in self._busy]
+        waiting = [worker for worker in self._busy.values() if worker.location is None]
+        if len(waiting) < len(self._busy):
+            self._pass_on(waiting)
+        elif time.monotonic() - self._last_success > _PATIENCE_SECONDS:
+            raise ProLoRAError(
+                f"no node of the Ray cluster has had room for a worker for "
+                f"{_PATIENCE_SECONDS:.0f} s; one needs {self._needs}"
+            )
+        return []
+
+    def _watch(self) -> Iterator[Record | None]:
+        """Asks the workers how far they are, and gives up those that do not get on."""
+        limit, now = self._settings.time_limit, time.monotonic()
+        if now - self._asked < min(_ASK_SECONDS, limit / 4):
+            return
+        self._asked = now
+        for ref, worker in list(self._closing.items()):
+            if now - worker.moved > limit:
+                self._kill(self._closing.pop(ref))
+        for ref, worker in list(self._busy.items()):
+            if worker.location is None:
+                continue
+            if self._has_got_on(worker):
+                worker.moved = now
+                yield None
+            elif now - worker.moved > limit:
+                del self._busy[ref]
+                yield from self._replace(worker, f"it did not get on for {limit:g} s", hung=True)
+
+    def _has_got_on(self, worker: _Worker) -> bool:
+        """Whether a worker has done another step since it was asked last, as far as it says."""
+        steps = worker.steps
+        if worker.question is not None:
+            ready, _ = self._ray.wait([worker.question], num_returns=1, timeout=0)
+            if not ready:
+                return False
+            with suppress(Exception):  # of Ray: it is lost, which its other answer shows
+                worker.steps = self._ray.get(worker.question)
+        worker.question = worker.actor.count_steps.remote()
+        return worker.steps > steps
 
     def _pass_on(self, waiting: list[_Worker]) -> None:
         """At the end, takes batches back from workers that have no room yet."""
@@ -217,7 +278,7 @@ class RayDriver:
             self._leave(worker, problem)
             return
         marks = self._folder_mark.renew(), self._cache_mark and self._cache_mark.renew()
-        self._busy[worker.actor.look_around.remote(*marks)] = worker
+        self._ask(worker, worker.actor.look_around, *marks)
 
     def _open(self, worker: _Worker, found: Surroundings) -> None:
         if not found.has_folder:
@@ -226,7 +287,7 @@ class RayDriver:
         if not found.has_cache and worker.node not in self._shipped:
             self._shipped.add(worker.node)
             self._ship(worker, found.bases)
-        self._busy[worker.actor.open.remote()] = worker
+        self._ask(worker, worker.actor.open)
 
     def _begin(self, worker: _Worker, opening: Opening) -> None:
         assert worker.attempt is not None
@@ -247,6 +308,7 @@ class RayDriver:
         if moved.missing:
             self._queue.return_elsewhere(moved.missing, attempt, worker.node)
         several = len(self._list_nodes()) > 1
+        self._queue.note_success()
         for record in moved.records:
             if several and record.status == "failed":
                 record = replace(record, reason=f"{record.reason} [{worker.location.name}]")
@@ -272,11 +334,11 @@ class RayDriver:
                 "under the same path (a network drive), and the same version of prolora"
             )
 
-    def _replace(self, worker: _Worker, why: str) -> Iterator[Record]:
+    def _replace(self, worker: _Worker, why: str, hung: bool = False) -> Iterator[Record]:
         """Takes back the batch of a lost worker; gives the records of LoRAs that are given up.
 
         Raises:
-            ProLoRAError: workers do not even start.
+            ProLoRAError: workers do not even start, or hang one after the other.
         """
         self._kill(worker)
         assert worker.attempt is not None
@@ -288,14 +350,20 @@ class RayDriver:
                 raise ProLoRAError(f"workers of Ray do not start: {why}")
             self._queue.put_back(worker.attempt)
             return
-        for entry in self._queue.return_lost(worker.attempt):
+        if hung:
+            given_up = self._queue.return_hung(worker.attempt)
+            error: ProLoRAError = HungWorker(f"its process on {where} was ended: {why}")
+        else:
+            given_up = self._queue.return_lost(worker.attempt)
             reason = f"its process ended each time that it was tried, at last on {where}: {why}"
-            key = self._settings.plan.key(entry)
-            yield Record.of_failure(key, entry, LostWorker(reason))
+            error = LostWorker(reason)
+        for entry in given_up:
+            yield Record.of_failure(self._settings.plan.key(entry), entry, error)
 
     def _retire(self, worker: _Worker) -> None:
-        """Lets a worker save what it has learnt; it ends when nobody holds it."""
-        self._closing.append(worker.actor.close.remote())
+        """Lets a worker save what it has learnt, after which it is ended."""
+        worker.moved = time.monotonic()
+        self._closing[worker.actor.close.remote()] = worker
 
     def _kill(self, worker: _Worker) -> None:
         with suppress(Exception):
@@ -312,7 +380,8 @@ class RayDriver:
             if name in held:
                 continue
             try:
-                problem = self._ray.get(worker.actor.receive.remote(name, entry.path.read_bytes()))
+                sent = worker.actor.receive.remote(name, entry.path.read_bytes())
+                problem = self._ray.get(sent, timeout=self._settings.time_limit)
             except Exception as error:  # of Ray: the next answer shows that the worker is lost
                 problem = shorten(error)
             if problem:
@@ -329,9 +398,10 @@ class RayDriver:
         self._idle.clear()
         if self._closing:
             with suppress(Exception):
-                self._ray.wait(
-                    self._closing, num_returns=len(self._closing), timeout=_CLOSE_SECONDS
-                )
+                closing = list(self._closing)
+                self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+        for worker in self._closing.values():
+            self._kill(worker)
         for mark in (self._folder_mark, self._cache_mark):
             if mark is not None:
                 mark.remove()

@@ -13,6 +13,7 @@ from ..records import Record
 from ..worker import RunSettings
 from .ray_driver import RayDriver
 from .ray_session import connect_ray, divide_cluster
+from .ray_vitals import find_vitals
 
 
 class RayEngine:
@@ -48,18 +49,19 @@ class RayEngine:
         self._stack = ExitStack()
         self._ray: Any = self._stack.enter_context(connect_ray(address, workers, self._gpus))
 
-    def run(self, batches: Iterable[Batch], settings: RunSettings) -> Generator[Record]:
+    def run(self, batches: Iterable[Batch], settings: RunSettings) -> Generator[Record | None]:
         """See `Engine.run`; the records of a batch come together.
 
         Raises:
             OutputError: no node has the folder of the results.
-            ProLoRAError: no node has room for a worker, or workers do not start.
+            ProLoRAError: no node has room for a worker, workers do not start or hang one after the
+                other, or Ray's own processes have ended.
         """
         memory = parse_limit(settings.max_memory) or 0
         needs = divide_cluster(self._ray.nodes(), self._workers, self._gpus, memory)
         if self._is_alone and not needs.room:
             raise ProLoRAError(f"this machine has no room for a worker, which needs {needs}")
-        driver = RayDriver(self._ray, needs, settings, self._retries)
+        driver = RayDriver(self._ray, needs, settings, self._retries, find_vitals(self._ray))
         try:
             yield from driver.run(batches)
         finally:

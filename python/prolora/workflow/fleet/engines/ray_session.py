@@ -7,11 +7,12 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from ....errors import ProLoRAError
+from .ray_minder import list_descendants, mind_processes
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def connect_ray(address: str | None, workers: int | None, gpus: float) -> Iterat
             f"this process is connected to Ray, and the address {address} was given: "
             "leave out the address, or call ray.shutdown() before"
         )
+    before = list_descendants(os.getpid())
     try:
         if address is None:
             _start_ray(ray, workers, gpus)
@@ -72,11 +74,14 @@ def connect_ray(address: str | None, workers: int | None, gpus: float) -> Iterat
         if address is not None:
             what = f"the Ray cluster at {address} cannot be reached"
         raise ProLoRAError(f"{what}: {shorten(error)}") from error
-    try:
-        with _log_messages():
-            yield ray
-    finally:
-        ray.shutdown()
+    after = list_descendants(os.getpid())
+    own = {process: began for process, began in after.items() if process not in before}
+    with mind_processes(own) if address is None else nullcontext():
+        try:
+            with _log_messages():
+                yield ray
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

@@ -80,6 +80,14 @@ class RayWorker:
         """Opens nothing yet: what fails in here would be taken for a lost worker."""
         self._pair, self._settings = pair, settings
         self._worker: PairWorker | None = None
+        self._steps = 0
+
+    def count_steps(self) -> int:
+        """How many steps are done; it answers while another method is at work."""
+        return self._steps
+
+    def _count_step(self) -> None:
+        self._steps += 1
 
     def locate(self) -> Location:
         """Where this process runs."""
@@ -115,7 +123,7 @@ class RayWorker:
     def open(self) -> Opening:
         """Opens the bases."""
         try:
-            self._worker = PairWorker(self._pair, self._settings)
+            self._worker = PairWorker(self._pair, self._settings, self._count_step)
             self._worker.open()
         except LORA_FAILURES as error:
             return Opening(str(as_refusal(error)))
