@@ -180,39 +180,26 @@ def move_loras(
         used.update(place.folder / parent for parent in inside.parents)
         return str(inside)
 
-    def transfer(paths: list[Path], match: str) -> dict[Path, prolora.Outcome]:
+    try:
+        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
+            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
         outcomes = prolora.transfer_many(
-            paths,
+            names,
             source,
             target,
             place.folder,
             naming=naming,
-            match=match,
             cache=default_folder(),
             progress=progress,
             **options,
         )
-        return {outcome.lora: outcome for outcome in outcomes}
-
-    try:
-        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
-            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
-        outcomes = transfer(list(names), "name")
-        unmatched = [lora for lora, outcome in outcomes.items() if _asks_to_match(outcome.error)]
-        if unmatched:
-            outcomes |= transfer(unmatched, "similarity")
-        return [_finish(outcomes[lora]) for lora in names]
+        return [_finish(outcome) for outcome in outcomes]
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     finally:
         for folder in sorted(used, reverse=True):  # the innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _asks_to_match(error: prolora.ProLoRAError | None) -> bool:
-    """Whether blocks must be recognised by their weights, as their numbers say nothing."""
-    return error is not None and "match similarity" in str(error)
 
 
 def _finish(outcome: prolora.Outcome) -> Moved:
@@ -234,19 +221,8 @@ def advise(source: Path, target: Path, lora: Path | None, progress: Progress) ->
     Raises:
         ValueError: the two cannot be compared; one sentence says why.
     """
-
-    def ask(match: str) -> prolora.Advice:
-        return prolora.advise(
-            source, target, lora, match=match, cache=default_folder(), progress=progress
-        )
-
     try:
-        try:
-            advice = ask("name")
-        except prolora.ProLoRAError as error:
-            if not _asks_to_match(error):
-                raise
-            advice = ask("similarity")
+        advice = prolora.advise(source, target, lora, cache=default_folder(), progress=progress)
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     return words.tell_advice(advice)

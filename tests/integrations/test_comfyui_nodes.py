@@ -346,7 +346,6 @@ def test_a_lora_that_was_trained_on_does_not_replace_what_was_moved_before(pack,
     assert move(pack) != first and (models / "loras" / first).read_bytes() == before
 
 
-@pytest.mark.skipif(not hasattr(prolora.errors, "ForeignFile"), reason="such files are replaced")
 def test_a_file_that_is_none_of_ours_is_not_replaced(pack, models):
     name = move(pack)
     file = write_lora(models, name.removesuffix(".safetensors"), rank=3)
