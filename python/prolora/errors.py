@@ -88,6 +88,7 @@ _WAYS_OUT = {
     errno.EACCES: "change its permissions, or use a folder that you own",
     errno.EPERM: "change its permissions, or use a folder that you own",
     errno.EROFS: "use a folder that can be written",
+    errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.ELOOP: "remove the symbolic links that point at each other",
     errno.ENAMETOOLONG: "use a shorter name",

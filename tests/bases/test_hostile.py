@@ -169,6 +169,7 @@ def test_an_index_cannot_point_out_of_its_folder_nor_to_what_is_missing(tmp_path
         7,
         None,
         ["secret.safetensors"],
+        "s" * 5000 + ".safetensors",
     ):
         index.write_text(json.dumps({"weight_map": {f"{Q}.weight": escape}}))
         with pytest.raises(UnsupportedFormat, match="no file beside it"):

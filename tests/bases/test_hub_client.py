@@ -122,7 +122,7 @@ def test_the_client_fetches_the_shards_of_the_model_and_nothing_else(hub, tmp_pa
 def test_offline_a_model_that_was_never_fetched_is_a_typed_error(hub, tmp_path):
     address, _, fetched = hub
     (said,) = opened(["org/m"], address, tmp_path / "home", offline=True)
-    assert said.startswith("refused: org/m: is no local file or folder"), said
+    assert said.startswith("refused: org/m: no such file or folder"), said
     assert "AttributeError" not in said
     assert not fetched
     assert not Path(tmp_path / "home" / "org").exists()

@@ -258,7 +258,7 @@ def test_what_is_no_plain_base_model_is_refused_with_the_reason(
 def test_sources_that_hold_no_safetensors_are_refused(tmp_path: Path) -> None:
     """No path at all, an empty folder, a pickle, foreign objects."""
     for name in ("not here", str(tmp_path / "x"), "models/sdxl.safetensors"):
-        with pytest.raises(UnsupportedFormat, match="no such file or folder"):
+        with pytest.raises(UnsupportedFormat, match="no such file, folder or model"):
             open_base(name)
     with pytest.raises(UnsupportedFormat, match=r"no \.safetensors weights"):
         open_base(tmp_path)

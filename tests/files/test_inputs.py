@@ -3,12 +3,13 @@
 import errno
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from prolora.errors import OutputError, UnsupportedFormat, input_error, output_error
+from prolora.errors import MissingFile, OutputError, UnsupportedFormat, input_error, output_error
 from prolora.files.hashing import hash_file, hash_parts, hash_text
 from prolora.files.jsontext import parse_json_object, read_json_object
 from prolora.files.safetensors_file import SafetensorsFile
@@ -25,7 +26,7 @@ def test_hashes_are_those_of_sha256(tmp_path: Path) -> None:
     tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     stored = tensor.T.contiguous().view(torch.int16).numpy().tobytes()
     assert hash_parts(["ä", tensor.T]) == hashlib.sha256("ä".encode() + stored).hexdigest()
-    with pytest.raises(UnsupportedFormat, match="missing: cannot be read"):
+    with pytest.raises(UnsupportedFormat, match="missing: no such file"):
         hash_file(tmp_path / "missing")
 
 
@@ -83,6 +84,19 @@ def test_a_web_page_that_was_saved_for_a_model_is_named(tmp_path: Path, start: s
         SafetensorsFile(path)
 
 
+def test_a_missing_file_is_told_with_what_is_called_alike_there(tmp_path: Path) -> None:
+    for name in ("style.safetensors", "b.safetensors"):
+        (tmp_path / name).touch()
+    for path, said in (
+        (tmp_path / "stile.safetensors", r"no such file\. Similar here: style\.safetensors$"),
+        (tmp_path / "x.json", "no such file$"),
+        (tmp_path / "no" / "x", "no such file; there is no folder .*no to read$"),
+        ("https:/example.org/x", r"^https://example\.org/x: an address on the web"),
+    ):
+        error = input_error(path, FileNotFoundError(errno.ENOENT, "No such file"))
+        assert isinstance(error, MissingFile) and re.search(said, str(error)), error
+
+
 def test_json_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     """Missing, a folder, a pipe that nobody writes to, too large."""
     os.mkfifo(tmp_path / "pipe")
@@ -92,7 +106,7 @@ def test_json_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             read_json_object(tmp_path / name, limit=50)
 
 
-@pytest.mark.parametrize("code", ["EACCES", "ENAMETOOLONG", "EIO", "ENOSPC", "EROFS", "ENOENT"])
+@pytest.mark.parametrize("code", ["EACCES", "ENAMETOOLONG", "EIO", "ENOSPC", "EROFS", "ENOTDIR"])
 def test_errors_of_the_system_name_the_path_and_what_to_do(code: str) -> None:
     number = getattr(errno, code)
     error = OSError(number, os.strerror(number))
