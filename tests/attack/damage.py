@@ -69,7 +69,7 @@ class Format:
     prepare: Callable[[Box], None]
     commands: Callable[[Box], Sequence[Words]]
     choose: Callable[[Box], list[Path]]
-    runs: int = 100
+    runs: int = 60
     kinds: tuple[str, ...] = ("cut", "flip", "edit")
     header: Callable[[bytes], int] = len
     expect: Callable[[Box, set[str]], bool] | None = None
@@ -99,10 +99,11 @@ def run_format(form: Format, box: Box, scale: float, seed: int) -> Row:
             continue
         path.write_bytes(damaged)
         before, kept = box.look(), read_results(box.out)
-        ending: list[str] = []
         for words in form.commands(box):
             run = box.run(*words)
-            ending += judge_ending(box, run, before)
+            ending = judge_ending(box, run, before)
+            if ending:
+                break
         name = path.relative_to(box.root)
         verdicts = ending or judge(form, box, run, truth, kept, kind)
         row.add(verdicts, f"{number}: {name}: {kind}, {how}", run)
@@ -391,7 +392,7 @@ FORMATS = [
         write_case,
         lambda box: [copy(box)],
         lambda box: [box.inputs / "lora.safetensors"],
-        200,
+        120,
         header=safetensors_header,
         expect=is_same_kohya,
     ),
@@ -400,7 +401,7 @@ FORMATS = [
         write_peft,
         lambda box: [copy(box, lora="peft")],
         lambda box: [box.inputs / "peft" / "adapter_config.json"],
-        200,
+        120,
         expect=is_same_peft,
     ),
     Format(
@@ -416,7 +417,7 @@ FORMATS = [
         write_case,
         lambda box: [transfer(box, "--no-cache")],
         lambda box: list(box.inputs.glob("*/*.safetensors")),
-        200,
+        120,
         ("cut", "flip", "edit", "spoil"),
         safetensors_header,
     ),
@@ -432,7 +433,7 @@ FORMATS = [
         write_ggufs,
         transfer_ggufs,
         lambda box: list(box.inputs.glob("*.gguf")),
-        200,
+        120,
         ("cut", "flip", "flip", "stamp"),
         gguf_header,
     ),
@@ -454,7 +455,7 @@ FORMATS = [
         write_plan,
         migrate,
         lambda box: [box.inputs / "plan.jsonl"],
-        160,
+        100,
         exact=False,
     ),
     Format(
@@ -462,15 +463,15 @@ FORMATS = [
         write_half,
         look_and_migrate,
         lambda box: list(box.out.glob("journal/*.jsonl")),
-        80,
+        40,
     ),
-    Format("kept plan, summary", write_half, look_and_migrate, list_kept, 60),
+    Format("kept plan, summary", write_half, look_and_migrate, list_kept, 30),
     Format(
         "results of a batch",
         write_batch,
         move_batch,
         lambda box: list(box.out.glob("*.safetensors")),
-        100,
+        60,
         header=safetensors_header,
     ),
     Format(
@@ -481,7 +482,7 @@ FORMATS = [
         60,
         ("cut", "flip"),
     ),
-    Format("cache", write_cache, use_cache, list_cache, 100, ("cut", "flip", "stamp")),
+    Format("cache", write_cache, use_cache, list_cache, 60, ("cut", "flip", "stamp")),
     Format("pipeline's configurations", write_pipelines, fit, list_configurations, 12),
     Format("state of a fit", write_fitted, fit, list_cache, 12, ("cut", "flip", "stamp")),
 ]

@@ -13,6 +13,7 @@ import faulthandler
 import hashlib
 import io
 import json
+import logging
 import os
 import resource
 import shutil
@@ -31,14 +32,10 @@ from random import Random
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with more threads cannot be forked
-
 import mini
 import torch
 
 from prolora import cli
-
-torch.set_num_threads(1)
 
 SECONDS = 12.0
 """After which a command counts as one that waits for ever."""
@@ -62,6 +59,9 @@ BAD = (
     "wordless",
 )
 """What no run may end in; `__main__.py` says what each means."""
+
+CONTROLS = ("\x1b[31m", "\x07", "\x9b2J", "\u202e", "\u2028")
+"""What the files here have that a terminal would obey; libraries colour their own words."""
 
 _UNHANDLED = 97
 _SHOWN = 4
@@ -197,6 +197,7 @@ class Box:
 
 def warm_up(box: Box) -> None:
     """Does once in this process what every forked one would else do first: imports, first calls."""
+    torch.set_num_threads(1)  # a process with more cannot be forked
     box.begin()
     lora, source, target = mini.write_case(box.inputs)
     bases = ("--source", source, "--target", target)
@@ -232,6 +233,12 @@ def fork(action: Callable[[], None], said: Path) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = (
+            open(number, "w", encoding="utf-8", errors="replace", closefd=False)
+            for number in (1, 2)
+        )
+        logging.getLogger().handlers.clear()  # what was set up in this process writes elsewhere
+        faulthandler.enable(file=sys.stderr)
         faulthandler.register(signal.SIGUSR1, file=sys.stderr)
         room = _address_space() + 3 * MEGABYTES * 1024**2
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
