@@ -55,6 +55,14 @@ def show(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"Not once: {', '.join(never)}."])
 
 
+def read_rows(path: Path | None, seed: int, scale: float) -> list[Row]:
+    """What an earlier run of the same attacks found, which is not done again."""
+    if path is None or not path.exists():
+        return []
+    rows = [Row.from_json(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if (row.seed, row.scale) == (seed, scale)]
+
+
 def main() -> None:
     """Runs the harnesses and shows what they found."""
     parser = argparse.ArgumentParser(
@@ -64,14 +72,19 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only cases with this word in their name")
-    parser.add_argument("--out", type=Path, help="file that gets a line for each case")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file that gets a line for each case; cases that it has are not done again",
+    )
     args = parser.parse_args()
-    rows: list[Row] = []
+    rows = read_rows(args.out, args.seed, args.scale)
+    there = {(row.harness, row.case) for row in rows}
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
         warm_up(Box(Path(folder)))
     for name in args.harness or HARNESSES:
         for case, run in importlib.import_module(name).list_cases().items():
-            if args.only not in case:
+            if args.only not in case or (name, case) in there:
                 continue
             work, began = Path(tempfile.mkdtemp(prefix="attack-")), time.monotonic()
             try:
@@ -79,6 +92,7 @@ def main() -> None:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             row.seconds = round(time.monotonic() - began, 1)
+            row.seed, row.scale = args.seed, args.scale
             rows.append(row)
             print(row.to_json(), flush=True)
             if args.out:

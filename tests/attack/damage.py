@@ -9,6 +9,7 @@ bytes are flipped by which a file says what it holds: no format has a checksum o
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ def judge(
 ) -> list[str]:
     """The verdicts on the results of a command that ended as it should."""
     found = read_results(box.out)
+    if kind == "add":
+        return ["refused"] if run.code in REFUSALS else ["silent"]
     wrong = {n for n, what in found.items() if what not in (truth.results.get(n), kept.get(n))}
     if run.code:
         verdicts = ["refused"] if run.code in REFUSALS else [f"exit code {run.code}"]
@@ -254,7 +257,24 @@ def spoil(data: bytes, random: Random, header: int) -> tuple[bytes, str]:
     return data[:at] + struct.pack("<f", value) + data[at + 4 :], f"bytes {at}: {value}"
 
 
-KINDS["spoil"] = spoil
+def add(data: bytes, random: Random, header: int) -> tuple[bytes, str]:
+    """A tensor that nobody knows, beside those of an update: it may be part of what that means."""
+    table = json.loads(data[8:header])
+    stem = random.choice([name for name in table if "lora_" in name and "." in name])
+    stem = stem.partition(".lora_")[0].partition(".alpha")[0]
+    word = random.choice(("gate", "magnitudes", "lora_extra.weight", "scale_2", "lora_C.weight"))
+    end = len(data) - header
+    shape = random.choice(([], [1], [24], [24, 1]))
+    size = 4 * (shape[0] if shape else 1)
+    table[f"{stem}.{word}"] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+    raw = json.dumps(table).encode()
+    return (
+        len(raw).to_bytes(8, "little") + raw + data[header:] + random.randbytes(size),
+        f"{word} {shape} beside {stem}",
+    )
+
+
+KINDS |= {"spoil": spoil, "add": add}
 
 # --- collections -----------------------------------------------------------------------------
 
@@ -383,7 +403,59 @@ def write_fitted(box: Box) -> None:
 def list_configurations(box: Box) -> list[Path]:
     """All by which a pipeline says what it is."""
     folder = box.inputs / "source"
-    return [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
+    named = [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]
+    return [path for path in named if path.parent.name != "vocabulary"]
+
+
+CHANGES = (
+    ("unet/config.json", "norm_eps", 0.5),
+    ("unet/config.json", "attention_head_dim", 4),
+    ("unet/config.json", "norm_num_groups", 2),
+    ("unet/config.json", "act_fn", "gelu"),
+    ("unet/config.json", "flip_sin_to_cos", False),
+    ("unet/config.json", "freq_shift", 1),
+    ("unet/config.json", "mid_block_scale_factor", 2.0),
+    ("unet/config.json", "resnet_time_scale_shift", "scale_shift"),
+    ("scheduler/scheduler_config.json", "beta_end", 0.02),
+    ("scheduler/scheduler_config.json", "beta_schedule", "linear"),
+    ("text_encoder/config.json", "layer_norm_eps", 0.5),
+    ("text_encoder/config.json", "hidden_act", "gelu"),
+    ("text_encoder/config.json", "num_attention_heads", 4),
+    ("tokenizer/tokenizer_config.json", "model_max_length", 6),
+)
+"""What a pipeline's answers depend on beside its weights."""
+
+
+def run_resumed(box: Box, scale: float, seed: int) -> Row:
+    """A pipeline is configured otherwise when a fit is resumed.
+
+    The result must be that of a fit that resumes nothing, or the change is refused.
+    """
+    row = Row("damage", "fit resumed after a change")
+    box.begin()
+    write_fitted(box)
+    template = box.keep()
+    chosen = choose(seed, "resumed").sample(CHANGES, max(1, min(14, round(14 * scale))))
+    for name, key, value in chosen:
+        box.begin(template)
+        path, kept = box.inputs / "source" / name, box.cache / "kept"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        before = box.look()
+        kept.rename(box.cache / "aside")
+        box.run(*fit(box)[0], seconds=60)
+        truth = read_results(box.out)
+        shutil.rmtree(box.out)
+        box.out.mkdir()
+        shutil.rmtree(kept, ignore_errors=True)
+        (box.cache / "aside").rename(kept)
+        run = box.run(*fit(box)[0], seconds=60)
+        verdicts = judge_ending(box, run, before)
+        if not verdicts and run.code:
+            verdicts = ["refused"] if run.code in REFUSALS else [f"exit code {run.code}"]
+        elif not verdicts:
+            verdicts = ["equal" if read_results(box.out) == truth else "silent"]
+        row.add(verdicts, f"{name}: {key} is {value!r}", run)
+    return row
 
 
 FORMATS = [
@@ -393,6 +465,7 @@ FORMATS = [
         lambda box: [copy(box)],
         lambda box: [box.inputs / "lora.safetensors"],
         120,
+        ("cut", "flip", "edit", "add"),
         header=safetensors_header,
         expect=is_same_kohya,
     ),
@@ -409,6 +482,8 @@ FORMATS = [
         write_peft,
         lambda box: [copy(box, lora="peft")],
         lambda box: [box.inputs / "peft" / "adapter_model.safetensors"],
+        60,
+        ("cut", "flip", "edit", "add"),
         header=safetensors_header,
         expect=is_same_peft,
     ),
@@ -494,4 +569,5 @@ def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
     def bind(form: Format) -> Callable[[Box, float, int], Row]:
         return lambda box, scale, seed: run_format(form, box, scale, seed)
 
-    return {form.name: bind(form) for form in FORMATS}
+    cases = {form.name: bind(form) for form in FORMATS}
+    return cases | {"fit resumed after a change": run_resumed}

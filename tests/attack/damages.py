@@ -14,7 +14,7 @@ VALUES: tuple[Any, ...] = (
     "",
     "x",
     "../../elsewhere",
-    "/elsewhere",
+    "/tmp/prolora-elsewhere",
     0,
     -1,
     1e999,

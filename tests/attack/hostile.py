@@ -124,7 +124,7 @@ CONTENTS: dict[str, Maker] = {
     "no shape": raw({f"{KEY}.lora_{n}.weight": entry([], 4) for n in ("up", "down")}, 4),
     "offsets of a terabyte": raw({f"{KEY}.lora_up.weight": entry([1 << 20, 1 << 18], 1 << 40)}, 96),
     "key twice": raw(TWICE.encode(), 4),
-    "100,000 tensors": raw({f"x{i}.lora_up.weight": entry([0], 0) for i in range(100_000)}),
+    "30,000 tensors": raw({f"x{i}.lora_up.weight": entry([0], 0) for i in range(30_000)}),
     "number of 5,000 digits": text('{"r": ' + "9" * 5000 + ', "prolora_plan": 1}'),
     "NaN and Infinity": text('{"r": NaN, "lora_alpha": Infinity, "prolora_plan": 1e999}'),
     "half characters": text('{"\\ud800": "\\udfff", "prolora_plan": "\\ud800"}'),
@@ -326,7 +326,7 @@ def run_place(name: str, box: Box, scale: float, seed: int) -> Row:
 
 NAMES = (
     "../../victim",
-    "/victim",
+    "{box}/victim",
     "..",
     ".",
     "a/../../b",
@@ -431,8 +431,9 @@ def run_names(box: Box, scale: float, seed: int) -> Row:
     write_everything(box)
     template = box.keep()
     for what, rename in list(list_named(box)):
-        for name in NAMES:
-            if choose(seed, what, name).random() >= scale:
+        for pattern in NAMES:
+            name = pattern.replace("{box}", str(box.root))
+            if choose(seed, what, pattern).random() >= scale:
                 continue
             box.begin(template)
             try:
@@ -443,10 +444,12 @@ def run_names(box: Box, scale: float, seed: int) -> Row:
                 if "surrogates" in str(error) or isinstance(error, KeyError):
                     continue
                 raise
-            before = box.look()
             for words in commands:
+                # A migration writes into the folder that it is given, others beside it too.
+                folder = words[words.index("-o") + 1] if words[0] == "migrate" else None
+                before = box.look(folder)
                 run = box.run(*words)
-                verdicts = judge_ending(box, run, before)
+                verdicts = judge_ending(box, run, before, folder)
                 done = "done" if run.code == 0 else "refused"
                 row.add(verdicts or [done], f"{what} {name!r:.40}: {words[0]}", run)
     return row

@@ -151,8 +151,9 @@ def run_scenario(scenario: Scenario, box: Box, scale: float, seed: int) -> Row:
         verdicts += ending_verdicts + judge_end(box, new)
         if run.code:
             verdicts.append("lost")
+        signals["resumed"] += was_resumed(box.out / "report.json")
         row.add(verdicts or ["equal"], f"{number}: {', '.join(told)}", run)
-    row.facts |= dict(signals)
+    row.facts |= {name: number for name, number in signals.items() if number}
     return row
 
 
@@ -248,6 +249,15 @@ def judge_end(box: Box, new: dict[str, bytes]) -> list[str]:
     if any(number > 1 for number in moved.values()):
         verdicts.append("twice")
     return verdicts
+
+
+def was_resumed(report: Path) -> bool:
+    """Whether a fit says that it went on from something that was kept."""
+    try:
+        probe = json.loads(report.read_text())["probe"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return bool(probe and probe.get("resumed"))
 
 
 def count_moves(out: Path) -> Counter[str]:

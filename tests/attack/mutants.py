@@ -1,6 +1,6 @@
 """Which small changes of the code do the tests near it not notice?
 
-    python tests/attack/mutants.py FILE ... [--most 60] [--seed 0] [--jobs 2] [--out rows.jsonl]
+    python tests/attack/mutants.py FILE ... [--most 60] [--jobs 2] [--out rows.jsonl]
     python tests/attack/mutants.py --since REV [...]
 
 The repository is copied, and only the copy is changed. For each file, the tests near it run once:
@@ -322,6 +322,7 @@ def main() -> None:
     parser.add_argument("--since", help="a revision: lines changed since then")
     parser.add_argument("--most", type=int, default=60, help="mutants of a file; a sample of more")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="no further file after these")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file that gets a line for each file")
     args = parser.parse_args()
@@ -336,7 +337,11 @@ def main() -> None:
     total: dict[str, int] = defaultdict(int)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         places = [copy_repository(Path(folder) / str(number)) for number in range(args.jobs)]
+        until = time.monotonic() + 60 * args.minutes
         for file, lines in files.items():
+            if time.monotonic() > until:
+                print(f"{file}: no time left")
+                continue
             facts = test_file(places, file, lines, args.most, args.seed)
             for name in ("tried", "killed", "survived", "untested"):
                 total[name] += facts[name]

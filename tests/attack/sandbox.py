@@ -104,6 +104,8 @@ class Row:
         findings: the first few of each bad verdict: what was done and what came of it.
         seconds: wall time.
         facts: further numbers.
+        seed: of its random numbers.
+        scale: of its number of runs.
     """
 
     harness: str
@@ -113,6 +115,8 @@ class Row:
     findings: list[dict[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    scale: float = 1.0
 
     def add(self, verdicts: Sequence[str], how: str, run: Run | None = None) -> None:
         """Counts a run, and keeps what was done where that should not have been."""
@@ -131,6 +135,13 @@ class Row:
     def to_json(self) -> str:
         """One line."""
         return json.dumps(vars(self) | {"bad": self.bad})
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Reads what `to_json` gave."""
+        known = json.loads(line)
+        del known["bad"]
+        return cls(**known | {"counts": Counter(known["counts"])})
 
 
 class Box:
@@ -185,9 +196,9 @@ class Box:
         sys.argv = ["prolora", *map(str, words)]
         cli.main()
 
-    def look(self) -> dict[str, str]:
+    def look(self, results: Path | None = None) -> dict[str, str]:
         """What lies in the box outside the results and the caches: path -> what it is."""
-        mine = ("out", "cache", "home/cache")
+        mine = ((results or self.out).relative_to(self.root).as_posix(), "cache", "home/cache")
         return {
             name: what
             for name, what in look_at(self.root).items()
@@ -304,13 +315,16 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def judge_ending(box: Box, run: Run, before: dict[str, str]) -> list[str]:
+def judge_ending(
+    box: Box, run: Run, before: dict[str, str], results: Path | None = None
+) -> list[str]:
     """The bad verdicts that need no comparison of results.
 
     Args:
         box: in which it ran.
         run: the command.
         before: what `Box.look` gave before it.
+        results: the folder that it may write into; `out` as a whole unless given.
     """
     verdicts = []
     crashed = run.code in (_UNHANDLED,) or (run.code < 0 and not run.hung)
@@ -320,7 +334,7 @@ def judge_ending(box: Box, run: Run, before: dict[str, str]) -> list[str]:
         verdicts.append("hang")
     if box.canary.exists():
         verdicts.append("executed")
-    after = box.look()
+    after = box.look(results)
     if before.items() - after.items():
         verdicts.append("lost")
     if {n for n in after.keys() - before.keys() if not n.startswith(("tmp", "home"))}:
