@@ -40,8 +40,8 @@ PACKAGE = "python/prolora"
 PREPARED = ("torch", "numpy", "safetensors.torch", "hypothesis", "typer.testing", "rich.table")
 """What nearly every test imports: once here, and not in each process."""
 
-FILES, SECONDS = 8, 240.0
-"""The most files of tests that are near a file, and the most time to run them once."""
+FILES, SECONDS = 16, 15.0
+"""The most files of tests that are near a file, and the most time that each of them gets once."""
 
 PER_MUTANT = 45.0
 """The most seconds of tests that are run for a mutant that none of them notices."""
@@ -104,7 +104,7 @@ def list_near_tests(file: str, most: int = FILES) -> list[str]:
     """Files of tests, the nearest first.
 
     Distance 0 is a test named after the file, 1 one that imports it, 2 one that imports a file
-    which imports it, and so on; of equal ones, those of the same room come first.
+    which imports it, and so on; those of the same room count as two steps nearer.
     """
     stem, room = Path(file).stem, Path(file).relative_to(PACKAGE).parts[0]
     tests = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -117,7 +117,7 @@ def list_near_tests(file: str, most: int = FILES) -> list[str]:
     while waiting:
         name = waiting.pop(0)
         for other in importers[name]:
-            if other not in distance and not other.endswith("__init__.py"):
+            if other not in distance and other != f"{PACKAGE}/__init__.py":
                 distance[other] = distance[name] + 1
                 waiting.append(other)
     order = []
@@ -128,7 +128,7 @@ def list_near_tests(file: str, most: int = FILES) -> list[str]:
             far = 0
         here = path.relative_to(ROOT / "tests").parts[0] == room
         if far < 9 or here:
-            order.append((far - 0.5 * here, name))
+            order.append((far - 2 * here, name))
     return [name for _, name in sorted(order)[:most]]
 
 
@@ -138,10 +138,15 @@ def list_near_tests(file: str, most: int = FILES) -> list[str]:
 class Watcher:
     """A plugin of pytest: how long each test takes, and which functions it enters."""
 
-    def __init__(self, seconds: float) -> None:
-        """Stops after so many seconds."""
+    def __init__(self) -> None:
+        """Has seen nothing yet."""
         self.tests: list[dict[str, Any]] = []
-        self.until = time.monotonic() + seconds
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Leaves out the rest of a file that takes long."""
+        if self.spent[str(item.path)] > SECONDS:
+            pytest.skip("enough")
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -151,9 +156,8 @@ class Watcher:
         began = time.monotonic()
         yield
         facts = {"name": item.nodeid, "seconds": time.monotonic() - began}
+        self.spent[str(item.path)] += facts["seconds"]
         self.tests.append(facts | {"functions": sorted(seen)})
-        if time.monotonic() > self.until:
-            item.session.shouldstop = "enough"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test that fails without any mutant says nothing about one."""
@@ -224,7 +228,7 @@ def find_tests(place: Path, file: str, tests: list[str]) -> list[Test]:
     text = path.read_text("utf-8")
     path.write_text(watch(text), "utf-8")
     try:
-        run_tests(place, tests, SECONDS + 60, [Watcher(SECONDS)], notes)
+        run_tests(place, tests, 60 + 2 * SECONDS * len(tests), [Watcher()], notes)
         facts = json.loads(notes.read_text())
     finally:
         path.write_text(text, "utf-8")
