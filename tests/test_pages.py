@@ -63,3 +63,9 @@ def test_the_page_of_families_says_what_their_files_say():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "bench" / "results").exists(), reason="a source distribution")
+def test_the_page_of_attacks_says_what_the_last_night_found():
+    """`python docs/make_attacks.py` writes it."""
+    subprocess.run([sys.executable, ROOT / "docs" / "make_attacks.py", "--check"], check=True)

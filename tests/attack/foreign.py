@@ -1,0 +1,273 @@
+"""Files of others where prolora writes: none may be replaced, changed or deleted.
+
+Each command runs once in an empty place, which shows every file that it writes. Then, for each of
+those names in turn, a file lies there that prolora did not write, and the command runs again. So
+nothing here has to know where results go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import damage
+import fleet_files
+import mini
+from hostile import bases
+from safetensors.torch import save_file
+from sandbox import Box, Row, choose, digest, judge_ending, look_at
+
+Words = list[object]
+
+
+def write_lora(path: Path) -> None:
+    """A trained LoRA that is not prolora's."""
+    save_file(mini.lora_tensors(3), path, {"ss_output_name": "mine", "ss_training_comment": "week"})
+
+
+def write_page(path: Path) -> None:
+    """A page that quotes prolora."""
+    path.write_text("<!doctype html><html><title>prolora</title><p>moved by prolora</p></html>\n")
+
+
+def write_readme(path: Path) -> None:
+    """A README that quotes the mark of a card."""
+    path.write_text("# Mine\n\nCards begin with `<!-- written by prolora 0.1.0 -->`.\n")
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("mine\n"),
+    "JSON": lambda path: path.write_text('{"mine": [1, 2], "summary": "", "modules": []}\n'),
+    "JSON list": lambda path: path.write_text("[]\n"),
+    "JSON lines": lambda path: path.write_text('{"mine": 1}\n{"mine": 2}\n'),
+    "LoRA": write_lora,
+    "page": write_page,
+    "README": write_readme,
+}
+"""What may lie where a result goes; every kind under every name."""
+
+
+def edit_text(path: Path) -> None:
+    """What the user of a file of prolora's adds to it."""
+    path.write_text(path.read_text() + "\nA paragraph of my own.\n")
+
+
+_DIGEST = re.compile(r"[0-9a-f]{12,}[^/]*$")
+
+EDITABLE = (".md",)
+"""Files that are for people to go on writing in."""
+
+
+def write_inputs(box: Box) -> None:
+    """A LoRA, bases, three LoRAs in a folder, a plan of them."""
+    damage.write_case(box)
+    loras = box.inputs / "loras"
+    loras.mkdir()
+    for name in "abc":
+        save_file(fleet_files.some_tensors(2, 12), loras / f"{name}.safetensors")
+    box.must("plan", loras, *bases(box), "-o", box.inputs / "plan.jsonl", "-q")
+
+
+def transfer(box: Box, *more: object) -> Words:
+    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--no-cache", "-q", *more]
+
+
+COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
+    "transfer": (
+        write_inputs,
+        lambda box: transfer(
+            box,
+            *("-o", box.out / "moved.safetensors", "--card"),
+            *("--report", box.out / "report.json", "--save-match", box.out / "map.json"),
+        ),
+    ),
+    "transfer, page": (
+        write_inputs,
+        lambda box: transfer(
+            box, "-o", box.out / "moved.safetensors", "--report", box.out / "report.html"
+        ),
+    ),
+    "transfer, PEFT": (
+        write_inputs,
+        lambda box: transfer(box, "-o", box.out / "moved", "--format", "peft", "--card"),
+    ),
+    "transfer, several": (
+        write_inputs,
+        lambda box: [
+            *("transfer", *sorted((box.inputs / "loras").iterdir()), *bases(box)),
+            *("-o", box.out / "moved", "--report", box.out / "report.json", "--card"),
+            *("--no-cache", "-q"),
+        ],
+    ),
+    "transfer, cache": (
+        write_inputs,
+        lambda box: [
+            *("transfer", box.inputs / "lora.safetensors", *bases(box), "-q", "--method"),
+            *("prolora", "--rank", "4", "-o", box.out / "m.safetensors", "--cache", box.out / "c"),
+        ],
+    ),
+    "compare": (
+        write_inputs,
+        lambda box: [
+            *("compare", *bases(box), "--no-cache"),
+            *("--plot", box.out / "plot.png", "--save-match", box.out / "map.json"),
+        ],
+    ),
+    "plan": (
+        write_inputs,
+        lambda box: ["plan", box.inputs / "loras", *bases(box), "-o", box.out / "p.jsonl", "-q"],
+    ),
+    "migrate": (
+        write_inputs,
+        lambda box: [
+            *("migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--no-cache"),
+        ],
+    ),
+    "basis": (
+        write_inputs,
+        lambda box: ["basis", box.inputs / "source", "--cache", box.out / "c", "-q"],
+    ),
+    "fit with resume": (
+        damage.write_pipelines,
+        lambda box: transfer(
+            box, *damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"
+        ),
+    ),
+    "demo": (write_inputs, lambda box: ["demo", "-o", box.out / "demo", "--method", "copy"]),
+}
+
+
+def run_command(name: str, box: Box, scale: float, seed: int) -> Row:
+    """A command over foreign files, one after the other, in every place that it writes to."""
+    row = Row("foreign", name)
+    prepare, make = COMMANDS[name]
+    box.begin()
+    prepare(box)
+    template = box.keep()
+    box.must(*make(box))
+    written = box.keep() / "out"
+    names = list_written(written)
+    row.facts["files that it writes"] = len(names)
+    slow = 0.15 if "fit" in name or name == "demo" else 1.0
+    for target in names:
+        for kind in [*FOREIGN, "edited"]:
+            if kind == "edited" and not target.endswith(EDITABLE):
+                continue
+            if kind != "edited" and choose(seed, target, kind).random() >= scale * slow:
+                continue
+            box.begin(template)
+            path = box.out / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "edited":
+                box.must(*make(box))
+                edit_text(path)
+            else:
+                FOREIGN[kind](path)
+            plant_others(box, [path])
+            judge_foreign(box, row, make(box), f"{kind} as {target}")
+    return row
+
+
+def list_written(out: Path) -> list[str]:
+    """The files that a command wrote, but for those whose names are digests.
+
+    No file of another has such a name by chance, and one that is damaged has to be made again.
+    """
+    names = [n for n in look_at(out) if (out / n).is_file()]
+    if not names:
+        raise RuntimeError("a command that should write something wrote nothing")
+    return [name for name in names if not _DIGEST.search(name)]
+
+
+def plant_others(box: Box, there: Sequence[Path]) -> None:
+    """Files that have nothing to do with any result, in each folder of the results."""
+    folders = {box.out, *(path.parent for path in there)}
+    for folder in folders:
+        (folder / "notes.txt").write_text("mine\n")
+        write_lora(folder / "trained.safetensors")
+        (folder / "mine").mkdir(exist_ok=True)
+        (folder / "mine" / "data.json").write_text("{}\n")
+
+
+def judge_foreign(box: Box, row: Row, words: Words, how: str) -> None:
+    """Runs a command; all that was there before must be there as it was."""
+    files = {path: digest(path.read_bytes()) for path in box.out.rglob("*") if path.is_file()}
+    mine = {p: d for p, d in files.items() if is_foreign(p, how, box)}
+    before = box.look()
+    run = box.run(*words)
+    verdicts = judge_ending(box, run, before)
+    for path, was in mine.items():
+        if not path.is_file() or digest(path.read_bytes()) != was:
+            verdicts.append("replaced")
+            how = f"{how}: {path.relative_to(box.out)}"
+            break
+    row.add(verdicts or ["done" if run.code == 0 else "refused"], how, run)
+
+
+def is_foreign(path: Path, how: str, box: Box) -> bool:
+    """Whether prolora did not write a file: all but what an edited run left beside its README."""
+    if not how.startswith("edited"):
+        return True
+    relative = path.relative_to(box.out).as_posix()
+    return how.endswith(f" {relative}") or "trained" in relative or "notes.txt" in relative
+
+
+def run_folders(box: Box, scale: float, seed: int) -> Row:
+    """Folders of projects that happen to have names that prolora uses."""
+    row = Row("foreign", "folders with our names")
+    box.begin()
+    write_inputs(box)
+    template = box.keep()
+    for name in ("plans", "journal", "loras", "loras/target", "moved", "c", "c/v3", "cache"):
+        cached = transfer(box, "-o", box.out / "moved.safetensors", "--cache", box.out / "c")
+        for words in (
+            ["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--no-cache"],
+            [word for word in cached if word != "--no-cache"],
+            ["basis", "prune", "--cache", box.out / "c"],
+            ["basis", "prune", "--all", "--cache", box.out / "c"],
+        ):
+            box.begin(template)
+            folder = box.out / name
+            folder.mkdir(parents=True)
+            (folder / "plan.jsonl").write_text('{"mine": 1}\n')
+            (folder / "0123456789abcdef.jsonl").write_text('{"mine": 1}\n')
+            for file in ("summary.json", "summary.html", "failed.jsonl"):
+                (box.out / file).write_text('{"mine": 1}\n')
+            plant_others(box, [folder / "x"])
+            judge_foreign(box, row, words, f"{words[0]} over {name}/")
+    return row
+
+
+def run_links(box: Box, scale: float, seed: int) -> Row:
+    """Links in the places of results, to files of others beside the results."""
+    row = Row("foreign", "links to files of others")
+    for name in COMMANDS:
+        if "fit" in name or name == "demo":
+            continue
+        prepare, make = COMMANDS[name]
+        box.begin()
+        prepare(box)
+        template = box.keep()
+        box.must(*make(box))
+        written = box.keep() / "out"
+        for target in list_written(written):
+            if choose(seed, name, target).random() >= scale:
+                continue
+            box.begin(template)
+            victim, path = box.inputs / "victim", box.out / target
+            write_lora(victim) if target.endswith(".safetensors") else victim.write_text("mine\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(victim)
+            judge_foreign(box, row, make(box), f"{name}: a link as {target}")
+    return row
+
+
+def list_cases() -> dict[str, Callable[[Box, float, int], Row]]:
+    """Name -> what runs it."""
+
+    def bind(name: str) -> Callable[[Box, float, int], Row]:
+        return lambda box, scale, seed: run_command(name, box, scale, seed)
+
+    commands = {name: bind(name) for name in COMMANDS}
+    return commands | {"folders with our names": run_folders, "links": run_links}

@@ -1,0 +1,360 @@
+"""Which small changes of the code do the tests near it not notice?
+
+    python tests/attack/mutants.py FILE ... [--most 60] [--jobs 2] [--out rows.jsonl]
+    python tests/attack/mutants.py --since REV [...]
+
+The repository is copied, and only the copy is changed. For each file, the tests near it run once:
+those of its own name, those that import it or what imports it, and its room. That shows which test
+runs which function. Then each mutant (mutations.py) is put into the file and the tests of its
+function run, the quickest first, until one fails. Those that all tests pass are listed: a test is
+missing, or the change makes no difference. With `--since`, only lines changed since a revision are
+mutated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from mutations import Mutant, list_mutants
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "python/prolora"
+PREPARED = ("torch", "numpy", "safetensors.torch", "hypothesis", "typer.testing", "rich.table")
+"""What nearly every test imports: once here, and not in each process."""
+
+FILES, SECONDS = 16, 15.0
+"""The most files of tests that are near a file, and the most time that each of them gets once."""
+
+PER_MUTANT = 45.0
+"""The most seconds of tests that are run for a mutant that none of them notices."""
+
+_MARK = "__mutants_seen__"
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test that ran, and the functions of the file that it entered."""
+
+    name: str
+    seconds: float
+    functions: frozenset[str]
+
+
+def copy_repository(place: Path) -> Path:
+    """What git knows of the working tree, and what was compiled into the package."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    names += [path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.so")]
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, place / name)
+    return place
+
+
+# --- which tests are near --------------------------------------------------------------------
+
+
+@cache
+def list_imports(path: Path) -> frozenset[str]:
+    """The files of the package that a file imports, below the repository."""
+    found = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = package[: len(package) - node.level + 1]
+                start = "/".join([*parts, *(node.module or "").split(".")]).rstrip("/")
+            elif (node.module or "").split(".")[0] == "prolora":
+                start = "python/" + (node.module or "").replace(".", "/")
+            else:
+                continue
+            for name in ("", *(f"/{alias.name}" for alias in node.names)):
+                for file in (f"{start}{name}.py", f"{start}{name}/__init__.py"):
+                    if (ROOT / file).is_file():
+                        found.add(file)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                file = "python/" + alias.name.replace(".", "/") + ".py"
+                if (ROOT / file).is_file():
+                    found.add(file)
+    return frozenset(found)
+
+
+def list_near_tests(file: str, most: int = FILES) -> list[str]:
+    """Files of tests, the nearest first.
+
+    Distance 0 is a test named after the file, 1 one that imports it, 2 one that imports a file
+    which imports it, and so on; those of the same room count as two steps nearer.
+    """
+    stem, room = Path(file).stem, Path(file).relative_to(PACKAGE).parts[0]
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    distance: dict[str, float] = {file: 0}
+    waiting = [file]
+    importers = defaultdict(set)
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        for imported in list_imports(path):
+            importers[imported].add(path.relative_to(ROOT).as_posix())
+    while waiting:
+        name = waiting.pop(0)
+        for other in importers[name]:
+            if other not in distance and other != f"{PACKAGE}/__init__.py":
+                distance[other] = distance[name] + 1
+                waiting.append(other)
+    order = []
+    for path in tests:
+        name = path.relative_to(ROOT).as_posix()
+        far = 1 + min((distance[i] for i in list_imports(path) if i in distance), default=9)
+        if set(stem.split("_")) <= set(path.stem.split("_")):
+            far = 0
+        here = path.relative_to(ROOT / "tests").parts[0] == room
+        if far < 9 or here:
+            order.append((far - 2 * here, name))
+    return [name for _, name in sorted(order)[:most]]
+
+
+# --- running tests in a forked process -------------------------------------------------------
+
+
+class Watcher:
+    """A plugin of pytest: how long each test takes, and which functions it enters."""
+
+    def __init__(self) -> None:
+        """Has seen nothing yet."""
+        self.tests: list[dict[str, Any]] = []
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Leaves out the rest of a file that takes long."""
+        if self.spent[str(item.path)] > SECONDS:
+            pytest.skip("enough")
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Around each test, its fixtures included."""
+        seen: set[str] = sys.modules["builtins"].__dict__[_MARK]
+        seen.clear()
+        began = time.monotonic()
+        yield
+        facts = {"name": item.nodeid, "seconds": time.monotonic() - began}
+        self.spent[str(item.path)] += facts["seconds"]
+        self.tests.append(facts | {"functions": sorted(seen)})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test that fails without any mutant says nothing about one."""
+        if report.failed:
+            self.tests.append({"name": report.nodeid, "failed": True})
+
+
+def watch(text: str) -> str:
+    """The file with a note at the beginning of each outermost function that it was entered."""
+    tree = ast.parse(text)
+
+    def visit(body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{node.name}:{node.lineno}"
+                note = f"__builtins__['{_MARK}'].add({name!r})"
+                if isinstance(node.body[0], ast.Expr) and len(node.body) > 1:
+                    node.body.insert(1, ast.parse(note).body[0])
+                else:
+                    node.body.insert(0, ast.parse(note).body[0])
+            elif isinstance(node, ast.ClassDef | ast.If | ast.Try):
+                visit(node.body)
+
+    visit(tree.body)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def run_tests(
+    place: Path, words: list[str], seconds: float, plugins: list[Any], notes: Path
+) -> int:
+    """pytest in a forked process in a copy; its exit code, or -1 at the time limit."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 3
+        try:
+            os.setsid()
+            quiet = os.open(notes.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            os.chdir(place)
+            sys.dont_write_bytecode = True
+            sys.path[:0] = [str(place / "python")]
+            os.environ["PYTHONPATH"] = str(place / "python")
+            os.environ.pop("PYTEST_ADDOPTS", None)
+            sys.modules["builtins"].__dict__[_MARK] = set()
+            fast = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow"]
+            code = int(pytest.main(["-q", "-x" if not plugins else "-q", *fast, *words], plugins))
+            if plugins:
+                notes.write_text(json.dumps(plugins[0].tests))
+        finally:
+            os._exit(code)
+    until = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return -1
+        time.sleep(0.02)
+
+
+def find_tests(place: Path, file: str, tests: list[str]) -> list[Test]:
+    """The tests that enter a function of a file, the quickest first."""
+    path, notes = place / file, place / "seen.json"
+    text = path.read_text("utf-8")
+    path.write_text(watch(text), "utf-8")
+    try:
+        run_tests(place, tests, 60 + 2 * SECONDS * len(tests), [Watcher()], notes)
+        facts = json.loads(notes.read_text())
+    finally:
+        path.write_text(text, "utf-8")
+    failed = {fact["name"] for fact in facts if "failed" in fact}
+    found = [
+        Test(fact["name"], fact["seconds"], frozenset(fact["functions"]))
+        for fact in facts
+        if fact.get("functions") and fact["name"] not in failed
+    ]
+    return sorted(found, key=lambda test: test.seconds)
+
+
+def judge(place: Path, file: str, mutant: Mutant, tests: list[Test]) -> str:
+    """ "killed", "survived", or "untested" where no test enters its function."""
+    chosen, total = [], 0.0
+    for test in tests:
+        if mutant.function in test.functions or not mutant.function:
+            if chosen and total + test.seconds > PER_MUTANT:
+                break
+            chosen.append(test.name)
+            total += test.seconds
+    if not chosen:
+        return "untested"
+    path = place / file
+    text = path.read_text("utf-8")
+    path.write_text(mutant.text, "utf-8")
+    try:
+        code = run_tests(place, chosen, 3 * total + 30, [], place / "mutant.json")
+    finally:
+        path.write_text(text, "utf-8")
+    return "survived" if code == 0 else "killed"
+
+
+# --- the whole --------------------------------------------------------------------------------
+
+
+def list_changed(since: str) -> dict[str, set[int]]:
+    """File of the package -> lines that were changed since a revision."""
+    words = ["git", "diff", "--unified=0", since, "--", PACKAGE]
+    diff = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    changed: dict[str, set[int]] = {}
+    file = ""
+    for line in diff.splitlines():
+        if line.startswith("+++ "):
+            file = line[6:]
+        elif match := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            first, count = int(match[1]), int(match[2] or 1)
+            changed.setdefault(file, set()).update(range(first, first + count))
+    return {f: lines for f, lines in changed.items() if f.endswith(".py") and (ROOT / f).is_file()}
+
+
+def test_file(
+    places: list[Path], file: str, lines: set[int] | None, most: int, seed: int
+) -> dict[str, Any]:
+    """Mutates a file in the copies, one process for each, and gives the figures."""
+    began = time.monotonic()
+    near = list_near_tests(file)
+    tests = find_tests(places[0], file, near)
+    mutants = list_mutants((ROOT / file).read_text("utf-8"))
+    mutants = [m for m in mutants if lines is None or m.line in lines]
+    chosen = sorted(Random(seed).sample(range(len(mutants)), min(most, len(mutants))))
+    notes = [place / "verdicts.jsonl" for place in places]
+    workers = []
+    for number, place in enumerate(places):
+        notes[number].write_text("")
+        if (pid := os.fork()) == 0:
+            for index in chosen[number :: len(places)]:
+                verdict = judge(place, file, mutants[index], tests)
+                with open(notes[number], "a") as opened:
+                    opened.write(json.dumps([index, verdict]) + "\n")
+            os._exit(0)
+        workers.append(pid)
+    for pid in workers:
+        os.waitpid(pid, 0)
+    verdicts = dict(json.loads(line) for note in notes for line in note.read_text().splitlines())
+    left = [
+        f"{file}:{mutants[i].line} {verdicts[i]}: {mutants[i].what}"
+        for i in sorted(verdicts)
+        if verdicts[i] != "killed"
+    ]
+    counts = {
+        name: list(verdicts.values()).count(name) for name in ("killed", "survived", "untested")
+    }
+    facts = {"file": file, "mutants": len(mutants), "tried": len(verdicts), **counts}
+    seconds = round(time.monotonic() - began, 1)
+    return facts | {"tests": len(tests), "near": near, "seconds": seconds, "left": left}
+
+
+def main() -> None:
+    """Mutates files and lists what no test noticed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", help="of the package, below the repository")
+    parser.add_argument("--since", help="a revision: lines changed since then")
+    parser.add_argument("--most", type=int, default=60, help="mutants of a file; a sample of more")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="no further file after these")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file that gets a line for each file")
+    args = parser.parse_args()
+    files: dict[str, set[int] | None] = {
+        Path(name).resolve().relative_to(ROOT).as_posix(): None for name in args.files
+    }
+    if args.since:
+        files |= {name: lines for name, lines in list_changed(args.since).items()}
+    for name in PREPARED:
+        __import__(name)
+    sys.modules["torch"].set_num_threads(1)
+    total: dict[str, int] = defaultdict(int)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        places = [copy_repository(Path(folder) / str(number)) for number in range(args.jobs)]
+        until = time.monotonic() + 60 * args.minutes
+        for file, lines in files.items():
+            if time.monotonic() > until:
+                print(f"{file}: no time left")
+                continue
+            facts = test_file(places, file, lines, args.most, args.seed)
+            for name in ("tried", "killed", "survived", "untested"):
+                total[name] += facts[name]
+            print("\n".join(facts["left"]), flush=True)
+            if args.out:
+                with open(args.out, "a") as opened:
+                    opened.write(json.dumps(facts) + "\n")
+    print(json.dumps(total))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""A command line in a process of its own, what it left behind, and how that is counted.
+
+A box is a folder in which everything of one run lies: `in/` the inputs, `out/` the results,
+`cache/`, and folders that stand for the user's home and for temporary files. It has the same path
+in every run, since plans hold paths. The process is forked from this one, which has imported all
+that is slow, so that a run costs what the command itself costs; its memory and its time are
+bounded, and what it prints is kept.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import io
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+import mini
+import torch
+
+from prolora import cli
+
+SECONDS = 12.0
+"""After which a command counts as one that waits for ever."""
+
+MEGABYTES = 700
+"""More than any command here needs; the address space has room for three times as much."""
+
+GOOD = ("equal", "stated", "refused", "done")
+BAD = (
+    "partial",
+    "lost",
+    "replaced",
+    "twice",
+    "silent",
+    "hang",
+    "traceback",
+    "executed",
+    "outside",
+    "escape",
+    "memory",
+    "wordless",
+)
+"""What no run may end in; `__main__.py` says what each means."""
+
+CONTROLS = ("\x1b[31m", "\x07", "\x9b2J", "\u202e", "\u2028")
+"""What the files here have that a terminal would obey; libraries colour their own words."""
+
+_UNHANDLED = 97
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that ended.
+
+    Attributes:
+        code: its exit code; negative for the signal that ended it.
+        text: what it printed.
+        seconds: how long it took.
+        megabytes: how far its memory rose above that of this process.
+        hung: whether it was ended at its time limit.
+    """
+
+    code: int
+    text: str
+    seconds: float
+    megabytes: float
+    hung: bool = False
+
+    @property
+    def excerpt(self) -> str:
+        """The end of what it printed; of one that waited, the innermost of where it stood."""
+        text = self.text.strip()
+        return text[:700] if self.hung else text[-700:]
+
+
+@dataclass
+class Row:
+    """The figures of one case of a harness.
+
+    Attributes:
+        harness: its name.
+        case: what was attacked.
+        runs: how many commands were judged.
+        counts: verdict -> how many of them.
+        findings: the first few of each bad verdict: what was done and what came of it.
+        seconds: wall time.
+        facts: further numbers.
+        seed: of its random numbers.
+        scale: of its number of runs.
+    """
+
+    harness: str
+    case: str
+    runs: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    findings: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    scale: float = 1.0
+
+    def add(self, verdicts: Sequence[str], how: str, run: Run | None = None) -> None:
+        """Counts a run, and keeps what was done where that should not have been."""
+        self.runs += 1
+        for verdict in dict.fromkeys(verdicts):
+            self.counts[verdict] += 1
+            if verdict not in GOOD and self.counts[verdict] <= _SHOWN:
+                said = "" if run is None else f"exit {run.code}: {run.excerpt}"
+                self.findings.append({"verdict": verdict, "how": how, "said": said})
+
+    @property
+    def bad(self) -> int:
+        """How many verdicts should not have been."""
+        return sum(number for verdict, number in self.counts.items() if verdict not in GOOD)
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(vars(self) | {"bad": self.bad})
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Reads what `to_json` gave."""
+        known = json.loads(line)
+        del known["bad"]
+        return cls(**known | {"counts": Counter(known["counts"])})
+
+
+class Box:
+    """The folder of a run, made anew for each."""
+
+    def __init__(self, work: Path) -> None:
+        """Takes a folder that nothing else uses."""
+        self.work, self.root = work, work / "box"
+        self.out, self.inputs, self.cache = (self.root / n for n in ("out", "in", "cache"))
+        self.canary = work / "canary"
+        self.saved = 0
+
+    def begin(self, template: Path | None = None) -> None:
+        """Empties the box, and fills it with what `keep` gave."""
+        if self.root.exists():
+            shutil.rmtree(self.root)
+        if template is not None:
+            shutil.copytree(template, self.root, symlinks=True)
+        for name in ("in", "out", "home", "tmp"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        self.canary.unlink(missing_ok=True)
+
+    def keep(self) -> Path:
+        """A copy of the box as it is, from which others begin."""
+        self.saved += 1
+        return Path(shutil.copytree(self.root, self.work / f"kept-{self.saved}", symlinks=True))
+
+    def start(self, words: Sequence[object]) -> int:
+        """Starts a command and gives its process."""
+        return fork(lambda: self._run_main(words), self.work / "said")
+
+    def run(self, *words: object, seconds: float = SECONDS) -> Run:
+        """Runs a command to its end, or to its time limit."""
+        began, before = time.monotonic(), _resident()
+        pid = self.start(words)
+        return wait(pid, self.work / "said", began, before, seconds)
+
+    def must(self, *words: object) -> Run:
+        """Runs a command that has nothing to complain of: otherwise nothing here is tested."""
+        run = self.run(*words, seconds=10 * SECONDS)
+        if run.code:
+            raise RuntimeError(f"{words} ended in {run.code}: {run.text}")
+        return run
+
+    def _run_main(self, words: Sequence[object]) -> None:
+        os.chdir(self.root)
+        folders = {"HOME": "home", "XDG_CACHE_HOME": "home/.cache", "TMPDIR": "tmp"}
+        os.environ |= {name: str(self.root / value) for name, value in folders.items()}
+        os.environ |= {"PROLORA_CACHE": str(self.root / "home" / "cache"), "COLUMNS": "200"}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+        tempfile.tempdir = None
+        sys.argv = ["prolora", *map(str, words)]
+        cli.main()
+
+    def look(self, results: Path | None = None) -> dict[str, str]:
+        """What lies in the box outside the results and the caches: path -> what it is."""
+        mine = ((results or self.out).relative_to(self.root).as_posix(), "cache", "home/cache")
+        return {
+            name: what
+            for name, what in look_at(self.root).items()
+            if not any(name == folder or name.startswith(f"{folder}/") for folder in mine)
+        }
+
+
+def warm_up(box: Box) -> None:
+    """Does once in this process what every forked one would else do first: imports, first calls."""
+    torch.set_num_threads(1)  # a process with more cannot be forked
+    box.begin()
+    lora, source, target = mini.write_case(box.inputs)
+    bases = ("--source", source, "--target", target)
+    out, plan = box.out / "moved.safetensors", box.out / "plan.jsonl"
+    for words in (
+        ("transfer", lora, *bases, "-o", out, "--report", box.out / "report.json", "--card"),
+        ("transfer", lora, *bases, "-o", out, "--method", "prolora", "--rank", "4", "--no-cache"),
+        ("plan", box.inputs, *bases, "-o", plan),
+        ("migrate", plan, "-o", box.out / "moved"),
+        ("status", box.out / "moved"),
+        ("inspect", lora),
+    ):
+        sys.argv = ["prolora", *map(str, words), *(["--no-cache"] if words[0] == "migrate" else [])]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            try:
+                cli.main()
+            except SystemExit as end:
+                if end.code:
+                    raise RuntimeError(f"{words} ended in {end.code}") from end
+
+
+def fork(action: Callable[[], None], said: Path) -> int:
+    """Does something in a new process, with bounded memory; what it prints goes to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 0
+    try:
+        os.setsid()
+        log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = (
+            open(number, "w", encoding="utf-8", errors="replace", closefd=False)
+            for number in (1, 2)
+        )
+        logging.getLogger().handlers.clear()  # what was set up in this process writes elsewhere
+        faulthandler.enable(file=sys.stderr)
+        faulthandler.register(signal.SIGUSR1, file=sys.stderr)
+        room = _address_space() + 3 * MEGABYTES * 1024**2
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        action()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = _UNHANDLED
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+def wait(pid: int, said: Path, began: float, before: float, seconds: float) -> Run:
+    """Waits for a process; at the time limit it says where it stands, and is ended."""
+    hung = False
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            break
+        if not hung and time.monotonic() - began > seconds:
+            hung = True
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.3)
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.001)
+    text = said.read_text(errors="replace") if said.exists() else ""
+    code = os.waitstatus_to_exitcode(status)
+    risen = max(0.0, usage.ru_maxrss / 1024 - before)
+    return Run(code, text, time.monotonic() - began, risen, hung)
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1024**2
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def look_at(folder: Path) -> dict[str, str]:
+    """Path below a folder -> kind, and digest of the content or aim of the link; opens no pipe."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            large = path.lstat().st_size > 1 << 26
+            what = str(path.lstat().st_size) if large else digest(path.read_bytes())
+        else:
+            what = os.readlink(path) if stat.S_ISLNK(mode) else oct(stat.S_IFMT(mode))
+        found[path.relative_to(folder).as_posix()] = what
+    return found
+
+
+def digest(data: bytes) -> str:
+    """SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def judge_ending(
+    box: Box, run: Run, before: dict[str, str], results: Path | None = None
+) -> list[str]:
+    """The bad verdicts that need no comparison of results.
+
+    Args:
+        box: in which it ran.
+        run: the command.
+        before: what `Box.look` gave before it.
+        results: the folder that it may write into; `out` as a whole unless given.
+    """
+    verdicts = []
+    crashed = run.code in (_UNHANDLED,) or (run.code < 0 and not run.hung)
+    if crashed or "Traceback (most recent call last)" in run.text:
+        verdicts.append("traceback")
+    if run.hung:
+        verdicts.append("hang")
+    if box.canary.exists():
+        verdicts.append("executed")
+    after = box.look(results)
+    if before.items() - after.items():
+        verdicts.append("lost")
+    if {n for n in after.keys() - before.keys() if not n.startswith(("tmp", "home"))}:
+        verdicts.append("outside")
+    if run.megabytes > MEGABYTES:
+        verdicts.append("memory")
+    if any((ord(c) < 32 and c not in "\n\r\t") or 127 <= ord(c) < 160 for c in run.text):
+        verdicts.append("escape")
+    if run.code > 0 and not run.text.strip():
+        verdicts.append("wordless")
+    if list(box.root.rglob(".prolora-*.tmp")):
+        verdicts.append("partial")
+    return verdicts
+
+
+def choose(seed: int, *place: object) -> Random:
+    """Random numbers that depend on the seed and the place alone, so that a case can be rerun."""
+    return Random("/".join(map(ascii, (seed, *place))))
