@@ -1,0 +1,165 @@
+"""What the structure of the package measures, and which of its rules are broken.
+
+    python tests/structure.py        # the numbers
+    pytest tests/test_rooms.py       # the rules
+
+Only sources are read; nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "python" / "prolora"
+MOST_PARAMETERS, MOST_LINES, MOST_FILE_LINES = 8, 60, 450
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+# Words that say nothing beside the name.
+EMPTY_WORDS = {"a", "an", "the", "of", "as", "is", "to", "it", "all", "its", "for", "in", "and"}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parse_files(package: Path = PACKAGE) -> dict[Path, ast.Module]:
+    """Path below the package -> its syntax tree."""
+    files = sorted(package.rglob("*.py"))
+    return {file.relative_to(package): ast.parse(file.read_text("utf-8")) for file in files}
+
+
+def find_names_told_twice(trees: dict[Path, ast.Module]) -> dict[str, list[str]]:
+    """Class or public function -> the files that define it, where these are several."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for file, tree in trees.items():
+        for node in tree.body:
+            is_public = isinstance(node, Function) and not node.name.startswith("_")
+            if isinstance(node, ast.ClassDef) or is_public:
+                homes[node.name.lstrip("_")].append(str(file))
+    return {name: files for name, files in homes.items() if len(files) > 1}
+
+
+def _walk_functions(tree: ast.Module) -> Iterator[Function]:
+    yield from (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def find_wide_signatures(trees: dict[Path, ast.Module]) -> dict[str, int]:
+    """Function -> its parameters, where these are too many; self and cls do not count."""
+    wide = {}
+    for file, tree in trees.items():
+        for node in _walk_functions(tree):
+            names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+            count = len([n for n in names if n not in ("self", "cls")]) + len(node.args.kwonlyargs)
+            if count > MOST_PARAMETERS:
+                wide[f"{file}:{node.name}"] = count
+    return wide
+
+
+def find_long_functions(trees: dict[Path, ast.Module]) -> dict[str, int]:
+    """Function -> its lines, docstring left out, where these are too many."""
+    long = {}
+    for file, tree in trees.items():
+        for node in _walk_functions(tree):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                lines -= (first.end_lineno or first.lineno) - first.lineno + 1
+            if lines > MOST_LINES:
+                long[f"{file}:{node.name}"] = lines
+    return long
+
+
+def find_restating_docstrings(trees: dict[Path, ast.Module]) -> list[str]:
+    """Functions and classes whose docstring says in four words or fewer what the name says."""
+    restating = []
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, Function | ast.ClassDef):
+                continue
+            words = re.findall(r"[a-z]+", (ast.get_docstring(node) or "").lower())
+            names = set(re.findall(r"[a-z]+", re.sub(r"([A-Z])", r" \1", node.name).lower()))
+            if words and len(words) <= 4 and _stems(words) <= _stems(names):
+                restating.append(f"{file}:{node.name}")
+    return restating
+
+
+def _stems(words: list[str] | set[str]) -> set[str]:
+    return {word.rstrip("s")[:5] for word in words if word not in EMPTY_WORDS}
+
+
+def find_flags(trees: dict[Path, ast.Module]) -> list[str]:
+    """Texts outside cli/ that name a flag of the command line; docstrings count too."""
+    named = []
+    for file, tree in trees.items():
+        if file.parts[0] == "cli":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named += [f"{file}:{node.lineno} {flag}" for flag in FLAG.findall(node.value)]
+    return named
+
+
+def list_imports(file: Path, tree: ast.Module, known: set[Path]) -> set[Path]:
+    """The files of the package that a file imports anywhere, for types too."""
+    imported: set[Path] = set()
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.ImportFrom) and node.level):
+            continue
+        base = Path(*file.parent.parts[: len(file.parent.parts) - node.level + 1])
+        base = base.joinpath(*(node.module or "").split(".")) if node.module else base
+        places = [base, *(base / alias.name for alias in node.names)]
+        candidates = [place.parent / f"{place.name}.py" for place in places if place.name]
+        candidates += [base / alias.name / "__init__.py" for alias in node.names]
+        # A package's own names come from its __init__, its modules do not need it.
+        if not any(path in known for path in candidates):
+            candidates = [base / "__init__.py"]
+        imported |= {path for path in candidates if path in known}
+    return imported - {file}
+
+
+def find_circles(trees: dict[Path, ast.Module]) -> list[list[str]]:
+    """Groups of files that import each other, one way or another."""
+    known = set(trees)
+    edges = {file: list_imports(file, tree, known) for file, tree in trees.items()}
+    reach: dict[Path, set[Path]] = {}
+    for file in trees:
+        seen, stack = set(), list(edges[file])
+        while stack:
+            other = stack.pop()
+            if other not in seen:
+                seen.add(other)
+                stack += edges[other]
+        reach[file] = seen
+    circles = {
+        tuple(sorted(str(f) for f in trees if f == file or (f in reach[file] and file in reach[f])))
+        for file in trees
+        if file in reach[file]
+    }
+    return [list(circle) for circle in sorted(circles)]
+
+
+def measure(package: Path = PACKAGE) -> dict[str, object]:
+    """Every number, by its name."""
+    trees = parse_files(package)
+    lines = {file: (package / file).read_text("utf-8").count("\n") for file in trees}
+    return {
+        "files": len(trees),
+        "lines": sum(lines.values()),
+        "longest file": max(lines.values()),
+        "names told twice": find_names_told_twice(trees),
+        f"functions of more than {MOST_PARAMETERS} parameters": find_wide_signatures(trees),
+        f"functions of more than {MOST_LINES} lines": find_long_functions(trees),
+        "docstrings that restate a name": find_restating_docstrings(trees),
+        "flags named outside cli/": find_flags(trees),
+        "circles of files": find_circles(trees),
+    }
+
+
+if __name__ == "__main__":
+    for name, found in measure().items():
+        count = found if isinstance(found, int) else len(found)  # type: ignore[arg-type]
+        print(f"{count:6}  {name}")
+        if not isinstance(found, int):
+            for item in list(found.items() if isinstance(found, dict) else found)[:40]:
+                print("         ", item if isinstance(item, str) else " ".join(map(str, item)))
