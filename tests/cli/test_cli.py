@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from mini import lora_tensors
 from safetensors.torch import load_file, save_file
 
 from prolora import adapters
@@ -435,3 +436,21 @@ def test_the_page_of_several_loras_has_a_line_and_a_map_for_each(prolora, case, 
     # Results that are there already have no numbers.
     assert prolora(*line, "-o", tmp_path / "moved", "-q")[0] == 2
     assert "1 already there, 1 failed</h1>" in page.read_text("utf-8")
+
+
+def test_an_update_that_could_not_be_read_is_no_full_success(prolora, case, tmp_path):
+    lora, source, target = case
+    tensors = lora_tensors()
+    stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
+    tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
+    tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
+    save_file(tensors, lora)
+    out = tmp_path / "out.safetensors"
+    line = ("transfer", lora, "--source", source, "--target", target, "--method", "copy")
+    for end in (("-o", out), ("--dry-run",), ("-o", tmp_path / "second.safetensors", "--json")):
+        code, text, errors = prolora(*line, *end)
+        assert code == 4 and "1 updates could not be read" in errors
+        assert "fc1" in errors and "fc1" in text
+    assert out.exists()
+    assert prolora(*line, "-o", out, "--text-encoder", "skip")[0] == 0

@@ -11,7 +11,8 @@ from mini import lora_tensors, shapes, write_case
 from safetensors.torch import load_file, save_file
 
 import prolora
-from prolora.bases import identity
+from prolora.bases import identity, memory
+from prolora.core.methods import Needs
 
 
 @pytest.fixture
@@ -142,3 +143,43 @@ def test_a_base_folder_whose_name_is_no_text_can_be_used(case, tmp_path):
     assert set(prolora.adapters.read_adapter(out).updates) == set(shapes(2))
     (outcome,) = prolora.transfer_many([lora], source, odd, tmp_path / "moved")
     assert outcome.status == "moved"
+
+
+@pytest.fixture
+def no_weight(monkeypatch):
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+
+
+def test_a_dry_run_refuses_the_coverage_that_a_transfer_refuses(case, no_weight):
+    said = []
+    for run in (prolora.plan_report, prolora.transfer):
+        with pytest.raises(prolora.LowCoverage, match=r"8 of 12 .*coverage 0\.67") as refused:
+            run(*case, min_coverage=0.7)
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "--" not in said[0]
+    assert prolora.plan_report(*case, min_coverage=0.6).coverage == pytest.approx(8 / 12)
+    assert prolora.plan_report(*case, min_coverage=1.0, dropped="sum").coverage == 1
+
+
+def test_where_no_module_has_a_place_dry_run_and_transfer_refuse(case, tmp_path, no_weight):
+    lora, source, target = case
+    dropped = {key: x for key, x in load_file(lora).items() if "transformer_blocks_2" in key}
+    save_file(dropped, lora)
+    for run in (prolora.plan_report, prolora.transfer):
+        with pytest.raises(prolora.ShapeMismatch, match=r"no module .* has a place on the target"):
+            run(lora, source, target)
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
+    assert isinstance(outcome.error, prolora.ShapeMismatch)
+
+
+def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
+    case, no_weight, monkeypatch
+):
+    """The bound holds a comparison of the weights, and not their subspaces."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    limit = memory.SLACK + 100_000
+    memory.Memory(limit).check([(24, 96)], "affinity")
+    with pytest.raises(prolora.TooLittleMemory):
+        memory.Memory(limit).check([(24, 96)], Needs.BASES)
+    with pytest.raises(prolora.TooLittleMemory):
+        prolora.transfer(*case, method="prolora", max_memory=limit)

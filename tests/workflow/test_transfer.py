@@ -413,3 +413,29 @@ def test_a_base_of_zeros_is_named_where_a_method_is_to_be_chosen(case, tmp_path,
     bases = (folder, target) if empty == "source" else (source, folder)
     with pytest.raises(prolora.UnrelatedBases, match=r"zeros: every weight that .* is zero"):
         prolora.transfer(lora, *bases)
+
+
+def test_the_report_of_damped_says_what_was_kept_of_each_module(case):
+    lora, source, target = case
+    before = prolora.adapters.read_adapter(lora).updates
+    done = prolora.transfer(lora, source, target, method="damped", damping=5.0, strength=0.5)
+    rows = done.report.rows("mapped")
+    assert len(rows) == len(done.adapter.updates)
+    for row in rows:
+        old, new = before[row.source].dense(), done.adapter.updates[row.target].dense()
+        ratio = float(new.norm() / old.norm())
+        assert 0.05 < ratio < 0.49
+        assert row.norm_ratio == pytest.approx(ratio, rel=1e-4)
+        assert row.surviving_energy == pytest.approx(ratio**2, rel=1e-4)
+        distance = float((new - old).norm() / old.norm())
+        assert row.copy_distance == pytest.approx(distance, rel=1e-4)
+
+
+def test_a_module_that_was_added_to_another_has_no_rank_of_its_own_in_the_result(case):
+    for report in (
+        prolora.transfer(*case, method="copy", dropped="sum").report,
+        prolora.plan_report(*case, dropped="sum"),
+    ):
+        summed = report.rows("summed")
+        assert len(summed) == 4 and all(row.rank_in == 4 for row in summed)
+        assert [row.rank_out for row in summed] == [0] * 4

@@ -50,7 +50,13 @@ app.command(
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
         "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ --dry-run",
-        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.LOW_COVERAGE),
+        codes=(
+            ExitCode.DONE,
+            ExitCode.FAILED,
+            ExitCode.REFUSED,
+            ExitCode.LOW_COVERAGE,
+            ExitCode.INCOMPLETE,
+        ),
     ),
 )(transfer)
 app.command(

@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     REFUSED = 2
     LOW_COVERAGE = 3
+    INCOMPLETE = 4
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -26,9 +27,15 @@ MEANINGS = {
         "failed"
     ),
     ExitCode.LOW_COVERAGE: "fewer modules can move than --min-coverage asks for",
+    ExitCode.INCOMPLETE: "done, without updates of a LoRA that could not be read",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
     ExitCode.TERMINATED: "stopped by SIGTERM",
 }
+
+
+class IncompleteResult(ProLoRAError):
+    """All was written, but updates of a LoRA could not be read and stayed behind."""
+
 
 HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
@@ -48,6 +55,8 @@ def find_exit_code(error: BaseException) -> ExitCode:
     """The exit code of a command that ended in one of `HANDLED`."""
     if isinstance(error, LowCoverage):
         return ExitCode.LOW_COVERAGE
+    if isinstance(error, IncompleteResult):
+        return ExitCode.INCOMPLETE
     if isinstance(error, OSError | MemoryError | UnicodeError) or _is_out_of_memory(error):
         return ExitCode.FAILED
     return ExitCode.REFUSED

@@ -16,7 +16,7 @@ from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import LowCoverage, OutputError, ProLoRAError
+from ..errors import OutputError, ProLoRAError
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
@@ -31,6 +31,7 @@ from ..workflow.transfer import transfer_file
 from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
+from .exits import IncompleteResult
 from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .transfer_options import OutputOptions, ProbeOptions
@@ -93,7 +94,7 @@ def transfer(
         for path in (output.report, card):
             if path not in (None, STDOUT) and path.exists():
                 out.print_line(f"wrote {path}")
-    check_outcomes(outcomes, moving.min_coverage)
+    check_outcomes(outcomes)
 
 
 def plan_all(
@@ -204,7 +205,7 @@ def _drop_folders(word: str) -> str:
     return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"
 
 
-def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:
+def check_outcomes(outcomes: list[Outcome]) -> None:
     """Raises the error that says what was not done as asked."""
     failed = [outcome for outcome in outcomes if outcome.error]
     if len(failed) == 1 == len(outcomes):
@@ -213,9 +214,13 @@ def check_outcomes(outcomes: list[Outcome], min_coverage: float) -> None:
         names = ", ".join(outcome.lora.name for outcome in failed)
         what = "cannot be moved" if failed[0].planned else "were not moved"
         raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs {what}: {names}")
-    low = [o for o in outcomes if o.report and o.report.coverage < min_coverage]
-    if low:
-        raise LowCoverage(f"the coverage of {low[0].lora.name} is below {min_coverage:g}")
+    for outcome in outcomes:
+        if outcome.report and outcome.report.unread:
+            unread = outcome.report.unread
+            raise IncompleteResult(
+                f"{outcome.lora}: {len(unread)} updates could not be read and stay behind, the "
+                f"first of {unread[0]}"
+            )
 
 
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:

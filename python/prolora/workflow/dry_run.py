@@ -14,11 +14,9 @@ from .by_probing.plan import check_probing
 from .by_probing.rows import outline_report
 from .by_weights.assembly import (
     build_report,
-    describe_summed_module,
-    describe_unchanged,
-    list_summed_modules,
-    list_unplaced_modules,
+    check_coverage,
     outline_result,
+    outline_rows,
 )
 from .by_weights.file_budget import OutputForm
 from .by_weights.pipeline import plan_transfer
@@ -82,6 +80,7 @@ def plan_report(
     if options.runs_models:
         check_probing(old, new, options)
         report = outline_report(_outline_lora(lora, old), old, new, options)
+        check_coverage(report.modules, options.min_coverage)
         return replace(report, dry_run=True)
     return _plan_by_weights(_outline_lora(lora, old), old, new, options)
 
@@ -103,13 +102,7 @@ def _plan_by_weights(
     route = Route(adapter, plan, source, target, options)
     if (output := OutputForm.of(options)) != OutputForm():
         output.check(outline_result(summed, route))
-    rows = list_unplaced_modules(adapter, plan)
-    for pair in plan.pairs:
-        row = describe_unchanged(summed, pair.source, pair.target, "would be projected")
-        row = describe_summed_module(row, adapter, plan)
-        rows.append(describe_sliced_module(row, plan, whole))
-    for name in plan.passed:
-        rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
-    moved = {pair.source: pair.target for pair in plan.pairs}
-    rows += list_summed_modules(adapter, plan, moved)
+    rows = outline_rows(adapter, summed, plan)
+    check_coverage(rows, options.min_coverage)
+    rows = [describe_sliced_module(row, plan, whole) for row in rows]
     return build_report(route, rows, carry_vectors(route), dry_run=True)

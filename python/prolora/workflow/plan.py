@@ -181,8 +181,13 @@ def make_plan(
         name, reason = next(iter(plan.refused.items()))
         raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
     nothing = not (plan.pairs or plan.summed or plan.passed or adapter.vectors)
-    if modules and nothing and can_probe(source.path, target.path):
-        raise ShapeMismatch(f"no module of this LoRA has a partner on the target{PROBE_INSTEAD}")
+    if adapter.updates and nothing:
+        name, reason = next(iter(plan.skipped.items()))
+        probe = modules and can_probe(source.path, target.path)
+        raise ShapeMismatch(
+            f"no module of this LoRA has a place on the target{PROBE_INSTEAD if probe else ''}; "
+            f"the first, {name}: {reason}"
+        )
     return plan
 
 

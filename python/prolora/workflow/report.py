@@ -52,7 +52,8 @@ class Report:
         renumbered: the target's block -> the source's block whose weights it holds, where equal
             names say otherwise.
         vectors: number of trained biases and tensors of normalisation layers carried over.
-        left_out: tensor (or module) of the file that is not moved -> why.
+        left_out: tensor of the file that is no update and is not moved -> why.
+        unread: modules whose updates could not be read and stay behind; their rows say why.
         kept_energy: module -> share of its ‖ΔW_s‖² that was read, for updates of too high a rank
             for a LoRA; all others were read exactly.
         dry_run: True where only headers were read: rows then carry no measures.
@@ -79,6 +80,7 @@ class Report:
     renumbered: dict[str, str] = field(default_factory=dict)
     vectors: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     kept_energy: dict[str, float] = field(default_factory=dict)
     dry_run: bool = False
     asked: str | None = None
@@ -188,7 +190,7 @@ class Report:
 
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
-        totals, (names, placed) = self.totals, _split_modules(self.modules)
+        totals, (names, placed) = self.totals, split_modules(self.modules)
         added = f" ({totals['summed']} of them added to others)" if totals["summed"] else ""
         moved = "would move" if self.dry_run else "moved"
         sentences = [
@@ -206,6 +208,12 @@ class Report:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
                 f"{'' if self.strength == 1 else f' at strength {self.strength:.2g}'}."
+            )
+        if self.unread:
+            reason = next(row.reason for row in self.modules if row.source == self.unread[0])
+            sentences.append(
+                f"Careful: {len(self.unread)} updates of the file could not be read and stay "
+                f"behind; {self.unread[0]}: {reason}."
             )
         if self.left_out:
             name, reason = next(iter(self.left_out.items()))
@@ -315,11 +323,11 @@ class Report:
 
 def measure_coverage(rows: Iterable[ModuleReport]) -> float:
     """The share of a LoRA's modules that found a place, 0 … 1."""
-    names, placed = _split_modules(rows)
+    names, placed = split_modules(rows)
     return len(placed) / len(names) if names else 0.0
 
 
-def _split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
+def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     """The LoRA's modules, and those of them that found a place."""
     own = [row for row in rows if row.rank_in]
     placed = {row.source for row in own if row.status in ("mapped", "summed")}

@@ -18,7 +18,7 @@ from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import resident_bytes
 from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
-from ...errors import LowCoverage, ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
+from ...errors import ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
@@ -27,7 +27,8 @@ from ...probe.settings import FitSettings, Probing
 from ..base_check import check_bases
 from ..by_weights.assembly import (
     build_metadata,
-    explain_low_coverage,
+    check_coverage,
+    list_missed,
     list_tensors_left_out,
 )
 from ..by_weights.pipeline import Notes, Result, move_without_header, prefix_notes, read_lora
@@ -66,9 +67,8 @@ def transfer_by_probing(
     route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
     blank = _outline_result(route)
     adapters.check_format(blank, options.format or "auto")
-    coverage = outline_report(adapter, source, target, options).coverage
-    if coverage < options.min_coverage:
-        raise LowCoverage(explain_low_coverage(coverage, options.min_coverage, 0.0))
+    outline = outline_report(adapter, source, target, options)
+    check_coverage(outline.modules, options.min_coverage)
     inputs = _check_kept(source, target, options)
     rival = _move_rival(route)
     if rival is None and options.probe.start == "copy":
@@ -309,6 +309,7 @@ def _finish_probing(
         route.options,
         rows,
         list_vectors(adapter) | list_tensors_left_out(adapter),
+        unread=list_missed(adapter, route.options),
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),

@@ -12,7 +12,12 @@ import torch
 from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...core.lowrank import LowRank
-from ..by_weights.assembly import describe_unchanged, list_tensors_left_out, list_unread_modules
+from ..by_weights.assembly import (
+    describe_unchanged,
+    list_missed,
+    list_tensors_left_out,
+    list_unread_modules,
+)
 from ..module_report import ModuleReport
 from ..options import PROBE, TransferOptions
 from ..plan import Plan
@@ -30,7 +35,8 @@ def outline_report(
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
     left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
-    return build_probe_report(source, target, options, rows, left_out)
+    unread = list_missed(adapter, options)
+    return build_probe_report(source, target, options, rows, left_out, unread=unread)
 
 
 def list_vectors(adapter: Adapter) -> dict[str, str]:

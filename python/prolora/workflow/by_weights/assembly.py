@@ -11,6 +11,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
+from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
@@ -19,8 +20,9 @@ from ...errors import LowCoverage
 from ...files.writing import replace_surrogates
 from ...version import __version__
 from ..module_report import ModuleReport
+from ..options import TransferOptions
 from ..plan import Plan, Route
-from ..report import Report
+from ..report import Report, measure_coverage, split_modules
 from .vectors import CarriedVectors, carry_vectors
 
 
@@ -76,6 +78,12 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
     ]
 
 
+def list_missed(adapter: Adapter, options: TransferOptions) -> tuple[str, ...]:
+    """The modules whose update could not be read, but for those that are left out as asked."""
+    asked = options.text_encoder == "skip"
+    return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
+
+
 def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
     """Tensor of the file that is no update and is not moved -> why."""
     return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
@@ -91,8 +99,18 @@ def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: Plan) -> M
     return replace(row, rank_in=update.rank if update else 0, reason=reason)
 
 
+def describe_passed_module(
+    adapter: Adapter, name: str, energy: float | None = None
+) -> ModuleReport:
+    """The row of a module of a text encoder that goes over as it is."""
+    return describe_unchanged(adapter, name, name, "text encoder, carried over", energy)
+
+
 def list_summed_modules(
-    adapter: Adapter, plan: Plan, moved: Mapping[str, str]
+    adapter: Adapter,
+    plan: Plan,
+    moved: Mapping[str, str],
+    energies: Mapping[str, float] | None = None,
 ) -> list[ModuleReport]:
     """The rows of the modules that were added to others.
 
@@ -100,13 +118,14 @@ def list_summed_modules(
         adapter: the LoRA as it came in.
         plan: says onto which.
         moved: source module -> target module of all that was moved.
+        energies: ‖ΔW_s‖² of the modules, as far as it is known.
     """
     rows = []
     for name, onto in plan.summed.items():
         reason = "its block is gone; added to the update of the nearest that is there"
-        row = replace(
-            describe_unchanged(adapter, name, moved.get(onto), reason), onto=onto, rank_out=0
-        )
+        energy = (energies or {}).get(name)
+        row = describe_unchanged(adapter, name, moved.get(onto), reason, energy)
+        row = replace(row, onto=onto, rank_out=0)
         if onto in moved:
             rows.append(replace(row, status="summed"))
         else:
@@ -121,30 +140,69 @@ def hollow_update(update: LowRank) -> LowRank:
     return LowRank(zero.expand(update.up.shape), zero.expand(update.down.shape))
 
 
-def check_coverage(adapter: Adapter, plan: Plan, minimum: float) -> None:
-    """Refuses early: the threshold on Φ can only lower the coverage that the plan allows.
+def outline_rows(
+    adapter: Adapter,
+    summed: Adapter,
+    plan: Plan,
+    energies: Mapping[str, float] | None = None,
+) -> list[ModuleReport]:
+    """A row for every module, as the plan has it: nothing has been moved yet.
+
+    Args:
+        adapter: the LoRA as it came in.
+        summed: the same, updates of dropped blocks added to those of their neighbours.
+        plan: says where each module goes.
+        energies: ‖ΔW_s‖² of the modules, as far as it is known.
+    """
+    known = energies or {}
+    rows = list_unplaced_modules(adapter, plan, known)
+    for pair in plan.pairs:
+        energy = known.get(pair.source)
+        row = describe_unchanged(summed, pair.source, pair.target, "would be projected", energy)
+        rows.append(describe_summed_module(row, adapter, plan))
+    for name in plan.passed:
+        rows.append(describe_passed_module(adapter, name, known.get(name)))
+    moved = {pair.source: pair.target for pair in plan.pairs}
+    return rows + list_summed_modules(adapter, plan, moved, known)
+
+
+def check_planned_coverage(adapter: Adapter, summed: Adapter, plan: Plan, minimum: float) -> None:
+    """`check_coverage` before anything is moved: weights can only lower what the plan allows.
 
     Raises:
         LowCoverage: fewer modules have a place than was asked for.
     """
-    placed = {pair.source for pair in plan.pairs} & set(adapter.updates)
-    placed |= {*plan.passed, *plan.summed}
-    modules = len(adapter.updates) + len(adapter.unread)
-    coverage = len(placed) / max(1, modules)
-    if coverage < minimum:
-        raise LowCoverage(
-            f"{len(placed)} of {modules} modules find a place on the target "
-            f"(coverage {coverage:.2f}), fewer than --min-coverage {minimum:g}; nothing written"
-        )
+    unmeasured = dict.fromkeys((*adapter.updates, *summed.updates), 0.0)
+    check_coverage(outline_rows(adapter, summed, plan, unmeasured), minimum)
 
 
-def explain_low_coverage(coverage: float, minimum: float, threshold: float) -> str:
-    """Why a finished transfer is not written."""
-    return (
-        f"coverage {coverage:.2f} is below --min-coverage {minimum:g} after the threshold "
-        f"{threshold:g} on Φ, and without pairs that have nothing in common; nothing written. "
-        "Lower --threshold, or try --method copy"
+def check_coverage(
+    rows: Sequence[ModuleReport], minimum: float, threshold: float | None = None
+) -> None:
+    """Refuses a transfer that too few modules of the LoRA take part in.
+
+    Args:
+        rows: of all its modules.
+        minimum: the least share of them that must have a place.
+        threshold: on Φ, once it has decided; None before a weight is looked at.
+
+    Raises:
+        LowCoverage: fewer modules have a place than was asked for.
+    """
+    coverage = measure_coverage(rows)
+    if coverage >= minimum:
+        return
+    names, placed = split_modules(rows)
+    text = (
+        f"{len(placed)} of {len(names)} modules find a place on the target "
+        f"(coverage {coverage:.2f}), fewer than the coverage {minimum:g} that was asked for"
     )
+    if threshold is not None:
+        text += (
+            f", after the threshold {threshold:g} on Φ, and without pairs that have nothing in "
+            "common; lower the threshold, or try method copy"
+        )
+    raise LowCoverage(f"{text}; nothing written")
 
 
 def outline_result(summed: Adapter, route: Route) -> Adapter:
@@ -243,6 +301,7 @@ def build_report(
         renumbered=dict(plan.renumbered),
         vectors=len(vectors.vectors),
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
+        unread=list_missed(adapter, options),
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
         **known,

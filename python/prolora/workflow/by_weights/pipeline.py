@@ -18,20 +18,20 @@ from ...comparison.verdict import STRANGER
 from ...comparison.width_selection import WidthFinder
 from ...core.lowrank import LowRank
 from ...core.methods import Needs
-from ...errors import LowCoverage
 from ..base_check import check_bases
 from ..module_report import ModuleReport
 from ..options import LoraLike, TransferOptions
 from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
-from ..report import Report, measure_coverage
+from ..report import Report
 from .assembly import (
     assemble_adapter,
     build_metadata,
     build_report,
     check_coverage,
+    check_planned_coverage,
+    describe_passed_module,
     describe_summed_module,
     describe_unchanged,
-    explain_low_coverage,
     hollow_update,
     list_summed_modules,
     list_unplaced_modules,
@@ -135,10 +135,10 @@ def prepare_job(
         adapter = read_lora(lora, source)
     with clock("match"):
         plan = plan_transfer(adapter, source, target, asked, cache, widths)
-    check_coverage(adapter, plan, asked.min_coverage)
     whole = measure_sliced(adapter, plan)
     adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
     summed = sum_dropped_blocks(adapter, plan)
+    check_planned_coverage(adapter, summed, plan, asked.min_coverage)
     if (output := OutputForm.of(asked)) != OutputForm():
         output.check(outline_result(summed, Route(adapter, plan, source, target, asked)))
     used = {pair.source for pair in plan.pairs}
@@ -212,9 +212,7 @@ def finish_job(
     if work.error:
         raise work.error
     updates, rows = _collect_results(job)
-    coverage, minimum = measure_coverage(rows), job.asked.min_coverage
-    if coverage < minimum:
-        raise LowCoverage(explain_low_coverage(coverage, minimum, work.options.threshold))
+    check_coverage(rows, job.asked.min_coverage, work.options.threshold)
     route = Route(adapter, plan, source, target, work.options)
     vectors = carry_vectors(route, updates)
     metadata, provenance = dict(adapter.metadata), {}
@@ -259,7 +257,7 @@ def _collect_results(job: Job) -> tuple[dict[str, LowRank], list[ModuleReport]]:
         rows.append(replace(describe_sliced_module(row, plan, job.energies), drift=affinity.drift))
     for name in plan.passed:
         updates[name] = adapter.updates[name]
-        rows.append(describe_unchanged(adapter, name, name, "text encoder, carried over"))
+        rows.append(describe_passed_module(adapter, name))
     moved = {pair.source: pair.target for pair in plan.pairs if pair.target in updates}
     return updates, rows + list_summed_modules(adapter, plan, moved)
 

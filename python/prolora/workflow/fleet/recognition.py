@@ -25,7 +25,7 @@ from ..base_check import (
     is_named_base,
     is_stated_base,
 )
-from ..by_weights.assembly import check_coverage, outline_result
+from ..by_weights.assembly import check_planned_coverage, outline_result
 from ..by_weights.file_budget import OutputForm
 from ..by_weights.lora_work import BYTES_A_NUMBER
 from ..moved_before import check_moved_before, read_header
@@ -207,10 +207,11 @@ def refuse_move(
         )
         if plan.refused and _may_be_narrower(source, target):
             return ""
-        check_coverage(adapter, plan, options.min_coverage)
+        summed = sum_dropped_blocks(adapter, plan)
+        check_planned_coverage(adapter, summed, plan, options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():
             route = Route(adapter, plan, source, target, options)
-            output.check(outline_result(sum_dropped_blocks(adapter, plan), route))
+            output.check(outline_result(summed, route))
     except NamesDoNotTell:
         return ""  # only the weights tell which blocks belong together
     except ShapeMismatch as error:
