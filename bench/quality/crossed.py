@@ -41,8 +41,8 @@ from prolora.probe.pipelines.conversion import (
 from prolora.probe.pipelines.crossing import CrossingSide
 from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
 from prolora.probe.pipelines.latents import LatentSpace, SharedLatents
-from prolora.probe.pipelines.layouts import Layout
-from prolora.probe.pipelines.schedules import Schedule
+from prolora.probe.pipelines.layouts import LatentLayout
+from prolora.probe.pipelines.schedules import NoiseSchedule
 from prolora.probe.recording.trajectories import Call
 from prolora.probe.report import ProbeReport
 from prolora.probe.run import ProbeTransfer, fit_from_recorder, fit_lora
@@ -153,7 +153,7 @@ class Move:
         """A model as one side of a crossing."""
         world, codec = self.study.world, self.study.codec(setting.space)
         channels = setting.shape[0]
-        space = SharedLatents(Layout("image"))
+        space = SharedLatents(LatentLayout("image"))
         if self.ours.space != self.theirs.space:
             space = LatentSpace(None)
         if codec is not None:
@@ -235,7 +235,7 @@ def _fit_same_latents(case: Move, images: int, settings: FitSettings) -> ProbeTr
 
         return run
 
-    def translate_between(a: Schedule, b: Schedule) -> Any:
+    def translate_between(a: NoiseSchedule, b: NoiseSchedule) -> Any:
         def translate(call: Call) -> Call:
             x, time, tokens = call.args
             there = translate_time(a, b, time).float()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training import train_lora
 from worlds import Data, World
 
-from prolora.probe.pipelines.schedules import EPSILON, FLOW, Schedule, Times
+from prolora.probe.pipelines.schedules import EPSILON, FLOW, NoiseSchedule, Times
 
 PIXELS = "pixels"
 ADAPTERS = ("neon", "duotone", "concept", "shaded")
@@ -28,15 +28,15 @@ BASE_STEPS = {"flux": 2000, "unet": 2500}
 RATE = 2e-3
 
 
-def flow_schedule() -> Schedule:
+def flow_schedule() -> NoiseSchedule:
     """Rectified flow with times from 0 to 1000."""
-    return Schedule(FLOW, None, times=Times(1000.0, 0.0))
+    return NoiseSchedule(FLOW, None, times=Times(1000.0, 0.0))
 
 
-def noise_schedule() -> Schedule:
+def noise_schedule() -> NoiseSchedule:
     """ε on the path of SD1.5 and SDXL: a thousand times, betas linear in their roots."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    return Schedule(EPSILON, (1 - betas).cumprod(0))
+    return NoiseSchedule(EPSILON, (1 - betas).cumprod(0))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Setting:
         return f"{self.arch}-{self.space}-{self.kind}{look}"
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> NoiseSchedule:
         """Of its noise."""
         return flow_schedule() if self.kind == FLOW else noise_schedule()
 
@@ -160,7 +160,7 @@ class Denoising:
     """
 
     world: World
-    schedule: Schedule
+    schedule: NoiseSchedule
     data: Data
     kept: Data | None = None
 
@@ -199,7 +199,7 @@ class Denoising:
         return F.mse_loss(model(noisy, time, self.world.tokens(model, y))[0], wanted)
 
 
-def mix_noise(schedule: Schedule, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+def mix_noise(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     """The state a·x₀ + b·ε at times (n,)."""
     a, b = (expand_rows(part) for part in schedule.scales(schedule.level_at(time)))
     return a * clean + b * noise
@@ -210,7 +210,7 @@ def expand_rows(factor: Tensor) -> Tensor:
     return factor.float()[:, None, None, None]
 
 
-def clean_of(schedule: Schedule, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+def clean_of(schedule: NoiseSchedule, x: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
     """The x₀ that a prediction means."""
     c, d = schedule.weights(schedule.level_at(time))
     return (prediction - expand_rows(d) * x) / expand_rows(c)

@@ -19,7 +19,7 @@ from prolora.probe.pipelines.conditioning import CallParts, PromptTable
 from prolora.probe.pipelines.crossing import CrossedTranslation, CrossingSide
 from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
 from prolora.probe.pipelines.latents import SharedLatents
-from prolora.probe.pipelines.layouts import Layout
+from prolora.probe.pipelines.layouts import LatentLayout
 from prolora.probe.settings import FEW_STEPS, Probing
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def record_images(case: Case, images: int, steps: int) -> WorldRecorder:
         entries = [{("tokens",): row[None]} for row in tokens]
         like = CallParts(torch.zeros(25, *world.shape), torch.zeros(25), entries[0])
         painted = Painted(model, case.arch, guidance)
-        table, space = PromptTable(model, entries, like), SharedLatents(Layout("image"))
+        table, space = PromptTable(model, entries, like), SharedLatents(LatentLayout("image"))
         size = (world.shape[1], world.shape[2])
         sides.append(CrossingSide(painted, asked, flow_schedule(), table, space, size))
     lora = Adapter({prefix + n: u for n, u in case.lora.items()}, format="diffusers")

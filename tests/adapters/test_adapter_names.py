@@ -16,8 +16,14 @@ UNETS = ["sd15", "sd21", "sdxl", "ssd-1b", "segmind-vega"]
 @pytest.mark.parametrize("model", UNETS)
 def test_every_kohya_name_in_either_spelling_is_read_back_to_its_module(model):
     for module, (diffusers, sgm, _, _) in keymaps()["unets"][model].items():
-        assert module_names.parse_path(diffusers)[:5] == (module, "kohya", "unet.", module, False)
-        assert module_names.parse_path(sgm)[:5] == (module, "kohya", "unet.", module, True)
+        assert module_names.parse_module_path(diffusers)[:5] == (
+            module,
+            "kohya",
+            "unet.",
+            module,
+            False,
+        )
+        assert module_names.parse_module_path(sgm)[:5] == (module, "kohya", "unet.", module, True)
 
 
 @pytest.mark.parametrize("model", UNETS)
@@ -34,7 +40,7 @@ def test_every_checkpoint_name_and_module_name_translate_into_each_other(model):
     for module, (_, _, ldm, _) in modules.items():
         assert ldm_to_diffusers(ldm) == module
         assert diffusers_to_ldm(module, siblings=modules) == ldm
-        assert module_names.parse_path(f"diffusion_model.{ldm}").name == module
+        assert module_names.parse_module_path(f"diffusion_model.{ldm}").name == module
         assert module_names.to_comfy(module, siblings=modules) == f"diffusion_model.{ldm}"
 
 
@@ -49,7 +55,7 @@ def test_every_checkpoint_name_and_module_name_translate_into_each_other(model):
 def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, model, sdxl):
     for module in keymaps()["clip"][model]:
         kohya = prefix + module.replace(".", "_")
-        assert module_names.parse_path(kohya).name == f"{encoder}.{module}"
+        assert module_names.parse_module_path(kohya).name == f"{encoder}.{module}"
         assert module_names.to_kohya(f"{encoder}.{module}", sdxl=sdxl) == kohya
 
 
@@ -57,15 +63,15 @@ def test_every_module_of_a_text_encoder_translates_both_ways(prefix, encoder, mo
 def test_every_name_survives_every_dotted_format(model):
     for module in keymaps()["unets"][model]:
         for path in (module_names.to_diffusers(module), module, f"base_model.model.{module}"):
-            assert module_names.parse_path(path).name == module
+            assert module_names.parse_module_path(path).name == module
 
 
 def test_two_digit_blocks_of_sd15_are_not_taken_for_block_one():
     path = "lora_unet_input_blocks_10_0_in_layers_2"
-    assert module_names.parse_path(path).name == "down_blocks.3.resnets.0.conv1"
+    assert module_names.parse_module_path(path).name == "down_blocks.3.resnets.0.conv1"
     path = "lora_unet_output_blocks_11_1_transformer_blocks_0_attn2_to_out_0"
     expected = "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0"
-    assert module_names.parse_path(path).name == expected
+    assert module_names.parse_module_path(path).name == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_a_module_that_no_checkpoint_has_translates_to_nothing(name):
     ],
 )
 def test_an_unknown_path_is_not_guessed_at(path):
-    assert module_names.parse_path(path) is None
+    assert module_names.parse_module_path(path) is None
 
 
 @pytest.mark.parametrize("family", [None, *known_families().values()])
@@ -153,7 +159,7 @@ def test_an_unknown_path_is_not_guessed_at(path):
     ],
 )
 def test_a_module_that_no_family_knows_keeps_the_name_it_has_in_the_file(path, name, family):
-    module = module_names.parse_path(path, family)
+    module = module_names.parse_module_path(path, family)
     assert module.described and module.name == name
     assert module_names.spell_module(name, module.spelling, family) == path
 
@@ -185,17 +191,17 @@ def test_dots_come_back_from_underscores_unless_two_words_make_a_third(words):
 @given(st.text())
 def test_any_text_is_parsed_or_refused_without_an_exception(text):
     for prefix in ("", "lora_unet_", "lora_te_", "diffusion_model.", "unet.", "base_model.model."):
-        module_names.parse_path(prefix + text)
+        module_names.parse_module_path(prefix + text)
 
 
 @pytest.mark.parametrize("model", ["sdxl", "ssd-1b"])
 def test_a_bare_original_name_of_a_unet_is_read(model):
     """OneTrainer's "original" format: `input_blocks.4.1.….lora_A.weight`."""
     for module, (_, _, ldm, _) in keymaps()["unets"][model].items():
-        path = module_names.parse_path(ldm)
+        path = module_names.parse_module_path(ldm)
         assert (path.name, path.sgm) == (module, True)
 
 
 def test_a_prefix_that_a_tool_wrote_twice_counts_once():
     path = "lora_unet_unet_down_blocks_1_attentions_0_proj_in"
-    assert module_names.parse_path(path).name == "down_blocks.1.attentions.0.proj_in"
+    assert module_names.parse_module_path(path).name == "down_blocks.1.attentions.0.proj_in"

@@ -285,7 +285,7 @@ def test_the_original_names_of_one_trainer_are_read_part_by_part():
     ],
 )
 def test_dots_of_one_trainer_and_other_prefixes_are_read(path, module):
-    assert module_names.parse_path(path, FLUX).name == module
+    assert module_names.parse_module_path(path, FLUX).name == module
 
 
 def test_an_ai_toolkit_file_needs_no_alpha():
@@ -324,7 +324,7 @@ def test_every_module_has_its_name_and_rows_in_every_spelling():
             f"base_model.model.{original}",
             onetrainer.replace("lora_transformer_", "lycoris_"),
         ):
-            assert module in module_names.parse_path(path, FLUX).modules, path
+            assert module in module_names.parse_module_path(path, FLUX).modules, path
         assert module_names.spell_module(module, KOHYA, FLUX) == kohya
         assert module_names.spell_module(module, ONETRAINER, FLUX) == onetrainer
         assert module_names.spell_module(module, COMFY, FLUX) == f"diffusion_model.{original}"

@@ -94,6 +94,6 @@ def test_a_readme_of_somebody_else_is_not_replaced(prolora, line, tmp_path):
 
 
 def test_words_of_others_stay_words():
-    assert card.escape("a | b\n# `c` <i>_d_") == "a \\| b \\# \\`c\\` \\<i\\>\\_d\\_"
+    assert card.escape_markdown("a | b\n# `c` <i>_d_") == "a \\| b \\# \\`c\\` \\<i\\>\\_d\\_"
     assert card.quote('"\x1b\u2028') == '"\\"\\\\x1b\\\\u2028"'
     assert card._write_command("a '```\nb'").startswith("````bash\n")

@@ -30,7 +30,7 @@ from prolora.probe.checkpoint import Checkpoints
 from prolora.probe.pipelines import crossing, latents
 from prolora.probe.pipelines.conditioning import CallParts, PromptTable, split_call
 from prolora.probe.pipelines.latents import LatentSpace
-from prolora.probe.pipelines.schedules import Schedule, Times
+from prolora.probe.pipelines.schedules import NoiseSchedule, Times
 from prolora.probe.precision import in_float32
 from prolora.probe.recording import call_codec
 from prolora.probe.recording.spill import spill_questions
@@ -237,7 +237,7 @@ class BestDenoiser(nn.Module):
 
     config = SimpleNamespace(in_channels=3)
 
-    def __init__(self, space: LatentSpace, schedule: Schedule, seed: int) -> None:
+    def __init__(self, space: LatentSpace, schedule: NoiseSchedule, seed: int) -> None:
         super().__init__()
         self.space, self.schedule = space, schedule
         generator = torch.Generator().manual_seed(seed)
@@ -262,7 +262,7 @@ class BestDenoiser(nn.Module):
         return (self.space.as_latent(prediction).to(hidden_states),)
 
 
-def side_of(space: LatentSpace, schedule: Schedule, seed: int) -> pipelines.CrossingSide:
+def side_of(space: LatentSpace, schedule: NoiseSchedule, seed: int) -> pipelines.CrossingSide:
     model = BestDenoiser(space, schedule, seed)
     like = space.encode(torch.zeros(1, 3, 4, 4))
     table = PromptTable(model, [{}, {}], CallParts(like, torch.zeros(1), {}))
@@ -272,9 +272,9 @@ def side_of(space: LatentSpace, schedule: Schedule, seed: int) -> pipelines.Cros
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 KINDS = {
-    "ε": Schedule("epsilon", ALPHAS),
-    "flow": Schedule("flow", None, times=Times(1000.0, 0.0)),
-    "negative flow counted backwards": Schedule("flow", None, sign=-1, times=Times(-1.0, 1.0)),
+    "ε": NoiseSchedule("epsilon", ALPHAS),
+    "flow": NoiseSchedule("flow", None, times=Times(1000.0, 0.0)),
+    "negative flow counted backwards": NoiseSchedule("flow", None, sign=-1, times=Times(-1.0, 1.0)),
 }
 
 

@@ -19,7 +19,7 @@ from prolora.adapters.adapter import Adapter
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.pipelines.flow_convention import watch_steps
-from prolora.probe.pipelines.guidance import observe_guidance, read_scale
+from prolora.probe.pipelines.guidance import observe_guidance, read_guidance_scale
 from prolora.probe.recording.trajectories import Call, record_calls
 from prolora.probe.recording.translation import PAIR, Question, Translation
 from prolora.probe.recording.wanted import wanted_changes
@@ -79,10 +79,10 @@ def test_guidance_away_from_the_empty_prompt_alone_is_none(tmp_path):
 def test_what_is_no_sum_of_both_branches_has_no_scale():
     prompted, free = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double()
     guided = free + 3 * (prompted - free)
-    assert read_scale(-guided, [prompted], [free]) == pytest.approx(3)
-    assert read_scale(guided.sin(), [prompted], [free]) is None
-    assert read_scale(prompted - free, [prompted], [free]) is None
-    assert read_scale(guided, [prompted], [prompted]) == 1
+    assert read_guidance_scale(-guided, [prompted], [free]) == pytest.approx(3)
+    assert read_guidance_scale(guided.sin(), [prompted], [free]) is None
+    assert read_guidance_scale(prompted - free, [prompted], [free]) is None
+    assert read_guidance_scale(guided, [prompted], [prompted]) == 1
 
 
 @pytest.mark.parametrize("make", [stable_diffusion, sd3, z_image])

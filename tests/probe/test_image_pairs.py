@@ -29,7 +29,7 @@ from prolora.probe.gate import (
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.batches import mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
-from prolora.probe.recording.lazy import Selection
+from prolora.probe.recording.lazy import SampleSelection
 from prolora.probe.recording.trajectories import Call
 from prolora.probe.recording.translation import PAIR, Question, Translation
 from prolora.probe.recording.wanted import WantedChange, wanted_changes
@@ -126,7 +126,7 @@ def test_pairs_are_cut_joined_and_kept_with_their_images():
 
 def test_pairs_take_turns_with_answers():
     assert _alternate([1, 2, 3], [7]) == [1, 7, 2, 3]
-    assert list(Selection("abcd", [3, 1])) == ["d", "b"]
+    assert list(SampleSelection("abcd", [3, 1])) == ["d", "b"]
 
 
 def decide(

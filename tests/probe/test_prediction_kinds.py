@@ -14,23 +14,27 @@ from torch import Tensor
 from prolora import UnsupportedFormat, probe
 from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, flow_convention, schedules
-from prolora.probe.pipelines.schedules import Schedule, Times
+from prolora.probe.pipelines.schedules import NoiseSchedule, Times
 from prolora.probe.settings import Probing
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 NARROW = (1 - torch.linspace(0.03, 0.11, 1000).double().square()).cumprod(0)
 ZERO_SNR = torch.cat([ALPHAS[:-1], torch.zeros(1).double()])
 SCHEDULES = {
-    "ε": Schedule("epsilon", ALPHAS),
-    "ε of fewer times": Schedule("epsilon", NARROW[::2]),
-    "v": Schedule("v_prediction", NARROW),
-    "v that ends in noise": Schedule("v_prediction", ZERO_SNR),
-    "ε that ends in noise": Schedule("epsilon", ZERO_SNR),
-    "x₀": Schedule("sample", ALPHAS),
-    "flow": Schedule("flow", None, times=Times(1.0, 0.0)),
-    "negative flow counted backwards": Schedule("flow", None, sign=-1, times=Times(-1000.0, 1000)),
-    "EDM": Schedule("v_prediction", None, -1, 0.5, (math.log(0.002), math.log(80.0))),
-    "continuous v": Schedule("v_prediction", None, log_sigmas=(math.log(0.002), math.log(700.0))),
+    "ε": NoiseSchedule("epsilon", ALPHAS),
+    "ε of fewer times": NoiseSchedule("epsilon", NARROW[::2]),
+    "v": NoiseSchedule("v_prediction", NARROW),
+    "v that ends in noise": NoiseSchedule("v_prediction", ZERO_SNR),
+    "ε that ends in noise": NoiseSchedule("epsilon", ZERO_SNR),
+    "x₀": NoiseSchedule("sample", ALPHAS),
+    "flow": NoiseSchedule("flow", None, times=Times(1.0, 0.0)),
+    "negative flow counted backwards": NoiseSchedule(
+        "flow", None, sign=-1, times=Times(-1000.0, 1000)
+    ),
+    "EDM": NoiseSchedule("v_prediction", None, -1, 0.5, (math.log(0.002), math.log(80.0))),
+    "continuous v": NoiseSchedule(
+        "v_prediction", None, log_sigmas=(math.log(0.002), math.log(700.0))
+    ),
 }
 PAIRS = list(itertools.permutations(SCHEDULES, 2))
 
@@ -43,7 +47,7 @@ class Gaussian:
         self.mean = torch.randn(5, generator=generator).double()
         self.variance = torch.rand(5, generator=generator).double() + 0.1
 
-    def predict(self, schedule: Schedule, x: Tensor, time: Tensor) -> Tensor:
+    def predict(self, schedule: NoiseSchedule, x: Tensor, time: Tensor) -> Tensor:
         level = schedule.level_at(time)[:, None]
         (a, b), (c, d) = schedule.scales(level), schedule.weights(level)
         shrink = a * self.variance / (a**2 * self.variance + b**2)
@@ -104,8 +108,8 @@ def test_schedulers_say_what_their_models_predict():
         UniPCMultistepScheduler,
     )
 
-    def read(scheduler: object) -> Schedule:
-        return Schedule.of(scheduler, "name")
+    def read(scheduler: object) -> NoiseSchedule:
+        return NoiseSchedule.of(scheduler, "name")
 
     for made in (
         DDIMScheduler(prediction_type="sample"),
@@ -171,7 +175,7 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
             x = steps.step(sign * f, t, x, return_dict=False)[0]
 
     schedule = flow_convention.observe_flow(
-        Schedule.of(steps, "name"), steps, denoiser, sample, "name"
+        NoiseSchedule.of(steps, "name"), steps, denoiser, sample, "name"
     )
     assert schedule.sign == sign
     t = torch.tensor([900.0, 400.0, 30.0])
@@ -198,7 +202,9 @@ def test_a_pipeline_whose_times_cannot_be_read_is_refused(time_of, share, words)
             x = steps.step(share * denoiser(x, time_of(t).expand(1))[0], t, x)[0]
 
     with pytest.raises(UnsupportedFormat, match=words):
-        flow_convention.observe_flow(Schedule.of(steps, "name"), steps, denoiser, sample, "name")
+        flow_convention.observe_flow(
+            NoiseSchedule.of(steps, "name"), steps, denoiser, sample, "name"
+        )
 
 
 class FlowOfNoise(UNet2DConditionModel):

@@ -93,7 +93,10 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
     a = torch.linspace(0.999, 0.005, 1000).double()
-    ours, theirs = schedules.Schedule("epsilon", a), schedules.Schedule("v_prediction", a**1.5)
+    ours, theirs = (
+        schedules.NoiseSchedule("epsilon", a),
+        schedules.NoiseSchedule("v_prediction", a**1.5),
+    )
     time = torch.tensor([40.0, 500.0, 900.0])
     there = conversion.translate_time(ours, theirs, time)
     torch.testing.assert_close(theirs.alpha(there), ours.alpha(time))

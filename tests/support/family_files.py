@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prolora.architectures.family import Family, Weight
+from prolora.architectures.family import AuthorsWeight, Family
 from prolora.architectures.layouts import load_layout
 
 Tensors = dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ def name_key(module: str) -> str:
     return module if is_parameter(module) else f"{module}.weight"
 
 
-def collect_weights(family: Family, modules: Iterable[str]) -> dict[str, Weight]:
+def collect_weights(family: Family, modules: Iterable[str]) -> dict[str, AuthorsWeight]:
     """The authors' weights that hold these canonical modules."""
     held = (family.find_weight_holding(module) for module in modules)
     return {weight.name: weight for weight in held if weight is not None}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from prolora.architectures.family import Family, Weight
+from prolora.architectures.family import AuthorsWeight, Family
 
 COMFYUI_NAMES = Path(__file__).parent / "comfy_names.json.gz"
 State = dict[str, torch.Tensor]
@@ -138,7 +138,7 @@ def list_weights(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]
     }
 
 
-def list_held(family: Family, modules: Mapping[str, object]) -> dict[str, Weight]:
+def list_held(family: Family, modules: Mapping[str, object]) -> dict[str, AuthorsWeight]:
     """The authors' name -> their matrix, for all that hold one of the modules."""
     held = {}
     for module in modules:
@@ -157,7 +157,7 @@ def make_rows(shapes: Mapping[str, tuple[int, ...]]) -> State:
 
 
 def store_as_authors(
-    weight: Weight, rows: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+    weight: AuthorsWeight, rows: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> torch.Tensor:
     """The matrix as the authors store it: parts one below the other, halves in their order."""
     matrix = torch.cat([rows[part] for part in weight.parts])

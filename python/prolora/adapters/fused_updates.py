@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..architectures.family import Weight
+from ..architectures.family import AuthorsWeight
 from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch
 
 
-def split_rows(whole: Weight, height: int, where: str) -> list[int]:
+def split_rows(whole: AuthorsWeight, height: int, where: str) -> list[int]:
     """The height of every part of a weight of `height` rows.
 
     Raises:
@@ -31,7 +31,7 @@ def split_rows(whole: Weight, height: int, where: str) -> list[int]:
     return [share * unit for share in whole.shares]
 
 
-def split_update(whole: Weight, update: LowRank, where: str) -> dict[str, LowRank]:
+def split_update(whole: AuthorsWeight, update: LowRank, where: str) -> dict[str, LowRank]:
     """The updates of the parts, exactly.
 
     Columns of `up` that are zero in all rows of a part say nothing about it and are left out: this
@@ -62,7 +62,7 @@ def split_update(whole: Weight, update: LowRank, where: str) -> dict[str, LowRan
     return {part: LowRank(up.clone(), update.down.clone()) for part, up in parts}
 
 
-def fused_height(whole: Weight, parts: Mapping[str, LowRank]) -> int:
+def fused_height(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> int:
     """The rows of `whole`, from those of some of its parts.
 
     Raises:
@@ -79,7 +79,7 @@ def fused_height(whole: Weight, parts: Mapping[str, LowRank]) -> int:
     return int(units.pop()) * sum(whole.shares)
 
 
-def fused_rank(whole: Weight, parts: Mapping[str, LowRank]) -> int:
+def fused_rank(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> int:
     """The rank that `fuse_updates` comes to."""
     updates = list(parts.values())
     if len(whole.parts) == 1 or _share_down(updates):
@@ -92,7 +92,7 @@ def _share_down(updates: list[LowRank]) -> bool:
     return all(update.down is first or torch.equal(update.down, first) for update in updates)
 
 
-def fuse_updates(whole: Weight, parts: Mapping[str, LowRank]) -> LowRank:
+def fuse_updates(whole: AuthorsWeight, parts: Mapping[str, LowRank]) -> LowRank:
     """The update of the original weight, from those of its parts; a part without one gets zeros.
 
     Where all parts have one `down`, it is kept and the rank with it. Otherwise `up` is
@@ -126,7 +126,9 @@ def fuse_updates(whole: Weight, parts: Mapping[str, LowRank]) -> LowRank:
     return LowRank(up, down)
 
 
-def unfuse_update(whole: Weight, update: LowRank, modules: Iterable[str]) -> dict[str, LowRank]:
+def unfuse_update(
+    whole: AuthorsWeight, update: LowRank, modules: Iterable[str]
+) -> dict[str, LowRank]:
     """Some parts of an update of the original weight, as `fuse_updates` puts them together again.
 
     All keep the whole `down`, so that its rank stays what it is; `split_update` leaves out what a

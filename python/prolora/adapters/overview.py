@@ -126,7 +126,7 @@ class Overview:
 
     @property
     def ranks(self) -> list[int]:
-        """All ranks."""
+        """The rank of every update, those of foreign keys last."""
         known = [form.rank for form in self.forms.values() if form.rank]
         return [*known, *self.foreign.values()]
 
@@ -210,7 +210,7 @@ def _sort_key(key: str, shape: tuple[int, ...], overview: Overview) -> None:
     elif isinstance(parsed, tensor_keys.LeftOutKey):
         overview.left_out.append(parsed.reason)
     elif isinstance(parsed, tensor_keys.RefusedKey):
-        module = module_names.parse_path(parsed.path, overview.reading)
+        module = module_names.parse_module_path(parsed.path, overview.reading)
         name = module.name if module else parsed.path
         overview.refused.append((name, parsed.algorithm))
         if module:

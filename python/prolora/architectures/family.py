@@ -73,7 +73,7 @@ SPELLINGS: Mapping[str, Spelling] = MappingProxyType(
 """Format -> spelling, as most families have them."""
 
 
-class Weight(NamedTuple):
+class AuthorsWeight(NamedTuple):
     """A matrix of the authors' checkpoint and the modules of diffusers it holds.
 
     Attributes:
@@ -169,7 +169,7 @@ class Family:
         match = _match_pattern(module, self._modules, dotted=True)
         return self.shapes.get(match[0], ()) if match else ()
 
-    def find_weight(self, name: str, *, dotted: bool = True) -> Weight | None:
+    def find_weight(self, name: str, *, dotted: bool = True) -> AuthorsWeight | None:
         """The authors' weight of that name or alias, None if the family has none such.
 
         Args:
@@ -179,12 +179,12 @@ class Family:
         match = _match_pattern(name, self._weights, dotted)
         return self._make_weight(*match) if match else None
 
-    def find_weight_holding(self, module: str) -> Weight | None:
+    def find_weight_holding(self, module: str) -> AuthorsWeight | None:
         """The authors' weight that a canonical module is, or is rows of."""
         match = _match_pattern(module, self._holders, dotted=True)
         return self._make_weight(*match) if match else None
 
-    def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> Weight:
+    def _make_weight(self, pattern: str, numbers: tuple[str, ...]) -> AuthorsWeight:
         """The weight of a pattern of the authors with its numbers filled in."""
         entry = self._entries[pattern]
         if isinstance(entry, Fused):
@@ -195,7 +195,7 @@ class Family:
         if isinstance(entry, Swapped):
             swap = "if two" if entry.only_if_two else "always"
         filled = tuple(_fill_pattern(part, numbers) for part in parts)
-        return Weight(_fill_pattern(pattern, numbers), filled, shares, swap)
+        return AuthorsWeight(_fill_pattern(pattern, numbers), filled, shares, swap)
 
     @cached_property
     def _holders(self) -> _Patterns:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .families import known_families
-from .family import Family, Weight
+from .family import AuthorsWeight, Family
 from .layouts import load_layout
 from .modules import matrix_shape
 
@@ -101,7 +101,7 @@ def find_parts(family: Family, module: NamedMatrix) -> dict[str, tuple[int, int]
     return share_rows(weight, (out, inputs)) if weight else {}
 
 
-def share_rows(weight: Weight, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def share_rows(weight: AuthorsWeight, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """The shapes of the parts of a matrix out × in; rows of 0 where they do not come out even."""
     unit, rest = divmod(shape[0], sum(weight.shares))
     return {

@@ -75,7 +75,7 @@ def _describe_file(file: Path) -> dict[str, str]:
     return {_CONTENT: hash_file(file)}
 
 
-def describe_module(model: nn.Module) -> Facts:
+def describe_live_module(model: nn.Module) -> Facts:
     """A model in memory: its configuration, the class and constants of every module, all weights.
 
     The constants are what a module holds as plain numbers, texts and tuples of them under public
@@ -103,7 +103,7 @@ def describe_parts(pipe: Any, without: nn.Module) -> Facts:
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module):
             if part is not without and name not in UNUSED_PARTS:
-                inside = describe_module(part)
+                inside = describe_live_module(part)
                 facts |= {f"{name} {place}": settings for place, settings in inside.items()}
         elif part is not None and name not in UNUSED_PARTS:
             facts[name] = {"class": _name_class(part), **_list_settings(_as_mapping(part))}

@@ -44,7 +44,7 @@ class Weight(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Rows first, as torch stores it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,11 +62,11 @@ class TensorEntry(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `TensorFile.read` gives."""
+        """As `TensorFile.read` gives it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what `TensorFile.read` gives."""
+        """As `TensorFile.read` gives it."""
 
 
 class TensorFile(Protocol):

@@ -34,7 +34,7 @@ from .options import (
     parse_base,
     parse_rank,
 )
-from .tables import format_number, format_range, make_table
+from .tables import format_extremes, format_number, make_table
 
 _AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -215,7 +215,7 @@ def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
         table.add_row(
             "×".join(map(str, row.shape)),
             str(row.count),
-            format_range((row.columns_min, row.columns_max)),
+            format_extremes((row.columns_min, row.columns_max)),
             format_number(row.energy, ".1%"),
             format_number(row.bound, ".1e"),
             str(row.flagged),
@@ -254,7 +254,7 @@ def inventory_table(inventory: Inventory) -> Table:
             str(shelf.count),
             format_size(shelf.size),
             shelf.dtypes,
-            format_range((shelf.columns_min, shelf.columns_max)),
+            format_extremes((shelf.columns_min, shelf.columns_max)),
             format_number(shelf.bound, ".0e"),
             date.fromtimestamp(shelf.used).isoformat(),
         )

@@ -55,7 +55,7 @@ def format_number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
-def format_range(numbers: Iterable[int]) -> str:
+def format_extremes(numbers: Iterable[int]) -> str:
     """The least and the greatest of some numbers; one where they are equal."""
     ordered = sorted(numbers)
     return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]}…{ordered[-1]}"
@@ -97,7 +97,7 @@ def transfer_table(report: Report, every_module: bool = False) -> Table:
             _angle_text(means) if first == "angle" else str(means.modules),
             *(_subspace_cells(means) if subspaces else []),
             *(_update_cells(means) if updates else []),
-            format_range(means.ranks),
+            format_extremes(means.ranks),
             style="bold" if name == "all" else None,
         )
     return table
@@ -233,7 +233,7 @@ def _overlap_cells(modules: list[ModuleComparison]) -> list[str]:
     left, right, above = (average_field(modules, f) for f in ("phi_left", "phi_right", "above"))
     chance = max(average_field(modules, "chance_left"), average_field(modules, "chance_right"))
     return [
-        format_range([module.columns_source for module in modules]),
+        format_extremes([module.columns_source for module in modules]),
         f"{format_number(left)} {format_number(right)}",
         format_number(chance),
         format_number(above),

@@ -78,7 +78,7 @@ def transfer(
         device=resources.device,
         max_memory=resources.max_bytes,
     )
-    run = plan_all if output.dry_run else move_all
+    run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
     if output.show_tables:
         show_outcomes(outcomes, output.modules)
@@ -142,7 +142,7 @@ def match_bases(pair: ExpertPair, options: TransferOptions) -> Match:
     )
 
 
-def move_all(
+def move_loras(
     loras: list[Path],
     source: Experts,
     target: Experts,

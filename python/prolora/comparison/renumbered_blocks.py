@@ -29,7 +29,7 @@ SAMPLED_ROWS = 64
 """Rows of a weight behind its cosine: at 64 × 640 entries chance stays below 0.02."""
 
 
-class _Block(NamedTuple):
+class _NumberedBlock(NamedTuple):
     stack: str
     number: str
 
@@ -96,20 +96,20 @@ def recognise_blocks(
     return Renumbering(corrected, rule, blocks)
 
 
-def _find_block(module: str) -> _Block | None:
+def _find_block(module: str) -> _NumberedBlock | None:
     block = None if is_in_text_encoder(module) else find_block(module)
-    return _Block(block.stack, block.number) if block else None
+    return _NumberedBlock(block.stack, block.number) if block else None
 
 
 def _choose_witnesses(
     table: Mapping[str, str], source: Base, target: Base
-) -> tuple[dict[_Block, _Block], dict[_Block, str]]:
+) -> tuple[dict[_NumberedBlock, _NumberedBlock], dict[_NumberedBlock, str]]:
     """Target block -> its namesake, and -> the module to compare.
 
     That is the smallest attention weight; the smallest of all where there is none.
     """
-    partners: dict[_Block, _Block] = {}
-    witnesses: dict[_Block, tuple[bool, int, str]] = {}
+    partners: dict[_NumberedBlock, _NumberedBlock] = {}
+    witnesses: dict[_NumberedBlock, tuple[bool, int, str]] = {}
     for module, origin in table.items():
         block, partner = _find_block(module), _find_block(origin)
         shape = target.shapes[module]
@@ -134,11 +134,11 @@ def _sample_weight(base: Base, module: str) -> Tensor:
 
 
 def _find_origins(
-    strangers: Sequence[_Block],
-    witnesses: Mapping[_Block, str],
+    strangers: Sequence[_NumberedBlock],
+    witnesses: Mapping[_NumberedBlock, str],
     source: Base,
     target: Base,
-) -> dict[_Block, _Block]:
+) -> dict[_NumberedBlock, _NumberedBlock]:
     """Target block -> the source's block whose weight points the same way, where there is one.
 
     Args:
@@ -147,7 +147,7 @@ def _find_origins(
         source: where they may come from.
         target: where they are.
     """
-    kinds: dict[_Kind, list[_Block]] = {}
+    kinds: dict[_Kind, list[_NumberedBlock]] = {}
     for block in strangers:
         local = witnesses[block]
         shape = matrix_shape(target.shapes[block.module(local)])

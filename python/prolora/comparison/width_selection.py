@@ -163,7 +163,7 @@ def select_narrower(
 
 
 @dataclass
-class _Known:
+class _KnownWidths:
     """A selection along one side, as far as it is known: indices [l], and how often it fitted."""
 
     indices: Tensor
@@ -186,7 +186,7 @@ class WidthFinder:
     device: str | None = None
     progress: Progress | None = None
     _found: dict[tuple[str, str], Selection | None] = field(default_factory=dict)
-    _pool: dict[Widths, list[_Known]] = field(default_factory=dict)
+    _pool: dict[Widths, list[_KnownWidths]] = field(default_factory=dict)
     _started: bool = False
 
     def find(
@@ -265,13 +265,13 @@ class WidthFinder:
                 self._found[module, origin] = found if residual <= MAX_RESIDUAL else None
             return
 
-    def _list_tries(self, sides: tuple[Widths, Widths]) -> list[tuple[int, _Known]]:
+    def _list_tries(self, sides: tuple[Widths, Widths]) -> list[tuple[int, _KnownWidths]]:
         """(axis, what may be selected along it), the most proven first."""
-        tries: list[tuple[int, _Known]] = []
+        tries: list[tuple[int, _KnownWidths]] = []
         for axis in (1, 0):
             wide, narrow = sides[axis]
             if wide == narrow:
-                return [(axis, _Known(torch.arange(wide)))]
+                return [(axis, _KnownWidths(torch.arange(wide)))]
             tries += [(axis, entry) for entry in self._pool.get(sides[axis], [])]
         return sorted(tries, key=lambda item: -item[1].hits)[:_TRIES]
 
@@ -293,7 +293,7 @@ class WidthFinder:
                 if len(known.unique()) == len(known):
                     entry.indices = complete_by_order(merged, side[0])
                     return entry.indices
-        self._pool[side].append(_Known(complete_by_order(indices, side[0])))
+        self._pool[side].append(_KnownWidths(complete_by_order(indices, side[0])))
         return self._pool[side][-1].indices
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..bases.pipeline_identity import (
     Facts,
-    describe_module,
+    describe_live_module,
     describe_versions,
     digest_facts,
     list_changes,
@@ -261,8 +261,8 @@ def open_checkpoints(
         lambda: {
             **more,
             _VERSIONS: describe_versions(),
-            "the source: model": describe_module(source),
-            "the target: model": describe_module(target),
+            "the source: model": describe_live_module(source),
+            "the target: model": describe_live_module(target),
         },
     )
 

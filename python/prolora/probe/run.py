@@ -31,7 +31,7 @@ from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
 from .recording.guidance import Guidance
-from .recording.lazy import Selection
+from .recording.lazy import SampleSelection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import spill_questions
 from .recording.trajectories import Sample, output_of, predict_call
@@ -358,8 +358,8 @@ def _draw_samples(
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
     origins = [question.origin for question in questions]
-    pairs = Selection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
-    asked = Selection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
+    pairs = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
+    asked = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
     count = max(settings.probes // 2, 1) if pairs else settings.probes
     drawn = mix_samples(asked, count, settings.batch, predict_both, generator)
     if pairs:

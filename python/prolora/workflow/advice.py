@@ -27,8 +27,8 @@ from ..probe.settings import Probing
 from ..probe.strength import MeasuredStrength, Measurement
 from .base_check import check_bases
 from .by_weights.pipeline import plan_transfer, read_lora
-from .lora_fit import LoraFit, StackDrift, describe_stack, fit_lora, measure_plan
-from .measuring import Side, check_runnable, measure_lora, move_candidates, open_models
+from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
+from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions
 
 SAMPLED = Probing(images=6, steps=12)
@@ -238,7 +238,7 @@ def advise(
         probe = replace(probe, target_steps=target_steps)
     if target_guidance is not None:
         probe = replace(probe, target_guidance=target_guidance)
-    ours, theirs = Side.of(source), Side.of(target)
+    ours, theirs = MeasuredSide.of(source), MeasuredSide.of(target)
     if measure:
         check_runnable(ours, theirs, samplers)
     options = TransferOptions(
@@ -261,7 +261,7 @@ def advise(
         plan = plan_transfer(adapter, ours.base, theirs.base, replace(options, match=paired), cache)
         affinities = measure_plan(plan, comparison, ours.base, theirs.base)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
-        fit, energies = fit_lora(adapter, plan, affinities, _name_lora(lora))
+        fit, energies = locate_lora(adapter, plan, affinities, _name_lora(lora))
     measurement = None
     if measure and adapter is not None:
         candidates = move_candidates(adapter, ours.base, theirs.base, options)

@@ -32,7 +32,7 @@ _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the Hub lists them: "apa
 
 
 @dataclass(frozen=True)
-class _Moved:
+class _CardEntry:
     """A LoRA that was written.
 
     Attributes:
@@ -50,7 +50,7 @@ class _Moved:
     digest: str
 
     @classmethod
-    def of(cls, outcome: Outcome) -> _Moved:
+    def of(cls, outcome: Outcome) -> _CardEntry:
         out = outcome.out
         weights = out / PEFT_WEIGHTS if out.is_dir() else out
         header = open_adapter(out).metadata
@@ -90,28 +90,28 @@ def write_card(
     written = [o for o in outcomes if not o.planned and not o.error]
     if any(outcome.report for outcome in written):
         check_beside(card, "card", overwrite=overwrite)
-        write_text_atomically(card, render_card([_Moved.of(o) for o in written], command))
+        write_text_atomically(card, render_card([_CardEntry.of(o) for o in written], command))
 
 
-def render_card(moved: Sequence[_Moved], command: str) -> str:
+def render_card(moved: Sequence[_CardEntry], command: str) -> str:
     """The text of a card: what the Hub reads, then a section for each LoRA."""
     title = moved[0].outcome.out.stem if len(moved) == 1 else f"{len(moved)} moved LoRAs"
     move = moved[0].move
     blocks = [
         _write_front(moved),
         f"{MARK} {__version__} {make_mark('card')} -->",
-        f"# {escape(title)}",
-        f"{'A LoRA' if len(moved) == 1 else 'LoRAs'} for **{escape(move.target)}**, moved from "
-        f"{escape(move.source)} by prolora, without training and without data.",
+        f"# {escape_markdown(title)}",
+        f"{'A LoRA' if len(moved) == 1 else 'LoRAs'} for **{escape_markdown(move.target)}**, moved "
+        f"from {escape_markdown(move.source)} by prolora, without training and without data.",
     ]
     for one in moved:
         if len(moved) > 1:
-            blocks.append(f"## {escape(one.outcome.out.name)}")
+            blocks.append(f"## {escape_markdown(one.outcome.out.name)}")
         blocks += _describe_lora(one)
     return "\n\n".join([*blocks, "## How it was made", _write_command(command)]) + "\n"
 
 
-def _write_front(moved: Sequence[_Moved]) -> str:
+def _write_front(moved: Sequence[_CardEntry]) -> str:
     """The YAML that the Hub reads; every text is a JSON string, which YAML takes."""
     names = [one.move.target for one in moved] + [one.move.source for one in moved]
     bases = ["/".join(name.split("/")[:2]) for name in names]  # of "org/name/file", the repository
@@ -135,7 +135,7 @@ def _write_front(moved: Sequence[_Moved]) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _list_tags(moved: Sequence[_Moved]) -> list[str]:
+def _list_tags(moved: Sequence[_CardEntry]) -> list[str]:
     """The family's id, and the tags that the LoRAs' own headers have."""
     tags = []
     for one in moved:
@@ -145,7 +145,7 @@ def _list_tags(moved: Sequence[_Moved]) -> list[str]:
     return tags
 
 
-def _find_library(moved: Sequence[_Moved]) -> str | None:
+def _find_library(moved: Sequence[_CardEntry]) -> str | None:
     """The library that loads all of them: PEFT's folders, or files that diffusers reads.
 
     Which programs read a LoRA is not known for models of no known family; the Hub lists those under
@@ -157,17 +157,19 @@ def _find_library(moved: Sequence[_Moved]) -> str | None:
     return "diffusers" if read else None
 
 
-def _describe_lora(one: _Moved) -> list[str]:
+def _describe_lora(one: _CardEntry) -> list[str]:
     """What a LoRA keeps, how it is used, and what it was made of."""
     report, header, move = one.report, one.header, one.move
     sentences = report.sentences() if report else ["Moved in an earlier run."]
-    blocks, used = ["\n".join(f"- {escape(sentence)}" for sentence in sentences)], []
+    blocks, used = ["\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)], []
     if one.file.trigger_words:
-        words = ", ".join(escape(word) for word in one.file.trigger_words)
+        words = ", ".join(escape_markdown(word) for word in one.file.trigger_words)
         used.append(f"- Trigger words: {words} (carried over from the header of the LoRA)")
     licence = header.get("modelspec.license")
     if licence:
-        used.append(f"- Licence: {escape(licence)} (carried over from the header of the LoRA)")
+        used.append(
+            f"- Licence: {escape_markdown(licence)} (carried over from the header of the LoRA)"
+        )
     else:
         used.append("- Licence: the LoRA's header names none; those of both bases apply")
     if one.file.readers:
@@ -183,7 +185,7 @@ def _describe_lora(one: _Moved) -> list[str]:
         ("target", f"{move.target}, {move.target_hash}"),
         ("source", f"{move.source}, {move.source_hash}"),
     ]
-    table = [f"| {name} | {escape(text)} |" for name, text in rows]
+    table = [f"| {name} | {escape_markdown(text)} |" for name, text in rows]
     blocks.append("\n".join(["| | |", "|---|---|", *table]))
     return blocks
 
@@ -229,7 +231,7 @@ def quote(text: str) -> str:
     return json.dumps(replace_controls(text), ensure_ascii=False)
 
 
-def escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """A text as Markdown that says just that, in a line."""
     line = " ".join(replace_controls(text).split())
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", line)

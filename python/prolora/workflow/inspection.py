@@ -254,7 +254,7 @@ def _describe_unread_base(
 ) -> Description:
     """A checkpoint that `transfer` would refuse, as far as its keys tell."""
     names = [
-        module_names.parse_path(key.removesuffix(".weight").removeprefix(_LDM_PREFIX))
+        module_names.parse_module_path(key.removesuffix(".weight").removeprefix(_LDM_PREFIX))
         for key, header in source.headers.items()
         if key.endswith(".weight") and len(header.shape) > 1
     ]

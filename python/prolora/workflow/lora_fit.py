@@ -12,7 +12,7 @@ from ..comparison.comparison import Comparison
 from ..comparison.drift import Affinity, measure_affinities
 from ..comparison.module_comparison import ModuleComparison
 from ..comparison.verdict import STRANGE_COSINE
-from .plan import Plan
+from .plan import ModulePlan
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def describe_stack(
 
 
 def measure_plan(
-    plan: Plan, comparison: Comparison, source: Base, target: Base
+    plan: ModulePlan, comparison: Comparison, source: Base, target: Base
 ) -> dict[str, Affinity]:
     """Target module -> affinity, of the LoRA's pairs; those that no comparison has are read."""
     known = {module.target: module.affinity for module in comparison.modules}
@@ -120,8 +120,8 @@ def measure_plan(
     return {module: known[module] for _, module in places if module in known}
 
 
-def fit_lora(
-    adapter: Adapter, plan: Plan, affinities: Mapping[str, Affinity], name: str
+def locate_lora(
+    adapter: Adapter, plan: ModulePlan, affinities: Mapping[str, Affinity], name: str
 ) -> tuple[LoraFit, dict[str, float]]:
     """Where a LoRA lies, and target module -> share of its energy."""
     energies = {n: float(update.norm().square()) for n, update in adapter.updates.items()}

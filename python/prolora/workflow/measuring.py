@@ -28,7 +28,7 @@ MOMENTS = 6
 
 
 @dataclass(frozen=True)
-class Side:
+class MeasuredSide:
     """A base, and what runs it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Side:
     module: nn.Module | None = None
 
     @classmethod
-    def of(cls, given: Any) -> Side:
+    def of(cls, given: Any) -> MeasuredSide:
         """What `advise` was given: a base in any form, or a diffusers pipeline."""
         base, is_module = open_base(given), isinstance(given, nn.Module)
         is_pipe = hasattr(given, "scheduler") and not is_module
@@ -65,7 +65,7 @@ class RunningModels:
     translation: Translation
 
 
-def check_runnable(source: Side, target: Side, samplers: object) -> None:
+def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object) -> None:
     """Refuses what cannot be run, before anything is read.
 
     Raises:
@@ -93,8 +93,8 @@ def check_runnable(source: Side, target: Side, samplers: object) -> None:
 
 
 def open_models(
-    source: Side,
-    target: Side,
+    source: MeasuredSide,
+    target: MeasuredSide,
     settings: Probing,
     samplers: tuple[Sample, Sample] | None,
     device: str | None,
@@ -124,7 +124,7 @@ def open_models(
     )
 
 
-def _open_pipeline(side: Side, device: str | None) -> Any:
+def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
     from ..probe.pipelines import Pipeline, open_pipeline
 
     if side.pipe is None:

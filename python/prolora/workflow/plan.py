@@ -66,7 +66,7 @@ class Pair:
 
 
 @dataclass
-class Plan:
+class ModulePlan:
     """Where every module of an adapter goes.
 
     Attributes:
@@ -120,7 +120,7 @@ class Route:
     """
 
     adapter: Adapter
-    plan: Plan
+    plan: ModulePlan
     source: Base
     target: Base
     options: TransferOptions
@@ -134,7 +134,7 @@ def make_plan(
     text_encoder: str = "copy",
     dropped: str = "skip",
     widths: WidthFinder | None = None,
-) -> Plan:
+) -> ModulePlan:
     """Pairs the adapter's modules with the target's.
 
     Args:
@@ -159,7 +159,7 @@ def make_plan(
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
             over because every shape differs, or because none has a partner and probing may serve.
     """
-    plan = Plan()
+    plan = ModulePlan()
     modules = place_text_encoders(adapter, source, target, text_encoder, plan)
     check_fits_source(adapter, modules, source)
     plan.table, plan.rule = find_partners(source, target, match)
@@ -201,7 +201,7 @@ def _explain_skipped(name: str, match: Match) -> str:
 
 
 def _pair_modules(
-    wanted: set[str], source: Base, target: Base, plan: Plan, widths: WidthFinder | None
+    wanted: set[str], source: Base, target: Base, plan: ModulePlan, widths: WidthFinder | None
 ) -> set[str]:
     """Puts the wanted modules that have a partner into the plan, and returns them.
 
@@ -250,7 +250,7 @@ def _explain_other_width(module: str, origin: str, source: Base, target: Base, t
 
 
 def place_text_encoders(
-    adapter: Adapter, source: Base, target: Base, mode: str, plan: Plan
+    adapter: Adapter, source: Base, target: Base, mode: str, plan: ModulePlan
 ) -> list[str]:
     """Puts the modules of text encoders into the plan.
 
@@ -329,7 +329,7 @@ def _split_name(module: str) -> tuple[str, int, str]:
     return block.stack, int(block.number), block.local
 
 
-def sum_dropped_blocks(adapter: Adapter, plan: Plan) -> Adapter:
+def sum_dropped_blocks(adapter: Adapter, plan: ModulePlan) -> Adapter:
     """The adapter with the updates of dropped blocks added to those of their neighbours.
 
     Sums of factors are their concatenation, so nothing is lost or formed; a module that had no
@@ -350,7 +350,7 @@ def sum_dropped_blocks(adapter: Adapter, plan: Plan) -> Adapter:
     return replace(adapter, updates=updates)
 
 
-def find_own_ranks(adapter: Adapter, plan: Plan) -> dict[str, int]:
+def find_own_ranks(adapter: Adapter, plan: ModulePlan) -> dict[str, int]:
     """Module that others are added to -> the rank it has in the LoRA itself.
 
     A module without an update of its own has the largest rank among those that are added to it.

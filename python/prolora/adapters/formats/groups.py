@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ...architectures.families import known_families
-from ...architectures.family import SPELLINGS, Family, Spelling, Weight
+from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.modules import TEXT_ENCODERS, find_component, local_name
 from ...architectures.recognition import NamedMatrix, recognise_families
 from ...core.lowrank import LowRank
@@ -31,7 +31,7 @@ class Group:
 
     path: str
     parts: dict[str, LowRank]
-    matrix: Weight | None
+    matrix: AuthorsWeight | None
 
     @property
     def modules(self) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ...architectures.family import Family, Spelling, Weight
+from ...architectures.family import AuthorsWeight, Family, Spelling
 from ...architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
 from ...architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
 from .kohya_words import restore_dots
@@ -70,7 +70,7 @@ class ModulePath(NamedTuple):
     prefix: str
     local: str
     sgm: bool = False
-    matrix: Weight | None = None
+    matrix: AuthorsWeight | None = None
     spelling: Spelling | None = None
     described: bool = False
 
@@ -98,7 +98,7 @@ class _Path(NamedTuple):
     dotted: bool = True
 
 
-def parse_path(path: str, family: Family | None = None) -> ModulePath | None:
+def parse_module_path(path: str, family: Family | None = None) -> ModulePath | None:
     """What the module path of a key means, or None if it is not understood.
 
     Args:
@@ -119,7 +119,7 @@ def find_transformer_name(path: str) -> tuple[str, bool] | None:
     """(name, whether it has dots) of what can be a module of a transformer; None for all others.
 
     Args:
-        path: as for `parse_path`.
+        path: as for `parse_module_path`.
     """
     cut = _cut_prefix(path)
     if cut is None or cut.component == "unet." or _parse_text(path) or _find_in_unet(cut):

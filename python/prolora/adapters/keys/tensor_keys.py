@@ -194,12 +194,12 @@ def parse_key(
         if pattern.search(key):
             return LeftOutKey(reason)
     if match := _VECTOR.fullmatch(key):
-        module = module_names.parse_path(match["path"], family)
+        module = module_names.parse_module_path(match["path"], family)
         if module is None:
             return LeftOutKey(FOREIGN_VECTOR)
         return VectorKey(module, "weight" if match["weight"] else "bias", bool(match["scaled"]))
     path_and_role = split_role(key)
-    module = module_names.parse_path(path_and_role[0], family) if path_and_role else None
+    module = module_names.parse_module_path(path_and_role[0], family) if path_and_role else None
     if path_and_role and path_and_role[1] == "diff" and len(shape) == 1:
         return VectorKey(module, "weight") if module else LeftOutKey(FOREIGN_VECTOR)
     return FactorKey(module, path_and_role[1]) if path_and_role and module else None
@@ -244,4 +244,7 @@ def is_base_weight(key: str) -> bool:
     """Whether the key is a plain weight of a base model."""
     if not key.endswith((".weight", ".bias")) or split_role(key):
         return False
-    return key.startswith(_BASE_ROOTS) or module_names.parse_path(key.rsplit(".", 1)[0]) is not None
+    return (
+        key.startswith(_BASE_ROOTS)
+        or module_names.parse_module_path(key.rsplit(".", 1)[0]) is not None
+    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import NoiseSchedule
 
 
-def translate_time(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
+def translate_time(ours: NoiseSchedule, theirs: NoiseSchedule, time: Tensor) -> Tensor:
     """The time at which the other model sees as much noise; the same time for equal schedules.
 
     Where a table of discrete times lies between two entries, the result is a fraction: diffusers'
@@ -21,7 +21,9 @@ def translate_time(ours: Schedule, theirs: Schedule, time: Tensor) -> Tensor:
     return theirs.time_at(ours.level_at(time)).to(time.device)
 
 
-def translate_state(ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor) -> Tensor:
+def translate_state(
+    ours: NoiseSchedule, theirs: NoiseSchedule, latent: Tensor, time: Tensor
+) -> Tensor:
     """The other model's x [n, ...] of the same x₀ and ε at the same log-SNR: a multiple of ours."""
     if ours.has_same_path(theirs):
         return latent
@@ -31,7 +33,7 @@ def translate_state(ours: Schedule, theirs: Schedule, latent: Tensor, time: Tens
 
 
 def convert_prediction(
-    ours: Schedule, theirs: Schedule, latent: Tensor, time: Tensor, prediction: Tensor
+    ours: NoiseSchedule, theirs: NoiseSchedule, latent: Tensor, time: Tensor, prediction: Tensor
 ) -> Tensor:
     """What the other model would predict at the same log-SNR, were its x₀ that of this prediction.
 
@@ -56,7 +58,7 @@ def convert_prediction(
 
 
 def clip_state(
-    schedule: Schedule, levels: tuple[float, float], latent: Tensor, time: Tensor
+    schedule: NoiseSchedule, levels: tuple[float, float], latent: Tensor, time: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The nearest state and time with a noise level within bounds.
 
@@ -81,7 +83,7 @@ def clip_state(
     return latent * align_rows(factor, latent), clipped.to(time.device)
 
 
-def common_levels(ours: Schedule, theirs: Schedule) -> tuple[float, float] | None:
+def common_levels(ours: NoiseSchedule, theirs: NoiseSchedule) -> tuple[float, float] | None:
     """The noise levels at which both can be asked and answer; None without a bound.
 
     Models of one kind are not bounded: their predictions need no conversion.

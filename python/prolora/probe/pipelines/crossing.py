@@ -26,9 +26,9 @@ from .conditioning import PredictionReader, PromptTable, split_call
 from .conversion import align_rows
 from .guidance import guide_source
 from .latents import LatentSpace, SharedLatents, check_shown
-from .layouts import Layout, check_shapes
+from .layouts import LatentLayout, check_shapes
 from .pipeline import FinalSample, Pipeline, describe_pipeline
-from .schedules import Schedule
+from .schedules import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CrossingSide:
 
     pipeline: Pipeline
     settings: Probing
-    schedule: Schedule
+    schedule: NoiseSchedule
     table: PromptTable
     space: LatentSpace | SharedLatents
     pixels: tuple[int, int]
@@ -72,7 +72,7 @@ class CrossingSide:
         table = pipeline.tabulate_prompts(settings)
         space: LatentSpace | SharedLatents
         if shared:
-            space = SharedLatents(Layout.of(pipeline.pipe, table.like.latent))
+            space = SharedLatents(LatentLayout.of(pipeline.pipe, table.like.latent))
         else:
             space = pipeline.observe_latents(settings, table.like.latent)
         height, width = space.decode(table.like.latent[:1]).shape[-2:]

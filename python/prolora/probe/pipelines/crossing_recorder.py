@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
-from ...bases.pipeline_identity import describe_module, digest_facts
+from ...bases.pipeline_identity import describe_live_module, digest_facts
 from ...errors import ProLoRAError
 from ..checkpoint import Checkpoints, hash_texts
 from ..crossed import CrossedImages
@@ -119,7 +119,7 @@ class CrossingRecorder:
             return ""
         spaces = self.ours.space, self.theirs.space
         vaes = (s.vae for s in spaces)
-        hashes = ["" if v is None else digest_facts(describe_module(v)) for v in vaes]
+        hashes = ["" if v is None else digest_facts(describe_live_module(v)) for v in vaes]
         return hash_texts(
             "across latents", *self.keys.values(), *hashes, *map(repr, map(_norms, spaces))
         )

@@ -20,7 +20,7 @@ from ...errors import UnsupportedFormat
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from .conditioning import split_call, stack_output
-from .schedules import Schedule, Times
+from .schedules import NoiseSchedule, Times
 
 STEPS = 3
 """Sampling steps that are observed."""
@@ -49,8 +49,12 @@ class _Observed:
 
 
 def observe_flow(
-    schedule: Schedule, scheduler: Any, denoiser: nn.Module, sample: Callable[[], None], name: str
-) -> Schedule:
+    schedule: NoiseSchedule,
+    scheduler: Any,
+    denoiser: nn.Module,
+    sample: Callable[[], None],
+    name: str,
+) -> NoiseSchedule:
     """The schedule of a flow with its times and its sign.
 
     Args:
@@ -136,7 +140,7 @@ def _read_sign(shares: list[float], name: str) -> int:
     return 1 if mean > 0 else -1
 
 
-def _fit_times(schedule: Schedule, times: list[tuple[float, float]], name: str) -> Times:
+def _fit_times(schedule: NoiseSchedule, times: list[tuple[float, float]], name: str) -> Times:
     """Slope and offset of the model's time over the noise level."""
     asked = torch.tensor([pair[0] for pair in times], dtype=torch.float64)
     level = torch.tensor([pair[1] for pair in times], dtype=torch.float64) / schedule.unit

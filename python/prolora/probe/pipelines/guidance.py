@@ -64,7 +64,7 @@ def observe_guidance(pipeline: Pipeline, settings: Probing, table: PromptTable) 
             branch.append(row.flatten())
 
     def stop(used: Tensor, _: Any) -> None:
-        scales.append(read_scale(read(used).detach().double().cpu(), with_prompt, without))
+        scales.append(read_guidance_scale(read(used).detach().double().cpu(), with_prompt, without))
         raise FirstCallReached
 
     hook = pipeline.denoiser.register_forward_hook(record, with_kwargs=True)
@@ -74,7 +74,7 @@ def observe_guidance(pipeline: Pipeline, settings: Probing, table: PromptTable) 
     return scales[0] if scales else None
 
 
-def read_scale(
+def read_guidance_scale(
     used: Tensor, with_prompt: Sequence[Tensor], without: Sequence[Tensor]
 ) -> float | None:
     """The scale of used = ±(u + g·(c − u))."""

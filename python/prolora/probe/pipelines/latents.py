@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached
-from .layouts import Layout
+from .layouts import LatentLayout
 
 _TOLERANCE = 1e-3  # of the decoded latents' norm; pipelines may round them to half precision
 
@@ -115,7 +115,7 @@ class SharedLatents:
         vae: none is needed.
     """
 
-    layout: Layout
+    layout: LatentLayout
     vae: None = None
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ IMAGE, FRAME, PACKED, OTHER = "image", "frame", "packed", "other"
 
 
 @dataclass(frozen=True)
-class Layout:
+class LatentLayout:
     """The layout of a denoiser's latents.
 
     Attributes:
@@ -26,7 +26,7 @@ class Layout:
     kind: str
 
     @classmethod
-    def of(cls, pipe: Any, latent: Tensor) -> Layout:
+    def of(cls, pipe: Any, latent: Tensor) -> LatentLayout:
         """The layout of a latent [n, ...] that a pipeline gives its denoiser."""
         if latent.dim() == 4:
             return cls(IMAGE)
@@ -60,7 +60,7 @@ class Layout:
             return image[:, :, None]
         return _pack_patches(image) if self.kind == PACKED else image
 
-    def translate(self, latent: Tensor, theirs: Layout) -> Tensor:
+    def translate(self, latent: Tensor, theirs: LatentLayout) -> Tensor:
         """A latent in another layout; the same where both have one."""
         return latent if theirs == self else theirs.pack(self.unpack(latent))
 
@@ -82,7 +82,9 @@ def _packs_patches(pipe: Any) -> bool:
 
 
 def check_shapes(
-    shapes: tuple[Tensor, Tensor], layouts: tuple[Layout, Layout], names: tuple[str, str]
+    shapes: tuple[Tensor, Tensor],
+    layouts: tuple[LatentLayout, LatentLayout],
+    names: tuple[str, str],
 ) -> None:
     """Refuses latents that are not the same numbers in two layouts.
 

@@ -20,9 +20,9 @@ from .conversion import (
     translate_time,
 )
 from .guidance import guide_source
-from .layouts import Layout, check_shapes
+from .layouts import LatentLayout, check_shapes
 from .pipeline import Pipeline, describe_pipeline
-from .schedules import FLOW, Schedule, level_log_snr
+from .schedules import FLOW, NoiseSchedule, level_log_snr
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> Pip
     levels = common_levels(ours, theirs)
     tables = source.tabulate_prompts(settings), target.tabulate_prompts(of_target)
     latents = tables[0].like.latent, tables[1].like.latent
-    layouts = Layout.of(source.pipe, latents[0]), Layout.of(target.pipe, latents[1])
+    layouts = LatentLayout.of(source.pipe, latents[0]), LatentLayout.of(target.pipe, latents[1])
     check_shapes(latents, layouts, names)
     translation = Translation(
         _CallTranslator(*tables, ours, theirs, *layouts),
@@ -101,10 +101,10 @@ class _CallTranslator:
 
     ours: PromptTable
     theirs: PromptTable
-    schedule: Schedule
-    their_schedule: Schedule
-    layout: Layout
-    their_layout: Layout
+    schedule: NoiseSchedule
+    their_schedule: NoiseSchedule
+    layout: LatentLayout
+    their_layout: LatentLayout
 
     def __call__(self, call: Call) -> Call:
         parts = split_call(self.ours.model, call)
@@ -121,8 +121,8 @@ class _CallClipper:
 
     source: Pipeline
     target: Pipeline
-    schedule: Schedule
-    their_schedule: Schedule
+    schedule: NoiseSchedule
+    their_schedule: NoiseSchedule
     levels: tuple[float, float]
 
     def __call__(self, call: Call) -> Call:
@@ -142,10 +142,10 @@ class _PredictionConverter:
     """A prediction of the source -> the one in the target's terms."""
 
     model: nn.Module
-    ours: Schedule
-    theirs: Schedule
-    layout: Layout
-    their_layout: Layout
+    ours: NoiseSchedule
+    theirs: NoiseSchedule
+    layout: LatentLayout
+    their_layout: LatentLayout
 
     def __call__(self, call: Call, prediction: Tensor) -> Tensor:
         parts = split_call(self.model, call)

@@ -30,7 +30,7 @@ from .conditioning import (
 )
 from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
-from .schedules import FLOW, Schedule
+from .schedules import FLOW, NoiseSchedule
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
@@ -78,7 +78,7 @@ class Pipeline:
         if part is None:
             raise UnsupportedFormat(f"{name}: its {type(pipe).__name__} has no unet or transformer")
         self.denoiser: nn.Module = getattr(pipe, part)
-        self.schedule = Schedule.of(pipe.scheduler, name)
+        self.schedule = NoiseSchedule.of(pipe.scheduler, name)
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         pipe.set_progress_bar_config(disable=True)
 
@@ -281,7 +281,7 @@ class Pipeline:
             self.sample_latents(prompt, settings, 0)
         return calls
 
-    def observe_schedule(self, settings: Probing) -> Schedule:
+    def observe_schedule(self, settings: Probing) -> NoiseSchedule:
         """The schedule; that of a flow with the times that the denoiser is given, and its sign.
 
         Raises:

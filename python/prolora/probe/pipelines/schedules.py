@@ -27,7 +27,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """The convention of a pipeline: x = a·x₀ + b·ε at a time, and what is predicted there.
 
     The noise level is u = b/(a + b), from 0 (an image) to 1 (noise); log-SNR = 2·log((1 − u)/u).
@@ -58,7 +58,7 @@ class Schedule:
     inverted: bool = False
 
     @classmethod
-    def of(cls, scheduler: Any, name: str) -> Schedule:
+    def of(cls, scheduler: Any, name: str) -> NoiseSchedule:
         """The convention of a diffusers scheduler.
 
         Raises:
@@ -174,19 +174,19 @@ class Schedule:
             return max(low, least), min(high, largest)
         return low, high
 
-    def with_flow(self, times: Times, sign: int) -> Schedule:
+    def with_flow(self, times: Times, sign: int) -> NoiseSchedule:
         """The convention of a flow whose pipeline was observed."""
         return replace(self, times=times, sign=sign * self.sign)
 
-    def has_same_path(self, other: Schedule) -> bool:
+    def has_same_path(self, other: NoiseSchedule) -> bool:
         """Whether both see the same x at the same noise level."""
         return (self.kind == FLOW) == (other.kind == FLOW) and self.sigma_data == other.sigma_data
 
-    def predicts_alike(self, other: Schedule) -> bool:
+    def predicts_alike(self, other: NoiseSchedule) -> bool:
         """Whether both predict the same quantity of the same x, or one the other's negative."""
         return self.kind == other.kind and self.has_same_path(other)
 
-    def has_same_times(self, other: Schedule) -> bool:
+    def has_same_times(self, other: NoiseSchedule) -> bool:
         """Whether a time means the same noise level to both."""
         if self.alphas is None or other.alphas is None:
             ours, theirs = (

@@ -30,7 +30,7 @@ class LazySequence(Sequence[T]):
         return self.item(index)
 
 
-class Selection(LazySequence[T]):
+class SampleSelection(LazySequence[T]):
     """Some items of another sequence."""
 
     def __init__(self, items: Sequence[T], rows: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from ...core.lowrank import LowRank
 from ...core.projection import DEFAULT_RANK
 from ...errors import InvalidOption, UnsupportedFormat
 from ..options import TransferOptions
-from ..plan import Plan, check_fits_source, place_text_encoders
+from ..plan import ModulePlan, check_fits_source, place_text_encoders
 
 RULE = "running models"
 """How modules are paired, for the report."""
@@ -67,14 +67,16 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
             )
 
 
-def plan_probing(adapter: Adapter, source: Base, target: Base, options: TransferOptions) -> Plan:
+def plan_probing(
+    adapter: Adapter, source: Base, target: Base, options: TransferOptions
+) -> ModulePlan:
     """Which modules are carried over or skipped, and why; all others are fitted.
 
     Raises:
         UnsupportedFormat: a module that the source does not have.
         ShapeMismatch: an update that does not fit the source.
     """
-    plan = Plan(rule=RULE)
+    plan = ModulePlan(rule=RULE)
     names = place_text_encoders(adapter, source, target, options.text_encoder, plan)
     check_fits_source(adapter, names, source)
     for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
@@ -136,7 +138,9 @@ def _have_like_blocks(
     return any(a <= b or b <= a for a in kinds for b in other_kinds)
 
 
-def outline_fit(adapter: Adapter, plan: Plan, source: Base, target: Base) -> dict[str, LowRank]:
+def outline_fit(
+    adapter: Adapter, plan: ModulePlan, source: Base, target: Base
+) -> dict[str, LowRank]:
     """Updates of the names and shapes that will be written, without values."""
     outline = {
         name: LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))

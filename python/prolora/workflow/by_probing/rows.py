@@ -20,7 +20,7 @@ from ..by_weights.assembly import (
 )
 from ..module_report import ModuleReport
 from ..options import PROBE, TransferOptions
-from ..plan import Plan
+from ..plan import ModulePlan
 from ..report import Report
 from .plan import RULE, plan_probing, target_modules
 
@@ -76,7 +76,7 @@ def build_probe_report(
 
 
 def list_modules(
-    adapter: Adapter, plan: Plan, updates: Mapping[str, LowRank | None], how: str
+    adapter: Adapter, plan: ModulePlan, updates: Mapping[str, LowRank | None], how: str
 ) -> list[ModuleReport]:
     """What became of every module of the LoRA, and the target's further modules.
 
@@ -94,7 +94,7 @@ def list_modules(
 
 
 def _describe_module(
-    adapter: Adapter, name: str, plan: Plan, updates: Mapping[str, LowRank | None], how: str
+    adapter: Adapter, name: str, plan: ModulePlan, updates: Mapping[str, LowRank | None], how: str
 ) -> ModuleReport:
     """The row of a module of the LoRA."""
     row = describe_unchanged(adapter, name, name, "text encoder, carried over unchanged")

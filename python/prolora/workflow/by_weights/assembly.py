@@ -21,7 +21,7 @@ from ...files.writing import replace_surrogates
 from ...version import __version__
 from ..module_report import ModuleReport
 from ..options import TransferOptions
-from ..plan import Plan, Route
+from ..plan import ModulePlan, Route
 from ..report import Report, measure_coverage, split_modules
 from .vectors import CarriedVectors, carry_vectors
 
@@ -46,7 +46,7 @@ def describe_unchanged(
 
 
 def list_unplaced_modules(
-    adapter: Adapter, plan: Plan, energies: Mapping[str, float] | None = None
+    adapter: Adapter, plan: ModulePlan, energies: Mapping[str, float] | None = None
 ) -> list[ModuleReport]:
     """The rows of the modules that the plan skips or refuses, or that could not be read.
 
@@ -89,7 +89,7 @@ def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
     return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
 
 
-def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: Plan) -> ModuleReport:
+def describe_summed_module(row: ModuleReport, adapter: Adapter, plan: ModulePlan) -> ModuleReport:
     """The row of a module that others may have been added to, with the rank it had in the LoRA."""
     added = sum(onto == row.source for onto in plan.summed.values())
     if not added:
@@ -108,7 +108,7 @@ def describe_passed_module(
 
 def list_summed_modules(
     adapter: Adapter,
-    plan: Plan,
+    plan: ModulePlan,
     moved: Mapping[str, str],
     energies: Mapping[str, float] | None = None,
 ) -> list[ModuleReport]:
@@ -143,7 +143,7 @@ def hollow_update(update: LowRank) -> LowRank:
 def outline_rows(
     adapter: Adapter,
     summed: Adapter,
-    plan: Plan,
+    plan: ModulePlan,
     energies: Mapping[str, float] | None = None,
 ) -> list[ModuleReport]:
     """A row for every module, as the plan has it: nothing has been moved yet.
@@ -166,7 +166,9 @@ def outline_rows(
     return rows + list_summed_modules(adapter, plan, moved, known)
 
 
-def check_planned_coverage(adapter: Adapter, summed: Adapter, plan: Plan, minimum: float) -> None:
+def check_planned_coverage(
+    adapter: Adapter, summed: Adapter, plan: ModulePlan, minimum: float
+) -> None:
     """`check_coverage` before anything is moved: weights can only lower what the plan allows.
 
     Raises:

@@ -10,7 +10,7 @@ from ...bases.base import Progress
 from ...comparison.drift import Affinity
 from ...comparison.verdict import Verdict
 from ..options import TransferOptions
-from ..plan import Pair, Plan
+from ..plan import ModulePlan, Pair
 from .lora_work import LoraWork
 
 
@@ -31,7 +31,7 @@ class Job:
     """
 
     adapter: Adapter
-    plan: Plan
+    plan: ModulePlan
     asked: TransferOptions
     work: LoraWork
     energies: dict[str, float]

@@ -18,7 +18,7 @@ from ...errors import NonFiniteWeights, ProLoRAError
 from ..module_report import ModuleReport
 from ..options import TransferOptions
 from ..out_rank import cut_rank
-from ..plan import Pair, Plan
+from ..plan import ModulePlan, Pair
 
 LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
 """Errors that end the LoRA in which they happen and no other of the same call."""
@@ -67,7 +67,7 @@ class LoraWork:
     """
 
     adapter: Adapter
-    plan: Plan
+    plan: ModulePlan
     options: TransferOptions
     clock: Clock = field(default_factory=Clock)
     moved: list[Moved] = field(default_factory=list)

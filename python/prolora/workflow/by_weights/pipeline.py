@@ -21,7 +21,7 @@ from ...core.methods import Needs
 from ..base_check import check_bases
 from ..module_report import ModuleReport
 from ..options import LoraLike, TransferOptions
-from ..plan import Plan, Route, find_own_ranks, make_plan, sum_dropped_blocks
+from ..plan import ModulePlan, Route, find_own_ranks, make_plan, sum_dropped_blocks
 from ..report import Report
 from .assembly import (
     assemble_adapter,
@@ -171,7 +171,7 @@ def plan_transfer(
     options: TransferOptions,
     cache: CacheLike,
     widths: WidthFinder | None = None,
-) -> Plan:
+) -> ModulePlan:
     """Where every module goes.
 
     Weights are read only to match blocks by similarity, and where the target is narrower.

@@ -10,10 +10,10 @@ from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...comparison.width_selection import Selection, select_base
 from ..module_report import ModuleReport
-from ..plan import Plan
+from ..plan import ModulePlan
 
 
-def slice_adapter(adapter: Adapter, plan: Plan) -> Adapter:
+def slice_adapter(adapter: Adapter, plan: ModulePlan) -> Adapter:
     """The adapter with the rows and columns of its updates that the target has: B[rows]·A[:, cols].
 
     Biases of these modules lose the same rows.
@@ -31,7 +31,7 @@ def slice_adapter(adapter: Adapter, plan: Plan) -> Adapter:
     return replace(adapter, updates=updates, vectors=vectors)
 
 
-def slice_source(source: Base, plans: Iterable[Plan]) -> Base:
+def slice_source(source: Base, plans: Iterable[ModulePlan]) -> Base:
     """The source as the sliced updates of several LoRAs meet it: with weights of their shapes."""
     selections: dict[str, Selection] = {}
     for plan in plans:
@@ -39,7 +39,7 @@ def slice_source(source: Base, plans: Iterable[Plan]) -> Base:
     return select_base(source, selections)
 
 
-def measure_sliced(adapter: Adapter, plan: Plan) -> dict[str, float]:
+def measure_sliced(adapter: Adapter, plan: ModulePlan) -> dict[str, float]:
     """‖ΔW_s‖² of the updates that will be sliced, all rows and columns of them."""
     return {
         name: adapter.updates[name].norm().square().item()
@@ -49,7 +49,7 @@ def measure_sliced(adapter: Adapter, plan: Plan) -> dict[str, float]:
 
 
 def describe_sliced_module(
-    row: ModuleReport, plan: Plan, energies: Mapping[str, float]
+    row: ModuleReport, plan: ModulePlan, energies: Mapping[str, float]
 ) -> ModuleReport:
     """The row of a module that may have been sliced: what was cut off counts as lost.
 

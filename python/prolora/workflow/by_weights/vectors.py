@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
-from ..plan import Plan, Route
+from ..plan import ModulePlan, Route
 
 _WHAT = "a trained bias or normalisation layer"
 
@@ -82,7 +82,7 @@ def _find_text_encoder(module: str, route: Route) -> tuple[list[str], str]:
 
 
 def _find_partners(
-    module: str, width: int, plan: Plan, source: Base, target: Base
+    module: str, width: int, plan: ModulePlan, source: Base, target: Base
 ) -> Iterator[str]:
     """The target's modules that `module` became: through its own weight, else its siblings'.
 

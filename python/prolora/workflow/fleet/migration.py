@@ -121,7 +121,7 @@ def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
 
 
 @dataclass(slots=True)
-class _Known:
+class _KnownOutcomes:
     """What the journals say of a move.
 
     Attributes:
@@ -156,7 +156,7 @@ class _Run:
     retries: int
     retry_failed: bool
     progress: Progress | None
-    known: dict[str, _Known] = field(default_factory=dict)
+    known: dict[str, _KnownOutcomes] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     tries: dict[str, int] = field(default_factory=dict)
 
@@ -266,7 +266,7 @@ class _Run:
                 left.append(entry)
         return left
 
-    def _is_settled(self, entry: Entry, known: _Known) -> bool:
+    def _is_settled(self, entry: Entry, known: _KnownOutcomes) -> bool:
         """Whether nothing is left to do: the result is there, or the LoRA was refused."""
         if known.out:
             return is_complete(self.folder.path, known.out, known.size) and is_unchanged(entry)
@@ -300,7 +300,7 @@ class _Run:
 
     def _read_journals(self) -> None:
         for _, record in self.reader.read_new():
-            known = self.known.setdefault(record.key, _Known())
+            known = self.known.setdefault(record.key, _KnownOutcomes())
             if record.status == "done":
                 known.out, known.size, known.refused = record.out, record.size, False
             elif record.status == "failed":

@@ -14,7 +14,7 @@ from ...version import __version__
 from ..page.document import facts_section, make_page
 from ..page.drawing import draw_bar
 from ..page.markup import Html, join, tag
-from ..page.module_tables import format_number, make_table, name_cell, number_cell, number_head
+from ..page.module_tables import name_cell, number_cell, number_head, write_number, write_table
 from .outcomes import Reason, gather_reasons, read_outcomes
 from .plan import Plan
 from .result_folder import FAILED, MARKER, SUMMARY_JSON, SUMMARY_PAGE
@@ -25,7 +25,7 @@ _UNKNOWN = "unknown"
 
 
 @dataclass
-class Group:
+class SummaryGroup:
     """LoRAs of one family that move from one base to another.
 
     Attributes:
@@ -72,7 +72,7 @@ class Summary:
         plan: digest of the plan.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[SummaryGroup, ...]
     reasons: dict[str, Reason] = field(default_factory=dict)
     plan: str = ""
 
@@ -162,13 +162,13 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
         plan: the plan.
         folder: of the results.
     """
-    groups: dict[tuple[str, str, str], tuple[Group, _Mean, _Mean]] = {}
+    groups: dict[tuple[str, str, str], tuple[SummaryGroup, _Mean, _Mean]] = {}
     refused = []
     for entry, state, record in read_outcomes(plan, Path(folder)):
         base = plan.bases.get(entry.pair.source)
         family = (base.family if base else "") or _UNKNOWN
         name = family, entry.pair.source or _UNKNOWN, entry.pair.target
-        group, coverage, energy = groups.setdefault(name, (Group(*name), _Mean(), _Mean()))
+        group, coverage, energy = groups.setdefault(name, (SummaryGroup(*name), _Mean(), _Mean()))
         group.total += 1
         setattr(group, state, getattr(group, state) + 1)
         if state in ("failed", "refused"):
@@ -189,7 +189,7 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
     return Summary(ordered, gather_reasons(refused), plan.digest)
 
 
-def _make_group_table(groups: Sequence[Group]) -> Html:
+def _make_group_table(groups: Sequence[SummaryGroup]) -> Html:
     numbers = ("moved", "of", "failed", "refused", "left", "coverage", "energy kept")
     heads = ["family", "from", "to", *map(number_head, numbers), "method", "verdict"]
     rows = [
@@ -200,14 +200,14 @@ def _make_group_table(groups: Sequence[Group]) -> Html:
             tag("td", group.target),
             number_cell(join([draw_bar(group.share), group.done])),
             *(number_cell(n) for n in (group.total, group.failed, group.refused, group.left)),
-            number_cell(format_number(group.coverage, ".0%")),
-            number_cell(format_number(group.energy, ".0%")),
+            number_cell(write_number(group.coverage, ".0%")),
+            number_cell(write_number(group.energy, ".0%")),
             tag("td", _list_counts(group.methods)),
             tag("td", _list_counts(group.verdicts)),
         )
         for group in groups
     ]
-    return make_table(heads, rows, "What moved, by family and target")
+    return write_table(heads, rows, "What moved, by family and target")
 
 
 def _list_counts(counts: dict[str, int]) -> str:
@@ -225,7 +225,7 @@ def _make_reason_table(reasons: dict[str, Reason]) -> Html:
         for text, reason in reasons.items()
     ]
     heads = ["reason", number_head("moves"), "LoRAs"]
-    return make_table(heads, rows, "Why LoRAs did not move")
+    return write_table(heads, rows, "Why LoRAs did not move")
 
 
 def _name_files(reason: Reason) -> list[str]:

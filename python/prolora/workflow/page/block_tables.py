@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .markup import Html, tag
-from .module_tables import NOTHING, format_number, make_table, name_cell, number_cell, number_head
+from .module_tables import NOTHING, name_cell, number_cell, number_head, write_number, write_table
 
 if TYPE_CHECKING:
     from ..report import Report
 
 
-def decisions_table(report: Report) -> Html | None:
+def write_decisions(report: Report) -> Html | None:
     """The source of each block of the target, where blocks were matched by their weights."""
     if not report.decisions:
         return None
@@ -24,9 +24,9 @@ def decisions_table(report: Report) -> Html | None:
             *map(
                 number_cell,
                 (
-                    format_number(decision.score),
-                    format_number(decision.runner_up_score),
-                    format_number(decision.margin),
+                    write_number(decision.score),
+                    write_number(decision.runner_up_score),
+                    write_number(decision.margin),
                 ),
             ),
         )
@@ -34,10 +34,10 @@ def decisions_table(report: Report) -> Html | None:
     ]
     numbers = map(number_head, ("score", "second", "margin"))
     heads = ["block", "from", "runner-up", *numbers]
-    return make_table(heads, rows, "Where the blocks of the target came from")
+    return write_table(heads, rows, "Where the blocks of the target came from")
 
 
-def probe_table(report: Report) -> Html | None:
+def write_probe_table(report: Report) -> Html | None:
     """What probing reached: a row for each block of the target."""
     blocks = report.probe.blocks if report.probe else []
     if not blocks:
@@ -47,13 +47,13 @@ def probe_table(report: Report) -> Html | None:
             "tr",
             name_cell(block.name),
             number_cell(block.modules),
-            number_cell(format_number(min(block.explained, default=None), ".0%")),
-            number_cell(format_number(block.reached, ".0%")),
+            number_cell(write_number(min(block.explained, default=None), ".0%")),
+            number_cell(write_number(block.reached, ".0%")),
         )
         for block in blocks
     ]
     heads = ["block", *map(number_head, ("modules", "predicted", "reached"))]
-    return make_table(heads, rows, "What probing reached, by block")
+    return write_table(heads, rows, "What probing reached, by block")
 
 
 def crossed_table(report: Report) -> Html | None:
@@ -65,10 +65,10 @@ def crossed_table(report: Report) -> Html | None:
         tag(
             "tr",
             name_cell(band.name),
-            number_cell(format_number(band.energy, ".0%")),
-            number_cell(format_number(band.reached, ".0%")),
+            number_cell(write_number(band.energy, ".0%")),
+            number_cell(write_number(band.reached, ".0%")),
         )
         for band in crossed.bands
     ]
     heads = ["band", *map(number_head, ("of the wanted change", "reached"))]
-    return make_table(heads, rows, "What crossed, on held-out probes")
+    return write_table(heads, rows, "What crossed, on held-out probes")

@@ -17,16 +17,16 @@ import torch
 from ...core.means import weighted_mean
 from ...files.ownership import make_mark
 from ...version import __version__
-from .block_tables import crossed_table, decisions_table, probe_table
+from .block_tables import crossed_table, write_decisions, write_probe_table
 from .drawing import draw_legend, draw_map
 from .markup import Html, join, tag
 from .module_tables import (
     LEGEND,
     describe_module,
-    format_number,
     module_table,
-    reasons_table,
     stage_table,
+    write_number,
+    write_reasons,
 )
 from .place_map import PlaceMap, share_kept
 
@@ -64,9 +64,9 @@ def render_report(
     if report.rows("mapped") and not report.dry_run:
         sections.append(tag("section", tag("h2", "By part of the model"), stage_table(report)))
     for heading, table in (
-        ("What probing reached", probe_table(report)),
+        ("What probing reached", write_probe_table(report)),
         ("What crossed between the latents", crossed_table(report)),
-        ("Where blocks came from", decisions_table(report)),
+        ("Where blocks came from", write_decisions(report)),
     ):
         if table is not None:
             sections.append(tag("section", tag("h2", heading), table))
@@ -132,14 +132,14 @@ def _draw_tiles(report: Report) -> Html:
         tiles += [
             (
                 "energy kept",
-                format_number(totals["energy_surviving"], ".0%"),
+                write_number(totals["energy_surviving"], ".0%"),
                 "of the modules that moved",
             ),
-            ("away from copying", format_number(totals["copy_distance"], ".0%"), "of the norm"),
+            ("away from copying", write_number(totals["copy_distance"], ".0%"), "of the norm"),
         ]
     if report.verdict is not None:
-        drift = format_number(_none_of_nan(report.verdict.drift))
-        cosine = format_number(_none_of_nan(report.verdict.cosine))
+        drift = write_number(_none_of_nan(report.verdict.drift))
+        cosine = write_number(_none_of_nan(report.verdict.cosine))
         tiles.append(("drift of the bases", drift, f"cosine {cosine}"))
     boxes = [
         tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("small", note)))
@@ -172,7 +172,7 @@ def _map_section(places: PlaceMap) -> Html:
 def _unmoved_section(report: Report) -> Html:
     """What did not move: modules by reason, tensors by name."""
     parts: list[Html] = []
-    table = reasons_table(report)
+    table = write_reasons(report)
     if table is not None:
         parts.append(table)
     if report.left_out:

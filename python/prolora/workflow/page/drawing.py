@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..module_report import ModuleReport
 from .markup import Html, join, tag
-from .place_map import Cell, Column, PlaceMap
+from .place_map import Cell, MapColumn, PlaceMap
 
 # Pixels.
 WIDEST, ROW, LABEL_SIZE, HEAD = 940, 17, 11, 34
@@ -27,7 +27,7 @@ _SHORT = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _DrawingLayout:
     """Where the columns stand.
 
     Attributes:
@@ -37,15 +37,15 @@ class _Layout:
         stages: (stage, left edge, right edge).
     """
 
-    lefts: dict[Column, float]
+    lefts: dict[MapColumn, float]
     pitch: float
     width: float
     stages: list[tuple[str, float, float]]
 
     @classmethod
     def of(
-        cls, columns: list[Column], widest: float = WIDEST, least: float = LEAST_PITCH
-    ) -> _Layout:
+        cls, columns: list[MapColumn], widest: float = WIDEST, least: float = LEAST_PITCH
+    ) -> _DrawingLayout:
         """Columns as wide as `widest` allows, with gaps between places and stages."""
         gaps = [0.0]
         for before, column in itertools.pairwise(columns):
@@ -53,7 +53,7 @@ class _Layout:
             gaps.append(wide if before.place != column.place else 0.0)
         room = (widest - sum(gaps)) / max(1, len(columns))
         pitch = round(min(GREATEST_PITCH, max(least, room)), 1)
-        lefts: dict[Column, float] = {}
+        lefts: dict[MapColumn, float] = {}
         stages: list[tuple[str, float, float]] = []
         at = 0.0
         for gap, column in zip(gaps, columns, strict=True):
@@ -73,7 +73,7 @@ def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
         places: the modules.
         describe: a line for the title of a module's cell.
     """
-    layout, kinds = _Layout.of(places.columns), places.kinds
+    layout, kinds = _DrawingLayout.of(places.columns), places.kinds
     height = HEAD + ROW * len(kinds)
     labels = max(len(kind) for kind in kinds) * LABEL_SIZE * CHARACTER + 10
     names = [
@@ -112,7 +112,7 @@ def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
 
 
 def _draw_cells(
-    places: PlaceMap, layout: _Layout, describe: Callable[[ModuleReport], str]
+    places: PlaceMap, layout: _DrawingLayout, describe: Callable[[ModuleReport], str]
 ) -> Iterator[Html]:
     """A link to its row of the table for each cell; the arrow keys go from one to the next."""
     numbers = {kind: i for i, kind in enumerate(places.kinds)}
@@ -144,7 +144,7 @@ def _opacity(share: float) -> float:
     return round(FAINTEST + (1 - FAINTEST) * min(1.0, max(0.0, share)), 2)
 
 
-def _draw_head(places: PlaceMap, layout: _Layout) -> Iterator[Html]:
+def _draw_head(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
     """The stages above the map, and the numbers of their blocks."""
     for stage, left, right in layout.stages:
         text = _fit_text(_shorten(stage), right - left + STAGE_GAP - 2, LABEL_SIZE)
@@ -210,7 +210,7 @@ def _swatch(box: Html) -> Html:
 
 def draw_thumbnail(places: PlaceMap, label: str, width: float = 220, row: float = 4) -> Html:
     """The map without words, in few bytes: one path for all cells that look alike."""
-    layout = _Layout.of(places.columns, width, least=1)
+    layout = _DrawingLayout.of(places.columns, width, least=1)
     numbers = {kind: i for i, kind in enumerate(places.kinds)}
     paths: dict[float, list[str]] = {}
     wide, high = round(max(0.8, layout.pitch - 0.4), 1), round(row - 0.5, 1)

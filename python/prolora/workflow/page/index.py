@@ -11,11 +11,11 @@ from .drawing import draw_thumbnail
 from .markup import Html, join, tag
 from .module_tables import (
     NOTHING,
-    format_number,
-    make_table,
     number_cell,
     number_head,
-    reasons_table,
+    write_number,
+    write_reasons,
+    write_table,
 )
 from .place_map import PlaceMap
 
@@ -57,7 +57,7 @@ def _outcomes_table(outcomes: Sequence[Outcome]) -> Html:
     rows = [_describe_outcome(outcome, outcomes) for outcome in outcomes]
     numbers = map(number_head, ("modules moved", "energy kept", "vs copy", "seconds"))
     heads = ["LoRA", "status", *numbers]
-    return make_table(heads, rows, "A line for each LoRA")
+    return write_table(heads, rows, "A line for each LoRA")
 
 
 def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Html:
@@ -72,7 +72,7 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Html:
         return tag("tr", tag("th", name, why, scope="row"), status, *dashes)
     share, totals = kept_of_all(report), report.totals
     sentences = tag("ul", *(tag("li", sentence) for sentence in report.sentences()))
-    details = tag("details", tag("summary", "more"), sentences, reasons_table(report) or "")
+    details = tag("details", tag("summary", "more"), sentences, write_reasons(report) or "")
     label = f"Heat map of {name}: the share of each module's energy that was kept"
     return tag(
         "tr",
@@ -85,7 +85,7 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Html:
         ),
         status,
         number_cell(f"{report.coverage:.0%}"),
-        number_cell(format_number(share, ".0%")),
-        number_cell(format_number(totals["copy_distance"])),
-        number_cell(format_number(outcome.seconds, ".1f") if outcome.seconds else NOTHING),
+        number_cell(write_number(share, ".0%")),
+        number_cell(write_number(totals["copy_distance"])),
+        number_cell(write_number(outcome.seconds, ".1f") if outcome.seconds else NOTHING),
     )

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 NOTHING = "–"
 
 
-def format_number(value: float | None, form: str = ".2f") -> str:
+def write_number(value: float | None, form: str = ".2f") -> str:
     """A number, or a dash where there is none."""
     return NOTHING if value is None or value != value else format(value, form)
 
 
-def make_table(
+def write_table(
     heads: Sequence[str | Html], rows: Iterable[Html], caption: str, **attributes: str
 ) -> Html:
     """A table that may be scrolled if it is wider than the page.
@@ -75,7 +75,7 @@ def stage_table(report: Report) -> Html:
         cells = (number_cell(column.show(numbers)) for column in columns)
         first = name_cell(name), number_cell(numbers.modules)
         rows.append(tag("tr", *first, *cells, number_cell(rank)))
-    return make_table(heads, rows, "What moved, by part of the model", class_="stages")
+    return write_table(heads, rows, "What moved, by part of the model", class_="stages")
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class _Column:
     has_bar: bool = False
 
     def is_known(self, means: Iterable[GroupMeans]) -> bool:
-        return any(format_number(self.value(numbers)) != NOTHING for numbers in means)
+        return any(write_number(self.value(numbers)) != NOTHING for numbers in means)
 
     def show(self, numbers: GroupMeans) -> Html:
         value = self.value(numbers)
-        text = format_number(value, self.form)
+        text = write_number(value, self.form)
         return join([draw_bar(value), text] if self.has_bar else [text])
 
 
@@ -120,7 +120,7 @@ LEGEND = (
 )
 
 
-def reasons_table(report: Report) -> Html | None:
+def write_reasons(report: Report) -> Html | None:
     """Why modules have no place in the output; None where all of them have one."""
     reasons = sorted(report.reasons().items(), key=lambda item: -item[1])
     if not reasons:
@@ -129,7 +129,7 @@ def reasons_table(report: Report) -> Html | None:
         tag("tr", number_cell(count), tag("td", status), tag("td", reason))
         for (status, reason), count in reasons
     ]
-    return make_table([number_head("modules"), "status", "why"], rows, "Modules that did not move")
+    return write_table([number_head("modules"), "status", "why"], rows, "Modules that did not move")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def module_table(report: Report) -> Html:
     columns = [
         column
         for column in _ROW_COLUMNS
-        if any(format_number(column.value(row)) != NOTHING for row in shown)
+        if any(write_number(column.value(row)) != NOTHING for row in shown)
     ]
     total = sum(row.energy for row in report.modules if row.onto is None)
     is_renamed = any(row.target not in (None, row.source) for row in report.modules)
@@ -186,14 +186,14 @@ def module_table(report: Report) -> Html:
         moved = row.status == "mapped"
         for column in columns:
             value = column.value(row) if moved else None
-            cells.append(number_cell(format_number(value, column.form)))
+            cells.append(number_cell(write_number(value, column.form)))
         if total:
-            cells.append(number_cell(format_number(row.energy / total, ".2%")))
+            cells.append(number_cell(write_number(row.energy / total, ".2%")))
         rank = str(row.rank_out) if moved else NOTHING
         shape = "×".join(map(str, row.shape)) or NOTHING
         cells += [number_cell(row.rank_in or NOTHING), number_cell(rank), number_cell(shape)]
         rows.append(tag("tr", *cells, tag("td", row.reason), id=f"m{i}"))
-    return make_table([*heads, "why"], rows, "Every module of the LoRA", id="modules")
+    return write_table([*heads, "why"], rows, "Every module of the LoRA", id="modules")
 
 
 def describe_module(row: ModuleReport, is_planned: bool = False) -> str:
@@ -207,6 +207,6 @@ def describe_module(row: ModuleReport, is_planned: bool = False) -> str:
         return f"{row.source}: {row.status}, {row.reason}"
     share = row.surviving_energy * (1 - row.rank_cut_energy)
     is_known = not (is_planned or math.isnan(share))
-    kept = f" {format_number(share, '.0%')} kept," if is_known else ""
+    kept = f" {write_number(share, '.0%')} kept," if is_known else ""
     onto = f" to {row.target}," if row.target not in (None, row.source) else ""
     return f"{row.source}:{onto}{kept} {row.reason}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .document import write_headline
 from .drawing import draw_thumbnail
 from .markup import join, tag
-from .module_tables import reasons_table, stage_table
+from .module_tables import stage_table, write_reasons
 from .place_map import PlaceMap
 
 if TYPE_CHECKING:
@@ -23,5 +23,5 @@ def render_summary(report: Report) -> str:
         parts.append(draw_thumbnail(places, "Share of each module's energy on the target", 640, 8))
     if report.rows("mapped") and not report.dry_run:
         parts.append(stage_table(report))
-    reasons = reasons_table(report)
+    reasons = write_reasons(report)
     return str(join(parts if reasons is None else [*parts, reasons]))

@@ -17,7 +17,7 @@ OUTSIDE = "outside"
 
 
 @dataclass(frozen=True, order=True)
-class Column:
+class MapColumn:
     """A block, or what stands around a stack of blocks."""
 
     order: tuple[object, ...] = field(repr=False)
@@ -59,9 +59,9 @@ class PlaceMap:
     is_planned: bool = False
 
     @cached_property
-    def cells(self) -> dict[tuple[Column, str], Cell]:
+    def cells(self) -> dict[tuple[MapColumn, str], Cell]:
         """(column, kind) -> its modules."""
-        groups: dict[tuple[Column, str], list[int]] = {}
+        groups: dict[tuple[MapColumn, str], list[int]] = {}
         for i, row in enumerate(self.modules):
             groups.setdefault(_locate(row.source), []).append(i)
         targets = {row.source: row for row in self.modules if row.status == "mapped"}
@@ -80,7 +80,7 @@ class PlaceMap:
         return [index for _, cell in ordered for index in cell.indices]
 
     @cached_property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[MapColumn]:
         """In the order of a forward pass; what stands around a stack comes before it."""
         return sorted({column for column, _ in self.cells})
 
@@ -90,13 +90,13 @@ class PlaceMap:
         return sorted({kind for _, kind in self.cells}, key=column_order)
 
 
-def _locate(module: str) -> tuple[Column, str]:
+def _locate(module: str) -> tuple[MapColumn, str]:
     """The column and the kind of a module."""
     place, depth, kind = split_module(module)
     stage = find_stage(module) if place else OUTSIDE
     # Beside the stack it surrounds, and before it.
     order = stack_order(place), depth != AROUND, column_order(depth)
-    return Column(order, place, depth, stage), kind
+    return MapColumn(order, place, depth, stage), kind
 
 
 def share_kept(

@@ -30,7 +30,7 @@ class LocalEngine:
 
     def __init__(self) -> None:
         """Opens nothing yet."""
-        self._worker: _Worker | None = None
+        self._worker: _LocalWorker | None = None
 
     def run(self, batches: Iterable[Batch], settings: RunSettings) -> Generator[Record | None]:
         """See `Engine.run`; records come as soon as each LoRA is written."""
@@ -48,7 +48,7 @@ class LocalEngine:
         """The records of a batch."""
         if self._worker is None or self._worker.settings != settings:
             self.close()
-            self._worker = _Worker(settings)
+            self._worker = _LocalWorker(settings)
         self._worker.batches.put(attempt.batch)
         done = []
         while True:
@@ -94,7 +94,7 @@ class _LeftBehind(BaseException):
 _END = object()
 
 
-class _Worker(threading.Thread):
+class _LocalWorker(threading.Thread):
     """The thread in which LoRAs are moved.
 
     Attributes:

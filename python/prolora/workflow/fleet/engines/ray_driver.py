@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Worker:
+class _DrivenWorker:
     """An actor, as the driver sees it.
 
     Attributes:
@@ -89,9 +89,9 @@ class RayDriver:
         self._class = ray.remote(RayWorker)
         self._folder_mark = FolderMark(Path(settings.folder))
         self._cache_mark = FolderMark(Path(settings.cache)) if settings.cache else None
-        self._busy: dict[Any, _Worker] = {}  # by what Ray answers with
-        self._idle: list[_Worker] = []
-        self._closing: dict[Any, _Worker] = {}
+        self._busy: dict[Any, _DrivenWorker] = {}  # by what Ray answers with
+        self._idle: list[_DrivenWorker] = []
+        self._closing: dict[Any, _DrivenWorker] = {}
         self._unfit: dict[tuple[PairOfBases, str], str] = {}
         self._foreign: dict[str, str] = {}
         self._shipped: set[str] = set()
@@ -154,9 +154,9 @@ class RayDriver:
         # One method does the work, and another says how far it is.
         options |= {"max_restarts": 0, "max_concurrency": 2}
         actor = self._class.options(**options).remote(attempt.pair, self._settings)
-        self._ask(_Worker(actor, attempt.pair, attempt), actor.locate)
+        self._ask(_DrivenWorker(actor, attempt.pair, attempt), actor.locate)
 
-    def _ask(self, worker: _Worker, method: Any, *arguments: object) -> None:
+    def _ask(self, worker: _DrivenWorker, method: Any, *arguments: object) -> None:
         """Gives a worker something to do."""
         worker.moved = time.monotonic()
         self._busy[method.remote(*arguments)] = worker
@@ -172,12 +172,12 @@ class RayDriver:
         self._vitals.check()
         return self._needs.list_fitting(self._ray.nodes())
 
-    def _move(self, worker: _Worker, attempt: Attempt) -> None:
+    def _move(self, worker: _DrivenWorker, attempt: Attempt) -> None:
         worker.attempt = attempt
         others = self._has_others(worker, attempt)
         self._ask(worker, worker.actor.move, attempt.batch.entries, others)
 
-    def _has_others(self, worker: _Worker, attempt: Attempt) -> bool:
+    def _has_others(self, worker: _DrivenWorker, attempt: Attempt) -> bool:
         """Whether another node may have what this one lacks."""
         bad = attempt.avoid | {worker.node} | self._foreign.keys()
         return any(
@@ -230,7 +230,7 @@ class RayDriver:
                 del self._busy[ref]
                 yield from self._replace(worker, f"it did not get on for {limit:g} s", hung=True)
 
-    def _has_got_on(self, worker: _Worker) -> bool:
+    def _has_got_on(self, worker: _DrivenWorker) -> bool:
         """Whether a worker has done another step since it was asked last, as far as it says."""
         steps = worker.steps
         if worker.question is not None:
@@ -242,7 +242,7 @@ class RayDriver:
         worker.question = worker.actor.count_steps.remote()
         return worker.steps > steps
 
-    def _pass_on(self, waiting: list[_Worker]) -> None:
+    def _pass_on(self, waiting: list[_DrivenWorker]) -> None:
         """At the end, takes batches back from workers that have no room yet."""
         if not self._queue.is_exhausted:
             return
@@ -271,7 +271,7 @@ class RayDriver:
         elif isinstance(answer, Moved):
             yield from self._finish(worker, answer)
 
-    def _look_around(self, worker: _Worker, location: Location) -> None:
+    def _look_around(self, worker: _DrivenWorker, location: Location) -> None:
         worker.location = location
         if location.version != __version__:
             problem = f"has prolora {location.version}, and not {__version__}"
@@ -280,7 +280,7 @@ class RayDriver:
         marks = self._folder_mark.renew(), self._cache_mark and self._cache_mark.renew()
         self._ask(worker, worker.actor.look_around, *marks)
 
-    def _open(self, worker: _Worker, found: Surroundings) -> None:
+    def _open(self, worker: _DrivenWorker, found: Surroundings) -> None:
         if not found.has_folder:
             self._leave(worker, f"has another folder of the name {self._settings.folder}")
             return
@@ -289,7 +289,7 @@ class RayDriver:
             self._ship(worker, found.bases)
         self._ask(worker, worker.actor.open)
 
-    def _begin(self, worker: _Worker, opening: Opening) -> None:
+    def _begin(self, worker: _DrivenWorker, opening: Opening) -> None:
         assert worker.attempt is not None
         attempt = worker.attempt
         if opening.problem:
@@ -302,7 +302,7 @@ class RayDriver:
         # Where the bases are on no node, the records say so.
         self._move(worker, attempt)
 
-    def _finish(self, worker: _Worker, moved: Moved) -> Iterator[Record]:
+    def _finish(self, worker: _DrivenWorker, moved: Moved) -> Iterator[Record]:
         attempt, worker.attempt = worker.attempt, None
         assert attempt is not None and worker.location is not None
         if moved.missing:
@@ -317,7 +317,7 @@ class RayDriver:
 
     # Workers that come and go.
 
-    def _leave(self, worker: _Worker, problem: str) -> None:
+    def _leave(self, worker: _DrivenWorker, problem: str) -> None:
         """Uses a node no more.
 
         Raises:
@@ -334,7 +334,7 @@ class RayDriver:
                 "under the same path (a network drive), and the same version of prolora"
             )
 
-    def _replace(self, worker: _Worker, why: str, hung: bool = False) -> Iterator[Record]:
+    def _replace(self, worker: _DrivenWorker, why: str, hung: bool = False) -> Iterator[Record]:
         """Takes back the batch of a lost worker; gives the records of LoRAs that are given up.
 
         Raises:
@@ -360,16 +360,16 @@ class RayDriver:
         for entry in given_up:
             yield Record.of_failure(self._settings.plan.key(entry), entry, error)
 
-    def _retire(self, worker: _Worker) -> None:
+    def _retire(self, worker: _DrivenWorker) -> None:
         """Lets a worker save what it has learnt, after which it is ended."""
         worker.moved = time.monotonic()
         self._closing[worker.actor.close.remote()] = worker
 
-    def _kill(self, worker: _Worker) -> None:
+    def _kill(self, worker: _DrivenWorker) -> None:
         with suppress(Exception):
             self._ray.kill(worker.actor)
 
-    def _ship(self, worker: _Worker, held: frozenset[str]) -> None:
+    def _ship(self, worker: _DrivenWorker, held: frozenset[str]) -> None:
         """Gives a node what the driver's cache holds and the node's own does not."""
         folder = Path(str(self._settings.cache))
         versioned = versioned_folder(folder)
