@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,8 @@ from mutations import Mutant, list_mutants
 ROOT = Path(__file__).parents[2]
 PACKAGE = "python/prolora"
 PREPARED = ("torch", "numpy", "safetensors.torch", "hypothesis", "typer.testing", "rich.table")
-"""What nearly every test imports: once here, and not in each process."""
+PREPARED += ("diffusers", "transformers", "peft", "gguf", "matplotlib")
+"""What many tests import: once here, where it is installed, and not in each process."""
 
 FILES, SECONDS = 16, 15.0
 """The most files of tests that are near a file, and the most time that each of them gets once."""
@@ -243,23 +245,35 @@ def find_tests(place: Path, file: str, tests: list[str]) -> list[Test]:
 
 def judge(place: Path, file: str, mutant: Mutant, tests: list[Test]) -> str:
     """ "killed", "survived", or "untested" where no test enters its function."""
-    chosen, total = [], 0.0
-    for test in tests:
-        if mutant.function in test.functions or not mutant.function:
-            if chosen and total + test.seconds > PER_MUTANT:
-                break
-            chosen.append(test.name)
-            total += test.seconds
-    if not chosen:
+    mine = [test for test in tests if mutant.function in test.functions or not mutant.function]
+    if not mine:
         return "untested"
     path = place / file
     text = path.read_text("utf-8")
     path.write_text(mutant.text, "utf-8")
     try:
-        code = run_tests(place, chosen, 3 * total + 30, [], place / "mutant.json")
+        for stage in list_stages(mine):
+            seconds = 3 * sum(test.seconds for test in stage) + 30
+            names = [test.name for test in stage]
+            if run_tests(place, names, seconds, [], place / "mutant.json"):
+                return "killed"
     finally:
         path.write_text(text, "utf-8")
-    return "survived" if code == 0 else "killed"
+    return "survived"
+
+
+def list_stages(tests: list[Test]) -> list[list[Test]]:
+    """Some tests of one file, which are soon there; then others, as many as there is time for."""
+    files: dict[str, list[Test]] = defaultdict(list)
+    for test in tests:
+        files[test.name.partition("::")[0]].append(test)
+    first = max(files.values(), key=len)[:40]
+    rest, left = [], PER_MUTANT
+    for test in tests:
+        if test not in first and test.seconds < left:
+            rest.append(test)
+            left -= test.seconds
+    return [stage for stage in (first, rest) if stage]
 
 
 # --- the whole --------------------------------------------------------------------------------
@@ -336,7 +350,8 @@ def main() -> None:
     if args.since:
         files |= {name: lines for name, lines in list_changed(args.since).items()}
     for name in PREPARED:
-        __import__(name)
+        with suppress(ImportError):
+            __import__(name)
     sys.modules["torch"].set_num_threads(1)
     total: dict[str, int] = defaultdict(int)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
