@@ -345,10 +345,11 @@ def test_a_peft_folder_can_be_written_again(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "taken").touch()
     for path, format in [
         (tmp_path, "kohya"),
-        (tmp_path / "no" / "out", "kohya"),
-        (tmp_path / "no" / "out", "peft"),
+        (tmp_path / "taken" / "out", "kohya"),
+        (tmp_path / "taken" / "out", "peft"),
     ]:
         with pytest.raises(OutputError):
             adapters.write_adapter(adapter_of(LINEAR), path, format=format)

@@ -119,7 +119,7 @@ def test_offline_only_the_cache_is_looked_at(cloud):
 
 def test_what_the_hub_answers_is_passed_on(cloud):
     with pytest.raises(
-        UnsupportedFormat, match=r"org/m: is no local file.*LookupError: 404: org/m"
+        UnsupportedFormat, match=r"org/m: no such file or folder, and the .* Hub .* 404: org/m"
     ):
         open_base("org/m")
 

@@ -192,7 +192,7 @@ MISTAKES = {
         "the report would replace the LoRA; give it another name",
     ),
     "somebody's file for a map": (
-        (*MOVE, *TO, "--save-match", "foreign.json"),
+        ("compare", *BASES, "--save-match", "foreign.json"),
         "foreign.json: exists and is no map as prolora wrote it",
     ),
     "a folder that cannot be an adapter": (
@@ -209,11 +209,7 @@ MISTAKES = {
         (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
     ),
-    "a program that is none": ((*MOVE, *TO, "--for", "comfy"), "'comfy' is not one of 'comfyui'"),
-    "a format with a program": (
-        (*MOVE, *TO, "--for", "comfyui", "--format", "kohya"),
-        "chooses the format itself",
-    ),
+    "a program that is none": ((*MOVE, *TO, "--for", "comfyy"), "'comfyy' is not one of"),
     "a dtype by its short name": ((*MOVE, *TO, "--dtype", "fp16"), "'fp16' is not one of"),
     "a device that is none": ((*MOVE, *TO, "--device", "gpu"), "no device is called 'gpu': use"),
     "a misspelt option": ((*MOVE, *TO, "--metod", "copy"), "No such option: --metod"),
@@ -227,7 +223,7 @@ MISTAKES = {
     "prompts without probing": ((*MOVE, *TO, "--prompt", "cat"), "are for probing: add --method"),
     "a map that is missing": (
         (*MOVE, *TO, "--match", "similar"),
-        'match takes "name", "similarity" or a JSON file',
+        'match takes "auto", "name", "similarity" or a JSON file',
     ),
     "a map that is a list": ((*MOVE, *TO, "--match", "list.json"), "holds no JSON object"),
     "a map that is cut off": ((*MOVE, *TO, "--match", "half.json"), "is damaged: not JSON"),

@@ -67,7 +67,6 @@ def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.json"),
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.html"),
         (("transfer", "LORA", "-o", "out.safetensors", "--card"), "README.md"),
-        (("transfer", "LORA", "-o", "out.safetensors", "--save-match", "FILE"), "map.json"),
         (("compare", "--save-match", "FILE"), "map.json"),
         (("compare", "--plot", "FILE"), "plot.png"),
         (("plan", "LORA", "-o", "FILE"), "plan.jsonl"),

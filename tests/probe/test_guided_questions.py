@@ -246,7 +246,7 @@ def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_
 
     def probed(**changes: float) -> probe.ProbeReport:
         asked = replace(probing, **changes)
-        return prolora_transfer(lora, *ends, method="probe", probe=asked).report.probe
+        return prolora_transfer(lora, *ends, method="probe", probe=asked, again=True).report.probe
 
     unguided = probed(target_guidance=1.0)
     assert unguided.guidance == pytest.approx(7.5, rel=1e-3)
@@ -314,14 +314,14 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     probing = Probing(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
     few = replace(probing, target_steps=1, target_guidance=1.0)
     ends = tmp_path / "source", tmp_path / "twin"
-    moved = prolora_transfer(lora, *ends, method="probe", probe=few)
+    moved = prolora_transfer(lora, *ends, method="probe", probe=few, again=True)
     report = moved.report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3)
     # Three origins of one image, and the pair of the first two, at as many levels as the source's.
     assert report.probes == 4 * 2 and report.crossed and report.crossed.shared
     text = " ".join(report.sentences())
     assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
-    plain = prolora_transfer(lora, *ends, method="probe", probe=probing).report.probe
+    plain = prolora_transfer(lora, *ends, method="probe", probe=probing, again=True).report.probe
     assert plain.guidance == 1 and plain.probes == 3 * 2
     assert "guidance" not in " ".join(plain.sentences())
 
@@ -353,11 +353,11 @@ def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_
     probing = Probing(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
     few = replace(probing, lora_steps=1, lora_guidance=1.0)
     ends = tmp_path / "source", tmp_path / "twin"
-    report = prolora_transfer(lora, *ends, method="probe", probe=few).report.probe
+    report = prolora_transfer(lora, *ends, method="probe", probe=few, again=True).report.probe
     # Source and target are guided, and so nothing is asked with guidance.
     assert (report.guidance, report.guided_lora, report.probes) == (1, True, 4 + 1 + 4)
     few = replace(few, target_guidance=1.0)
-    report = prolora_transfer(lora, *ends, method="probe", probe=few).report.probe
+    report = prolora_transfer(lora, *ends, method="probe", probe=few, again=True).report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
     assert report.probes == 4 + 1 + 4 and report.crossed is None
     assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())

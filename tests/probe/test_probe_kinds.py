@@ -214,7 +214,7 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
     updates = adapters.read_adapter(tmp_path / "out.safetensors").updates
     assert set(updates) == {row["target"] for row in report["modules"]}
     # Twice the same command: the same file, to the bit.
-    for name in ("one", "two"):
+    for name in ("one.safetensors", "two.safetensors"):
         run(name, "--probe-fit-steps", "1", "--force", "--format", "diffusers")
-    one, two = ((tmp_path / name).read_bytes() for name in ("one", "two"))
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.safetensors", "two.safetensors"))
     assert one == two

@@ -114,7 +114,9 @@ def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():
 
 def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     report = tmp_path / "report.json"
-    result = run(room, "twin", tmp_path / "out.safetensors", *FEW, "--report", str(report), "-q")
+    result = run(
+        room, "twin", tmp_path / "out.safetensors", *FEW, "--again", "--report", str(report), "-q"
+    )
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())
     # The UNet is the same one: copying is perfect, and probing says so.
@@ -195,6 +197,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         room / "source",
         room / "other",
         method="probe",
+        again=True,
         probe=Probing(images=1, steps=1, strategy="blocks", force=True),
         out_rank=0.9,
         max_memory=100 << 30,
@@ -209,6 +212,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         room / "source",
         room / "twin",
         method="probe",
+        again=True,
         probe=Probing(images=1, steps=1, fit_steps=1, force=True),
     )
     result.save(tmp_path / "copied.safetensors")
@@ -222,6 +226,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
             room / "source",
             room / "other",
             method="probe",
+            again=True,
             probe=SETTINGS,
             max_memory=1 << 20,
         )
@@ -255,7 +260,12 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
         config.write_text(json.dumps(changed))
     with pytest.raises(error, match=words):
         prolora_transfer(
-            room / "lora.safetensors", room / "source", target, method="probe", probe=SETTINGS
+            room / "lora.safetensors",
+            room / "source",
+            target,
+            method="probe",
+            probe=SETTINGS,
+            again=True,
         )
 
 

@@ -121,7 +121,7 @@ def test_a_pairing_that_is_wrong_in_part_is_pointed_out():
     said = " ".join(done.report.sentences())
     assert done.report.verdict.related
     assert len(done.report.strangers()) == 1 and "Careful" in said and "1 pairs" in said
-    assert "--match similarity" in " ".join(prolora.compare(source, swapped, rank=None).sentences())
+    assert "match 'similarity'" in " ".join(prolora.compare(source, swapped, rank=None).sentences())
     fine = prolora.transfer(lora_tensors(), source, target, method="copy", threshold=0.0)
     assert not fine.report.strangers() and "Careful" not in " ".join(fine.report.sentences())
 

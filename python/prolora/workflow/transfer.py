@@ -148,9 +148,8 @@ def transfer(
             the held-out probes speak against it.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
-    return run_transfer(
-        lora, open_base(source), open_base(target), settle_options(options, changes)
-    )
+    options = settle_options(options, changes)
+    return run_transfer(lora, open_base(source), open_base(target), options)
 
 
 @in_full_precision
