@@ -69,7 +69,7 @@ def test_low_coverage_fails_and_writes_nothing(prolora, case, tmp_path):
     line = ("transfer", lora, "--source", source, "--target", target, "--min-coverage", 0.9)
     for extra in (("-o", out), ("--dry-run",)):
         code, _, text = prolora(*line, *extra)
-        assert code == 3 and "LowCoverage" in text
+        assert code == 3 and "overage" in text
     assert not out.exists()
 
 
@@ -94,7 +94,7 @@ def test_one_bad_lora_stops_no_other_and_the_exit_code_says_so(prolora, case, tm
     line = ("transfer", bad, lora, "--source", source, "--target", target, "-o", folder)
     code, text, complaint = prolora(*line, "--report", report)
     assert code == 2 and "1 of 2 LoRAs were not moved: bad.safetensors" in complaint
-    assert "UnsupportedFormat" in text and "lora.safetensors" in text
+    assert "download it again" in text and "lora.safetensors" in text
     assert [p.name for p in folder.iterdir()] == ["lora.safetensors"]
     first, second = json.loads(report.read_text())
     assert first["error"]["type"] == "UnsupportedFormat" and second["totals"]["mapped"] == 8
@@ -135,7 +135,7 @@ def test_a_bound_on_memory_that_is_too_little_is_refused(prolora, case, tmp_path
     out = tmp_path / "out.safetensors"
     line = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--max-memory")
     code, _, text = prolora(*line, "10MB")
-    assert code == 2 and "TooLittleMemory" in text and not out.exists()
+    assert code == 2 and "is too little" in text and not out.exists()
     assert prolora(*line, "4GiB", "-q")[0] == 0
 
 
@@ -359,7 +359,7 @@ def test_quiet_runs_still_say_why_a_lora_was_not_moved(prolora, case, tmp_path, 
     line = ("transfer", lora, bad, "--source", source, "--target", target)
     code, _, text = prolora(*line, "-o", tmp_path / "moved", *shown)
     assert code == 2 and "1 of 2 LoRAs were not moved" in text
-    assert "bad.safetensors: UnsupportedFormat: " in text
+    assert "bad.safetensors: not a safetensors file" in text
 
 
 @pytest.mark.parametrize("shown", [(), ("-q",), ("--json",)])
@@ -370,7 +370,7 @@ def test_a_dry_run_of_several_says_which_cannot_be_moved_and_why(prolora, case, 
     line = ("transfer", bad, lora, "--source", source, "--target", target, "--dry-run")
     code, text, errors = prolora(*line, *shown)
     assert code == 2 and "1 of 2 LoRAs cannot be moved: bad.safetensors" in errors
-    assert "bad.safetensors: UnsupportedFormat: " in (errors if shown else text)
+    assert "bad.safetensors: not a safetensors file" in (errors if shown else text)
     if "--json" in shown:
         first, second = json.loads(text)
         assert (first["status"], second["status"]) == ("failed", "would move")
@@ -389,7 +389,7 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
     assert "(method copy)" in text
     for end in (("-o", tmp_path / "again.safetensors"), ("--dry-run",)):
         code, _, errors = prolora("transfer", moved, *line, *end)
-        assert code == 2 and errors.startswith("AlreadyMoved:")
+        assert code == 2 and errors.startswith("Error: ")
         assert "give target as the source, or set again to move it" in errors
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
 
@@ -406,7 +406,7 @@ def test_a_lora_that_was_moved_before_is_refused_before_blocks_are_matched(
     monkeypatch.setattr(block_matching, "match_blocks", lambda *a, **k: pytest.fail("matched"))
     out = tmp_path / "again.safetensors"
     code, _, errors = prolora("transfer", moved, *line, "--match", "similarity", "-o", out)
-    assert code == 2 and "AlreadyMoved" in errors
+    assert code == 2 and "already mov" in errors
 
 
 def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):

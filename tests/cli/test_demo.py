@@ -113,7 +113,9 @@ def test_the_demo_offers_the_methods_that_it_can_show(prolora, tmp_path, monkeyp
 
 
 def test_an_unknown_lora_or_target_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(ProLoRAError, match=r"--lora none.*concept, duotone, neon"):
+    with pytest.raises(ProLoRAError, match=r"unknown demo LoRA 'none'.*concept, duotone, neon"):
         demo.run_demo(tmp_path, lora="none")
-    with pytest.raises(ProLoRAError, match=r"--target none.*choose from far, few-step, pruned$"):
+    with pytest.raises(
+        ProLoRAError, match=r"unknown demo target 'none'.*choose from far, few-step, pruned$"
+    ):
         demo.run_demo(tmp_path, target="none")
