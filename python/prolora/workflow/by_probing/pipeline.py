@@ -99,7 +99,8 @@ def _move_rival(route: Route, output: OutputForm) -> Result | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     for method in methods:
-        options = replace(route.options, method=method, progress=None)
+        # The bases were looked at before, and running models of equal weights are two.
+        options = replace(route.options, method=method, progress=None, again=True)
         form = OutputForm.of(options, output.format, None)
         try:
             return move_without_header(route.adapter, route.source, route.target, options, form)
