@@ -71,7 +71,8 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = _name_file(lora)
-    if are_one_base(source, target, cache):
+    # Running models of equal weights may differ in schedule, steps and guidance.
+    if not options.runs_models and are_one_base(source, target, cache):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or set again to move it all the "

@@ -119,7 +119,8 @@ def _move_rival(route: Route) -> Result | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     for method in methods:
-        options = replace(route.options, method=method, progress=None, dtype=None)
+        # The bases were looked at before, and running models of equal weights are two.
+        options = replace(route.options, method=method, progress=None, dtype=None, again=True)
         try:
             return move_without_header(route.adapter, route.source, route.target, options)
         except UnrelatedBases:
