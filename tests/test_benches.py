@@ -24,6 +24,8 @@ def test_the_peak_of_a_child_is_its_own():
     assert 0.05 < float(done.stdout) < 0.9
 
 
-@pytest.mark.parametrize("name", ["sdxl_to_ssd1b", "second_lora", "flux_memory", "timing"])
+@pytest.mark.parametrize(
+    "name", ["damping_cost", "sdxl_to_ssd1b", "second_lora", "flux_memory", "timing"]
+)
 def test_a_bench_can_be_imported(name):
     importlib.import_module(name)
