@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # The check of a machine with a GPU and without network, in four calls of at most eight minutes
-# (Python 3.10 or later, torch with CUDA, nvcc, scikit-build-core, pybind11, pytest, hypothesis; cupy,
+# (Python 3.10 or later, torch with CUDA, nvcc, scikit-build-core, pybind11, pytest, hypothesis;
 # compute-sanitizer, ncu and cuobjdump where they are; what is missing is said and left out):
 #
-#   bash bench/gpu.sh correct    build, registers, kernel tests, CUDA against the CPU, sanitizer
+#   bash bench/gpu.sh correct    build, kernel tests, sanitizer, eigensolvers, CUDA against the CPU
 #   bash bench/gpu.sh anchors    what the card and its libraries can do: the baselines
 #   bash bench/gpu.sh ours       truncated_svd by stage, kernels against torch
 #   bash bench/gpu.sh why        profiler, ncu, SDXL to SSD-1B from file to file
 #
 # Every number is appended to $OUT/results.jsonl (default: out/) when it is known; logs are in
-# $OUT/logs.tar.gz. A call runs what is neither there nor in bench/results/gpu.jsonl, for this card
+# $OUT/logs.tar.gz, the only other file there. A number beyond its limit, NaN, or no GPU that runs the
+# kernels fails the call. Nothing touches the clocks. COMMIT names the commit in a copy without history. A call runs what is neither there nor in bench/results/gpu.jsonl, for this card
 # and these sources, and ends in time. `python -m gpu.render` makes the tables of the results.
 # --dry (or DRY=1): everything on the CPU at toy size, which says whether the script works.
 set -euo pipefail

@@ -1,5 +1,6 @@
-// project_pair on a GPU: a block per tile and part of its depth, all matrices of the batch in one
-// launch per product. The tile is 64 x 32 (64 threads) for 32 rows or fewer, else 64 x 64 (128).
+// project_pair on a GPU, in float32 on tensor cores: float64, and float32 without fast TF32, are left
+// to torch, so that there are no kernels for them. A block per tile and part of its depth, all
+// matrices of the batch in one launch per product. The tile is 64 x 32 (64 threads) for 32 rows or fewer, else 64 x 64 (128).
 // Where C has so few tiles that they would not fill the GPU, the parts' sums go to scratch and are
 // added up in their order by another kernel, so that results repeat bit by bit. C Uᵀ has a tile per
 // 64 of m, and is not cut.
@@ -88,9 +89,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 void check_launch() { check(cudaGetLastError(), "project_pair: launch"); }
 
 // f(TileType<Tile>{}) with the tile for so many rows.
-template <class T, class F>
+template <class F>
 void on_tile(Index rows, F f) {
-  rows <= 32 ? run_on_tile<T, 32>(f) : run_on_tile<T, 64>(f);
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, "project_pair") < 8) {
+    throw std::runtime_error("project_pair: this GPU's tensor cores have no TF32");
+  }
+  rows <= 32 ? f(TileType<TensorTile<32>>{}) : f(TileType<TensorTile<64>>{});
 }
 
 template <class Tile, class T>
@@ -137,7 +141,7 @@ void run_step(const ProjectPairArgs<T>& args, cudaStream_t stream) {
            args.cancelled);
     check_launch();
   }
-  on_tile<T>(rows.rows, [&](auto tile) {
+  on_tile(rows.rows, [&](auto tile) {
     using Tile = typename decltype(tile)::Type;
     run_coefficients<Tile>(args, rows, stream);
     const TileGrid grid = tile_grid<Tile>(args.m, rows.rows);
@@ -157,7 +161,7 @@ Index project_pair_scratch_cuda(Index batch, Index m, Index ks, Index kt, Index 
   Index most = 0;
   for (const ProjectStep step : kProjectSteps) {
     const ProjectRows<T> rows = project_rows(args, step);
-    on_tile<T>(rows.rows, [&](auto tile) {
+    on_tile(rows.rows, [&](auto tile) {
       const Index parts = coefficient_grid<typename decltype(tile)::Type>(rows, batch).parts.count;
       if (parts > 1) most = larger(most, parts * batch * rows.rows * rows.k);
     });
@@ -177,8 +181,12 @@ void project_pair_cuda(const ProjectPairArgs<T>& args, std::uintptr_t stream) {
   run_step<ProjectStep::kMoveAgain>(args, to_stream(stream));
 }
 
-PROLORA_INSTANTIATE_CUDA(project_pair, ProjectPairArgs)
+template void project_pair_cuda(const ProjectPairArgs<float>&, std::uintptr_t);
 template Index project_pair_scratch_cuda<float>(Index, Index, Index, Index, Index);
-template Index project_pair_scratch_cuda<double>(Index, Index, Index, Index, Index);
+
+template <>
+void project_pair_cuda(const ProjectPairArgs<double>&, std::uintptr_t) {
+  throw std::runtime_error("project_pair: torch does it in float64 on a GPU");
+}
 
 }  // namespace prolora

@@ -10,15 +10,17 @@ import gpu_model
 import pytest
 import torch
 from gpu import __main__ as check
-from gpu import calls, registers, render, results, why
+from gpu import calls, correct, machine, ours, registers, render, results, why
 from gpu.counters import counting
 from gpu.stages import stage_of
 from gpu.steps import Bench, Step
 
 import prolora
+from prolora.core.ops import native, small_svd
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "a card", "date": "2026-01-01", "commit": "abc", "sources": "123"}
+MACHINE["versions"] = "torch 2.9"
 
 
 @pytest.fixture
@@ -97,6 +99,160 @@ def test_a_call_ends_at_its_deadline(bench, monkeypatch, capsys):
     assert check.run_call(bench, time.time() + 1, bench.out / "none") == 1
     assert time.time() - began < 10
     assert "left for another call of `bench/gpu.sh ours`: never" in capsys.readouterr().out
+
+
+def on_the_second_call(function, change):
+    """The function, its result changed in every second call: what the GPU's would be."""
+    calls = iter(range(10**6))
+
+    def wrapped(*arguments, **options):
+        found = function(*arguments, **options)
+        return change(found) if next(calls) % 2 else found
+
+    return wrapped
+
+
+def with_field(name, change):
+    """Changes one field of a result."""
+
+    def changed(found):
+        object.__setattr__(found, name, change(getattr(found, name)))
+        return found
+
+    return changed
+
+
+WRONG = {
+    "NaN": lambda x: x * float("nan"),
+    "a little": lambda x: x * (1 + 2e-3),
+    "much": lambda x: x + 1,
+}
+wrong_results = pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+
+
+@wrong_results
+@pytest.mark.parametrize("what", ["project", "similarity", "principal_angles"])
+def test_a_wrong_result_of_a_shape_fails_the_check(bench, monkeypatch, what, wrong):
+    change = with_field("left", wrong) if what == "similarity" else wrong
+    monkeypatch.setattr(prolora, what, on_the_second_call(getattr(prolora, what), change))
+    with pytest.raises(AssertionError, match="relative difference"):
+        correct.compare_shape(bench, (320, 320), torch.float16)
+
+
+@pytest.mark.parametrize("wrong", [WRONG["NaN"], torch.zeros_like], ids=["NaN", "zero"])
+def test_a_wrong_subspace_fails_the_check(bench, monkeypatch, wrong):
+    change = with_field("U", wrong)
+    monkeypatch.setattr(prolora, "truncated_svd", on_the_second_call(prolora.truncated_svd, change))
+    with pytest.raises(AssertionError, match=r"exceeds the bounds|not finite"):
+        correct.compare_spectrum(bench, next(iter(correct.SPECTRA)))
+
+
+@wrong_results
+def test_wrong_small_svds_fail_the_check(bench, monkeypatch, wrong):
+    svd = small_svd.small_svd
+    monkeypatch.setattr(small_svd, "small_svd", lambda a: (None, wrong(svd(a)[1]), None))
+    with pytest.raises(AssertionError, match="small_svd"):
+        correct.compare_small_svds(bench)
+
+
+@wrong_results
+def test_a_wrong_result_in_a_side_stream_fails_the_check(bench, monkeypatch, wrong):
+    change = with_field("S", wrong)
+    monkeypatch.setattr(prolora, "truncated_svd", on_the_second_call(prolora.truncated_svd, change))
+    with pytest.raises(AssertionError, match="side stream"):
+        correct.use_side_stream(bench)
+
+
+@wrong_results
+def test_a_wrong_update_of_a_transfer_fails_the_check(bench, monkeypatch, wrong):
+    def spoil(done):
+        name, update = list(done.adapter.updates.items())[-1]
+        done.adapter.updates[name] = prolora.LowRank(wrong(update.up), update.down)
+        return done
+
+    monkeypatch.setattr(prolora, "transfer", on_the_second_call(prolora.transfer, spoil))
+    with pytest.raises(AssertionError, match="transfer"):
+        correct.compare_transfer(bench)
+
+
+@pytest.fixture
+def on_a_card(tmp_path, monkeypatch):
+    """A bench that takes the processor for a GPU."""
+    monkeypatch.setattr(Bench, "device", "cpu")
+    return Bench("correct", tmp_path, MACHINE, "bench/gpu.sh correct", dry=False, step="panel_qr")
+
+
+def test_a_gpu_that_runs_no_kernel_fails_the_check(on_a_card, monkeypatch):
+    monkeypatch.setattr(Bench, "run_command", lambda *_, **__: (0, ""))
+    monkeypatch.setattr(native, "cuda_status", lambda: (0, "there is none"))
+    with pytest.raises(AssertionError, match="no GPU: there is none"):
+        correct.count_gpus(on_a_card)
+    monkeypatch.setattr(native, "choose", lambda *_: native.Choice(None, "it is old"))
+    with pytest.raises(AssertionError, match="panel_qr runs in torch here: it is old"):
+        ours.compare_kernel(on_a_card, "a case", lambda: 0, lambda: 0)
+
+
+@pytest.mark.parametrize("said", ["134 skipped in 2s", "1 passed, 1 failed in 2s"])
+def test_tests_that_are_skipped_or_fail_fail_the_check(on_a_card, monkeypatch, said):
+    asked = {}
+
+    def run(self, log, *command, **options):
+        asked.update(options)
+        return int("failed" in said), said
+
+    monkeypatch.setattr(Bench, "run_command", run)
+    with pytest.raises(AssertionError):
+        correct.run_tests(on_a_card)
+    assert asked["PROLORA_REQUIRE"] == "cuda"
+
+
+def test_a_sanitizer_that_finds_something_and_a_spill_fail_the_check(bench, monkeypatch):
+    monkeypatch.setattr(Bench, "run_command", lambda *_, **__: (9, "invalid read"))
+    with pytest.raises(AssertionError, match="invalid read"):
+        correct.sanitize(bench, "panel_qr", "memcheck")
+    spilled = registers.Resources("a kernel", "sm_90", 255, 0, 8)
+    monkeypatch.setattr(correct, "parse_resources", lambda text: [spilled])
+    with pytest.raises(AssertionError, match="spilled"):
+        correct.list_registers(bench)
+
+
+@pytest.mark.parametrize("call", calls.CALLS)
+def test_a_call_declares_no_more_than_its_time(tmp_path, call):
+    steps = calls.list_steps(Bench(call, tmp_path, MACHINE, "", dry=False))
+    assert sum(step.seconds for step in steps) <= check.BUDGET
+    assert check.BUDGET + check.GRACE < 600
+
+
+def test_tests_and_sanitizers_come_before_times_and_comparisons(tmp_path):
+    bench = Bench("correct", tmp_path, MACHINE, "", dry=False)
+    names = [step.name.split()[0] for step in calls.list_steps(bench)]
+    order = ["info", "kernel", "memcheck", "eigh", "320x320", "transfer"]
+    assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
+
+
+def test_two_files_at_most_are_brought_back(bench):
+    bench.out = bench.out / "out"
+    bench.out.mkdir()
+    bench.record("time", 1.0, "ms")
+    for name in ("a.txt", "b.txt"):
+        (bench.logs / name).write_text("x")
+    check.pack_logs(bench.out)
+    assert sorted(p.name for p in bench.out.iterdir()) == ["logs.tar.gz", "results.jsonl"]
+
+
+def test_nothing_touches_the_clocks(on_a_card, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Bench, "run_command", lambda self, log, *c, **_: asked.extend(c) or (0, ""))
+    why.run_ncu(on_a_card, "panel_qr")
+    assert asked[asked.index("--clock-control") + 1] == "none"
+
+
+def test_a_line_names_versions_and_a_commit_that_git_does_not_know(monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123abc")
+    found = machine.describe_machine()
+    assert found["commit"] == "0123abc"
+    for name in ("torch", "CUDA", "cuSOLVER", "driver"):
+        assert name in found["versions"]
 
 
 def test_the_tables_put_our_times_beside_the_baselines_of_the_same_card(bench):

@@ -153,9 +153,10 @@ def listen(process: subprocess.Popen[str]) -> Callable[[float], str | None]:
 
 def pack_logs(out: Path) -> None:
     """All logs as one file, since few files come back from some machines."""
-    if (out / "logs").exists():
+    logs = out.with_name(f"{out.name}-logs")
+    if logs.exists():
         with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
-            archive.add(out / "logs", "logs")
+            archive.add(logs, "logs")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,10 @@ The baselines that take seconds a matrix run on two matrices, and are scaled to 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-
-from prolora.core.svd import solvers
 
 from .clock import time_call
 from .steps import Bench, Step, make_weights
@@ -28,10 +23,6 @@ def list_steps(bench: Bench) -> Iterator[Step]:
     for precision in ("highest", "high"):
         yield Step(f"products {precision}", 20, partial(time_products, precision=precision))
     yield Step("products float64", 15, partial(time_products, precision="float64"))
-    for size in (416, 544, 1280):
-        for dtype in (torch.float32, torch.float64):
-            name = f"eigh {size} {str(dtype).removeprefix('torch.')}"
-            yield Step(name, 40, partial(time_eigh, d=size, dtype=dtype))
     for batch, m, n in ((64, 640, 640), (64, 1280, 1280), (8, 3072, 3072), (16, 10240, 1280)):
         yield Step(f"svd {m}x{n}", 45, partial(time_svd, batch=batch, m=m, n=n))
     yield Step("svd_lowrank", 20, time_lowrank)
@@ -73,45 +64,6 @@ def time_products(bench: Bench, precision: str) -> None:
             bench.record("bmm", flops / ms / 1e9, "TFLOP/s", case, repeats=repeats)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def time_eigh(bench: Bench, d: int, dtype: torch.dtype) -> None:
-    """torch's loop, each batched solver, and the function that chooses among them."""
-    w = make_weights(bench.batch(64), bench.size(d), bench.size(d), bench.device).to(dtype)
-    gram = w @ w.mT
-    few = gram[:FEW].contiguous()
-    case = f"64 x {d}², {str(dtype).removeprefix('torch.')}"
-    ms, repeats = time_call(lambda: torch.linalg.eigh(few), bench.device, limit=5)
-    scale = 64 / FEW
-    bench.record("torch.linalg.eigh", ms * scale, "ms", case, repeats=repeats, scaled=scale)
-    for name, open_solver in (("XsyevBatched", "open_cusolver"), ("CuPy", "open_cupy")):
-        solve = _open(open_solver)
-        for batch in (8, 64):
-            stack = gram[: bench.batch(batch)].contiguous()
-            its_case = case.replace("64 x", f"{batch} x")
-            if solve is None or bench.device == "cpu":
-                bench.record(f"{name} eigh", None, "ms", its_case, error="there is none")
-                continue
-            # It overwrites its input.
-            ms, repeats = time_call(partial(_solve_copy, solve, stack), bench.device, limit=3)
-            bench.record(f"{name} eigh", ms, "ms", its_case, repeats=repeats)
-    ms, repeats = time_call(lambda: solvers.descending_eigh(gram), bench.device, limit=5)
-    bench.record("descending_eigh", ms, "ms", case, repeats=repeats)
-
-
-def _open(name: str) -> Callable[[Tensor, bool], Any] | None:
-    """A batched solver of prolora's, or None where it cannot be used."""
-    try:
-        module = importlib.import_module("prolora.core.svd.batched_eigh")
-        solve: Callable[[Tensor, bool], Any] = getattr(module, name)()
-    except Exception as error:
-        print(f"{name}: {error}")
-        return None
-    return solve
-
-
-def _solve_copy(solve: Callable[[Tensor, bool], Any], stack: Tensor) -> Any:
-    return solve(stack.clone(), True)
 
 
 def time_svd(bench: Bench, batch: int, m: int, n: int) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
 import platform
 import subprocess
 from datetime import date
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("csrc", "python/prolora", "CMakeLists.txt", "cmake")
 
 
 def describe_machine() -> dict[str, str]:
-    """The fields card, date, commit and sources of a line."""
+    """The fields card, date, commit, versions and sources of a line."""
     return {
         "card": find_card(),
         "date": date.today().isoformat(),
         "commit": find_commit(),
+        "versions": find_versions(),
         "sources": hash_sources(),
     }
 
@@ -29,8 +34,34 @@ def find_card() -> str:
 
 
 def find_commit() -> str:
-    """As git describes it; "unknown" in a copy without its history."""
+    """As git describes it, or as COMMIT says in a copy without its history."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     return _ask("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+
+
+def find_versions() -> str:
+    """Of torch, its CUDA and cuSOLVER, and the driver; "none" for what is not there."""
+    driver = _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    parts = {
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "cuSOLVER": find_cusolver() if torch.cuda.is_available() else None,
+        "driver": driver.splitlines()[0] if driver else None,
+    }
+    return ", ".join(f"{name} {version or 'none'}" for name, version in parts.items())
+
+
+def find_cusolver() -> str | None:
+    """The version of the cuSOLVER that torch has loaded, as 12004."""
+    from prolora.core.svd.cusolver import SolverUnavailable, open_library
+
+    version = ctypes.c_int()
+    try:
+        failed = open_library().cusolverGetVersion(ctypes.byref(version))
+    except (SolverUnavailable, AttributeError):
+        return None
+    return None if failed else str(version.value)
 
 
 def hash_sources() -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import prolora
-from prolora.core.ops import torch_twin
+from prolora.core.ops import native, torch_twin
 from prolora.core.ops.overlap_table import overlap_table
 from prolora.core.ops.panel_qr import panel_qr
 from prolora.core.ops.project_pair import project_pair
@@ -39,7 +39,7 @@ STACKS = [
 def list_steps(bench: Bench) -> Iterator[Step]:
     """The goals' own case first."""
     for stack in STACKS:
-        yield Step(describe(stack), 40, partial(time_stack, stack=stack))
+        yield Step(describe(stack), 36, partial(time_stack, stack=stack))
     for name, run in KERNELS.items():
         yield Step(name, 25, run)
     yield Step("principal angles", 30, time_angles)
@@ -143,8 +143,14 @@ def time_stages(job: Callable[[], Any], device: str) -> dict[str, float]:
 def compare_kernel(
     bench: Bench, case: str, ours: Callable[[], Any], torchs: Callable[[], Any], few: float = 1.0
 ) -> None:
-    """Records both times; `few` scales torch's where it ran on fewer matrices."""
+    """Records both times; `few` scales torch's where it ran on fewer matrices.
+
+    Raises:
+        AssertionError: the kernel is not what runs here, so that torch would race torch.
+    """
     name = bench.step
+    choice = native.choose(name, torch.device(bench.device))
+    assert choice.kernels or bench.dry, f"{name} runs in torch here: {choice.why}"
     mine, repeats = time_call(ours, bench.device, limit=3)
     bench.record(name, 1e3 * mine, "µs", case, repeats=repeats)
     theirs, repeats = time_call(torchs, bench.device, limit=3)

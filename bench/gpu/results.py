@@ -21,11 +21,12 @@ FIELDS = {
     "card": str,
     "date": str,
     "commit": str,
+    "versions": str,  # of torch, cuSOLVER and the driver
     "sources": str,  # hash of what was built; a commit that changes none of it changes no result
     "command": str,
 }
 # What some lines have beside that.
-FURTHER = {"scaled": float, "note": str, "error": str, "dry": bool}
+FURTHER = {"limit": float, "scaled": float, "note": str, "error": str, "dry": bool}
 FINISHED = "finished"
 """The name of the line that ends a step; its value is the seconds that the step took."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Bench:
 
     Attributes:
         call: its call.
-        out: the folder of the results; logs lie in its folder `logs`.
+        out: the folder of the results.
         machine: the fields of a line that `describe_machine` gives.
         command: by which the numbers can be had again.
         dry: on the CPU at toy size: nothing that is recorded means anything.
@@ -64,8 +65,8 @@ class Bench:
 
     @property
     def logs(self) -> Path:
-        """Files that are too long for it."""
-        folder = self.out / "logs"
+        """Files that are too long for it, beside `out`: few files come back from some machines."""
+        folder = self.out.with_name(f"{self.out.name}-logs")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -94,14 +95,31 @@ class Bench:
             f"{name}{f' [{case}]' if case else ''}: {text} {further.get('error', '')}", flush=True
         )
 
+    def require(
+        self, name: str, value: float, limit: float, unit: str = "", case: str = "", note: str = ""
+    ) -> None:
+        """Records a number that must not exceed a limit.
+
+        Raises:
+            AssertionError: it does, or is NaN.
+        """
+        self.record(name, value, unit, case, limit=limit, **({"note": note} if note else {}))
+        assert value <= limit, f"{name} is {value:.3g}, and may be {limit:.3g} at most"
+
     def run_command(
-        self, log: str, *command: str | Path, seconds: float = 120, cwd: Path = ROOT
+        self,
+        log: str,
+        *command: str | Path,
+        seconds: float = 120,
+        cwd: Path = ROOT,
+        **environment: str,
     ) -> tuple[int, str]:
         """Exit code and output of a program; the output goes into the logs too."""
         try:
             done = subprocess.run(
                 [str(word) for word in command],
                 cwd=cwd,
+                env={**os.environ, **environment},
                 text=True,
                 errors="replace",
                 stdout=subprocess.PIPE,

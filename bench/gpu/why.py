@@ -59,7 +59,9 @@ def run_ncu(bench: Bench, op: str) -> None:
     """What ncu measures of each launch; without it, that the script runs."""
     large = () if bench.dry else ("large",)
     script = (sys.executable, "-m", "gpu.one_kernel", op, bench.device, *large)
-    watch = ("ncu", "--csv", "--metrics", ",".join(METRICS), "--launch-count", "40")
+    # Without a word on them ncu locks the clocks of the card.
+    watch = ("ncu", "--clock-control", "none", "--launch-count", "40")
+    watch += ("--csv", "--metrics", ",".join(METRICS))
     code, text = bench.run_command(
         f"ncu-{op}.txt", *(() if bench.dry else watch), *script, seconds=90, cwd=ROOT / "bench"
     )

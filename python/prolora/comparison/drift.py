@@ -22,6 +22,9 @@ from ..errors import NonFiniteWeights
 BLOCK_ENTRIES = 1 << 18
 """Entries that are worked on at a time."""
 
+FAR = 2.0**24
+"""Weights whose largest entry is between 1/FAR and FAR are not scaled."""
+
 RANDOM_VECTORS = 32
 """Random vectors behind each spread; over the many modules of a model their noise cancels."""
 
@@ -77,19 +80,20 @@ class Affinity:
         # A few rows at a time stay in a core's cache, and need no memory of a weight's size.
         rows = max(1, BLOCK_ENTRIES // max(1, n))
         blocks = [(source[i : i + rows], target[i : i + rows]) for i in range(0, m, rows)]
-        # The largest entry is taken out, so that squares of large finite weights stay finite.
-        scale = max(
-            (_largest_entry(part.to(work)) for pair in blocks for part in pair), default=0.0
-        )
-        if scale == 0:
+        largest = max(_largest_entry(source), _largest_entry(target))
+        if largest == 0:
             return cls(0.0, 0.0, 0.0, 0.0, 0.0)
+        # A far one is taken out, so that squares of large finite weights stay finite.
+        scale = 1.0 if 1 / FAR < largest < FAR else largest
         # Σσ⁴ = ‖DᵀD‖² is the mean of ‖DᵀDz‖² over random z: products instead of a Gram matrix.
         generator = torch.Generator().manual_seed(m * n)
         z = torch.randn(n, RANDOM_VECTORS, generator=generator, dtype=work)
         image = torch.zeros_like(z)
         sums = [0.0] * 4
         for pair in blocks:
-            ours, theirs = (part.to(work) / scale for part in pair)
+            ours, theirs = (part.to(work) for part in pair)
+            if scale != 1:
+                ours, theirs = ours / scale, theirs / scale
             away = theirs - ours
             products = ((ours, ours), (theirs, theirs), (ours, theirs), (away, away))
             for i, (x, y) in enumerate(products):
@@ -108,12 +112,14 @@ class Affinity:
 
 
 def _largest_entry(x: Tensor) -> float:
-    """The largest magnitude in x.
+    """The largest magnitude in x, of any float dtype.
 
     Raises:
         NonFiniteWeights: it is not finite.
     """
-    largest = float(torch.maximum(x.amax(), -x.amin())) if x.numel() else 0.0
+    values = x.float() if x.element_size() == 1 else x  # float8 has no maximum
+    least, most = (float(end) for end in torch.aminmax(values)) if x.numel() else (0.0, 0.0)
+    largest = max(most, -least)  # NaN is in both
     if not math.isfinite(largest):
         raise NonFiniteWeights("NaN or Inf in a weight")
     return largest

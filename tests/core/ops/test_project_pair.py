@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prolora import errors
 from prolora.core import reference
-from prolora.core.ops.project_pair import project_pair
+from prolora.core.ops.project_pair import project_pair, run_project_pair
 
 DTYPES = [torch.float32, torch.float64]
 # (b, m, ks, kt, r)
@@ -71,9 +71,17 @@ def test_only_matrices_that_lost_nearly_all_go_through_a_second_time(kernels):
     assert (mixed[0][0, 3:] @ us[0]).abs().max() < 1e-12 < (x[0] @ us[0]).abs().max()
 
 
-@pytest.mark.parametrize("capability", ["75", "90"])
-def test_every_gpu_is_as_accurate_and_the_order_of_threads_changes_nothing(capability, monkeypatch):
-    monkeypatch.setenv("EMU_CAPABILITY", capability)
+def test_a_gpu_without_tf32_and_float64_have_no_kernels(monkeypatch):
+    module = load("emulated", "_emulated")
+    given = problem((1, 40, 9, 5, 4), torch.float32)
+    with pytest.raises(RuntimeError, match="float64"):
+        run_project_pair(module, *(x.double() for x in given), True)
+    monkeypatch.setenv("EMU_CAPABILITY", "75")
+    with pytest.raises(RuntimeError, match="no TF32"):
+        run_project_pair(module, *given, True)
+
+
+def test_a_gpu_is_as_accurate_and_the_order_of_threads_changes_nothing(monkeypatch):
     monkeypatch.setenv("EMU_SHARED_BYTES", str(48 << 10))
     module = load("emulated", "_emulated")
     us, ut, x = problem((1, 588, 70, 8, 2), torch.float32)

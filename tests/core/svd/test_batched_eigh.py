@@ -1,11 +1,8 @@
 """One batched eigensolver for a stack: cuSOLVER's, played by a library on host memory, or none."""
 
-import contextlib
 import itertools
 import logging
-import sys
 import threading
-import types
 
 import pytest
 import torch
@@ -334,46 +331,6 @@ def test_the_library_is_found_in_the_memory_map(monkeypatch, tmp_path):
     assert cusolver._mapped_libraries() == ["/opt/my env/lib/libcusolver.so.11"]
     maps.unlink()
     assert cusolver._mapped_libraries() == []
-
-
-class FakeCupy(types.ModuleType):
-    """CuPy on host memory: what prolora calls of it."""
-
-    def __init__(self, error=None):
-        super().__init__("cupy")
-        self.error, self.jobs = error, []
-        nothing = contextlib.nullcontext
-        self.cuda = types.SimpleNamespace(Device=nothing, ExternalStream=nothing)
-        self.linalg = types.SimpleNamespace(eigh=self._eigh, eigvalsh=self._eigvalsh)
-        self.from_dlpack = torch.from_dlpack
-
-    def _eigh(self, matrices, UPLO):
-        if self.error:
-            raise self.error
-        return torch.linalg.eigh(matrices, UPLO=UPLO)
-
-    def _eigvalsh(self, matrices, UPLO):
-        return torch.linalg.eigvalsh(matrices, UPLO=UPLO)
-
-
-def test_cupy_takes_stacks_where_cusolver_cannot_be_reached(monkeypatch):
-    stream = types.SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    library = FakeCupy()
-    monkeypatch.setitem(sys.modules, "cupy", library)
-    assert choose(monkeypatch, cupy=batched_eigh.open_cupy).name == "cupy"
-    solve = batched_eigh.open_cupy()
-    chosen = StackSolver("cupy", solve)
-    monkeypatch.setattr(solvers, "stack_solver", lambda device, dtype: chosen)
-    symmetric = make_stack(3, 12)
-    assert_solved(symmetric, *solvers.descending_eigh(symmetric))
-    for library.error in (RuntimeError("CUSOLVER_STATUS_INVALID_VALUE"), MemoryError("full")):
-        with pytest.raises(SolverUnavailable, match="CuPy"):
-            solve(symmetric.clone(), True)
-        assert_solved(symmetric, *solvers.descending_eigh(symmetric))
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(SolverUnavailable, match="CuPy cannot be used"):
-        batched_eigh.open_cupy()
 
 
 def test_a_stack_of_the_cpu_equals_its_members():

@@ -47,7 +47,9 @@ def run_overlap_table(
         (s.data_ptr(), t.data_ptr(), *s.shape, t.shape[2], *first)
         for s, t, *first in zip(us, ut, blocks, strips, shells, strict=False)
     ]
-    groups = torch.tensor(rows, dtype=torch.int64).to(us[0].device)
+    groups = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    if us[0].is_cuda:  # from pinned memory, so that the host does not wait for the stream
+        groups = groups.pin_memory().to(us[0].device, non_blocking=True)
     table = us[0].new_empty(blocks[-1], dtype=torch.float64)
     edges = us[0].new_empty(blocks[-1], BLOCK, dtype=torch.float64)
     shell = us[0].new_empty(shells[-1], dtype=torch.float64)

@@ -1,7 +1,6 @@
 """Which eigensolver takes a stack of symmetric matrices on a GPU, tried out before it is trusted.
 
-cuSOLVER's XsyevBatched where torch's cuSOLVER has it, else CuPy's batched Jacobi solver where CuPy
-is installed, else torch's loop over the matrices.
+cuSOLVER's XsyevBatched where torch's cuSOLVER has it, else torch's loop over the matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arrays import to_tensor
 from .cusolver import Cusolver, SolverUnavailable, open_library
 
 logger = logging.getLogger(__name__)
@@ -56,37 +54,8 @@ def open_cusolver() -> Solve:
     return Cusolver(open_library()).solve
 
 
-def open_cupy() -> Solve:
-    """CuPy's batched solver. CuPy reports no failure: the callers check the result.
-
-    Raises:
-        SolverUnavailable: CuPy is not installed, or does not load.
-    """
-    try:
-        import cupy
-    except Exception as error:  # a CuPy for another CUDA raises all kinds
-        raise SolverUnavailable(f"CuPy cannot be used: {error}") from None
-
-    def solve(lower: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
-        stream = torch.cuda.current_stream(lower.device).cuda_stream
-        info = lower.new_zeros(len(lower), dtype=torch.int32)
-        try:
-            with cupy.cuda.Device(lower.device.index), cupy.cuda.ExternalStream(stream):
-                matrices = cupy.from_dlpack(lower)
-                if not with_vectors:
-                    values = to_tensor(cupy.linalg.eigvalsh(matrices, UPLO="L"))
-                    return values, lower, info
-                values, vectors = map(to_tensor, cupy.linalg.eigh(matrices, UPLO="L"))
-                return values, vectors, info
-        except (RuntimeError, MemoryError) as error:
-            raise SolverUnavailable(f"CuPy: {error}") from error
-
-    return solve
-
-
 CANDIDATES: dict[str, Callable[[], Solve]] = {
     "cuSOLVER's XsyevBatched": open_cusolver,
-    "CuPy's syevjBatched": open_cupy,
 }
 
 

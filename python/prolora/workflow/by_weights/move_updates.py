@@ -95,7 +95,8 @@ def _damp_stacks(
     def damp(stack: list[Pair], weights: list[Tensor]) -> list[Pair]:
         with share_time(works, "damp"):
             ours, theirs = weights
-            damper = Damper(ours, theirs)
+            columns = sum(work.largest_rank([pair.source for pair in stack]) for work in works)
+            damper = Damper(ours, theirs, columns=columns)
             for work in works:  # the factors of one κ serve all
                 if work.error is None:
                     damper.at(work.options.kappa)
