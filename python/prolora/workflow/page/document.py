@@ -16,7 +16,7 @@ import torch
 
 from ...core.means import weighted_mean
 from ...version import __version__
-from .block_tables import crossed_table, decisions_table, probe_table
+from .block_tables import crossed_table, decisions_table
 from .drawing import draw_legend, draw_map
 from .markup import Html, join, tag
 from .module_tables import (
@@ -66,7 +66,6 @@ def render_report(
     if report.rows("mapped") and not report.dry_run:
         sections.append(tag("section", tag("h2", "By part of the model"), stage_table(report)))
     for heading, table in (
-        ("What probing reached", probe_table(report)),
         ("What crossed between the latents", crossed_table(report)),
         ("Where blocks came from", decisions_table(report)),
     ):
