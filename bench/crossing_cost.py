@@ -1,8 +1,8 @@
 """What probing between pipelines with different VAEs costs on one card, counted.
 
 `python bench/crossing_cost.py` prints the tables of docs/performance.md. Flops and bytes are
-counted on models without values (the meta device); the bytes that a fit holds for each weight, on
-a small model on the CPU. The rate of the card is an assumption. Nothing here is measured on a GPU.
+counted on models without values (the meta device); fit_memory.py measures the memory of a fit. The
+rate of the card is an assumption. Nothing here is measured on a GPU.
 It takes a minute or two, and a diffusers that has FLUX.2 and Qwen-Image.
 """
 
@@ -31,11 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prolora.architectures.modules import find_block, is_adaptable
 from prolora.probe import FitSettings
-from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
-from prolora.probe.fitting.linearisation import ProbeBatch
-from prolora.probe.precision import in_float32
-from prolora.probe.recording.trajectories import Call, output_of
-from prolora.probe.settings import MAX_SAMPLES
 
 RATE = 66.0
 """Tflop/s of an RTX 4090, assumed: 80 % of its peak of 82.6 in float32, in which probing computes
@@ -299,55 +294,6 @@ def count_vae(model: Model, size: int) -> Autoencoder:
     return Autoencoder(weights, decode, encode, decode_peak, encode_peak)
 
 
-class _Parallel(nn.Module):
-    """Linear modules whose outputs are added: nearly all of its memory is weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(64, 4224, bias=False) for _ in range(16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sum((part(x) for part in self.parts), torch.zeros(()))
-
-
-@dataclass(frozen=True)
-class FitBytes:
-    """Bytes for each fitted weight that the joint fit holds.
-
-    Attributes:
-        backward: while it holds the activations too.
-        trial: at its trial points.
-    """
-
-    backward: int
-    trial: int
-
-
-@cache
-def measure_fit_bytes() -> FitBytes:
-    """Runs the fit on a small model with weights of 16 bits, whose curvature is small."""
-    torch.manual_seed(0)
-    model = _Parallel().half().requires_grad_(False)
-    names = [f"parts.{i}" for i in range(len(model.parts))]
-    call = Call((torch.randn(1, 64),), {})
-    held = [0]
-
-    def note_held(*_: object) -> None:
-        if torch.is_grad_enabled():
-            held.append(memory.live)
-
-    with in_float32(model):
-        plain = model(*call.args)
-        wanted = plain + 0.1 * torch.randn_like(plain)
-        model.register_forward_pre_hook(note_held)
-        batch = ProbeBatch(call, plain, wanted)
-        with PeakBytes() as memory:
-            fit_jointly(JointProblem(model, names, output_of, lambda: [batch], 4, 1.0))
-    weights = sum(p.numel() for p in model.parameters())
-    before, trial = (4 * round(size / weights / 4) for size in (max(held), memory.peak))
-    return FitBytes(before + 4, trial)  # the backward pass makes one gradient
-
-
 @dataclass(frozen=True)
 class Passes:
     """How often models run on one sample.
@@ -419,12 +365,11 @@ class Crossing:
         """Of source and target."""
         return count_vae(self.source, self.sizes[0]), count_vae(self.target, self.sizes[1])
 
-    def count_passes(self, images: int, rewritten: bool = False) -> dict[str, Passes]:
+    def count_passes(self, images: int) -> dict[str, Passes]:
         """Stage -> its passes, with so many images of each origin.
 
         Args:
             images: of each origin, for the fit; as many again are held out.
-            rewritten: whether the fit computes each block again for every backward pass.
         """
         ours, theirs = 2 * self.source.branches, self.target.branches
         sampled = 2 * images * STEPS
@@ -433,14 +378,14 @@ class Crossing:
         assert probes and judged and batch
         half, steps = probes // 2, settings.steps
         renewals = sum(step < 2 or step % 4 == 0 for step in range(steps))
-        again = steps + renewals if rewritten else 0
+        again = steps + renewals  # every backward pass computes the blocks again
         fitting = 5 * steps + 2 * renewals + again
         return {
             "sampling": Passes(ours * sampled, theirs * sampled),
             "images": Passes(0, 0, 4 * images, 2 * images),
             "asking: answers": Passes(2 * half, half, 2 * half),
             "asking: pairs": Passes(0, 2 * half),
-            "joint fit": Passes(0, fitting * batch),
+            "fit": Passes(0, fitting * batch),
             "judging": Passes(2 * judged, 6 * judged, 2 * judged),
         }
 
@@ -469,46 +414,11 @@ class Crossing:
         sampling = self.source.branches * ours.peak
         answer = max(ours.peak, our_vae.decode_peak, their_vae.encode_peak)
         answer *= self.target.branches  # a call has as many samples as those of the target
-        target = 2 * self.theirs.weights / 1e9
-        fits = [self.count_fit(samples) for samples in (self.target.branches, 1)]
-        both, single = ((self.loaded + fit, target + fit) for fit in fits)
         return {
             "loaded": (self.loaded,),
             "sampling with LoRA": (self.loaded + lora + sampling, alone + sampling),
             "images": (self.loaded + image, vaes + image),
             "answers": (self.loaded + lora + answer, alone + vaes + answer),
-            "joint fit": both,
-            "joint fit, one sample per call": single,
-        }
-
-    def count_fit(self, samples: int) -> float:
-        """GB of the joint fit, besides the models, with so many samples in a call."""
-        theirs, size = self.theirs, measure_fit_bytes()
-        fitted = theirs.fitted / 1e9
-        backward = size.backward * fitted + theirs.others + samples * theirs.activations
-        return max(backward, size.trial * fitted) + 8 * theirs.factors / 1e9
-
-    def count_rewritten(self) -> dict[str, tuple[float, float]]:
-        """Joint fit that is not written -> GB on the card, and in the machine's memory.
-
-        Both fits keep the activations of one block, and compute those of a block again for the
-        backward pass. "Rewritten" has on the card the target, one set of float32 weights, their
-        gradient and that of one sample. "By blocks" has there these of one block, through which
-        all samples of a step pass before the next block comes. The machine has both pipelines,
-        updates, last step, direction, both factors of the curvature and their inverses; "by blocks"
-        also the gradient, and what every block gave out for every sample.
-        """
-        theirs, fitted = self.theirs, self.theirs.fitted / 1e9
-        block = theirs.peak + (theirs.activations + 4 * theirs.factors / 1e9) / theirs.blocks
-        streams = theirs.blocks * theirs.stream
-        target = 2 * theirs.weights / 1e9
-        outside = target - 2 * theirs.inside / 1e9
-        machine = self.loaded + 12 * fitted + 8 * theirs.factors / 1e9
-        kept = 4 * fitted + MAX_SAMPLES[2] * streams
-        one = 12 * theirs.largest / 1e9 + block
-        return {
-            "rewritten": (target + 12 * fitted + streams + block, machine),
-            "by blocks": (outside + one, machine + kept),
         }
 
 
@@ -564,7 +474,7 @@ def list_passes() -> Iterator[list[str]]:
 
 
 def list_minutes() -> Iterator[list[str]]:
-    """Rows: minutes by stage, and of more images and of a rewritten fit."""
+    """Rows: minutes by stage, and of more images."""
     for crossing in list_crossings():
         if not crossing.attention:
             continue  # as long as for the attention alone
@@ -572,22 +482,19 @@ def list_minutes() -> Iterator[list[str]]:
         minutes = {stage: crossing.estimate_minutes(passes) for stage, passes in few.items()}
         pairs = minutes.pop("asking: pairs")
         minutes["asking: answers"] += pairs
-        again = crossing.count_passes(IMAGES[0], rewritten=True)["joint fit"]
         numbers = [
             *minutes.values(),
             sum(minutes.values()),
             sum(map(crossing.estimate_minutes, more.values())),
-            crossing.estimate_minutes(again),
         ]
         yield [crossing.name, *map(format_number, numbers)]
 
 
 def list_memory() -> Iterator[list[str]]:
-    """Rows: GB by stage, and of rewritten fits."""
+    """Rows: GB by stage before the fit."""
     for crossing in list_crossings():
         stages = crossing.count_memory().values()
-        rewritten = (join_numbers(kinds, "+") for kinds in crossing.count_rewritten().values())
-        yield [crossing.name, *map(join_numbers, stages), *rewritten]
+        yield [crossing.name, *map(join_numbers, stages)]
 
 
 def main() -> None:
@@ -607,11 +514,9 @@ def main() -> None:
         list_models(),
     )
     print_table(("predictions", *(f"{images} images" for images in IMAGES)), list_passes())
-    stages = ("sampling", "images", "asking", "joint fit", "judging", "sum")
-    more = (f"sum, {IMAGES[1]} images", "joint fit, rewritten")
-    print_table(("minutes", *stages, *more), list_minutes())
-    print_table(("GB", *example.count_memory(), *example.count_rewritten()), list_memory())
-    print(f"Bytes for each fitted weight: {measure_fit_bytes()}")
+    stages = ("sampling", "images", "asking", "fit", "judging", "sum")
+    print_table(("minutes", *stages, f"sum, {IMAGES[1]} images"), list_minutes())
+    print_table(("GB", *example.count_memory()), list_memory())
 
 
 if __name__ == "__main__":

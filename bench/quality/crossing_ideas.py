@@ -26,7 +26,7 @@ from scoring import apply_updates
 from torch import Tensor, nn
 from worlds import backbone, load_world
 
-from prolora.probe.fitting.joint_fit import JointProblem, cut_updates, fit_jointly
+from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.pipelines.conversion import translate_time
 from prolora.probe.recording.trajectories import Call, output_of
@@ -265,8 +265,8 @@ def try_way(study: Crossing, pair: str, way: str, seed: int, adapter: str, out: 
         for name, _ in backbone(case.target).named_modules()
         if re.fullmatch(study.world.adapted[case.theirs.arch], name)
     ]
-    problem = JointProblem(case.target, names, output_of, lambda: [next(turn)], STEPS, 1.0)
-    updates = cut_updates(fit_jointly(problem), RANK)
+    problem = JointProblem(case.target, names, output_of, lambda: [next(turn)], STEPS, 1.0, RANK)
+    updates = fit_jointly(problem).updates
     score = case.score({name.removeprefix("backbone."): u for name, u in updates.items()})
     row = {"pair": pair, "way": way, "seed": seed, "adapter": adapter, "images": IMAGES}
     row |= {"score": score, "processor": time.process_time() - started}

@@ -326,25 +326,6 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     assert "guidance" not in " ".join(plain.sentences())
 
 
-def test_the_report_names_streams_that_are_compared_without_guidance(tmp_path):
-    source = opened(stable_diffusion, tmp_path)
-    settings = replace(SETTINGS, target_guidance=1.0)
-    pair = pipelines.pair_pipelines(source, opened(stable_diffusion, tmp_path), settings)
-    result = probe.fit_lora(
-        source.denoiser,
-        pair.target.denoiser,
-        updates(source.denoiser),
-        source.sampler(pair.settings),
-        pair.target.sampler(pair.of_target),
-        strategy="blocks",
-        iterations=1,
-        rounds=1,
-        force=True,
-        **vars(pair.translation),
-    )
-    assert "blocks before it were compared without" in " ".join(result.report.sentences())
-
-
 def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_path):
     tiny.save(tmp_path / "source")
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser

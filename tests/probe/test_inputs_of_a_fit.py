@@ -22,7 +22,7 @@ from prolora.probe.settings import Probing
 __all__ = ["lora", "source"]  # fixtures
 
 QUICK = Probing(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
-JOINT = {"strategy": "joint", "steps": 2, "rank": 3, "force": True}
+JOINT = {"steps": 2, "rank": 3, "force": True}
 
 
 @pytest.fixture(autouse=True)

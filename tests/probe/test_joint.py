@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from prolora import LowRank, ShapeMismatch, probe
 from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
-from prolora.probe.fitting import curvature
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
-from prolora.probe.fitting.low_rank import count_directions
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
@@ -29,9 +27,15 @@ __all__ = ["lora", "source"]  # fixtures
 
 
 def fit(
-    model: nn.Module, names: list[str], probes: list[ProbeBatch], steps: int, damping: float
+    model: nn.Module,
+    names: list[str],
+    probes: list[ProbeBatch],
+    steps: int,
+    damping: float,
+    rank: int = 5,
 ) -> JointFit:
-    return fit_jointly(JointProblem(model, names, lambda y: y, lambda: probes, steps, damping))
+    problem = JointProblem(model, names, lambda y: y, lambda: probes, steps, damping, rank)
+    return fit_jointly(problem)
 
 
 def test_a_linear_model_is_solved_exactly_in_a_few_steps():
@@ -42,7 +46,7 @@ def test_a_linear_model_is_solved_exactly_in_a_few_steps():
         plain = model(x)
     probes = [ProbeBatch(Call((x,), {}), plain, plain + x @ update.mT)]
     result = fit(model, ["0"], probes, 6, 1e-6)
-    torch.testing.assert_close(result.updates["0"], update, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(result.updates["0"].dense(), update, atol=2e-2, rtol=2e-2)
     assert result.history[0] == pytest.approx(0, abs=1e-6)
     assert result.history[-1] > 0.999
 
@@ -69,9 +73,9 @@ def alternating(order: str) -> tuple[nn.Module, list[list[ProbeBatch]], Tensor]:
 def test_probes_that_miss_nothing_do_not_end_a_fit(order):
     model, drawn, update = alternating(order)
     batches = iter(drawn)
-    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), len(order), 1e-6)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), len(order), 1e-6, 5)
     result = fit_jointly(problem)
-    left = float((result.updates["0"] - update).square().sum() / update.square().sum())
+    left = float((result.updates["0"].dense() - update).square().sum() / update.square().sum())
     assert left < 1e-3
     assert len(result.history) == len(order)
     assert all(math.isfinite(share) for share in result.history)
@@ -102,7 +106,7 @@ def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
 
     def fitted(store: Kept | None = None) -> JointFit:
         batches = iter(drawn)
-        problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0)
+        problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0, 3)
         return fit_jointly(problem, store=store)
 
     complete = fitted()
@@ -111,7 +115,8 @@ def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
         with pytest.raises(KeyboardInterrupt):
             fitted(store)
         again = fitted(store)
-        assert torch.equal(again.updates["0"], complete.updates["0"])
+        assert torch.equal(again.updates["0"].up, complete.updates["0"].up)
+        assert torch.equal(again.updates["0"].down, complete.updates["0"].down)
         assert again.history == complete.history
 
 
@@ -124,25 +129,12 @@ def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch
         return [0.0, 0.0] if len(tried) == 3 else solve(self, point, lines, trial)
 
     monkeypatch.setattr(TargetFunction, "solve_lengths", solve_or_not)
-    result = fit_jointly(JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1e-6))
+    result = fit_jointly(JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1e-6, 5))
     assert tried[3][0] == tried[2][0] / 2
     assert len(result.history) == 6
-    assert float((result.updates["0"] - update).square().sum()) < 1e-3 * update.square().sum()
-
-
-def test_a_layer_that_is_too_wide_for_a_full_factor_is_fitted_with_a_diagonal(monkeypatch):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    x = torch.randn(300, 6)
-    with torch.no_grad():
-        plain = model(x)
-        wanted = model(x @ (torch.eye(6) + 0.1 * torch.randn(6, 6)))
-    probes = [ProbeBatch(Call((x,), {}), plain, wanted)]
-    for limit in (100, 5):
-        monkeypatch.setattr(curvature, "MAX_FACTOR", limit)
-        result = fit(model, ["0", "2"], probes, 8, 1.0)
-        assert result.history[-1] > 0.9, limit
-        assert cut_updates(result, 2)["0"].shape == (5, 6)
+    assert (
+        float((result.updates["0"].dense() - update).square().sum()) < 1e-3 * update.square().sum()
+    )
 
 
 class WithBlindEnd(nn.Module):
@@ -162,7 +154,7 @@ def test_a_module_that_does_not_reach_the_prediction_gets_no_update():
     x = torch.randn(50, 6)
     probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 6), torch.randn(50, 6))]
     result = fit(WithBlindEnd(), ["used", "idle", "asleep"], probes, 3, 1.0)
-    assert set(cut_updates(result, 4)) == {"used"}
+    assert set(result.updates) == {"used"}
 
 
 class WithNormedSum(nn.Module):
@@ -184,7 +176,7 @@ def test_a_module_whose_effect_is_rounding_does_not_outweigh_the_others():
     probes = [ProbeBatch(Call((x,), {}), plain, wanted)]
     result = fit(model, ["used", "lost"], probes, 4, 1.0)
     assert result.history[-1] > 0.9
-    assert result.updates["lost"].abs().max() < 10  # rounding differs between machines
+    assert result.updates["lost"].dense().abs().max() < 10  # rounding differs between machines
 
 
 def test_the_cut_at_full_rank_changes_nothing():
@@ -193,16 +185,13 @@ def test_the_cut_at_full_rank_changes_nothing():
     x = torch.randn(50, 6)
     probes = [ProbeBatch(Call((x,), {}), torch.zeros(50, 5), torch.randn(50, 5))]
     result = fit(model, ["0"], probes, 1, 1.0)
-    torch.testing.assert_close(cut_updates(result, 5)["0"].dense(), result.updates["0"])
+    torch.testing.assert_close(cut_updates(result, 5)["0"].dense(), result.updates["0"].dense())
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
-    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.8) == 1
-    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 0.85) == 2
-    assert count_directions(torch.tensor([3.0, 1.0, 1.0]), 7) == 3
     result = run(source, permuted(source), lora, rank=0.9, steps=6)
     ranks = {update.rank for update in result.adapter.updates.values()}
-    assert 1 <= min(ranks) < max(ranks) <= 12
+    assert 1 <= min(ranks) <= max(ranks) <= 2
     assert result.report.gate.share["all"] > 0.7
     with pytest.raises(ValueError, match="rank"):
         probe.FitSettings(rank=2.5)
@@ -323,11 +312,6 @@ def test_the_fit_is_sized_by_what_was_sampled():
     assert probe.FitSettings().sized(10).batch == 4
 
 
-def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="joint, blocks"):
-        probe.FitSettings(strategy="both")
-
-
 def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, lora):
     torch.manual_seed(3)
     tuned = Denoiser()
@@ -409,8 +393,6 @@ def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):
 
     with pytest.raises(ShapeMismatch, match="start 'copy'"):
         probe.fit_lora(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
-    with pytest.raises(ValueError, match="joint"):
-        run(source, source, lora, start="copy", strategy="blocks")
 
 
 def test_disagreement_depends_neither_on_the_lora_nor_on_what_the_models_predict(source):

@@ -26,7 +26,6 @@ KILLS = 12
 KINDS = {
     "calls": ({}, {}),
     "images": ({"vae_seed": 3}, {}),
-    "blocks": ({}, {"strategy": "blocks"}),
 }
 
 

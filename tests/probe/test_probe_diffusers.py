@@ -82,17 +82,9 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
 
     pattern = r".*blocks\.\d+\.(attn\.(to_q|to_v|to_out\.0|add_v_proj)|ff\.net\.2|proj_out)"
     lora = loras(model, pattern)
-    result = transfer(model, lora, sampler, strategy="blocks", iterations=4)
+    result = transfer(model, lora, sampler, steps=12)
     assert result.report.gate.share["all"] > 0.8
-    assert [row.name for row in result.report.blocks] == [
-        "transformer_blocks.0",
-        "single_transformer_blocks.0",
-        "single_transformer_blocks.1",
-    ]
     assert set(lora) <= set(result.adapter.updates)
-    joint = transfer(model, lora, sampler, steps=12)
-    assert joint.report.gate.share["all"] > 0.8
-    assert joint.adapter.updates.keys() == result.adapter.updates.keys()
 
 
 def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(tmp_path):

@@ -12,23 +12,17 @@ from torch import Tensor
 
 from prolora import LowRank, ProLoRAError, probe
 from prolora.probe import checkpoint
-from prolora.probe.fitting import ridge_map, wanted_streams
 from prolora.probe.recording import call_codec
 from prolora.probe.recording.spill import SpillStore
 from prolora.probe.recording.trajectories import Call, record_calls
 
 __all__ = ["lora", "source"]  # fixtures
 
-QUICK = {"strategy": "blocks", "iterations": 1, "rounds": 1, "rank": 3, "force": True}
+QUICK = {"steps": 3, "rank": 3, "force": True}
 
 
 class Interrupted(Exception):
     pass
-
-
-def interrupt(done: int, total: int, name: str) -> None:
-    if name == "blocks.2":
-        raise Interrupted
 
 
 def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
@@ -38,27 +32,9 @@ def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
         assert torch.equal(update.down, two.adapter.updates[name].down)
 
 
-def test_an_interrupted_probing_goes_on_where_it_was(source, lora, tmp_path):
-    target = permuted(source)
-    complete = run(source, target, lora, **QUICK)
-    kept = {"resume": tmp_path, "samplers": "three steps"}
-    with pytest.raises(Interrupted):
-        run(source, target, lora, progress=interrupt, **kept, **QUICK)
-
-    def forbidden(seed: int) -> None:
-        raise AssertionError("sampled again")
-
-    again = probe.fit_lora(
-        source, target, lora, forbidden, forbidden, map_ridge=1e-3, fit_ridge=1e-3, **kept, **QUICK
-    )
-    assert again.report.resumed == 2
-    assert_equal(complete, again)
-    assert again.report.blocks == complete.report.blocks
-
-
 def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch):
     target = permuted(source)
-    joint = {"strategy": "joint", "steps": 9, "batch": 12, "rank": 3, "force": True}
+    joint = {"steps": 9, "batch": 12, "rank": 3, "force": True}
     complete = run(source, target, lora, **joint)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
     kept = {"resume": tmp_path, "samplers": "three steps"}
@@ -86,7 +62,7 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     kept = {"resume": tmp_path, "samplers": "three steps"}
     first = run(source, target, lora, **kept, **QUICK)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) == 6 + 3
+    assert len(files) == 6 + 1
     for i, file in enumerate(files):  # cut off, a bit flipped, another file under its name
         damaged = bytearray(file.read_bytes())
         damaged[-1] ^= 1
@@ -94,17 +70,17 @@ def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     second = run(source, target, lora, **kept, **QUICK)
     assert second.report.resumed == 0
     assert_equal(first, second)
-    assert run(source, target, lora, **kept, **QUICK).report.resumed == 3
+    assert run(source, target, lora, **kept, **QUICK).report.resumed == 1
     # Another LoRA: only the bases' own trajectories are of use.
     weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
     third = run(source, target, weaker, **kept, **QUICK)
     assert third.report.resumed == 0
-    assert len(list(tmp_path.glob("*.safetensors"))) == 9 + 2 + 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 7 + 2 + 1
     # Asked with guidance: the trajectories are of use, and what was fitted to other answers is not.
     guidance = probe.Guidance(3.0, lambda call: call)
     fourth = run(source, target, lora, guidance=guidance, **kept, **QUICK)
     assert fourth.report.resumed == 0
-    assert len(list(tmp_path.glob("*.safetensors"))) == 9 + 2 + 3 + 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 7 + 2 + 1 + 1
     with pytest.raises(ValueError, match="samplers"):
         run(source, target, lora, resume=tmp_path, **QUICK)
 
@@ -127,25 +103,6 @@ def test_a_bound_on_memory_changes_no_bit(source, lora, monkeypatch, tmp_path):
     assert max(held for held, _ in most) <= 4000
     assert max(spilled for _, spilled in most) > 8000
     assert not list(tmp_path.iterdir())
-
-
-def test_blocks_in_groups_change_no_bit_and_many_streams_are_cut_to_the_nearest(
-    source, lora, monkeypatch
-):
-    target = permuted(source)
-    complete = run(source, target, lora, **QUICK)
-    monkeypatch.setattr(wanted_streams, "MAP_BYTES", 1)
-    grouped = run(source, target, lora, **QUICK)
-    assert_equal(complete, grouped)
-    assert grouped.report.blocks == complete.report.blocks
-    streams = {str(i): (torch.full((1, 3, 4), float(i)),) for i in range(5)}
-    assert ridge_map.source_features(streams, 0, 3).shape == (1, 3, 20)
-    monkeypatch.setattr(ridge_map, "MAX_COLUMNS", 9)
-    assert ridge_map.source_features(streams, 0, 3, 0.75)[0, 0].unique().tolist() in (
-        [2, 3],
-        [3, 4],
-    )
-    assert ridge_map.source_features(streams, 0, 3, 0.0)[0, 0].unique().tolist() == [0, 1]
 
 
 def test_text_that_stays_the_same_is_recorded_once(source):
@@ -205,7 +162,7 @@ def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
 
 def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
     target = permuted(source)
-    quick = {"strategy": "joint", "steps": 3, "rank": 3, "force": True}
+    quick = {"steps": 3, "rank": 3, "force": True}
     complete = run(source, target, lora, **quick)
     kept = {"resume": tmp_path, "samplers": "three steps"}
     assert_equal(complete, run(source, target, lora, max_memory=8000, **kept, **quick))

@@ -198,7 +198,7 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
         room / "other",
         method="probe",
         again=True,
-        probe=Probing(images=1, steps=1, strategy="blocks", force=True),
+        probe=Probing(images=1, steps=1, fit_steps=1, start="zero", force=True),
         out_rank=0.9,
         max_memory=100 << 30,
     )

@@ -43,14 +43,12 @@ def test_no_text_of_probing_names_an_option_of_the_command_line():
         ("rank", 0),
         ("rank", math.nan),
         ("rank", "32"),
-        ("strategy", "both"),
         ("start", "one"),
         ("steps", 0),
         ("steps", 1.5),
         ("probes", -1),
         ("batch", True),
         ("damping", math.inf),
-        ("map_ridge", 0),
         ("max_memory", "2GiB"),
     ],
 )
@@ -73,7 +71,7 @@ def test_a_fit_setting_out_of_range_is_refused_by_name(name: str, value: Any):
         ("guidance", math.nan),
         ("target_guidance", math.nan),
         ("target_steps", 0),
-        ("strategy", "both"),
+        ("start", "one"),
     ],
 )
 def test_a_probing_out_of_range_is_refused_by_name(name: str, value: Any):

@@ -29,9 +29,6 @@ angle: the median … the largest principal angle between the bases' leading
 subspaces, on the side that is farther apart."""
 
 
-PROBE_LEGEND = """\
-predicted: share of the block's streams that the source's streams predict;
-reached: share of the wanted change of its output, on the probes it was fitted to."""
 COMPARISON_LEGEND = """\
 drift: ‖W_t − W_s‖/‖W_s‖; cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); unrelated weights
 have drift 1.4 and cosine 0. Φ: overlap of the bases' leading subspaces, left
@@ -128,23 +125,6 @@ def _update_cells(means: GroupMeans) -> list[str]:
         format_number(means.norm_ratio),
         format_number(means.copy_distance),
     ]
-
-
-def probe_table(report: Report) -> Table:
-    """What probing reached: a row for each block of the target."""
-    table = make_table(f"probe: {report.source} → {report.target}")
-    table.add_column("block", overflow="fold")
-    for name in ("modules", "predicted", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for block in report.probe.blocks if report.probe else ():
-        predicted = min(block.explained, default=math.nan)
-        table.add_row(
-            block.name,
-            str(block.modules),
-            format_number(predicted, ".0%"),
-            format_number(block.reached, ".0%"),
-        )
-    return table
 
 
 def reasons_table(report: Report) -> Table | None:

@@ -254,9 +254,6 @@ def show_report(report: Report, every_module: bool = False) -> None:
         out.print_table(
             tables.decisions_table(report.decisions, report.dropped_blocks, every_module)
         )
-    if report.probe is not None and report.probe.blocks:
-        out.print_table(tables.probe_table(report))
-        out.print_note(tables.PROBE_LEGEND)
     if report.rows("mapped") and (not report.was_fitted or every_module or report.dry_run):
         out.print_table(tables.transfer_table(report, every_module))
         if not report.dry_run:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from ..probe.settings import STARTS, STRATEGIES, Probing, read_prompts
+from ..probe.settings import STARTS, Probing, read_prompts
 from ..workflow.options import TransferOptions
 from .options import (
     JsonOption,
@@ -26,7 +26,6 @@ from .options import (
     parse_path,
 )
 
-StrategyName = Literal[STRATEGIES]  # type: ignore[valid-type]
 StartName = Literal[STARTS]  # type: ignore[valid-type]
 
 
@@ -96,18 +95,14 @@ class ProbeOptions:
     target_guidance: TargetGuidanceOption = None
     lora_steps: LoraStepsOption = None
     lora_guidance: LoraGuidanceOption = None
-    probe_strategy: Annotated[
-        StrategyName,
-        typer.Option(help="Fit all updates at once, or block by block, which takes less memory."),
-    ] = "joint"
     probe_start: Annotated[
         StartName,
         typer.Option(
-            help="Where the joint fit starts: from no update, from the LoRA moved without probing, "
+            help="Where the fit starts: from no update, from the LoRA moved without probing, "
             "or from the better of the two."
         ),
     ] = "auto"
-    probe_fit_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the joint fit.")] = (
+    probe_fit_steps: Annotated[int, typer.Option(metavar="N", help="Steps of the fit.")] = (
         Probing.fit_steps
     )
     resume: Annotated[
@@ -146,7 +141,6 @@ class ProbeOptions:
             target_guidance=self.target_guidance,
             lora_steps=self.lora_steps,
             lora_guidance=self.lora_guidance,
-            strategy=self.probe_strategy,
             start=self.probe_start,
             fit_steps=self.probe_fit_steps,
             force=self.force,

@@ -3,13 +3,12 @@
 from .gate import Gate
 from .recording.guidance import Guidance
 from .recording.trajectories import Call
-from .report import BlockReport, ProbeReport
+from .report import ProbeReport
 from .run import ProbeTransfer, fit_lora
 from .settings import FitSettings
 from .strength import MeasuredStrength, Measurement, Trajectories, measure_strengths
 
 __all__ = [
-    "BlockReport",
     "Call",
     "FitSettings",
     "Gate",

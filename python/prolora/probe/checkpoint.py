@@ -32,7 +32,7 @@ from ..version import __version__
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_STATES = 180.0
-"""Seconds between two states of a fit: writing that of a large model takes about ten seconds."""
+"""Seconds between two states of a fit, which are as large as a few of the LoRAs that it writes."""
 
 INPUTS_FILE = "prolora-inputs.json"
 """Marks a folder of kept results, and lists what they were made from."""

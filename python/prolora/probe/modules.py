@@ -8,7 +8,7 @@ from torch import nn
 from ..architectures.modules import find_block, is_adaptable
 from ..errors import ProLoRAError
 from .hooks import keep_hooks
-from .probe_run import FittedModules, ProbeRun
+from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
 
@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
     return list(order)
 
 
-def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
+def choose_modules(run: ProbeRun, question: Question) -> list[str]:
     """The linear modules of the target's blocks whose role the LoRA adapts in a source block.
 
     A role is a name inside a block. Where the two models have no class of blocks in common, roles
@@ -70,16 +70,15 @@ def choose_modules(run: ProbeRun, question: Question) -> FittedModules:
             roles.add(name.removeprefix(f"{block}."))
     classes = {type(run.source.get_submodule(block)).__name__ for block in source_blocks}
     alike = any(type(run.target.get_submodule(b)).__name__ in classes for b in target_blocks)
-    by_block: dict[str, list[str]] = {}
+    chosen: list[str] = []
     for block in target_blocks:
         inside = run.target.get_submodule(block).named_modules()
         linear = [name for name, module in inside if isinstance(module, nn.Linear)]
         if alike:
-            chosen = [name for name in linear if name in roles]
+            names = [name for name in linear if name in roles]
         else:
-            chosen = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
-        if chosen:
-            by_block[block] = chosen
-    if not by_block:
+            names = [n for n in linear if "norm" not in n and is_adaptable(f"{block}.{n}")]
+        chosen += [f"{block}.{name}" for name in names]
+    if not chosen:
         raise ProLoRAError("no block of the target has a module that the LoRA adapts")
-    return FittedModules(source_blocks, by_block)
+    return chosen

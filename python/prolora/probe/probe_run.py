@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -45,21 +45,3 @@ class ProbeRun:
         """Calls the progress function, where there is one."""
         if self.settings.progress:
             self.settings.progress(done, total, name)
-
-
-@dataclass(frozen=True)
-class FittedModules:
-    """The modules that get an update.
-
-    Attributes:
-        source_blocks: names of the source's blocks, in the order in which they run.
-        by_block: block of the target -> names inside it of its linear modules, in that order.
-    """
-
-    source_blocks: Sequence[str]
-    by_block: Mapping[str, Sequence[str]]
-
-    @property
-    def names(self) -> list[str]:
-        """The full names."""
-        return [f"{block}.{name}" for block, inside in self.by_block.items() for name in inside]

@@ -11,25 +11,6 @@ from . import gate
 from .crossed import CrossedReport
 
 
-@dataclass(frozen=True)
-class BlockReport:
-    """One block of the target.
-
-    Attributes:
-        name: the block.
-        explained: share of the variance of its streams that the source's streams predict; empty
-            for the last block, which is fitted to the prediction itself.
-        reached: share of the wanted change of its output that the update of final rank reaches, on
-            the probes of the fit.
-        modules: number of modules that got an update.
-    """
-
-    name: str
-    explained: tuple[float, ...]
-    reached: float
-    modules: int
-
-
 @dataclass
 class ProbeReport:
     """What one probing did, and how well.
@@ -40,18 +21,16 @@ class ProbeReport:
         rank: of the updates, as asked for.
         samples: number of samples of the fit, and of the verdict.
         modules: number of modules of the target that got an update.
-        start: "joint": "copy" where the fit starts from the copied updates (copies outside the
+        start: "copy" where the fit starts from the copied updates (copies outside the
             blocks do not change), else "zero".
-        trust: "joint": share of the way from the start to the fit that was gone, less than 1 where
+        trust: share of the way from the start to the fit that was gone, less than 1 where
             the bases disagree; 0 where no fit was made.
         start_reason: why that start.
-        steps: "joint": share of the wanted change that was reached before every step, on the
+        steps: share of the wanted change that was reached before every step, on the
             probes of that step.
-        blocks: "blocks": one row for every block of the target, in the order of the fit.
         left_out: module of the LoRA outside all blocks -> why it was not moved.
         gate: the verdict of the held-out probes.
-        resumed: number of fits (blocks, or 1 for the joint fit) read back from the folder of an
-            earlier probing.
+        resumed: 1 where the fit was read back from the folder of an earlier probing.
         seconds: wall time by stage.
         log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
             different quantities or have different latents (pipelines only); None without a bound.
@@ -69,7 +48,6 @@ class ProbeReport:
     trust: float = 1.0
     start_reason: str = ""
     steps: list[float] = field(default_factory=list)
-    blocks: list[BlockReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     gate: gate.Gate | None = None
     resumed: int = 0
@@ -95,11 +73,6 @@ class ProbeReport:
                 f"The target is run without guidance, so the source was asked with its own, "
                 f"{self.guidance:.3g}{'' if self.guided_lora else ', and with the LoRA without'}."
             )
-            if len(self.blocks) > 1:
-                lines.append(
-                    "The last block was fitted to that; the streams of the blocks before it were "
-                    "compared without guidance."
-                )
         if self.crossed:
             lines += self.crossed.sentences()
         if self.left_out:
@@ -118,9 +91,8 @@ class ProbeReport:
         drawn = f"{_count(self.samples[0], 'sample')} of {_count(self.probes, 'model call')}"
         if not self.trust:
             return f"The copied updates are kept, and nothing is fitted: {self.start_reason}."
-        where = f" in {_count(len(self.blocks), 'block')}" if self.blocks else ""
         how = f" in {_count(len(self.steps), 'step')}" if self.steps else ""
-        line = f"{_count(self.modules, 'module')}{where} fitted{how} on {drawn}"
+        line = f"{_count(self.modules, 'module')} fitted{how} on {drawn}"
         if self.start == "copy":
             line += f", starting from the copied updates ({self.start_reason})"
             if self.trust < 1:

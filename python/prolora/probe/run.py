@@ -21,7 +21,6 @@ from ..errors import UnrelatedBases
 from ..version import __version__
 from .checkpoint import hash_texts, open_checkpoints
 from .crossed import CrossedImages, measure_bands
-from .fitting.blockwise import fit_blocks
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
 from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
@@ -46,11 +45,11 @@ from .recording.translation import (
     same_prediction,
 )
 from .recording.wanted import wanted_changes
-from .report import BlockReport, ProbeReport
-from .settings import FitSettings, Start, Strategy
+from .report import ProbeReport
+from .settings import FitSettings, Start
 from .trajectory_numbers import number_questions
 
-__all__ = ["BlockReport", "FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
+__all__ = ["FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,13 @@ def fit_lora(
     clip: Translate | None = None,
     guidance: Guidance | None = None,
     rival: Mapping[str, LowRank] | None = None,
-    rank: float = 32,
-    strategy: Strategy = "joint",
+    rank: float | None = None,
     start: Start = "auto",
     probes: int | None = None,
     held_out: int | None = None,
     steps: int = 32,
     batch: int | None = None,
     damping: float = 1.0,
-    map_ridge: float = 0.01,
-    fit_ridge: float = 0.03,
-    iterations: int = 6,
-    rounds: int = 2,
     seed: int = 0,
     force: bool = False,
     resume: str | PathLike[str] | None = None,
@@ -110,11 +104,9 @@ def fit_lora(
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
     Both models run on trajectories that they sample themselves from noise, so no data is needed.
-    At every probe the target should predict v_t + (v_s with LoRA − v_s). Strategy "joint" fits the
-    linear modules of all its blocks at once to that, in a few Gauss–Newton steps. Strategy
-    "blocks" fits one block after the other to r_t + (r_s with LoRA − r_s)·T, where T is a ridge map
-    between the residual streams of the two bases; the last block is fitted to the prediction.
-    `FitSettings` describes the options in more detail.
+    At every probe the target should predict v_t + (v_s with LoRA − v_s). The linear modules
+    of all its blocks are fitted to that at once, in a few Gauss–Newton steps on the factors of the
+    LoRA. `FitSettings` describes the options in more detail.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
@@ -137,23 +129,19 @@ def fit_lora(
             without (few-step students, and students that learnt their guidance); None: none.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself whose modules the target has.
-        rank: of every update that is written, or the share of each update that is kept.
-        strategy: "joint" or "blocks", which needs less memory.
-        start: "joint": "zero", "copy" (the rival), or "auto", which chooses.
-        probes: "joint": samples of the fit; None: chosen by the number of recorded ones.
-        held_out: "joint": samples of the verdict; None: chosen in the same way.
-        steps: "joint": Gauss–Newton steps.
-        batch: "joint": least number of samples of a step; None: chosen in the same way.
-        damping: "joint": of the curvature, relative to its mean diagonal.
-        map_ridge: "blocks": λ of the maps between residual streams.
-        fit_ridge: "blocks": λ of the updates.
-        iterations: "blocks": conjugate-gradient steps of every linearised problem.
-        rounds: "blocks": how many times each block is linearised.
+        rank: of every update that is written, or the share of each update that is kept; None: the
+            LoRA's own, which is its largest.
+        start: "zero", "copy" (the rival), or "auto", which chooses.
+        probes: samples of the fit; None: chosen by the number of recorded ones.
+        held_out: samples of the verdict; None: chosen in the same way.
+        steps: Gauss–Newton steps.
+        batch: least number of samples of a step; None: chosen in the same way.
+        damping: of the curvature, relative to its mean diagonal.
         seed: of the trajectories.
         force: returns the LoRA even where the gate refuses it.
         resume: folder that keeps recorded calls and fitted updates for an interrupted probing.
         samplers: what the samplers do, as a text; required with `resume`.
-        max_memory: bytes of calls and streams in memory; the rest goes to temporary files.
+        max_memory: bytes of calls in memory; the rest goes to temporary files.
         progress: called as progress(done, total, name).
 
     Raises:
@@ -168,17 +156,12 @@ def fit_lora(
     """
     settings = FitSettings(
         rank=rank,
-        strategy=strategy,
         start=start,
         probes=probes,
         held_out=held_out,
         steps=steps,
         batch=batch,
         damping=damping,
-        map_ridge=map_ridge,
-        fit_ridge=fit_ridge,
-        iterations=iterations,
-        rounds=rounds,
         seed=seed,
         force=force,
         resume=resume,
@@ -242,6 +225,10 @@ def _run_models(
 def _record_fit_judge(
     recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
+    if settings.rank is None:
+        own = max(update.rank for update in recorder.adapter.updates.values())
+        settings = replace(settings, rank=own)
+    assert settings.rank is not None
     report = ProbeReport(probes=0, held_out=0, rank=settings.rank)
     guidance = recorder.translation.guidance
     if guidance:
@@ -257,8 +244,7 @@ def _record_fit_judge(
         )
         held_out = spill_questions(judged, limit)
         report.probes, report.held_out = len(questions), len(held_out)
-    if settings.strategy == "joint":
-        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     run = ProbeRun(
         recorder.source,
         recorder.target,
@@ -271,20 +257,17 @@ def _record_fit_judge(
         report,
     )
     with _timed(report, "draw"):
-        if settings.strategy == "joint":
-            questions, held_out = _draw_samples(run, questions, held_out)
+        questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
-        modules = choose_modules(run, questions[0])
-        report.modules = len(modules.names)
+        names = choose_modules(run, questions[0])
+        report.modules = len(names)
     with _timed(report, "fit"):
-        fit = fit_all_modules if settings.strategy == "joint" else fit_blocks
-        updates = fit(run, questions, modules)
+        updates = fit_all_modules(run, questions, names)
         for name in updates:
             report.left_out.pop(name, None)
     with _timed(report, "judge"):
         verdict = report.gate = _judge(run, updates, held_out, recorder.crossed)
-    total = settings.steps if settings.strategy == "joint" else len(modules.by_block)
-    run.notify(total, total, "judged")
+    run.notify(settings.steps, settings.steps, "judged")
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)

@@ -12,14 +12,10 @@ from ..bases.base import Progress
 from ..core.arrays import make_fields_plain
 from ..errors import InvalidOption
 
-Strategy = Literal["joint", "blocks"]
-"""Whether a fit takes all updates at once or one block after the other."""
-
 Start = Literal["auto", "zero", "copy"]
-"""Where a joint fit starts: chosen, from no updates, or from the LoRA moved without probing."""
+"""Where a fit starts: chosen, from no updates, or from the LoRA moved without probing."""
 
 STARTS: tuple[Start, ...] = get_args(Start)
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 FEW_STEPS = 4
 """Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
@@ -47,11 +43,9 @@ class Probing:
         lora_steps: steps of the source with the LoRA, where it is a few-step LoRA; None: `steps`.
         lora_guidance: guidance scale of the source with the LoRA; None: `guidance`. Most few-step
             LoRAs are run without.
-        strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
-            other, which needs memory for the updates and activations of one block only.
-        start: where "joint" starts: "zero" from no updates, "copy" from what moving by weights
+        start: where the fit starts: "zero" from no updates, "copy" from what moving by weights
             gives; "auto" chooses (docs/probe.md).
-        fit_steps: Gauss–Newton steps of "joint"; the time of the fit is proportional to them.
+        fit_steps: Gauss–Newton steps; the time of the fit is proportional to them.
         force: writes the LoRA even where the verdict of the held-out probes is to refuse it.
         resume: folder for recorded calls and fitted updates, so that an interrupted run goes on.
     """
@@ -65,7 +59,6 @@ class Probing:
     target_guidance: float | None = None
     lora_steps: int | None = None
     lora_guidance: float | None = None
-    strategy: Strategy = "joint"
     start: Start = "auto"
     fit_steps: int = 32
     force: bool = False
@@ -83,7 +76,7 @@ class Probing:
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
         for name in ("images", "steps", "fit_steps"):
             _check_count(name, getattr(self, name))
-        _check_strategy(self.strategy, self.start)
+        _check_start(self.start)
         for name in ("guidance", "target_guidance", "lora_guidance"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
@@ -132,22 +125,17 @@ class FitSettings:
     """The settings of `fit_lora`.
 
     Attributes:
-        rank: of every update that is written; a number below 1 is the share of an update, as the
+        rank: of every update that is fitted and written; None means the LoRA's own, which is its
+            largest. A number below 1 is the share of an update of the LoRA's own rank, as the
             probes see it, that must be kept, module by module.
-        strategy: "joint" fits all updates at once on the prediction; "blocks" one block after the
-            other on its residual stream, which needs memory for one block only.
-        start: "joint": "zero" starts from no updates, "copy" from the rival (the LoRA as it is, or
+        start: "zero" starts from no updates, "copy" from the rival (the LoRA as it is, or
             as it was moved without probing), "auto" from the rival where it reaches some of the
             wanted change. From a rival the fit goes only part of the way where the bases disagree.
-        probes: "joint": samples for the fit, drawn from the samplers' calls; None: see `sized`.
-        held_out: "joint": samples for the verdict; None: see `sized`.
-        steps: "joint": Gauss–Newton steps.
-        batch: "joint": least number of samples of a step; None: see `sized`.
-        damping: "joint": damping of the curvature, relative to its mean diagonal.
-        map_ridge: "blocks": λ of the maps between residual streams, relative to the mean variance.
-        fit_ridge: "blocks": λ of the updates, relative to the mean diagonal of the curvature.
-        iterations: "blocks": conjugate-gradient steps of every linearised problem.
-        rounds: "blocks": how many times each block is linearised.
+        probes: samples for the fit, drawn from the samplers' calls; None: see `sized`.
+        held_out: samples for the verdict; None: see `sized`.
+        steps: Gauss–Newton steps.
+        batch: least number of samples of a step; None: see `sized`.
+        damping: damping of the curvature, relative to its mean diagonal.
         seed: of the first of three trajectories; they use three seeds, the held-out ones the next
             three.
         force: writes the LoRA even where the gate refuses it.
@@ -155,23 +143,18 @@ class FitSettings:
             on; files that are damaged or belong to other inputs are computed again.
         samplers: a text that says what the samplers do (prompts, steps); required with `resume`,
             because two functions cannot be compared.
-        max_memory: bound in bytes on recorded calls and streams in memory; the rest goes to
+        max_memory: bound in bytes on recorded calls in memory; the rest goes to
             temporary files. Models and the activations of one call are not counted. None: no bound.
         progress: called as progress(done, total, name).
     """
 
-    rank: float = 32
-    strategy: Strategy = "joint"
+    rank: float | None = None
     start: Start = "auto"
     probes: int | None = None
     held_out: int | None = None
     steps: int = 32
     batch: int | None = None
     damping: float = 1.0
-    map_ridge: float = 0.01
-    fit_ridge: float = 0.03
-    iterations: int = 6
-    rounds: int = 2
     seed: int = 0
     force: bool = False
     resume: str | PathLike[str] | None = None
@@ -186,22 +169,15 @@ class FitSettings:
             InvalidOption: names the option and the values that it takes.
         """
         make_fields_plain(self)
-        _check_strategy(self.strategy, self.start)
-        whole = _is_number(self.rank) and self.rank == int(self.rank)
-        if not _is_number(self.rank) or self.rank <= 0 or (self.rank > 1 and not whole):
-            raise InvalidOption(
-                f"rank must be an integer of 1 or more, or a share between 0 and 1, "
-                f"not {self.rank!r}"
-            )
-        for name in ("steps", "iterations", "rounds"):
-            _check_count(name, getattr(self, name))
+        _check_start(self.start)
+        if self.rank is not None:
+            _check_rank(self.rank)
+        _check_count("steps", self.steps)
         for name in ("probes", "held_out", "batch", "max_memory"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        for name in ("damping", "map_ridge", "fit_ridge"):
-            value = getattr(self, name)
-            if not _is_number(value) or value <= 0:
-                raise InvalidOption(f"{name} must be a positive number, not {value!r}")
+        if not _is_number(self.damping) or self.damping <= 0:
+            raise InvalidOption(f"damping must be a positive number, not {self.damping!r}")
         if self.resume is not None and not self.samplers:
             raise InvalidOption("resume needs samplers=TEXT that says what the samplers do")
 
@@ -247,10 +223,13 @@ def _check_count(name: str, value: object) -> None:
         raise InvalidOption(f"{name} must be an integer of 1 or more, not {value!r}")
 
 
-def _check_strategy(strategy: object, start: object) -> None:
-    if strategy not in STRATEGIES:
-        raise InvalidOption(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+def _check_rank(rank: float) -> None:
+    if not _is_number(rank) or rank <= 0 or (rank > 1 and rank != int(rank)):
+        raise InvalidOption(
+            f"rank must be an integer of 1 or more, or a share between 0 and 1, not {rank!r}"
+        )
+
+
+def _check_start(start: object) -> None:
     if start not in STARTS:
         raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {start!r}")
-    if strategy == "blocks" and start == "copy":
-        raise InvalidOption("start 'copy' needs strategy 'joint': 'blocks' fits from no updates")

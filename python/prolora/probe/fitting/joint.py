@@ -1,4 +1,4 @@
-"""Strategy "joint": all updates at once, fitted to the prediction and then cut to rank."""
+"""The fit of a probing: from its questions to the updates of all modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...core.lowrank import LowRank
 from ..checkpoint import hash_texts, hash_updates
-from ..probe_run import FittedModules, ProbeRun
+from ..probe_run import ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
@@ -21,14 +21,14 @@ BATCHES_TO_TRY_COPY = 4
 
 
 def fit_all_modules(
-    run: ProbeRun, questions: Sequence[Question], modules: FittedModules
+    run: ProbeRun, questions: Sequence[Question], names: list[str]
 ) -> dict[str, LowRank]:
     """The updates of all modules; from the rival's where these are a start.
 
     Args:
         run: the probing; its report gets the steps and the start.
         questions: the probes.
-        modules: the modules that get an update.
+        names: the modules that get an update.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""
@@ -46,7 +46,7 @@ def fit_all_modules(
     read, same_noise = translation.read, translation.same_noise
     start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)
     report.start, report.trust, report.start_reason = start.name, start.trust, start.reason
-    updates = _fit_and_cut(run, batches, modules, start, key) if start.trust else dict(run.rival)
+    updates = _fit_part_way(run, batches, names, start, key) if start.trust else dict(run.rival)
     facts = {"steps": report.steps, "start": [start.name, start.trust, start.reason]}
     checkpoints.store_updates("joint", key, updates, facts)
     state_file = checkpoints.state_file("fit", key)
@@ -55,29 +55,36 @@ def fit_all_modules(
     return updates
 
 
-def _fit_and_cut(
-    run: ProbeRun, batches: _BatchQueue, modules: FittedModules, start: StartingPoint, key: str
+def _fit_part_way(
+    run: ProbeRun, batches: _BatchQueue, names: list[str], start: StartingPoint, key: str
 ) -> dict[str, LowRank]:
-    """The updates at low rank, part of the way from the start to the fit."""
-    names = set(modules.names)
+    """The updates part of the way from the start to the fit, and the copies outside the blocks."""
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
+    rank = run.settings.rank
+    assert rank is not None
+    own = max(update.rank for update in run.adapter.updates.values())
     with apply_updates(run.target, outside):  # these copies do not change during the fit
-        fit = _fit_from(run, batches, modules.names, inside, key)
+        fit = _fit_from(run, batches, names, inside, int(rank) if rank >= 1 else own, key)
     run.report.steps = fit.history
-    moved = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
-    return cut_updates(moved, run.settings.rank) | outside
+    if start.trust < 1:
+        fit = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
+    updates = cut_updates(fit, rank) if start.trust < 1 or rank < 1 else fit.updates
+    return updates | outside
 
 
 def _fit_from(
-    run: ProbeRun, batches: _BatchQueue, names: list[str], start: Mapping[str, LowRank], key: str
+    run: ProbeRun,
+    batches: _BatchQueue,
+    names: list[str],
+    start: Mapping[str, LowRank],
+    rank: int,
+    key: str,
 ) -> JointFit:
     settings = run.settings
-    problem = JointProblem(
-        run.target, names, run.translation.read, batches.draw, settings.steps, settings.damping
-    )
+    read, draw = run.translation.read, batches.draw
     return fit_jointly(
-        problem,
+        JointProblem(run.target, names, read, draw, settings.steps, settings.damping, rank),
         start,
         lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),

@@ -1,4 +1,4 @@
-"""All updates at once: a few Gauss–Newton steps on the target's prediction."""
+"""All updates at once, in the factors of a LoRA: a few Gauss–Newton steps on the prediction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.translation import Read
-from .curvature import JointCurvature, Weights
-from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction
-from .low_rank import cut_to_rank
-
-CUT_DAMPING = 0.01
-"""Of both factors of the curvature at the cut to low rank, relative to their mean diagonal."""
+from ..updates import weight_of
+from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
+from .spectra import Factors, JointCurvature, Spectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 _ROUNDING = 1e-6  # of the wanted change
@@ -25,7 +22,7 @@ _FIRST = 1e-3  # of the weights' norm, the length of the first trial step
 
 @dataclass(frozen=True)
 class JointProblem:
-    """min over D of Σ ‖f(W + D) − wanted‖², W the weights of some modules of the target.
+    """min over B and A of Σ ‖f(W + B·A) − wanted‖², W the weights of some modules of the target.
 
     Attributes:
         target: the model; its weights stay as they are.
@@ -34,6 +31,7 @@ class JointProblem:
         draw: gives the probes of the next step.
         steps: Gauss–Newton steps.
         damping: of the curvature, relative to its mean diagonal.
+        rank: of the updates.
     """
 
     target: nn.Module
@@ -42,19 +40,20 @@ class JointProblem:
     draw: Callable[[], Sequence[ProbeBatch]]
     steps: int
     damping: float
+    rank: int
 
 
 @dataclass(frozen=True)
 class JointFit:
-    """The result of a joint fit.
+    """The result of a fit.
 
     Attributes:
-        updates: module -> D [m, n], of full rank.
-        curvature: for the cut to low rank.
+        updates: module -> B·A; none of a module that never reaches the prediction.
+        curvature: for a cut to lower rank.
         history: share of the wanted change reached, before every step, on that step's probes.
     """
 
-    updates: Weights
+    updates: dict[str, LowRank]
     curvature: JointCurvature
     history: list[float]
 
@@ -65,13 +64,14 @@ def fit_jointly(
     on_step: Callable[[int], None] = lambda _: None,
     store: StateStore | None = None,
 ) -> JointFit:
-    """Minimises Σ ‖f(W + D) − wanted‖² over D by Gauss–Newton steps on fresh probes.
+    """Minimises Σ ‖f(W + B·A) − wanted‖² over B and A by Gauss–Newton steps on fresh probes.
 
-    Each step linearises the target at W + D, takes the direction d = (JᵀJ)⁻¹Jᵀ·missing with a
-    Kronecker-factored JᵀJ, and goes αd + βs, s the step before: α and β solve the least-squares
-    problem min ‖missing − αJd − βJs‖² exactly. Jd and Js are differences of predictions, taken at
-    the lengths of the last step, so that they include the curvature of f over that length. A step
-    costs one forward and backward pass and two forward passes; nothing is tuned by hand.
+    Each step linearises the target at B·A, takes the natural direction d within updates of the rank
+    (`JointCurvature.solve`), and goes αd + βs, s the step before: α and β solve the least-squares
+    problem min ‖missing − αJd − βJs‖². Jd and Js are differences of predictions, taken at the
+    lengths of the last step, so that they include the curvature of f over that length. A step
+    costs one forward and backward pass and two forward passes; nothing is tuned by hand. The LoRA
+    runs beside the weights, and no tensor of a weight's size is made.
 
     Args:
         problem: what is minimised.
@@ -79,10 +79,8 @@ def fit_jointly(
         on_step: called with the number of steps done, before each step.
         store: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
     """
-    function = TargetFunction(problem.target, problem.names, problem.read, problem.damping)
-    state = _FitState({name: torch.zeros_like(w) for name, w in function.start.items()})
-    for name, update in (initial or {}).items():
-        state.updates[name] += update.dense().to(state.updates[name])
+    function = TargetFunction(problem.target, problem.read, problem.damping)
+    state = _FitState(_start_factors(problem, initial or {}))
     kept = store.recall() if store else None
     if kept is not None:
         state.restore(kept, function)
@@ -96,7 +94,32 @@ def fit_jointly(
         state.step += 1
         if store and store.due():
             store.store(*state.pack(function))
-    return JointFit(state.updates, function.curvature, state.history)
+    reached = function.curvature.writes
+    updates = {name: LowRank(*pair) for name, pair in state.factors.items() if name in reached}
+    return JointFit(updates, function.curvature, state.history)
+
+
+def _start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Factors:
+    """The update to start from, cut or padded to the rank: B with zeros, A with random rows.
+
+    The rows of A are orthonormal, so that those of the padding count as much as the others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    factors: Factors = {}
+    for name in problem.names:
+        weight = weight_of(problem.target, name)
+        m, n = weight.shape
+        rank = min(problem.rank, m, n)
+        start = initial.get(name, LowRank(torch.zeros(m, 0), torch.zeros(0, n)))
+        start = start.to("cpu").to(torch.float32)
+        copied = start.truncate(rank) if start.rank > rank else start
+        basis, mixed = torch.linalg.qr(copied.down.mT)
+        random = torch.randn(n, rank - copied.rank, generator=generator)
+        padding = torch.linalg.qr(random - basis @ (basis.mT @ random))[0]
+        up = torch.cat([copied.up @ mixed.mT, torch.zeros(m, rank - copied.rank)], 1)
+        down = torch.cat([basis, padding], 1).mT.contiguous()
+        factors[name] = up.to(weight.device), down.to(weight.device)
+    return factors
 
 
 def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[ProbeBatch]) -> None:
@@ -105,13 +128,12 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     Neither says anything about the probes of the next step. Where no length helps, the next one
     takes its differences over half the way.
     """
-    renew = state.step < 2 or state.step % _REFRESH == 0
-    at = {name: function.start[name] + update for name, update in state.updates.items()}
-    point = function.linearise(probes, at, renew)
+    renew = state.step < 2 or state.last_step is None or state.step % _REFRESH == 0
+    point = function.linearise(probes, state.factors, renew)
     state.history.append(point.reached)
     if 1 - point.reached < _ROUNDING:
         return  # the rest is rounding of float32
-    direction = function.curvature.solve(point.gradient)
+    direction = function.curvature.solve(state.factors, point.gradient)
     lines = [direction]
     if state.last_step is None:
         state.lengths[0] = _first_length(function, point, direction)
@@ -123,15 +145,22 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     if not any(lengths):
         state.lengths[0] /= 2
         return
-    taken = {n: _weighted_sum(lengths, [line[n] for line in lines]) for n in function.names}
-    state.last_step = taken
+    zero = {n: (torch.zeros_like(b), torch.zeros_like(a)) for n, (b, a) in direction.items()}
+    state.last_step = add_scaled(zero, lengths, lines)
     state.lengths[0] = max(lengths[0], 0.1 * state.lengths[0])
-    state.updates = {name: update + taken[name] for name, update in state.updates.items()}
+    state.factors = add_scaled(state.factors, [1.0], [state.last_step])
 
 
-def _first_length(function: TargetFunction, point: Linearisation, direction: Weights) -> float:
+def _first_length(function: TargetFunction, point: Linearisation, direction: Factors) -> float:
     """A length for the first differences: the best one over a very short trial step."""
-    trial = float(_FIRST * _weights_norm(point.weights) / _weights_norm(direction).clamp_min(1e-30))
+    weights = change = 0.0
+    for name, (up, down) in point.factors.items():
+        weight = weight_of(function.target, name).detach()
+        weights += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
+        up_step, down_step = direction[name]
+        moved = LowRank(torch.cat([up_step, up], 1), torch.cat([down, down_step], 0))
+        change += float(moved.norm()) ** 2
+    trial = _FIRST * (weights / max(change, 1e-30)) ** 0.5
     return function.solve_lengths(point, [direction], [trial])[0]
 
 
@@ -157,71 +186,65 @@ class _FitState:
     """Everything that the steps to come depend on, besides the curvature and its generator.
 
     Attributes:
-        updates: module -> D [m, n].
+        factors: module -> (B, A).
         last_step: what the last step added to them.
         lengths: over which the directions are differenced in the next step.
         history: share of the wanted change reached, before every step.
         step: steps done, those that changed nothing included.
     """
 
-    updates: Weights
-    last_step: Weights | None = None
+    factors: Factors
+    last_step: Factors | None = None
     lengths: list[float] = field(default_factory=lambda: [0.0, MAX_MOMENTUM])
     history: list[float] = field(default_factory=list)
     step: int = 0
 
     def pack(self, function: TargetFunction) -> KeptState:
         """The state, with the curvature and the generator of the function."""
-        curvature = function.curvature
-        groups = {
-            "update": self.updates,
-            "before": self.last_step or {},
-            "reads": curvature.reads,
-            "writes": curvature.writes,
-        }
-        tensors = {f"{group}/{n}": t for group, part in groups.items() for n, t in part.items()}
-        tensors["generator"] = function.generator.get_state()
+        tensors = {"generator": function.generator.get_state()}
+        for group, factors in (("now", self.factors), ("before", self.last_step or {})):
+            for name, (up, down) in factors.items():
+                tensors |= {f"{group}.up/{name}": up, f"{group}.down/{name}": down}
+        spectra: dict[str, dict[str, list[float]]] = {}
+        for side, known in _sides(function).items():
+            spectra[side] = {name: [s.trace, s.count] for name, s in known.items()}
+            tensors |= {f"{side}/{n}": s.basis for n, s in known.items() if s.basis is not None}
         facts = {
             "step": self.step,
             "lengths": self.lengths,
             "history": self.history,
-            "tokens": curvature.tokens,
+            "spectra": spectra,
         }
         return tensors, facts
 
     def restore(self, kept: KeptState, function: TargetFunction) -> None:
         """Sets the state, and the curvature and the generator of the function."""
         tensors, facts = kept
-        groups: dict[str, Weights] = {"update": {}, "before": {}, "reads": {}, "writes": {}}
-        for key, tensor in tensors.items():
-            group, _, name = key.partition("/")
-            if group in groups:
-                groups[group][name] = tensor.to(function.start[name].device)
-        curvature = function.curvature
-        curvature.reads, curvature.writes = groups["reads"], groups["writes"]
-        curvature.tokens = dict(facts["tokens"])
-        curvature.invert()
         function.generator.set_state(tensors["generator"])
-        self.updates, self.last_step = groups["update"], groups["before"] or None
+        devices = {name: up.device for name, (up, _) in self.factors.items()}
+        for side, known in _sides(function).items():
+            for name, numbers in facts["spectra"][side].items():
+                basis = tensors.get(f"{side}/{name}")
+                known[name] = Spectrum(None if basis is None else basis.to(devices[name]), *numbers)
+
+        def read(group: str) -> Factors:
+            return {
+                name: (
+                    tensors[f"{group}.up/{name}"].to(device),
+                    tensors[f"{group}.down/{name}"].to(device),
+                )
+                for name, device in devices.items()
+                if f"{group}.up/{name}" in tensors
+            }
+
+        self.factors, self.last_step = read("now"), read("before") or None
         self.lengths, self.history, self.step = facts["lengths"], facts["history"], facts["step"]
 
 
+def _sides(function: TargetFunction) -> dict[str, dict[str, Spectrum]]:
+    return {"reads": function.curvature.reads, "writes": function.curvature.writes}
+
+
 def cut_updates(fit: JointFit, rank: float) -> dict[str, LowRank]:
-    """Every update at low rank, cut in the metric of the curvature; see `cut_to_rank`.
-
-    A module that never reaches the prediction is left out.
-    """
-    curvature = fit.curvature
-    return {
-        name: cut_to_rank(update, curvature.writes[name], curvature.reads[name], rank, CUT_DAMPING)
-        for name, update in fit.updates.items()
-        if name in curvature.writes
-    }
-
-
-def _weights_norm(weights: Weights) -> Tensor:
-    return torch.stack([w.double().square().sum() for w in weights.values()]).sum().sqrt()
-
-
-def _weighted_sum(factors: list[float], parts: list[Tensor]) -> Tensor:
-    return sum((f * p for f, p in zip(factors, parts, strict=True)), torch.zeros(()).to(parts[0]))
+    """Every update at lower rank, cut in the metric of the curvature; see `JointCurvature.cut`."""
+    return {name: fit.curvature.cut(name, update, rank) for name, update in fit.updates.items()}

@@ -1,21 +1,20 @@
-"""The target's prediction as a function of the weights of some modules, and its linearisation."""
+"""The target's prediction as a function of a LoRA beside its weights, and its linearisation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
-from ..updates import weight_of
-from .curvature import JointCurvature, Weights
+from .spectra import Factors, JointCurvature
 
 MAX_MOMENTUM = 0.9
 """Largest multiple of the last step: it was computed on other probes."""
@@ -38,84 +37,124 @@ class ProbeBatch:
 
 @dataclass(frozen=True)
 class Linearisation:
-    """The target linearised at some weights, on the probes of one step.
+    """The target linearised at some LoRA, on the probes of one step.
 
     Attributes:
         probes: the batches.
-        weights: where.
+        factors: where.
         base: the prediction of every batch there.
-        gradient: module -> Jᵀ·missing [m, n], missing = wanted − base.
+        gradient: of both factors, Jᵀ·missing with missing = wanted − base.
         reached: share of the wanted change that is reached there.
     """
 
     probes: Sequence[ProbeBatch]
-    weights: Weights
+    factors: Factors
     base: list[Tensor]
-    gradient: Weights
+    gradient: Factors
     reached: float
 
 
+@contextlib.contextmanager
+def run_beside(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """The model with B·A beside the weights of some linear modules; no weight is copied."""
+
+    def add(x: Tensor, y: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
+        up, down = factor
+        return y + (x @ down.mT) @ up.mT
+
+    hooks = (
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, args, y, factor=factor: add(args[0], y, factor)
+        )
+        for name, factor in factors.items()
+    )
+    with keep_hooks(hooks):
+        yield
+
+
+@contextlib.contextmanager
+def recompute_blocks(model: nn.Module) -> Iterator[None]:
+    """Blocks are computed again in the backward pass, where the model is one of diffusers that can.
+
+    Then only what is between blocks is kept of a forward pass, and of weights in half precision
+    those of one block are in float32 at a time.
+    """
+    any_model: Any = model
+    can = getattr(model, "_supports_gradient_checkpointing", False)
+    switch = can and not any_model.is_gradient_checkpointing
+    if switch:
+        any_model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if switch:
+            any_model.disable_gradient_checkpointing()
+
+
 class TargetFunction:
-    """The prediction of the target as a function of the weights W of some of its modules.
+    """The prediction of the target as a function of the LoRA beside its weights.
 
     Attributes:
-        start: W, as stored in the target, in float32.
         curvature: the estimate of JᵀJ on the probes seen so far.
         generator: of the random numbers that estimate it.
     """
 
-    def __init__(self, target: nn.Module, names: Sequence[str], read: Read, damping: float) -> None:
-        """Takes the model, its linear modules whose weights vary, and `damping` of JᵀJ."""
-        self.target, self.names, self.read = target, names, read
-        self.start = {name: weight_of(target, name).detach().float() for name in names}
-        self.curvature = JointCurvature(damping)
+    def __init__(self, target: nn.Module, read: Read, damping: float) -> None:
+        """Takes the model, how its prediction is read, and `damping` of JᵀJ."""
+        self.target, self.read = target, read
         self.generator = torch.Generator().manual_seed(0)
+        self.curvature = JointCurvature(damping, self.generator)
 
-    def predict(self, call: Call, weights: Weights) -> Tensor:
-        """The prediction with other weights in place."""
-        state = {f"{name}.weight": weight for name, weight in weights.items()}
-        return self.read(functional_call(self.target, state, call.args, call.kwargs))
+    def predict(self, call: Call, factors: Factors) -> Tensor:
+        """The prediction with these factors in place."""
+        with run_beside(self.target, factors):
+            return self.read(self.target(*call.args, **call.kwargs))
 
     def linearise(
-        self, probes: Sequence[ProbeBatch], weights: Weights, renew: bool
+        self, probes: Sequence[ProbeBatch], factors: Factors, renew: bool
     ) -> Linearisation:
-        """Predictions and Jᵀ·missing; `renew` adds the probes to the curvature."""
-        gradient = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        """Predictions and gradients of the factors; `renew` adds the probes to the curvature."""
+        gradient = {n: (torch.zeros_like(b), torch.zeros_like(a)) for n, (b, a) in factors.items()}
         base, left, total = [], 0.0, 0.0
         if renew:
             self.curvature.fade()
-        for probe in probes:
-            prediction, missing = self._add_gradient(probe, weights, gradient, renew)
-            base.append(prediction)
-            left += float(missing.double().square().sum())
-            total += float((probe.wanted - probe.plain).double().square().sum())
-        if renew:
-            self.curvature.invert()
+        with recompute_blocks(self.target):
+            for probe in probes:
+                prediction, missing = self._add_gradient(probe, factors, gradient, renew)
+                base.append(prediction)
+                left += float(missing.double().square().sum())
+                total += float((probe.wanted - probe.plain).double().square().sum())
         reached = 1 - left / total if total else float(not left)
-        return Linearisation(probes, weights, base, gradient, reached)
+        return Linearisation(probes, factors, base, gradient, reached)
 
     def _add_gradient(
-        self, probe: ProbeBatch, weights: Weights, gradient: Weights, renew: bool
+        self, probe: ProbeBatch, factors: Factors, gradient: Factors, renew: bool
     ) -> tuple[Tensor, Tensor]:
-        """Adds Jᵀ·missing of one batch; returns its prediction and what is missing from it."""
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        values = list(leaves.values())
-        with torch.enable_grad(), self._record_factors(renew) as output_hooks:
-            prediction = self.predict(probe.call, leaves)
+        """Adds the gradients of one batch; returns its prediction and what is missing from it."""
+        leaves = {
+            name: (up.detach().requires_grad_(), down.detach().requires_grad_())
+            for name, (up, down) in factors.items()
+        }
+        values = [factor for pair in leaves.values() for factor in pair]
+        sums = [factor for pair in gradient.values() for factor in pair]
+        with torch.enable_grad(), run_beside(self.target, leaves):  # also when blocks run again
+            with self._record_factors(leaves if renew else {}) as output_hooks:
+                prediction = self.read(self.target(*probe.call.args, **probe.call.kwargs))
             if renew:
                 noise = torch.randn(prediction.shape, generator=self.generator).to(prediction)
-                torch.autograd.grad(prediction, values, noise, retain_graph=True, allow_unused=True)
+                ups = values[::2]
+                torch.autograd.grad(prediction, ups, noise, retain_graph=True, allow_unused=True)
                 for hook in output_hooks:
                     hook.remove()
-        missing = (probe.wanted - prediction).detach()
-        parts = torch.autograd.grad(prediction, values, missing, allow_unused=True)
-        for name, part in zip(leaves, parts, strict=True):
+            missing = (probe.wanted - prediction).detach()
+            parts = torch.autograd.grad(prediction, values, missing, allow_unused=True)
+        for total, part in zip(sums, parts, strict=True):
             if part is not None:
-                gradient[name] += part
+                total += part
         return prediction.detach(), missing
 
     @contextlib.contextmanager
-    def _record_factors(self, renew: bool) -> Iterator[list[RemovableHandle]]:
+    def _record_factors(self, names: Mapping[str, Any]) -> Iterator[list[RemovableHandle]]:
         """Adds what the modules read, and what reaches their outputs, to the curvature.
 
         Yields:
@@ -131,14 +170,14 @@ class TargetFunction:
             self.target.get_submodule(name).register_forward_hook(
                 lambda _module, args, y, name=name: record(name, args[0], y)
             )
-            for name in (self.names if renew else ())
+            for name in names
         )
         with keep_hooks(module_hooks):
             yield output_hooks
 
     @torch.no_grad()
     def solve_lengths(
-        self, point: Linearisation, lines: list[Weights], trial: list[float]
+        self, point: Linearisation, lines: list[Factors], trial: list[float]
     ) -> list[float]:
         """The lengths c ≥ 0 that minimise ‖missing − Σ cᵢ·J·lineᵢ‖.
 
@@ -153,11 +192,14 @@ class TargetFunction:
         size = len(lines)
         right = torch.zeros(size, dtype=torch.float64)
         curved = torch.zeros(size, size, dtype=torch.float64)
+        moved = [
+            add_scaled(point.factors, [c], [line]) for line, c in zip(lines, trial, strict=False)
+        ]
         for probe, base in zip(point.probes, point.base, strict=True):
-            slopes = []
-            for line, length in zip(lines, trial, strict=False):
-                moved = {n: w + length * line[n] for n, w in point.weights.items()}
-                slopes.append(((self.predict(probe.call, moved) - base) / length).double())
+            slopes = [
+                ((self.predict(probe.call, factors) - base) / length).double()
+                for factors, length in zip(moved, trial, strict=False)
+            ]
             missing = (probe.wanted - base).double()
             for i in range(size):
                 right[i] += (slopes[i] * missing).sum().cpu()
@@ -170,3 +212,13 @@ class TargetFunction:
         momentum = min(max(float(free[1]), 0.0), MAX_MOMENTUM)
         rest = float((right[0] - curved[0, 1] * momentum) / diagonal[0])
         return [max(rest, 0.0), momentum]
+
+
+def add_scaled(start: Factors, lengths: Sequence[float], lines: Sequence[Factors]) -> Factors:
+    """Both factors of every module, moved along some lines."""
+    moved = {}
+    for name, (up, down) in start.items():
+        for length, line in zip(lengths, lines, strict=True):
+            up, down = up + length * line[name][0], down + length * line[name][1]
+        moved[name] = up, down
+    return moved

@@ -15,7 +15,6 @@ from ..energies import measure_disagreement, share_by_origin
 from ..gate import DOUBT, fits_target, measure_missing
 from ..recording.wanted import WantedChange
 from ..settings import Start
-from .curvature import Weights
 
 LEAST_COPY_SHARE = 0.1
 """Share of the wanted change that a copy must reach to be a start."""
@@ -99,10 +98,16 @@ def choose_start(
     return StartingPoint("copy", trust, reason, copied)
 
 
-def move_part_way(start: Mapping[str, LowRank], fitted: Weights, trust: float) -> Weights:
-    """The point at that share of the way from the start to the fit, module by module [m, n]."""
+def move_part_way(
+    start: Mapping[str, LowRank], fitted: Mapping[str, LowRank], trust: float
+) -> dict[str, LowRank]:
+    """The point at that share of the way from the start to the fit, at the sum of their ranks."""
     moved = {}
     for name, update in fitted.items():
-        origin = start[name].dense().to(update) if name in start else torch.zeros_like(update)
-        moved[name] = origin + trust * (update - origin)
+        up, down = trust * update.up, update.down
+        if name in start:
+            origin = start[name].to(up.device).to(up.dtype)
+            up = torch.cat([up, (1 - trust) * origin.up], 1)
+            down = torch.cat([down, origin.down])
+        moved[name] = LowRank(up, down)
     return moved

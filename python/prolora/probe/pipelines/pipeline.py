@@ -36,7 +36,7 @@ FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
 # Samples do not depend on them, or (those of the target) by `derive_target_settings` alone.
 _FIT_SETTINGS = (
-    *("force", "resume", "strategy", "start", "fit_steps"),
+    *("force", "resume", "start", "fit_steps"),
     *("target_steps", "target_guidance"),
 )
 

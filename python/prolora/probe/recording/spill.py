@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,49 +74,6 @@ class SpillStore:
         file = SafetensorsFile(path)
         return tuple(file.read(str(i)).to(device) for i in range(len(file.tensors)))
 
-    def remove(self, key: Hashable) -> None:
-        """Frees the memory or the file of a key."""
-        if key in self._bundles:
-            bundle, _ = self._bundles.pop(key)
-            self.held -= sum(t.numel() * t.element_size() for t in bundle)
-        else:
-            self._files.pop(key)[0].unlink()
-
-    def __contains__(self, key: Hashable) -> bool:
-        """Whether there are tensors under a key."""
-        return key in self._bundles or key in self._files
-
-
-class SpilledRows(LazySequence[Bundle]):
-    """The bundles under (i, name) for i = 0, 1, …, each read on access."""
-
-    def __init__(self, store: SpillStore, name: str, size: int) -> None:
-        """Takes the store, the second part of the keys, and the number of bundles."""
-        self.store, self.name, self.size = store, name, size
-
-    def __len__(self) -> int:
-        """The number of bundles."""
-        return self.size
-
-    def item(self, i: int) -> Bundle:
-        """Bundle i."""
-        return self.store.get((i, self.name))
-
-    def remove(self) -> None:
-        """Frees all of them."""
-        for i in range(self.size):
-            self.store.remove((i, self.name))
-
-
-def spill_calls(calls: Iterable[Call], store: SpillStore, name: str) -> Sequence[Call]:
-    """Puts calls into a store, one after the other; a plain list where the store has no bound."""
-    if store.max_bytes is None:
-        return list(calls)
-    spilled = SpilledCalls(store, name)
-    for call in calls:
-        spilled.append(call)
-    return spilled
-
 
 class SpilledCalls(LazySequence[Call]):
     """Calls in a store, each decoded on access."""
@@ -164,19 +121,3 @@ class _SpilledQuestions(LazySequence[Question]):
 
     def item(self, i: int) -> Question:
         return Question(self.source[i], self.target[i])
-
-
-class TargetCalls(LazySequence[Call]):
-    """The calls of the target in a sequence of questions, which may be in files."""
-
-    def __init__(self, questions: Sequence[Question]) -> None:
-        """Takes the questions."""
-        self.questions = questions
-
-    def __len__(self) -> int:
-        """The number of calls."""
-        return len(self.questions)
-
-    def item(self, i: int) -> Call:
-        """Call i."""
-        return self.questions[i].target

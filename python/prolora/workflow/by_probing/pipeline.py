@@ -154,7 +154,7 @@ def _fit_models(
     checkpoints = open_checkpoints(options.probe.resume, *denoisers, inputs)
     updates = _drop_text_encoders(route.adapter.updates)
     adapter = route.adapter.with_updates(updates)
-    settings = _fit_settings(options, max((u.rank for u in updates.values()), default=1))
+    settings = _fit_settings(options)
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -167,7 +167,7 @@ def _fit_models(
     few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
-    crosses = not shared or ((mixed or few) and sampled.strategy == "joint")
+    crosses = not shared or mixed or few
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
     result = fit(
         (models[0], models[1]),
@@ -246,12 +246,11 @@ def _fit_crossing(
     return result
 
 
-def _fit_settings(options: TransferOptions, rank: int) -> dict[str, Any]:
-    """The options of a transfer as `probe.fit_lora` takes them; `rank` is the LoRA's largest."""
+def _fit_settings(options: TransferOptions) -> dict[str, Any]:
+    """The options of a transfer as `probe.fit_lora` takes them."""
     settings: dict[str, Any] = {
         "force": options.probe.force,
         "progress": options.progress,
-        "strategy": options.probe.strategy,
         "start": options.probe.start,
         "steps": options.probe.fit_steps,
     }
@@ -259,9 +258,7 @@ def _fit_settings(options: TransferOptions, rank: int) -> dict[str, Any]:
         settings["resume"] = options.probe.resume
     if options.memory_limit is not None:
         settings["max_memory"] = _memory_left(options.memory_limit)
-    # A fit that starts from the LoRA must not lose some of it to a lower rank.
-    default = max(rank, FitSettings.rank)
-    settings["rank"] = default if options.out_rank == "exact" else options.out_rank
+    settings["rank"] = None if options.out_rank == "exact" else options.out_rank
     return settings
 
 

@@ -60,11 +60,6 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
     assert source.path is not None and target.path is not None
     if vae.explain_different_latents(source.path, target.path) is not None:
         vae.check_images_cross(source.path, target.path)
-        if options.probe.strategy == "blocks":
-            raise InvalidOption(
-                "strategy 'blocks' maps what one model sees to what the other sees at the same "
-                "latent; between different latents take 'joint'"
-            )
 
 
 def plan_probing(

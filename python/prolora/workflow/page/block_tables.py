@@ -1,4 +1,4 @@
-"""The tables of blocks, where each came from and what probing reached in it, and of bands."""
+"""The tables of blocks, where each came from, and of bands."""
 
 from __future__ import annotations
 
@@ -35,25 +35,6 @@ def write_decisions(report: Report) -> Html | None:
     numbers = map(number_head, ("score", "second", "margin"))
     heads = ["block", "from", "runner-up", *numbers]
     return write_table(heads, rows, "Where the blocks of the target came from")
-
-
-def write_probe_table(report: Report) -> Html | None:
-    """What probing reached: a row for each block of the target."""
-    blocks = report.probe.blocks if report.probe else []
-    if not blocks:
-        return None
-    rows = [
-        tag(
-            "tr",
-            name_cell(block.name),
-            number_cell(block.modules),
-            number_cell(write_number(min(block.explained, default=None), ".0%")),
-            number_cell(write_number(block.reached, ".0%")),
-        )
-        for block in blocks
-    ]
-    heads = ["block", *map(number_head, ("modules", "predicted", "reached"))]
-    return write_table(heads, rows, "What probing reached, by block")
 
 
 def crossed_table(report: Report) -> Html | None:

@@ -17,7 +17,7 @@ import torch
 from ...core.means import weighted_mean
 from ...files.ownership import make_mark
 from ...version import __version__
-from .block_tables import crossed_table, write_decisions, write_probe_table
+from .block_tables import crossed_table, write_decisions
 from .drawing import draw_legend, draw_map
 from .markup import Html, join, tag
 from .module_tables import (
@@ -64,7 +64,6 @@ def render_report(
     if report.rows("mapped") and not report.dry_run:
         sections.append(tag("section", tag("h2", "By part of the model"), stage_table(report)))
     for heading, table in (
-        ("What probing reached", write_probe_table(report)),
         ("What crossed between the latents", crossed_table(report)),
         ("Where blocks came from", write_decisions(report)),
     ):

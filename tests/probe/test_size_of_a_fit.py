@@ -1,0 +1,175 @@
+"""A fit in factors makes nothing of a weight's size, and computes what dense formulas give."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from test_probe_diffusers import UNET
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prolora import LowRank
+from prolora.probe.fitting.joint_fit import JointProblem, _start_factors, fit_jointly
+from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks, run_beside
+from prolora.probe.fitting.spectra import JointCurvature, Spectrum
+from prolora.probe.models import frozen
+from prolora.probe.precision import in_float32
+from prolora.probe.recording.trajectories import Call
+from prolora.probe.updates import apply_updates
+
+WIDE = 192
+
+
+class Large(TorchDispatchMode):
+    """Counts the living storages of at least a number of elements that operators made."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.alive, self.most, self.names = elements, set(), 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if not isinstance(tensor, Tensor) or func.is_view:
+                continue
+            storage = tensor.untyped_storage()
+            if storage.nbytes() >= self.elements * tensor.element_size():
+                self.names.add(str(func))
+                key = object()
+                self.alive.add(key)
+                self.most = max(self.most, len(self.alive))
+                weakref.finalize(storage, self.alive.discard, key)
+        return result
+
+
+def parts(dtype: torch.dtype) -> tuple[nn.Module, list[str], list[ProbeBatch]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh()) for _ in range(4)))
+    model = model.to(dtype).requires_grad_(False)
+    x = torch.randn(3, 20, WIDE)
+    with torch.no_grad(), in_float32(model):
+        plain = model(x)
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + 0.1 * torch.randn_like(plain))]
+    return model, [f"{i}.0" for i in range(4)], probes
+
+
+@pytest.mark.parametrize("start", ["zero", "copy"])
+def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start):
+    model, names, probes = parts(torch.float32)
+    copied = {n: LowRank(torch.randn(WIDE, 3) / 50, torch.randn(3, WIDE) / 14) for n in names[:2]}
+    problem = JointProblem(model, names, lambda y: y, lambda: probes, 6, 1.0, 4)
+    with Large(WIDE * WIDE) as large:
+        fit = fit_jointly(problem, copied if start == "copy" else {})
+    assert not large.names
+    assert fit.history[-1] > fit.history[0]
+
+
+def test_of_weights_in_half_precision_only_those_of_running_blocks_are_widened():
+    torch.manual_seed(0)
+    wide = {"block_out_channels": [8, 64], "norm_num_groups": 4, "cross_attention_dim": 8}
+    model = UNet2DConditionModel(**(UNET | wide)).half().requires_grad_(False).eval()
+    names = [n for n, m in model.named_modules() if n.endswith(("ff.net.0.proj", "ff.net.2"))]
+    call = Call((torch.randn(1, 1, 8, 8), torch.tensor([500.0]), torch.randn(1, 3, 8)), {})
+    most = {}
+    with in_float32(model):
+        with torch.no_grad():
+            plain = model(*call.args).sample
+        probes = [ProbeBatch(call, plain, plain + 0.1 * torch.randn_like(plain))]
+        problem = JointProblem(model, names, lambda y: y.sample, lambda: probes, 2, 1.0, 2)
+        for can in (True, False):
+            model._supports_gradient_checkpointing = can
+            with Large(64 * 256) as large:
+                fit_jointly(problem)
+            most[can] = large.most
+    assert not model.is_gradient_checkpointing
+    assert len(names) == 8 and most[False] > 16  # and convolutions are as large
+    assert 0 < most[True] < most[False] / 2, most
+
+
+def test_a_lora_beside_the_weights_is_the_lora_in_them():
+    model, names, probes = parts(torch.float16)
+    factors = {n: (torch.randn(WIDE, 4) / 10, torch.randn(4, WIDE) / 14) for n in names}
+    with torch.no_grad(), in_float32(model):
+        with run_beside(model, factors):
+            beside = model(*probes[0].call.args)
+        with apply_updates(model, {n: LowRank(*pair) for n, pair in factors.items()}):
+            merged = model(*probes[0].call.args)
+        assert torch.equal(model(*probes[0].call.args), probes[0].plain)
+    torch.testing.assert_close(beside, merged, atol=1e-5, rtol=1e-5)
+
+
+def rows(count: int, width: int) -> Tensor:
+    scales = torch.logspace(0, -2, width)
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(count)) * scales
+
+
+@pytest.mark.parametrize("power", [-1, -0.5, 0.5, 1])
+def test_a_damped_spectrum_is_the_dense_power_where_all_of_it_is_kept(power):
+    x = rows(200, 12)
+    spectrum = Spectrum()
+    for part in x.split(50):
+        spectrum.add(part, torch.Generator())
+    gram = (x.mT @ x).double()
+    shifted = gram + 0.3 * gram.diagonal().mean() * torch.eye(12)
+    values, vectors = torch.linalg.eigh(shifted)
+    dense = (vectors * values**power) @ vectors.mT
+    y = rows(5, 12)
+    got = spectrum.damp(0.3).multiply(y, power)
+    torch.testing.assert_close(got.double(), y.double() @ dense, rtol=1e-4, atol=1e-6)
+
+
+def test_the_natural_step_is_the_dense_one_within_updates_of_the_rank():
+    """The change of the update is nearest to the dense direction in the metric of JᵀJ."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, r = 10, 12, 3
+    x, g = rows(200, n), rows(300, m)
+    curvature = JointCurvature(0.01, generator)
+    curvature.add_reads("a", x)
+    curvature.add_writes("a", g)
+    up, down, full = (torch.randn(s, generator=generator) for s in ((m, r), (r, n), (m, n)))
+    step = curvature.solve({"a": (up, down)}, {"a": (full @ down.mT, up.mT @ full)})["a"]
+    R, S = ((y.mT @ y).double() for y in (x, g))
+    R, S = (F + 0.1 * F.diagonal().mean() * torch.eye(len(F)) for F in (R, S))
+    change = step[0].double() @ down.double() + up.double() @ step[1].double()
+    dense = 200 * torch.linalg.solve(S, full.double()) @ torch.linalg.inv(R)
+    left = S @ (change - dense) @ R  # orthogonal to every change within the rank
+    assert (left @ down.double().mT).norm() < 1e-2 * (S @ dense @ R @ down.double().mT).norm()
+    assert (up.double().mT @ left).norm() < 1e-2 * (up.double().mT @ S @ dense @ R).norm()
+
+
+def test_a_copy_to_start_from_is_itself_at_a_higher_rank_and_its_best_part_at_a_lower():
+    model, names, _ = parts(torch.float32)
+    copied = LowRank(torch.randn(WIDE, 3), torch.randn(3, WIDE))
+    for rank in (2, 3, 7):
+        problem = JointProblem(model, names, lambda y: y, list, 1, 1.0, rank)
+        factors = _start_factors(problem, {names[0]: copied})
+        up, down = factors[names[0]]
+        assert up.shape == (WIDE, rank)
+        expected = copied.truncate(rank).dense() if rank < 3 else copied.dense()
+        torch.testing.assert_close(up @ down, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(down @ down.mT, torch.eye(rank), atol=1e-5, rtol=1e-5)
+        assert not factors[names[1]][0].any()
+
+
+def test_a_model_that_computes_blocks_again_takes_the_same_steps():
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(**UNET)
+    names = [n for n, _ in model.named_modules() if n.endswith(("to_v", "ff.net.2"))]
+    call = Call((torch.randn(2, 1, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 3, 8)), {})
+
+    with torch.no_grad():
+        plain = model(*call.args).sample
+    probes = [ProbeBatch(call, plain, plain + 0.1 * torch.randn_like(plain))]
+    problem = JointProblem(model, names, lambda y: y.sample, lambda: probes, 4, 1.0, 2)
+    histories = []
+    with frozen(model):
+        for can in (True, False):
+            model._supports_gradient_checkpointing = can
+            with recompute_blocks(model):
+                assert model.is_gradient_checkpointing == can
+            histories.append(fit_jointly(problem).history)
+    assert histories[0] == pytest.approx(histories[1], abs=1e-4)
+    assert histories[0][-1] > histories[0][0]
