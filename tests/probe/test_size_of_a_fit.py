@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prolora import LowRank
 from prolora.probe.fitting.joint_fit import JointProblem, _start_factors, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks, run_beside
-from prolora.probe.fitting.spectra import JointCurvature, Spectrum
+from prolora.probe.fitting.spectra import JointCurvature, LeadingSpectrum
 from prolora.probe.models import frozen
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import Call
@@ -109,7 +109,7 @@ def rows(count: int, width: int) -> Tensor:
 @pytest.mark.parametrize("power", [-1, -0.5, 0.5, 1])
 def test_a_damped_spectrum_is_the_dense_power_where_all_of_it_is_kept(power):
     x = rows(200, 12)
-    spectrum = Spectrum()
+    spectrum = LeadingSpectrum()
     for part in x.split(50):
         spectrum.add(part, torch.Generator())
     gram = (x.mT @ x).double()

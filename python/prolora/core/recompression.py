@@ -116,7 +116,7 @@ class ProductSvd:
     right: Tensor
 
 
-def orthonormal_rows(panel: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormalise_factor(panel: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal rows Q [..., d, m] and L [..., r, d] of panel = L Q [..., r, m], d ≤ min(r, m).
 
     float32 by `panel_qr`, whatever it cannot do by Householder reflections. Rows that the others
@@ -144,8 +144,8 @@ def factor_product(up: Tensor, down: Tensor) -> ProductSvd:
         up: [..., m, r].
         down: [..., r, n].
     """
-    q_up, l_up = orthonormal_rows(up.detach().mT)
-    q_down, l_down = orthonormal_rows(down.detach())
+    q_up, l_up = orthonormalise_factor(up.detach().mT)
+    q_down, l_down = orthonormalise_factor(down.detach())
     u, s, v = core_svd(l_up.mT @ l_down)
     return ProductSvd(q_up, u, s, v, q_down)
 

@@ -13,7 +13,7 @@ from prolora import errors
 from prolora.core import recompression
 from prolora.core.ops import torch_twin
 from prolora.core.ops.panel_qr import panel_qr, run_panel_qr
-from prolora.core.recompression import orthonormal_rows
+from prolora.core.recompression import orthonormalise_factor
 
 DTYPES = [torch.float32, torch.float64]
 # d is not a multiple of 4 in some, and rows not of 8 in most.
@@ -174,13 +174,13 @@ def test_what_cholesky_cannot_do_goes_to_reflections(kernels, monkeypatch):
 
     for op in (kernels.panel_qr, flag_the_first):
         monkeypatch.setattr(recompression, "panel_qr", op)
-        q, lower = orthonormal_rows(panel.float())
+        q, lower = orthonormalise_factor(panel.float())
         assert_qr(panel.float(), q, lower, (q.norm(dim=2) > 0).sum(1), DROPPED[torch.float32])
 
 
 def test_more_rows_than_columns_go_to_reflections():
     wide = random((2, 7, 3))  # more rows than columns
-    q, lower = orthonormal_rows(wide)
+    q, lower = orthonormalise_factor(wide)
     torch.testing.assert_close(lower @ q, wide)
 
 

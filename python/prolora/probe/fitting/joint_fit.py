@@ -13,7 +13,7 @@ from ...core.lowrank import LowRank
 from ..recording.translation import Read
 from ..updates import weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
-from .spectra import Factors, JointCurvature, Spectrum
+from .spectra import Factors, JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 _ROUNDING = 1e-6  # of the wanted change
@@ -225,7 +225,9 @@ class _FitState:
         for side, known in _sides(function).items():
             for name, numbers in facts["spectra"][side].items():
                 basis = tensors.get(f"{side}/{name}")
-                known[name] = Spectrum(None if basis is None else basis.to(devices[name]), *numbers)
+                known[name] = LeadingSpectrum(
+                    None if basis is None else basis.to(devices[name]), *numbers
+                )
 
         def read(group: str) -> Factors:
             return {
@@ -241,7 +243,7 @@ class _FitState:
         self.lengths, self.history, self.step = facts["lengths"], facts["history"], facts["step"]
 
 
-def _sides(function: TargetFunction) -> dict[str, dict[str, Spectrum]]:
+def _sides(function: TargetFunction) -> dict[str, dict[str, LeadingSpectrum]]:
     return {"reads": function.curvature.reads, "writes": function.curvature.writes}
 
 

@@ -31,7 +31,7 @@ CUT_DAMPING = 0.01
 """Of both factors at a cut to lower rank, relative to their mean diagonal."""
 
 
-class Spectrum:
+class LeadingSpectrum:
     """F = Σ r rᵀ over rows r [d]: its leading eigenvectors, and its trace.
 
     Attributes:
@@ -120,8 +120,8 @@ class JointCurvature:
     def __init__(self, damping: float, generator: torch.Generator) -> None:
         """Starts with no probes."""
         self.damping, self.generator = damping, generator
-        self.reads: dict[str, Spectrum] = {}
-        self.writes: dict[str, Spectrum] = {}
+        self.reads: dict[str, LeadingSpectrum] = {}
+        self.writes: dict[str, LeadingSpectrum] = {}
 
     def fade(self) -> None:
         """Lets what was added so far count less."""
@@ -130,11 +130,11 @@ class JointCurvature:
 
     def add_reads(self, name: str, x: Tensor) -> None:
         """Adds what a module reads, x [..., n]."""
-        self.reads.setdefault(name, Spectrum()).add(x, self.generator)
+        self.reads.setdefault(name, LeadingSpectrum()).add(x, self.generator)
 
     def add_writes(self, name: str, g: Tensor) -> None:
         """Adds what reaches the output of a module, g [..., m]."""
-        self.writes.setdefault(name, Spectrum()).add(g, self.generator)
+        self.writes.setdefault(name, LeadingSpectrum()).add(g, self.generator)
 
     def solve(self, factors: Factors, gradient: Factors) -> Factors:
         """The natural step within updates of the rank, module by module.
