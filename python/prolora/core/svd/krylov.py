@@ -24,7 +24,7 @@ from .cut import make_even_cut
 from .products import FormedGram, ImpliedGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
-from .stacks import float64_cost, take_places
+from .stacks import decides_freely, float64_cost, take_places
 from .triplets import Triplets
 
 # Krylov pays where few columns of a large matrix are wanted: k ≤ d/8.
@@ -37,6 +37,8 @@ USUAL_BASIS = 4
 FIRST_LOOK = 3.25
 # By so much the logarithm of the angle falls as the basis grows by k.
 USUAL_SLOPE = 6.0
+# A matrix of so many bytes stays in a CPU's cache between products.
+CACHED_BYTES = 16 << 20
 # A product with a narrow block takes this much longer a flop than one with a whole matrix.
 NARROW = 1.3
 # The refinement improves on the estimate of the iteration about this much.
@@ -164,7 +166,7 @@ def count_guard(k: int) -> int:
 def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int) -> BlockBasis:
     """The first block: random, the same for every matrix and on every device."""
     b, d, n = w.shape
-    width = max(8, min(32, k // 4))
+    width = max(8, min(_largest_width(w), k // 4))
     gram: FormedGram | ImpliedGram = ImpliedGram(w)
     if _gram_pays((d, n), USUAL_BASIS * k, k, float64_cost(w.device)):
         gram = FormedGram(mirror_lower(lower_gram(w)))
@@ -173,6 +175,16 @@ def _start_basis(w: Tensor, norm: Tensor, k: int, seed: int) -> BlockBasis:
     start = start.to(w.device, non_blocking=True).mT.expand(b, -1, -1)
     blocks = int(LARGEST_BASIS * d) // width
     return BlockBasis.begin(gram, w, norm, start, blocks)
+
+
+def _largest_width(w: Tensor) -> int:
+    """The width of a block that suits w [b, d, n].
+
+    A narrower one needs a smaller basis, and passes through w more often: it pays where a matrix
+    stays in the cache. On a GPU, whose stacks do not, that is not counted yet.
+    """
+    small = w.shape[-2] * w.shape[-1] * w.element_size() <= CACHED_BYTES
+    return 16 if small and decides_freely(w) else 32
 
 
 def _look_at(basis: BlockBasis, image: Tensor, k: int) -> Look:
