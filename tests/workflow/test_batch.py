@@ -214,7 +214,7 @@ def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, whe
     outcomes = prolora.transfer_many(loras, source, target, moved, method="copy")
     assert [outcome.status for outcome in outcomes] == ["moved", "failed", "moved"]
     assert isinstance(outcomes[1].error, prolora.ProLoRAError)
-    assert type(error).__name__ in str(outcomes[1].error)
+    assert (getattr(error, "strerror", None) or str(error)) in str(outcomes[1].error)
     assert outcomes[1].to_dict()["error"]["message"]
 
 

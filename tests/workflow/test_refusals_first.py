@@ -89,7 +89,7 @@ def test_unrelated_or_broken_bases_are_refused_before_one_is_hashed(case, tmp_pa
     [
         ({"max_memory": 1 << 20}, prolora.TooLittleMemory),
         ({"out_rank": "1kB"}, prolora.OutputError),
-        ({"out": "missing/out.safetensors"}, prolora.OutputError),
+        ({"out": "lora.safetensors/out.safetensors"}, prolora.OutputError),
         ({"out": "source"}, prolora.OutputError),
     ],
     ids=["memory", "size", "no folder", "an input"],
