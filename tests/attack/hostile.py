@@ -64,6 +64,18 @@ def link(aim: str) -> Maker:
     return lambda path, _: path.symlink_to(aim)
 
 
+def link_to_others(name: str) -> Maker:
+    """A link to what somebody else has; inside the box, since what is attacked may write there."""
+
+    def make(path: Path, box: Box) -> None:
+        others = box.root / "others"
+        others.mkdir(exist_ok=True)
+        (others / "notes.txt").write_text("somebody's\n")
+        path.symlink_to(others / name)
+
+    return make
+
+
 def entry(shape: list[int], stop: int, dtype: str = "F32") -> dict[str, object]:
     """A tensor of a header, from the first byte on."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [0, stop]}
@@ -146,12 +158,11 @@ CONTENTS: dict[str, Maker] = {
     "pipe": lambda path, _: os.mkfifo(path),
     "socket": write_socket,
     "link to itself": link("itself"),
-    "link to nothing": link("/nowhere/at/all"),
+    "link to nothing": link_to_others("nothing/at/all"),
     "link to /dev/zero": link("/dev/zero"),
     "link to /dev/full": link("/dev/full"),
-    "link to /proc/self/mem": link("/proc/self/mem"),
-    "link to /etc/passwd": link("/etc/passwd"),
-    "link to a folder": link("/etc"),
+    "link to somebody's file": link_to_others("notes.txt"),
+    "link to a folder": link_to_others(""),
 }
 
 

@@ -106,3 +106,18 @@ def test_the_demo_replaces_nothing_either(prolora, tmp_path, name):
     code, _, error = prolora("demo", "-o", tmp_path)
     assert code == 2 and f"{name}: exists and is no" in error
     assert [file.name for file in Path(tmp_path).iterdir()] == [name]
+
+
+def test_a_link_stands_for_the_file_that_it_leads_to(prolora, line, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(FOREIGN)
+    for name, words in (
+        ("out.safetensors", ()),
+        ("report.json", ("--report", "report.json")),
+        ("README.md", ("--card",)),
+    ):
+        (tmp_path / name).symlink_to(foreign)
+        code, _, error = prolora(*line, "-o", "out.safetensors", *words)
+        assert code == 2 and f"{name}: exists and is no" in error
+        (tmp_path / name).unlink()
+    assert foreign.read_bytes() == FOREIGN
