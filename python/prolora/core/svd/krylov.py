@@ -86,7 +86,7 @@ class Schedule:
         if self.before is not None and sine < self.before[1]:
             slope = math.log(self.before[1] / sine) / (size - self.before[0])
         self.looks += 1
-        # As far apart as with wide blocks: a look costs an eigenproblem, however narrow the blocks are.
+        # As far apart as with wide blocks: a look costs an eigenproblem, however narrow they are.
         step = max(8, min(32, self.k // 4)) * 2 ** max(0, self.looks - EARLY_LOOKS)
         wanted = int(math.log(max(1.0, sine / self.goal)) / slope)
         self.due = min(self.largest, size + min(max(step, wanted), 4 * step))
