@@ -41,7 +41,13 @@ def test_the_images_are_those_of_the_written_file(case, tmp_path):
     loaded = draw(pipe)
     pipe.unload_lora_weights()
     prolora.transfer_file(
-        lora, source, tmp_path / "t", tmp_path / "o.safetensors", method="copy", format="diffusers"
+        lora,
+        source,
+        tmp_path / "t",
+        tmp_path / "o.safetensors",
+        method="copy",
+        format="diffusers",
+        again=True,
     )
     pipe.load_lora_weights(tmp_path / "o.safetensors")
     written = draw(pipe)
