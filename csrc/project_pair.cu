@@ -1,9 +1,9 @@
-// project_pair on a GPU, in float32 on tensor cores: float64, and float32 without fast TF32, are left
-// to torch, so that there are no kernels for them. A block per tile and part of its depth, all
-// matrices of the batch in one launch per product. The tile is 64 x 32 (64 threads) for 32 rows or fewer, else 64 x 64 (128).
-// Where C has so few tiles that they would not fill the GPU, the parts' sums go to scratch and are
-// added up in their order by another kernel, so that results repeat bit by bit. C Uᵀ has a tile per
-// 64 of m, and is not cut.
+// project_pair on a GPU, in float32 on tensor cores: float64, and float32 without fast TF32, are
+// left to torch, so that there are no kernels for them. A block per tile and part of its depth, all
+// matrices of the batch in one launch per product. The tile is 64 x 32 (64 threads) for 32 rows or
+// fewer, else 64 x 64 (128). Where C has so few tiles that they would not fill the GPU, the parts'
+// sums go to scratch and are added up in their order by another kernel, so that results repeat bit
+// by bit. C Uᵀ has a tile per 64 of m, and is not cut.
 #include <cuda_runtime.h>
 
 #include "choose_tile.h"
