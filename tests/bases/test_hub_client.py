@@ -108,7 +108,7 @@ def test_the_client_fetches_the_shards_of_the_model_and_nothing_else(hub, tmp_pa
     home = tmp_path / "home"
     first, revision, other = opened(["org/m", "org/m@v2", "org/other"], address, home)
     assert first.startswith("org/m 3 ") and revision.startswith("org/m 3 ")
-    assert other.startswith("refused: org/other: is no local file or folder")
+    assert other.startswith("refused: org/other: no such file or folder")
     assert "AttributeError" not in other
     stem = "unet/diffusion_pytorch_model"
     shards = {f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)}

@@ -151,7 +151,7 @@ from pathlib import Path
 from prolora.bases.memory import SLACK, resident_bytes
 torch.set_num_threads(1)
 folder = Path({str(tmp_path)!r})
-options = {{"method": "prolora", "rank": 64, "threshold": 0}}
+options = {{"method": "prolora", "rank": 64, "threshold": 0, "again": True}}
 loras = sorted(folder.glob("lora*.safetensors"))
 prolora.transfer_file(loras[0], folder / "s", folder / "t", folder / "warm.safetensors",
                       cache=folder / "c", **options)

@@ -81,7 +81,7 @@ def test_a_map_made_to_harm_is_refused_in_a_sentence(tmp_path: Path, content: st
 
 def test_a_map_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "map.json")
-    with pytest.raises(ProLoRAError, match="not a file"):
+    with pytest.raises(ProLoRAError, match="is neither"):
         read_map(tmp_path / "map.json")
 
 
