@@ -79,7 +79,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
         lambda box: transfer(
             box,
             *("-o", box.out / "moved.safetensors", "--card"),
-            *("--report", box.out / "report.json", "--save-match", box.out / "map.json"),
+            *("--report", box.out / "report.json"),
         ),
     ),
     "transfer, page": (

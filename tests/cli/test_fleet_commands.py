@@ -80,3 +80,10 @@ def test_what_a_run_does_not_take_is_refused_before_anything_is_made(prolora, pl
 def test_a_folder_without_a_migration_is_named(prolora, tmp_path):
     code, _, err = prolora("status", tmp_path)
     assert code == 2 and "no migration" in err
+
+
+def test_a_quiet_command_still_says_what_it_refused(prolora, planned, tmp_path):
+    line = ("migrate", planned[0], "-o", tmp_path / "moved", "--no-cache", "-q")
+    code, text, errors = prolora(*line)
+    assert code == 2 and not text
+    assert "2 not moved" in errors and "notes.safetensors" in errors

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prolora.errors import UnsupportedFormat
-from prolora.files.outside import is_path_text, open_regular, read_fields
+from prolora.errors import InvalidOption, UnsupportedFormat
+from prolora.files.outside import is_path_text, open_regular, read_fields, read_text
+from prolora.probe.settings import read_prompts
+from prolora.workflow.fleet.listing import list_loras
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,18 @@ def test_whatever_json_holds_is_read_or_refused(content):
 def test_a_path_has_no_null_byte_and_no_half_character():
     assert is_path_text("/a/b") and is_path_text(os.fsdecode(b"/caf\xe9"))
     assert not any(map(is_path_text, ("", "a\0b", "\ud800")))
+
+
+def test_a_list_or_prompts_that_never_end_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", Path("/dev/zero")):
+        with pytest.raises(UnsupportedFormat, match="not a regular file"):
+            read_text(path)
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UnsupportedFormat):
+        read_text(tmp_path / "words.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "pipe.txt")
+    with pytest.raises(UnsupportedFormat, match="not a regular file"):
+        list_loras([tmp_path / "link.txt"])
+    with pytest.raises(InvalidOption, match="not a regular file"):
+        read_prompts(tmp_path / "pipe.txt")

@@ -29,7 +29,7 @@ from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import Summary
 from ..workflow.fleet.worker import TIME_LIMIT
 from ..workflow.options import TransferOptions
-from .console import out, progress_bar
+from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
     JsonOption,
@@ -153,6 +153,8 @@ def plan(
         out.print_table(plan_table(made))
         show_reasons(find_refusals(made))
         out.print_line(f"wrote {output.output}")
+    else:
+        show_reasons(find_refusals(made), console=err)
     if any(entry.refused for entry in made.entries):
         sys.exit(ExitCode.REFUSED)
 
@@ -192,6 +194,8 @@ def migrate(
         out.print_table(summary_table(summary))
         show_reasons(summary.reasons, output / FAILED)
         out.print_line(f"wrote {output / SUMMARY_PAGE}")
+    else:
+        show_reasons(summary.reasons, output / FAILED, console=err)
     if summary.count("failed") or summary.count("refused"):
         sys.exit(ExitCode.REFUSED)
 
@@ -311,23 +315,26 @@ def status_table(found: Status) -> Table:
     return table
 
 
-def show_reasons(reasons: Mapping[str, Reason], all_of_them: Path | None = None) -> None:
+def show_reasons(
+    reasons: Mapping[str, Reason], all_of_them: Path | None = None, console: PlainConsole = out
+) -> None:
     """The most frequent reasons for what does not move, and some of the LoRAs.
 
     Args:
         reasons: the most frequent first.
         all_of_them: the file that lists all; None where there is none.
+        console: where it is said; a quiet command still says on standard error what it refused.
     """
     for text, reason in list(reasons.items())[:_REASONS]:
-        out.print_line(f"{reason.count} not moved: {text}", style="yellow")
+        console.print_line(f"{reason.count} not moved: {text}", style="yellow")
         more = len(reason.files) - _FILES
         named = [*reason.files[:_FILES], *([f"and {more} more"] if more > 0 else [])]
         for name in named:
-            out.print_line(f"    {name}")
+            console.print_line(f"    {name}")
     if len(reasons) > _REASONS:
-        out.print_note(f"and {len(reasons) - _REASONS} more reasons")
+        console.print_note(f"and {len(reasons) - _REASONS} more reasons")
     if reasons and all_of_them is not None and all_of_them.exists():
-        out.print_line(f"all of them, with the reasons: {all_of_them}")
+        console.print_line(f"all of them, with the reasons: {all_of_them}")
 
 
 def format_time(seconds: float) -> str:

@@ -29,6 +29,10 @@ Kind = TypeVar("Kind")
 _LARGEST = 2**63
 
 
+MOST_TEXT = 64 << 20
+"""Bytes of a list or of prompts: a million lines."""
+
+
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:
     """A file opened for reading; pipes and devices, at which a program would wait, are refused.
 
@@ -55,6 +59,20 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Bina
             f"{where}: too large: {status.st_size} bytes, more than any real one of its kind"
         )
     return os.fdopen(number, "rb")
+
+
+def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+    """The text of a file that people write by hand: a list, prompts.
+
+    Raises:
+        UnsupportedFormat: as `open_regular`, or it is no text.
+    """
+    with open_regular(path, MOST_TEXT) as file:
+        content = file.read(MOST_TEXT)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise input_error(path, error) from error
 
 
 _BINARY = getattr(os, "O_BINARY", 0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from pathlib import Path
 from typing import Literal, get_args
 
 from ..bases.base import Progress
 from ..core.arrays import make_fields_plain
-from ..errors import InvalidOption
+from ..errors import InvalidOption, UnsupportedFormat
+from ..files.outside import read_text
 
 Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without probing."""
@@ -111,8 +111,8 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
         InvalidOption: the file cannot be read, or has no prompts.
     """
     try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
+        lines = read_text(file).splitlines()
+    except UnsupportedFormat as error:
         raise InvalidOption(f"{file}: cannot be read as text: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:

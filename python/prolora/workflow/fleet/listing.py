@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ...adapters.unread import ADAPTER_FILES
 from ...bases.hub import fetch_adapters, is_hub_address
-from ...errors import UnsupportedFormat, input_error
+from ...errors import UnsupportedFormat
+from ...files.outside import read_text
 
 _WEIGHTS = ".safetensors"
 
@@ -88,11 +89,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _read_list(path: Path) -> Iterator[ListedLora]:
     """The lines of a list; relative paths are below the folder of the list."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise input_error(path, error) from error
-    for line in lines:
+    for line in read_text(path, "utf-8-sig").splitlines():
         name, _, source = line.partition("\t")
         if name.strip() and not name.startswith("#"):
             lora = Path(os.path.abspath(path.parent / name.strip()))
