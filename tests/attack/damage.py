@@ -125,6 +125,9 @@ def judge(
 ) -> list[str]:
     """The verdicts on the results of a command that ended as it should."""
     found = read_results(box.out)
+    said = state_differences(box.out / "report.json") - truth.stated
+    if run.code == ExitCode.INCOMPLETE:  # it wrote the rest, and says which updates stay behind
+        return ["stated"] if said else ["silent"]
     if kind == "add":
         return ["refused"] if run.code in REFUSALS else ["silent"]
     wrong = {n for n, what in found.items() if what not in (truth.results.get(n), kept.get(n))}
@@ -136,7 +139,6 @@ def judge(
         return ["equal"]
     if form.expect is not None and form.expect(box, set(truth.results)):
         return ["equal"]
-    said = state_differences(box.out / "report.json") - truth.stated
     if said or count_failed(box) > truth.failed or (kind == "edit" and not form.exact):
         return ["stated"]
     return ["silent"]
