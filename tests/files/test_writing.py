@@ -183,3 +183,10 @@ def test_a_missing_folder_is_made_and_vanishes_where_nothing_was_written(tmp_pat
     assert not list(tmp_path.iterdir())
     write_text_atomically(path, "text")
     assert path.read_text() == "text"
+
+
+def test_no_folder_is_made_behind_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "such" / "file")
+    with pytest.raises(OutputError, match="link into a folder that does not exist"):
+        check_writable(tmp_path / "link")
+    check_writable(tmp_path / "new" / "file")  # but one is made around a plain path

@@ -38,6 +38,8 @@ def check_writable(path: StrPath, inputs: Iterable[StrPath] = ()) -> None:
     """
     try:
         target = Path(os.path.realpath(path))
+        if os.path.islink(path) and not target.parent.is_dir():
+            raise OutputError(f"{path}: is a link into a folder that does not exist: {target}")
         around = next(above for above in target.parents if os.path.lexists(above))
         if not around.is_dir():
             raise OutputError(f"{path}: {around} is a file, not a folder; choose another name")
