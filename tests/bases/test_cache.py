@@ -16,6 +16,7 @@ from prolora.bases.cache import basis_cache as cache_module
 from prolora.bases.cache import basis_file, cache_folder
 from prolora.bases.cache.basis_cache import BasisCache, default_folder
 from prolora.bases.cache.basis_names import TOLERANCE
+from prolora.bases.cache.tables import JsonTable
 from prolora.comparison.block_matching import match_blocks
 
 FIELDS = ("U", "S", "V", "rank", "energy", "residual", "gap", "bound", "ok")
@@ -415,3 +416,10 @@ def test_matching_with_a_warm_cache_reads_no_weight(tmp_path, monkeypatch, aged)
     monkeypatch.setattr(prolora.Base, "read", lambda *a: pytest.fail("a weight was read"))
     warm = match_blocks(*map(prolora.open_base, (source, target)), cache=tmp_path / "cache")
     assert warm == cold and warm.table == plain.table
+
+
+def test_a_table_that_is_a_pipe_or_a_device_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless", "missing"):
+        assert JsonTable(tmp_path / name).get("key") is None

@@ -8,10 +8,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from ...errors import MissingFile
+from ...files.outside import open_regular
 from .cache_files import publish_file
 
 # More entries than any pair of models has weights; what comes beyond pushes the oldest out.
 MOST_ENTRIES = 20_000
+
+MOST_BYTES = 64 << 20
+"""More than so many entries take."""
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +68,7 @@ class JsonTable:
             return {}
         try:
             return read_table(self._path)
-        except FileNotFoundError:
+        except MissingFile:
             return {}
         except (OSError, ValueError) as error:
             log.warning("%s is not used and will be made again: %s", self._path, error)
@@ -74,10 +79,12 @@ def read_table(path: Path) -> dict[str, Any]:
     """The entries of a table's file.
 
     Raises:
-        OSError: it cannot be read.
+        MissingFile: it is not there.
+        UnsupportedFormat: it cannot be read, or is no file.
         ValueError: it is not what was written.
     """
-    checksum, _, body = path.read_bytes().partition(b"\n")
+    with open_regular(path, MOST_BYTES) as file:
+        checksum, _, body = file.read().partition(b"\n")
     if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
         raise ValueError("its content is not what was written")
     entries = json.loads(body)
