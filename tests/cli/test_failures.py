@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from prolora import adapters, cli
 
@@ -206,3 +207,14 @@ def test_a_cache_that_cannot_be_listed_is_no_empty_cache(prolora, tmp_path, monk
     assert code == 1 and not out and f"{tmp_path}: Permission denied" in err
     monkeypatch.undo()
     assert prolora("basis", command, "--cache", tmp_path / "missing")[0] == 0
+
+
+def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora, case, tmp_path):
+    lora, source, target = case
+    tensors = load_file(lora)
+    name = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[name.replace("attn1", "attn9")] = tensors.pop(name)
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    line = ("transfer", tmp_path / "damaged.safetensors", "--source", source, "--target", target)
+    code, _, errors = prolora(*line, "-o", tmp_path / "out.safetensors")
+    assert code == 4 and "attn9" in errors

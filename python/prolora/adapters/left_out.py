@@ -9,6 +9,9 @@ from .algorithms import forms
 from .keys import tensor_keys
 from .unread import UnreadAdapter
 
+UNKNOWN_UPDATE = "an update of a module that prolora does not know"
+"""Why it stays behind; it may be all that is left of one whose name was damaged."""
+
 Size = tuple[int, int, int]
 """(out, in, rank) of an update."""
 
@@ -26,7 +29,7 @@ def leave_out_foreign(
             )
         else:
             updates.setdefault(path_and_role[0], {})[path_and_role[1]] = key
-    left_out |= dict.fromkeys(updates, "an update of a module that prolora does not know")
+    left_out |= dict.fromkeys(updates, UNKNOWN_UPDATE)
     sizes = {path: measure_update(keys, source) for path, keys in updates.items()}
     return {path: size for path, size in sizes.items() if size}
 

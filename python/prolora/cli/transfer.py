@@ -12,6 +12,7 @@ from typing import Annotated, cast
 
 import typer
 
+from ..adapters.left_out import UNKNOWN_UPDATE
 from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -215,8 +216,9 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
         what = "cannot be moved" if failed[0].planned else "were not moved"
         raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs {what}: {names}")
     for outcome in outcomes:
-        if outcome.report and outcome.report.unread:
-            unread = outcome.report.unread
+        left_out = outcome.report.left_out if outcome.report else {}
+        unknown = [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
+        if outcome.report and (unread := [*outcome.report.unread, *unknown]):
             raise IncompleteResult(
                 f"{outcome.lora}: {len(unread)} updates could not be read and stay behind, the "
                 f"first of {unread[0]}"
