@@ -14,7 +14,7 @@ VALUES: tuple[Any, ...] = (
     "",
     "x",
     "../../elsewhere",
-    "/tmp/prolora-elsewhere",
+    "/dev/null/elsewhere",  # an absolute path at which nobody can write
     0,
     -1,
     1e999,

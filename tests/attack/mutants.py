@@ -148,7 +148,7 @@ class Watcher:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Leaves out the rest of a file that takes long."""
         if self.spent[str(item.path)] > SECONDS:
-            pytest.skip("enough")
+            pytest.skip("the file of this test has taken the time that a mutant may take")
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
