@@ -96,10 +96,29 @@ def is_own(path: Path, kind: Kind) -> bool:
     return any(digest.hexdigest().encode() == found for found, digest in digests.items())
 
 
+def _was_cut_off(path: Path) -> bool:
+    """Whether a safetensors file with the mark of a LoRA is shorter than its header says."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    stop = 8 + int.from_bytes(head[:8], "little")
+    if not any(mark[1] == b"LoRA" for mark in _MARK.finditer(head[:stop])):
+        return False
+    if size < stop:
+        return True
+    try:
+        entries = json.loads(head[8:stop])
+        ends = [x["data_offsets"][1] for k, x in entries.items() if k != "__metadata__"]
+        return bool(size < stop + max(ends, default=0))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return False
+
+
 def check_replaceable(path: str | os.PathLike[str], kind: Kind, overwrite: bool = False) -> None:
     """Refuses an output path that holds anything but a file of its kind that prolora wrote.
 
-    An empty file, as `mktemp` makes one, holds nothing that could be lost.
+    An empty file, as `mktemp` makes one, holds nothing that could be lost; nor does a LoRA of
+    prolora that was cut off, which no program reads.
 
     Args:
         path: the output; a symbolic link stands for what it points to.
@@ -115,6 +134,8 @@ def check_replaceable(path: str | os.PathLike[str], kind: Kind, overwrite: bool 
         return
     try:
         if os.path.getsize(path) == 0 or is_own(Path(path), kind):
+            return
+        if kind == "LoRA" and _was_cut_off(Path(path)):
             return
     except OSError as error:
         raise output_error(path, error, "exists and cannot be read") from error

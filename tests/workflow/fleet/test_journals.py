@@ -5,7 +5,9 @@ import os
 import random
 
 import pytest
+import torch
 from fleet_files import records, results
+from safetensors.torch import save_file
 from test_plan_files import ODD
 
 import prolora
@@ -71,6 +73,15 @@ def test_a_result_that_was_cut_is_not_done_and_is_made_again(plan, moved):
     (moved / name).write_bytes((moved / name).read_bytes()[:-7])
     assert states(prolora.read_status(moved)) == [7, 0, 2, 1]
     assert prolora.migrate(plan, moved).count("done") == 8 and results(moved) == whole
+
+
+def test_a_result_that_somebody_changed_is_not_made_again_over_it(plan, moved):
+    name = min(results(moved))
+    mine = {"mine": torch.ones(3)}
+    save_file(mine, moved / name, {"prolora.method": "copy"})
+    before = (moved / name).read_bytes()
+    assert prolora.migrate(plan, moved).count("done") == 7
+    assert (moved / name).read_bytes() == before
 
 
 def test_results_are_compared_byte_by_byte(moved):

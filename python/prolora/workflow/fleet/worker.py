@@ -93,7 +93,6 @@ class PairWorker:
             device=settings.device,
             max_memory=settings.max_memory,
             progress=lambda *_: beat(),
-            overwrite=True,  # of what was cut: the folder has the marker of migrations
         )
         self._beat = beat
         self._place = ManagedFolder(Path(settings.folder), MARKER)
