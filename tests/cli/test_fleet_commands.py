@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from fleet_files import RATES, write_collection
+from safetensors.torch import load_file, save_file
 
 from prolora.workflow.fleet import planning
 
@@ -87,3 +89,17 @@ def test_a_quiet_command_still_says_what_it_refused(prolora, planned, tmp_path):
     code, text, errors = prolora(*line)
     assert code == 2 and not text
     assert "2 not moved" in errors and "notes.safetensors" in errors
+
+
+def test_a_lora_that_moved_in_part_is_no_success(prolora, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "calibrate", lambda: RATES)
+    loras, source, targets = write_collection(tmp_path)
+    (loras / "notes.safetensors").unlink()
+    tensors = load_file(loras / "a.safetensors")
+    beside = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{beside}.lora_gate": torch.ones(3)}, loras / "a.safetensors")
+    plan, moved = tmp_path / "plan.jsonl", tmp_path / "moved"
+    assert prolora("plan", loras, "--source", source, "--target", targets[0], "-o", plan)[0] == 0
+    for _ in range(2):  # nor is it one where it is there already
+        code, out, _ = prolora("migrate", plan, "-o", moved, "--no-cache")
+        assert code == 4 and "could not be read" in out and str(loras / "a.safetensors") in out

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from mini import lora_tensors, shapes, source_weights, write_case
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import prolora
@@ -156,6 +157,19 @@ def test_a_result_of_anything_else_is_made_again(folder):
     tensors[next(iter(tensors))] *= 1.01
     save_file(tensors, weights)  # another base of that name
     assert statuses() == ["moved"] * 3
+
+
+def test_a_result_that_was_changed_under_its_header_is_not_taken_for_ours(folder):
+    loras, source, target, moved = folder
+    prolora.transfer_many(loras, source, target, moved)
+    out = moved / loras[1].name
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    save_file({key: 2 * tensor for key, tensor in load_file(out).items()}, out, header)
+    before = out.read_bytes()
+    outcomes = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in outcomes] == ["already there", "failed", "already there"]
+    assert "as prolora wrote it" in str(outcomes[1].error) and out.read_bytes() == before
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(folder):

@@ -82,7 +82,7 @@ app.command(
     epilog=write_epilog(
         "prolora migrate plan.jsonl -o moved/",
         "prolora migrate plan.jsonl -o moved/ --shard 2/8",
-        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED),
+        codes=(ExitCode.DONE, ExitCode.FAILED, ExitCode.REFUSED, ExitCode.INCOMPLETE),
     )
 )(fleet.migrate)
 app.command(epilog=write_epilog("prolora status moved/"))(fleet.status)

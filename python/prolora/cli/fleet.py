@@ -198,6 +198,8 @@ def migrate(
         show_reasons(summary.reasons, output / FAILED, console=err)
     if summary.count("failed") or summary.count("refused"):
         sys.exit(ExitCode.REFUSED)
+    if summary.count("incomplete"):
+        sys.exit(ExitCode.INCOMPLETE)
 
 
 def status(

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.contents import parse_contents
-from ..adapters.unread import ADAPTER_FILES, open_adapter
+from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS, open_adapter
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
 from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
+from ..files.ownership import is_own
 from ..version import __version__
 from .options import TransferOptions, find_shown
 
@@ -79,7 +80,7 @@ class Recipe:
         return hash_parts(self.describe(cache).values())[:12]
 
     def is_made(self, out: Path, cache: BasisCache) -> bool:
-        """Whether `out` is a complete result of this recipe: its header says so, and fits its size.
+        """Whether `out` is a result of this recipe as it was written: by its header and its mark.
 
         The bases are hashed only where the result was made of this very LoRA. Bases in memory have
         no hash by which they could be known again.
@@ -94,7 +95,10 @@ class Recipe:
             return False
         if metadata.get("prolora.lora_hash") != self.lora_hash:
             return False
-        return metadata.get("prolora.recipe") == self.describe(cache)["recipe"]
+        if metadata.get("prolora.recipe") != self.describe(cache)["recipe"]:
+            return False
+        # Who trained it on, or changed a key, may have kept the header.
+        return is_own(out / PEFT_WEIGHTS if out.is_dir() else out, "LoRA")
 
 
 def _jsonable(value: Any) -> Any:

@@ -58,6 +58,7 @@ class Record:
         coverage: share of the LoRA's modules that moved, 0 … 1; None if it is not known.
         energy: share of the LoRA's energy that is on the target; None if it is not known.
         kept: whether the result was there already.
+        unread: updates of the LoRA that could not be read and stay behind.
         at: seconds since the process began, by its own clock.
     """
 
@@ -78,6 +79,7 @@ class Record:
     coverage: float | None = None
     energy: float | None = None
     kept: bool = False
+    unread: int = 0
     at: float = 0.0
 
     def to_line(self) -> str:

@@ -22,6 +22,8 @@ from .result_folder import FAILED, MARKER, SUMMARY_JSON, SUMMARY_PAGE
 # LoRAs that a reason on the page names.
 _NAMED = 20
 _UNKNOWN = "unknown"
+STAYS_BEHIND = "part of the LoRA, of which updates could not be read"
+"""Said of a LoRA that is on the target, but not all of it."""
 
 
 @dataclass
@@ -32,6 +34,7 @@ class SummaryGroup:
         family: of the source base.
         source, target: labels of the bases.
         total, done, failed, refused, left: numbers of moves.
+        incomplete: LoRAs among those done of which updates could not be read and stay behind.
         coverage: mean share of a LoRA's modules that moved; None where none is known.
         energy: mean share of a LoRA's energy that is on the target; None where none is known.
         methods: method -> number of results.
@@ -48,6 +51,7 @@ class SummaryGroup:
     failed: int = 0
     refused: int = 0
     left: int = 0
+    incomplete: int = 0
     coverage: float | None = None
     energy: float | None = None
     methods: dict[str, int] = field(default_factory=dict)
@@ -81,7 +85,7 @@ class Summary:
         return f"Summary({self.sentence()!r})"
 
     def count(self, state: str) -> int:
-        """Moves that are "done", "failed", "refused" or "left", or the "total"."""
+        """Moves that are "done", "failed", "refused" or "left", "incomplete", or the "total"."""
         return sum(getattr(group, state) for group in self.groups)
 
     @property
@@ -100,7 +104,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        states = ("total", "done", "failed", "refused", "left")
+        states = ("total", "done", "failed", "refused", "left", "incomplete")
         return {
             "summary": self.sentence(),
             "totals": {state: self.count(state) for state in states},
@@ -175,6 +179,9 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
             refused.append((entry, record.reason if record else entry.refused))
         if record is None:
             continue
+        if state == "done" and record.unread:
+            group.incomplete += 1
+            refused.append((entry, STAYS_BEHIND))
         coverage.add(record.coverage)
         energy.add(record.energy)
         group.seconds += record.seconds

@@ -258,4 +258,5 @@ def _summarise(report: Report) -> dict[str, Any]:
         "verdict": verdict,
         "coverage": round(report.coverage, 4),
         "energy": None if energy is None else round(energy, 4),
+        "unread": len(report.unread),
     }
