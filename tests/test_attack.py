@@ -101,7 +101,7 @@ def test_a_command_that_ends_badly_is_seen(attack, box, monkeypatch, does, verdi
     sandbox = attack["sandbox"]
     monkeypatch.setattr(sandbox.cli, "main", lambda: does(box))
     before = box.look()
-    run = box.run("transfer", seconds=1.0)
+    run = box.run("transfer", seconds=1.0 if does is wait_for_ever else 60.0)
     assert sandbox.judge_ending(box, run, before) == ([verdict] if verdict else [])
 
 
@@ -162,13 +162,13 @@ def test_a_result_that_is_written_in_two_parts_is_seen_half(attack, box, monkeyp
         data = (box.root / "whole").read_bytes()
         (box.root / "whole").unlink()
         result.write_bytes(data[:9])
-        time.sleep(0.1)
+        time.sleep(0.5)  # long beside what starting a process takes on a busy machine
         result.write_bytes(data)
 
     monkeypatch.setattr(attack["sandbox"].cli, "main", main)
     scenario = kills.Scenario("writer", lambda box: None, lambda box: [], 8)
     row = kills.run_scenario(scenario, box, 1.0, 0)
-    assert row.runs == 8 and 1 <= row.counts["partial"] <= 8
+    assert row.runs == 8 and 2 < row.counts["partial"] <= 8
 
 
 def test_mutants_are_what_a_hand_would_write(monkeypatch):
