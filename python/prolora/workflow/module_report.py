@@ -159,6 +159,11 @@ class ModuleReport:
     onto: str | None = None
     measures: Measures | None = None
 
+    @property
+    def has_place(self) -> bool:
+        """Whether it went to the target, by itself or added to another."""
+        return self.status in ("mapped", "summed")
+
     def at_strength(self, strength: float) -> ModuleReport:
         """The row of the same update multiplied by `strength`."""
         if strength == 1:
