@@ -10,9 +10,9 @@ from prolora.adapters import Adapter
 from prolora.bases import open_base
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError, ShapeMismatch, UnsupportedFormat
+from prolora.workflow.by_weights.ledger import Ledger
 from prolora.workflow.by_weights.vectors import carry_vectors
 from prolora.workflow.options import TransferOptions
-from prolora.workflow.by_weights.ledger import Ledger
 from prolora.workflow.plan import make_plan
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"

@@ -1,9 +1,7 @@
 """The forms of --out-rank."""
 
 import pytest
-from mini import lora_tensors, write_case
 
-import prolora
 from prolora.workflow.options import TransferOptions
 from prolora.workflow.out_rank import is_out_rank, parse_percentage, parse_size_limit
 
