@@ -72,7 +72,7 @@ def test_a_plan_that_is_no_file_is_refused_at_once(prolora, tmp_path, kind):
 def test_what_a_run_does_not_take_is_refused_before_anything_is_made(prolora, planned, tmp_path):
     for words, message in (
         (["--shard", "3/2"], "as 2/8"),
-        (["--workers", "2"], "--engine ray"),
+        (["--workers", "2"], "engine ray"),
         (["--retries=-1"], "retries"),
     ):
         code, _, err = prolora("migrate", planned[0], "-o", tmp_path / "moved", *words)

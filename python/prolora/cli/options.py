@@ -28,12 +28,14 @@ from ..workflow.options import Shown, TransferOptions, find_shown
 log = logging.getLogger(__name__)
 
 
-def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
-    """The parameter of an option that is told in `workflow.options`; none if it has no panel."""
+def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
+    """The parameter of an option that an options object tells; none if it has no panel."""
     shown: Shown = field.metadata["shown"]
     if not shown.panel:
         return []
-    kind: Any = str
+    parser = PARSERS.get(field.name)
+    plain = [one for one in (int, float) if hint in (one, one | None) and not parser]
+    kind: Any = plain[0] if plain else str
     if shown.words:
         kind = Literal[shown.words]
     elif isinstance(field.default, bool):
@@ -43,7 +45,7 @@ def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
         *flags,
         help=shown.help,
         metavar=shown.metavar or None,
-        parser=PARSERS.get(field.name),
+        parser=parser,
         rich_help_panel=shown.panel,
     )
     if field.default is None:
@@ -400,7 +402,7 @@ def _list_parameters(kind: Any) -> list[inspect.Parameter]:
     parameters = []
     for field in dataclasses.fields(kind):
         if "shown" in field.metadata:
-            parameters += _derive_parameter(field)
+            parameters += _derive_parameter(field, hints[field.name])
             continue
         default: Any = inspect.Parameter.empty
         if field.default is not dataclasses.MISSING:
