@@ -217,10 +217,12 @@ CacheOption = Annotated[
     typer.Option(
         parser=parse_path,
         metavar="FOLDER",
-        help="Folder that keeps what is computed of the bases, for the next LoRA. Default: "
-        "PROLORA_CACHE, or the user's cache folder.",
+        help="Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
+        "user's cache folder.",
     ),
 ]
+NO_CACHE = Path("none")
+"""What stands for no folder in the place of one."""
 
 
 @dataclass
@@ -292,10 +294,15 @@ class Resources:
             help="Memory this process may take, as 2GiB; refused if it is too little.",
         ),
     ] = ""
-    cache: CacheOption = None
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither look into a cache nor keep anything.")
-    ] = False
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FOLDER|none",
+            help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
+            "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
+        ),
+    ] = None
 
     def check_device(self) -> None:
         """Settles "auto".
@@ -310,13 +317,11 @@ class Resources:
         """--max-memory in bytes; None where it is not given."""
         return parse_size(self.max_memory) if self.max_memory else None
 
-    def find_cache(self) -> Path | None:
+    def find_cache(self, takes_default: bool = True) -> Path | None:
         """The cache folder asked for, or the default where it can be made; or None."""
-        if self.no_cache:
-            if self.cache is not None:
-                raise ValueError("--cache and --no-cache contradict each other: give one of them")
+        if self.cache == NO_CACHE:
             return None
-        if self.cache is not None:
+        if self.cache is not None or not takes_default:
             return self.cache
         folder = default_folder()
         try:

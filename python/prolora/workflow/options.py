@@ -217,8 +217,9 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since. A result of prolora "
-        "that nobody has changed is replaced in any case.",
+        "Replace a file that prolora did not write, or that was changed since; in a folder of "
+        "several LoRAs, also results that are there already. A single result of prolora that "
+        "nobody has changed is replaced in any case.",
         panel=OUTPUT,
         decides=False,
     )

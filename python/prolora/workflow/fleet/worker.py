@@ -127,7 +127,7 @@ class PairWorker:
             # Equal LoRAs of one name have one result, which is made once.
             waiting.setdefault(task.out, []).append(entry)
             tasks.setdefault(task.out, task)
-        mover.look_up(tasks.values(), False, self._cache)
+        mover.look_up(tasks.values(), self._cache)
         left = [task for task in tasks.values() if task.outcome is None]
         for task in tasks.values():
             if task.outcome is not None:
@@ -222,6 +222,7 @@ class PairWorker:
             digest=hash_adapter(outcome.out),
             seconds=round(outcome.seconds, 3),
             kept=outcome.kept,
+            unread=len(outcome.unread),
             **(_summarise(outcome.report) if outcome.report else {}),
         )
 
@@ -248,5 +249,4 @@ def _summarise(report: Report) -> dict[str, Any]:
         "verdict": verdict,
         "coverage": round(report.coverage, 4),
         "energy": None if energy is None else round(energy, 4),
-        "unread": len(report.unread),
     }
