@@ -99,7 +99,6 @@ LEFT_OVER = {
         "probe/run.py:fit_lora",
         "probe/strength.py:measure_strengths",
         "workflow/advice.py:advise",
-        "workflow/fleet/migration.py:migrate",
     },
     "long": {"probe/run.py:fit_lora"},
     "twice": set(),

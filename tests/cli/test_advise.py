@@ -20,7 +20,7 @@ def tuned(case, tmp_path):
 
 def test_one_screen_says_what_to_do(prolora, tuned):
     lora, source, target = tuned
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, text, _ = prolora(*line)
     assert code == 0
     for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
@@ -33,7 +33,7 @@ def test_one_screen_says_what_to_do(prolora, tuned):
 def test_json_has_everything(prolora, tuned):
     _, source, target = tuned
     code, text, _ = prolora(
-        "advise", "--source", source, "--target", target, "--json", "--no-cache"
+        "advise", "--source", source, "--target", target, "--json", "--cache=none"
     )
     advice = json.loads(text)
     assert code == 0 and advice["go"] and advice["lora"] is None and advice["measurement"] is None
@@ -43,7 +43,7 @@ def test_json_has_everything(prolora, tuned):
 
 def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(prolora, case):
     lora, source, target = case
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, _, text = prolora(*line, "--prompt", "a cat")
     assert code == 2 and "add --measure" in text
     code, _, text = prolora(*line, "--measure")

@@ -14,17 +14,19 @@ from mini import write_case
 
 import prolora
 from prolora.core.methods import METHODS, Needs
+from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions, find_shown
 
-FUNCTIONS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+MOVING = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+FUNCTIONS = [*((one, TransferOptions) for one in MOVING), (prolora.migrate, MigrationOptions)]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_help_shows_every_option_with_its_default(function):
+@pytest.mark.parametrize("function, options", FUNCTIONS)
+def test_help_shows_every_option_with_its_default(function, options):
     parameters = inspect.signature(function).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
     text = pydoc.plain(pydoc.render_doc(function))
-    for field in dataclasses.fields(TransferOptions):
+    for field in dataclasses.fields(options):
         parameter = parameters[field.name]
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default
@@ -32,12 +34,15 @@ def test_help_shows_every_option_with_its_default(function):
         assert f"{field.name}: " in text
 
 
-def test_options_have_one_home():
-    """What type checkers read of the options is what `TransferOptions` tells of them."""
-    fields = {field.name: field.type for field in dataclasses.fields(TransferOptions)}
-    assert fields == {k: v.__forward_arg__ for k, v in OptionChanges.__annotations__.items()}
+@pytest.mark.parametrize(
+    "options, changes", [(TransferOptions, OptionChanges), (MigrationOptions, MigrationChanges)]
+)
+def test_options_have_one_home(options, changes):
+    """What type checkers read of the options is what the options object tells of them."""
+    fields = {field.name: field.type for field in dataclasses.fields(options)}
+    assert fields == {k: v.__forward_arg__ for k, v in changes.__annotations__.items()}
     for name in fields:
-        assert find_shown(TransferOptions, name).help
+        assert find_shown(options, name).help
 
 
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):

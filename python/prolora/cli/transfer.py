@@ -12,7 +12,6 @@ from typing import Annotated, cast
 
 import typer
 
-from ..adapters.left_out import UNKNOWN_UPDATE
 from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -75,7 +74,7 @@ def transfer(
         moving,
         probe=probing.to_probing(moving),
         # A dry run makes no cache folder.
-        cache=resources.cache if output.dry_run else resources.find_cache(),
+        cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
     )
@@ -155,7 +154,7 @@ def move_loras(
     with progress_bar("transfer", output.show_tables) as progress:
         options = replace(options, progress=progress)
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
-            return transfer_many(loras, source, target, path, options, redo=output.redo)
+            return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
             report = transfer_file(loras[0], pair.source, pair.target, out, options)
@@ -216,9 +215,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
         what = "cannot be moved" if failed[0].planned else "were not moved"
         raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs {what}: {names}")
     for outcome in outcomes:
-        left_out = outcome.report.left_out if outcome.report else {}
-        unknown = [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
-        if outcome.report and (unread := [*outcome.report.unread, *unknown]):
+        if unread := outcome.unread:
             raise IncompleteResult(
                 f"{outcome.lora}: {len(unread)} updates could not be read and stay behind, the "
                 f"first of {unread[0]}"

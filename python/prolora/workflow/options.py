@@ -33,7 +33,7 @@ from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
 if TYPE_CHECKING:
-    pass
+    from _typeshed import DataclassInstance
 
 LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
@@ -209,8 +209,9 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since. A result of prolora "
-        "that nobody has changed is replaced in any case.",
+        "Replace a file that prolora did not write, or that was changed since; in a folder of "
+        "several LoRAs, also results that are there already. A single result of prolora that "
+        "nobody has changed is replaced in any case.",
         panel=OUTPUT,
         decides=False,
     )
@@ -362,9 +363,10 @@ class OptionChanges(TypedDict, total=False):
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Settled = TypeVar("Settled", bound="DataclassInstance")
 
 
-def settle_options(options: TransferOptions, changes: Mapping[str, Any]) -> TransferOptions:
+def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
     """The options with changes made by keyword.
 
     Raises:
@@ -384,8 +386,8 @@ def takes_options(function: Function) -> Function:
 
     `help()` and editors then show each keyword with its default and what it does.
     """
-    names = OptionChanges.__annotations__
-    told = [known for known in fields(TransferOptions) if known.name in names]
+    signature = inspect.signature(function)
+    told = fields(signature.parameters["options"].default)
     lines = [
         textwrap.fill(
             f"{known.name}: {_read_shown(known).help}",
@@ -397,7 +399,6 @@ def takes_options(function: Function) -> Function:
     ]
     text = function.__doc__ or ""
     function.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
-    signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
     keyword = inspect.Parameter.KEYWORD_ONLY

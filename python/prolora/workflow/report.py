@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.left_out import find_unknown_updates
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
@@ -455,6 +456,7 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
+        behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
@@ -464,8 +466,16 @@ class Outcome:
     report: Report | None = None
     error: ProLoRAError | None = None
     kept: bool = False
+    behind: tuple[str, ...] = ()
     planned: bool = False
     seconds: float = 0.0
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Updates of the LoRA that could not be read and stay behind."""
+        if self.report is None:
+            return self.behind
+        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
 
     @property
     def status(self) -> str:
@@ -485,4 +495,6 @@ class Outcome:
         }
         if self.error:
             entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        if self.behind:
+            entry["unread"] = list(self.behind)
         return entry | (self.report.to_dict() if self.report else {})
