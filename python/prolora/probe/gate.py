@@ -14,7 +14,7 @@ from .energies import energy_of, measure_disagreement, share_by_origin
 from .recording.trajectories import output_of, predict_call
 from .recording.wanted import WantedChange
 from .trajectory_numbers import sum_by_trajectory
-from .updates import apply_updates
+from .updates import run_beside
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -302,7 +302,7 @@ def measure_missing(
     read: Callable[[Any], Tensor],
 ) -> list[Tensor]:
     """‖achieved − wanted change‖² of every sample [n], batch by batch."""
-    with apply_updates(target, updates, strength):
+    with run_beside(target, updates, strength):
         return [energy_of(predict_call(target, w.call, read) - w.plain - w.change) for w in probes]
 
 

@@ -116,7 +116,7 @@ def fit_lora(
         lora: a file, an adapter, or updates by the source's module names.
         sample_source: runs the source's sampler from noise with the given seed.
         sample_target: the same for the target.
-        sample_adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled
+        sample_adapted: runs the source while the LoRA runs in it, where the LoRA is sampled
             in another way than the source (few steps, no guidance, a trigger word).
         translate: turns a call recorded on the source into the call that asks the target the same
             question (its own text embeddings, its own measure of time); None: the same call.

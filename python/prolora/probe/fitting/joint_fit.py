@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.translation import Read
-from ..updates import weight_of
+from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
-from .spectra import Factors, JointCurvature, LeadingSpectrum
+from .spectra import JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 _ROUNDING = 1e-6  # of the wanted change
