@@ -18,8 +18,9 @@ from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates,
 from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
+from prolora.probe.recording.guidance import Guidance, keep_call
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
-from prolora.probe.recording.translation import Question
+from prolora.probe.recording.translation import Question, Translation
 from prolora.probe.recording.wanted import WantedChange
 from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
@@ -337,7 +338,8 @@ def decide(copied: float | None, gain: float, apart: float, start: str = "copy")
     disagreement = {"adapted": apart / 2, "target": apart, "all": apart}
     rival = None if copied is None else {"all": copied}
     measured = None if copied is None else gate.Gain(gain, 0.01, 20)
-    return gate.decide_gate(1.0, share, disagreement, rival, measured, start)[0]
+    least = gate.least_gain(apart, start)
+    return gate.decide_gate(1.0, share, disagreement, rival, measured, least)[0]
 
 
 def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
@@ -346,6 +348,35 @@ def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
     assert decide(0.9, -0.02, apart=0.01) == "copy"
     assert decide(0.7, 0.12, apart=0.14) == "copy"  # less than the wanted change may be wrong by
     assert decide(None, 0.0, apart=0.1) == "go"
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_where_the_source_is_asked_with_guidance_any_sure_gain_over_the_copy_counts(images):
+    """A student differs from its teacher by what it has learnt, which is no error of the change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    update = LowRank(torch.randn(5, 2), torch.randn(2, 6))
+    held_out = []
+    with torch.no_grad():
+        for i, origin in enumerate(("source", "adapted", "target")):
+            x = torch.randn(20, 6)
+            plain = model(x)
+            call = Call((x,), {}, origin, tuple(range(20 * i, 20 * i + 20)))
+            apart = 0.4 * plain.std() * torch.randn(20, 5)
+            held_out.append(WantedChange(call, plain, x @ update.dense().mT, apart))
+
+    def decision(fitted: float, guidance: Guidance | None) -> str:
+        copied, ours = ({"0": LowRank(s * update.up, update.down)} for s in (0.7, fitted))
+        translation = Translation(guidance=guidance)
+        return gate.judge_updates(
+            model, ours, held_out, translation, copied, "copy", images
+        ).decision
+
+    guided = Guidance(2.0, keep_call)
+    assert 0.09 < measure_disagreement(held_out)["all"] < 0.4
+    assert decision(0.95, guidance=None) == "copy"
+    assert decision(0.95, guided) == "go"
+    assert decision(0.69, guided) == "copy"  # it gains nothing
 
 
 def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
