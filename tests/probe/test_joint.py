@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -11,17 +12,21 @@ import torch
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import LowRank, ShapeMismatch, probe
+from prolora import InvalidOption, LowRank, ShapeMismatch, probe
+from prolora.adapters.adapter import Adapter
 from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
+from prolora.probe.fitting.adamw_fit import STEPS, fit_by_adamw
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
 from prolora.probe.recording.guidance import Guidance, keep_call
+from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
 from prolora.probe.recording.translation import Question, Translation
 from prolora.probe.recording.wanted import WantedChange
+from prolora.probe.run import fit_from_recorder
 from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
 __all__ = ["lora", "source"]  # fixtures
@@ -101,14 +106,15 @@ class Kept:
         return self.state
 
 
+@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
 @pytest.mark.parametrize("order", ["nnmmmm", "mnmnmn"])
-def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
+def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order, fit_factors):
     model, drawn, _ = alternating(order)
 
     def fitted(store: Kept | None = None) -> JointFit:
-        batches = iter(drawn)
+        batches = itertools.cycle(drawn)
         problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0, 3)
-        return fit_jointly(problem, store=store)
+        return fit_factors(problem, store=store)
 
     complete = fitted()
     for steps in range(1, 6):
@@ -119,6 +125,48 @@ def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
         assert torch.equal(again.updates["0"].up, complete.updates["0"].up)
         assert torch.equal(again.updates["0"].down, complete.updates["0"].down)
         assert again.history == complete.history
+
+
+def test_adamw_brings_the_factors_to_the_wanted_change_and_skips_what_misses_nothing():
+    model, drawn, update = alternating("nmmmmm")
+    batches = itertools.cycle(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 300, 1.0, 5)
+    result = fit_by_adamw(problem)
+    left = float((result.updates["0"].dense() - update).square().sum() / update.square().sum())
+    assert left < 2e-2
+    assert len(result.history) == 300 * STEPS
+    assert result.history[0] == 1 and result.history[1] == pytest.approx(0, abs=1e-6)
+    again = fit_by_adamw(replace(problem, steps=1), result.updates)
+    assert again.history[-1] == pytest.approx(result.history[-1], abs=0.01)  # starts from these
+
+
+def test_adamw_changes_no_module_that_never_reaches_the_prediction():
+    torch.manual_seed(0)
+    model = WithBlindEnd().requires_grad_(False)
+    x = torch.randn(50, 6)
+    plain = model(x)
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + torch.randn_like(plain))]
+    names = ["used", "idle", "asleep"]
+    problem = JointProblem(model, names, lambda y: y, lambda: probes, 3, 1.0, 2)
+    assert fit_by_adamw(problem).updates.keys() == fit_jointly(problem).updates.keys() == {"used"}
+
+
+def test_a_setting_chooses_the_optimiser(source, lora):
+    target = permuted(source)
+    samplers = (sampler(source), sampler(source), sampler(target))
+    adapter = Adapter(dict(lora), format="diffusers")
+
+    def reached(optimiser: str) -> tuple[float, int]:
+        recorder = Recorder(source, target, adapter, samplers, Translation())
+        settings = probe.FitSettings(steps=16, rank=8, force=True, optimiser=optimiser)
+        report = fit_from_recorder(recorder, {}, settings).report
+        return report.gate.share["all"], len(report.steps)
+
+    fitted, taught = reached("gauss-newton"), reached("adamw")
+    assert (fitted[1], taught[1]) == (16, 16 * STEPS)
+    assert fitted[0] > taught[0] > 0.1
+    with pytest.raises(InvalidOption, match="optimiser must be one of gauss-newton, adamw"):
+        probe.FitSettings(optimiser="sgd")
 
 
 def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch):

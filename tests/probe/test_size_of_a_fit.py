@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import LowRank, ProLoRAError
-from prolora.probe.fitting.joint_fit import JointProblem, _start_factors, fit_jointly
+from prolora.probe.fitting.adamw_fit import fit_by_adamw
+from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_factors
 from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks
 from prolora.probe.fitting.spectra import JointCurvature, LeadingSpectrum
 from prolora.probe.models import frozen
@@ -58,13 +59,14 @@ def parts(dtype: torch.dtype) -> tuple[nn.Module, list[str], list[ProbeBatch]]:
     return model, [f"{i}.0" for i in range(4)], probes
 
 
+@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
 @pytest.mark.parametrize("start", ["zero", "copy"])
-def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start):
+def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, fit_factors):
     model, names, probes = parts(torch.float32)
     copied = {n: LowRank(torch.randn(WIDE, 3) / 50, torch.randn(3, WIDE) / 14) for n in names[:2]}
     problem = JointProblem(model, names, lambda y: y, lambda: probes, 6, 1.0, 4)
     with Large(WIDE * WIDE) as large:
-        fit = fit_jointly(problem, copied if start == "copy" else {})
+        fit = fit_factors(problem, copied if start == "copy" else {})
     assert not large.names
     assert fit.history[-1] > fit.history[0]
 
@@ -225,7 +227,7 @@ def test_a_copy_to_start_from_is_itself_at_a_higher_rank_and_its_best_part_at_a_
     copied = LowRank(torch.randn(WIDE, 3), torch.randn(3, WIDE))
     for rank in (2, 3, 7):
         problem = JointProblem(model, names, lambda y: y, list, 1, 1.0, rank)
-        factors = _start_factors(problem, {names[0]: copied})
+        factors = start_factors(problem, {names[0]: copied})
         up, down = factors[names[0]]
         assert up.shape == (WIDE, rank)
         expected = copied.truncate(rank).dense() if rank < 3 else copied.dense()

@@ -46,7 +46,7 @@ from .recording.translation import (
 )
 from .recording.wanted import wanted_changes
 from .report import ProbeReport
-from .settings import FitSettings, Start
+from .settings import FitSettings, Optimiser, Start
 from .trajectory_numbers import number_questions
 
 __all__ = ["FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
@@ -100,6 +100,7 @@ def fit_lora(
     samplers: str = "",
     max_memory: int | None = None,
     progress: Progress | None = None,
+    optimiser: Optimiser = "gauss-newton",
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
@@ -143,6 +144,7 @@ def fit_lora(
         samplers: what the samplers do, as a text; required with `resume`.
         max_memory: bytes of calls in memory; the rest goes to temporary files.
         progress: called as progress(done, total, name).
+        optimiser: see `FitSettings`.
 
     Raises:
         InvalidOption: an option has a value that it does not take.
@@ -168,6 +170,7 @@ def fit_lora(
         samplers=samplers,
         max_memory=max_memory,
         progress=progress,
+        optimiser=optimiser,
     )
     translation = Translation(
         translate or same_call,

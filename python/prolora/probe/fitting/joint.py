@@ -11,7 +11,9 @@ from ..probe_run import ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
+from ..settings import ADAMW
 from ..updates import run_beside
+from .adamw_fit import fit_by_adamw
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
@@ -83,7 +85,8 @@ def _fit_from(
 ) -> JointFit:
     settings = run.settings
     read, draw = run.translation.read, batches.draw
-    return fit_jointly(
+    fit = fit_by_adamw if settings.optimiser == ADAMW else fit_jointly
+    return fit(
         JointProblem(run.target, names, read, draw, settings.steps, settings.damping, rank),
         start,
         lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
