@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
+from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
@@ -20,6 +21,7 @@ from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
+from ...probe.default_prompts import derive_prompts
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
@@ -163,7 +165,11 @@ def _fit_models(
     checkpoints = open_checkpoints(options.probe.resume, *denoisers, inputs)
     updates = _drop_text_encoders(route.adapter.updates)
     adapter = route.adapter.with_updates(updates)
-    settings = _fit_settings(options)
+    settings, sampled = _fit_settings(options), options.probe
+    derived: tuple[str, ...] = ()
+    if not sampled.prompts and all("prompt" in model.accepted for model in models):
+        derived = derive_prompts(read_training_words(route.adapter.metadata))
+        sampled = replace(sampled, prompts=derived)
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -172,7 +178,6 @@ def _fit_models(
 
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-    sampled = options.probe
     few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
@@ -180,7 +185,7 @@ def _fit_models(
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
     result = fit(
         (models[0], models[1]),
-        options.probe,
+        sampled,
         (adapter, _drop_text_encoders(rival)),
         settings,
         checkpoints,
@@ -190,6 +195,7 @@ def _fit_models(
         name: LowRank(update.up * options.factor, update.down).to("cpu")
         for name, update in result.adapter.updates.items()
     }
+    result.report.derived_prompts = derived
     return fitted, result.report
 
 
@@ -350,7 +356,7 @@ def _describe_gate(
     """What the header of the file says of a probing, beside what it says of any transfer."""
     return {
         "prolora.probe_calls": str(probe.probes),
-        "prolora.probe_prompts": str(len(options.probe.prompts)),
+        "prolora.probe_prompts": str(len(options.probe.prompts or probe.derived_prompts)),
         "prolora.probe_decision": gate.decision if gate else "",
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
         "prolora.probe_start": probe.start,
