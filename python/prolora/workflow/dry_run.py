@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .. import adapters
@@ -10,8 +9,6 @@ from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from .base_check import check_bases
-from .by_probing.plan import check_probing
-from .by_probing.rows import outline_report
 from .by_weights.assembly import (
     build_report,
     check_coverage,
@@ -77,15 +74,11 @@ def plan_report(
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
     check_bases(lora, old, new, options)
-    if options.runs_models:
-        check_probing(old, new, options)
-        report = outline_report(_outline_lora(lora, old), old, new, options)
-        check_coverage(report.modules, options.min_coverage)
-        return replace(report, dry_run=True)
-    return _plan_by_weights(_outline_lora(lora, old), old, new, options)
+    return _plan_by_weights(read_outline(lora, old), old, new, options)
 
 
-def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
+def read_outline(lora: LoraLike, source: Base) -> Adapter:
+    """The LoRA from its header alone: what first has to be made an update has no values."""
     if isinstance(lora, Adapter):
         return lora
     return adapters.outline_adapter(lora, source.shapes, source.family)

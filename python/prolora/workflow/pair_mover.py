@@ -30,7 +30,7 @@ from .options import TransferOptions
 from .output_paths import check_output
 from .report import Outcome, Report
 from .resume import Recipe
-from .transfer import Transfer, run_transfer_file, save_result
+from .transfer import Transfer, save_result
 
 
 @dataclass
@@ -154,10 +154,7 @@ class PairMover:
             for group in groups:
                 progress = _label_progress(group, loras, self.asked.progress)
                 inputs = self._list_inputs(loras)
-                if self.chosen.runs_models:
-                    yield from self._probe_in_turn(group, inputs, progress)
-                else:
-                    yield from self._move_group(group, inputs, kept, progress)
+                yield from self._move_group(group, inputs, kept, progress)
                 kept.save()
 
     def _list_inputs(self, loras: Iterable[Path]) -> list[Path]:
@@ -165,20 +162,6 @@ class PairMover:
         # A path that cannot be looked at is no file that could be overwritten.
         there = [lora for lora in loras if os.path.exists(lora)]
         return [*there, *self.source.files, *self.target.files]
-
-    def _probe_in_turn(
-        self, group: list[Task], inputs: list[Path], progress: Progress | None
-    ) -> Iterator[Task]:
-        """Method "probe": one LoRA after the other, each with the models for itself."""
-        options = replace(self.asked, progress=progress)
-        for task in group:
-
-            def move(task: Task = task) -> Report:
-                check_output(task.out, inputs, options.overwrite)
-                return run_transfer_file(task.lora, self.source, self.target, task.out, options)
-
-            task.finish(task.attempt(move))
-            yield task
 
     def _move_group(
         self,

@@ -15,11 +15,13 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
+from ..core.option_fields import read_shown
 from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.ownership import is_own
 from ..version import __version__
-from .options import TransferOptions, find_shown
+from .fit_options import FitOptions
+from .options import TransferOptions
 
 _FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
 
@@ -39,11 +41,13 @@ class Recipe:
     lora: Path
     source: Base
     target: Base
-    options: TransferOptions
+    options: TransferOptions | FitOptions
     lora_hash: str
 
     @classmethod
-    def of(cls, lora: Path, source: Base, target: Base, options: TransferOptions) -> Recipe:
+    def of(
+        cls, lora: Path, source: Base, target: Base, options: TransferOptions | FitOptions
+    ) -> Recipe:
         """The recipe of a LoRA that is not yet read: a file that changes later has another one.
 
         Raises:
@@ -60,11 +64,11 @@ class Recipe:
         chosen = {
             field.name: _jsonable(getattr(self.options, field.name))
             for field in fields(self.options)
-            if find_shown(TransferOptions, field.name).decides and field.name not in _FORM
+            if read_shown(field).decides and field.name not in _FORM
         }
         # As all results were made before there was a choice.
         for name, usual in (("look", "target"),):
-            if chosen[name] == usual:
+            if chosen.get(name) == usual:
                 del chosen[name]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.options.format, str(self.options.dtype))

@@ -14,8 +14,8 @@ from .. import adapters
 from ..adapters.adapter import Adapter
 from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
-from .by_probing.pipeline import transfer_by_probing
 from .by_weights.pipeline import Notes, list_inputs, transfer_by_weights
+from .fit_options import FitOptions
 from .options import (
     DEFAULT_OPTIONS,
     DtypeLike,
@@ -144,8 +144,7 @@ def transfer(
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputError: out_rank is a size that one column a module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.
-        UnrelatedBases: method "auto", and the weights have nothing in common; method "probe", and
-            the held-out probes speak against it.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
@@ -160,13 +159,12 @@ def run_transfer(
     options: TransferOptions,
     notes: Notes | None = None,
 ) -> Transfer:
-    """Moves a LoRA through the pipeline that its method needs.
+    """Moves a LoRA, its bases opened.
 
     Raises:
         ProLoRAError: see `transfer`.
     """
-    pipeline = transfer_by_probing if options.runs_models else transfer_by_weights
-    result = pipeline(lora, source, target, options, notes)
+    result = transfer_by_weights(lora, source, target, options, notes)
     return Transfer(result.adapter, result.report, list_inputs(lora, source, target))
 
 
@@ -225,7 +223,7 @@ def run_transfer_file(
     return save_result(done, Path(out), options)
 
 
-def save_result(done: Transfer, out: Path, options: TransferOptions) -> Report:
+def save_result(done: Transfer, out: Path, options: TransferOptions | FitOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
     format = options.format or "auto"

@@ -84,9 +84,11 @@ def _fit_from(
     settings = run.settings
     read, draw = run.translation.read, batches.draw
     return fit_jointly(
-        JointProblem(run.target, names, read, draw, settings.steps, settings.damping, rank),
+        JointProblem(
+            run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
+        ),
         start,
-        lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
+        lambda step: run.notify(step, settings.fit_steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),
     )
 

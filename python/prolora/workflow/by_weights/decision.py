@@ -8,7 +8,7 @@ from ...architectures.modules import matrix_shape
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
-from ...bases.vae import can_probe
+from ...bases.vae import RUN_INSTEAD, can_fit
 from ...comparison.drift import Affinity, measure_affinities
 from ...comparison.renumbered_blocks import recognise_blocks
 from ...comparison.verdict import STRANGE_COSINE, Verdict, judge_pairs
@@ -95,8 +95,8 @@ def _leave_out_strangers(job: Job, source: Base, target: Base) -> None:
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
     way = " --method copy does it anyway"
-    if can_probe(source.path, target.path):
-        way = f" --method probe looks at the running models and may move it;{way}"
+    if can_fit(source.path, target.path):
+        way = f" {RUN_INSTEAD};{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
 
 
