@@ -138,13 +138,6 @@ def test_every_module_is_in_one_cell_of_the_map(report):
     assert f"{PLACES[0]}.transformer_blocks.0.attn1.to_q: 75% kept, projected" in text
 
 
-def test_a_module_added_to_another_has_its_share():
-    onto = make_row("blocks.0.a", surviving_energy=0.5, rank_cut_energy=0.5)
-    added = make_row("blocks.1.a", "summed", onto="blocks.0.a")
-    cells = PlaceMap((onto, added)).cells.values()
-    assert [cell.share for cell in cells] == [0.25, 0.25]
-
-
 def test_what_has_no_number_is_shown_without_one(report):
     unknown = dict.fromkeys(("surviving_energy", "norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]

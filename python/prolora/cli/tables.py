@@ -153,7 +153,7 @@ def outcomes_table(outcomes: list[Outcome]) -> Table:
         if outcome.report:
             totals = outcome.report.totals
             numbers = [
-                str(totals["mapped"] + totals["summed"]),
+                str(totals["mapped"]),
                 str(totals["skipped"]),
                 str(totals["refused"]),
                 format_number(totals["energy_surviving"], ".0%"),

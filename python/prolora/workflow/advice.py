@@ -12,6 +12,7 @@ from typing import Any
 from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
 from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
@@ -26,7 +27,7 @@ from ..probe.recording.trajectories import Sample
 from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
 from .base_check import check_bases
-from .by_weights.pipeline import plan_transfer, read_lora
+from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions
@@ -259,10 +260,12 @@ def advise(
     verdict, fit = comparison.verdict, None
     energies: dict[str, float] = {}
     if adapter is not None:
-        plan = plan_transfer(adapter, ours.base, theirs.base, replace(options, match=paired), cache)
-        affinities = measure_plan(plan, comparison, ours.base, theirs.base)
+        with BasisCache(cache).saving() as opened:
+            pair = BasePair(ours.base, theirs.base, replace(options, match=paired), opened)
+            ledger = pair.plan(adapter, "outline")
+        affinities = measure_plan(ledger.plan, comparison, ours.base, theirs.base)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
-        fit, energies = locate_lora(adapter, plan, affinities, _name_lora(lora))
+        fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
     measurement = None
     if measure and adapter is not None:
         candidates = move_candidates(adapter, ours.base, theirs.base, options)

@@ -15,16 +15,15 @@ from ..core.precision import in_full_precision
 from .batch import make_folders
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.rows import outline_report
-from .by_weights.lora_work import LORA_FAILURES
-from .by_weights.pipeline import list_inputs
-from .dry_run import read_outline
+from .by_weights.base_pair import list_inputs
+from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .output_paths import check_distinct, check_name, check_output, name_output
 from .pair_mover import as_refusal
 from .report import Outcome, Report
+from .result import Transfer, save_result
 from .resume import Recipe
-from .transfer import Transfer, save_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -179,7 +178,7 @@ def plan_fit(
         ProLoRAError: what `fit` refuses before a model is loaded.
     """
     options = settle_options(options, changes)
-    job = prepare_fit(lora, open_base(source), open_base(target), options, read_outline)
+    job = prepare_fit(lora, open_base(source), open_base(target), options, "outline")
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 

@@ -31,7 +31,7 @@ from .output_paths import check_beside, is_page_path
 from .page.document import render_report
 from .page.notebook import render_summary
 
-STATUSES = ("mapped", "summed", "skipped", "refused")
+STATUSES = ("mapped", "skipped", "refused")
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,8 +121,7 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """Counts, coverage and energies of the whole LoRA; the same keys for a dry run.
 
-        mapped, summed, skipped, refused: rows. coverage: share of the LoRA's modules mapped or
-        summed.
+        mapped, skipped, refused: rows. coverage: share of the LoRA's modules that are mapped.
         energy_mapped: share of Σ‖ΔW_s‖² that the mapped modules hold. energy_surviving: Σ‖ΔW_t‖²
         over mapped modules' Σ‖ΔW_s‖². copy_distance: energy-weighted root mean square.
         energy_mixed, phi_left, phi_right: means over projected modules, None where there is none.
@@ -131,7 +130,7 @@ class Report:
         """
         mapped = self.rows("mapped")
         measures = [(row.energy, row.measures) for row in mapped if row.measures]
-        everything = {row.source: row.energy for row in self.modules if row.onto is None}
+        everything = {row.source: row.energy for row in self.modules}
         total = sum(everything.values())
         mapped_energy = sum({row.source: row.energy for row in mapped}.values())
 
@@ -191,11 +190,10 @@ class Report:
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
-        added = f" ({totals['summed']} of them added to others)" if totals["summed"] else ""
         moved = "would move" if self.dry_run else "moved"
         sentences = [
             f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
-            f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
+            f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
         if residuals:
@@ -330,7 +328,7 @@ def measure_coverage(rows: Iterable[ModuleReport]) -> float:
 def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     """The LoRA's modules, and those of them that found a place."""
     own = [row for row in rows if row.rank_in]
-    placed = {row.source for row in own if row.status in ("mapped", "summed")}
+    placed = {row.source for row in own if row.status == "mapped"}
     return {row.source for row in own}, placed
 
 

@@ -25,26 +25,23 @@ from ...probe.gate import COPY
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
 from ..base_check import check_bases
-from ..by_weights.assembly import (
-    build_metadata,
-    check_coverage,
-    list_missed,
-    list_tensors_left_out,
-)
-from ..by_weights.pipeline import (
-    Notes,
-    Result,
+from ..by_weights.assembly import build_metadata
+from ..by_weights.base_pair import (
+    BasePair,
+    Depth,
+    MakeNotes,
     list_inputs,
-    move_without_header,
     prefix_notes,
     read_lora,
 )
+from ..by_weights.ledger import Ledger
+from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
 from ..options import FIT, LoraLike, MethodChoice
-from ..plan import ModulePlan, Route
+from ..plan import ModulePlan
 from ..report import Report
-from ..transfer import Transfer
+from ..result import Transfer
 from .plan import check_fittable, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, list_vectors, outline_report
 
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
-_OF_TRANSFERS = ("rank_rule", "threshold", "dropped")
+_OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
 
 
@@ -81,7 +78,7 @@ def fit_to_pipelines(
     source: Base,
     target: Base,
     options: FitOptions,
-    notes: Notes | None = None,
+    notes: MakeNotes | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
 
@@ -100,7 +97,7 @@ def fit_to_pipelines(
     rival = _move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    updates, report = _fit_models(job, rival.adapter.updates if rival else {}, inputs)
+    updates, report = _fit_models(job, rival.done.adapter.updates if rival else {}, inputs)
     gate, files = report.gate, list_inputs(lora, source, target)
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
@@ -116,7 +113,7 @@ def prepare_fit(
     source: Base,
     target: Base,
     options: FitOptions,
-    read: Callable[[LoraLike, Base], Adapter] = read_lora,
+    depth: Depth = "updates",
 ) -> FitJob:
     """Reads and plans; refuses all that can be refused without running a model.
 
@@ -125,7 +122,7 @@ def prepare_fit(
         source: the base it was trained on.
         target: the base it goes to.
         options: how.
-        read: reads the LoRA of the source.
+        depth: how far the LoRA is read.
 
     Raises:
         LowCoverage: fewer modules have a place than was asked for.
@@ -135,7 +132,7 @@ def prepare_fit(
     # Running models of equal weights may differ in schedule, steps and guidance.
     moving = replace(options.as_moved("copy"), again=options.again)
     check_bases(lora, source, target, moving, may_be_one=True)
-    adapter = read(lora, source)
+    adapter = read_lora(lora, source, depth)
     plan = plan_modules(adapter, source, target, options.text_encoder)
     rows = outline_report(adapter, plan, source, target, options).modules
     check_coverage(rows, options.min_coverage)
@@ -168,17 +165,28 @@ def _outline_result(job: FitJob) -> Adapter:
     return replace(job.adapter, updates=outline, kernels={}, vectors={}, unread={})
 
 
-def _read_notes(notes: Notes | None) -> dict[str, str]:
+def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
     return {} if notes is None else prefix_notes(notes(BasisCache(None)))
 
 
-def _move_rival(job: FitJob) -> Result | None:
+@dataclass(frozen=True)
+class _Rival:
+    """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
+
+    done: Transfer
+    ledger: Ledger
+
+
+def _move_rival(job: FitJob) -> _Rival | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     for method in methods:
         options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
         try:
-            return move_without_header(job.adapter, job.source, job.target, options)
+            with BasisCache(options.cache).saving() as cache:
+                pair = BasePair(job.source, job.target, options, cache)
+                (ledger,) = pair.move([pair.plan(job.adapter)])
+                return _Rival(pair.finish(ledger, hashed=False), ledger)
         except UnrelatedBases:
             continue
         except ProLoRAError:
@@ -354,7 +362,7 @@ def _finish_fit(
 def _describe_result(job: FitJob) -> dict[str, str]:
     """The header of a result as that of any transfer."""
     options = job.options.as_moved("copy")
-    return build_metadata(Route(job.adapter, job.plan, job.source, job.target, options))
+    return build_metadata(Ledger(job.adapter, job.plan, job.source, job.target, options))
 
 
 def _list_rows(
@@ -395,10 +403,10 @@ def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tup
 
 
 def _scale_rival(
-    rival: Result, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
+    rival: _Rival, probe: ProbeReport, factor: float, job: FitJob, notes: dict[str, str]
 ) -> tuple[Adapter, Report]:
     """A LoRA moved by weights alone, at the strength that held-out probes chose."""
-    adapter, report = rival.adapter, rival.report
+    adapter, report = rival.done.adapter, rival.done.report
 
     def is_scaled(name: str | None) -> bool:
         return name is not None and not is_in_text_encoder(name)
@@ -416,7 +424,7 @@ def _scale_rival(
     )
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": FIT}
-    metadata = build_metadata(rival.route) | facts | _describe_gate(probe, job.options) | notes
+    metadata = build_metadata(rival.ledger) | facts | _describe_gate(probe, job.options) | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
     report = replace(
         report,

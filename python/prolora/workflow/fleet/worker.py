@@ -22,7 +22,7 @@ from ...errors import OutputError, ProLoRAError, UnrelatedBases
 from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
-from ..by_weights.lora_work import LORA_FAILURES
+from ..by_weights.ledger import LORA_FAILURES
 from ..output_paths import name_output
 from ..page.document import kept_of_all
 from ..pair_mover import PairMover, Task, as_refusal

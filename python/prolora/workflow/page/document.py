@@ -121,7 +121,7 @@ def _list_sentences(report: Report) -> Html:
 def _draw_tiles(report: Report) -> Html:
     """The numbers that people ask for first."""
     totals = report.totals
-    placed = totals["mapped"] + totals["summed"]
+    placed = totals["mapped"]
     name = "modules to move" if report.dry_run else "modules moved"
     tiles = [
         (name, f"{report.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
@@ -225,7 +225,6 @@ def list_facts(report: Report) -> dict[str, str]:
         "rank of the subspaces": f"{report.rank_rule:g}",
         "threshold on Φ": f"{report.threshold:g}",
         "match": report.match,
-        "dropped blocks": origin.get("dropped", ""),
         "recipe": origin.get("recipe", ""),
         "versions": f"prolora {origin.get('version', __version__)}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",

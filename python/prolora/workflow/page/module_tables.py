@@ -171,7 +171,7 @@ def module_table(report: Report) -> Html:
         for column in _ROW_COLUMNS
         if any(write_number(column.value(row)) != NOTHING for row in shown)
     ]
-    total = sum(row.energy for row in report.modules if row.onto is None)
+    total = sum(row.energy for row in report.modules)
     is_renamed = any(row.target not in (None, row.source) for row in report.modules)
     numbers = [column.name for column in columns] + (["energy"] if total else [])
     numbers += ["rank in", "rank out", "shape"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -43,7 +43,7 @@ class Cell:
     @property
     def moved(self) -> bool:
         """Whether anything of it has a place on the target."""
-        return any(row.status in ("mapped", "summed") for row in self.rows)
+        return any(row.status == "mapped" for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,10 @@ class PlaceMap:
         groups: dict[tuple[MapColumn, str], list[int]] = {}
         for i, row in enumerate(self.modules):
             groups.setdefault(_locate(row.source), []).append(i)
-        targets = {row.source: row for row in self.modules if row.status == "mapped"}
         cells = {}
         for key, indices in groups.items():
             rows = tuple(self.modules[i] for i in indices)
-            share = None if self.is_planned else share_kept(rows, targets)
+            share = None if self.is_planned else share_kept(rows)
             cells[key] = Cell(rows, tuple(indices), share)
         return cells
 
@@ -100,29 +99,25 @@ def _locate(module: str) -> tuple[MapColumn, str]:
 
 
 def share_kept(
-    rows: Sequence[ModuleReport], targets: Mapping[str, ModuleReport] | None = None
+    rows: Sequence[ModuleReport],
 ) -> float | None:
     """The share of the modules' energy that is on the target, strength and cut rank included.
 
     Args:
         rows: some modules of a report.
-        targets: source -> mapped row, for modules that were added to others.
 
     Returns:
         Above 1 where an update became larger; None where a fitted update has nothing to be
         compared with. Modules without energy count alike.
     """
-    shares = [_share(row, targets or {}) for row in rows]
+    shares = [_share(row) for row in rows]
     if any(math.isnan(share) for share in shares):
         return None
     mean = weighted_mean((row.energy, share) for row, share in zip(rows, shares, strict=True))
     return sum(shares) / len(shares) if mean is None else mean
 
 
-def _share(row: ModuleReport, targets: Mapping[str, ModuleReport]) -> float:
-    if row.status == "summed":
-        onto = targets.get(row.onto or "")
-        return 1.0 if onto is None else _share(onto, {})
+def _share(row: ModuleReport) -> float:
     if row.status != "mapped":
         return 0.0
     return row.surviving_energy * (1 - row.rank_cut_energy)
