@@ -99,20 +99,10 @@ LEFT_OVER = {
         "probe/run.py:fit_lora",
         "probe/strength.py:measure_strengths",
         "workflow/advice.py:advise",
-        "workflow/fleet/migration.py:migrate",
     },
     "long": {"probe/run.py:fit_lora"},
     "twice": set(),
-    "circles": [
-        ("adapters/adapter.py", "adapters/reading.py"),
-        (
-            "workflow/page/block_tables.py",
-            "workflow/page/document.py",
-            "workflow/page/module_tables.py",
-            "workflow/page/notebook.py",
-            "workflow/report.py",
-        ),
-    ],
+    "circles": [("adapters/adapter.py", "adapters/reading.py")],
     "flags": 39,
 }
 

@@ -41,12 +41,14 @@ from .workflow.dry_run import plan_report
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
 from .workflow.fleet.planning import plan_migration
+from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
-from .workflow.transfer import Transfer, transfer, transfer_file
+from .workflow.result import Transfer
+from .workflow.transfer import transfer, transfer_file
 
 __all__ = [
     "DEFAULT_RANK",
@@ -66,6 +68,7 @@ __all__ = [
     "LowRank",
     "Method",
     "MethodName",
+    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",

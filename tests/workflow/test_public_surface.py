@@ -14,17 +14,19 @@ from mini import write_case
 
 import prolora
 from prolora.core.methods import METHODS, Needs
+from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions, find_shown
 
-FUNCTIONS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+MOVING = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+FUNCTIONS = [*((one, TransferOptions) for one in MOVING), (prolora.migrate, MigrationOptions)]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_help_shows_every_option_with_its_default(function):
+@pytest.mark.parametrize("function, options", FUNCTIONS)
+def test_help_shows_every_option_with_its_default(function, options):
     parameters = inspect.signature(function).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
     text = pydoc.plain(pydoc.render_doc(function))
-    for field in dataclasses.fields(TransferOptions):
+    for field in dataclasses.fields(options):
         parameter = parameters[field.name]
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default
@@ -32,12 +34,15 @@ def test_help_shows_every_option_with_its_default(function):
         assert f"{field.name}: " in text
 
 
-def test_options_have_one_home():
-    """What type checkers read of the options is what `TransferOptions` tells of them."""
-    fields = {field.name: field.type for field in dataclasses.fields(TransferOptions)}
-    assert fields == {k: v.__forward_arg__ for k, v in OptionChanges.__annotations__.items()}
+@pytest.mark.parametrize(
+    "options, changes", [(TransferOptions, OptionChanges), (MigrationOptions, MigrationChanges)]
+)
+def test_options_have_one_home(options, changes):
+    """What type checkers read of the options is what the options object tells of them."""
+    fields = {field.name: field.type for field in dataclasses.fields(options)}
+    assert fields == {k: v.__forward_arg__ for k, v in changes.__annotations__.items()}
     for name in fields:
-        assert find_shown(TransferOptions, name).help
+        assert find_shown(options, name).help
 
 
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
@@ -71,7 +76,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("damping", -1.0),
         ("out_rank", math.nan),
         ("method", "magic"),
-        ("dropped", "keep"),
         ("vectors", "project"),
         ("text_encoder", "maybe"),
         ("format", "zip"),
@@ -135,16 +139,14 @@ def test_memory_and_dtypes_may_be_texts(tmp_path):
 def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     done = prolora.transfer(*write_case(tmp_path))
     assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
-    assert repr(done.report) == (
-        "Report('copy', source -> target: 8 mapped, 0 summed, 4 skipped, 0 refused)"
-    )
+    assert repr(done.report) == ("Report('copy', source -> target: 8 mapped, 4 skipped, 0 refused)")
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
 
 
 @pytest.mark.parametrize("method", get_args(MethodChoice))
 def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, method):
     called = []
-    for name in ("transfer_by_weights", "transfer_by_probing"):
+    for name in ("move_lora", "transfer_by_probing"):
 
         def note(*arguments, name=name):
             called.append(name)
@@ -154,4 +156,4 @@ def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, meth
     with pytest.raises(prolora.ProLoRAError, match="stop here"):
         prolora.transfer(*write_case(tmp_path), method=method)
     runs_models = method != "auto" and METHODS[method].needs is Needs.MODELS
-    assert called == ["transfer_by_probing" if runs_models else "transfer_by_weights"]
+    assert called == ["transfer_by_probing" if runs_models else "move_lora"]

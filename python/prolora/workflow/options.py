@@ -33,7 +33,7 @@ from ..probe.settings import Probing
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
 
 if TYPE_CHECKING:
-    pass
+    from _typeshed import DataclassInstance
 
 LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
@@ -51,7 +51,6 @@ DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 DtypeLike = torch.dtype | DtypeName
 """The dtype of the factors in a file, or its name."""
 
-DroppedMode = Literal["skip", "sum"]
 TextEncoderMode = Literal["copy", "project", "skip"]
 VectorsMode = Literal["copy", "skip"]
 Strength = float | Literal["auto"]
@@ -180,13 +179,6 @@ class TransferOptions:
         panel=MATCHING,
         metavar="auto|name|similarity|FILE",
     )
-    dropped: DroppedMode = option(
-        "skip",
-        'Updates of blocks that the target has dropped: "skip" them, or "sum" them onto the '
-        "nearest block that is still there.",
-        panel=MATCHING,
-        words=get_args(DroppedMode),
-    )
     min_coverage: float = option(
         0.0,
         "Fail if a smaller share of the LoRA's modules, 0 … 1, can move.",
@@ -217,8 +209,9 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since. A result of prolora "
-        "that nobody has changed is replaced in any case.",
+        "Replace a file that prolora did not write, or that was changed since; in a folder of "
+        "several LoRAs, also results that are there already. A single result of prolora that "
+        "nobody has changed is replaced in any case.",
         panel=OUTPUT,
         decides=False,
     )
@@ -357,7 +350,6 @@ class OptionChanges(TypedDict, total=False):
     vectors: VectorsMode
     again: bool
     match: Match
-    dropped: DroppedMode
     min_coverage: float
     out_rank: OutRank
     format: FormatLike | None
@@ -371,9 +363,10 @@ class OptionChanges(TypedDict, total=False):
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Settled = TypeVar("Settled", bound="DataclassInstance")
 
 
-def settle_options(options: TransferOptions, changes: Mapping[str, Any]) -> TransferOptions:
+def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
     """The options with changes made by keyword.
 
     Raises:
@@ -393,8 +386,8 @@ def takes_options(function: Function) -> Function:
 
     `help()` and editors then show each keyword with its default and what it does.
     """
-    names = OptionChanges.__annotations__
-    told = [known for known in fields(TransferOptions) if known.name in names]
+    signature = inspect.signature(function)
+    told = fields(signature.parameters["options"].default)
     lines = [
         textwrap.fill(
             f"{known.name}: {_read_shown(known).help}",
@@ -406,7 +399,6 @@ def takes_options(function: Function) -> Function:
     ]
     text = function.__doc__ or ""
     function.__doc__ = text.rstrip() + "\n\n    Options:\n" + "\n".join(lines) + "\n    "
-    signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {parameter.name for parameter in parameters}
     keyword = inspect.Parameter.KEYWORD_ONLY

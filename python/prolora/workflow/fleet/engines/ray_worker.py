@@ -12,7 +12,7 @@ from ....bases.cache.basis_cache import default_folder
 from ....bases.cache.cache_files import publish_file
 from ....bases.cache.cache_folder import create_versioned_folder, versioned_folder
 from ....version import __version__
-from ...by_weights.lora_work import LORA_FAILURES
+from ...by_weights.ledger import LORA_FAILURES
 from ...pair_mover import as_refusal
 from ..plan import Entry, PairOfBases
 from ..records import Record
