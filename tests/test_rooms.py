@@ -102,16 +102,7 @@ LEFT_OVER = {
     },
     "long": {"probe/run.py:fit_lora"},
     "twice": set(),
-    "circles": [
-        ("adapters/adapter.py", "adapters/reading.py"),
-        (
-            "workflow/page/block_tables.py",
-            "workflow/page/document.py",
-            "workflow/page/module_tables.py",
-            "workflow/page/notebook.py",
-            "workflow/report.py",
-        ),
-    ],
+    "circles": [("adapters/adapter.py", "adapters/reading.py")],
     "flags": 39,
 }
 

@@ -47,7 +47,8 @@ from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
-from .workflow.transfer import Transfer, transfer, transfer_file
+from .workflow.result import Transfer
+from .workflow.transfer import transfer, transfer_file
 
 __all__ = [
     "DEFAULT_RANK",

@@ -256,7 +256,7 @@ def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, whe
         "write_adapter": (adapters, lambda adapter, path, **_: path.name == loras[1].name),
         # Of the second LoRA alone every update has rank 2.
         "cut_rank": (
-            sys.modules["prolora.workflow.by_weights.lora_work"],
+            sys.modules["prolora.workflow.by_weights.ledger"],
             lambda update, *_: update.rank == 2,
         ),
     }[where]

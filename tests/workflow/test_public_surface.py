@@ -76,7 +76,6 @@ def test_the_methods_are_those_of_the_table_and_auto():
         ("damping", -1.0),
         ("out_rank", math.nan),
         ("method", "magic"),
-        ("dropped", "keep"),
         ("vectors", "project"),
         ("text_encoder", "maybe"),
         ("format", "zip"),
@@ -140,16 +139,14 @@ def test_memory_and_dtypes_may_be_texts(tmp_path):
 def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     done = prolora.transfer(*write_case(tmp_path))
     assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
-    assert repr(done.report) == (
-        "Report('copy', source -> target: 8 mapped, 0 summed, 4 skipped, 0 refused)"
-    )
+    assert repr(done.report) == ("Report('copy', source -> target: 8 mapped, 4 skipped, 0 refused)")
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
 
 
 @pytest.mark.parametrize("method", get_args(MethodChoice))
 def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, method):
     called = []
-    for name in ("transfer_by_weights", "transfer_by_probing"):
+    for name in ("move_lora", "transfer_by_probing"):
 
         def note(*arguments, name=name):
             called.append(name)
@@ -159,4 +156,4 @@ def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, meth
     with pytest.raises(prolora.ProLoRAError, match="stop here"):
         prolora.transfer(*write_case(tmp_path), method=method)
     runs_models = method != "auto" and METHODS[method].needs is Needs.MODELS
-    assert called == ["transfer_by_probing" if runs_models else "transfer_by_weights"]
+    assert called == ["transfer_by_probing" if runs_models else "move_lora"]

@@ -24,16 +24,16 @@ from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
 from ..workflow.inspection import inspect
 from ..workflow.options import FormatLike, TransferOptions
+from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path
-from ..workflow.page.index import render_outcomes
 from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
-from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .exits import IncompleteResult
 from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs
+from .tables import draw_table, failure_lines, show_tables
 from .transfer_options import OutputOptions, ProbeOptions
 
 STDOUT = Path("-")
@@ -85,7 +85,7 @@ def transfer(
         if not output.dry_run and any(used_subspaces(outcome) for outcome in outcomes):
             show_cache(cast("Path | None", options.cache))
     elif len(outcomes) > 1:
-        for line in tables.failure_lines(outcomes):
+        for line in failure_lines(outcomes):
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     if card is not None:
@@ -225,8 +225,8 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
-        out.print_table(tables.outcomes_table(outcomes))
-        for line in tables.failure_lines(outcomes):
+        out.print_table(draw_table(tabulate_outcomes(outcomes)))
+        for line in failure_lines(outcomes):
             out.print_line(line, style="red")
         if len({outcome.lora for outcome in outcomes}) == 1:  # of two experts
             for outcome in outcomes:
@@ -249,17 +249,7 @@ def used_subspaces(outcome: Outcome) -> bool:
 
 def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
-    if report.decisions:
-        out.print_table(
-            tables.decisions_table(report.decisions, report.dropped_blocks, every_module)
-        )
-    if report.rows("mapped") and (not report.was_fitted or every_module or report.dry_run):
-        out.print_table(tables.transfer_table(report, every_module))
-        if not report.dry_run:
-            out.print_note(tables.transfer_legend(report, every_module))
-    reasons = tables.reasons_table(report)
-    if reasons:
-        out.print(reasons)
+    show_tables(out, report.tables(every_module, every_module))
     for sentence in report.sentences():
         style = "bold yellow" if sentence.startswith("No-go") else None
         out.print(sentence, style=style)

@@ -46,7 +46,7 @@ from .recording.translation import (
 )
 from .recording.wanted import wanted_changes
 from .report import ProbeReport
-from .settings import FitSettings, Start
+from .settings import FitSettings, Optimiser, Start
 from .trajectory_numbers import number_questions
 
 __all__ = ["FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
@@ -100,6 +100,7 @@ def fit_lora(
     samplers: str = "",
     max_memory: int | None = None,
     progress: Progress | None = None,
+    optimiser: Optimiser = "gauss-newton",
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
@@ -116,7 +117,7 @@ def fit_lora(
         lora: a file, an adapter, or updates by the source's module names.
         sample_source: runs the source's sampler from noise with the given seed.
         sample_target: the same for the target.
-        sample_adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled
+        sample_adapted: runs the source while the LoRA runs in it, where the LoRA is sampled
             in another way than the source (few steps, no guidance, a trigger word).
         translate: turns a call recorded on the source into the call that asks the target the same
             question (its own text embeddings, its own measure of time); None: the same call.
@@ -143,6 +144,7 @@ def fit_lora(
         samplers: what the samplers do, as a text; required with `resume`.
         max_memory: bytes of calls in memory; the rest goes to temporary files.
         progress: called as progress(done, total, name).
+        optimiser: see `FitSettings`.
 
     Raises:
         InvalidOption: an option has a value that it does not take.
@@ -168,6 +170,7 @@ def fit_lora(
         samplers=samplers,
         max_memory=max_memory,
         progress=progress,
+        optimiser=optimiser,
     )
     translation = Translation(
         translate or same_call,
@@ -282,11 +285,8 @@ def _judge(
     """The verdict of the held-out probes; the report gets what crossed, where images did."""
     translation, target = run.translation, run.target
     wanted = list(wanted_changes(run.source, target, run.adapter.updates, held_out, translation))
-    start = run.report.start
-    images, same_noise = crossed is not None, translation.same_noise
-    verdict = judge_updates(
-        target, updates, wanted, translation.read, run.rival, start, images, same_noise
-    )
+    rival = (run.rival, run.report.start)
+    verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
     if crossed is not None:
         copied = verdict.decision == COPY and not run.settings.force
         moved = (run.rival, verdict.copy_strength) if copied else (updates, verdict.strength)

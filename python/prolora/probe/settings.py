@@ -16,6 +16,10 @@ Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without probing."""
 
 STARTS: tuple[Start, ...] = get_args(Start)
+Optimiser = Literal["gauss-newton", "adamw"]
+"""What a fit takes its steps by."""
+
+ADAMW: Optimiser = "adamw"
 FEW_STEPS = 4
 """Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
@@ -146,6 +150,8 @@ class FitSettings:
         max_memory: bound in bytes on recorded calls in memory; the rest goes to
             temporary files. Models and the activations of one call are not counted. None: no bound.
         progress: called as progress(done, total, name).
+        optimiser: "gauss-newton"; or "adamw" with two steps for each of `steps`, as trainers do it,
+            for comparison.
     """
 
     rank: float | None = None
@@ -161,6 +167,7 @@ class FitSettings:
     samplers: str = ""
     max_memory: int | None = None
     progress: Progress | None = None
+    optimiser: Optimiser = "gauss-newton"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -170,6 +177,10 @@ class FitSettings:
         """
         make_fields_plain(self)
         _check_start(self.start)
+        if self.optimiser not in get_args(Optimiser):
+            raise InvalidOption(
+                f"optimiser must be one of {', '.join(get_args(Optimiser))}, not {self.optimiser!r}"
+            )
         if self.rank is not None:
             _check_rank(self.rank)
         _check_count("steps", self.steps)

@@ -12,6 +12,7 @@ from typing import Any
 from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
 from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
@@ -26,10 +27,12 @@ from ..probe.recording.trajectories import Sample
 from ..probe.settings import Probing
 from ..probe.strength import MeasuredStrength, Measurement
 from .base_check import check_bases
-from .by_weights.pipeline import plan_transfer, read_lora
+from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions
+from .table import Table
+from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
 
 SAMPLED = Probing(images=6, steps=12)
 """What `advise` samples where it measures: six trajectories of each of two models."""
@@ -81,6 +84,16 @@ class Advice:
             groups.setdefault(find_stage(module.target), []).append(module)
         energies = self._energies if self.lora else None
         return [describe_stack(name, modules, energies) for name, modules in groups.items()]
+
+    def tables(self) -> list[Table]:
+        """Drift by depth, and what was measured or is expected."""
+        title = f"{self.comparison.source} → {self.comparison.target}"
+        found = [tabulate_stacks(title, self.stacks(), self.verdict.related)]
+        if self.measurement is not None:
+            found.append(tabulate_measured(self.measurement))
+        elif self.expected:
+            found.append(tabulate_expected(self.expected))
+        return found
 
     def sentences(self) -> list[str]:
         """The advice in plain words."""
@@ -258,10 +271,12 @@ def advise(
     verdict, fit = comparison.verdict, None
     energies: dict[str, float] = {}
     if adapter is not None:
-        plan = plan_transfer(adapter, ours.base, theirs.base, replace(options, match=paired), cache)
-        affinities = measure_plan(plan, comparison, ours.base, theirs.base)
+        with BasisCache(cache).saving() as opened:
+            pair = BasePair(ours.base, theirs.base, replace(options, match=paired), opened)
+            ledger = pair.plan(adapter, "outline")
+        affinities = measure_plan(ledger.plan, comparison, ours.base, theirs.base)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
-        fit, energies = locate_lora(adapter, plan, affinities, _name_lora(lora))
+        fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
     measurement = None
     if measure and adapter is not None:
         candidates = move_candidates(adapter, ours.base, theirs.base, options)

@@ -20,7 +20,7 @@ from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
 from ..probe.settings import Probing
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
-from .by_weights.pipeline import move_without_header
+from .by_weights.base_pair import move_lora
 from .options import MethodChoice, TransferOptions
 
 MOMENTS = 6
@@ -157,7 +157,7 @@ def move_candidates(
     for method in methods:
         asked = replace(options, method=method, strength=1.0, progress=None)
         with suppress(UnrelatedBases):
-            moved = move_without_header(adapter, source, target, asked)
+            moved = move_lora(adapter, source, target, asked, hashed=False)
             updates = _keep_denoiser(moved.adapter.updates)
             if updates and not any(_are_equal(updates, other) for other in candidates.values()):
                 candidates[method] = updates

@@ -51,7 +51,6 @@ DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 DtypeLike = torch.dtype | DtypeName
 """The dtype of the factors in a file, or its name."""
 
-DroppedMode = Literal["skip", "sum"]
 TextEncoderMode = Literal["copy", "project", "skip"]
 VectorsMode = Literal["copy", "skip"]
 Strength = float | Literal["auto"]
@@ -179,13 +178,6 @@ class TransferOptions:
         "JSON file or mapping {target module: source module}.",
         panel=MATCHING,
         metavar="auto|name|similarity|FILE",
-    )
-    dropped: DroppedMode = option(
-        "skip",
-        'Updates of blocks that the target has dropped: "skip" them, or "sum" them onto the '
-        "nearest block that is still there.",
-        panel=MATCHING,
-        words=get_args(DroppedMode),
     )
     min_coverage: float = option(
         0.0,
@@ -358,7 +350,6 @@ class OptionChanges(TypedDict, total=False):
     vectors: VectorsMode
     again: bool
     match: Match
-    dropped: DroppedMode
     min_coverage: float
     out_rank: OutRank
     format: FormatLike | None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
+from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
@@ -20,21 +21,19 @@ from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
+from ...probe.default_prompts import derive_prompts
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY, Gate
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings, Probing
 from ..base_check import check_bases
-from ..by_weights.assembly import (
-    build_metadata,
-    check_coverage,
-    list_missed,
-    list_tensors_left_out,
-)
-from ..by_weights.pipeline import Notes, Result, move_without_header, prefix_notes, read_lora
+from ..by_weights.assembly import build_metadata
+from ..by_weights.base_pair import BasePair, MakeNotes, list_inputs, prefix_notes, read_lora
+from ..by_weights.ledger import Ledger
+from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
 from ..module_report import ModuleReport
 from ..options import PROBE, LoraLike, MethodChoice, TransferOptions
-from ..plan import Route
+from ..result import Transfer
 from .plan import check_probing, outline_fit, plan_probing
 from .rows import build_probe_report, list_modules, list_vectors, outline_report
 
@@ -49,8 +48,8 @@ def transfer_by_probing(
     source: Base,
     target: Base,
     options: TransferOptions,
-    notes: Notes | None = None,
-) -> Result:
+    notes: MakeNotes | None = None,
+) -> Transfer:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
@@ -64,7 +63,8 @@ def transfer_by_probing(
     check_probing(source, target, options)
     check_bases(lora, source, target, options)
     adapter = read_lora(lora, source)
-    route = Route(adapter, plan_probing(adapter, source, target, options), source, target, options)
+    plan = plan_probing(adapter, source, target, options)
+    route = Ledger(adapter, plan, source, target, options, lora)
     blank = _outline_result(route)
     adapters.check_format(blank, options.format or "auto")
     outline = outline_report(adapter, source, target, options)
@@ -73,7 +73,7 @@ def transfer_by_probing(
     rival = _move_rival(route)
     if rival is None and options.probe.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    updates, report = _fit_models(route, rival.adapter.updates if rival else {}, inputs)
+    updates, report = _fit_models(route, rival.done.adapter.updates if rival else {}, inputs)
     gate = report.gate
     if gate and gate.decision == COPY and not options.probe.force:
         if not gate.copy_serves:
@@ -105,24 +105,35 @@ def _check_kept(source: Base, target: Base, options: TransferOptions) -> Inputs:
     return inputs
 
 
-def _outline_result(route: Route) -> Adapter:
+def _outline_result(route: Ledger) -> Adapter:
     """The adapter of the target, before its updates have values."""
     outline = outline_fit(route.adapter, route.plan, route.source, route.target)
     return replace(route.adapter, updates=outline, kernels={}, vectors={}, unread={})
 
 
-def _read_notes(notes: Notes | None) -> dict[str, str]:
+def _read_notes(notes: MakeNotes | None) -> dict[str, str]:
     return {} if notes is None else prefix_notes(notes(BasisCache(None)))
 
 
-def _move_rival(route: Route) -> Result | None:
+@dataclass(frozen=True)
+class _Rival:
+    """What moving by weights alone makes of the LoRA: the result, and how that was decided."""
+
+    done: Transfer
+    ledger: Ledger
+
+
+def _move_rival(route: Ledger) -> _Rival | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
     for method in methods:
         # The bases were looked at before, and running models of equal weights are two.
         options = replace(route.options, method=method, progress=None, dtype=None, again=True)
         try:
-            return move_without_header(route.adapter, route.source, route.target, options)
+            with BasisCache(options.cache).saving() as cache:
+                pair = BasePair(route.source, route.target, options, cache)
+                (ledger,) = pair.move([pair.plan(route.adapter)])
+                return _Rival(pair.finish(ledger, hashed=False), ledger)
         except UnrelatedBases:
             continue
         except ProLoRAError:
@@ -131,7 +142,7 @@ def _move_rival(route: Route) -> Result | None:
 
 
 def _fit_models(
-    route: Route, rival: Mapping[str, LowRank], inputs: Inputs
+    route: Ledger, rival: Mapping[str, LowRank], inputs: Inputs
 ) -> tuple[dict[str, LowRank], ProbeReport]:
     """Runs the pipelines and fits: target module -> update at the strength asked for.
 
@@ -154,7 +165,11 @@ def _fit_models(
     checkpoints = open_checkpoints(options.probe.resume, *denoisers, inputs)
     updates = _drop_text_encoders(route.adapter.updates)
     adapter = route.adapter.with_updates(updates)
-    settings = _fit_settings(options)
+    settings, sampled = _fit_settings(options), options.probe
+    derived: tuple[str, ...] = ()
+    if not sampled.prompts and all("prompt" in model.accepted for model in models):
+        derived = derive_prompts(read_training_words(route.adapter.metadata))
+        sampled = replace(sampled, prompts=derived)
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -163,7 +178,6 @@ def _fit_models(
 
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-    sampled = options.probe
     few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
@@ -171,7 +185,7 @@ def _fit_models(
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
     result = fit(
         (models[0], models[1]),
-        options.probe,
+        sampled,
         (adapter, _drop_text_encoders(rival)),
         settings,
         checkpoints,
@@ -181,6 +195,7 @@ def _fit_models(
         name: LowRank(update.up * options.factor, update.down).to("cpu")
         for name, update in result.adapter.updates.items()
     }
+    result.report.derived_prompts = derived
     return fitted, result.report
 
 
@@ -283,12 +298,12 @@ def _drop_text_encoders(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def _finish_probing(
-    route: Route,
+    route: Ledger,
     blank: Adapter,
     fitted: dict[str, LowRank],
     probe: ProbeReport,
     notes: dict[str, str],
-) -> Result:
+) -> Transfer:
     """The adapter of the target, and the report, of what was fitted."""
     adapter, plan, source, target = route.adapter, route.plan, route.source, route.target
     gate = probe.gate
@@ -313,11 +328,11 @@ def _finish_probing(
         seconds=dict(probe.seconds),
         provenance=read_provenance(metadata),
     )
-    return Result(moved, report, decided)
+    return Transfer(moved, report, list_inputs(route.lora, source, target))
 
 
 def _list_rows(
-    route: Route, fitted: Mapping[str, LowRank], strength: float, how: str
+    route: Ledger, fitted: Mapping[str, LowRank], strength: float, how: str
 ) -> list[ModuleReport]:
     """What became of every module; `how` is said of those that got an update.
 
@@ -341,7 +356,7 @@ def _describe_gate(
     """What the header of the file says of a probing, beside what it says of any transfer."""
     return {
         "prolora.probe_calls": str(probe.probes),
-        "prolora.probe_prompts": str(len(options.probe.prompts)),
+        "prolora.probe_prompts": str(len(options.probe.prompts or probe.derived_prompts)),
         "prolora.probe_decision": gate.decision if gate else "",
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
         "prolora.probe_start": probe.start,
@@ -354,9 +369,11 @@ def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tup
     return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
 
 
-def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[str, str]) -> Result:
+def _scale_rival(
+    rival: _Rival, probe: ProbeReport, factor: float, notes: dict[str, str]
+) -> Transfer:
     """A LoRA moved by weights alone, at the strength that held-out probes chose."""
-    adapter, report = rival.adapter, rival.report
+    adapter, report = rival.done.adapter, rival.done.report
 
     def is_scaled(name: str | None) -> bool:
         return name is not None and not is_in_text_encoder(name)
@@ -374,7 +391,7 @@ def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[s
     )
     strength = report.strength * factor
     facts = {"prolora.strength": f"{strength:.4g}", "prolora.asked": PROBE}
-    metadata = build_metadata(rival.route) | facts | notes
+    metadata = build_metadata(rival.ledger) | facts | notes
     moved = replace(adapter, updates=updates, vectors=vectors, metadata=metadata)
     report = replace(
         report,
@@ -384,4 +401,4 @@ def _scale_rival(rival: Result, probe: ProbeReport, factor: float, notes: dict[s
         modules=rows,
         provenance=read_provenance(metadata),
     )
-    return Result(moved, report, rival.route)
+    return Transfer(moved, report, rival.done.inputs)

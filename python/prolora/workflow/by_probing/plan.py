@@ -34,7 +34,6 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
     """
     unused = {
         "match": options.match == AUTO_MATCH,
-        "dropped": options.dropped == "skip",
         "rank": options.rank == DEFAULT_RANK,
         "damping": options.damping is None,
         "threshold": options.threshold == DEFAULT_THRESHOLD,

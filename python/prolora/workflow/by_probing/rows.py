@@ -12,7 +12,7 @@ import torch
 from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...core.lowrank import LowRank
-from ..by_weights.assembly import (
+from ..by_weights.rows import (
     describe_unchanged,
     list_missed,
     list_tensors_left_out,

@@ -22,9 +22,8 @@ from ...errors import OutputError, ProLoRAError, UnrelatedBases
 from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
-from ..by_weights.lora_work import LORA_FAILURES
+from ..by_weights.ledger import LORA_FAILURES
 from ..output_paths import name_output
-from ..page.document import kept_of_all
 from ..pair_mover import PairMover, Task, as_refusal
 from ..report import Outcome, Report
 from ..resume import Recipe, hash_adapter
@@ -244,7 +243,7 @@ class PairWorker:
 
 def _summarise(report: Report) -> dict[str, Any]:
     """What a record keeps of a report."""
-    energy = kept_of_all(report)
+    energy = report.share_on_target
     verdict = "" if report.verdict is None else "go" if report.verdict.go else "weak"
     return {
         "method": report.method,
