@@ -46,7 +46,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import TransferOptions
+from .workflow.options import MethodChoice, TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
 from .workflow.result import Transfer
@@ -71,6 +71,7 @@ __all__ = [
     "LowCoverage",
     "LowRank",
     "Method",
+    "MethodChoice",
     "MethodName",
     "MigrationOptions",
     "MissingFile",
