@@ -98,20 +98,10 @@ LEFT_OVER = {
     "wide": {
         "probe/strength.py:measure_strengths",
         "workflow/advice.py:advise",
-        "workflow/fleet/migration.py:migrate",
     },
     "long": set(),
     "twice": set(),
-    "circles": [
-        ("adapters/adapter.py", "adapters/reading.py"),
-        (
-            "workflow/page/block_tables.py",
-            "workflow/page/document.py",
-            "workflow/page/module_tables.py",
-            "workflow/page/notebook.py",
-            "workflow/report.py",
-        ),
-    ],
+    "circles": [("adapters/adapter.py", "adapters/reading.py")],
     "flags": 39,
 }
 

@@ -43,6 +43,7 @@ from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
 from .workflow.fleet.planning import plan_migration
+from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
@@ -71,6 +72,7 @@ __all__ = [
     "LowRank",
     "Method",
     "MethodName",
+    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",

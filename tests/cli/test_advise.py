@@ -7,8 +7,9 @@ import pytest
 from mini import target_along_few, write_folder
 from rich.console import Console
 
-from prolora.cli import advice_tables
+from prolora.cli.tables import draw_table
 from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
+from prolora.workflow.tables import tabulate_measured
 
 
 @pytest.fixture
@@ -19,10 +20,10 @@ def tuned(case, tmp_path):
 
 def test_one_screen_says_what_to_do(prolora, tuned):
     lora, source, target = tuned
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, text, _ = prolora(*line)
     assert code == 0
-    for part in ("down_blocks.1", "█", "expected", "Same lineage", "8 of the LoRA's 12 modules"):
+    for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
         assert part in text
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("prolora transfer ") and f"--target {target}" in last
@@ -32,7 +33,7 @@ def test_one_screen_says_what_to_do(prolora, tuned):
 def test_json_has_everything(prolora, tuned):
     _, source, target = tuned
     code, text, _ = prolora(
-        "advise", "--source", source, "--target", target, "--json", "--no-cache"
+        "advise", "--source", source, "--target", target, "--json", "--cache=none"
     )
     advice = json.loads(text)
     assert code == 0 and advice["go"] and advice["lora"] is None and advice["measurement"] is None
@@ -42,7 +43,7 @@ def test_json_has_everything(prolora, tuned):
 
 def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(prolora, case):
     lora, source, target = case
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, _, text = prolora(*line, "--prompt", "a cat")
     assert code == 2 and "add --measure" in text
     code, _, text = prolora(*line, "--measure")
@@ -52,9 +53,9 @@ def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(p
 def test_measured_shares_fit_80_columns_whatever_their_sign():
     shares = dict.fromkeys(STRENGTHS, -0.25) | {1.5: -10.25}
     way = MeasuredStrength(0.07, 0.01, (0.0, 0.13), (-0.34, 0.02), shares, {})
-    table = advice_tables.measured_table(Measurement({"auto": way, "copy": way}, 1.0, 12, 72))
+    table = tabulate_measured(Measurement({"auto": way, "copy": way}, 1.0, 12, 72))
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table)
+    console.print(draw_table(table))
     text = console.export_text()
     assert "…" not in text and text.count("-0.25") == 10 and text.count("< −1") == 2
     assert "0.01 [-0.34, 0.02]" in text

@@ -356,10 +356,10 @@ def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
     told = json.loads(text)
     assert code == 0 and told["verdict"]["go"] and told["means"]["above_left"] is None
     code, text, _ = run(*line, "--quick")
-    assert code == 0 and "Φ l/r" not in text
-    assert "rank sweep" not in run(*line)[1]
+    assert code == 0 and "Φ l" not in text
+    assert "Rank sweep" not in run(*line)[1]
     code, text, _ = run(*line, "--sweep")
-    assert code == 0 and "rank sweep over 8 pairs" in text and "≥ 0.8" in text
+    assert code == 0 and "Rank sweep over 8 pairs" in text and "≥ 0.8" in text
     assert all(len(row) <= 80 for row in text.splitlines())
     for extra in (("--plot", tmp_path / "x.png"), ("--sweep",)):
         code, _, text = run(*line, "--quick", *extra)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
 from prolora.probe.recording.trajectories import predict_call, record_calls
-from prolora.probe.updates import apply_updates
+from prolora.probe.updates import run_beside
 
 WIDTH, BLOCKS = 12, 3
 
@@ -107,7 +107,7 @@ def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(sour
     def change(model: nn.Module, updates: dict[str, LowRank]) -> Tensor:
         with torch.no_grad():
             plain = model(x, t)
-            with apply_updates(model, updates):
+            with run_beside(model, updates):
                 return model(x, t) - plain
 
     wanted = change(source, lora)

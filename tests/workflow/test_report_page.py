@@ -18,10 +18,10 @@ from reports import KINDS, PLACES, Page, make_report, make_row
 import prolora
 from prolora.comparison.module_map import BlockDecision
 from prolora.probe.report import ProbeReport
-from prolora.workflow.page.document import Picture, render_report
-from prolora.workflow.page.index import render_outcomes
-from prolora.workflow.page.place_map import PlaceMap
+from prolora.workflow.outcomes_page import render_outcomes
+from prolora.workflow.page.document import Picture
 from prolora.workflow.report import Outcome
+from prolora.workflow.tables import map_modules
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b[31m\u202e\udcff.attn1.to_q"
 SHOWN = "<script>alert(1)</script>\"'&\\x00\\x1b[31m\\u202e\\udcff.attn1.to_q"
@@ -38,7 +38,7 @@ def policy_of(page):
 
 def test_the_page_is_well_formed_and_loads_nothing(report):
     picture = Picture(b"\x89PNG", "two digits")
-    text = render_report(report, {"command": "prolora transfer"}, [picture])
+    text = report.to_html({"command": "prolora transfer"}, [picture])
     page = Page(text)
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert all(link.startswith("#") for link in page.values("href"))
@@ -86,7 +86,7 @@ def make_pages(name):
     moved = Outcome(path, path, report)
     failed = Outcome(path, path, error=prolora.OutputError(name))
     return [
-        render_report(report, {name: name}, [Picture(b"", name)]),
+        report.to_html({name: name}, [Picture(b"", name)]),
         render_outcomes([moved, failed], {"command": name}),
         report._repr_html_(),
     ]
@@ -109,7 +109,7 @@ def test_control_characters_are_spelled_out():
 def test_the_table_has_the_numbers_of_the_report(report):
     text = report.to_html()
     body = text[text.index('id="modules"') :]
-    rows = re.findall(r'<tr id="m(\d+)">(.*?)</tr>', body)
+    rows = re.findall(r'<tr id="m(\d+)"[^>]*>(.*?)</tr>', body)
     assert sorted(int(index) for index, _ in rows) == list(range(len(report.modules)))
     for index, cells in rows:
         row = report.modules[int(index)]
@@ -128,7 +128,7 @@ def test_the_headline_says_how_much_of_the_energy_is_on_the_target(report):
 
 
 def test_every_module_is_in_one_cell_of_the_map(report):
-    places = PlaceMap(report.modules)
+    places = map_modules(report.modules, False)
     indices = [i for cell in places.cells.values() for i in cell.indices]
     assert sorted(indices) == sorted(places.order) == list(range(len(report.modules)))
     assert [(c.place, c.depth) for c in places.columns] == [(p, d) for p in PLACES for d in "01"]

@@ -9,8 +9,8 @@ import shutil
 import pytest
 from reports import KINDS, PLACES, make_report, make_row
 
-from prolora.workflow.page.document import Picture, render_report
-from prolora.workflow.page.index import render_outcomes
+from prolora.workflow.outcomes_page import render_outcomes
+from prolora.workflow.page.document import Picture
 from prolora.workflow.report import Outcome
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -49,7 +49,7 @@ def file(tmp_path_factory):
         for kind in KINDS
     ]
     path = tmp_path_factory.mktemp("pages") / "report.html"
-    path.write_text(render_report(make_report(rows), {}, [Picture(PNG, "dot")]), "utf-8")
+    path.write_text(make_report(rows).to_html({}, [Picture(PNG, "dot")]), "utf-8")
     return path
 
 

@@ -11,9 +11,8 @@ import typer
 
 from ..core.option_fields import take_option
 from ..probe.settings import FitSettings
-from ..workflow.advice import SAMPLED, Advice
+from ..workflow.advice import SAMPLED
 from ..workflow.advice import advise as find_advice
-from . import advice_tables
 from .console import out, progress_bar
 from .options import (
     Bases,
@@ -25,6 +24,7 @@ from .options import (
     expand_options,
     parse_path,
 )
+from .tables import show_tables
 
 LoraArgument = Annotated[
     Path | None,
@@ -111,20 +111,8 @@ def advise(
         print(json.dumps(advice.to_dict(), indent=1))
         return
     if not asked.quiet:
-        show_tables(advice)
+        show_tables(out, advice.tables())
     for sentence in advice.sentences():
         out.print(sentence, style="bold yellow" if sentence.startswith("No-go") else None)
     if advice.command:
         out.print_line(advice.command, style="bold")
-
-
-def show_tables(advice: Advice) -> None:
-    """Drift by depth, expected shares, and what was measured."""
-    out.print_table(advice_tables.stacks_table(advice))
-    out.print_note(advice_tables.STACKS_LEGEND)
-    if advice.measurement is not None:
-        out.print_table(advice_tables.measured_table(advice.measurement))
-        out.print_note(advice_tables.MEASURED_LEGEND)
-    elif advice.expected:
-        out.print_table(advice_tables.expected_table(advice.expected))
-        out.print_note(advice_tables.EXPECTED_LEGEND)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from ..bases import open_base
@@ -22,6 +21,7 @@ from ..bases.cache.maintenance import Inventory, VerifyResult
 from ..core.projection import DEFAULT_RANK
 from ..errors import ProLoRAError
 from ..files.sizes import format_size, parse_size
+from ..workflow.table import Column, Row, Table, make_table, write_extremes
 from .console import out, progress_bar
 from .exits import write_epilog
 from .options import (
@@ -34,7 +34,7 @@ from .options import (
     parse_base,
     parse_rank,
 )
-from .tables import format_extremes, format_number, make_table
+from .tables import draw_table
 
 _AGES = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 
@@ -90,7 +90,7 @@ def build(
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return
     if not quiet:
-        out.print_table(survey_table(opened.name, rows))
+        out.print_table(draw_table(survey_table(opened.name, rows)))
         show_cache(folder)
 
 
@@ -201,34 +201,32 @@ def show_cache(folder: Path | None) -> None:
     if folder is not None:
         size = format_size(maintenance.measure_cache(folder))
         out.print_line(
-            f"cache: {size} in {folder} (`prolora basis list`, `prune`; --no-cache keeps nothing)",
+            f"cache: {size} in {folder} (`prolora basis list`, `prune`; --cache none has none)",
             style="dim",
         )
 
 
 def survey_table(name: str, rows: list[ShapeSurvey]) -> Table:
     """The subspaces of a base, a row per shape."""
-    table = make_table(name)
-    for heading in ("shape", "n", "columns", "energy", "angle bound", "flagged", "how", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            "×".join(map(str, row.shape)),
-            str(row.count),
-            format_extremes((row.columns_min, row.columns_max)),
-            format_number(row.energy, ".1%"),
-            format_number(row.bound, ".1e"),
-            str(row.flagged),
-            row.rungs,
-            format_number(row.seconds, ".1f"),
+    columns = [Column("shape", ""), Column("n", "d"), Column("columns", "")]
+    columns += [Column("energy", ".1%"), Column("angle bound", ".1e"), Column("flagged", "d")]
+    shown = [
+        Row(
+            (
+                *("×".join(map(str, row.shape)), row.count),
+                write_extremes((row.columns_min, row.columns_max)),
+                *(row.energy, row.bound, row.flagged, row.rungs, row.seconds),
+            )
         )
-    return table
+        for row in rows
+    ]
+    return make_table(name, [*columns, Column("how", ""), Column("seconds", ".1f")], shown)
 
 
 def show_inventory(inventory: Inventory) -> None:
     """What a cache holds: a row for each base model and rank rule, and what else there is."""
     if inventory.shelves:
-        out.print_table(inventory_table(inventory))
+        out.print_table(draw_table(inventory_table(inventory)))
     else:
         out.print("The cache holds no bases.")
     notes = format_size(inventory.notes)
@@ -243,22 +241,20 @@ def show_inventory(inventory: Inventory) -> None:
 
 def inventory_table(inventory: Inventory) -> Table:
     """The bases in a cache, a row for each base model and rank rule."""
-    table = make_table(f"{format_size(inventory.size)} in the cache")
-    table.add_column("base", overflow="fold")
-    for heading in ("rank", "bases", "size", "stored", "columns", "bound", "used"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for shelf in inventory.shelves:
-        table.add_row(
-            shelf.base or "(in memory)",
-            shelf.rule,
-            str(shelf.count),
-            format_size(shelf.size),
-            shelf.dtypes,
-            format_extremes((shelf.columns_min, shelf.columns_max)),
-            format_number(shelf.bound, ".0e"),
-            date.fromtimestamp(shelf.used).isoformat(),
+    texts = [Column(name, "") for name in ("rank", "bases", "size", "stored", "columns")]
+    columns = [Column("base"), *texts, Column("bound", ".0e"), Column("used", "")]
+    rows = [
+        Row(
+            (
+                *(shelf.base or "(in memory)", shelf.rule, str(shelf.count)),
+                *(format_size(shelf.size), shelf.dtypes),
+                write_extremes((shelf.columns_min, shelf.columns_max)),
+                *(shelf.bound, date.fromtimestamp(shelf.used).isoformat()),
+            )
         )
-    return table
+        for shelf in inventory.shelves
+    ]
+    return make_table(f"{format_size(inventory.size)} in the cache", columns, rows)
 
 
 def verification_lines(result: VerifyResult, base: str | None, rank: str) -> list[str]:

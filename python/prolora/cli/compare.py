@@ -11,8 +11,9 @@ import typer
 
 from ..comparison import comparison
 from ..comparison.block_matching import resolve_match
+from ..workflow import tables
 from ..workflow.output_paths import check_beside
-from . import heatmap, tables
+from . import heatmap
 from .console import out, progress_bar
 from .options import (
     Bases,
@@ -29,6 +30,7 @@ from .options import (
     parse_rank,
 )
 from .outputs import check_match_file, save_match
+from .tables import show_tables
 
 
 @dataclass
@@ -125,12 +127,8 @@ def compare(
 
 def show_comparison(result: comparison.Comparison, sweep: bool, every_module: bool) -> None:
     """The tables of a comparison."""
+    found = [tables.tabulate_comparison(result, every_module)]
     if result.decisions:
-        out.print_table(
-            tables.decisions_table(result.decisions, result.dropped_blocks, every_module)
-        )
-    out.print_table(tables.comparison_table(result, every_module))
-    out.print_note(tables.COMPARISON_LEGEND)
-    if sweep:
-        out.print_table(tables.sweep_table(result))
-        out.print_note(tables.SWEEP_LEGEND)
+        dropped = result.dropped_blocks
+        found.insert(0, tables.tabulate_decisions(result.decisions, dropped, every_module))
+    show_tables(out, [*found, *([tables.tabulate_sweep(result)] if sweep else [])])

@@ -26,7 +26,7 @@ from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_bytes_atomically, write_text_atomically
 from ..workflow.output_paths import check_beside
-from ..workflow.page.document import Picture, render_report
+from ..workflow.page.document import Picture
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
 
@@ -145,7 +145,7 @@ def run_demo(
     draw_samples(names, [prompt.split()[0] for prompt in prompts], torch.stack(images), picture)
     shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
     facts = {"LoRA": file.name, "written to": moved.name}
-    write_text_atomically(page, render_report(report, facts, [shown]))
+    write_text_atomically(page, report.to_html(facts, [shown]))
     return report, [moved, record, picture, page]
 
 

@@ -72,7 +72,7 @@ def fit(
     options = replace(
         fitting,
         prompts=prompts.read(),
-        cache=resources.cache if output.dry_run else resources.find_cache(),
+        cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
     )
@@ -106,5 +106,5 @@ def fit_loras(
     with progress_bar("fit", output.show_tables) as progress:
         options = replace(options, progress=progress)
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
-            return fit_many(loras, source, target, path, options, redo=output.redo)
+            return fit_many(loras, source, target, path, options)
         return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]

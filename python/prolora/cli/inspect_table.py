@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -13,9 +12,10 @@ from ..adapters.algorithms import forms
 from ..adapters.formats.moves import describe_moves
 from ..architectures.families import find_title
 from ..workflow.inspection import Description
+from ..workflow.tables import tabulate_components, write_counts
+from .tables import draw_table
 
 _SPELLINGS = {"sgm": "the original checkpoint's module names", "diffusers": "diffusers' names"}
-_MOST = 4  # values of a kind shown in one cell
 
 
 def description_parts(description: Description) -> Iterator[RenderableType]:
@@ -27,7 +27,7 @@ def description_parts(description: Description) -> Iterator[RenderableType]:
         table.add_row(name, text)
     yield table
     if description.places:
-        yield _component_table(description)
+        yield draw_table(tabulate_components(description.places))
 
 
 def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
@@ -55,11 +55,11 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
     for reason, number in description.left_out.items():
         yield "stays behind", f"{number} × {reason}"
     if description.types:
-        yield "layers", _counts_text(description.types, most=6)
+        yield "layers", write_counts(description.types, most=6)
     size = f", {_file_size_text(description.size)}" if description.size else ""
     yield (
         "stored",
-        f"{_count_text(description.tensors, 'tensor')}{size}: {_counts_text(description.dtypes)}",
+        f"{_count_text(description.tensors, 'tensor')}{size}: {write_counts(description.dtypes)}",
     )
     if description.trigger_words:
         yield "trigger words", ", ".join(description.trigger_words)
@@ -161,29 +161,3 @@ def _vector_facts(description: Description) -> Iterator[tuple[str, str]]:
     counts = [_count_text(number, *words[kind]) for kind, number in description.vectors.items()]
     if counts:
         yield "also", " and ".join(counts)
-
-
-def _component_table(description: Description) -> Table:
-    """A row for each part of the pipeline."""
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("component", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
-    for name in ("algorithm", "rank", "alpha", "scale"):
-        table.add_column(name, overflow="fold")
-    for name, component in description.places.items():
-        cells = (component.algorithms, component.ranks, component.alphas, component.scales)
-        table.add_row(name, str(component.updates), *(_counts_text(c) for c in cells))
-    return table
-
-
-def _counts_text(
-    values: Mapping[object, int] | Mapping[str, int] | Mapping[int, int], most: int = _MOST
-) -> str:
-    """`16 ×600, 8 ×122`, the most frequent first; one value needs no count."""
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return str(next(iter(values)))
-    ordered = sorted(values.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{value} ×{number}" for value, number in ordered[:most])
-    return f"{shown}, {len(ordered) - most} more" if len(ordered) > most else shown

@@ -30,15 +30,15 @@ from ..workflow.options import TransferOptions
 log = logging.getLogger(__name__)
 
 
-def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
-    """The parameter of an option that is told in `workflow.options`; none if it has no panel."""
+def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
+    """The parameter of an option that an options object tells; none if it has no panel."""
     shown = read_shown(field)
     if not shown.panel:
         return []
-    kind: Any = KINDS.get(str(field.type), str)
-    if field.name in PARSERS:
-        kind = str
-    elif shown.words:
+    parser = PARSERS.get(field.name)
+    plain = [one for one in (int, float) if hint in (one, one | None) and not parser]
+    kind: Any = plain[0] if plain else str
+    if shown.words:
         kind = Literal[shown.words]
     elif isinstance(field.default, bool):
         kind = bool
@@ -47,7 +47,7 @@ def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
         *flags,
         help=shown.help,
         metavar=shown.metavar or None,
-        parser=PARSERS.get(field.name),
+        parser=parser,
         rich_help_panel=shown.panel,
     )
     if field.default is None:
@@ -118,9 +118,6 @@ def parse_strength(text: str | float) -> float | str | None:
         raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
 
 
-KINDS = {"int": int, "int | None": int, "float": float, "float | None": float}
-"""Types of options that typer reads by itself."""
-
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "rank": parse_rank,
     "out_rank": parse_out_rank,
@@ -173,10 +170,12 @@ CacheOption = Annotated[
     typer.Option(
         parser=parse_path,
         metavar="FOLDER",
-        help="Folder that keeps what is computed of the bases, for the next LoRA. Default: "
-        "PROLORA_CACHE, or the user's cache folder.",
+        help="Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
+        "user's cache folder.",
     ),
 ]
+NO_CACHE = Path("none")
+"""What stands for no folder in the place of one."""
 
 
 @dataclass
@@ -240,7 +239,10 @@ class Prompts:
     panel: ClassVar[str] = "Sampling"
     prompt: Annotated[
         list[str],
-        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+        typer.Option(
+            metavar="TEXT",
+            help="Prompt to sample; may be repeated.",
+        ),
     ] = dataclasses.field(default_factory=list)
     prompts: Annotated[
         Path | None,
@@ -273,10 +275,15 @@ class Resources:
             help="Memory this process may take, as 2GiB; refused if it is too little.",
         ),
     ] = ""
-    cache: CacheOption = None
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither look into a cache nor keep anything.")
-    ] = False
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FOLDER|none",
+            help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
+            "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
+        ),
+    ] = None
 
     def check_device(self) -> None:
         """Settles "auto".
@@ -291,13 +298,11 @@ class Resources:
         """--max-memory in bytes; None where it is not given."""
         return parse_size(self.max_memory) if self.max_memory else None
 
-    def find_cache(self) -> Path | None:
+    def find_cache(self, takes_default: bool = True) -> Path | None:
         """The cache folder asked for, or the default where it can be made; or None."""
-        if self.no_cache:
-            if self.cache is not None:
-                raise ValueError("--cache and --no-cache contradict each other: give one of them")
+        if self.cache == NO_CACHE:
             return None
-        if self.cache is not None:
+        if self.cache is not None or not takes_default:
             return self.cache
         folder = default_folder()
         try:
@@ -390,7 +395,7 @@ def _list_parameters(kind: Any) -> list[inspect.Parameter]:
     parameters = []
     for field in dataclasses.fields(kind):
         if "shown" in field.metadata:
-            parameters += _derive_parameter(field)
+            parameters += _derive_parameter(field, hints[field.name])
             continue
         default: Any = inspect.Parameter.empty
         if field.default is not dataclasses.MISSING:

@@ -46,9 +46,6 @@ class OutputOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False
-    redo: Annotated[
-        bool, typer.Option("--redo", help="With several LoRAs, replace results that are there.")
-    ] = False
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False

@@ -14,7 +14,6 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..adapters.left_out import UNKNOWN_UPDATE
 from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -28,11 +27,10 @@ from ..workflow.dry_run import plan_report
 from ..workflow.fit_options import FitOptions
 from ..workflow.inspection import inspect
 from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
+from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path
-from ..workflow.page.index import render_outcomes
 from ..workflow.report import Outcome, Report
 from ..workflow.transfer import transfer_file
-from . import tables
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .exits import IncompleteResult
@@ -46,6 +44,7 @@ from .options import (
 )
 from .output_options import OutputOptions
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs
+from .tables import draw_table, failure_lines, show_tables
 
 STDOUT = Path("-")
 """What stands for standard output in the place of a file."""
@@ -96,7 +95,7 @@ def transfer(
     options = replace(
         moving,
         # A dry run makes no cache folder.
-        cache=resources.cache if output.dry_run else resources.find_cache(),
+        cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
     )
@@ -170,7 +169,7 @@ def tell_outcomes(
         if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
             show_cache(cache)
     elif len(outcomes) > 1:
-        for line in tables.failure_lines(outcomes):
+        for line in failure_lines(outcomes):
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     if card is not None:
@@ -239,7 +238,7 @@ def move_loras(
     with progress_bar("transfer", output.show_tables) as progress:
         options = replace(options, progress=progress)
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
-            return transfer_many(loras, source, target, path, options, redo=output.redo)
+            return transfer_many(loras, source, target, path, options)
         for pair, appended in choose_pairs(loras[0], pair_experts(source, target)):
             out = append_to_name(path, appended)
             report = transfer_file(loras[0], pair.source, pair.target, out, options)
@@ -300,9 +299,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
         what = "cannot be moved" if failed[0].planned else "were not moved"
         raise ProLoRAError(f"{len(failed)} of {len(outcomes)} LoRAs {what}: {names}")
     for outcome in outcomes:
-        left_out = outcome.report.left_out if outcome.report else {}
-        unknown = [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
-        if outcome.report and (unread := [*outcome.report.unread, *unknown]):
+        if unread := outcome.unread:
             raise IncompleteResult(
                 f"{outcome.lora}: {len(unread)} updates could not be read and stay behind, the "
                 f"first of {unread[0]}"
@@ -312,8 +309,8 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
 def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
-        out.print_table(tables.outcomes_table(outcomes))
-        for line in tables.failure_lines(outcomes):
+        out.print_table(draw_table(tabulate_outcomes(outcomes)))
+        for line in failure_lines(outcomes):
             out.print_line(line, style="red")
         if len({outcome.lora for outcome in outcomes}) == 1:  # of two experts
             for outcome in outcomes:
@@ -336,17 +333,7 @@ def used_subspaces(outcome: Outcome) -> bool:
 
 def show_report(report: Report, every_module: bool = False) -> None:
     """The tables and sentences of a report."""
-    if report.decisions:
-        out.print_table(
-            tables.decisions_table(report.decisions, report.dropped_blocks, every_module)
-        )
-    if report.rows("mapped") and (not report.was_fitted or every_module or report.dry_run):
-        out.print_table(tables.transfer_table(report, every_module))
-        if not report.dry_run:
-            out.print_note(tables.transfer_legend(report, every_module))
-    reasons = tables.reasons_table(report)
-    if reasons:
-        out.print(reasons)
+    show_tables(out, report.tables(every_module, every_module))
     for sentence in report.sentences():
         style = "bold yellow" if sentence.startswith("No-go") else None
         out.print(sentence, style=style)

@@ -69,7 +69,7 @@ class Samplers:
     Attributes:
         source: runs the source's sampler from noise.
         target: the same for the target.
-        adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled in
+        adapted: runs the source while the LoRA runs in it, where the LoRA is sampled in
             another way than the source (few steps, no guidance, a trigger word); None: as `source`.
         described: what the samplers do, as a text; needed where results are kept for another run,
             because two functions cannot be compared.
@@ -230,11 +230,8 @@ def _judge(
     """The verdict of the held-out probes; the report gets what crossed, where images did."""
     translation, target = run.translation, run.target
     wanted = list(wanted_changes(run.source, target, run.adapter.updates, held_out, translation))
-    start = run.report.start
-    images, same_noise = crossed is not None, translation.same_noise
-    verdict = judge_updates(
-        target, updates, wanted, translation.read, run.rival, start, images, same_noise
-    )
+    rival = (run.rival, run.report.start)
+    verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
     if crossed is not None:
         copied = verdict.decision == COPY and not run.settings.force
         moved = (run.rival, verdict.copy_strength) if copied else (updates, verdict.strength)

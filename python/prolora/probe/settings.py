@@ -18,6 +18,10 @@ Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
 
 STARTS: tuple[Start, ...] = get_args(Start)
+Optimiser = Literal["gauss-newton", "adamw"]
+"""What a fit takes its steps by."""
+
+ADAMW: Optimiser = "adamw"
 FEW_STEPS = 4
 """Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
@@ -25,7 +29,17 @@ MAX_SAMPLES = (1152, 192, 48)
 SAMPLING, FITTING = "Sampling", "Fit"
 
 # What the fitted updates depend on, beside the questions; and what the samples do.
-_OF_FIT = ("rank", "start", "probes", "held_out", "fit_steps", "batch", "curvature_damping", "seed")
+_OF_FIT = (
+    "rank",
+    "start",
+    "probes",
+    "held_out",
+    "fit_steps",
+    "batch",
+    "curvature_damping",
+    "seed",
+    "optimiser",
+)
 _OF_SAMPLES = ("prompts", "images", "steps", "size", "guidance", "lora_steps", "lora_guidance")
 
 Settings = TypeVar("Settings", bound="FitSettings")
@@ -37,8 +51,8 @@ class FitSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Prompts that are sampled, in turn; none means the empty prompt. Class numbers for models "
-        "that take classes.",
+        "Prompts that are sampled, in turn. Without them some are made from the LoRA's header; "
+        "models that take classes take their numbers, and 0 without them.",
     )
     images: int = option(
         24,
@@ -131,6 +145,12 @@ class FitSettings:
         panel=SAMPLING,
         metavar="N",
     )
+    optimiser: Optimiser = option(
+        "gauss-newton",
+        'What takes the steps. "adamw", with two for each of `fit_steps` as trainers do it, is for '
+        "comparison.",
+        words=get_args(Optimiser),
+    )
     force: bool = option(
         False,
         "Write the fitted LoRA even if the held-out probes speak against it.",
@@ -185,6 +205,10 @@ class FitSettings:
             _check_rank(self.rank)
         if self.start not in STARTS:
             raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
+        if self.optimiser not in get_args(Optimiser):
+            raise InvalidOption(
+                f"optimiser must be one of {', '.join(get_args(Optimiser))}, not {self.optimiser!r}"
+            )
         if not _is_number(self.curvature_damping) or self.curvature_damping <= 0:
             raise InvalidOption(
                 f"curvature_damping must be a positive number, not {self.curvature_damping!r}"

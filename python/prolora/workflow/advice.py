@@ -31,6 +31,8 @@ from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions
+from .table import Table
+from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
 
 SAMPLED = FitSettings(images=6, steps=12)
 """What `advise` samples where it measures: six trajectories of each of two models."""
@@ -83,6 +85,16 @@ class Advice:
             groups.setdefault(find_stage(module.target), []).append(module)
         energies = self._energies if self.lora else None
         return [describe_stack(name, modules, energies) for name, modules in groups.items()]
+
+    def tables(self) -> list[Table]:
+        """Drift by depth, and what was measured or is expected."""
+        title = f"{self.comparison.source} → {self.comparison.target}"
+        found = [tabulate_stacks(title, self.stacks(), self.verdict.related)]
+        if self.measurement is not None:
+            found.append(tabulate_measured(self.measurement))
+        elif self.expected:
+            found.append(tabulate_expected(self.expected))
+        return found
 
     def sentences(self) -> list[str]:
         """The advice in plain words."""

@@ -114,15 +114,13 @@ def fit_many(
     target: BaseLike,
     folder: str | PathLike[str],
     options: FitOptions = DEFAULT_FIT,
-    *,
-    redo: bool = False,
     **changes: Unpack[FitChanges],
 ) -> list[Outcome]:
     """Fits LoRAs one after the other, into a folder, under the names they have.
 
     A result that is there already, complete, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
-    off goes on where it was. The folder is made if it does not exist.
+    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
+    With `overwrite` it is made again. The folder is made if it does not exist.
 
     Args:
         loras: .safetensors files and PEFT folders.
@@ -130,7 +128,6 @@ def fit_many(
         target: likewise.
         folder: where the results go.
         options: what is sampled, and how it is fitted.
-        redo: also fits what is there already.
         **changes: options by name, in place of those.
 
     Returns:
@@ -150,7 +147,7 @@ def fit_many(
     outcomes = []
     for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
         labelled = _label_progress(options, f"LoRA {i} of {len(paths)}")
-        outcomes.append(_attempt(lora, old, new, out, labelled, redo))
+        outcomes.append(_attempt(lora, old, new, out, labelled))
     return outcomes
 
 
@@ -189,9 +186,7 @@ def _fit_file(lora: Path, source: Base, target: Base, out: Path, options: FitOpt
     return save_result(done, out, options)
 
 
-def _attempt(
-    lora: Path, source: Base, target: Base, out: Path, options: FitOptions, redo: bool
-) -> Outcome:
+def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOptions) -> Outcome:
     """Fits one LoRA of several; an error ends it and no other."""
     started = time.perf_counter()
 
@@ -201,8 +196,8 @@ def _attempt(
 
     try:
         recipe = Recipe.of(lora, source, target, options)
-        if not redo and recipe.is_made(out, BasisCache(options.cache)):
-            return end(kept=True)
+        if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
+            return end(kept=True, behind=recipe.list_unread())
         return end(report=_fit_file(lora, source, target, out, options))
     except LORA_FAILURES as error:
         return end(error=as_refusal(error))

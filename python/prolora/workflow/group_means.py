@@ -22,7 +22,7 @@ class GroupMeans:
         mixed: share of the energy in the update's mixed blocks.
         angle, largest_angle: the median and the largest principal angle, in radians.
         drift: ‖W_t − W_s‖/‖W_s‖.
-        kept: ‖ΔW_t‖²/‖ΔW_s‖².
+        kept: ‖ΔW_t‖²/‖ΔW_s‖² of what was written.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖.
     """
@@ -62,7 +62,7 @@ class GroupMeans:
             angle=_measure(rows, lambda m: m.angle),
             largest_angle=_measure(rows, lambda m: m.largest_angle),
             drift=_mean(compared, lambda row: row.drift),
-            kept=_mean(compared, lambda row: row.surviving_energy),
+            kept=_mean(compared, lambda row: row.surviving_energy * (1 - row.rank_cut_energy)),
             norm_ratio=_mean(compared, lambda row: row.norm_ratio),
             copy_distance=_mean(compared, lambda row: row.copy_distance),
         )
@@ -82,7 +82,10 @@ def group_rows(
 def _mean(
     rows: Iterable[ModuleReport], value: Callable[[ModuleReport], float | None]
 ) -> float | None:
-    return weighted_mean((row.energy, value(row)) for row in rows)
+    """The mean by energy; updates without energy count alike."""
+    values = [(row.energy, value(row)) for row in rows]
+    mean = weighted_mean(values)
+    return weighted_mean((1.0, number) for _, number in values) if mean is None else mean
 
 
 def _measure(rows: Iterable[ModuleReport], value: Callable[[Measures], float]) -> float | None:

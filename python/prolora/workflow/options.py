@@ -173,8 +173,9 @@ class TransferOptions:
     )
     overwrite: bool = option(
         False,
-        "Replace a file that prolora did not write, or that was changed since. A result of prolora "
-        "that nobody has changed is replaced in any case.",
+        "Replace a file that prolora did not write, or that was changed since; in a folder of "
+        "several LoRAs, also results that are there already. A single result of prolora that "
+        "nobody has changed is replaced in any case.",
         panel=OUTPUT,
         decides=False,
     )
@@ -312,10 +313,10 @@ class OptionChanges(TypedDict, total=False):
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Options = TypeVar("Options", bound="DataclassInstance")
+Settled = TypeVar("Settled", bound="DataclassInstance")
 
 
-def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
+def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
     """The options with changes made by keyword.
 
     Raises:

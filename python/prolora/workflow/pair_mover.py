@@ -96,15 +96,16 @@ class PairMover:
         pair = BasePair(source, target, replace(asked, match=match, progress=None), cache)
         return cls(pair, asked)
 
-    def look_up(self, tasks: Iterable[Task], redo: bool, cache: BasisCache) -> None:
+    def look_up(self, tasks: Iterable[Task], cache: BasisCache) -> None:
         """Gives each task its recipe, and an outcome to those whose result is there already."""
         for task in tasks:
-            task.attempt(partial(self._look_up, task, redo, cache))
+            task.attempt(partial(self._look_up, task, cache))
 
-    def _look_up(self, task: Task, redo: bool, cache: BasisCache) -> None:
+    def _look_up(self, task: Task, cache: BasisCache) -> None:
         task.recipe = task.recipe or self.make_recipe(task)
-        if not redo and task.recipe.is_made(task.out, cache):
-            task.outcome = Outcome(task.lora, task.out, kept=True)
+        if not self.asked.overwrite and task.recipe.is_made(task.out, cache):
+            behind = task.recipe.list_unread()
+            task.outcome = Outcome(task.lora, task.out, kept=True, behind=behind)
 
     def make_recipe(self, task: Task) -> Recipe:
         """What determines the result; reads the whole LoRA, for its hash.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..adapters.left_out import find_unknown_updates
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
@@ -25,11 +29,13 @@ from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
+from ..version import __version__
+from . import tables
 from .module_report import Measures, ModuleReport
 from .options import FIT
 from .output_paths import check_beside, is_page_path
-from .page.document import render_report
-from .page.notebook import render_summary
+from .page.document import MODULES, Fold, Page, Picture, Section, render_page, render_summary
+from .table import Table, write_number
 
 STATUSES = ("mapped", "skipped", "refused")
 
@@ -166,11 +172,40 @@ class Report:
             if row.cosine is not None and row.cosine < STRANGE_COSINE
         ]
 
+    @property
+    def share_on_target(self) -> float | None:
+        """The share of the LoRA's energy that is on the target; None where it is not known."""
+        total = self.totals["energy_mapped"]
+        shares = [(row.energy, tables.share_kept(row)) for row in self.rows("mapped")]
+        if self.dry_run or total is None or any(share is None for _, share in shares):
+            return None
+        mean = weighted_mean(shares)
+        return None if mean is None else total * mean
+
     def reasons(self) -> dict[tuple[str, str], int]:
         """How often each (status, reason) occurs among modules that are not mapped."""
         return dict(
             Counter((row.status, row.reason) for row in self.modules if row.status != "mapped")
         )
+
+    def tables(self, every_module: bool = False, every_block: bool = False) -> list[Table]:
+        """Where blocks came from, what moved by part of the model, and what did not move.
+
+        Args:
+            every_module: a row for each module, and not for each part.
+            every_block: a row for each block, and not for each stack of them.
+        """
+        found: list[Table | None] = []
+        if self.decisions:
+            unused = self.dropped_blocks
+            found.append(tables.tabulate_decisions(self.decisions, unused, every_block))
+        mapped = self.rows("mapped")
+        if mapped and (not self.was_fitted or every_module or self.dry_run):
+            title = f"{self.source} → {self.target}, method {self.method}"
+            found.append(tables.tabulate_moved(title, mapped, every_module, self.dry_run))
+        if self.probe and self.probe.crossed and self.probe.crossed.bands:
+            found.append(tables.tabulate_bands(self.probe.crossed.bands))
+        return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def sentences(self) -> list[str]:
         """The result in plain words, the copy baseline included."""
@@ -289,17 +324,96 @@ class Report:
         """`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
-    def to_html(self) -> str:
+    def to_html(
+        self, facts: Mapping[str, str] | None = None, pictures: Sequence[Picture] = ()
+    ) -> str:
         """The report as one HTML page that needs no other file and no network.
 
         It has the verdict, a heat map of what was kept by block and kind of module, a table of
         every module, and how the result was made.
+
+        Args:
+            facts: more of how it was made, by what each is called: the LoRA's file, the command.
+            pictures: shown below the verdict.
         """
-        return render_report(self)
+        return render_page(self._to_page(facts or {}, pictures))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the sentences, a small map, and a table of the model's parts."""
-        return render_summary(self)
+        return render_summary(self._to_page({}, ()))
+
+    def _to_page(self, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Page:
+        """What a page tells of the report."""
+        first, *sentences = self.sentences()
+        share = self.share_on_target
+        if share is not None:
+            sentences = self.sentences()
+            first = (
+                f"{share:.0%} of the LoRA's energy is on {self.target}: "
+                f"{first.split(' moved ')[0]} moved."
+            )
+        sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
+        if self.left_out:
+            told = f"{len(self.left_out)} tensors of the file stay behind"
+            sections.append(Section("What else did not move", [Fold(told, self.left_out)]))
+        if self.modules:
+            every = tables.tabulate_modules(self.modules, self.dry_run)
+            sections.append(Section(every.title, [every], MODULES))
+        return Page(
+            title=f"{self.source} → {self.target}",
+            eyebrow="LoRA transfer report",
+            headline=first,
+            sentences=sentences,
+            tiles=self._tiles(),
+            pictures=pictures,
+            map=tables.map_modules(self.modules, self.dry_run),
+            sections=sections,
+            facts=self.facts() | dict(facts),
+        )
+
+    def _tiles(self) -> list[tuple[str, str, str]]:
+        """The numbers that people ask for first: (name, number, note)."""
+        totals = self.totals
+        placed = totals["mapped"]
+        name = "modules to move" if self.dry_run else "modules moved"
+        tiles = [
+            (name, f"{self.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
+            ("method", self.method, f"strength {self.strength:.2g}"),
+        ]
+        if not self.dry_run:
+            kept, away = totals["energy_surviving"], totals["copy_distance"]
+            tiles += [
+                ("energy kept", write_number(kept, ".0%"), "of the modules that moved"),
+                ("away from copying", write_number(away, ".0%"), "of the norm"),
+            ]
+        if self.verdict is not None:
+            drift, cosine = write_number(self.verdict.drift), write_number(self.verdict.cosine)
+            tiles.append(("drift of the bases", drift, f"cosine {cosine}"))
+        return tiles
+
+    def facts(self) -> dict[str, str]:
+        """How the result was made, by what each fact is called: bases, digests, options."""
+        origin, seconds = self.provenance, sum(self.seconds.values())
+        facts = {
+            "source base": self.source,
+            "digest of the source": origin.get("source_hash", ""),
+            "target base": self.target,
+            "digest of the target": origin.get("target_hash", ""),
+            "digest of the LoRA": origin.get("lora_hash", ""),
+            "method": f"{self.method}, asked for: {self.asked}" if self.asked else self.method,
+            "strength": f"{self.strength:.4g}",
+            "damping κ": "" if self.damping is None else f"{self.damping:.4g}",
+            "rank of the subspaces": f"{self.rank_rule:g}",
+            "threshold on Φ": f"{self.threshold:g}",
+            "match": self.match,
+            "dropped blocks": origin.get("dropped", ""),
+            "blocks not used": ", ".join(self.dropped_blocks),
+            "recipe": origin.get("recipe", ""),
+            "versions": f"prolora {origin.get('version', __version__)}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}",
+            "time": f"{seconds:.1f} s" if seconds else "",
+        }
+        return {name: text for name, text in facts.items() if text}
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the report to a file, whole or not at all; what prolora wrote there is replaced.
@@ -342,6 +456,7 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
+        behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
@@ -351,8 +466,16 @@ class Outcome:
     report: Report | None = None
     error: ProLoRAError | None = None
     kept: bool = False
+    behind: tuple[str, ...] = ()
     planned: bool = False
     seconds: float = 0.0
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Updates of the LoRA that could not be read and stay behind."""
+        if self.report is None:
+            return self.behind
+        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
 
     @property
     def status(self) -> str:
@@ -372,4 +495,6 @@ class Outcome:
         }
         if self.error:
             entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        if self.behind:
+            entry["unread"] = list(self.behind)
         return entry | (self.report.to_dict() if self.report else {})

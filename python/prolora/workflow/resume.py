@@ -9,7 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
+from ..adapters.left_out import find_unknown_updates
 from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS, open_adapter
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
@@ -20,6 +22,7 @@ from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.ownership import is_own
 from ..version import __version__
+from .by_weights.rows import list_missed
 from .fit_options import FitOptions
 from .options import TransferOptions
 
@@ -103,6 +106,17 @@ class Recipe:
             return False
         # Who trained it on, or changed a key, may have kept the header.
         return is_own(out / PEFT_WEIGHTS if out.is_dir() else out, "LoRA")
+
+    def list_unread(self) -> tuple[str, ...]:
+        """Updates of the LoRA that stay behind because they cannot be read, as its header tells.
+
+        Raises:
+            ProLoRAError: the LoRA cannot be read.
+        """
+        base = self.source
+        outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
+        unknown = find_unknown_updates(outline.left_out)
+        return (*list_missed(outline, self.options), *unknown)
 
 
 def _jsonable(value: Any) -> Any:

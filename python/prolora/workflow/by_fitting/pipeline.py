@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ... import adapters
 from ...adapters.adapter import Adapter
 from ...adapters.formats.moves import read_provenance
+from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base, vae
 from ...bases.cache.basis_cache import BasisCache
@@ -20,6 +21,7 @@ from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError, ShapeMismatch, TooLittleMemory, UnrelatedBases
 from ...files.sizes import format_size
+from ...probe.default_prompts import derive_prompts
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
 from ...probe.report import ProbeReport
@@ -218,6 +220,13 @@ def _fit_models(
     checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
     updates = _drop_text_encoders(job.adapter.updates)
     adapter = job.adapter.with_updates(updates)
+    sampled: FitSettings = options
+    derived: tuple[str, ...] = ()
+    if not options.prompts and all("prompt" in model.accepted for model in models):
+        derived = derive_prompts(read_training_words(job.adapter.metadata))
+        sampled = replace(sampled, prompts=derived)
+    if options.memory_limit is not None:
+        sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -226,9 +235,6 @@ def _fit_models(
 
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-    sampled: FitSettings = options
-    if options.memory_limit is not None:
-        sampled = replace(options, max_memory=_memory_left(options.memory_limit))
     few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
@@ -242,6 +248,7 @@ def _fit_models(
         count_image,
     )
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
+    result.report.derived_prompts = derived
     return fitted, result.report
 
 
@@ -350,7 +357,7 @@ def _finish_fit(
         job.options,
         rows,
         list_vectors(adapter) | list_tensors_left_out(adapter),
-        unread=list_missed(adapter, job.options.as_moved("copy")),
+        unread=list_missed(adapter, job.options),
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),
@@ -389,7 +396,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
     gate = probe.gate
     return {
         "prolora.probe_calls": str(probe.probes),
-        "prolora.probe_prompts": str(len(options.prompts)),
+        "prolora.probe_prompts": str(len(options.prompts or probe.derived_prompts)),
         "prolora.probe_decision": gate.decision if gate else "",
         "prolora.probe_share": f"{gate.share['all']:.3f}" if gate else "",
         "prolora.probe_start": probe.start,

@@ -11,10 +11,8 @@ from typing import Any
 
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
-from ..page.document import facts_section, make_page
-from ..page.drawing import draw_bar
-from ..page.markup import Html, join, tag
-from ..page.module_tables import name_cell, number_cell, number_head, write_number, write_table
+from ..page.document import Page, Section, render_page
+from ..table import Column, Row, Table, make_table
 from .outcomes import Reason, gather_reasons, read_outcomes
 from .plan import Plan
 from .result_folder import FAILED, MARKER, SUMMARY_JSON, SUMMARY_PAGE
@@ -116,21 +114,16 @@ class Summary:
 
     def to_html(self) -> str:
         """One page that needs no other file and no network."""
-        head = tag(
-            "header",
-            tag("p", "LoRA migration report", class_="eyebrow"),
-            tag("h1", self.sentence()),
-        )
-        sections = [
-            tag("section", tag("h2", "By family and target"), _make_group_table(self.groups))
-        ]
-        if self.reasons:
-            sections.append(
-                tag("section", tag("h2", "What did not move"), _make_reason_table(self.reasons))
-            )
         facts = {"digest of the plan": self.plan, "versions": f"prolora {__version__}"}
-        sections.append(facts_section(facts))
-        return make_page(self.sentence(), join([head, tag("main", *sections)]))
+        tables = [_tabulate_groups(self.groups), _tabulate_reasons(self.reasons)]
+        page = Page(
+            title=self.sentence(),
+            eyebrow="LoRA migration report",
+            headline=self.sentence(),
+            sections=[Section(table.title, [table]) for table in tables if table.rows],
+            facts=facts,
+        )
+        return render_page(page)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes summary.json and summary.html into a folder.
@@ -196,43 +189,35 @@ def summarise(plan: Plan, folder: str | os.PathLike[str]) -> Summary:
     return Summary(ordered, gather_reasons(refused), plan.digest)
 
 
-def _make_group_table(groups: Sequence[SummaryGroup]) -> Html:
-    numbers = ("moved", "of", "failed", "refused", "left", "coverage", "energy kept")
-    heads = ["family", "from", "to", *map(number_head, numbers), "method", "verdict"]
+def _tabulate_groups(groups: Sequence[SummaryGroup]) -> Table:
+    counts = (Column(name, "d") for name in ("done", "of", "failed", "refused", "left"))
+    columns = [Column("family"), Column("from"), Column("to"), Column("moved", ".0%", True)]
+    columns += [*counts, Column("parts", ".0%"), Column("energy kept", ".0%")]
     rows = [
-        tag(
-            "tr",
-            name_cell(group.family),
-            tag("td", group.source),
-            tag("td", group.target),
-            number_cell(join([draw_bar(group.share), group.done])),
-            *(number_cell(n) for n in (group.total, group.failed, group.refused, group.left)),
-            number_cell(write_number(group.coverage, ".0%")),
-            number_cell(write_number(group.energy, ".0%")),
-            tag("td", _list_counts(group.methods)),
-            tag("td", _list_counts(group.verdicts)),
+        Row(
+            (
+                *(group.family, group.source, group.target, group.share, group.done, group.total),
+                *(group.failed, group.refused, group.left, group.coverage, group.energy),
+                *(_list_counts(group.methods), _list_counts(group.verdicts)),
+            )
         )
         for group in groups
     ]
-    return write_table(heads, rows, "What moved, by family and target")
+    columns += [Column("method"), Column("verdict")]
+    return make_table("By family and target", columns, rows)
 
 
 def _list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{word} {number}" for word, number in counts.items())
 
 
-def _make_reason_table(reasons: dict[str, Reason]) -> Html:
+def _tabulate_reasons(reasons: dict[str, Reason]) -> Table:
+    columns = Column("reason"), Column("moves", "d"), Column("LoRAs")
     rows = [
-        tag(
-            "tr",
-            tag("th", text, scope="row"),
-            number_cell(reason.count),
-            tag("td", join([tag("div", file) for file in _name_files(reason)])),
-        )
+        Row((text, reason.count, ", ".join(_name_files(reason))))
         for text, reason in reasons.items()
     ]
-    heads = ["reason", number_head("moves"), "LoRAs"]
-    return write_table(heads, rows, "Why LoRAs did not move")
+    return make_table("What did not move", columns, rows)
 
 
 def _name_files(reason: Reason) -> list[str]:

@@ -1,37 +1,28 @@
-"""The whole page of a report: the verdict, the picture, the tables, and how it was made."""
+"""What a page holds, and the one template that draws it: a file that loads nothing."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import math
-import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
 
-import torch
-
-from ...core.means import weighted_mean
 from ...files.ownership import make_mark
 from ...version import __version__
-from .block_tables import crossed_table, write_decisions
-from .drawing import draw_legend, draw_map
-from .markup import Html, join, tag
-from .module_tables import (
-    LEGEND,
-    describe_module,
-    module_table,
-    stage_table,
-    write_number,
-    write_reasons,
-)
-from .place_map import PlaceMap, share_kept
+from ..place_map import PlaceMap
+from ..table import Cell, Column, Row, Table
+from .drawing import draw_bar, draw_legend, draw_map, draw_thumbnail
+from .markup import Html, break_name, join, tag
 
-if TYPE_CHECKING:
-    from ..report import Report
+MODULES = "modules"
+"""The id of the table that the map leads to."""
+
+MAP_HINT = (
+    "A column for each block in the order of the model, a row for each kind of module. A cell "
+    "names its module, and leads to its row of the table below."
+)
 
 
 @dataclass(frozen=True)
@@ -47,190 +38,177 @@ class Picture:
     caption: str
 
 
-def render_report(
-    report: Report, facts: Mapping[str, str] | None = None, pictures: Iterable[Picture] = ()
-) -> str:
-    """A report as one HTML file, which loads nothing.
+@dataclass(frozen=True)
+class Fold:
+    """What is shown on request: a line, and the names or terms behind it with what is said."""
 
-    Args:
-        report: what was kept and lost.
-        facts: more of how it was made, by what each is called: the LoRA's file, the command.
-        pictures: shown below the verdict.
+    summary: str
+    items: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: what it tells, from top to bottom.
+
+    Attributes:
+        heading: of the part.
+        parts: tables, sentences and what is folded.
+        id: of its table; the map leads to `MODULES`.
     """
-    places = PlaceMap(report.modules, report.dry_run)
-    sections = [_draw_tiles(report), *map(_embed_picture, pictures)]
-    if report.modules:
-        sections.append(_map_section(places))
-    if report.rows("mapped") and not report.dry_run:
-        sections.append(tag("section", tag("h2", "By part of the model"), stage_table(report)))
-    for heading, table in (
-        ("What crossed between the latents", crossed_table(report)),
-        ("Where blocks came from", write_decisions(report)),
-    ):
-        if table is not None:
-            sections.append(tag("section", tag("h2", heading), table))
-    sections.append(_unmoved_section(report))
-    if report.modules:
-        sections.append(_module_section(report))
-    sections.append(facts_section(list_facts(report) | dict(facts or {})))
-    heading = write_headline(report)
-    head = tag(
-        "header",
-        tag("p", "LoRA transfer report", class_="eyebrow"),
-        tag("h1", heading),
-        _list_sentences(report),
-    )
-    return make_page(f"{report.source} → {report.target}", join([head, tag("main", *sections)]))
+
+    heading: str
+    parts: Sequence[Table | str | Fold]
+    id: str = ""
 
 
-def write_headline(report: Report) -> str:
-    """The result in a sentence."""
-    share = kept_of_all(report)
-    if share is None:
-        return report.sentences()[0]
-    sentence = report.sentences()[0]
-    moved = sentence.split(" moved ")[0]
-    return f"{share:.0%} of the LoRA's energy is on {report.target}: {moved} moved."
+@dataclass(frozen=True)
+class Page:
+    """All that a page tells.
+
+    Attributes:
+        title: of the window.
+        eyebrow: what kind of page it is.
+        headline: the result in a sentence.
+        lines: what else to know at once.
+        sentences: the numbers behind it, in words.
+        tiles: (name, number, note).
+        pictures: below the tiles.
+        map: where in the model; None without one.
+        sections: the rest.
+        facts: how the result was made, by what each fact is called.
+    """
+
+    title: str
+    eyebrow: str
+    headline: str
+    lines: Sequence[str] = ()
+    sentences: Sequence[str] = ()
+    tiles: Sequence[tuple[str, str, str]] = ()
+    pictures: Sequence[Picture] = ()
+    map: PlaceMap | None = None
+    sections: Sequence[Section] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def kept_of_all(report: Report) -> float | None:
-    """The share of the LoRA's energy that is on the target; None where it is not known."""
-    mapped = report.rows("mapped")
-    total = report.totals["energy_mapped"]
-    shares = [(row.energy, share_kept([row])) for row in mapped]
-    if report.dry_run or total is None or any(share is None for _, share in shares):
-        return None
-    mean = weighted_mean(shares)
-    return None if mean is None else total * mean
+def render_page(page: Page) -> str:
+    """One HTML file, which loads nothing."""
+    head = [tag("p", page.eyebrow, class_="eyebrow"), tag("h1", page.headline)]
+    head += [tag("p", line, class_="line") for line in page.lines]
+    body = []
+    if page.tiles:
+        boxes = (
+            tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("small", note)))
+            for name, value, note in page.tiles
+        )
+        body.append(tag("dl", *boxes, class_="tiles"))
+    body += map(_embed_picture, page.pictures)
+    if page.sentences:
+        body.append(_draw_section("In numbers", [_list_items(page.sentences, "sentences")]))
+    if page.map and page.map.spots:
+        body.append(_draw_section("By place", [_draw_figure(page.map)]))
+    body += [_draw_section(s.heading, [_draw_part(part, s.id) for part in s.parts], s.id)
+             for s in page.sections]  # fmt: skip
+    body.append(_draw_section("How it was made", [_list_facts(page.facts)]))
+    return _write_document(page.title, join([tag("header", *head), tag("main", *body)]))
 
 
-def _list_sentences(report: Report) -> Html:
-    """The sentences of the report, but for one that is the headline; a warning stands out."""
-    heading = write_headline(report)
-    return tag(
-        "ul",
-        *(
-            tag("li", sentence, class_="warn" if sentence.startswith("No-go") else None)
-            for sentence in report.sentences()
-            if sentence != heading
-        ),
-        class_="sentences",
-    )
+def render_summary(page: Page) -> str:
+    """What a notebook shows of a page: small, without script, in the notebook's own style."""
+    parts = [tag("p", tag("b", page.headline)), *(tag("p", line) for line in page.lines)]
+    parts.append(_list_items(page.sentences))
+    if page.map and page.map.spots:
+        parts.append(draw_thumbnail(page.map, page.map.title, 640, 8))
+    tables = (part for s in page.sections if s.id != MODULES for part in s.parts)
+    parts += [draw_table(table) for table in tables if isinstance(table, Table)]
+    return str(join(parts))
 
 
-def _draw_tiles(report: Report) -> Html:
-    """The numbers that people ask for first."""
-    totals = report.totals
-    placed = totals["mapped"]
-    name = "modules to move" if report.dry_run else "modules moved"
-    tiles = [
-        (name, f"{report.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
-        ("method", report.method, f"strength {report.strength:.2g}"),
-    ]
-    if not report.dry_run:
-        tiles += [
-            (
-                "energy kept",
-                write_number(totals["energy_surviving"], ".0%"),
-                "of the modules that moved",
-            ),
-            ("away from copying", write_number(totals["copy_distance"], ".0%"), "of the norm"),
-        ]
-    if report.verdict is not None:
-        drift = write_number(_none_of_nan(report.verdict.drift))
-        cosine = write_number(_none_of_nan(report.verdict.cosine))
-        tiles.append(("drift of the bases", drift, f"cosine {cosine}"))
-    boxes = [
-        tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("small", note)))
-        for name, value, note in tiles
-    ]
-    return tag("dl", *boxes, class_="tiles")
+def _draw_section(heading: str, parts: Sequence[Html], id: str = "") -> Html:
+    return tag("section", tag("h2", heading), *parts, class_=id or None)
 
 
-def _none_of_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _draw_part(part: Table | str | Fold, id: str) -> Html:
+    if isinstance(part, str):
+        return tag("p", part)
+    if isinstance(part, Fold):
+        return _draw_fold(part)
+    legend = part.legend()
+    table = draw_table(part, id)
+    return join([_draw_fold(Fold("What the columns mean", legend)), table]) if legend else table
 
 
-def _map_section(places: PlaceMap) -> Html:
-    hint = (
-        "A column for each block in the order of the model, a row for each kind of module. "
-        "A cell names its module, and leads to its row of the table below."
-    )
-    describe = partial(describe_module, is_planned=places.is_planned)
-    heading = "What would move, by place" if places.is_planned else "What was kept, by place"
-    figure = tag(
-        "figure",
-        tag("div", draw_map(places, describe), class_="heat"),
-        tag("p", "\u00a0", id="readout", aria_live="polite", hidden=True),
-        draw_legend(places),
-        tag("figcaption", hint),
-    )
-    return tag("section", tag("h2", heading), figure)
+def _draw_fold(fold: Fold) -> Html:
+    items = [join([tag("dt", name), tag("dd", text)]) for name, text in fold.items.items()]
+    return tag("details", tag("summary", fold.summary), tag("dl", *items))
 
 
-def _unmoved_section(report: Report) -> Html:
-    """What did not move: modules by reason, tensors by name."""
-    parts: list[Html] = []
-    table = write_reasons(report)
-    if table is not None:
-        parts.append(table)
-    if report.left_out:
-        items = [
-            tag("li", tag("code", name), ": ", reason) for name, reason in report.left_out.items()
-        ]
-        summary = tag("summary", f"{len(items)} tensors of the file stay behind")
-        parts.append(tag("details", summary, tag("ul", *items)))
-    if report.dropped_blocks:
-        names = ", ".join(report.dropped_blocks)
-        parts.append(tag("p", f"Blocks of the source that feed none: {names}."))
-    if not parts:
-        parts.append(tag("p", "Every module of the LoRA has a place on the target."))
-    heading = "What would not move" if report.dry_run else "What did not move"
-    return tag("section", tag("h2", heading), *parts)
+def _list_items(sentences: Sequence[str], name: str | None = None) -> Html:
+    return tag("ul", *(tag("li", sentence) for sentence in sentences), class_=name)
 
 
-def _module_section(report: Report) -> Html:
-    meanings = [join([tag("dt", name), tag("dd", text)]) for name, text in LEGEND]
-    legend = tag("details", tag("summary", "What the columns mean"), tag("dl", *meanings))
-    return tag("section", tag("h2", "Every module"), legend, module_table(report))
-
-
-def facts_section(facts: Mapping[str, str]) -> Html:
-    """How the result was made."""
+def _list_facts(facts: Mapping[str, str]) -> Html:
     items = [
         join([tag("dt", name), tag("dd", tag("code", text) if _is_code(name) else text)])
         for name, text in facts.items()
         if text
     ]
-    return tag("section", tag("h2", "How it was made"), tag("dl", *items, class_="facts"))
+    return tag("dl", *items, class_="facts")
 
 
 def _is_code(name: str) -> bool:
     return name == "command" or "digest" in name or name == "recipe"
 
 
-def list_facts(report: Report) -> dict[str, str]:
-    """How a result was made, by what each fact is called: bases, digests, options, versions."""
-    origin = report.provenance
-    seconds = sum(report.seconds.values())
-    facts = {
-        "source base": report.source,
-        "digest of the source": origin.get("source_hash", ""),
-        "target base": report.target,
-        "digest of the target": origin.get("target_hash", ""),
-        "digest of the LoRA": origin.get("lora_hash", ""),
-        "method": f"{report.method}, asked for: {report.asked}" if report.asked else report.method,
-        "strength": f"{report.strength:.4g}",
-        "damping κ": "" if report.damping is None else f"{report.damping:.4g}",
-        "rank of the subspaces": f"{report.rank_rule:g}",
-        "threshold on Φ": f"{report.threshold:g}",
-        "match": report.match,
-        "recipe": origin.get("recipe", ""),
-        "versions": f"prolora {origin.get('version', __version__)}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "time": f"{seconds:.1f} s" if seconds else "",
-    }
-    return {name: text for name, text in facts.items() if text}
+def draw_table(table: Table, id: str = "") -> Html:
+    """A table that may be scrolled if it is wider than the page.
+
+    Args:
+        table: what it holds.
+        id: of the table; with "-frame" behind it of the frame that scrolls.
+    """
+    heads = (tag("th", c.name, scope="col", class_=_find_class(c)) for c in table.columns)
+    rows = (_draw_row(row, table.columns) for row in table.rows)
+    parts = [tag("caption", table.title), tag("thead", tag("tr", *heads)), tag("tbody", *rows)]
+    frame, label = f"{id}-frame" if id else None, table.title
+    inner = tag("table", *parts, id=id or None)
+    return tag("div", inner, class_="scroll", id=frame, tabindex=0, role="region", aria_label=label)
+
+
+def _find_class(column: Column) -> str | None:
+    return None if column.form is None else "n"
+
+
+def _draw_row(row: Row, columns: Sequence[Column]) -> Html:
+    first, *others = (_draw_cell(*pair) for pair in zip(columns, row.cells, strict=True))
+    if row.below is not None:
+        parts = [_list_items(row.below.sentences), draw_table(row.below.table) if row.below.table
+                 else ""]  # fmt: skip
+        picture = draw_thumbnail(row.below.map, row.below.map.title) if row.below.map else ""
+        details = tag("details", tag("summary", "more"), *parts) if row.below.sentences else ""
+        first = join([first, picture, details])
+    cells = [
+        tag("td", cell, class_=_find_class(column))
+        for column, cell in zip(columns[1:], others, strict=True)
+    ]
+    head = tag("th", first, scope="row", class_=_find_class(columns[0]))
+    return tag("tr", head, *cells, id=row.anchor or None, class_=row.tone or None)
+
+
+def _draw_cell(column: Column, cell: Cell) -> Html:
+    text = column.write(cell)
+    if column.has_bar and not isinstance(cell, str):
+        return join([draw_bar(cell), text])
+    return break_name(text) if column.form is None and " " not in text else join([text])
+
+
+def _draw_figure(places: PlaceMap) -> Html:
+    return tag(
+        "figure",
+        tag("div", draw_map(places), class_="heat"),
+        tag("p", "\u00a0", id="readout", aria_live="polite", hidden=True),
+        draw_legend(places),
+        tag("figcaption", MAP_HINT),
+    )
 
 
 def _embed_picture(picture: Picture) -> Html:
@@ -239,7 +217,7 @@ def _embed_picture(picture: Picture) -> Html:
     return tag("figure", image, tag("figcaption", picture.caption))
 
 
-def make_page(title: str, body: Html) -> str:
+def _write_document(title: str, body: Html) -> str:
     """A complete document around its content.
 
     The policy lets nothing run but this script and nothing style but this sheet, by their digests,

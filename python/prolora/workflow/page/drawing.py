@@ -7,12 +7,11 @@ and dark ground and for every kind of colour vision; what did not move is hatche
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..module_report import ModuleReport
+from ..place_map import MapCell, MapColumn, PlaceMap
 from .markup import Html, join, tag
-from .place_map import Cell, MapColumn, PlaceMap
 
 # Pixels.
 WIDEST, ROW, LABEL_SIZE, HEAD = 940, 17, 11, 34
@@ -66,13 +65,8 @@ class _DrawingLayout:
         return cls(lefts, pitch, round(at, 1), stages)
 
 
-def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
-    """The labels of the rows and the map, side by side, so that the map may scroll.
-
-    Args:
-        places: the modules.
-        describe: a line for the title of a module's cell.
-    """
+def draw_map(places: PlaceMap) -> Html:
+    """The labels of the rows and the map, side by side, so that the map may scroll."""
     layout, kinds = _DrawingLayout.of(places.columns), places.kinds
     height = HEAD + ROW * len(kinds)
     labels = max(len(kind) for kind in kinds) * LABEL_SIZE * CHARACTER + 10
@@ -83,8 +77,8 @@ def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
     sides = tag(
         "svg", *names, class_="kinds", width=round(labels), height=height, aria_hidden="true"
     )
-    cells = _draw_cells(places, layout, describe)
-    summary = f"Heat map: {len(places.modules)} modules by block and kind"
+    cells = _draw_cells(places, layout)
+    summary = f"Heat map: {len(places.spots)} modules by block and kind"
     picture = tag(
         "svg",
         _HATCH,
@@ -111,9 +105,7 @@ def draw_map(places: PlaceMap, describe: Callable[[ModuleReport], str]) -> Html:
     )
 
 
-def _draw_cells(
-    places: PlaceMap, layout: _DrawingLayout, describe: Callable[[ModuleReport], str]
-) -> Iterator[Html]:
+def _draw_cells(places: PlaceMap, layout: _DrawingLayout) -> Iterator[Html]:
     """A link to its row of the table for each cell; the arrow keys go from one to the next."""
     numbers = {kind: i for i, kind in enumerate(places.kinds)}
     first = True
@@ -125,14 +117,14 @@ def _draw_cells(
             rect = _draw_rect(
                 cell, layout.lefts[column], HEAD + ROW * numbers[kind], layout.pitch - 1, ROW - 2
             )
-            title = tag("title", "\n".join(describe(row) for row in cell.rows))
+            title = tag("title", "\n".join(spot.text for spot in cell.spots))
             yield tag("a", title, rect, href=f"#m{cell.indices[0]}", tabindex=0 if first else -1)
             first = False
 
 
-def _draw_rect(cell: Cell, x: float, y: float, width: float, height: float) -> Html:
+def _draw_rect(cell: MapCell, x: float, y: float, width: float, height: float) -> Html:
     shape = {"x": x, "y": y, "width": round(width, 1), "height": height}
-    if not cell.moved:
+    if not cell.is_there:
         return tag("rect", class_="lost", **shape)
     if cell.share is None:
         return tag("rect", class_="fitted", **shape)
@@ -187,21 +179,19 @@ _HATCH = tag(
 
 def draw_legend(places: PlaceMap) -> Html:
     """What the colours of the map mean."""
-    unknown = "would move" if places.is_planned else "moved, share not known"
-    samples: list[tuple[str, str, float | None]] = [
-        (f"{share:.0%}", "kept", _opacity(share)) for share in STEPS
-    ]
-    if places.is_planned:
-        samples = []
-    if any(cell.share is None for cell in places.cells.values()):
-        samples.append((unknown, "fitted", None))
-    samples.append(("would not move" if places.is_planned else "not moved", "lost", None))
+    cells = places.cells.values()
+    samples: list[tuple[str, str, float | None]] = []
+    if any(cell.is_there and cell.share is not None for cell in cells):
+        samples = [(f"{share:.0%}", "kept", _opacity(share)) for share in STEPS]
+    if any(cell.is_there and cell.share is None for cell in cells):
+        samples.append((places.there, "fitted", None))
+    if any(not cell.is_there for cell in cells):
+        samples.append((places.missing, "lost", None))
     swatches = [
         tag("span", _swatch(tag("rect", class_=kind, fill_opacity=x, width=22, height=12)), name)
         for name, kind, x in samples
     ]
-    title = "" if places.is_planned else "Share of a module's energy on the target:"
-    return tag("p", title, *swatches, class_="legend")
+    return tag("p", f"{places.title}:" if places.title else "", *swatches, class_="legend")
 
 
 def _swatch(box: Html) -> Html:
@@ -215,7 +205,7 @@ def draw_thumbnail(places: PlaceMap, label: str, width: float = 220, row: float 
     paths: dict[float, list[str]] = {}
     wide, high = round(max(0.8, layout.pitch - 0.4), 1), round(row - 0.5, 1)
     for (column, kind), cell in places.cells.items():
-        share = cell.share if cell.moved else -1.0
+        share = cell.share if cell.is_there else -1.0
         opacity = 0.0 if share == -1.0 else round(_opacity(1.0 if share is None else share), 1)
         left = layout.lefts[column]
         paths.setdefault(opacity, []).append(

@@ -1,0 +1,29 @@
+"""What the words in tables, pages and reports mean: every term is explained here, and only here."""
+
+from __future__ import annotations
+
+GLOSSARY = {
+    "kept": "share of the update's energy ‖ΔW‖² that is on the target",
+    "vs copy": "distance to the unchanged update, in units of its norm",
+    "norm": "ratio of the norms of the update, target to source",
+    "drift": "‖W_t − W_s‖/‖W_s‖ of the two models' weights: 0 if equal, 1.4 if trained apart",
+    "cosine": "⟨W_s, W_t⟩/(‖W_s‖‖W_t‖) of the two models' weights: 1 if equal, 0 if trained apart",
+    "Φ": "overlap of the leading subspaces of the two models' weights, left and right, 0 … 1",
+    "chance": "the Φ that unrelated weights have",
+    "above": "the lesser Φ over chance: 0 as unrelated, 1 as equal weights",
+    "mixed": "share of the energy in the update's mixed blocks, which projecting drops",
+    "angle": (
+        "the median … the largest angle between the leading subspaces, on the side that is farther "
+        "apart"
+    ),
+    "energy": "share of ‖ΔW‖², which says how much an update does",
+    "k": "number of leading columns that are compared",
+    "held": "share of the weights' Σσ² in these columns",
+    "whole": "pairs of weights that have no more than k columns",
+    "≥": "pairs whose Φ reaches that number on both sides",
+    "score": "how alike the paired blocks are",
+    "margin": "the lead of the score over the second best block",
+    "by depth": "a bar for each block, the tallest for the largest drift",
+    "strangers": "blocks whose weights have nothing in common with those of their partners",
+}
+"""Term -> what it means."""

@@ -1,0 +1,77 @@
+"""Several LoRAs at once: a row for each, in a terminal and on a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from . import tables
+from .page.document import Page, Section, render_page
+from .report import Outcome, Report
+from .table import NOTHING, Below, Cell, Column, Row, Table, make_table
+
+
+def tabulate_outcomes(outcomes: Sequence[Outcome]) -> Table:
+    """What became of each LoRA."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    columns = Column("LoRA"), Column("status"), *(Column(n, "d") for n in ("mapped", "skipped"))
+    columns += Column("refused", "d"), Column("kept", ".0%", has_bar=True), Column("vs copy", ".2f")
+    rows = [_describe_outcome(outcome, outcomes) for outcome in outcomes]
+    title = f"{len(outcomes)} LoRAs: {summary}"
+    return make_table(title, (*columns, Column("s", ".1f")), rows)
+
+
+def name_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
+    """The LoRA's name; that of the result where a LoRA has one for each expert."""
+    several = sum(other.lora == outcome.lora for other in outcomes) > 1
+    return outcome.out.name if several else outcome.lora.name
+
+
+def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
+    """A row: the numbers, and on a page the map and the sentences below the name."""
+    name, report = name_outcome(outcome, outcomes), outcome.report
+    if report is None:
+        told = (str(outcome.error),) if outcome.error else ()
+        numbers: list[Cell] = [None] * 6
+        tone = "warn" if outcome.error else "faint"
+        return Row((name, outcome.status, *numbers), tone, below=Below(sentences=told))  # type: ignore[arg-type]
+    totals = report.totals
+    numbers = [totals["mapped"], totals["skipped"], totals["refused"]]
+    numbers += [totals["energy_surviving"], totals["copy_distance"], outcome.seconds or NOTHING]
+    places = tables.map_modules(report.modules, report.dry_run)
+    reasons = tables.tabulate_reasons(report.modules)
+    below = Below(places, tuple(report.sentences()), reasons)
+    return Row((name, outcome.status, *numbers), below=below)
+
+
+def render_outcomes(outcomes: Sequence[Outcome], facts: Mapping[str, str] | None = None) -> str:
+    """What became of LoRAs, as one HTML file: the whole report of one, a row for each of several.
+
+    Args:
+        outcomes: in the order of their rows.
+        facts: more of how they were made, by what each is called: the command.
+    """
+    first, report = outcomes[0], outcomes[0].report
+    if len(outcomes) == 1 and report is not None:
+        known = {"LoRA": first.lora.name}  # in which folder is nobody's business
+        if not first.planned:
+            known["written to"] = first.out.name
+        return report.to_html(known | dict(facts or {}))
+    table = tabulate_outcomes(outcomes)
+    reports = [outcome.report for outcome in outcomes if outcome.report is not None]
+    page = Page(
+        title=table.title,
+        eyebrow="LoRA transfer report",
+        headline=table.title,
+        sections=[Section("A row for each LoRA", [table], "index")],
+        facts=_list_shared(reports) | dict(facts or {}),
+    )
+    return render_page(page)
+
+
+def _list_shared(reports: Sequence[Report]) -> dict[str, str]:
+    """The facts that are the same for all."""
+    facts = [report.facts() for report in reports]
+    first = facts[0] if facts else {}
+    return {name: text for name, text in first.items() if all(f.get(name) == text for f in facts)}

@@ -1,0 +1,124 @@
+"""Where in the model something lies: a column for each block in order, a row for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..architectures.modules import find_stage
+from ..comparison.transformer_blocks import AROUND, column_order, split_module, stack_order
+from ..core.means import weighted_mean
+
+OUTSIDE = "outside"
+"""The stage of modules that belong to no part, such as a transformer's `x_embedder`."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A module of a map.
+
+    Attributes:
+        name: of the module.
+        share: the number that its colour shows, 0 … 1; None where it is not known.
+        is_there: False where there is nothing to show, as of a module that did not move.
+        weight: how much its number counts beside others in its cell.
+        text: what is said of it where somebody points at it.
+    """
+
+    name: str
+    share: float | None
+    is_there: bool = True
+    weight: float = 1.0
+    text: str = ""
+
+
+@dataclass(frozen=True, order=True)
+class MapColumn:
+    """A block, or what stands around a stack of blocks."""
+
+    order: tuple[object, ...] = field(repr=False)
+    place: str
+    depth: str
+    stage: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class MapCell:
+    """The modules of one kind in one block; mostly one.
+
+    Attributes:
+        spots: the modules.
+        indices: where they stand among all modules.
+    """
+
+    spots: tuple[Spot, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to show."""
+        return any(spot.is_there for spot in self.spots)
+
+    @property
+    def share(self) -> float | None:
+        """The mean of the modules' numbers by weight; None where one is not known."""
+        if any(spot.share is None for spot in self.spots):
+            return None
+        mean = weighted_mean((spot.weight, spot.share) for spot in self.spots)
+        plain = weighted_mean((1.0, spot.share) for spot in self.spots)
+        return plain if mean is None else mean
+
+
+@dataclass(frozen=True)
+class PlaceMap:
+    """Modules by place.
+
+    Attributes:
+        spots: the modules in any order.
+        title: what the colours show.
+        there, missing: what is said of a module whose number is not known, and of one that is not
+            there.
+    """
+
+    spots: Sequence[Spot]
+    title: str = "Share of a module's energy on the target"
+    there: str = "moved, share not known"
+    missing: str = "not moved"
+
+    @cached_property
+    def cells(self) -> dict[tuple[MapColumn, str], MapCell]:
+        """(column, kind) -> its modules."""
+        groups: dict[tuple[MapColumn, str], list[int]] = {}
+        for i, spot in enumerate(self.spots):
+            groups.setdefault(_find_place(spot.name), []).append(i)
+        return {
+            key: MapCell(tuple(self.spots[i] for i in indices), tuple(indices))
+            for key, indices in groups.items()
+        }
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The modules by their index, in the order of the model."""
+        kinds = {kind: i for i, kind in enumerate(self.kinds)}
+        ordered = sorted(self.cells.items(), key=lambda item: (item[0][0], kinds[item[0][1]]))
+        return [index for _, cell in ordered for index in cell.indices]
+
+    @cached_property
+    def columns(self) -> list[MapColumn]:
+        """In the order of a forward pass; what stands around a stack comes before it."""
+        return sorted({column for column, _ in self.cells})
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of module: inside blocks by layer, then around them."""
+        return sorted({kind for _, kind in self.cells}, key=column_order)
+
+
+def _find_place(module: str) -> tuple[MapColumn, str]:
+    """The column and the kind of a module."""
+    place, depth, kind = split_module(module)
+    stage = find_stage(module) if place else OUTSIDE
+    # Beside the stack it surrounds, and before it.
+    order = stack_order(place), depth != AROUND, column_order(depth)
+    return MapColumn(order, place, depth, stage), kind
