@@ -15,24 +15,19 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
 from prolora.workflow.fit_options import FitChanges, FitOptions
-from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
-MOVING = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
-FITTING = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
-FUNCTIONS = [
-    *((one, TransferOptions) for one in MOVING),
-    *((one, FitOptions) for one in FITTING),
-    (prolora.migrate, MigrationOptions),
-]
+TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
+FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
 
 
-@pytest.mark.parametrize("function, options", FUNCTIONS)
-def test_help_shows_every_option_with_its_default(function, options):
+@pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
+def test_help_shows_every_option_with_its_default(function, kind):
     parameters = inspect.signature(function).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
     text = pydoc.plain(pydoc.render_doc(function))
-    for field in dataclasses.fields(options):
+    for field in dataclasses.fields(kind):
         parameter = parameters[field.name]
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default
@@ -41,19 +36,14 @@ def test_help_shows_every_option_with_its_default(function, options):
 
 
 @pytest.mark.parametrize(
-    "options, changes",
-    [
-        (TransferOptions, OptionChanges),
-        (FitOptions, FitChanges),
-        (MigrationOptions, MigrationChanges),
-    ],
+    ("kind", "changes"), [(TransferOptions, OptionChanges), (FitOptions, FitChanges)]
 )
-def test_options_have_one_home(options, changes):
-    """What type checkers read of the options is what the options object tells of them."""
-    fields = {field.name: field.type for field in dataclasses.fields(options)}
+def test_options_have_one_home(kind, changes):
+    """What type checkers read of the options is what their object tells of them."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
     assert fields == {k: v.__forward_arg__ for k, v in changes.__annotations__.items()}
     for name in fields:
-        assert find_shown(options, name).help
+        assert find_shown(kind, name).help
 
 
 def test_running_the_models_is_asked_of_another_function(tmp_path):

@@ -69,7 +69,7 @@ class Samplers:
     Attributes:
         source: runs the source's sampler from noise.
         target: the same for the target.
-        adapted: runs the source while the LoRA runs in it, where the LoRA is sampled in
+        adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled in
             another way than the source (few steps, no guidance, a trigger word); None: as `source`.
         described: what the samplers do, as a text; needed where results are kept for another run,
             because two functions cannot be compared.

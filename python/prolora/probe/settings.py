@@ -51,8 +51,8 @@ class FitSettings:
 
     prompts: tuple[str, ...] = option(
         (),
-        "Prompts that are sampled, in turn. Without them some are made from the LoRA's header; "
-        "models that take classes take their numbers, and 0 without them.",
+        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header. "
+        "Class numbers for models that take classes.",
     )
     images: int = option(
         24,
@@ -147,8 +147,7 @@ class FitSettings:
     )
     optimiser: Optimiser = option(
         "gauss-newton",
-        'What takes the steps. "adamw", with two for each of `fit_steps` as trainers do it, is for '
-        "comparison.",
+        '"adamw" takes two of its steps for each of `fit_steps`, as trainers do, for comparison.',
         words=get_args(Optimiser),
     )
     force: bool = option(

@@ -119,8 +119,8 @@ def fit_many(
     """Fits LoRAs one after the other, into a folder, under the names they have.
 
     A result that is there already, complete, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
-    With `overwrite` it is made again. The folder is made if it does not exist.
+    LoRA, of these bases and in this way is left alone (unless `overwrite` is set): a run that was
+    cut off goes on where it was. The folder is made if it does not exist.
 
     Args:
         loras: .safetensors files and PEFT folders.
@@ -197,7 +197,7 @@ def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOpti
     try:
         recipe = Recipe.of(lora, source, target, options)
         if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
-            return end(kept=True, behind=recipe.list_unread())
+            return end(kept=True)
         return end(report=_fit_file(lora, source, target, out, options))
     except LORA_FAILURES as error:
         return end(error=as_refusal(error))

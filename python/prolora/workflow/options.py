@@ -313,10 +313,10 @@ class OptionChanges(TypedDict, total=False):
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Settled = TypeVar("Settled", bound="DataclassInstance")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
+def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
     """The options with changes made by keyword.
 
     Raises:

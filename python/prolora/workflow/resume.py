@@ -116,7 +116,7 @@ class Recipe:
         base = self.source
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
         unknown = find_unknown_updates(outline.left_out)
-        return (*list_missed(outline, self.options), *unknown)
+        return (*list_missed(outline, self.options.text_encoder), *unknown)
 
 
 def _jsonable(value: Any) -> Any:

@@ -220,13 +220,9 @@ def _fit_models(
     checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
     updates = _drop_text_encoders(job.adapter.updates)
     adapter = job.adapter.with_updates(updates)
-    sampled: FitSettings = options
     derived: tuple[str, ...] = ()
     if not options.prompts and all("prompt" in model.accepted for model in models):
         derived = derive_prompts(read_training_words(job.adapter.metadata))
-        sampled = replace(sampled, prompts=derived)
-    if options.memory_limit is not None:
-        sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -235,6 +231,9 @@ def _fit_models(
 
     shared = vae.explain_different_latents(source.path, target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
+    sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+    if options.memory_limit is not None:
+        sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
     few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
     # Between a flow and another path, and for a target of few steps, the images of the samplings
     # say more than their calls.
@@ -357,7 +356,7 @@ def _finish_fit(
         job.options,
         rows,
         list_vectors(adapter) | list_tensors_left_out(adapter),
-        unread=list_missed(adapter, job.options),
+        unread=list_missed(adapter, job.options.text_encoder),
         strength=strength,
         probe=probe,
         seconds=dict(probe.seconds),

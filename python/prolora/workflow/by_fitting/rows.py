@@ -35,7 +35,7 @@ def outline_report(
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
     left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
-    unread = list_missed(adapter, options)
+    unread = list_missed(adapter, options.text_encoder)
     return build_fit_report(source, target, options, rows, left_out, unread=unread, dry_run=True)
 
 
