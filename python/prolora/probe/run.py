@@ -23,6 +23,7 @@ from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
 from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
+from .known_answers import OF_LORA, KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
@@ -203,17 +204,25 @@ def _record_fit_judge(
         held_out = spill_questions(judged, limit)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    bare = hash_texts(recorder.keys["source"], asked)
+    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+
+    def end_asking() -> None:
+        answers.store()
+        if release is not None:
+            release()
+
     run = ProbeRun(
         recorder.source,
         recorder.target,
         recorder.adapter,
-        recorder.translation,
+        RememberingTranslation.of(recorder.translation, answers),
         rival,
         settings,
         recorder.checkpoints,
         key,
         report,
-        release,
+        end_asking,
     )
     with _timed(report, "draw"):
         questions, held_out = _draw_samples(run, questions, held_out)
@@ -323,14 +332,21 @@ def _draw_samples(
         of_origin = [question for question in held_out if question.origin == origin]
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
-    origins = [question.origin for question in questions]
-    pairs = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
-    asked = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
-    count = max(settings.probes // 2, 1) if pairs else settings.probes
-    drawn = mix_samples(asked, count, settings.batch, predict_both, generator)
-    if pairs:
-        taught = mix_samples(pairs, count, settings.batch, predict_both, generator)
-        drawn = _alternate(drawn, taught)
+    origins, most = [question.origin for question in questions], settings.batch
+
+    def draw_some(wanted: Callable[[str], bool], count: int) -> list[Question]:
+        rows = [i for i, origin in enumerate(origins) if wanted(origin)]
+        some = SampleSelection(questions, rows)
+        return mix_samples(some, count, most, predict_both, generator) if rows else []
+
+    count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
+    # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
+    own = count // len(ORIGINS)
+    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own)
+    drawn += draw_some(lambda origin: origin == "adapted", own)
+    drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+    if PAIR in origins:
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 

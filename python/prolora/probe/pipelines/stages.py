@@ -38,12 +38,14 @@ class PromptMemory:
         pipe: the diffusers pipeline.
         folder: that it was loaded from.
         answers: of the calls so far.
+        state: what runs beside the encoders' weights, as a text; "" for nothing.
     """
 
     def __init__(self, pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
         """Takes the place of the pipeline's method, where it has one; `options` of loading."""
         self.pipe, self.folder, self._options = pipe, folder, options
         self.answers: dict[str, Any] = {}
+        self.state = ""
         self._encode = getattr(pipe, "encode_prompt", None)
         self._emptied = False
         if self._encode is not None:
@@ -62,7 +64,7 @@ class PromptMemory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of `encode_prompt`; a known one where it was asked the same before."""
         assert self._encode is not None
-        key = _write_key((args, sorted(kwargs.items())))
+        key = _write_key((self.state, args, sorted(kwargs.items())))
         if key is not None and key in self.answers:
             return self.answers[key]
         if self._emptied:
