@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,7 @@ from ...bases.experts import open_experts
 from ...bases.identity import compute_fingerprint
 from ...core.precision import full_precision
 from ...errors import OutputError, ProLoRAError, UnrelatedBases
-from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
-from ...version import __version__
 from ..by_weights.ledger import LORA_FAILURES
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
@@ -181,10 +178,7 @@ class PairWorker:
         Raises:
             OutputError: a link has its name.
         """
-        prints = [self.plan.find_fingerprint(self.pair, which) for which in ("source", "target")]
-        parts = [recipe.lora_hash, prints, self.plan.options, __version__]
-        digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
-        appended = f"{entry.appended}-{digits}"
+        appended = f"{entry.appended}-{recipe.digest(self._cache)}"
         name = name_output(Path(entry.lora), str(self.options.format), appended)
         return self._place.find_place(RESULTS, self.pair.target, name)
 
