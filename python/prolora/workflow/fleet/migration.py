@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from ...errors import OutputError
 from ...files.managed_folder import ManagedFolder
+from ...files.ownership import is_own
 from ..options import settle_options, takes_options
 from .claims import Claims
 from .engines.engine import Engine
 from .engines.local import LocalEngine
 from .engines.ray_engine import RayEngine
 from .outcomes import is_complete, is_unchanged, write_failures
-from .plan import Batch, Entry, Plan, holds_plan, select_shard
+from .plan import Batch, Entry, Plan, select_shard
 from .records import Journal, JournalReader, Record, find_time
 from .result_folder import PLANS, make_result_folder
 from .run_options import DEFAULT_MIGRATION, MigrationChanges, MigrationOptions
@@ -106,9 +107,8 @@ def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
     """Puts a copy of the plan into the folder, by which `status` knows what is left."""
     folder.make_folder(PLANS)
     copy = folder.find_place(PLANS, f"{plan.digest}.jsonl")
-    if not holds_plan(copy):
-        copy.unlink(missing_ok=True)  # it was damaged
-        plan.save(copy)
+    if not (copy.is_file() and is_own(copy, "plan")):
+        plan.save(copy, overwrite=True)
 
 
 @dataclass(slots=True)
