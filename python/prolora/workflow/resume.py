@@ -21,7 +21,7 @@ from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.ownership import is_own
 from ..version import __version__
-from .by_weights.assembly import list_missed
+from .by_weights.rows import list_missed
 from .options import TransferOptions, find_shown
 
 _FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions

@@ -88,10 +88,6 @@ class PairWorker:
         self._mover: PairMover | None = None
         self._cache = BasisCache(None)
 
-    def move(self, entries: Sequence[Entry]) -> list[Record]:
-        """Moves LoRAs between the bases; see `move_each`."""
-        return list(self.move_each(entries))
-
     def move_each(self, entries: Sequence[Entry]) -> Iterator[Record]:
         """Moves LoRAs between the bases and gives a record for each, in any order.
 
