@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from prolora.workflow.fleet.calibration import Rates
 
-RATES = Rates(per_byte=1e-8, per_module=1e-3, per_base_byte=1e-9, per_operation=1e-10)
+RATES = Rates(per_byte=1e-8, per_module=1e-3, per_operation=1e-10)
 
 
 def write_collection(folder):

@@ -74,7 +74,7 @@ def test_a_plan_says_what_it_costs_and_refuses_low_coverage(collection):
     entry = plan.entries[0]
     assert entry.size == (loras / "a.safetensors").stat().st_size
     assert entry.seconds > 0.01 and entry.memory > entry.size
-    assert plan.notes["setup"][0]["bytes"] > 10_000
+    assert plan.bases[entry.pair.source].bytes > 5_000
 
 
 @pytest.mark.parametrize(

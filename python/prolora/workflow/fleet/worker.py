@@ -121,12 +121,8 @@ class PairWorker:
             # Equal LoRAs of one name have one result, which is made once.
             waiting.setdefault(task.out, []).append(entry)
             tasks.setdefault(task.out, task)
-        mover.look_up(tasks.values(), self._cache)
-        left = [task for task in tasks.values() if task.outcome is None]
-        for task in tasks.values():
-            if task.outcome is not None:
-                yield from self._record_all(waiting[task.out], task)
-        for task in mover.run(left, self._cache, [task.lora for task in left]):
+        ordered = list(tasks.values())
+        for task in mover.run(ordered, self._cache, [task.lora for task in ordered]):
             for record in self._record_all(waiting[task.out], task):
                 yield record
                 if record.status == "stopped":
