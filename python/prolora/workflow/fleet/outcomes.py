@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...errors import ProLoRAError, UnsupportedFormat
+from ...errors import UnsupportedFormat
 from ...files.managed_folder import ManagedFolder
 from ...files.state import read_state
-from ..resume import hash_adapter
+from ..resume import explain_damage
 from .plan import Entry, Plan
 from .records import JournalReader, Record
 from .result_folder import FAILED
@@ -98,7 +98,7 @@ def measure_result(path: Path) -> int:
 
 
 def find_damaged(plan: Plan, folder: Path) -> dict[str, str]:
-    """The results of a plan whose bytes are not those that were written, and why.
+    """The results of a plan that are not what was written under their names, and why.
 
     Each is read completely.
 
@@ -106,20 +106,11 @@ def find_damaged(plan: Plan, folder: Path) -> dict[str, str]:
         plan: the plan.
         folder: of the results.
     """
-    damaged = {}
-    for _, state, record in read_outcomes(plan, folder):
-        if state != "done" or record is None:
-            continue
-        try:
-            found = hash_adapter(folder / record.out)
-        except ProLoRAError as error:
-            damaged[record.out] = str(error)
-            continue
-        if not record.digest:
-            damaged[record.out] = "its record has no digest to compare it with"
-        elif found != record.digest:
-            damaged[record.out] = "its bytes are not those that were written"
-    return damaged
+    done = [
+        record.out for _, state, record in read_outcomes(plan, folder) if state == "done" and record
+    ]
+    reasons = {out: explain_damage(folder / out) for out in done}
+    return {out: reason for out, reason in reasons.items() if reason}
 
 
 @dataclass

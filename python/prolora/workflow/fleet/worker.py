@@ -23,7 +23,7 @@ from ..by_weights.ledger import LORA_FAILURES
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
 from ..report import Outcome, Report
-from ..resume import Recipe, hash_adapter
+from ..resume import Recipe
 from .outcomes import measure_result
 from .plan import Entry, PairOfBases, Plan
 from .records import Record
@@ -206,7 +206,6 @@ class PairWorker:
             "done",
             out=outcome.out.relative_to(folder).as_posix(),
             size=measure_result(outcome.out),
-            digest=hash_adapter(outcome.out),
             seconds=round(outcome.seconds, 3),
             kept=outcome.kept,
             unread=len(outcome.unread),
