@@ -36,7 +36,7 @@ PROCESS_BYTES = 250 << 20
 
 _KEY = "prolora_plan"
 # Options of a transfer that change no result; those who run a plan choose them.
-_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "probe", "progress"}
+_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "progress"}
 _START = f'{{"{WRITTEN_BY}": "{make_mark("plan").rstrip("0")}'.encode()
 # Bytes of a plan: some millions of moves, of 300 each.
 _SIZE_LIMIT = 1 << 30
