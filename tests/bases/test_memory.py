@@ -176,5 +176,5 @@ def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
             lambda bound: prolora.compare(source, target, max_memory=bound),
             lambda bound: survey_base(source, 4, max_memory=bound),
         ):
-            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB is too little"):
+            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
                 work(bound)

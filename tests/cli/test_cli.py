@@ -251,7 +251,7 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
         (("-o", "source/config.json/x.safetensors"), "config.json is a file, not a folder"),
         (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
         (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
-        (("-o", "x.safetensors", "--out-rank", "half"), "out_rank must be"),
+        (("-o", "x.safetensors", "--out-rank", "half"), "--out-rank must be"),
         (("-o", "x.safetensors", "--match", "nowhere.json"), "match takes"),
     ],
 )
@@ -390,7 +390,7 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
     for end in (("-o", tmp_path / "again.safetensors"), ("--dry-run",)):
         code, _, errors = prolora("transfer", moved, *line, *end)
         assert code == 2 and errors.startswith("Error: ")
-        assert "give target as the source, or set again to move it" in errors
+        assert "give target as the source, or take --again to move it" in errors
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
 
 

@@ -180,7 +180,7 @@ MISTAKES = {
     ),
     "a trained LoRA for an output": (
         (*MOVE, "-o", "mine.safetensors"),
-        "choose another name, or allow it to be overwritten (--overwrite)",
+        "choose another name, or allow it with --overwrite",
     ),
     "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is no card as prolora"),
     "somebody's file for a report": (
@@ -217,7 +217,7 @@ MISTAKES = {
     "a word for a number": ((*MOVE, *TO, "--strength", "two"), "takes a number or 'auto', not"),
     "a share above one": ((*MOVE, *TO, "--min-coverage", "2"), "'2' is not a number from 0 to 1"),
     "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
-    "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "out_rank must be"),
+    "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size is a number with a unit"),
     "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
     "prompts without probing": ((*MOVE, *TO, "--prompt", "cat"), "are for probing: add --method"),

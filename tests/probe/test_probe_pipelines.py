@@ -285,7 +285,7 @@ def test_other_latents_are_named_and_no_copy_is_measured_there(room, tmp_path, c
 def test_options_without_a_use_are_refused(room, tmp_path):
     out = tmp_path / "out.safetensors"
     assert "match" in str(run(room, "other", out, "--match", "similarity").exception)
-    assert "out_rank must be" in str(run(room, "other", out, "--out-rank", "0").exception)
+    assert "`out_rank` must be" in str(run(room, "other", out, "--out-rank", "0").exception)
     assert "method probe" in str(run(room, "other", out, "--out-rank", "50%").exception)
     line = ["transfer", str(room / "lora.safetensors"), "--source", str(room / "source")]
     line += ["--target", str(room / "other"), "-o", str(out), "--prompt", "x"]
@@ -297,16 +297,16 @@ def test_options_without_a_use_are_refused(room, tmp_path):
 def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tmp_path):
     lora = tiny.updates(pipelines.open_pipeline(room / "source").denoiser, ("attn2.to_k",))
     wide = tiny.write_lora(tmp_path / "k.safetensors", lora)
-    with pytest.raises(ShapeMismatch, match="--method probe"):
+    with pytest.raises(ShapeMismatch, match="`method=.probe.`"):
         prolora_transfer(wide, room / "source", room / "other", method="copy")
-    with pytest.raises(UnrelatedBases, match="--method probe"):
+    with pytest.raises(UnrelatedBases, match="`method=.probe.`"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
     unrelated = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
-    with pytest.raises(ShapeMismatch, match="--method probe"):
+    with pytest.raises(ShapeMismatch, match="`method=.probe.`"):
         prolora_transfer(wide, room / "source", unrelated, method="copy")
     # No image can cross to a pipeline without a VAE.
     shutil.rmtree(unrelated / "vae")
     assert not vae.can_probe(room / "source", unrelated)
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", unrelated, method="copy")
-    assert "--method probe" not in str(refused.value)
+    assert "probe" not in str(refused.value)

@@ -224,7 +224,7 @@ def test_text_encoders_are_projected_when_asked_for():
     change = copied.adapter.updates[name].dense() - projected.adapter.updates[name].dense()
     assert change.norm() > 0.05 * copied.adapter.updates[name].norm()
     for option in ("text_encoder", "dropped"):
-        with pytest.raises(ValueError, match=f"{option} must be one of"):
+        with pytest.raises(ValueError, match=f"`{option}` must be one of"):
             prolora.transfer(tensors, source, target, **{option: "average"})
 
 
@@ -328,7 +328,7 @@ def test_the_command_line_shows_what_was_matched_and_summed(tmp_path, monkeypatc
         cli.main()
     text = capsys.readouterr().out
     assert not stop.value.code
-    assert "blocks matched by similarity; 1 of the source feed none" in text
+    assert "Blocks matched by similarity; 1 of the source's are not used" in text
     assert "0←0 1←1" in text and "summed" in text and "4 of them added to others" in text
     assert load_file(out)
     with pytest.raises(SystemExit) as stop:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -30,6 +32,7 @@ from .options import (
     TargetStepsOption,
     expand_options,
     parse_path,
+    write_flag,
 )
 from .tables import show_tables
 
@@ -120,12 +123,32 @@ def advise(
             max_memory=resources.max_bytes,
             progress=progress,
         )
+    command = "" if advice.options is None else write_command(lora, bases, advice.options)
     if asked.as_json:
-        print(json.dumps(advice.to_dict(), indent=1))
+        print(json.dumps(advice.to_dict() | {"command": command}, indent=1))
         return
     if not asked.quiet:
         show_tables(out, advice.tables())
     for sentence in advice.sentences():
         out.print(sentence, style="bold yellow" if sentence.startswith("No-go") else None)
-    if advice.command:
-        out.print_line(advice.command, style="bold")
+    if command:
+        out.print_line(command, style="bold")
+
+
+def write_command(lora: Path | None, bases: Bases, options: Mapping[str, Any]) -> str:
+    """The `prolora transfer …` that follows.
+
+    Args:
+        lora: what is moved; a placeholder stands for none.
+        bases: as they were given.
+        options: those of the transfer.
+    """
+    file, told = lora or Path("LORA.safetensors"), dict(options)
+    if probing := told.pop("probe", None):
+        names = [f.name for f in fields(probing) if f.name.startswith(("target_", "lora_"))]
+        told |= {name: x for name in names if (x := getattr(probing, name)) is not None}
+    flags = (write_flag(name, str(value)) or "" for name, value in told.items())
+    words = [word for flag in flags for word in flag.split(" ", 1)]
+    out = f"{file.stem}-on-{Path(bases.target).stem}.safetensors"
+    line = ["prolora", "transfer", str(file), "--source", bases.source, "--target", bases.target]
+    return shlex.join([*line, *words, "-o", out])

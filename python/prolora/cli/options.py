@@ -127,6 +127,39 @@ FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
 
 
+COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
+"""Functions that are commands of another name."""
+
+OPTIONS = {
+    *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
+    *(
+        "cache",
+        "device",
+        "max_memory",
+        "source",
+        "target",
+        "measure",
+        "prompts",
+        "engine",
+        "shard",
+        "workers",
+        "address",
+    ),
+    *("gpus_per_worker", "target_steps", "target_guidance", "lora_steps", "lora_guidance", "quick"),
+}
+"""What messages may name, and a command has a flag for."""
+
+
+def write_flag(option: str, value: str | None = None) -> str | None:
+    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    if value == "()":
+        return f"`prolora {COMMANDS.get(option, option)}`"
+    if option not in OPTIONS:
+        return None
+    flag = FLAGS.get(option, (f"--{option.replace('_', '-')}",))[0]
+    return flag if value in (None, "True") else f"{flag} {value}"
+
+
 RankOption = Annotated[
     str,
     typer.Option(

@@ -17,7 +17,7 @@ from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import OutputError, ProLoRAError
+from ..errors import OutputError, ProLoRAError, name_options
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
@@ -32,7 +32,14 @@ from ..workflow.transfer import transfer_file
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .exits import IncompleteResult
-from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
+from .options import (
+    ExpertBases,
+    HelpAllOption,
+    Resources,
+    expand_options,
+    parse_path,
+    write_flag,
+)
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .tables import draw_table, failure_lines, show_tables
 from .transfer_options import OutputOptions, ProbeOptions
@@ -171,7 +178,7 @@ def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
     if output.report in (None, STDOUT):
         return
     if is_page_path(output.report):
-        page = render_outcomes(outcomes, {"command": read_command()})
+        page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
         write_text_atomically(output.report, page)
     else:
         write_text_atomically(output.report, mark_json("report", *records))

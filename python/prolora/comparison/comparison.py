@@ -193,7 +193,7 @@ class Comparison:
             )
         strength = self.verdict.strength
         return (
-            f"--method {AUTO} chooses '{self.advice.method}': "
+            f"`method='{AUTO}'` chooses '{self.advice.method}': "
             f"{METHOD_REASONS[self.advice.method]}. "
             f"An unchanged copy does best at a strength of about {strength:.2g}."
         )
@@ -388,7 +388,7 @@ def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, s
     """Why there is nothing to compare, and what may work instead."""
     way = ""
     if can_probe(source.path, target.path):
-        way = "; --method probe looks at the running models instead, and may move a LoRA"
+        way = "; `method='probe'` looks at the running models instead, and may move a LoRA"
     if partners:
         return (
             f"every pair of {source.name} and {target.name} has different widths, and no weight of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -16,7 +15,7 @@ from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
 from ..comparison.module_comparison import ModuleComparison
-from ..comparison.module_map import Match
+from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..comparison.verdict import Decision, Verdict, judge_pairs
 from ..core.precision import in_full_precision
@@ -48,7 +47,7 @@ class Advice:
             where no pair of bases like this was measured.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
-        command: the `prolora transfer …` that follows; empty where nothing is worth it.
+        options: of the `transfer` that follows, as its keywords; None where nothing is worth it.
     """
 
     comparison: Comparison
@@ -56,7 +55,7 @@ class Advice:
     expected: tuple[Expectation, ...]
     lora: LoraFit | None
     measurement: Measurement | None
-    command: str
+    options: Mapping[str, Any] | None
     _energies: Mapping[str, float]
 
     @property
@@ -108,8 +107,8 @@ class Advice:
             strength = self.decision.strength
             sentences.append(
                 f"By the weights: method '{self.decision.method}' at strength {strength:.2g}"
-                f"{'' if self.verdict.go else ', at your own risk'}. --measure with a LoRA runs "
-                "the models and measures it."
+                f"{'' if self.verdict.go else ', at your own risk'}. `measure=True` with a LoRA "
+                "runs the models and measures it."
             )
         return sentences
 
@@ -154,15 +153,15 @@ class Advice:
             "calibration": dict(load_calibration().made) | dict(load_calibration().checked),
             "lora": asdict(self.lora) if self.lora else None,
             "measurement": _measurement_dict(self.measurement),
-            "command": self.command,
+            "options": _plain_options(self.options),
             "summary": self.sentences(),
         }
         plain: dict[str, Any] = replace_nonfinite(fields)
         return plain
 
     def __str__(self) -> str:
-        """The sentences, and the command."""
-        return "\n".join([*self.sentences(), *([self.command] if self.command else [])])
+        """The sentences, one a line."""
+        return "\n".join(self.sentences())
 
 
 def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
@@ -280,30 +279,24 @@ def advise(
         models = open_models(ours, theirs, probe, samplers, options.device)
         measurement = measure_lora(models, adapter, candidates, probe.images, progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
-    command = write_command(
-        lora, (source, target), (ours.base, theirs.base), match, verdict, measurement, probe
-    )
-    return Advice(comparison, verdict, expected, fit, measurement, command, energies)
+    chosen = choose_options((ours.base, theirs.base), match, verdict, measurement, probe)
+    return Advice(comparison, verdict, expected, fit, measurement, chosen, energies)
 
 
 def _name_lora(lora: LoraLike | None) -> str:
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
-def write_command(
-    lora: LoraLike | None,
-    given: tuple[object, object],
+def choose_options(
     bases: tuple[Base, Base],
     match: Match,
     verdict: Verdict,
     measurement: Measurement | None,
     probe: Probing = SAMPLED,
-) -> str:
-    """The command line that follows; empty where nothing is worth a try.
+) -> dict[str, Any] | None:
+    """What to ask of `transfer`; None where nothing is worth a try.
 
     Args:
-        lora: what is moved; a placeholder stands for none, and for one that is no file.
-        given: source and target as the caller named them.
         bases: source and target.
         match: how modules are paired.
         verdict: by the weights.
@@ -311,24 +304,23 @@ def write_command(
         probe: says how the target and the LoRA are run.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
-    words: list[str] = []
-    if best is not None and best.go:
-        words += ["--method", "copy"] if measurement and measurement.best == "copy" else []
-        words += ["--strength", f"{best.strength:.2f}"]
-    elif best is not None or not verdict.related:
-        if not vae.can_probe(bases[0].path, bases[1].path):
-            return ""
-        words += ["--method", "probe"]
-        for name in ("target_steps", "target_guidance", "lora_steps", "lora_guidance"):
-            value = getattr(probe, name)
-            words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
-    if match != "auto" and isinstance(match, str | PathLike) and "probe" not in words:
-        words += ["--match", str(match)]
-    file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")
-    names = [
-        str(name) if isinstance(name, str | PathLike) else str(base.path or base.name)
-        for name, base in zip(given, bases, strict=True)
-    ]
-    out = f"{file.stem}-on-{Path(names[1]).stem}.safetensors"
-    line = ["prolora", "transfer", str(file), "--source", names[0], "--target", names[1], *words]
-    return shlex.join([*line, "-o", out])
+    paired = {} if match == AUTO_MATCH else {"match": match}
+    if best is not None and measurement is not None and best.go:
+        method = {"method": "copy"} if measurement.best == "copy" else {}
+        return {**method, "strength": round(best.strength, 2), **paired}
+    if best is None and verdict.related:
+        return paired
+    if not vae.can_probe(bases[0].path, bases[1].path):
+        return None
+    told = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
+    return {"method": "probe", "probe": Probing(**{name: getattr(probe, name) for name in told})}
+
+
+def _plain_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Options ready for JSON."""
+    if options is None:
+        return None
+    known = {name: value for name, value in options.items() if name not in ("match", "probe")}
+    if isinstance(options.get("match"), str | PathLike):
+        known["match"] = str(options["match"])
+    return known | (asdict(options["probe"]) if "probe" in options else {})

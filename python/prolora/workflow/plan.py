@@ -39,7 +39,7 @@ from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
 from .options import TransferOptions
 
-PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
+PROBE_INSTEAD = " by weights; `method='probe'` looks at the running models instead, and may move it"
 
 
 # The layers that take in the (noisy) image.
@@ -197,7 +197,7 @@ def _explain_skipped(name: str, match: Match) -> str:
         return "the target has no such module"
     if find_block(name):
         return "no block of the target is similar enough to this one"
-    return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
+    return "outside the transformer blocks, where similarity says nothing; `match='name'` pairs it"
 
 
 def _pair_modules(

@@ -94,9 +94,9 @@ def _leave_out_strangers(job: Job, source: Base, target: Base) -> None:
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
-    way = " --method copy does it anyway"
+    way = " `method='copy'` does it anyway"
     if can_probe(source.path, target.path):
-        way = f" --method probe looks at the running models and may move it;{way}"
+        way = f" `method='probe'` looks at the running models and may move it;{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
 
 
@@ -105,5 +105,5 @@ def _explain_zeros(base: Base) -> str:
     return (
         f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
         "placeholder or a damaged file, so there is nothing to choose a method by; give the real "
-        "base model, or --method copy"
+        "base model, or `method='copy'`"
     )

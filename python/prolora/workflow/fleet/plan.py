@@ -351,7 +351,7 @@ def _read_whole(path: str | os.PathLike[str]) -> bytes:
             raise input_error(path, error) from error
     if not content:
         raise UnsupportedFormat(
-            f"{where}: is no plan of this version; make one with `prolora plan`"
+            f"{where}: is no plan of this version; make one with `plan_migration()`"
         )
     digest, rest = content[len(start) : len(start) + 64], content[len(start) + 64 :]
     if hash_parts([rest]).encode() != digest:

@@ -77,8 +77,8 @@ class EngineOptions:
             for name in ("address", "workers", "gpus_per_worker"):
                 if getattr(self, name) is not None:
                     raise InvalidOption(
-                        f"{name} is for a cluster, and the engine is local, which is one process: "
-                        "add --engine ray, or start one process a shard (--shard 1/4 …)"
+                        f"`{name}` is for a cluster, and the engine is local, which is one "
+                        "process: take `engine='ray'`, or start one process for each `shard`"
                     )
 
 
