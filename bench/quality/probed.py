@@ -88,14 +88,17 @@ def select_rows(table: Table, where: tuple[str, str, str], **wanted: object) -> 
 
 
 def decide_row(row: Row) -> str:
-    """What the gate says of a row."""
+    """What the gate of today says of a row."""
+    gain = gate.Gain(**row["gain"]) if row.get("gain") else None
     if row.get("by_images"):
+        if row["decision"] == gate.COPY and row["guided"] and gain and gain.lowest > 0:
+            return gate.GO
         return str(row["decision"])
     if "gain" not in row:
         return decide_as_then(row)
     verdict = (row["strength"], row["share"], row["disagreement"], row["copy_share"])
-    gain = gate.Gain(**row["gain"]) if row["gain"] else None
-    return gate.decide_gate(*verdict, gain, row["start"])[0]
+    least = gate.least_gain(row["disagreement"]["all"], row["start"])
+    return gate.decide_gate(*verdict, gain, 0.0 if row.get("guided") else least)[0]
 
 
 def decide_as_then(row: Row) -> str:

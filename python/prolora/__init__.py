@@ -33,20 +33,24 @@ from .errors import (
     UnsupportedTensor,
     WrongBase,
 )
-from .probe.settings import Probing
+from .probe.settings import FitSettings
 from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
+from .workflow.fit import fit, fit_file, fit_many, plan_fit
+from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
 from .workflow.fleet.planning import plan_migration
+from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.options import TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
-from .workflow.transfer import Transfer, transfer, transfer_file
+from .workflow.result import Transfer
+from .workflow.transfer import transfer, transfer_file
 
 __all__ = [
     "DEFAULT_RANK",
@@ -60,19 +64,21 @@ __all__ = [
     "Comparison",
     "Description",
     "ExpertsLike",
+    "FitOptions",
+    "FitSettings",
     "ForeignFile",
     "InvalidOption",
     "LowCoverage",
     "LowRank",
     "Method",
     "MethodName",
+    "MigrationOptions",
     "MissingFile",
     "NonFiniteWeights",
     "Outcome",
     "OutputError",
     "Plan",
     "ProLoRAError",
-    "Probing",
     "ProjectionInfo",
     "Report",
     "ShapeMismatch",
@@ -92,11 +98,15 @@ __all__ = [
     "compare",
     "cuda_status",
     "damped",
+    "fit",
+    "fit_file",
+    "fit_many",
     "inspect",
     "load_moved_lora",
     "migrate",
     "open_base",
     "open_experts",
+    "plan_fit",
     "plan_migration",
     "plan_report",
     "principal_angles",

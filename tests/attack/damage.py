@@ -38,15 +38,19 @@ Words = list[object]
 
 def transfer(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
     """A transfer of the small LoRA, with a report."""
+    return write_lora(box, "transfer", *more, lora=lora)
+
+
+def write_lora(box: Box, verb: str, *more: object, lora: str = "lora.safetensors") -> Words:
     bases = ("--source", box.inputs / "source", "--target", box.inputs / "target")
     out = box.out / ("moved" if "peft" in lora else "moved.safetensors")
     report = ("--report", box.out / "report.json")
-    return ["transfer", box.inputs / lora, *bases, "-o", out, *report, "-q", *more]
+    return [verb, box.inputs / lora, *bases, "-o", out, *report, "-q", *more]
 
 
 def copy(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
     """A transfer that changes no update, so that the result is known without prolora."""
-    return transfer(box, "--method", "copy", "--no-cache", *more, lora=lora)
+    return transfer(box, "--method", "copy", "--cache=none", *more, lora=lora)
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ def gguf_header(data: bytes) -> int:
 
 
 def transfer_ggufs(box: Box) -> list[Words]:
-    words = transfer(box, "--no-cache")
+    words = transfer(box, "--cache=none")
     names = {box.inputs / name: box.inputs / f"{name}.gguf" for name in ("source", "target")}
     return [[names.get(word, word) for word in words]]
 
@@ -295,7 +299,7 @@ def write_half(box: Box) -> None:
 
 
 def migrate(box: Box) -> list[Words]:
-    return [["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--no-cache"]]
+    return [["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"]]
 
 
 def look_and_migrate(box: Box) -> list[Words]:
@@ -319,7 +323,7 @@ def write_batch(box: Box) -> None:
 def move_batch(box: Box) -> list[Words]:
     loras = [box.inputs / f"{name}.safetensors" for name in ("a", "b", "c")]
     bases = ("--source", box.inputs / "source", "--target", box.inputs / "target")
-    return [["transfer", *loras, *bases, "-o", box.out, "-q", "--no-cache"]]
+    return [["transfer", *loras, *bases, "-o", box.out, "-q", "--cache=none"]]
 
 
 # --- what prolora wrote itself ---------------------------------------------------------------
@@ -386,12 +390,12 @@ def write_pipelines(box: Box) -> None:
     tiny_pipelines.write_lora(box.inputs / "lora.safetensors", updates)
 
 
-FIT = ["--method", "probe", "--prompt", "cat", "--probe-images", "1", "--probe-steps", "1"]
-FIT += ["--probe-size", "16", "--probe-fit-steps", "4", "--force"]
+FIT = ["--prompt", "cat", "--images", "1", "--steps", "1", "--size", "16"]
+FIT += ["--fit-steps", "4", "--force"]
 
 
 def fit(box: Box) -> list[Words]:
-    return [transfer(box, *FIT, "--no-cache", "--resume", box.cache / "kept")]
+    return [write_lora(box, "fit", *FIT, "--cache=none", "--resume", box.cache / "kept")]
 
 
 def write_fitted(box: Box) -> None:
@@ -492,7 +496,7 @@ FORMATS = [
     Format(
         "base, safetensors",
         write_case,
-        lambda box: [transfer(box, "--no-cache")],
+        lambda box: [transfer(box, "--cache=none")],
         lambda box: list(box.inputs.glob("*/*.safetensors")),
         120,
         ("cut", "flip", "edit", "spoil"),
@@ -501,7 +505,7 @@ FORMATS = [
     Format(
         "base, config.json",
         write_case,
-        lambda box: [transfer(box, "--no-cache")],
+        lambda box: [transfer(box, "--cache=none")],
         lambda box: list(box.inputs.glob("*/config.json")),
         60,
     ),
@@ -517,7 +521,7 @@ FORMATS = [
     Format(
         "index of shards",
         write_shards,
-        lambda box: [transfer(box, "--no-cache")],
+        lambda box: [transfer(box, "--cache=none")],
         lambda box: list(box.inputs.glob("source/*.index.json")),
     ),
     Format(

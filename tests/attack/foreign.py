@@ -70,7 +70,7 @@ def write_inputs(box: Box) -> None:
 
 
 def transfer(box: Box, *more: object) -> Words:
-    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--no-cache", "-q", *more]
+    return ["transfer", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q", *more]
 
 
 COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
@@ -97,7 +97,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
         lambda box: [
             *("transfer", *sorted((box.inputs / "loras").iterdir()), *bases(box)),
             *("-o", box.out / "moved", "--report", box.out / "report.json", "--card"),
-            *("--no-cache", "-q"),
+            *("--cache=none", "-q"),
         ],
     ),
     "transfer, cache": (
@@ -110,7 +110,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     "compare": (
         write_inputs,
         lambda box: [
-            *("compare", *bases(box), "--no-cache"),
+            *("compare", *bases(box), "--cache=none"),
             *("--plot", box.out / "plot.png", "--save-match", box.out / "map.json"),
         ],
     ),
@@ -121,7 +121,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     "migrate": (
         write_inputs,
         lambda box: [
-            *("migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--no-cache"),
+            *("migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"),
         ],
     ),
     "basis": (
@@ -130,9 +130,10 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     ),
     "fit with resume": (
         damage.write_pipelines,
-        lambda box: transfer(
-            box, *damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"
-        ),
+        lambda box: [
+            *("fit", box.inputs / "lora.safetensors", *bases(box), "--no-cache", "-q"),
+            *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
+        ],
     ),
     "demo": (write_inputs, lambda box: ["demo", "-o", box.out / "demo", "--method", "copy"]),
 }
@@ -222,8 +223,8 @@ def run_folders(box: Box, scale: float, seed: int) -> Row:
     for name in ("plans", "journal", "loras", "loras/target", "moved", "c", "c/v3", "cache"):
         cached = transfer(box, "-o", box.out / "moved.safetensors", "--cache", box.out / "c")
         for words in (
-            ["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--no-cache"],
-            [word for word in cached if word != "--no-cache"],
+            ["migrate", box.inputs / "plan.jsonl", "-o", box.out, "-q", "--cache=none"],
+            [word for word in cached if word != "--cache=none"],
             ["basis", "prune", "--cache", box.out / "c"],
             ["basis", "prune", "--all", "--cache", box.out / "c"],
         ):

@@ -182,9 +182,9 @@ def bases(box: Box) -> Words:
     return ["--source", box.inputs / "source", "--target", box.inputs / "target"]
 
 
-def move(box: Box, name: str = "lora.safetensors", *more: object) -> Words:
-    """A transfer of a file of the inputs."""
-    return ["transfer", box.inputs / name, *bases(box), "-o", box.out / "x.safetensors", *more]
+def move(box: Box, name: str = "lora.safetensors", *more: object, verb: str = "transfer") -> Words:
+    """A transfer of a file of the inputs, or a fit."""
+    return [verb, box.inputs / name, *bases(box), "-o", box.out / "x.safetensors", *more]
 
 
 def write_everything(box: Box) -> None:
@@ -196,7 +196,7 @@ def write_everything(box: Box) -> None:
         save_file(fleet_files.some_tensors(2, 12), loras / f"{name}.safetensors")
     plan = box.inputs / "plan.jsonl"
     box.must("plan", loras, *bases(box), "-o", plan, "-q")
-    box.must("migrate", plan, "-o", box.out / "m", "-q", "--no-cache", "--shard", "1/2")
+    box.must("migrate", plan, "-o", box.out / "m", "-q", "--cache=none", "--shard", "1/2")
     box.must(*move(box), "-q", "--method", "prolora", "--rank", "4", "--cache", box.cache)
     (box.out / "x.safetensors").unlink()
 
@@ -228,16 +228,16 @@ def use_cache(box: Box) -> list[Words]:
 
 
 def carry_on(box: Box) -> list[Words]:
-    migrate: Words = ["migrate", box.inputs / "plan.jsonl", "-o", box.out / "m", "--no-cache"]
+    migrate: Words = ["migrate", box.inputs / "plan.jsonl", "-o", box.out / "m", "--cache=none"]
     return [["status", box.out / "m"], migrate]
 
 
 def probe(box: Box) -> list[Words]:
-    return [move(box, "lora.safetensors", *damage.FIT, "--no-cache")]
+    return [move(box, "lora.safetensors", *damage.FIT, "--cache=none", verb="fit")]
 
 
 def quick(box: Box, *more: object) -> Words:
-    return move(box, "lora.safetensors", "--no-cache", "--method", "copy", *more)
+    return move(box, "lora.safetensors", "--cache=none", "--method", "copy", *more)
 
 
 PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = {
@@ -262,7 +262,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "source": (
         place("in/source/diffusion_pytorch_model.safetensors"),
-        lambda box: [quick(box), ["compare", *bases(box), "--no-cache"]],
+        lambda box: [quick(box), ["compare", *bases(box), "--cache=none"]],
     ),
     "source, old suffix": (
         instead("diffusion_pytorch_model.bin"),
@@ -280,7 +280,13 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     "prompts": (
         place("in/prompts.txt"),
         lambda box: [
-            move(box, "lora.safetensors", *damage.FIT, "--prompts", box.inputs / "prompts.txt")
+            move(
+                box,
+                "lora.safetensors",
+                *damage.FIT,
+                *("--prompts", box.inputs / "prompts.txt"),
+                verb="fit",
+            )
         ],
     ),
     "model_index.json": (place("in/source/model_index.json"), probe),
@@ -294,7 +300,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "plan": (
         place("in/plan.jsonl"),
-        lambda box: [["migrate", box.inputs / "plan.jsonl", "-o", box.out / "n", "--no-cache"]],
+        lambda box: [["migrate", box.inputs / "plan.jsonl", "-o", box.out / "n", "--cache=none"]],
     ),
     "kept plan": (place("out/m/plans/*.jsonl"), carry_on),
     "claims": (place("out/m/plans/*.claims"), carry_on),
@@ -384,16 +390,16 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         other = box.inputs / "loras" / (name.replace("/", "_") + ".safetensors")
         lora.rename(other)
         loras = [box.inputs / "loras" / "a.safetensors", other]
-        words: Words = ["transfer", *loras, *bases(box), "-o", box.out / "many", "--no-cache"]
+        words: Words = ["transfer", *loras, *bases(box), "-o", box.out / "many", "--cache=none"]
         return [[*words, "--card"], ["plan", other.parent, *bases(box), "-o", box.out / "p.jsonl"]]
 
     def name_base(name: str) -> list[Words]:
         other = source.with_name(name.replace("/", "_") or "base")
         source.rename(other)
-        words: Words = ["--source", other, "--target", box.inputs / "target", "--no-cache"]
+        words: Words = ["--source", other, "--target", box.inputs / "target", "--cache=none"]
         plan: Words = ["plan", lora, *words[:4], "-o", box.out / "p.jsonl"]
         move: Words = ["transfer", lora, *words, "-o", box.out / "y.safetensors", "--card"]
-        return [move, plan, ["migrate", box.out / "p.jsonl", "-o", box.out / "q", "--no-cache"]]
+        return [move, plan, ["migrate", box.out / "p.jsonl", "-o", box.out / "q", "--cache=none"]]
 
     def name_label(name: str) -> list[Words]:
         plan = box.inputs / "plan.jsonl"
@@ -402,7 +408,7 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         for line in lines[1:]:
             line["target"] = name
         plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [["migrate", plan, "-o", box.out / "n", "--no-cache"], ["status", box.out / "n"]]
+        return [["migrate", plan, "-o", box.out / "n", "--cache=none"], ["status", box.out / "n"]]
 
     def append_to_results(name: str) -> list[Words]:
         plan = box.inputs / "plan.jsonl"
@@ -410,7 +416,7 @@ def list_named(box: Box) -> Iterator[tuple[str, Callable[[str], list[Words]]]]:
         for line in lines[1:]:
             line["appended"] = name
         plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [["migrate", plan, "-o", box.out / "n", "--no-cache"]]
+        return [["migrate", plan, "-o", box.out / "n", "--cache=none"]]
 
     def name_shard(name: str) -> list[Words]:
         index = source / "diffusion_pytorch_model.safetensors.index.json"
@@ -512,7 +518,7 @@ def run_patterns(box: Box, scale: float, seed: int) -> Row:
                     save_file(stored, lora, {"lora_adapter_metadata": json.dumps(note)})
                 before = box.look()
                 out = box.out / ("p" if place == "folder" else "p.safetensors")
-                words = ["transfer", lora, *bases(box), "-o", out, "--no-cache"]
+                words = ["transfer", lora, *bases(box), "-o", out, "--cache=none"]
                 for command in (words, ["inspect", lora]):
                     run = box.run(*command, seconds=6)
                     verdicts = judge_ending(box, run, before)

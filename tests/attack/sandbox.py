@@ -218,13 +218,17 @@ def warm_up(box: Box) -> None:
     out, plan = box.out / "moved.safetensors", box.out / "plan.jsonl"
     for words in (
         ("transfer", lora, *bases, "-o", out, "--report", box.out / "report.json", "--card"),
-        ("transfer", lora, *bases, "-o", out, "--method", "prolora", "--rank", "4", "--no-cache"),
+        ("transfer", lora, *bases, "-o", out, "--method", "prolora", "--rank", "4", "--cache=none"),
         ("plan", lora, *bases, "-o", plan),
         ("migrate", plan, "-o", box.out / "moved"),
         ("status", box.out / "moved"),
         ("inspect", lora),
     ):
-        sys.argv = ["prolora", *map(str, words), *(["--no-cache"] if words[0] == "migrate" else [])]
+        sys.argv = [
+            "prolora",
+            *map(str, words),
+            *(["--cache=none"] if words[0] == "migrate" else []),
+        ]
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             try:
                 cli.main()

@@ -382,5 +382,5 @@ def test_the_command_line_builds_lists_verifies_and_prunes(filled, tmp_path):
     assert run("prune", "--cache", other, "--json")[0] == 0
     code, text, _ = run("prune", "--all", "--cache", other)
     assert code == 0 and "0 B left" in text
-    code, text, _ = run(tmp_path / "source", "--no-cache", "--rank", 4, "--json")
+    code, text, _ = run(tmp_path / "source", "--cache=none", "--rank", 4, "--json")
     assert code == 0 and not list(other.rglob("*"))

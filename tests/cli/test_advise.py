@@ -3,6 +3,8 @@
 import io
 import json
 import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mini import target_along_few, write_folder
@@ -11,7 +13,6 @@ from rich.console import Console
 from prolora.cli.advise import write_command
 from prolora.cli.options import Bases
 from prolora.cli.tables import draw_table
-from prolora.probe.settings import Probing
 from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow.tables import tabulate_measured
 
@@ -24,7 +25,7 @@ def tuned(case, tmp_path):
 
 def test_one_screen_says_what_to_do(prolora, tuned):
     lora, source, target = tuned
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, text, _ = prolora(*line)
     assert code == 0
     for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
@@ -36,7 +37,7 @@ def test_one_screen_says_what_to_do(prolora, tuned):
 
 def test_the_command_that_follows_runs(prolora, tuned, tmp_path, monkeypatch):
     lora, source, target = tuned
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache", "-q")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache", "none", "-q")
     _, text, _ = prolora(*line)
     monkeypatch.chdir(tmp_path)
     command = shlex.split(text.rstrip().splitlines()[-1])
@@ -46,18 +47,19 @@ def test_the_command_that_follows_runs(prolora, tuned, tmp_path, monkeypatch):
 def test_what_was_measured_is_in_the_command():
     bases = Bases("s ource", "t")
     options = {"method": "copy", "strength": 0.85, "match": "a map.json"}
-    command = write_command(None, bases, options)
+    command = write_command(None, bases, SimpleNamespace(verb="transfer", options=options))
     assert "--source 's ource'" in command
     assert "--method copy --strength 0.85 --match 'a map.json' -o" in command
-    options = {"method": "probe", "probe": Probing(target_steps=1, lora_guidance=2.0)}
-    told = "--method probe --target-steps 1 --lora-guidance 2.0"
-    assert told in write_command(None, bases, options)
+    fitted = SimpleNamespace(verb="fit", options={"target_steps": 1, "lora_guidance": 2.0})
+    command = write_command(Path("x.safetensors"), bases, fitted)
+    assert command.startswith("prolora fit x.safetensors --source")
+    assert "--target-steps 1 --lora-guidance 2.0 -o x-on-t.safetensors" in command
 
 
 def test_json_has_everything(prolora, tuned):
     _, source, target = tuned
     code, text, _ = prolora(
-        "advise", "--source", source, "--target", target, "--json", "--no-cache"
+        "advise", "--source", source, "--target", target, "--json", "--cache=none"
     )
     advice = json.loads(text)
     assert code == 0 and advice["go"] and advice["lora"] is None and advice["measurement"] is None
@@ -67,7 +69,7 @@ def test_json_has_everything(prolora, tuned):
 
 def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(prolora, case):
     lora, source, target = case
-    line = ("advise", lora, "--source", source, "--target", target, "--no-cache")
+    line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, _, text = prolora(*line, "--prompt", "a cat")
     assert code == 2 and "add --measure" in text
     code, _, text = prolora(*line, "--measure")

@@ -218,3 +218,7 @@ def test_what_is_left_of_an_update_whose_name_was_damaged_is_no_success(prolora,
     line = ("transfer", tmp_path / "damaged.safetensors", "--source", source, "--target", target)
     code, _, errors = prolora(*line, "-o", tmp_path / "out.safetensors")
     assert code == 4 and "attn9" in errors
+    (tmp_path / "folder").mkdir()
+    for status in ("moved", "already there"):
+        code, text, errors = prolora(*line, "-o", tmp_path / "folder", "--json")
+        assert code == 4 and "attn9" in errors and json.loads(text)["status"] == status

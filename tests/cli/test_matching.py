@@ -41,8 +41,8 @@ def find_blocks(path):
 
 def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, deeper, tmp_path):
     out, saved = tmp_path / "out.safetensors", tmp_path / "map.json"
-    assert prolora(*command(deeper, "compare", "--no-cache", "--save-match", saved))[0] == 0
-    how = ("--method", "copy", "--strength", "1", "--no-cache")
+    assert prolora(*command(deeper, "compare", "--cache=none", "--save-match", saved))[0] == 0
+    how = ("--method", "copy", "--strength", "1", "--cache=none")
     code, text, _ = prolora(*command(deeper, "transfer", *how, "-o", out))
     assert code == 0 and "0←0 1←1 2←none 3←2" in " ".join(text.split())
     old = [i for i in range(40) if i not in anima_depth.INSERTED]
@@ -52,7 +52,7 @@ def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, d
         Q.format(j): Q.format(i) for i, j in enumerate(old)
     }
     again = tmp_path / "again.safetensors"
-    how = ("--match", saved, "--method", "copy", "--strength", "1", "--no-cache")
+    how = ("--match", saved, "--method", "copy", "--strength", "1", "--cache=none")
     assert prolora(*command(deeper, "transfer", *how, "-o", again))[0] == 0
     first, second = load_file(out), load_file(again)
     assert first.keys() == second.keys()
@@ -61,18 +61,18 @@ def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, d
 
 def test_compare_says_what_the_other_blocks_are_and_saves_the_map(prolora, deeper, tmp_path):
     saved = tmp_path / "map.json"
-    how = ("--match", "similarity", "--no-cache", "--save-match", saved)
+    how = ("--match", "similarity", "--cache=none", "--save-match", saved)
     code, text, _ = prolora(*command(deeper, "compare", *how))
     text = " ".join(text.split())
     assert code == 0 and "28 of 40 blocks of the target were recognised" in text
     assert "12 of the others resemble a block that feeds another one" in text
     assert len(json.loads(saved.read_text())) == 28 * 16 + 1  # and the mark
-    code, text, _ = prolora(*command(deeper, "compare", "--match", saved, "--no-cache", "--json"))
+    code, text, _ = prolora(*command(deeper, "compare", "--match", saved, "--cache=none", "--json"))
     assert code == 0 and json.loads(text)["match"] == "the map map.json"
 
 
 def test_a_map_replaces_nothing_but_a_map(prolora, deeper, tmp_path):
-    line = ("--match", "similarity", "--no-cache", "--save-match")
+    line = ("--match", "similarity", "--cache=none", "--save-match")
     other = tmp_path / "x.json"
     other.write_text('{"a": 1}')
     for path in (other, deeper / "source.safetensors", other / "map.json"):

@@ -33,11 +33,11 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
     compare = ("compare", "--source", source, "--target", wide, "--match", "similarity")
     for line in (
         (*move, "--dry-run", "--modules"),
-        (*move, "--method", "prolora", "--no-cache", "-o", out, "--modules"),
+        (*move, "--method", "prolora", "--cache=none", "-o", out, "--modules"),
         (*compare, "--modules", "--sweep", *cache),
         ("inspect", lora),
         ("inspect", source),
-        ("basis", source, "--no-cache"),
+        ("basis", source, "--cache=none"),
         ("info",),
     ):
         code, text, _ = prolora(*line)
@@ -51,7 +51,16 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
 def test_a_table_of_blocks_shows_their_names_and_scores(prolora, case, wide, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, source, _ = case
-    line = ("compare", "--source", source, "--target", wide, "--match", "similarity", "--no-cache")
+    line = (
+        "compare",
+        "--source",
+        source,
+        "--target",
+        wide,
+        "--match",
+        "similarity",
+        "--cache=none",
+    )
     _, text, _ = prolora(*line, "--modules")
     table = text[: text.index(" and wide")]
     squeezed = "".join(table.split())
@@ -76,11 +85,11 @@ def test_modules_are_shown_with_their_whole_names(prolora, case, monkeypatch):
 @pytest.mark.parametrize("width", [20, 40, 79])
 def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch, width):
     lora, source, target = case
-    bases = ("--source", source, "--target", target, "--no-cache")
+    bases = ("--source", source, "--target", target, "--cache=none")
     for line in (
         ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "out.safetensors"),
         ("compare", *bases),
-        ("basis", source, "--no-cache"),
+        ("basis", source, "--cache=none"),
     ):
         monkeypatch.setenv("COLUMNS", "80")
         full = [row.rstrip() for row in prolora(*line)[1].splitlines() if re.search(r"\d", row)]

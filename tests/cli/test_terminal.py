@@ -66,7 +66,7 @@ def test_brackets_in_file_names_are_no_markup(prolora, case, tmp_path, name):
     folder = tmp_path / f"moved {name}"
     folder.mkdir()
     again = shutil.copy(named, tmp_path / f"{name} again.safetensors")
-    code, text, _ = prolora("transfer", named, again, *bases, "-o", folder, "--no-cache")
+    code, text, _ = prolora("transfer", named, again, *bases, "-o", folder, "--cache=none")
     assert code == 0 and name.split()[0] in text
 
 

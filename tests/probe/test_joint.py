@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from fitting import fit_models
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import LowRank, ShapeMismatch, probe
+from prolora import InvalidOption, LowRank, ShapeMismatch, probe
+from prolora.adapters.adapter import Adapter
 from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
+from prolora.probe.fitting.adamw_fit import STEPS, fit_by_adamw
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
+from prolora.probe.recording.guidance import Guidance, keep_call
+from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
-from prolora.probe.recording.translation import Question
+from prolora.probe.recording.translation import Question, Translation
 from prolora.probe.recording.wanted import WantedChange
+from prolora.probe.run import fit_from_recorder
 from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
 __all__ = ["lora", "source"]  # fixtures
@@ -100,14 +107,15 @@ class Kept:
         return self.state
 
 
+@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
 @pytest.mark.parametrize("order", ["nnmmmm", "mnmnmn"])
-def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
+def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order, fit_factors):
     model, drawn, _ = alternating(order)
 
     def fitted(store: Kept | None = None) -> JointFit:
-        batches = iter(drawn)
+        batches = itertools.cycle(drawn)
         problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0, 3)
-        return fit_jointly(problem, store=store)
+        return fit_factors(problem, store=store)
 
     complete = fitted()
     for steps in range(1, 6):
@@ -118,6 +126,48 @@ def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order):
         assert torch.equal(again.updates["0"].up, complete.updates["0"].up)
         assert torch.equal(again.updates["0"].down, complete.updates["0"].down)
         assert again.history == complete.history
+
+
+def test_adamw_brings_the_factors_to_the_wanted_change_and_skips_what_misses_nothing():
+    model, drawn, update = alternating("nmmmmm")
+    batches = itertools.cycle(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 300, 1.0, 5)
+    result = fit_by_adamw(problem)
+    left = float((result.updates["0"].dense() - update).square().sum() / update.square().sum())
+    assert left < 2e-2
+    assert len(result.history) == 300 * STEPS
+    assert result.history[0] == 1 and result.history[1] == pytest.approx(0, abs=1e-6)
+    again = fit_by_adamw(replace(problem, steps=1), result.updates)
+    assert again.history[-1] == pytest.approx(result.history[-1], abs=0.01)  # starts from these
+
+
+def test_adamw_changes_no_module_that_never_reaches_the_prediction():
+    torch.manual_seed(0)
+    model = WithBlindEnd().requires_grad_(False)
+    x = torch.randn(50, 6)
+    plain = model(x)
+    probes = [ProbeBatch(Call((x,), {}), plain, plain + torch.randn_like(plain))]
+    names = ["used", "idle", "asleep"]
+    problem = JointProblem(model, names, lambda y: y, lambda: probes, 3, 1.0, 2)
+    assert fit_by_adamw(problem).updates.keys() == fit_jointly(problem).updates.keys() == {"used"}
+
+
+def test_a_setting_chooses_the_optimiser(source, lora):
+    target = permuted(source)
+    samplers = (sampler(source), sampler(source), sampler(target))
+    adapter = Adapter(dict(lora), format="diffusers")
+
+    def reached(optimiser: str) -> tuple[float, int]:
+        recorder = Recorder(source, target, adapter, samplers, Translation())
+        settings = probe.FitSettings(steps=16, rank=8, force=True, optimiser=optimiser)
+        report = fit_from_recorder(recorder, {}, settings).report
+        return report.gate.share["all"], len(report.steps)
+
+    fitted, taught = reached("gauss-newton"), reached("adamw")
+    assert (fitted[1], taught[1]) == (16, 16 * STEPS)
+    assert fitted[0] > taught[0] > 0.1
+    with pytest.raises(InvalidOption, match="optimiser must be one of gauss-newton, adamw"):
+        probe.FitSettings(optimiser="sgd")
 
 
 def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch):
@@ -189,7 +239,7 @@ def test_the_cut_at_full_rank_changes_nothing():
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
-    result = run(source, permuted(source), lora, rank=0.9, steps=6)
+    result = run(source, permuted(source), lora, rank=0.9, fit_steps=6)
     ranks = {update.rank for update in result.adapter.updates.values()}
     assert 1 <= min(ranks) <= max(ranks) <= 2
     assert result.report.gate.share["all"] > 0.7
@@ -279,7 +329,7 @@ def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
     torch.manual_seed(7)
     other = Denoiser(width=16)
     other.blocks = nn.ModuleList(FluxSingleTransformerBlock() for _ in range(2))
-    result = run(source, other, lora, force=True, steps=4)
+    result = run(source, other, lora, force=True, fit_steps=4)
     assert set(result.adapter.updates) == {"blocks.0.mix", "blocks.1.mix"}
     assert result.report.modules == 2
     assert result.report.gate.copy_share is None
@@ -292,7 +342,7 @@ def test_progress_names_every_step(source, lora):
         permuted(source),
         lora,
         force=True,
-        steps=3,
+        fit_steps=3,
         progress=lambda done, total, name: seen.append((done, total, name)),
     )
     assert [row for row in seen if row[2] != "asking"] == [
@@ -308,7 +358,7 @@ def test_the_fit_is_sized_by_what_was_sampled():
     assert (large.probes, large.held_out, large.batch) == (1152, 192, 48)
     small = probe.FitSettings(batch=6).sized(960)
     assert (small.probes, small.held_out, small.batch) == (220, 48, 6)
-    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.steps < 3 * 960
+    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.fit_steps < 3 * 960
     assert probe.FitSettings().sized(10).batch == 4
 
 
@@ -319,17 +369,17 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     with torch.no_grad():
         for block in tuned.blocks:
             block.down.weight += 0.02 * torch.randn_like(block.down.weight)
-    result = run(source, tuned, lora, steps=12)
+    result = run(source, tuned, lora, fit_steps=12)
     assert result.report.start == "copy"
     assert result.report.steps[0] == pytest.approx(result.report.gate.copy_share["all"], abs=0.05)
     assert result.report.gate.share["all"] > result.report.gate.copy_share["all"]
     assert "starting from the copied updates" in result.report.sentences()[0]
     outside = LowRank(0.1 * torch.ones(4, 1), torch.ones(1, 12) / 12)
-    more = run(source, tuned, lora | {"leave": outside}, steps=12)
+    more = run(source, tuned, lora | {"leave": outside}, fit_steps=12)
     assert more.report.left_out == {}
     strength = more.report.gate.strength
     torch.testing.assert_close(more.adapter.updates["leave"].dense(), strength * outside.dense())
-    assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
+    assert run(source, permuted(source), lora, fit_steps=2, force=True).report.start == "zero"
 
 
 def decide(copied: float | None, gain: float, apart: float, start: str = "copy") -> str:
@@ -337,7 +387,8 @@ def decide(copied: float | None, gain: float, apart: float, start: str = "copy")
     disagreement = {"adapted": apart / 2, "target": apart, "all": apart}
     rival = None if copied is None else {"all": copied}
     measured = None if copied is None else gate.Gain(gain, 0.01, 20)
-    return gate.decide_gate(1.0, share, disagreement, rival, measured, start)[0]
+    least = gate.least_gain(apart, start)
+    return gate.decide_gate(1.0, share, disagreement, rival, measured, least)[0]
 
 
 def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
@@ -346,6 +397,35 @@ def test_the_gate_takes_a_sure_gain_over_the_copy_and_no_other():
     assert decide(0.9, -0.02, apart=0.01) == "copy"
     assert decide(0.7, 0.12, apart=0.14) == "copy"  # less than the wanted change may be wrong by
     assert decide(None, 0.0, apart=0.1) == "go"
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_where_the_source_is_asked_with_guidance_any_sure_gain_over_the_copy_counts(images):
+    """A student differs from its teacher by what it has learnt, which is no error of the change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False))
+    update = LowRank(torch.randn(5, 2), torch.randn(2, 6))
+    held_out = []
+    with torch.no_grad():
+        for i, origin in enumerate(("source", "adapted", "target")):
+            x = torch.randn(20, 6)
+            plain = model(x)
+            call = Call((x,), {}, origin, tuple(range(20 * i, 20 * i + 20)))
+            apart = 0.4 * plain.std() * torch.randn(20, 5)
+            held_out.append(WantedChange(call, plain, x @ update.dense().mT, apart))
+
+    def decision(fitted: float, guidance: Guidance | None) -> str:
+        copied, ours = ({"0": LowRank(s * update.up, update.down)} for s in (0.7, fitted))
+        translation = Translation(guidance=guidance)
+        return gate.judge_updates(
+            model, ours, held_out, translation, copied, "copy", images
+        ).decision
+
+    guided = Guidance(2.0, keep_call)
+    assert 0.09 < measure_disagreement(held_out)["all"] < 0.4
+    assert decision(0.95, guidance=None) == "copy"
+    assert decision(0.95, guided) == "go"
+    assert decision(0.69, guided) == "copy"  # it gains nothing
 
 
 def test_a_fit_from_zero_must_gain_more_than_the_bases_disagree():
@@ -363,13 +443,13 @@ def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():
 def test_a_target_that_lacks_blocks_gets_a_fit_that_starts_from_the_copy(source, lora):
     pruned = copy.deepcopy(source)
     del pruned.blocks[2]
-    forced = run(source, pruned, lora, steps=10, batch=12, force=True)
+    forced = run(source, pruned, lora, fit_steps=10, batch=12, force=True)
     assert forced.report.start == "copy"
     assert "starting from the copied updates" in forced.report.sentences()[0]
     gain = forced.report.gate.gain
     assert gain.lowest > 0
     assert 10 < gain.trajectories <= 24  # of 24 held-out samples, several lie on one trajectory
-    zero = run(source, pruned, lora, steps=1, force=True, start="zero")
+    zero = run(source, pruned, lora, fit_steps=1, force=True, start="zero")
     assert zero.report.start == "zero"
 
 
@@ -392,7 +472,7 @@ def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):
         raise AssertionError("sampled before the refusal")
 
     with pytest.raises(ShapeMismatch, match="start 'copy'"):
-        probe.fit_lora(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
+        fit_models(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
 
 
 def test_disagreement_depends_neither_on_the_lora_nor_on_what_the_models_predict(source):

@@ -13,7 +13,7 @@ from torch import nn
 
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import Call, predict_call
-from prolora.probe.updates import apply_updates
+from prolora.probe.updates import run_beside
 
 __all__ = ["lora", "source"]  # fixtures
 
@@ -24,7 +24,7 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dty
     halves = [model.to(dtype) for model in (source, target)]
     before = [copy.deepcopy(model.state_dict()) for model in halves]
     wide = [copy.deepcopy(model).float() for model in halves]
-    few = {"steps": 3, "force": True}
+    few = {"fit_steps": 3, "force": True}
     halved, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
     assert halved.report.gate == wanted.report.gate
     for name, update in halved.adapter.updates.items():
@@ -46,7 +46,7 @@ def test_a_unet_in_half_precision_computes_in_float32():
         {"encoder_hidden_states": text.bfloat16().float()},
     )
     update = loras(wide, r".*attn1\.to_v")
-    with in_float32(half), apply_updates(half, update), apply_updates(wide, update):
+    with in_float32(half), run_beside(half, update), run_beside(wide, update):
         assert torch.equal(predict_call(half, call), predict_call(wide, same))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from test_probe import Denoiser, run
 from test_probe_diffusers import UNET
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prolora import LowRank
-from prolora.probe.fitting.joint_fit import JointProblem, _start_factors, fit_jointly
-from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks, run_beside
+from prolora import LowRank, ProLoRAError
+from prolora.probe.fitting.adamw_fit import fit_by_adamw
+from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_factors
+from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks
 from prolora.probe.fitting.spectra import JointCurvature, LeadingSpectrum
 from prolora.probe.models import frozen
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import Call
-from prolora.probe.updates import apply_updates
+from prolora.probe.updates import run_beside
 
 WIDE = 192
 
@@ -56,13 +59,14 @@ def parts(dtype: torch.dtype) -> tuple[nn.Module, list[str], list[ProbeBatch]]:
     return model, [f"{i}.0" for i in range(4)], probes
 
 
+@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
 @pytest.mark.parametrize("start", ["zero", "copy"])
-def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start):
+def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, fit_factors):
     model, names, probes = parts(torch.float32)
     copied = {n: LowRank(torch.randn(WIDE, 3) / 50, torch.randn(3, WIDE) / 14) for n in names[:2]}
     problem = JointProblem(model, names, lambda y: y, lambda: probes, 6, 1.0, 4)
     with Large(WIDE * WIDE) as large:
-        fit = fit_jointly(problem, copied if start == "copy" else {})
+        fit = fit_factors(problem, copied if start == "copy" else {})
     assert not large.names
     assert fit.history[-1] > fit.history[0]
 
@@ -89,16 +93,94 @@ def test_of_weights_in_half_precision_only_those_of_running_blocks_are_widened()
     assert 0 < most[True] < most[False] / 2, most
 
 
-def test_a_lora_beside_the_weights_is_the_lora_in_them():
-    model, names, probes = parts(torch.float16)
-    factors = {n: (torch.randn(WIDE, 4) / 10, torch.randn(4, WIDE) / 14) for n in names}
+@pytest.mark.parametrize("start", ["zero", "copy"])
+def test_no_tensor_of_a_weights_size_is_made_by_a_whole_probing(start):
+    """Recording, asking, fitting and judging run the LoRA beside the weights."""
+    torch.manual_seed(0)
+    source = Denoiser(2 * WIDE)
+    target = copy.deepcopy(source)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    names = [f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")]
+    lora = {}
+    for name in names:
+        m, n = source.get_submodule(name).weight.shape
+        lora[name] = LowRank(torch.randn(m, 2) / 20, torch.randn(2, n) / 20)
+    few = {"steps": 2, "batch": 12, "probes": 24, "held_out": 24, "rank": 2}
+    with Large(4 * WIDE * WIDE) as large:
+        result = run(source, target, lora, **few, start=start, force=True)
+    assert not large.names
+    assert result.report.start == start and result.adapter.updates.keys() == set(names)
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads what it reads itself, as those of videos do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (2, 0, 1, 0), value=0.5))
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(6, 4), (2, 3, 6)),
+    "convolution": (lambda: nn.Conv2d(6, 4, 3, padding=1), (2, 6, 5, 7)),
+    "grouped": (lambda: nn.Conv2d(6, 4, (3, 1), stride=2, dilation=2, groups=2), (2, 6, 9, 7)),
+    "circular": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), (2, 6, 5, 7)),
+    "padded": (lambda: Padded(6, 4, 3), (2, 6, 5, 7)),
+    "along time": (lambda: nn.Conv1d(6, 4, 3), (2, 6, 8)),
+    "video": (lambda: nn.Conv3d(6, 4, (3, 1, 1)), (2, 6, 4, 3, 3)),
+    "embedding": (lambda: nn.Embedding(6, 4), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_lora_beside_the_weights_is_the_lora_in_them(kind, dtype):
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    model = nn.Sequential(make()).to(dtype).eval()
+    x = torch.randint(6, shape) if kind == "embedding" else torch.randn(shape)
+    weight = model[0].weight.detach().clone()
+    m, n = weight.flatten(1).shape
+    update = LowRank(torch.randn(m, 2), torch.randn(2, n))
+    merged = copy.deepcopy(model).float()
+    merged[0].weight.data += 0.5 * update.dense().reshape(weight.shape)
     with torch.no_grad(), in_float32(model):
-        with run_beside(model, factors):
-            beside = model(*probes[0].call.args)
-        with apply_updates(model, {n: LowRank(*pair) for n, pair in factors.items()}):
-            merged = model(*probes[0].call.args)
-        assert torch.equal(model(*probes[0].call.args), probes[0].plain)
-    torch.testing.assert_close(beside, merged, atol=1e-5, rtol=1e-5)
+        plain = model(x)
+        with run_beside(model, {"0": update}, 0.5):
+            beside = model(x)
+        assert torch.equal(model(x), plain)
+    torch.testing.assert_close(beside, merged(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(model[0].weight, weight) and model[0].weight.dtype == dtype
+
+
+def test_a_module_whose_input_has_a_name_takes_an_update_too():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(input=x)
+
+    model, x, update = Named(), torch.randn(5, 3), LowRank(torch.randn(2, 1), torch.randn(1, 3))
+    with torch.no_grad(), run_beside(model, {"inner": update}):
+        change = model(x) - x @ model.inner.weight.mT - model.inner.bias
+    torch.testing.assert_close(change, x @ update.dense().mT)
+
+
+def test_an_update_of_a_module_that_is_no_product_is_refused():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 4))
+
+    model = nn.ModuleDict({"gate": Gated(), "turned": nn.ConvTranspose2d(4, 4, 1)})
+    update = LowRank(torch.zeros(4, 1), torch.zeros(1, 4))
+    for name in model:
+        with pytest.raises(ProLoRAError, match=f"{name} is not a linear module"):
+            with run_beside(model, {name: update}):
+                pass
 
 
 def rows(count: int, width: int) -> Tensor:
@@ -145,7 +227,7 @@ def test_a_copy_to_start_from_is_itself_at_a_higher_rank_and_its_best_part_at_a_
     copied = LowRank(torch.randn(WIDE, 3), torch.randn(3, WIDE))
     for rank in (2, 3, 7):
         problem = JointProblem(model, names, lambda y: y, list, 1, 1.0, rank)
-        factors = _start_factors(problem, {names[0]: copied})
+        factors = start_factors(problem, {names[0]: copied})
         up, down = factors[names[0]]
         assert up.shape == (WIDE, rank)
         expected = copied.truncate(rank).dense() if rank < 3 else copied.dense()

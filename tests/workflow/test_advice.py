@@ -10,9 +10,9 @@ from mini import BLOCK, source_weights, target_along_few, target_weights, write_
 
 import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
-from prolora.probe.settings import Probing
+from prolora.probe.settings import FitSettings
 
-FEW = Probing(("cat", "dog"), images=2, steps=3)
+FEW = FitSettings(("cat", "dog"), images=2, steps=3)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_the_bases_alone_are_judged_and_a_transfer_follows(case, tmp_path):
     assert advice.go and advice.lora is None and advice.measurement is None
     assert [stack.name for stack in advice.stacks()] == ["down_blocks.1"]
     assert len(advice.stacks()[0].drifts) == 2 and advice.stacks()[0].drift < 0.2
-    assert advice.options == {}
+    assert (advice.verb, advice.options) == ("transfer", {})
     assert {e.method for e in advice.expected} >= {"copy", "auto"}
 
 
@@ -63,7 +63,7 @@ def test_unrelated_bases_get_no_options_and_strangers_are_named(case, tmp_path):
     generator = torch.Generator().manual_seed(3)
     unrelated = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
     advice = prolora.advise(source, write_folder(tmp_path / "apart", unrelated), lora)
-    assert not advice.go and advice.decision is None and advice.options is None
+    assert not advice.go and advice.decision is None and advice.verb == ""
     assert len(advice.stacks()[0].strangers) == 3
     assert any(s.startswith("No-go") for s in advice.sentences())
 
@@ -122,7 +122,7 @@ def test_pipelines_are_run_and_the_measured_strength_is_advised(pipes):
     assert pipe.unet.training is False
 
 
-def test_what_is_advised_of_a_probing_says_how_the_target_is_run(pipes):
+def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
     folder, _ = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,7 +137,5 @@ def test_what_is_advised_of_a_probing_says_how_the_target_is_run(pipes):
             target_guidance=1.0,
         )
     assert not advice.go
-    assert advice.options["method"] == "probe"
-    told = advice.options["probe"]
-    assert (told.target_steps, told.target_guidance) == (1, 1.0)
-    assert advice.to_dict()["options"]["target_steps"] == 1
+    assert advice.verb == "fit"
+    assert advice.options == {"target_steps": 1, "target_guidance": 1.0}

@@ -105,8 +105,29 @@ def test_what_is_there_already_is_left_alone_and_said(folder, monkeypatch):
     assert [o.status for o in again] == ["already there", "already there", "moved"]
     assert [o.out.stat().st_mtime_ns for o in again[:2]] == times
     assert again[0].to_dict()["status"] == "already there"
-    redone = prolora.transfer_many(loras, source, target, moved, redo=True)
+    redone = prolora.transfer_many(loras, source, target, moved, overwrite=True)
     assert [o.status for o in redone] == ["moved"] * 3
+
+
+@pytest.mark.parametrize("role", ["alpha", "dora_scale"])
+def test_what_stays_behind_unread_is_told_of_a_result_that_is_there_already(folder, role):
+    loras, source, target, moved = folder
+    tensors = load_file(loras[0])
+    if role == "alpha":  # the rest of an update whose name was damaged
+        name = next(key for key in tensors if key.endswith(".alpha"))
+        tensors[name.replace("attn1", "attn9")] = tensors.pop(name)
+    else:  # depends on a text encoder that the base does not hold
+        stem = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(6, 2)
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(2, 5)
+        tensors[f"{stem}.dora_scale"] = torch.ones(6, 1)
+    save_file(tensors, loras[0])
+    first = prolora.transfer_many(loras, source, target, moved)
+    again = prolora.transfer_many(loras, source, target, moved)
+    assert [o.status for o in again] == ["already there"] * 3
+    assert first[0].unread and [o.unread for o in again] == [o.unread for o in first]
+    assert again[0].to_dict()["unread"] == list(first[0].unread)
+    assert not again[1].unread and "unread" not in again[1].to_dict()
 
 
 def test_results_that_the_caller_names_by_what_they_are_made_of_lie_side_by_side(folder):
@@ -211,7 +232,7 @@ def test_progress_names_the_loras_and_what_is_done(folder):
 def test_inputs_are_never_written_to(folder):
     loras, source, target, _ = folder
     before = {path: path.read_bytes() for path in loras}
-    outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, redo=True)
+    outcomes = prolora.transfer_many(loras, source, target, loras[0].parent, overwrite=True)
     assert all(isinstance(outcome.error, prolora.OutputError) for outcome in outcomes)
     assert {path: path.read_bytes() for path in loras} == before
 
@@ -235,7 +256,7 @@ def test_an_error_inside_one_lora_stops_no_other(folder, monkeypatch, error, whe
         "write_adapter": (adapters, lambda adapter, path, **_: path.name == loras[1].name),
         # Of the second LoRA alone every update has rank 2.
         "cut_rank": (
-            sys.modules["prolora.workflow.by_weights.lora_work"],
+            sys.modules["prolora.workflow.by_weights.ledger"],
             lambda update, *_: update.rank == 2,
         ),
     }[where]

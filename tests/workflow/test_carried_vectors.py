@@ -10,9 +10,10 @@ from prolora.adapters import Adapter
 from prolora.bases import open_base
 from prolora.core.lowrank import LowRank
 from prolora.errors import OutputError, ShapeMismatch, UnsupportedFormat
+from prolora.workflow.by_weights.ledger import Ledger
 from prolora.workflow.by_weights.vectors import carry_vectors
 from prolora.workflow.options import TransferOptions
-from prolora.workflow.plan import Route, make_plan
+from prolora.workflow.plan import make_plan
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 STEM = "lora_unet_" + BLOCK.replace(".", "_")
@@ -73,7 +74,7 @@ def test_norms_follow_the_block_rule_and_not_the_name():
     }
     adapter = Adapter({"up_blocks.1.attentions.2.proj_in": update}, vectors=vectors)
     plan = make_plan(adapter, source, target, table)
-    found = carry_vectors(Route(adapter, plan, source, target, TransferOptions()))
+    found = carry_vectors(Ledger(adapter, plan, source, target, TransferOptions()))
     assert {name: vector[0].item() for name, vector in found.vectors.items()} == {
         "up_blocks.1.attentions.0.norm.weight": 1.0,
         "up_blocks.1.attentions.1.norm.weight": 3.0,

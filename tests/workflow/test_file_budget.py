@@ -14,7 +14,7 @@ from prolora import LowRank, OutputError, adapters
 from prolora.adapters import Adapter, fused_updates, group_modules
 from prolora.architectures.families import known_families
 from prolora.files.safetensors_file import SafetensorsFile
-from prolora.workflow.by_weights.file_budget import OutputForm
+from prolora.workflow.by_weights.file_budget import OutputForm, describe_cuts
 from prolora.workflow.module_report import ModuleReport
 from prolora.workflow.report import Report
 
@@ -102,7 +102,7 @@ def test_the_file_is_as_large_as_it_may_be_and_no_larger(
     adapter = adapter_of(shapes, ranks, (1, 3, 0.2), spelling=spelling, vectors=vectors)
     written = {"format": format, "dtype": dtype}
     limit = halfway(adapter, **written)
-    smaller = OutputForm(**written, limit=limit).fit(adapter, rows_of(adapter)).adapter
+    smaller = OutputForm(**written, limit=limit).fit(adapter)
     size = size_on_disk(smaller, tmp_path / "out", **written)
     assert size == adapters.adapter_file_size(smaller, **written)
     column = max(sum(group.shape) for group in group_modules(adapter, format)) * dtype.itemsize
@@ -125,7 +125,7 @@ def test_no_column_left_out_has_more_energy_per_byte_than_one_that_is_kept(
         adapters.adapter_file_size(x, **written) for x in (with_rank_one(adapter), adapter)
     )
     limit = int(low + share * (high - low))
-    smaller = OutputForm(**written, limit=limit).fit(adapter, rows_of(adapter)).adapter
+    smaller = OutputForm(**written, limit=limit).fit(adapter)
     assert adapters.adapter_file_size(smaller, **written) <= limit
     kept, left_out = [], []
     for name, update in adapter.updates.items():
@@ -143,11 +143,7 @@ def test_no_column_left_out_has_more_energy_per_byte_than_one_that_is_kept(
 def test_a_fused_weight_of_flux_is_cut_as_the_one_matrix_that_the_file_holds(tmp_path):
     adapter = adapter_of(FLUX, (6,), spelling="sgm")
     written = {"format": "kohya", "dtype": torch.float32}
-    smaller = (
-        OutputForm(**written, limit=halfway(adapter, **written))
-        .fit(adapter, rows_of(adapter))
-        .adapter
-    )
+    smaller = OutputForm(**written, limit=halfway(adapter, **written)).fit(adapter)
     adapters.write_adapter(smaller, tmp_path / "out", **written)
     back = adapters.read_adapter(tmp_path / "out")
     groups = {group.path: group for group in group_modules(adapter, "kohya")}
@@ -168,21 +164,21 @@ def test_what_fits_is_left_as_it_is():
     adapter = adapter_of(UNET, (4, 2))
     rows = rows_of(adapter)
     limit = adapters.adapter_file_size(adapter)
-    fitted = OutputForm(limit=limit).fit(adapter, rows)
-    assert fitted.adapter is adapter
-    assert list(fitted.rows) == rows and fitted.limit is None
-    assert OutputForm(limit=limit - 1).fit(adapter, rows).adapter is not adapter
+    assert OutputForm(limit=limit).fit(adapter) is adapter
+    assert list(describe_cuts(rows, adapter, adapter)) == rows
+    assert OutputForm(limit=limit - 1).fit(adapter) is not adapter
 
 
 def test_the_report_says_what_each_module_lost():
     adapter = adapter_of(UNET, (8,), (1, 0.1))
-    fitted = OutputForm(limit=halfway(adapter)).fit(adapter, rows_of(adapter))
+    limit = halfway(adapter)
+    smaller = OutputForm(limit=limit).fit(adapter)
     report = Report(
         *("copy", 0.9, 0.8, "name", "source", "target"),
-        modules=fitted.rows,
-        file_limit=fitted.limit,
+        modules=describe_cuts(rows_of(adapter), adapter, smaller),
+        file_limit=limit,
     )
-    smaller = fitted.adapter
+    smaller = smaller
     for row in report.modules:
         whole, cut = adapter.updates[row.source], smaller.updates[row.source]
         assert row.rank_out == cut.rank
@@ -230,19 +226,19 @@ def test_a_size_below_one_column_a_module_is_refused_before_a_weight_is_read(mon
 def test_a_size_that_only_the_header_exceeds_is_refused_at_the_end():
     adapter = replace(adapter_of(UNET, (4,)), metadata={"ss_tag_frequency": "x" * 3000})
     limit = adapters.adapter_file_size(with_rank_one(adapter))
-    assert OutputForm(limit=limit).fit(adapter, rows_of(adapter)).adapter
+    assert OutputForm(limit=limit).fit(adapter)
     with pytest.raises(OutputError, match=f"takes {-(-limit // 1000)}kB"):
-        OutputForm(limit=limit - 1).fit(adapter, rows_of(adapter))
+        OutputForm(limit=limit - 1).fit(adapter)
 
 
 def test_biases_alone_cannot_be_cut():
     adapter = Adapter({}, vectors={f"{BLOCK}.ff.net.0.proj.bias": torch.ones(64)})
     limit = adapters.adapter_file_size(adapter)
-    assert OutputForm(limit=limit).fit(adapter, rows_of(adapter)).adapter is adapter
+    assert OutputForm(limit=limit).fit(adapter) is adapter
     with pytest.raises(OutputError, match="too few"):
         OutputForm(limit=limit - 1).check(adapter)
     with pytest.raises(OutputError, match="too few"):
-        OutputForm(limit=limit - 1).fit(adapter, rows_of(adapter))
+        OutputForm(limit=limit - 1).fit(adapter)
 
 
 @pytest.mark.parametrize("method", ["copy", "damped", "prolora"])

@@ -144,63 +144,9 @@ def test_the_report_holds_every_decision_with_its_runner_up_and_margin(tmp_path)
     assert "match" in told["seconds"] and list(tmp_path.rglob("*.safetensors"))
 
 
-def test_updates_of_a_dropped_block_are_skipped_or_summed_and_never_lost():
-    """Summed, the survivor's update is the sum, and the report has a row for both."""
-    source, target = source_weights(), target_weights()  # its blocks 0 and 1
-    updates = updates_of(source)
-    left = prolora.transfer(lora_tensors(), source, target, **COPY)
+def test_updates_of_a_dropped_block_are_skipped():
+    left = prolora.transfer(lora_tensors(), source_weights(), target_weights(), **COPY)
     assert (left.report.totals["mapped"], left.report.totals["skipped"]) == (8, 4)
-    assert left.report.totals["summed"] == 0
-    done = prolora.transfer(lora_tensors(), source, target, dropped="sum", **COPY)
-    totals = done.report.totals
-    assert (totals["mapped"], totals["summed"], totals["skipped"]) == (8, 4, 0)
-    assert totals["coverage"] == totals["energy_mapped"] == 1
-    assert totals["energy_surviving"] == pytest.approx(1, rel=1e-5)
-    for name in MODULES:
-        last, gone = BLOCK.format(1, name), BLOCK.format(2, name)
-        wanted = updates[last].dense() + updates[gone].dense()
-        torch.testing.assert_close(done.adapter.updates[last].dense(), wanted)
-        (row,) = [row for row in done.report.modules if row.source == gone]
-        assert (row.status, row.onto, row.target) == ("summed", last, last)
-        (row,) = [row for row in done.report.modules if row.source == last]
-        assert row.rank_in == updates[last].rank and "added: 1" in row.reason
-        assert row.energy == pytest.approx(float(wanted.square().sum()), rel=1e-4)
-    said = " ".join(done.report.sentences())
-    assert "12 of 12 modules moved" in said and "4 of them added to others" in said
-    dry = plan_report(lora_tensors(), source, target, dropped="sum")
-    for key in ("mapped", "summed", "skipped", "coverage"):
-        assert dry.totals[key] == totals[key]
-
-
-def test_what_was_added_to_a_module_below_the_threshold_is_skipped_with_it():
-    target = target_weights()
-    name = BLOCK.format(1, "attn1.to_q")
-    target[name] = torch.randn(target[name].shape, generator=torch.Generator().manual_seed(0))
-    done = prolora.transfer(
-        lora_tensors(), source_weights(), target, dropped="sum", method="blocks", rank=6
-    )
-    gated = {row.source: row for row in done.report.rows("skipped")}
-    assert set(gated) == {name, BLOCK.format(2, "attn1.to_q")}
-    assert "the nearest that is there was skipped" in gated[BLOCK.format(2, "attn1.to_q")].reason
-    assert done.report.coverage == pytest.approx(10 / 12)
-
-
-def test_a_survivor_without_an_update_of_its_own_is_no_module_of_the_lora():
-    """It is written all the same, and coverage stays a share of the LoRA."""
-    generator = torch.Generator().manual_seed(0)
-    alone = Adapter(
-        {
-            BLOCK.format(2, "attn1.to_q"): LowRank(
-                torch.randn(24, 2, generator=generator), torch.randn(2, 24, generator=generator)
-            )
-        }
-    )
-    done = prolora.transfer(
-        alone, source_weights(), target_weights(), dropped="sum", min_coverage=1.0, **COPY
-    )
-    assert list(done.adapter.updates) == [BLOCK.format(1, "attn1.to_q")]
-    assert done.report.coverage == 1 and done.report.totals["summed"] == 1
-    assert "1 of 1 modules moved" in done.report.sentences()[0]
 
 
 def test_text_encoders_are_projected_when_asked_for():
@@ -223,9 +169,8 @@ def test_text_encoders_are_projected_when_asked_for():
     assert "carried over" in row.reason
     change = copied.adapter.updates[name].dense() - projected.adapter.updates[name].dense()
     assert change.norm() > 0.05 * copied.adapter.updates[name].norm()
-    for option in ("text_encoder", "dropped"):
-        with pytest.raises(ValueError, match=f"`{option}` must be one of"):
-            prolora.transfer(tensors, source, target, **{option: "average"})
+    with pytest.raises(ValueError, match="`text_encoder` must be one of"):
+        prolora.transfer(tensors, source, target, text_encoder="average")
 
 
 def test_convolutions_are_moved_as_flattened_matrices_and_take_the_targets_form():
@@ -284,9 +229,9 @@ def test_several_loras_are_matched_once(tmp_path, monkeypatch):
         block_matching, "match_blocks", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     outcomes = prolora.transfer_many(
-        [lora, twin], source, target, tmp_path / "out", match="similarity", dropped="sum"
+        [lora, twin], source, target, tmp_path / "out", match="similarity"
     )
-    assert len(calls) == 1 and all(o.report.totals["summed"] == 4 for o in outcomes)
+    assert len(calls) == 1 and all(o.report.totals["skipped"] == 4 for o in outcomes)
 
 
 def zeros(layout):
@@ -318,21 +263,21 @@ def test_a_bk_student_gets_the_updates_of_the_blocks_it_was_made_from():
         prolora.transfer(Adapter(updates), source, target, match={new: new})
 
 
-def test_the_command_line_shows_what_was_matched_and_summed(tmp_path, monkeypatch, capsys):
+def test_the_command_line_shows_what_was_matched(tmp_path, monkeypatch, capsys):
     lora, source, target = write_case(tmp_path)
     out = tmp_path / "out.safetensors"
     line = ["prolora", "transfer", lora, "--source", source, "--target", target, "-o", out]
-    line += ["--match", "similarity", "--dropped", "sum", "--text-encoder", "project"]
+    line += ["--match", "similarity", "--text-encoder", "project"]
     monkeypatch.setattr("sys.argv", [*map(str, line)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     text = capsys.readouterr().out
     assert not stop.value.code
     assert "Blocks matched by similarity; 1 of the source's are not used" in text
-    assert "0←0 1←1" in text and "summed" in text and "4 of them added to others" in text
+    assert "0←0 1←1" in text and "4 skipped" in text
     assert load_file(out)
     with pytest.raises(SystemExit) as stop:
         monkeypatch.setattr("sys.argv", [*map(str, line), "--modules", "--json", "--dry-run"])
         cli.main()
     told = json.loads(capsys.readouterr().out)
-    assert not stop.value.code and told["totals"]["summed"] == 4 and len(told["decisions"]) == 2
+    assert not stop.value.code and told["totals"]["skipped"] == 4 and len(told["decisions"]) == 2

@@ -11,7 +11,7 @@ from prolora import LowRank, ShapeMismatch, UnsupportedFormat, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import matrix_shape
 from prolora.bases import load_layout
-from prolora.workflow.plan import find_partners, make_plan, sum_dropped_blocks
+from prolora.workflow.plan import find_partners, make_plan
 
 
 def base(layout):
@@ -295,55 +295,6 @@ def stack_of_blocks(count, width=6):
         for i, name in enumerate(names)
     }
     return open_base(weights), Adapter(updates)
-
-
-def test_updates_of_dropped_blocks_are_summed_onto_the_nearest_survivor():
-    """Of blocks 0 … 5 the target kept 1 and 4, as its 0 and 1; 0 goes to 1, and so does 2."""
-    source, adapter = stack_of_blocks(6)
-    target, _ = stack_of_blocks(2)
-    block = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.{}"
-    table = {
-        block.format(new, leaf): block.format(old, leaf)
-        for new, old in ((0, 1), (1, 4))
-        for leaf in ("to_q", "to_k")
-    }
-    skipped = make_plan(adapter, source, target, table)
-    assert len(skipped.skipped) == 8 and not skipped.summed
-    assert sum_dropped_blocks(adapter, skipped) is adapter
-    plan = make_plan(adapter, source, target, table, dropped="sum")
-    onto = {0: 1, 2: 1, 3: 4, 5: 4}
-    assert plan.summed == {
-        block.format(old, leaf): block.format(new, leaf)
-        for old, new in onto.items()
-        for leaf in ("to_q", "to_k")
-    }
-    assert plan.pairs == skipped.pairs and not plan.skipped
-    whole = sum_dropped_blocks(adapter, plan)
-    assert set(whole.updates) == set(table.values())
-    for leaf in ("to_q", "to_k"):
-        sums = [
-            sum(adapter.updates[block.format(i, leaf)].dense() for i in group)
-            for group in ((0, 1, 2), (3, 4, 5))
-        ]
-        for survivor, wanted in zip((1, 4), sums, strict=True):
-            torch.testing.assert_close(whole.updates[block.format(survivor, leaf)].dense(), wanted)
-    with pytest.raises(UnsupportedFormat, match='"skip" or "sum"'):
-        make_plan(adapter, source, target, table, dropped="average")
-
-
-def test_a_survivor_without_an_update_of_its_own_gets_that_of_the_dropped_block():
-    """While a place that is gone altogether has no survivor."""
-    source, adapter = stack_of_blocks(2)
-    target, _ = stack_of_blocks(1)
-    name = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q"
-    alone = Adapter({name.format(1): adapter.updates[name.format(1)]})
-    plan = make_plan(alone, source, target, dropped="sum")
-    assert [(p.source, p.target) for p in plan.pairs] == [(name.format(0), name.format(0))]
-    moved = sum_dropped_blocks(alone, plan).updates
-    torch.testing.assert_close(moved[name.format(0)].dense(), alone.updates[name.format(1)].dense())
-    plan = make_plan(lora("sdxl"), base("sdxl"), base("ssd-1b"), dropped="sum")
-    assert len(plan.pairs) == 272 and len(plan.summed) == 560 - 272 - 80
-    assert all(name.startswith("mid_block.") for name in plan.skipped) and len(plan.skipped) == 80
 
 
 def test_a_kernel_of_another_shape_and_equal_size_is_refused():

@@ -138,17 +138,10 @@ def test_every_module_is_in_one_cell_of_the_map(report):
     assert f"{PLACES[0]}.transformer_blocks.0.attn1.to_q: 75% kept, projected" in text
 
 
-def test_a_module_added_to_another_has_its_share():
-    onto = make_row("blocks.0.a", surviving_energy=0.5, rank_cut_energy=0.5)
-    added = make_row("blocks.1.a", "summed", onto="blocks.0.a")
-    cells = map_modules((onto, added), False).cells.values()
-    assert [cell.share for cell in cells] == [0.25, 0.25]
-
-
 def test_what_has_no_number_is_shown_without_one(report):
     unknown = dict.fromkeys(("surviving_energy", "norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]
-    fitted = make_report(rows, method="probe", probe=ProbeReport(4, 4, 0.9))
+    fitted = make_report(rows, method="fit", probe=ProbeReport(4, 4, 0.9))
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()
     dry = dataclasses.replace(report, dry_run=True, verdict=None, asked=None, provenance={})

@@ -429,13 +429,3 @@ def test_the_report_of_damped_says_what_was_kept_of_each_module(case):
         assert row.surviving_energy == pytest.approx(ratio**2, rel=1e-4)
         distance = float((new - old).norm() / old.norm())
         assert row.copy_distance == pytest.approx(distance, rel=1e-4)
-
-
-def test_a_module_that_was_added_to_another_has_no_rank_of_its_own_in_the_result(case):
-    for report in (
-        prolora.transfer(*case, method="copy", dropped="sum").report,
-        prolora.plan_report(*case, dropped="sum"),
-    ):
-        summed = report.rows("summed")
-        assert len(summed) == 4 and all(row.rank_in == 4 for row in summed)
-        assert [row.rank_out for row in summed] == [0] * 4

@@ -34,6 +34,11 @@ def leave_out_foreign(
     return {path: size for path, size in sizes.items() if size}
 
 
+def find_unknown_updates(left_out: Mapping[str, str]) -> list[str]:
+    """Those of the tensors left out that may be what is left of an update."""
+    return [name for name, why in left_out.items() if why == UNKNOWN_UPDATE]
+
+
 def measure_update(keys: Mapping[str, str], source: UnreadAdapter) -> Size | None:
     """(out, in, rank) of an update by the shapes of its tensors; None if these do not tell.
 

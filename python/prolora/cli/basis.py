@@ -201,7 +201,7 @@ def show_cache(folder: Path | None) -> None:
     if folder is not None:
         size = format_size(maintenance.measure_cache(folder))
         out.print_line(
-            f"cache: {size} in {folder} (`prolora basis list`, `prune`; --no-cache keeps nothing)",
+            f"cache: {size} in {folder} (`prolora basis list`, `prune`; --cache none has none)",
             style="dim",
         )
 

@@ -13,7 +13,6 @@ import typer
 from rich.table import Table
 
 from ..files.sizes import format_size
-from ..workflow.fleet.engines.engine import EngineName
 from ..workflow.fleet.migration import migrate as run_migration
 from ..workflow.fleet.outcomes import Reason, gather_reasons
 from ..workflow.fleet.plan import (
@@ -21,13 +20,12 @@ from ..workflow.fleet.plan import (
     Plan,
     check_plan_path,
     estimate_worker_memory,
-    parse_shard,
 )
 from ..workflow.fleet.planning import plan_migration
 from ..workflow.fleet.result_folder import FAILED, SUMMARY_PAGE
+from ..workflow.fleet.run_options import MigrationOptions
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import Summary
-from ..workflow.fleet.worker import TIME_LIMIT
 from ..workflow.options import TransferOptions
 from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
@@ -82,51 +80,6 @@ class PlanOutput:
     quiet: QuietOption = False
 
 
-@dataclass
-class EngineChoice:
-    """What does the work."""
-
-    panel: ClassVar[str] = "Engine"
-    engine: Annotated[EngineName, typer.Option(help="This process alone, or a Ray cluster.")] = (
-        "local"
-    )
-    shard: Annotated[
-        str,
-        typer.Option(
-            metavar="I/N", help="Only this part of the plan, as 2/8, for jobs of an array."
-        ),
-    ] = ""
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.")
-    ] = None
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="How many workers the engine ray starts.")
-    ] = None
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Share of a GPU that each of them takes.")
-    ] = None
-    retries: Annotated[
-        int,
-        typer.Option(metavar="N", help="How often a LoRA is tried again that the system failed."),
-    ] = 2
-    retry_failed: Annotated[
-        bool,
-        typer.Option("--retry-failed", help="Also try again what an earlier run refused."),
-    ] = False
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS",
-            help="Give a LoRA up after so long without any progress, and replace its worker.",
-        ),
-    ] = TIME_LIMIT
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the library takes them."""
-        chosen = {name: value for name, value in vars(self).items() if value is not None}
-        return chosen | {"shard": parse_shard(self.shard) if self.shard else None}
-
-
 @expand_options
 def plan(
     loras: Annotated[
@@ -170,7 +123,7 @@ def migrate(
             "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder of the results."
         ),
     ],
-    engine: EngineChoice,
+    how: MigrationOptions,
     resources: Resources,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -179,15 +132,14 @@ def migrate(
     resources.check_device()
     shown = not (as_json or quiet)
     with progress_bar("migrate", shown) as progress:
-        summary = run_migration(
-            plan,
-            output,
+        how = replace(
+            how,
             cache=resources.find_cache(),
             device=resources.device,
             max_memory=resources.max_bytes,
             progress=progress,
-            **engine.to_dict(),
         )
+        summary = run_migration(plan, output, how)
     if as_json:
         print(json.dumps(summary.to_dict(), indent=1))
     elif shown:

@@ -20,20 +20,24 @@ from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
 from ..comparison.verdict import AUTO
+from ..core.option_fields import find_shown, read_shown
 from ..core.validation import resolve_device
 from ..errors import OutputError
 from ..files.sizes import parse_size
-from ..workflow.options import Shown, TransferOptions, find_shown
+from ..probe.settings import read_prompts
+from ..workflow.options import TransferOptions
 
 log = logging.getLogger(__name__)
 
 
-def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
-    """The parameter of an option that is told in `workflow.options`; none if it has no panel."""
-    shown: Shown = field.metadata["shown"]
+def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
+    """The parameter of an option that an options object tells; none if it has no panel."""
+    shown = read_shown(field)
     if not shown.panel:
         return []
-    kind: Any = str
+    parser = PARSERS.get(field.name)
+    plain = [one for one in (int, float) if hint in (one, one | None) and not parser]
+    kind: Any = plain[0] if plain else str
     if shown.words:
         kind = Literal[shown.words]
     elif isinstance(field.default, bool):
@@ -43,7 +47,7 @@ def _derive_parameter(field: dataclasses.Field[Any]) -> list[inspect.Parameter]:
         *flags,
         help=shown.help,
         metavar=shown.metavar or None,
-        parser=PARSERS.get(field.name),
+        parser=parser,
         rich_help_panel=shown.panel,
     )
     if field.default is None:
@@ -120,8 +124,9 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "strength": parse_strength,
     "threshold": parse_share,
     "min_coverage": parse_share,
+    "resume": parse_path,
 }
-"""How the command line reads those options of a transfer that are no words and no switches."""
+"""How the command line reads those options that are no words, switches or plain numbers."""
 
 FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
@@ -193,65 +198,17 @@ ModulesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
-PromptOption = Annotated[
-    list[str],
-    typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
-    ),
-]
-ProbeSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="PIXELS",
-        help="Height and width. Default: the smaller of the two pipelines', or that of each where "
-        "their latents differ.",
-    ),
-]
-ProbeGuidanceOption = Annotated[
-    float | None,
-    typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
-]
-TargetStepsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Steps of the target's own sampler, where it is a few-step model.",
-    ),
-]
-TargetGuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
-    ),
-]
-LoraStepsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Steps of the source with the LoRA, where it is a few-step LoRA. Default: "
-        "--probe-steps.",
-    ),
-]
-LoraGuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SCALE", help="Guidance of the source with the LoRA. Default: --probe-guidance."
-    ),
-]
-ProbeStepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")]
 CacheOption = Annotated[
     Path | None,
     typer.Option(
         parser=parse_path,
         metavar="FOLDER",
-        help="Folder that keeps what is computed of the bases, for the next LoRA. Default: "
-        "PROLORA_CACHE, or the user's cache folder.",
+        help="Folder that keeps what is computed of the bases. Default: PROLORA_CACHE, or the "
+        "user's cache folder.",
     ),
 ]
+NO_CACHE = Path("none")
+"""What stands for no folder in the place of one."""
 
 
 @dataclass
@@ -309,6 +266,31 @@ class ExpertBases:
 
 
 @dataclass
+class Prompts:
+    """What is drawn where the models are run."""
+
+    panel: ClassVar[str] = "Sampling"
+    prompt: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+    ] = dataclasses.field(default_factory=list)
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
+        ),
+    ] = None
+
+    def read(self) -> tuple[str, ...]:
+        """All of them, in order.
+
+        Raises:
+            InvalidOption: the file cannot be read, or has none.
+        """
+        return (*self.prompt, *(read_prompts(self.prompts) if self.prompts else ()))
+
+
+@dataclass
 class Resources:
     """Where to compute, with how much memory, and what to keep."""
 
@@ -323,10 +305,15 @@ class Resources:
             help="Memory this process may take, as 2GiB; refused if it is too little.",
         ),
     ] = ""
-    cache: CacheOption = None
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither look into a cache nor keep anything.")
-    ] = False
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FOLDER|none",
+            help="Folder that keeps what is computed of the bases, for the next LoRA; none keeps "
+            "nothing. Default: PROLORA_CACHE, or the user's cache folder.",
+        ),
+    ] = None
 
     def check_device(self) -> None:
         """Settles "auto".
@@ -341,13 +328,11 @@ class Resources:
         """--max-memory in bytes; None where it is not given."""
         return parse_size(self.max_memory) if self.max_memory else None
 
-    def find_cache(self) -> Path | None:
+    def find_cache(self, takes_default: bool = True) -> Path | None:
         """The cache folder asked for, or the default where it can be made; or None."""
-        if self.no_cache:
-            if self.cache is not None:
-                raise ValueError("--cache and --no-cache contradict each other: give one of them")
+        if self.cache == NO_CACHE:
             return None
-        if self.cache is not None:
+        if self.cache is not None or not takes_default:
             return self.cache
         folder = default_folder()
         try:
@@ -357,9 +342,6 @@ class Resources:
             return None
         return folder
 
-
-BASIC = {"source", "target", "output", "method", "strength", "look", "format", "report", "dry_run"}
-"""The options that the short help of a `BriefCommand` shows, beside help itself."""
 
 _HELP_ALL = "prolora.help_all"
 
@@ -381,15 +363,25 @@ HelpAllOption = Annotated[
 
 
 class BriefCommand(TyperCommand):
-    """A command whose help shows what most people need; `--help-all` shows the rest."""
+    """A command whose help shows what most people need; `--help-all` shows the rest.
+
+    Attributes:
+        told: the options object of the command, which says what of it most people need.
+        beside: what they need of its other options.
+    """
+
+    told: ClassVar[type] = TransferOptions
+    beside: ClassVar[set[str]] = {"source", "target", "output", "report", "dry_run", "help_all"}
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has the basic options alone, in a sentence each."""
         options: list[Any] = [p for p in self.params if isinstance(p, TyperOption)]
         told = [(option, option.hidden, option.help) for option in options]
+        fields = dataclasses.fields(self.told)
+        basic = self.beside | {field.name for field in fields if read_shown(field).basic}
         if not ctx.meta.get(_HELP_ALL):
             for option in options:
-                option.hidden = option.name not in BASIC | {"help_all"}
+                option.hidden = option.name not in basic
                 option.help = (option.help or "").split(". ")[0].rstrip(".") + "."
         try:
             super().format_help(ctx, formatter)
@@ -433,7 +425,7 @@ def _list_parameters(kind: Any) -> list[inspect.Parameter]:
     parameters = []
     for field in dataclasses.fields(kind):
         if "shown" in field.metadata:
-            parameters += _derive_parameter(field)
+            parameters += _derive_parameter(field, hints[field.name])
             continue
         default: Any = inspect.Parameter.empty
         if field.default is not dataclasses.MISSING:

@@ -12,7 +12,7 @@ from ..core.lowrank import LowRank
 from .recording.trajectories import predict_call
 from .recording.translation import Translation
 from .recording.wanted import WantedChange
-from .updates import apply_updates
+from .updates import run_beside
 
 BANDS = ("palette", "composition", "detail")
 """A change's mean over all places; its means over blocks beside that; the rest."""
@@ -154,7 +154,7 @@ def measure_bands(
         translation: gives the image of a change.
     """
     energy, missing = [0.0] * len(BANDS), [0.0] * len(BANDS)
-    with apply_updates(target, updates, strength):
+    with run_beside(target, updates, strength):
         for wanted in held_out:
             achieved = predict_call(target, wanted.call, translation.read) - wanted.plain
             image = translation.image_of_change(wanted.call, wanted.change)

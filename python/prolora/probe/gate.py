@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
 from .energies import energy_of, measure_disagreement, share_by_origin
-from .recording.trajectories import output_of, predict_call
+from .recording.trajectories import predict_call
+from .recording.translation import Translation
 from .recording.wanted import WantedChange
 from .trajectory_numbers import sum_by_trajectory
-from .updates import apply_updates
+from .updates import run_beside
 
 GO, WEAKEN, COPY, REFUSE = "go", "weaken", "copy", "refuse"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -101,11 +102,10 @@ def judge_updates(
     target: nn.Module,
     updates: Mapping[str, LowRank],
     held_out: Sequence[WantedChange],
-    read: Callable[[Any], Tensor] = output_of,
+    translation: Translation,
     copied: Mapping[str, LowRank] | None = None,
     start: str = "zero",
     images: bool = False,
-    same_noise: bool = True,
 ) -> Gate:
     """Chooses the strength and the decision.
 
@@ -113,12 +113,12 @@ def judge_updates(
         target: the target without updates.
         updates: the fitted ones.
         held_out: probes of all origins that the fit did not see.
-        read: return value of the target -> its prediction.
+        translation: how the models were asked.
         copied: the rival, compared where it fits the target's modules.
         start: where the fit started, "zero" or "copy".
         images: whether the models were asked about images, and the fit followed pairs of them too.
-        same_noise: whether both models saw the same noise, so that their predictions compare.
     """
+    read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
     doubt = IMAGE_DOUBT if images else least_gain(disagreement["all"], "zero")
     strength, missing = _best_strength(target, updates, held_out, doubt, read)
@@ -131,10 +131,16 @@ def judge_updates(
     effect = None
     if images:
         effect = _measure_gain(held_out, missing, [energy_of(w.change) for w in held_out])
-        compared = disagreement if same_noise else None
-        decision, reason = decide_on_images(strength, share, effect, copy_share, gain, compared)
+    if translation.guidance is not None or (images and not same_noise):
+        least = 0.0
     else:
-        decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, start)
+        least = least_gain(disagreement["all"], "copy" if images else start)
+    if effect is not None:
+        compared = disagreement if same_noise else None
+        rules = (effect, copy_share, gain, compared, least)
+        decision, reason = decide_on_images(strength, share, *rules)
+    else:
+        decision, reason = decide_gate(strength, share, disagreement, copy_share, gain, least)
     rival = (copy_share, copy_strength, gain)
     return Gate(decision, strength, share, disagreement, reason, *rival, effect)
 
@@ -145,9 +151,18 @@ def decide_gate(
     disagreement: Mapping[str, float],
     copy_share: Mapping[str, float] | None,
     gain: Gain | None,
-    start: str,
+    least: float,
 ) -> tuple[str, str]:
-    """The decision and its reason; arguments as in `Gate` and `judge_updates`."""
+    """The decision and its reason.
+
+    Args:
+        strength: see `Gate`.
+        share: see `Gate`.
+        disagreement: see `Gate`.
+        copy_share: see `Gate`.
+        gain: see `Gate`.
+        least: the gain over the copy that must surely be exceeded.
+    """
     # The target's own trajectories and the LoRA's both count: a fit that serves only one of them
     # would change images that the LoRA does not concern, or miss those that it does.
     worst = min(share[origin] for origin in ("adapted", "target"))
@@ -155,8 +170,8 @@ def decide_gate(
     copied = copy_share["all"] if copy_share else -math.inf
     if difference > MAX_DISAGREEMENT and copied < MIN_SHARE:
         return REFUSE, _explain_disagreement(difference)
-    if gain is not None and gain.lowest <= least_gain(disagreement["all"], start):
-        return COPY, _explain_copy(share["all"], copied, gain, disagreement["all"], start)
+    if gain is not None and gain.lowest <= least:
+        return COPY, _explain_copy(share["all"], copied, gain, disagreement["all"], least)
     if worst < MIN_SHARE:
         return REFUSE, (
             f"only {worst:.0%} of the wanted change was reached on held-out probes "
@@ -178,6 +193,7 @@ def decide_on_images(
     copy_share: Mapping[str, float] | None,
     gain: Gain | None,
     disagreement: Mapping[str, float] | None,
+    least: float = 0.0,
 ) -> tuple[str, str]:
     """The decision and its reason where the models were asked about images.
 
@@ -191,11 +207,12 @@ def decide_on_images(
         gain: see `Gate`.
         disagreement: see `Gate`; None where each model saw noise of its own, which makes most of
             what their predictions differ by.
+        least: see `decide_gate`.
     """
     differ = 0.0 if disagreement is None else disagreement["all"]
     copied = copy_share["all"] if copy_share else -math.inf
-    if gain is not None and gain.lowest <= least_gain(differ, "copy"):
-        return COPY, _explain_copy(share["all"], copied, gain, differ, "copy")
+    if gain is not None and gain.lowest <= least:
+        return COPY, _explain_copy(share["all"], copied, gain, differ, least)
     refusal = _refuse_images(share, effect, copied, disagreement)
     if refusal is not None:
         return REFUSE, refusal
@@ -257,7 +274,9 @@ def least_gain(disagreement: float, start: str) -> float:
     return (2 if start == "zero" else 1) * DOUBT * disagreement
 
 
-def _explain_copy(fitted: float, copied: float, gain: Gain, disagreement: float, start: str) -> str:
+def _explain_copy(
+    fitted: float, copied: float, gain: Gain, disagreement: float, least: float
+) -> str:
     """Why the fit is not taken."""
     if gain.share == 0:
         return (
@@ -268,7 +287,6 @@ def _explain_copy(fitted: float, copied: float, gain: Gain, disagreement: float,
         f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
         f"probes, the fitted one {fitted:.0%}"
     )
-    least = least_gain(disagreement, start)
     if gain.lowest <= 0:
         return f"{reason}; that is no sure gain over {gain.trajectories} trajectories"
     return (
@@ -302,7 +320,7 @@ def measure_missing(
     read: Callable[[Any], Tensor],
 ) -> list[Tensor]:
     """‖achieved − wanted change‖² of every sample [n], batch by batch."""
-    with apply_updates(target, updates, strength):
+    with run_beside(target, updates, strength):
         return [energy_of(predict_call(target, w.call, read) - w.plain - w.change) for w in probes]
 
 

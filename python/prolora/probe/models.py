@@ -36,7 +36,7 @@ def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None
                 )
         check_weights(model, f"the {side}")
     for name, update in adapter.updates.items():
-        weight_of(source, name, convolution=True)
+        weight_of(source, name, any_kind=True)
         for factor in (update.up, update.down):
             _check_tensor(factor, f"the LoRA's update of {name}")
 

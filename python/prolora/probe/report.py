@@ -37,6 +37,7 @@ class ProbeReport:
         crossed: what crossed between models with different latents; None where they share them.
         guidance: that the source was asked with, since the target is run without; 1 is none.
         guided_lora: whether the source with the LoRA was asked with that, too.
+        derived_prompts: those that were made from the LoRA's header, where none were given.
     """
 
     probes: int
@@ -56,6 +57,7 @@ class ProbeReport:
     crossed: CrossedReport | None = None
     guidance: float = 1.0
     guided_lora: bool = True
+    derived_prompts: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
@@ -67,6 +69,12 @@ class ProbeReport:
             lines.append(
                 f"{why or 'Both models'} were asked at equal log-SNR, from {lowest} to "
                 f"{high:.1f}, and compared by x₀."
+            )
+        if self.derived_prompts:
+            lines.append(
+                f"No prompts were given; {len(self.derived_prompts)} were made of the words that "
+                "the LoRA was trained with, as far as its header has them, and of everyday scenes: "
+                f"{'; '.join(self.derived_prompts[:4])}; ..."
             )
         if self.guidance != 1:
             lines.append(

@@ -24,7 +24,7 @@ from .precision import in_float32
 from .recording.trajectories import Call, Sample, predict_call, record_calls
 from .recording.translation import Question, Translation
 from .recording.wanted import WantedChange, wanted_changes
-from .updates import apply_updates
+from .updates import run_beside
 
 ORIGINS = ("adapted", "target")
 """Whose trajectories are looked at: where the LoRA is used, and where the target is."""
@@ -201,7 +201,7 @@ def measure_strengths(
         for run in range(settings.runs):
             for i, (model, updates, sample) in enumerate(samplers):
                 seed = settings.seed + run * len(ORIGINS) + i
-                with apply_updates(model, updates):
+                with run_beside(model, updates):
                     calls = record_calls(model, sample, seed, ORIGINS[i])
                 chosen = choose_moments(translation.keep_prompted(calls), settings.moments)
                 questions.append([translation.question(call) for call in chosen])
@@ -250,7 +250,7 @@ def _sum_missing(
     translation: Translation,
 ) -> Tensor:
     """Σ‖achieved − wanted‖² [t] of updates at a strength."""
-    with apply_updates(target, updates, strength):
+    with run_beside(target, updates, strength):
         missing = [
             predict_call(target, w.call, translation.read) - w.plain - w.change for w in wanted
         ]

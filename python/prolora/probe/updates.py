@@ -1,74 +1,111 @@
-"""Updates in the weights of a running model."""
+"""Updates beside the weights of a running model."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, ShapeMismatch
-from .precision import HALVES
+from .hooks import keep_hooks
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module -> (B [m, r], A [r, n]): the factors of an update, their gradients or their changes."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextlib.contextmanager
-def apply_updates(
+def run_beside(
     model: nn.Module, updates: Mapping[str, LowRank], strength: float = 1.0
 ) -> Iterator[None]:
-    """Adds the updates to the model's weights; afterwards they are bit for bit as before.
+    """The model with updates beside its weights, which are neither changed nor copied.
 
-    A weight stored in half precision is float32 meanwhile, so that no update is rounded to it.
+    Of every module y = W·x it adds B·(A·x) to y, so that nothing is of a weight's size. Inside
+    `in_float32` that is the sum in float32, whatever the weights are stored in.
 
     Args:
         model: the model.
-        updates: module -> D [m, n]; a convolution's weight is flattened to [m, n].
+        updates: module -> B·A [m, n]; of a convolution n is that of its flattened weight.
         strength: factor of all of them.
 
     Raises:
         ProLoRAError: the model has no such module.
         ShapeMismatch: an update and its weight differ in shape.
     """
-    stored: dict[str, Tensor] = {}
-    try:
-        for name, update in updates.items():
-            weight = weight_of(model, name, convolution=True)
-            if weight.flatten(1).shape != update.shape:
-                raise ShapeMismatch(
-                    f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
-                )
-            change = (strength * update.dense()).reshape(weight.shape)
-            if weight.dtype in HALVES:
-                stored[name] = weight
-                wide = weight.detach().float() + change.to(weight.device, torch.float32)
-                _replace_weight(model, name, nn.Parameter(wide, requires_grad=False))
-            else:
-                stored[name] = weight.detach().clone()
-                with torch.no_grad():
-                    weight += change.to(weight)
+    factors = {}
+    for name, update in updates.items():
+        weight = weight_of(model, name, any_kind=True)
+        if weight.flatten(1).shape != update.shape:
+            raise ShapeMismatch(
+                f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
+            )
+        up, down = (part.to(weight.device, torch.float32) for part in (update.up, update.down))
+        factors[name] = (up if strength == 1 else strength * up), down
+    with place_factors(model, factors):
         yield
+
+
+@contextlib.contextmanager
+def place_factors(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """`run_beside` for factors that are known to fit, and whose gradients may be asked for."""
+    hooks = []
+    for name, pair in factors.items():
+        module = model.get_submodule(name)
+        hook = _adder(module, *pair)
+        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    with keep_hooks(hooks):
+        yield
+
+
+def _adder(module: nn.Module, up: Tensor, down: Tensor) -> Callable[..., Tensor]:
+    """A forward hook that adds what an update makes of the module's input."""
+
+    def make(x: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return F.embedding(x, up) @ down
+        if isinstance(module, _CONVOLUTIONS):
+            seen = _convolve(module, down, x)
+            made: Tensor = F.conv1d(seen.flatten(2), up[..., None], groups=module.groups)
+            return made.reshape(*made.shape[:2], *seen.shape[2:])
+        return (x @ down.mT) @ up.mT
+
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        return y + make(args[0] if args else next(iter(kwargs.values())))
+
+    return add
+
+
+def _convolve(module: nn.Module, down: Tensor, x: Tensor) -> Tensor:
+    """What a convolution would make of x with the rows of `down` as its kernels, in every group.
+
+    The module's own forward runs, since some pad x before.
+    """
+    parameters: dict[str, Any] = module._parameters
+    stored = dict(parameters)
+    axes = stored["weight"].dim() - 1
+    kernels = down.unflatten(1, stored["weight"].shape[1:])
+    try:
+        parameters["weight"] = kernels.repeat(module.groups, *[1] * axes)
+        parameters["bias"] = None
+        seen: Tensor = module.forward(x)
     finally:
-        with torch.no_grad():
-            for name, weight in stored.items():
-                if weight.dtype in HALVES:
-                    _replace_weight(model, name, weight)
-                else:
-                    weight_of(model, name, convolution=True).copy_(weight)
+        parameters.update(stored)
+    return seen
 
 
-def _replace_weight(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Sets another parameter as the weight of a module."""
-    model.get_submodule(name)._parameters["weight"] = weight  # type: ignore[assignment]
-
-
-def weight_of(model: nn.Module, name: str, convolution: bool = False) -> Tensor:
+def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
     """The weight of a linear module by its name.
 
     Args:
         model: the model.
         name: of the module.
-        convolution: whether a convolution will do as well.
+        any_kind: whether a convolution or an embedding will do as well.
 
     Raises:
         ProLoRAError: the model has no such module, or it is of another kind.
@@ -80,7 +117,8 @@ def weight_of(model: nn.Module, name: str, convolution: bool = False) -> Tensor:
             f"the model has no module {name}; pass the module that the LoRA's names start from"
         ) from error
     weight = getattr(module, "weight", None)
-    axes = weight.dim() if isinstance(weight, Tensor) else 0
-    if not isinstance(weight, Tensor) or axes < 2 or (axes > 2 and not convolution):
+    linear = hasattr(module, "in_features") and isinstance(weight, Tensor) and weight.dim() == 2
+    other = any_kind and isinstance(module, (*_CONVOLUTIONS, nn.Embedding))
+    if not isinstance(weight, Tensor) or not (linear or other):
         raise ProLoRAError(f"{name} is not a linear module; probing moves linear modules only")
     return weight

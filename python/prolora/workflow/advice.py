@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
 from ..bases.base import Progress
+from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
@@ -22,17 +23,19 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.recording.trajectories import Sample
-from ..probe.settings import Probing
+from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
 from .base_check import check_bases
-from .by_weights.pipeline import plan_transfer, read_lora
+from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions
 from .table import Table
 from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
 
-SAMPLED = Probing(images=6, steps=12)
+Verb = Literal["transfer", "fit", ""]
+
+SAMPLED = FitSettings(images=6, steps=12)
 """What `advise` samples where it measures: six trajectories of each of two models."""
 
 
@@ -47,7 +50,8 @@ class Advice:
             where no pair of bases like this was measured.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
-        options: of the `transfer` that follows, as its keywords; None where nothing is worth it.
+        verb: "transfer" or "fit", what is worth a try; "" where neither is.
+        options: its keywords.
     """
 
     comparison: Comparison
@@ -55,7 +59,8 @@ class Advice:
     expected: tuple[Expectation, ...]
     lora: LoraFit | None
     measurement: Measurement | None
-    options: Mapping[str, Any] | None
+    verb: Verb
+    options: Mapping[str, Any]
     _energies: Mapping[str, float]
 
     @property
@@ -153,7 +158,8 @@ class Advice:
             "calibration": dict(load_calibration().made) | dict(load_calibration().checked),
             "lora": asdict(self.lora) if self.lora else None,
             "measurement": _measurement_dict(self.measurement),
-            "options": _plain_options(self.options),
+            "verb": self.verb,
+            "options": {n: str(x) if n == "match" else x for n, x in self.options.items()},
             "summary": self.sentences(),
         }
         plain: dict[str, Any] = replace_nonfinite(fields)
@@ -201,7 +207,7 @@ def advise(
     *,
     measure: bool = False,
     match: Match = "auto",
-    probe: Probing = SAMPLED,
+    probe: FitSettings = SAMPLED,
     target_steps: int | None = None,
     target_guidance: float | None = None,
     samplers: tuple[Sample, Sample] | None = None,
@@ -269,32 +275,34 @@ def advise(
     verdict, fit = comparison.verdict, None
     energies: dict[str, float] = {}
     if adapter is not None:
-        plan = plan_transfer(adapter, ours.base, theirs.base, replace(options, match=paired), cache)
-        affinities = measure_plan(plan, comparison, ours.base, theirs.base)
+        with BasisCache(cache).saving() as opened:
+            pair = BasePair(ours.base, theirs.base, replace(options, match=paired), opened)
+            ledger = pair.plan(adapter, "outline")
+        affinities = measure_plan(ledger.plan, comparison, ours.base, theirs.base)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
-        fit, energies = locate_lora(adapter, plan, affinities, _name_lora(lora))
+        fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
     measurement = None
     if measure and adapter is not None:
         candidates = move_candidates(adapter, ours.base, theirs.base, options)
         models = open_models(ours, theirs, probe, samplers, options.device)
         measurement = measure_lora(models, adapter, candidates, probe.images, progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
-    chosen = choose_options((ours.base, theirs.base), match, verdict, measurement, probe)
-    return Advice(comparison, verdict, expected, fit, measurement, chosen, energies)
+    chosen = choose_next((ours.base, theirs.base), match, verdict, measurement, probe)
+    return Advice(comparison, verdict, expected, fit, measurement, *chosen, energies)
 
 
 def _name_lora(lora: LoraLike | None) -> str:
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
-def choose_options(
+def choose_next(
     bases: tuple[Base, Base],
     match: Match,
     verdict: Verdict,
     measurement: Measurement | None,
-    probe: Probing = SAMPLED,
-) -> dict[str, Any] | None:
-    """What to ask of `transfer`; None where nothing is worth a try.
+    probe: FitSettings,
+) -> tuple[Verb, dict[str, Any]]:
+    """What is worth a try, and with which options.
 
     Args:
         bases: source and target.
@@ -307,20 +315,11 @@ def choose_options(
     paired = {} if match == AUTO_MATCH else {"match": match}
     if best is not None and measurement is not None and best.go:
         method = {"method": "copy"} if measurement.best == "copy" else {}
-        return {**method, "strength": round(best.strength, 2), **paired}
+        return "transfer", {**method, "strength": round(best.strength, 2), **paired}
     if best is None and verdict.related:
-        return paired
-    if not vae.can_probe(bases[0].path, bases[1].path):
-        return None
-    told = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
-    return {"method": "probe", "probe": Probing(**{name: getattr(probe, name) for name in told})}
-
-
-def _plain_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Options ready for JSON."""
-    if options is None:
-        return None
-    known = {name: value for name, value in options.items() if name not in ("match", "probe")}
-    if isinstance(options.get("match"), str | PathLike):
-        known["match"] = str(options["match"])
-    return known | (asdict(options["probe"]) if "probe" in options else {})
+        return "transfer", paired
+    if not vae.can_fit(bases[0].path, bases[1].path):
+        return "", {}
+    names = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
+    told = {name: value for name in names if (value := getattr(probe, name)) is not None}
+    return "fit", told | paired

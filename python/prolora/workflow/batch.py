@@ -40,16 +40,15 @@ def transfer_many(
     folder: str | PathLike[str],
     options: TransferOptions = DEFAULT_OPTIONS,
     *,
-    redo: bool = False,
     naming: Naming | None = None,
     **changes: Unpack[OptionChanges],
 ) -> list[Outcome]:
     """Moves LoRAs into a folder, under the names they have (with the suffix the format needs).
 
     A result that is there already, complete, and says in its header that it was made of this very
-    LoRA, of these bases and in this way is left alone (unless `redo` is set): a run that was cut
-    off goes on where it was. A LoRA whose place holds a file that prolora did not write is refused
-    (unless `overwrite` is set). The folder is made if it does not exist.
+    LoRA, of these bases and in this way is left alone: a run that was cut off goes on where it was.
+    A LoRA whose place holds a file that prolora did not write is refused. With `overwrite` either
+    is made again. The folder is made if it does not exist.
 
     Without `cache` what is learnt of the
     bases is kept for this call only; `progress` is called as progress(done, total,
@@ -66,7 +65,6 @@ def transfer_many(
         target: the base to move to, or its two experts.
         folder: where the results go.
         options: how to move them.
-        redo: also moves what is there already.
         naming: gives results other names: it is called with each LoRA and twelve digits that differ
             wherever the LoRA, a base, an option or the version does, and returns a path below the
             folder without the suffix. Results with the digits in their names never take each
@@ -103,12 +101,12 @@ def transfer_many(
                 task.attempt(partial(_rename, task, recipe, opened, Path(folder), naming, tail))
         live = [task for task in tasks if task.outcome is None]
         check_distinct([task.lora for task in live], [task.out for task in live])
-        _make_folders({Path(folder), *(task.out.parent for task in tasks)})
+        make_folders({Path(folder), *(task.out.parent for task in tasks)})
         for pair in pairs:
             mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
                 mover = PairMover.open(pair.source, pair.target, options, opened)
-                mover.look_up(mine, redo, opened)
+                mover.look_up(mine, opened)
                 left = [task for task in mine if task.outcome is None]
                 for _ in mover.run(left, opened, [task.lora for task in mine]):
                     pass
@@ -128,7 +126,7 @@ def _rename(
     task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
 
 
-def _make_folders(folders: Iterable[Path]) -> None:
+def make_folders(folders: Iterable[Path]) -> None:
     """Makes the folders of the results.
 
     Raises:

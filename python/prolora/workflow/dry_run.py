@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import adapters
-from ..adapters.adapter import Adapter
-from ..bases import Base, BaseLike, open_base
+from ..bases import BaseLike, open_base
+from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
-from .base_check import check_bases
-from .by_probing.plan import check_probing
-from .by_probing.rows import outline_report
-from .by_weights.assembly import (
-    build_report,
-    check_coverage,
-    outline_result,
-    outline_rows,
-)
-from .by_weights.file_budget import OutputForm
-from .by_weights.pipeline import plan_transfer
-from .by_weights.slicing import (
-    describe_sliced_module,
-    measure_sliced,
-    slice_adapter,
-    slice_source,
-)
+from .by_weights.assembly import build_report
+from .by_weights.base_pair import BasePair
 from .by_weights.vectors import carry_vectors
 from .options import (
     DEFAULT_OPTIONS,
@@ -35,7 +19,6 @@ from .options import (
     settle_options,
     takes_options,
 )
-from .plan import Route, sum_dropped_blocks
 from .report import Report
 
 if TYPE_CHECKING:
@@ -76,33 +59,8 @@ def plan_report(
     """
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
-    check_bases(lora, old, new, options)
-    if options.runs_models:
-        check_probing(old, new, options)
-        report = outline_report(_outline_lora(lora, old), old, new, options)
-        check_coverage(report.modules, options.min_coverage)
-        return replace(report, dry_run=True)
-    return _plan_by_weights(_outline_lora(lora, old), old, new, options)
-
-
-def _outline_lora(lora: LoraLike, source: Base) -> Adapter:
-    if isinstance(lora, Adapter):
-        return lora
-    return adapters.outline_adapter(lora, source.shapes, source.family)
-
-
-def _plan_by_weights(
-    adapter: Adapter, source: Base, target: Base, options: TransferOptions
-) -> Report:
-    """A row for every module, as the plan has it."""
-    plan = plan_transfer(adapter, source, target, options, options.cache)
-    whole = measure_sliced(adapter, plan)
-    adapter, source = slice_adapter(adapter, plan), slice_source(source, [plan])
-    summed = sum_dropped_blocks(adapter, plan)
-    route = Route(adapter, plan, source, target, options)
-    if (output := OutputForm.of(options)) != OutputForm():
-        output.check(outline_result(summed, route))
-    rows = outline_rows(adapter, summed, plan)
-    check_coverage(rows, options.min_coverage)
-    rows = [describe_sliced_module(row, plan, whole) for row in rows]
-    return build_report(route, rows, carry_vectors(route), dry_run=True)
+    # A dry run makes no folder.
+    known = options.cache is not None and Path(options.cache).is_dir()
+    with BasisCache(options.cache if known else None).saving() as cache:
+        ledger = BasePair(old, new, options, cache).plan(lora, "outline")
+    return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -29,6 +28,7 @@ from ..adapters.overview import (
     count_values,
     survey_keys,
 )
+from ..adapters.training_words import read_training_words
 from ..adapters.unread import ADAPTER_FILES, UnreadAdapter, open_adapter
 from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
@@ -314,14 +314,6 @@ def _base_hash(metadata: dict[str, str]) -> str | None:
 
 def _trigger_words(metadata: dict[str, str]) -> list[str]:
     """The trigger phrase if there is one, then the most frequent tags of the training set."""
-    words = [metadata["modelspec.trigger_phrase"]] if "modelspec.trigger_phrase" in metadata else []
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except (ValueError, RecursionError):
-        return words
-    counts: Counter[str] = Counter()
-    for tags in folders.values() if isinstance(folders, dict) else ():
-        for tag, number in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(number, int):
-                counts[tag.strip()] += number
-    return words + [tag for tag, _ in counts.most_common(_TOP_TAGS) if tag not in words]
+    words = read_training_words(metadata)
+    first = [words.trigger] if words.trigger else []
+    return first + [tag for tag in words.list_tags(_TOP_TAGS) if tag not in first]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.adapter import Adapter
 from ..architectures.modules import find_block
 from ..bases import Base
 from ..comparison.comparison import Comparison
 from ..comparison.drift import Affinity, measure_affinities
 from ..comparison.module_comparison import ModuleComparison
 from ..comparison.verdict import STRANGE_COSINE
+from .by_weights.ledger import Ledger
 from .plan import ModulePlan
 
 
@@ -121,14 +121,15 @@ def measure_plan(
 
 
 def locate_lora(
-    adapter: Adapter, plan: ModulePlan, affinities: Mapping[str, Affinity], name: str
+    ledger: Ledger, affinities: Mapping[str, Affinity], name: str
 ) -> tuple[LoraFit, dict[str, float]]:
-    """Where a LoRA lies, and target module -> share of its energy."""
-    energies = {n: float(update.norm().square()) for n, update in adapter.updates.items()}
+    """Where a planned LoRA lies, and target module -> share of its energy."""
+    plan, unread = ledger.plan, ledger.adapter.unread
+    energies = {r.source: r.energy for r in ledger.rows.values() if r.source not in unread}
     total = sum(energies.values()) or 1.0
-    placed = {pair.target: energies.get(pair.source, 0.0) / total for pair in plan.pairs}
-    sources = {pair.source for pair in plan.pairs} | set(plan.passed) | set(plan.summed)
-    kept = sum(energies.get(module, 0.0) for module in sources) / total
+    placed = {pair.target: energies[pair.source] / total for pair in plan.pairs}
+    sources = {pair.source for pair in plan.pairs} | set(plan.passed)
+    kept = sum(energies[module] for module in sources) / total
     weights = {module: placed[module] for module in affinities}
     weighed = sum(weights.values()) or 1.0
     squares = (affinities[m].drift ** 2 * w for m, w in weights.items() if w > 0)
@@ -138,8 +139,8 @@ def locate_lora(
     strange = sum(w for m, w in weights.items() if affinities[m].cosine < STRANGE_COSINE)
     fit = LoraFit(
         name,
-        len(adapter.updates),
-        len(sources & set(adapter.updates)),
+        len(energies),
+        len(sources),
         reasons,
         kept,
         (sum(squares) / weighed) ** 0.5,

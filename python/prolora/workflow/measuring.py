@@ -18,9 +18,9 @@ from ..core.lowrank import LowRank
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
-from ..probe.settings import Probing
+from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
-from .by_weights.pipeline import move_without_header
+from .by_weights.base_pair import move_lora
 from .options import MethodChoice, TransferOptions
 
 MOMENTS = 6
@@ -95,7 +95,7 @@ def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object)
 def open_models(
     source: MeasuredSide,
     target: MeasuredSide,
-    settings: Probing,
+    settings: FitSettings,
     samplers: tuple[Sample, Sample] | None,
     device: str | None,
 ) -> RunningModels:
@@ -133,7 +133,7 @@ def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
     return Pipeline(side.pipe, type(side.pipe).__name__)
 
 
-def _make_sampler(pipeline: Any, settings: Probing) -> Sample:
+def _make_sampler(pipeline: Any, settings: FitSettings) -> Sample:
     """Samples one image; the prompts take turns, the same for both models."""
     prompts = settings.prompts or ("",)
 
@@ -157,7 +157,7 @@ def move_candidates(
     for method in methods:
         asked = replace(options, method=method, strength=1.0, progress=None)
         with suppress(UnrelatedBases):
-            moved = move_without_header(adapter, source, target, asked)
+            moved = move_lora(adapter, source, target, asked, hashed=False)
             updates = _keep_denoiser(moved.adapter.updates)
             if updates and not any(_are_equal(updates, other) for other in candidates.values()):
                 candidates[method] = updates

@@ -119,14 +119,12 @@ class ModuleReport:
     Attributes:
         source: the module in the LoRA.
         target: where it went; None unless mapped.
-        status: "mapped", "skipped", "refused", or "summed" where it was added to another module's
-            update and went with it.
+        status: "mapped", "skipped" or "refused".
         reason: why it was skipped or refused; for a mapped module, how it was moved.
         shape: out × in of the update.
-        rank_in: rank in the LoRA; 0 for a module without an update there, to which others were
-            added.
+        rank_in: rank in the LoRA; 0 for a module that the LoRA has no update of.
         rank_out: rank in the output; 0 unless mapped.
-        energy: ‖ΔW_s‖², with all that was added to it: the weight of this row in the totals.
+        energy: ‖ΔW_s‖²: the weight of this row in the totals.
         strength: factor on the update, on top of what the method does.
         drift: ‖W_t − W_s‖/‖W_s‖ of the module's weights; None where they were not compared.
         cosine: ⟨W_s, W_t⟩/(‖W_s‖‖W_t‖); None where they were not compared.
@@ -136,7 +134,6 @@ class ModuleReport:
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
         rank_cut_energy: share of ‖ΔW_t‖² that cutting the rank discarded.
-        onto: the module whose update this one was added to, and whose row has its energy; or None.
         measures: the numbers of a projection; None where there was none.
     """
 
@@ -156,13 +153,7 @@ class ModuleReport:
     norm_ratio: float = 1.0
     copy_distance: float = 0.0
     rank_cut_energy: float = 0.0
-    onto: str | None = None
     measures: Measures | None = None
-
-    @property
-    def has_place(self) -> bool:
-        """Whether it went to the target, by itself or added to another."""
-        return self.status in ("mapped", "summed")
 
     def at_strength(self, strength: float) -> ModuleReport:
         """The row of the same update multiplied by `strength`."""

@@ -37,7 +37,7 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
         tone = "warn" if outcome.error else "faint"
         return Row((name, outcome.status, *numbers), tone, below=Below(sentences=told))  # type: ignore[arg-type]
     totals = report.totals
-    numbers = [totals["mapped"] + totals["summed"], totals["skipped"], totals["refused"]]
+    numbers = [totals["mapped"], totals["skipped"], totals["refused"]]
     numbers += [totals["energy_surviving"], totals["copy_distance"], outcome.seconds or NOTHING]
     places = tables.map_modules(report.modules, report.dry_run)
     reasons = tables.tabulate_reasons(report.modules)

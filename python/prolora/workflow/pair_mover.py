@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -12,25 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..adapters.unread import open_adapter
 from ..bases import Base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.memory import Memory
-from ..comparison.block_matching import resolve_match
-from ..comparison.width_selection import WidthFinder
 from ..core.methods import Needs
 from ..errors import ProLoRAError, explain_os_error
-from .by_weights.decision import decide_method
-from .by_weights.job import Job
-from .by_weights.lora_work import LORA_FAILURES, estimate_bytes
-from .by_weights.move_updates import move_all
-from .by_weights.pipeline import finish_job, list_inputs, prepare_job
-from .by_weights.slicing import slice_source
+from .by_weights.base_pair import BasePair
+from .by_weights.ledger import BYTES_A_NUMBER, LORA_FAILURES, Ledger
 from .options import TransferOptions
 from .output_paths import check_output
 from .report import Outcome, Report
+from .result import save_result
 from .resume import Recipe
-from .transfer import Transfer, run_transfer_file, save_result
 
 
 @dataclass
@@ -40,7 +36,7 @@ class Task:
     lora: Path
     out: Path
     recipe: Recipe | None = None
-    job: Job | None = None
+    ledger: Ledger | None = None
     outcome: Outcome | None = None
     seconds: float = 0.0
 
@@ -52,7 +48,7 @@ class Task:
         try:
             return step()
         except LORA_FAILURES as error:
-            self.job = None
+            self.ledger = None
             self.outcome = Outcome(
                 self.lora, self.out, error=as_refusal(error), seconds=self.seconds
             )
@@ -84,52 +80,32 @@ class PairMover:
     weights is in the basis cache by then.
 
     Attributes:
-        source, target: the bases.
+        pair: the bases, with blocks matched; it shows no progress, since each group labels its own.
         asked: the options as they were given.
-        chosen: the same with blocks matched, and no progress: each group labels its own.
-        memory: what may be in memory at a time.
-        widths: what is known of a target that is narrower than the source.
     """
 
-    source: Base
-    target: Base
+    pair: BasePair
     asked: TransferOptions
-    chosen: TransferOptions
-    memory: Memory
-    widths: WidthFinder
 
     @classmethod
     def open(
-        cls,
-        source: Base,
-        target: Base,
-        asked: TransferOptions,
-        cache: BasisCache,
+        cls, source: Base, target: Base, asked: TransferOptions, cache: BasisCache
     ) -> PairMover:
         """Matches the blocks of the bases once, for all LoRAs."""
-        match = resolve_match(
-            asked.match,
-            source,
-            target,
-            cache=cache,
-            device=asked.device,
-            max_memory=asked.max_memory,
-            progress=asked.progress,
-        )
-        chosen = replace(asked, match=match, progress=None)
-        memory = Memory(asked.memory_limit, asked.rank, asked.device)
-        widths = WidthFinder(source, target, asked.device)
-        return cls(source, target, asked, chosen, memory, widths)
+        match = BasePair(source, target, asked, cache).match_blocks()
+        pair = BasePair(source, target, replace(asked, match=match, progress=None), cache)
+        return cls(pair, asked)
 
-    def look_up(self, tasks: Iterable[Task], redo: bool, cache: BasisCache) -> None:
+    def look_up(self, tasks: Iterable[Task], cache: BasisCache) -> None:
         """Gives each task its recipe, and an outcome to those whose result is there already."""
         for task in tasks:
-            task.attempt(partial(self._look_up, task, redo, cache))
+            task.attempt(partial(self._look_up, task, cache))
 
-    def _look_up(self, task: Task, redo: bool, cache: BasisCache) -> None:
+    def _look_up(self, task: Task, cache: BasisCache) -> None:
         task.recipe = task.recipe or self.make_recipe(task)
-        if not redo and task.recipe.is_made(task.out, cache):
-            task.outcome = Outcome(task.lora, task.out, kept=True)
+        if not self.asked.overwrite and task.recipe.is_made(task.out, cache):
+            behind = task.recipe.list_unread()
+            task.outcome = Outcome(task.lora, task.out, kept=True, behind=behind)
 
     def make_recipe(self, task: Task) -> Recipe:
         """What determines the result; reads the whole LoRA, for its hash.
@@ -137,7 +113,7 @@ class PairMover:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
-        return Recipe.of(task.lora, self.source, self.target, self.asked)
+        return Recipe.of(task.lora, self.pair.source, self.pair.target, self.asked)
 
     def run(
         self, tasks: Sequence[Task], cache: BasisCache, loras: Sequence[Path]
@@ -149,43 +125,23 @@ class PairMover:
             cache: what is known of the weights.
             loras: all LoRAs of the caller, for progress; none of them is overwritten.
         """
-        groups = list(_group_tasks(tasks, self.memory))
-        with _keep_bases(cache, self.chosen, len(groups)) as kept:
+        groups = list(_group_tasks(tasks, self.pair.memory))
+        with _keep_bases(cache, self.asked, len(groups)) as kept:
+            pair = replace(self.pair, cache=kept)
             for group in groups:
                 progress = _label_progress(group, loras, self.asked.progress)
                 inputs = self._list_inputs(loras)
-                if self.chosen.runs_models:
-                    yield from self._probe_in_turn(group, inputs, progress)
-                else:
-                    yield from self._move_group(group, inputs, kept, progress)
+                yield from self._move_group(pair, group, inputs, progress)
                 kept.save()
 
     def _list_inputs(self, loras: Iterable[Path]) -> list[Path]:
         """What no output may overwrite: the LoRAs that are there, and the bases."""
         # A path that cannot be looked at is no file that could be overwritten.
         there = [lora for lora in loras if os.path.exists(lora)]
-        return [*there, *self.source.files, *self.target.files]
-
-    def _probe_in_turn(
-        self, group: list[Task], inputs: list[Path], progress: Progress | None
-    ) -> Iterator[Task]:
-        """Method "probe": one LoRA after the other, each with the models for itself."""
-        options = replace(self.asked, progress=progress)
-        for task in group:
-
-            def move(task: Task = task) -> Report:
-                check_output(task.out, inputs, options.overwrite)
-                return run_transfer_file(task.lora, self.source, self.target, task.out, options)
-
-            task.finish(task.attempt(move))
-            yield task
+        return [*there, *self.pair.source.files, *self.pair.target.files]
 
     def _move_group(
-        self,
-        group: list[Task],
-        inputs: list[Path],
-        cache: BasisCache,
-        progress: Progress | None,
+        self, pair: BasePair, group: list[Task], inputs: list[Path], progress: Progress | None
     ) -> Iterator[Task]:
         """The stages of a transfer by weights, for several LoRAs together."""
 
@@ -195,42 +151,40 @@ class PairMover:
 
         for i, task in enumerate(group):
             show(i, f"reading {task.lora.name}")
-            task.attempt(partial(self._prepare, task, inputs, cache))
-        # One for all, so that each weight is looked at once.
-        plans = [task.job.plan for task in group if task.job is not None]
-        bases = slice_source(self.source, plans), self.target
-        results = 0
-        for task in group:
-            if task.job is not None:
-                results += task.job.work.result_bytes()
-                decide = partial(decide_method, task.job, *bases, cache, self.memory, results)
-                task.job = task.attempt(decide)
-        jobs = [task.job for task in group if task.job is not None]
+            task.ledger = task.attempt(partial(self._plan, pair, task, inputs))
+        planned = [task for task in group if task.ledger is not None]
         started = time.perf_counter()
-        works = [job.work for job in jobs]
-        move_all(works, *bases, cache, self.memory, progress)
-        share = (time.perf_counter() - started) / max(1, len(jobs))
-        for i, task in enumerate(group):
-            if task.job is None:
-                yield task
-                continue
-            show(i, f"writing {task.lora.name}")
+        ledgers = pair.move([task.ledger for task in planned if task.ledger], progress)
+        share = (time.perf_counter() - started) / max(1, len(planned))
+        for task, ledger in zip(planned, ledgers, strict=True):
+            task.ledger = ledger
             task.seconds += share
-            report = task.attempt(partial(self._finish, task, task.job, bases, cache))
-            task.job = None  # its factors are on the disk now
-            task.finish(report)
+        del ledgers
+        for i, task in enumerate(group):
+            if task.ledger is not None:
+                show(i, f"writing {task.lora.name}")
+                report = task.attempt(partial(self._finish, pair, task, task.ledger))
+                task.ledger = None  # its factors are on the disk now
+                task.finish(report)
             yield task
         show(len(group), "")
 
-    def _prepare(self, task: Task, inputs: list[Path], cache: BasisCache) -> None:
+    def _plan(self, pair: BasePair, task: Task, inputs: list[Path]) -> Ledger:
         check_output(task.out, inputs, self.asked.overwrite)
-        task.job = prepare_job(task.lora, self.source, self.target, self.chosen, cache, self.widths)
+        return pair.plan(task.lora)
 
-    def _finish(self, task: Task, job: Job, bases: tuple[Base, Base], cache: BasisCache) -> Report:
-        notes = task.recipe.describe if task.recipe else None
-        result = finish_job(job, *bases, cache, notes)
-        inputs = list_inputs(task.lora, self.source, self.target)
-        return save_result(Transfer(result.adapter, result.report, inputs), task.out, self.chosen)
+    def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
+        done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
+        return save_result(done, task.out, self.asked)
+
+
+def _estimate_bytes(lora: Path) -> int:
+    """About how much memory a LoRA takes on its way; 0 for what cannot be read anyway."""
+    try:
+        headers = open_adapter(lora).headers.values()
+    except LORA_FAILURES:
+        return 0
+    return BYTES_A_NUMBER * sum(math.prod(header.shape) for header in headers)
 
 
 def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
@@ -238,7 +192,7 @@ def _group_tasks(tasks: Sequence[Task], memory: Memory) -> Iterator[list[Task]]:
     group: list[Task] = []
     size = 0
     for task in tasks:
-        more = estimate_bytes(task.lora)
+        more = _estimate_bytes(task.lora)
         if group and size + more > memory.lora_bytes:
             yield group
             group, size = [], 0

@@ -2,7 +2,7 @@
 
 No weight is read here, unless the target is narrower: then a `WidthFinder` looks whether it kept
 some of the source's rows and columns. Every module of the adapter ends in the plan exactly once: as
-a pair, as summed onto another, as skipped with the reason, or as refused with the reason. Three
+a pair, as skipped with the reason, or as refused with the reason. Three
 reasons to skip arise elsewhere: an overlap Φ below the threshold (`by_weights/apply_method.py`),
 a pair of weights that have nothing in common (`by_weights/decision.py`), and an update that depends
 on a weight that the base does not hold (`adapters/reading.py`).
@@ -11,9 +11,7 @@ on a weight that the base does not hold (`adapters/reading.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-import torch
+from dataclasses import dataclass, field
 
 from ..adapters.adapter import Adapter
 from ..architectures.modules import (
@@ -26,7 +24,7 @@ from ..architectures.modules import (
 )
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
-from ..bases.vae import can_probe
+from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import (
     BlockDecision,
     Match,
@@ -35,12 +33,7 @@ from ..comparison.module_map import (
     find_partners,
 )
 from ..comparison.width_selection import Selection, WidthFinder
-from ..core.lowrank import LowRank
 from ..errors import ShapeMismatch, UnsupportedFormat
-from .options import TransferOptions
-
-PROBE_INSTEAD = " by weights; `method='probe'` looks at the running models instead, and may move it"
-
 
 # The layers that take in the (noisy) image.
 _IMAGE_INPUTS = frozenset(
@@ -72,8 +65,6 @@ class ModulePlan:
     Attributes:
         pairs: modules to project, in the target's order. A source may feed several targets.
         passed: text-encoder modules, carried over unchanged.
-        summed: module of a dropped block -> the surviving neighbour's module its update is added to
-            before anything is projected (`sum_dropped_blocks`). That module has a pair.
         selections: source module -> the rows and columns that its narrower target has; its pair is
             of the target's shape.
         skipped: source module -> why it has no place on the target.
@@ -89,7 +80,6 @@ class ModulePlan:
 
     pairs: list[Pair] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
-    summed: dict[str, str] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -107,32 +97,12 @@ class ModulePlan:
         return groups
 
 
-@dataclass(frozen=True)
-class Route:
-    """A LoRA between two bases: what was read, where it goes, and how.
-
-    Attributes:
-        adapter: the LoRA as it came in.
-        plan: where its modules go.
-        source: the base it comes from.
-        target: the base it goes to.
-        options: how it is moved.
-    """
-
-    adapter: Adapter
-    plan: ModulePlan
-    source: Base
-    target: Base
-    options: TransferOptions
-
-
 def make_plan(
     adapter: Adapter,
     source: Base,
     target: Base,
     match: Match = "auto",
     text_encoder: str = "copy",
-    dropped: str = "skip",
     widths: WidthFinder | None = None,
 ) -> ModulePlan:
     """Pairs the adapter's modules with the target's.
@@ -146,9 +116,6 @@ def make_plan(
             a JSON file or mapping {target: source} replaces that, and so does a `Matching`.
         text_encoder: "copy" carries text-encoder modules over unchanged where the target has that
             encoder, "project" treats them like all others, "skip" leaves them out.
-        dropped: what becomes of the updates of transformer blocks that the target has dropped:
-            "skip" leaves them out, "sum" adds them to those of the nearest block of the same place
-            that is still there (of two equally near, the earlier).
         widths: finds the rows and columns of modules that are narrower on the target; None refuses
             all of them.
 
@@ -157,7 +124,7 @@ def make_plan(
             two architectures without corresponding blocks.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
-            over because every shape differs, or because none has a partner and probing may serve.
+            over because every shape differs, or because none has a partner and a fit may serve.
     """
     plan = ModulePlan()
     modules = place_text_encoders(adapter, source, target, text_encoder, plan)
@@ -169,24 +136,20 @@ def make_plan(
         plan.decisions, plan.dropped = match.decisions, match.dropped
     if isinstance(match, Renumbering):
         plan.renumbered = match.blocks
-    if dropped == "sum":
-        plan.summed = _find_neighbours(modules, plan.table, source, target)
-    elif dropped != "skip":
-        raise UnsupportedFormat(f'dropped must be "skip" or "sum", not {dropped!r}')
-    placed = _pair_modules({*modules, *plan.summed.values()}, source, target, plan, widths)
+    placed = _pair_modules(set(modules), source, target, plan, widths)
     for name in modules:
-        if name not in placed and name not in plan.summed:
+        if name not in placed:
             plan.skipped[name] = _explain_skipped(name, match)
     if plan.refused and not plan.pairs:
         name, reason = next(iter(plan.refused.items()))
         raise ShapeMismatch(f"no module of this LoRA fits the target; the first, {name}: {reason}")
-    nothing = not (plan.pairs or plan.summed or plan.passed or adapter.vectors)
+    nothing = not (plan.pairs or plan.passed or adapter.vectors)
     if adapter.updates and nothing:
         name, reason = next(iter(plan.skipped.items()))
-        probe = modules and can_probe(source.path, target.path)
+        fits = modules and can_fit(source.path, target.path)
+        way = f" by weights; {RUN_INSTEAD}" if fits else ""
         raise ShapeMismatch(
-            f"no module of this LoRA has a place on the target{PROBE_INSTEAD if probe else ''}; "
-            f"the first, {name}: {reason}"
+            f"no module of this LoRA has a place on the target{way}; the first, {name}: {reason}"
         )
     return plan
 
@@ -246,7 +209,8 @@ def _explain_other_width(module: str, origin: str, source: Base, target: Base, t
         f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
         f"{why}no published data-free method maps between widths"
     )
-    return reason + PROBE_INSTEAD if can_probe(source.path, target.path) else reason
+    fits = can_fit(source.path, target.path)
+    return f"{reason} by weights; {RUN_INSTEAD}" if fits else reason
 
 
 def place_text_encoders(
@@ -290,77 +254,6 @@ def _explain_other_encoder(name: str, source: Base, target: Base) -> str | None:
     if mine is None or mine == there:
         return None
     return f"the target has {there or 'no text encoder'} where the source has {mine}"
-
-
-def _find_neighbours(
-    modules: list[str], table: Mapping[str, str], source: Base, target: Base
-) -> dict[str, str]:
-    """Module of a dropped block -> the same module of the nearest block that is still there."""
-    fitting = {
-        origin
-        for module, origin in table.items()
-        if have_equal_shapes(source.shapes[origin], target.shapes[module])
-    }
-    alive = {origin for origin in table.values() if find_block(origin)}
-    survivors: dict[str, set[int]] = {}
-    for origin in alive:
-        place, index, _ = _split_name(origin)
-        survivors.setdefault(place, set()).add(index)
-    summed = {}
-    for module in modules:
-        if not find_block(module):
-            continue
-        place, index, leaf = _split_name(module)
-        near = survivors.get(place, set())
-        if index in near or not near:
-            continue
-        neighbour = min(near, key=lambda other: (abs(other - index), other))
-        onto = f"{place}.{neighbour}.{leaf}"
-        same = source.shapes.get(onto) == source.shapes[module]
-        if onto in fitting and same:
-            summed[module] = onto
-    return summed
-
-
-def _split_name(module: str) -> tuple[str, int, str]:
-    """(place, number of the block, rest) of a module inside a transformer block."""
-    block = find_block(module)
-    assert block is not None
-    return block.stack, int(block.number), block.local
-
-
-def sum_dropped_blocks(adapter: Adapter, plan: ModulePlan) -> Adapter:
-    """The adapter with the updates of dropped blocks added to those of their neighbours.
-
-    Sums of factors are their concatenation, so nothing is lost or formed; a module that had no
-    update of its own gets one. The modules that were added elsewhere are no longer in it.
-    """
-    if not plan.summed:
-        return adapter
-    parts: dict[str, list[LowRank]] = {}
-    for name, update in adapter.updates.items():
-        parts.setdefault(plan.summed.get(name, name), []).append(update)
-    updates = {
-        name: LowRank(
-            torch.cat([update.up for update in several], dim=-1),
-            torch.cat([update.down for update in several], dim=-2),
-        )
-        for name, several in parts.items()
-    }
-    return replace(adapter, updates=updates)
-
-
-def find_own_ranks(adapter: Adapter, plan: ModulePlan) -> dict[str, int]:
-    """Module that others are added to -> the rank it has in the LoRA itself.
-
-    A module without an update of its own has the largest rank among those that are added to it.
-    """
-    ranks: dict[str, int] = {}
-    for name, onto in plan.summed.items():
-        own = adapter.updates.get(onto)
-        added = adapter.updates[name].rank
-        ranks[onto] = own.rank if own else max(ranks.get(onto, 0), added)
-    return ranks
 
 
 def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> None:

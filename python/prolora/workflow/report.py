@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.left_out import find_unknown_updates
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
@@ -22,7 +23,7 @@ from ..comparison.verdict import (
     describe_strangers,
 )
 from ..core.means import weighted_mean
-from ..core.methods import Needs, find_method
+from ..core.methods import find_method
 from ..errors import ProLoRAError
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
@@ -31,11 +32,12 @@ from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
 from .module_report import Measures, ModuleReport
+from .options import FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import MODULES, Fold, Page, Picture, Section, render_page, render_summary
 from .table import Table, write_number
 
-STATUSES = ("mapped", "summed", "skipped", "refused")
+STATUSES = ("mapped", "skipped", "refused")
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +69,7 @@ class Report:
         file_limit: bytes of the file that the updates were cut for; None where they were not.
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
-        probe: what method "probe" found; None for the others.
+        probe: what a fit to running models found; None where none was made.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -114,8 +116,7 @@ class Report:
     @property
     def was_fitted(self) -> bool:
         """Whether the updates were fitted to running models, and not moved by weights."""
-        # A dry run has not chosen for "auto".
-        return self.method != AUTO and find_method(self.method).needs is Needs.MODELS
+        return self.method == FIT
 
     @property
     def coverage(self) -> float:
@@ -126,8 +127,7 @@ class Report:
     def totals(self) -> dict[str, Any]:
         """Counts, coverage and energies of the whole LoRA; the same keys for a dry run.
 
-        mapped, summed, skipped, refused: rows. coverage: share of the LoRA's modules mapped or
-        summed.
+        mapped, skipped, refused: rows. coverage: share of the LoRA's modules that are mapped.
         energy_mapped: share of Σ‖ΔW_s‖² that the mapped modules hold. energy_surviving: Σ‖ΔW_t‖²
         over mapped modules' Σ‖ΔW_s‖². copy_distance: energy-weighted root mean square.
         energy_mixed, phi_left, phi_right: means over projected modules, None where there is none.
@@ -136,7 +136,7 @@ class Report:
         """
         mapped = self.rows("mapped")
         measures = [(row.energy, row.measures) for row in mapped if row.measures]
-        everything = {row.source: row.energy for row in self.modules if row.onto is None}
+        everything = {row.source: row.energy for row in self.modules}
         total = sum(everything.values())
         mapped_energy = sum({row.source: row.energy for row in mapped}.values())
 
@@ -225,11 +225,10 @@ class Report:
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
-        added = f" ({totals['summed']} of them added to others)" if totals["summed"] else ""
         moved = "would move" if self.dry_run else "moved"
         sentences = [
             f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
-            f"{added}; {totals['skipped']} skipped, {totals['refused']} refused."
+            f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
         if residuals:
@@ -375,7 +374,7 @@ class Report:
     def _tiles(self) -> list[tuple[str, str, str]]:
         """The numbers that people ask for first: (name, number, note)."""
         totals = self.totals
-        placed = totals["mapped"] + totals["summed"]
+        placed = totals["mapped"]
         name = "modules to move" if self.dry_run else "modules moved"
         tiles = [
             (name, f"{self.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
@@ -443,7 +442,7 @@ def measure_coverage(rows: Iterable[ModuleReport]) -> float:
 def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
     """The LoRA's modules, and those of them that found a place."""
     own = [row for row in rows if row.rank_in]
-    placed = {row.source for row in own if row.status in ("mapped", "summed")}
+    placed = {row.source for row in own if row.status == "mapped"}
     return {row.source for row in own}, placed
 
 
@@ -457,6 +456,7 @@ class Outcome:
         report: None if it failed, or was there already.
         error: None if it did not fail.
         kept: whether the result was there already, made of the same LoRA in the same way.
+        behind: updates of the LoRA that could not be read, where there is no report to say so.
         planned: whether it was a dry run.
         seconds: wall time; of what was done for several LoRAs at once, its share.
     """
@@ -466,8 +466,16 @@ class Outcome:
     report: Report | None = None
     error: ProLoRAError | None = None
     kept: bool = False
+    behind: tuple[str, ...] = ()
     planned: bool = False
     seconds: float = 0.0
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Updates of the LoRA that could not be read and stay behind."""
+        if self.report is None:
+            return self.behind
+        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
 
     @property
     def status(self) -> str:
@@ -487,4 +495,6 @@ class Outcome:
         }
         if self.error:
             entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        if self.behind:
+            entry["unread"] = list(self.behind)
         return entry | (self.report.to_dict() if self.report else {})

@@ -76,7 +76,7 @@ def _write_angle(means: GroupMeans) -> str:
 
 def tabulate_modules(modules: Sequence[ModuleReport], is_planned: bool) -> Table:
     """Every module of the LoRA in the order of the model, those too that did not move."""
-    total = sum(row.energy for row in modules if row.onto is None)
+    total = sum(row.energy for row in modules)
     renamed = any(row.target not in (None, row.source) for row in modules)
     known = () if is_planned else _COLUMNS
     columns = [Column("module"), *([Column("target")] if renamed else []), Column("status")]
@@ -102,32 +102,22 @@ def write_shape(shape: Sequence[int]) -> str:
 
 def map_modules(modules: Sequence[ModuleReport], is_planned: bool) -> PlaceMap:
     """Where in the model a LoRA was kept."""
-    targets = {row.source: row for row in modules if row.status == "mapped"}
     spots = []
     for row in modules:
-        share = None if is_planned else share_kept(row, targets)
+        share = None if is_planned else share_kept(row)
         text = describe_module(row, share)
-        spots.append(Spot(row.source, share, row.has_place, row.energy, text))
+        spots.append(Spot(row.source, share, row.status == "mapped", row.energy, text))
     if is_planned:
         return PlaceMap(spots, "", "would move", "would not move")
     return PlaceMap(spots)
 
 
-def share_kept(
-    row: ModuleReport, targets: Mapping[str, ModuleReport] | None = None
-) -> float | None:
+def share_kept(row: ModuleReport) -> float | None:
     """The share of a module's energy that is on the target, strength and cut rank included.
 
     Above 1 where an update became larger; None where a fitted update has nothing to be compared
     with.
-
-    Args:
-        row: the module.
-        targets: source -> mapped row, for modules that were added to others.
     """
-    if row.status == "summed":
-        onto = (targets or {}).get(row.onto or "")
-        return 1.0 if onto is None else share_kept(onto)
     if row.status != "mapped":
         return 0.0
     share = row.surviving_energy * (1 - row.rank_cut_energy)

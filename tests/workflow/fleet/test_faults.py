@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.files import writing
-from prolora.workflow import pair_mover
+from prolora.workflow.by_weights.base_pair import BasePair
 from prolora.workflow.fleet import migration
 
 
@@ -147,15 +147,15 @@ def test_a_base_that_is_missing_or_another_fails_its_pair_and_no_other(collectio
 
 
 def test_what_the_system_failed_is_tried_again(plan, tmp_path, monkeypatch):
-    real, tries = pair_mover.prepare_job, []
+    real, tries = BasePair.plan, []
 
-    def fail_twice(lora, source, target, *rest):
-        tries.append((lora, target.name))
-        if target.name == "target" and tries.count((lora, target.name)) <= 2:
+    def fail_twice(pair, lora, *rest):
+        tries.append((lora, pair.target.name))
+        if pair.target.name == "target" and tries.count((lora, pair.target.name)) <= 2:
             raise OSError(errno.EIO, "the drive stutters")
-        return real(lora, source, target, *rest)
+        return real(pair, lora, *rest)
 
-    monkeypatch.setattr(pair_mover, "prepare_job", fail_twice)
+    monkeypatch.setattr(BasePair, "plan", fail_twice)
     out = tmp_path / "moved"
     summary = prolora.migrate(plan, out, retries=1)
     assert counts(summary) == [4, 4, 2, 0] and len(records(out)) == 8

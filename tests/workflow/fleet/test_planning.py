@@ -89,7 +89,7 @@ def test_another_file_option_or_base_is_another_move(collection, plan):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "probe"}, "runs the models"),
+        ({"method": "probe"}, "prolora.fit in Python"),
         ({"strength": -1}, "strength"),
         ({"sterngth": 1}, "sterngth"),
         ({"device": "cpu"}, "no option of a plan"),
@@ -106,7 +106,7 @@ def test_shards_share_a_plan_out(plan, count, monkeypatch):
     batches = plan.list_batches()
     shards = [select_shard(batches, (number, count)) for number in range(1, count + 1)]
     assert [batch for shard in shards for batch in shard] == batches
-    for shard in ("2/8", (1, 2, 3), (0, 2), (1.5, 2), 3):
+    for shard in ("3/2", "2-8", (1, 2, 3), (0, 2), (1.5, 2), 3):
         with pytest.raises(prolora.InvalidOption, match="shard"):
             select_shard(batches, shard)
 

@@ -11,7 +11,9 @@ from ..probe_run import ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
-from ..updates import apply_updates
+from ..settings import ADAMW
+from ..updates import run_beside
+from .adamw_fit import fit_by_adamw
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
@@ -64,7 +66,7 @@ def _fit_part_way(
     rank = run.settings.rank
     assert rank is not None
     own = max(update.rank for update in run.adapter.updates.values())
-    with apply_updates(run.target, outside):  # these copies do not change during the fit
+    with run_beside(run.target, outside):  # these copies do not change during the fit
         fit = _fit_from(run, batches, names, inside, int(rank) if rank >= 1 else own, key)
     run.report.steps = fit.history
     if start.trust < 1:
@@ -83,10 +85,13 @@ def _fit_from(
 ) -> JointFit:
     settings = run.settings
     read, draw = run.translation.read, batches.draw
-    return fit_jointly(
-        JointProblem(run.target, names, read, draw, settings.steps, settings.damping, rank),
+    fit = fit_by_adamw if settings.optimiser == ADAMW else fit_jointly
+    return fit(
+        JointProblem(
+            run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
+        ),
         start,
-        lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
+        lambda step: run.notify(step, settings.fit_steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),
     )
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.translation import Read
-from ..updates import weight_of
+from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
-from .spectra import Factors, JointCurvature, LeadingSpectrum
+from .spectra import JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 _ROUNDING = 1e-6  # of the wanted change
@@ -49,12 +49,12 @@ class JointFit:
 
     Attributes:
         updates: module -> B·A; none of a module that never reaches the prediction.
-        curvature: for a cut to lower rank.
+        curvature: for a cut to lower rank; None where nothing estimated it.
         history: share of the wanted change reached, before every step, on that step's probes.
     """
 
     updates: dict[str, LowRank]
-    curvature: JointCurvature
+    curvature: JointCurvature | None
     history: list[float]
 
 
@@ -80,7 +80,7 @@ def fit_jointly(
         store: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
     """
     function = TargetFunction(problem.target, problem.read, problem.damping)
-    state = _FitState(_start_factors(problem, initial or {}))
+    state = _FitState(start_factors(problem, initial or {}))
     kept = store.recall() if store else None
     if kept is not None:
         state.restore(kept, function)
@@ -99,7 +99,7 @@ def fit_jointly(
     return JointFit(updates, function.curvature, state.history)
 
 
-def _start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Factors:
+def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Factors:
     """The update to start from, cut or padded to the rank: B with zeros, A with random rows.
 
     The rows of A are orthonormal, so that those of the padding count as much as the others.
@@ -249,4 +249,8 @@ def _sides(function: TargetFunction) -> dict[str, dict[str, LeadingSpectrum]]:
 
 def cut_updates(fit: JointFit, rank: float) -> dict[str, LowRank]:
     """Every update at lower rank, cut in the metric of the curvature; see `JointCurvature.cut`."""
-    return {name: fit.curvature.cut(name, update, rank) for name, update in fit.updates.items()}
+    metric = fit.curvature
+    if metric is None:
+        how = {"rank": int(rank)} if rank >= 1 else {"energy": rank}
+        return {name: update.truncate(**how) for name, update in fit.updates.items()}
+    return {name: metric.cut(name, update, rank) for name, update in fit.updates.items()}

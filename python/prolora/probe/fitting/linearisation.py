@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ..hooks import keep_hooks
 from ..recording.trajectories import Call
 from ..recording.translation import Read
-from .spectra import Factors, JointCurvature
+from ..updates import Factors, place_factors
+from .spectra import JointCurvature
 
 MAX_MOMENTUM = 0.9
 """Largest multiple of the last step: it was computed on other probes."""
@@ -55,24 +56,6 @@ class Linearisation:
 
 
 @contextlib.contextmanager
-def run_beside(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """The model with B·A beside the weights of some linear modules; no weight is copied."""
-
-    def add(x: Tensor, y: Tensor, factor: tuple[Tensor, Tensor]) -> Tensor:
-        up, down = factor
-        return y + (x @ down.mT) @ up.mT
-
-    hooks = (
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, args, y, factor=factor: add(args[0], y, factor)
-        )
-        for name, factor in factors.items()
-    )
-    with keep_hooks(hooks):
-        yield
-
-
-@contextlib.contextmanager
 def recompute_blocks(model: nn.Module) -> Iterator[None]:
     """Blocks are computed again in the backward pass, where the model is one of diffusers that can.
 
@@ -107,7 +90,7 @@ class TargetFunction:
 
     def predict(self, call: Call, factors: Factors) -> Tensor:
         """The prediction with these factors in place."""
-        with run_beside(self.target, factors):
+        with place_factors(self.target, factors):
             return self.read(self.target(*call.args, **call.kwargs))
 
     def linearise(
@@ -137,7 +120,7 @@ class TargetFunction:
         }
         values = [factor for pair in leaves.values() for factor in pair]
         sums = [factor for pair in gradient.values() for factor in pair]
-        with torch.enable_grad(), run_beside(self.target, leaves):  # also when blocks run again
+        with torch.enable_grad(), place_factors(self.target, leaves):  # also when blocks run again
             with self._record_factors(leaves if renew else {}) as output_hooks:
                 prediction = self.read(self.target(*probe.call.args, **probe.call.kwargs))
             if renew:

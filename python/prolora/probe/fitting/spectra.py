@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ...core.lowrank import LowRank
 from ...errors import SolverFailure
-
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""Module -> (B [m, r], A [r, n]): the factors of an update, their gradients or their changes."""
+from ..updates import Factors
 
 KEPT = 16
 """Eigenvectors of a factor that are kept; the rest counts as a multiple of the identity."""

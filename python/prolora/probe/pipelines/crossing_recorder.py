@@ -18,7 +18,7 @@ from ..crossed import CrossedImages
 from ..recording.recorder import ORIGINS, hash_origins
 from ..recording.trajectories import Call, check_sampled
 from ..recording.translation import PAIR, Question
-from ..updates import apply_updates
+from ..updates import run_beside
 from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images, takes_few_steps
 from .latents import LatentSpace, SharedLatents
@@ -269,7 +269,7 @@ class CrossingRecorder:
         kept = self.checkpoints.recall(name, key)
         if kept is None:
             if origin == "adapted":
-                with apply_updates(self.source, self.adapter.updates):
+                with run_beside(self.source, self.adapter.updates):
                     adapted = replace(side, settings=side.settings.with_lora())
                     sampled = self._sample(adapted, seed, origin)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..recording.trajectories import Call
 from ..recording.translation import Translation, same_call
-from ..settings import Probing
+from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
 from .conversion import (
     clip_state,
@@ -41,8 +41,8 @@ class PipelinePair:
 
     source: Pipeline
     target: Pipeline
-    settings: Probing
-    of_target: Probing
+    settings: FitSettings
+    of_target: FitSettings
     translation: Translation
     log_snr: tuple[float, float] | None = None
 
@@ -52,7 +52,7 @@ class PipelinePair:
         return json.dumps([describe_pipeline(*side) for side in sides])
 
 
-def pair_pipelines(source: Pipeline, target: Pipeline, settings: Probing) -> PipelinePair:
+def pair_pipelines(source: Pipeline, target: Pipeline, settings: FitSettings) -> PipelinePair:
     """Sets the size, and tabulates the conditioning of each model for the prompts.
 
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps

@@ -13,7 +13,7 @@ from torch import nn
 from ...adapters.adapter import Adapter
 from ..checkpoint import Checkpoints, hash_texts, hash_updates
 from ..crossed import CrossedImages
-from ..updates import apply_updates
+from ..updates import run_beside
 from .call_codec import decode_calls, encode_calls
 from .trajectories import Call, Sample, record_calls
 from .translation import Question, Translation
@@ -114,7 +114,7 @@ class Recorder:
         def record() -> list[Call]:
             if origin != "adapted":
                 return record_calls(model, sample, seed, origin)
-            with apply_updates(model, self.adapter.updates):
+            with run_beside(model, self.adapter.updates):
                 return record_calls(model, sample, seed, origin)
 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

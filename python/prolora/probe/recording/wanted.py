@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
-from ..updates import apply_updates
+from ..updates import run_beside
 from .trajectories import Call, predict_call
 from .translation import PAIR, Question, Translation
-
-CALLS_AT_ONCE = 16
-"""Calls replayed between two changes of the source's weights."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +49,15 @@ def wanted_changes(
         questions: where the models are compared.
         translation: turns the source's predictions into the target's terms.
     """
-    for start in range(0, len(questions), CALLS_AT_ONCE):
-        some = questions[start : start + CALLS_AT_ONCE]
-        asked = [question for question in some if question.origin != PAIR]
-        before = [translation.of_source(source, question) for question in asked]
-        with apply_updates(source, updates):
-            after = [translation.of_source(source, question, adapted=True) for question in asked]
-        answers = iter(zip(before, after, strict=True))
-        for question in some:
-            if question.origin == PAIR:
-                yield _change_of_pair(target, question, translation)
-                continue
-            v, w = next(answers)
-            plain = translation.of_target(target, question)
-            yield WantedChange(question.target, plain, w - v, plain - v)
+    for question in questions:
+        if question.origin == PAIR:
+            yield _change_of_pair(target, question, translation)
+            continue
+        before = translation.of_source(source, question)
+        with run_beside(source, updates):
+            after = translation.of_source(source, question, adapted=True)
+        plain = translation.of_target(target, question)
+        yield WantedChange(question.target, plain, after - before, plain - before)
 
 
 def _change_of_pair(

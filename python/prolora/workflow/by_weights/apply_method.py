@@ -17,39 +17,39 @@ from ...core.lowrank import LowRank
 from ...core.projection import project_factors
 from ..module_report import Measures, ModuleReport
 from ..plan import Pair
-from .assembly import describe_unchanged
-from .lora_work import LoraWork, Moved
+from .ledger import Ledger, Moved
+from .rows import describe_unchanged
 
 
-def copy_updates(work: LoraWork) -> list[Moved]:
+def copy_updates(ledger: Ledger) -> list[Moved]:
     """The updates as they are."""
-    adapter = work.adapter
+    adapter = ledger.adapter
     return [
         (
             pair,
             adapter.updates[pair.source],
-            describe_unchanged(adapter, pair.source, pair.target, work.method.outcome),
+            describe_unchanged(adapter, pair.source, pair.target, ledger.method.outcome),
         )
-        for pair in work.plan.pairs
+        for pair in ledger.plan.pairs
     ]
 
 
 def damp_updates(
-    works: list[LoraWork], stack: list[Pair], places: list[int], damper: Damper
+    ledgers: list[Ledger], stack: list[Pair], places: list[int], damper: Damper
 ) -> list[Moved]:
     """The updates weakened along the drift of the weights.
 
     Args:
-        works: LoRAs with one rank at these places.
+        ledgers: LoRAs with one rank at these places.
         stack: pairs of one shape m × n.
         places: which of them.
         damper: of the weights [b, m, n] of all pairs of the stack.
     """
     moved_updates: list[Moved] = []
-    for work in works:  # each may have a κ of its own
-        delta = _stack_updates([work], [stack[i] for i in places])
+    for ledger in ledgers:  # each may have a κ of its own
+        delta = _stack_updates([ledger], [stack[i] for i in places])
         delta = LowRank(delta.up.squeeze(1), delta.down.squeeze(1))
-        moved = damper.at(work.options.kappa)(delta, places)
+        moved = damper.at(ledger.options.kappa)(delta, places)
         difference = LowRank(
             torch.cat([moved.up, -delta.up], -1), torch.cat([moved.down, delta.down], -2)
         )
@@ -57,7 +57,7 @@ def damp_updates(
         for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
             pair = stack[place]
             row = describe_unchanged(
-                work.adapter, pair.source, pair.target, work.method.outcome, before**2
+                ledger.adapter, pair.source, pair.target, ledger.method.outcome, before**2
             )
             if before > 0:
                 ratio = after / before
@@ -72,7 +72,7 @@ def damp_updates(
 
 
 def project_updates(
-    works: list[LoraWork],
+    ledgers: list[Ledger],
     stack: list[Pair],
     places: list[int],
     source: Basis,
@@ -82,17 +82,17 @@ def project_updates(
     """The updates projected and recompressed; pairs with Φ below the threshold are skipped.
 
     Args:
-        works: LoRAs with one rank at these places.
+        ledgers: LoRAs with one rank at these places.
         stack: pairs of one shape.
         places: which of them.
         source: bases of the source's weights, one for every pair of the stack.
         target: bases of the target's weights.
         aligned: what the two have in common.
     """
-    options, pairs = works[0].options, [stack[i] for i in places]
+    options, pairs = ledgers[0].options, [stack[i] for i in places]
     source, target, aligned = source.take(places), target.take(places), aligned.take(places)
     projected = project_factors(
-        _stack_updates(works, pairs), source, target, options.method, aligned.similar
+        _stack_updates(ledgers, pairs), source, target, options.method, aligned.similar
     )
     info, recompressed = projected.info, projected.recompressed()
     rungs = ["+".join(sorted(set(both))) for both in zip(source.rungs, target.rungs, strict=True)]
@@ -102,13 +102,13 @@ def project_updates(
         for x in (info.energy, info.surviving_energy, info.norm_ratio, info.copy_distance)
     ]
     moved_updates: list[Moved] = []
-    for first, work in enumerate(works):
+    for first, ledger in enumerate(ledgers):
         for i, pair in enumerate(pairs):
-            at = i * len(works) + first
+            at = i * len(ledgers) + first
             energy, surviving, ratio, distance = (values[at] for values in numbers)
-            measures, what = measured[at], work.method.outcome
+            measures, what = measured[at], ledger.method.outcome
             row = replace(
-                describe_unchanged(work.adapter, pair.source, pair.target, what, energy),
+                describe_unchanged(ledger.adapter, pair.source, pair.target, what, energy),
                 measures=measures,
                 surviving_energy=surviving,
                 norm_ratio=ratio,
@@ -128,13 +128,13 @@ def _skip_pair(row: ModuleReport, measures: Measures, threshold: float) -> Modul
     return replace(row, target=None, status="skipped", reason=reason, rank_out=0)
 
 
-def _stack_updates(works: list[LoraWork], pairs: list[Pair]) -> LowRank:
+def _stack_updates(ledgers: list[Ledger], pairs: list[Pair]) -> LowRank:
     """The source's updates of several LoRAs, [b, l, m, r] and [b, l, r, n]."""
-    updates = [work.adapter.updates[pair.source] for pair in pairs for work in works]
-    device = works[0].options.device
+    updates = [ledger.adapter.updates[pair.source] for pair in pairs for ledger in ledgers]
+    device = ledgers[0].options.device
 
     def stack(factors: list[Tensor]) -> Tensor:
-        stacked: Tensor = torch.stack(factors).to(device).unflatten(0, (len(pairs), len(works)))
+        stacked: Tensor = torch.stack(factors).to(device).unflatten(0, (len(pairs), len(ledgers)))
         return stacked
 
     return LowRank(stack([x.up for x in updates]), stack([x.down for x in updates]))

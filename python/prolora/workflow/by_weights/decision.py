@@ -2,101 +2,128 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
+from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
-from ...bases.vae import can_probe
+from ...bases.vae import RUN_INSTEAD, can_fit
 from ...comparison.drift import Affinity, measure_affinities
+from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
-from ...comparison.verdict import STRANGE_COSINE, Verdict, judge_pairs
+from ...comparison.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
-from .job import Job, label_stage
+from .ledger import Ledger
+from .rows import describe_unchanged
 
 
-def decide_method(
-    job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory, results: int
-) -> Job:
+@dataclass(frozen=True)
+class Looked:
+    """With what weights are looked at.
+
+    Attributes:
+        source: the base that LoRAs were trained on, cut to the target's widths.
+        cache: what is known of the weights.
+        memory: the bound.
+        results: bytes that this LoRA and those before it will take.
+    """
+
+    source: Base
+    cache: BasisCache
+    memory: Memory
+    results: int
+
+
+def decide_method(ledger: Ledger, looked: Looked, *, renumbered: bool = False) -> Match | None:
     """Looks at the pairs of weights and decides how to move the LoRA.
 
     Args:
-        job: the LoRA.
-        source: the base that it was trained on.
-        target: the base that it moves to.
-        cache: what is known of their weights.
-        memory: the bound.
-        results: bytes that this LoRA and those before it will take.
+        ledger: of the LoRA.
+        looked: what it takes.
+        renumbered: whether the names were put right already.
 
     Returns:
-        The job; another one where method "auto" saw that the names pair blocks wrongly.
+        None, or the match to plan with instead: method "auto" saw that the names pair blocks
+        wrongly, and nothing is decided yet.
 
     Raises:
         NonFiniteWeights: NaN or Inf in a weight.
         UnrelatedBases: method "auto", and the weights have nothing in common.
         TooLittleMemory: the bound is below what one weight needs.
     """
-    _measure_pairs(job, source, target, cache, memory, results)
-    if job.asked.chosen is None:
-        cosines = {module: affinity.cosine for module, affinity in job.affinities.items()}
-        by_names = not job.plan.decisions  # names told which block is which
-        match = job.asked.match
-        if by_names:
-            match = recognise_blocks(match, source, target, cosines)
-        if match is not job.asked.match:
-            job = job.prepare(replace(job.asked, match=match))
-            _measure_pairs(job, source, target, cache, memory, results)
-        _leave_out_strangers(job, source, target)
-    job.work.options = job.asked.decide(job.verdict)
-    shapes = {matrix_shape(pair.shape) for pair in job.plan.pairs}
-    memory.check(shapes, job.work.method.needs, results)
-    return job
+    _measure_pairs(ledger, looked)
+    options = ledger.options
+    if options.chosen is None:
+        cosines = {module: affinity.cosine for module, affinity in ledger.affinities.items()}
+        by_names = not ledger.plan.decisions  # names told which block is which
+        if by_names and not renumbered:
+            match = recognise_blocks(options.match, looked.source, ledger.target, cosines)
+            if match is not options.match:
+                return match
+        _leave_out_strangers(ledger, looked.source)
+    ledger.asked, ledger.options = options.method, options.decide(ledger.verdict)
+    shapes = {matrix_shape(pair.shape) for pair in ledger.plan.pairs}
+    looked.memory.check(shapes, ledger.method.needs, looked.results)
+    return None
 
 
-def _measure_pairs(
-    job: Job, source: Base, target: Base, cache: BasisCache, memory: Memory, results: int
-) -> None:
-    """Gives the job its affinities and its verdict; see `decide_method`."""
-    pairs, asked = job.plan.pairs, job.asked
+def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
+    """Notes the affinities and the verdict; see `decide_method`."""
+    pairs, options, memory = ledger.plan.pairs, ledger.options, looked.memory
     shapes = {matrix_shape(pair.shape) for pair in pairs}
-    memory.check(shapes, "affinity", results)
-    if asked.chosen is not None:
-        memory.check(shapes, asked.chosen.needs, results)
-    with job.work.clock("check"):
+    memory.check(shapes, "affinity", looked.results)
+    if options.chosen is not None:
+        memory.check(shapes, options.chosen.needs, looked.results)
+    with ledger.clock("check"):
         places = [(pair.source, pair.target) for pair in pairs]
-        progress = label_stage("checking", asked.progress)
-        room = memory.room(results)
-        affinities = measure_affinities(source, target, places, progress, cache, room)
+        progress = label_stage("checking", options.progress)
+        room = memory.room(looked.results)
+        affinities = measure_affinities(
+            looked.source, ledger.target, places, progress, looked.cache, room
+        )
     # A LoRA of text encoders alone says nothing of the two bases, and needs nothing of them.
-    job.verdict = judge_pairs(affinities) if affinities else None
-    job.affinities = {pair.target: a for pair, a in zip(pairs, affinities, strict=True)}
+    ledger.verdict = judge_pairs(affinities) if affinities else None
+    ledger.affinities = {pair.target: a for pair, a in zip(pairs, affinities, strict=True)}
 
 
-def _leave_out_strangers(job: Job, source: Base, target: Base) -> None:
+def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
     """Takes the pairs out of the plan whose weights have nothing in common.
 
     Raises:
         UnrelatedBases: that is so of the whole bases.
     """
-    if job.verdict is None:
+    verdict, target = ledger.verdict, ledger.target
+    if verdict is None:
         return
-    if not job.verdict.related:
-        total = Affinity.total(job.affinities.values())
+    if not verdict.related:
+        total = Affinity.total(ledger.affinities.values())
         for base, energy in ((source, total.source), (target, total.target)):
             if energy == 0:
                 raise UnrelatedBases(_explain_zeros(base))
-        raise UnrelatedBases(_explain_unrelated(job.verdict, source, target))
-    strange = {name for name, a in job.affinities.items() if a.cosine < STRANGE_COSINE}
-    job.strangers = [pair for pair in job.plan.pairs if pair.target in strange]
-    job.plan.pairs = [pair for pair in job.plan.pairs if pair.target not in strange]
+        raise UnrelatedBases(_explain_unrelated(verdict, source, target))
+    strange = {name for name, a in ledger.affinities.items() if a.cosine < STRANGE_COSINE}
+    strangers = [pair for pair in ledger.plan.pairs if pair.target in strange]
+    for pair in strangers:
+        # Its energy was not needed as long as it had a place.
+        what = describe_unchanged(ledger.adapter, pair.source, None, STRANGER)
+        ledger.write(pair, replace(what, status="skipped", rank_out=0))
+    ledger.leave_out(strangers)
+
+
+def label_stage(what: str, progress: Progress | None) -> Progress | None:
+    """The caller's callback; it is told what is done to weights that are not yet moved."""
+    if progress is None:
+        return None
+    return lambda done, total, name: progress(done, total, f"{what} {name}")
 
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
     way = " `method='copy'` does it anyway"
-    if can_probe(source.path, target.path):
-        way = f" `method='probe'` looks at the running models and may move it;{way}"
+    if can_fit(source.path, target.path):
+        way = f" {RUN_INSTEAD};{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,21 +26,6 @@ from ..out_rank import parse_size_limit
 
 # Bytes: more than a transfer adds to the header of a file.
 ADDED_HEADER = 2048
-
-
-@dataclass(frozen=True)
-class FittedResult:
-    """A result that fits a file.
-
-    Attributes:
-        adapter: with the columns that fit.
-        rows: of the report.
-        limit: bytes of the file; None where nothing had to be cut.
-    """
-
-    adapter: Adapter
-    rows: tuple[ModuleReport, ...]
-    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +67,8 @@ class OutputForm:
             if least > self.limit:
                 raise self._too_small(least + ADDED_HEADER)
 
-    def fit(self, adapter: Adapter, rows: Sequence[ModuleReport]) -> FittedResult:
-        """The adapter with as many columns as fit, and rows that say what that cost.
+    def fit(self, adapter: Adapter) -> Adapter:
+        """The adapter with as many columns as fit.
 
         Columns are taken in the order of their energy per byte, over all modules together. Each
         module (FLUX's fused weights as one) keeps its first column in any case; beyond those, no
@@ -91,15 +76,14 @@ class OutputForm:
 
         Args:
             adapter: the result of a transfer; the same object comes back where nothing is cut.
-            rows: of its report.
 
         Raises:
             OutputError: with one column a module it is still too large.
         """
         if self.limit is None or not (adapter.updates or adapter.vectors):
-            return FittedResult(adapter, tuple(rows))
+            return adapter
         if self._file_size(adapter) <= self.limit:
-            return FittedResult(adapter, tuple(rows))
+            return adapter
         groups = self._groups(adapter)
         order = _by_energy_per_byte(groups)
 
@@ -115,8 +99,7 @@ class OutputForm:
         counts = _count_columns(order[:picks], len(groups))
         pieces = map_on_threads(_cut_group, list(zip(groups, counts, strict=True)))
         cut = {name: update for parts in pieces for name, update in parts.items()}
-        smaller = adapter.with_updates({name: cut[name] for name in adapter.updates})
-        return FittedResult(smaller, _describe_cuts(rows, adapter, smaller), self.limit)
+        return adapter.with_updates({name: cut[name] for name in adapter.updates})
 
     def _groups(self, adapter: Adapter) -> list[Group]:
         format = adapters.check_format(adapter, self._format)
@@ -179,10 +162,12 @@ def _cut_group(piece: tuple[Group, int]) -> dict[str, LowRank]:
     return group.split(group.update().truncate(rank=rank))
 
 
-def _describe_cuts(
-    rows: Sequence[ModuleReport], before: Adapter, after: Adapter
+def describe_cuts(
+    rows: Iterable[ModuleReport], before: Adapter, after: Adapter
 ) -> tuple[ModuleReport, ...]:
     """The rows of a report, those of modules that were cut brought up to date."""
+    if after is before:
+        return tuple(rows)
     return tuple(_describe_cut(row, before, after) for row in rows)
 
 

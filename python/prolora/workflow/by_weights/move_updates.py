@@ -20,11 +20,11 @@ from ...core.damping import Damper
 from ...core.methods import Needs
 from ..plan import Pair
 from .apply_method import copy_updates, damp_updates, project_updates
-from .lora_work import LORA_FAILURES, LoraWork, Moved, share_time
+from .ledger import LORA_FAILURES, Ledger, Moved, share_time
 
 
 def move_all(
-    works: Sequence[LoraWork],
+    ledgers: Sequence[Ledger],
     source: Base,
     target: Base,
     cache: BasisCache,
@@ -34,21 +34,21 @@ def move_all(
     """Moves every update of every LoRA; each pair of weights is looked at once for all of them.
 
     Args:
-        works: LoRAs between the same two bases, with equal options but for what `auto` decided.
+        ledgers: LoRAs between the same two bases, with equal options but for what `auto` decided.
         source: where they come from.
         target: where they go.
         cache: of the subspaces.
         memory: bounds how much is worked on at a time.
         progress: called as progress(done, total, target module).
     """
-    room = memory.room(sum(work.result_bytes() for work in works))
-    for work in works:
-        if work.method.needs is Needs.NOTHING:
-            work.add(partial(copy_updates, work))
+    room = memory.room(sum(ledger.result_bytes for ledger in ledgers))
+    for ledger in ledgers:
+        if ledger.method.needs is Needs.NOTHING:
+            ledger.add(partial(copy_updates, ledger))
     done = 0
-    total = len({pair for work in works for pair in work.plan.pairs})
+    total = len({pair for ledger in ledgers for pair in ledger.plan.pairs})
     damped, projected = (
-        [work for work in works if work.method.needs is needs]
+        [ledger for ledger in ledgers if ledger.method.needs is needs]
         for needs in (Needs.WEIGHTS, Needs.BASES)
     )
     stacks = itertools.chain(
@@ -61,11 +61,11 @@ def move_all(
             progress(min(done, total), total, stack[-1].target)
 
 
-def _iterate_stacks(works: Sequence[LoraWork], room: Room, needs: Needs) -> Iterator[list[Pair]]:
+def _iterate_stacks(ledgers: Sequence[Ledger], room: Room, needs: Needs) -> Iterator[list[Pair]]:
     """The pairs of all LoRAs in stacks of one weight shape, none larger than memory allows."""
     shapes: dict[tuple[int, ...], dict[Pair, None]] = {}
-    for work in works:
-        for shape, pairs in work.plan.groups().items():
+    for ledger in ledgers:
+        for shape, pairs in ledger.plan.groups().items():
             shapes.setdefault(shape, {}).update(dict.fromkeys(pairs))
     for shape, alike in shapes.items():
         pairs = list(alike)
@@ -80,41 +80,42 @@ def _stack_weights(base: Base, modules: list[str], shape: tuple[int, ...]) -> Te
 
 
 def _damp_stacks(
-    works: Sequence[LoraWork], source: Base, target: Base, room: Room
+    ledgers: Sequence[Ledger], source: Base, target: Base, room: Room
 ) -> Iterator[list[Pair]]:
     """Moves every pair, for every LoRA, by a method that needs the weights; gives each stack."""
-    if not works:
+    if not ledgers:
         return
 
     def read(stack: list[Pair]) -> tuple[list[Pair], list[Tensor]]:
-        with share_time(works, "read"):
+        with share_time(ledgers, "read"):
             ours = _stack_weights(source, [pair.source for pair in stack], stack[0].shape)
             theirs = _stack_weights(target, [pair.target for pair in stack], stack[0].shape)
         return stack, [ours, theirs]
 
     def damp(stack: list[Pair], weights: list[Tensor]) -> list[Pair]:
-        with share_time(works, "damp"):
+        with share_time(ledgers, "damp"):
             ours, theirs = weights
-            columns = sum(work.largest_rank([pair.source for pair in stack]) for work in works)
+            names = [pair.source for pair in stack]
+            columns = sum(ledger.largest_rank(names) for ledger in ledgers)
             damper = Damper(ours, theirs, columns=columns)
-            for work in works:  # the factors of one κ serve all
-                if work.error is None:
-                    damper.at(work.options.kappa)
-            _move_in_turn(works, stack, room, partial(damp_updates, damper=damper))
+            for ledger in ledgers:  # the factors of one κ serve all
+                if ledger.error is None:
+                    damper.at(ledger.options.kappa)
+            _move_in_turn(ledgers, stack, room, partial(damp_updates, damper=damper))
         return stack
 
-    readers = (partial(read, stack) for stack in _iterate_stacks(works, room, Needs.WEIGHTS))
-    yield from work_in_turn(readers, damp, torch.device(works[0].options.device or "cpu"))
+    readers = (partial(read, stack) for stack in _iterate_stacks(ledgers, room, Needs.WEIGHTS))
+    yield from work_in_turn(readers, damp, torch.device(ledgers[0].options.device or "cpu"))
 
 
 def _project_stacks(
-    works: Sequence[LoraWork], source: Base, target: Base, cache: BasisCache, room: Room
+    ledgers: Sequence[Ledger], source: Base, target: Base, cache: BasisCache, room: Room
 ) -> Iterator[list[Pair]]:
     """Moves every pair, for every LoRA, by a method that needs subspaces; gives each stack."""
-    if not works:
+    if not ledgers:
         return
-    rank, device = works[0].options.rank, works[0].options.device
-    stacks = list(_iterate_stacks(works, room, Needs.BASES))
+    rank, device = ledgers[0].options.rank, ledgers[0].options.device
+    stacks = list(_iterate_stacks(ledgers, room, Needs.BASES))
     modules = [([pair.source for pair in s], [pair.target for pair in s]) for s in stacks]
     bases = cache.in_turn(
         (
@@ -126,60 +127,60 @@ def _project_stacks(
         device,
     )
     for stack, (origins, targets) in zip(stacks, modules, strict=True):
-        with share_time(works, "svd"):
+        with share_time(ledgers, "svd"):
             ours, theirs = next(bases), next(bases)
-        with share_time(works, "overlap"):
+        with share_time(ledgers, "overlap"):
             names = cache.names(source, origins, rank), cache.names(target, targets, rank)
             pairs = list(zip(*names, strict=True))
             aligned = align_bases(pairs, ours, theirs, cache.pairs(source, target))
-        with share_time(works, "project"):
+        with share_time(ledgers, "project"):
             step = partial(project_updates, source=ours, target=theirs, aligned=aligned)
-            _move_in_turn(works, stack, room, step)
+            _move_in_turn(ledgers, stack, room, step)
         yield stack
 
 
 def _move_in_turn(
-    works: Sequence[LoraWork], stack: list[Pair], room: Room, step: Callable[..., list[Moved]]
+    ledgers: Sequence[Ledger], stack: list[Pair], room: Room, step: Callable[..., list[Moved]]
 ) -> None:
-    """Calls step(works, stack, places) for LoRAs that have one rank at the same places of a stack.
+    """Calls step(ledgers, stack, places) for LoRAs of one rank at the same places of a stack.
 
-    A step returns the results of the first LoRA at all places, then those of the second, and so on.
+    A step returns the results of the first LoRA at all places, then those of the second and so on.
     Steps run one after the other: torch's own threads share a stack better than threads that share
     Python.
     """
     for together, places in _group_equal_ranks(
-        works, stack, room.columns(matrix_shape(stack[0].shape))
+        ledgers, stack, room.columns(matrix_shape(stack[0].shape))
     ):
         try:
             moved = step(together, stack, places)
         except LORA_FAILURES as error:
-            for work in together:
-                work.error = error
+            for ledger in together:
+                ledger.error = error
             continue
-        for i, work in enumerate(together):
+        for i, ledger in enumerate(together):
             results = moved[i * len(places) : (i + 1) * len(places)]
-            work.add(partial(list, results))
+            ledger.add(partial(list, results))
 
 
 def _group_equal_ranks(
-    works: Sequence[LoraWork], stack: list[Pair], columns: int
-) -> list[tuple[list[LoraWork], list[int]]]:
+    ledgers: Sequence[Ledger], stack: list[Pair], columns: int
+) -> list[tuple[list[Ledger], list[int]]]:
     """LoRAs that have updates of equal rank at the same places of a stack, and those places.
 
     A group has as many LoRAs and places as keep its factors within `columns` columns, and at least
     one of each.
     """
-    groups: dict[tuple[int, ...], list[LoraWork]] = {}
-    for work in works:
-        if work.error is not None:
+    groups: dict[tuple[int, ...], list[Ledger]] = {}
+    for ledger in ledgers:
+        if ledger.error is not None:
             continue
-        pairs, updates = set(work.plan.pairs), work.adapter.updates
+        pairs, updates = set(ledger.plan.pairs), ledger.adapter.updates
         ranks: dict[int, list[int]] = {}
         for i, pair in enumerate(stack):
             if pair in pairs:
                 ranks.setdefault(updates[pair.source].rank, []).append(i)
         for rank, places in ranks.items():
-            groups.setdefault((rank, *places), []).append(work)
+            groups.setdefault((rank, *places), []).append(ledger)
     pieces = []
     for (rank, *places), alike in groups.items():
         most = max(1, columns // max(1, rank))

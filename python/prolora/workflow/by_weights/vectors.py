@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
-from ..plan import ModulePlan, Route
+from ..plan import ModulePlan
+from .ledger import Ledger
 
 _WHAT = "a trained bias or normalisation layer"
 
@@ -31,23 +32,23 @@ class CarriedVectors:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def carry_vectors(route: Route, moved: Collection[str] | None = None) -> CarriedVectors:
+def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> CarriedVectors:
     """Places the vectors of an adapter on the target.
 
     Those of text encoders stay as they are; all others are multiplied by the strength.
 
     Args:
-        route: of the LoRA; its options say whether vectors are carried, and at which strength.
+        ledger: of the LoRA; its options say whether vectors are carried, and at which strength.
         moved: target modules that got an update; a bias stays behind with its module. None: as if
             every module of the plan got one.
     """
     carried = CarriedVectors()
-    for name, vector in route.adapter.vectors.items():
+    for name, vector in ledger.adapter.vectors.items():
         module, _, tensor = name.rpartition(".")
-        places, reason = _find_places(route, module, len(vector), moved)
+        places, reason = _find_places(ledger, module, len(vector), moved)
         if not places:
             carried.left_out[name] = reason
-        strength = 1.0 if is_in_text_encoder(module) else route.options.factor
+        strength = 1.0 if is_in_text_encoder(module) else ledger.options.factor
         for place in places:
             scaled = vector if strength == 1 else vector * strength
             carried.vectors[f"{place}.{tensor}"] = scaled
@@ -55,27 +56,27 @@ def carry_vectors(route: Route, moved: Collection[str] | None = None) -> Carried
 
 
 def _find_places(
-    route: Route, module: str, width: int, moved: Collection[str] | None
+    ledger: Ledger, module: str, width: int, moved: Collection[str] | None
 ) -> tuple[list[str], str]:
     """The target's modules that a vector goes to, and the reason where there are none."""
-    if route.options.vectors == "skip":
+    if ledger.options.vectors == "skip":
         return [], f"{_WHAT}, left out as asked"
     if is_in_text_encoder(module):
-        return _find_text_encoder(module, route)
-    places = list(_find_partners(module, width, route.plan, route.source, route.target))
+        return _find_text_encoder(module, ledger)
+    places = list(_find_partners(module, width, ledger.plan, ledger.source, ledger.target))
     if not places:
         return [], f"{_WHAT}: the target has no such module of that width"
-    if moved is not None and module in route.adapter.updates:
+    if moved is not None and any(row.source == module for row in ledger.rows.values()):
         places = [place for place in places if place in moved]
     return places, f"{_WHAT}: the update of its module was left out"
 
 
-def _find_text_encoder(module: str, route: Route) -> tuple[list[str], str]:
+def _find_text_encoder(module: str, ledger: Ledger) -> tuple[list[str], str]:
     """The module itself: vectors of a text encoder are carried over where its updates are."""
-    if route.options.text_encoder == "skip":
+    if ledger.options.text_encoder == "skip":
         return [], f"{_WHAT}: text encoder, left out as asked"
     encoder = module.partition(".")[0] + "."
-    for name, reason in route.plan.skipped.items():
+    for name, reason in ledger.plan.skipped.items():
         if name.startswith(encoder):
             return [], f"{_WHAT}: {reason}"
     return [module], ""

@@ -7,45 +7,41 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ...bases.base import Progress
-from ...errors import InvalidOption, OutputError
+from ...errors import OutputError
 from ...files.managed_folder import ManagedFolder
+from ..options import settle_options, takes_options
 from .claims import Claims
-from .engines.engine import Engine, EngineName, EngineOptions, start_engine
+from .engines.engine import Engine
+from .engines.local import LocalEngine
+from .engines.ray_engine import RayEngine
 from .outcomes import is_complete, is_unchanged, write_failures
 from .plan import Batch, Entry, Plan, holds_plan, select_shard
 from .records import Journal, JournalReader, Record, find_time
 from .result_folder import PLANS, make_result_folder
+from .run_options import DEFAULT_MIGRATION, MigrationChanges, MigrationOptions
 from .summary import Summary, summarise
-from .worker import TIME_LIMIT, RunSettings
+from .worker import RunSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Seconds between two looks at what another process is doing.
 _POLL_SECONDS = 1.0
-# Seconds; the system's clocks take no more.
-_LONGEST = 1e9
 
 log = logging.getLogger(__name__)
 
 
+@takes_options
 def migrate(
     plan: Plan | str | os.PathLike[str],
     out: str | os.PathLike[str],
-    *,
-    engine: Engine | EngineName = "local",
-    shard: tuple[int, int] | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    retries: int = 2,
-    retry_failed: bool = False,
-    time_limit: float = TIME_LIMIT,
-    progress: Progress | None = None,
-    **options: Any,
+    options: MigrationOptions = DEFAULT_MIGRATION,
+    **changes: Unpack[MigrationChanges],
 ) -> Summary:
     """Moves the LoRAs of a plan into a folder; what is there already is not done again.
 
@@ -57,19 +53,8 @@ def migrate(
     Args:
         plan: a plan, or the file of one.
         out: the folder; it is made if it does not exist.
-        engine: "local" (this process), "ray" (a cluster), or an engine.
-        shard: (number from 1 on, how many): that part of the plan alone.
-        cache: folder that keeps subspaces; None keeps them as long as their bases are open.
-        device: where to compute, as torch names it.
-        max_memory: bytes that a worker's process may take, or a text such as "2GiB".
-        retries: how often a LoRA is tried again that the system failed (a file that cannot be
-            reached, no memory). A LoRA that is refused is not tried again.
-        retry_failed: also try again what was refused in an earlier run of this plan.
-        time_limit: seconds without any progress (a file or a weight that is done) after which a
-            LoRA is given up and its worker replaced, and after which the claims of another process
-            that does not get on are taken over.
-        progress: called as progress(done, total, name); what it raises ends the call.
-        **options: of the engine, see `EngineOptions`: address, workers, gpus_per_worker.
+        options: who does it, and with what.
+        **changes: options by name, in place of those.
 
     Returns:
         What became of the whole plan so far, other shards included.
@@ -79,36 +64,42 @@ def migrate(
         InvalidOption: an option has a value that it does not take.
         UnsupportedFormat: the plan cannot be read.
     """
+    how = settle_options(options, changes)
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
-    if retries < 0:
-        raise InvalidOption(f"retries must be 0 or more, not {retries!r}")
-    if not 0 < time_limit <= _LONGEST:
-        raise InvalidOption(f"time_limit is a number of seconds, not {time_limit!r}")
-    if isinstance(engine, str):
-        engine = start_engine(EngineOptions(engine, **options), retries)
-    elif options:
-        raise InvalidOption(f"{next(iter(options))} is for an engine that is given by its name")
-    with closing(engine):
-        plan.make_options(device=device, max_memory=max_memory)  # refuses before anything is made
-        batches = select_shard(plan.list_batches(), shard)
+    with closing(_start_engine(how)) as engine:
+        # Refuses before anything is made.
+        plan.make_options(device=how.device, max_memory=how.max_memory)
+        batches = select_shard(plan.list_batches(), how.shard)
         folder = make_result_folder(out)
-        settings = RunSettings(
-            dict(plan.bases),
-            dict(plan.options),
-            str(folder.path),
-            None if cache is None else os.path.abspath(cache),
-            device,
-            max_memory,
-            time_limit,
-        )
         _keep_plan(plan, folder)
-        head = {"plan": plan.digest, "shard": list(shard) if shard else None}
-        with _Run(plan, folder, batches, head, retries, retry_failed, progress) as run:
+        with _Run(plan, folder, batches, how) as run:
+            settings = RunSettings(
+                replace(plan, entries=(), notes={}),
+                str(folder.path),
+                str(run.journal.path),
+                how.time_limit,
+                None if how.cache is None else os.path.abspath(how.cache),
+                how.device,
+                how.max_memory,
+            )
             run.work(engine, settings)
     summary = summarise(plan, folder.path)
     summary.save(folder.path)
     return summary
+
+
+def _start_engine(how: MigrationOptions) -> Engine:
+    """The engine that the options name, or that was given.
+
+    Raises:
+        ProLoRAError: it is not installed, does not start, or its cluster cannot be reached.
+    """
+    if not isinstance(how.engine, str):
+        return how.engine
+    if how.engine == "local":
+        return LocalEngine()
+    return RayEngine(how.address, how.workers, how.gpus_per_worker, how.retries)
 
 
 def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
@@ -143,19 +134,13 @@ class _Run:
         plan: what is done.
         folder: of the results.
         batches: of this shard.
-        head: what the journal says of the run.
-        retries: how often a LoRA is tried again.
-        retry_failed: whether refused LoRAs are tried again.
-        progress: the caller's callback.
+        how: it is done.
     """
 
     plan: Plan
     folder: ManagedFolder
     batches: list[Batch]
-    head: dict[str, Any]
-    retries: int
-    retry_failed: bool
-    progress: Progress | None
+    how: MigrationOptions
     known: dict[str, _KnownOutcomes] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     tries: dict[str, int] = field(default_factory=dict)
@@ -164,7 +149,7 @@ class _Run:
         """Reads what was done before, and begins a journal."""
         self.reader = JournalReader(self.folder.path)
         self._read_journals()
-        if self.retry_failed:
+        if self.how.retry_failed:
             for known in self.known.values():
                 known.refused = False
         self.keys = {
@@ -173,7 +158,7 @@ class _Run:
             if not entry.refused
         }
         self.total = sum(len(batch.entries) for batch in self.batches)
-        self.journal = Journal(self.folder, self.head)
+        self.journal = Journal(self.folder, {"plan": self.plan.digest})
         self.claims = Claims(self.folder.find_place(PLANS, f"{self.plan.digest}.claims"))
         self.others, self.quiet_since = self._look_at_others(), time.monotonic()
         return self
@@ -284,7 +269,7 @@ class _Run:
         if record.status == "stopped":
             raise OutputError(record.reason)
         tries = self.tries.get(record.key, 0)
-        if record.status == "failed" and record.transient and tries < self.retries:
+        if record.status == "failed" and record.transient and tries < self.how.retries:
             self.tries[record.key] = tries + 1
             self.again = True
         else:
@@ -295,8 +280,8 @@ class _Run:
     def _finish(self, key: str, name: str) -> None:
         if key not in self.finished:
             self.finished.add(key)
-            if self.progress:
-                self.progress(len(self.finished), self.total, name)
+            if self.how.progress:
+                self.how.progress(len(self.finished), self.total, name)
 
     def _read_journals(self) -> None:
         for _, record in self.reader.read_new():

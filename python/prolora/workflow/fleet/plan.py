@@ -34,7 +34,7 @@ PROCESS_BYTES = 250 << 20
 
 _KEY = "prolora_plan"
 # Options of a transfer that change no result; those who run a plan choose them.
-_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "probe", "progress"}
+_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "progress"}
 # Line 1 begins so: everything behind the digest, other lines included, is what it is of.
 _START = f'{{"{_KEY}": {FORMAT}, "sha256": "'
 _MOVES = '", "moves": '
@@ -382,12 +382,12 @@ def estimate_worker_memory(entries: Iterable[Entry]) -> int:
     return PROCESS_BYTES + 2 * STACK_BYTES + together
 
 
-def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | None) -> list[Batch]:
+def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | str | None) -> list[Batch]:
     """The batches of one shard: neighbours in the plan, of about the same time in every shard.
 
     Args:
         batches: of the whole plan.
-        shard: (number from 1 on, how many); None takes all.
+        shard: (number from 1 on, how many), or a text such as "2/8"; None takes all.
 
     Raises:
         InvalidOption: there is no such shard.
@@ -395,13 +395,12 @@ def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | None) -> lis
     if shard is None:
         return list(batches)
     try:
-        number, count = map(operator.index, shard)
-    except (TypeError, ValueError) as error:
-        raise InvalidOption(f"shard must be (number, count), as (2, 8), not {shard!r}") from error
+        parts = map(int, shard.split("/")) if isinstance(shard, str) else shard
+        number, count = map(operator.index, parts)
+    except (TypeError, ValueError):
+        number, count = 0, 0
     if not 1 <= number <= count:
-        raise InvalidOption(
-            f"shard {number}/{count}: the first is 1/{count}, the last {count}/{count}"
-        )
+        raise InvalidOption(f"a shard is a number and a count, as 2/8 or (2, 8), not {shard!r}")
     costs = [sum(entry.seconds or 1.0 for entry in batch.entries) for batch in batches]
     total, before, chosen = sum(costs), 0.0, []
     for batch, cost in zip(batches, costs, strict=True):
@@ -410,18 +409,6 @@ def select_shard(batches: Sequence[Batch], shard: tuple[int, int] | None) -> lis
             chosen.append(batch)
         before += cost
     return chosen
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """Reads "2/8".
-
-    Raises:
-        InvalidOption: it is no such text.
-    """
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise InvalidOption(f"a shard is a number and a count, as 2/8, not {text!r}")
-    return int(number), int(count)
 
 
 def make_label(name: str, taken: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import adapters
 from ...adapters.family import claimed_family
 from ...adapters.unread import UnreadAdapter
 from ...bases import Base
@@ -20,17 +19,14 @@ from ...errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
 from ...files.hashing import hash_text
 from ..base_check import (
     HASH_KEYS,
-    check_bases,
     explain_misfit,
     is_named_base,
     is_stated_base,
 )
-from ..by_weights.assembly import check_planned_coverage, outline_result
-from ..by_weights.file_budget import OutputForm
-from ..by_weights.lora_work import BYTES_A_NUMBER
+from ..by_weights.base_pair import BasePair
+from ..by_weights.ledger import BYTES_A_NUMBER
 from ..moved_before import check_moved_before, read_header
 from ..options import TransferOptions
-from ..plan import Route, make_plan, sum_dropped_blocks
 from .listing import ListedLora
 
 
@@ -199,21 +195,13 @@ def refuse_move(
         cache: remembers the hashes of files.
     """
     source, target = bases.source, bases.target
+    if options.match == "similarity":
+        return ""  # only the weights tell which blocks belong together
     try:
-        check_bases(lora, source, target, options, cache)
-        if options.match == "similarity":
-            return ""  # only the weights tell which blocks belong together
-        adapter = adapters.outline_adapter(lora, source.shapes, source.family, headers_only=True)
-        plan = make_plan(
-            adapter, source, target, options.match, options.text_encoder, options.dropped
-        )
+        pair = BasePair(source, target, options, cache or BasisCache(None))
+        plan = pair.plan(lora, "header").plan
         if plan.refused and _may_be_narrower(source, target):
             return ""
-        summed = sum_dropped_blocks(adapter, plan)
-        check_planned_coverage(adapter, summed, plan, options.min_coverage)
-        if (output := OutputForm.of(options)) != OutputForm():
-            route = Route(adapter, plan, source, target, options)
-            output.check(outline_result(summed, route))
     except NamesDoNotTell:
         return ""  # only the weights tell which blocks belong together
     except ShapeMismatch as error:

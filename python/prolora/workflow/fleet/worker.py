@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,15 @@ from ...errors import OutputError, ProLoRAError, UnrelatedBases
 from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
-from ..by_weights.lora_work import LORA_FAILURES
+from ..by_weights.ledger import LORA_FAILURES
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
 from ..report import Outcome, Report
 from ..resume import Recipe, hash_adapter
 from .outcomes import measure_result
-from .plan import Entry, PairOfBases, Plan, PlannedBase
+from .plan import Entry, PairOfBases, Plan
 from .records import Record
 from .result_folder import MARKER, RESULTS
-
-TIME_LIMIT = 3600.0
-"""Seconds; much more than a weight, a file or a base takes on a slow drive."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -43,27 +40,22 @@ class RunSettings:
     """What a worker needs to know; it can be pickled.
 
     Attributes:
-        bases: label -> base, of the plan.
-        chosen: the options of the plan, by name.
+        plan: without its entries: it gives bases, options and keys.
         folder: of the results; every worker reaches it by this path.
+        mark: a file that this run has just made in it: who does not see it has another folder.
+        time_limit: seconds without any progress after which a LoRA is given up.
         cache: folder of subspaces; None keeps them as long as the worker lives.
         device: where to compute.
         max_memory: bytes that a worker's process may take.
-        time_limit: seconds without any progress after which a LoRA is given up.
     """
 
-    bases: dict[str, PlannedBase]
-    chosen: dict[str, Any] = field(default_factory=dict)
-    folder: str = ""
+    plan: Plan
+    folder: str
+    mark: str
+    time_limit: float
     cache: str | None = None
     device: str | None = None
     max_memory: int | str | None = None
-    time_limit: float = TIME_LIMIT
-
-    @property
-    def plan(self) -> Plan:
-        """The plan without its entries: it gives options, fingerprints and keys."""
-        return Plan((), self.bases, self.chosen)
 
 
 class PairWorker:
@@ -136,7 +128,7 @@ class PairWorker:
             # Equal LoRAs of one name have one result, which is made once.
             waiting.setdefault(task.out, []).append(entry)
             tasks.setdefault(task.out, task)
-        mover.look_up(tasks.values(), False, self._cache)
+        mover.look_up(tasks.values(), self._cache)
         left = [task for task in tasks.values() if task.outcome is None]
         for task in tasks.values():
             if task.outcome is not None:
@@ -172,7 +164,7 @@ class PairWorker:
         return self._stack.enter_context(temporary)
 
     def _open_base(self, which: str) -> Base:
-        planned = self.settings.bases[getattr(self.pair, which)]
+        planned = self.plan.bases[getattr(self.pair, which)]
         experts = open_experts(planned.path)
         base = experts.get(self.pair.expert) or next(iter(experts.values()))
         expected = self.plan.find_fingerprint(self.pair, which)
@@ -190,7 +182,7 @@ class PairWorker:
             OutputError: a link has its name.
         """
         prints = [self.plan.find_fingerprint(self.pair, which) for which in ("source", "target")]
-        parts = [recipe.lora_hash, prints, self.settings.chosen, __version__]
+        parts = [recipe.lora_hash, prints, self.plan.options, __version__]
         digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
         appended = f"{entry.appended}-{digits}"
         name = name_output(Path(entry.lora), str(self.options.format), appended)
@@ -231,6 +223,7 @@ class PairWorker:
             digest=hash_adapter(outcome.out),
             seconds=round(outcome.seconds, 3),
             kept=outcome.kept,
+            unread=len(outcome.unread),
             **(_summarise(outcome.report) if outcome.report else {}),
         )
 
@@ -257,5 +250,4 @@ def _summarise(report: Report) -> dict[str, Any]:
         "verdict": verdict,
         "coverage": round(report.coverage, 4),
         "energy": None if energy is None else round(energy, 4),
-        "unread": len(report.unread),
     }

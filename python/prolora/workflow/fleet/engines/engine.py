@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
-from ....errors import InvalidOption
-from ...options import check_choice
 from ..plan import Batch
 from ..records import Record
 from ..worker import RunSettings
-from .local import LocalEngine
-from .ray_engine import RayEngine
-
-EngineName = Literal["local", "ray"]
-ENGINES: tuple[str, ...] = get_args(EngineName)
 
 
 class Engine(Protocol):
@@ -41,57 +32,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Gives back what the engine holds: workers, opened bases, temporary folders."""
         ...
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Which engine, and what it may take.
-
-    Attributes:
-        name: "local" (this process) or "ray".
-        address: of a Ray cluster; None takes the connection that this process has, or starts Ray on
-            this machine.
-        workers: how many work at a time; None lets the engine choose.
-        gpus_per_worker: share of a GPU that each takes.
-    """
-
-    name: EngineName = "local"
-    address: str | None = None
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses what the engine does not take.
-
-        Raises:
-            InvalidOption: names the option.
-        """
-        check_choice("engine", self.name, ENGINES)
-        if self.workers is not None and self.workers < 1:
-            raise InvalidOption(f"workers must be 1 or more, not {self.workers!r}")
-        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker < math.inf:
-            raise InvalidOption(
-                f"gpus_per_worker is a share of a GPU, not {self.gpus_per_worker!r}"
-            )
-        if self.name == "local":
-            for name in ("address", "workers", "gpus_per_worker"):
-                if getattr(self, name) is not None:
-                    raise InvalidOption(
-                        f"`{name}` is for a cluster, and the engine is local, which is one "
-                        "process: take `engine='ray'`, or start one process for each `shard`"
-                    )
-
-
-def start_engine(options: EngineOptions, retries: int = 2) -> Engine:
-    """The engine that the options name.
-
-    Args:
-        options: which, and what it may take.
-        retries: how often a batch is given again whose worker was lost.
-
-    Raises:
-        ProLoRAError: it is not installed, does not start, or its cluster cannot be reached.
-    """
-    if options.name == "local":
-        return LocalEngine()
-    return RayEngine(options.address, options.workers, options.gpus_per_worker, retries)

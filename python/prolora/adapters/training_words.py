@@ -1,0 +1,116 @@
+"""What a LoRA was trained to be called by, from its header: a trigger phrase, tags of captions.
+
+Headers are anybody's: what is no table of texts and counts is passed over, and texts lose their
+control characters and what is beyond LONGEST.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST = 300
+"""Characters of a tag or phrase; text encoders read few hundred."""
+_MOST = 2000  # tags of one folder: more are no help, and a header may hold millions
+_LARGEST = 10**9  # of a count
+
+
+@dataclass(frozen=True)
+class CaptionedFolder:
+    """A folder of training images.
+
+    Attributes:
+        images: how many have captions, at least.
+        tags: tag -> in how many of them it is, most frequent first.
+    """
+
+    images: int
+    tags: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class TrainingWords:
+    """What the header of a LoRA says of its training's texts.
+
+    Attributes:
+        trigger: the phrase that the author names; empty without one.
+        folders: of images with captions, those for regularisation left out.
+    """
+
+    trigger: str = ""
+    folders: tuple[CaptionedFolder, ...] = ()
+
+    def list_tags(self, most: int) -> list[str]:
+        """The most frequent tags of all folders together."""
+        counts: Counter[str] = Counter()
+        for folder in self.folders:
+            counts.update(folder.tags)
+        return [tag for tag, _ in counts.most_common(most)]
+
+
+def read_training_words(metadata: Mapping[str, str]) -> TrainingWords:
+    """Reads the fields of kohya's trainers and of the Stability model spec.
+
+    Tags by folder stand in `ss_tag_frequency`, or in every table of `ss_datasets` where several
+    sets were configured. A folder of both counts once.
+    """
+    tables = [_read_json(metadata, "ss_tag_frequency")]
+    sets = _read_json(metadata, "ss_datasets")
+    for one in sets if isinstance(sets, list) else ():
+        tables.append(one.get("tag_frequency") if isinstance(one, dict) else None)
+    folders: dict[str, Any] = {}
+    for table in tables:
+        for name, counts in table.items() if isinstance(table, dict) else ():
+            folders.setdefault(name, counts)
+    images = _read_json(metadata, "ss_dataset_dirs")
+    regular = _read_json(metadata, "ss_reg_dataset_dirs")
+    read = []
+    for name, counts in folders.items():
+        if isinstance(regular, dict) and name in regular:
+            continue
+        tags = dict(_read_counts(counts))
+        if tags:
+            known = images.get(name) if isinstance(images, dict) else None
+            stated = known.get("img_count") if isinstance(known, dict) else None
+            read.append(CaptionedFolder(max(_as_count(stated), *tags.values()), tags))
+    trigger = clean_text(metadata.get("modelspec.trigger_phrase", ""))
+    return TrainingWords(trigger, tuple(read))
+
+
+def clean_text(text: str) -> str:
+    """One line of printable text of at most LONGEST characters."""
+    kept = (
+        " " if kind in ("Cc", "Zl", "Zp") else character
+        for character in text[: 4 * LONGEST]
+        if (kind := unicodedata.category(character)) == "Cc" or kind[0] != "C"
+    )
+    return " ".join("".join(kept).split())[:LONGEST].rstrip()
+
+
+def _read_json(metadata: Mapping[str, str], field: str) -> Any:
+    try:
+        return json.loads(metadata.get(field, "null"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_counts(counts: Any) -> Iterator[tuple[str, int]]:
+    """Tags and positive counts of what should be such a table, most frequent first."""
+    if not isinstance(counts, dict):
+        return
+    known: Counter[str] = Counter()
+    for tag, count in counts.items():
+        cleaned = clean_text(tag)
+        if cleaned and _as_count(count):
+            known[cleaned] = min(known[cleaned] + _as_count(count), _LARGEST)
+    yield from known.most_common(_MOST)
+
+
+def _as_count(value: Any) -> int:
+    """A count up to _LARGEST; 0 for anything that is none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return min(value, _LARGEST) if whole and value > 0 else 0

@@ -1,0 +1,247 @@
+"""Two bases, opened once for all LoRAs that move between them: plan, move, finish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from ... import adapters
+from ...adapters.adapter import Adapter
+from ...adapters.formats.moves import read_provenance
+from ...bases import Base
+from ...bases.base import Progress
+from ...bases.cache.basis_cache import BasisCache
+from ...bases.memory import Memory
+from ...comparison.block_matching import resolve_match
+from ...comparison.module_map import Match
+from ...comparison.width_selection import WidthFinder
+from ...core.methods import Needs
+from ..base_check import check_bases
+from ..options import LoraLike, TransferOptions
+from ..plan import make_plan
+from ..result import Transfer
+from .assembly import assemble_adapter, build_metadata, build_report, outline_result
+from .decision import Looked, decide_method, label_stage
+from .file_budget import OutputForm, describe_cuts
+from .ledger import LORA_FAILURES, Clock, Ledger
+from .move_updates import move_all
+from .rows import check_coverage, outline_rows
+from .slicing import measure_sliced, slice_adapter, slice_source
+from .vectors import carry_vectors
+
+MakeNotes = Callable[[BasisCache], Mapping[str, str]]
+"""What the header of a result says of its making. It is computed when nothing can be refused any
+more, as it may read all bytes of the bases."""
+
+Depth = Literal["updates", "outline", "header"]
+"""How far a LoRA is read for its plan: all of it; all but what first has to be made a LoRA with its
+base; or no tensor at all."""
+
+
+@dataclass
+class BasePair:
+    """Two bases, and what was learnt of them.
+
+    Attributes:
+        source: the base that LoRAs were trained on.
+        target: the base that they move to.
+        options: how they move, as it was asked.
+        cache: what is known of the weights.
+        memory: what may be in memory at a time.
+        widths: what is known of a target that is narrower than the source.
+        match: how modules are paired, with blocks recognised where only weights tell them; None as
+            long as nothing asked for it.
+    """
+
+    source: Base
+    target: Base
+    options: TransferOptions
+    cache: BasisCache
+    memory: Memory = field(init=False)
+    widths: WidthFinder = field(init=False)
+    match: Match | None = None
+
+    def __post_init__(self) -> None:
+        """Looks at no weight yet."""
+        options = self.options
+        self.memory = Memory(options.memory_limit, options.rank, options.device)
+        progress = label_stage("comparing", options.progress)
+        self.widths = WidthFinder(self.source, self.target, options.device, progress)
+
+    def match_blocks(self) -> Match:
+        """Matches the blocks of the bases, once for all LoRAs; by weights where names say little.
+
+        Raises:
+            UnrelatedBases: no block was recognised.
+            ProLoRAError: see `match_blocks` of the comparison.
+        """
+        if self.match is None:
+            self.match = resolve_match(
+                self.options.match,
+                self.source,
+                self.target,
+                cache=self.cache,
+                device=self.options.device,
+                max_memory=self.options.max_memory,
+                progress=label_stage("matching", self.options.progress),
+            )
+        return self.match
+
+    def plan(self, lora: LoraLike, depth: Depth = "updates", match: Match | None = None) -> Ledger:
+        """Reads a LoRA and plans where it goes; refuses all that needs no weights to be refused.
+
+        A dry run ends here. Weights are read only to match blocks by similarity, and where the
+        target is narrower.
+
+        Args:
+            lora: as `transfer` takes it.
+            depth: how far it is read.
+            match: in place of the pair's own.
+
+        Raises:
+            ProLoRAError: see `prolora.transfer`.
+        """
+        options, clock, weights = self.options, Clock(), depth != "header"
+        with clock("read"):
+            check_bases(lora, self.source, self.target, options, self.cache)
+            adapter = read_lora(lora, self.source, depth)
+        with clock("match"):
+            if match is None:
+                match = self.match_blocks() if weights else options.match
+            widths = self.widths if weights else None
+            plan = make_plan(adapter, self.source, self.target, match, options.text_encoder, widths)
+        whole = measure_sliced(adapter, plan)
+        adapter, source = slice_adapter(adapter, plan), slice_source(self.source, [plan])
+        ledger = Ledger(adapter, plan, source, self.target, options, lora, whole=whole, clock=clock)
+        outline_rows(ledger, measured=depth != "updates")
+        check_coverage(ledger.rows.values(), options.min_coverage)
+        if (output := OutputForm.of(options)) != OutputForm():
+            output.check(outline_result(ledger))
+        # Modules without a place are measured by now, and their factors need no memory later.
+        placed = {pair.source for pair in plan.pairs} | set(plan.passed)
+        updates = {name: x for name, x in adapter.updates.items() if name in placed}
+        ledger.adapter = replace(adapter, updates=updates)
+        return ledger
+
+    def move(self, ledgers: Iterable[Ledger], progress: Progress | None = None) -> list[Ledger]:
+        """Decides how each LoRA moves, and moves them all; each weight is looked at once.
+
+        What goes wrong with one LoRA is kept in its ledger, and stops no other.
+
+        Args:
+            ledgers: of this pair, planned.
+            progress: called as progress(done, total, target module).
+
+        Returns:
+            The ledgers, filled; a LoRA whose names turn out to pair blocks wrongly has a new one.
+        """
+        ledgers = list(ledgers)
+        source = slice_source(self.source, [ledger.plan for ledger in ledgers])
+        results = 0
+        for i, ledger in enumerate(ledgers):
+            results += ledger.result_bytes
+            try:
+                ledgers[i] = self._decide(ledger, Looked(source, self.cache, self.memory, results))
+            except LORA_FAILURES as error:
+                ledger.error = error
+        left = [ledger for ledger in ledgers if ledger.error is None]
+        move_all(left, source, self.target, self.cache, self.memory, progress)
+        return ledgers
+
+    def _decide(self, ledger: Ledger, looked: Looked) -> Ledger:
+        """The ledger with its method decided; see `decide_method`."""
+        better = decide_method(ledger, looked)
+        if better is None:
+            return ledger
+        assert ledger.lora is not None
+        again = self.plan(ledger.lora, match=better)
+        decide_method(again, looked, renumbered=True)
+        return again
+
+    def finish(
+        self, ledger: Ledger, notes: MakeNotes | None = None, *, hashed: bool = True
+    ) -> Transfer:
+        """The adapter of the target, and the report.
+
+        Args:
+            ledger: of what was moved.
+            notes: what else the header says.
+            hashed: whether the header names the bases by their hashes, which reads them completely.
+                What is never written needs no header of its own.
+
+        Raises:
+            LowCoverage: fewer modules moved than was asked for.
+            ProLoRAError: what stopped the move.
+        """
+        if ledger.error:
+            raise ledger.error
+        options = ledger.options
+        check_coverage(ledger.rows.values(), options.min_coverage, options.threshold)
+        updates = ledger.moved | {n: ledger.adapter.updates[n] for n in ledger.plan.passed}
+        vectors = carry_vectors(ledger, updates)
+        metadata = dict(ledger.adapter.metadata)
+        if hashed:
+            with ledger.clock("hash"):
+                metadata = build_metadata(ledger, self.cache)
+                metadata |= prefix_notes(notes(self.cache)) if notes else {}
+        moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
+        with ledger.clock("fit"):
+            form = OutputForm.of(options)
+            fitted = form.fit(moved)
+        report = build_report(
+            ledger,
+            describe_cuts(ledger.rows.values(), moved, fitted),
+            vectors,
+            asked=ledger.asked or options.method,
+            verdict=ledger.verdict,
+            damping=options.kappa if ledger.method.needs is Needs.WEIGHTS else None,
+            file_limit=None if fitted is moved else form.limit,
+            seconds=ledger.clock.seconds,
+            provenance=read_provenance(metadata) if hashed else {},
+        )
+        return Transfer(fitted, report, list_inputs(ledger.lora, self.source, self.target))
+
+
+def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter:
+    """The LoRA; some kinds (DoRA, OFT, GLoRA) are an update only together with their base."""
+    if isinstance(lora, Adapter):
+        return lora
+    if depth == "updates":
+        names = adapters.BaseNames(source.family, source.shapes)
+        return adapters.read_adapter(lora, read_weight=source.read, base=names)
+    header = depth == "header"
+    return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
+
+
+def move_lora(
+    lora: LoraLike,
+    source: Base,
+    target: Base,
+    options: TransferOptions,
+    notes: MakeNotes | None = None,
+    *,
+    hashed: bool = True,
+) -> Transfer:
+    """Moves one LoRA by weights; arguments as in `BasePair.finish`.
+
+    Raises:
+        ProLoRAError: see `prolora.transfer`.
+    """
+    with BasisCache(options.cache).saving() as cache:
+        pair = BasePair(source, target, options, cache)
+        (ledger,) = pair.move([pair.plan(lora)], options.progress)
+        return pair.finish(ledger, notes, hashed=hashed)
+
+
+def prefix_notes(notes: Mapping[str, str]) -> dict[str, str]:
+    """Notes on how a file was made, under the names that they have in its header."""
+    return {f"prolora.{key}": text for key, text in notes.items()}
+
+
+def list_inputs(lora: LoraLike | None, source: Base, target: Base) -> list[Path]:
+    """The files and folders that a transfer reads."""
+    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    return [*files, *source.files, *target.files]

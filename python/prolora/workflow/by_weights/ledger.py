@@ -1,0 +1,162 @@
+"""One LoRA between two bases: what was read, where each module goes, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from ...adapters.adapter import Adapter
+from ...bases import Base
+from ...comparison.drift import Affinity
+from ...comparison.verdict import Verdict
+from ...core.lowrank import LowRank
+from ...core.methods import Method, find_method
+from ...core.precision import is_finite
+from ...errors import NonFiniteWeights, ProLoRAError
+from ..module_report import ModuleReport
+from ..options import LoraLike, TransferOptions
+from ..out_rank import cut_rank
+from ..plan import ModulePlan, Pair
+from .slicing import describe_sliced_module
+
+LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
+"""Errors that end the LoRA in which they happen and no other of the same call."""
+
+BYTES_A_NUMBER = 12
+"""In memory for each number of a LoRA: float32 before the move, twice the rank after it."""
+
+Moved = tuple[Pair, LowRank | None, ModuleReport]
+"""A pair, the update of its target (None where the pair was skipped), and the row of the report."""
+
+
+class Clock:
+    """Adds up wall seconds by stage."""
+
+    def __init__(self) -> None:
+        """Starts with no stage."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times the body and adds it to the stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - started)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds seconds to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+@dataclass
+class Ledger:
+    """One LoRA between two bases, from its plan to its result.
+
+    Attributes:
+        adapter: the LoRA; its updates are those that have a place on the target, cut to the
+            target's rows and columns.
+        plan: where its modules go.
+        source: the base it comes from, cut like the updates.
+        target: the base it goes to.
+        options: how it is moved; once that is decided, with method, strength and damping.
+        lora: what was read, to be read anew where the names turn out to pair blocks wrongly.
+        rows: pair, or module without one -> its row of the report. Every module is there from the
+            plan on.
+        whole: ‖ΔW_s‖² of the updates that were cut to rows and columns, before that.
+        affinities: target module -> affinity of its pair of weights.
+        asked: the method that was asked for, once another one may have been decided.
+        verdict: on the pair of bases; None where no weight is moved.
+        moved: target module -> update.
+        clock: the time that was spent on this LoRA, with its share of what is done for several.
+        error: why it was given up; others go on.
+    """
+
+    adapter: Adapter
+    plan: ModulePlan
+    source: Base
+    target: Base
+    options: TransferOptions
+    lora: LoraLike | None = None
+    rows: dict[Pair | str, ModuleReport] = field(default_factory=dict)
+    whole: dict[str, float] = field(default_factory=dict)
+    affinities: dict[str, Affinity] = field(default_factory=dict)
+    asked: str | None = None
+    verdict: Verdict | None = None
+    moved: dict[str, LowRank] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    error: Exception | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method, once that is decided."""
+        return find_method(self.options.method)
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes that the moved updates take in memory, at most."""
+        factor = 1 if self.options.chosen is None else self.options.chosen.rank_factor
+        updates = (self.adapter.updates[pair.source] for pair in self.plan.pairs)
+        return sum(4 * factor * (x.up.numel() + x.down.numel()) for x in updates)
+
+    def largest_rank(self, modules: Sequence[str]) -> int:
+        """Of its updates of these modules of the source; 0 where it has none."""
+        updates = (self.adapter.updates.get(name) for name in modules)
+        return max((update.rank for update in updates if update is not None), default=0)
+
+    def add(self, make: Callable[[], Sequence[Moved]]) -> None:
+        """Makes results and enters them; an error ends this LoRA.
+
+        Args:
+            make: gives updates before their strength and output rank.
+        """
+        try:
+            for pair, update, row in make():
+                self._enter(pair, update, row)
+        except LORA_FAILURES as error:
+            self.error = error
+
+    def _enter(self, pair: Pair, update: LowRank | None, row: ModuleReport) -> None:
+        """Keeps an update at its strength and output rank, on the CPU, and its row.
+
+        Raises:
+            NonFiniteWeights: the update overflows.
+        """
+        if update is not None:
+            row = row.at_strength(self.options.factor)
+            if self.options.factor != 1:
+                update = LowRank(update.up * self.options.factor, update.down)
+            update = update.to("cpu")
+            smaller = cut_rank(update, self.options.out_rank, row.rank_in)
+            if smaller is not update:
+                row, update = row.cut(update, smaller), smaller
+            if not (is_finite(update.up) and is_finite(update.down)):
+                raise NonFiniteWeights(f"the moved update of {row.source} is not finite")
+            row = replace(row, rank_out=update.rank)
+            self.moved[pair.target] = update
+        self.write(pair, row)
+
+    def write(self, pair: Pair, row: ModuleReport) -> None:
+        """Writes the row of a pair, with what is known of its weights."""
+        row = describe_sliced_module(row, self.plan, self.whole)
+        if (affinity := self.affinities.get(pair.target)) is not None:
+            row = replace(row, drift=affinity.drift, cosine=affinity.cosine)
+        self.rows[pair] = row
+
+    def leave_out(self, pairs: Sequence[Pair]) -> None:
+        """Takes pairs out of the plan, whose rows say why."""
+        gone = set(pairs)
+        self.plan = replace(self.plan, pairs=[p for p in self.plan.pairs if p not in gone])
+
+
+@contextmanager
+def share_time(ledgers: Sequence[Ledger], stage: str) -> Iterator[None]:
+    """Times what is done for several LoRAs at once, and gives each its share."""
+    started = time.perf_counter()
+    yield
+    share = (time.perf_counter() - started) / len(ledgers)
+    for ledger in ledgers:
+        ledger.clock.add(stage, share)

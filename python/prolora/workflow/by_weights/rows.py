@@ -1,0 +1,112 @@
+"""The rows of a report, as the plan has them, and what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ...adapters.adapter import Adapter
+from ...architectures.modules import is_in_text_encoder
+from ...errors import LowCoverage
+from ..module_report import ModuleReport
+from ..options import TextEncoderMode
+from ..report import measure_coverage, split_modules
+from .ledger import Ledger
+
+
+def outline_rows(ledger: Ledger, *, measured: bool) -> None:
+    """Writes a row for every module of the LoRA: nothing has been moved yet.
+
+    Args:
+        ledger: of the LoRA, planned.
+        measured: whether the rows of modules that will be moved say their energy already; all
+            others do in any case.
+    """
+    adapter, plan = ledger.adapter, ledger.plan
+    for status, reasons in (("skipped", plan.skipped), ("refused", plan.refused)):
+        for name, reason in reasons.items():
+            row = describe_unchanged(adapter, name, None, reason)
+            ledger.rows[name] = replace(row, status=status, rank_out=0)
+    ledger.rows |= {row.source: row for row in list_unread_modules(adapter)}
+    energy = None if measured else 0.0
+    for pair in plan.pairs:
+        what = "would be projected"
+        ledger.write(pair, describe_unchanged(adapter, pair.source, pair.target, what, energy))
+    for name in plan.passed:
+        what = "text encoder, carried over"
+        ledger.rows[name] = describe_unchanged(adapter, name, name, what)
+
+
+def describe_unchanged(
+    adapter: Adapter, name: str, target: str | None, reason: str, energy: float | None = None
+) -> ModuleReport:
+    """The row of a module that goes over as it is; its energy ‖ΔW_s‖² may be known already."""
+    update = adapter.updates[name]
+    if energy is None:
+        energy = update.norm().square().item()
+    return ModuleReport(
+        source=name,
+        target=target,
+        status="mapped",
+        reason=reason,
+        shape=tuple(update.shape),
+        rank_in=update.rank,
+        rank_out=update.rank,
+        energy=energy,
+    )
+
+
+def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
+    """The rows of modules whose update was not read: it is refused, or has no place here."""
+    return [
+        ModuleReport(
+            source=name,
+            target=None,
+            status="refused" if name in adapter.refused else "skipped",
+            reason=adapter.left_out[name],
+            shape=(out, inputs),
+            rank_in=rank,
+        )
+        for name, (out, inputs, rank) in adapter.unread.items()
+    ]
+
+
+def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:
+    """The modules whose update could not be read, but for those that are left out as asked."""
+    asked = text_encoder == "skip"
+    return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
+
+
+def list_tensors_left_out(adapter: Adapter) -> dict[str, str]:
+    """Tensor of the file that is no update and is not moved -> why."""
+    return {n: reason for n, reason in adapter.left_out.items() if n not in adapter.unread}
+
+
+def check_coverage(
+    rows: Iterable[ModuleReport], minimum: float, threshold: float | None = None
+) -> None:
+    """Refuses a transfer that too few modules of the LoRA take part in.
+
+    Args:
+        rows: of all its modules.
+        minimum: the least share of them that must have a place.
+        threshold: on Φ, once it has decided; None before a weight is looked at.
+
+    Raises:
+        LowCoverage: fewer modules have a place than was asked for.
+    """
+    rows = list(rows)
+    coverage = measure_coverage(rows)
+    if coverage >= minimum:
+        return
+    names, placed = split_modules(rows)
+    text = (
+        f"{len(placed)} of {len(names)} modules find a place on the target "
+        f"(coverage {coverage:.2f}), fewer than the coverage {minimum:g} that was asked for"
+    )
+    if threshold is not None:
+        text += (
+            f", after the threshold {threshold:g} on Φ, and without pairs that have nothing in "
+            "common; lower the threshold, or try method copy"
+        )
+    raise LowCoverage(f"{text}; nothing written")

@@ -1,0 +1,105 @@
+"""A finished transfer, in memory, and how it becomes a file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from .fit_options import FitOptions
+from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
+from .output_paths import check_output
+from .report import Report
+
+
+@dataclass(frozen=True, repr=False)
+class Transfer:
+    """A finished transfer, in memory.
+
+    Attributes:
+        adapter: the LoRA of the target.
+        report: what was kept and lost.
+        inputs: the files that it was made of, which `save` does not overwrite.
+    """
+
+    adapter: Adapter
+    report: Report
+    inputs: list[Path] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """One line: the LoRA and what became of its modules."""
+        return f"Transfer({self.adapter!r}, {self.report!r})"
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: FormatLike = "auto",
+        dtype: DtypeLike | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the LoRA: to a temporary file, read back and compared, then renamed.
+
+        Args:
+            path: a .safetensors file, or a folder for `format="peft"`.
+            format: "auto" (as it came in), "kohya", "diffusers", "peft" or "comfy"; or the
+                program that reads the file: "comfyui", "a1111", "forge", "invokeai", ….
+            dtype: of the factors, "float16", "bfloat16", "float32" or "float64"; None means as they
+                came in.
+            overwrite: replace a file that prolora did not write. A result of prolora that nobody
+                has changed since is replaced in any case.
+
+        Raises:
+            ForeignFile: a file is there that prolora did not write.
+            OutputError: the path cannot be written, or is one of the inputs.
+            NonFiniteWeights: a factor overflows in dtype.
+            UnsupportedFormat: the format has no name for a module.
+        """
+        check_output(path, self.inputs, overwrite)
+        adapters.write_adapter(self.adapter, path, format=format, dtype=read_dtype(dtype))
+
+    def state_dict(
+        self, format: FormatLike = "auto", *, dtype: DtypeLike | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of the file that `save` writes, without a file.
+
+        `pipe.load_lora_weights(done.state_dict("diffusers"))` loads the LoRA into a
+        diffusers pipeline of the target.
+
+        Args:
+            format: as `save` takes it.
+            dtype: as `save` takes it.
+
+        Returns:
+            Key -> tensor on the CPU: factors [out, r] and [r, in], of convolutions [out, r, 1, 1]
+            and [r, in, kh, kw]; the scale is 1 for every loader.
+
+        Raises:
+            UnsupportedFormat: the format has no name for a module.
+            NonFiniteWeights: a factor overflows in dtype.
+            OutputError: no module is left in the adapter.
+        """
+        return adapters.encode_state_dict(self.adapter, format=format, dtype=read_dtype(dtype))
+
+    def peft_config(self) -> dict[str, Any]:
+        """The keywords of a `peft.LoraConfig` that fits `state_dict("peft")`, with a scale of 1.
+
+        Raises:
+            UnsupportedFormat: PEFT has no name for a module, or the adapter has several models.
+        """
+        return adapters.describe_peft_config(self.adapter)
+
+
+def save_result(done: Transfer, out: Path, options: TransferOptions | FitOptions) -> Report:
+    """Writes a result and returns its report, with the time that writing took."""
+    started = time.perf_counter()
+    format = options.format or "auto"
+    done.save(out, format=format, dtype=options.dtype, overwrite=options.overwrite)
+    seconds = done.report.seconds | {"write": time.perf_counter() - started}
+    return replace(done.report, seconds=seconds)

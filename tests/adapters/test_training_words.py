@@ -1,0 +1,96 @@
+"""What a LoRA was trained to be called by is read from headers of any kind."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prolora.adapters.training_words import (
+    LONGEST,
+    CaptionedFolder,
+    TrainingWords,
+    clean_text,
+    read_training_words,
+)
+
+KOHYA = {
+    "ss_tag_frequency": json.dumps(
+        {
+            "10_sks woman": {"sks woman": 20, " smile": 9, "hat": 2, "smile": 1},
+            "1_woman": {"woman": 200},
+        }
+    ),
+    "ss_dataset_dirs": json.dumps({"10_sks woman": {"n_repeats": 10, "img_count": 24}}),
+    "ss_reg_dataset_dirs": json.dumps({"1_woman": {"n_repeats": 1, "img_count": 200}}),
+}
+
+
+def test_tags_are_counted_by_folder_and_those_of_regularisation_left_out():
+    words = read_training_words(KOHYA)
+    assert words == TrainingWords(
+        "", (CaptionedFolder(24, {"sks woman": 20, "smile": 10, "hat": 2}),)
+    )
+    assert list(words.folders[0].tags) == words.list_tags(9) == ["sks woman", "smile", "hat"]
+    assert words.list_tags(1) == ["sks woman"]
+
+
+def test_several_configured_sets_are_read_and_a_folder_counts_once():
+    sets = [
+        {"is_dreambooth": True, "tag_frequency": {"a": {"cat": 3}, "b": {"dog": 5}}},
+        {"tag_frequency": {"a": {"cat": 3}}},
+    ]
+    words = read_training_words({"ss_datasets": json.dumps(sets), "modelspec.trigger_phrase": "x"})
+    assert words.trigger == "x"
+    assert words.folders == (CaptionedFolder(3, {"cat": 3}), CaptionedFolder(5, {"dog": 5}))
+
+
+@pytest.mark.parametrize(
+    "field", ["ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs"]
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", "3", '"x"', '{"a": 1}', '{"10_sks": []}', "[[[1]]]"),
+        *('{"a": {"b": "c"}}', '{"a": {"b": true}}', '{"a": {"b": 1e999}}', '{"a": {"b": NaN}}'),
+        *('{"a": {"b": -4}}', '{"a": {"": 4, " ": 3}}', '[{"tag_frequency": 3}, 4]', "[" * 4000),
+        '{"a": {"b": %s}}' % ("9" * 5000),
+    ],
+)
+def test_damaged_fields_are_passed_over(field, text):
+    words = read_training_words({field: text, "modelspec.trigger_phrase": "ok"})
+    assert words == TrainingWords("ok")
+    beside = read_training_words(KOHYA | {field: text} if field != "ss_tag_frequency" else KOHYA)
+    assert beside.folders[0].tags["sks woman"] == 20
+
+
+def test_texts_are_one_short_printable_line():
+    nasty = "a\x1b[31mb\r\nc\u202e\ud800\x00 d\u2028e\ufeff"
+    assert clean_text(nasty) == "a [31mb c d e"
+    assert clean_text("日本 é 🙂") == "日本 é 🙂"
+    assert clean_text("x" * 10**6) == "x" * LONGEST
+    words = read_training_words(
+        {"modelspec.trigger_phrase": nasty, "ss_tag_frequency": json.dumps({"f": {nasty: 10**400}})}
+    )
+    assert words.trigger == "a [31mb c d e"
+    assert words.folders[0].tags == {"a [31mb c d e": 10**9}
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
+    st.text(),
+)
+def test_any_header_is_read(value, phrase):
+    text = json.dumps(value)
+    fields = ("ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs")
+    words = read_training_words(dict.fromkeys(fields, text) | {"modelspec.trigger_phrase": phrase})
+    texts = [words.trigger, *words.list_tags(9)]
+    assert all(len(t) <= LONGEST and t.encode() is not None for t in texts)
+    assert not any(unicodedata.category(c)[0] == "C" for t in texts for c in t)
+    assert all(0 < n <= folder.images for folder in words.folders for n in folder.tags.values())
