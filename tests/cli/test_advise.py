@@ -47,7 +47,8 @@ def test_the_command_that_follows_runs(prolora, tuned, tmp_path, monkeypatch):
 def test_what_was_measured_is_in_the_command():
     bases = Bases("s ource", "t")
     options = {"method": "copy", "strength": 0.85, "match": "a map.json"}
-    command = write_command(None, bases, SimpleNamespace(verb="transfer", options=options))
+    told = SimpleNamespace(verb="transfer", options=options)
+    command = write_command(None, bases, told, "a map.json")
     assert "--source 's ource'" in command
     assert "--method copy --strength 0.85 --match 'a map.json' -o" in command
     fitted = SimpleNamespace(verb="fit", options={"target_steps": 1, "lora_guidance": 2.0})

@@ -192,7 +192,7 @@ MISTAKES = {
         "the report would replace the LoRA; give it another name",
     ),
     "somebody's file for a map": (
-        ("compare", *BASES, "--save-match", "foreign.json"),
+        ("advise", *BASES, "--save-match", "foreign.json"),
         "foreign.json: exists and is no map as prolora wrote it",
     ),
     "a folder that cannot be an adapter": (
@@ -204,7 +204,7 @@ MISTAKES = {
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
-    "an empty base": (("compare", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
     "a method that is none": (
         (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
@@ -234,13 +234,16 @@ MISTAKES = {
         "two inputs would become lora.safetensors",
     ),
     "a pickle for a base": (
-        ("compare", "--source", "old.pt", "--target", "target"),
+        ("advise", "--source", "old.pt", "--target", "target"),
         "old.pt: a pickle checkpoint; it can run code when it is loaded",
     ),
     "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
     "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),
     "a folder of LoRAs to look at": (("inspect", "loras"), "name one of them"),
-    "overlaps that are left out": (("compare", *BASES, "--quick", "--sweep"), "give one of them"),
+    "an overlap that is no rank": (
+        ("advise", *BASES, "--overlap", "x"),
+        "--overlap takes an integer or a share like 0.9",
+    ),
     "advice on a missing base": (
         ("advise", "--source", "source", "--target", "targte"),
         "targte: no such file, folder or model of the hub (org/name). Similar here: target",

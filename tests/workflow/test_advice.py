@@ -109,9 +109,7 @@ def test_pipelines_are_run_and_the_measured_strength_is_advised(pipes):
             pipe,
             folder / "twin",
             folder / "lora.safetensors",
-            measure=True,
-            probe=replace(FEW, guidance=1.0),
-            target_steps=1,
+            measure=replace(FEW, guidance=1.0, target_steps=1),
         )
     assert advice.go and advice.measurement.trajectories == 4
     assert advice.measurement.calls == 2 * 3 + 2 * 1  # the target takes its own few steps
@@ -131,10 +129,7 @@ def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
             folder / "source",
             folder / "apart",
             folder / "lora.safetensors",
-            measure=True,
-            probe=FEW,
-            target_steps=1,
-            target_guidance=1.0,
+            measure=replace(FEW, target_steps=1, target_guidance=1.0),
         )
     assert not advice.go
     assert advice.verb == "fit"

@@ -86,8 +86,8 @@ def parse_share(text: str | float) -> float:
     return share
 
 
-def parse_rank(text: str | float) -> int | float:
-    """'320' as an int, '0.9' as a share of energy."""
+def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
+    """'320' as an int, '0.9' as a share of energy; an error names the flag."""
     if not isinstance(text, str):  # a default
         return text
     try:
@@ -97,7 +97,7 @@ def parse_rank(text: str | float) -> int | float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
+        raise ValueError(f"{flag} takes an integer or a share like 0.9, not {text!r}") from None
 
 
 def parse_out_rank(text: str | float) -> int | float | str:
@@ -137,20 +137,8 @@ COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
 
 OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
-    *(
-        "cache",
-        "device",
-        "max_memory",
-        "source",
-        "target",
-        "measure",
-        "prompts",
-        "engine",
-        "shard",
-        "workers",
-        "address",
-    ),
-    *("gpus_per_worker", "target_steps", "target_guidance", "lora_steps", "lora_guidance", "quick"),
+    *("source target cache device max_memory measure overlap engine shard workers".split()),
+    *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
 }
 """What messages may name, and a command has a flag for."""
 

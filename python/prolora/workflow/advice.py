@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
-from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
@@ -22,16 +21,28 @@ from ..comparison.verdict import Decision, Verdict, judge_pairs
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
-from ..probe.recording.trajectories import Sample
 from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
+from .advice_options import DEFAULT_ADVICE, AdviceChanges, AdviceOptions
 from .base_check import check_bases
 from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, settle_options, takes_options
+from .page.document import Page, Section, render_page
 from .table import Table
-from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
+from .tables import (
+    map_pairs,
+    tabulate_comparison,
+    tabulate_decisions,
+    tabulate_expected,
+    tabulate_measured,
+    tabulate_stacks,
+    tabulate_sweep,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Verb = Literal["transfer", "fit", ""]
 
@@ -88,10 +99,23 @@ class Advice:
         energies = self._energies if self.lora else None
         return [describe_stack(name, modules, energies) for name, modules in groups.items()]
 
-    def tables(self) -> list[Table]:
-        """Drift by depth, and what was measured or is expected."""
-        title = f"{self.comparison.source} → {self.comparison.target}"
+    def tables(self, every_module: bool = False, sweep: bool = False) -> list[Table]:
+        """Where blocks came from, drift by depth, overlaps, and what was measured or is expected.
+
+        Args:
+            every_module: a row for each module or block, and not for each part.
+            sweep: also the overlaps at fewer columns, where overlaps were asked for.
+        """
+        compared = self.comparison
+        title = f"{compared.source} → {compared.target}"
         found = [tabulate_stacks(title, self.stacks(), self.verdict.related)]
+        if compared.decisions:
+            unused = compared.dropped_blocks
+            found.insert(0, tabulate_decisions(compared.decisions, unused, every_module))
+        if every_module or compared.sweep:
+            found.append(tabulate_comparison(compared, every_module))
+        if sweep and compared.sweep:
+            found.append(tabulate_sweep(compared))
         if self.measurement is not None:
             found.append(tabulate_measured(self.measurement))
         elif self.expected:
@@ -149,6 +173,7 @@ class Advice:
             "target": self.comparison.target,
             "match": self.comparison.match,
             "go": self.go,
+            "comparison": self.comparison.to_dict(),
             "verdict": asdict(verdict)
             | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
             "decision": asdict(decision) if decision else None,
@@ -164,6 +189,25 @@ class Advice:
         }
         plain: dict[str, Any] = replace_nonfinite(fields)
         return plain
+
+    def to_html(self, facts: Mapping[str, str] | None = None) -> str:
+        """The advice as one HTML page that needs no other file and no network.
+
+        Args:
+            facts: how it was made, by what each is called: the command.
+        """
+        first, *sentences = self.sentences()
+        tables = self.tables(every_module=True, sweep=True)
+        page = Page(
+            title=f"{self.comparison.source} → {self.comparison.target}",
+            eyebrow="Advice on two models" if self.lora is None else "Advice on a LoRA",
+            headline=first,
+            sentences=sentences,
+            map=map_pairs(self.comparison),
+            sections=[Section(table.title, [table]) for table in tables],
+            facts=facts or {},
+        )
+        return render_page(page)
 
     def __str__(self) -> str:
         """The sentences, one a line."""
@@ -199,22 +243,14 @@ def describe_measurement(measurement: Measurement) -> list[str]:
     ]
 
 
+@takes_options
 @in_full_precision
 def advise(
     source: BaseLike,
     target: BaseLike,
     lora: LoraLike | None = None,
-    *,
-    measure: bool = False,
-    match: Match = "auto",
-    probe: FitSettings = SAMPLED,
-    target_steps: int | None = None,
-    target_guidance: float | None = None,
-    samplers: tuple[Sample, Sample] | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    progress: Progress | None = None,
+    options: AdviceOptions = DEFAULT_ADVICE,
+    **changes: Unpack[AdviceChanges],
 ) -> Advice:
     """Says what to do with a LoRA of one base on another, and what it will give.
 
@@ -228,18 +264,8 @@ def advise(
             at hand, too.
         target: the base to move to, in any of these forms.
         lora: the LoRA, as `transfer` takes it; None judges the bases alone.
-        measure: runs the models: needs a LoRA, and pipeline folders, pipelines, or modules with
-            `samplers`.
-        match: how modules are paired, as in `transfer`.
-        probe: prompts, number of images, steps, size and guidance of what is sampled.
-        target_steps: in place of `probe.target_steps`.
-        target_guidance: in place of `probe.target_guidance`.
-        samplers: of source and target, where these are modules at hand: each runs a sampler from
-            noise with a given seed.
-        cache: folder that keeps what is computed of the bases; None keeps nothing.
-        device: where to compute; "auto" means a GPU where there is one, None the CPU.
-        max_memory: bytes of memory that the weights may take, or a text such as "2GiB".
-        progress: called as progress(done, total, name).
+        options: what is looked at, and with what.
+        **changes: options by name, in place of those.
 
     Returns:
         The advice; `print` shows its sentences.
@@ -249,46 +275,44 @@ def advise(
         UnsupportedFormat: a base that is no pipeline where it must run, or shares no module.
         ProLoRAError: what `transfer` refuses of the LoRA and the bases.
     """
-    if measure and lora is None:
+    options = settle_options(options, changes)
+    probe = SAMPLED if isinstance(options.measure, bool) else options.measure
+    if options.measure and lora is None:
         raise InvalidOption("measuring needs a LoRA: what is measured is what moving it reaches")
-    if target_steps is not None:
-        probe = replace(probe, target_steps=target_steps)
-    if target_guidance is not None:
-        probe = replace(probe, target_guidance=target_guidance)
     ours, theirs = MeasuredSide.of(source), MeasuredSide.of(target)
-    if measure:
-        check_runnable(ours, theirs, samplers)
-    options = TransferOptions(
-        match=match, cache=cache, device=device, max_memory=max_memory, progress=progress
-    )
+    if options.measure:
+        check_runnable(ours, theirs, options.samplers)
+    moving, pair = options.as_moved(), (ours.base, theirs.base)
     if lora is not None:
-        check_bases(lora, ours.base, theirs.base, options)
+        check_bases(lora, *pair, moving)
     adapter = None if lora is None else read_lora(lora, ours.base)
-    how: dict[str, Any] = {"cache": cache, "device": options.device}
-    how |= {"max_memory": options.memory_limit}
-    paired = recognise_blocks(
-        resolve_match(match, ours.base, theirs.base, progress=progress, **how),
-        ours.base,
-        theirs.base,
-    )
-    comparison = compare(ours.base, theirs.base, rank=None, match=paired, progress=progress, **how)
+    comparison, paired = _compare_bases(pair, options, moving)
     verdict, fit = comparison.verdict, None
     energies: dict[str, float] = {}
     if adapter is not None:
-        with BasisCache(cache).saving() as opened:
-            pair = BasePair(ours.base, theirs.base, replace(options, match=paired), opened)
-            ledger = pair.plan(adapter, "outline")
-        affinities = measure_plan(ledger.plan, comparison, ours.base, theirs.base)
+        with BasisCache(options.cache).saving() as opened:
+            ledger = BasePair(*pair, replace(moving, match=paired), opened).plan(adapter, "outline")
+        affinities = measure_plan(ledger.plan, comparison, *pair)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
         fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
     measurement = None
-    if measure and adapter is not None:
-        candidates = move_candidates(adapter, ours.base, theirs.base, options)
-        models = open_models(ours, theirs, probe, samplers, options.device)
-        measurement = measure_lora(models, adapter, candidates, probe.images, progress)
+    if options.measure and adapter is not None:
+        candidates = move_candidates(adapter, *pair, moving)
+        models = open_models(ours, theirs, probe, options.samplers, moving.device)
+        measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
-    chosen = choose_next((ours.base, theirs.base), match, verdict, measurement, probe)
+    chosen = choose_next(pair, options.match, verdict, measurement, probe)
     return Advice(comparison, verdict, expected, fit, measurement, *chosen, energies)
+
+
+def _compare_bases(
+    pair: tuple[Base, Base], options: AdviceOptions, moving: TransferOptions
+) -> tuple[Comparison, Match]:
+    """The two bases module by module, and how they are paired."""
+    how: dict[str, Any] = {"cache": moving.cache, "device": moving.device}
+    how |= {"max_memory": moving.memory_limit, "progress": moving.progress}
+    paired = recognise_blocks(resolve_match(options.match, *pair, **how), *pair)
+    return compare(*pair, rank=options.overlap, match=paired, **how), paired
 
 
 def _name_lora(lora: LoraLike | None) -> str:
