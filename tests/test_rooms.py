@@ -95,14 +95,10 @@ def environment() -> dict[str, str]:
 
 # What is left of the time before these rules were tests; nothing may be added.
 LEFT_OVER = {
-    "wide": {
-        "probe/strength.py:measure_strengths",
-        "workflow/advice.py:advise",
-    },
+    "wide": {},
     "long": set(),
     "twice": set(),
     "circles": [("adapters/adapter.py", "adapters/reading.py")],
-    "flags": 39,
 }
 
 
@@ -116,8 +112,8 @@ def test_no_class_or_public_function_has_the_name_of_another(trees):
 
 
 def test_signatures_and_functions_stay_small(trees):
-    assert structure.find_wide_signatures(trees).keys() == LEFT_OVER["wide"]
-    assert structure.find_long_functions(trees).keys() == LEFT_OVER["long"]
+    assert not structure.find_wide_signatures(trees)
+    assert not structure.find_long_functions(trees)
 
 
 def test_files_do_not_import_each_other_in_circles(trees):
@@ -141,4 +137,4 @@ def test_docstrings_say_more_than_the_name(trees):
 
 def test_flags_of_the_command_line_are_named_there_alone(trees):
     """Errors and reports reach people in Python and in ComfyUI, who have no flags."""
-    assert len(structure.find_flags(trees)) <= LEFT_OVER["flags"]
+    assert not structure.find_flags(trees)

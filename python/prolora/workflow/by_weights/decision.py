@@ -118,7 +118,7 @@ def label_stage(what: str, progress: Progress | None) -> Progress | None:
 
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
-    way = " --method copy does it anyway"
+    way = " `method='copy'` does it anyway"
     if can_fit(source.path, target.path):
         way = f" {RUN_INSTEAD};{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
@@ -129,5 +129,5 @@ def _explain_zeros(base: Base) -> str:
     return (
         f"{base.path or base.name}: every weight that the LoRA updates is zero, as in a "
         "placeholder or a damaged file, so there is nothing to choose a method by; give the real "
-        "base model, or --method copy"
+        "base model, or `method='copy'`"
     )
