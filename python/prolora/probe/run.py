@@ -196,12 +196,7 @@ def _record_fit_judge(
     asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     with _timed(report, "sample"):
-        limit = settings.share_memory(4)
-        questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        judged = number_questions(
-            recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-        )
-        held_out = spill_questions(judged, limit)
+        questions, held_out = _record_both(recorder, settings)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     bare = hash_texts(recorder.keys["source"], asked)
@@ -241,6 +236,16 @@ def _record_fit_judge(
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
+
+
+def _record_both(
+    recorder: QuestionSource, settings: FitSettings
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """What is asked for the fit, and for the verdict."""
+    limit = settings.share_memory(4)
+    questions = spill_questions(recorder.record_questions(settings.seed), limit)
+    judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+    return questions, spill_questions(number_questions(judged), limit)
 
 
 class _KeptChanges(LazySequence[WantedChange]):
