@@ -6,6 +6,7 @@ from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
+from .text_part import TextPart, run_text_encoders_beside
 
 __all__ = [
     "CrossingRecorder",
@@ -14,10 +15,12 @@ __all__ = [
     "Pipeline",
     "PipelinePair",
     "SharedLatents",
+    "TextPart",
     "check_shown",
     "describe_crossing",
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",
+    "run_text_encoders_beside",
     "takes_few_steps",
 ]
