@@ -39,7 +39,12 @@ GROUPS = {
         "Report",
         "Outcome",
         "TransferOptions",
-        "Probing",
+        "fit",
+        "fit_file",
+        "fit_many",
+        "plan_fit",
+        "FitOptions",
+        "FitSettings",
         "inspect",
         "Description",
         "Adapter",
@@ -107,17 +112,27 @@ def render_page() -> str:
 
 
 def _tell_options(package: Any) -> None:
-    """Gives the fields of `TransferOptions` the help that `option(default, help, …)` tells."""
-    kind = _resolve(package["TransferOptions"])
-    parameters = {parameter.name: parameter for parameter in kind.parameters}
-    lines = []
-    for name, member in kind.attributes.items():
-        call = str(member.value or "")
-        if call.startswith("option("):
-            default, told = ast.parse(call, mode="eval").body.args[:2]  # type: ignore[attr-defined]
-            parameters[name].default = ast.unparse(default)
-            lines.append(f"    {name}: {ast.literal_eval(told)}")
-    kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+    """Gives the fields of options objects the help that `option(default, help, …)` tells."""
+    told: dict[str, dict[str, tuple[str, str]]] = {}
+    for title in ("TransferOptions", "FitSettings", "FitOptions"):
+        kind = _resolve(package[title])
+        told[title] = fields = {}
+        for name, member in kind.attributes.items():
+            call = ast.parse(str(member.value or "None"), mode="eval").body
+            if not isinstance(call, ast.Call):
+                continue
+            if ast.unparse(call.func) == "option":
+                fields[name] = ast.unparse(call.args[0]), str(ast.literal_eval(call.args[1]))
+            elif ast.unparse(call.func) == "take_option":
+                default, text = told[ast.unparse(call.args[0])][name]
+                changed = [word.value for word in call.keywords if word.arg == "help"]
+                fields[name] = default, str(ast.literal_eval(changed[0])) if changed else text
+        for parameter in kind.parameters:
+            for known in told.values():
+                if parameter.name in known:
+                    parameter.default = known[parameter.name][0]
+        lines = [f"    {name}: {text}" for name, (_, text) in fields.items()]
+        kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
 
 
 def _resolve(item: Any) -> Any:

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from worlds import load_world
 
 from prolora import LowRank
 from prolora.adapters.adapter import Adapter
+from prolora.probe import Samplers, Translation
 from prolora.probe.pipelines.conditioning import CallParts, PromptTable
 from prolora.probe.pipelines.conversion import (
     clip_state,
@@ -45,8 +46,8 @@ from prolora.probe.pipelines.layouts import LatentLayout
 from prolora.probe.pipelines.schedules import NoiseSchedule
 from prolora.probe.recording.trajectories import Call
 from prolora.probe.report import ProbeReport
-from prolora.probe.run import ProbeTransfer, fit_from_recorder, fit_lora
-from prolora.probe.settings import FitSettings, Probing
+from prolora.probe.run import ProbeTransfer, fit_from_recorder, fit_to_models
+from prolora.probe.settings import FitSettings
 
 PIXELS = Setting("flux", "pixels", "flow")
 COARSE = Setting("flux", "coarse", "flow")
@@ -141,7 +142,7 @@ class Move:
         generator = torch.Generator().manual_seed(self.seed)
         about = self.adapter == "concept"
         y = self.study.world.draw_prompts(2 * images, generator, about)
-        settings = Probing(tuple(str(int(k)) for k in y), images=images)
+        settings = FitSettings(tuple(str(int(k)) for k in y), images=images)
         sides = [
             self.side(setting, model, settings)
             for setting, model in ((self.ours, self.source), (self.theirs, self.target))
@@ -149,7 +150,7 @@ class Move:
         updates = {f"backbone.{name}": update for name, update in self.lora.items()}
         return BatchedRecorder(*sides, Adapter(updates, format="diffusers"))
 
-    def side(self, setting: Setting, model: nn.Module, settings: Probing) -> CrossingSide:
+    def side(self, setting: Setting, model: nn.Module, settings: FitSettings) -> CrossingSide:
         """A model as one side of a crossing."""
         world, codec = self.study.world, self.study.codec(setting.space)
         channels = setting.shape[0]
@@ -250,20 +251,19 @@ def _fit_same_latents(case: Move, images: int, settings: FitSettings) -> ProbeTr
         x, time = clip_state(schedule, bounds, *call.args[:2])
         return Call((x, time.float(), call.args[2]), {})
 
-    return fit_lora(
+    return fit_to_models(
         case.source,
         case.target,
         Adapter({f"backbone.{n}": u for n, u in case.lora.items()}, format="diffusers"),
-        sampler(case.ours, case.source),
-        sampler(case.theirs, case.target),
-        translate=translate_between(ours, theirs),
-        translate_back=translate_between(theirs, ours),
-        convert=lambda call, f: convert_prediction(ours, theirs, *call.args[:2], f),
-        clip=clip,
+        Samplers(sampler(case.ours, case.source), sampler(case.theirs, case.target)),
+        replace(settings, force=True),
+        translation=Translation(
+            translate_between(ours, theirs),
+            translate_between(theirs, ours),
+            lambda call, f: convert_prediction(ours, theirs, *call.args[:2], f),
+            clip=clip,
+        ),
         rival={},
-        rank=settings.rank,
-        seed=settings.seed,
-        force=True,
     )
 
 

@@ -3,7 +3,7 @@
 Models and LoRAs are those of examples/icon_family. The score is the share of the held-out loss
 between no LoRA and one trained on the target for 90 steps (as in slice_icons.py) that is recovered,
 at strength 1. Rows of FILE under the same label are replaced, so that fits of several states of the
-library lie side by side; --options gives those of `probe.fit_lora`.
+library lie side by side; --options gives fields of `probe.FitSettings`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prolora import probe
 
 ROWS = (("pruned", "concept", "zero"), ("pruned", "concept", "copy"), ("pruned", "neon", "zero"))
 IMAGES, SAMPLER_STEPS, ORACLE_STEPS = 24, 10, 90
-FIT = {"probes": 768, "held_out": 24, "batch": 48, "steps": 16, "force": True, "seed": 0}
+FIT = {"probes": 768, "held_out": 24, "batch": 48, "fit_steps": 16, "force": True, "seed": 0}
 
 
 @functools.cache
@@ -65,7 +65,8 @@ def fit(kind: str, adapter: str, start: str, options: dict[str, Any]) -> dict:
     known = {"start": start, "rank": 32} | FIT | options
     before = time.process_time()
     updates = {f"{prefix}{name}": update for name, update in lora.items()}
-    result = probe.fit_lora(source, target, updates, *samplers, **known)
+    settings = probe.FitSettings(**known)
+    result = probe.fit_to_models(source, target, updates, probe.Samplers(*samplers), settings)
     seconds = time.process_time() - before
     verdict = result.report.gate
     assert verdict is not None
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--label", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--options", type=json.loads, default={}, help="of probe.fit_lora, as JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help="of FitSettings, as JSON")
     arguments = parser.parse_args()
     for row in ROWS:
         done = fit(*row, arguments.options)

@@ -20,7 +20,7 @@ from prolora.probe.pipelines.crossing import CrossedTranslation, CrossingSide
 from prolora.probe.pipelines.crossing_recorder import CrossingRecorder
 from prolora.probe.pipelines.latents import SharedLatents
 from prolora.probe.pipelines.layouts import LatentLayout
-from prolora.probe.settings import FEW_STEPS, Probing
+from prolora.probe.settings import FEW_STEPS, FitSettings
 
 if TYPE_CHECKING:
     from probing import Case
@@ -78,7 +78,7 @@ def record_images(case: Case, images: int, steps: int) -> WorldRecorder:
     world, prefix = case.world, case.world.prefix[case.arch]
     generator = torch.Generator().manual_seed(case.seed)
     y = world.draw_prompts(2 * images, generator, case.adapter == "concept")
-    settings = Probing(tuple(str(int(k)) for k in y), images=images, steps=steps)
+    settings = FitSettings(tuple(str(int(k)) for k in y), images=images, steps=steps)
     few = replace(settings, steps=FEW_STEPS)
     known = torch.tensor([*y.tolist(), world.null_prompt])
     sides = []

@@ -149,15 +149,24 @@ def run_probe(
     # As by the command line: no lower rank than the LoRA's.
     rank = max(32, *(update.rank for update in lora.values()))
     rival = {case.world.prefix[case.to] + name: update for name, update in copied.items()}
-    known = {"rank": rank, "seed": 100 * case.seed, "force": True} | options
+    # Rows that are stored call the steps of a fit and its damping as the library did then.
+    named = {"steps": "fit_steps", "damping": "curvature_damping"}
+    asked = {named.get(name, name): value for name, value in options.items()}
+    settings = FitSettings(**{"rank": rank, "seed": 100 * case.seed, "force": True} | asked)
     if case.world.distilled.get(case.kind) == "lines":
         recorder = record_images(case, images, sampler_steps)
-        result = room.fit_from_recorder(recorder, rival, FitSettings(**known))
+        result = room.fit_from_recorder(recorder, rival, settings)
     else:
         samplers = case.samplers(images, sampler_steps)
         guidance = guide_source(case.world, case.source, case.kind, case.adapter)
-        result = probe.fit_lora(
-            case.source, case.target, lora, *samplers, guidance=guidance, rival=rival, **known
+        result = probe.fit_to_models(
+            case.source,
+            case.target,
+            lora,
+            probe.Samplers(*samplers),
+            settings,
+            translation=probe.Translation(guidance=guidance),
+            rival=rival,
         )
     verdict = result.report.gate
     assert verdict is not None
@@ -223,7 +232,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", help="all of the world's unless given")
     parser.add_argument("--methods", nargs="+", default=["probe"], choices=["probe", "distilled"])
     parser.add_argument("--name", default="study", help="of this set of options")
-    parser.add_argument("--options", type=json.loads, default={}, help="of probe.fit_lora, as JSON")
+    parser.add_argument("--options", type=json.loads, default={}, help="of the fit, as JSON")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     world = load_world(asked.world)

@@ -62,16 +62,13 @@ def recovered(
     losses = row["losses"] | chosen["losses"]
     decision = ""
     if kind in ("far", "independent"):
-        fitted = probe.fit_lora(
+        samplers = (Sampler(world, model, ADAPTER, 12, 10) for model in (source, target))
+        fitted = probe.fit_to_models(
             source,
             target,
             {f"{prefix}{n}": u for n, u in lora.items()},
-            Sampler(world, source, ADAPTER, 12, 10),
-            Sampler(world, target, ADAPTER, 12, 10),
-            steps=12,
-            probes=240,
-            held_out=90,
-            force=True,
+            probe.Samplers(*samplers),
+            probe.FitSettings(fit_steps=12, probes=240, held_out=90, force=True),
         )
         decision = fitted.report.gate.decision
         updates = {n.removeprefix(prefix): u for n, u in fitted.adapter.updates.items()}

@@ -17,7 +17,7 @@ from prolora.bases.cache.basis_cache import default_folder
 from . import words
 
 AUTO = "auto"
-METHODS = (AUTO, *(name for name in prolora.METHODS if name != "probe"))
+METHODS = (AUTO, *prolora.METHODS)
 FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffusers": "diffusers"}
 MOVED = "zz-moved"
 """The folder of results, which comes last in ComfyUI's lists."""

@@ -33,11 +33,13 @@ from .errors import (
     UnsupportedTensor,
     WrongBase,
 )
-from .probe.settings import Probing
+from .probe.settings import FitSettings
 from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
+from .workflow.fit import fit, fit_file, fit_many, plan_fit
+from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
 from .workflow.fleet.plan import Plan
 from .workflow.fleet.planning import plan_migration
@@ -62,6 +64,8 @@ __all__ = [
     "Comparison",
     "Description",
     "ExpertsLike",
+    "FitOptions",
+    "FitSettings",
     "ForeignFile",
     "InvalidOption",
     "LowCoverage",
@@ -75,7 +79,6 @@ __all__ = [
     "OutputError",
     "Plan",
     "ProLoRAError",
-    "Probing",
     "ProjectionInfo",
     "Report",
     "ShapeMismatch",
@@ -95,11 +98,15 @@ __all__ = [
     "compare",
     "cuda_status",
     "damped",
+    "fit",
+    "fit_file",
+    "fit_many",
     "inspect",
     "load_moved_lora",
     "migrate",
     "open_base",
     "open_experts",
+    "plan_fit",
     "plan_migration",
     "plan_report",
     "principal_angles",

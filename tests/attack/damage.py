@@ -38,10 +38,14 @@ Words = list[object]
 
 def transfer(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
     """A transfer of the small LoRA, with a report."""
+    return write_lora(box, "transfer", *more, lora=lora)
+
+
+def write_lora(box: Box, verb: str, *more: object, lora: str = "lora.safetensors") -> Words:
     bases = ("--source", box.inputs / "source", "--target", box.inputs / "target")
     out = box.out / ("moved" if "peft" in lora else "moved.safetensors")
     report = ("--report", box.out / "report.json")
-    return ["transfer", box.inputs / lora, *bases, "-o", out, *report, "-q", *more]
+    return [verb, box.inputs / lora, *bases, "-o", out, *report, "-q", *more]
 
 
 def copy(box: Box, *more: object, lora: str = "lora.safetensors") -> Words:
@@ -386,12 +390,12 @@ def write_pipelines(box: Box) -> None:
     tiny_pipelines.write_lora(box.inputs / "lora.safetensors", updates)
 
 
-FIT = ["--method", "probe", "--prompt", "cat", "--probe-images", "1", "--probe-steps", "1"]
-FIT += ["--probe-size", "16", "--probe-fit-steps", "4", "--force"]
+FIT = ["--prompt", "cat", "--images", "1", "--steps", "1", "--size", "16"]
+FIT += ["--fit-steps", "4", "--force"]
 
 
 def fit(box: Box) -> list[Words]:
-    return [transfer(box, *FIT, "--cache=none", "--resume", box.cache / "kept")]
+    return [write_lora(box, "fit", *FIT, "--cache=none", "--resume", box.cache / "kept")]
 
 
 def write_fitted(box: Box) -> None:

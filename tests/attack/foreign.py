@@ -130,9 +130,10 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     ),
     "fit with resume": (
         damage.write_pipelines,
-        lambda box: transfer(
-            box, *damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"
-        ),
+        lambda box: [
+            *("fit", box.inputs / "lora.safetensors", *bases(box), "--no-cache", "-q"),
+            *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
+        ],
     ),
     "demo": (write_inputs, lambda box: ["demo", "-o", box.out / "demo", "--method", "copy"]),
 }

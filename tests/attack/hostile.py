@@ -182,9 +182,9 @@ def bases(box: Box) -> Words:
     return ["--source", box.inputs / "source", "--target", box.inputs / "target"]
 
 
-def move(box: Box, name: str = "lora.safetensors", *more: object) -> Words:
-    """A transfer of a file of the inputs."""
-    return ["transfer", box.inputs / name, *bases(box), "-o", box.out / "x.safetensors", *more]
+def move(box: Box, name: str = "lora.safetensors", *more: object, verb: str = "transfer") -> Words:
+    """A transfer of a file of the inputs, or a fit."""
+    return [verb, box.inputs / name, *bases(box), "-o", box.out / "x.safetensors", *more]
 
 
 def write_everything(box: Box) -> None:
@@ -233,7 +233,7 @@ def carry_on(box: Box) -> list[Words]:
 
 
 def probe(box: Box) -> list[Words]:
-    return [move(box, "lora.safetensors", *damage.FIT, "--cache=none")]
+    return [move(box, "lora.safetensors", *damage.FIT, "--cache=none", verb="fit")]
 
 
 def quick(box: Box, *more: object) -> Words:
@@ -280,7 +280,13 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     "prompts": (
         place("in/prompts.txt"),
         lambda box: [
-            move(box, "lora.safetensors", *damage.FIT, "--prompts", box.inputs / "prompts.txt")
+            move(
+                box,
+                "lora.safetensors",
+                *damage.FIT,
+                *("--prompts", box.inputs / "prompts.txt"),
+                verb="fit",
+            )
         ],
     ),
     "model_index.json": (place("in/source/model_index.json"), probe),

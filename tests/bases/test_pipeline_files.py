@@ -115,7 +115,7 @@ def test_whatever_the_files_say_is_read_or_refused(tmp_path, changes):
         lambda: pipeline_files.read_pipeline_index(tmp_path / "b"),
         lambda: pipeline_files.read_component_config(tmp_path / "b" / "vae"),
         lambda: vae.explain_vae_difference(tmp_path / "a", tmp_path / "b"),
-        lambda: vae.can_probe(tmp_path / "a", tmp_path / "b"),
+        lambda: vae.can_fit(tmp_path / "a", tmp_path / "b"),
     ):
         try:
             read()

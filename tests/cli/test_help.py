@@ -8,7 +8,7 @@ from prolora.cli.exits import MEANINGS
 from prolora.version import __version__
 from prolora.workflow.options import METHOD_NAMES
 
-COMMANDS = ["transfer", "inspect", "compare", "demo", "info", "basis"]
+COMMANDS = ["transfer", "fit", "inspect", "compare", "demo", "info", "basis"]
 COMMANDS += [f"basis {name}" for name in ("build", "list", "verify", "prune")]
 
 
@@ -47,7 +47,6 @@ def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
         "Matching",
         "Output",
         "Resources",
-        "Probing (only with --method probe)",
     ]
     panels = dict(zip(titles, re.split(r"^╰─+╯$", text, flags=re.M), strict=False))
     for panel, option in (
@@ -56,7 +55,6 @@ def test_the_options_of_transfer_stand_in_panels(prolora, monkeypatch):
         ("Method", "--threshold"),
         ("Output", "--out-rank"),
         ("Resources", "--max-memory"),
-        (titles[-1], "--resume"),
     ):
         assert option in panels[panel]
 
@@ -67,6 +65,43 @@ def test_the_short_help_of_transfer_fits_a_screen_and_names_the_long_one(prolora
     options = text.partition("Examples")[0]
     assert len(options.splitlines()) <= 48
     assert "--help-all" in options and "--source" in options and "--max-memory" not in options
+
+
+def test_the_short_help_of_fit_has_what_most_people_need(prolora, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    short, whole = (prolora("fit", flag)[1] for flag in ("-h", "--help-all"))
+    options = short.partition("Examples")[0]
+    assert len(options.splitlines()) <= 50
+    basic = ("source", "target", "output", "prompt", "prompts", "images", "steps", "size", "rank")
+    basic += ("target-guidance", "lora-guidance", "max-memory", "resume", "help-all")
+    for name in basic:
+        assert f"--{name} " in options, name
+    for name in ("fit-steps", "start", "force", "seed", "target-steps", "guidance", "device"):
+        assert f"--{name} " not in options and f"--{name} " in whole, name
+    for name in ("probes", "held-out", "batch", "curvature-damping"):
+        assert f"--{name}" not in whole  # for studies, in Python
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        ("--method", "probe"),
+        ("--method=probe",),
+        ("--probe-images", "2"),
+        ("--probe-fit-steps=3",),
+        ("--prompt", "a cat"),
+        ("--target-guidance", "1"),
+        ("--lora-steps=4",),
+        ("--resume", "kept"),
+        ("--force",),
+    ],
+)
+def test_what_transfer_no_longer_takes_is_found_at_fit(prolora, case, tmp_path, old):
+    lora, source, target = case
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
+    code, _, text = prolora(*line, *old)
+    assert code == 2 and "prolora fit on the command line" in flatten(text)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_name_that_is_no_choice_is_refused_with_the_choices(prolora, case, tmp_path):

@@ -163,7 +163,7 @@ def test_no_encoding_of_the_output_stops_a_command(case, tmp_path, encoding):
     assert moved[0] == 0, moved[2]
     assert len(adapters.read_adapter(out).updates) == 8
     text = moved[1].decode(encoding)
-    arrow, phi = ("→", "Φ l/r") if encoding == "utf-8" else ("->", "Phi l/r")
+    arrow, phi = ("→", "Φ l") if encoding == "utf-8" else ("->", "Phi l")
     assert f"source {arrow} target" in text and phi in text
     assert helped[0] == 0 and b"--method" in helped[1]
     assert wrong[0] == 2 and b"would overwrite the input" in wrong[2]

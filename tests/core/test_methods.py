@@ -4,13 +4,11 @@ from typing import get_args
 
 import pytest
 
-from prolora.core.methods import METHODS, MethodName, Needs, ProjectMethod, find_method
+from prolora.core.methods import METHODS, MethodName, Needs, find_method
 
 
 def test_the_types_name_the_methods_of_the_table():
     assert list(get_args(MethodName)) == list(METHODS)
-    without_models = [name for name, row in METHODS.items() if row.needs is not Needs.MODELS]
-    assert list(get_args(ProjectMethod)) == without_models
 
 
 def test_only_methods_that_look_at_nothing_or_bases_split_into_two_sides():

@@ -11,12 +11,11 @@ from spectra import related, weights
 
 from prolora import METHODS, LowRank, NonFiniteWeights, ShapeMismatch, project, truncated_svd
 from prolora.core import reference
-from prolora.core.methods import Needs
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 # Those that know the weights by their bases, and those that `project` takes.
 BY_BASES = [name for name, method in METHODS.items() if method.split]
-PROJECT_METHODS = [name for name, method in METHODS.items() if method.needs is not Needs.MODELS]
+PROJECT_METHODS = list(METHODS)
 METHOD = st.sampled_from(sorted(BY_BASES))
 KAPPA = {"damped": {"kappa": 3.0}}
 
@@ -309,7 +308,6 @@ def test_a_kappa_belongs_to_damped_and_damped_to_weights():
         ({"method": "damped", "kappa": -1.0}, "kappa must be"),
         ({"method": "damped", "kappa": float("nan")}, "kappa must be"),
         ({"method": "copy", "kappa": 1.0}, "kappa is for method 'damped'"),
-        ({"method": "probe"}, "runs the models"),
     ):
         with pytest.raises(ValueError, match=words):
             project(delta, source, target, **options)

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import tiny_pipelines as tiny
 import torch
+from fitting import fit_models
 from safetensors.torch import load_file, save_file
 from test_probe import lora, permuted, run, source
 
-from prolora import NonFiniteWeights, OutputError, ProLoRAError, probe, transfer
+from prolora import FitOptions, NonFiniteWeights, OutputError, ProLoRAError, fit
 from prolora.probe import pipelines
 from prolora.probe.recording.spill import SpillStore
-from prolora.probe.settings import Probing
 
 __all__ = ["lora", "source"]  # fixtures
 
 BROKEN = [float("nan"), float("inf"), float("-inf"), 1e30, -1e30]
-QUICK = Probing(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
+QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +50,14 @@ def test_one_broken_weight_of_a_module_is_refused_before_sampling(source, lora, 
     models = {"source": source, "target": permuted(source)}
     models[side].blocks[1].up.bias.data[3] = value
     with pytest.raises(NonFiniteWeights, match=rf"blocks\.1\.up\.bias of the {side}: 1 of 24 .*3"):
-        probe.fit_lora(*models.values(), lora, forbidden, forbidden)
+        fit_models(*models.values(), lora, forbidden, forbidden)
 
 
 @pytest.mark.parametrize("value", BROKEN)
 def test_one_broken_number_of_the_lora_is_refused_before_sampling(source, lora, value):
     lora["blocks.1.up"].down[1, 2] = value
     with pytest.raises(NonFiniteWeights, match=r"the LoRA's update of blocks\.1\.up"):
-        probe.fit_lora(source, source, lora, forbidden, forbidden)
+        fit_models(source, source, lora, forbidden, forbidden)
 
 
 @pytest.mark.parametrize("value", BROKEN)
@@ -80,7 +80,7 @@ def test_one_broken_weight_of_a_pipeline_is_refused_before_sampling(room, file, 
         pipelines.Pipeline, "sample_latents", lambda *_: pytest.fail("it was sampled")
     )
     with pytest.raises(NonFiniteWeights) as refusal:
-        transfer(room / "lora.safetensors", room / "source", room / "target", method="probe")
+        fit(room / "lora.safetensors", room / "source", room / "target")
     assert name in str(refusal.value) and str(path.parent) in str(refusal.value)
 
 
@@ -89,7 +89,7 @@ def test_a_mask_of_minus_infinity_that_is_stored_is_no_damage(source, lora):
     source.register_buffer("scale", torch.ones(2))
     source.mask[0, 0], source.scale[0] = 0.0, float("nan")
     with pytest.raises(NonFiniteWeights, match="scale of the source"):
-        probe.fit_lora(source, permuted(source), lora, forbidden, forbidden)
+        fit_models(source, permuted(source), lora, forbidden, forbidden)
 
 
 def test_a_model_whose_predictions_overflow_is_refused_in_words(source, lora):
@@ -98,7 +98,7 @@ def test_a_model_whose_predictions_overflow_is_refused_in_words(source, lora):
         block.down.weight.data *= 1e14
     source.leave.weight.data *= 1e14
     with pytest.raises(ProLoRAError, match=r"source.* NaN or Inf"):
-        run(source, permuted(source), lora, steps=1)
+        run(source, permuted(source), lora, fit_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_wrong_kind_in_the_index_of_a_pipeline_is_refused(room, change):
     index = room / "target" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(ProLoRAError) as refusal:
-        transfer(room / "lora.safetensors", room / "source", room / "target", method="probe")
+        fit(room / "lora.safetensors", room / "source", room / "target")
     assert "Error" not in str(refusal.value)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from prolora import LowRank, UnsupportedFormat, adapters, inspect
+from prolora import FitOptions, LowRank, UnsupportedFormat, adapters, fit, inspect
 from prolora import transfer as prolora_transfer
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base, vae
@@ -36,7 +36,6 @@ from prolora.probe.recording import call_codec
 from prolora.probe.recording.spill import spill_questions
 from prolora.probe.recording.translation import Question, Translation
 from prolora.probe.recording.wanted import WantedChange
-from prolora.probe.settings import Probing
 
 LEAVES = {
     "sd": ("attn1.to_v", "ff.net.2"),
@@ -44,7 +43,7 @@ LEAVES = {
     "flux": ("attn.to_q", "proj_out"),
 }
 SIZED = {"sd": None, "sdxl": None, "pixels": None}  # pixels; 16 for all others
-FEW = Probing(("cat", "dog"), images=1, steps=2, fit_steps=1, force=True)
+FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=1, force=True)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +90,7 @@ def _write_lora(file: Path, shapes: dict[str, tuple[int, ...]], leaves: tuple[st
 
 def observe(room: Path, name: str) -> pipelines.CrossingSide:
     size = SIZED.get(name, 16)
-    settings = Probing(("cat", "dog"), images=1, steps=2, size=size)
+    settings = FitOptions(("cat", "dog"), images=1, steps=2, size=size)
     return pipelines.CrossingSide.of(pipelines.open_pipeline(room / name), settings)
 
 
@@ -156,19 +155,19 @@ def test_latents_show_what_the_pipeline_shows_and_images_become_its_latents(room
 
 
 def run(room: Path, source: str, target: str, out: Path, *more: str) -> dict[str, Any]:
-    line = ["transfer", str(room / f"{source}.safetensors"), "--source", str(room / source)]
-    line += ["--target", str(room / target), "-o", str(out), "--method", "probe", "--force"]
-    line += ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "1"]
-    result = CliRunner().invoke(app, [*line, "--probe-fit-steps", "1", "--json", *more])
+    line = ["fit", str(room / f"{source}.safetensors"), "--source", str(room / source)]
+    line += ["--target", str(room / target), "-o", str(out), "--force"]
+    line += ["--prompt", "cat", "--prompt", "dog", "--images", "1", "--steps", "1"]
+    result = CliRunner().invoke(app, [*line, "--fit-steps", "1", "--json", *more])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 CROSSED = {
     "sd, to sdxl": ["--resume", "kept"],
-    "sdxl, to flux": ["--probe-size", "32"],
-    "flux, to flux2": ["--probe-size", "16"],
-    "flux, to qwen": ["--probe-size", "16"],
+    "sdxl, to flux": ["--size", "32"],
+    "flux, to flux2": ["--size", "16"],
+    "flux, to qwen": ["--size", "16"],
 }
 
 
@@ -438,14 +437,14 @@ def test_what_no_image_can_cross_to_is_refused_before_it_is_loaded(
         save_file(kept, file)
     with pytest.raises(UnsupportedFormat, match="no pixels" if broken == "no VAE" else broken):
         cross_to(room, target)
-    assert vae.can_probe(room / "sd", room / "sdxl")
+    assert vae.can_fit(room / "sd", room / "sdxl")
     assert "latents_mean" in vae.explain_vae_difference(room / "sd", room / "sdxl")
-    assert not vae.can_probe(room / "sd", target)
+    assert not vae.can_fit(room / "sd", target)
 
 
-def cross_to(room: Path, target: Path, probe: Probing = FEW, **more: Any) -> Any:
+def cross_to(room: Path, target: Path, options: FitOptions = FEW, **more: Any) -> Any:
     lora = room / "sd.safetensors"
-    return prolora_transfer(lora, room / "sd", target, method="probe", probe=probe, **more)
+    return fit(lora, room / "sd", target, options, **more)
 
 
 def test_latents_that_cannot_be_read_are_refused():
@@ -524,7 +523,7 @@ def test_the_share_of_each_band_is_measured_with_the_updates_in_place():
 
 
 def test_texts_of_different_lengths_are_asked_one_by_one(room):
-    settings = Probing(("cat", "dog cat dog"), images=2, steps=2)
+    settings = FitOptions(("cat", "dog cat dog"), images=2, steps=2)
     ours, theirs = (
         pipelines.CrossingSide.of(
             pipelines.open_pipeline(room / name), replace(settings, size=size)

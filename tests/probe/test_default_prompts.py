@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from prolora import Probing
-from prolora import transfer as prolora_transfer
+import prolora
 from prolora.adapters.training_words import CaptionedFolder, TrainingWords, read_training_words
 from prolora.probe import pipelines
 from prolora.probe.default_prompts import COUNT, DIVERSE, derive_prompts
@@ -78,11 +77,17 @@ def test_both_models_are_asked_with_them_unless_prompts_are_given(room, given, m
         return sample(self, prompt, *rest, **more)
 
     monkeypatch.setattr(pipelines.Pipeline, "sample_latents", record)
-    probing = Probing(given, images=2, steps=1, fit_steps=1, force=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        moved = prolora_transfer(
-            room / "tagged.safetensors", room / "0", room / "5", method="probe", probe=probing
+        moved = prolora.fit(
+            room / "tagged.safetensors",
+            room / "0",
+            room / "5",
+            prompts=given,
+            images=2,
+            steps=1,
+            fit_steps=1,
+            force=True,
         )
     prompts = derive_prompts(
         read_training_words({"ss_tag_frequency": '{"a": {"cat": 9, "dog": 3}}'})

@@ -10,11 +10,11 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LCMScheduler
+from fitting import fit_models
 from test_model_classes import SETTINGS, flux, opened, sd3, stable_diffusion, updates, z_image
 from torch import Tensor, nn
 
-from prolora import InvalidOption, LowRank, Probing, probe
-from prolora import transfer as prolora_transfer
+from prolora import FitOptions, InvalidOption, LowRank, fit, probe
 from prolora.adapters.adapter import Adapter
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
@@ -192,14 +192,14 @@ def test_images_of_the_empty_prompt_alone_are_asked_about(tmp_path):
     assert [call.origin for call in kept] == 2 * ["source"] + 2 * ["adapted"]
     rows = [len(split_call(source.denoiser, call).latent) for call in kept]
     assert rows == [2, 2, 1, 1]
-    result = probe.fit_lora(
+    result = fit_models(
         source.denoiser,
         target.denoiser,
         updates(source.denoiser),
         source.sampler(pair.settings),
         target.sampler(pair.of_target),
         force=True,
-        steps=1,
+        fit_steps=1,
         **vars(pair.translation),
     )
     assert result.report.guidance == pytest.approx(7.5, rel=1e-3)
@@ -232,7 +232,7 @@ def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
     lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    probing = Probing(
+    probing = FitOptions(
         ("cat", "dog"),
         images=1,
         steps=4,
@@ -246,7 +246,7 @@ def test_a_target_with_fewer_steps_is_asked_about_recorded_calls_of_its_own(tmp_
 
     def probed(**changes: float) -> probe.ProbeReport:
         asked = replace(probing, **changes)
-        return prolora_transfer(lora, *ends, method="probe", probe=asked, again=True).report.probe
+        return fit(lora, *ends, asked, again=True).report.probe
 
     unguided = probed(target_guidance=1.0)
     assert unguided.guidance == pytest.approx(7.5, rel=1e-3)
@@ -289,7 +289,7 @@ def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_pa
         torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-3)
     lora = updates(source.denoiser)
     ends = source.denoiser, target.denoiser, lora
-    fitted = probe.fit_lora(*ends, *samplers, steps=1, force=True, **vars(pair.translation))
+    fitted = fit_models(*ends, *samplers, fit_steps=1, force=True, **vars(pair.translation))
     assert fitted.report.probes == 3 * len(used)  # those without the prompt are not asked
     measured = probe.measure_strengths(
         *ends,
@@ -311,17 +311,17 @@ def test_a_target_without_guidance_is_sampled_so_and_the_report_says_what_was_as
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
     lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    probing = Probing(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
+    probing = FitOptions(("cat", "dog"), images=1, steps=2, size=16, fit_steps=1, force=True)
     few = replace(probing, target_steps=1, target_guidance=1.0)
     ends = tmp_path / "source", tmp_path / "twin"
-    moved = prolora_transfer(lora, *ends, method="probe", probe=few, again=True)
+    moved = fit(lora, *ends, few, again=True)
     report = moved.report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3)
     # Three origins of one image, and the pair of the first two, at as many levels as the source's.
     assert report.probes == 4 * 2 and report.crossed and report.crossed.shared
     text = " ".join(report.sentences())
     assert "The target is run without guidance, so the source was asked with its own, 7.5." in text
-    plain = prolora_transfer(lora, *ends, method="probe", probe=probing, again=True).report.probe
+    plain = fit(lora, *ends, probing, again=True).report.probe
     assert plain.guidance == 1 and plain.probes == 3 * 2
     assert "guidance" not in " ".join(plain.sentences())
 
@@ -331,14 +331,14 @@ def test_a_few_step_lora_is_sampled_as_it_is_run_and_asked_without_guidance(tmp_
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "twin", unet=unet, scheduler="euler")
     lora = tiny.write_lora(tmp_path / "l.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    probing = Probing(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
+    probing = FitOptions(("cat", "dog"), images=1, steps=4, size=16, fit_steps=1, force=True)
     few = replace(probing, lora_steps=1, lora_guidance=1.0)
     ends = tmp_path / "source", tmp_path / "twin"
-    report = prolora_transfer(lora, *ends, method="probe", probe=few, again=True).report.probe
+    report = fit(lora, *ends, few, again=True).report.probe
     # Source and target are guided, and so nothing is asked with guidance.
     assert (report.guidance, report.guided_lora, report.probes) == (1, True, 4 + 1 + 4)
     few = replace(few, target_guidance=1.0)
-    report = prolora_transfer(lora, *ends, method="probe", probe=few, again=True).report.probe
+    report = fit(lora, *ends, few, again=True).report.probe
     assert report.guidance == pytest.approx(7.5, rel=1e-3) and not report.guided_lora
     assert report.probes == 4 + 1 + 4 and report.crossed is None
     assert "with its own, 7.5, and with the LoRA without." in " ".join(report.sentences())
@@ -357,7 +357,7 @@ def test_a_few_step_lora_has_no_pairs_of_images(tmp_path):
 @pytest.mark.parametrize("bad", [{"lora_steps": 0}, {"target_steps": 0}, {"lora_guidance": "x"}])
 def test_impossible_samplings_are_refused(bad):
     with pytest.raises(InvalidOption, match=next(iter(bad))):
-        Probing(**bad)
+        FitOptions(**bad)
 
 
 class Prompted(nn.Module):

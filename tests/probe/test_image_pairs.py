@@ -12,8 +12,7 @@ import torch
 from test_model_classes import SETTINGS, flux, opened, stable_diffusion, updates
 from torch import Tensor, nn
 
-from prolora import adapters
-from prolora import transfer as prolora_transfer
+from prolora import FitOptions, adapters, fit
 from prolora.adapters.adapter import Adapter
 from prolora.bases import open_base
 from prolora.probe import pipelines
@@ -34,7 +33,6 @@ from prolora.probe.recording.trajectories import Call
 from prolora.probe.recording.translation import PAIR, Question, Translation
 from prolora.probe.recording.wanted import WantedChange, wanted_changes
 from prolora.probe.run import _alternate
-from prolora.probe.settings import Probing
 
 
 class Predicting(nn.Module):
@@ -182,8 +180,8 @@ def test_an_ε_model_and_a_flow_with_one_vae_see_the_same_images_and_noise(tmp_p
                 states.append(side.space.as_image(parts.latent) / size)
             torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
         lora = tiny.write_lora(tmp_path / "l.safetensors", updates(models[0].denoiser))
-        probing = Probing(("cat",), images=1, steps=2, size=16, fit_steps=1, force=True)
-        moved = prolora_transfer(lora, source, target, method="probe", probe=probing)
+        probing = FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=1, force=True)
+        moved = fit(lora, source, target, probing)
         moved.save(tmp_path / "out.safetensors")
     crossed = moved.report.probe.crossed
     assert (crossed.shared, crossed.round_trip) == (True, {})

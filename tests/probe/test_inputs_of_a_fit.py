@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_probe import lora, permuted, run, source
 from torch import nn
 
-from prolora import LowRank, OutputError, probe, transfer
+from prolora import FitOptions, LowRank, OutputError, fit, probe
 from prolora.probe import pipelines
-from prolora.probe.settings import Probing
 
 __all__ = ["lora", "source"]  # fixtures
 
-QUICK = Probing(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
-JOINT = {"steps": 2, "rank": 3, "force": True}
+QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
+JOINT = {"fit_steps": 2, "rank": 3, "force": True}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(folder: Path, kept: Path | None = None) -> probe.ProbeReport:
     asked = {**vars(QUICK), "resume": kept or folder / "kept"}
     files = folder / "lora.safetensors", folder / "source", folder / "target"
-    return transfer(*files, method="probe", probe=Probing(**asked)).report.probe
+    return fit(*files, FitOptions(**asked)).report.probe
 
 
 @pytest.fixture
@@ -160,7 +159,7 @@ def test_another_version_of_a_package_is_seen_and_named(changed, package, monkey
 
 def test_a_change_of_modules_in_memory_is_seen_and_named(source, lora, tmp_path):
     target = permuted(source)
-    kept = {"resume": tmp_path / "kept", "samplers": "three steps"}
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
     run(source, target, lora, **kept, **JOINT)
     source.blocks[1].norm.eps = 1e-2
     with pytest.raises(OutputError, match=r"the source's blocks\.1\.norm changed: eps 1e-05 → 0"):
@@ -179,7 +178,7 @@ def test_a_module_of_another_class_with_the_same_weights_is_seen(source, lora, t
             return nn.functional.gelu(super().forward(x))
 
     target = permuted(source)
-    kept = {"resume": tmp_path / "kept", "samplers": "three steps"}
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
     run(source, target, lora, **kept, **JOINT)
     target.blocks[2].norm = Gelu(12, elementwise_affine=False)
     with pytest.raises(OutputError, match=r"the target's blocks\.2\.norm changed: class"):
@@ -189,7 +188,7 @@ def test_a_module_of_another_class_with_the_same_weights_is_seen(source, lora, t
 def test_a_folder_that_holds_other_things_is_refused_and_left_alone(source, lora, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"thesis\.txt"):
-        run(source, source, lora, resume=tmp_path, samplers="three steps", **JOINT)
+        run(source, source, lora, resume=tmp_path, described="three steps", **JOINT)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -197,7 +196,7 @@ def test_a_folder_that_holds_other_things_is_refused_and_left_alone(source, lora
 def test_a_damaged_or_foreign_list_of_inputs_is_refused_and_left_alone(
     source, lora, tmp_path, text
 ):
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
     run(source, source, lora, **kept, **JOINT)
     (listed,) = tmp_path.glob("*.json")
     listed.write_text(text)
@@ -208,7 +207,7 @@ def test_a_damaged_or_foreign_list_of_inputs_is_refused_and_left_alone(
 
 
 def test_results_without_their_list_of_inputs_are_refused(source, lora, tmp_path):
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
     run(source, source, lora, **kept, **JOINT)
     next(tmp_path.glob("*.json")).unlink()
     with pytest.raises(OutputError, match="calls-"):
@@ -216,7 +215,7 @@ def test_results_without_their_list_of_inputs_are_refused(source, lora, tmp_path
 
 
 def test_nothing_is_written_through_a_link_in_the_folder(source, lora, tmp_path):
-    kept = {"resume": tmp_path / "kept", "samplers": "three steps"}
+    kept = {"resume": tmp_path / "kept", "described": "three steps"}
     run(source, source, lora, **kept, **JOINT)
     victim = tmp_path / "victim.safetensors"
     victim.write_bytes(b"mine")
@@ -229,7 +228,7 @@ def test_nothing_is_written_through_a_link_in_the_folder(source, lora, tmp_path)
 
 
 def test_another_lora_uses_what_the_bases_were_asked(source, lora, tmp_path):
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
     run(source, permuted(source), lora, **kept, **JOINT)
     weaker = {name: LowRank(0.5 * update.up, update.down) for name, update in lora.items()}
     assert run(source, permuted(source), weaker, **kept, **JOINT).report.resumed == 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fitting import fit_models
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
@@ -238,7 +239,7 @@ def test_the_cut_at_full_rank_changes_nothing():
 
 
 def test_a_share_as_rank_keeps_as_many_directions_as_hold_it(source, lora):
-    result = run(source, permuted(source), lora, rank=0.9, steps=6)
+    result = run(source, permuted(source), lora, rank=0.9, fit_steps=6)
     ranks = {update.rank for update in result.adapter.updates.values()}
     assert 1 <= min(ranks) <= max(ranks) <= 2
     assert result.report.gate.share["all"] > 0.7
@@ -328,7 +329,7 @@ def test_another_architecture_gets_updates_of_all_its_own_modules(source, lora):
     torch.manual_seed(7)
     other = Denoiser(width=16)
     other.blocks = nn.ModuleList(FluxSingleTransformerBlock() for _ in range(2))
-    result = run(source, other, lora, force=True, steps=4)
+    result = run(source, other, lora, force=True, fit_steps=4)
     assert set(result.adapter.updates) == {"blocks.0.mix", "blocks.1.mix"}
     assert result.report.modules == 2
     assert result.report.gate.copy_share is None
@@ -341,7 +342,7 @@ def test_progress_names_every_step(source, lora):
         permuted(source),
         lora,
         force=True,
-        steps=3,
+        fit_steps=3,
         progress=lambda done, total, name: seen.append((done, total, name)),
     )
     assert [row for row in seen if row[2] != "asking"] == [
@@ -357,7 +358,7 @@ def test_the_fit_is_sized_by_what_was_sampled():
     assert (large.probes, large.held_out, large.batch) == (1152, 192, 48)
     small = probe.FitSettings(batch=6).sized(960)
     assert (small.probes, small.held_out, small.batch) == (220, 48, 6)
-    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.steps < 3 * 960
+    assert 3 * small.probes + 7 * small.held_out + 5 * 11 * small.fit_steps < 3 * 960
     assert probe.FitSettings().sized(10).batch == 4
 
 
@@ -368,17 +369,17 @@ def test_between_related_bases_that_agree_the_fit_starts_from_the_copy(source, l
     with torch.no_grad():
         for block in tuned.blocks:
             block.down.weight += 0.02 * torch.randn_like(block.down.weight)
-    result = run(source, tuned, lora, steps=12)
+    result = run(source, tuned, lora, fit_steps=12)
     assert result.report.start == "copy"
     assert result.report.steps[0] == pytest.approx(result.report.gate.copy_share["all"], abs=0.05)
     assert result.report.gate.share["all"] > result.report.gate.copy_share["all"]
     assert "starting from the copied updates" in result.report.sentences()[0]
     outside = LowRank(0.1 * torch.ones(4, 1), torch.ones(1, 12) / 12)
-    more = run(source, tuned, lora | {"leave": outside}, steps=12)
+    more = run(source, tuned, lora | {"leave": outside}, fit_steps=12)
     assert more.report.left_out == {}
     strength = more.report.gate.strength
     torch.testing.assert_close(more.adapter.updates["leave"].dense(), strength * outside.dense())
-    assert run(source, permuted(source), lora, steps=2, force=True).report.start == "zero"
+    assert run(source, permuted(source), lora, fit_steps=2, force=True).report.start == "zero"
 
 
 def decide(copied: float | None, gain: float, apart: float, start: str = "copy") -> str:
@@ -442,13 +443,13 @@ def test_bases_that_predict_something_else_are_refused_where_no_copy_serves():
 def test_a_target_that_lacks_blocks_gets_a_fit_that_starts_from_the_copy(source, lora):
     pruned = copy.deepcopy(source)
     del pruned.blocks[2]
-    forced = run(source, pruned, lora, steps=10, batch=12, force=True)
+    forced = run(source, pruned, lora, fit_steps=10, batch=12, force=True)
     assert forced.report.start == "copy"
     assert "starting from the copied updates" in forced.report.sentences()[0]
     gain = forced.report.gate.gain
     assert gain.lowest > 0
     assert 10 < gain.trajectories <= 24  # of 24 held-out samples, several lie on one trajectory
-    zero = run(source, pruned, lora, steps=1, force=True, start="zero")
+    zero = run(source, pruned, lora, fit_steps=1, force=True, start="zero")
     assert zero.report.start == "zero"
 
 
@@ -471,7 +472,7 @@ def test_a_copy_cannot_be_the_start_where_none_fits(source, lora):
         raise AssertionError("sampled before the refusal")
 
     with pytest.raises(ShapeMismatch, match="start 'copy'"):
-        probe.fit_lora(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
+        fit_models(source, Denoiser(width=16), lora, forbidden, forbidden, start="copy")
 
 
 def test_disagreement_depends_neither_on_the_lora_nor_on_what_the_models_predict(source):

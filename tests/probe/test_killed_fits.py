@@ -14,9 +14,8 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
-from prolora import transfer
+import prolora
 from prolora.probe import checkpoint, pipelines
-from prolora.probe.settings import Probing
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,8 +60,7 @@ def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path, m
     def fit(name: str, kept: Path | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            probing = Probing(("cat", "dog"), resume=kept, **asked)
-            done = transfer(*ends, method="probe", probe=probing)
+            done = prolora.fit(*ends, prompts=("cat", "dog"), resume=kept, **asked)
         done.save(tmp_path / name)
 
     started = time.monotonic()

@@ -21,19 +21,19 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from fitting import fit_models
 from test_probe_kinds import t5
 from torch import nn
 from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
-from prolora import LowRank, ProLoRAError, probe
+from prolora import FitOptions, LowRank, ProLoRAError, probe
 from prolora.architectures.modules import find_block, is_adaptable
 from prolora.probe import pipelines
 from prolora.probe.modules import find_blocks
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls
-from prolora.probe.settings import Probing
 
-SETTINGS = Probing(("cat", "dog cat"), images=2, steps=2, size=16)
+SETTINGS = FitOptions(("cat", "dog cat"), images=2, steps=2, size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def adaptable_modules(model: nn.Module) -> list[str]:
 
 
 def fit(pair: pipelines.PipelinePair, **options: Any) -> probe.ProbeTransfer:
-    return probe.fit_lora(
+    return fit_models(
         pair.source.denoiser,
         pair.target.denoiser,
         updates(pair.source.denoiser),
@@ -184,7 +184,7 @@ def test_a_class_that_nobody_named_takes_the_change(make, blocks, tmp_path):
     assert pair.log_snr is None
     call = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")[0]
     assert find_blocks(source.denoiser, call) == blocks
-    result = fit(pair, steps=4)
+    result = fit(pair, fit_steps=4)
     assert result.report.gate.share["all"] > 0.1  # after four steps
     assert result.adapter.updates.keys() == updates(source.denoiser).keys()
 
@@ -208,7 +208,7 @@ def test_a_unet_for_noise_asks_a_transformer_for_flow_at_equal_log_snr(tmp_path)
             torch.testing.assert_close(
                 flow.latent / (1 - level), noise.latent / alpha.sqrt(), check_dtype=False
             )
-    report = fit(pair, steps=1).report
+    report = fit(pair, fit_steps=1).report
     report.log_snr = pair.log_snr
     assert "equal log-SNR, from -5.4 to 7.1" in report.sentences()[1]
     assert report.modules == len(adaptable_modules(target.denoiser))
@@ -236,7 +236,7 @@ def test_packed_latents_are_asked_of_a_model_that_takes_a_list_and_counts_backwa
     prediction = source.denoiser(*call.args, **call.kwargs)[0]
     image = source.pipe._unpack_latents(prediction, 16, 16, source.pipe.vae_scale_factor)
     torch.testing.assert_close(answers[0][:, :, 0], -image)  # Z-Image predicts x₀ − ε
-    assert fit(pair, steps=1).report.modules == len(adaptable_modules(target.denoiser))
+    assert fit(pair, fit_steps=1).report.modules == len(adaptable_modules(target.denoiser))
 
 
 def test_latents_of_other_shapes_are_refused(tmp_path):

@@ -9,13 +9,13 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from fitting import fit_models
 from torch import Tensor
 
-from prolora import UnsupportedFormat, probe
+from prolora import FitOptions, UnsupportedFormat
 from prolora.probe import pipelines
 from prolora.probe.pipelines import conversion, flow_convention, schedules
 from prolora.probe.pipelines.schedules import NoiseSchedule, Times
-from prolora.probe.settings import Probing
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000).double()
 NARROW = (1 - torch.linspace(0.03, 0.11, 1000).double().square()).cumprod(0)
@@ -242,15 +242,17 @@ def test_a_flow_that_is_an_ε_model_in_other_terms_takes_its_lora_as_it_is(tmp_p
     flow.alphas = source.schedule.alphas
     other.pipe.unet, other.pipe.scheduler = flow.eval(), FlowMatchForNoise(shift=2.0)
     target = pipelines.Pipeline(other.pipe, "target")
-    pair = pipelines.pair_pipelines(source, target, Probing(("cat",), images=1, steps=3, size=16))
+    pair = pipelines.pair_pipelines(
+        source, target, FitOptions(("cat",), images=1, steps=3, size=16)
+    )
     assert pair.log_snr == pytest.approx((-5.364, 7.069), abs=1e-3)
-    result = probe.fit_lora(
+    result = fit_models(
         source.denoiser,
         target.denoiser,
         tiny.updates(source.denoiser, ("attn1.to_v", "ff.net.2")),
         source.sampler(pair.settings),
         target.sampler(pair.settings),
-        steps=1,
+        fit_steps=1,
         probes=8,
         held_out=8,
         **vars(pair.translation),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fitting import fit_models
 from torch import Tensor, nn
 
 from prolora import LowRank, ProLoRAError, UnrelatedBases, probe
@@ -90,7 +91,7 @@ def lora() -> dict[str, LowRank]:
 
 def run(source: nn.Module, target: nn.Module, lora: dict[str, LowRank], **options):
     options = {"rank": 8} | options
-    return probe.fit_lora(source, target, lora, sampler(source), sampler(target), **options)
+    return fit_models(source, target, lora, sampler(source), sampler(target), **options)
 
 
 def test_a_base_in_permuted_coordinates_gets_the_change_that_the_lora_makes(source, lora):
@@ -131,7 +132,7 @@ def test_models_with_other_inputs_and_outputs_are_asked_the_same_question(source
         for i in range(3):
             x = x - 2 * target(x, torch.full((12,), 1000 - i / 0.003)) / 3
 
-    result = probe.fit_lora(
+    result = fit_models(
         source,
         target,
         lora,
@@ -223,5 +224,5 @@ def test_every_module_is_afterwards_in_the_mode_it_was_in(source, lora):
     target.train()
     target.blocks[1].eval()
     before = {name: module.training for name, module in target.named_modules()}
-    run(source, target, lora, steps=1, force=True)
+    run(source, target, lora, fit_steps=1, force=True)
     assert {name: module.training for name, module in target.named_modules()} == before

@@ -7,9 +7,10 @@ import re
 
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from fitting import fit_models
 from torch import nn
 
-from prolora import LowRank, adapters, probe
+from prolora import LowRank, adapters
 
 FLUX = {
     "patch_size": 1,
@@ -51,7 +52,7 @@ def loras(model: nn.Module, pattern: str) -> dict[str, LowRank]:
 
 def transfer(model: nn.Module, lora: dict[str, LowRank], sampler, **options):
     target = copy.deepcopy(model)
-    return probe.fit_lora(model, target, lora, sampler(model), sampler(target), **options)
+    return fit_models(model, target, lora, sampler(model), sampler(target), **options)
 
 
 def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
@@ -82,7 +83,7 @@ def test_a_flux_transformer_takes_the_change_in_both_kinds_of_blocks():
 
     pattern = r".*blocks\.\d+\.(attn\.(to_q|to_v|to_out\.0|add_v_proj)|ff\.net\.2|proj_out)"
     lora = loras(model, pattern)
-    result = transfer(model, lora, sampler, steps=12)
+    result = transfer(model, lora, sampler, fit_steps=12)
     assert result.report.gate.share["all"] > 0.8
     assert set(lora) <= set(result.adapter.updates)
 
@@ -101,7 +102,7 @@ def test_a_unet_takes_the_change_at_every_resolution_and_the_lora_can_be_saved(t
         return sample
 
     lora = loras(model, r".*transformer_blocks\.0\.(attn[12]\.to_(v|out\.0)|ff\.net\.2)")
-    result = transfer(model, lora, sampler, steps=12)
+    result = transfer(model, lora, sampler, fit_steps=12)
     assert result.report.gate.share["all"] > 0.8
     assert set(result.adapter.updates) == set(lora)
     result.save(tmp_path / "moved.safetensors")

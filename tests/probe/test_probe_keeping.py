@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import fit_models
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from prolora.probe.recording.trajectories import Call, record_calls
 
 __all__ = ["lora", "source"]  # fixtures
 
-QUICK = {"steps": 3, "rank": 3, "force": True}
+QUICK = {"fit_steps": 3, "rank": 3, "force": True}
 
 
 class Interrupted(Exception):
@@ -34,10 +35,10 @@ def assert_equal(one: probe.ProbeTransfer, two: probe.ProbeTransfer) -> None:
 
 def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypatch):
     target = permuted(source)
-    joint = {"steps": 9, "batch": 12, "rank": 3, "force": True}
+    joint = {"fit_steps": 9, "batch": 12, "rank": 3, "force": True}
     complete = run(source, target, lora, **joint)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
 
     def stop(done: int, total: int, name: str) -> None:
         if name == "step 7":
@@ -59,7 +60,7 @@ def test_a_joint_fit_goes_on_between_two_steps(source, lora, tmp_path, monkeypat
 
 def test_damaged_and_foreign_files_are_made_again(source, lora, tmp_path):
     target = permuted(source)
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
     first = run(source, target, lora, **kept, **QUICK)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 6 + 1
@@ -149,7 +150,7 @@ def test_no_folder_is_made_for_what_is_refused(source, tmp_path):
     sample = sampler(source)
     kept = tmp_path / "kept"
     with pytest.raises(ProLoRAError, match="no updates"):
-        probe.fit_lora(source, source, {}, sample, sample, resume=kept, samplers="any")
+        fit_models(source, source, {}, sample, sample, resume=kept, described="any")
     assert not kept.exists()
 
 
@@ -162,9 +163,9 @@ def test_nothing_is_kept_unless_asked(source, lora, tmp_path, monkeypatch):
 
 def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, lora, tmp_path):
     target = permuted(source)
-    quick = {"steps": 3, "rank": 3, "force": True}
+    quick = {"fit_steps": 3, "rank": 3, "force": True}
     complete = run(source, target, lora, **quick)
-    kept = {"resume": tmp_path, "samplers": "three steps"}
+    kept = {"resume": tmp_path, "described": "three steps"}
     assert_equal(complete, run(source, target, lora, max_memory=8000, **kept, **quick))
     again = run(source, target, lora, **kept, **quick)
     assert again.report.resumed == 1

@@ -35,12 +35,11 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from prolora import adapters
+from prolora import FitOptions, adapters
 from prolora.cli import app
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls
-from prolora.probe.settings import Probing
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +155,7 @@ def test_both_models_are_asked_the_same_question(kind, tmp_path):
         make(tmp_path / name)
     source, target = (pipelines.open_pipeline(tmp_path / name) for name in ("source", "target"))
     prompts = ("3", "7") if "class" in kind else ("cat", "dog")
-    pair = pipelines.pair_pipelines(source, target, Probing(prompts, images=2, steps=2, size=16))
+    pair = pipelines.pair_pipelines(source, target, FitOptions(prompts, images=2, steps=2, size=16))
     recorded = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
     recorded_there = record_calls(target.denoiser, target.sampler(pair.settings), 0, "target")
     assert len(recorded) == len(recorded_there) == 4
@@ -196,25 +195,25 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
     unet = pipelines.open_pipeline(tmp_path / "source").denoiser
     tiny.save(tmp_path / "target", unet=permuted(unet), scheduler="euler")
     lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("to_out.0",)))
-    line = ["transfer", str(lora), "--source", str(tmp_path / "source"), "--target"]
-    line += [str(tmp_path / "target"), "--method", "probe", "--probe-images", "1", "--json"]
-    line += ["--probe-steps", "2"]
+    line = ["fit", str(lora), "--source", str(tmp_path / "source"), "--target"]
+    line += [str(tmp_path / "target"), "--images", "1", "--json"]
+    line += ["--steps", "2"]
 
     def run(name: str, *more: str) -> dict[str, Any]:
         result = CliRunner().invoke(app, [*line, "-o", str(tmp_path / name), *more])
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
-    report = run("out.safetensors", "--probe-fit-steps", "5")
+    report = run("out.safetensors", "--fit-steps", "5")
     gate = report["probe"]["gate"]
     assert gate["decision"] in ("go", "weaken")
     assert gate["share"]["all"] > 0.5
     assert gate["copy_share"]["all"] < 0.5
-    assert report["method"] == "probe"
+    assert report["method"] == "fit"
     updates = adapters.read_adapter(tmp_path / "out.safetensors").updates
     assert set(updates) == {row["target"] for row in report["modules"]}
     # Twice the same command: the same file, to the bit.
     for name in ("one.safetensors", "two.safetensors"):
-        run(name, "--probe-fit-steps", "1", "--force", "--format", "diffusers")
+        run(name, "--fit-steps", "1", "--force", "--format", "diffusers")
     one, two = ((tmp_path / name).read_bytes() for name in ("one.safetensors", "two.safetensors"))
     assert one == two

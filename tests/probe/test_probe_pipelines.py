@@ -1,4 +1,4 @@
-"""`--method probe` from pipeline folders to a LoRA file, and what it refuses."""
+"""`prolora fit` from pipeline folders to a LoRA file, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from prolora import (
+    FitOptions,
     ProLoRAError,
     ShapeMismatch,
     UnrelatedBases,
     UnsupportedFormat,
     adapters,
     advise,
+    fit,
 )
 from prolora import transfer as prolora_transfer
 from prolora.bases import identity, vae
@@ -31,12 +33,11 @@ from prolora.probe.pipelines import conversion, schedules
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.precision import in_float32
 from prolora.probe.recording.trajectories import record_calls
-from prolora.probe.settings import Probing
 
 LEAVES = ("attn1.to_v", "ff.net.2")
-FEW = ["--prompt", "cat", "--prompt", "dog", "--probe-images", "1", "--probe-steps", "1"]
-FEW += ["--probe-fit-steps", "2"]
-SETTINGS = Probing(("cat", "dog"), images=2, steps=3)
+FEW = ["--prompt", "cat", "--prompt", "dog", "--images", "1", "--steps", "1"]
+FEW += ["--fit-steps", "2"]
+SETTINGS = FitOptions(("cat", "dog"), images=2, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def quiet():
 
 def run(room: Path, target: str, out: Path, *more: str):
     source = ["--source", str(room / "source"), "--target", str(room / target)]
-    line = ["transfer", str(room / "lora.safetensors"), *source, "-o", str(out), *more]
-    return CliRunner().invoke(app, [*line, "--method", "probe"])
+    line = ["fit", str(room / "lora.safetensors"), *source, "-o", str(out), *more]
+    return CliRunner().invoke(app, line)
 
 
 def test_each_model_is_asked_in_its_own_words_and_back_again(room):
@@ -120,7 +121,7 @@ def test_a_lora_goes_over_to_a_file_with_its_account(room, tmp_path):
     assert result.exit_code == 0, result.output
     written = json.loads(report.read_text())
     # The UNet is the same one: copying is perfect, and probing says so.
-    assert written["asked"] == "probe"
+    assert written["asked"] == "fit"
     assert written["method"] == "copy"
     assert written["probe"]["gate"]["decision"] == "copy"
     before, after = (
@@ -150,7 +151,7 @@ def test_no_base_is_hashed_for_a_probing_that_is_refused(room, tmp_path, monkeyp
 
 def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     out = tmp_path / "out.safetensors"
-    few = [*FEW, "--out-rank", "3", "--json", "--resume", str(tmp_path / "kept")]
+    few = [*FEW, "--rank", "3", "--json", "--resume", str(tmp_path / "kept")]
     assert isinstance(run(room, "other", out, *few).exception, UnrelatedBases)
     result = run(room, "other", out, *few, "--force")  # nothing is sampled or fitted again
     assert result.exit_code == 0, result.output
@@ -161,7 +162,7 @@ def test_what_the_gate_refuses_is_written_when_forced(room, tmp_path):
     assert {row["rank_out"] for row in written["modules"]} == {3}
     with safe_open(out, "pt") as file:
         header = file.metadata()
-    assert header["prolora.method"] == "probe"
+    assert header["prolora.method"] == "fit"
     assert header["prolora.probe_decision"] == "refuse"
     assert header["prolora.target"] == "other"
 
@@ -192,14 +193,17 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     tensors[f"{key}.lora_down.weight"] = torch.zeros(1, 16, 3, 3)
     tensors[f"{key}.lora_up.weight"] = torch.randn(16, 1, 1, 1)
     save_file(tensors, tmp_path / "with.safetensors")
-    result = prolora_transfer(
+    result = fit(
         tmp_path / "with.safetensors",
         room / "source",
         room / "other",
-        method="probe",
         again=True,
-        probe=Probing(images=1, steps=1, fit_steps=1, start="zero", force=True),
-        out_rank=0.9,
+        images=1,
+        steps=1,
+        fit_steps=1,
+        start="zero",
+        force=True,
+        rank=0.9,
         max_memory=100 << 30,
     )
     skipped = result.report.rows("skipped")
@@ -207,13 +211,15 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     assert "no transformer block" in skipped[0].reason
     result.save(tmp_path / "out.safetensors", format="diffusers")
     # Where the fit starts from the copy, the convolution stays copied, as a convolution.
-    result = prolora_transfer(
+    result = fit(
         tmp_path / "with.safetensors",
         room / "source",
         room / "twin",
-        method="probe",
         again=True,
-        probe=Probing(images=1, steps=1, fit_steps=1, force=True),
+        images=1,
+        steps=1,
+        fit_steps=1,
+        force=True,
     )
     result.save(tmp_path / "copied.safetensors")
     assert not result.report.rows("skipped")
@@ -221,13 +227,12 @@ def test_what_lies_outside_the_blocks_is_skipped_with_the_reason(room, tmp_path)
     assert conv.reason.startswith("copied")
     assert adapters.read_adapter(tmp_path / "copied.safetensors").kernels == {conv.source: (3, 3)}
     with pytest.raises(ProLoRAError, match="pipelines alone"):
-        prolora_transfer(
+        fit(
             tmp_path / "with.safetensors",
             room / "source",
             room / "other",
-            method="probe",
+            SETTINGS,
             again=True,
-            probe=SETTINGS,
             max_memory=1 << 20,
         )
 
@@ -259,14 +264,7 @@ def test_what_cannot_be_probed_is_refused_with_the_way_out(room, tmp_path, broke
         changed = json.loads(config.read_text()) | {"prediction_type": "trigflow"}
         config.write_text(json.dumps(changed))
     with pytest.raises(error, match=words):
-        prolora_transfer(
-            room / "lora.safetensors",
-            room / "source",
-            target,
-            method="probe",
-            probe=SETTINGS,
-            again=True,
-        )
+        fit(room / "lora.safetensors", room / "source", target, SETTINGS, again=True)
 
 
 @pytest.mark.parametrize(
@@ -284,12 +282,8 @@ def test_other_latents_are_named_and_no_copy_is_measured_there(room, tmp_path, c
 
 def test_options_without_a_use_are_refused(room, tmp_path):
     out = tmp_path / "out.safetensors"
-    assert "match" in str(run(room, "other", out, "--match", "similarity").exception)
-    assert "out_rank must be" in str(run(room, "other", out, "--out-rank", "0").exception)
-    assert "method probe" in str(run(room, "other", out, "--out-rank", "50%").exception)
-    line = ["transfer", str(room / "lora.safetensors"), "--source", str(room / "source")]
-    line += ["--target", str(room / "other"), "-o", str(out), "--prompt", "x"]
-    assert "--method probe" in str(CliRunner().invoke(app, line).exception)
+    assert "rank must be" in str(run(room, "other", out, "--rank", "0").exception)
+    assert "takes an integer or a share" in run(room, "other", out, "--rank", "50%").output
     inside = run(room, "twin", room / "twin" / "unet" / "diffusion_pytorch_model.safetensors")
     assert isinstance(inside.exception, OutputError)
 
@@ -297,16 +291,37 @@ def test_options_without_a_use_are_refused(room, tmp_path):
 def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tmp_path):
     lora = tiny.updates(pipelines.open_pipeline(room / "source").denoiser, ("attn2.to_k",))
     wide = tiny.write_lora(tmp_path / "k.safetensors", lora)
-    with pytest.raises(ShapeMismatch, match="--method probe"):
+    with pytest.raises(ShapeMismatch, match="prolora fit runs the models"):
         prolora_transfer(wide, room / "source", room / "other", method="copy")
-    with pytest.raises(UnrelatedBases, match="--method probe"):
+    with pytest.raises(UnrelatedBases, match="prolora fit runs the models"):
         prolora_transfer(room / "lora.safetensors", room / "source", room / "other")
     unrelated = tiny.save(tmp_path / "apart", seed=5, text=12, scaling=0.13025)
-    with pytest.raises(ShapeMismatch, match="--method probe"):
+    with pytest.raises(ShapeMismatch, match="prolora fit runs the models"):
         prolora_transfer(wide, room / "source", unrelated, method="copy")
     # No image can cross to a pipeline without a VAE.
     shutil.rmtree(unrelated / "vae")
-    assert not vae.can_probe(room / "source", unrelated)
+    assert not vae.can_fit(room / "source", unrelated)
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", unrelated, method="copy")
-    assert "--method probe" not in str(refused.value)
+    assert "prolora fit" not in str(refused.value)
+
+
+def test_several_loras_go_into_a_folder_and_a_run_that_was_cut_off_goes_on(room, tmp_path):
+    for name in ("a", "b"):
+        shutil.copy(room / "lora.safetensors", tmp_path / f"{name}.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no LoRA")
+    loras = [tmp_path / f"{name}.safetensors" for name in ("a", "broken", "b")]
+    bases = ["--source", str(room / "source"), "--target", str(room / "other")]
+    line = ["fit", *map(str, loras), *bases, "-o", str(tmp_path / "out"), *FEW, "--force"]
+    result = CliRunner().invoke(app, [*line, "--json"])
+    first = json.loads(result.stdout)
+    assert "1 of 3 LoRAs were not moved: broken" in str(result.exception)
+    assert [outcome["status"] for outcome in first] == ["moved", "failed", "moved"]
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert written.keys() == {"a.safetensors", "b.safetensors"}
+    (tmp_path / "out" / "b.safetensors").unlink()
+    again = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)
+    assert [outcome["status"] for outcome in again] == ["already there", "failed", "moved"]
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == written
+    other = json.loads(CliRunner().invoke(app, [*line, "--json", "--rank", "1"]).stdout)
+    assert [outcome["status"] for outcome in other] == ["moved", "failed", "moved"]

@@ -24,7 +24,7 @@ def test_half_stored_models_are_probed_as_their_float32_copies(source, lora, dty
     halves = [model.to(dtype) for model in (source, target)]
     before = [copy.deepcopy(model.state_dict()) for model in halves]
     wide = [copy.deepcopy(model).float() for model in halves]
-    few = {"steps": 3, "force": True}
+    few = {"fit_steps": 3, "force": True}
     halved, wanted = run(*halves, lora, **few), run(*wide, lora, **few)
     assert halved.report.gate == wanted.report.gate
     for name, update in halved.adapter.updates.items():

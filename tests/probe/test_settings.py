@@ -1,32 +1,24 @@
-"""Settings of a probing refuse values that no probing can use, and name them."""
+"""Settings of a fit refuse values that no fit can use, and name them."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import prolora
+from prolora import FitOptions, FitSettings
 from prolora.errors import InvalidOption
-from prolora.probe import FitSettings, fit_lora
-from prolora.probe.settings import Probing, read_prompts
+from prolora.probe.settings import read_prompts
 
 
-def test_fit_lora_takes_every_setting_with_its_default():
-    parameters = inspect.signature(fit_lora).parameters
-    for field in fields(FitSettings):
-        assert parameters[field.name].default == field.default, field.name
-
-
-def test_no_text_of_probing_names_an_option_of_the_command_line():
+def test_no_text_of_a_fit_names_an_option_of_the_command_line():
     """Errors reach people who call it from Python or from another program."""
     package = Path(prolora.__file__).parent
-    rooms = package / "probe", package / "workflow" / "by_probing"
+    rooms = package / "probe", package / "workflow" / "by_fitting"
     named = [
         f"{file.relative_to(package)}: {found}"
         for room in rooms
@@ -39,50 +31,68 @@ def test_no_text_of_probing_names_an_option_of_the_command_line():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rank", 2.5),
-        ("rank", 0),
-        ("rank", math.nan),
-        ("rank", "32"),
-        ("start", "one"),
-        ("steps", 0),
-        ("steps", 1.5),
-        ("probes", -1),
-        ("batch", True),
-        ("damping", math.inf),
-        ("max_memory", "2GiB"),
-    ],
-)
-def test_a_fit_setting_out_of_range_is_refused_by_name(name: str, value: Any):
-    with pytest.raises(InvalidOption, match=name):
-        FitSettings(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
         ("prompts", "a cat"),
         ("prompts", (1, 2)),
         ("prompts", None),
         ("images", 0),
         ("steps", 2.0),
+        ("steps", 0),
         ("fit_steps", -3),
+        ("fit_steps", 1.5),
         ("size", 100),
         ("size", 0),
         ("guidance", math.nan),
         ("target_guidance", math.nan),
         ("target_steps", 0),
         ("start", "one"),
+        ("rank", 2.5),
+        ("rank", 0),
+        ("rank", math.nan),
+        ("rank", "32"),
+        ("probes", -1),
+        ("batch", True),
+        ("seed", -1),
+        ("seed", "one"),
+        ("curvature_damping", math.inf),
+        ("max_memory", "much"),
+        ("max_memory", math.nan),
     ],
 )
-def test_a_probing_out_of_range_is_refused_by_name(name: str, value: Any):
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any):
+    for kind in (FitSettings, FitOptions):
+        with pytest.raises(InvalidOption, match=name):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text_encoder", "project"),
+        ("format", "zip"),
+        ("dtype", "int8"),
+        ("min_coverage", math.nan),
+    ],
+)
+def test_an_option_of_what_is_written_is_refused_by_name(name: str, value: Any):
     with pytest.raises(InvalidOption, match=name):
-        Probing(**{name: value})
+        FitOptions(**{name: value})
 
 
 def test_values_in_range_are_taken():
     assert FitSettings(rank=0.95, max_memory=1).share_memory(2) == 0
+    assert FitSettings(max_memory="2GiB").share_memory(2) == 1 << 30
     assert FitSettings(rank=8.0).share_memory(2) is None
-    assert Probing(("a cat",), size=64, guidance=1).size == 64
+    assert FitSettings(("a cat",), size=64, guidance=1).size == 64
+    assert FitSettings(["a cat"]) == FitSettings(("a cat",))
+
+
+def test_where_to_compute_and_what_is_written_change_no_fit():
+    """Of what a fit depends on, the text is the same; what is sampled is told apart from it."""
+    plain, other = FitOptions(), FitOptions(force=True, format="peft", device="cpu", max_memory=1)
+    assert plain.describe_fit() == other.describe_fit()
+    assert plain.describe_fit() != FitOptions(fit_steps=3).describe_fit()
+    assert plain.describe_samples() == FitOptions(fit_steps=3).describe_samples()
+    assert plain.describe_samples() != FitOptions(images=3).describe_samples()
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):

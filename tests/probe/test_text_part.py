@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,21 @@ from pathlib import Path
 import pytest
 import tiny_pipelines as tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prolora import LowRank, Probing, ProLoRAError, adapters
+import prolora
+from prolora import LowRank, ProLoRAError, adapters
 from prolora.adapters.adapter import Adapter
 from prolora.architectures.modules import is_in_text_encoder
 from prolora.probe import pipelines
 from prolora.probe.pipelines.flow_convention import watch_steps
 from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.wanted import wanted_changes
+from prolora.probe.settings import FitSettings
 from prolora.probe.updates import run_beside
 
-SETTINGS = Probing(
+SETTINGS = FitSettings(
     ("cat", "dog cat"), images=2, steps=2, size=16, guidance=4.0, target_guidance=1.0
 )
 
@@ -161,3 +164,50 @@ def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
     ]
     assert keys[0]["adapted"] != keys[1]["adapted"]
     assert keys[0]["source"] == keys[1]["source"]
+
+
+FEW = {"prompts": ("cat", "dog"), "images": 1, "steps": 2, "fit_steps": 3, "force": True}
+
+
+def fitted(room: Path, target: str, **options) -> prolora.Transfer:
+    return prolora.fit(room / "lora.safetensors", room / "source", room / target, **FEW | options)
+
+
+def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
+    moved, alone = (fitted(room, "target", text_encoder=way) for way in ("copy", "skip"))
+    for done, reason in ((moved, "fitted into the target's blocks"), (alone, "left out as asked")):
+        rows = [row for row in done.report.modules if is_in_text_encoder(row.source)]
+        assert rows and all(row.status == "skipped" and reason in row.reason for row in rows)
+        assert not any(is_in_text_encoder(name) for name in done.adapter.updates)
+    name = next(iter(moved.adapter.updates))
+    one, other = (done.adapter.updates[name].dense() for done in (moved, alone))
+    assert not torch.allclose(one, other, rtol=0.05, atol=1e-4)
+
+
+def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, monkeypatch):
+    """The target is asked as it will be run: with the part that the written file holds."""
+    shutil.copytree(room / "source", room / "twin", dirs_exist_ok=True)
+    unet = load_file(room / "twin/unet/diffusion_pytorch_model.safetensors")
+    unet = {name: weight * 1.01 for name, weight in unet.items()}
+    save_file(unet, room / "twin/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    seen = []
+    table = pipelines.Pipeline.tabulate_prompts
+
+    def record(self, settings):
+        made = table(self, settings)
+        seen.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
+        return made
+
+    monkeypatch.setattr(pipelines.Pipeline, "tabulate_prompts", record)
+    moved = fitted(room, "twin")
+    assert {name for name in moved.adapter.updates if is_in_text_encoder(name)} == set(
+        parts_of(room)[1]
+    )
+    source = pipelines.open_pipeline(room / "source")
+    plain = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
+    with pipelines.run_text_encoders_beside(source, parts_of(room)[1]):
+        beside = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
+    assert {name for name, _ in seen} == {"source", "twin"}
+    for _, entry in seen:
+        torch.testing.assert_close(entry, beside)
+        assert not torch.allclose(entry, plain, atol=1e-2)

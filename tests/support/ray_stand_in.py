@@ -4,13 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from prolora.errors import input_error
 from prolora.version import __version__
-from prolora.workflow.fleet.engines.ray_worker import (
-    Location,
-    Opening,
-    RayWorker,
-    Surroundings,
-)
+from prolora.workflow.fleet.engines.ray_worker import Arrival, RayWorker
+from prolora.workflow.fleet.records import Record
 
 
 @dataclass
@@ -19,15 +16,15 @@ class StandIn:
 
     Attributes:
         names: of the nodes.
-        lacks: node -> names of LoRAs, labels of bases, "folder" or "cache".
+        lacks: node -> names of LoRAs, labels of bases, or "folder".
         versions: node -> of prolora.
-        received: (node, file) of a cache that was shipped, in order.
+        moved: (node, LoRA) of what was moved, in order.
     """
 
     names: list[str]
     lacks: dict[str, set[str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    received: list[tuple[str, str]] = field(default_factory=list)
+    moved: list[tuple[str, str]] = field(default_factory=list)
     started: int = 0
 
     def nodes(self):
@@ -41,13 +38,13 @@ class StandIn:
     def options(self, scheduling_strategy=None, **needs):
         node = scheduling_strategy or self.names[self.started % len(self.names)]
         self.started += 1
-        return SimpleNamespace(remote=lambda *what: _Actor(_NodeWorker(self, node, *what)))
+        return SimpleNamespace(remote=lambda settings: _Actor(_NodeWorker(self, node, settings)))
 
-    def wait(self, refs, num_returns, timeout):
-        return refs[:num_returns], refs[num_returns:]
+    def wait(self, waiting, num_returns, timeout):
+        return waiting[:num_returns], waiting[num_returns:]
 
-    def get(self, ref, timeout=None):
-        return ref.run()
+    def get(self, answer):
+        return answer
 
     def kill(self, actor):
         actor.worker.close()
@@ -57,41 +54,58 @@ class StandIn:
 class _Actor:
     worker: RayWorker
 
-    def __getattr__(self, name):
-        method = getattr(self.worker, name)
-        return SimpleNamespace(remote=lambda *what: _Ref(lambda: method(*what)))
+    @property
+    def move(self):
+        method = SimpleNamespace(remote=self.worker.move)
+        return SimpleNamespace(options=lambda num_returns: method)
 
-
-class _Ref:
-    def __init__(self, run):
-        self.run = run
+    @property
+    def close(self):
+        return SimpleNamespace(remote=self.worker.close)
 
 
 class _NodeWorker(RayWorker):
-    def __init__(self, cluster, node, pair, settings):
-        super().__init__(pair, settings)
-        self.cluster, self.node = cluster, node
-        self.lacks = cluster.lacks.get(node, set())
+    def __init__(self, cluster, node, settings):
+        lacks = cluster.lacks.get(node, set())
+        bases = {
+            label: replace(base, path=f"{base.path}-gone") if label in lacks else base
+            for label, base in settings.plan.bases.items()
+        }
+        settings = replace(settings, plan=replace(settings.plan, bases=bases))
+        if "folder" in lacks:
+            settings = replace(settings, mark="/nowhere/mark")
+        super().__init__(settings)
+        self.cluster, self.node, self.lacks = cluster, node, lacks
+        self._engine = _NodeEngine(self._engine, self)
 
     def locate(self):
-        version = self.cluster.versions.get(self.node, __version__)
-        return Location(self.node, f"machine-{self.node}", 0, version)
+        return Arrival(self.node, f"machine-{self.node}")
 
-    def look_around(self, folder_mark, cache_mark):
-        assert folder_mark.exists() and (cache_mark is None or cache_mark.exists())
-        return Surroundings("folder" not in self.lacks, "cache" not in self.lacks)
+    def move(self, batch, version):
+        assert version == __version__
+        return super().move(batch, self.cluster.versions.get(self.node, version))
 
-    def receive(self, name, content):
-        self.cluster.received.append((self.node, name))
-        return ""
 
-    def open(self):
-        opening = super().open()
-        return Opening(f"no {self._pair.target}") if self._pair.target in self.lacks else opening
+class _NodeEngine:
+    """An engine on a node that lacks LoRAs."""
 
-    def move(self, entries, others):
-        assert not self.lacks & {self._pair.target, "folder"}
-        assert self.locate().version == __version__
-        missing = [e for e in entries if others and Path(e.lora).name in self.lacks]
-        moved = super().move([e for e in entries if e not in missing], False)
-        return replace(moved, missing=tuple(missing))
+    def __init__(self, engine, worker):
+        self.engine, self.worker = engine, worker
+
+    def run(self, batches, settings):
+        (batch,) = batches
+        there = []
+        for entry in batch.entries:
+            if Path(entry.lora).name in self.worker.lacks:
+                error = input_error(entry.lora, FileNotFoundError(2, "No such file"))
+                error.__cause__ = FileNotFoundError()
+                yield Record.of_failure(settings.plan.key(entry), entry, error)
+            else:
+                there.append(entry)
+        for record in self.engine.run([replace(batch, entries=tuple(there))], settings):
+            if record and record.status == "done":
+                self.worker.cluster.moved.append((self.worker.node, record.lora))
+            yield record
+
+    def close(self):
+        self.engine.close()

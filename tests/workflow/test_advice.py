@@ -11,9 +11,9 @@ from mini import BLOCK, source_weights, target_along_few, target_weights, write_
 
 import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
-from prolora.probe.settings import Probing
+from prolora.probe.settings import FitSettings
 
-FEW = Probing(("cat", "dog"), images=2, steps=3)
+FEW = FitSettings(("cat", "dog"), images=2, steps=3)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
     assert pipe.unet.training is False
 
 
-def test_the_command_of_a_probing_says_how_the_target_is_run(pipes):
+def test_the_command_of_a_fit_says_how_the_target_is_run(pipes):
     folder, _ = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,4 +140,5 @@ def test_the_command_of_a_probing_says_how_the_target_is_run(pipes):
             target_guidance=1.0,
         )
     assert not advice.go
-    assert "--method probe --target-steps 1 --target-guidance 1.0" in advice.command
+    assert advice.command.startswith("prolora fit ")
+    assert "--target-steps 1 --target-guidance 1.0 -o " in advice.command

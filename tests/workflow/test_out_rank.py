@@ -2,7 +2,6 @@
 
 import pytest
 
-from prolora.workflow.options import TransferOptions
 from prolora.workflow.out_rank import is_out_rank, parse_percentage, parse_size_limit
 
 
@@ -25,9 +24,3 @@ def test_a_number_with_a_unit_is_the_size_of_a_file(text, size):
 def test_nothing_else_is_a_size(form):
     assert parse_size_limit(form) is None
     assert is_out_rank(form) == (form in ("exact", "50%", 100, 0.5))
-
-
-@pytest.mark.parametrize("form", ["50%", "100MB"])
-def test_what_is_measured_by_the_lora_or_its_file_is_not_for_probing(form):
-    with pytest.raises(ValueError, match="is for LoRAs that are moved"):
-        TransferOptions(method="probe", out_rank=form)

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import math
 import pydoc
-import sys
 from typing import get_args
 
 import numpy as np
@@ -13,20 +12,22 @@ import torch
 from mini import write_case
 
 import prolora
-from prolora.core.methods import METHODS, Needs
-from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
-from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions, find_shown
+from prolora.core.methods import METHODS
+from prolora.core.option_fields import find_shown
+from prolora.workflow.fit_options import FitChanges, FitOptions
+from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
-MOVING = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
-FUNCTIONS = [*((one, TransferOptions) for one in MOVING), (prolora.migrate, MigrationOptions)]
+TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
+FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
+FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
 
 
-@pytest.mark.parametrize("function, options", FUNCTIONS)
-def test_help_shows_every_option_with_its_default(function, options):
+@pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
+def test_help_shows_every_option_with_its_default(function, kind):
     parameters = inspect.signature(function).parameters
     assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
     text = pydoc.plain(pydoc.render_doc(function))
-    for field in dataclasses.fields(options):
+    for field in dataclasses.fields(kind):
         parameter = parameters[field.name]
         assert parameter.kind is parameter.KEYWORD_ONLY
         assert parameter.default == field.default
@@ -35,14 +36,21 @@ def test_help_shows_every_option_with_its_default(function, options):
 
 
 @pytest.mark.parametrize(
-    "options, changes", [(TransferOptions, OptionChanges), (MigrationOptions, MigrationChanges)]
+    ("kind", "changes"), [(TransferOptions, OptionChanges), (FitOptions, FitChanges)]
 )
-def test_options_have_one_home(options, changes):
-    """What type checkers read of the options is what the options object tells of them."""
-    fields = {field.name: field.type for field in dataclasses.fields(options)}
+def test_options_have_one_home(kind, changes):
+    """What type checkers read of the options is what their object tells of them."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
     assert fields == {k: v.__forward_arg__ for k, v in changes.__annotations__.items()}
     for name in fields:
-        assert find_shown(options, name).help
+        assert find_shown(kind, name).help
+
+
+def test_running_the_models_is_asked_of_another_function(tmp_path):
+    case = write_case(tmp_path)
+    for old in ({"method": "probe"}, {"probe": prolora.FitOptions()}):
+        with pytest.raises(prolora.InvalidOption, match=r"prolora\.fit in Python"):
+            prolora.transfer(*case, **old)
 
 
 def test_an_option_that_there_is_not_is_refused_with_the_nearest(tmp_path):
@@ -102,7 +110,6 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         damping=np.int32(2),
         out_rank=np.int64(4),
         max_memory=np.int64(1 << 40),
-        probe=prolora.Probing(images=np.int64(3), guidance=np.float32(2)),
     )
     plain = TransferOptions(
         rank=8,
@@ -112,9 +119,10 @@ def test_numbers_of_numpy_are_options_as_those_of_python_are(tmp_path):
         damping=2,
         out_rank=4,
         max_memory=1 << 40,
-        probe=prolora.Probing(images=3, guidance=2.0),
     )
     assert given == plain and repr(given) == repr(plain)
+    given = FitOptions(images=np.int64(3), guidance=np.float32(2), rank=np.int64(4))
+    assert repr(given) == repr(FitOptions(images=3, guidance=2.0, rank=4))
     lora, source, target = write_case(tmp_path)
     options = {"method": "prolora", "cache": tmp_path / "cache"}
     for name, number in (("a", np.float64(0.5)), ("b", 0.5)):
@@ -141,19 +149,3 @@ def test_what_a_transfer_gives_prints_in_one_line(tmp_path):
     assert repr(done.adapter) == "Adapter(8 modules of rank 4, kohya, float32)"
     assert repr(done.report) == ("Report('copy', source -> target: 8 mapped, 4 skipped, 0 refused)")
     assert repr(done) == f"Transfer({done.adapter!r}, {done.report!r})"
-
-
-@pytest.mark.parametrize("method", get_args(MethodChoice))
-def test_one_look_at_the_method_chooses_the_pipeline(tmp_path, monkeypatch, method):
-    called = []
-    for name in ("move_lora", "transfer_by_probing"):
-
-        def note(*arguments, name=name):
-            called.append(name)
-            raise prolora.ProLoRAError("stop here")
-
-        monkeypatch.setattr(sys.modules["prolora.workflow.transfer"], name, note)
-    with pytest.raises(prolora.ProLoRAError, match="stop here"):
-        prolora.transfer(*write_case(tmp_path), method=method)
-    runs_models = method != "auto" and METHODS[method].needs is Needs.MODELS
-    assert called == ["transfer_by_probing" if runs_models else "move_lora"]

@@ -141,7 +141,7 @@ def test_every_module_is_in_one_cell_of_the_map(report):
 def test_what_has_no_number_is_shown_without_one(report):
     unknown = dict.fromkeys(("surviving_energy", "norm_ratio", "copy_distance"), math.nan)
     rows = [make_row("blocks.0.a", **unknown, measures=None)]
-    fitted = make_report(rows, method="probe", probe=ProbeReport(4, 4, 0.9))
+    fitted = make_report(rows, method="fit", probe=ProbeReport(4, 4, 0.9))
     text = fitted.to_html()
     assert 'class="fitted"' in text and "nan" not in Page(text).text.lower()
     dry = dataclasses.replace(report, dry_run=True, verdict=None, asked=None, provenance={})

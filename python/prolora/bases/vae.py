@@ -19,6 +19,8 @@ _DEFAULTS: dict[str, Any] = {
     "latents_mean": None,
     "latents_std": None,
 }
+RUN_INSTEAD = "prolora fit runs the models instead, and may move the LoRA"
+"""What errors say where `can_fit` holds."""
 MIN_COSINE = 0.9
 """Of two VAEs' encoders: fine-tunes and copies have 1, VAEs trained apart far less."""
 
@@ -47,8 +49,8 @@ def explain_vae_difference(source: Path, target: Path) -> str | None:
     return f"their VAEs differ ({facts}), so a latent of one means nothing to the other"
 
 
-def can_probe(source: Path | None, target: Path | None) -> bool:
-    """Whether probing could move a LoRA between two bases, as far as files tell.
+def can_fit(source: Path | None, target: Path | None) -> bool:
+    """Whether a LoRA could be fitted between two bases, as far as files tell.
 
     Both must be whole pipelines whose denoisers have linear layers in blocks, with the same latents
     or with a way from latents to images and back. Whether the result would be any good is known

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ..probe.settings import Probing, read_prompts
+from ..core.option_fields import take_option
+from ..probe.settings import FitSettings
 from ..workflow.advice import SAMPLED
 from ..workflow.advice import advise as find_advice
 from .console import out, progress_bar
 from .options import (
     Bases,
     JsonOption,
-    LoraGuidanceOption,
-    LoraStepsOption,
     MatchOption,
-    ProbeGuidanceOption,
-    ProbeSizeOption,
-    ProbeStepsOption,
-    PromptOption,
-    PromptsOption,
+    Prompts,
     QuietOption,
     Resources,
-    TargetGuidanceOption,
-    TargetStepsOption,
     expand_options,
     parse_path,
 )
@@ -48,11 +41,16 @@ class AdviseOptions:
     quiet: QuietOption = False
 
 
+def _sampled(name: str) -> Any:
+    """An option of what is sampled, as a fit has it, with the default of a measurement."""
+    return take_option(FitSettings, name, getattr(SAMPLED, name))
+
+
 @dataclass
 class SampleOptions:
     """What is sampled where the models are run."""
 
-    panel: ClassVar[str] = "Measuring"
+    panel: ClassVar[str] = "Sampling"
     measure: Annotated[
         bool,
         typer.Option(
@@ -61,39 +59,27 @@ class SampleOptions:
             "LoRA reaches (pipeline folders; no data, no training).",
         ),
     ] = False
-    prompt: PromptOption = field(default_factory=list)
-    prompts: PromptsOption = None
-    probe_images: Annotated[
-        int, typer.Option(metavar="N", help="Images that each model samples.")
-    ] = SAMPLED.images
-    probe_steps: ProbeStepsOption = SAMPLED.steps
-    probe_size: ProbeSizeOption = None
-    probe_guidance: ProbeGuidanceOption = None
-    target_steps: TargetStepsOption = None
-    target_guidance: TargetGuidanceOption = None
-    lora_steps: LoraStepsOption = None
-    lora_guidance: LoraGuidanceOption = None
+    images: int = _sampled("images")
+    steps: int = _sampled("steps")
+    size: int | None = _sampled("size")
+    guidance: float | None = _sampled("guidance")
+    target_steps: int | None = _sampled("target_steps")
+    target_guidance: float | None = _sampled("target_guidance")
+    lora_steps: int | None = _sampled("lora_steps")
+    lora_guidance: float | None = _sampled("lora_guidance")
 
-    def check(self) -> None:
-        """Raises ValueError where samples are described although nothing is sampled."""
-        if not self.measure and self != SampleOptions():
+    def read(self, prompts: Prompts) -> FitSettings:
+        """As the library takes them.
+
+        Raises:
+            ValueError: samples are described although nothing is sampled.
+        """
+        if not self.measure and (self != SampleOptions() or prompts != Prompts()):
             raise ValueError(
-                "prompts, --probe-…, --target-… and --lora-… are for measuring: add --measure"
+                "prompts, images, steps, sizes and guidance are for measuring: add --measure"
             )
-
-    def to_probing(self) -> Probing:
-        """As the library takes them."""
-        return Probing(
-            prompts=(*self.prompt, *(read_prompts(self.prompts) if self.prompts else ())),
-            images=self.probe_images,
-            steps=self.probe_steps,
-            size=self.probe_size,
-            guidance=self.probe_guidance,
-            target_steps=self.target_steps,
-            target_guidance=self.target_guidance,
-            lora_steps=self.lora_steps,
-            lora_guidance=self.lora_guidance,
-        )
+        names = [known.name for known in fields(self) if known.name != "measure"]
+        return FitSettings(prompts.read(), **{name: getattr(self, name) for name in names})
 
 
 @expand_options
@@ -101,12 +87,13 @@ def advise(
     bases: Bases,
     asked: AdviseOptions,
     samples: SampleOptions,
+    prompts: Prompts,
     resources: Resources,
     lora: LoraArgument = None,
 ) -> None:
     """Say what to do with a LoRA between two bases, and what it will give."""
     resources.check_device()
-    samples.check()
+    sampled = samples.read(prompts)
     with progress_bar("advise", not (asked.quiet or asked.as_json)) as progress:
         advice = find_advice(
             bases.source,
@@ -114,7 +101,7 @@ def advise(
             lora,
             measure=samples.measure,
             match=asked.match,
-            probe=samples.to_probing(),
+            probe=sampled,
             cache=resources.find_cache(),
             device=resources.device,
             max_memory=resources.max_bytes,

@@ -26,8 +26,9 @@ from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
-from .options import BriefCommand, JsonOption, OverwriteOption, parse_path
-from .transfer import show_report, transfer
+from .fit import FitCommand, fit
+from .options import JsonOption, OverwriteOption, parse_path
+from .transfer import TransferCommand, show_report, transfer
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ app = typer.Typer(
     ),
 )
 app.command(
-    cls=BriefCommand,
+    cls=TransferCommand,
     epilog=write_epilog(
         "prolora transfer my-lora.safetensors --source sdxl/ --target ssd-1b/ -o moved.safetensors",
         "prolora transfer loras/*.safetensors --source sdxl/ --target ssd-1b/ -o moved/",
@@ -59,6 +60,20 @@ app.command(
         ),
     ),
 )(transfer)
+app.command(
+    cls=FitCommand,
+    epilog=write_epilog(
+        "prolora fit my-lora.safetensors --source sd15/ --target sdxl/ -o fitted.safetensors",
+        "prolora fit loras/*.safetensors --source sd15/ --target sdxl/ -o fitted/ --resume kept/",
+        codes=(
+            ExitCode.DONE,
+            ExitCode.FAILED,
+            ExitCode.REFUSED,
+            ExitCode.LOW_COVERAGE,
+            ExitCode.INCOMPLETE,
+        ),
+    ),
+)(fit)
 app.command(
     epilog=write_epilog(
         "prolora compare --source sdxl/ --target ssd-1b/",

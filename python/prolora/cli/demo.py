@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
-from ..core.methods import ProjectMethod
+from ..core.methods import MethodName
 from ..errors import ProLoRAError
 from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
@@ -66,7 +66,7 @@ BUTTERFLIES = (
 )
 """What they show of the LoRA that teaches the butterfly."""
 
-DemoMethod = Literal["auto", ProjectMethod]
+DemoMethod = Literal["auto", MethodName]
 """The methods that need no whole pipelines; the shipped models are transformers alone."""
 
 
@@ -99,7 +99,7 @@ def run_demo(
         output: folder for the LoRA, the report and the picture; made if missing.
         lora: a file of the family's `loras` folder.
         target: "pruned", "far" or "few-step".
-        method: as `transfer` takes it; the shipped models are no pipelines that "probe" could run.
+        method: as `transfer` takes it.
         prompts: of four words each; those of the LoRA if there are none.
         seed: of the noise.
         overwrite: replace what prolora did not write.

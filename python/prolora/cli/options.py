@@ -20,17 +20,19 @@ from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
 from ..comparison.verdict import AUTO
+from ..core.option_fields import find_shown, read_shown
 from ..core.validation import resolve_device
 from ..errors import OutputError
 from ..files.sizes import parse_size
-from ..workflow.options import Shown, TransferOptions, find_shown
+from ..probe.settings import read_prompts
+from ..workflow.options import TransferOptions
 
 log = logging.getLogger(__name__)
 
 
 def _derive_parameter(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
     """The parameter of an option that an options object tells; none if it has no panel."""
-    shown: Shown = field.metadata["shown"]
+    shown = read_shown(field)
     if not shown.panel:
         return []
     parser = PARSERS.get(field.name)
@@ -122,8 +124,9 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "strength": parse_strength,
     "threshold": parse_share,
     "min_coverage": parse_share,
+    "resume": parse_path,
 }
-"""How the command line reads those options of a transfer that are no words and no switches."""
+"""How the command line reads those options that are no words, switches or plain numbers."""
 
 FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
@@ -162,56 +165,6 @@ ModulesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
-PromptOption = Annotated[
-    list[str],
-    typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
-]
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(
-        parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
-    ),
-]
-ProbeSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="PIXELS",
-        help="Height and width. Default: the smaller of the two pipelines', or that of each where "
-        "their latents differ.",
-    ),
-]
-ProbeGuidanceOption = Annotated[
-    float | None,
-    typer.Option(metavar="SCALE", help="Guidance scale. Default: each pipeline's own."),
-]
-TargetStepsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Steps of the target's own sampler, where it is a few-step model.",
-    ),
-]
-TargetGuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SCALE", help="Guidance of the target's own sampler. Default: --probe-guidance."
-    ),
-]
-LoraStepsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Steps of the source with the LoRA, where it is a few-step LoRA. Default: "
-        "--probe-steps.",
-    ),
-]
-LoraGuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SCALE", help="Guidance of the source with the LoRA. Default: --probe-guidance."
-    ),
-]
-ProbeStepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of the samplers.")]
 CacheOption = Annotated[
     Path | None,
     typer.Option(
@@ -280,6 +233,31 @@ class ExpertBases:
 
 
 @dataclass
+class Prompts:
+    """What is drawn where the models are run."""
+
+    panel: ClassVar[str] = "Sampling"
+    prompt: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+    ] = dataclasses.field(default_factory=list)
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, metavar="FILE", help="Text file of prompts to sample, one a line."
+        ),
+    ] = None
+
+    def read(self) -> tuple[str, ...]:
+        """All of them, in order.
+
+        Raises:
+            InvalidOption: the file cannot be read, or has none.
+        """
+        return (*self.prompt, *(read_prompts(self.prompts) if self.prompts else ()))
+
+
+@dataclass
 class Resources:
     """Where to compute, with how much memory, and what to keep."""
 
@@ -332,9 +310,6 @@ class Resources:
         return folder
 
 
-BASIC = {"source", "target", "output", "method", "strength", "look", "format", "report", "dry_run"}
-"""The options that the short help of a `BriefCommand` shows, beside help itself."""
-
 _HELP_ALL = "prolora.help_all"
 
 
@@ -355,15 +330,25 @@ HelpAllOption = Annotated[
 
 
 class BriefCommand(TyperCommand):
-    """A command whose help shows what most people need; `--help-all` shows the rest."""
+    """A command whose help shows what most people need; `--help-all` shows the rest.
+
+    Attributes:
+        told: the options object of the command, which says what of it most people need.
+        beside: what they need of its other options.
+    """
+
+    told: ClassVar[type] = TransferOptions
+    beside: ClassVar[set[str]] = {"source", "target", "output", "report", "dry_run", "help_all"}
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes the help; the short one has the basic options alone, in a sentence each."""
         options: list[Any] = [p for p in self.params if isinstance(p, TyperOption)]
         told = [(option, option.hidden, option.help) for option in options]
+        fields = dataclasses.fields(self.told)
+        basic = self.beside | {field.name for field in fields if read_shown(field).basic}
         if not ctx.meta.get(_HELP_ALL):
             for option in options:
-                option.hidden = option.name not in BASIC | {"help_all"}
+                option.hidden = option.name not in basic
                 option.help = (option.help or "").split(". ")[0].rstrip(".") + "."
         try:
             super().format_help(ctx, formatter)

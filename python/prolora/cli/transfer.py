@@ -6,9 +6,11 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -16,14 +18,15 @@ from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import OutputError, ProLoRAError
+from ..errors import InvalidOption, OutputError, ProLoRAError
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
 from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
+from ..workflow.fit_options import FitOptions
 from ..workflow.inspection import inspect
-from ..workflow.options import FormatLike, TransferOptions
+from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path
 from ..workflow.report import Outcome, Report
@@ -31,10 +34,17 @@ from ..workflow.transfer import transfer_file
 from .basis import show_cache
 from .console import err, out, progress_bar
 from .exits import IncompleteResult
-from .options import ExpertBases, HelpAllOption, Resources, expand_options, parse_path
+from .options import (
+    BriefCommand,
+    ExpertBases,
+    HelpAllOption,
+    Resources,
+    expand_options,
+    parse_path,
+)
+from .output_options import OutputOptions
 from .outputs import append_to_name, check_lora_name, check_report, list_outputs
 from .tables import draw_table, failure_lines, show_tables
-from .transfer_options import OutputOptions, ProbeOptions
 
 STDOUT = Path("-")
 """What stands for standard output in the place of a file."""
@@ -45,6 +55,28 @@ LoraArguments = Annotated[
 ]
 
 
+# Options of a transfer until running the models became a job of its own.
+_OF_FIT = ("--prompt", "--prompts", "--resume", "--force")
+_OF_FIT_BEGIN = ("--probe-", "--target-", "--lora-")
+
+
+class TransferCommand(BriefCommand):
+    """`prolora transfer`, which says where options that it had before have gone."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Reads the command line.
+
+        Raises:
+            InvalidOption: it asks for what `prolora fit` does.
+        """
+        flags = [word.partition("=")[0] for word in args if word.startswith("--")]
+        gone = [flag for flag in flags if flag in _OF_FIT or flag.startswith(_OF_FIT_BEGIN)]
+        asked = "--method=probe" in args or ("--method", "probe") in pairwise(args)
+        if gone or asked:
+            raise InvalidOption(f"{gone[0] if gone else '--method probe'}: {FIT_INSTEAD}")
+        return super().parse_args(ctx, args)
+
+
 @expand_options
 def transfer(
     loras: LoraArguments,
@@ -52,27 +84,16 @@ def transfer(
     moving: TransferOptions,
     output: OutputOptions,
     resources: Resources,
-    probing: ProbeOptions,
     help_all: HelpAllOption = False,
 ) -> None:
     """Write the LoRA that belongs on another base model."""
-    if output.output is None and not output.dry_run:
-        raise OutputError("-o OUT is missing: where should the new LoRA be written?")
+    check_output_given(output)
     resources.check_device()
     source, target = bases.open()
-    pairs = pair_experts(source, target)
-    outputs = list_outputs(output.output, loras, pairs, moving.format or "auto")
     files = [file for base in (*source.values(), *target.values()) for file in base.files]
-    if output.output is not None and len(loras) == 1:
-        check_lora_name(output.output, writes_folder(loras, moving.format))
-    if output.report not in (None, STDOUT):
-        check_report(output.report, outputs, loras, files, moving.overwrite)
-    card = find_card(loras, output, moving.format)
-    if card is not None:
-        check_beside(card, "card", overwrite=moving.overwrite)
+    card = check_outputs(loras, output, moving, files, pair_experts(source, target))
     options = replace(
         moving,
-        probe=probing.to_probing(moving),
         # A dry run makes no cache folder.
         cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
@@ -80,16 +101,79 @@ def transfer(
     )
     run = plan_all if output.dry_run else move_loras
     outcomes = run(loras, source, target, output, options)
+    kept = cast("Path | None", options.cache)
+    tell_outcomes(outcomes, output, card, moving.overwrite, None if output.dry_run else kept)
+
+
+def check_output_given(output: OutputOptions) -> None:
+    """Refuses a command that would write and does not say where.
+
+    Raises:
+        OutputError: -o is missing.
+    """
+    if output.output is None and not output.dry_run:
+        raise OutputError("-o OUT is missing: where should the new LoRA be written?")
+
+
+def check_outputs(
+    loras: list[Path],
+    output: OutputOptions,
+    options: TransferOptions | FitOptions,
+    files: list[Path],
+    pairs: Sequence[ExpertPair] = (),
+) -> Path | None:
+    """Refuses outputs that cannot be written, before any work is done for them.
+
+    Args:
+        loras: the inputs.
+        output: where to write.
+        options: how the LoRAs are written.
+        files: of the bases.
+        pairs: of their experts.
+
+    Returns:
+        Where the card goes; None without one.
+
+    Raises:
+        OutputError: says why.
+    """
+    outputs = list_outputs(output.output, loras, pairs, options.format or "auto")
+    if output.output is not None and len(loras) == 1:
+        check_lora_name(output.output, writes_folder(loras, options.format))
+    if output.report not in (None, STDOUT):
+        check_report(output.report, outputs, loras, files, options.overwrite)
+    card = find_card(loras, output, options.format)
+    if card is not None:
+        check_beside(card, "card", overwrite=options.overwrite)
+    return card
+
+
+def tell_outcomes(
+    outcomes: list[Outcome],
+    output: OutputOptions,
+    card: Path | None,
+    overwrite: bool,
+    cache: Path | None,
+) -> None:
+    """Shows what was done, writes report and card, and raises what was not done as asked.
+
+    Args:
+        outcomes: of all LoRAs.
+        output: what is shown and written.
+        card: where the card goes.
+        overwrite: replace a card that prolora did not write.
+        cache: the folder to name, where one was used.
+    """
     if output.show_tables:
         show_outcomes(outcomes, output.modules)
-        if not output.dry_run and any(used_subspaces(outcome) for outcome in outcomes):
-            show_cache(cast("Path | None", options.cache))
+        if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
+            show_cache(cache)
     elif len(outcomes) > 1:
         for line in failure_lines(outcomes):
             err.print_line(line, style="red")
     write_outcomes(outcomes, output)
     if card is not None:
-        write_card(card, outcomes, read_command(), moving.overwrite)
+        write_card(card, outcomes, read_command(), overwrite)
     if output.show_tables:
         for path in (output.report, card):
             if path not in (None, STDOUT) and path.exists():

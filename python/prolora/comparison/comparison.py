@@ -15,7 +15,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room, Work
-from ..bases.vae import can_probe
+from ..bases.vae import RUN_INSTEAD, can_fit
 from ..core.basis import Basis
 from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
@@ -387,8 +387,8 @@ def _factorise(
 def _explain_nothing_shared(source: Base, target: Base, partners: Mapping[str, str]) -> str:
     """Why there is nothing to compare, and what may work instead."""
     way = ""
-    if can_probe(source.path, target.path):
-        way = "; --method probe looks at the running models instead, and may move a LoRA"
+    if can_fit(source.path, target.path):
+        way = f"; {RUN_INSTEAD}"
     if partners:
         return (
             f"every pair of {source.name} and {target.name} has different widths, and no weight of "

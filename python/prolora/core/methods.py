@@ -17,11 +17,8 @@ from torch import Tensor
 
 from .ops.project_pair import project_pair
 
-MethodName = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped", "probe"]
+MethodName = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped"]
 """The methods of the table; `transfer` also takes "auto", which chooses one of them."""
-
-ProjectMethod = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped"]
-"""The methods that `project` takes: those that run no model."""
 
 Parts = tuple[Tensor, ...]
 
@@ -35,8 +32,6 @@ class Needs(Enum):
     """Both weights as they are, without an SVD."""
     BASES = "bases"
     """The leading singular subspaces of both weights."""
-    MODELS = "models"
-    """Both models, run on their own sampling trajectories."""
 
 
 class _SplitRows(torch.autograd.Function):
@@ -196,19 +191,10 @@ _ROWS = (
         origin="our extension",
         outcome="damped",
     ),
-    Method(
-        name="probe",
-        needs=Needs.MODELS,
-        keeps_rank=False,
-        drops_mixed=False,
-        summary="fits new updates on the models' own sampling trajectories",
-        origin="our extension",
-        outcome="fitted to the running models",
-    ),
 )
 
 METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for method in _ROWS})
-"""Every method by its name. `project` takes all but "probe", which has to run the models."""
+"""Every method by its name."""
 
 
 def find_method(name: str) -> Method:

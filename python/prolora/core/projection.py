@@ -19,7 +19,7 @@ from .basis import Basis, truncated_svd
 from .damping import damped
 from .errors import NonFiniteWeights, ShapeMismatch
 from .lowrank import LowRank
-from .methods import Method, Needs, Parts, ProjectMethod, Side, find_method
+from .methods import Method, MethodName, Needs, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
@@ -47,7 +47,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> LowRank: ...
@@ -60,7 +60,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
@@ -73,7 +73,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Tensor: ...
@@ -86,7 +86,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Tensor, ProjectionInfo]: ...
@@ -99,7 +99,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Array: ...
@@ -112,7 +112,7 @@ def project(
     W_tgt: Any,
     *,
     rank: Rank = ...,
-    method: ProjectMethod = ...,
+    method: MethodName = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Array, ProjectionInfo]: ...
@@ -144,7 +144,7 @@ def project(
         W_tgt: the target weight, of delta's shape, or its Basis.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
-        method: a name of `METHODS` other than "probe".
+        method: a name of `METHODS`.
         kappa: κ ≥ 0 of "damped" (see `damped`), one number or one for each matrix [b]; required
             there, and refused for the other methods.
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
@@ -354,8 +354,6 @@ def _need_weight(weight: Tensor | Basis) -> Tensor:
 
 def _check_method(method: Method, kappa: float | Tensor | None) -> None:
     """Refuses a method that `project` cannot run, and a κ that is missing or of no use."""
-    if method.needs is Needs.MODELS:
-        raise ValueError(f"method {method.name!r} runs the models: prolora.transfer has it")
     if method.needs is not Needs.WEIGHTS:
         if kappa is not None:
             raise ValueError(f"kappa is for method 'damped', not for {method.name!r}")

@@ -3,8 +3,9 @@
 from .gate import Gate
 from .recording.guidance import Guidance
 from .recording.trajectories import Call
+from .recording.translation import Translation
 from .report import ProbeReport
-from .run import ProbeTransfer, fit_lora
+from .run import ProbeTransfer, Samplers, fit_to_models
 from .settings import FitSettings
 from .strength import MeasuredStrength, Measurement, Trajectories, measure_strengths
 
@@ -17,7 +18,9 @@ __all__ = [
     "Measurement",
     "ProbeReport",
     "ProbeTransfer",
+    "Samplers",
     "Trajectories",
-    "fit_lora",
+    "Translation",
+    "fit_to_models",
     "measure_strengths",
 ]

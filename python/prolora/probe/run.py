@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters.adapter import Adapter
-from ..bases.base import Progress
 from ..core.lowrank import LowRank
 from ..core.precision import in_full_precision
-from ..errors import UnrelatedBases
+from ..errors import InvalidOption, UnrelatedBases
 from ..version import __version__
 from .checkpoint import hash_texts, open_checkpoints
 from .crossed import CrossedImages, measure_bands
@@ -29,27 +28,19 @@ from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
-from .recording.guidance import Guidance
 from .recording.lazy import SampleSelection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import spill_questions
-from .recording.trajectories import Sample, output_of, predict_call
-from .recording.translation import (
-    PAIR,
-    Convert,
-    Question,
-    Read,
-    Translate,
-    Translation,
-    same_call,
-    same_prediction,
-)
+from .recording.trajectories import Sample, predict_call
+from .recording.translation import PAIR, Question, Translation
 from .recording.wanted import wanted_changes
 from .report import ProbeReport
-from .settings import FitSettings, Optimiser, Start
+from .settings import FitSettings
 from .trajectory_numbers import number_questions
 
-__all__ = ["FitSettings", "ProbeReport", "ProbeTransfer", "fit_lora"]
+DEFAULT_SETTINGS = FitSettings()
+SAME_QUESTIONS = Translation()
+"""Both models take the same inputs and predict the same quantity."""
 
 
 @dataclass(frozen=True)
@@ -71,115 +62,69 @@ class ProbeTransfer:
         adapters.write_adapter(self.adapter, path, format=format, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Samplers:
+    """How models at hand are sampled, each by a function that is given a seed.
+
+    Attributes:
+        source: runs the source's sampler from noise.
+        target: the same for the target.
+        adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled in
+            another way than the source (few steps, no guidance, a trigger word); None: as `source`.
+        described: what the samplers do, as a text; needed where results are kept for another run,
+            because two functions cannot be compared.
+    """
+
+    source: Sample
+    target: Sample
+    adapted: Sample | None = None
+    described: str = ""
+
+
 @in_full_precision
-def fit_lora(
+def fit_to_models(
     source: nn.Module,
     target: nn.Module,
     lora: str | PathLike[str] | Adapter | Mapping[str, LowRank],
-    sample_source: Sample,
-    sample_target: Sample,
-    sample_adapted: Sample | None = None,
+    samplers: Samplers,
+    settings: FitSettings = DEFAULT_SETTINGS,
     *,
-    translate: Translate | None = None,
-    translate_back: Translate | None = None,
-    convert: Convert | None = None,
-    read: Read | None = None,
-    clip: Translate | None = None,
-    guidance: Guidance | None = None,
+    translation: Translation = SAME_QUESTIONS,
     rival: Mapping[str, LowRank] | None = None,
-    rank: float | None = None,
-    start: Start = "auto",
-    probes: int | None = None,
-    held_out: int | None = None,
-    steps: int = 32,
-    batch: int | None = None,
-    damping: float = 1.0,
-    seed: int = 0,
-    force: bool = False,
-    resume: str | PathLike[str] | None = None,
-    samplers: str = "",
-    max_memory: int | None = None,
-    progress: Progress | None = None,
-    optimiser: Optimiser = "gauss-newton",
 ) -> ProbeTransfer:
     """Fits the LoRA that makes `target` change as the LoRA makes `source` change.
 
     Both models run on trajectories that they sample themselves from noise, so no data is needed.
     At every probe the target should predict v_t + (v_s with LoRA − v_s). The linear modules
     of all its blocks are fitted to that at once, in a few Gauss–Newton steps on the factors of the
-    LoRA. `FitSettings` describes the options in more detail.
+    LoRA. `prolora.fit` does it between two pipeline folders.
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
             in float32, float16 or bfloat16; computed in float32.
         target: the same of the target; widths and depths may differ. Both must take the same
-            inputs and predict the same quantity, unless the five functions below translate.
+            inputs and predict the same quantity, unless the translation says otherwise.
         lora: a file, an adapter, or updates by the source's module names.
-        sample_source: runs the source's sampler from noise with the given seed.
-        sample_target: the same for the target.
-        sample_adapted: runs the source while the LoRA runs in it, where the LoRA is sampled
-            in another way than the source (few steps, no guidance, a trigger word).
-        translate: turns a call recorded on the source into the call that asks the target the same
-            question (its own text embeddings, its own measure of time); None: the same call.
-        translate_back: turns a call recorded on the target into that of the source.
-        convert: (call of the source, its prediction) -> the prediction in the target's terms.
-        read: return value of either model -> its prediction; None: see `output_of`.
-        clip: turns a recorded call into the nearest one that both models can be asked; `origin`
-            says which model recorded it. None: the same call.
-        guidance: that the source is asked with, where it is sampled with guidance and the target
-            without (few-step students, and students that learnt their guidance); None: none.
+        samplers: of both models.
+        settings: of the fit; what they say of prompts, images and steps of the samplers is for
+            pipelines.
+        translation: asks both models the same question, where they take different inputs or
+            predict different quantities; and the guidance that the source is asked with.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself whose modules the target has.
-        rank: of every update that is written, or the share of each update that is kept; None: the
-            LoRA's own, which is its largest.
-        start: "zero", "copy" (the rival), or "auto", which chooses.
-        probes: samples of the fit; None: chosen by the number of recorded ones.
-        held_out: samples of the verdict; None: chosen in the same way.
-        steps: Gauss–Newton steps.
-        batch: least number of samples of a step; None: chosen in the same way.
-        damping: of the curvature, relative to its mean diagonal.
-        seed: of the trajectories.
-        force: returns the LoRA even where the gate refuses it.
-        resume: folder that keeps recorded calls and fitted updates for an interrupted probing.
-        samplers: what the samplers do, as a text; required with `resume`.
-        max_memory: bytes of calls in memory; the rest goes to temporary files.
-        progress: called as progress(done, total, name).
-        optimiser: see `FitSettings`.
 
     Raises:
-        InvalidOption: an option has a value that it does not take.
+        InvalidOption: results are to be kept, and nothing says what the samplers do.
         ShapeMismatch: the fit is to start from a copy that does not fit the target.
-        UnrelatedBases: the gate refuses, and `force` is not set.
-        ProLoRAError: a module, block or dtype is of a kind that probing cannot handle; the message
+        UnrelatedBases: the gate refuses, and the fit is not forced.
+        ProLoRAError: a module, block or dtype is of a kind that no fit can handle; the message
             names it.
 
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
-    settings = FitSettings(
-        rank=rank,
-        start=start,
-        probes=probes,
-        held_out=held_out,
-        steps=steps,
-        batch=batch,
-        damping=damping,
-        seed=seed,
-        force=force,
-        resume=resume,
-        samplers=samplers,
-        max_memory=max_memory,
-        progress=progress,
-        optimiser=optimiser,
-    )
-    translation = Translation(
-        translate or same_call,
-        translate_back or same_call,
-        convert or same_prediction,
-        read or output_of,
-        clip or same_call,
-        guidance,
-    )
+    if settings.resume is not None and not samplers.described:
+        raise InvalidOption("resume needs samplers whose `described` says what they do")
     adapter = _as_adapter(lora)
     if rival is None:
         rival = fitting_updates(target, adapter.updates)
@@ -189,10 +134,10 @@ def fit_lora(
         source,
         target,
         adapter,
-        (sample_source, sample_adapted or sample_source, sample_target),
+        (samplers.source, samplers.adapted or samplers.source, samplers.target),
         translation,
         open_checkpoints(settings.resume, source, target, {}),
-        settings.samplers,
+        samplers.described,
     )
     return _run_models(recorder, rival, settings)
 
@@ -201,15 +146,15 @@ def fit_lora(
 def fit_from_recorder(
     recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
 ) -> ProbeTransfer:
-    """`fit_lora` with the questions of a recorder: for models that cannot share recorded calls.
+    """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
 
     Args:
         recorder: of both models and the LoRA.
-        rival: see `fit_lora`.
+        rival: see `fit_to_models`.
         settings: of the fit.
 
     Raises:
-        ProLoRAError: see `fit_lora`.
+        ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
@@ -270,9 +215,9 @@ def _record_fit_judge(
             report.left_out.pop(name, None)
     with _timed(report, "judge"):
         verdict = report.gate = _judge(run, updates, held_out, recorder.crossed)
-    run.notify(settings.steps, settings.steps, "judged")
+    run.notify(settings.fit_steps, settings.fit_steps, "judged")
     if verdict.decision == REFUSE and not settings.force:
-        raise UnrelatedBases(f"probing refuses this transfer: {verdict.reason}")
+        raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
 
 
@@ -296,7 +241,7 @@ def _judge(
 
 def _scale_updates(run: ProbeRun, updates: Mapping[str, LowRank], strength: float) -> ProbeTransfer:
     scaled = {n: LowRank(u.up * strength, u.down) for n, u in updates.items()}
-    metadata = {"prolora.version": __version__, "prolora.method": "probe"}
+    metadata = {"prolora.version": __version__, "prolora.method": "fit"}
     adapter = replace(run.adapter.with_updates(scaled), vectors={}, metadata=metadata, left_out={})
     return ProbeTransfer(adapter, run.report)
 

@@ -1,19 +1,21 @@
-"""The settings of a probing: what is sampled, and how the updates are fitted."""
+"""The settings of a fit: what is sampled, and how the updates are fitted."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from ..bases.base import Progress
 from ..core.arrays import make_fields_plain
+from ..core.option_fields import option
 from ..errors import InvalidOption, UnsupportedFormat
 from ..files.outside import read_text
+from ..files.sizes import parse_limit
 
 Start = Literal["auto", "zero", "copy"]
-"""Where a fit starts: chosen, from no updates, or from the LoRA moved without probing."""
+"""Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
 
 STARTS: tuple[Start, ...] = get_args(Start)
 Optimiser = Literal["gauss-newton", "adamw"]
@@ -24,49 +26,157 @@ FEW_STEPS = 4
 """Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
 """Largest default number of samples for the fit, for the verdict, and of one step."""
+SAMPLING, FITTING = "Sampling", "Fit"
+
+# What the fitted updates depend on, beside the questions; and what the samples do.
+_OF_FIT = (
+    "rank",
+    "start",
+    "probes",
+    "held_out",
+    "fit_steps",
+    "batch",
+    "curvature_damping",
+    "seed",
+    "optimiser",
+)
+_OF_SAMPLES = ("prompts", "images", "steps", "size", "guidance", "lora_steps", "lora_guidance")
+
+Settings = TypeVar("Settings", bound="FitSettings")
 
 
 @dataclass(frozen=True)
-class Probing:
-    """What method "probe" samples, and how it fits (docs/probe.md).
+class FitSettings:
+    """What is sampled of the running models, and how a LoRA is fitted to them (docs/probe.md)."""
 
-    Attributes:
-        prompts: used in turn; none means unconditional (the empty prompt). Class numbers for
-            models that take classes.
-        images: number sampled by each of source, source with LoRA and target for the fit, and again
-            for the verdict.
-        steps: sampling steps.
-        size: height and width in pixels; None means the smaller of the two pipelines' defaults, and
-            that of each pipeline where their latents are different spaces.
-        guidance: guidance scale; None means each pipeline's default.
-        target_steps: steps of the target, where it is a few-step model; None: `steps`, or
-            FEW_STEPS for the schedulers of few-step models.
-        target_guidance: guidance scale of the target, where it is run with another; None:
-            `guidance`. A source with guidance and a target without, as few-step students are run,
-            are asked accordingly (docs/probe.md).
-        lora_steps: steps of the source with the LoRA, where it is a few-step LoRA; None: `steps`.
-        lora_guidance: guidance scale of the source with the LoRA; None: `guidance`. Most few-step
-            LoRAs are run without.
-        start: where the fit starts: "zero" from no updates, "copy" from what moving by weights
-            gives; "auto" chooses (docs/probe.md).
-        fit_steps: Gauss–Newton steps; the time of the fit is proportional to them.
-        force: writes the LoRA even where the verdict of the held-out probes is to refuse it.
-        resume: folder for recorded calls and fitted updates, so that an interrupted run goes on.
-    """
-
-    prompts: tuple[str, ...] = ()
-    images: int = 24
-    steps: int = 25
-    size: int | None = None
-    guidance: float | None = None
-    target_steps: int | None = None
-    target_guidance: float | None = None
-    lora_steps: int | None = None
-    lora_guidance: float | None = None
-    start: Start = "auto"
-    fit_steps: int = 32
-    force: bool = False
-    resume: str | PathLike[str] | None = field(default=None, repr=False)  # changes no result
+    prompts: tuple[str, ...] = option(
+        (),
+        "Prompts that are sampled, in turn. Default: some that are made from the LoRA's header. "
+        "Class numbers for models that take classes.",
+    )
+    images: int = option(
+        24,
+        "Images of each model. Source, source with LoRA and target sample as many for the fit, and "
+        "as many again for the verdict.",
+        panel=SAMPLING,
+        metavar="N",
+        basic=True,
+    )
+    steps: int = option(25, "Steps of the samplers.", panel=SAMPLING, metavar="N", basic=True)
+    size: int | None = option(
+        None,
+        "Height and width of the images in pixels. Default: the smaller of the two pipelines', or "
+        "that of each where their latents differ.",
+        panel=SAMPLING,
+        metavar="PIXELS",
+        basic=True,
+    )
+    guidance: float | None = option(
+        None,
+        "Guidance scale of the samplers. Default: each pipeline's own.",
+        panel=SAMPLING,
+        metavar="SCALE",
+    )
+    target_steps: int | None = option(
+        None,
+        "Steps of the target's own sampler, where it is a few-step model. Default: as for the "
+        "source, or 4 for the schedulers of few-step models.",
+        panel=SAMPLING,
+        metavar="N",
+    )
+    target_guidance: float | None = option(
+        None,
+        "Guidance scale of the target's own sampler; 1 for a target that is run without. Default: "
+        "as for the source. A source with guidance and a target without, as few-step students are "
+        "run, are asked accordingly.",
+        panel=SAMPLING,
+        metavar="SCALE",
+        basic=True,
+    )
+    lora_steps: int | None = option(
+        None,
+        "Steps of the source with the LoRA, where it is a few-step LoRA. Default: as without.",
+        panel=SAMPLING,
+        metavar="N",
+    )
+    lora_guidance: float | None = option(
+        None,
+        "Guidance scale of the source with the LoRA; 1 for most few-step LoRAs. Default: as "
+        "without.",
+        panel=SAMPLING,
+        metavar="SCALE",
+        basic=True,
+    )
+    rank: float | None = option(
+        None,
+        "Rank of every update that is fitted and written. A number below 1 is the share of each "
+        "update, as the probes see it, that must be kept. Default: the LoRA's own, which is its "
+        "largest.",
+        panel=FITTING,
+        metavar="RANK",
+        basic=True,
+    )
+    start: Start = option(
+        "auto",
+        'Where the fit starts: from no update ("zero"), from the LoRA moved by weights alone '
+        '("copy"), or from the better of the two. From a copy it goes only part of the way where '
+        "the bases disagree.",
+        panel=FITTING,
+        words=STARTS,
+    )
+    fit_steps: int = option(
+        32,
+        "Gauss–Newton steps; the time of the fit is proportional to them.",
+        panel=FITTING,
+        metavar="N",
+    )
+    probes: int | None = option(
+        None, "Samples for the fit, drawn from the samplers' calls. Default: see `sized`."
+    )
+    held_out: int | None = option(None, "Samples for the verdict. Default: see `sized`.")
+    batch: int | None = option(None, "Least number of samples of a step. Default: see `sized`.")
+    curvature_damping: float = option(
+        1.0, "Damping of the curvature, relative to its mean diagonal."
+    )
+    seed: int = option(
+        0,
+        "Seed of the first of three samplings; they use three seeds, the held-out ones the next "
+        "three.",
+        panel=SAMPLING,
+        metavar="N",
+    )
+    optimiser: Optimiser = option(
+        "gauss-newton",
+        '"adamw" takes two of its steps for each of `fit_steps`, as trainers do, for comparison.',
+        words=get_args(Optimiser),
+    )
+    force: bool = option(
+        False,
+        "Write the fitted LoRA even if the held-out probes speak against it.",
+        panel=FITTING,
+    )
+    resume: str | PathLike[str] | None = option(
+        None,
+        "Folder that keeps finished parts, so that an interrupted fit can go on. What does not "
+        "depend on the LoRA serves the next one; files that are damaged or belong to other inputs "
+        "are computed again.",
+        panel=FITTING,
+        metavar="FOLDER",
+        basic=True,
+        decides=False,
+    )
+    max_memory: int | str | None = option(
+        None,
+        'Memory that may be taken, as "2GiB"; recorded calls beyond it go to temporary files. '
+        "Refused if it is too little.",
+        decides=False,
+    )
+    progress: Progress | None = option(
+        None,
+        "Called as progress(done, total, name); what it raises ends the call, and nothing is "
+        "written.",
+        decides=False,
+    )
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -78,27 +188,45 @@ class Probing:
         several = isinstance(self.prompts, tuple | list)
         if not several or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise InvalidOption(f"prompts must be a tuple of texts, not {self.prompts!r}")
+        object.__setattr__(self, "prompts", tuple(self.prompts))
         for name in ("images", "steps", "fit_steps"):
             _check_count(name, getattr(self, name))
-        _check_start(self.start)
+        for name in ("size", "target_steps", "lora_steps", "probes", "held_out", "batch"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         for name in ("guidance", "target_guidance", "lora_guidance"):
             value = getattr(self, name)
             if value is not None and not _is_number(value):
                 raise InvalidOption(f"{name} must be a number, not {value!r}")
-        for name in ("target_steps", "lora_steps"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if self.size is not None:
-            _check_count("size", self.size)
-            if self.size % 8:
-                raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
+        if self.size is not None and self.size % 8:
+            raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
+        if self.rank is not None:
+            _check_rank(self.rank)
+        if self.start not in STARTS:
+            raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
+        if self.optimiser not in get_args(Optimiser):
+            raise InvalidOption(
+                f"optimiser must be one of {', '.join(get_args(Optimiser))}, not {self.optimiser!r}"
+            )
+        if not _is_number(self.curvature_damping) or self.curvature_damping <= 0:
+            raise InvalidOption(
+                f"curvature_damping must be a positive number, not {self.curvature_damping!r}"
+            )
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise InvalidOption(f"seed must be an integer of 0 or more, not {self.seed!r}")
+        self.memory_limit  # noqa: B018 (raises where it is no size)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """`max_memory` in bytes."""
+        return parse_limit(self.max_memory)
 
     @property
     def has_few_step_lora(self) -> bool:
         """Whether the source is sampled in another way with the LoRA in its weights."""
         return self.lora_steps is not None or self.lora_guidance is not None
 
-    def with_lora(self) -> Probing:
+    def with_lora(self: Settings) -> Settings:
         """The settings of the sampling of the source with the LoRA."""
         steps, guidance = self.lora_steps, self.lora_guidance
         return replace(
@@ -106,6 +234,41 @@ class Probing:
             steps=self.steps if steps is None else steps,
             guidance=self.guidance if guidance is None else guidance,
         )
+
+    def sized(self: Settings, recorded: int) -> Settings:
+        """The settings with numbers instead of None, so that fit and verdict take a bounded time.
+
+        One sample costs one forward pass when it is recorded, three as a probe (source, source with
+        LoRA, target), five in a step (a backward pass costs about two) and about seven in the
+        verdict. Together fit and verdict then take about three times the sampling. More than
+        MAX_SAMPLES of each gain little (docs/probe.md).
+
+        Args:
+            recorded: number of samples in all calls, held-out ones included.
+        """
+        probes, held_out, batch = (
+            max(1, min(most, int(share * recorded)))
+            for most, share in zip(MAX_SAMPLES, (0.23, 0.05, 0.39 / self.fit_steps), strict=True)
+        )
+        return replace(
+            self,
+            probes=self.probes or probes,
+            held_out=self.held_out or max(held_out, 24),
+            batch=self.batch or max(batch, 4),
+        )
+
+    def describe_fit(self) -> str:
+        """The settings that fitted updates depend on, as a text; the samples have another."""
+        return repr({name: getattr(self, name) for name in _OF_FIT})
+
+    def describe_samples(self) -> dict[str, object]:
+        """The settings that what is sampled depends on, once a side's own are settled."""
+        return {name: getattr(self, name) for name in _OF_SAMPLES}
+
+    def share_memory(self, parts: int) -> int | None:
+        """One of so many equal parts of `max_memory`; None without a bound."""
+        limit = self.memory_limit
+        return None if limit is None else limit // parts
 
 
 def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
@@ -124,106 +287,6 @@ def read_prompts(file: str | PathLike[str]) -> tuple[str, ...]:
     return prompts
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """The settings of `fit_lora`.
-
-    Attributes:
-        rank: of every update that is fitted and written; None means the LoRA's own, which is its
-            largest. A number below 1 is the share of an update of the LoRA's own rank, as the
-            probes see it, that must be kept, module by module.
-        start: "zero" starts from no updates, "copy" from the rival (the LoRA as it is, or
-            as it was moved without probing), "auto" from the rival where it reaches some of the
-            wanted change. From a rival the fit goes only part of the way where the bases disagree.
-        probes: samples for the fit, drawn from the samplers' calls; None: see `sized`.
-        held_out: samples for the verdict; None: see `sized`.
-        steps: Gauss–Newton steps.
-        batch: least number of samples of a step; None: see `sized`.
-        damping: damping of the curvature, relative to its mean diagonal.
-        seed: of the first of three trajectories; they use three seeds, the held-out ones the next
-            three.
-        force: writes the LoRA even where the gate refuses it.
-        resume: folder for recorded calls and fitted updates, so that an interrupted probing goes
-            on; files that are damaged or belong to other inputs are computed again.
-        samplers: a text that says what the samplers do (prompts, steps); required with `resume`,
-            because two functions cannot be compared.
-        max_memory: bound in bytes on recorded calls in memory; the rest goes to
-            temporary files. Models and the activations of one call are not counted. None: no bound.
-        progress: called as progress(done, total, name).
-        optimiser: "gauss-newton"; or "adamw" with two steps for each of `steps`, as trainers do it,
-            for comparison.
-    """
-
-    rank: float | None = None
-    start: Start = "auto"
-    probes: int | None = None
-    held_out: int | None = None
-    steps: int = 32
-    batch: int | None = None
-    damping: float = 1.0
-    seed: int = 0
-    force: bool = False
-    resume: str | PathLike[str] | None = None
-    samplers: str = ""
-    max_memory: int | None = None
-    progress: Progress | None = None
-    optimiser: Optimiser = "gauss-newton"
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InvalidOption: names the option and the values that it takes.
-        """
-        make_fields_plain(self)
-        _check_start(self.start)
-        if self.optimiser not in get_args(Optimiser):
-            raise InvalidOption(
-                f"optimiser must be one of {', '.join(get_args(Optimiser))}, not {self.optimiser!r}"
-            )
-        if self.rank is not None:
-            _check_rank(self.rank)
-        _check_count("steps", self.steps)
-        for name in ("probes", "held_out", "batch", "max_memory"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        if not _is_number(self.damping) or self.damping <= 0:
-            raise InvalidOption(f"damping must be a positive number, not {self.damping!r}")
-        if self.resume is not None and not self.samplers:
-            raise InvalidOption("resume needs samplers=TEXT that says what the samplers do")
-
-    def sized(self, recorded: int) -> FitSettings:
-        """The settings with numbers instead of None, so that fit and verdict take a bounded time.
-
-        One sample costs one forward pass when it is recorded, three as a probe (source, source with
-        LoRA, target), five in a step (a backward pass costs about two) and about seven in the
-        verdict. Together fit and verdict then take about three times the sampling. More than
-        MAX_SAMPLES of each gain little (docs/probe.md).
-
-        Args:
-            recorded: number of samples in all calls, held-out ones included.
-        """
-        probes, held_out, batch = (
-            max(1, min(most, int(share * recorded)))
-            for most, share in zip(MAX_SAMPLES, (0.23, 0.05, 0.39 / self.steps), strict=True)
-        )
-        return replace(
-            self,
-            probes=self.probes or probes,
-            held_out=self.held_out or max(held_out, 24),
-            batch=self.batch or max(batch, 4),
-        )
-
-    def describe_fit(self) -> str:
-        """The settings that fitted updates depend on, as a text."""
-        unrelated = ("force", "resume", "samplers", "max_memory", "progress")
-        return repr({k: v for k, v in vars(self).items() if k not in unrelated})
-
-    def share_memory(self, parts: int) -> int | None:
-        """One of so many equal parts of `max_memory`; None without a bound."""
-        return None if self.max_memory is None else self.max_memory // parts
-
-
 def _is_number(value: object) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, float | int) and math.isfinite(value)
@@ -239,8 +302,3 @@ def _check_rank(rank: float) -> None:
         raise InvalidOption(
             f"rank must be an integer of 1 or more, or a share between 0 and 1, not {rank!r}"
         )
-
-
-def _check_start(start: object) -> None:
-    if start not in STARTS:
-        raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {start!r}")

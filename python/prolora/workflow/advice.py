@@ -24,7 +24,7 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.recording.trajectories import Sample
-from ..probe.settings import Probing
+from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
 from .base_check import check_bases
 from .by_weights.base_pair import BasePair, read_lora
@@ -34,7 +34,7 @@ from .options import LoraLike, TransferOptions
 from .table import Table
 from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
 
-SAMPLED = Probing(images=6, steps=12)
+SAMPLED = FitSettings(images=6, steps=12)
 """What `advise` samples where it measures: six trajectories of each of two models."""
 
 
@@ -49,7 +49,8 @@ class Advice:
             where no pair of bases like this was measured.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
-        command: the `prolora transfer …` that follows; empty where nothing is worth it.
+        command: the `prolora transfer …` or `prolora fit …` that follows; empty where neither is
+            worth it.
     """
 
     comparison: Comparison
@@ -203,7 +204,7 @@ def advise(
     *,
     measure: bool = False,
     match: Match = "auto",
-    probe: Probing = SAMPLED,
+    probe: FitSettings = SAMPLED,
     target_steps: int | None = None,
     target_guidance: float | None = None,
     samplers: tuple[Sample, Sample] | None = None,
@@ -300,7 +301,7 @@ def write_command(
     match: Match,
     verdict: Verdict,
     measurement: Measurement | None,
-    probe: Probing = SAMPLED,
+    probe: FitSettings = SAMPLED,
 ) -> str:
     """The command line that follows; empty where nothing is worth a try.
 
@@ -314,18 +315,18 @@ def write_command(
         probe: says how the target and the LoRA are run.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
-    words: list[str] = []
+    verb, words = "transfer", list[str]()
     if best is not None and best.go:
         words += ["--method", "copy"] if measurement and measurement.best == "copy" else []
         words += ["--strength", f"{best.strength:.2f}"]
     elif best is not None or not verdict.related:
-        if not vae.can_probe(bases[0].path, bases[1].path):
+        if not vae.can_fit(bases[0].path, bases[1].path):
             return ""
-        words += ["--method", "probe"]
+        verb = "fit"
         for name in ("target_steps", "target_guidance", "lora_steps", "lora_guidance"):
             value = getattr(probe, name)
             words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
-    if match != "auto" and isinstance(match, str | PathLike) and "probe" not in words:
+    if match != "auto" and isinstance(match, str | PathLike):
         words += ["--match", str(match)]
     file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")
     names = [
@@ -333,5 +334,5 @@ def write_command(
         for name, base in zip(given, bases, strict=True)
     ]
     out = f"{file.stem}-on-{Path(names[1]).stem}.safetensors"
-    line = ["prolora", "transfer", str(file), "--source", names[0], "--target", names[1], *words]
+    line = ["prolora", verb, str(file), "--source", names[0], "--target", names[1], *words]
     return shlex.join([*line, "-o", out])

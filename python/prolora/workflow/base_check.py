@@ -47,6 +47,7 @@ def check_bases(
     target: Base,
     options: TransferOptions,
     cache: BasisCache | None = None,
+    may_be_one: bool = False,
 ) -> None:
     """Refuses a source that is not the LoRA's, and a target that is.
 
@@ -56,6 +57,7 @@ def check_bases(
         target: the base it is to move to.
         options: `again` takes the bases as they are given, as long as the LoRA fits the source.
         cache: remembers the hashes of files.
+        may_be_one: whether source and target may be one model.
 
     Raises:
         UnsupportedFormat: the LoRA cannot be read, or has modules that the source does not have.
@@ -71,8 +73,7 @@ def check_bases(
     check_moved_before(lora, source, options, cache)
     header = read_header(lora)
     where = _name_file(lora)
-    # Running models of equal weights may differ in schedule, steps and guidance.
-    if not options.runs_models and are_one_base(source, target, cache):
+    if not may_be_one and are_one_base(source, target, cache):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
             "where the LoRA works as it is; choose another target, or set again to move it all the "

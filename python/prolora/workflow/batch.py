@@ -101,7 +101,7 @@ def transfer_many(
                 task.attempt(partial(_rename, task, recipe, opened, Path(folder), naming, tail))
         live = [task for task in tasks if task.outcome is None]
         check_distinct([task.lora for task in live], [task.out for task in live])
-        _make_folders({Path(folder), *(task.out.parent for task in tasks)})
+        make_folders({Path(folder), *(task.out.parent for task in tasks)})
         for pair in pairs:
             mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
@@ -126,7 +126,7 @@ def _rename(
     task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
 
 
-def _make_folders(folders: Iterable[Path]) -> None:
+def make_folders(folders: Iterable[Path]) -> None:
     """Makes the folders of the results.
 
     Raises:

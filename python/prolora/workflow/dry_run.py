@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import adapters
-from ..adapters.adapter import Adapter
-from ..bases import Base, BaseLike, open_base
+from ..bases import BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
-from .base_check import check_bases
-from .by_probing.plan import check_probing
-from .by_probing.rows import outline_report
 from .by_weights.assembly import build_report
 from .by_weights.base_pair import BasePair
-from .by_weights.rows import check_coverage
 from .by_weights.vectors import carry_vectors
 from .options import (
     DEFAULT_OPTIONS,
@@ -66,23 +59,8 @@ def plan_report(
     """
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
-    if options.runs_models:
-        return _outline_probing(lora, old, new, options)
     # A dry run makes no folder.
     known = options.cache is not None and Path(options.cache).is_dir()
     with BasisCache(options.cache if known else None).saving() as cache:
         ledger = BasePair(old, new, options, cache).plan(lora, "outline")
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)
-
-
-def _outline_probing(
-    lora: LoraLike, source: Base, target: Base, options: TransferOptions
-) -> Report:
-    check_bases(lora, source, target, options)
-    check_probing(source, target, options)
-    adapter = lora
-    if not isinstance(adapter, Adapter):
-        adapter = adapters.outline_adapter(adapter, source.shapes, source.family)
-    report = outline_report(adapter, source, target, options)
-    check_coverage(report.modules, options.min_coverage)
-    return replace(report, dry_run=True)

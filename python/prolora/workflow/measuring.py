@@ -18,7 +18,7 @@ from ..core.lowrank import LowRank
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
-from ..probe.settings import Probing
+from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
 from .by_weights.base_pair import move_lora
 from .options import MethodChoice, TransferOptions
@@ -95,7 +95,7 @@ def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object)
 def open_models(
     source: MeasuredSide,
     target: MeasuredSide,
-    settings: Probing,
+    settings: FitSettings,
     samplers: tuple[Sample, Sample] | None,
     device: str | None,
 ) -> RunningModels:
@@ -133,7 +133,7 @@ def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:
     return Pipeline(side.pipe, type(side.pipe).__name__)
 
 
-def _make_sampler(pipeline: Any, settings: Probing) -> Sample:
+def _make_sampler(pipeline: Any, settings: FitSettings) -> Sample:
     """Samples one image; the prompts take turns, the same for both models."""
     prompts = settings.prompts or ("",)
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
@@ -24,13 +24,13 @@ from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..core.arrays import make_fields_plain
 from ..core.methods import Method, MethodName, Needs, find_method
+from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import resolve_device
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
-from ..probe.settings import Probing
-from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank, parse_percentage, parse_size_limit
+from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,49 +57,14 @@ Strength = float | Literal["auto"]
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
 FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
-PROBE = "probe"
-DEFAULT_PROBING = Probing()
+FIT = "fit"
+"""What reports and headers call the making of a LoRA that was fitted to running models."""
+FIT_INSTEAD = (
+    "running the models is no method of a transfer but a job of its own, with options of its own: "
+    "prolora.fit in Python, prolora fit on the command line"
+)
 # Its square, times an energy, is in the report: a float must hold that.
 LARGEST_STRENGTH = 1e30
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How an option is told to people.
-
-    Attributes:
-        help: what it does and what it takes, in the words of the command line, of Python and of
-            whatever shows a form.
-        panel: the group that it belongs to; "" keeps it off the command line.
-        metavar: what stands for its value; "" leaves that to its type.
-        basic: whether the first page of the command line's help has it.
-        decides: whether the result depends on it. What says only where to compute, or what to
-            refuse, does not.
-        words: the values that it takes, where these are words.
-    """
-
-    help: str
-    panel: str = ""
-    metavar: str = ""
-    basic: bool = False
-    decides: bool = True
-    words: tuple[str, ...] = ()
-
-
-def option(default: Any, help: str, /, **shown: Any) -> Any:
-    """A field of an options object, with what is told of it (see `Shown`)."""
-    return field(default=default, metadata={"shown": Shown(help, **shown)})
-
-
-def find_shown(kind: type, name: str) -> Shown:
-    """What is told of an option of an options object."""
-    by_name = {known.name: known for known in fields(kind)}
-    return _read_shown(by_name[name])
-
-
-def _read_shown(known: Field[Any]) -> Shown:
-    shown: Shown = known.metadata["shown"]
-    return shown
 
 
 METHOD, OUTPUT, MATCHING = "Method", "Output", "Matching"
@@ -114,8 +79,7 @@ class TransferOptions:
         'How to move the LoRA. "auto": what docs/evidence.md found best for bases as far apart as '
         'these; "copy": the update as it is; "damped": weakened along what the target has '
         'learnt; "prolora": the paper; "subspace": its ablation without the complement; '
-        '"lora-x", "blocks": its relatives; "probe": fitted to the running models, which '
-        "needs pipeline folders.",
+        '"lora-x", "blocks": its relatives.',
         panel=METHOD,
         basic=True,
         words=METHOD_NAMES,
@@ -233,7 +197,6 @@ class TransferOptions:
         metavar="SIZE",
         decides=False,
     )
-    probe: Probing = option(DEFAULT_PROBING, 'What method "probe" samples, and how it fits.')
     progress: Progress | None = option(
         None,
         "Called as progress(done, total, name); what it raises ends the call, and nothing is "
@@ -249,13 +212,15 @@ class TransferOptions:
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
         make_fields_plain(self)
+        if str(self.method) == "probe":  # its name until it became a job of its own
+            raise InvalidOption(FIT_INSTEAD)
         try:
             read_rank(self.rank)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
         for known in fields(self):
-            words, value = _read_shown(known).words, getattr(self, known.name)
+            words, value = read_shown(known).words, getattr(self, known.name)
             if words and not (value == known.default or isinstance(value, torch.dtype)):
                 check_choice(known.name, value, words)
         for name in ("threshold", "min_coverage"):
@@ -274,19 +239,10 @@ class TransferOptions:
                 f"strength must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
                 f"{self.strength!r}"
             )
-        self._check_out_rank()
-        object.__setattr__(self, "device", resolve_device(self.device))
-        self.memory_limit  # noqa: B018 (raises where it is no size)
-
-    def _check_out_rank(self) -> None:
         if not is_out_rank(self.out_rank):
             raise InvalidOption(f"out_rank must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
-        measured = parse_percentage(self.out_rank) or parse_size_limit(self.out_rank)
-        if self.runs_models and measured is not None:
-            raise InvalidOption(
-                f"out_rank {self.out_rank!r} is for LoRAs that are moved; method {self.method} "
-                "fits new ones: give a rank or a share of the energy"
-            )
+        object.__setattr__(self, "device", resolve_device(self.device))
+        self.memory_limit  # noqa: B018 (raises where it is no size)
 
     def for_file(self) -> TransferOptions:
         """The same for a result that is written: the format is the LoRA's own if none is asked."""
@@ -315,11 +271,6 @@ class TransferOptions:
     def chosen(self) -> Method | None:
         """The method's row of `METHODS`; None as long as "auto" has chosen none."""
         return None if self.method == AUTO else find_method(self.method)
-
-    @property
-    def runs_models(self) -> bool:
-        """Whether the method runs the models, and is another pipeline than all others."""
-        return self.chosen is not None and self.chosen.needs is Needs.MODELS
 
     @property
     def kappa(self) -> float:
@@ -358,15 +309,14 @@ class OptionChanges(TypedDict, total=False):
     cache: str | PathLike[str] | None
     device: str | None
     max_memory: int | str | None
-    probe: Probing
     progress: Progress | None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Settled = TypeVar("Settled", bound="DataclassInstance")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
-def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
+def settle_options(options: Options, changes: Mapping[str, Any]) -> Options:
     """The options with changes made by keyword.
 
     Raises:
@@ -377,6 +327,7 @@ def settle_options(options: Settled, changes: Mapping[str, Any]) -> Settled:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f": {FIT_INSTEAD}" if name == "probe" else hint
             raise InvalidOption(f"there is no option {name!r}{hint}")
     return replace(options, **changes)
 
@@ -390,7 +341,7 @@ def takes_options(function: Function) -> Function:
     told = fields(signature.parameters["options"].default)
     lines = [
         textwrap.fill(
-            f"{known.name}: {_read_shown(known).help}",
+            f"{known.name}: {read_shown(known).help}",
             width=100,
             initial_indent=" " * 8,
             subsequent_indent=" " * 12,

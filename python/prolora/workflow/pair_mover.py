@@ -27,7 +27,6 @@ from .output_paths import check_output
 from .report import Outcome, Report
 from .result import save_result
 from .resume import Recipe
-from .transfer import run_transfer_file
 
 
 @dataclass
@@ -132,10 +131,7 @@ class PairMover:
             for group in groups:
                 progress = _label_progress(group, loras, self.asked.progress)
                 inputs = self._list_inputs(loras)
-                if self.asked.runs_models:
-                    yield from self._probe_in_turn(group, inputs, progress)
-                else:
-                    yield from self._move_group(pair, group, inputs, progress)
+                yield from self._move_group(pair, group, inputs, progress)
                 kept.save()
 
     def _list_inputs(self, loras: Iterable[Path]) -> list[Path]:
@@ -143,21 +139,6 @@ class PairMover:
         # A path that cannot be looked at is no file that could be overwritten.
         there = [lora for lora in loras if os.path.exists(lora)]
         return [*there, *self.pair.source.files, *self.pair.target.files]
-
-    def _probe_in_turn(
-        self, group: list[Task], inputs: list[Path], progress: Progress | None
-    ) -> Iterator[Task]:
-        """Method "probe": one LoRA after the other, each with the models for itself."""
-        options = replace(self.asked, progress=progress)
-        for task in group:
-
-            def move(task: Task = task) -> Report:
-                check_output(task.out, inputs, options.overwrite)
-                bases = self.pair.source, self.pair.target
-                return run_transfer_file(task.lora, *bases, task.out, options)
-
-            task.finish(task.attempt(move))
-            yield task
 
     def _move_group(
         self, pair: BasePair, group: list[Task], inputs: list[Path], progress: Progress | None

@@ -24,7 +24,7 @@ from ..architectures.modules import (
 )
 from ..bases import Base, load_layout
 from ..bases.describe import describe_base
-from ..bases.vae import can_probe
+from ..bases.vae import RUN_INSTEAD, can_fit
 from ..comparison.module_map import (
     BlockDecision,
     Match,
@@ -34,9 +34,6 @@ from ..comparison.module_map import (
 )
 from ..comparison.width_selection import Selection, WidthFinder
 from ..errors import ShapeMismatch, UnsupportedFormat
-
-PROBE_INSTEAD = " by weights; --method probe looks at the running models instead, and may move it"
-
 
 # The layers that take in the (noisy) image.
 _IMAGE_INPUTS = frozenset(
@@ -127,7 +124,7 @@ def make_plan(
             two architectures without corresponding blocks.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         ShapeMismatch: an update that does not fit its source module, or no module at all can go
-            over because every shape differs, or because none has a partner and probing may serve.
+            over because every shape differs, or because none has a partner and a fit may serve.
     """
     plan = ModulePlan()
     modules = place_text_encoders(adapter, source, target, text_encoder, plan)
@@ -149,10 +146,10 @@ def make_plan(
     nothing = not (plan.pairs or plan.passed or adapter.vectors)
     if adapter.updates and nothing:
         name, reason = next(iter(plan.skipped.items()))
-        probe = modules and can_probe(source.path, target.path)
+        fits = modules and can_fit(source.path, target.path)
+        way = f" by weights; {RUN_INSTEAD}" if fits else ""
         raise ShapeMismatch(
-            f"no module of this LoRA has a place on the target{PROBE_INSTEAD if probe else ''}; "
-            f"the first, {name}: {reason}"
+            f"no module of this LoRA has a place on the target{way}; the first, {name}: {reason}"
         )
     return plan
 
@@ -212,7 +209,8 @@ def _explain_other_width(module: str, origin: str, source: Base, target: Base, t
         f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
         f"{why}no published data-free method maps between widths"
     )
-    return reason + PROBE_INSTEAD if can_probe(source.path, target.path) else reason
+    fits = can_fit(source.path, target.path)
+    return f"{reason} by weights; {RUN_INSTEAD}" if fits else reason
 
 
 def place_text_encoders(

@@ -23,7 +23,7 @@ from ..comparison.verdict import (
     describe_strangers,
 )
 from ..core.means import weighted_mean
-from ..core.methods import Needs, find_method
+from ..core.methods import find_method
 from ..errors import ProLoRAError
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
@@ -32,6 +32,7 @@ from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
 from .module_report import Measures, ModuleReport
+from .options import FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import MODULES, Fold, Page, Picture, Section, render_page, render_summary
 from .table import Table, write_number
@@ -68,7 +69,7 @@ class Report:
         file_limit: bytes of the file that the updates were cut for; None where they were not.
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
-        probe: what method "probe" found; None for the others.
+        probe: what a fit to running models found; None where none was made.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -115,8 +116,7 @@ class Report:
     @property
     def was_fitted(self) -> bool:
         """Whether the updates were fitted to running models, and not moved by weights."""
-        # A dry run has not chosen for "auto".
-        return self.method != AUTO and find_method(self.method).needs is Needs.MODELS
+        return self.method == FIT
 
     @property
     def coverage(self) -> float:

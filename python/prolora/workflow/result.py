@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from .fit_options import FitOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
@@ -95,7 +96,7 @@ class Transfer:
         return adapters.describe_peft_config(self.adapter)
 
 
-def save_result(done: Transfer, out: Path, options: TransferOptions) -> Report:
+def save_result(done: Transfer, out: Path, options: TransferOptions | FitOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
     format = options.format or "auto"

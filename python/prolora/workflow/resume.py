@@ -17,12 +17,14 @@ from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
 from ..comparison.module_map import Matching
+from ..core.option_fields import read_shown
 from ..errors import ProLoRAError, input_error
 from ..files.hashing import hash_parts, hash_text, read_blocks
 from ..files.ownership import is_own
 from ..version import __version__
-from .by_weights.assembly import list_missed
-from .options import TransferOptions, find_shown
+from .by_weights.rows import list_missed
+from .fit_options import FitOptions
+from .options import TransferOptions
 
 _FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
 
@@ -42,11 +44,13 @@ class Recipe:
     lora: Path
     source: Base
     target: Base
-    options: TransferOptions
+    options: TransferOptions | FitOptions
     lora_hash: str
 
     @classmethod
-    def of(cls, lora: Path, source: Base, target: Base, options: TransferOptions) -> Recipe:
+    def of(
+        cls, lora: Path, source: Base, target: Base, options: TransferOptions | FitOptions
+    ) -> Recipe:
         """The recipe of a LoRA that is not yet read: a file that changes later has another one.
 
         Raises:
@@ -63,11 +67,11 @@ class Recipe:
         chosen = {
             field.name: _jsonable(getattr(self.options, field.name))
             for field in fields(self.options)
-            if find_shown(TransferOptions, field.name).decides and field.name not in _FORM
+            if read_shown(field).decides and field.name not in _FORM
         }
         # As all results were made before there was a choice.
         for name, usual in (("look", "target"),):
-            if chosen[name] == usual:
+            if chosen.get(name) == usual:
                 del chosen[name]
         bases = [compute_identity(b, cache) or b.name for b in (self.source, self.target)]
         form = (self.options.format, str(self.options.dtype))
@@ -112,7 +116,7 @@ class Recipe:
         base = self.source
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
         unknown = find_unknown_updates(outline.left_out)
-        return (*list_missed(outline, self.options), *unknown)
+        return (*list_missed(outline, self.options.text_encoder), *unknown)
 
 
 def _jsonable(value: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
-from .by_probing.pipeline import transfer_by_probing
 from .by_weights.base_pair import MakeNotes, list_inputs, move_lora
 from .options import (
     DEFAULT_OPTIONS,
@@ -58,8 +57,7 @@ def transfer(
         AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
         OutputError: out_rank is a size that one column a module exceeds.
         TooLittleMemory: max_memory is below what the largest weight needs.
-        UnrelatedBases: method "auto", and the weights have nothing in common; method "probe", and
-            the held-out probes speak against it.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
@@ -74,13 +72,12 @@ def run_transfer(
     options: TransferOptions,
     notes: MakeNotes | None = None,
 ) -> Transfer:
-    """Moves a LoRA through the pipeline that its method needs.
+    """Moves a LoRA, its bases opened.
 
     Raises:
         ProLoRAError: see `transfer`.
     """
-    move = transfer_by_probing if options.runs_models else move_lora
-    return move(lora, source, target, options, notes)
+    return move_lora(lora, source, target, options, notes)
 
 
 @takes_options

@@ -49,7 +49,7 @@ def test_batches_are_taken_no_earlier_than_they_are_asked_for():
 def test_what_a_node_lacks_is_tried_elsewhere():
     queue = AttemptQueue([batch("ab")], retries=1)
     first = queue.take()
-    queue.return_elsewhere(first.batch.entries[:1], first, "node-1")
+    queue.return_elsewhere(first.narrow(first.batch.entries[:1]), "node-1")
     second = queue.take()
     assert second.batch.entries == first.batch.entries[:1] and second.avoid == {"node-1"}
 

@@ -87,9 +87,11 @@ def _fit_from(
     read, draw = run.translation.read, batches.draw
     fit = fit_by_adamw if settings.optimiser == ADAMW else fit_jointly
     return fit(
-        JointProblem(run.target, names, read, draw, settings.steps, settings.damping, rank),
+        JointProblem(
+            run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
+        ),
         start,
-        lambda step: run.notify(step, settings.steps, f"step {step + 1}"),
+        lambda step: run.notify(step, settings.fit_steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),
     )
 

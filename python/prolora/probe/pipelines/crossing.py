@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..recording.trajectories import Call
 from ..recording.translation import Question, Translation, same_call
-from ..settings import Probing
+from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
 from .conversion import align_rows
 from .guidance import guide_source
@@ -47,7 +47,7 @@ class CrossingSide:
     """
 
     pipeline: Pipeline
-    settings: Probing
+    settings: FitSettings
     schedule: NoiseSchedule
     table: PromptTable
     space: LatentSpace | SharedLatents
@@ -55,7 +55,7 @@ class CrossingSide:
     has_free: bool = True
 
     @classmethod
-    def of(cls, pipeline: Pipeline, settings: Probing, shared: bool = False) -> CrossingSide:
+    def of(cls, pipeline: Pipeline, settings: FitSettings, shared: bool = False) -> CrossingSide:
         """Observes a pipeline on a few short samplings.
 
         Args:
@@ -184,7 +184,7 @@ def show_images(side: CrossingSide, latent: Tensor, size: tuple[int, int]) -> Te
 
 
 def observe_sides(
-    source: Pipeline, target: Pipeline, settings: Probing, shared: bool
+    source: Pipeline, target: Pipeline, settings: FitSettings, shared: bool
 ) -> tuple[CrossingSide, CrossingSide]:
     """Both sides of a crossing.
 
@@ -211,7 +211,7 @@ def observe_sides(
     return ours, theirs
 
 
-def takes_few_steps(of_source: Probing, of_target: Probing) -> bool:
+def takes_few_steps(of_source: FitSettings, of_target: FitSettings) -> bool:
     """Whether the target is sampled in half the steps of the source, or fewer."""
     return 2 * of_target.steps <= of_source.steps
 

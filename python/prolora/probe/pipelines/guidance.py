@@ -19,7 +19,7 @@ from ..hooks import FirstCallReached, keep_hooks
 from ..precision import in_float32
 from ..recording.guidance import Guidance
 from ..recording.trajectories import Call
-from ..settings import Probing
+from ..settings import FitSettings
 from .conditioning import (
     PredictionReader,
     PromptTable,
@@ -39,7 +39,7 @@ _TOLERANCE = 0.02
 """Of the guided prediction, which must be a sum of both."""
 
 
-def observe_guidance(pipeline: Pipeline, settings: Probing, table: PromptTable) -> float | None:
+def observe_guidance(pipeline: Pipeline, settings: FitSettings, table: PromptTable) -> float | None:
     """The g of v = u + g·(c − u) that a pipeline gives to its scheduler.
 
     Args:
@@ -130,7 +130,7 @@ class _PromptKeeper:
         return build_call(self.table.model, kept)
 
 
-def lacks_negative_prompt(pipeline: Pipeline, settings: Probing) -> bool:
+def lacks_negative_prompt(pipeline: Pipeline, settings: FitSettings) -> bool:
     """Whether a pipeline guides, but only with a negative prompt, which probing does not give.
 
     Qwen-Image does: its second scale is above 1 unless it is told otherwise, and FLUX's is not. A
@@ -145,7 +145,7 @@ def lacks_negative_prompt(pipeline: Pipeline, settings: Probing) -> bool:
 
 def guide_source(
     pipelines: tuple[Pipeline, Pipeline],
-    settings: tuple[Probing, Probing],
+    settings: tuple[FitSettings, FitSettings],
     tables: tuple[PromptTable, PromptTable],
 ) -> Guidance | None:
     """The guidance that the source is asked with: its own, where the target runs without any.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.lowrank import LowRank
 from ..recording.trajectories import Call, Sample
 from ..recording.translation import Translation, same_call
-from ..settings import Probing
+from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
 from .conversion import (
     clip_state,
@@ -45,8 +45,8 @@ class PipelinePair:
 
     source: Pipeline
     target: Pipeline
-    settings: Probing
-    of_target: Probing
+    settings: FitSettings
+    of_target: FitSettings
     translation: Translation
     log_snr: tuple[float, float] | None = None
     text_part: TextPart | None = None
@@ -69,7 +69,7 @@ class PipelinePair:
 def pair_pipelines(
     source: Pipeline,
     target: Pipeline,
-    settings: Probing,
+    settings: FitSettings,
     text_updates: Mapping[str, LowRank] | None = None,
 ) -> PipelinePair:
     """Sets the size, and tabulates the conditioning of each model for the prompts.

@@ -19,7 +19,7 @@ from ...errors import ProLoRAError, UnsupportedFormat
 from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
 from ..recording.trajectories import Call, Sample
-from ..settings import FEW_STEPS, Probing
+from ..settings import FEW_STEPS, FitSettings
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -34,11 +34,6 @@ from .schedules import FLOW, NoiseSchedule
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
-# Samples do not depend on them, or (those of the target) by `derive_target_settings` alone.
-_FIT_SETTINGS = (
-    *("force", "resume", "start", "fit_steps"),
-    *("target_steps", "target_guidance"),
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class Pipeline:
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
-    def derive_target_settings(self, settings: Probing) -> Probing:
+    def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """The settings of a target's sampling: its steps and its guidance where they are others."""
         few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
         steps = settings.target_steps or (min(FEW_STEPS, settings.steps) if few else settings.steps)
@@ -115,7 +110,7 @@ class Pipeline:
         )
 
     def sample_latents(
-        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+        self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> None:
         """Samples the latents of one image from noise.
 
@@ -142,7 +137,7 @@ class Pipeline:
                 ) from error
 
     def sample_final(
-        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+        self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> FinalSample:
         """Samples one image, and looks at its latents and at the times of its calls.
 
@@ -174,7 +169,7 @@ class Pipeline:
         return FinalSample(results[-1][:1], calls[0].latent, [parts.time for parts in calls])
 
     def _build_arguments(
-        self, prompt: str, settings: Probing, seed: int, output: str = "latent"
+        self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
     ) -> dict[str, Any]:
         """The arguments of the pipeline's call, of those that it accepts."""
         arguments: dict[str, Any] = {
@@ -193,7 +188,7 @@ class Pipeline:
             arguments["prompt"] = prompt
         return {k: v for k, v in arguments.items() if k in self.accepted and v is not None}
 
-    def sampler(self, settings: Probing, on_image: Callable[[], None] | None = None) -> Sample:
+    def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
         """A function that samples the images of one set of trajectories, with prompts in turn.
 
         The images of one seed have no noise in common with those of another.
@@ -213,7 +208,7 @@ class Pipeline:
 
         return sample
 
-    def tabulate_prompts(self, settings: Probing) -> PromptTable:
+    def tabulate_prompts(self, settings: FitSettings) -> PromptTable:
         """The conditioning for each prompt, taken from the first call of a sampling.
 
         The unconditional branch of the guidance comes last; without guidance, the empty prompt.
@@ -248,7 +243,9 @@ class Pipeline:
                 "branches, which probing cannot handle"
             )
 
-    def _place_of_prompt(self, parts: CallParts, prompts: Sequence[str], settings: Probing) -> int:
+    def _place_of_prompt(
+        self, parts: CallParts, prompts: Sequence[str], settings: FitSettings
+    ) -> int:
         """Which of the two samples of a guided call has the prompt: the one that changes with it.
 
         Most pipelines put the unconditional sample first, DiT and Z-Image the conditional one.
@@ -265,7 +262,7 @@ class Pipeline:
         ]
         return int(distances[1] >= distances[0])
 
-    def _capture_branches(self, prompt: str, settings: Probing) -> list[CallParts]:
+    def _capture_branches(self, prompt: str, settings: FitSettings) -> list[CallParts]:
         """The calls of the denoiser in the first step; some guide by one call for each branch."""
         calls: list[CallParts] = []
 
@@ -281,7 +278,7 @@ class Pipeline:
             self.sample_latents(prompt, settings, 0)
         return calls
 
-    def observe_schedule(self, settings: Probing) -> NoiseSchedule:
+    def observe_schedule(self, settings: FitSettings) -> NoiseSchedule:
         """The schedule; that of a flow with the times that the denoiser is given, and its sign.
 
         Raises:
@@ -300,7 +297,7 @@ class Pipeline:
                 self.name,
             )
 
-    def observe_latents(self, settings: Probing, like: Tensor) -> LatentSpace:
+    def observe_latents(self, settings: FitSettings, like: Tensor) -> LatentSpace:
         """What the latents show, seen on a sampling of two steps.
 
         Args:
@@ -320,7 +317,7 @@ class Pipeline:
             )
         return observe_latents(self.pipe, like[:1], final[0], given, self.name)
 
-    def _capture_call(self, prompt: str, settings: Probing) -> Call:
+    def _capture_call(self, prompt: str, settings: FitSettings) -> Call:
         """The first call of the denoiser for a prompt."""
         inputs = capture_first_call(self.denoiser, lambda: self.sample_latents(prompt, settings, 0))
         if inputs is None:
@@ -330,13 +327,12 @@ class Pipeline:
         return Call(*inputs)
 
 
-def describe_pipeline(pipeline: Pipeline, settings: Probing) -> str:
+def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
     """What a sampler does, as a text: part of the keys of what is kept of its samplings.
 
     All parts of the pipeline count but its denoiser, whose own identity belongs to what is kept.
     """
-    settings_text = {k: v for k, v in vars(settings).items() if k not in _FIT_SETTINGS}
-    return json.dumps([settings_text, digest_facts(pipeline.parts)], default=str)
+    return json.dumps([settings.describe_samples(), digest_facts(pipeline.parts)])
 
 
 def _repeat_time(
@@ -350,7 +346,7 @@ def _repeat_time(
     return call.args, call.kwargs
 
 
-def _prompts_or_empty(settings: Probing) -> tuple[str, ...]:
+def _prompts_or_empty(settings: FitSettings) -> tuple[str, ...]:
     return settings.prompts or ("",)
 
 

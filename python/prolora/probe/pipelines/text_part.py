@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError
 from ..recording.trajectories import Call, Sample
-from ..settings import Probing
+from ..settings import FitSettings
 from ..updates import run_beside
 from .conditioning import PromptTable, split_call
 from .pipeline import Pipeline
@@ -65,7 +65,7 @@ class TextPart:
 
     @classmethod
     def of(
-        cls, pipeline: Pipeline, updates: Mapping[str, LowRank], settings: Probing
+        cls, pipeline: Pipeline, updates: Mapping[str, LowRank], settings: FitSettings
     ) -> TextPart | None:
         """Encodes the prompts with the updates in place; None where there are none."""
         if not updates:
@@ -73,7 +73,7 @@ class TextPart:
         with run_text_encoders_beside(pipeline, updates):
             return cls(pipeline, updates, pipeline.tabulate_prompts(settings))
 
-    def sampler(self, settings: Probing, on_image: Callable[[], None] | None = None) -> Sample:
+    def sampler(self, settings: FitSettings, on_image: Callable[[], None] | None = None) -> Sample:
         """`Pipeline.sampler` with the updates in place."""
         run = self.pipeline.sampler(settings, on_image)
 

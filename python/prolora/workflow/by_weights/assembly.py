@@ -113,7 +113,7 @@ def build_report(
         renumbered=dict(plan.renumbered),
         vectors=len(vectors.vectors),
         left_out=list_tensors_left_out(adapter) | vectors.left_out,
-        unread=list_missed(adapter, options),
+        unread=list_missed(adapter, options.text_encoder),
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
         **known,

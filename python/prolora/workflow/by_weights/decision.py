@@ -9,7 +9,7 @@ from ...bases import Base
 from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
-from ...bases.vae import can_probe
+from ...bases.vae import RUN_INSTEAD, can_fit
 from ...comparison.drift import Affinity, measure_affinities
 from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
@@ -122,8 +122,8 @@ def label_stage(what: str, progress: Progress | None) -> Progress | None:
 def _explain_unrelated(verdict: Verdict, source: Base, target: Base) -> str:
     """Why `auto` writes nothing, and what may work instead."""
     way = " --method copy does it anyway"
-    if can_probe(source.path, target.path):
-        way = f" --method probe looks at the running models and may move it;{way}"
+    if can_fit(source.path, target.path):
+        way = f" {RUN_INSTEAD};{way}"
     return f"{verdict.sentence()} Nothing written;{way}"
 
 

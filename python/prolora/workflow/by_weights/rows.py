@@ -9,7 +9,7 @@ from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
 from ...errors import LowCoverage
 from ..module_report import ModuleReport
-from ..options import TransferOptions
+from ..options import TextEncoderMode
 from ..report import measure_coverage, split_modules
 from .ledger import Ledger
 
@@ -71,9 +71,9 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
     ]
 
 
-def list_missed(adapter: Adapter, options: TransferOptions) -> tuple[str, ...]:
+def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:
     """The modules whose update could not be read, but for those that are left out as asked."""
-    asked = options.text_encoder == "skip"
+    asked = text_encoder == "skip"
     return tuple(name for name in adapter.unread if not (asked and is_in_text_encoder(name)))
 
 

@@ -72,16 +72,17 @@ def migrate(
         plan.make_options(device=how.device, max_memory=how.max_memory)
         batches = select_shard(plan.list_batches(), how.shard)
         folder = make_result_folder(out)
-        settings = RunSettings(
-            replace(plan, entries=(), notes={}),
-            str(folder.path),
-            how.time_limit,
-            None if how.cache is None else os.path.abspath(how.cache),
-            how.device,
-            how.max_memory,
-        )
         _keep_plan(plan, folder)
         with _Run(plan, folder, batches, how) as run:
+            settings = RunSettings(
+                replace(plan, entries=(), notes={}),
+                str(folder.path),
+                str(run.journal.path),
+                how.time_limit,
+                None if how.cache is None else os.path.abspath(how.cache),
+                how.device,
+                how.max_memory,
+            )
             run.work(engine, settings)
     summary = summarise(plan, folder.path)
     summary.save(folder.path)

@@ -34,7 +34,7 @@ PROCESS_BYTES = 250 << 20
 
 _KEY = "prolora_plan"
 # Options of a transfer that change no result; those who run a plan choose them.
-_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "probe", "progress"}
+_NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "progress"}
 # Line 1 begins so: everything behind the digest, other lines included, is what it is of.
 _START = f'{{"{_KEY}": {FORMAT}, "sha256": "'
 _MOVES = '", "moves": '

@@ -121,13 +121,8 @@ def describe_choices(options: TransferOptions) -> dict[str, Any]:
         InvalidOption: an option that a plan does not take.
         UnsupportedFormat: the map of modules cannot be read.
     """
-    if options.runs_models:
-        raise InvalidOption(
-            "method probe runs the models for each LoRA, which no plan estimates; move each LoRA "
-            "for itself, or choose another method"
-        )
     usual, given = vars(DEFAULT_OPTIONS), vars(options)
-    for name in ("device", "max_memory", "probe", "overwrite"):
+    for name in ("device", "max_memory", "overwrite"):
         if given[name] != usual[name]:
             raise InvalidOption(f"{name} is no option of a plan")
     chosen = {

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
 from ...bases.base import Progress
+from ...core.option_fields import option
 from ...errors import InvalidOption
-from ..options import check_choice, option
+from ..options import check_choice
 from .engines.engine import Engine
 
 EngineName = Literal["local", "ray"]

@@ -42,6 +42,7 @@ class RunSettings:
     Attributes:
         plan: without its entries: it gives bases, options and keys.
         folder: of the results; every worker reaches it by this path.
+        mark: a file that this run has just made in it: who does not see it has another folder.
         time_limit: seconds without any progress after which a LoRA is given up.
         cache: folder of subspaces; None keeps them as long as the worker lives.
         device: where to compute.
@@ -50,6 +51,7 @@ class RunSettings:
 
     plan: Plan
     folder: str
+    mark: str
     time_limit: float
     cache: str | None = None
     device: str | None = None

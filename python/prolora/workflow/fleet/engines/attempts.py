@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ....errors import ProLoRAError
@@ -37,6 +37,10 @@ class Attempt:
         """Its bases."""
         return self.batch.pair
 
+    def narrow(self, entries: Iterable[Entry]) -> Attempt:
+        """The same for some of its LoRAs."""
+        return replace(self, batch=replace(self.batch, entries=tuple(entries)))
+
 
 class AttemptQueue:
     """The work of a run: batches that came back go before those that were never tried."""
@@ -53,26 +57,32 @@ class AttemptQueue:
         self._fresh = iter(batches)
         self._returned: deque[Attempt] = deque()
         self._retries = retries
-        self.is_exhausted = False
 
     def take(self) -> Attempt | None:
         """The next one, or None where all are taken."""
         if self._returned:
             return self._returned.popleft()
         batch = next(self._fresh, None)
-        self.is_exhausted = batch is None
         return None if batch is None else Attempt(batch)
 
     def put_back(self, attempt: Attempt) -> None:
         """Takes back what was not tried."""
         self._returned.appendleft(attempt)
 
-    def return_hung(self, attempt: Attempt, done: Iterable[str] = ()) -> tuple[Entry, ...]:
-        """Takes a batch back whose worker does not get on; its LoRAs are tried once, alone.
+    def note_success(self) -> None:
+        """Notes that a worker gets on."""
+        self._hung = 0
+
+    def return_lost(self, attempt: Attempt, hung: bool = False) -> tuple[Entry, ...]:
+        """Takes back what a worker that was lost has not done.
+
+        It is given again as often as there are retries. Then its LoRAs are tried one at a time, so
+        that one which ends its process does not take the others along. Where a worker hangs, which
+        takes long to notice, that is so at once.
 
         Args:
-            attempt: the batch.
-            done: LoRAs of it that are done.
+            attempt: what is left of it.
+            hung: whether the worker did not get on any more, and was not lost otherwise.
 
         Returns:
             The LoRAs that are given up: none, or the one that was tried alone.
@@ -80,49 +90,25 @@ class AttemptQueue:
         Raises:
             HungWorker: one after the other hangs, so that it is not due to the LoRAs.
         """
-        self._hung += 1
+        entries = attempt.batch.entries
+        if hung:
+            self._hung += 1
+            attempt = replace(attempt, losses=self._retries)
         if self._hung > self._most_hung:
             raise HungWorker(
                 f"{self._hung} workers one after the other did not get on: a drive or a device may "
                 "hang. Run again when it works"
             )
-        held = set(done)
-        left = tuple(entry for entry in attempt.batch.entries if entry.lora not in held)
-        if len(attempt.batch.entries) == 1:
-            return left
-        alone = replace(attempt, losses=self._retries)
-        self._returned.extend(_narrow(alone, [entry]) for entry in left)
-        return ()
-
-    def note_success(self) -> None:
-        """Notes that a worker gets on."""
-        self._hung = 0
-
-    def return_lost(self, attempt: Attempt) -> tuple[Entry, ...]:
-        """Takes a batch back whose worker was lost.
-
-        It is given again as often as there are retries. Then its LoRAs are tried one at a time, so
-        that one which ends its process does not take the others along.
-
-        Returns:
-            The LoRAs that are given up: none, or the one that was tried alone.
-        """
-        entries = attempt.batch.entries
         if attempt.losses < self._retries:
             self._returned.append(replace(attempt, losses=attempt.losses + 1))
             return ()
-        if len(entries) == 1:
+        if len(entries) <= 1:
             return entries
         # Each has a second try, since a worker may be lost by chance.
-        alone = replace(attempt, losses=max(0, self._retries - 1))
-        self._returned.extend(_narrow(alone, [entry]) for entry in entries)
+        alone = replace(attempt, losses=self._retries if hung else max(0, self._retries - 1))
+        self._returned.extend(alone.narrow([entry]) for entry in entries)
         return ()
 
-    def return_elsewhere(self, entries: Sequence[Entry], attempt: Attempt, node: str) -> None:
-        """Takes LoRAs of a batch back that another node may have."""
-        self._returned.append(_narrow(replace(attempt, avoid=attempt.avoid | {node}), entries))
-
-
-def _narrow(attempt: Attempt, entries: Sequence[Entry]) -> Attempt:
-    """The same for some of its LoRAs."""
-    return replace(attempt, batch=replace(attempt.batch, entries=tuple(entries)))
+    def return_elsewhere(self, attempt: Attempt, node: str) -> None:
+        """Takes back what another node may have."""
+        self._returned.append(replace(attempt, avoid=attempt.avoid | {node}))

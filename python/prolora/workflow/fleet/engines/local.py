@@ -50,7 +50,7 @@ class LocalEngine:
             self.close()
             self._worker = _LocalWorker(settings)
         self._worker.batches.put(attempt.batch)
-        done = []
+        left = list(attempt.batch.entries)
         while True:
             try:
                 answer = self._worker.answers.get(timeout=settings.time_limit)
@@ -63,11 +63,11 @@ class LocalEngine:
                 return
             if isinstance(answer, Record):
                 attempts.note_success()
-                done.append(answer.lora)
+                left = [entry for entry in left if entry.lora != answer.lora]
             yield answer if isinstance(answer, Record) else None
         self._leave(0.0)
         log.warning("a worker has not got on for %g s, and is left behind", settings.time_limit)
-        for entry in attempts.return_hung(attempt, done):
+        for entry in attempts.return_lost(attempt.narrow(left), hung=True):
             error = HungWorker(f"nothing was done for it for {settings.time_limit:g} s")
             yield Record.of_failure(settings.plan.key(entry), entry, error)
 

@@ -156,14 +156,12 @@ class WorkerNeeds:
         gpus: share of a GPU.
         memory: bytes that Ray sets aside; 0 sets none aside.
         most: workers at a time.
-        room: workers for which the cluster has room now.
     """
 
     cores: int
     gpus: float
     memory: int
     most: int
-    room: int
 
     def __str__(self) -> str:
         """What a node must have."""
@@ -207,11 +205,10 @@ def divide_cluster(
     alive = [node["Resources"] for node in nodes if node["Alive"]]
 
     def measure(cores: int) -> int:
-        needs = WorkerNeeds(cores, gpus, memory, 0, 0)
+        needs = WorkerNeeds(cores, gpus, memory, 0)
         return sum(count_workers(resources, needs) for resources in alive)
 
     most = workers or max(1, measure(1))
     largest = int(max((resources.get("CPU", 0.0) for resources in alive), default=1))
     enough = (cores for cores in range(largest, 1, -1) if measure(cores) >= most)
-    cores = next(enough, 1)
-    return WorkerNeeds(cores, gpus, memory, most, measure(cores))
+    return WorkerNeeds(next(enough, 1), gpus, memory, most)

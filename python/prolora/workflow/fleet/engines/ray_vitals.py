@@ -6,7 +6,6 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from ....errors import ProLoRAError
@@ -15,17 +14,17 @@ from ....errors import ProLoRAError
 _LOOK_SECONDS, _CONNECT_SECONDS, _FAILURES = 1.0, 2.0, 3
 
 
-@dataclass
 class RayVitals:
-    """The processes without which nothing gets on, by the ports at which they listen.
+    """The processes without which nothing gets on, by the ports at which they listen."""
 
-    Attributes:
-        services: name for messages, host and port of each.
-    """
+    def __init__(self, services: Sequence[tuple[str, str, int]]) -> None:
+        """Looks at nothing yet.
 
-    services: Sequence[tuple[str, str, int]]
-    _failures: dict[str, int] = field(default_factory=dict)
-    _looked: float = 0.0
+        Args:
+            services: name for messages, host and port of each.
+        """
+        self._services = {service: 0 for service in services}
+        self._looked = 0.0
 
     def check(self) -> None:
         """Looks, at most once a second.
@@ -35,13 +34,14 @@ class RayVitals:
         """
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return
-        for name, host, port in self.services:
+        for service, failures in self._services.items():
+            name, host, port = service
             try:
                 socket.create_connection((host, port), _CONNECT_SECONDS).close()
-                self._failures[name] = 0
+                self._services[service] = 0
             except OSError as error:
-                self._failures[name] = self._failures.get(name, 0) + 1
-                if self._failures[name] >= _FAILURES:
+                self._services[service] = failures + 1
+                if failures + 1 >= _FAILURES:
                     raise ProLoRAError(
                         f"{name} at {host}:{port} has ended: {error}. What is done is kept; run "
                         "again to go on"

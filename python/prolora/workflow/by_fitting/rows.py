@@ -18,41 +18,41 @@ from ..by_weights.rows import (
     list_tensors_left_out,
     list_unread_modules,
 )
+from ..fit_options import FitOptions
 from ..module_report import ModuleReport
-from ..options import PROBE, TransferOptions
+from ..options import FIT
 from ..plan import ModulePlan
 from ..report import Report
-from .plan import RULE, plan_probing, target_modules
+from .plan import RULE, target_modules
 
-_VECTOR = "probing fits matrices only, no biases or normalisation layers"
+_VECTOR = "a fit gives updates of matrices only, no biases or normalisation layers"
 
 
 def outline_report(
-    adapter: Adapter, source: Base, target: Base, options: TransferOptions
+    adapter: Adapter, plan: ModulePlan, source: Base, target: Base, options: FitOptions
 ) -> Report:
     """What would be fitted, from names and shapes alone."""
-    plan = plan_probing(adapter, source, target, options)
     modules = target_modules(adapter, source, target)
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
     left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
-    unread = list_missed(adapter, options)
-    return build_probe_report(source, target, options, rows, left_out, unread=unread)
+    unread = list_missed(adapter, options.text_encoder)
+    return build_fit_report(source, target, options, rows, left_out, unread=unread, dry_run=True)
 
 
 def list_vectors(adapter: Adapter) -> dict[str, str]:
-    """Vector of the LoRA -> why probing does not move it."""
+    """Vector of the LoRA -> why a fit does not move it."""
     return dict.fromkeys(adapter.vectors, _VECTOR)
 
 
-def build_probe_report(
+def build_fit_report(
     source: Base,
     target: Base,
-    options: TransferOptions,
+    options: FitOptions,
     rows: Iterable[ModuleReport],
     left_out: dict[str, str],
     **known: Any,
 ) -> Report:
-    """The report of a probing.
+    """The report of a fit.
 
     Args:
         source: the base it comes from.
@@ -63,8 +63,8 @@ def build_probe_report(
         **known: further fields of `Report`.
     """
     return Report(
-        method=PROBE,
-        rank_rule=options.rank,
+        method=FIT,
+        rank_rule=options.rank or 0,
         threshold=0.0,
         match=RULE,
         source=source.name,

@@ -1,4 +1,4 @@
-"""Which modules a probing fits, carries over or skips, from names and shapes; what it refuses."""
+"""Which modules a fit changes, carries over or skips, by names and shapes; what it refuses."""
 
 from __future__ import annotations
 
@@ -10,46 +10,29 @@ from ...adapters.adapter import Adapter
 from ...architectures.modules import find_block, is_adaptable
 from ...bases import Base, vae
 from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline
-from ...comparison.module_map import AUTO_MATCH
-from ...comparison.verdict import AUTO, DEFAULT_THRESHOLD
 from ...core.lowrank import LowRank
-from ...core.projection import DEFAULT_RANK
-from ...errors import InvalidOption, UnsupportedFormat
-from ..options import TransferOptions
+from ...errors import UnsupportedFormat
+from ..fit_options import PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
 
 RULE = "running models"
 """How modules are paired, for the report."""
 
+_IN_BLOCKS = "; what it changes is fitted into the target's blocks"
 _NO_PLACE = "it is in no transformer block; the fit compensates for it in the blocks"
 
 
-def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
+def check_fittable(source: Base, target: Base) -> None:
     """Refuses before any model is loaded.
 
     Raises:
-        InvalidOption: an option that probing has no use for.
         UnsupportedFormat: a base that is no pipeline folder, or different latents between which no
             image can cross.
     """
-    unused = {
-        "match": options.match == AUTO_MATCH,
-        "rank": options.rank == DEFAULT_RANK,
-        "damping": options.damping is None,
-        "threshold": options.threshold == DEFAULT_THRESHOLD,
-        "text_encoder project": options.text_encoder != "project",
-        "strength auto": options.strength != AUTO,
-    }
-    given = [name for name, is_default in unused.items() if not is_default]
-    if given:
-        raise InvalidOption(
-            f"method 'probe' has no use for {', '.join(given)}: it looks at the running models, "
-            "not at pairs of weights; its rank is out_rank"
-        )
     for side, base in (("source", source), ("target", target)):
         if not is_pipeline(base.path):
             raise UnsupportedFormat(
-                f"the {side} {base.path or base.name} is no pipeline folder: probing runs "
+                f"the {side} {base.path or base.name} is no pipeline folder: a fit runs "
                 "the models, so both bases must be folders of whole diffusers pipelines "
                 f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
                 "transformer). A single "
@@ -61,8 +44,8 @@ def check_probing(source: Base, target: Base, options: TransferOptions) -> None:
         vae.check_images_cross(source.path, target.path)
 
 
-def plan_probing(
-    adapter: Adapter, source: Base, target: Base, options: TransferOptions
+def plan_modules(
+    adapter: Adapter, source: Base, target: Base, text_encoder: PassedOn
 ) -> ModulePlan:
     """Which modules are carried over or skipped, and why; all others are fitted.
 
@@ -71,11 +54,14 @@ def plan_probing(
         ShapeMismatch: an update that does not fit the source.
     """
     plan = ModulePlan(rule=RULE)
-    names = place_text_encoders(adapter, source, target, options.text_encoder, plan)
+    names = place_text_encoders(adapter, source, target, text_encoder, plan)
     check_fits_source(adapter, names, source)
     for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
         plan.passed.remove(name)
-        plan.skipped[name] = "the target has another text encoder, where it means nothing"
+        plan.skipped[name] = "the target has another text encoder"
+    if text_encoder != "skip":
+        for name in plan.skipped.keys() & source.shapes.keys():
+            plan.skipped[name] += _IN_BLOCKS
     inside = fitted_modules(names, source)
     plan.skipped |= {name: _NO_PLACE for name in names if name not in inside}
     return plan

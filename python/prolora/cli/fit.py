@@ -1,0 +1,110 @@
+"""`prolora fit`: a LoRA fitted to the running models of two pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, cast
+
+import typer
+
+from ..bases import Base
+from ..errors import ProLoRAError
+from ..workflow.fit import fit_file, fit_many, plan_fit
+from ..workflow.fit_options import FitOptions
+from ..workflow.report import Outcome
+from .console import progress_bar
+from .options import (
+    Bases,
+    BriefCommand,
+    HelpAllOption,
+    Prompts,
+    Resources,
+    expand_options,
+    parse_base,
+)
+from .output_options import OutputOptions
+from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
+
+
+class FitCommand(BriefCommand):
+    """`prolora fit`, whose short help has what most people need of it."""
+
+    told: ClassVar[type] = FitOptions
+    beside: ClassVar[set[str]] = BriefCommand.beside | {"prompt", "prompts", "max_memory"}
+
+
+@dataclass
+class Pipelines(Bases):
+    """The two pipelines."""
+
+    source: Annotated[
+        str,
+        typer.Option(
+            parser=parse_base,
+            metavar="FOLDER",
+            help="Folder of the diffusers pipeline the LoRA was trained on.",
+        ),
+    ]
+    target: Annotated[
+        str,
+        typer.Option(
+            parser=parse_base, metavar="FOLDER", help="Folder of the pipeline to fit it to."
+        ),
+    ]
+
+
+@expand_options
+def fit(
+    loras: LoraArguments,
+    bases: Pipelines,
+    prompts: Prompts,
+    fitting: FitOptions,
+    output: OutputOptions,
+    resources: Resources,
+    help_all: HelpAllOption = False,
+) -> None:
+    """Fit a LoRA to a running model, where weights alone do not move it."""
+    check_output_given(output)
+    resources.check_device()
+    source, target = bases.open()
+    card = check_outputs(loras, output, fitting, [*source.files, *target.files])
+    options = replace(
+        fitting,
+        prompts=prompts.read(),
+        cache=resources.cache if output.dry_run else resources.find_cache(),
+        device=resources.device,
+        max_memory=resources.max_bytes,
+    )
+    run = plan_fits if output.dry_run else fit_loras
+    outcomes = run(loras, source, target, output, options)
+    tell_outcomes(outcomes, output, card, fitting.overwrite, None)
+
+
+def plan_fits(
+    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+) -> list[Outcome]:
+    """What would become of each LoRA; one of several that is refused does not stop the others."""
+    outcomes = []
+    for lora in loras:
+        planned = Outcome(lora, lora, planned=True)
+        try:
+            report = plan_fit(lora, source, target, options.for_file())
+            outcomes.append(replace(planned, report=report))
+        except ProLoRAError as error:
+            if len(loras) == 1:
+                raise
+            outcomes.append(replace(planned, error=error))
+    return outcomes
+
+
+def fit_loras(
+    loras: list[Path], source: Base, target: Base, output: OutputOptions, options: FitOptions
+) -> list[Outcome]:
+    """Fits one LoRA into a file, or all of them into a folder, one after the other."""
+    path = cast(Path, output.output)
+    with progress_bar("fit", output.show_tables) as progress:
+        options = replace(options, progress=progress)
+        if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
+            return fit_many(loras, source, target, path, options)
+        return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]

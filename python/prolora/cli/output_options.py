@@ -1,0 +1,56 @@
+"""What commands that write LoRAs take beside their own options: files, and what is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from .options import JsonOption, ModulesOption, QuietOption, parse_path
+
+
+@dataclass
+class OutputOptions:
+    """What is written, and what is shown."""
+
+    panel: ClassVar[str] = "Output"
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=parse_path,
+            metavar="PATH",
+            help="Output file (.safetensors); a folder if there are several LoRAs.",
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FILE",
+            help="Also write the whole report: a page for people if the name ends in .html, "
+            "otherwise JSON; - prints the JSON.",
+        ),
+    ] = None
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Also write a model card for the Hugging Face Hub: README.md beside the output, "
+            "or in the folder of several.",
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
+    ] = False
+    modules: ModulesOption = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    @property
+    def show_tables(self) -> bool:
+        """Whether people read along."""
+        return not (self.as_json or self.quiet or self.report == Path("-"))

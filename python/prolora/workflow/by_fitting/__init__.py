@@ -1,0 +1,1 @@
+"""LoRAs fitted to the running models of whole pipelines."""

@@ -1,1 +1,0 @@
-"""A LoRA fitted to the running models of the target (method "probe")."""

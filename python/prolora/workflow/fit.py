@@ -1,0 +1,213 @@
+"""A LoRA fitted to running models: `fit`, from file to file, and several one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bases import Base, BaseLike, open_base
+from ..bases.cache.basis_cache import BasisCache
+from ..core.precision import in_full_precision
+from .batch import make_folders
+from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
+from .by_fitting.rows import outline_report
+from .by_weights.base_pair import list_inputs
+from .by_weights.ledger import LORA_FAILURES
+from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
+from .options import LoraLike, settle_options, takes_options
+from .output_paths import check_distinct, check_name, check_output, name_output
+from .pair_mover import as_refusal
+from .report import Outcome, Report
+from .result import Transfer, save_result
+from .resume import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@takes_options
+@in_full_precision
+def fit(
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
+    options: FitOptions = DEFAULT_FIT,
+    **changes: Unpack[FitChanges],
+) -> Transfer:
+    """Fits a LoRA of one model to another that runs: no data and no captions, but both models.
+
+    It reaches targets that moving by weights does not: trained apart, of another width or depth,
+    with other latents, without some blocks. Both models are sampled with and without the LoRA, and
+    a LoRA of the target is fitted to the change that it makes. Where that is no better on held-out
+    samples than the LoRA moved by weights alone, that one is the result.
+
+    Args:
+        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        source: the folder of the diffusers pipeline that the LoRA was trained on.
+        target: the folder of the pipeline to fit it to.
+        options: what is sampled, and how it is fitted.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The LoRA of the target in memory, with the report.
+
+    Raises:
+        InvalidOption: an option has a value that it does not take.
+        UnsupportedFormat: a folder that is no pipeline, a file that cannot be read, or a result
+            that `format` cannot hold.
+        ShapeMismatch: the fit is to start from a copy, and none fits the target.
+        NonFiniteWeights: NaN or Inf, named.
+        WrongBase: the LoRA belongs to `target` and not to `source`.
+        AlreadyMoved: prolora moved the LoRA before, to another base than `source`.
+        TooLittleMemory: max_memory is below what the models need.
+        UnrelatedBases: the held-out samples speak against the fit and against moving by weights.
+        LowCoverage: fewer modules have a place than `min_coverage` asks for.
+        OutputError: the folder of kept parts belongs to other inputs.
+    """
+    options = settle_options(options, changes)
+    return fit_to_pipelines(lora, open_base(source), open_base(target), options)
+
+
+@takes_options
+@in_full_precision
+def fit_file(
+    lora: str | PathLike[str],
+    source: BaseLike,
+    target: BaseLike,
+    out: str | PathLike[str],
+    options: FitOptions = DEFAULT_FIT,
+    **changes: Unpack[FitChanges],
+) -> Report:
+    """Fits a LoRA from file to file: `fit`, then `Transfer.save`.
+
+    The output path is checked before any work.
+
+    Args:
+        lora: a .safetensors file or a PEFT folder.
+        source: as `fit` takes it.
+        target: likewise.
+        out: the file to write, or a folder for format "peft".
+        options: what is sampled, and how it is fitted.
+        **changes: options by name, in place of those.
+
+    Returns:
+        What was done, and how well.
+
+    Raises:
+        ForeignFile: a file is there that prolora did not write.
+        OutputError: out cannot be written, or is an input.
+        ProLoRAError: everything that `fit` raises.
+    """
+    options = settle_options(options, changes).for_file()
+    return _fit_file(Path(lora), open_base(source), open_base(target), Path(out), options)
+
+
+@takes_options
+@in_full_precision
+def fit_many(
+    loras: Iterable[str | PathLike[str]],
+    source: BaseLike,
+    target: BaseLike,
+    folder: str | PathLike[str],
+    options: FitOptions = DEFAULT_FIT,
+    **changes: Unpack[FitChanges],
+) -> list[Outcome]:
+    """Fits LoRAs one after the other, into a folder, under the names they have.
+
+    A result that is there already, complete, and says in its header that it was made of this very
+    LoRA, of these bases and in this way is left alone (unless `overwrite` is set): a run that was
+    cut off goes on where it was. The folder is made if it does not exist.
+
+    Args:
+        loras: .safetensors files and PEFT folders.
+        source: as `fit` takes it.
+        target: likewise.
+        folder: where the results go.
+        options: what is sampled, and how it is fitted.
+        **changes: options by name, in place of those.
+
+    Returns:
+        An outcome for each LoRA, in order. One that is refused does not stop the others.
+
+    Raises:
+        OutputError: the folder cannot be made, or two inputs would have one output.
+        ProLoRAError: a base that cannot be opened.
+    """
+    options = settle_options(options, changes).for_file()
+    old, new = open_base(source), open_base(target)
+    check_name(folder)
+    paths = [Path(lora) for lora in loras]
+    outs = [Path(folder) / name_output(lora, options.format or "auto") for lora in paths]
+    check_distinct(paths, outs)
+    make_folders({Path(folder)})
+    outcomes = []
+    for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
+        labelled = _label_progress(options, f"LoRA {i} of {len(paths)}")
+        outcomes.append(_attempt(lora, old, new, out, labelled))
+    return outcomes
+
+
+@takes_options
+def plan_fit(
+    lora: LoraLike,
+    source: BaseLike,
+    target: BaseLike,
+    options: FitOptions = DEFAULT_FIT,
+    **changes: Unpack[FitChanges],
+) -> Report:
+    """What `fit` would fit, carry over, skip and refuse, from headers alone: no model runs.
+
+    Args:
+        lora: as `fit` takes it.
+        source: likewise.
+        target: likewise.
+        options: how it would be fitted.
+        **changes: options by name, in place of those.
+
+    Returns:
+        A report with the keys of a real one, `dry_run` set.
+
+    Raises:
+        ProLoRAError: what `fit` refuses before a model is loaded.
+    """
+    options = settle_options(options, changes)
+    job = prepare_fit(lora, open_base(source), open_base(target), options, "outline")
+    return outline_report(job.adapter, job.plan, job.source, job.target, options)
+
+
+def _fit_file(lora: Path, source: Base, target: Base, out: Path, options: FitOptions) -> Report:
+    check_output(out, list_inputs(lora, source, target), options.overwrite)
+    recipe = Recipe.of(lora, source, target, options)
+    done = fit_to_pipelines(lora, source, target, options, recipe.describe)
+    return save_result(done, out, options)
+
+
+def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOptions) -> Outcome:
+    """Fits one LoRA of several; an error ends it and no other."""
+    started = time.perf_counter()
+
+    def end(**known: object) -> Outcome:
+        seconds = time.perf_counter() - started
+        return Outcome(lora, out, seconds=seconds, **known)  # type: ignore[arg-type]
+
+    try:
+        recipe = Recipe.of(lora, source, target, options)
+        if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
+            return end(kept=True)
+        return end(report=_fit_file(lora, source, target, out, options))
+    except LORA_FAILURES as error:
+        return end(error=as_refusal(error))
+
+
+def _label_progress(options: FitOptions, label: str) -> FitOptions:
+    """The options with a callback that is told which LoRA is at work."""
+    progress = options.progress
+    if progress is None:
+        return options
+    return replace(
+        options, progress=lambda done, total, name: progress(done, total, f"{label}: {name}")
+    )
