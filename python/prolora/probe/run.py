@@ -289,7 +289,8 @@ def _draw_samples(
     pairs = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
     asked = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
     count = max(settings.probes // 2, 1) if pairs else settings.probes
-    drawn = mix_samples(asked, count, settings.batch, predict_both, generator)
+    prompts = run.translation.find_prompts
+    drawn = mix_samples(asked, count, settings.batch, predict_both, generator, prompts)
     if pairs:
         taught = mix_samples(pairs, count, settings.batch, predict_both, generator)
         drawn = _alternate(drawn, taught)

@@ -113,6 +113,7 @@ def pair_pipelines(
         guide_source((source, target), (settings, of_target), tables),
         same_call if part is None else PromptSwapper(tables[0], part.table),
         same_call if part is None else PromptSwapper(part.table, tables[0]),
+        _PromptFinder(tables[0]) if tables[0].guided else None,
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
     return PipelinePair(source, target, settings, of_target, translation, log_snr, part)
@@ -136,6 +137,17 @@ class _CallTranslator:
         latent = translate_state(self.schedule, self.their_schedule, parts.latent, parts.time)
         latent = self.layout.translate(latent, self.their_layout)
         return self.theirs.build_call(latent, time, prompts)
+
+
+@dataclass(frozen=True)
+class _PromptFinder:
+    """A call of a model -> which of its samples have a prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> list[bool]:
+        parts = split_call(self.table.model, call)
+        return [self.table.has_prompt(parts, i) for i in range(len(parts.latent))]
 
 
 @dataclass(frozen=True)

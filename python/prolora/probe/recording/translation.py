@@ -76,6 +76,7 @@ class Translation:
         adapt: a call of the source -> the one that it is asked with its LoRA, where that changes
             the text embeddings, too.
         unadapt: the inverse, for calls recorded with the LoRA.
+        find_prompts: a call of the source -> which of its samples have a prompt; None: not known.
     """
 
     translate: Translate = same_call
@@ -86,6 +87,7 @@ class Translation:
     guidance: Guidance | None = None
     adapt: Translate = same_call
     unadapt: Translate = same_call
+    find_prompts: Callable[[Call], list[bool]] | None = None
 
     def keep_prompted(self, calls: Iterable[Call]) -> list[Call]:
         """Recorded calls; of a source that is asked with guidance, the samples with a prompt.
