@@ -159,7 +159,7 @@ def test_a_setting_chooses_the_optimiser(source, lora):
 
     def reached(optimiser: str) -> tuple[float, int]:
         recorder = Recorder(source, target, adapter, samplers, Translation())
-        settings = probe.FitSettings(steps=16, rank=8, force=True, optimiser=optimiser)
+        settings = probe.FitSettings(fit_steps=16, rank=8, force=True, optimiser=optimiser)
         report = fit_from_recorder(recorder, {}, settings).report
         return report.gate.share["all"], len(report.steps)
 
