@@ -6,6 +6,7 @@ from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
+from .stages import estimate_bytes
 from .text_part import TextPart, run_text_encoders_beside
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TextPart",
     "check_shown",
     "describe_crossing",
+    "estimate_bytes",
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",

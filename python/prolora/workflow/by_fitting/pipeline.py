@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
+_SIDES = ("source", "target")
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
 
@@ -248,29 +249,85 @@ def _fit_models(
         rival: the updates that the target would get without probing; empty where there are none.
         inputs: see `_check_kept`.
     """
+    source, target, options = job.source, job.target, job.options
+    assert source.path is not None and target.path is not None
+    if options.memory_limit is not None:
+        _check_memory(options.memory_limit, source.path, target.path, options.device)
+    lora = _AskedLora.of(job, rival)
+    words = derive_prompts(read_training_words(job.adapter.metadata))
+    stack = contextlib.ExitStack()
+    with stack:
+        models = _open_models(job, lora, options.prompts or words, stack)
+        takes_prompts = all("prompt" in model.accepted for model in models)
+        derived = words if takes_prompts and not options.prompts else ()
+        result = _fit_opened(job, models, lora, derived, inputs)
+    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
+    result.report.derived_prompts = derived
+    return fitted, result.report
+
+
+def _open_models(
+    job: FitJob, lora: _AskedLora, prompts: tuple[str, ...], stack: contextlib.ExitStack
+) -> tuple[Pipeline, Pipeline]:
+    """Loads both pipelines, and encodes the prompts with the LoRA's part in text encoders too.
+
+    Args:
+        job: names the pipelines.
+        lora: what runs beside the text encoders of both is entered into the stack.
+        prompts: of the samplings.
+        stack: ended after the last sampling.
+    """
+    from ...probe.pipelines import open_pipeline, run_text_encoders_beside
+
+    asked: FitSettings = replace(job.options, prompts=prompts)
+    models: list[Pipeline] = []
+    for base in (job.source, job.target):
+        assert base.path is not None
+        model = open_pipeline(base.path, job.options.device)
+        stack.enter_context(run_text_encoders_beside(model, lora.carried))
+        # Before the next one is loaded, the text encoders of this one make room.
+        if models:
+            model.encode_prompts(model.derive_target_settings(asked))
+        else:
+            model.encode_prompts(asked, run_text_encoders_beside(model, lora.text))
+        models.append(model)
+    return models[0], models[1]
+
+
+def _fit_opened(
+    job: FitJob,
+    models: tuple[Pipeline, Pipeline],
+    lora: _AskedLora,
+    derived: tuple[str, ...],
+    inputs: Inputs,
+) -> ProbeTransfer:
+    """The fit between loaded pipelines.
+
+    Args:
+        job: the LoRA, and the options.
+        models: source and target.
+        lora: as they are asked about it.
+        derived: prompts, where none were given.
+        inputs: see `_check_kept`.
+    """
     from ...probe import pipelines
     from ...probe.checkpoint import open_checkpoints
     from ...probe.pipelines.schedules import FLOW
 
-    source, target, options = job.source, job.target, job.options
-    assert source.path is not None and target.path is not None
-    models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
+    options = job.options
+    assert job.source.path is not None and job.target.path is not None
     if inputs:
-        sides = ("the source: parts", "the target: parts")
-        inputs = {**inputs, **{n: model.parts for n, model in zip(sides, models, strict=True)}}
+        parts = {f"the {s}: parts": m.parts for s, m in zip(_SIDES, models, strict=True)}
+        inputs = {**inputs, **parts}
     denoisers = models[0].denoiser, models[1].denoiser
     checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
-    asked = _AskedLora.of(job, rival)
-    derived: tuple[str, ...] = ()
-    if not options.prompts and all("prompt" in model.accepted for model in models):
-        derived = derive_prompts(read_training_words(job.adapter.metadata))
     images = itertools.count(1)
 
     def count_image() -> None:
         if options.progress:
             options.progress(next(images), 6 * options.images, "sampling")
 
-    shared = vae.explain_different_latents(source.path, target.path) is None
+    shared = vae.explain_different_latents(job.source.path, job.target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
     sampled: FitSettings = replace(options, prompts=options.prompts or derived)
     if options.memory_limit is not None:
@@ -280,13 +337,7 @@ def _fit_models(
     # say more than their calls.
     crosses = not shared or mixed or few
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-    with contextlib.ExitStack() as stack:
-        for model in models:
-            stack.enter_context(pipelines.run_text_encoders_beside(model, asked.carried))
-        result = fit((models[0], models[1]), sampled, asked, checkpoints, count_image)
-    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
-    result.report.derived_prompts = derived
-    return fitted, result.report
+    return fit(models, sampled, lora, checkpoints, count_image)
 
 
 def _fit_pair(
@@ -322,7 +373,8 @@ def _fit_pair(
         text,
         asked.text,
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled)
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -356,9 +408,34 @@ def _fit_crossing(
     recorder = CrossingRecorder(
         ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled)
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release)
     result.report.log_snr = recorder.log_snr
     return result
+
+
+def _release(models: tuple[Pipeline, Pipeline]) -> None:
+    """Frees what does not run again once both models were asked: all but the target's denoiser."""
+    models[0].release(keep_denoiser=False)
+    models[1].release(keep_denoiser=True)
+
+
+def _check_memory(limit: int, source: Path, target: Path, device: str | None) -> None:
+    """Refuses a bound that the models alone exceed, before they are loaded.
+
+    Raises:
+        TooLittleMemory: says the least that is needed.
+    """
+    from ...probe.pipelines import estimate_bytes
+
+    (ours, others), (theirs, rest) = (estimate_bytes(path) for path in (source, target))
+    on_host = device is None or device.startswith("cpu")
+    least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
+    if least > limit:
+        raise TooLittleMemory(
+            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
+            f"need {format_size(least)} at a time"
+        )
 
 
 def _memory_left(limit: int) -> int:
