@@ -341,8 +341,11 @@ def _draw_samples(
 
     def draw_some(wanted: Callable[[str], bool], count: int) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
+        if not rows:
+            return []
         some = SampleSelection(questions, rows)
-        return mix_samples(some, count, most, predict_both, generator) if rows else []
+        prompts = None if origins[rows[0]] == PAIR else run.translation.find_prompts
+        return mix_samples(some, count, most, predict_both, generator, prompts)
 
     count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
     # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.

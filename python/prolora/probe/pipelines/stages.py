@@ -74,6 +74,11 @@ class PromptMemory:
             self.answers[key] = answer
         return answer
 
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the text encoders hold no numbers for now."""
+        return self._emptied
+
     def release(self) -> None:
         """Empties the text encoders; those of a pipeline whose answers are not kept stay."""
         if self._encode is not None and not self._emptied:

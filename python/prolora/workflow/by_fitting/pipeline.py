@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
+_SIDES = ("source", "target")
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
 
@@ -196,6 +198,47 @@ def _move_rival(job: FitJob) -> _Rival | None:
     return None
 
 
+@dataclass(frozen=True)
+class _AskedLora:
+    """A LoRA as running models are asked about it.
+
+    Attributes:
+        adapter: its part in the UNet or transformer of the source.
+        rival: what the target would get there without a fit.
+        text: its part in text encoders that the target does not have: the source alone runs it, so
+            that what it changes is fitted into the target's blocks.
+        carried: its part in text encoders that both have: both run it from the beginning, since the
+            result holds it unchanged.
+    """
+
+    adapter: Adapter
+    rival: Mapping[str, LowRank]
+    text: Mapping[str, LowRank]
+    carried: Mapping[str, LowRank]
+
+    @classmethod
+    def of(cls, job: FitJob, rival: Mapping[str, LowRank]) -> _AskedLora:
+        """The parts of a LoRA; nothing of the text encoders where these are to be left out."""
+        updates, passed = job.adapter.updates, set(job.plan.passed)
+        denoiser, moved = (
+            {name: u for name, u in side.items() if not is_in_text_encoder(name)}
+            for side in (updates, rival)
+        )
+        text: dict[str, LowRank] = {}
+        carried: dict[str, LowRank] = {}
+        if job.options.text_encoder != "skip":
+            for name in updates:
+                if is_in_text_encoder(name) and name in job.source.shapes:
+                    (carried if name in passed else text)[name] = updates[name]
+        return cls(job.adapter.with_updates(denoiser), moved, text, carried)
+
+    def describe(self, samplers: Callable[[], str]) -> str:
+        """What the samplers do, and what both models' text encoders run with, as a text."""
+        from ...probe.checkpoint import hash_updates
+
+        return samplers() + (hash_updates(self.carried) if self.carried else "")
+
+
 def _fit_models(
     job: FitJob, rival: Mapping[str, LowRank], inputs: Inputs
 ) -> tuple[dict[str, LowRank], ProbeReport]:
@@ -206,37 +249,85 @@ def _fit_models(
         rival: the updates that the target would get without probing; empty where there are none.
         inputs: see `_check_kept`.
     """
-    from ...probe import pipelines
-    from ...probe.checkpoint import open_checkpoints
-    from ...probe.pipelines.schedules import FLOW
-
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
     if options.memory_limit is not None:
         _check_memory(options.memory_limit, source.path, target.path, options.device)
+    lora = _AskedLora.of(job, rival)
     words = derive_prompts(read_training_words(job.adapter.metadata))
-    asked = replace(options, prompts=options.prompts or words)
+    stack = contextlib.ExitStack()
+    with stack:
+        models = _open_models(job, lora, options.prompts or words, stack)
+        takes_prompts = all("prompt" in model.accepted for model in models)
+        derived = words if takes_prompts and not options.prompts else ()
+        result = _fit_opened(job, models, lora, derived, inputs)
+    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
+    result.report.derived_prompts = derived
+    return fitted, result.report
+
+
+def _open_models(
+    job: FitJob, lora: _AskedLora, prompts: tuple[str, ...], stack: contextlib.ExitStack
+) -> tuple[Pipeline, Pipeline]:
+    """Loads both pipelines, and encodes the prompts with the LoRA's part in text encoders too.
+
+    Args:
+        job: names the pipelines.
+        lora: what runs beside the text encoders of both is entered into the stack.
+        prompts: of the samplings.
+        stack: ended after the last sampling.
+    """
+    from ...probe.pipelines import open_pipeline, run_text_encoders_beside
+
+    asked: FitSettings = replace(job.options, prompts=prompts)
     models: list[Pipeline] = []
-    for side, path in (("source", source.path), ("target", target.path)):
-        model = pipelines.open_pipeline(path, options.device)
-        if inputs:
-            inputs = {**inputs, f"the {side}: parts": model.parts}
+    for base in (job.source, job.target):
+        assert base.path is not None
+        model = open_pipeline(base.path, job.options.device)
+        stack.enter_context(run_text_encoders_beside(model, lora.carried))
         # Before the next one is loaded, the text encoders of this one make room.
-        model.encode_prompts(model.derive_target_settings(asked) if models else asked)
+        if models:
+            model.encode_prompts(model.derive_target_settings(asked))
+        else:
+            model.encode_prompts(asked, run_text_encoders_beside(model, lora.text))
         models.append(model)
+    return models[0], models[1]
+
+
+def _fit_opened(
+    job: FitJob,
+    models: tuple[Pipeline, Pipeline],
+    lora: _AskedLora,
+    derived: tuple[str, ...],
+    inputs: Inputs,
+) -> ProbeTransfer:
+    """The fit between loaded pipelines.
+
+    Args:
+        job: the LoRA, and the options.
+        models: source and target.
+        lora: as they are asked about it.
+        derived: prompts, where none were given.
+        inputs: see `_check_kept`.
+    """
+    from ...probe import pipelines
+    from ...probe.checkpoint import open_checkpoints
+    from ...probe.pipelines.schedules import FLOW
+
+    options = job.options
+    assert job.source.path is not None and job.target.path is not None
+    if inputs:
+        parts = {f"the {s}: parts": m.parts for s, m in zip(_SIDES, models, strict=True)}
+        inputs = {**inputs, **parts}
     denoisers = models[0].denoiser, models[1].denoiser
     checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
-    updates = _drop_text_encoders(job.adapter.updates)
-    adapter = job.adapter.with_updates(updates)
-    takes_prompts = all("prompt" in model.accepted for model in models)
-    derived = words if takes_prompts and not options.prompts else ()
     images = itertools.count(1)
 
     def count_image() -> None:
         if options.progress:
             options.progress(next(images), 6 * options.images, "sampling")
 
-    shared = vae.explain_different_latents(source.path, target.path) is None
+    shared = vae.explain_different_latents(job.source.path, job.target.path) is None
     mixed = len({model.schedule.kind == FLOW for model in models}) > 1
     sampled: FitSettings = replace(options, prompts=options.prompts or derived)
     if options.memory_limit is not None:
@@ -246,22 +337,13 @@ def _fit_models(
     # say more than their calls.
     crosses = not shared or mixed or few
     fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-    result = fit(
-        (models[0], models[1]),
-        sampled,
-        (adapter, _drop_text_encoders(rival)),
-        checkpoints,
-        count_image,
-    )
-    fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
-    result.report.derived_prompts = derived
-    return fitted, result.report
+    return fit(models, sampled, lora, checkpoints, count_image)
 
 
 def _fit_pair(
     models: tuple[Pipeline, Pipeline],
     sampled: FitSettings,
-    loras: tuple[Adapter, Mapping[str, LowRank]],
+    asked: _AskedLora,
     checkpoints: Checkpoints,
     on_image: Callable[[], None],
 ) -> ProbeTransfer:
@@ -270,7 +352,7 @@ def _fit_pair(
     Args:
         models: source and target.
         sampled: what is sampled, and how it is fitted.
-        loras: the LoRA of the source, and its rival on the target.
+        asked: the LoRA.
         checkpoints: where results are kept.
         on_image: called after each sampled image.
     """
@@ -278,16 +360,21 @@ def _fit_pair(
     from ...probe.recording.recorder import Recorder
     from ...probe.run import fit_from_recorder
 
-    pair = pair_pipelines(*models, sampled)
-    samplers = (
-        pair.source.sampler(pair.settings, on_image),
-        pair.source.sampler(pair.settings.with_lora(), on_image),
-        pair.target.sampler(pair.of_target, on_image),
+    pair = pair_pipelines(*models, sampled, asked.text)
+    samplers = pair.samplers(on_image)
+    text = asked.describe(pair.describe_sampling) if checkpoints.folder else ""
+    recorder = Recorder(
+        pair.source.denoiser,
+        pair.target.denoiser,
+        asked.adapter,
+        samplers,
+        pair.translation,
+        checkpoints,
+        text,
+        asked.text,
     )
-    text = pair.describe_sampling() if checkpoints.folder else ""
-    denoisers = pair.source.denoiser, pair.target.denoiser
-    recorder = Recorder(*denoisers, loras[0], samplers, pair.translation, checkpoints, text)
-    result = fit_from_recorder(recorder, loras[1], sampled, functools.partial(_release, models))
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -295,24 +382,34 @@ def _fit_pair(
 def _fit_crossing(
     models: tuple[Pipeline, Pipeline],
     sampled: FitSettings,
-    loras: tuple[Adapter, Mapping[str, LowRank]],
+    asked: _AskedLora,
     checkpoints: Checkpoints,
     on_image: Callable[[], None],
     shared: bool,
 ) -> ProbeTransfer:
     """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
     from ...probe.models import check_models
-    from ...probe.pipelines import CrossingRecorder, check_shown, describe_crossing, observe_sides
+    from ...probe.pipelines import (
+        CrossingRecorder,
+        TextPart,
+        check_shown,
+        describe_crossing,
+        observe_sides,
+    )
     from ...probe.run import fit_from_recorder
 
-    adapter, rival = loras
-    check_models(models[0].denoiser, models[1].denoiser, adapter)
+    check_models(models[0].denoiser, models[1].denoiser, asked.adapter)
     for model in () if shared else models:
         check_shown(model.pipe, model.name)
     ours, theirs = observe_sides(*models, sampled, shared)
-    text = describe_crossing(ours, theirs) if checkpoints.folder else ""
-    recorder = CrossingRecorder(ours, theirs, adapter, checkpoints, text, on_image)
-    result = fit_from_recorder(recorder, rival, sampled, functools.partial(_release, models))
+    describe = functools.partial(describe_crossing, ours, theirs)
+    text = asked.describe(describe) if checkpoints.folder else ""
+    part = TextPart.of(models[0], asked.text, ours.settings)
+    recorder = CrossingRecorder(
+        ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
+    )
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release)
     result.report.log_snr = recorder.log_snr
     return result
 
@@ -354,11 +451,6 @@ def _memory_left(limit: int) -> int:
             f"take {format_size(taken)}"
         )
     return limit - taken
-
-
-def _drop_text_encoders(updates: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The updates of the UNet or transformer: text encoders are not run with the LoRA."""
-    return {name: u for name, u in updates.items() if not is_in_text_encoder(name)}
 
 
 def _finish_fit(
