@@ -1,7 +1,8 @@
 """What a probing may ask, compared: ``python bench/quality/probing_ideas.py --work DIR``.
 
 DIR is the folder of study.py. All ways fit as many samples by the library's fit; they differ in
-what the target is taught. docs/fit_measured.md says which of them the library takes for which target.
+what the target is taught. docs/fit_measured.md says which of
+them the library takes for which target.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
 from prolora.workflow.fit_options import FitChanges, FitOptions
+from prolora.workflow.fleet.run_options import MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
+FUNCTIONS += [(prolora.migrate, MigrationOptions)]
 
 
 @pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)

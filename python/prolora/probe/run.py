@@ -70,7 +70,7 @@ class Samplers:
     Attributes:
         source: runs the source's sampler from noise.
         target: the same for the target.
-        adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled in
+        adapted: runs the source while the LoRA runs in it, where the LoRA is sampled in
             another way than the source (few steps, no guidance, a trigger word); None: as `source`.
         described: what the samplers do, as a text; needed where results are kept for another run,
             because two functions cannot be compared.
@@ -192,9 +192,6 @@ def _record_fit_judge(
     guidance = recorder.translation.guidance
     if guidance:
         report.guidance, report.guided_lora = guidance.scale, guidance.adapted
-    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
-    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
-    key = hash_texts(recorder.key, asked) if asked else recorder.key
     with _timed(report, "sample"):
         limit = settings.share_memory(4)
         questions = spill_questions(recorder.record_questions(settings.seed), limit)
@@ -204,26 +201,7 @@ def _record_fit_judge(
         held_out = spill_questions(judged, limit)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    bare = hash_texts(recorder.keys["source"], asked)
-    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
-
-    def end_asking() -> None:
-        answers.store()
-        if release is not None:
-            release()
-
-    run = ProbeRun(
-        recorder.source,
-        recorder.target,
-        recorder.adapter,
-        RememberingTranslation.of(recorder.translation, answers),
-        rival,
-        settings,
-        recorder.checkpoints,
-        key,
-        report,
-        end_asking,
-    )
+    run = _begin_run(recorder, rival, settings, report, release)
     with _timed(report, "draw"):
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
@@ -241,6 +219,41 @@ def _record_fit_judge(
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
+
+
+def _begin_run(
+    recorder: QuestionSource,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    report: ProbeReport,
+    release: Callable[[], None] | None,
+) -> ProbeRun:
+    """What all stages share, once the questions are recorded; arguments as for the whole fit."""
+    guidance = recorder.translation.guidance
+    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
+    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
+    key = hash_texts(recorder.key, asked) if asked else recorder.key
+    bare = hash_texts(recorder.keys["source"], asked)
+    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+
+    def end_asking() -> None:
+        answers.store()
+        if release is not None:
+            release()
+
+    translation = RememberingTranslation.of(recorder.translation, answers)
+    return ProbeRun(
+        recorder.source,
+        recorder.target,
+        recorder.adapter,
+        translation,
+        rival,
+        settings,
+        recorder.checkpoints,
+        key,
+        report,
+        end_asking,
+    )
 
 
 class _KeptChanges(LazySequence[WantedChange]):
