@@ -1,5 +1,6 @@
 """Folders of LoRAs: weights are looked at once for all, one bad file stops none, runs go on."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -191,6 +192,16 @@ def test_a_result_that_was_changed_under_its_header_is_not_taken_for_ours(folder
     outcomes = prolora.transfer_many(loras, source, target, moved)
     assert [o.status for o in outcomes] == ["already there", "failed", "already there"]
     assert "as prolora wrote it" in str(outcomes[1].error) and out.read_bytes() == before
+
+
+def test_a_folder_whose_configuration_was_edited_is_not_taken_for_ours(folder):
+    loras, source, target, moved = folder
+    (made,) = prolora.transfer_many(loras[:1], source, target, moved, format="peft")
+    config = made.out / "adapter_config.json"
+    edited = json.loads(config.read_text()) | {"lora_alpha": 64}
+    config.write_text(json.dumps(edited))
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, format="peft")
+    assert again.status == "failed" and json.loads(config.read_text()) == edited
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(folder):
