@@ -254,7 +254,7 @@ MISTAKES = {
         "foreign.json: exists and is no plan as prolora wrote it",
     ),
     "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
-    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is no plan"),
+    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is not a plan"),
     "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),

@@ -193,12 +193,7 @@ def _record_fit_judge(
     if guidance:
         report.guidance, report.guided_lora = guidance.scale, guidance.adapted
     with _timed(report, "sample"):
-        limit = settings.share_memory(4)
-        questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        judged = number_questions(
-            recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-        )
-        held_out = spill_questions(judged, limit)
+        questions, held_out = _record_both(recorder, settings)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     run = _begin_run(recorder, rival, settings, report, release)
@@ -254,6 +249,16 @@ def _begin_run(
         report,
         end_asking,
     )
+
+
+def _record_both(
+    recorder: QuestionSource, settings: FitSettings
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """What is asked for the fit, and for the verdict."""
+    limit = settings.share_memory(4)
+    questions = spill_questions(recorder.record_questions(settings.seed), limit)
+    judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+    return questions, spill_questions(number_questions(judged), limit)
 
 
 class _KeptChanges(LazySequence[WantedChange]):
