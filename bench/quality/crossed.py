@@ -95,7 +95,7 @@ class Painted:
 class BatchedRecorder(CrossingRecorder):
     """Samples all images at once: a pipeline would take one after the other."""
 
-    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+    def _sample(self, side: CrossingSide, seed: int, origin: str) -> dict[str, Tensor]:
         numbers = [int(p) for p in side.settings.prompts]
         images = side.settings.images
         y = torch.tensor([numbers[(seed + i) % len(numbers)] for i in range(images)])

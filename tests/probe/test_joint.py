@@ -266,6 +266,28 @@ def test_mixed_batches_hold_samples_of_many_calls_and_predict_the_same(source):
         assert (predictions - row).abs().amax((1, 2)).min() < 1e-5
 
 
+def test_few_samples_without_a_prompt_are_drawn_where_there_are_enough_with_one(source):
+    """A guided sampler asks as often without as with one."""
+    asked = questions(source)  # three calls of 12 samples
+
+    def both(question: Question) -> tuple[Tensor, Tensor]:
+        return predict_call(source, question.source), predict_call(source, question.target)
+
+    def is_late(call: Call) -> list[bool]:
+        return [i % 2 == 0 for i in range(count_samples(call))]
+
+    free = torch.cat([question.source.args[0][1::2] for question in asked])
+
+    def count_free(limit: int) -> int:
+        generator = torch.Generator().manual_seed(0)
+        batches = mix_samples(asked, limit, 48, both, generator, is_late)
+        drawn = torch.cat([question.source.args[0] for question in batches])
+        assert len(drawn) == min(limit, 36)
+        return sum(any(torch.equal(row, other) for other in free) for row in drawn)
+
+    assert [count_free(limit) for limit in (10, 20, 30, 99)] == [1, 2, 12, 18]
+
+
 class OneTime(Denoiser):
     """Takes one time for all samples of a call, as diffusers' pipelines give it."""
 

@@ -28,7 +28,7 @@ from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
-from .recording.batches import count_samples, mix_samples
+from .recording.batches import FindPrompts, count_samples, mix_samples
 from .recording.lazy import LazySequence, SampleSelection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import SpillStore, spill_questions
@@ -352,19 +352,22 @@ def _draw_samples(
         judged += mix_samples(of_origin, count, count, predict_both, generator)
     origins, most = [question.origin for question in questions], settings.batch
 
-    def draw_some(wanted: Callable[[str], bool], count: int) -> list[Question]:
+    def draw_some(
+        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None
+    ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
         some = SampleSelection(questions, rows)
-        return mix_samples(some, count, most, predict_both, generator) if rows else []
+        how = predict_both, generator, prompts
+        return mix_samples(some, count, most, *how) if rows else []
 
     count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
     # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
-    own = count // len(ORIGINS)
-    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own)
-    drawn += draw_some(lambda origin: origin == "adapted", own)
+    own, prompts = count // len(ORIGINS), run.translation.find_prompts
+    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own, prompts)
+    drawn += draw_some(lambda origin: origin == "adapted", own, prompts)
     drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
     if PAIR in origins:
-        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count))
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 
