@@ -50,7 +50,7 @@ class RayEngine:
             workers: how many at a time; None means one for each core, or as many as the GPUs have
                 room for.
             gpus_per_worker: share of a GPU that each takes; None means none.
-            retries: how often a batch is given again whose worker was lost.
+            retries: how often a LoRA is given again that a worker was lost with.
 
         Raises:
             ProLoRAError: Ray is not installed, does not start, or cannot be reached.
@@ -133,7 +133,7 @@ class RayDriver:
             ray: the module, connected.
             needs: of each worker.
             settings: of the run.
-            retries: how often a batch is given again whose worker was lost.
+            retries: how often a LoRA is given again that a worker was lost with.
             vitals: whether Ray's own processes live; None asks nobody.
         """
         self._ray, self._needs, self._retries = ray, needs, retries
@@ -310,8 +310,6 @@ class RayDriver:
             if self._failed_starts > self._retries:
                 raise ProLoRAError(f"workers of Ray do not start: {why}")
             self._queue.put_back(left)
-            return
-        if not worker.left:
             return
         error: ProLoRAError = HungWorker(f"its process on {worker.place} was ended: {why}")
         if not hung:
