@@ -252,11 +252,11 @@ class RayDriver:
     def _note(self, worker: _DrivenWorker, record: Record) -> Iterator[Record]:
         """Passes a record on, or keeps the LoRA for a node that may have what this one lacks."""
         self._queue.note_success()
-        entry = worker.left.pop(record.key)
+        entry = worker.left.pop(record.key, None)  # which a plan may name twice
         if record.status == "failed":
             nodes = self._list_nodes()
             bad = worker.attempt.avoid | {worker.node} | self._foreign.keys()
-            if record.transient and not bad.issuperset(nodes):
+            if entry and record.transient and not bad.issuperset(nodes):
                 worker.elsewhere.append(entry)
                 return
             if len(nodes) > 1:
