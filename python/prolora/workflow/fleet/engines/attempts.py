@@ -53,15 +53,22 @@ class AttemptQueue:
             retries: how often a LoRA is given again that a worker was lost with.
             workers: how many take batches at a time.
         """
-        self._hung, self._most_hung = 0, 2 * workers
+        self._hung, self._workers = 0, workers
         self._fresh = iter(batches)
         self._returned: deque[Attempt] = deque()
         self._retries = retries
 
-    def take(self) -> Attempt | None:
-        """The next one, or None where all are taken."""
-        if self._returned:
-            return self._returned.popleft()
+    def take(self, node: str = "") -> Attempt | None:
+        """The next one, or None where there is none for a node; "" stands for any.
+
+        What another node must do is left to it; until it has, no more is begun than it can do soon.
+        """
+        for attempt in self._returned:
+            if node not in attempt.avoid:
+                self._returned.remove(attempt)
+                return attempt
+        if len(self._returned) > self._workers:
+            return None
         batch = next(self._fresh, None)
         return None if batch is None else Attempt(batch)
 
@@ -91,7 +98,7 @@ class AttemptQueue:
             HungWorker: one after the other hangs, so that it is not due to the LoRAs.
         """
         self._hung += hung
-        if self._hung > self._most_hung:
+        if self._hung > 2 * self._workers:
             raise HungWorker(
                 f"{self._hung} workers one after the other did not get on: a drive or a device may "
                 "hang. Run again when it works"
