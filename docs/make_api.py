@@ -52,7 +52,7 @@ GROUPS = {
     "Base models": [
         "advise",
         "Advice",
-        "compare",
+        "AdviceOptions",
         "Comparison",
         "Verdict",
         "open_base",

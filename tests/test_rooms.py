@@ -95,14 +95,10 @@ def environment() -> dict[str, str]:
 
 # What is left of the time before these rules were tests; nothing may be added.
 LEFT_OVER = {
-    "wide": {
-        "probe/strength.py:measure_strengths",
-        "workflow/advice.py:advise",
-    },
+    "wide": {},
     "long": set(),
     "twice": set(),
     "circles": [("adapters/adapter.py", "adapters/reading.py")],
-    "flags": 39,
 }
 
 
@@ -116,12 +112,23 @@ def test_no_class_or_public_function_has_the_name_of_another(trees):
 
 
 def test_signatures_and_functions_stay_small(trees):
-    assert structure.find_wide_signatures(trees).keys() == LEFT_OVER["wide"]
-    assert structure.find_long_functions(trees).keys() == LEFT_OVER["long"]
+    assert not structure.find_wide_signatures(trees)
+    assert not structure.find_long_functions(trees)
 
 
 def test_files_do_not_import_each_other_in_circles(trees):
     assert [tuple(circle) for circle in structure.find_circles(trees)] == LEFT_OVER["circles"]
+
+
+def test_the_stages_of_a_transfer_and_the_rows_of_its_report_have_one_home(trees):
+    assert structure.find_planners(trees) == ["workflow/by_weights/base_pair.py:plan"]
+    writers = {name.partition(":")[0] for name in structure.find_row_writers(trees)}
+    assert writers <= {
+        "workflow/by_weights/ledger.py",
+        "workflow/by_weights/rows.py",
+        "workflow/by_fitting/pipeline.py",
+        "workflow/by_fitting/rows.py",
+    }
 
 
 def test_docstrings_say_more_than_the_name(trees):
@@ -130,4 +137,4 @@ def test_docstrings_say_more_than_the_name(trees):
 
 def test_flags_of_the_command_line_are_named_there_alone(trees):
     """Errors and reports reach people in Python and in ComfyUI, who have no flags."""
-    assert len(structure.find_flags(trees)) <= LEFT_OVER["flags"]
+    assert not structure.find_flags(trees)

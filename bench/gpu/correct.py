@@ -44,7 +44,7 @@ TOO_LONG = 2e3
 
 def list_steps(bench: Bench) -> Iterator[Step]:
     """What the kernels give and whether they are sound, then the eigensolvers, then the whole."""
-    yield Step("info", 10, count_gpus)
+    yield Step("doctor", 10, count_gpus)
     yield Step("kernel tests", 120, run_tests)
     for op in list(KERNELS)[: 1 if bench.dry else None]:
         for tool in ("memcheck", "racecheck"):
@@ -65,14 +65,14 @@ def list_steps(bench: Bench) -> Iterator[Step]:
 
 
 def count_gpus(bench: Bench) -> None:
-    """What `prolora info` says.
+    """What `prolora doctor` says.
 
     Raises:
         AssertionError: it fails, or the kernels run on no GPU.
     """
-    code, text = bench.run_command("info.txt", sys.executable, "-m", "prolora", "info")
+    code, text = bench.run_command("doctor.txt", sys.executable, "-m", "prolora", "doctor")
     print(text)
-    bench.require("exit code of prolora info", code, 0)
+    bench.require("exit code of prolora doctor", code, 0)
     count, why = native.cuda_status()
     bench.record("GPUs that run the kernels", count, "")
     assert count or bench.dry, f"the kernels run on no GPU: {why}"

@@ -71,8 +71,10 @@ def measure(
         *models,
         place(load_lora(folder.source_lora_path(kind, seed, adapter))),
         ways,
-        Sampler(world, models[0], *rest, few=few),
-        Sampler(world, models[1], *rest, few=students, guidance=guidance),
+        (
+            Sampler(world, models[0], *rest, few=few),
+            Sampler(world, models[1], *rest, few=students, guidance=guidance),
+        ),
         translation=Translation(guidance=guide_source(world, models[0], kind, adapter)),
         trajectories=TRAJECTORIES,
     )

@@ -29,7 +29,7 @@ from scoring import (
 from torch import nn
 from worlds import NAMES, World, backbone, load_world
 
-import prolora
+from prolora.comparison.comparison import compare as compare_bases
 
 SEEDS = (0, 1, 2)
 ARCHS = ("unet", "flux")
@@ -184,11 +184,11 @@ def score_samples(folder: Folder, kind: str, seed: int, out: Path) -> None:
 
 
 def score_relation(folder: Folder, kind: str, seed: int, out: Path) -> None:
-    """How alike the two bases are, as `prolora compare` measures it; or why it cannot say."""
+    """How alike the two bases are, as `prolora advise` measures it; or why it cannot say."""
     source, target = folder.load_source(kind, seed), folder.load_model(kind, seed)
     pairs = pair_modules(folder.world, folder.arch, kind, source, target)
     if pairs:
-        compared = prolora.compare(backbone(source), backbone(target), match=pairs)
+        compared = compare_bases(backbone(source), backbone(target), match=pairs)
         comparison = compared.to_dict()
     else:
         comparison = {"refused": "no module of equal shape"}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import prolora
+from prolora.errors import name_options
 
 AIMS = {"target's look": "target", "LoRA's own look": "lora"}
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
@@ -15,14 +16,17 @@ RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
 GENERIC_NAMES = ("diffusion_pytorch_model", "model", "unet", "transformer")
 """What files and folders of any model are called."""
 
-# What prolora's sentences call by options of its command line, and the nodes by their widgets.
+# What prolora's messages call by options, and the nodes by their widgets.
 _WIDGETS = {
-    "--source": "“trained on”",
-    "--target": "“use on”",
-    "--look lora": "the aim “LoRA's own look”",
-    "--look target": "the aim “target's look”",
+    "source": "“trained on”",
+    "target": "“use on”",
+    "look=lora": "the aim “LoRA's own look”",
+    "look=target": "the aim “target's look”",
+    "method": "“method”",
+    "out_rank": "“rank”",
+    "format": "“file for”",
 }
-_COMMAND = re.compile(r"(?<![\w-])--[a-z]|`prolora\b|\bpython -[cm]\b")
+_FOR_OTHERS = re.compile(r"`[a-z_]+(?:=[^`]*|\(\))?`|(?<![\w-])--[a-z]|\bpython -[cm]\b")
 _ALL = 0.995
 _AMOUNTS = ((_ALL, "All"), (0.7, "Most"), (0.4, "About half"), (0.1, "A small part"))
 _LITTLE = 0.4
@@ -42,12 +46,17 @@ def explain(error: prolora.ProLoRAError) -> str:
             "The models under “trained on” and “use on” have nothing in common: they were trained "
             "apart, and no LoRA of one works on the other. Nothing was written."
         )
-    text = str(error)
-    for option, widget in _WIDGETS.items():
-        text = text.replace(option, widget)
-    clauses = re.split(r"(?<=[.;:])\s+", text)
-    kept = " ".join(clause for clause in clauses if not _COMMAND.search(clause)).rstrip(";: ")
+    clauses = re.split(r"(?<=[.;:])\s+", name_options(str(error), _name_widget))
+    kept = " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause)).rstrip(";: ")
     return kept or "This LoRA cannot be moved between these two models."
+
+
+def _name_widget(option: str, value: str | None) -> str | None:
+    """A widget, and what to choose there; None for what the nodes do not have."""
+    widget = _WIDGETS.get(option if value is None else f"{option}={value}")
+    if widget is None and value not in (None, "()") and option in _WIDGETS:
+        return f"{_WIDGETS[option]}: {value}"
+    return widget
 
 
 def judge(verdict: prolora.Verdict | None, placed: float | None) -> tuple[str, str]:

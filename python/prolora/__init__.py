@@ -5,7 +5,7 @@ import torch  # noqa: F401  (before the extension, so that both use torch's Open
 from .adapters.adapter import Adapter
 from .bases import Base, BaseLike, open_base
 from .bases.experts import ExpertsLike, open_experts
-from .comparison.comparison import Comparison, compare
+from .comparison.comparison import Comparison
 from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
 from .core.damping import damped
@@ -36,6 +36,7 @@ from .errors import (
 from .probe.settings import FitSettings
 from .version import __version__
 from .workflow.advice import Advice, advise
+from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
 from .workflow.dry_run import plan_report
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
@@ -46,7 +47,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import TransferOptions
+from .workflow.options import MethodChoice, TransferOptions
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Outcome, Report
 from .workflow.result import Transfer
@@ -57,6 +58,7 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Advice",
+    "AdviceOptions",
     "AlreadyMoved",
     "Base",
     "BaseLike",
@@ -71,6 +73,7 @@ __all__ = [
     "LowCoverage",
     "LowRank",
     "Method",
+    "MethodChoice",
     "MethodName",
     "MigrationOptions",
     "MissingFile",
@@ -95,7 +98,6 @@ __all__ = [
     "WrongBase",
     "__version__",
     "advise",
-    "compare",
     "cuda_status",
     "damped",
     "fit",

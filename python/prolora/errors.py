@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import re
+from collections.abc import Callable
 
 from .core.errors import (
     NonFiniteWeights,
@@ -37,6 +38,7 @@ __all__ = [
     "describe_missing",
     "explain_os_error",
     "input_error",
+    "name_options",
     "output_error",
 ]
 
@@ -100,6 +102,31 @@ _WAYS_OUT = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine: run again",
 }
+
+
+# An option, perhaps with its value, or a call; a page of HTML writes quotes as entities.
+_NAMED = re.compile(
+    r"`([a-z_]+)(?:=(?:['\"]|&#x27;|&quot;)?([^`'\"&]*)(?:['\"]|&#x27;|&quot;)?|(\(\)))?`"
+)
+
+
+def name_options(text: str, name: Callable[[str, str | None], str | None]) -> str:
+    """A message with its options called what its reader calls them.
+
+    Messages write options and functions as Python does, in backticks: `min_coverage`,
+    `look='lora'`, `inspect()`. Those of Python are ready so; a command line puts flags in their
+    place, and a node its widgets.
+
+    Args:
+        text: the message.
+        name: (option, its value or None) -> what stands for it, where the value of a function is
+            "()"; None leaves it as it is.
+    """
+
+    def rename(match: re.Match[str]) -> str:
+        return name(match[1], match[3] or match[2]) or match[0]
+
+    return _NAMED.sub(rename, text)
 
 
 def explain_os_error(error: OSError | ValueError) -> str:

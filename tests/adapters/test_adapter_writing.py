@@ -293,14 +293,14 @@ def test_unbalanced_factors_are_balanced_where_float16_cannot_hold_them(tmp_path
 
 
 def test_an_overflow_names_the_module_and_the_way_out(tmp_path):
-    with pytest.raises(NonFiniteWeights, match=r"conv_in: .*--dtype float32"):
+    with pytest.raises(NonFiniteWeights, match=r"conv_in: .*dtype='float32'"):
         adapters.write_adapter(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
     adapters.write_adapter(scaled(1e6, 1e6), tmp_path / "out", dtype=torch.float32)
 
 
 def test_an_underflow_names_the_module_and_the_way_out(tmp_path):
-    with pytest.raises(OutputError, match=r"conv_in: .*too small.*--dtype float32"):
+    with pytest.raises(OutputError, match=r"conv_in: .*too small.*dtype='float32'"):
         adapters.write_adapter(scaled(1e-9, 1e-9), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 

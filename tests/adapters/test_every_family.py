@@ -94,5 +94,5 @@ def test_a_format_that_no_program_reads_is_refused_and_names_those_that_are_read
     fewer = replace(flux, spellings={"comfy": flux.spellings["comfy"]})
     monkeypatch.setitem(known_families(), "flux", fewer)
     adapter = Adapter(lora("flux1-dev"), family="flux")
-    with pytest.raises(UnsupportedFormat, match=r"no program reads.*FLUX\.1.*--format comfy"):
+    with pytest.raises(UnsupportedFormat, match=r"no program reads.*FLUX\.1.*format='comfy'"):
         encode_state_dict(adapter, format="peft")

@@ -107,11 +107,11 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
             *("prolora", "--rank", "4", "-o", box.out / "m.safetensors", "--cache", box.out / "c"),
         ],
     ),
-    "compare": (
+    "advise": (
         write_inputs,
         lambda box: [
-            *("compare", *bases(box), "--cache=none"),
-            *("--plot", box.out / "plot.png", "--save-match", box.out / "map.json"),
+            *("advise", *bases(box), "--cache=none"),
+            *("--report", box.out / "plot.html", "--save-match", box.out / "map.json"),
         ],
     ),
     "plan": (

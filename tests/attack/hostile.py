@@ -262,7 +262,7 @@ PLACES: dict[str, tuple[Callable[[Box], Path], Callable[[Box], list[Words]]]] = 
     ),
     "source": (
         place("in/source/diffusion_pytorch_model.safetensors"),
-        lambda box: [quick(box), ["compare", *bases(box), "--cache=none"]],
+        lambda box: [quick(box), ["advise", *bases(box), "--cache=none"]],
     ),
     "source, old suffix": (
         instead("diffusion_pytorch_model.bin"),

@@ -19,6 +19,7 @@ from prolora.bases.cache.basis_cache import BasisCache
 from prolora.bases.cache.basis_names import basis_name, hash_weight
 from prolora.cli import app
 from prolora.cli.basis import parse_age
+from prolora.comparison.comparison import compare as compare_bases
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_list_says_whose_bases_there_are_and_how_large(filled, caplog):
 
 def test_a_list_names_the_bases_that_a_comparison_has_computed(tmp_path):
     _, source, target = write_case(tmp_path)
-    prolora.compare(source, target, rank=0.9, cache=tmp_path / "cache")
+    compare_bases(source, target, rank=0.9, cache=tmp_path / "cache")
     found = maintenance.take_inventory(tmp_path / "cache")
     assert [(s.base, s.rule, s.count) for s in found.shelves] == [
         ("source", "0.9", 8),

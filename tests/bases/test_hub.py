@@ -145,7 +145,7 @@ def test_the_command_line_takes_ids(cloud, ids, tmp_path, monkeypatch, capsys):
     where = ["--source", ids[0], "--target", ids[1]]
     for line in (
         ["transfer", str(lora), *where, "-o", str(out)],
-        ["compare", *where, "--quick"],
+        ["advise", *where],
         ["basis", ids[0], "--rank", "4"],
     ):
         monkeypatch.setattr("sys.argv", ["prolora", *line])

@@ -15,6 +15,7 @@ import prolora
 from prolora.bases import memory
 from prolora.bases.cache.build import survey_base
 from prolora.bases.memory import Memory, Room, resident_bytes
+from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.methods import Needs
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import format_size, parse_limit, parse_size
@@ -79,7 +80,7 @@ def test_too_little_is_refused_before_any_work_and_says_how_much_it_takes(
     with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
         prolora.transfer_file(lora, source, target, out, method=method, max_memory=1 << 20)
     with pytest.raises(TooLittleMemory, match=r"needs .* [MG]iB"):
-        prolora.compare(source, target, max_memory=1 << 20)
+        compare_bases(source, target, max_memory=1 << 20)
     assert not out.exists()
 
 
@@ -173,8 +174,8 @@ def test_a_text_bounds_memory_wherever_a_number_does(tmp_path):
     for bound in ("1MiB", 1 << 20):
         for work in (
             lambda bound: prolora.transfer(lora, source, target, max_memory=bound),
-            lambda bound: prolora.compare(source, target, max_memory=bound),
+            lambda bound: compare_bases(source, target, max_memory=bound),
             lambda bound: survey_base(source, 4, max_memory=bound),
         ):
-            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB is too little"):
+            with pytest.raises(TooLittleMemory, match=r"1\.0 MiB` is too little"):
                 work(bound)

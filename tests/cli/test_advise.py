@@ -2,11 +2,16 @@
 
 import io
 import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mini import target_along_few, write_folder
 from rich.console import Console
 
+from prolora.cli.advise import write_command
+from prolora.cli.options import Bases
 from prolora.cli.tables import draw_table
 from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow.tables import tabulate_measured
@@ -28,6 +33,28 @@ def test_one_screen_says_what_to_do(prolora, tuned):
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("prolora transfer ") and f"--target {target}" in last
     assert len(text.splitlines()) < 50
+
+
+def test_the_command_that_follows_runs(prolora, tuned, tmp_path, monkeypatch):
+    lora, source, target = tuned
+    line = ("advise", lora, "--source", source, "--target", target, "--cache", "none", "-q")
+    _, text, _ = prolora(*line)
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(text.rstrip().splitlines()[-1])
+    assert prolora(*command[1:], "-q")[0] == 0 and (tmp_path / command[-1]).exists()
+
+
+def test_what_was_measured_is_in_the_command():
+    bases = Bases("s ource", "t")
+    options = {"method": "copy", "strength": 0.85, "match": "a map.json"}
+    told = SimpleNamespace(verb="transfer", options=options)
+    command = write_command(None, bases, told, "a map.json")
+    assert "--source 's ource'" in command
+    assert "--method copy --strength 0.85 --match 'a map.json' -o" in command
+    fitted = SimpleNamespace(verb="fit", options={"target_steps": 1, "lora_guidance": 2.0})
+    command = write_command(Path("x.safetensors"), bases, fitted)
+    assert command.startswith("prolora fit x.safetensors --source")
+    assert "--target-steps 1 --lora-guidance 2.0 -o x-on-t.safetensors" in command
 
 
 def test_json_has_everything(prolora, tuned):

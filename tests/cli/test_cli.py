@@ -249,7 +249,7 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
         (("-o", "source/config.json/x.safetensors"), "config.json is a file, not a folder"),
         (("-o", "x.safetensors", "--rank", "many"), "--rank takes"),
         (("-o", "x.safetensors", "--rank", "1.5"), "rank must be"),
-        (("-o", "x.safetensors", "--out-rank", "half"), "out_rank must be"),
+        (("-o", "x.safetensors", "--out-rank", "half"), "--out-rank must be"),
         (("-o", "x.safetensors", "--match", "nowhere.json"), "match takes"),
     ],
 )
@@ -273,14 +273,16 @@ def test_asking_for_cuda_without_a_gpu_says_why(prolora, case):
     assert code == 2 and re.search(r"no usable CUDA device \(.+\)", text)
 
 
-def test_compare_measures_overlap_and_drift(prolora, case):
+def test_two_bases_are_compared_by_overlap_and_drift(prolora, case):
     _, source, target = case
-    code, text, _ = prolora("compare", "--source", source, "--target", target, "--json")
+    code, text, _ = prolora("advise", "--source", source, "--target", target, "--json")
     found = json.loads(text)
+    found = found["comparison"]
     assert code == 0 and len(found["modules"]) == 8 and found["without_partner"] == 4
     assert found["means"]["drift"] == pytest.approx(0.1, rel=1e-3)
-    code, text, _ = prolora("compare", "--source", source, "--target", target)
-    assert code == 0 and "down_blocks.1" in text
+    assert found["means"]["above_left"] is None  # nobody asked for it
+    code, text, _ = prolora("advise", "--source", source, "--target", target, "--overlap", 8)
+    assert code == 0 and "down_blocks.1" in text and "Φ l" in text
 
 
 def test_basis_says_how_exact_the_subspaces_are(prolora, case):
@@ -328,7 +330,7 @@ def test_inspect_describes_a_base_folder(prolora, case):
 
 
 def test_info_says_what_this_installation_can_do(prolora):
-    code, text, _ = prolora("info", "--json")
+    code, text, _ = prolora("doctor", "--json")
     facts = json.loads(text)
     assert code == 0 and facts["torch"] == torch.__version__
     assert re.fullmatch(r"yes|no \(.+\)", facts["compiled extension"])
@@ -337,7 +339,7 @@ def test_info_says_what_this_installation_can_do(prolora):
     assert ops and all(
         re.fullmatch(r"cpu: (extension|torch \(.+\)); gpu: \w+", value) for value in ops.values()
     )
-    code, text, _ = prolora("info")
+    code, text, _ = prolora("doctor")
     assert code == 0 and all(name in text for name in facts)
     assert max(map(len, text.splitlines())) <= 80
 
@@ -345,7 +347,7 @@ def test_info_says_what_this_installation_can_do(prolora):
 def test_info_says_why_the_extension_is_not_used_once(prolora, monkeypatch):
     facts = {"compiled extension": "no (no compiler)", "op small_svd": "cpu: torch (no compiler)"}
     monkeypatch.setattr("prolora.core.ops.native.describe_installation", lambda: facts)
-    code, text, _ = prolora("info")
+    code, text, _ = prolora("doctor")
     assert code == 0 and text.count("(no compiler)") == 1 and "cpu: torch" in text
 
 
@@ -388,7 +390,7 @@ def test_a_lora_is_moved_once_and_again_only_when_asked(prolora, case, tmp_path)
     for end in (("-o", tmp_path / "again.safetensors"), ("--dry-run",)):
         code, _, errors = prolora("transfer", moved, *line, *end)
         assert code == 2 and errors.startswith("Error: ")
-        assert "give target as the source, or set again to move it" in errors
+        assert "give target as the source, or take --again to move it" in errors
         assert prolora("transfer", moved, *line, *end, "--again")[0] == 0
 
 

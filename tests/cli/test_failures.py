@@ -26,8 +26,8 @@ def line(case):
         ("transfer", LONG, "--source", "source", "--target", "target", "-o", "o"),
         ("transfer", "lora.safetensors", "--source", LONG, "--target", "target", "-o", "o"),
         ("transfer", "lora.safetensors", "--source", "source", "--target", "target", "-o", LONG),
-        ("compare", "--source", LONG, "--target", "target"),
-        ("compare", "--source", "source", "--target", "target", "--plot", LONG),
+        ("advise", "--source", LONG, "--target", "target"),
+        ("advise", "--source", "source", "--target", "target", "--report", LONG),
         ("basis", LONG),
         ("basis", "source", "--cache", LONG),
         ("basis", "verify", LONG),
@@ -141,11 +141,11 @@ def test_the_report_replaces_reports_and_nothing_else(prolora, line, tmp_path):
     assert len(adapters.read_adapter(out).updates) == 8
 
 
-def test_a_plot_replaces_pictures_and_nothing_else(prolora, case, tmp_path):
+def test_a_report_of_an_advice_replaces_no_lora(prolora, case, tmp_path):
     lora, source, target = case
     before = lora.read_bytes()
-    code, _, text = prolora("compare", "--source", source, "--target", target, "--plot", lora)
-    assert code == 2 and "is no picture as prolora wrote it" in text and lora.read_bytes() == before
+    code, _, text = prolora("advise", "--source", source, "--target", target, "--report", lora)
+    assert code == 2 and "is no report as prolora wrote it" in text and lora.read_bytes() == before
 
 
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_device_that_is_none_is_refused_by_every_command(prolora, line, tmp_pa
     for command in (
         (*line, "-o", tmp_path / "out.safetensors"),
         (*line, "--dry-run"),
-        ("compare", *bases),
+        ("advise", *bases),
         ("basis", bases[1], "--cache", tmp_path / "cache"),
     ):
         code, out, text = prolora(*command, "--device", device)

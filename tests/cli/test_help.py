@@ -8,7 +8,7 @@ from prolora.cli.exits import MEANINGS
 from prolora.version import __version__
 from prolora.workflow.options import METHOD_NAMES
 
-COMMANDS = ["transfer", "fit", "inspect", "compare", "demo", "info", "basis"]
+COMMANDS = ["transfer", "fit", "inspect", "advise", "demo", "doctor", "basis"]
 COMMANDS += [f"basis {name}" for name in ("build", "list", "verify", "prune")]
 
 
@@ -116,7 +116,7 @@ def test_modules_means_a_row_per_module_in_every_command(prolora, case, tmp_path
     bases = ("--source", source, "--target", target)
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     for line in (
-        ("compare", *bases),
+        ("advise", *bases),
         ("transfer", lora, *bases, "-o", tmp_path / "out.safetensors"),
     ):
         plain = prolora(*line)[1]

@@ -41,7 +41,7 @@ def find_blocks(path):
 
 def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, deeper, tmp_path):
     out, saved = tmp_path / "out.safetensors", tmp_path / "map.json"
-    assert prolora(*command(deeper, "compare", "--cache=none", "--save-match", saved))[0] == 0
+    assert prolora(*command(deeper, "advise", "--cache=none", "--save-match", saved))[0] == 0
     how = ("--method", "copy", "--strength", "1", "--cache=none")
     code, text, _ = prolora(*command(deeper, "transfer", *how, "-o", out))
     assert code == 0 and "0←0 1←1 2←none 3←2" in " ".join(text.split())
@@ -62,12 +62,12 @@ def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, d
 def test_compare_says_what_the_other_blocks_are_and_saves_the_map(prolora, deeper, tmp_path):
     saved = tmp_path / "map.json"
     how = ("--match", "similarity", "--cache=none", "--save-match", saved)
-    code, text, _ = prolora(*command(deeper, "compare", *how))
+    code, text, _ = prolora(*command(deeper, "advise", *how))
     text = " ".join(text.split())
     assert code == 0 and "28 of 40 blocks of the target were recognised" in text
     assert "12 of the others resemble a block that feeds another one" in text
     assert len(json.loads(saved.read_text())) == 28 * 16 + 1  # and the mark
-    code, text, _ = prolora(*command(deeper, "compare", "--match", saved, "--cache=none", "--json"))
+    code, text, _ = prolora(*command(deeper, "advise", "--match", saved, "--cache=none", "--json"))
     assert code == 0 and json.loads(text)["match"] == "the map map.json"
 
 
@@ -76,6 +76,6 @@ def test_a_map_replaces_nothing_but_a_map(prolora, deeper, tmp_path):
     other = tmp_path / "x.json"
     other.write_text('{"a": 1}')
     for path in (other, deeper / "source.safetensors", other / "map.json"):
-        code, _, error = prolora(*command(deeper, "compare", *line, path))
+        code, _, error = prolora(*command(deeper, "advise", *line, path))
         assert code == 2 and path.name in " ".join(error.split()).replace(" ", "")
     assert other.read_text() == '{"a": 1}'

@@ -180,7 +180,7 @@ MISTAKES = {
     ),
     "a trained LoRA for an output": (
         (*MOVE, "-o", "mine.safetensors"),
-        "choose another name, or allow it to be overwritten (--overwrite)",
+        "choose another name, or allow it with --overwrite",
     ),
     "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is no card as prolora"),
     "somebody's file for a report": (
@@ -192,7 +192,7 @@ MISTAKES = {
         "the report would replace the LoRA; give it another name",
     ),
     "somebody's file for a map": (
-        ("compare", *BASES, "--save-match", "foreign.json"),
+        ("advise", *BASES, "--save-match", "foreign.json"),
         "foreign.json: exists and is no map as prolora wrote it",
     ),
     "a folder that cannot be an adapter": (
@@ -204,7 +204,7 @@ MISTAKES = {
     "no target": (("transfer", "lora.safetensors", *BASES[:2], *TO), "Missing option '--target'"),
     "an output option without a name": ((*MOVE, "-o"), "Option '-o' requires an argument"),
     "an empty output": ((*MOVE, "-o", ""), "the path is empty"),
-    "an empty base": (("compare", "--source", "", *BASES[2:]), "the name of the base is empty"),
+    "an empty base": (("advise", "--source", "", *BASES[2:]), "the name of the base is empty"),
     "a method that is none": (
         (*MOVE, *TO, "--method", "prolroa"),
         "Invalid value for '--method': 'prolroa' is not one of 'auto', 'prolora'",
@@ -217,7 +217,7 @@ MISTAKES = {
     "a word for a number": ((*MOVE, *TO, "--strength", "two"), "takes a number or 'auto', not"),
     "a share above one": ((*MOVE, *TO, "--min-coverage", "2"), "'2' is not a number from 0 to 1"),
     "a rank that is none": ((*MOVE, *TO, "--rank", "many"), "takes an integer or a share"),
-    "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "out_rank must be"),
+    "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size is a number with a unit"),
     "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
     "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "prolora fit on the command line"),
@@ -234,13 +234,16 @@ MISTAKES = {
         "two inputs would become lora.safetensors",
     ),
     "a pickle for a base": (
-        ("compare", "--source", "old.pt", "--target", "target"),
+        ("advise", "--source", "old.pt", "--target", "target"),
         "old.pt: a pickle checkpoint; it can run code when it is loaded",
     ),
     "nothing to look at": (("inspect",), "Missing argument 'FILE'"),
     "a missing file to look at": (("inspect", "lorra.safetensors"), "Similar here: lora.safet"),
     "a folder of LoRAs to look at": (("inspect", "loras"), "name one of them"),
-    "overlaps that are left out": (("compare", *BASES, "--quick", "--sweep"), "give one of them"),
+    "an overlap that is no rank": (
+        ("advise", *BASES, "--overlap", "x"),
+        "--overlap takes an integer or a share like 0.9",
+    ),
     "advice on a missing base": (
         ("advise", "--source", "source", "--target", "targte"),
         "targte: no such file, folder or model of the hub (org/name). Similar here: target",
@@ -251,7 +254,7 @@ MISTAKES = {
         "foreign.json: exists and is no plan as prolora wrote it",
     ),
     "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
-    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is no plan"),
+    "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is not a plan"),
     "the state of nothing": (("status", "loras"), "no migration was run into this folder"),
     "a demo of what is not shipped": (("demo", "--target", "sdxl"), "unknown demo target 'sdxl'"),
     "a LoRA that is not shipped": (("demo", "--lora", "x"), "unknown demo LoRA 'x': choose from"),

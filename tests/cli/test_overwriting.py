@@ -67,8 +67,8 @@ def test_the_files_of_a_peft_folder_are_not_replaced(prolora, line, tmp_path):
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.json"),
         (("transfer", "LORA", "-o", "out.safetensors", "--report", "FILE"), "report.html"),
         (("transfer", "LORA", "-o", "out.safetensors", "--card"), "README.md"),
-        (("compare", "--save-match", "FILE"), "map.json"),
-        (("compare", "--plot", "FILE"), "plot.png"),
+        (("advise", "--save-match", "FILE"), "map.json"),
+        (("advise", "--report", "FILE"), "advice.html"),
         (("plan", "LORA", "-o", "FILE"), "plan.jsonl"),
     ],
 )

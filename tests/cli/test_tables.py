@@ -30,7 +30,7 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
     lora, source, target = case
     out, cache = tmp_path / "out.safetensors", ("--cache", tmp_path / "c")
     move = ("transfer", lora, "--source", source, "--target", target)
-    compare = ("compare", "--source", source, "--target", wide, "--match", "similarity")
+    compare = ("advise", "--source", source, "--target", wide, "--match", "similarity")
     for line in (
         (*move, "--dry-run", "--modules"),
         (*move, "--method", "prolora", "--cache=none", "-o", out, "--modules"),
@@ -38,10 +38,10 @@ def test_every_table_fits_80_columns(prolora, case, wide, tmp_path, monkeypatch)
         ("inspect", lora),
         ("inspect", source),
         ("basis", source, "--cache=none"),
-        ("info",),
+        ("doctor",),
     ):
         code, text, _ = prolora(*line)
-        rows = [row for row in text.splitlines() if not row.startswith("wrote ")]
+        rows = [row for row in text.splitlines() if not row.startswith(("wrote ", "prolora "))]
         assert code == 0 and max(map(len, rows)) <= 80, line
         assert (
             "…" not in text.replace(" … ", "").replace("0…", "").replace("4…8", "") or "Φ" in text
@@ -52,7 +52,7 @@ def test_a_table_of_blocks_shows_their_names_and_scores(prolora, case, wide, mon
     monkeypatch.setenv("COLUMNS", "80")
     _, source, _ = case
     line = (
-        "compare",
+        "advise",
         "--source",
         source,
         "--target",
@@ -78,7 +78,7 @@ def test_a_dry_run_shows_no_numbers_that_it_does_not_have(prolora, case):
 def test_modules_are_shown_with_their_whole_names(prolora, case, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     _, source, target = case
-    _, text, _ = prolora("compare", "--source", source, "--target", target, "--modules")
+    _, text, _ = prolora("advise", "--source", source, "--target", target, "--modules")
     assert BLOCK.format(1, "ff.net.2") in text and "pairs " not in text.split("drift:")[0]
 
 
@@ -88,7 +88,7 @@ def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch,
     bases = ("--source", source, "--target", target, "--cache=none")
     for line in (
         ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "out.safetensors"),
-        ("compare", *bases),
+        ("advise", *bases),
         ("basis", source, "--cache=none"),
     ):
         monkeypatch.setenv("COLUMNS", "80")
@@ -104,7 +104,7 @@ def test_notes_fill_the_lines_of_any_terminal(prolora, case, tmp_path, monkeypat
     _, source, target = case
     for width in (50, 200):
         monkeypatch.setenv("COLUMNS", str(width))
-        _, text, _ = prolora("compare", "--source", source, "--target", target, "--quick")
+        _, text, _ = prolora("advise", "--source", source, "--target", target)
         note = text[text.index("drift:") : text.index("Go (drift")]
         lines = note.splitlines()[:-1]
         assert all(width - 12 < len(line.rstrip()) <= width for line in lines), lines

@@ -62,7 +62,7 @@ def test_brackets_in_file_names_are_no_markup(prolora, case, tmp_path, name):
     assert code == 0 and out.is_file() and f"wrote {out}" in text and f"s {name}" in text
     code, _, text = prolora("transfer", named, *bases, "-o", named)
     assert code == 2 and f"{name}.safetensors" in text
-    assert prolora("compare", *bases)[0] == 0
+    assert prolora("advise", *bases)[0] == 0
     folder = tmp_path / f"moved {name}"
     folder.mkdir()
     again = shutil.copy(named, tmp_path / f"{name} again.safetensors")
@@ -104,7 +104,7 @@ def test_control_characters_reach_no_terminal(prolora, tmp_path):
     for line in (
         ("inspect", lora),
         ("inspect", source),
-        ("compare", *bases, *cache),
+        ("advise", *bases, *cache),
         ("transfer", lora, *bases, "-o", tmp_path / f"out{name}.safetensors", *cache),
         ("transfer", lora, *bases, "-o", lora, *cache),
         ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "o.safetensors", *cache),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import sdxl
 import torch
 from mini import BLOCK, source_weights, target_weights, write_case
+from reports import Page
 from spectra import related, weights
 
 import prolora
@@ -24,10 +24,8 @@ from prolora import (
 )
 from prolora.bases import load_layout, memory
 from prolora.bases.cache import basis_cache
-from prolora.cli import heatmap
 from prolora.comparison import comparison
-from prolora.errors import OutputError
-from prolora.files.ownership import is_own
+from prolora.workflow.tables import map_pairs
 
 MINI = Path(__file__).parents[2] / "examples" / "mini_family" / "weights"
 INDEPENDENT = Path(__file__).parent / "data" / "independent.safetensors"
@@ -264,71 +262,6 @@ def test_a_weight_that_is_not_finite_is_named():
         comparison.compare(source_weights(), target, rank=None)
 
 
-def test_the_heat_map_shows_the_means_of_each_place_depth_and_module(tmp_path):
-    pytest.importorskip("matplotlib")
-    found = comparison.compare(MINI / "source", MINI / "pruned")
-    depth, kind = heatmap.overlap_by_depth(found), heatmap.overlap_by_module(found)
-    place = "up_blocks.0.attentions.2"
-    assert {column for row, column in depth if row == place} == {"0", "1", "2", heatmap.AROUND}
-    values = [m.above for m in found.modules if f"{place}.transformer_blocks.1." in m.target]
-    assert depth[place, "1"] == pytest.approx(sum(values) / len(values))
-    values = [
-        m.above
-        for m in found.modules
-        if m.target.startswith(place) and m.target.endswith("attn2.to_v")
-    ]
-    assert len(values) == 3 and kind[place, "attn2.to_v"] == pytest.approx(sum(values) / 3)
-    heatmap.save_heatmap(found, tmp_path / "map.png")
-    head = (tmp_path / "map.png").read_bytes()[:4096]
-    assert head.startswith(b"\x89PNG") and is_own(tmp_path / "map.png", "picture")
-    figure = heatmap.draw_heatmap(found)
-    maps = figure.axes[:2]
-    for axes, table in zip(maps, (depth, kind), strict=True):
-        rows, columns = (
-            [label.get_text() for label in labels]
-            for labels in (axes.get_yticklabels(), axes.get_xticklabels())
-        )
-        drawn = axes.images[0].get_array()
-        for (row, column), value in table.items():
-            assert drawn[rows.index(row), columns.index(column)] == pytest.approx(value)
-        numbers = [text.get_text() for text in axes.texts]
-        assert sorted(numbers) == sorted(f"{value:.2f}" for value in table.values())
-    assert [label.get_text() for label in maps[0].get_xticklabels()] == ["0", "1", "2", "proj"]
-    rows = [label.get_text() for label in maps[0].get_yticklabels()]
-    assert rows[0].startswith("down_blocks.1") and rows[-1].startswith("up_blocks.1")
-
-
-def test_no_two_texts_of_the_heat_map_overlap():
-    pytest.importorskip("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = heatmap.draw_heatmap(comparison.compare(MINI / "source", MINI / "pruned"))
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = list(figure.texts)
-    for axes in figure.axes:
-        texts += [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels()]
-    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
-    assert len(boxes) > 150
-    for i, box in enumerate(boxes):
-        assert not box.count_overlaps(boxes[i + 1 :]), texts[i]
-
-
-def test_colours_run_from_pale_to_dark():
-    pytest.importorskip("matplotlib")
-    ramp = heatmap._make_ramp()
-    shades = [sum(ramp(i / 20)[:3]) for i in range(21)]
-    assert shades == sorted(shades, reverse=True) and len(set(shades)) == 21
-
-
-def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
-    quick = comparison.compare(source_weights(), target_weights(), rank=None)
-    with pytest.raises(OutputError, match="--quick"):
-        heatmap.save_heatmap(quick, tmp_path / "x.png")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(OutputError, match=r'pip install "prolora\[plot\]"'):
-        heatmap.check_matplotlib()
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command line; gives exit code, standard output and standard error."""
@@ -344,40 +277,41 @@ def run(monkeypatch, capsys):
 
 
 def test_the_command_line_answers_draws_and_prints_json(run, tmp_path):
-    pytest.importorskip("matplotlib")
     _, source, target = write_case(tmp_path)
-    line = ("compare", "--source", source, "--target", target)
-    code, text, _ = run(*line, "--plot", tmp_path / "map.png", "--match", "similarity")
+    line = ("advise", "--source", source, "--target", target, "--cache=none")
+    page, asked = tmp_path / "map.html", ("--match", "similarity", "--overlap", 8)
+    code, text, _ = run(*line, *asked, "--report", page)
     assert code == 0 and "Go (drift 0.10" in text and "Same lineage" in text
     assert "down_blocks.1" in text and "0←0 1←1" in text
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    assert run(*line, "--plot", tmp_path / "map.png")[0] == 0  # one of ours is replaced
-    code, text, _ = run(*line, "--json", "--quick")
-    told = json.loads(text)
+    assert run(*line, *asked, "--report", page)[0] == 0  # one of ours is replaced
+    code, text, _ = run(*line, "--json")
+    told = json.loads(text)["comparison"]
     assert code == 0 and told["verdict"]["go"] and told["means"]["above_left"] is None
-    code, text, _ = run(*line, "--quick")
-    assert code == 0 and "Φ l" not in text
-    assert "Rank sweep" not in run(*line)[1]
+    code, text, _ = run(*line)
+    assert code == 0 and "Φ l" not in text and "Rank sweep" not in text
     code, text, _ = run(*line, "--sweep")
     assert code == 0 and "Rank sweep over 8 pairs" in text and "≥ 0.8" in text
-    assert all(len(row) <= 80 for row in text.splitlines())
-    for extra in (("--plot", tmp_path / "x.png"), ("--sweep",)):
-        code, _, text = run(*line, "--quick", *extra)
-        assert code == 2 and f"{extra[0]} " in text and "give one of them" in text
+    assert all(len(row) <= 80 for row in text.splitlines() if not row.startswith("prolora"))
     (tmp_path / "file").touch()
-    code, _, text = run(*line, "--plot", tmp_path / "file" / "x.png")
-    assert code == 2 and "x.png" in text
+    code, _, text = run(*line, "--report", tmp_path / "file" / "x.html")
+    assert code == 2 and "x.html" in text
+    page.write_text("<p>mine</p>")
+    assert run(*line, "--report", page)[0] == 2 and page.read_text() == "<p>mine</p>"
 
 
-@pytest.mark.parametrize("content", [b"notes", b"\x89PNG\r\n\x1a\n" + b"a photograph"])
-def test_a_plot_replaces_no_file_that_is_no_plot(run, tmp_path, content):
-    pytest.importorskip("matplotlib")
-    _, source, target = write_case(tmp_path)
-    (tmp_path / "x.png").write_bytes(content)
-    line = ("compare", "--source", source, "--target", target, "--plot", tmp_path / "x.png")
-    code, _, text = run(*line)
-    assert code == 2 and "no picture as prolora wrote it" in " ".join(text.split())
-    assert (tmp_path / "x.png").read_bytes() == content
+@pytest.mark.parametrize("overlap", [None, 8])
+def test_the_map_of_two_models_has_every_pair_in_its_place(overlap):
+    found = prolora.advise(MINI / "source", MINI / "pruned", overlap=overlap)
+    places = map_pairs(found.comparison)
+    assert len(places.spots) == len(found.comparison.modules) > 30
+    for spot, module in zip(places.spots, found.comparison.modules, strict=True):
+        assert spot.name == module.target
+        assert spot.share == pytest.approx(module.cosine if overlap is None else module.above)
+        assert f"drift {module.drift:.2f}" in spot.text
+    page = Page(found.to_html())
+    assert {link[1:] for link in page.values("href")} <= set(page.values("id"))
+    titles = [text for text in page.inside["title"] if "drift" in text]
+    assert sum(text.count("drift") for text in titles) == len(places.spots)
 
 
 def test_sdxl_to_flux_is_refused_on_the_command_line(run, tmp_path):
@@ -387,6 +321,6 @@ def test_sdxl_to_flux_is_refused_on_the_command_line(run, tmp_path):
     for layout in ("sdxl", "flux1-dev"):
         keys = {f"{name}.weight": shape for name, shape in load_layout(layout).shapes.items()}
         paths.append(sparse_file(tmp_path / f"{layout}.safetensors", keys))
-    code, out, said = run("compare", "--source", paths[0], "--target", paths[1])
+    code, out, said = run("advise", "--source", paths[0], "--target", paths[1])
     assert code == 2 and not out and "different architectures" in said
     assert "No data-free method maps between them" in said

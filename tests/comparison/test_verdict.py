@@ -191,7 +191,7 @@ def test_the_look_of_the_lora_is_never_weakened_and_the_report_says_why():
         assert done.report.method == "copy" and done.report.strength == 1
     chosen = prolora.transfer(lora_tensors(), source, target, look="lora")
     assert any("look 'lora' aims at" in sentence for sentence in chosen.report.sentences())
-    with pytest.raises(prolora.InvalidOption, match="look must be one of target, lora"):
+    with pytest.raises(prolora.InvalidOption, match="`look` must be one of target, lora"):
         prolora.transfer(lora_tensors(), source, target, look="mine")
 
 

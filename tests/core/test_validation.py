@@ -20,6 +20,7 @@ from prolora import (
     truncated_svd,
 )
 from prolora.bases.cache.build import survey_base
+from prolora.comparison.comparison import compare as compare_bases
 from prolora.core.validation import check_device, check_operand, resolve_device
 
 
@@ -216,7 +217,7 @@ def test_a_device_is_refused_before_anything_is_read(tmp_path):
     calls = (
         lambda device: prolora.transfer(missing, missing, missing, device=device),
         lambda device: prolora.transfer_many([missing], missing, missing, missing, device=device),
-        lambda device: prolora.compare(missing, missing, device=device),
+        lambda device: compare_bases(missing, missing, device=device),
         lambda device: survey_base(missing, 4, device=device),
     )
     for device, words in (("foo", "no device is called 'foo'"), ("mps", "no float64")):

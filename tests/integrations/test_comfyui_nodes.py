@@ -1,6 +1,7 @@
 """The ComfyUI nodes, on a stand-in of ComfyUI's modules or on a real checkout (PROLORA_COMFYUI)."""
 
 import asyncio
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -203,21 +204,16 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
 
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
     words = sys.modules["comfyui_prolora.words"]
-    library = "\n".join(
-        path.read_text("utf-8") for path in Path(prolora.__file__).parent.rglob("*.py")
+    options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
+    for option in options - {"method", "format", "out_rank"}:
+        for named in (f"`{option}`", f"`{option}=True`", "`plan_migration()`", "--flag"):
+            said = words.explain(prolora.ProLoRAError(f"It is broken; take {named} instead."))
+            assert said == "It is broken"
+    moved = "this LoRA was already moved, but `source` is c; give b as `source`; or `again=True`"
+    assert words.explain(prolora.AlreadyMoved(moved)) == (
+        "this LoRA was already moved, but “trained on” is c; give b as “trained on”"
     )
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", library))
-    assert len(flags) > 20
-    for flag in flags:
-        said = words.explain(prolora.ProLoRAError(f"It is broken; give {flag} another model."))
-        assert "--" not in said and said.startswith("It is broken")
-    moved = (
-        "this LoRA was already moved from a to b, but --source is c; give b as --source, or --again"
-    )
-    assert words.explain(prolora.AlreadyMoved(moved)).startswith(
-        "this LoRA was already moved from a to b, but “trained on” is c"
-    )
-    assert words.explain(prolora.ProLoRAError("--match similarity")).startswith("This LoRA cannot")
+    assert words.explain(prolora.ProLoRAError("`match='name'`")).startswith("This LoRA cannot")
 
 
 def test_blocks_of_unequal_numbers_are_recognised_by_their_weights(pack, models):

@@ -294,7 +294,7 @@ def test_a_source_that_guides_by_two_calls_asks_a_student_of_its_guidance(tmp_pa
     measured = probe.measure_strengths(
         *ends,
         {"copy": lora},
-        *samplers,
+        samplers,
         translation=pair.translation,
         trajectories=probe.Trajectories(runs=1, moments=99),
     )
@@ -402,8 +402,7 @@ def test_a_student_of_guided_answers_takes_the_lora_at_full_strength():
             student,
             lora,
             {"copy": lora},
-            sampler(source),
-            sampler(student),
+            (sampler(source), sampler(student)),
             translation=Translation(guidance=asked),
             trajectories=probe.Trajectories(runs=3, moments=2),
         ).candidates["copy"]

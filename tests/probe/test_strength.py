@@ -48,8 +48,7 @@ def measured(target, moved=None, **options):
         target,
         update(),
         moved or {"copy": update()},
-        sampler(source),
-        sampler(target),
+        (sampler(source), sampler(target)),
         trajectories=FEW,
         **options,
     )
@@ -106,6 +105,6 @@ def test_moments_are_spread_evenly_over_a_trajectory():
 def test_nothing_to_measure_is_refused():
     with pytest.raises(InvalidOption, match="candidates"):
         source = Net()
-        measure_strengths(source, source, update(), {}, sampler(source), sampler(source))
+        measure_strengths(source, source, update(), {}, (sampler(source), sampler(source)))
     with pytest.raises(InvalidOption, match="runs"):
         Trajectories(runs=0)

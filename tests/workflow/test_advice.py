@@ -1,6 +1,5 @@
 """`advise`: what to do with a LoRA between two bases, from weights and from running models."""
 
-import shlex
 import warnings
 from dataclasses import replace
 
@@ -21,28 +20,26 @@ def case(tmp_path):
     return write_case(tmp_path)
 
 
-def test_the_bases_alone_are_judged_and_a_command_follows(case, tmp_path):
+def test_the_bases_alone_are_judged_and_a_transfer_follows(case, tmp_path):
     _, source, _ = case
     target = write_folder(tmp_path / "tuned", target_along_few())
     advice = prolora.advise(source, target)
     assert advice.go and advice.lora is None and advice.measurement is None
     assert [stack.name for stack in advice.stacks()] == ["down_blocks.1"]
     assert len(advice.stacks()[0].drifts) == 2 and advice.stacks()[0].drift < 0.2
-    words = shlex.split(advice.command)
-    assert words[:3] == ["prolora", "transfer", "LORA.safetensors"] and words[-2] == "-o"
+    assert (advice.verb, advice.options) == ("transfer", {})
     assert {e.method for e in advice.expected} >= {"copy", "auto"}
 
 
-def test_a_lora_is_placed_and_its_command_runs(case, tmp_path, monkeypatch):
+def test_a_lora_is_placed_and_what_is_advised_runs(case, tmp_path):
     lora, source, target = case
     advice = prolora.advise(source, target, lora)
     assert (advice.lora.modules, advice.lora.paired) == (12, 8)
     assert 0.5 < advice.lora.kept_energy < 0.8 and advice.lora.stranger_energy == 0
     energies = [stack.energy for stack in advice.stacks()]
     assert sum(energies) == pytest.approx(advice.lora.kept_energy)
-    options = shlex.split(advice.command)
-    assert options[2] == str(lora) and options[4] == str(source) and options[6] == str(target)
-    report = prolora.transfer_file(lora, source, target, tmp_path / options[-1])
+    out = tmp_path / "moved.safetensors"
+    report = prolora.transfer_file(lora, source, target, out, **advice.options)
     assert report.totals["mapped"] == 8
     assert report.method == advice.decision.method
 
@@ -61,12 +58,12 @@ def test_equal_bases_need_no_expectation(case):
     assert advice.expected == () and any("equal" in s for s in advice.sentences())
 
 
-def test_unrelated_bases_get_no_command_and_strangers_are_named(case, tmp_path):
+def test_unrelated_bases_get_no_options_and_strangers_are_named(case, tmp_path):
     lora, source, _ = case
     generator = torch.Generator().manual_seed(3)
     unrelated = {n: torch.randn(w.shape, generator=generator) for n, w in source_weights().items()}
     advice = prolora.advise(source, write_folder(tmp_path / "apart", unrelated), lora)
-    assert not advice.go and advice.decision is None and advice.command == ""
+    assert not advice.go and advice.decision is None and advice.verb == ""
     assert len(advice.stacks()[0].strangers) == 3
     assert any(s.startswith("No-go") for s in advice.sentences())
 
@@ -104,7 +101,7 @@ def pipes(tmp_path_factory):
         yield folder, pipe
 
 
-def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
+def test_pipelines_are_run_and_the_measured_strength_is_advised(pipes):
     folder, pipe = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -112,20 +109,18 @@ def test_pipelines_are_run_and_the_measured_strength_is_in_the_command(pipes):
             pipe,
             folder / "twin",
             folder / "lora.safetensors",
-            measure=True,
-            probe=replace(FEW, guidance=1.0),
-            target_steps=1,
+            measure=replace(FEW, guidance=1.0, target_steps=1),
         )
     assert advice.go and advice.measurement.trajectories == 4
     assert advice.measurement.calls == 2 * 3 + 2 * 1  # the target takes its own few steps
     assert advice.measured.strength == pytest.approx(1, abs=0.02)
     assert advice.measured.share == pytest.approx(1, abs=0.01)
-    assert "--strength 1.00" in advice.command
+    assert advice.options["strength"] == pytest.approx(1, abs=0.02)
     assert any(s.startswith("Go, measured on 4 trajectories") for s in advice.sentences())
     assert pipe.unet.training is False
 
 
-def test_the_command_of_a_fit_says_how_the_target_is_run(pipes):
+def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):
     folder, _ = pipes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,11 +129,8 @@ def test_the_command_of_a_fit_says_how_the_target_is_run(pipes):
             folder / "source",
             folder / "apart",
             folder / "lora.safetensors",
-            measure=True,
-            probe=FEW,
-            target_steps=1,
-            target_guidance=1.0,
+            measure=replace(FEW, target_steps=1, target_guidance=1.0),
         )
     assert not advice.go
-    assert advice.command.startswith("prolora fit ")
-    assert "--target-steps 1 --target-guidance 1.0 -o " in advice.command
+    assert advice.verb == "fit"
+    assert advice.options == {"target_steps": 1, "target_guidance": 1.0}

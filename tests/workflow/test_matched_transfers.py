@@ -13,6 +13,7 @@ from prolora import LowCoverage, LowRank, UnrelatedBases, adapters, cli, open_ba
 from prolora.adapters.adapter import Adapter
 from prolora.bases import load_layout
 from prolora.comparison import block_matching
+from prolora.comparison.comparison import compare as compare_bases
 from prolora.workflow.dry_run import plan_report
 
 PLACE = BLOCK.format("{}", "").removesuffix(".")
@@ -80,7 +81,7 @@ def test_many_loras_are_moved_as_one_is_where_blocks_are_renumbered(tmp_path):
 
 
 def test_compare_judges_a_renumbered_student_as_auto_does():
-    found = prolora.compare(source_weights(), student(), rank=None)
+    found = compare_bases(source_weights(), student(), rank=None)
     assert found.verdict.go and len(found.renumbered) == 2
     assert "2 blocks of the target hold the weights" in " ".join(found.sentences())
 
@@ -104,7 +105,7 @@ def test_auto_leaves_out_a_stranger_among_related_modules_and_says_so():
     assert stranger not in done.adapter.updates and len(done.adapter.updates) == 11
     # It says nothing of the others, whose drift alone decides.
     assert done.report.verdict.drift == pytest.approx(0.05, rel=0.05)
-    assert prolora.compare(source, target, rank=None).verdict == done.report.verdict
+    assert compare_bases(source, target, rank=None).verdict == done.report.verdict
     with pytest.raises(LowCoverage, match="nothing in common"):
         prolora.transfer(lora_tensors(), source, target, min_coverage=1.0)
     forced = prolora.transfer(lora_tensors(), source, target, **COPY)
@@ -121,7 +122,7 @@ def test_a_pairing_that_is_wrong_in_part_is_pointed_out():
     said = " ".join(done.report.sentences())
     assert done.report.verdict.related
     assert len(done.report.strangers()) == 1 and "Careful" in said and "1 pairs" in said
-    assert "match 'similarity'" in " ".join(prolora.compare(source, swapped, rank=None).sentences())
+    assert "match 'similarity'" in " ".join(compare_bases(source, swapped, rank=None).sentences())
     fine = prolora.transfer(lora_tensors(), source, target, method="copy", threshold=0.0)
     assert not fine.report.strangers() and "Careful" not in " ".join(fine.report.sentences())
 
@@ -169,7 +170,7 @@ def test_text_encoders_are_projected_when_asked_for():
     assert "carried over" in row.reason
     change = copied.adapter.updates[name].dense() - projected.adapter.updates[name].dense()
     assert change.norm() > 0.05 * copied.adapter.updates[name].norm()
-    with pytest.raises(ValueError, match="text_encoder must be one of"):
+    with pytest.raises(ValueError, match="`text_encoder` must be one of"):
         prolora.transfer(tensors, source, target, text_encoder="average")
 
 
@@ -273,7 +274,7 @@ def test_the_command_line_shows_what_was_matched(tmp_path, monkeypatch, capsys):
         cli.main()
     text = capsys.readouterr().out
     assert not stop.value.code
-    assert "blocks matched by similarity; 1 of the source feed none" in text
+    assert "Blocks matched by similarity; 1 of the source's are not used" in text
     assert "0←0 1←1" in text and "4 skipped" in text
     assert load_file(out)
     with pytest.raises(SystemExit) as stop:

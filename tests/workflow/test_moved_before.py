@@ -63,7 +63,7 @@ def test_another_base_is_refused_with_the_names_of_both_and_the_way_out(files, t
     text = str(refused.value)
     assert "already moved from a.safetensors to b.safetensors" in text
     assert "the source is a.safetensors, the base that it was moved from" in text
-    assert "give b.safetensors as the source, or set again" in text
+    assert "give b.safetensors as the source, or take `again=True`" in text
     assert not out.exists()
     with pytest.raises(prolora.AlreadyMoved, match="another model by name and hash"):
         prolora.transfer(moved, c, a)

@@ -14,6 +14,7 @@ from mini import write_case
 import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
+from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
@@ -36,7 +37,8 @@ def test_help_shows_every_option_with_its_default(function, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [(TransferOptions, OptionChanges), (FitOptions, FitChanges)]
+    ("kind", "changes"),
+    [(TransferOptions, OptionChanges), (FitOptions, FitChanges), (AdviceOptions, AdviceChanges)],
 )
 def test_options_have_one_home(kind, changes):
     """What type checkers read of the options is what their object tells of them."""

@@ -190,8 +190,8 @@ def _refuse_unknown(unknown: list[str], source: UnreadAdapter) -> None:
         tensor_keys.split_factor(key) for key in source.headers
     ):
         raise UnsupportedFormat(
-            f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as --source "
-            "or --target"
+            f"{source.where}: {first} is a weight of a base model, not a LoRA; give it as `source` "
+            "or `target`"
         )
     if all(_EMBEDDING.match(key) for key in unknown):
         raise _refuse_embedding(source)

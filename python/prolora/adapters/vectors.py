@@ -155,9 +155,9 @@ def cast_vector(name: str, vector: Tensor, dtype: torch.dtype) -> Tensor:
         raise NonFiniteWeights(f"{name}: holds NaN or Inf, so nothing is written")
     stored = vector.to(dtype)
     if not stored.isfinite().all():
-        raise NonFiniteWeights(f"{name}: overflows in {dtype}; write --dtype float32")
+        raise NonFiniteWeights(f"{name}: overflows in {dtype}; write it with `dtype='float32'`")
     if not vectors_match(stored, vector, dtype):
-        raise OutputError(f"{name}: is too small for {dtype}; write --dtype float32")
+        raise OutputError(f"{name}: is too small for {dtype}; write it with `dtype='float32'`")
     return stored
 
 

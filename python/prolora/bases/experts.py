@@ -176,7 +176,7 @@ def choose_pairs(lora: Path, pairs: Sequence[ExpertPair]) -> list[tuple[ExpertPa
     if not all(pair.serves_any for pair in pairs):
         raise UnsupportedFormat(
             f"{lora}: the source has two experts, for high noise and for low noise, and the LoRA's "
-            'name tells neither; give one of them as --source, or put "high_noise" or "low_noise" '
+            'name tells neither; give one of them as `source`, or put "high_noise" or "low_noise" '
             "into the name"
         )
     return [(pair, f"_{pair.expert}") for pair in pairs]

@@ -83,7 +83,7 @@ def explain_experts(where: object, experts: list[str]) -> str:
     """Why a model of two experts is no single base."""
     return (
         f"{where}: has two experts, {experts[0]} for high noise and {experts[1]} for low noise; "
-        "name one of them. `prolora transfer` and `transfer_many` move a LoRA to both"
+        "name one of them. `transfer_many()` moves a LoRA to both"
     )
 
 

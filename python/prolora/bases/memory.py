@@ -88,7 +88,7 @@ class Memory:
         least = resident_bytes() + SLACK + results + max(worst, results // 2)
         if self.limit < least:
             raise TooLittleMemory(
-                f"--max-memory {format_size(self.limit)} is too little: the largest weight, with "
+                f"`max_memory={format_size(self.limit)}` is too little: the largest weight, with "
                 f"what prolora and this LoRA take, needs {format_size(least * 1.02)}"
             )
 

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
-from ..core.option_fields import take_option
+from ..comparison.block_matching import resolve_match
+from ..comparison.comparison import OVERLAP_RANK
+from ..comparison.module_map import Match
+from ..comparison.verdict import AUTO
+from ..core.option_fields import find_shown, take_option
+from ..core.rank_rule import Rank
+from ..errors import name_options
+from ..files.ownership import mark_json
+from ..files.writing import write_text_atomically
 from ..probe.settings import FitSettings
-from ..workflow.advice import SAMPLED
+from ..workflow.advice import SAMPLED, Advice
 from ..workflow.advice import advise as find_advice
+from ..workflow.advice_options import AdviceOptions
+from ..workflow.output_paths import is_page_path
 from .console import out, progress_bar
 from .options import (
     Bases,
     JsonOption,
     MatchOption,
+    ModulesOption,
+    OverwriteOption,
     Prompts,
     QuietOption,
     Resources,
+    SaveMatchOption,
     expand_options,
     parse_path,
+    parse_rank,
+    write_flag,
 )
+from .outputs import check_match_file, check_report, read_command, save_match
 from .tables import show_tables
 
 LoraArgument = Annotated[
@@ -33,12 +50,37 @@ LoraArgument = Annotated[
 
 
 @dataclass
-class AdviseOptions:
-    """What is asked, and what is shown."""
+class CompareOptions:
+    """What is compared, and what is written."""
 
+    panel: ClassVar[str] = "Comparing"
     match: MatchOption = "auto"
+    overlap: Annotated[
+        str | None,
+        typer.Option(metavar="RANK", help=find_shown(AdviceOptions, "overlap").help),
+    ] = None
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also show the overlaps at fewer columns.")
+    ] = False
+    save_match: SaveMatchOption = None
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path,
+            metavar="FILE",
+            help="Also write everything: a page with a map if the name ends in .html, else JSON.",
+        ),
+    ] = None
+    overwrite: OverwriteOption = False
+    modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
+
+    def find_rank(self) -> Rank | None:
+        """Of the subspaces that are compared; None compares none."""
+        if self.overlap is None:
+            return OVERLAP_RANK if self.sweep else None
+        return parse_rank(self.overlap, "--overlap")
 
 
 def _sampled(name: str) -> Any:
@@ -85,7 +127,7 @@ class SampleOptions:
 @expand_options
 def advise(
     bases: Bases,
-    asked: AdviseOptions,
+    asked: CompareOptions,
     samples: SampleOptions,
     prompts: Prompts,
     resources: Resources,
@@ -93,26 +135,67 @@ def advise(
 ) -> None:
     """Say what to do with a LoRA between two bases, and what it will give."""
     resources.check_device()
-    sampled = samples.read(prompts)
+    sampled, rank = samples.read(prompts), asked.find_rank()
+    source, target = bases.open()
+    files = [*source.files, *target.files]
+    if asked.save_match is not None:
+        check_match_file(asked.save_match, files, asked.overwrite)
+    if asked.report is not None:
+        check_report(asked.report, [], [lora] if lora else [], files, asked.overwrite)
+    how: dict[str, Any] = {"cache": resources.find_cache(), "device": resources.device}
+    how |= {"max_memory": resources.max_bytes}
     with progress_bar("advise", not (asked.quiet or asked.as_json)) as progress:
-        advice = find_advice(
-            bases.source,
-            bases.target,
-            lora,
-            measure=samples.measure,
-            match=asked.match,
-            probe=sampled,
-            cache=resources.find_cache(),
-            device=resources.device,
-            max_memory=resources.max_bytes,
-            progress=progress,
+        how |= {"progress": progress}
+        match: Match = asked.match
+        if asked.save_match is not None:
+            match = resolve_match(match, source, target, **how)
+            save_match(asked.save_match, source, target, match)
+            asked.match = str(asked.save_match)
+        options = AdviceOptions(
+            match=match, overlap=rank, measure=sampled if samples.measure else False, **how
         )
+        advice = find_advice(source, target, lora, options)
+    command = write_command(lora, bases, advice, asked.match)
+    if asked.report is not None:
+        write_report(asked.report, advice, command)
     if asked.as_json:
-        print(json.dumps(advice.to_dict(), indent=1))
+        print(json.dumps(advice.to_dict() | {"command": command}, indent=1))
         return
     if not asked.quiet:
-        show_tables(out, advice.tables())
+        show_tables(out, advice.tables(asked.modules, asked.sweep))
     for sentence in advice.sentences():
         out.print(sentence, style="bold yellow" if sentence.startswith("No-go") else None)
-    if advice.command:
-        out.print_line(advice.command, style="bold")
+    for path in (asked.save_match, asked.report):
+        if path is not None:
+            out.print_line(f"wrote {path}")
+    if command:
+        out.print_line(command, style="bold")
+
+
+def write_report(path: Path, advice: Advice, command: str) -> None:
+    """Everything, as a page or as JSON."""
+    if is_page_path(path):
+        page = advice.to_html({"made by": read_command(), "command": command})
+        write_text_atomically(path, name_options(page, write_flag))
+    else:
+        write_text_atomically(path, mark_json("report", advice.to_dict() | {"command": command}))
+
+
+def write_command(lora: Path | None, bases: Bases, advice: Advice, match: str = AUTO) -> str:
+    """The command line that follows; "" where nothing is worth a try.
+
+    Args:
+        lora: what is moved; a placeholder stands for none.
+        bases: as they were given.
+        advice: what to do.
+        match: as the next command is to take it.
+    """
+    if not advice.verb:
+        return ""
+    file = lora or Path("LORA.safetensors")
+    told = dict(advice.options) | ({"match": match} if "match" in advice.options else {})
+    flags = (write_flag(name, str(value)) or "" for name, value in told.items())
+    words = [word for flag in flags for word in flag.split(" ", 1)]
+    out = f"{file.stem}-on-{Path(bases.target).stem}.safetensors"
+    line = ["prolora", advice.verb, str(file), "--source", bases.source, "--target", bases.target]
+    return shlex.join([*line, *words, "-o", out])

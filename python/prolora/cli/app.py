@@ -22,7 +22,6 @@ from ..workflow.push import push as push_loras
 from . import basis, fleet, inspect_table
 from . import doctor as doctor_facts
 from .advise import advise
-from .compare import compare
 from .console import err, out, prepare_streams, progress_bar
 from .demo import DemoMethod, run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
@@ -76,13 +75,8 @@ app.command(
 )(fit)
 app.command(
     epilog=write_epilog(
-        "prolora compare --source sdxl/ --target ssd-1b/",
-        "prolora compare --source sdxl/ --target ssd-1b/ --sweep --plot overlaps.png",
-    )
-)(compare)
-app.command(
-    epilog=write_epilog(
         "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/",
+        "prolora advise --source sdxl/ --target ssd-1b/ --overlap 320 --report overlaps.html",
         "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
     )
 )(advise)
@@ -236,20 +230,10 @@ def describe_uploads(uploads: Iterable[Upload]) -> Iterator[str]:
         yield f"  private: {', '.join(upload.private) or 'nothing found'}"
 
 
-@app.command(epilog=write_epilog("prolora info"))
-def info(as_json: JsonOption = False) -> None:
-    """Say what this installation can do."""
-    _print_facts(doctor_facts.describe_kernels(), as_json)
-
-
 @app.command(epilog=write_epilog("prolora doctor"))
 def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, what is missing and how to get it: kernels, extras, memory, cache."""
     facts = doctor_facts.describe_kernels() | doctor_facts.describe_surroundings()
-    _print_facts(facts, as_json)
-
-
-def _print_facts(facts: Mapping[str, object], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
     else:

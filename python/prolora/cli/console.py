@@ -21,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import name_options
+from .options import write_flag
+
 TABLE_WIDTH = 80
 """Columns that every table fits into."""
 
@@ -75,7 +78,8 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """What rich makes of a string, wherever it stands."""
-        return super().render_str(make_printable(text, self.encoding), **options)
+        named = name_options(text, write_flag)
+        return super().render_str(make_printable(named, self.encoding), **options)
 
     def print_line(self, text: str, style: str | None = None) -> None:
         """Prints a line that may be longer than the terminal, as paths are."""
@@ -106,7 +110,8 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's text, line by line."""
-        return "\n".join(map(make_printable, super().format(record).split("\n")))
+        text = name_options(super().format(record), write_flag)
+        return "\n".join(map(make_printable, text.split("\n")))
 
 
 def prepare_streams() -> None:

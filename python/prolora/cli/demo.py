@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
 from ..core.methods import MethodName
-from ..errors import ProLoRAError
+from ..errors import ProLoRAError, name_options
 from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
 from ..files.writing import write_bytes_atomically, write_text_atomically
@@ -29,6 +29,7 @@ from ..workflow.output_paths import check_beside
 from ..workflow.page.document import Picture
 from ..workflow.report import Report
 from ..workflow.transfer import transfer, transfer_file
+from .options import write_flag
 
 STEPS, GUIDANCE = 16, 3.0
 # Members of the family that are sampled otherwise: steps and guidance, 1 being none.
@@ -145,7 +146,7 @@ def run_demo(
     draw_samples(names, [prompt.split()[0] for prompt in prompts], torch.stack(images), picture)
     shown = Picture(picture.read_bytes(), describe_samples(names, prompts))
     facts = {"LoRA": file.name, "written to": moved.name}
-    write_text_atomically(page, report.to_html(facts, [shown]))
+    write_text_atomically(page, name_options(report.to_html(facts, [shown]), write_flag))
     return report, [moved, record, picture, page]
 
 

@@ -45,7 +45,7 @@ class Extra:
 
 
 def describe_kernels() -> dict[str, str | int | bool]:
-    """The facts of `prolora info`: versions, and what runs the native ops."""
+    """Versions, and what runs the native ops."""
     return {
         "prolora": __version__,
         "python": platform.python_version(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from ..errors import ForeignFile, LowCoverage, ProLoRAError
+from ..errors import LowCoverage, ProLoRAError
 
 
 class ExitCode(IntEnum):
@@ -69,8 +69,6 @@ def describe_error(error: BaseException) -> tuple[str, str]:
         return f"{advice} ({error})" if str(error) else advice, ""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}", ""
-    if isinstance(error, ForeignFile):
-        return f"{error} (--overwrite)", ""
     command = error.command if isinstance(error, ProLoRAError) else ""
     # Not `str(error)` alone, whose line break would be spelled out.
     return str(error).removesuffix(command).rstrip() or type(error).__name__, command

@@ -86,8 +86,8 @@ def parse_share(text: str | float) -> float:
     return share
 
 
-def parse_rank(text: str | float) -> int | float:
-    """'320' as an int, '0.9' as a share of energy."""
+def parse_rank(text: str | float, flag: str = "--rank") -> int | float:
+    """'320' as an int, '0.9' as a share of energy; an error names the flag."""
     if not isinstance(text, str):  # a default
         return text
     try:
@@ -97,7 +97,7 @@ def parse_rank(text: str | float) -> int | float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--rank takes an integer or a share like 0.9, not {text!r}") from None
+        raise ValueError(f"{flag} takes an integer or a share like 0.9, not {text!r}") from None
 
 
 def parse_out_rank(text: str | float) -> int | float | str:
@@ -130,6 +130,27 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 
 FLAGS = {"format": ("--format", "--for")}
 """Options with another flag than their name."""
+
+
+COMMANDS = {"transfer_many": "transfer", "plan_migration": "plan"}
+"""Functions that are commands of another name."""
+
+OPTIONS = {
+    *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
+    *("source target cache device max_memory measure overlap engine shard workers".split()),
+    *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
+}
+"""What messages may name, and a command has a flag for."""
+
+
+def write_flag(option: str, value: str | None = None) -> str | None:
+    """An option of Python as the command line has it, `--look lora`; a function as its command."""
+    if value == "()":
+        return f"`prolora {COMMANDS.get(option, option)}`"
+    if option not in OPTIONS:
+        return None
+    flag = FLAGS.get(option, (f"--{option.replace('_', '-')}",))[0]
+    return flag if value in (None, "True") else f"{flag} {value}"
 
 
 RankOption = Annotated[

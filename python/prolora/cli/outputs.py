@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -104,3 +106,18 @@ def save_match(path: Path, source: Base, target: Base, match: Match) -> None:
 def _resolve_path(path: Path) -> tuple[str, ...]:
     """The same for all spellings of a path that some volume takes for one; links are followed."""
     return fold_path(Path(os.path.realpath(path)))
+
+
+def read_command() -> str:
+    """The command line as a shell takes it, for pages and cards, which people publish.
+
+    In which folders files lie is nobody's business, and left out.
+    """
+    return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
+
+
+def _drop_folders(word: str) -> str:
+    """A word of a command line, without the folders of a path; a hub id is none."""
+    option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
+    return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"

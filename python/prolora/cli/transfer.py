@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,7 +15,7 @@ from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
 from ..comparison.module_map import Match
-from ..errors import InvalidOption, OutputError, ProLoRAError
+from ..errors import InvalidOption, OutputError, ProLoRAError, name_options
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
@@ -41,9 +38,16 @@ from .options import (
     Resources,
     expand_options,
     parse_path,
+    write_flag,
 )
 from .output_options import OutputOptions
-from .outputs import append_to_name, check_lora_name, check_report, list_outputs
+from .outputs import (
+    append_to_name,
+    check_lora_name,
+    check_report,
+    list_outputs,
+    read_command,
+)
 from .tables import draw_table, failure_lines, show_tables
 
 STDOUT = Path("-")
@@ -254,7 +258,7 @@ def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
     if output.report in (None, STDOUT):
         return
     if is_page_path(output.report):
-        page = render_outcomes(outcomes, {"command": read_command()})
+        page = name_options(render_outcomes(outcomes, {"command": read_command()}), write_flag)
         write_text_atomically(output.report, page)
     else:
         write_text_atomically(output.report, mark_json("report", *records))
@@ -272,21 +276,6 @@ def writes_folder(loras: list[Path], format: FormatLike | None) -> bool:
     """Whether a result is a PEFT folder."""
     came_so = any((lora / PEFT_CONFIG).is_file() for lora in loras)
     return format == "peft" or (came_so and format in (None, "auto"))
-
-
-def read_command() -> str:
-    """The command line as a shell takes it, for pages and cards, which people publish.
-
-    In which folders files lie is nobody's business, and left out.
-    """
-    return shlex.join(["prolora", *map(_drop_folders, sys.argv[1:])])
-
-
-def _drop_folders(word: str) -> str:
-    """A word of a command line, without the folders of a path; a hub id is none."""
-    option, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    is_path = os.path.exists(path) or path.startswith((".", "~")) or os.path.isabs(path)
-    return f"{option}{equals}{Path(path).name if is_path and Path(path).name else path}"
 
 
 def check_outcomes(outcomes: list[Outcome]) -> None:

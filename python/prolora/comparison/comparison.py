@@ -193,7 +193,7 @@ class Comparison:
             )
         strength = self.verdict.strength
         return (
-            f"--method {AUTO} chooses '{self.advice.method}': "
+            f"`method='{AUTO}'` chooses '{self.advice.method}': "
             f"{METHOD_REASONS[self.advice.method]}. "
             f"An unchanged copy does best at a strength of about {strength:.2g}."
         )

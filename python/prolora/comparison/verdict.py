@@ -206,7 +206,7 @@ METHOD_REASONS = {
     ),
     "damped": (
         "the target learnt something new, and the update is weakened along what changed, for the "
-        "target's own look; --look lora copies it, for the images that the LoRA was made for"
+        "target's own look; `look='lora'` copies it, for the images that the LoRA was made for"
     ),
 }
 """Why `auto` chose a method."""

@@ -45,7 +45,7 @@ def parse_limit(value: float | str | None) -> int | None:
     except (ValueError, OverflowError, TypeError):
         limit = 0
     if limit < 1 or isinstance(value, bool):
-        raise InvalidOption(f'max_memory must be bytes, or a size such as "2GiB", not {value!r}')
+        raise InvalidOption(f'`max_memory` must be bytes, or a size such as "2GiB", not {value!r}')
     return limit
 
 

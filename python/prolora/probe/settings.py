@@ -131,10 +131,12 @@ class FitSettings:
         metavar="N",
     )
     probes: int | None = option(
-        None, "Samples for the fit, drawn from the samplers' calls. Default: see `sized`."
+        None, "Samples for the fit, drawn from the samplers' calls. Default: what the rank needs."
     )
-    held_out: int | None = option(None, "Samples for the verdict. Default: see `sized`.")
-    batch: int | None = option(None, "Least number of samples of a step. Default: see `sized`.")
+    held_out: int | None = option(None, "Samples for the verdict. Default: what the fit needs.")
+    batch: int | None = option(
+        None, "Least number of samples of a step. Default: what the rank needs."
+    )
     curvature_damping: float = option(
         1.0, "Damping of the curvature, relative to its mean diagonal."
     )

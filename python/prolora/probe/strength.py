@@ -154,8 +154,7 @@ def measure_strengths(
     target: nn.Module,
     lora: Mapping[str, LowRank],
     candidates: Mapping[str, Mapping[str, LowRank]],
-    sample_adapted: Sample,
-    sample_target: Sample,
+    samplers: tuple[Sample, Sample],
     *,
     translation: Translation | None = None,
     trajectories: Trajectories | None = None,
@@ -173,9 +172,9 @@ def measure_strengths(
         lora: updates by the source's module names.
         candidates: name of a way to move the LoRA -> updates by the target's module names, at
             strength 1.
-        sample_adapted: runs the source's sampler from noise with the given seed, while the LoRA is
-            in the source's weights.
-        sample_target: runs the target's own sampler; a few-step target takes its few steps.
+        samplers: the first runs the source's sampler from noise with the given seed, while the LoRA
+            is in the source's weights; the second the target's own, with its few steps if it is a
+            few-step target.
         translation: how the two models are asked the same question; None: they take the same calls.
         trajectories: how many, and how many moments of each.
         progress: called as progress(done, total, name).
@@ -196,10 +195,10 @@ def measure_strengths(
     steps = _Steps(runs + passes, progress)
     with frozen(source), frozen(target), in_float32(source), in_float32(target):
         nothing: Mapping[str, LowRank] = {}
-        samplers = ((source, lora, sample_adapted), (target, nothing, sample_target))
+        sides = ((source, lora, samplers[0]), (target, nothing, samplers[1]))
         questions: list[list[Question]] = []
         for run in range(settings.runs):
-            for i, (model, updates, sample) in enumerate(samplers):
+            for i, (model, updates, sample) in enumerate(sides):
                 seed = settings.seed + run * len(ORIGINS) + i
                 with run_beside(model, updates):
                     calls = record_calls(model, sample, seed, ORIGINS[i])

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..architectures.modules import find_stage
 from ..bases import Base, BaseLike, vae
-from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import Comparison, compare
 from ..comparison.expectation import Expectation, expect_shares, load_calibration
 from ..comparison.module_comparison import ModuleComparison
-from ..comparison.module_map import Match
+from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
 from ..comparison.verdict import Decision, Verdict, judge_pairs
 from ..core.precision import in_full_precision
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
-from ..probe.recording.trajectories import Sample
 from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
+from .advice_options import DEFAULT_ADVICE, AdviceChanges, AdviceOptions
 from .base_check import check_bases
 from .by_weights.base_pair import BasePair, read_lora
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
-from .options import LoraLike, TransferOptions
+from .options import LoraLike, TransferOptions, settle_options, takes_options
+from .page.document import Page, Section, render_page
 from .table import Table
-from .tables import tabulate_expected, tabulate_measured, tabulate_stacks
+from .tables import (
+    map_pairs,
+    tabulate_comparison,
+    tabulate_decisions,
+    tabulate_expected,
+    tabulate_measured,
+    tabulate_stacks,
+    tabulate_sweep,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Verb = Literal["transfer", "fit", ""]
 
 SAMPLED = FitSettings(images=6, steps=12)
 """What `advise` samples where it measures: six trajectories of each of two models."""
@@ -49,8 +61,8 @@ class Advice:
             where no pair of bases like this was measured.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
-        command: the `prolora transfer …` or `prolora fit …` that follows; empty where neither is
-            worth it.
+        verb: "transfer" or "fit", what is worth a try; "" where neither is.
+        options: its keywords.
     """
 
     comparison: Comparison
@@ -58,7 +70,8 @@ class Advice:
     expected: tuple[Expectation, ...]
     lora: LoraFit | None
     measurement: Measurement | None
-    command: str
+    verb: Verb
+    options: Mapping[str, Any]
     _energies: Mapping[str, float]
 
     @property
@@ -86,10 +99,23 @@ class Advice:
         energies = self._energies if self.lora else None
         return [describe_stack(name, modules, energies) for name, modules in groups.items()]
 
-    def tables(self) -> list[Table]:
-        """Drift by depth, and what was measured or is expected."""
-        title = f"{self.comparison.source} → {self.comparison.target}"
+    def tables(self, every_module: bool = False, sweep: bool = False) -> list[Table]:
+        """Where blocks came from, drift by depth, overlaps, and what was measured or is expected.
+
+        Args:
+            every_module: a row for each module or block, and not for each part.
+            sweep: also the overlaps at fewer columns, where overlaps were asked for.
+        """
+        compared = self.comparison
+        title = f"{compared.source} → {compared.target}"
         found = [tabulate_stacks(title, self.stacks(), self.verdict.related)]
+        if compared.decisions:
+            unused = compared.dropped_blocks
+            found.insert(0, tabulate_decisions(compared.decisions, unused, every_module))
+        if every_module or compared.sweep:
+            found.append(tabulate_comparison(compared, every_module))
+        if sweep and compared.sweep:
+            found.append(tabulate_sweep(compared))
         if self.measurement is not None:
             found.append(tabulate_measured(self.measurement))
         elif self.expected:
@@ -110,8 +136,8 @@ class Advice:
             strength = self.decision.strength
             sentences.append(
                 f"By the weights: method '{self.decision.method}' at strength {strength:.2g}"
-                f"{'' if self.verdict.go else ', at your own risk'}. --measure with a LoRA runs "
-                "the models and measures it."
+                f"{'' if self.verdict.go else ', at your own risk'}. `measure=True` with a LoRA "
+                "runs the models and measures it."
             )
         return sentences
 
@@ -147,6 +173,7 @@ class Advice:
             "target": self.comparison.target,
             "match": self.comparison.match,
             "go": self.go,
+            "comparison": self.comparison.to_dict(),
             "verdict": asdict(verdict)
             | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
             "decision": asdict(decision) if decision else None,
@@ -156,15 +183,35 @@ class Advice:
             "calibration": dict(load_calibration().made) | dict(load_calibration().checked),
             "lora": asdict(self.lora) if self.lora else None,
             "measurement": _measurement_dict(self.measurement),
-            "command": self.command,
+            "verb": self.verb,
+            "options": {n: str(x) if n == "match" else x for n, x in self.options.items()},
             "summary": self.sentences(),
         }
         plain: dict[str, Any] = replace_nonfinite(fields)
         return plain
 
+    def to_html(self, facts: Mapping[str, str] | None = None) -> str:
+        """The advice as one HTML page that needs no other file and no network.
+
+        Args:
+            facts: how it was made, by what each is called: the command.
+        """
+        first, *sentences = self.sentences()
+        tables = self.tables(every_module=True, sweep=True)
+        page = Page(
+            title=f"{self.comparison.source} → {self.comparison.target}",
+            eyebrow="Advice on two models" if self.lora is None else "Advice on a LoRA",
+            headline=first,
+            sentences=sentences,
+            map=map_pairs(self.comparison),
+            sections=[Section(table.title, [table]) for table in tables],
+            facts=facts or {},
+        )
+        return render_page(page)
+
     def __str__(self) -> str:
-        """The sentences, and the command."""
-        return "\n".join([*self.sentences(), *([self.command] if self.command else [])])
+        """The sentences, one a line."""
+        return "\n".join(self.sentences())
 
 
 def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
@@ -196,22 +243,14 @@ def describe_measurement(measurement: Measurement) -> list[str]:
     ]
 
 
+@takes_options
 @in_full_precision
 def advise(
     source: BaseLike,
     target: BaseLike,
     lora: LoraLike | None = None,
-    *,
-    measure: bool = False,
-    match: Match = "auto",
-    probe: FitSettings = SAMPLED,
-    target_steps: int | None = None,
-    target_guidance: float | None = None,
-    samplers: tuple[Sample, Sample] | None = None,
-    cache: str | PathLike[str] | None = None,
-    device: str | None = None,
-    max_memory: int | str | None = None,
-    progress: Progress | None = None,
+    options: AdviceOptions = DEFAULT_ADVICE,
+    **changes: Unpack[AdviceChanges],
 ) -> Advice:
     """Says what to do with a LoRA of one base on another, and what it will give.
 
@@ -225,18 +264,8 @@ def advise(
             at hand, too.
         target: the base to move to, in any of these forms.
         lora: the LoRA, as `transfer` takes it; None judges the bases alone.
-        measure: runs the models: needs a LoRA, and pipeline folders, pipelines, or modules with
-            `samplers`.
-        match: how modules are paired, as in `transfer`.
-        probe: prompts, number of images, steps, size and guidance of what is sampled.
-        target_steps: in place of `probe.target_steps`.
-        target_guidance: in place of `probe.target_guidance`.
-        samplers: of source and target, where these are modules at hand: each runs a sampler from
-            noise with a given seed.
-        cache: folder that keeps what is computed of the bases; None keeps nothing.
-        device: where to compute; "auto" means a GPU where there is one, None the CPU.
-        max_memory: bytes of memory that the weights may take, or a text such as "2GiB".
-        progress: called as progress(done, total, name).
+        options: what is looked at, and with what.
+        **changes: options by name, in place of those.
 
     Returns:
         The advice; `print` shows its sentences.
@@ -246,68 +275,60 @@ def advise(
         UnsupportedFormat: a base that is no pipeline where it must run, or shares no module.
         ProLoRAError: what `transfer` refuses of the LoRA and the bases.
     """
-    if measure and lora is None:
+    options = settle_options(options, changes)
+    probe = SAMPLED if isinstance(options.measure, bool) else options.measure
+    if options.measure and lora is None:
         raise InvalidOption("measuring needs a LoRA: what is measured is what moving it reaches")
-    if target_steps is not None:
-        probe = replace(probe, target_steps=target_steps)
-    if target_guidance is not None:
-        probe = replace(probe, target_guidance=target_guidance)
     ours, theirs = MeasuredSide.of(source), MeasuredSide.of(target)
-    if measure:
-        check_runnable(ours, theirs, samplers)
-    options = TransferOptions(
-        match=match, cache=cache, device=device, max_memory=max_memory, progress=progress
-    )
+    if options.measure:
+        check_runnable(ours, theirs, options.samplers)
+    moving, pair = options.as_moved(), (ours.base, theirs.base)
     if lora is not None:
-        check_bases(lora, ours.base, theirs.base, options)
+        check_bases(lora, *pair, moving)
     adapter = None if lora is None else read_lora(lora, ours.base)
-    how: dict[str, Any] = {"cache": cache, "device": options.device}
-    how |= {"max_memory": options.memory_limit}
-    paired = recognise_blocks(
-        resolve_match(match, ours.base, theirs.base, progress=progress, **how),
-        ours.base,
-        theirs.base,
-    )
-    comparison = compare(ours.base, theirs.base, rank=None, match=paired, progress=progress, **how)
+    comparison, paired = _compare_bases(pair, options, moving)
     verdict, fit = comparison.verdict, None
     energies: dict[str, float] = {}
     if adapter is not None:
-        with BasisCache(cache).saving() as opened:
-            pair = BasePair(ours.base, theirs.base, replace(options, match=paired), opened)
-            ledger = pair.plan(adapter, "outline")
-        affinities = measure_plan(ledger.plan, comparison, ours.base, theirs.base)
+        with BasisCache(options.cache).saving() as opened:
+            ledger = BasePair(*pair, replace(moving, match=paired), opened).plan(adapter, "outline")
+        affinities = measure_plan(ledger.plan, comparison, *pair)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
         fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
     measurement = None
-    if measure and adapter is not None:
-        candidates = move_candidates(adapter, ours.base, theirs.base, options)
-        models = open_models(ours, theirs, probe, samplers, options.device)
-        measurement = measure_lora(models, adapter, candidates, probe.images, progress)
+    if options.measure and adapter is not None:
+        candidates = move_candidates(adapter, *pair, moving)
+        models = open_models(ours, theirs, probe, options.samplers, moving.device)
+        measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
-    command = write_command(
-        lora, (source, target), (ours.base, theirs.base), match, verdict, measurement, probe
-    )
-    return Advice(comparison, verdict, expected, fit, measurement, command, energies)
+    chosen = choose_next(pair, options.match, verdict, measurement, probe)
+    return Advice(comparison, verdict, expected, fit, measurement, *chosen, energies)
+
+
+def _compare_bases(
+    pair: tuple[Base, Base], options: AdviceOptions, moving: TransferOptions
+) -> tuple[Comparison, Match]:
+    """The two bases module by module, and how they are paired."""
+    how: dict[str, Any] = {"cache": moving.cache, "device": moving.device}
+    how |= {"max_memory": moving.memory_limit, "progress": moving.progress}
+    paired = recognise_blocks(resolve_match(options.match, *pair, **how), *pair)
+    return compare(*pair, rank=options.overlap, match=paired, **how), paired
 
 
 def _name_lora(lora: LoraLike | None) -> str:
     return Path(lora).name if isinstance(lora, str | PathLike) else "the LoRA"
 
 
-def write_command(
-    lora: LoraLike | None,
-    given: tuple[object, object],
+def choose_next(
     bases: tuple[Base, Base],
     match: Match,
     verdict: Verdict,
     measurement: Measurement | None,
-    probe: FitSettings = SAMPLED,
-) -> str:
-    """The command line that follows; empty where nothing is worth a try.
+    probe: FitSettings,
+) -> tuple[Verb, dict[str, Any]]:
+    """What is worth a try, and with which options.
 
     Args:
-        lora: what is moved; a placeholder stands for none, and for one that is no file.
-        given: source and target as the caller named them.
         bases: source and target.
         match: how modules are paired.
         verdict: by the weights.
@@ -315,24 +336,14 @@ def write_command(
         probe: says how the target and the LoRA are run.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
-    verb, words = "transfer", list[str]()
-    if best is not None and best.go:
-        words += ["--method", "copy"] if measurement and measurement.best == "copy" else []
-        words += ["--strength", f"{best.strength:.2f}"]
-    elif best is not None or not verdict.related:
-        if not vae.can_fit(bases[0].path, bases[1].path):
-            return ""
-        verb = "fit"
-        for name in ("target_steps", "target_guidance", "lora_steps", "lora_guidance"):
-            value = getattr(probe, name)
-            words += [] if value is None else ["--" + name.replace("_", "-"), str(value)]
-    if match != "auto" and isinstance(match, str | PathLike):
-        words += ["--match", str(match)]
-    file = Path(lora) if isinstance(lora, str | PathLike) else Path("LORA.safetensors")
-    names = [
-        str(name) if isinstance(name, str | PathLike) else str(base.path or base.name)
-        for name, base in zip(given, bases, strict=True)
-    ]
-    out = f"{file.stem}-on-{Path(names[1]).stem}.safetensors"
-    line = ["prolora", verb, str(file), "--source", names[0], "--target", names[1], *words]
-    return shlex.join([*line, "-o", out])
+    paired = {} if match == AUTO_MATCH else {"match": match}
+    if best is not None and measurement is not None and best.go:
+        method = {"method": "copy"} if measurement.best == "copy" else {}
+        return "transfer", {**method, "strength": round(best.strength, 2), **paired}
+    if best is None and verdict.related:
+        return "transfer", paired
+    if not vae.can_fit(bases[0].path, bases[1].path):
+        return "", {}
+    names = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
+    told = {name: value for name in names if (value := getattr(probe, name)) is not None}
+    return "fit", told | paired

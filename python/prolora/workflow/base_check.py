@@ -76,13 +76,13 @@ def check_bases(
     if not may_be_one and are_one_base(source, target, cache):
         raise WrongBase(
             f"{where}the source, {source.name}, and the target, {target.name}, are the same model, "
-            "where the LoRA works as it is; choose another target, or set again to move it all the "
-            "same"
+            "where the LoRA works as it is; choose another target, or take `again=True` to move it "
+            "all the same"
         )
     if is_stated_base(header, target, cache) and not is_stated_base(header, source, cache):
         raise WrongBase(
             f"{where}by the hash in its header this LoRA was trained on the target, {target.name}, "
-            f"and not on the source, {source.name}: did you swap them? If not, set again to move "
+            f"and not on the source, {source.name}: did you swap them? If not, `again=True` moves "
             "it all the same"
         )
     _compare_names(header, source, target)

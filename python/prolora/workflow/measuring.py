@@ -60,8 +60,7 @@ class RunningModels:
 
     source: nn.Module
     target: nn.Module
-    sample_adapted: Sample
-    sample_target: Sample
+    samplers: tuple[Sample, Sample]
     translation: Translation
 
 
@@ -110,7 +109,7 @@ def open_models(
     """
     if samplers is not None:
         assert source.module is not None and target.module is not None
-        return RunningModels(source.module, target.module, *samplers, Translation())
+        return RunningModels(source.module, target.module, samplers, Translation())
     from ..probe.pipelines import pair_pipelines
 
     ours, theirs = (_open_pipeline(side, device) for side in (source, target))
@@ -118,8 +117,7 @@ def open_models(
     return RunningModels(
         ours.denoiser,
         theirs.denoiser,
-        _make_sampler(ours, pair.settings.with_lora()),
-        _make_sampler(theirs, pair.of_target),
+        (_make_sampler(ours, pair.settings.with_lora()), _make_sampler(theirs, pair.of_target)),
         pair.translation,
     )
 
@@ -193,8 +191,7 @@ def measure_lora(
         models.target,
         _keep_denoiser(adapter.updates),
         candidates,
-        models.sample_adapted,
-        models.sample_target,
+        models.samplers,
         translation=models.translation,
         trajectories=Trajectories(runs=runs, moments=MOMENTS),
         progress=progress,

@@ -133,7 +133,7 @@ class ModuleReport:
         surviving_energy: ‖ΔW_t‖²/‖ΔW_s‖² before the rank is cut, strength included.
         norm_ratio: ‖ΔW_t‖/‖ΔW_s‖ of what was written.
         copy_distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖ before the rank is cut, strength included.
-        rank_cut_energy: share of ‖ΔW_t‖² that --out-rank discarded.
+        rank_cut_energy: share of ‖ΔW_t‖² that cutting the rank discarded.
         measures: the numbers of a projection; None where there was none.
     """
 

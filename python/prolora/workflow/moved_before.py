@@ -61,8 +61,8 @@ def check_moved_before(
     where = f"{lora}: " if isinstance(lora, str | PathLike) else ""
     raise AlreadyMoved(
         f"{where}this LoRA was already moved {describe_moves(moves)}, but the source is "
-        f"{source.name}, {reason}; give {last.target} as the source, or set again to move it all "
-        "the same"
+        f"{source.name}, {reason}; give {last.target} as the source, or take `again=True` to move "
+        "it all the same"
     )
 
 

@@ -228,19 +228,19 @@ class TransferOptions:
         if self.damping is not None and not (
             isinstance(self.damping, float | int) and 0 <= self.damping < math.inf
         ):
-            raise InvalidOption(f"damping must be 0 or more, not {self.damping!r}")
+            raise InvalidOption(f"`damping` must be 0 or more, not {self.damping!r}")
         if isinstance(self.strength, str):
             if self.strength != AUTO:
-                raise InvalidOption(f'strength must be a number or "auto", not {self.strength!r}')
+                raise InvalidOption(f'`strength` must be a number or "auto", not {self.strength!r}')
         elif self.strength is not None and not (
             isinstance(self.strength, float | int) and 0 < self.strength <= LARGEST_STRENGTH
         ):
             raise InvalidOption(
-                f"strength must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
+                f"`strength` must be a positive number, {LARGEST_STRENGTH:.0e} at most, not "
                 f"{self.strength!r}"
             )
         if not is_out_rank(self.out_rank):
-            raise InvalidOption(f"out_rank must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
+            raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
         object.__setattr__(self, "device", resolve_device(self.device))
         self.memory_limit  # noqa: B018 (raises where it is no size)
 
@@ -369,13 +369,13 @@ def check_choice(name: str, value: object, words: tuple[str, ...]) -> None:
         InvalidOption: names the option and its words.
     """
     if value not in words:
-        raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
+        raise InvalidOption(f"`{name}` must be one of {', '.join(words)}, not {value!r}")
 
 
 def _check_share(name: str, value: float) -> None:
     """Refuses what is no number between 0 and 1; NaN would switch a check off."""
     if not (isinstance(value, float | int) and 0 <= value <= 1):
-        raise InvalidOption(f"{name} must be a number between 0 and 1, not {value!r}")
+        raise InvalidOption(f"`{name}` must be a number between 0 and 1, not {value!r}")
 
 
 def read_dtype(dtype: DtypeLike | None) -> torch.dtype | None:

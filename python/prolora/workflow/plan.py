@@ -160,7 +160,7 @@ def _explain_skipped(name: str, match: Match) -> str:
         return "the target has no such module"
     if find_block(name):
         return "no block of the target is similar enough to this one"
-    return "outside the transformer blocks, where similarity says nothing; --match name pairs it"
+    return "outside the transformer blocks, where similarity says nothing; `match='name'` pairs it"
 
 
 def _pair_modules(

@@ -288,7 +288,7 @@ class Report:
         if mixed is not None and mixed > 0.01 and find_method(self.method).drops_mixed:
             sentences.append(
                 f"{mixed:.0%} lay in the mixed blocks, which '{self.method}' "
-                "drops; --method blocks keeps them, --method copy changes nothing."
+                "drops; `method='blocks'` keeps them, `method='copy'` changes nothing."
             )
         if self.file_limit is not None:
             ranks = [row.rank_out for row in self.rows("mapped")]

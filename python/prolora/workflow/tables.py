@@ -207,12 +207,13 @@ def tabulate_comparison(comparison: Comparison, every_module: bool) -> Table:
     columns = [Column("module" if every_module else "part"), Column("pairs", "d"), Column("k", "")]
     columns += [Column(name, ".2f") for name in numbers]
     rows = []
-    for name, modules in (*groups.items(), ("all", comparison.modules)):
+    for i, (name, modules) in enumerate((*groups.items(), ("all", comparison.modules))):
         k = write_extremes(module.columns_source for module in modules)
         pairs, k = None if every_module else len(modules), NOTHING if k == "0" else k
         part = name if every_module else name.replace("transformer_blocks", "blocks")
         cells = (part, pairs, k, *_average_overlaps(modules))
-        rows.append(Row(cells, "total" if name == "all" else ""))
+        anchor = f"m{i}" if every_module else ""
+        rows.append(Row(cells, "total" if name == "all" else "", anchor))
     return make_table(f"{comparison.source} and {comparison.target}", columns, rows)
 
 
@@ -223,15 +224,18 @@ def _average_overlaps(modules: Sequence[ModuleComparison]) -> list[float]:
     return [left, right, max(chances), above, drift, cosine]
 
 
-def map_overlaps(comparison: Comparison) -> PlaceMap:
-    """Where the leading subspaces of two models overlap, above chance."""
+def map_pairs(comparison: Comparison) -> PlaceMap:
+    """Where two models are alike: the overlap of their subspaces, or else their cosine."""
+    known = any(module.columns_source for module in comparison.modules)
     spots = []
     for module in comparison.modules:
-        known = not math.isnan(module.above)
-        numbers = f"overlap {write_number(module.above)}, drift {write_number(module.drift)}"
-        share = module.above if known else None
-        spots.append(Spot(module.target, share, text=f"{module.target}: {numbers}"))
-    title = "Overlap of the leading subspaces: 0 % as unrelated, 100 % as equal weights"
+        share = module.above if known else module.cosine
+        overlap = f"overlap {write_number(module.above)}, " if known else ""
+        numbers = f"drift {write_number(module.drift)}, cosine {write_number(module.cosine)}"
+        text = f"{module.target}: {overlap}{numbers}"
+        spots.append(Spot(module.target, None if math.isnan(share) else share, text=text))
+    what = "Overlap of the leading subspaces above chance" if known else "Cosine of the weights"
+    title = f"{what}, 0 % as unrelated, 100 % as equal"
     return PlaceMap(spots, title, "the subspaces fill their space", "not compared")
 
 

@@ -114,8 +114,8 @@ def vector_paths(adapter: Adapter, format: str) -> dict[str, str]:
         raise UnsupportedFormat(
             f"the {format} format has no keys for trained normalisation layers, nor for biases of "
             f"modules without an update, and this adapter has {len(homeless)}, the first: "
-            f"{homeless[0]}. Write it with --format kohya or comfy, or leave them out (--vectors "
-            "skip)"
+            f"{homeless[0]}. Write it with `format='kohya'` or `format='comfy'`; in Python "
+            "vectors='skip' leaves them out"
         )
     whole = vectors.fuse_vectors(adapter.vectors, find_authors(adapter, format))
     return find_paths(adapter, format, list(dict.fromkeys(map(vectors.find_vector_module, whole))))
@@ -165,9 +165,13 @@ def _cast_factors(name: str, update: LowRank, dtype: torch.dtype) -> LowRank:
     )
     cast = balanced.to(dtype)
     if not (is_finite(cast.up) and is_finite(cast.down)):
-        raise NonFiniteWeights(f"{name}: the update overflows in {dtype}; write --dtype float32")
+        raise NonFiniteWeights(
+            f"{name}: the update overflows in {dtype}; write it with `dtype='float32'`"
+        )
     if not _survives_cast(cast, balanced, dtype):
-        raise OutputError(f"{name}: the update is too small for {dtype}; write --dtype float32")
+        raise OutputError(
+            f"{name}: the update is too small for {dtype}; write it with `dtype='float32'`"
+        )
     return cast
 
 

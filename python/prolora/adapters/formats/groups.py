@@ -137,10 +137,10 @@ def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -
     """The names of a format, if they are the same in all families that the modules can be of."""
     spelled = [FileSpelling(f.spellings[format], f) for f in families if format in f.spellings]
     if not spelled:
-        formats = ", ".join(families[0].spellings)
+        formats = " or ".join(f"`format='{known}'`" for known in families[0].spellings)
         raise UnsupportedFormat(
             f"no program reads a LoRA for {families[0].title} in the {format} format; write it "
-            f"with --format {formats.replace(', ', ' or ')}"
+            f"with {formats}"
         )
     paths = {
         tuple(module_names.spell_module(name, one.spelling, one.family) for name in names)
@@ -150,7 +150,7 @@ def _spell_family(families: tuple[Family, ...], names: list[str], format: str) -
         titles = " or ".join(family.title for family in families)
         raise UnsupportedFormat(
             f"these modules can be of {titles}, which have different names in the {format} format; "
-            "write it with --format diffusers"
+            "write it with `format='diffusers'`"
         )
     return spelled[0]
 
@@ -169,7 +169,7 @@ def _spell_described(adapter: Adapter, format: str) -> Spelling:
     if style is not None and adapter.format not in ("kohya", "comfy"):
         raise UnsupportedFormat(
             f"the model is of no family that prolora knows, nor are its names in the {format} "
-            "format; write it with --format auto, in the spelling it came in"
+            "format; write it with `format='auto'`, in the spelling it came in"
         )
     return SPELLINGS[format]
 
@@ -272,7 +272,7 @@ def find_paths(adapter: Adapter, format: str, modules: list[str]) -> dict[str, s
             path = "base_model.model." + local_name(name)
         if path is None:
             raise UnsupportedFormat(
-                f"{name} has no name in the {format} format; write it with --format diffusers"
+                f"{name} has no name in the {format} format; write it with `format='diffusers'`"
             )
         paths[name] = path
     return paths
@@ -286,7 +286,7 @@ def _check_one_component(modules: list[str]) -> None:
     if len(places) > 1 or places & {"text_encoder_2", "text_encoder_3"}:
         raise UnsupportedFormat(
             f"a PEFT folder holds one model, but this adapter has modules of "
-            f"{', '.join(sorted(places))}; write it with --format diffusers or kohya"
+            f"{', '.join(sorted(places))}; write it with `format='diffusers'` or `format='kohya'`"
         )
 
 

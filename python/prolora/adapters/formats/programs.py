@@ -16,7 +16,7 @@ PROGRAMS = {
     "musubi": "musubi",
     "sd-scripts": "sd-scripts",
 }
-"""What `--for` takes -> the program's name in `Family.readers`. diffusers is a format too."""
+"""What `format` takes -> the program's name in `Family.readers`. diffusers is a format too."""
 
 
 def find_readers(
@@ -62,7 +62,7 @@ def choose_format(families: Iterable[str], program: str) -> str:
     if not known:
         raise UnsupportedFormat(
             f"which files {name} reads for this model is not known, because prolora does not know "
-            "its family; name a format instead (--format)"
+            "its family; name a format (`format`)"
         )
     shared = [
         format

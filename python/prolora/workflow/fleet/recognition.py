@@ -115,7 +115,7 @@ class SourceFinder:
             raise UnsupportedFormat(
                 f"it fits {', '.join(fitting)}, and its header does not tell which of them it was "
                 "trained on; name the base in a list (the LoRA, a tab, the base), or plan with "
-                "one --source"
+                "one `source`"
             )
         return fitting[0]
 
@@ -124,7 +124,9 @@ class SourceFinder:
         for label, path in self.paths.items():
             if lora.source in (label, path) or Path(path) == Path(lora.source).absolute():
                 return label
-        raise UnsupportedFormat(f"the list names {lora.source}, which is no --source of this plan")
+        raise UnsupportedFormat(
+            f"the list names {lora.source}, which is not a `source` of this plan"
+        )
 
     def _list_fitting(
         self, lora: ListedLora, opened: UnreadAdapter, labels: list[str]

@@ -100,7 +100,7 @@ def _find_plan(folder: Path, reader: JournalReader, working: Sequence[Path]) -> 
         if is_component(name) and plan.is_file():
             return plan
     raise UnsupportedFormat(
-        f"{folder}: no migration was run into this folder; name the folder that `prolora migrate` "
+        f"{folder}: no migration was run into this folder; name the folder that `migrate()` "
         "was given as -o"
     )
 

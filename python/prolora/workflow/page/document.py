@@ -198,7 +198,8 @@ def _draw_cell(column: Column, cell: Cell) -> Html:
     text = column.write(cell)
     if column.has_bar and not isinstance(cell, str):
         return join([draw_bar(cell), text])
-    return break_name(text) if column.form is None and " " not in text else join([text])
+    # A long name of a module may go on in the next line.
+    return break_name(text) if text.count(".") > 2 and " " not in text else join([text])
 
 
 def _draw_figure(places: PlaceMap) -> Html:

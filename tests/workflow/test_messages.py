@@ -1,0 +1,122 @@
+"""One message, three readers: Python reads the argument, a shell the flag, a node the widget."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import structure
+import typer
+from mini import write_case
+
+import prolora
+from prolora.cli import app
+from prolora.cli.options import OPTIONS, write_flag
+from prolora.errors import name_options
+
+PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
+
+NAMED = re.compile(r"`([a-z_]+)(=[^`]*|\(\))?`")
+
+
+@pytest.fixture(scope="module")
+def words():
+    """The words of the ComfyUI nodes; the rest of the pack needs ComfyUI."""
+    spec = importlib.util.spec_from_file_location("words_of_nodes", PACK / "words.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def list_messages():
+    """(file, text) of every text of the library that is no docstring."""
+    for file, tree in structure.parse_files().items():
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if id(node) not in docs:
+                    yield file, node.value
+
+
+def list_flags():
+    """Every flag of every command."""
+    flags = set()
+    commands = [typer.main.get_command(app)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        flags |= {flag for option in command.params for flag in option.opts}
+    return flags
+
+
+def test_every_option_that_a_message_names_is_one_in_python_and_a_flag():
+    named = {
+        (match[1], match[2] or "")
+        for file, text in list_messages()
+        if file.parts[0] != "cli"
+        for match in NAMED.finditer(text)
+    }
+    assert len(named) > 15
+    fields = dataclasses.fields(prolora.TransferOptions)
+    unflagged = {field.name for field in fields if not field.metadata["shown"].panel}
+    for name, value in named:
+        if value == "()":
+            assert callable(getattr(prolora, name))
+            continue
+        # A name alone may also be of something else in Python.
+        assert name in OPTIONS | unflagged or not value, name
+    flags = list_flags()
+    for option in OPTIONS:
+        assert write_flag(option) in flags, option
+    keywords = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
+    for function in (prolora.advise, prolora.migrate, prolora.plan_migration):
+        keywords |= set(inspect.signature(function).parameters)
+    keywords |= {field.name for field in dataclasses.fields(prolora.FitOptions)}
+    told = {name for name, value in named if value != "()" and (value or name in OPTIONS)}
+    assert told <= keywords | {"engine", "shard"}
+
+
+@pytest.mark.parametrize(
+    ("message", "flag"),
+    [
+        ("`look='lora'` copies it", "--look lora copies it"),
+        (
+            "&#x27;x&#x27;; `look=&#x27;lora&#x27;` copies it",
+            "&#x27;x&#x27;; --look lora copies it",
+        ),
+        ("take `again=True` to move it", "take --again to move it"),
+        ("`min_coverage` must be", "--min-coverage must be"),
+        ("`max_memory=2 GiB` is too little", "--max-memory 2 GiB is too little"),
+        ("made by `plan_migration()`", "made by `prolora plan`"),
+        ("`auto` and `no_such`", "`auto` and `no_such`"),
+    ],
+)
+def test_the_command_line_names_flags(message, flag):
+    assert name_options(message, write_flag) == flag
+
+
+def test_an_error_names_what_each_reader_has(tmp_path, words):
+    lora, source, _ = write_case(tmp_path)
+    with pytest.raises(prolora.WrongBase) as caught:
+        prolora.transfer(lora, source, source)
+    python, flags = str(caught.value), name_options(str(caught.value), write_flag)
+    node = words.explain(caught.value)
+    assert "take `again=True` to move it" in python and "take --again to move it" in flags
+    assert node.endswith("where the LoRA works as it is")
+    assert "--" not in python + node
+
+
+def test_a_node_names_widgets(words):
+    for message, said in (
+        (
+            "It fits; give it as `source` or `target`",
+            "It fits; give it as “trained on” or “use on”",
+        ),
+        ("It is weakened; `look='lora'` copies it", "aim “LoRA's own look” copies it"),
+        ("Nothing written; `method='copy'` does it", "Nothing written; “method”: copy does it"),
+        ("Too little; `max_memory` is too low", "Too little"),
+    ):
+        assert said in words.explain(prolora.ProLoRAError(message))
