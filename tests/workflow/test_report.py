@@ -26,9 +26,11 @@ def test_a_report_cannot_be_changed(report):
         report.modules.append(report.modules[0])
 
 
-def test_printing_a_report_gives_its_sentences(report):
-    assert str(report).splitlines() == report.sentences()
-    assert str(report).startswith("8 of 12 modules moved from source to target; 4 skipped")
+def test_printing_a_report_gives_the_verdict_and_then_the_numbers(report):
+    words, numbers = str(report).split("\n\n")
+    assert words == str(report.in_words()) and words.startswith("✔ This should work")
+    assert numbers.splitlines() == report.sentences()
+    assert numbers.startswith("8 of 12 modules moved from source to target; 4 skipped")
 
 
 def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):

@@ -184,6 +184,10 @@ ModulesOption = Annotated[
     bool,
     typer.Option("--modules", help="Show a table row per module (or block), not per stage."),
 ]
+ExplainOption = Annotated[
+    bool,
+    typer.Option("--explain", help="Show the numbers too, and what each of them means."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 CacheOption = Annotated[

@@ -23,9 +23,10 @@ from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
 from ...version import __version__
 from ..by_weights.ledger import LORA_FAILURES
+from ..outcome import Outcome
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
-from ..report import Outcome, Report
+from ..report import Report
 from ..resume import Recipe, hash_adapter
 from .outcomes import measure_result
 from .plan import Entry, PairOfBases, Plan
