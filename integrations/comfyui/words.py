@@ -101,4 +101,7 @@ def tell_in_one_line(name: str, report: prolora.Report | None, error: str | None
 
 def tell_advice(advice: prolora.Advice) -> str:
     """At most six lines on a LoRA, or on LoRAs of one base, before anything is moved."""
-    return "\n".join(map(say, str(advice.in_words()).split("\n")))
+    return "\n".join(
+        say(line.replace("A transfer would", "Move LoRA would"))
+        for line in str(advice.in_words()).split("\n")
+    )
