@@ -238,9 +238,8 @@ class ExpertBases:
         typer.Option(
             parser=parse_base,
             metavar="BASE",
-            help="Base model the LoRA was trained on: file, folder or hub id (org/name). Of a "
-            "model of two experts (Wan 2.2) the pipeline's folder, or both files, each with "
-            "--source.",
+            help="Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
+            "2.2 give the pipeline folder, or repeat --source for both expert files.",
         ),
     ]
     target: Annotated[
