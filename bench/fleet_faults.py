@@ -44,7 +44,7 @@ def list_processes() -> dict[int, tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat, line = (entry / "stat").read_text(), (entry / "cmdline").read_text()
+                stat, line = ((entry / x).read_text(errors="replace") for x in ("stat", "cmdline"))
             except OSError:
                 continue
             processes[int(entry.name)] = int(stat.rpartition(")")[2].split()[1]), line

@@ -120,6 +120,17 @@ def test_files_do_not_import_each_other_in_circles(trees):
     assert [tuple(circle) for circle in structure.find_circles(trees)] == LEFT_OVER["circles"]
 
 
+def test_the_stages_of_a_transfer_and_the_rows_of_its_report_have_one_home(trees):
+    assert structure.find_planners(trees) == ["workflow/by_weights/base_pair.py:plan"]
+    writers = {name.partition(":")[0] for name in structure.find_row_writers(trees)}
+    assert writers <= {
+        "workflow/by_weights/ledger.py",
+        "workflow/by_weights/rows.py",
+        "workflow/by_fitting/pipeline.py",
+        "workflow/by_fitting/rows.py",
+    }
+
+
 def test_docstrings_say_more_than_the_name(trees):
     assert not structure.find_restating_docstrings(trees)
 

@@ -47,7 +47,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import TransferOptions
+from .workflow.options import MethodChoice, TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report
@@ -74,6 +74,7 @@ __all__ = [
     "LowCoverage",
     "LowRank",
     "Method",
+    "MethodChoice",
     "MethodName",
     "MigrationOptions",
     "MissingFile",

@@ -36,7 +36,7 @@ def test_a_trained_lora_is_not_replaced(prolora, line, tmp_path):
             code, _, error = prolora(*line, "--strength", "0.5", *extra)
             assert code == 2 and "mine.safetensors" in error and out.read_bytes() == before
     code, _, error = prolora(*line, "-o", out)
-    assert "exists and is no LoRA as prolora wrote it" in error and "--overwrite" in error
+    assert "exists and is not a LoRA as prolora wrote it" in error and "--overwrite" in error
     assert prolora(*line, "-o", out, "--overwrite")[0] == 0
     assert len(read_adapter(out).updates) == 8
 

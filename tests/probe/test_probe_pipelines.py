@@ -306,6 +306,7 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     assert "`fit()`" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_several_loras_go_into_a_folder_and_a_run_that_was_cut_off_goes_on(room, tmp_path):
     for name in ("a", "b"):
         shutil.copy(room / "lora.safetensors", tmp_path / f"{name}.safetensors")

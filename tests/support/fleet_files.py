@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from prolora.workflow.fleet.calibration import Rates
 
-RATES = Rates(per_byte=1e-8, per_module=1e-3, per_base_byte=1e-9, per_operation=1e-10)
+RATES = Rates(per_byte=1e-8, per_module=1e-3, per_operation=1e-10)
 
 
 def write_collection(folder):
@@ -51,9 +51,8 @@ def records(folder):
 def seal(lines):
     """The bytes of a plan of these lines, with the count and the digest that belong to them."""
     head = json.loads(lines[0])
-    about = {k: v for k, v in head.items() if k not in ("prolora_plan", "sha256", "moves")}
     moves = head["moves"] if type(head["moves"]) is not int else len(lines) - 1
-    rest = f'", "moves": {json.dumps(moves)}, {json.dumps(about)[1:]}\n'
-    rest += "".join(f"{line}\n" for line in lines[1:])
-    digest = hashlib.sha256(rest.encode()).hexdigest()
-    return f'{{"prolora_plan": 2, "sha256": "{digest}{rest}'.encode()
+    head |= {"written_by": f"prolora:plan:sha256:{'0' * 64}", "moves": moves}
+    content = "".join(f"{line}\n" for line in (json.dumps(head), *lines[1:]))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return content.replace("0" * 64, digest, 1).encode()

@@ -1,6 +1,6 @@
 """What the structure of the package measures, and which of its rules are broken.
 
-    python tests/support/structure.py        # the numbers
+    python tests/support/structure.py [python/prolora]     # the numbers, of another tree too
     pytest tests/test_rooms.py       # the rules
 
 Only sources are read; nothing is imported.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,76 @@ def find_circles(trees: dict[Path, ast.Module]) -> list[list[str]]:
     return [list(circle) for circle in sorted(circles)]
 
 
+def find_row_writers(trees: dict[Path, ast.Module]) -> list[str]:
+    """Functions that make a row of a report, or change one: `replace(row, …)`."""
+    writers = []
+    for file, tree in trees.items():
+        if not any(isinstance(x, ast.Name) and x.id == "ModuleReport" for x in ast.walk(tree)):
+            continue
+        for function in _walk_functions(tree):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and _writes_row(node):
+                    writers.append(f"{file}:{function.name}")
+                    break
+    return writers
+
+
+def _writes_row(call: ast.Call) -> bool:
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    if name == "ModuleReport":
+        return True
+    given = ast.unparse(call.args[0]) if name == "replace" and call.args else ""
+    return bool(re.search(r"(^|_)row$|^self.rows|^describe_unchanged", given))
+
+
+def find_planners(trees: dict[Path, ast.Module]) -> list[str]:
+    """Places that plan where the modules of a LoRA go: each begins the stages of a transfer."""
+    return [
+        f"{file}:{function.name}"
+        for file, tree in trees.items()
+        for function in _walk_functions(tree)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_plan"
+    ]
+
+
+def count_tellings(trees: dict[Path, ast.Module]) -> dict[str, int]:
+    """Option of a transfer -> public signatures and classes that tell it again.
+
+    Told are parameters and fields with a default; a function that takes the object tells nothing.
+    """
+    places: dict[str, list[str]] = defaultdict(list)
+    options = next(
+        node
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == "TransferOptions"
+    )
+    names = [field.target.id for field in options.body if isinstance(field, ast.AnnAssign)]
+    for file, tree in trees.items():
+        if file.parts[0] not in ("cli", "workflow"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                taken = _list_defaults(node) if not node.name.startswith("_") else []
+            elif isinstance(node, ast.ClassDef):
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                taken = [getattr(field.target, "id", "") for field in fields if field.value]
+            else:
+                continue
+            for name in set(taken) & set(names):
+                places[name].append(f"{file}:{node.name}")
+    told = {name: len(places[name]) for name in names}
+    return dict(sorted(told.items(), key=lambda item: -item[1]))
+
+
+def _list_defaults(function: Function) -> list[str]:
+    """The parameters that need not be given."""
+    told = function.args.args[len(function.args.args) - len(function.args.defaults) :]
+    keywords = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return [arg.arg for arg in (*told, *(arg for arg, default in keywords if default))]
+
+
 def measure(package: Path = PACKAGE) -> dict[str, object]:
     """Every number, by its name."""
     trees = parse_files(package)
@@ -166,11 +237,15 @@ def measure(package: Path = PACKAGE) -> dict[str, object]:
         "docstrings that restate a name": find_restating_docstrings(trees),
         "flags named outside cli/": find_flags(trees),
         "circles of files": find_circles(trees),
+        "places that begin the stages of a transfer": find_planners(trees),
+        "functions that make or change rows of a report": find_row_writers(trees),
+        "most signatures that tell one option": max(count_tellings(trees).values()),
+        "signatures by option": count_tellings(trees),
     }
 
 
 if __name__ == "__main__":
-    for name, found in measure().items():
+    for name, found in measure(*map(Path, sys.argv[1:])).items():
         count = found if isinstance(found, int) else len(found)  # type: ignore[arg-type]
         print(f"{count:6}  {name}")
         if not isinstance(found, int):

@@ -1,5 +1,6 @@
 """Folders of LoRAs: weights are looked at once for all, one bad file stops none, runs go on."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_a_result_that_was_changed_under_its_header_is_not_taken_for_ours(folder
     assert "as prolora wrote it" in str(outcomes[1].error) and out.read_bytes() == before
 
 
+def test_a_folder_whose_configuration_was_edited_is_not_taken_for_ours(folder):
+    loras, source, target, moved = folder
+    (made,) = prolora.transfer_many(loras[:1], source, target, moved, format="peft")
+    config = made.out / "adapter_config.json"
+    edited = json.loads(config.read_text()) | {"lora_alpha": 64}
+    config.write_text(json.dumps(edited))
+    (again,) = prolora.transfer_many(loras[:1], source, target, moved, format="peft")
+    assert again.status == "failed" and json.loads(config.read_text()) == edited
+
+
 def test_a_run_that_is_killed_goes_on_where_it_was(folder):
     loras, source, target, moved = folder
     code = f"""
@@ -308,7 +319,7 @@ def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
     old = (other.out / "adapter_config.json").read_bytes()
     (outcome.out / "adapter_config.json").write_bytes(old)
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
-    assert "adapter_config.json: exists and is no configuration as prolora" in str(again.error)
+    assert "adapter_config.json: exists and is not a configuration as prolora" in str(again.error)
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, overwrite=True, **options)
     assert again.status == "moved"
     (outcome.out / "adapter_config.json").unlink()

@@ -189,7 +189,7 @@ def test_a_page_is_saved_by_its_name_and_replaces_reports_only(report, tmp_path)
     report.save(page)
     for other in ("<!DOCTYPE html>\n<html><p>mine</p></html>", "<p>", "\x89PNG"):
         page.write_text(other)
-        with pytest.raises(prolora.OutputError, match="is no report as prolora wrote it"):
+        with pytest.raises(prolora.OutputError, match="is not a report as prolora wrote it"):
             report.save(page)
         assert page.read_text() == other
 

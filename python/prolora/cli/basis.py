@@ -6,6 +6,7 @@ import json
 import os
 import re
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,7 +168,7 @@ def prune(
         dry_run=dry_run,
     )
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(json.dumps(asdict(result), indent=1))
         return
     word = "would be removed" if dry_run else "removed"
     out.print(

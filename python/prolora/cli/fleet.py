@@ -18,7 +18,6 @@ from ..workflow.fleet.outcomes import Reason, gather_reasons
 from ..workflow.fleet.plan import (
     Entry,
     Plan,
-    check_plan_path,
     estimate_worker_memory,
 )
 from ..workflow.fleet.planning import plan_migration
@@ -27,6 +26,7 @@ from ..workflow.fleet.run_options import MigrationOptions
 from ..workflow.fleet.status import Status, read_status
 from ..workflow.fleet.summary import Summary
 from ..workflow.options import TransferOptions
+from ..workflow.output_paths import check_beside
 from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
@@ -95,7 +95,7 @@ def plan(
 ) -> None:
     """Plan the move of a collection of LoRAs to one or more base models; reads headers only."""
     shown = not (output.as_json or output.quiet)
-    check_plan_path(output.output, moving.overwrite)
+    check_beside(output.output, "plan", overwrite=moving.overwrite)
     with progress_bar("plan", shown) as progress:
         how = replace(moving, overwrite=False)  # is for the plan's own file
         made = plan_migration(loras, bases.source, bases.target, how, progress=progress)

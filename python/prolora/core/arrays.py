@@ -23,8 +23,11 @@ class SupportsDLPack(Protocol):
 
 Array = TypeVar("Array", bound=SupportsDLPack)
 
+MatrixLike = Tensor | SupportsDLPack
+"""A weight or an update, or a stack of them: an array of torch, numpy, cupy or jax."""
 
-def to_tensor(array: Any, name: str = "the array") -> Tensor:
+
+def to_tensor(array: MatrixLike, name: str = "the array") -> Tensor:
     """A tensor over the same memory: torch tensors as they are, numpy, cupy, jax through DLPack.
 
     Arrays of numpy that are read-only, run backwards or are stored in the other byte order are

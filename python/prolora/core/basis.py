@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import to_tensor
+from .arrays import MatrixLike, to_tensor
 from .errors import NonFiniteWeights, ShapeMismatch
 from .parallel import map_on_threads
 from .precision import in_full_precision, working_dtype
@@ -115,7 +115,7 @@ def _add_batch_axis(basis: Basis) -> Basis:
 
 @refuse_vmap("truncated_svd")
 @in_full_precision
-def truncated_svd(W: Any, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
+def truncated_svd(W: MatrixLike, rank: Rank, *, tol: float = 1e-3, seed: int = 0) -> Basis:
     """Leading singular subspaces of W, never silently inaccurate.
 
     A ladder of algorithms, and every result says which one gave it (`rungs`):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import recompression
-from .arrays import Array, to_kind_of, to_tensor
+from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .damping import damped
 from .errors import NonFiniteWeights, ShapeMismatch
@@ -37,14 +37,14 @@ tried in docs/evidence.md this one recovers most, since it drops least.
 # Singular values of a moved update below this share of its largest are rounding.
 ROUNDING = 1e-6
 
-Factors = LowRank | tuple[Any, Any] | list[Any]
+Factors = LowRank | tuple[MatrixLike, MatrixLike] | list[MatrixLike]
 
 
 @overload
 def project(
     delta: Factors,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -56,8 +56,8 @@ def project(
 @overload
 def project(
     delta: Factors,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -69,8 +69,8 @@ def project(
 @overload
 def project(
     delta: Tensor,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -82,8 +82,8 @@ def project(
 @overload
 def project(
     delta: Tensor,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -95,8 +95,8 @@ def project(
 @overload
 def project(
     delta: Array,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -108,8 +108,8 @@ def project(
 @overload
 def project(
     delta: Array,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
     method: MethodName = ...,
@@ -122,8 +122,8 @@ def project(
 @in_full_precision
 def project(
     delta: Any,
-    W_src: Any,
-    W_tgt: Any,
+    W_src: MatrixLike | Basis,
+    W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = DEFAULT_RANK,
     method: str = "prolora",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .angles import column_angles, leading_quantiles, orthonormal_angles, stacked_angles
-from .arrays import Array, to_kind_of, to_tensor
+from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .errors import NonFiniteWeights, ShapeMismatch, SolverFailure
 from .ops.operands import flatten_stack
@@ -94,7 +94,7 @@ def basis_similarity(
     )
 
 
-def similarity(W_src: Any, W_tgt: Any, *, rank: Rank) -> Similarity:
+def similarity(W_src: MatrixLike | Basis, W_tgt: MatrixLike | Basis, *, rank: Rank) -> Similarity:
     """Subspace similarity Φ of two weights (or stacks), with chance levels.
 
     Args:
@@ -113,18 +113,18 @@ def similarity(W_src: Any, W_tgt: Any, *, rank: Rank) -> Similarity:
     return basis_similarity(source, target)
 
 
-def _check_weight(name: str, weight: Any) -> Tensor:
+def _check_weight(name: str, weight: MatrixLike) -> Tensor:
     tensor = to_tensor(weight, name)
     check_operand(name, tensor)
     return tensor
 
 
 @overload
-def principal_angles(X: Tensor, Y: Any) -> Tensor: ...
+def principal_angles(X: Tensor, Y: MatrixLike) -> Tensor: ...
 
 
 @overload
-def principal_angles(X: Array, Y: Any) -> Array: ...
+def principal_angles(X: Array, Y: MatrixLike) -> Array: ...
 
 
 @refuse_vmap("principal_angles")

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from ..errors import ForeignFile, output_error
 
@@ -24,7 +24,7 @@ CONFIG_KEY = "prolora.config"
 """The entry of the weights' header in a PEFT folder that holds the digest of its configuration."""
 WRITTEN_BY = "written_by"
 """The entry of a JSON object that holds it."""
-Kind = Literal["LoRA", "report", "card", "picture", "map", "state"]
+Kind = Literal["LoRA", "report", "card", "picture", "map", "state", "plan"]
 """What a file is: it is replaced by its like only."""
 
 _ZEROS = b"0" * 64
@@ -87,12 +87,17 @@ def is_own(path: Path, kind: Kind) -> bool:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-        marks = [m for m in _MARK.finditer(head) if m[1] == kind.encode()][:_MOST_MARKS]
-        digests = {mark[2]: hashlib.sha256(_blank(head, mark)) for mark in reversed(marks)}
-        while digests and (block := file.read(_BLOCK_BYTES)):
-            for digest in digests.values():
-                digest.update(block)
+        return is_signed(file, kind)
+
+
+def is_signed(file: BinaryIO, kind: Kind) -> bool:
+    """Whether a file has a mark of a kind whose digest is its own; arguments as `is_own`."""
+    head = file.read(_HEAD_BYTES)
+    marks = [m for m in _MARK.finditer(head) if m[1] == kind.encode()][:_MOST_MARKS]
+    digests = {mark[2]: hashlib.sha256(_blank(head, mark)) for mark in reversed(marks)}
+    while digests and (block := file.read(_BLOCK_BYTES)):
+        for digest in digests.values():
+            digest.update(block)
     return any(digest.hexdigest().encode() == found for found, digest in digests.items())
 
 
@@ -145,8 +150,8 @@ def check_replaceable(path: str | os.PathLike[str], kind: Kind, overwrite: bool 
 def foreign_file(path: str | os.PathLike[str], kind: str) -> ForeignFile:
     """The error of an output path that holds somebody's file."""
     return ForeignFile(
-        f"{os.fspath(path)}: exists and is no {kind} as prolora wrote it, so it is not replaced; "
-        "choose another name, or allow it with `overwrite=True`"
+        f"{os.fspath(path)}: exists and is not a {kind} as prolora wrote it, so it is not "
+        "replaced; choose another name, or allow it with `overwrite=True`"
     )
 
 

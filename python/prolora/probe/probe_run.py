@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,6 +29,7 @@ class ProbeRun:
         checkpoints: where fitted updates are kept.
         key: hash of the models, the LoRA and the samplers; part of the keys of what is kept.
         report: filled in by the stages.
+        release: called once everything was asked; from then on the target alone runs.
     """
 
     source: nn.Module
@@ -40,6 +41,7 @@ class ProbeRun:
     checkpoints: Checkpoints
     key: str
     report: ProbeReport
+    release: Callable[[], None] | None = None
 
     def notify(self, done: int, total: int, name: str) -> None:
         """Calls the progress function, where there is one."""

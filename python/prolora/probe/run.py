@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 
@@ -23,17 +23,18 @@ from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
 from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
+from .known_answers import OF_LORA, KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
 from .recording.batches import count_samples, mix_samples
-from .recording.lazy import SampleSelection
+from .recording.lazy import LazySequence, SampleSelection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
-from .recording.spill import spill_questions
+from .recording.spill import SpillStore, spill_questions
 from .recording.trajectories import Sample, predict_call
 from .recording.translation import PAIR, Question, Translation
-from .recording.wanted import wanted_changes
+from .recording.wanted import WantedChange, wanted_changes
 from .report import ProbeReport
 from .settings import FitSettings
 from .trajectory_numbers import number_questions
@@ -144,7 +145,10 @@ def fit_to_models(
 
 @in_full_precision
 def fit_from_recorder(
-    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
+    recorder: QuestionSource,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    release: Callable[[], None] | None = None,
 ) -> ProbeTransfer:
     """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
 
@@ -152,26 +156,33 @@ def fit_from_recorder(
         recorder: of both models and the LoRA.
         rival: see `fit_to_models`.
         settings: of the fit.
+        release: called once everything was sampled and asked; from then on the target alone runs.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings)
+    return _run_models(recorder, rival, settings, release)
 
 
 def _run_models(
-    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
+    recorder: QuestionSource,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    release: Callable[[], None] | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in float32."""
     source, target = recorder.source, recorder.target
     with frozen(source), frozen(target), in_float32(source), in_float32(target):
-        return _record_fit_judge(recorder, rival, settings)
+        return _record_fit_judge(recorder, rival, settings, release)
 
 
 def _record_fit_judge(
-    recorder: QuestionSource, rival: Mapping[str, LowRank], settings: FitSettings
+    recorder: QuestionSource,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    release: Callable[[], None] | None,
 ) -> ProbeTransfer:
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
@@ -185,51 +196,92 @@ def _record_fit_judge(
     asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
     key = hash_texts(recorder.key, asked) if asked else recorder.key
     with _timed(report, "sample"):
-        limit = settings.share_memory(4)
-        questions = spill_questions(recorder.record_questions(settings.seed), limit)
-        judged = number_questions(
-            recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
-        )
-        held_out = spill_questions(judged, limit)
+        questions, held_out = _record_both(recorder, settings)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    bare = hash_texts(recorder.keys["source"], asked)
+    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+
+    def end_asking() -> None:
+        answers.store()
+        if release is not None:
+            release()
+
     run = ProbeRun(
         recorder.source,
         recorder.target,
         recorder.adapter,
-        recorder.translation,
+        RememberingTranslation.of(recorder.translation, answers),
         rival,
         settings,
         recorder.checkpoints,
         key,
         report,
+        end_asking,
     )
     with _timed(report, "draw"):
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
         names = choose_modules(run, questions[0])
         report.modules = len(names)
+    with _timed(report, "ask"):
+        wanted = _ask_held_out(run, held_out)
     with _timed(report, "fit"):
         updates = fit_all_modules(run, questions, names)
         for name in updates:
             report.left_out.pop(name, None)
     with _timed(report, "judge"):
-        verdict = report.gate = _judge(run, updates, held_out, recorder.crossed)
+        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
     run.notify(settings.fit_steps, settings.fit_steps, "judged")
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
 
 
+def _record_both(
+    recorder: QuestionSource, settings: FitSettings
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """What is asked for the fit, and for the verdict."""
+    limit = settings.share_memory(4)
+    questions = spill_questions(recorder.record_questions(settings.seed), limit)
+    judged = recorder.record_questions(settings.seed + len(ORIGINS), held_out=True)
+    return questions, spill_questions(number_questions(judged), limit)
+
+
+class _KeptChanges(LazySequence[WantedChange]):
+    """What the target should do at held-out questions, in the machine's memory or in files."""
+
+    def __init__(self, questions: Sequence[Question], limit: int | None) -> None:
+        self.questions, self.store, self.size = questions, SpillStore(limit), 0
+
+    def append(self, wanted: WantedChange) -> None:
+        self.store.put(self.size, (wanted.plain, wanted.change, wanted.base_difference))
+        self.size += 1
+
+    def __len__(self) -> int:
+        return self.size
+
+    def item(self, i: int) -> WantedChange:
+        return WantedChange(self.questions[i].target, *self.store.get(i))
+
+
+def _ask_held_out(run: ProbeRun, held_out: Sequence[Question]) -> Sequence[WantedChange]:
+    """The wanted changes of the verdict, asked before the fit, which needs no source any more."""
+    kept = _KeptChanges(held_out, run.settings.share_memory(4))
+    models = run.source, run.target, run.adapter.updates
+    for wanted in wanted_changes(*models, held_out, run.translation):
+        kept.append(wanted)
+    return kept
+
+
 def _judge(
     run: ProbeRun,
     updates: Mapping[str, LowRank],
-    held_out: Sequence[Question],
+    wanted: Sequence[WantedChange],
     crossed: CrossedImages | None,
 ) -> Gate:
     """The verdict of the held-out probes; the report gets what crossed, where images did."""
     translation, target = run.translation, run.target
-    wanted = list(wanted_changes(run.source, target, run.adapter.updates, held_out, translation))
     rival = (run.rival, run.report.start)
     verdict = judge_updates(target, updates, wanted, translation, *rival, crossed is not None)
     if crossed is not None:
@@ -285,14 +337,21 @@ def _draw_samples(
         of_origin = [question for question in held_out if question.origin == origin]
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
-    origins = [question.origin for question in questions]
-    pairs = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin == PAIR])
-    asked = SampleSelection(questions, [i for i, origin in enumerate(origins) if origin != PAIR])
-    count = max(settings.probes // 2, 1) if pairs else settings.probes
-    drawn = mix_samples(asked, count, settings.batch, predict_both, generator)
-    if pairs:
-        taught = mix_samples(pairs, count, settings.batch, predict_both, generator)
-        drawn = _alternate(drawn, taught)
+    origins, most = [question.origin for question in questions], settings.batch
+
+    def draw_some(wanted: Callable[[str], bool], count: int) -> list[Question]:
+        rows = [i for i, origin in enumerate(origins) if wanted(origin)]
+        some = SampleSelection(questions, rows)
+        return mix_samples(some, count, most, predict_both, generator) if rows else []
+
+    count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
+    # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
+    own = count // len(ORIGINS)
+    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own)
+    drawn += draw_some(lambda origin: origin == "adapted", own)
+    drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+    if PAIR in origins:
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 

@@ -106,9 +106,7 @@ def transfer_many(
             mine = [task for task, move in zip(tasks, moves, strict=True) if move[1] is pair]
             if mine:
                 mover = PairMover.open(pair.source, pair.target, options, opened)
-                mover.look_up(mine, opened)
-                left = [task for task in mine if task.outcome is None]
-                for _ in mover.run(left, opened, [task.lora for task in mine]):
+                for _ in mover.run(mine, opened, [task.lora for task in mine]):
                     pass
     return [task.outcome for task in tasks if task.outcome is not None]
 

@@ -97,11 +97,6 @@ class PairMover:
         pair = BasePair(source, target, replace(asked, match=match, progress=None), cache)
         return cls(pair, asked)
 
-    def look_up(self, tasks: Iterable[Task], cache: BasisCache) -> None:
-        """Gives each task its recipe, and an outcome to those whose result is there already."""
-        for task in tasks:
-            task.attempt(partial(self._look_up, task, cache))
-
     def _look_up(self, task: Task, cache: BasisCache) -> None:
         task.recipe = task.recipe or self.make_recipe(task)
         if not self.asked.overwrite and task.recipe.is_made(task.out, cache):
@@ -119,14 +114,18 @@ class PairMover:
     def run(
         self, tasks: Sequence[Task], cache: BasisCache, loras: Sequence[Path]
     ) -> Iterator[Task]:
-        """Does the tasks, in groups that fit into memory, and gives each that has its outcome.
+        """Does the tasks, in groups that fit into memory, and gives each when it has its outcome.
 
         Args:
-            tasks: without an outcome.
+            tasks: those whose result is there already come first.
             cache: what is known of the weights.
             loras: all LoRAs of the caller, for progress; none of them is overwritten.
         """
-        groups = list(_group_tasks(tasks, self.pair.memory))
+        for task in tasks:
+            task.attempt(partial(self._look_up, task, cache))
+        yield from [task for task in tasks if task.outcome]
+        left = [task for task in tasks if task.outcome is None]
+        groups = list(_group_tasks(left, self.pair.memory))
         with _keep_bases(cache, self.asked, len(groups)) as kept:
             pair = replace(self.pair, cache=kept)
             for group in groups:

@@ -13,6 +13,7 @@ from ..adapters import outline_adapter
 from ..adapters.contents import parse_contents
 from ..adapters.left_out import find_unknown_updates
 from ..adapters.unread import ADAPTER_FILES, PEFT_WEIGHTS, open_adapter
+from ..adapters.writing import has_own_config
 from ..bases import Base
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.identity import compute_identity
@@ -26,6 +27,8 @@ from .by_weights.rows import list_missed
 from .fit_options import FitOptions
 from .options import TransferOptions
 
+# Entries of a result's header.
+_LORA_HASH, _RECIPE = "prolora.lora_hash", "prolora.recipe"
 _FORM = ("format", "dtype")  # stand at the end, as in results of earlier versions
 
 
@@ -84,7 +87,7 @@ class Recipe:
         Args:
             cache: remembers the hashes of files.
         """
-        return hash_parts(self.describe(cache).values())[:12]
+        return _shorten(*self.describe(cache).values())
 
     def is_made(self, out: Path, cache: BasisCache) -> bool:
         """Whether `out` is a result of this recipe as it was written: by its header and its mark.
@@ -100,12 +103,12 @@ class Recipe:
             metadata = result.metadata
         except ProLoRAError:
             return False
-        if metadata.get("prolora.lora_hash") != self.lora_hash:
+        if metadata.get(_LORA_HASH) != self.lora_hash:
             return False
-        if metadata.get("prolora.recipe") != self.describe(cache)["recipe"]:
+        if metadata.get(_RECIPE) != self.describe(cache)["recipe"]:
             return False
         # Who trained it on, or changed a key, may have kept the header.
-        return is_own(out / PEFT_WEIGHTS if out.is_dir() else out, "LoRA")
+        return is_intact(out)
 
     def list_unread(self) -> tuple[str, ...]:
         """Updates of the LoRA that stay behind because they cannot be read, as its header tells.
@@ -117,6 +120,36 @@ class Recipe:
         outline = outline_adapter(self.lora, base.shapes, base.family, headers_only=True)
         unknown = find_unknown_updates(outline.left_out)
         return (*list_missed(outline, self.options.text_encoder), *unknown)
+
+
+def _shorten(lora_hash: str, recipe: str) -> str:
+    """The digits that stand for a recipe in a result's name."""
+    return hash_parts([lora_hash, recipe])[:12]
+
+
+def is_intact(out: Path) -> bool:
+    """Whether a result is as it was written, every byte of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if out.is_dir():
+        return is_own(out / PEFT_WEIGHTS, "LoRA") and has_own_config(out)
+    return is_own(out, "LoRA")
+
+
+def explain_damage(out: Path) -> str:
+    """Why a result that has the digits of its recipe in its name is not what it was; "" if it is.
+
+    Nothing but the result is read, every byte of it.
+    """
+    try:
+        metadata = open_adapter(out).metadata
+        if _shorten(metadata.get(_LORA_HASH, ""), metadata.get(_RECIPE, "")) not in out.name:
+            return "it is made of something else than its name says"
+        return "" if is_intact(out) else "its bytes are not those that were written"
+    except (ProLoRAError, OSError) as error:
+        return str(error)
 
 
 def _jsonable(value: Any) -> Any:

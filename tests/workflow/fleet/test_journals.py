@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from fleet_files import records, results
-from safetensors.torch import save_file
+from fleet_files import results
+from safetensors.torch import load_file, save_file
 from test_plan_files import ODD
 
 import prolora
@@ -96,9 +96,19 @@ def test_results_are_compared_byte_by_byte(moved):
     assert prolora.read_status(moved).damaged is None
 
 
-def test_records_hold_the_digests_of_the_results(moved):
-    expected = results(moved)
-    assert {record["out"]: record["digest"] for record in records(moved)} == expected
+def test_a_result_that_another_result_took_the_place_of_is_named(collection, moved, tmp_path):
+    loras, source, targets = collection
+    lora = tmp_path / "b.safetensors"
+    save_file({k: t + 1 for k, t in load_file(loras / "b.safetensors").items()}, lora)
+    (result,) = (moved / "loras" / "target").glob("b-*")
+    (made,) = prolora.transfer_many([lora], source, targets[0], tmp_path / "other")
+    assert made.out.stat().st_size == result.stat().st_size
+    made.out.replace(result)
+    status = prolora.read_status(moved, verify=True)
+    assert (
+        status.done == 8
+        and "made of something else" in status.damaged[f"loras/target/{result.name}"]
+    )
 
 
 def test_a_project_that_keeps_plans_in_a_folder_of_that_name_stays_as_it_is(plan, tmp_path):

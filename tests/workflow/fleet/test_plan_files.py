@@ -38,7 +38,7 @@ def flip(content, bit):
 def test_a_plan_is_read_as_it_was_written(plan, file):
     assert Plan.read(file) == plan
     head = json.loads(file.read_text().splitlines()[0])
-    assert head["moves"] == 10 and len(head["sha256"]) == 64
+    assert head["moves"] == 10 and head["written_by"].startswith("prolora:plan:sha256:")
 
 
 def test_a_plan_that_was_cut_or_changed_anywhere_is_refused(file, tmp_path):

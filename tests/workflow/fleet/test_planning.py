@@ -74,7 +74,30 @@ def test_a_plan_says_what_it_costs_and_refuses_low_coverage(collection):
     entry = plan.entries[0]
     assert entry.size == (loras / "a.safetensors").stat().st_size
     assert entry.seconds > 0.01 and entry.memory > entry.size
-    assert plan.notes["setup"][0]["bytes"] > 10_000
+    assert plan.bases[entry.pair.source].bytes > 5_000
+
+
+@pytest.mark.parametrize(
+    "sides", [(2, 1), (2, 0.5), (1, 2)], ids=["wider", "wider-and-narrower", "longer"]
+)
+@pytest.mark.parametrize("options", [{}, {"min_coverage": 0.9}, {"out_rank": "1KB"}], ids=str)
+def test_a_plan_refuses_what_a_dry_run_refuses(collection, tmp_path, sides, options):
+    """Beside the widths that the LoRA has: a module that it leaves alone is narrower."""
+    loras, source, _ = collection
+    rows, columns = sides
+    names = list(shapes(3))
+    tensors = {
+        name: weights(m, n // 2, seed=5)
+        if name == names[-1]
+        else weights(int(m * rows), int(n * columns), seed=4)
+        for name, (m, n) in shapes(3).items()
+    }
+    target = write_folder(tmp_path / "other", tensors)
+    lora = loras / "c.safetensors"  # of the first five modules
+    (entry,) = make([lora], source, target, **options).entries
+    with pytest.raises(prolora.ProLoRAError) as told:
+        prolora.plan_report(lora, source, target, **options)
+    assert entry.refused == str(told.value)
 
 
 def test_another_file_option_or_base_is_another_move(collection, plan):

@@ -53,10 +53,6 @@ class BasisGroup:
     bound: float
     used: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Inventory:
@@ -263,10 +259,6 @@ class PruneResult:
     files: int
     size: int
     left: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 def prune_cache(

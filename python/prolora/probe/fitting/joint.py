@@ -44,6 +44,8 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
+    if run.release is not None:
+        run.release()
     translation = run.translation
     read, same_noise = translation.read, translation.same_noise
     start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)

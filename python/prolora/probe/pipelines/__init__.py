@@ -6,6 +6,7 @@ from .latents import LatentSpace, SharedLatents, check_shown
 from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
+from .stages import estimate_bytes
 
 __all__ = [
     "CrossingRecorder",
@@ -16,6 +17,7 @@ __all__ = [
     "SharedLatents",
     "check_shown",
     "describe_crossing",
+    "estimate_bytes",
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",

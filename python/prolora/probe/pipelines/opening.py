@@ -24,6 +24,7 @@ from ...errors import UnsupportedFormat
 from ..models import check_weights
 from ..precision import HALVES
 from .pipeline import Pipeline
+from .stages import PromptMemory
 
 
 def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
@@ -76,13 +77,22 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
             f"{type(error).__name__}: {error}. Pickles are not read; save it again with "
             "pipe.save_pretrained(FOLDER, safe_serialization=True)"
         ) from error
+    memory = PromptMemory(pipe, folder, options)
+    _tile_images(getattr(pipe, "vae", None))
     for name, model in pipe.components.items():
         if isinstance(model, nn.Module):
             check_weights(model, str(folder / name))
             model.eval()
             if model is not denoiser:
                 model.float()  # a text encoder has the dtype in which it was saved
-    return Pipeline(pipe.to(device or "cpu"), folder.name)
+    return Pipeline(pipe.to(device or "cpu"), folder.name, memory)
+
+
+def _tile_images(vae: Any) -> None:
+    """Lets a VAE take images one by one, and those beyond its own size tile by tile."""
+    for name in ("enable_slicing", "enable_tiling"):
+        with suppress(AttributeError, NotImplementedError):
+            getattr(vae, name)()
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -31,6 +31,7 @@ from .conditioning import (
 from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, NoiseSchedule
+from .stages import PromptMemory, empty_weights
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
@@ -60,15 +61,16 @@ class Pipeline:
         denoiser: its unet or transformer.
         schedule: what the denoiser predicts, at which noise level.
         accepted: names of the parameters of the pipeline's call.
+        memory: of what its text encoders said; None for a pipeline that somebody else uses too.
     """
 
-    def __init__(self, pipe: Any, name: str) -> None:
+    def __init__(self, pipe: Any, name: str, memory: PromptMemory | None = None) -> None:
         """Wraps a diffusers pipeline; `name` is for messages.
 
         Raises:
             UnsupportedFormat: it has neither unet nor transformer, or its scheduler is unknown.
         """
-        self.pipe, self.name = pipe, name
+        self.pipe, self.name, self.memory = pipe, name, memory
         part = next((part for part in MODELS if getattr(pipe, part, None) is not None), None)
         if part is None:
             raise UnsupportedFormat(f"{name}: its {type(pipe).__name__} has no unet or transformer")
@@ -93,6 +95,25 @@ class Pipeline:
         sample = sample[0] if isinstance(sample, list | tuple) else sample
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
+
+    def encode_prompts(self, settings: FitSettings) -> None:
+        """Encodes all prompts of the samplings, with and without the LoRA, and the empty one.
+
+        Then the text encoders give their memory back: the pipeline samples without them.
+        """
+        ways = [settings, *([settings.with_lora()] if settings.has_few_step_lora else [])]
+        for way in ways:
+            for prompt in dict.fromkeys((*_prompts_or_empty(way), "")):
+                if "prompt" in self.accepted:
+                    self._capture_call(prompt, way)
+        if self.memory is not None:
+            self.memory.release()
+
+    def release(self, keep_denoiser: bool) -> None:
+        """Frees the weights of a pipeline that was opened for a fit and is not sampled any more."""
+        if self.memory is not None:
+            parts = (p for p in self.pipe.components.values() if isinstance(p, nn.Module))
+            empty_weights(p for p in parts if not (keep_denoiser and p is self.denoiser))
 
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """The settings of a target's sampling: its steps and its guidance where they are others."""

@@ -46,6 +46,10 @@ class QuestionSource(Protocol):
         """Where results are kept."""
 
     @property
+    def keys(self) -> dict[str, str]:
+        """Origin -> hash of what its samplings depend on, besides the seed and the models."""
+
+    @property
     def key(self) -> str:
         """Hash of what all questions together depend on."""
 

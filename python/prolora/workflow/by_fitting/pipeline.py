@@ -212,17 +212,24 @@ def _fit_models(
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
-    models = [pipelines.open_pipeline(p, options.device) for p in (source.path, target.path)]
-    if inputs:
-        sides = ("the source: parts", "the target: parts")
-        inputs = {**inputs, **{n: model.parts for n, model in zip(sides, models, strict=True)}}
+    if options.memory_limit is not None:
+        _check_memory(options.memory_limit, source.path, target.path, options.device)
+    words = derive_prompts(read_training_words(job.adapter.metadata))
+    asked = replace(options, prompts=options.prompts or words)
+    models: list[Pipeline] = []
+    for side, path in (("source", source.path), ("target", target.path)):
+        model = pipelines.open_pipeline(path, options.device)
+        if inputs:
+            inputs = {**inputs, f"the {side}: parts": model.parts}
+        # Before the next one is loaded, the text encoders of this one make room.
+        model.encode_prompts(model.derive_target_settings(asked) if models else asked)
+        models.append(model)
     denoisers = models[0].denoiser, models[1].denoiser
     checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
     updates = _drop_text_encoders(job.adapter.updates)
     adapter = job.adapter.with_updates(updates)
-    derived: tuple[str, ...] = ()
-    if not options.prompts and all("prompt" in model.accepted for model in models):
-        derived = derive_prompts(read_training_words(job.adapter.metadata))
+    takes_prompts = all("prompt" in model.accepted for model in models)
+    derived = words if takes_prompts and not options.prompts else ()
     images = itertools.count(1)
 
     def count_image() -> None:
@@ -280,7 +287,7 @@ def _fit_pair(
     text = pair.describe_sampling() if checkpoints.folder else ""
     denoisers = pair.source.denoiser, pair.target.denoiser
     recorder = Recorder(*denoisers, loras[0], samplers, pair.translation, checkpoints, text)
-    result = fit_from_recorder(recorder, loras[1], sampled)
+    result = fit_from_recorder(recorder, loras[1], sampled, functools.partial(_release, models))
     result.report.log_snr = pair.log_snr
     return result
 
@@ -305,9 +312,33 @@ def _fit_crossing(
     ours, theirs = observe_sides(*models, sampled, shared)
     text = describe_crossing(ours, theirs) if checkpoints.folder else ""
     recorder = CrossingRecorder(ours, theirs, adapter, checkpoints, text, on_image)
-    result = fit_from_recorder(recorder, rival, sampled)
+    result = fit_from_recorder(recorder, rival, sampled, functools.partial(_release, models))
     result.report.log_snr = recorder.log_snr
     return result
+
+
+def _release(models: tuple[Pipeline, Pipeline]) -> None:
+    """Frees what does not run again once both models were asked: all but the target's denoiser."""
+    models[0].release(keep_denoiser=False)
+    models[1].release(keep_denoiser=True)
+
+
+def _check_memory(limit: int, source: Path, target: Path, device: str | None) -> None:
+    """Refuses a bound that the models alone exceed, before they are loaded.
+
+    Raises:
+        TooLittleMemory: says the least that is needed.
+    """
+    from ...probe.pipelines import estimate_bytes
+
+    (ours, others), (theirs, rest) = (estimate_bytes(path) for path in (source, target))
+    on_host = device is None or device.startswith("cpu")
+    least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
+    if least > limit:
+        raise TooLittleMemory(
+            f"a bound of {format_size(limit)} on memory is too little: the two pipelines alone "
+            f"need {format_size(least)} at a time"
+        )
 
 
 def _memory_left(limit: int) -> int:

@@ -5,8 +5,6 @@ Here a pair is skipped whose weights overlap less than the threshold on Φ.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -15,23 +13,15 @@ from ...core.basis import Basis
 from ...core.damping import Damper
 from ...core.lowrank import LowRank
 from ...core.projection import project_factors
-from ..module_report import Measures, ModuleReport
+from ..module_report import Measures
 from ..plan import Pair
 from .ledger import Ledger, Moved
-from .rows import describe_unchanged
 
 
 def copy_updates(ledger: Ledger) -> list[Moved]:
     """The updates as they are."""
-    adapter = ledger.adapter
-    return [
-        (
-            pair,
-            adapter.updates[pair.source],
-            describe_unchanged(adapter, pair.source, pair.target, ledger.method.outcome),
-        )
-        for pair in ledger.plan.pairs
-    ]
+    updates, what = ledger.adapter.updates, ledger.method.outcome
+    return [Moved(pair, updates[pair.source], what) for pair in ledger.plan.pairs]
 
 
 def damp_updates(
@@ -55,19 +45,10 @@ def damp_updates(
         )
         norms = zip(*(x.norm().tolist() for x in (delta, moved, difference)), strict=True)
         for i, (place, (before, after, distance)) in enumerate(zip(places, norms, strict=True)):
-            pair = stack[place]
-            row = describe_unchanged(
-                ledger.adapter, pair.source, pair.target, ledger.method.outcome, before**2
-            )
-            if before > 0:
-                ratio = after / before
-                row = replace(
-                    row,
-                    surviving_energy=ratio**2,
-                    norm_ratio=ratio,
-                    copy_distance=distance / before,
-                )
-            moved_updates.append((pair, LowRank(moved.up[i], moved.down[i]), row))
+            ratio = after / before if before > 0 else 1.0
+            numbers = (before**2, ratio**2, ratio, distance / before if before > 0 else 0.0)
+            update = LowRank(moved.up[i], moved.down[i])
+            moved_updates.append(Moved(stack[place], update, ledger.method.outcome, *numbers))
     return moved_updates
 
 
@@ -105,27 +86,23 @@ def project_updates(
     for first, ledger in enumerate(ledgers):
         for i, pair in enumerate(pairs):
             at = i * len(ledgers) + first
+            measures = measured[at]
+            skipped = _explain_overlap(measures, options.threshold)
+            update = None if skipped else recompressed[at]
+            what = skipped or ledger.method.outcome
             energy, surviving, ratio, distance = (values[at] for values in numbers)
-            measures, what = measured[at], ledger.method.outcome
-            row = replace(
-                describe_unchanged(ledger.adapter, pair.source, pair.target, what, energy),
-                measures=measures,
-                surviving_energy=surviving,
-                norm_ratio=ratio,
-                copy_distance=distance,
+            moved_updates.append(
+                Moved(pair, update, what, energy, surviving, ratio, distance, measures)
             )
-            if min(measures.phi_left, measures.phi_right) < options.threshold:
-                moved_updates.append((pair, None, _skip_pair(row, measures, options.threshold)))
-            else:
-                moved_updates.append((pair, recompressed[at], row))
     return moved_updates
 
 
-def _skip_pair(row: ModuleReport, measures: Measures, threshold: float) -> ModuleReport:
-    """The row of a pair whose weights overlap too little."""
+def _explain_overlap(measures: Measures, threshold: float) -> str:
+    """Why a pair is skipped whose weights overlap too little; empty where they do not."""
+    if not min(measures.phi_left, measures.phi_right) < threshold:
+        return ""
     side = "left" if measures.phi_left <= measures.phi_right else "right"
-    reason = f"Φ {side} below the threshold {threshold:g}"
-    return replace(row, target=None, status="skipped", reason=reason, rank_out=0)
+    return f"Φ {side} below the threshold {threshold:g}"
 
 
 def _stack_updates(ledgers: list[Ledger], pairs: list[Pair]) -> LowRank:

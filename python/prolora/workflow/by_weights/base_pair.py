@@ -104,15 +104,14 @@ class BasePair:
         Raises:
             ProLoRAError: see `prolora.transfer`.
         """
-        options, clock, weights = self.options, Clock(), depth != "header"
+        options, clock = self.options, Clock()
         with clock("read"):
             check_bases(lora, self.source, self.target, options, self.cache)
             adapter = read_lora(lora, self.source, depth)
         with clock("match"):
-            if match is None:
-                match = self.match_blocks() if weights else options.match
-            widths = self.widths if weights else None
-            plan = make_plan(adapter, self.source, self.target, match, options.text_encoder, widths)
+            match = self.match_blocks() if match is None else match
+            bases = self.source, self.target
+            plan = make_plan(adapter, *bases, match, options.text_encoder, self.widths)
         whole = measure_sliced(adapter, plan)
         adapter, source = slice_adapter(adapter, plan), slice_source(self.source, [plan])
         ledger = Ledger(adapter, plan, source, self.target, options, lora, whole=whole, clock=clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
@@ -15,8 +15,7 @@ from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
 from ...comparison.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
-from .ledger import Ledger
-from .rows import describe_unchanged
+from .ledger import Ledger, Moved
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,7 @@ def _leave_out_strangers(ledger: Ledger, source: Base) -> None:
     strange = {name for name, a in ledger.affinities.items() if a.cosine < STRANGE_COSINE}
     strangers = [pair for pair in ledger.plan.pairs if pair.target in strange]
     for pair in strangers:
-        # Its energy was not needed as long as it had a place.
-        what = describe_unchanged(ledger.adapter, pair.source, None, STRANGER)
-        ledger.write(pair, replace(what, status="skipped", rank_out=0))
+        ledger.enter(Moved(pair, None, STRANGER))
     ledger.leave_out(strangers)
 
 

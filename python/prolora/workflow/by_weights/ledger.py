@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,10 @@ from ...core.lowrank import LowRank
 from ...core.methods import Method, find_method
 from ...core.precision import is_finite
 from ...errors import NonFiniteWeights, ProLoRAError
-from ..module_report import ModuleReport
+from ..module_report import Measures, ModuleReport
 from ..options import LoraLike, TransferOptions
 from ..out_rank import cut_rank
 from ..plan import ModulePlan, Pair
-from .slicing import describe_sliced_module
 
 LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeError)
 """Errors that end the LoRA in which they happen and no other of the same call."""
@@ -27,8 +27,30 @@ LORA_FAILURES = (ProLoRAError, OSError, ArithmeticError, MemoryError, RuntimeErr
 BYTES_A_NUMBER = 12
 """In memory for each number of a LoRA: float32 before the move, twice the rank after it."""
 
-Moved = tuple[Pair, LowRank | None, ModuleReport]
-"""A pair, the update of its target (None where the pair was skipped), and the row of the report."""
+
+@dataclass(frozen=True)
+class Moved:
+    """What a method made of one update, at strength 1.
+
+    Attributes:
+        pair: where it comes from and goes.
+        update: of the target; None where the pair is skipped.
+        why: it was skipped, or how it was moved.
+        energy: ‖ΔW_s‖²; None where nobody has computed it.
+        surviving: ‖ΔW_t‖²/‖ΔW_s‖².
+        ratio: ‖ΔW_t‖/‖ΔW_s‖.
+        distance: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖.
+        measures: of the projection; None where there was none.
+    """
+
+    pair: Pair
+    update: LowRank | None
+    why: str
+    energy: float | None = None
+    surviving: float = 1.0
+    ratio: float = 1.0
+    distance: float = 0.0
+    measures: Measures | None = None
 
 
 class Clock:
@@ -114,18 +136,32 @@ class Ledger:
             make: gives updates before their strength and output rank.
         """
         try:
-            for pair, update, row in make():
-                self._enter(pair, update, row)
+            for moved in make():
+                self.enter(moved)
         except LORA_FAILURES as error:
             self.error = error
 
-    def _enter(self, pair: Pair, update: LowRank | None, row: ModuleReport) -> None:
-        """Keeps an update at its strength and output rank, on the CPU, and its row.
+    def enter(self, moved: Moved) -> None:
+        """Keeps an update at its strength and output rank, on the CPU, and writes its row.
 
         Raises:
             NonFiniteWeights: the update overflows.
         """
-        if update is not None:
+        pair, update, energy = moved.pair, moved.update, moved.energy
+        if energy is None:
+            energy = self.adapter.updates[pair.source].norm().square().item()
+        row = replace(
+            self.rows[pair],
+            reason=moved.why,
+            energy=energy,
+            surviving_energy=moved.surviving,
+            norm_ratio=moved.ratio,
+            copy_distance=moved.distance,
+            measures=moved.measures,
+        )
+        if update is None:
+            row = replace(row, target=None, status="skipped", rank_out=0)
+        else:
             row = row.at_strength(self.options.factor)
             if self.options.factor != 1:
                 update = LowRank(update.up * self.options.factor, update.down)
@@ -140,8 +176,23 @@ class Ledger:
         self.write(pair, row)
 
     def write(self, pair: Pair, row: ModuleReport) -> None:
-        """Writes the row of a pair, with what is known of its weights."""
-        row = describe_sliced_module(row, self.plan, self.whole)
+        """Writes the row of a pair, with what is known of its weights.
+
+        Of an update that was cut to rows and columns, what was cut off counts as lost.
+        """
+        selection, whole = self.plan.selections.get(row.source), self.whole.get(row.source)
+        if selection is not None:
+            row = replace(row, residual=selection.residual)
+            if row.status == "mapped":
+                row = replace(row, reason=f"{row.reason}; {selection.describe()}")
+        if selection is not None and whole:
+            share = row.energy / whole
+            row = replace(
+                row,
+                energy=whole,
+                surviving_energy=row.surviving_energy * share,
+                norm_ratio=row.norm_ratio * math.sqrt(share),
+            )
         if (affinity := self.affinities.get(pair.target)) is not None:
             row = replace(row, drift=affinity.drift, cosine=affinity.cosine)
         self.rows[pair] = row

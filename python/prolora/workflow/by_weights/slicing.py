@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ...adapters.adapter import Adapter
 from ...bases import Base
 from ...comparison.width_selection import Selection, select_base
-from ..module_report import ModuleReport
 from ..plan import ModulePlan
 
 
@@ -46,30 +44,3 @@ def measure_sliced(adapter: Adapter, plan: ModulePlan) -> dict[str, float]:
         for name in plan.selections
         if name in adapter.updates
     }
-
-
-def describe_sliced_module(
-    row: ModuleReport, plan: ModulePlan, energies: Mapping[str, float]
-) -> ModuleReport:
-    """The row of a module that may have been sliced: what was cut off counts as lost.
-
-    Args:
-        row: of the sliced update.
-        plan: says what was sliced.
-        energies: ‖ΔW_s‖² of the whole updates.
-    """
-    selection, whole = plan.selections.get(row.source), energies.get(row.source)
-    if selection is None:
-        return row
-    row = replace(row, residual=selection.residual)
-    if row.status == "mapped":
-        row = replace(row, reason=f"{row.reason}; {selection.describe()}")
-    if not whole:
-        return row
-    share = row.energy / whole
-    return replace(
-        row,
-        energy=whole,
-        surviving_energy=row.surviving_energy * share,
-        norm_ratio=row.norm_ratio * math.sqrt(share),
-    )

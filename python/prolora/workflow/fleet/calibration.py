@@ -27,13 +27,11 @@ class Rates:
     Attributes:
         per_byte: seconds to read, hash, write and compare a byte of a LoRA.
         per_module: seconds for a module of a LoRA, whatever its size.
-        per_base_byte: seconds to read and compare a byte of a base.
         per_operation: seconds for a multiplication and an addition in float32.
     """
 
     per_byte: float
     per_module: float
-    per_base_byte: float
     per_operation: float
 
 
@@ -45,12 +43,10 @@ def calibrate() -> Rates:
         large, small = (_time(partial(_pass, a, folder)) for a in (few, many))
     per_module = small / _MANY
     size = sum(4 * (x.up.numel() + x.down.numel()) for x in few.updates.values())
-    weight = torch.ones(1 << 21)
     matrix = torch.ones(512, 512)
     return Rates(
         per_byte=max(large - 2 * per_module, large / 10) / size,
         per_module=per_module,
-        per_base_byte=_time(lambda: (weight * weight).sum()) / (4 * weight.numel()),
         per_operation=_time(lambda: matrix @ matrix) / 512**3,
     )
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 from ...errors import OutputError
 from ...files.managed_folder import ManagedFolder
+from ...files.ownership import is_own
 from ..options import settle_options, takes_options
 from .claims import Claims
 from .engines.engine import Engine
 from .engines.local import LocalEngine
 from .engines.ray_engine import RayEngine
-from .outcomes import is_complete, is_unchanged, write_failures
-from .plan import Batch, Entry, Plan, holds_plan, select_shard
-from .records import Journal, JournalReader, Record, find_time
+from .outcomes import Outcomes, write_failures
+from .plan import Batch, Entry, Plan, select_shard
+from .records import Journal, Record, find_time
 from .result_folder import PLANS, make_result_folder
 from .run_options import DEFAULT_MIGRATION, MigrationChanges, MigrationOptions
 from .summary import Summary, summarise
@@ -106,24 +107,8 @@ def _keep_plan(plan: Plan, folder: ManagedFolder) -> None:
     """Puts a copy of the plan into the folder, by which `status` knows what is left."""
     folder.make_folder(PLANS)
     copy = folder.find_place(PLANS, f"{plan.digest}.jsonl")
-    if not holds_plan(copy):
-        copy.unlink(missing_ok=True)  # it was damaged
-        plan.save(copy)
-
-
-@dataclass(slots=True)
-class _KnownOutcomes:
-    """What the journals say of a move.
-
-    Attributes:
-        record_out: the result of the last success; "" if there was none.
-        size: its bytes.
-        refused: whether the last failure was the LoRA's own.
-    """
-
-    out: str = ""
-    size: int = 0
-    refused: bool = False
+    if not (copy.is_file() and is_own(copy, "plan")):
+        plan.save(copy, overwrite=True)
 
 
 @dataclass
@@ -141,17 +126,14 @@ class _Run:
     folder: ManagedFolder
     batches: list[Batch]
     how: MigrationOptions
-    known: dict[str, _KnownOutcomes] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
     tries: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> _Run:
         """Reads what was done before, and begins a journal."""
-        self.reader = JournalReader(self.folder.path)
-        self._read_journals()
+        self.outcomes = Outcomes(self.folder.path)
         if self.how.retry_failed:
-            for known in self.known.values():
-                known.refused = False
+            self.outcomes.failed.clear()
         self.keys = {
             self.plan.key(entry): number
             for number, entry in enumerate(self.plan.entries)
@@ -215,9 +197,8 @@ class _Run:
 
     def _look_at_others(self) -> dict[Path, int]:
         """When the other processes' journals were written to last, or touched."""
-        return {
-            path: find_time(path) for path in self.reader.list_files() if path != self.journal.path
-        }
+        files = self.outcomes.reader.list_files()
+        return {path: find_time(path) for path in files if path != self.journal.path}
 
     def _take_batches(self) -> Iterator[Batch]:
         """What is left of each batch, claimed for this process."""
@@ -229,7 +210,7 @@ class _Run:
             if len(claimed) < len(open_entries):
                 self.busy = True
             # Another process may have done it before its claim ended.
-            self._read_journals()
+            self.outcomes.read_new()
             left = self._list_open(claimed)
             for entry in claimed:
                 if entry not in left:
@@ -244,18 +225,11 @@ class _Run:
             key = self.plan.key(entry)
             if key in self.finished:
                 continue
-            known = self.known.get(key)
-            if known and self._is_settled(entry, known):
+            if self.outcomes.is_settled(key, entry):
                 self._finish(key, Path(entry.lora).name)
             else:
                 left.append(entry)
         return left
-
-    def _is_settled(self, entry: Entry, known: _KnownOutcomes) -> bool:
-        """Whether nothing is left to do: the result is there, or the LoRA was refused."""
-        if known.out:
-            return is_complete(self.folder.path, known.out, known.size) and is_unchanged(entry)
-        return known.refused and is_unchanged(entry)
 
     def _claim(self, entry: Entry) -> bool:
         return self.claims.claim(self.keys[self.plan.key(entry)])
@@ -282,11 +256,3 @@ class _Run:
             self.finished.add(key)
             if self.how.progress:
                 self.how.progress(len(self.finished), self.total, name)
-
-    def _read_journals(self) -> None:
-        for _, record in self.reader.read_new():
-            known = self.known.setdefault(record.key, _KnownOutcomes())
-            if record.status == "done":
-                known.out, known.size, known.refused = record.out, record.size, False
-            elif record.status == "failed":
-                known.refused = not record.transient

@@ -6,72 +6,84 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ...errors import ProLoRAError, UnsupportedFormat
+from ...errors import UnsupportedFormat
 from ...files.managed_folder import ManagedFolder
 from ...files.state import read_state
-from ..resume import hash_adapter
+from ..resume import explain_damage
 from .plan import Entry, Plan
 from .records import JournalReader, Record
-from .result_folder import FAILED, RESULTS
+from .result_folder import FAILED
 
 State = Literal["done", "failed", "refused", "left"]
 
 
-def read_outcomes(
-    plan: Plan, folder: Path, reader: JournalReader | None = None
-) -> Iterator[tuple[Entry, State, Record | None]]:
-    """What became of each entry of a plan, in its order, and the record that says so.
+class Outcomes:
+    """What the journals of a folder say of each move.
 
     Journals have no common clock. A success counts whatever else there is, as long as its result is
     there and has the size that it had.
 
+    Attributes:
+        reader: of the journals.
+        done: key of a move -> its success.
+        failed: key of a move -> its last failure.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads what is there."""
+        self.folder, self.reader = folder, JournalReader(folder)
+        self.done: dict[str, Record] = {}
+        self.failed: dict[str, Record] = {}
+        self.read_new()
+
+    def read_new(self) -> None:
+        """Reads what was added since."""
+        for _, record in self.reader.read_new():
+            if record.status == "failed":
+                self.failed[record.key] = record
+            elif record.status == "done":
+                self.failed.pop(record.key, None)
+                earlier = self.done.get(record.key)
+                # That a result was there already says less than the record of the move itself.
+                if earlier is None or earlier.coverage is None or record.coverage is not None:
+                    self.done[record.key] = record
+
+    def is_there(self, key: str) -> bool:
+        """Whether the result of a success is where its record says, with the size that it had."""
+        record = self.done.get(key)
+        size = record.size if record else 0
+        return bool(record and size > 0 and measure_result(self.folder / record.out) == size)
+
+    def is_settled(self, key: str, entry: Entry) -> bool:
+        """Whether nothing is left to do: the result is there, or the LoRA was refused."""
+        if key in self.done:
+            return self.is_there(key) and _is_unchanged(entry)
+        refusal = self.failed.get(key)
+        return refusal is not None and not refusal.transient and _is_unchanged(entry)
+
+
+def read_outcomes(plan: Plan, folder: Path) -> Iterator[tuple[Entry, State, Record | None]]:
+    """What became of each entry of a plan, in its order, and the record that says so.
+
     Args:
         plan: the plan.
         folder: of the results.
-        reader: has read none of the journals yet.
     """
-    keys = {plan.key(entry) for entry in plan.entries if not entry.refused}
-    present = list_results(folder)
-    done: dict[str, Record] = {}
-    failed: dict[str, Record] = {}
-    for _, record in (reader or JournalReader(folder)).read_new():
-        if record.key not in keys:
-            continue
-        if record.status == "failed":
-            failed[record.key] = record
-        elif record.size and present.get(record.out) == record.size:
-            earlier = done.get(record.key)
-            # That a result was there already says less than the record of the move itself.
-            if earlier is None or earlier.coverage is None or record.coverage is not None:
-                done[record.key] = record
+    outcomes = Outcomes(folder)
     for entry in plan.entries:
         key = "" if entry.refused else plan.key(entry)
         if entry.refused:
             yield entry, "refused", None
-        elif key in done:
-            yield entry, "done", done[key]
-        elif key in failed:
-            yield entry, "failed", failed[key]
+        elif outcomes.is_there(key):
+            yield entry, "done", outcomes.done[key]
+        elif key in outcomes.failed:
+            yield entry, "failed", outcomes.failed[key]
         else:
             yield entry, "left", None
-
-
-def list_results(folder: Path) -> dict[str, int]:
-    """The results that are in a folder, as records name them, and their bytes."""
-    results: dict[str, int] = {}
-    with suppress(OSError):
-        for target in os.scandir(folder / RESULTS):
-            if target.is_dir(follow_symlinks=False):
-                with suppress(OSError):
-                    for name in os.listdir(target):
-                        path = Path(target.path, name)
-                        results[f"{RESULTS}/{target.name}/{name}"] = measure_result(path)
-    return results
 
 
 def measure_result(path: Path) -> int:
@@ -86,7 +98,7 @@ def measure_result(path: Path) -> int:
 
 
 def find_damaged(plan: Plan, folder: Path) -> dict[str, str]:
-    """The results of a plan whose bytes are not those that were written, and why.
+    """The results of a plan that are not what was written under their names, and why.
 
     Each is read completely.
 
@@ -94,20 +106,11 @@ def find_damaged(plan: Plan, folder: Path) -> dict[str, str]:
         plan: the plan.
         folder: of the results.
     """
-    damaged = {}
-    for _, state, record in read_outcomes(plan, folder):
-        if state != "done" or record is None:
-            continue
-        try:
-            found = hash_adapter(folder / record.out)
-        except ProLoRAError as error:
-            damaged[record.out] = str(error)
-            continue
-        if not record.digest:
-            damaged[record.out] = "its record has no digest to compare it with"
-        elif found != record.digest:
-            damaged[record.out] = "its bytes are not those that were written"
-    return damaged
+    done = [
+        record.out for _, state, record in read_outcomes(plan, folder) if state == "done" and record
+    ]
+    reasons = {out: explain_damage(folder / out) for out in done}
+    return {out: reason for out, reason in reasons.items() if reason}
 
 
 @dataclass
@@ -158,12 +161,7 @@ def write_failures(folder: ManagedFolder, plan: Plan) -> None:
         folder.write_text(FAILED, "".join(lines))
 
 
-def is_complete(folder: Path, out: str, size: int) -> bool:
-    """Whether a result is where its record says, with the size that it had."""
-    return size > 0 and measure_result(folder / out) == size
-
-
-def is_unchanged(entry: Entry) -> bool:
+def _is_unchanged(entry: Entry) -> bool:
     """Whether the LoRA's file is as the plan saw it; one that is gone counts as unchanged."""
     size, modified = find_state(Path(entry.lora))
     return (size, modified) in ((entry.size, entry.modified), (0, 0))

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ...bases.memory import STACK_BYTES
 from ...comparison.module_map import AUTO_MATCH
 from ...errors import InvalidOption, UnsupportedFormat, input_error
-from ...files.hashing import hash_parts, hash_text
+from ...files.hashing import hash_text
 from ...files.jsontext import parse_json_object
 from ...files.managed_folder import is_component
 from ...files.outside import is_path_text, open_regular, read_fields
-from ...files.ownership import foreign_file
-from ...files.writing import check_writable, write_text_atomically
+from ...files.ownership import WRITTEN_BY, is_signed, make_mark
+from ...files.writing import write_text_atomically
 from ...version import __version__
 from ..options import DEFAULT_OPTIONS, TransferOptions, settle_options
+from ..output_paths import check_beside
 
-FORMAT = 2
+FORMAT = 3
 """The version of the file format."""
 
 BATCH_LORAS, BATCH_BYTES = 32, 4 << 30
@@ -35,9 +37,7 @@ PROCESS_BYTES = 250 << 20
 _KEY = "prolora_plan"
 # Options of a transfer that change no result; those who run a plan choose them.
 _NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "progress"}
-# Line 1 begins so: everything behind the digest, other lines included, is what it is of.
-_START = f'{{"{_KEY}": {FORMAT}, "sha256": "'
-_MOVES = '", "moves": '
+_START = f'{{"{WRITTEN_BY}": "{make_mark("plan").rstrip("0")}'.encode()
 # Bytes of a plan: some millions of moves, of 300 each.
 _SIZE_LIMIT = 1 << 30
 
@@ -260,20 +260,18 @@ class Plan:
             ForeignFile: a file is there that prolora did not write.
             OutputError: the file cannot be written.
         """
-        check_plan_path(path, overwrite)
-        head, *lines = self._write_lines()
-        rest = "".join([f"{_MOVES}{len(lines)}, {head[1:]}", *lines])
-        write_text_atomically(path, f"{_START}{hash_text(rest)}{rest}")
-
-    def _write_lines(self) -> Iterator[str]:
+        check_beside(path, "plan", overwrite=overwrite)
         head = {
+            WRITTEN_BY: make_mark("plan"),
+            _KEY: FORMAT,
+            "moves": len(self.entries),
             "version": __version__,
             "options": dict(self.options),
             "bases": {label: asdict(base) for label, base in self.bases.items()},
             "notes": dict(self.notes),
         }
-        for line in (head, *(entry.to_dict() for entry in self.entries)):
-            yield json.dumps(line) + "\n"
+        lines = map(json.dumps, (head, *(entry.to_dict() for entry in self.entries)))
+        write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Plan:
@@ -287,6 +285,8 @@ class Plan:
         head, *lines = content[:-1].split(b"\n")
         try:
             about = read_fields(_Head, parse_json_object(head, f"{where}, line 1"), where)
+            if about.prolora_plan != FORMAT:
+                raise UnsupportedFormat("is a plan of another version; make a plan again")
             bases = {
                 label: read_fields(PlannedBase, base, f"{where}, line 1, base {label!r:.80}")
                 for label, base in about.bases.items()
@@ -307,26 +307,13 @@ class Plan:
 class _Head:
     """Line 1 of a plan."""
 
+    written_by: str
     prolora_plan: int
-    sha256: str
     moves: int
     version: str
     options: dict[str, Any]
     bases: dict[str, Any]
     notes: dict[str, Any]
-
-
-def check_plan_path(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuses the path of a plan that holds anything but a plan as it was written.
-
-    Raises:
-        ForeignFile: a file is there that prolora did not write, or that was changed.
-        OutputError: the file cannot be written.
-    """
-    check_writable(path)
-    taken = os.path.exists(path) and os.path.getsize(path) > 0
-    if taken and not (overwrite or holds_plan(path)):
-        raise foreign_file(path, "plan")
 
 
 def _is_map(match: object) -> bool:
@@ -337,7 +324,7 @@ def _is_map(match: object) -> bool:
 
 
 def _read_whole(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a plan, which are those that its digest is of.
+    """The bytes of a plan, which are those that its mark is of.
 
     Raises:
         UnsupportedFormat: they are others, or the file is no plan.
@@ -345,30 +332,19 @@ def _read_whole(path: str | os.PathLike[str]) -> bytes:
     where = os.fspath(path)
     with open_regular(path, _SIZE_LIMIT) as file:
         try:
-            start = file.read(len(_START))
-            content = start + file.read() if start == _START.encode() else b""
+            content = file.read(len(_START))
+            content += file.read() if content == _START else b""
         except OSError as error:
             raise input_error(path, error) from error
-    if not content:
-        raise UnsupportedFormat(
-            f"{where}: is not a plan of this version; make one with `plan_migration()`"
-        )
-    digest, rest = content[len(start) : len(start) + 64], content[len(start) + 64 :]
-    if hash_parts([rest]).encode() != digest:
+    if not content.startswith(_START):
+        raise UnsupportedFormat(f"{where}: is not a plan of this version; make a plan again")
+    if not is_signed(BytesIO(content), "plan"):
         raise UnsupportedFormat(
             f"{where}: was cut or changed since it was written and does not "
             "have the digest of its line 1. Make the plan again, or choose among its entries "
             "in Python and save that plan"
         )
     return content
-
-
-def holds_plan(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a plan of this version that nobody has changed."""
-    try:
-        return bool(_read_whole(path))
-    except UnsupportedFormat:
-        return False
 
 
 def estimate_worker_memory(entries: Iterable[Entry]) -> int:

@@ -87,11 +87,7 @@ def plan_migration(
     order = {label: number for number, label in enumerate(shelf.planned)}
     # Entries of a pair follow each other, and keep the order of the collection.
     entries.sort(key=lambda e: _order_pair(e.pair, order))
-    notes: dict[str, Any] = {
-        "seconds": round(time.perf_counter() - started, 3),
-        "loras": len(listed),
-    }
-    notes["setup"] = planner.estimate_setups(entries)
+    notes = {"seconds": round(time.perf_counter() - started, 3), "loras": len(listed)}
     return Plan(entries, shelf.planned, chosen, notes)
 
 
@@ -262,21 +258,3 @@ class _Planner:
             columns = self.options.rank if isinstance(self.options.rank, int) else 256
             seconds += 6 * columns * outline.numbers * rates.per_operation
         return seconds
-
-    def estimate_setups(self, entries: Iterable[Entry]) -> list[dict[str, Any]]:
-        """For each pair of bases: seconds to read and compare it, which its LoRAs share."""
-        pairs = dict.fromkeys(entry.pair for entry in entries if not entry.refused)
-        planned = self.shelf.planned
-        return [
-            {
-                "source": pair.source,
-                "target": pair.target,
-                "bytes": planned[pair.source].bytes + planned[pair.target].bytes,
-                "seconds": round(
-                    (planned[pair.source].bytes + planned[pair.target].bytes)
-                    * self.rates.per_base_byte,
-                    3,
-                ),
-            }
-            for pair in pairs
-        ]

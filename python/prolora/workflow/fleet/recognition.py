@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ...adapters.family import claimed_family
 from ...adapters.unread import UnreadAdapter
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.experts import ExpertPair, Experts
-from ...comparison.module_map import NamesDoNotTell
-from ...comparison.width_selection import WidthFinder
-from ...errors import ProLoRAError, ShapeMismatch, UnsupportedFormat
+from ...bases.weights import Origin
+from ...errors import ProLoRAError, UnsupportedFormat
 from ...files.hashing import hash_text
 from ..base_check import (
     HASH_KEYS,
@@ -194,25 +196,38 @@ def refuse_move(
         options: of the transfer.
         cache: remembers the hashes of files.
     """
-    source, target = bases.source, bases.target
-    if options.match == "similarity":
-        return ""  # only the weights tell which blocks belong together
+    hidden = _hide_weights(bases.source), _hide_weights(bases.target)
     try:
-        pair = BasePair(source, target, options, cache or BasisCache(None))
-        plan = pair.plan(lora, "header").plan
-        if plan.refused and _may_be_narrower(source, target):
-            return ""
-    except NamesDoNotTell:
-        return ""  # only the weights tell which blocks belong together
-    except ShapeMismatch as error:
-        # Weights tell whether the target kept rows and columns of the source.
-        return "" if _may_be_narrower(source, target) else str(error)
+        BasePair(*hidden, options, cache or BasisCache(None)).plan(lora, "header")
+    except _WeightsNeeded:
+        return ""
     except ProLoRAError as error:
         return str(error)
     return ""
 
 
-def _may_be_narrower(source: Base, target: Base) -> bool:
-    """Whether a module of the target has fewer rows or columns than the source's of that name."""
-    widths = WidthFinder(source, target)
-    return any(widths.may_be(name, name) for name in target.shapes.keys() & source.shapes.keys())
+class _WeightsNeeded(Exception):
+    """Only weights tell what becomes of a LoRA."""
+
+
+@dataclass(frozen=True)
+class _HiddenWeight:
+    """A weight of which the header alone is known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: Origin | None = None
+
+    def read(self) -> Tensor:
+        """Refused."""
+        raise _WeightsNeeded
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Refused."""
+        raise _WeightsNeeded
+
+
+def _hide_weights(base: Base) -> Base:
+    hidden = {n: _HiddenWeight(w.name, w.shape, w.dtype) for n, w in base.weights.items()}
+    return replace(base, weights=hidden)

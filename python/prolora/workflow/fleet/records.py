@@ -47,7 +47,6 @@ class Record:
             run ends and the entry stays as it was.
         out: the result, below the folder of the results; "" if there is none.
         size: bytes of the result; of a folder, of its weights.
-        digest: SHA-256 of the result.
         error: name of the error.
         reason: why it failed.
         transient: whether it may succeed another time: the system failed, not the LoRA.
@@ -69,7 +68,6 @@ class Record:
     status: Status
     out: str = ""
     size: int = 0
-    digest: str = ""
     error: str = ""
     reason: str = ""
     transient: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from ...errors import UnsupportedFormat
 from ...files.managed_folder import is_component
-from .outcomes import Reason, find_damaged, gather_reasons, read_outcomes
+from .outcomes import Reason, find_damaged
 from .plan import Plan
 from .records import JournalReader, Record, is_at_work
 from .result_folder import PLANS
+from .summary import summarise
 
 # Records of a process that its rate is taken from.
 _WINDOW = 64
@@ -75,23 +75,14 @@ def read_status(folder: str | os.PathLike[str], *, verify: bool = False) -> Stat
         del window[:-_WINDOW]
     working = [path for path in reader.list_files() if is_at_work(path)]
     plan = Plan.read(_find_plan(place, reader, working))
-    counts: Counter[str] = Counter()
-    refused = []
-    for entry, state, outcome in read_outcomes(plan, place):
-        counts[state] += 1
-        if state in ("failed", "refused"):
-            refused.append((entry, outcome.reason if outcome else entry.refused))
+    found = summarise(plan, place)
     rate = sum(measure_rate(windows.get(path, [])) for path in working) or None
     return Status(
-        total=len(plan.entries),
-        done=counts["done"],
-        failed=counts["failed"],
-        refused=counts["refused"],
-        left=counts["left"],
-        reasons=gather_reasons(refused),
+        **{state: found.count(state) for state in ("total", "done", "failed", "refused", "left")},
+        reasons=found.reasons,
         at_work=len(working),
         rate=rate,
-        seconds_left=counts["left"] / rate if rate else None,
+        seconds_left=found.count("left") / rate if rate else None,
         plan=plan.digest,
         damaged=find_damaged(plan, place) if verify else None,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +18,13 @@ from ...bases.experts import open_experts
 from ...bases.identity import compute_fingerprint
 from ...core.precision import full_precision
 from ...errors import OutputError, ProLoRAError, UnrelatedBases
-from ...files.hashing import hash_text
 from ...files.managed_folder import ManagedFolder
-from ...version import __version__
 from ..by_weights.ledger import LORA_FAILURES
 from ..outcome import Outcome
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
 from ..report import Report
-from ..resume import Recipe, hash_adapter
+from ..resume import Recipe
 from .outcomes import measure_result
 from .plan import Entry, PairOfBases, Plan
 from .records import Record
@@ -92,10 +89,6 @@ class PairWorker:
         self._mover: PairMover | None = None
         self._cache = BasisCache(None)
 
-    def move(self, entries: Sequence[Entry]) -> list[Record]:
-        """Moves LoRAs between the bases; see `move_each`."""
-        return list(self.move_each(entries))
-
     def move_each(self, entries: Sequence[Entry]) -> Iterator[Record]:
         """Moves LoRAs between the bases and gives a record for each, in any order.
 
@@ -129,12 +122,8 @@ class PairWorker:
             # Equal LoRAs of one name have one result, which is made once.
             waiting.setdefault(task.out, []).append(entry)
             tasks.setdefault(task.out, task)
-        mover.look_up(tasks.values(), self._cache)
-        left = [task for task in tasks.values() if task.outcome is None]
-        for task in tasks.values():
-            if task.outcome is not None:
-                yield from self._record_all(waiting[task.out], task)
-        for task in mover.run(left, self._cache, [task.lora for task in left]):
+        ordered = list(tasks.values())
+        for task in mover.run(ordered, self._cache, [task.lora for task in ordered]):
             for record in self._record_all(waiting[task.out], task):
                 yield record
                 if record.status == "stopped":
@@ -182,10 +171,7 @@ class PairWorker:
         Raises:
             OutputError: a link has its name.
         """
-        prints = [self.plan.find_fingerprint(self.pair, which) for which in ("source", "target")]
-        parts = [recipe.lora_hash, prints, self.plan.options, __version__]
-        digits = hash_text(json.dumps(parts, sort_keys=True))[:12]
-        appended = f"{entry.appended}-{digits}"
+        appended = f"{entry.appended}-{recipe.digest(self._cache)}"
         name = name_output(Path(entry.lora), str(self.options.format), appended)
         return self._place.find_place(RESULTS, self.pair.target, name)
 
@@ -221,7 +207,6 @@ class PairWorker:
             "done",
             out=outcome.out.relative_to(folder).as_posix(),
             size=measure_result(outcome.out),
-            digest=hash_adapter(outcome.out),
             seconds=round(outcome.seconds, 3),
             kept=outcome.kept,
             unread=len(outcome.unread),

@@ -1,0 +1,123 @@
+"""Parts of a pipeline that give their memory back when nothing needs them any more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...bases.folder import open_folder_weights
+from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
+
+TEXT_ENCODERS = "text_encoder"
+"""What the names of a pipeline's text encoders begin with."""
+_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
+
+
+def empty_weights(modules: Iterable[nn.Module]) -> None:
+    """Frees the memory of modules that do not run again, or not before `fill_weights`.
+
+    Their tensors keep dtype and device, which pipelines ask for, and hold no number.
+    """
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.new_empty(0)
+
+
+class PromptMemory:
+    """What a pipeline's text encoders made of each prompt, so that they run once and can go.
+
+    It takes the place of the pipeline's `encode_prompt`, whose answers depend on its arguments
+    alone. Where a prompt is asked for that was not encoded before, emptied encoders are read again.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        folder: that it was loaded from.
+        answers: of the calls so far.
+        state: what runs beside the encoders' weights, as a text; "" for nothing.
+    """
+
+    def __init__(self, pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
+        """Takes the place of the pipeline's method, where it has one; `options` of loading."""
+        self.pipe, self.folder, self._options = pipe, folder, options
+        self.answers: dict[str, Any] = {}
+        self.state = ""
+        self._encode = getattr(pipe, "encode_prompt", None)
+        self._emptied = False
+        if self._encode is not None:
+            pipe.encode_prompt = self
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by the pipeline's names of them."""
+        parts = self.pipe.components.items()
+        return {
+            name: part
+            for name, part in parts
+            if name.startswith(TEXT_ENCODERS) and isinstance(part, nn.Module)
+        }
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer of `encode_prompt`; a known one where it was asked the same before."""
+        assert self._encode is not None
+        key = _write_key((self.state, args, sorted(kwargs.items())))
+        if key is not None and key in self.answers:
+            return self.answers[key]
+        if self._emptied:
+            self._fill()
+        answer = self._encode(*args, **kwargs)
+        if key is not None:
+            self.answers[key] = answer
+        return answer
+
+    def release(self) -> None:
+        """Empties the text encoders; those of a pipeline whose answers are not kept stay."""
+        if self._encode is not None and not self._emptied:
+            empty_weights(self.encoders.values())
+            self._emptied = True
+
+    def _fill(self) -> None:
+        """Reads the encoders again."""
+        for name, module in self.encoders.items():
+            device = next(module.parameters()).device
+            kind: Any = type(module)
+            fresh = kind.from_pretrained(self.folder / name, **self._options).float().to(device)
+            stored = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
+                stored[key].data = tensor.data
+        self._emptied = False
+
+
+def _write_key(value: Any) -> str | None:
+    """A text that tells arguments apart; None where one is no plain value."""
+    if isinstance(value, list | tuple):
+        parts = [_write_key(item) for item in value]
+        return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    return repr(value) if isinstance(value, _PLAIN) else None
+
+
+def estimate_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of a pipeline's weights in memory: of its text encoders, and of its other models.
+
+    The denoiser stays as it is stored; the other models are in float32.
+
+    Raises:
+        UnsupportedFormat: it is no pipeline folder, or its weights cannot be read.
+    """
+    index = read_pipeline_index(folder)
+    encoders = others = 0
+    for name in index.parts:
+        if name in UNUSED_PARTS or not list((folder / name).glob("*.safetensors")):
+            continue
+        weights = open_folder_weights(folder / name)[0].values()
+        stored = name == index.denoiser
+        size = sum(math.prod(w.shape) * (w.dtype.itemsize if stored else 4) for w in weights)
+        if name.startswith(TEXT_ENCODERS):
+            encoders += size
+        else:
+            others += size
+    return encoders, others
