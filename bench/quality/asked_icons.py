@@ -13,7 +13,8 @@ what was asked for.
 - *ways*: the sampler's own states, or the images with fresh noise, at the sampler's times or at
   uniform ones, with half of the samples without a prompt or a tenth. 16 Gauss-Newton steps.
 - *prompts*: none, the trigger alone, those made from a header, and those of somebody who knows
-  what the LoRA is for. Images with fresh noise.
+  what the LoRA is for. Images with fresh noise. `elsewhere` is the share of what the LoRA changes
+  of the source at prompts without the trigger that the target follows.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from icons.words import GROUND, INK, STYLE, WHAT, all_prompts, prompt_parts, rea
 from judge import Judge, mmd, train_judge
 from lessons import Lesson, make_lesson
 from probing import Sampler
+from results import git
 from scoring import STUDENT_STEPS, apply_updates, sample_images
 from tables import format_table
 from torch import Tensor, nn
@@ -160,9 +162,8 @@ def draw_prompts(name: str, yard: Yard, count: int, generator: torch.Generator) 
     if name == "the trigger alone":
         return called
     made = derive_prompts(header_words())
-    numbers = [
-        _read(made[i % len(made)], called[i], plain[i]) for i in torch.randperm(count).tolist()
-    ]
+    order = torch.randperm(count, generator=generator).tolist()
+    numbers = [_read(made[i % len(made)], called[i], plain[i]) for i in order]
     return torch.tensor(numbers)
 
 
@@ -217,6 +218,31 @@ def sample(kind: str, adapter: str, prompts: str, seed: int) -> list[tuple[str, 
             states = (x, t, tokens), (images, torch.zeros(IMAGES), world.tokens(model, y))
         parts.append((origin, *states))
     return parts
+
+
+@functools.cache
+def ask_elsewhere(yard: Yard) -> list[ProbeBatch]:
+    """Noised images of the source and their prompts, none of them with the concept."""
+    world, generator = choose_world(), torch.Generator().manual_seed(77)
+    y = world.draw_prompts(2 * BATCH, generator, False)
+    clean = world.sample(yard.source, y, SAMPLER_STEPS, world.guidance, 77)
+    t = torch.rand(len(y), generator=generator)
+    s = t[:, None, None, None]
+    x = (1 - s) * clean + s * torch.randn(clean.shape, generator=generator)
+    with torch.no_grad():
+        call = Call((x, SCALE * t, world.tokens(yard.source, y)), {}, "source")
+    lora = {f"backbone.{name}": update for name, update in yard.lora.items()}
+    asked = wanted_changes(yard.source, yard.target, lora, [Question(call, call)], Translation())
+    return [ProbeBatch(w.call, w.plain, w.plain + w.change) for w in asked]
+
+
+@torch.no_grad()
+def follow_elsewhere(yard: Yard, updates: Updates) -> float:
+    """Share of the source's change at other prompts that the target follows."""
+    (probe,) = ask_elsewhere(yard)
+    with apply_updates(yard.target, updates):
+        left = probe.wanted - output_of(yard.target(*probe.call.args))
+    return 1 - float(left.square().sum() / (probe.wanted - probe.plain).square().sum())
 
 
 @functools.cache
@@ -339,6 +365,8 @@ def run(row: dict[str, Any], judge: Judge, budget: float) -> dict[str, Any]:
     found, seconds = fit(yard, probes, row["start"], row["optimiser"], budget)
     updates = {name.removeprefix("backbone."): u for name, u in found.updates.items()}
     facts = {"steps": len(found.history), "seconds": round(seconds, 1), "asking": round(asking, 1)}
+    if row["adapter"] == "concept":
+        facts["elsewhere"] = round(follow_elsewhere(yard, updates), 4)
     return row | score(yard, updates, judge) | facts
 
 
@@ -373,7 +401,7 @@ def _lay_out(
     turned: bool = False,
 ) -> str:
     """A line for each value and a column for each case, or the other way round."""
-    cases = list(dict.fromkeys(name(row) for row in rows))
+    cases = sorted({name(row) for row in rows})
 
     def cell(value: str, case: str) -> str:
         found = [row for row in rows if row[by] == value and name(row) == case]
@@ -382,6 +410,8 @@ def _lay_out(
         losses, images = (
             ", ".join(f"{row[key]:.2f}" for row in found) for key in ("score", "near")
         )
+        if by == "prompts" and found[0]["start"] == "zero":
+            images += " / " + ", ".join(f"{row['elsewhere']:.2f}" for row in found)
         time = f" ({sum(r['seconds'] for r in found) / len(found):.1f} s)" if turned else ""
         return f"{losses} / {images}{time}"
 
@@ -414,6 +444,12 @@ def measure_rows(kept: dict[str, Any], judge: Judge, seconds: float) -> None:
         fitted = known.get(key_of(row | {"optimiser": "fit"}), {})
         kept["rows"].append(run(row, judge, fitted.get("seconds", 0.0)))
         print(kept["rows"][-1], flush=True)
+        kept["made"] = {
+            "script": "bench/quality/asked_icons.py",
+            "commit": git("rev-parse", "--short", "HEAD"),
+            "date": git("log", "-1", "--format=%cs"),
+            "torch": torch.__version__,
+        }
         RESULTS.write_text(json.dumps(kept, indent=0) + "\n")
         if time.process_time() > seconds:
             return
