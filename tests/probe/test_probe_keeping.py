@@ -171,3 +171,23 @@ def test_a_joint_fit_is_kept_whole_and_a_bound_on_memory_changes_no_bit(source, 
     assert again.report.resumed == 1
     assert again.report.steps == complete.report.steps
     assert_equal(complete, again)
+
+
+def test_equal_tensors_of_many_calls_are_in_memory_once(tmp_path):
+    """The text embeddings of an image are the same in each of its steps, as copies from a GPU."""
+    store = SpillStore(4 * 100 + 5 * 40)
+    embeddings = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    for i, latent in enumerate(latents):
+        store.put(i, (latent, embeddings.clone()))
+    assert (store.held, store.spilled) == (4 * 100 + 5 * 40, 4 * 110)  # the last one is beyond it
+    for i, latent in enumerate(latents):
+        kept = store.get(i)
+        assert torch.equal(kept[0], latent) and torch.equal(kept[1], embeddings)
+    alike = torch.zeros(10), torch.zeros(10, dtype=torch.int32), torch.zeros(2, 5)
+    store = SpillStore()
+    store.put("a", alike)
+    assert store.held == 3 * 40  # of another type or shape is another tensor
+    assert all(
+        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(store.get("a"), alike, strict=True)
+    )

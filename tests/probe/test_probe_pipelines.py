@@ -290,7 +290,7 @@ def test_other_latents_are_named_and_no_copy_is_measured_there(room, tmp_path, c
     target = tiny.save(tmp_path / "target", **changed)
     assert words in vae.explain_different_latents(room / "source", target)
     assert vae.explain_different_latents(room / "source", room / "other") is None
-    with pytest.raises(UnrelatedBases, match=f"{words}.*probing moves"):
+    with pytest.raises(UnrelatedBases, match=f"{words}.*a fit moves"):
         advise(room / "source", target, room / "lora.safetensors", measure=True)
 
 

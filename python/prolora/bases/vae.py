@@ -134,7 +134,7 @@ def check_latents(source: Path, target: Path) -> None:
     if reason is not None:
         raise UnrelatedBases(
             f"a copy on {target.name} cannot be measured by {source.name}: {reason}. "
-            "probing moves a LoRA between latents by way of images"
+            "a fit moves a LoRA between latents by way of images"
         )
 
 

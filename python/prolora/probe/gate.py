@@ -180,7 +180,7 @@ def decide_gate(
     reason = f"{share['all']:.0%} of the wanted change reached on held-out probes"
     if gain is not None:
         reason += (
-            f", {copied:.0%} by the LoRA moved without probing (a gain of {gain.share:.1%} "
+            f", {copied:.0%} by the LoRA moved by weights alone (a gain of {gain.share:.1%} "
             f"± {SURE * gain.error:.1%} over {gain.trajectories} trajectories)"
         )
     return (GO if strength == 1.0 else WEAKEN), reason
@@ -280,11 +280,11 @@ def _explain_copy(
     """Why the fit is not taken."""
     if gain.share == 0:
         return (
-            f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
-            "probes, and nothing was fitted"
+            f"the LoRA moved by weights alone reaches {copied:.0%} of the wanted change on "
+            "held-out probes, and nothing was fitted"
         )
     reason = (
-        f"the LoRA moved without probing reaches {copied:.0%} of the wanted change on held-out "
+        f"the LoRA moved by weights alone reaches {copied:.0%} of the wanted change on held-out "
         f"probes, the fitted one {fitted:.0%}"
     )
     if gain.lowest <= 0:

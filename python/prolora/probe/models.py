@@ -31,7 +31,7 @@ def check_models(source: nn.Module, target: nn.Module, adapter: Adapter) -> None
         for name, parameter in model.named_parameters():
             if parameter.dtype not in (torch.float32, *HALVES):
                 raise ProLoRAError(
-                    f"{name} of the {side} is {parameter.dtype}: probing computes in float32 from "
+                    f"{name} of the {side} is {parameter.dtype}: a fit computes in float32 from "
                     "weights of float32, float16 or bfloat16; call .float() on the model"
                 )
         check_weights(model, f"the {side}")

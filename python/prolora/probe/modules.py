@@ -37,7 +37,7 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
         model(*call.args, **call.kwargs)
     if not order:
         raise ProLoRAError(
-            f"{type(model).__name__} has no block with linear layers, which is what probing fits"
+            f"{type(model).__name__} has no block with linear layers, which is what a fit changes"
         )
     return list(order)
 

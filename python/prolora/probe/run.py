@@ -362,7 +362,11 @@ def _draw_samples(
 
     count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
     # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
-    own, prompts = count // len(ORIGINS), run.translation.find_prompts
+    prompts, sizes = run.translation.find_prompts, dict.fromkeys((*origins, "adapted"), 0)
+    for question in questions:
+        sizes[question.origin] += count_samples(question.source)
+    sizes.pop(PAIR, None)
+    own = count * sizes["adapted"] // sum(sizes.values())  # a few-step LoRA has fewer
     drawn = draw_some(lambda origin: origin not in OF_LORA, count - own, prompts)
     drawn += draw_some(lambda origin: origin == "adapted", own, prompts)
     drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]

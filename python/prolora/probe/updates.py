@@ -120,5 +120,5 @@ def weight_of(model: nn.Module, name: str, any_kind: bool = False) -> Tensor:
     linear = hasattr(module, "in_features") and isinstance(weight, Tensor) and weight.dim() == 2
     other = any_kind and isinstance(module, (*_CONVOLUTIONS, nn.Embedding))
     if not isinstance(weight, Tensor) or not (linear or other):
-        raise ProLoRAError(f"{name} is not a linear module; probing moves linear modules only")
+        raise ProLoRAError(f"{name} is not a linear module; a fit changes linear modules only")
     return weight

@@ -21,7 +21,7 @@ LEAST_COPY_SHARE = 0.1
 LEAST_TRUST = 0.1
 """Below this share of the way a fit is not worth its time."""
 NO_COPY = (
-    "start 'copy' needs a LoRA that can be moved to the target without probing, and this one has "
+    "start 'copy' needs a LoRA that can be moved to the target by weights alone, and this one has "
     "no module of the target's names and shapes; use 'auto' or 'zero'"
 )
 

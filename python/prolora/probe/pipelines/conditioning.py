@@ -55,7 +55,7 @@ def split_call(model: nn.Module, call: Call) -> CallParts:
     name = _time_name(model)
     if name not in arguments or not isinstance(latent, Tensor):
         raise ProLoRAError(
-            f"{type(model).__name__} takes no timestep and latents of one size; probing needs a "
+            f"{type(model).__name__} takes no timestep and latents of one size; a fit needs a "
             "denoiser"
         )
     time = torch.as_tensor(arguments.pop(name), device=latent.device)
@@ -198,7 +198,7 @@ class PromptTable:
         if distances[best] > _TOLERANCE:
             raise ProLoRAError(
                 f"a call of {type(self.model).__name__} has a conditioning of none of the prompts; "
-                "its pipeline changes the text embeddings between steps, which probing cannot "
+                "its pipeline changes the text embeddings between steps, which a fit cannot "
                 "translate"
             )
         return best

@@ -90,7 +90,7 @@ class LatentSpace:
             side = math.isqrt(tokens)
             if side * side != tokens:
                 raise UnsupportedFormat(
-                    f"a latent of {tokens} tokens is not a square; probing samples squares"
+                    f"a latent of {tokens} tokens is not a square; a fit samples squares"
                 )
             return latent.mT.reshape(n, channels, side, side)
         if latent.dim() == 5 and latent.shape[2] == 1:
@@ -196,12 +196,12 @@ def _observe_decoding(
     if tuple(stored.shape[1:]) != folded:
         raise UnsupportedFormat(
             f"{name} gives its VAE {list(given.shape[1:])} numbers for latents of "
-            f"{list(image.shape[1:])}, and probing cannot tell how they correspond"
+            f"{list(image.shape[1:])}, and a fit cannot tell how they correspond"
         )
     scale, shift, error = _fit_channels(image, F.pixel_unshuffle(stored, fold))
     if not error < _TOLERANCE or not bool((scale != 0).all()):
         raise UnsupportedFormat(
-            f"{name} gives its VAE no multiple of its latents, channel by channel, so probing "
+            f"{name} gives its VAE no multiple of its latents, channel by channel, so a fit "
             "cannot take images to them"
         )
     frame = given.dim() == 5

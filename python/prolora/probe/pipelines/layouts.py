@@ -48,7 +48,7 @@ class LatentLayout:
         side = math.isqrt(tokens)
         if side * side != tokens:
             raise ProLoRAError(
-                f"a latent of {tokens} tokens is not a square; probing samples squares"
+                f"a latent of {tokens} tokens is not a square; a fit samples squares"
             )
         return (
             latent.reshape(n, side, side, width // 4, 2, 2)

@@ -48,7 +48,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
         import diffusers
     except ImportError as error:
         raise UnsupportedFormat(
-            'probing runs the models through diffusers: pip install "prolora[probe]"'
+            'the models run through diffusers: pip install "prolora[probe]"'
         ) from error
     assert index.denoiser is not None
     part, parts = index.denoiser, index.parts
@@ -129,7 +129,7 @@ def _read_index(folder: Path) -> PipelineIndex:
     """
     if not is_pipeline(folder):
         raise UnsupportedFormat(
-            f"{folder}: probing runs the models, so each base must be the folder of a whole "
+            f"{folder}: the models are run, so each base must be the folder of a whole "
             f"diffusers pipeline ({PIPELINE_INDEX}, scheduler, text encoders, unet or "
             "transformer); weights alone cannot be sampled"
         )
@@ -138,7 +138,7 @@ def _read_index(folder: Path) -> PipelineIndex:
         if library not in ("diffusers", "transformers") and name not in UNUSED_PARTS:
             raise UnsupportedFormat(
                 f"{folder / PIPELINE_INDEX}: {name} comes from {library!r}, which is code of its "
-                "own; probing runs code of diffusers and transformers only"
+                "own; only code of diffusers and transformers is run"
             )
     if index.denoiser is None:
         raise UnsupportedFormat(f"{folder}: the pipeline has no unet or transformer")

@@ -264,7 +264,7 @@ class Pipeline:
         if count > 2:
             raise ProLoRAError(
                 f"{self.name}: its {type(self.pipe).__name__} guides by more than two "
-                "branches, which probing cannot handle"
+                "branches, which no fit can handle"
             )
 
     def _place_of_prompt(

@@ -80,7 +80,7 @@ class NoiseSchedule:
             return cls(VELOCITY, None, sign=sign, sigma_data=float(data), log_sigmas=bounds)
         if kind not in (EPSILON, VELOCITY, SAMPLE) or alphas is None:
             raise UnsupportedFormat(
-                f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; probing "
+                f"{name}: its scheduler {type(scheduler).__name__} predicts {kind!r}; a fit "
                 f"handles {EPSILON}, {VELOCITY} and {SAMPLE} with alphas_cumprod, flow matching, "
                 "and EDM. Another scheduler of the same model may say what it predicts"
             )

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...errors import output_error
+from ...files.hashing import hash_parts
 from ...files.safetensors_file import SafetensorsFile
 from ...files.sizes import format_size
 from ...files.writing import dump_safetensors
-from . import call_codec
+from .call_codec import decode_calls, encode_calls
 from .lazy import LazySequence
 from .trajectories import Call
 from .translation import Question
@@ -26,8 +27,9 @@ Bundle = tuple[Tensor, ...]
 class SpillStore:
     """Bundles of tensors by key.
 
-    The bundles are in the machine's memory, not in a GPU's; a bundle that would exceed the bound
-    goes to a file. Bundles come back bit for bit, on their former device. The files are in a
+    The bundles are in the machine's memory, not in a GPU's, and equal tensors there once (the text
+    embeddings of all steps of an image); a bundle that would exceed the bound goes to a file.
+    Bundles come back bit for bit, on their former device. The files are in a
     temporary folder that is deleted with the store.
     """
 
@@ -35,6 +37,7 @@ class SpillStore:
         """Starts empty; `max_bytes` bounds the bytes in memory, None means no bound."""
         self.max_bytes = max_bytes
         self.held = self.spilled = 0
+        self._known: dict[str, Tensor] = {}
         self._bundles: dict[Hashable, tuple[Bundle, torch.device]] = {}
         self._files: dict[Hashable, tuple[Path, torch.device]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -45,13 +48,18 @@ class SpillStore:
         Raises:
             OutputError: the folder for temporary files is full, or there is none.
         """
-        size = sum(t.numel() * t.element_size() for t in bundle)
         device = bundle[0].device if bundle else torch.device("cpu")
+        bundle = tuple(t.detach().cpu() for t in bundle)
+        names = [hash_parts([f"{t.dtype} {tuple(t.shape)} ", t]) for t in bundle]
+        new = {n: t for n, t in zip(names, bundle, strict=True) if n not in self._known}
+        size = sum(tensor.nbytes for tensor in new.values())
         if self.max_bytes is None or self.held + size <= self.max_bytes or not size:
-            self._bundles[key] = tuple(t.cpu() for t in bundle), device
+            self._known |= new
+            self._bundles[key] = tuple(self._known[name] for name in names), device
             self.held += size
             return
-        named = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(bundle)}
+        size = sum(tensor.nbytes for tensor in bundle)  # a file holds all of its own
+        named = {str(i): t.contiguous() for i, t in enumerate(bundle)}
         try:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="prolora-probe-")
@@ -85,7 +93,7 @@ class SpilledCalls(LazySequence[Call]):
 
     def append(self, call: Call) -> None:
         """Puts one call into the store."""
-        tensors, text = call_codec.encode_calls([call])
+        tensors, text = encode_calls([call])
         self.store.put((len(self.texts), self.name), tuple(tensors))
         self.texts.append(text)
 
@@ -95,12 +103,16 @@ class SpilledCalls(LazySequence[Call]):
 
     def item(self, i: int) -> Call:
         """Call i."""
-        return call_codec.decode_calls(self.store.get((i, self.name)), self.texts[i])[0]
+        return decode_calls(self.store.get((i, self.name)), self.texts[i])[0]
 
 
 def spill_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
-    """The questions, with those above the limit (bytes) in temporary files; None: no limit."""
-    if limit is None:
+    """The questions in the machine's memory, those above the limit (bytes) in temporary files.
+
+    Without a limit, questions that are in the machine's memory already stay as they are.
+    """
+    tensors = encode_calls([questions[0].source])[0] if questions else []
+    if limit is None and all(tensor.device.type == "cpu" for tensor in tensors):
         return questions
     store = SpillStore(limit)
     sides = SpilledCalls(store, "source"), SpilledCalls(store, "target")

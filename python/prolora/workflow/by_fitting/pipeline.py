@@ -245,7 +245,7 @@ def _fit_models(
 
     Args:
         job: the LoRA.
-        rival: the updates that the target would get without probing; empty where there are none.
+        rival: the updates that the target would get by weights alone; empty where there are none.
         inputs: see `_check_kept`.
     """
     from ...probe import pipelines
