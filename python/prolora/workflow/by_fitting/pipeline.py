@@ -284,6 +284,8 @@ def _open_models(
     for base in (job.source, job.target):
         assert base.path is not None
         model = open_pipeline(base.path, job.options.device)
+        if job.options.resume is not None:
+            model.parts  # noqa: B018 (described before a tokenizer runs, which changes its settings)
         stack.enter_context(run_text_encoders_beside(model, lora.carried))
         # Before the next one is loaded, the text encoders of this one make room.
         if models:
