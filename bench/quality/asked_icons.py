@@ -1,7 +1,8 @@
 """What a fit asks, and what it takes its steps by, on the shipped icons.
 
 ``python bench/quality/asked_icons.py --judge FILE`` fills bench/results/asked_icons.json row by row
-(it resumes), and the tables of docs/probe.md. Models and LoRAs are those of examples/icon_family.
+(it resumes), and the tables of docs/fit_measured.md. Models and LoRAs are those of
+examples/icon_family.
 Every row fits 768 samples of 24 images of 10 steps from each of source, source with LoRA and
 target, at rank 32. `score` is the share of the held-out loss between no LoRA and one trained on the
 target for 90 steps that is recovered, `near` the same of the distance of samples from that LoRA's
@@ -370,7 +371,7 @@ def run(row: dict[str, Any], judge: Judge, budget: float) -> dict[str, Any]:
 
 
 def tabulate(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables of docs/probe.md, by their marks."""
+    """The tables of docs/fit_measured.md, by their marks."""
     typed = [row for row in rows if row["prompts"] == "as typed"]
     fits = [row for row in typed if row["optimiser"] == "fit"]
     here = [row for row in rows if row["way"] == RENOISED and row["optimiser"] == "fit"]
@@ -430,7 +431,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     if arguments.judge:
         measure_rows(kept, learn_to_judge(arguments.judge), 60 * arguments.minutes)
-    page = ROOT / "docs/probe.md"
+    page = ROOT / "docs/fit_measured.md"
     page.write_text(fill_page(page.read_text(), tabulate(kept["rows"])))
 
 

@@ -285,9 +285,7 @@ def test_a_weight_that_is_not_finite_is_named(
     bad[2, 5] = value
     content[f"{K}.weight"] = bad.to(dtype)
     base = open_base(write(tmp_path / "x.safetensors", content))
-    seen: list[tuple[int, int, str]] = []
-    check_finite(base, [Q, CONV], progress=lambda *step: seen.append(step))
-    assert seen == [(1, 2, Q), (2, 2, CONV)]
+    check_finite(base, [Q, CONV])
     with pytest.raises(NonFiniteWeights, match=rf"x\.safetensors:{K}.*1 of 24.*\[2, 5\]"):
         check_finite(base, [Q, K])
 

@@ -231,3 +231,49 @@ def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
     other = {n: 2 * t if "lora_te" in n and "up" in n else t for n, t in tensors.items()}
     save_file(other, tmp_path / "other.safetensors")
     assert run(tmp_path / "other.safetensors").report.probe.resumed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "twin"])
+def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompts_before(
+    room, target, monkeypatch
+):
+    """Of another encoder and of the same one, which both models run with the LoRA's part."""
+    if target == "twin" and not (room / "twin").exists():
+        shutil.copytree(room / "source", room / "twin")
+    options = prolora.FitOptions(
+        SETTINGS.prompts, images=2, steps=2, size=16, fit_steps=1, force=True, again=True
+    )
+    ends = room / "lora.safetensors", room / "source", room / target
+    filled = []
+    memory = pipelines.pipeline.PromptMemory
+    monkeypatch.setattr(memory, "_fill", lambda *_: filled.append(1))
+    freed = prolora.fit(*ends, options)
+    assert not filled
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "release", lambda *_: None)
+    monkeypatch.setattr(pipelines.Pipeline, "release", lambda *_, **__: None)
+    held = prolora.fit(*ends, options)
+    # Without any memory of what the encoders said, they are asked every time.
+    monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(memory, "under", lambda self, state, enter: enter())
+    plain = prolora.fit(*ends, options)
+    for other in (held, plain):
+        assert freed.report.probe.gate == other.report.probe.gate
+        for name, update in freed.adapter.updates.items():
+            assert torch.equal(update.up, other.adapter.updates[name].up)
+
+
+def test_encoders_that_are_read_again_run_with_the_loras_part(room):
+    source, text = pipelines.open_pipeline(room / "source"), parts_of(room)[1]
+    with pipelines.run_text_encoders_beside(source, text):
+        wanted = source.tabulate_prompts(SETTINGS)
+    source.memory.answers.clear()
+    source.release_encoders()
+    with pipelines.run_text_encoders_beside(source, text):
+        got = source.tabulate_prompts(SETTINGS)
+    plain = source.tabulate_prompts(SETTINGS)
+    for ours, theirs, bare in zip(wanted.entries, got.entries, plain.entries, strict=True):
+        for path, value in ours.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, theirs[path]) and not torch.equal(value, bare[path])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def write_adapter(
     *,
     format: str = "auto",
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a LoRA whose scale is 1 for every loader: alpha = rank, or no alpha at all.
 
@@ -51,8 +49,6 @@ def write_adapter(
         format: "auto" (as the adapter came in, if a program reads that), "kohya", "diffusers",
             "peft" or "comfy"; or the program that shall read it: a key of `programs.PROGRAMS`.
         dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
-        metadata: replaces the adapter's own. What describes the file itself (ranks, hashes) is
-            always recomputed.
 
     Raises:
         UnsupportedFormat: the format has no name for a module, or is unknown itself.
@@ -68,7 +64,7 @@ def write_adapter(
     _check_destination(Path(path), chosen)
     adapter = _move_to_cpu(adapter)
     tensors = encoding.encode_adapter(adapter, chosen, stored)
-    header = _file_metadata(adapter, chosen, metadata)
+    header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
         header.update(headers.compute_hashes(tensors, header))
     with replace_output(path, folder=chosen == "peft") as output:
@@ -146,12 +142,10 @@ def _storage_dtype(adapter: Adapter, dtype: torch.dtype | None) -> torch.dtype:
     return stored
 
 
-def _file_metadata(
-    adapter: Adapter, format: str, metadata: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def _file_metadata(adapter: Adapter, format: str) -> dict[str, str]:
     """The file's metadata, all but kohya's hashes and the digits of its mark."""
     header = headers.clean_metadata(
-        adapter.metadata if metadata is None else metadata,
+        adapter.metadata,
         format,
         encoding.file_ranks(adapter, format),
     )

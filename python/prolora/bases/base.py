@@ -100,26 +100,22 @@ def stack_weights(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(weights))
 
 
-def check_finite(base: Base, modules: Iterable[str], progress: Progress | None = None) -> None:
+def check_finite(base: Base, modules: Iterable[str]) -> None:
     """Reads every weight once and refuses the first that holds NaN or Inf.
 
     Args:
         base: where the weights are.
         modules: which to look at.
-        progress: called as (done, total, module) after each.
 
     Raises:
         NonFiniteWeights: names the tensor and the file, and says where the value is.
     """
-    names = list(modules)
-    for done, module in enumerate(names, 1):
+    for module in modules:
         weight = base.read(module)
         # The sum of finite values can overflow, but a finite sum has finite terms: one pass that
         # allocates nothing decides almost every weight.
         if not _sum_is_finite(weight):
             _refuse_non_finite(base, module, weight)
-        if progress:
-            progress(done, len(names), module)
 
 
 def _sum_is_finite(weight: Tensor) -> bool:

@@ -53,7 +53,6 @@ def match_blocks(
     source: Base,
     target: Base,
     *,
-    min_score: float = MIN_SCORE,
     cache: CacheLike = None,
     device: str | None = None,
     max_memory: int | str | None = None,
@@ -68,7 +67,6 @@ def match_blocks(
     Args:
         source: the base with the blocks to look among.
         target: the base whose blocks are asked for.
-        min_score: pairs of blocks that score less are not made.
         cache: keeps subspaces; None keeps nothing.
         device: where to compute; None means the CPU.
         max_memory: bytes of memory that this process may take, or a text such as "2GiB"; None sets
@@ -79,10 +77,7 @@ def match_blocks(
         UnsupportedFormat: the two have no transformer blocks of the same kind and shape.
         TooLittleMemory: the bound is below what the largest weight needs.
         NonFiniteWeights: NaN or Inf, named.
-        ValueError: min_score is no number.
     """
-    if math.isnan(min_score):
-        raise ValueError("min_score must be a number, not NaN")
     groups = group_blocks(source, target)
     if not groups:
         raise UnsupportedFormat(
@@ -92,7 +87,7 @@ def match_blocks(
     room = _find_room(groups, parse_limit(max_memory), device)
     with open_cache(cache) as opened:
         subspaces = _Subspaces(opened, device, room, _report_steps(groups, progress))
-        return _match_groups(source, target, groups, subspaces, min_score)
+        return _match_groups(source, target, groups, subspaces)
 
 
 def _match_groups(
@@ -100,7 +95,6 @@ def _match_groups(
     target: Base,
     groups: list[BlockGroup],
     subspaces: _Subspaces,
-    min_score: float,
 ) -> Matching:
     """Scores and assigns the blocks of every group."""
     decisions: list[BlockDecision] = []
@@ -110,7 +104,7 @@ def _match_groups(
     for ours, theirs in groups:
         scores, deviations = _score_blocks(source, ours, target, theirs, subspaces)
         related = torch.where(
-            (scores >= min_score) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
+            (scores >= MIN_SCORE) & (deviations >= MIN_DEVIATIONS), scores, torch.zeros_like(scores)
         )
         pairs, stacks = _assign_blocks(related, ours, theirs)
         pairs, tied = settle_contests(pairs, related, Sides(source, ours, target, theirs))

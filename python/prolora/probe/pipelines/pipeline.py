@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -96,24 +96,19 @@ class Pipeline:
         scale = getattr(self.pipe, "vae_scale_factor", None)
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
-    def encode_prompts(
-        self, settings: FitSettings, adapted: AbstractContextManager[None] | None = None
-    ) -> None:
-        """Encodes all prompts of the samplings, with and without the LoRA, and the empty one.
-
-        Then the text encoders give their memory back: the pipeline samples without them.
-
-        Args:
-            settings: of the samplings.
-            adapted: runs the LoRA's part in the text encoders beside them.
-        """
+    def encode_prompts(self, settings: FitSettings) -> None:
+        """Encodes all prompts of the samplings, with and without the LoRA, and the empty one."""
         ways = [settings, *([settings.with_lora()] if settings.has_few_step_lora else [])]
-        for state in (nullcontext(), adapted) if adapted is not None else (nullcontext(),):
-            with state:
-                for way in ways:
-                    for prompt in dict.fromkeys((*_prompts_or_empty(way), "")):
-                        if "prompt" in self.accepted:
-                            self._capture_call(prompt, way)
+        for way in ways:
+            for prompt in dict.fromkeys((*_prompts_or_empty(way), "")):
+                if "prompt" in self.accepted:
+                    self._capture_call(prompt, way)
+
+    def release_encoders(self) -> None:
+        """Frees the text encoders: what they said is remembered, and a new prompt reads them anew.
+
+        Those of a pipeline that somebody else uses too stay.
+        """
         if self.memory is not None:
             self.memory.release()
 

@@ -10,14 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from ...core.lowrank import LowRank
 from ...errors import ProLoRAError
-from ..checkpoint import hash_texts, hash_updates
+from ..checkpoint import hash_updates
 from ..recording.trajectories import Call, Sample
 from ..settings import FitSettings
-from ..updates import place_factors, run_beside
+from ..updates import run_beside
 from .conditioning import PromptTable, split_call
 from .pipeline import Pipeline
 
@@ -37,9 +35,6 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
         ProLoRAError: the pipeline has no such text encoder, or that has no such module.
         ShapeMismatch: an update does not fit its weight.
     """
-    if not updates:
-        yield
-        return
     by_encoder: dict[str, dict[str, LowRank]] = {}
     for name, update in updates.items():
         part, _, inner = name.partition(".")
@@ -49,20 +44,16 @@ def run_text_encoders_beside(pipeline: Pipeline, updates: Mapping[str, LowRank])
         modules = dict(encoder.named_modules())
         known = inner if inner in modules else inner.removeprefix(_INNER)
         by_encoder.setdefault(part, {})[known] = update
-    memory = pipeline.memory
-    with contextlib.ExitStack() as stack:
-        for part, found in by_encoder.items():
-            encoder = getattr(pipeline.pipe, part)
-            if memory is not None and memory.is_emptied:  # what it is asked again is read again
-                device = next(encoder.parameters()).device
-                wide = {n: u.to(device).to(torch.float32) for n, u in found.items()}
-                factors = {n: (u.up, u.down) for n, u in wide.items()}
-                stack.enter_context(place_factors(encoder, factors))
-            else:
-                stack.enter_context(run_beside(encoder, found))
-        if memory is not None:
-            stack.callback(setattr, memory, "state", memory.state)
-            memory.state = hash_texts(memory.state, hash_updates(updates))
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part, found in by_encoder.items():
+                stack.enter_context(run_beside(getattr(pipeline.pipe, part), found))
+            yield
+
+    memory = pipeline.memory if updates else None
+    with enter() if memory is None else memory.under(hash_updates(updates), enter):
         yield
 
 

@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
-_SIDES = ("source", "target")
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
 
@@ -249,97 +248,80 @@ def _fit_models(
         rival: the updates that the target would get without probing; empty where there are none.
         inputs: see `_check_kept`.
     """
+    from ...probe import pipelines
+    from ...probe.checkpoint import open_checkpoints
+    from ...probe.pipelines.schedules import FLOW
+
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
-    if options.memory_limit is not None:
-        _check_memory(options.memory_limit, source.path, target.path, options.device)
-    lora = _AskedLora.of(job, rival)
-    words = derive_prompts(read_training_words(job.adapter.metadata))
+    asked = _AskedLora.of(job, rival)
     stack = contextlib.ExitStack()
     with stack:
-        models = _open_models(job, lora, options.prompts or words, stack)
+        models, inputs = _open_both(job, asked, inputs, stack)
+        denoisers = models[0].denoiser, models[1].denoiser
+        checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
         takes_prompts = all("prompt" in model.accepted for model in models)
-        derived = words if takes_prompts and not options.prompts else ()
-        result = _fit_opened(job, models, lora, derived, inputs)
+        derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
+        images = itertools.count(1)
+
+        def count_image() -> None:
+            if options.progress:
+                options.progress(next(images), 6 * options.images, "sampling")
+
+        shared = vae.explain_different_latents(source.path, target.path) is None
+        mixed = len({model.schedule.kind == FLOW for model in models}) > 1
+        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+        if options.memory_limit is not None:
+            sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
+        few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
+        # Between a flow and another path, and for a target of few steps, the images of the
+        # samplings say more than their calls.
+        crosses = not shared or mixed or few
+        fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
+        result = fit(models, sampled, asked, checkpoints, count_image)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
     return fitted, result.report
 
 
-def _open_models(
-    job: FitJob, lora: _AskedLora, prompts: tuple[str, ...], stack: contextlib.ExitStack
-) -> tuple[Pipeline, Pipeline]:
-    """Loads both pipelines, and encodes the prompts with the LoRA's part in text encoders too.
+def _choose_prompts(job: FitJob) -> tuple[str, ...]:
+    """The prompts that are given, or else those that the LoRA's header leads to."""
+    return job.options.prompts or derive_prompts(read_training_words(job.adapter.metadata))
+
+
+def _open_both(
+    job: FitJob, asked: _AskedLora, inputs: Inputs, stack: contextlib.ExitStack
+) -> tuple[tuple[Pipeline, Pipeline], Inputs]:
+    """Loads both pipelines, one after the other: the text encoders of the first make room.
 
     Args:
-        job: names the pipelines.
-        lora: what runs beside the text encoders of both is entered into the stack.
-        prompts: of the samplings.
-        stack: ended after the last sampling.
-    """
-    from ...probe.pipelines import open_pipeline, run_text_encoders_beside
-
-    asked: FitSettings = replace(job.options, prompts=prompts)
-    models: list[Pipeline] = []
-    for base in (job.source, job.target):
-        assert base.path is not None
-        model = open_pipeline(base.path, job.options.device)
-        if job.options.resume is not None:
-            model.parts  # noqa: B018 (described before a tokenizer runs, which changes its settings)
-        stack.enter_context(run_text_encoders_beside(model, lora.carried))
-        # Before the next one is loaded, the text encoders of this one make room.
-        if models:
-            model.encode_prompts(model.derive_target_settings(asked))
-        else:
-            model.encode_prompts(asked, run_text_encoders_beside(model, lora.text))
-        models.append(model)
-    return models[0], models[1]
-
-
-def _fit_opened(
-    job: FitJob,
-    models: tuple[Pipeline, Pipeline],
-    lora: _AskedLora,
-    derived: tuple[str, ...],
-    inputs: Inputs,
-) -> ProbeTransfer:
-    """The fit between loaded pipelines.
-
-    Args:
-        job: the LoRA, and the options.
-        models: source and target.
-        lora: as they are asked about it.
-        derived: prompts, where none were given.
-        inputs: see `_check_kept`.
+        job: the LoRA.
+        asked: the same, as the models are asked about it.
+        inputs: what both are made of, by file; their parts are added where there are any.
+        stack: keeps what runs beside text encoders in place.
     """
     from ...probe import pipelines
-    from ...probe.checkpoint import open_checkpoints
-    from ...probe.pipelines.schedules import FLOW
 
-    options = job.options
-    assert job.source.path is not None and job.target.path is not None
-    if inputs:
-        parts = {f"the {s}: parts": m.parts for s, m in zip(_SIDES, models, strict=True)}
-        inputs = {**inputs, **parts}
-    denoisers = models[0].denoiser, models[1].denoiser
-    checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
-    images = itertools.count(1)
-
-    def count_image() -> None:
-        if options.progress:
-            options.progress(next(images), 6 * options.images, "sampling")
-
-    shared = vae.explain_different_latents(job.source.path, job.target.path) is None
-    mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-    sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+    source, target, options = job.source.path, job.target.path, job.options
+    assert source is not None and target is not None
     if options.memory_limit is not None:
-        sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
-    few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
-    # Between a flow and another path, and for a target of few steps, the images of the samplings
-    # say more than their calls.
-    crosses = not shared or mixed or few
-    fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-    return fit(models, sampled, lora, checkpoints, count_image)
+        _check_memory(options.memory_limit, source, target, options.device)
+    sampled = replace(options, prompts=_choose_prompts(job))
+    models: list[Pipeline] = []
+    for side, path in (("source", source), ("target", target)):
+        model = pipelines.open_pipeline(path, options.device)
+        if inputs:
+            inputs = {**inputs, f"the {side}: parts": model.parts}
+        stack.enter_context(pipelines.run_text_encoders_beside(model, asked.carried))
+        if side == "source":
+            with pipelines.run_text_encoders_beside(model, asked.text):
+                model.encode_prompts(sampled)
+            model.encode_prompts(sampled)
+        else:
+            model.encode_prompts(model.derive_target_settings(sampled))
+        model.release_encoders()
+        models.append(model)
+    return (models[0], models[1]), inputs
 
 
 def _fit_pair(
@@ -375,8 +357,7 @@ def _fit_pair(
         text,
         asked.text,
     )
-    release = functools.partial(_release, models)
-    result = fit_from_recorder(recorder, asked.rival, sampled, release)
+    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
     result.report.log_snr = pair.log_snr
     return result
 
@@ -410,8 +391,7 @@ def _fit_crossing(
     recorder = CrossingRecorder(
         ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
     )
-    release = functools.partial(_release, models)
-    result = fit_from_recorder(recorder, asked.rival, sampled, release)
+    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
     result.report.log_snr = recorder.log_snr
     return result
 
