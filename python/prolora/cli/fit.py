@@ -12,7 +12,7 @@ from ..bases import Base
 from ..errors import ProLoRAError
 from ..workflow.fit import fit_file, fit_many, plan_fit
 from ..workflow.fit_options import FitOptions
-from ..workflow.report import Outcome
+from ..workflow.outcome import Outcome
 from .console import progress_bar
 from .options import (
     Bases,
@@ -72,7 +72,7 @@ def fit(
     options = replace(
         fitting,
         prompts=prompts.read(),
-        cache=resources.cache if output.dry_run else resources.find_cache(),
+        cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
     )
