@@ -151,8 +151,7 @@ def foreign_file(path: str | os.PathLike[str], kind: str) -> ForeignFile:
     """The error of an output path that holds somebody's file."""
     return ForeignFile(
         f"{os.fspath(path)}: exists and is not a {kind} as prolora wrote it, so it is not "
-        "replaced; "
-        "choose another name, or allow it with `overwrite=True`"
+        "replaced; choose another name, or allow it with `overwrite=True`"
     )
 
 

@@ -40,6 +40,6 @@ def write_page() -> str:
     rows = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
     head = (
         "# Glossary\n\nWhat the terms in tables, reports and pages mean. The verdict itself needs "
-        "none of them;\nthe numbers are shown when they are asked for.\n\n| term | meaning |\n|---|---|\n"
+        "none of them.\n\n| term | meaning |\n|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"
