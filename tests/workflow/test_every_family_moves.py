@@ -62,7 +62,8 @@ def test_a_lora_in_every_spelling_moves_between_bases_in_every_form(tmp_path, fa
     results = {}
     for form, (source, target) in bases.items():
         assert prolora.open_base(source).family == family, form
-        for format in FAMILIES[family].spellings:
+        # Every spelling on one form of base, and one spelling on the others.
+        for format in list(FAMILIES[family].spellings)[0 if form == FORMS[0] else -1 :]:
             path = tmp_path / f"{format}.safetensors"
             if not path.exists():
                 write_adapter(Adapter(updates, family=family), path, format=format)
