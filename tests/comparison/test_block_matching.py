@@ -9,10 +9,11 @@ import sdxl
 import torch
 from spectra import related
 
-from prolora import NonFiniteWeights, UnsupportedFormat, compare, open_base
+from prolora import NonFiniteWeights, UnsupportedFormat, open_base
 from prolora.bases import memory
 from prolora.comparison import block_matching
 from prolora.comparison.block_matching import match_blocks, resolve_match
+from prolora.comparison.comparison import compare
 from prolora.errors import InvalidOption, TooLittleMemory
 from prolora.workflow.plan import find_partners, make_plan
 

@@ -4,9 +4,10 @@ import anima_depth
 import pytest
 import torch
 
-from prolora import LowRank, compare, open_base
+from prolora import LowRank, open_base
 from prolora.adapters.adapter import Adapter
 from prolora.comparison.block_matching import match_blocks, resolve_match
+from prolora.comparison.comparison import compare
 from prolora.workflow.plan import make_plan
 
 INSERTED = {f"{anima_depth.STACK}.{i}" for i in anima_depth.INSERTED}
