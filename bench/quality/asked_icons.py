@@ -1,17 +1,20 @@
 """What a fit asks, and what it takes its steps by, on the shipped icons.
 
-``python bench/quality/asked_icons.py --out FILE`` fills FILE row by row; it resumes. Models and
-LoRAs are those of examples/icon_family. Every row fits 768 samples of 24 images of 10 steps from
-each of source, source with LoRA and target, at rank 32. `score` is the share of the held-out loss
-between no LoRA and one trained on the target for 90 steps that is recovered, `near` the same of the
-distance of samples from that LoRA's (squared MMD of a classifier's features), `named` the share of
-samples in which the classifier sees what was asked for.
+``python bench/quality/asked_icons.py --judge FILE`` fills bench/results/asked_icons.json row by row
+(it resumes), and the tables of docs/fit_measured.md. Models and LoRAs are those of
+examples/icon_family.
+Every row fits 768 samples of 24 images of 10 steps from each of source, source with LoRA and
+target, at rank 32. `score` is the share of the held-out loss between no LoRA and one trained on the
+target for 90 steps that is recovered, `near` the same of the distance of samples from that LoRA's
+(squared MMD of a classifier's features), `named` the share of samples in which the classifier sees
+what was asked for.
 
 - *optimisers*: 16 Gauss-Newton steps; AdamW for as long (processor time); 8 steps, then AdamW.
 - *ways*: the sampler's own states, or the images with fresh noise, at the sampler's times or at
   uniform ones, with half of the samples without a prompt or a tenth. 16 Gauss-Newton steps.
 - *prompts*: none, the trigger alone, those made from a header, and those of somebody who knows
-  what the LoRA is for. Images with fresh noise.
+  what the LoRA is for. Images with fresh noise. `elsewhere` is the share of what the LoRA changes
+  of the source at prompts without the trigger that the target follows.
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import Updates
+from evidence import ROOT, fill_page
 from fitted_icons import choose_world
 from guiding import guide_source
 from icons.catalogue import CONCEPT
@@ -37,7 +41,9 @@ from icons.words import GROUND, INK, STYLE, WHAT, all_prompts, prompt_parts, rea
 from judge import Judge, mmd, train_judge
 from lessons import Lesson, make_lesson
 from probing import Sampler
+from results import git
 from scoring import STUDENT_STEPS, apply_updates, sample_images
+from tables import format_table
 from torch import Tensor, nn
 from training import train_lora
 from worlds import backbone
@@ -64,7 +70,11 @@ WAYS = {
     "fresh noise, uniform times, half free": ("fresh", "uniform", 0.5),
 }
 """Way -> states or images, times, and the share of samples without a prompt."""
-TODAY, RENOISED = "states, half free", "fresh noise, uniform times, a tenth free"
+RESULTS = ROOT / "bench/results/asked_icons.json"
+BEFORE, NOW = "states, half free", "states, a tenth free"
+RENOISED = "fresh noise, uniform times, a tenth free"
+SHORT = {way: way.replace(", uniform times", "") for way in (BEFORE, NOW, RENOISED)}
+OPTIMISERS = ("fit", "AdamW", "fit, then AdamW")
 PROMPTS = ("none", "the trigger alone", "from the header", "as typed")
 
 
@@ -152,9 +162,8 @@ def draw_prompts(name: str, yard: Yard, count: int, generator: torch.Generator) 
     if name == "the trigger alone":
         return called
     made = derive_prompts(header_words())
-    numbers = [
-        _read(made[i % len(made)], called[i], plain[i]) for i in torch.randperm(count).tolist()
-    ]
+    order = torch.randperm(count, generator=generator).tolist()
+    numbers = [_read(made[i % len(made)], called[i], plain[i]) for i in order]
     return torch.tensor(numbers)
 
 
@@ -209,6 +218,31 @@ def sample(kind: str, adapter: str, prompts: str, seed: int) -> list[tuple[str, 
             states = (x, t, tokens), (images, torch.zeros(IMAGES), world.tokens(model, y))
         parts.append((origin, *states))
     return parts
+
+
+@functools.cache
+def ask_elsewhere(yard: Yard) -> list[ProbeBatch]:
+    """Noised images of the source and their prompts, none of them with the concept."""
+    world, generator = choose_world(), torch.Generator().manual_seed(77)
+    y = world.draw_prompts(2 * BATCH, generator, False)
+    clean = world.sample(yard.source, y, SAMPLER_STEPS, world.guidance, 77)
+    t = torch.rand(len(y), generator=generator)
+    s = t[:, None, None, None]
+    x = (1 - s) * clean + s * torch.randn(clean.shape, generator=generator)
+    with torch.no_grad():
+        call = Call((x, SCALE * t, world.tokens(yard.source, y)), {}, "source")
+    lora = {f"backbone.{name}": update for name, update in yard.lora.items()}
+    asked = wanted_changes(yard.source, yard.target, lora, [Question(call, call)], Translation())
+    return [ProbeBatch(w.call, w.plain, w.plain + w.change) for w in asked]
+
+
+@torch.no_grad()
+def follow_elsewhere(yard: Yard, updates: Updates) -> float:
+    """Share of the source's change at other prompts that the target follows."""
+    (probe,) = ask_elsewhere(yard)
+    with apply_updates(yard.target, updates):
+        left = probe.wanted - output_of(yard.target(*probe.call.args))
+    return 1 - float(left.square().sum() / (probe.wanted - probe.plain).square().sum())
 
 
 @functools.cache
@@ -299,28 +333,29 @@ def fit(
 
 
 def list_rows() -> Iterator[dict[str, Any]]:
-    """What is measured, the most telling first."""
-    typed = {"prompts": "as typed", "optimiser": "fit"}
-    pairs = [
+    """What is measured, on one seed or two."""
+    some = [
         ("pruned", "concept", "zero"),
         ("pruned", "concept", "copy"),
         ("pruned", "neon", "zero"),
     ]
-    more = [("pruned", "neon", "copy"), ("few-step", "concept", "copy")]
-    names = ("target", "adapter", "start")
+    more = [*some, ("pruned", "neon", "copy"), ("few-step", "concept", "copy")]
+
+    def row(case: tuple[str, str, str], way: str, seed: int, **asked: str) -> dict[str, Any]:
+        known = dict(zip(("target", "adapter", "start"), case, strict=True))
+        known |= {"prompts": "as typed", "optimiser": "fit", "way": way, "seed": seed}
+        return known | asked
+
     for seed in (0, 1):
-        for pair in pairs:
-            for way in WAYS:
-                yield dict(zip(names, pair, strict=True)) | typed | {"way": way, "seed": seed}
-        for pair in [*pairs, *more]:
-            for way in (TODAY, RENOISED):
-                for optimiser in ("fit", "AdamW", "fit, then AdamW"):
-                    row = dict(zip(names, pair, strict=True)) | typed
-                    yield row | {"optimiser": optimiser, "way": way, "seed": seed}
-        for prompts in PROMPTS:
-            for pair in pairs[:2]:
-                row = dict(zip(names, pair, strict=True)) | typed
-                yield row | {"prompts": prompts, "way": RENOISED, "seed": seed}
+        yield from (row(case, way, seed) for case in some for way in WAYS)
+        yield from (row(c, RENOISED, seed, prompts=p) for p in PROMPTS for c in some[:2])
+    for way, cases, seed in (
+        (BEFORE, more, 0),
+        (RENOISED, more, 0),
+        (NOW, some, 0),
+        (NOW, some, 1),
+    ):
+        yield from (row(case, way, seed, optimiser=o) for case in cases for o in OPTIMISERS)
 
 
 def run(row: dict[str, Any], judge: Judge, budget: float) -> dict[str, Any]:
@@ -330,28 +365,94 @@ def run(row: dict[str, Any], judge: Judge, budget: float) -> dict[str, Any]:
     found, seconds = fit(yard, probes, row["start"], row["optimiser"], budget)
     updates = {name.removeprefix("backbone."): u for name, u in found.updates.items()}
     facts = {"steps": len(found.history), "seconds": round(seconds, 1), "asking": round(asking, 1)}
+    if row["adapter"] == "concept":
+        facts["elsewhere"] = round(follow_elsewhere(yard, updates), 4)
     return row | score(yard, updates, judge) | facts
+
+
+def tabulate(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables of docs/fit_measured.md, by their marks."""
+    typed = [row for row in rows if row["prompts"] == "as typed"]
+    fits = [row for row in typed if row["optimiser"] == "fit"]
+    here = [row for row in rows if row["way"] == RENOISED and row["optimiser"] == "fit"]
+    timed = [{**row, "way": SHORT[row["way"]]} for row in typed if row["way"] in SHORT]
+    compared = {_name_case(row) for row in fits if row["way"] == "fresh noise, half free"}
+    ways = [row for row in fits if _name_case(row) in compared]
+    prompted = [row for row in here if row["adapter"] == "concept" and row["target"] == "pruned"]
+    return {
+        "asked ways": _lay_out(ways, "way", list(WAYS), _name_case),
+        "asked optimisers": _lay_out(
+            timed, "optimiser", list(OPTIMISERS), lambda r: f"{_name_case(r)}, {r['way']}", True
+        ),
+        "asked prompts": _lay_out(prompted, "prompts", list(PROMPTS), _name_case),
+    }
+
+
+def _name_case(row: dict[str, Any]) -> str:
+    origin = "the copy" if row["start"] == "copy" else "zero"
+    return f"{row['target']}, {row['adapter']}, from {origin}"
+
+
+def _lay_out(
+    rows: list[dict[str, Any]],
+    by: str,
+    values: list[str],
+    name: Callable[[dict[str, Any]], str],
+    turned: bool = False,
+) -> str:
+    """A line for each value and a column for each case, or the other way round."""
+    cases = sorted({name(row) for row in rows})
+
+    def cell(value: str, case: str) -> str:
+        found = [row for row in rows if row[by] == value and name(row) == case]
+        if not found:
+            return "–"
+        losses, images = (
+            ", ".join(f"{row[key]:.2f}" for row in found) for key in ("score", "near")
+        )
+        if by == "prompts" and found[0]["start"] == "zero":
+            images += " / " + ", ".join(f"{row['elsewhere']:.2f}" for row in found)
+        time = f" ({sum(r['seconds'] for r in found) / len(found):.1f} s)" if turned else ""
+        return f"{losses} / {images}{time}"
+
+    if turned:
+        lines = [[case, *(cell(value, case) for value in values)] for case in cases]
+        return format_table(["", *values], lines)
+    lines = [[value, *(cell(value, case) for case in cases)] for value in values]
+    return format_table(["", *cases], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--judge", type=Path, required=True, help="where the classifier is kept")
+    parser.add_argument("--judge", type=Path, help="keeps the classifier; none runs nothing")
     parser.add_argument("--minutes", type=float, default=25, help="of processor time, at most")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    judge = learn_to_judge(arguments.judge)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    if arguments.judge:
+        measure_rows(kept, learn_to_judge(arguments.judge), 60 * arguments.minutes)
+    page = ROOT / "docs/fit_measured.md"
+    page.write_text(fill_page(page.read_text(), tabulate(kept["rows"])))
+
+
+def measure_rows(kept: dict[str, Any], judge: Judge, seconds: float) -> None:
+    """Adds the rows that are missing, as far as the processor time goes."""
     for row in list_rows():
-        known = {name: done for done in kept["rows"] for name in [key_of(done)]}
+        known = {key_of(done): done for done in kept["rows"]}
         if key_of(row) in known:
             continue
         fitted = known.get(key_of(row | {"optimiser": "fit"}), {})
         kept["rows"].append(run(row, judge, fitted.get("seconds", 0.0)))
         print(kept["rows"][-1], flush=True)
-        arguments.out.write_text(json.dumps(kept, indent=0) + "\n")
-        if time.process_time() > 60 * arguments.minutes:
-            break
+        kept["made"] = {
+            "script": "bench/quality/asked_icons.py",
+            "commit": git("rev-parse", "--short", "HEAD"),
+            "date": git("log", "-1", "--format=%cs"),
+            "torch": torch.__version__,
+        }
+        RESULTS.write_text(json.dumps(kept, indent=0) + "\n")
+        if time.process_time() > seconds:
+            return
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 First it trains what crossing.py describes, then it moves every LoRA with the library's recorder,
 fit and gate. Every transfer leaves one JSON file in DIR/crossed; crossing_tables.py makes the
-tables of docs/probe.md of them. The score is the share of the held-out loss between no LoRA and the
-oracle (a LoRA trained on the target's own images) that is recovered.
+tables of docs/fit_measured.md of them. The score is the share of the held-out loss between no LoRA
+and the oracle (a LoRA trained on the target's own images) that is recovered.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Painted:
 class BatchedRecorder(CrossingRecorder):
     """Samples all images at once: a pipeline would take one after the other."""
 
-    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+    def _sample(self, side: CrossingSide, seed: int, origin: str) -> dict[str, Tensor]:
         numbers = [int(p) for p in side.settings.prompts]
         images = side.settings.images
         y = torch.tensor([numbers[(seed + i) % len(numbers)] for i in range(images)])

@@ -2,7 +2,7 @@
 
 DIR is the folder of crossed.py. Every way fits as many samples, by the joint fit of the library;
 they differ in what the target is asked and what it should answer there. The library does
-"answers and pairs" (docs/probe.md says why).
+"answers and pairs" (docs/fit_measured.md says why).
 """
 
 from __future__ import annotations

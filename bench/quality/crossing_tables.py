@@ -1,7 +1,7 @@
 """Tables of moves between latent spaces: ``python crossing_tables.py [--work DIR]``.
 
 With --work the rows that crossed.py and crossing_ideas.py left in DIR are collected first, into
-bench/results/crossing.json. The tables are written between the marks of docs/probe.md.
+bench/results/crossing.json. The tables are written between the marks of docs/fit_measured.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from results import Mean, Row, git, round_numbers
 from prolora.probe import gate
 
 RESULTS = ROOT / "bench/results/crossing.json"
-PAGE = ROOT / "docs/probe.md"
+PAGE = ROOT / "docs/fit_measured.md"
 WRITTEN = ("go", "weaken")
 METHODS = {"probe": "", "recorded": "by recorded calls", "trained": "*trained on the same images*"}
 """Method -> its name; "" for that of the pair."""

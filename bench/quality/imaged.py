@@ -51,7 +51,7 @@ class WorldRecorder(CrossingRecorder):
         sides = {"ours": self.ours, "theirs": self.theirs}
         return CrossedTranslation(read=self.theirs.read, guidance=self.guidance, **sides)
 
-    def _sample(self, side: CrossingSide, seed: int) -> dict[str, Tensor]:
+    def _sample(self, side: CrossingSide, seed: int, origin: str) -> dict[str, Tensor]:
         painted, settings = side.pipeline, side.settings
         numbers = [int(prompt) for prompt in settings.prompts]
         y = torch.tensor([numbers[(seed + i) % len(numbers)] for i in range(settings.images)])

@@ -1,4 +1,4 @@
-"""Tables of probing for docs/probe.md: ``python bench/quality/probed.py [--work DIR]``.
+"""Tables of probing for docs/fit_measured.md: ``python bench/quality/probed.py [--work DIR]``.
 
 With --work the rows that probing.py left in DIR/probing are collected first, into the results of
 --world. Decisions are the gate's at its limits of today; those of rows that were measured before
@@ -23,7 +23,7 @@ RESULTS = {
     "digits": ROOT / "bench/results/probing.json",
     "icons": ROOT / "bench/results/probing_icons.json",
 }
-PAGES = (ROOT / "docs/probe.md", ROOT / "docs/evidence.md")
+PAGES = (ROOT / "docs/fit_measured.md", ROOT / "docs/evidence.md")
 TARGETS = {
     "unrelated, same shape: transformers": ("flux", "flux", "independent"),
     "unrelated, same shape: UNets": ("unet", "unet", "independent"),

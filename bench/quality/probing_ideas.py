@@ -1,7 +1,8 @@
 """What a probing may ask, compared: ``python bench/quality/probing_ideas.py --work DIR``.
 
 DIR is the folder of study.py. All ways fit as many samples by the library's fit; they differ in
-what the target is taught. docs/probe.md says which of them the library takes for which target.
+what the target is taught. docs/fit_measured.md says which of
+them the library takes for which target.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def main() -> None:
     if asked.work:
         RESULTS.write_text(json.dumps(try_ways(asked), indent=0) + "\n")
     table = ideas_table(json.loads(RESULTS.read_text())["rows"])
-    page = ROOT / "docs/probe.md"
+    page = ROOT / "docs/fit_measured.md"
     page.write_text(fill_page(page.read_text(), {"probing ideas": table}))
 
 

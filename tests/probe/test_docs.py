@@ -1,4 +1,4 @@
-"""The example of docs/probe.md runs as it is printed."""
+"""The example of docs/fit.md runs as it is printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tiny_pipelines as tiny
 from prolora import adapters
 from prolora.probe import pipelines
 
-PAGE = Path(__file__).parents[2] / "docs" / "probe.md"
+PAGE = Path(__file__).parents[2] / "docs" / "fit.md"
 
 
 class FewSteps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def test_each_model_is_asked_in_its_own_words_and_back_again(room):
     for path, value in mine.conditioning.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, back.conditioning[path])
+
+
+@pytest.mark.parametrize(("guidance", "known"), [(None, True), (1.0, False)])
+def test_which_samples_of_a_guided_call_have_a_prompt_is_known(room, guidance, known):
+    source, other = (pipelines.open_pipeline(room / name) for name in ("source", "other"))
+    pair = pipelines.pair_pipelines(source, other, replace(SETTINGS, guidance=guidance))
+    find = pair.translation.find_prompts
+    assert (find is not None) == known
+    if find:  # the unconditional branch comes first, on both sides
+        ours = record_calls(source.denoiser, source.sampler(pair.settings), 0, "source")
+        theirs = record_calls(other.denoiser, other.sampler(pair.of_target), 0, "target")
+        for call in ours + theirs:
+            assert find(pair.translation.question(call).source) == [False, True]
 
 
 def test_noise_and_velocity_turn_into_each_other_at_the_same_noise():

@@ -60,6 +60,7 @@ def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
     for encoder in encoders.values():
         encoder.register_forward_hook(lambda *_: runs.append(1))
     kept.encode_prompts(FEW)
+    kept.release_encoders()
     assert count_numbers(*encoders.values()) == 0
     once = len(runs)
     for seed in (0, 1):

@@ -16,11 +16,13 @@ from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
 from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
+from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
+FUNCTIONS += [(prolora.migrate, MigrationOptions)]
 
 
 @pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
@@ -38,7 +40,12 @@ def test_help_shows_every_option_with_its_default(function, kind):
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [(TransferOptions, OptionChanges), (FitOptions, FitChanges), (AdviceOptions, AdviceChanges)],
+    [
+        (TransferOptions, OptionChanges),
+        (FitOptions, FitChanges),
+        (AdviceOptions, AdviceChanges),
+        (MigrationOptions, MigrationChanges),
+    ],
 )
 def test_options_have_one_home(kind, changes):
     """What type checkers read of the options is what their object tells of them."""
@@ -51,7 +58,7 @@ def test_options_have_one_home(kind, changes):
 def test_running_the_models_is_asked_of_another_function(tmp_path):
     case = write_case(tmp_path)
     for old in ({"method": "probe"}, {"probe": prolora.FitOptions()}):
-        with pytest.raises(prolora.InvalidOption, match=r"its own options: `fit"):
+        with pytest.raises(prolora.InvalidOption, match=r"`fit\(\)`"):
             prolora.transfer(*case, **old)
 
 

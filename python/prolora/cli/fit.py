@@ -72,7 +72,7 @@ def fit(
     options = replace(
         fitting,
         prompts=prompts.read(),
-        cache=resources.cache if output.dry_run else resources.find_cache(),
+        cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
     )

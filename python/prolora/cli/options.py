@@ -263,7 +263,7 @@ class Prompts:
     panel: ClassVar[str] = "Sampling"
     prompt: Annotated[
         list[str],
-        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated. Default: no prompt."),
+        typer.Option(metavar="TEXT", help="Prompt to sample; may be repeated."),
     ] = dataclasses.field(default_factory=list)
     prompts: Annotated[
         Path | None,

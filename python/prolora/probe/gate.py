@@ -27,10 +27,10 @@ MAX_DISAGREEMENT = 0.4
 MIN_IMAGE_SHARE = 0.1
 """The same on the LoRA's images where the models were asked about images: half of such a fit
 follows pairs of images, which are not among the held-out questions, and a LoRA is worth more than
-this share says (docs/probe.md)."""
+this share says (docs/fit_measured.md)."""
 IMAGE_DOUBT = 0.09
 """Share of the wanted change by which a weaker strength must be better there. Noise that the target
-does not see makes weaker ones look better than they are (docs/probe.md)."""
+does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645

@@ -28,7 +28,7 @@ from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
 from .probe_run import ProbeRun
-from .recording.batches import count_samples, mix_samples
+from .recording.batches import FindPrompts, count_samples, mix_samples
 from .recording.lazy import LazySequence, SampleSelection
 from .recording.recorder import ORIGINS, QuestionSource, Recorder
 from .recording.spill import SpillStore, spill_questions
@@ -70,7 +70,7 @@ class Samplers:
     Attributes:
         source: runs the source's sampler from noise.
         target: the same for the target.
-        adapted: runs the source while the LoRA is in its weights, where the LoRA is sampled in
+        adapted: runs the source while the LoRA runs in it, where the LoRA is sampled in
             another way than the source (few steps, no guidance, a trigger word); None: as `source`.
         described: what the samplers do, as a text; needed where results are kept for another run,
             because two functions cannot be compared.
@@ -192,33 +192,11 @@ def _record_fit_judge(
     guidance = recorder.translation.guidance
     if guidance:
         report.guidance, report.guided_lora = guidance.scale, guidance.adapted
-    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
-    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
-    key = hash_texts(recorder.key, asked) if asked else recorder.key
     with _timed(report, "sample"):
         questions, held_out = _record_both(recorder, settings)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    bare = hash_texts(recorder.keys["source"], asked)
-    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
-
-    def end_asking() -> None:
-        answers.store()
-        if release is not None:
-            release()
-
-    run = ProbeRun(
-        recorder.source,
-        recorder.target,
-        recorder.adapter,
-        RememberingTranslation.of(recorder.translation, answers),
-        rival,
-        settings,
-        recorder.checkpoints,
-        key,
-        report,
-        end_asking,
-    )
+    run = _begin_run(recorder, rival, settings, report, release)
     with _timed(report, "draw"):
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
@@ -236,6 +214,41 @@ def _record_fit_judge(
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
+
+
+def _begin_run(
+    recorder: QuestionSource,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    report: ProbeReport,
+    release: Callable[[], None] | None,
+) -> ProbeRun:
+    """What all stages share, once the questions are recorded; arguments as for the whole fit."""
+    guidance = recorder.translation.guidance
+    # What the samplers do, which the recorder's key is of, does not say how the source is asked.
+    asked = f"guidance {guidance.scale:.4g} {guidance.adapted}" if guidance else ""
+    key = hash_texts(recorder.key, asked) if asked else recorder.key
+    bare = hash_texts(recorder.keys["source"], asked)
+    answers = KnownAnswers(recorder.checkpoints, bare, settings.share_memory(4))
+
+    def end_asking() -> None:
+        answers.store()
+        if release is not None:
+            release()
+
+    translation = RememberingTranslation.of(recorder.translation, answers)
+    return ProbeRun(
+        recorder.source,
+        recorder.target,
+        recorder.adapter,
+        translation,
+        rival,
+        settings,
+        recorder.checkpoints,
+        key,
+        report,
+        end_asking,
+    )
 
 
 def _record_both(
@@ -339,19 +352,22 @@ def _draw_samples(
         judged += mix_samples(of_origin, count, count, predict_both, generator)
     origins, most = [question.origin for question in questions], settings.batch
 
-    def draw_some(wanted: Callable[[str], bool], count: int) -> list[Question]:
+    def draw_some(
+        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None
+    ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
         some = SampleSelection(questions, rows)
-        return mix_samples(some, count, most, predict_both, generator) if rows else []
+        how = predict_both, generator, prompts
+        return mix_samples(some, count, most, *how) if rows else []
 
     count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
     # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
-    own = count // len(ORIGINS)
-    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own)
-    drawn += draw_some(lambda origin: origin == "adapted", own)
+    own, prompts = count // len(ORIGINS), run.translation.find_prompts
+    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own, prompts)
+    drawn += draw_some(lambda origin: origin == "adapted", own, prompts)
     drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
     if PAIR in origins:
-        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count))
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 

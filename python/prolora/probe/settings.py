@@ -47,7 +47,7 @@ Settings = TypeVar("Settings", bound="FitSettings")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is sampled of the running models, and how a LoRA is fitted to them (docs/probe.md)."""
+    """What is sampled of the running models, and how a LoRA is fitted to them (docs/fit.md)."""
 
     prompts: tuple[str, ...] = option(
         (),
@@ -243,7 +243,7 @@ class FitSettings:
         One sample costs one forward pass when it is recorded, three as a probe (source, source with
         LoRA, target), five in a step (a backward pass costs about two) and about seven in the
         verdict. Together fit and verdict then take about three times the sampling. More than
-        MAX_SAMPLES of each gain little (docs/probe.md).
+        MAX_SAMPLES of each gain little (docs/fit_measured.md).
 
         Args:
             recorded: number of samples in all calls, held-out ones included.

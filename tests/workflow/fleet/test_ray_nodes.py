@@ -1,6 +1,7 @@
 """Nodes of a cluster that lack something, with a stand-in for Ray."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from fleet_files import results
@@ -79,3 +80,11 @@ def test_a_folder_that_no_node_has_ends_the_run(migrate):
     cluster = StandIn(["1", "2"], {"1": {"folder"}, "2": {"folder"}})
     with pytest.raises(OutputError, match=r"machine-1 has another folder.*machine-2 has another"):
         migrate(cluster)
+
+
+def test_a_move_that_a_plan_names_twice_is_done_once(plan, tmp_path):
+    doubled = replace(plan, entries=[entry for entry in plan.entries for _ in range(2)])
+    cluster = StandIn(["1", "2"])
+    summary = prolora.migrate(doubled, tmp_path / "moved", engine=StandInEngine(cluster))
+    assert (summary.count("done"), summary.count("failed")) == (16, 0)
+    assert len(results(tmp_path / "moved")) == 8

@@ -7,6 +7,7 @@ from .opening import open_pipeline
 from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
 from .stages import estimate_bytes
+from .text_part import TextPart, run_text_encoders_beside
 
 __all__ = [
     "CrossingRecorder",
@@ -15,11 +16,13 @@ __all__ = [
     "Pipeline",
     "PipelinePair",
     "SharedLatents",
+    "TextPart",
     "check_shown",
     "describe_crossing",
     "estimate_bytes",
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",
+    "run_text_encoders_beside",
     "takes_few_steps",
 ]

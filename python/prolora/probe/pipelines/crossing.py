@@ -6,7 +6,7 @@ the same way, with the same noise and nothing to decode (`SharedLatents`).
 A latent of one VAE is noise to a model of another, so a recorded call means nothing to the other
 model. The images do: the final latents of every sampling are decoded by their VAE and encoded by
 the other. Each model then sees its latent of one image, with noise of its own at equal log-SNR. The
-change of x₀ that the LoRA makes crosses in the same way (docs/probe.md).
+change of x₀ that the LoRA makes crosses in the same way (docs/fit_method.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..recording.trajectories import Call
-from ..recording.translation import Question, Translation
+from ..recording.translation import Question, Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, split_call
 from .conversion import align_rows
@@ -29,6 +29,7 @@ from .latents import LatentSpace, SharedLatents, check_shown
 from .layouts import LatentLayout, check_shapes
 from .pipeline import FinalSample, Pipeline, describe_pipeline
 from .schedules import NoiseSchedule
+from .text_part import PromptSwapper, TextPart
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,17 @@ class CrossedTranslation(Translation):
     theirs: CrossingSide = field(kw_only=True)
 
     @classmethod
-    def of(cls, ours: CrossingSide, theirs: CrossingSide) -> CrossedTranslation:
+    def of(
+        cls, ours: CrossingSide, theirs: CrossingSide, text_part: TextPart | None = None
+    ) -> CrossedTranslation:
         """The translation between two sides; `read` is that of the target."""
         guidance = guide_source(
             (ours.pipeline, theirs.pipeline),
             (ours.settings, theirs.settings),
             (ours.table, theirs.table),
         )
-        return cls(read=theirs.read, guidance=guidance, ours=ours, theirs=theirs)
+        adapt = PromptSwapper(ours.table, text_part.table) if text_part else same_call
+        return cls(read=theirs.read, guidance=guidance, adapt=adapt, ours=ours, theirs=theirs)
 
     def of_source(self, model: nn.Module, question: Question, adapted: bool = False) -> Tensor:
         """See `Translation.of_source`."""

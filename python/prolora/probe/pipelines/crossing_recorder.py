@@ -23,6 +23,7 @@ from .conditioning import stack_conditionings
 from .crossing import CrossedTranslation, CrossingSide, draw_noise, show_images, takes_few_steps
 from .latents import LatentSpace, SharedLatents
 from .schedules import level_log_snr
+from .text_part import TextPart, run_text_encoders_beside
 
 _QUESTIONS = 2**30  # seeds of what is drawn for questions, beyond those of the samplers
 FREE_SHARE = 0.2
@@ -60,6 +61,7 @@ class CrossingRecorder:
         samplers_text: what the samplers do; part of the keys of what is kept.
         on_image: called after each sampled image.
         crossed: what became of the images so far.
+        text_part: updates of the source's text encoders, that the LoRA is run with.
     """
 
     ours: CrossingSide
@@ -69,6 +71,7 @@ class CrossingRecorder:
     samplers_text: str = ""
     on_image: Callable[[], None] | None = None
     crossed: CrossedImages = field(default_factory=CrossedImages)
+    text_part: TextPart | None = None
 
     @property
     def source(self) -> nn.Module:
@@ -83,7 +86,7 @@ class CrossingRecorder:
     @cached_property
     def translation(self) -> CrossedTranslation:
         """Turns the source's predictions into the target's terms."""
-        return CrossedTranslation.of(self.ours, self.theirs)
+        return CrossedTranslation.of(self.ours, self.theirs, self.text_part)
 
     @cached_property
     def log_snr(self) -> tuple[float, float]:
@@ -110,7 +113,9 @@ class CrossingRecorder:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Origin -> hash of what its images depend on, besides the seed and the models."""
-        return hash_origins(self.checkpoints, self.adapter, self.samplers_text)
+        text = self.text_part.updates if self.text_part else {}
+        updates = {**self.adapter.updates, **text}
+        return hash_origins(self.checkpoints, updates, self.samplers_text)
 
     @cached_property
     def key(self) -> str:
@@ -269,7 +274,9 @@ class CrossingRecorder:
         kept = self.checkpoints.recall(name, key)
         if kept is None:
             if origin == "adapted":
-                with run_beside(self.source, self.adapter.updates):
+                text = self.text_part.updates if self.text_part else {}
+                encoders = run_text_encoders_beside(side.pipeline, text)
+                with run_beside(self.source, self.adapter.updates), encoders:
                     adapted = replace(side, settings=side.settings.with_lora())
                     sampled = self._sample(adapted, seed, origin)
             else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..recording.trajectories import Call
+from ...core.lowrank import LowRank
+from ..recording.trajectories import Call, Sample
 from ..recording.translation import Translation, same_call
 from ..settings import FitSettings
 from .conditioning import PredictionReader, PromptTable, build_call, split_call
@@ -23,6 +25,7 @@ from .guidance import guide_source
 from .layouts import LatentLayout, check_shapes
 from .pipeline import Pipeline, describe_pipeline
 from .schedules import FLOW, NoiseSchedule, level_log_snr
+from .text_part import PromptSwapper, TextPart
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class PipelinePair:
         translation: turns calls and predictions of one into those of the other.
         log_snr: the lowest and highest log-SNR at which both are asked, for models that predict
             different quantities; None without a bound.
+        text_part: what the LoRA changes of the source's text encoders; None for nothing.
     """
 
     source: Pipeline
@@ -45,6 +49,16 @@ class PipelinePair:
     of_target: FitSettings
     translation: Translation
     log_snr: tuple[float, float] | None = None
+    text_part: TextPart | None = None
+
+    def samplers(self, on_image: Callable[[], None]) -> tuple[Sample, Sample, Sample]:
+        """Of the source, the source with its LoRA, and the target; `on_image` follows an image."""
+        adapted = self.source if self.text_part is None else self.text_part
+        return (
+            self.source.sampler(self.settings, on_image),
+            adapted.sampler(self.settings.with_lora(), on_image),
+            self.target.sampler(self.of_target, on_image),
+        )
 
     def describe_sampling(self) -> str:
         """What the samplers do, as a text: part of the keys of recorded calls."""
@@ -52,7 +66,12 @@ class PipelinePair:
         return json.dumps([describe_pipeline(*side) for side in sides])
 
 
-def pair_pipelines(source: Pipeline, target: Pipeline, settings: FitSettings) -> PipelinePair:
+def pair_pipelines(
+    source: Pipeline,
+    target: Pipeline,
+    settings: FitSettings,
+    text_updates: Mapping[str, LowRank] | None = None,
+) -> PipelinePair:
     """Sets the size, and tabulates the conditioning of each model for the prompts.
 
     Flows of two architectures, and a flow beside another kind of model, are sampled in a few steps
@@ -62,6 +81,7 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: FitSettings) ->
         source: the pipeline that the LoRA was made for.
         target: the other one.
         settings: what is sampled.
+        text_updates: of the source's text encoders, that the LoRA is run with.
 
     Raises:
         UnsupportedFormat: the times or predictions of a flow cannot be read.
@@ -80,6 +100,7 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: FitSettings) ->
         theirs = target.observe_schedule(of_target)
     levels = common_levels(ours, theirs)
     tables = source.tabulate_prompts(settings), target.tabulate_prompts(of_target)
+    part = TextPart.of(source, text_updates or {}, settings)
     latents = tables[0].like.latent, tables[1].like.latent
     layouts = LatentLayout.of(source.pipe, latents[0]), LatentLayout.of(target.pipe, latents[1])
     check_shapes(latents, layouts, names)
@@ -90,9 +111,12 @@ def pair_pipelines(source: Pipeline, target: Pipeline, settings: FitSettings) ->
         PredictionReader.of(*latents),
         same_call if levels is None else _CallClipper(source, target, ours, theirs, levels),
         guide_source((source, target), (settings, of_target), tables),
+        same_call if part is None else PromptSwapper(tables[0], part.table),
+        same_call if part is None else PromptSwapper(part.table, tables[0]),
+        _PromptFinder(tables[0]) if tables[0].guided else None,
     )
     log_snr = None if levels is None else (level_log_snr(levels[1]), level_log_snr(levels[0]))
-    return PipelinePair(source, target, settings, of_target, translation, log_snr)
+    return PipelinePair(source, target, settings, of_target, translation, log_snr, part)
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,17 @@ class _CallTranslator:
         latent = translate_state(self.schedule, self.their_schedule, parts.latent, parts.time)
         latent = self.layout.translate(latent, self.their_layout)
         return self.theirs.build_call(latent, time, prompts)
+
+
+@dataclass(frozen=True)
+class _PromptFinder:
+    """A call of a model -> which of its samples have a prompt."""
+
+    table: PromptTable
+
+    def __call__(self, call: Call) -> list[bool]:
+        parts = split_call(self.table.model, call)
+        return [self.table.has_prompt(parts, i) for i in range(len(parts.latent))]
 
 
 @dataclass(frozen=True)

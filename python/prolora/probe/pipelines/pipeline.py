@@ -97,15 +97,18 @@ class Pipeline:
         return sample * scale if isinstance(sample, int) and isinstance(scale, int) else None
 
     def encode_prompts(self, settings: FitSettings) -> None:
-        """Encodes all prompts of the samplings, with and without the LoRA, and the empty one.
-
-        Then the text encoders give their memory back: the pipeline samples without them.
-        """
+        """Encodes all prompts of the samplings, with and without the LoRA, and the empty one."""
         ways = [settings, *([settings.with_lora()] if settings.has_few_step_lora else [])]
         for way in ways:
             for prompt in dict.fromkeys((*_prompts_or_empty(way), "")):
                 if "prompt" in self.accepted:
                     self._capture_call(prompt, way)
+
+    def release_encoders(self) -> None:
+        """Frees the text encoders: what they said is remembered, and a new prompt reads them anew.
+
+        Those of a pipeline that somebody else uses too stay.
+        """
         if self.memory is not None:
             self.memory.release()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class PromptMemory:
         self.pipe, self.folder, self._options = pipe, folder, options
         self.answers: dict[str, Any] = {}
         self.state = ""
+        self._late: list[Callable[[], AbstractContextManager[None]]] = []
         self._encode = getattr(pipe, "encode_prompt", None)
         self._emptied = False
         if self._encode is not None:
@@ -69,10 +71,37 @@ class PromptMemory:
             return self.answers[key]
         if self._emptied:
             self._fill()
-        answer = self._encode(*args, **kwargs)
+        with ExitStack() as stack:
+            for enter in self._late:
+                stack.enter_context(enter())
+            answer = self._encode(*args, **kwargs)
         if key is not None:
             self.answers[key] = answer
         return answer
+
+    @contextmanager
+    def under(
+        self, state: str, enter: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
+        """Remembers apart what the encoders say while something runs beside their weights.
+
+        Args:
+            state: says what runs there.
+            enter: puts it there; where the encoders are empty, not before they are needed.
+        """
+        before, late = self.state, self._emptied
+        self.state = f"{before} {state}"
+        try:
+            if late:
+                self._late.append(enter)
+                yield
+            else:
+                with enter():
+                    yield
+        finally:
+            self.state = before
+            if late:
+                self._late.remove(enter)
 
     def release(self) -> None:
         """Empties the text encoders; those of a pipeline whose answers are not kept stay."""

@@ -15,6 +15,12 @@ from .translation import Question
 PredictBoth = Callable[[Question], tuple[Tensor, Tensor]]
 """The predictions of source and target at a question."""
 
+FindPrompts = Callable[[Call], list[bool]]
+"""Which samples of a call have a prompt."""
+
+WITHOUT_PROMPT = 0.1
+"""Share of the samples that have none. Guided samplers ask as often without as with one, and what a
+LoRA changes lies where there is one (docs/fit_measured.md)."""
 _TOLERANCE = 1e-3  # of the prediction's norm; a batch of another size is summed in another order
 
 
@@ -28,6 +34,7 @@ def mix_samples(
     most: int,
     predict: PredictBoth,
     generator: torch.Generator,
+    find_prompts: FindPrompts | None = None,
 ) -> list[Question]:
     """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
 
@@ -43,6 +50,8 @@ def mix_samples(
         most: largest number of samples in a batch.
         predict: both models' predictions at a question.
         generator: of the draw.
+        find_prompts: which samples of a call of the source have a prompt. Of the others at most
+            WITHOUT_PROMPT are drawn, as far as there are enough with one.
 
     Returns:
         The questions; one that is joined from several origins has the origin "mixed".
@@ -50,8 +59,10 @@ def mix_samples(
     sizes = [count_samples(question.source) for question in questions]
     size = min(max(sizes), most)
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
-    order = torch.randperm(len(rows), generator=generator).tolist()[:limit]
-    chosen = [rows[i] for i in order]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    if find_prompts is not None:
+        rows = _prefer_prompts(rows, [find_prompts(q.source) for q in questions], limit)
+    chosen = rows[:limit]
     try:
         if size > 1 or len(questions) > 1:
             _check_joined_batch(questions, chosen[: min(size, 4)], predict)
@@ -66,6 +77,15 @@ def mix_samples(
         ]
     except _CannotShareBatch:
         return _draw_calls(questions, limit, generator)
+
+
+def _prefer_prompts(
+    rows: list[tuple[int, int]], has_prompt: list[list[bool]], limit: int
+) -> list[tuple[int, int]]:
+    """The rows in their order, those without a prompt beyond WITHOUT_PROMPT of `limit` last."""
+    free = [(i, row) for i, row in rows if not has_prompt[i][row]]
+    late = set(free[int(WITHOUT_PROMPT * limit) :])
+    return [row for row in rows if row not in late] + [row for row in rows if row in late]
 
 
 def _draw_calls(

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
-
-from .trajectories import Call, predict_call
+from .trajectories import Call
 
 
 def keep_call(call: Call) -> Call:
@@ -39,17 +36,3 @@ class Guidance:
     without_prompt: Callable[[Call], Call]
     keep_prompted: Callable[[Call], Call | None] = keep_call
     adapted: bool = True
-
-    def guide(
-        self, model: nn.Module, call: Call, prediction: Tensor, read: Callable[[Any], Tensor]
-    ) -> Tensor:
-        """The guided prediction.
-
-        Args:
-            model: the source.
-            call: of it, with a prompt.
-            prediction: of the model at that call.
-            read: return value of the model -> its prediction.
-        """
-        free = predict_call(model, self.without_prompt(call), read)
-        return free + self.scale * (prediction - free)

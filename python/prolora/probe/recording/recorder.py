@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...adapters.adapter import Adapter
+from ...core.lowrank import LowRank
 from ..checkpoint import Checkpoints, hash_texts, hash_updates
 from ..crossed import CrossedImages
 from ..updates import run_beside
@@ -78,6 +79,7 @@ class Recorder:
         translation: turns each recorded call into a question to both models.
         checkpoints: where recorded calls are kept.
         samplers_text: what the samplers do; part of the keys of what is kept.
+        text_updates: of the source's text encoders, that the LoRA is sampled with.
     """
 
     source: nn.Module
@@ -87,11 +89,13 @@ class Recorder:
     translation: Translation
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
     samplers_text: str = ""
+    text_updates: Mapping[str, LowRank] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Origin -> hash of what its trajectories depend on, besides the seed and the models."""
-        return hash_origins(self.checkpoints, self.adapter, self.samplers_text)
+        updates = {**self.adapter.updates, **self.text_updates}
+        return hash_origins(self.checkpoints, updates, self.samplers_text)
 
     @property
     def key(self) -> str:
@@ -119,19 +123,22 @@ class Recorder:
             if origin != "adapted":
                 return record_calls(model, sample, seed, origin)
             with run_beside(model, self.adapter.updates):
-                return record_calls(model, sample, seed, origin)
+                calls = record_calls(model, sample, seed, origin)
+            return [self.translation.unadapt(call) for call in calls]
 
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         key = hash_texts(self.keys[origin], str(seed))
         return load_or_record(self.checkpoints, f"calls-{origin}-{seed}", key, device, record)
 
 
-def hash_origins(checkpoints: Checkpoints, adapter: Adapter, samplers_text: str) -> dict[str, str]:
+def hash_origins(
+    checkpoints: Checkpoints, updates: Mapping[str, LowRank], samplers_text: str
+) -> dict[str, str]:
     """Origin -> hash of what its samplings depend on, besides the seed and the folder's inputs."""
     if checkpoints.folder is None:
         return dict.fromkeys(ORIGINS, "")
     plain = hash_texts(samplers_text)
-    adapted = hash_texts(samplers_text, hash_updates(adapter.updates))
+    adapted = hash_texts(samplers_text, hash_updates(updates))
     return {"source": plain, "adapted": adapted, "target": plain}
 
 

@@ -73,6 +73,10 @@ class Translation:
         clip: a recorded call -> the one that is asked, where a model cannot answer or understand
             the recorded one; its origin says which model recorded it.
         guidance: of the source's answers, where the target needs none itself; None: no guidance.
+        adapt: a call of the source -> the one that it is asked with its LoRA, where that changes
+            the text embeddings, too.
+        unadapt: the inverse, for calls recorded with the LoRA.
+        find_prompts: a call of the source -> which of its samples have a prompt; None: not known.
     """
 
     translate: Translate = same_call
@@ -81,6 +85,9 @@ class Translation:
     read: Read = output_of
     clip: Translate = same_call
     guidance: Guidance | None = None
+    adapt: Translate = same_call
+    unadapt: Translate = same_call
+    find_prompts: Callable[[Call], list[bool]] | None = None
 
     def keep_prompted(self, calls: Iterable[Call]) -> list[Call]:
         """Recorded calls; of a source that is asked with guidance, the samples with a prompt.
@@ -117,10 +124,12 @@ class Translation:
             read: its return value -> its prediction.
             adapted: whether the LoRA is in its weights.
         """
-        prediction = predict_call(model, call, read)
+        adapt = self.adapt if adapted else same_call
+        prediction = predict_call(model, adapt(call), read)
         if self.guidance is None or (adapted and not self.guidance.adapted):
             return prediction
-        return self.guidance.guide(model, call, prediction, read)
+        free = predict_call(model, adapt(self.guidance.without_prompt(call)), read)
+        return free + self.guidance.scale * (prediction - free)
 
     def of_target(self, model: nn.Module, question: Question) -> Tensor:
         """The prediction of the target."""

@@ -18,6 +18,7 @@ from ..plan import ModulePlan, check_fits_source, place_text_encoders
 RULE = "running models"
 """How modules are paired, for the report."""
 
+_IN_BLOCKS = "; what it changes is fitted into the target's blocks"
 _NO_PLACE = "it is in no transformer block; the fit compensates for it in the blocks"
 
 
@@ -57,7 +58,10 @@ def plan_modules(
     check_fits_source(adapter, names, source)
     for name in [n for n in plan.passed if _has_other_width(n, source, target)]:
         plan.passed.remove(name)
-        plan.skipped[name] = "the target has another text encoder, where it means nothing"
+        plan.skipped[name] = "the target has another text encoder"
+    if text_encoder != "skip":
+        for name in plan.skipped.keys() & source.shapes.keys():
+            plan.skipped[name] += _IN_BLOCKS
     inside = fitted_modules(names, source)
     plan.skipped |= {name: _NO_PLACE for name in names if name not in inside}
     return plan

@@ -86,11 +86,6 @@ class Summary:
         """Moves that are "done", "failed", "refused" or "left", "incomplete", or the "total"."""
         return sum(getattr(group, state) for group in self.groups)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every LoRA of the plan is on every target."""
-        return self.count("done") == self.count("total")
-
     def sentence(self) -> str:
         """The result in a sentence."""
         done, total = self.count("done"), self.count("total")

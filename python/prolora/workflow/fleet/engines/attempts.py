@@ -24,7 +24,7 @@ class Attempt:
 
     Attributes:
         batch: what is to be done.
-        losses: how many workers were lost with it.
+        losses: how many workers were lost with this LoRA alone.
         avoid: ids of the nodes that do not have what it needs.
     """
 
@@ -50,18 +50,25 @@ class AttemptQueue:
 
         Args:
             batches: taken one at a time, as workers are free.
-            retries: how often a batch is given again after its worker was lost.
+            retries: how often a LoRA is given again that a worker was lost with.
             workers: how many take batches at a time.
         """
-        self._hung, self._most_hung = 0, 2 * workers
+        self._hung, self._workers = 0, workers
         self._fresh = iter(batches)
         self._returned: deque[Attempt] = deque()
         self._retries = retries
 
-    def take(self) -> Attempt | None:
-        """The next one, or None where all are taken."""
-        if self._returned:
-            return self._returned.popleft()
+    def take(self, node: str = "") -> Attempt | None:
+        """The next one, or None where there is none for a node; "" stands for any.
+
+        What another node must do is left to it; until it has, no more is begun than it can do soon.
+        """
+        for attempt in self._returned:
+            if node not in attempt.avoid:
+                self._returned.remove(attempt)
+                return attempt
+        if len(self._returned) > self._workers:
+            return None
         batch = next(self._fresh, None)
         return None if batch is None else Attempt(batch)
 
@@ -76,9 +83,9 @@ class AttemptQueue:
     def return_lost(self, attempt: Attempt, hung: bool = False) -> tuple[Entry, ...]:
         """Takes back what a worker that was lost has not done.
 
-        It is given again as often as there are retries. Then its LoRAs are tried one at a time, so
-        that one which ends its process does not take the others along. Where a worker hangs, which
-        takes long to notice, that is so at once.
+        Its LoRAs are tried one at a time from then on, so that one which ends its process does not
+        take the others along; each as often as there are retries, since a worker may be lost by
+        chance. One that hangs, which takes long to notice, is tried alone once.
 
         Args:
             attempt: what is left of it.
@@ -90,23 +97,19 @@ class AttemptQueue:
         Raises:
             HungWorker: one after the other hangs, so that it is not due to the LoRAs.
         """
-        entries = attempt.batch.entries
-        if hung:
-            self._hung += 1
-            attempt = replace(attempt, losses=self._retries)
-        if self._hung > self._most_hung:
+        self._hung += hung
+        if self._hung > 2 * self._workers:
             raise HungWorker(
                 f"{self._hung} workers one after the other did not get on: a drive or a device may "
                 "hang. Run again when it works"
             )
-        if attempt.losses < self._retries:
-            self._returned.append(replace(attempt, losses=attempt.losses + 1))
-            return ()
-        if len(entries) <= 1:
+        entries = attempt.batch.entries
+        if len(entries) > 1:
+            self._returned.extend(attempt.narrow([entry]) for entry in entries)
+        elif entries and (hung or attempt.losses >= self._retries):
             return entries
-        # Each has a second try, since a worker may be lost by chance.
-        alone = replace(attempt, losses=self._retries if hung else max(0, self._retries - 1))
-        self._returned.extend(alone.narrow([entry]) for entry in entries)
+        elif entries:
+            self._returned.append(replace(attempt, losses=attempt.losses + 1))
         return ()
 
     def return_elsewhere(self, attempt: Attempt, node: str) -> None:

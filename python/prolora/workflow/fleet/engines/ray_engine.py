@@ -50,7 +50,7 @@ class RayEngine:
             workers: how many at a time; None means one for each core, or as many as the GPUs have
                 room for.
             gpus_per_worker: share of a GPU that each takes; None means none.
-            retries: how often a batch is given again whose worker was lost.
+            retries: how often a LoRA is given again that a worker was lost with.
 
         Raises:
             ProLoRAError: Ray is not installed, does not start, or cannot be reached.
@@ -133,7 +133,7 @@ class RayDriver:
             ray: the module, connected.
             needs: of each worker.
             settings: of the run.
-            retries: how often a batch is given again whose worker was lost.
+            retries: how often a LoRA is given again that a worker was lost with.
             vitals: whether Ray's own processes live; None asks nobody.
         """
         self._ray, self._needs, self._retries = ray, needs, retries
@@ -143,7 +143,6 @@ class RayDriver:
         self._settings = settings
         self._class = ray.remote(RayWorker)
         self._busy: list[_DrivenWorker] = []
-        self._idle: list[_DrivenWorker] = []
         self._closing: list[Any] = []  # what Ray answers with
         self._foreign: dict[str, str] = {}
         self._failed_starts = 0
@@ -167,22 +166,18 @@ class RayDriver:
                     yield from self._lose(worker, f"it did not get on for {limit:g} s", hung=True)
 
     def _hand_out(self) -> bool:
-        """Gives work to workers, as long as there is both; whether any is at work."""
+        """Starts workers, as long as there is work for more; whether any is at work."""
         while len(self._busy) < self._needs.most and (attempt := self._queue.take()):
-            bad = attempt.avoid | self._foreign.keys()
-            idle = [worker for worker in self._idle if worker.node not in bad]
-            idle.sort(key=lambda worker: worker.attempt.pair != attempt.pair)  # its bases are open
-            if not idle and len(self._busy) + len(self._idle) >= self._needs.most:
-                self._retire(self._idle.pop(0))
-            if idle:
-                self._idle.remove(idle[0])
-            self._give(idle[0] if idle else self._start(attempt, bad), attempt)
-        while self._idle:
-            self._retire(self._idle.pop())
+            at_work = {worker.node for worker in self._busy if worker.arrival}
+            if attempt.avoid and at_work - attempt.avoid:
+                self._queue.put_back(attempt)  # one of them takes it next
+                break
+            self._give(self._start(attempt), attempt)
         return bool(self._busy)
 
-    def _start(self, attempt: Attempt, bad: frozenset[str]) -> _DrivenWorker:
+    def _start(self, attempt: Attempt) -> _DrivenWorker:
         """Starts a worker, on a node that may have what an attempt needs."""
+        bad = attempt.avoid | self._foreign.keys()
         options: dict[str, Any] = {"num_cpus": self._needs.cores, "num_gpus": self._needs.gpus}
         if self._needs.memory:
             options["memory"] = self._needs.memory
@@ -194,7 +189,7 @@ class RayDriver:
 
     def _pin(self, nodes: list[str]) -> Any:
         """Lets Ray start a worker on the one of these nodes that has the fewest of ours."""
-        taken = [worker.node for worker in (*self._busy, *self._idle)]
+        taken = [worker.node for worker in self._busy]
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         node = min(nodes, key=taken.count)
         return strategies.NodeAffinitySchedulingStrategy(node, soft=False)
@@ -252,11 +247,11 @@ class RayDriver:
     def _note(self, worker: _DrivenWorker, record: Record) -> Iterator[Record]:
         """Passes a record on, or keeps the LoRA for a node that may have what this one lacks."""
         self._queue.note_success()
-        entry = worker.left.pop(record.key)
+        entry = worker.left.pop(record.key, None)  # which a plan may name twice
         if record.status == "failed":
             nodes = self._list_nodes()
             bad = worker.attempt.avoid | {worker.node} | self._foreign.keys()
-            if record.transient and not bad.issuperset(nodes):
+            if entry and record.transient and not bad.issuperset(nodes):
                 worker.elsewhere.append(entry)
                 return
             if len(nodes) > 1:
@@ -264,14 +259,17 @@ class RayDriver:
         yield record
 
     def _finish(self, worker: _DrivenWorker) -> Iterator[Record]:
-        """Takes a worker back that has done its batch."""
+        """Gives a worker that has done its batch another one, or lets it end."""
         if worker.left:
             yield from self._lose(worker, "it did not say what became of all LoRAs")
             return
         self._busy.remove(worker)
         self._return_elsewhere(worker)
-        if worker.node not in self._foreign:
-            self._idle.append(worker)
+        attempt = None if worker.node in self._foreign else self._queue.take(worker.node)
+        if attempt is not None:
+            self._give(worker, attempt)
+        else:  # it saves what it has learnt; without a handle it ends after that
+            self._closing.append(worker.actor.close.remote())
 
     def _return_elsewhere(self, worker: _DrivenWorker) -> None:
         if worker.elsewhere:
@@ -311,18 +309,12 @@ class RayDriver:
                 raise ProLoRAError(f"workers of Ray do not start: {why}")
             self._queue.put_back(left)
             return
-        if not worker.left:
-            return
         error: ProLoRAError = HungWorker(f"its process on {worker.place} was ended: {why}")
         if not hung:
             reason = "its process ended each time that it was tried, at last on"
             error = LostWorker(f"{reason} {worker.place}: {why}")
         for entry in self._queue.return_lost(left, hung):
             yield Record.of_failure(self._settings.plan.key(entry), entry, error)
-
-    def _retire(self, worker: _DrivenWorker) -> None:
-        """Lets a worker save what it has learnt; without a handle it ends after that."""
-        self._closing.append(worker.actor.close.remote())
 
     def _kill(self, worker: _DrivenWorker) -> None:
         with suppress(Exception):
@@ -332,9 +324,7 @@ class RayDriver:
         """Ends the workers."""
         for worker in self._busy:
             self._kill(worker)
-        for worker in self._idle:
-            self._retire(worker)
-        self._busy, self._idle = [], []
+        self._busy = []
         if self._closing:
             with suppress(Exception):
                 self._ray.wait(

@@ -1,0 +1,259 @@
+"""The source is asked with the part of its LoRA that lies in the text encoders."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import prolora
+from prolora import LowRank, ProLoRAError, adapters
+from prolora.adapters.adapter import Adapter
+from prolora.architectures.modules import is_in_text_encoder
+from prolora.probe import pipelines
+from prolora.probe.pipelines.flow_convention import watch_steps
+from prolora.probe.recording.recorder import Recorder
+from prolora.probe.recording.wanted import wanted_changes
+from prolora.probe.settings import FitSettings
+from prolora.probe.updates import run_beside
+
+SETTINGS = FitSettings(
+    ("cat", "dog cat"), images=2, steps=2, size=16, guidance=4.0, target_guidance=1.0
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Two pipelines of unlike text encoders, and a kohya LoRA with a part in that of the first."""
+    folder = tmp_path_factory.mktemp("text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source", seed=1)
+        tiny.save(folder / "target", seed=1, text=12)
+        source = pipelines.open_pipeline(folder / "source")
+    tensors = {}
+    generator = torch.Generator().manual_seed(3)
+    for prefix, model, leaf in (
+        ("lora_unet", source.denoiser, "attn2.to_v"),
+        ("lora_te_text_model", source.pipe.text_encoder, ("mlp.fc1", "mlp.fc2")),
+    ):
+        for name, module in model.named_modules():
+            if name.endswith(leaf):
+                key = f"{prefix}_{name.replace('.', '_')}"
+                m, n = module.weight.shape
+                tensors[f"{key}.lora_up.weight"] = torch.randn(m, 2, generator=generator)
+                tensors[f"{key}.lora_down.weight"] = torch.randn(2, n, generator=generator)
+                tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, folder / "lora.safetensors")
+    return folder
+
+
+def parts_of(room: Path) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
+    """The updates of the denoiser, and those of the text encoder."""
+    updates = adapters.read_adapter(room / "lora.safetensors").updates
+    text = {name: u for name, u in updates.items() if is_in_text_encoder(name)}
+    assert text and len(text) < len(updates)
+    return {n: u for n, u in updates.items() if n not in text}, text
+
+
+def opened(room: Path) -> tuple[pipelines.Pipeline, pipelines.Pipeline]:
+    return tuple(pipelines.open_pipeline(room / name) for name in ("source", "target"))
+
+
+def recorder_of(room: Path) -> tuple[pipelines.PipelinePair, Recorder]:
+    updates, text = parts_of(room)
+    pair = pipelines.pair_pipelines(*opened(room), SETTINGS, text)
+    adapter = Adapter(updates, format="diffusers")
+    denoisers = pair.source.denoiser, pair.target.denoiser
+    samplers = pair.samplers(lambda: None)
+    return pair, Recorder(*denoisers, adapter, samplers, pair.translation, text_updates=text)
+
+
+def test_the_source_with_its_lora_is_what_diffusers_makes_of_the_same_file(room):
+    """Its samplings and answers, both branches of the guidance, with the text encoder's part."""
+    pair, recorder = recorder_of(room)
+    theirs = pipelines.open_pipeline(room / "source")
+    theirs.pipe.load_lora_weights(room / "lora.safetensors")
+    used: list[Tensor] = []
+    with watch_steps(theirs.pipe.scheduler, lambda output, _: used.append(output.clone())):
+        theirs.sampler(SETTINGS)(1)
+    asked = [q for q in recorder.record_questions(0) if q.origin == "adapted"]
+    assert len(asked) == len(used) == SETTINGS.images * SETTINGS.steps
+    with torch.no_grad(), run_beside(recorder.source, recorder.adapter.updates):
+        for question, output in zip(asked, used, strict=True):
+            answer = pair.translation.of_source(recorder.source, question, adapted=True)
+            torch.testing.assert_close(answer, output, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_text_encoders_part_changes_is_wanted_of_the_target(room):
+    pair, recorder = recorder_of(room)
+    questions = recorder.record_questions(0)
+    with torch.no_grad():
+        alone = list(
+            wanted_changes(recorder.source, recorder.target, {}, questions, pair.translation)
+        )
+        plain = replace(pair.translation, adapt=lambda call: call)
+        nothing = list(wanted_changes(recorder.source, recorder.target, {}, questions, plain))
+    assert all(float(wanted.change.norm()) > 1e-3 for wanted in alone)
+    assert all(float(wanted.change.norm()) == 0 for wanted in nothing)
+
+
+def test_images_that_cross_are_drawn_and_asked_with_it(room):
+    updates, text = parts_of(room)
+    source, target = opened(room)
+    sides = pipelines.observe_sides(source, target, SETTINGS, shared=True)
+    part = pipelines.TextPart.of(source, text, sides[0].settings)
+    adapter = Adapter(updates, format="diffusers")
+    recorder = pipelines.CrossingRecorder(*sides, adapter, text_part=part)
+    bare = pipelines.CrossingRecorder(*sides, adapter)
+    with torch.no_grad():
+        ours, theirs = (
+            [q for q in r.record_questions(0, held_out=True) if q.origin == "adapted"]
+            for r in (recorder, bare)
+        )
+        assert not torch.equal(ours[0].target.kwargs["sample"], theirs[0].target.kwargs["sample"])
+        with run_beside(source.denoiser, updates):
+            adapted = recorder.translation.of_source(source.denoiser, ours[0], adapted=True)
+            without = bare.translation.of_source(source.denoiser, ours[0], adapted=True)
+    assert float((adapted - without).norm()) > 1e-3 * float(without.norm())
+
+
+def test_text_encoders_are_as_before_once_their_part_was_in_place(room):
+    _, text = parts_of(room)
+    source = pipelines.open_pipeline(room / "source")
+    encoder = source.pipe.text_encoder
+    ids = torch.tensor([[52, 1, 2, 53, 53, 53, 53, 53]])
+    with torch.no_grad():
+        before = encoder(ids).last_hidden_state
+        with pipelines.run_text_encoders_beside(source, text):
+            beside = encoder(ids).last_hidden_state
+        after = encoder(ids).last_hidden_state
+    assert torch.equal(before, after) and not torch.allclose(before, beside, atol=1e-2)
+    with pytest.raises(ProLoRAError, match="has no text_encoder_2, which the LoRA has"):
+        with pipelines.run_text_encoders_beside(
+            source, {"text_encoder_2.x": LowRank(torch.zeros(1, 1), torch.zeros(1, 1))}
+        ):
+            pass
+
+
+def test_kept_calls_of_a_lora_depend_on_its_text_part(room, tmp_path):
+    from prolora.probe.checkpoint import open_checkpoints
+
+    updates, text = parts_of(room)
+    source, target = (p.denoiser for p in opened(room))
+    adapter = Adapter(updates, format="diffusers")
+    kept = open_checkpoints(tmp_path / "kept", source, target, {})
+    known = {"checkpoints": kept, "samplers_text": "s"}
+    keys = [
+        Recorder(source, target, adapter, (None,) * 3, None, text_updates=part, **known).keys
+        for part in ({}, text)
+    ]
+    assert keys[0]["adapted"] != keys[1]["adapted"]
+    assert keys[0]["source"] == keys[1]["source"]
+
+
+FEW = {"prompts": ("cat", "dog"), "images": 1, "steps": 2, "fit_steps": 3, "force": True}
+
+
+def fitted(room: Path, target: str, **options) -> prolora.Transfer:
+    return prolora.fit(room / "lora.safetensors", room / "source", room / target, **FEW | options)
+
+
+def test_what_has_no_text_encoder_to_go_to_is_fitted_into_the_blocks(room):
+    moved, alone = (fitted(room, "target", text_encoder=way) for way in ("copy", "skip"))
+    for done, reason in ((moved, "fitted into the target's blocks"), (alone, "left out as asked")):
+        rows = [row for row in done.report.modules if is_in_text_encoder(row.source)]
+        assert rows and all(row.status == "skipped" and reason in row.reason for row in rows)
+        assert not any(is_in_text_encoder(name) for name in done.adapter.updates)
+    name = next(iter(moved.adapter.updates))
+    one, other = (done.adapter.updates[name].dense() for done in (moved, alone))
+    assert not torch.allclose(one, other, rtol=0.05, atol=1e-4)
+
+
+def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room, monkeypatch):
+    """The target is asked as it will be run: with the part that the written file holds."""
+    shutil.copytree(room / "source", room / "twin", dirs_exist_ok=True)
+    unet = load_file(room / "twin/unet/diffusion_pytorch_model.safetensors")
+    unet = {name: weight * 1.01 for name, weight in unet.items()}
+    save_file(unet, room / "twin/unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    seen = []
+    table = pipelines.Pipeline.tabulate_prompts
+
+    def record(self, settings):
+        made = table(self, settings)
+        seen.append((self.name, made.entries[0]["encoder_hidden_states",].clone()))
+        return made
+
+    monkeypatch.setattr(pipelines.Pipeline, "tabulate_prompts", record)
+    moved = fitted(room, "twin")
+    assert {name for name in moved.adapter.updates if is_in_text_encoder(name)} == set(
+        parts_of(room)[1]
+    )
+    source = pipelines.open_pipeline(room / "source")
+    plain = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
+    with pipelines.run_text_encoders_beside(source, parts_of(room)[1]):
+        beside = table(source, SETTINGS).entries[0]["encoder_hidden_states",]
+    assert {name for name, _ in seen} == {"source", "twin"}
+    for _, entry in seen:
+        torch.testing.assert_close(entry, beside)
+        assert not torch.allclose(entry, plain, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["target", "twin"])
+def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompts_before(
+    room, target, monkeypatch
+):
+    """Of another encoder and of the same one, which both models run with the LoRA's part."""
+    if target == "twin" and not (room / "twin").exists():
+        shutil.copytree(room / "source", room / "twin")
+    options = prolora.FitOptions(
+        SETTINGS.prompts, images=2, steps=2, size=16, fit_steps=1, force=True, again=True
+    )
+    ends = room / "lora.safetensors", room / "source", room / target
+    filled = []
+    memory = pipelines.pipeline.PromptMemory
+    monkeypatch.setattr(memory, "_fill", lambda *_: filled.append(1))
+    freed = prolora.fit(*ends, options)
+    assert not filled
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "release", lambda *_: None)
+    monkeypatch.setattr(pipelines.Pipeline, "release", lambda *_, **__: None)
+    held = prolora.fit(*ends, options)
+    # Without any memory of what the encoders said, they are asked every time.
+    monkeypatch.setattr(memory, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(memory, "under", lambda self, state, enter: enter())
+    plain = prolora.fit(*ends, options)
+    for other in (held, plain):
+        assert freed.report.probe.gate == other.report.probe.gate
+        for name, update in freed.adapter.updates.items():
+            assert torch.equal(update.up, other.adapter.updates[name].up)
+
+
+def test_encoders_that_are_read_again_run_with_the_loras_part(room):
+    source, text = pipelines.open_pipeline(room / "source"), parts_of(room)[1]
+    with pipelines.run_text_encoders_beside(source, text):
+        wanted = source.tabulate_prompts(SETTINGS)
+    source.memory.answers.clear()
+    source.release_encoders()
+    with pipelines.run_text_encoders_beside(source, text):
+        got = source.tabulate_prompts(SETTINGS)
+    plain = source.tabulate_prompts(SETTINGS)
+    for ours, theirs, bare in zip(wanted.entries, got.entries, plain.entries, strict=True):
+        for path, value in ours.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, theirs[path]) and not torch.equal(value, bare[path])
