@@ -76,7 +76,7 @@ def test_samples_without_measuring_and_measuring_without_pipelines_are_refused(p
     code, _, text = prolora(*line, "--prompt", "a cat")
     assert code == 2 and "add --measure" in text
     code, _, text = prolora(*line, "--measure")
-    assert code == 2 and "no pipeline folder" in text
+    assert code == 2 and "not a pipeline folder" in text
 
 
 def test_measured_shares_fit_80_columns_whatever_their_sign():

@@ -424,7 +424,7 @@ def test_a_report_is_a_page_where_its_name_says_so(prolora, case, tmp_path):
     assert prolora(*line)[0] == 0  # replaces a page of its own
     page.write_text("<!DOCTYPE html><p>mine")
     code, _, error = prolora(*line)
-    assert code == 2 and "is no report" in error and page.read_text().endswith("mine")
+    assert code == 2 and "is not a report" in error and page.read_text().endswith("mine")
 
 
 def test_the_page_of_several_loras_has_a_line_and_a_map_for_each(prolora, case, tmp_path):

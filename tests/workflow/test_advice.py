@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_read(case):
     lora, source, target = case
     with pytest.raises(InvalidOption, match="needs a LoRA"):
         prolora.advise(source, target, measure=True)
-    with pytest.raises(UnsupportedFormat, match="no pipeline folder"):
+    with pytest.raises(UnsupportedFormat, match="not a pipeline folder"):
         prolora.advise(source, target, lora, measure=True)
     with pytest.raises(InvalidOption, match=r"nn\.Module"):
         prolora.advise(source, target, lora, measure=True, samplers=(print, print))

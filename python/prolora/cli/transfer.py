@@ -314,6 +314,8 @@ def show_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
             readers = inspect(outcomes[0].out).readers
             read_by = f"; read by {', '.join(readers)}" if readers else ""
             out.print_line(f"wrote {outcomes[0].out}{read_by}")
+            if not (output.explain or output.modules):
+                out.print("--explain shows the numbers behind this.", style="dim")
 
 
 def used_subspaces(outcome: Outcome) -> bool:
@@ -328,5 +330,3 @@ def show_report(report: Report, explain: bool = False, every_module: bool = Fals
         show_tables(out, report.tables(every_module, every_module))
         for sentence in report.sentences():
             out.print(sentence)
-    else:
-        out.print("--explain shows the numbers behind this.", style="dim")
