@@ -27,10 +27,6 @@ _WIDGETS = {
     "format": "“file for”",
 }
 _FOR_OTHERS = re.compile(r"`[a-z_]+(?:=[^`]*|\(\))?`|(?<![\w-])--[a-z]|\bpython -[cm]\b")
-_ALL = 0.995
-_AMOUNTS = ((_ALL, "All"), (0.7, "Most"), (0.4, "About half"), (0.1, "A small part"))
-_LITTLE = 0.4
-"""Of a LoRA of which less than this has a place, little is to be expected."""
 
 
 def shorten(model: str) -> str:
@@ -46,9 +42,13 @@ def explain(error: prolora.ProLoRAError) -> str:
             "The models under “trained on” and “use on” have nothing in common: they were trained "
             "apart, and no LoRA of one works on the other. Nothing was written."
         )
-    clauses = re.split(r"(?<=[.;:])\s+", name_options(str(error), _name_widget))
-    kept = " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause)).rstrip(";: ")
-    return kept or "This LoRA cannot be moved between these two models."
+    return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
+
+
+def say(text: str) -> str:
+    """A message of prolora's in the words of the widgets, without what a node cannot do."""
+    clauses = re.split(r"(?<=[.;:])\s+", name_options(text, _name_widget))
+    return " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause))
 
 
 def _name_widget(option: str, value: str | None) -> str | None:
@@ -57,31 +57,6 @@ def _name_widget(option: str, value: str | None) -> str | None:
     if widget is None and value not in (None, "()") and option in _WIDGETS:
         return f"{_WIDGETS[option]}: {value}"
     return widget
-
-
-def judge(verdict: prolora.Verdict | None, placed: float | None) -> tuple[str, str]:
-    """A mark, and what to expect.
-
-    Args:
-        verdict: on the two bases; None where nobody looked at their weights.
-        placed: the share of the LoRA that has a place on the target; None without a LoRA.
-    """
-    if verdict is not None and not verdict.related:
-        return "✖", "Do not expect this to work: the two models have nothing in common."
-    if verdict is not None and not verdict.go:
-        return "⚠", "Do not expect much: the model that you use has learnt something else."
-    if placed is not None and placed < _LITTLE:
-        return "⚠", "Do not expect much: most of this LoRA belongs to parts that the model lacks."
-    if verdict is None:
-        return "✔", "Done as you asked; the two models were not compared."
-    if verdict.drift == 0:
-        return "✔", "Both models are the same where it counts: the LoRA works as it is."
-    return "✔", "This should work: the two models are closely related."
-
-
-def judge_report(report: prolora.Report) -> tuple[str, str]:
-    """`judge` a LoRA that was moved."""
-    return judge(report.verdict, report.totals["energy_mapped"])
 
 
 def tell_report(report: prolora.Report | None, name: str, way: str, next_step: str) -> str:
@@ -96,13 +71,14 @@ def tell_report(report: prolora.Report | None, name: str, way: str, next_step: s
     if report is None:
         lines = [f"✔ Already moved {way} with the same settings."]
     else:
-        lines = [" ".join(judge_report(report)), _tell_share(report), _tell_method(report, way)]
+        told = report.in_words()
+        kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
+        lines = [f"{told.mark} {told.headline}", f"Moved {way}. {kept[0]}", *kept[1:]]
     return "\n".join(
         [
-            *lines,
+            *map(say, lines),
             f"File: loras/{name}",
-            next_step,
-            "The button opens the whole report.",
+            f"{next_step} The button opens the whole report.",
         ]
     )
 
@@ -120,48 +96,12 @@ def tell_in_one_line(name: str, report: prolora.Report | None, error: str | None
     if report is None:
         return f"✔ {name}: moved before"
     share = report.totals["energy_mapped"] or 0.0
-    return f"{judge_report(report)[0]} {name}: moved, {share:.0%} of it found a place"
-
-
-def _tell_share(report: prolora.Report) -> str:
-    """How much of a LoRA arrived."""
-    placed = report.totals["energy_mapped"] or 0.0
-    kept = report.totals["energy_surviving"] or 0.0
-    amount = next((word for least, word in _AMOUNTS if placed >= least), "Very little")
-    rest = "all" if kept >= _ALL else f"{kept:.0%}"
-    return f"{amount} of the LoRA ({placed:.0%}) found a place, and {rest} of that was kept."
-
-
-def _tell_method(report: prolora.Report, way: str) -> str:
-    """What was done, and why."""
-    if report.method == "copy":
-        return f"What was done: copied {way}, unchanged."
-    if report.method == "damped":
-        return (
-            f"What was done: moved {way}, and weakened where the two models differ, so that images "
-            "keep the look of the model that you use."
-        )
-    return f"What was done: moved {way} by the method “{report.method}”."
+    return f"{report.in_words().mark} {name}: moved, {share:.0%} of it found a place"
 
 
 def tell_advice(advice: prolora.Advice) -> str:
     """At most six lines on a LoRA, or on LoRAs of one base, before anything is moved."""
-    fit, decision = advice.lora, advice.decision
-    lines = [" ".join(judge(advice.verdict, fit.kept_energy if fit else None))]
-    if fit is not None:
-        lines.append(
-            f"{fit.paired} of the LoRA's {fit.modules} parts have a place on that model; they hold "
-            f"{fit.kept_energy:.0%} of it."
-        )
-    expected = [x for x in advice.expected if decision and x.method == decision.method]
-    lines += [
-        f"Expect about {x.share:.0%} of what a LoRA trained on that model gives ({x.low:.0%} to "
-        f"{x.high:.0%}, measured on small models)."
-        for x in expected
-        if x.want == "look"
-    ]
-    if decision is not None:
-        copies = decision.method == "copy"
-        done = "copy the LoRA unchanged" if copies else "weaken it where the two models differ"
-        lines.append(f"Move LoRA would {done}.")
-    return "\n".join(lines)
+    return "\n".join(
+        say(line.replace("A transfer would", "Move LoRA would"))
+        for line in str(advice.in_words()).split("\n")
+    )

@@ -48,8 +48,9 @@ from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
 from .workflow.options import MethodChoice, TransferOptions
+from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
-from .workflow.report import Outcome, Report
+from .workflow.report import Report
 from .workflow.result import Transfer
 from .workflow.transfer import transfer, transfer_file
 

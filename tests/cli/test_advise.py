@@ -28,11 +28,13 @@ def test_one_screen_says_what_to_do(prolora, tuned):
     line = ("advise", lora, "--source", source, "--target", target, "--cache=none")
     code, text, _ = prolora(*line)
     assert code == 0
-    for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
-        assert part in text
+    assert text.startswith("✔ This should work") and "Most of the LoRA (" in text
+    assert len(text.splitlines()) < 10 and "drift" not in text
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("prolora transfer ") and f"--target {target}" in last
-    assert len(text.splitlines()) < 50
+    code, text, _ = prolora(*line, "--explain")
+    for part in ("down_blocks.1", "█", "Expected", "Same lineage", "8 of the LoRA's 12 modules"):
+        assert part in text
 
 
 def test_the_command_that_follows_runs(prolora, tuned, tmp_path, monkeypatch):

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from prolora import adapters
 
 
-def test_transfer_writes_the_lora_the_report_and_a_table(prolora, case, tmp_path):
+def test_transfer_says_what_to_expect_and_the_numbers_when_asked(prolora, case, tmp_path):
     lora, source, target = case
     out, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    code, text, _ = prolora(
-        "transfer", lora, "--source", source, "--target", target, "-o", out, "--report", report
-    )
-    assert code == 0
+    line = ("transfer", lora, "--source", source, "--target", target, "-o", out)
+    code, text, _ = prolora(*line, "--report", report)
+    assert code == 0 and text.startswith("✔ This should work")
+    for word in ("energy", "coverage", "module", "drift", "cosine", "Φ"):
+        assert word not in text
+    assert "8 of 12 modules moved" not in text and "the target has no such module" not in text
+    code, text, _ = prolora(*line, "--explain")
     assert "8 of 12 modules moved" in text and "the target has no such module" in text
     assert len(adapters.read_adapter(out).updates) == 8
     stored = json.loads(report.read_text())
@@ -233,7 +236,7 @@ def test_the_output_fits_the_size_that_was_asked_for(prolora, case, tmp_path):
     lora, source, target = case
     out = tmp_path / "out.safetensors"
     words = ("transfer", lora, "--source", source, "--target", target, "-o", out, "--cache=none")
-    code, text, _ = prolora(*words, "--out-rank", "8kB", "--dtype", "bfloat16")
+    code, text, _ = prolora(*words, "--out-rank", "8kB", "--dtype", "bfloat16", "--explain")
     assert code == 0 and "Cut to fit 0.008 MB: ranks " in text
     assert 7500 < out.stat().st_size <= 8000
     out.unlink()

@@ -136,7 +136,7 @@ def test_the_report_replaces_reports_and_nothing_else(prolora, line, tmp_path):
     before = out.read_bytes()
     other = tmp_path / "other.safetensors"
     code, _, text = prolora(*line, "-o", other, "--report", out)
-    assert code == 2 and "is no report as prolora wrote it" in text and not other.exists()
+    assert code == 2 and "is not a report as prolora wrote it" in text and not other.exists()
     assert out.read_bytes() == before
     assert len(adapters.read_adapter(out).updates) == 8
 
@@ -145,7 +145,9 @@ def test_a_report_of_an_advice_replaces_no_lora(prolora, case, tmp_path):
     lora, source, target = case
     before = lora.read_bytes()
     code, _, text = prolora("advise", "--source", source, "--target", target, "--report", lora)
-    assert code == 2 and "is no report as prolora wrote it" in text and lora.read_bytes() == before
+    assert (
+        code == 2 and "is not a report as prolora wrote it" in text and lora.read_bytes() == before
+    )
 
 
 def test_torch_without_memory_is_no_traceback(prolora, monkeypatch):

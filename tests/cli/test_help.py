@@ -100,7 +100,7 @@ def test_what_transfer_no_longer_takes_is_found_at_fit(prolora, case, tmp_path, 
     lora, source, target = case
     line = ("transfer", lora, "--source", source, "--target", target, "-o", tmp_path / "x")
     code, _, text = prolora(*line, *old)
-    assert code == 2 and "prolora fit on the command line" in flatten(text)
+    assert code == 2 and "`prolora fit`" in flatten(text)
     assert not (tmp_path / "x").exists()
 
 

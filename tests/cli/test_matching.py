@@ -42,7 +42,7 @@ def find_blocks(path):
 def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, deeper, tmp_path):
     out, saved = tmp_path / "out.safetensors", tmp_path / "map.json"
     assert prolora(*command(deeper, "advise", "--cache=none", "--save-match", saved))[0] == 0
-    how = ("--method", "copy", "--strength", "1", "--cache=none")
+    how = ("--method", "copy", "--strength", "1", "--cache=none", "--explain")
     code, text, _ = prolora(*command(deeper, "transfer", *how, "-o", out))
     assert code == 0 and "0←0 1←1 2←none 3←2" in " ".join(text.split())
     old = [i for i in range(40) if i not in anima_depth.INSERTED]
@@ -59,9 +59,9 @@ def test_a_lora_of_28_blocks_lands_on_those_40_that_were_there_before(prolora, d
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_compare_says_what_the_other_blocks_are_and_saves_the_map(prolora, deeper, tmp_path):
+def test_advice_says_what_the_other_blocks_are_and_saves_the_map(prolora, deeper, tmp_path):
     saved = tmp_path / "map.json"
-    how = ("--match", "similarity", "--cache=none", "--save-match", saved)
+    how = ("--match", "similarity", "--cache=none", "--save-match", saved, "--explain")
     code, text, _ = prolora(*command(deeper, "advise", *how))
     text = " ".join(text.split())
     assert code == 0 and "28 of 40 blocks of the target were recognised" in text

@@ -153,7 +153,10 @@ MISTAKES = {
         ("transfer", "pack.zip", *BASES, *TO),
         "pack.zip: an archive; unpack it, and give the .safetensors file in it",
     ),
-    "a web page": (("transfer", "page.safetensors", *BASES, *TO), "a web page, as links give one"),
+    "a web page": (
+        ("transfer", "page.safetensors", *BASES, *TO),
+        "a web page, not a model: the download link asked",
+    ),
     "a pointer": (("transfer", "pointer.safetensors", *BASES, *TO), "a pointer of Git LFS"),
     "an empty file": (("transfer", "empty.safetensors", *BASES, *TO), "empty file; download it"),
     "half a download": (("transfer", "cut.safetensors", *BASES, *TO), "download it again"),
@@ -182,10 +185,10 @@ MISTAKES = {
         (*MOVE, "-o", "mine.safetensors"),
         "choose another name, or allow it with --overwrite",
     ),
-    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is no card as prolora"),
+    "somebody's README": ((*MOVE, *TO, "--card"), "README.md: exists and is not a card as prolora"),
     "somebody's file for a report": (
         (*MOVE, *TO, "--report", "foreign.json"),
-        "foreign.json: exists and is no report as prolora wrote it",
+        "foreign.json: exists and is not a report as prolora wrote it",
     ),
     "the output for a report": (
         (*MOVE, *TO, "--report", "out.safetensors"),
@@ -193,11 +196,11 @@ MISTAKES = {
     ),
     "somebody's file for a map": (
         ("advise", *BASES, "--save-match", "foreign.json"),
-        "foreign.json: exists and is no map as prolora wrote it",
+        "foreign.json: exists and is not a map as prolora wrote it",
     ),
     "a folder that cannot be an adapter": (
         (*MOVE, "-o", "words.txt", "--format", "peft"),
-        "words.txt: exists and is no LoRA as prolora wrote it",
+        "words.txt: exists and is not a LoRA as prolora wrote it",
     ),
     "no LoRA": (("transfer", *BASES, *TO), "Missing argument 'LORA'"),
     "no source": (("transfer", "lora.safetensors", *BASES[2:], *TO), "Missing option '--source'"),
@@ -220,7 +223,7 @@ MISTAKES = {
     "an output rank of zero": ((*MOVE, *TO, "--out-rank", "0"), "--out-rank must be"),
     "a size that is none": ((*MOVE, *TO, "--max-memory", "lots"), "a size is a number with a unit"),
     "too little memory": ((*MOVE, *TO, "--max-memory", "1kB"), "is too little: the largest weight"),
-    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "prolora fit on the command line"),
+    "prompts without a fit": ((*MOVE, *TO, "--prompt", "cat"), "`prolora fit`"),
     "a map that is missing": (
         (*MOVE, *TO, "--match", "similar"),
         'match takes "auto", "name", "similarity" or a JSON file',
@@ -251,7 +254,7 @@ MISTAKES = {
     "a plan of nothing": (("plan", "nothing", *BASES), "nothing: is no .safetensors file"),
     "somebody's file for a plan": (
         ("plan", "loras", *BASES, "-o", "foreign.json"),
-        "foreign.json: exists and is no plan as prolora wrote it",
+        "foreign.json: exists and is not a plan as prolora wrote it",
     ),
     "a missing plan": (("migrate", "plan.jsonl", "-o", "moved"), "plan.jsonl: no such file"),
     "a plan that is none": (("migrate", "words.txt", "-o", "moved"), "words.txt: is not a plan"),

@@ -36,7 +36,7 @@ def test_a_trained_lora_is_not_replaced(prolora, line, tmp_path):
             code, _, error = prolora(*line, "--strength", "0.5", *extra)
             assert code == 2 and "mine.safetensors" in error and out.read_bytes() == before
     code, _, error = prolora(*line, "-o", out)
-    assert "exists and is no LoRA as prolora wrote it" in error and "--overwrite" in error
+    assert "exists and is not a LoRA as prolora wrote it" in error and "--overwrite" in error
     assert prolora(*line, "-o", out, "--overwrite")[0] == 0
     assert len(read_adapter(out).updates) == 8
 
@@ -93,7 +93,7 @@ def test_a_file_that_goes_with_a_result_replaces_its_like_only(
     for content in (FOREIGN, own + b"\nmore", own[:-1], b"> " + own, other):
         file.write_bytes(content)
         code, _, error = prolora(*words)
-        assert code == 2 and f"{name}: exists and is no" in error, content[:40]
+        assert code == 2 and f"{name}: exists and is not a" in error, content[:40]
         assert file.read_bytes() == content and sorted(tmp_path.iterdir()) == there
     assert prolora(*words, "--overwrite")[0] == 0
     assert file.read_bytes()[:20] == own[:20]
@@ -104,7 +104,7 @@ def test_the_demo_replaces_nothing_either(prolora, tmp_path, name):
     pytest.importorskip("diffusers", reason="the demo needs diffusers")
     (tmp_path / name).write_bytes(FOREIGN)
     code, _, error = prolora("demo", "-o", tmp_path)
-    assert code == 2 and f"{name}: exists and is no" in error
+    assert code == 2 and f"{name}: exists and is not a" in error
     assert [file.name for file in Path(tmp_path).iterdir()] == [name]
 
 
@@ -118,6 +118,6 @@ def test_a_link_stands_for_the_file_that_it_leads_to(prolora, line, tmp_path):
     ):
         (tmp_path / name).symlink_to(foreign)
         code, _, error = prolora(*line, "-o", "out.safetensors", *words)
-        assert code == 2 and f"{name}: exists and is no" in error
+        assert code == 2 and f"{name}: exists and is not a" in error
         (tmp_path / name).unlink()
     assert foreign.read_bytes() == FOREIGN

@@ -87,8 +87,11 @@ def test_a_narrow_terminal_loses_no_number(prolora, case, tmp_path, monkeypatch,
     lora, source, target = case
     bases = ("--source", source, "--target", target, "--cache=none")
     for line in (
-        ("transfer", lora, *bases, "--method", "prolora", "-o", tmp_path / "out.safetensors"),
-        ("advise", *bases),
+        (
+            *("transfer", lora, *bases, "--method", "prolora", "--explain", "-o"),
+            tmp_path / "o.safetensors",
+        ),
+        ("advise", *bases, "--explain"),
         ("basis", source, "--cache=none"),
     ):
         monkeypatch.setenv("COLUMNS", "80")
@@ -104,7 +107,7 @@ def test_notes_fill_the_lines_of_any_terminal(prolora, case, tmp_path, monkeypat
     _, source, target = case
     for width in (50, 200):
         monkeypatch.setenv("COLUMNS", str(width))
-        _, text, _ = prolora("advise", "--source", source, "--target", target)
-        note = text[text.index("drift:") : text.index("Go (drift")]
+        _, text, _ = prolora("advise", "--source", source, "--target", target, "--explain")
+        note = text[text.index("drift:") : text.index("Go: the two")]
         lines = note.splitlines()[:-1]
         assert all(width - 12 < len(line.rstrip()) <= width for line in lines), lines

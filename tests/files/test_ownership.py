@@ -97,7 +97,9 @@ def test_a_lora_that_was_trained_on_or_saved_again_is_foreign(tmp_path: Path) ->
     ):
         path.write_bytes(content)
         assert SafetensorsFile(path).metadata == header
-        with pytest.raises(ForeignFile, match=r"x\.safetensors: exists and is no LoRA as prolora"):
+        with pytest.raises(
+            ForeignFile, match=r"x\.safetensors: exists and is not a LoRA as prolora"
+        ):
             check_replaceable(path, "LoRA")
         check_replaceable(path, "LoRA", overwrite=True)
 

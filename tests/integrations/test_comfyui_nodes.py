@@ -94,10 +94,15 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack
     (name, report), shown = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
     assert re.fullmatch(r"zz-moved/target/one-copy-[0-9a-f]{12}\.safetensors", name)
     lines = report.splitlines()
-    assert len(lines) == 6 and lines[0].startswith("✔ This should work")
-    assert re.match(r"Most of the LoRA \(\d\d%\) found a place, and all of that was kept", lines[1])
-    assert lines[2] == "What was done: copied from source to target, unchanged."
-    assert lines[3] == f"File: loras/{name}" and "press R" in lines[4]
+    assert len(lines) <= 6 and lines[0].startswith("✔ This should work")
+    said = (
+        r"Moved from source to target\. Most of the LoRA \(\d\d%\) has a place on target, and all"
+    )
+    assert re.match(said, lines[1])
+    assert lines[2].startswith("Expect ") or lines[2].startswith(
+        "prolora copied the LoRA unchanged"
+    )
+    assert lines[-2] == f"File: loras/{name}" and "press R" in lines[-1]
     assert len(load_file(models / "loras" / name)) == 24
     page = models / "loras" / shown["page"][0]
     assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
@@ -145,7 +150,7 @@ def test_the_header_tells_which_model_a_lora_was_trained_on(pack, models, told):
         pack, "ProloraMoveLora", **LORA | BASES | WIDGETS | {"trained_on": "from the LoRA"}
     )
     source = "sub/renamed" if told == "hash" else "source"
-    assert f"copied from {source} (as the LoRA tells) to target" in result[1]
+    assert f"Moved from {source} (as the LoRA tells) to target" in result[1]
 
 
 def test_a_moved_lora_tells_the_model_that_it_was_moved_to(pack, models):
@@ -169,7 +174,7 @@ def test_the_aim_decides_whether_a_lora_is_weakened(pack, models):
         for aim in (LOOK, "LoRA's own look")
     }
     weakened, own = (result[1] for result, _ in reports.values())
-    assert "weakened where the two models differ" in weakened and "unchanged" in own
+    assert "weakened the LoRA where the two models differ" in weakened and "unchanged" in own
     assert "LoRAs_own_look" in reports["LoRA's own look"][0][0]
 
 
@@ -266,7 +271,7 @@ def test_the_stop_button_ends_the_job_and_leaves_nothing(pack, models, monkeypat
 def test_advice_writes_nothing(pack, models):
     before = sorted(models.rglob("*"))
     (report,), _ = run(pack, "ProloraAdvise", **LORA, **BASES)
-    assert report.startswith("✔ ") and "8 of the LoRA's 12 parts have a place" in report
+    assert report.startswith("✔ ") and "of the LoRA (70%) has a place on target." in report
     (bases_alone,), _ = run(pack, "ProloraAdvise", lora="(none)", **BASES)
     assert "parts" not in bases_alone and "Move LoRA would" in bases_alone
     stranger = BASES | {"use_on": "stranger.safetensors"}

@@ -154,9 +154,7 @@ def test_what_is_asked_about_a_few_step_loras_images_keeps_its_share(source, lor
         drawn.append(name)
 
     known = {"fit_steps": 1, "rank": 2, "force": True, "probes": 70, "batch": 7, "progress": count}
-    report = fit_models(
-        source, target, lora, sampler(source), sampler(target), few, **known
-    ).report
+    report = fit_models(source, target, lora, sampler(source), sampler(target), few, **known).report
     # Three calls of twelve of either model, and one of the source with the LoRA.
     assert report.probes == 3 + 1 + 3 and report.samples[0] == 70
     assert drawn.count("asking") == 9 + 2  # 60 samples of the bare models in batches of seven

@@ -319,7 +319,7 @@ def test_a_folder_of_new_weights_and_an_old_configuration_is_made_again(folder):
     old = (other.out / "adapter_config.json").read_bytes()
     (outcome.out / "adapter_config.json").write_bytes(old)
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, **options)
-    assert "adapter_config.json: exists and is no configuration as prolora" in str(again.error)
+    assert "adapter_config.json: exists and is not a configuration as prolora" in str(again.error)
     (again,) = prolora.transfer_many(loras[:1], source, target, moved, overwrite=True, **options)
     assert again.status == "moved"
     (outcome.out / "adapter_config.json").unlink()

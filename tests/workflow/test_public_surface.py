@@ -58,7 +58,7 @@ def test_options_have_one_home(kind, changes):
 def test_running_the_models_is_asked_of_another_function(tmp_path):
     case = write_case(tmp_path)
     for old in ({"method": "probe"}, {"probe": prolora.FitOptions()}):
-        with pytest.raises(prolora.InvalidOption, match=r"prolora\.fit in Python"):
+        with pytest.raises(prolora.InvalidOption, match=r"`fit\(\)`"):
             prolora.transfer(*case, **old)
 
 

@@ -26,9 +26,11 @@ def test_a_report_cannot_be_changed(report):
         report.modules.append(report.modules[0])
 
 
-def test_printing_a_report_gives_its_sentences(report):
-    assert str(report).splitlines() == report.sentences()
-    assert str(report).startswith("8 of 12 modules moved from source to target; 4 skipped")
+def test_printing_a_report_gives_the_verdict_and_then_the_numbers(report):
+    words, numbers = str(report).split("\n\n")
+    assert words == str(report.in_words()) and words.startswith("✔ This should work")
+    assert numbers.splitlines() == report.sentences()
+    assert numbers.startswith("8 of 12 modules moved from source to target; 4 skipped")
 
 
 def test_the_time_of_writing_is_in_the_report_of_a_file(case, tmp_path):
@@ -70,7 +72,7 @@ def test_a_report_is_saved_as_its_json_and_replaces_an_older_one(report, tmp_pat
 def test_a_report_replaces_no_other_file(report, tmp_path, content):
     file = tmp_path / "file"
     file.write_bytes(content)
-    with pytest.raises(prolora.OutputError, match="is no report as prolora wrote it"):
+    with pytest.raises(prolora.OutputError, match="is not a report as prolora wrote it"):
         report.save(file)
     assert file.read_bytes() == content
     report.save(file, overwrite=True)

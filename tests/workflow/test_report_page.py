@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import html
 import json
 import math
 import re
@@ -18,9 +19,9 @@ from reports import KINDS, PLACES, Page, make_report, make_row
 import prolora
 from prolora.comparison.module_map import BlockDecision
 from prolora.probe.report import ProbeReport
+from prolora.workflow.outcome import Outcome
 from prolora.workflow.outcomes_page import render_outcomes
 from prolora.workflow.page.document import Picture
-from prolora.workflow.report import Outcome
 from prolora.workflow.tables import map_modules
 
 HOSTILE = "<script>alert(1)</script>\"'&\x00\x1b[31m\u202e\udcff.attn1.to_q"
@@ -119,10 +120,12 @@ def test_the_table_has_the_numbers_of_the_report(report):
         assert page.text.endswith(row.reason)
 
 
-def test_the_headline_says_how_much_of_the_energy_is_on_the_target(report):
-    page = Page(report.to_html())
-    headline = "38% of the LoRA's energy is on ssd-1b: 12 of 24 modules moved."
-    assert page.inside["h1"] == [headline]
+def test_the_verdict_in_words_comes_first_and_the_numbers_below(report):
+    text = report.to_html()
+    page, told = Page(text), report.in_words()
+    assert page.inside["h1"] == [f"{told.mark} {told.headline}"]
+    places = [text.index(html.escape(line)) for line in told.lines]
+    assert places == sorted(places) and places[-1] < text.index(">In numbers<")
     assert all(sentence in page.inside["li"] for sentence in report.sentences())
     assert "sha256:aa" in page.text and "sha256:cc" in page.text
 
@@ -148,7 +151,7 @@ def test_what_has_no_number_is_shown_without_one(report):
     rows = [dataclasses.replace(row, measures=None, energy=0.0) for row in report.modules]
     for shown in (dataclasses.replace(dry, modules=tuple(rows)), make_report([])):
         page = Page(shown.to_html())
-        assert page.inside["h1"] == [shown.sentences()[0]]
+        assert page.inside["h1"][0].endswith("A dry run: nothing was written.")
         assert "kept" not in "".join(page.inside.get("title", []))
         assert "nan" not in page.text.lower()
         Page(shown._repr_html_())
@@ -186,7 +189,7 @@ def test_a_page_is_saved_by_its_name_and_replaces_reports_only(report, tmp_path)
     report.save(page)
     for other in ("<!DOCTYPE html>\n<html><p>mine</p></html>", "<p>", "\x89PNG"):
         page.write_text(other)
-        with pytest.raises(prolora.OutputError, match="is no report as prolora wrote it"):
+        with pytest.raises(prolora.OutputError, match="is not a report as prolora wrote it"):
             report.save(page)
         assert page.read_text() == other
 

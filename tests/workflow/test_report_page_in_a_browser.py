@@ -9,9 +9,9 @@ import shutil
 import pytest
 from reports import KINDS, PLACES, make_report, make_row
 
+from prolora.workflow.outcome import Outcome
 from prolora.workflow.outcomes_page import render_outcomes
 from prolora.workflow.page.document import Picture
-from prolora.workflow.report import Outcome
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -200,6 +200,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
         plain = isinstance(name, str) and name.endswith(".safetensors") and len(name) < 256
         if not plain or "/" in name or "\\" in name or "\0" in name:
             raise UnsupportedFormat(
-                f"{index}: {key[:80]} is in {name!r:.80}, which is no file beside it"
+                f"{index}: {key[:80]} is in {name!r:.80}, which is not a file beside it"
             )
     return shards

@@ -89,7 +89,7 @@ def check_images_cross(source: Path, target: Path) -> None:
         if not (folder / "vae").is_dir():
             if _read_denoiser_config(folder).get("in_channels", 3) != 3:
                 raise UnsupportedFormat(
-                    f"{folder}: the pipeline has no VAE, and its latents are no pixels, so no "
+                    f"{folder}: the pipeline has no VAE, and its latents are not pixels, so no "
                     "image can cross to another model's latents"
                 )
         elif not any(key.startswith("encoder.") for key in open_folder_weights(folder / "vae")[0]):

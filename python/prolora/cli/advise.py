@@ -27,6 +27,7 @@ from ..workflow.output_paths import is_page_path
 from .console import out, progress_bar
 from .options import (
     Bases,
+    ExplainOption,
     JsonOption,
     MatchOption,
     ModulesOption,
@@ -41,7 +42,7 @@ from .options import (
     write_flag,
 )
 from .outputs import check_match_file, check_report, read_command, save_match
-from .tables import show_tables
+from .tables import show_tables, show_words
 
 LoraArgument = Annotated[
     Path | None,
@@ -72,6 +73,7 @@ class CompareOptions:
         ),
     ] = None
     overwrite: OverwriteOption = False
+    explain: ExplainOption = False
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False
@@ -161,10 +163,13 @@ def advise(
     if asked.as_json:
         print(json.dumps(advice.to_dict() | {"command": command}, indent=1))
         return
-    if not asked.quiet:
+    show_words(out, advice.in_words())
+    if asked.explain or asked.modules or rank is not None:
         show_tables(out, advice.tables(asked.modules, asked.sweep))
-    for sentence in advice.sentences():
-        out.print(sentence, style="bold yellow" if sentence.startswith("No-go") else None)
+        for sentence in advice.sentences():
+            out.print(sentence)
+    elif not asked.quiet:
+        out.print("--explain shows the numbers behind this.", style="dim")
     for path in (asked.save_match, asked.report):
         if path is not None:
             out.print_line(f"wrote {path}")

@@ -182,6 +182,7 @@ def demo(
     show_report(report)
     for path in paths:
         out.print_line(f"wrote {path}")
+    out.print_line(f"To see it all, open {paths[-1]} in a browser.", style="bold")
 
 
 @app.command(

@@ -32,6 +32,9 @@ _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _SUBSTITUTES = {
+    "✔": "OK:",
+    "⚠": "Careful:",
+    "✖": "No:",
     "→": "->",
     "←": "<-",
     "…": "...",

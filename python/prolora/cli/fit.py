@@ -12,7 +12,7 @@ from ..bases import Base
 from ..errors import ProLoRAError
 from ..workflow.fit import fit_file, fit_many, plan_fit
 from ..workflow.fit_options import FitOptions
-from ..workflow.report import Outcome
+from ..workflow.outcome import Outcome
 from .console import progress_bar
 from .options import (
     Bases,

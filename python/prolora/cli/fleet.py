@@ -51,7 +51,7 @@ class Collection:
         typer.Option(
             parser=parse_base,
             metavar="BASE",
-            help="Base model that the LoRAs were trained on: file, folder or hub id. Of several "
+            help="Base model that the LoRAs were trained on: file, folder or hub id. With several "
             "--source, each LoRA's header and keys tell which it belongs to.",
         ),
     ]
@@ -128,7 +128,7 @@ def migrate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Do what a plan says; run it again to go on where it stopped."""
+    """Carry out a plan; run it again to resume."""
     resources.check_device()
     shown = not (as_json or quiet)
     with progress_bar("migrate", shown) as progress:

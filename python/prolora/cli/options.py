@@ -184,6 +184,10 @@ ModulesOption = Annotated[
     bool,
     typer.Option("--modules", help="Show a table row per module (or block), not per stage."),
 ]
+ExplainOption = Annotated[
+    bool,
+    typer.Option("--explain", help="Show the numbers too, and what each of them means."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")]
 CacheOption = Annotated[
@@ -234,9 +238,8 @@ class ExpertBases:
         typer.Option(
             parser=parse_base,
             metavar="BASE",
-            help="Base model the LoRA was trained on: file, folder or hub id (org/name). Of a "
-            "model of two experts (Wan 2.2) the pipeline's folder, or both files, each with "
-            "--source.",
+            help="Base model the LoRA was trained on: file, folder or hub id (org/name). For Wan "
+            "2.2 give the pipeline folder, or repeat --source for both expert files.",
         ),
     ]
     target: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from .options import JsonOption, ModulesOption, QuietOption, parse_path
+from .options import ExplainOption, JsonOption, ModulesOption, QuietOption, parse_path
 
 
 @dataclass
@@ -46,6 +46,7 @@ class OutputOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False
+    explain: ExplainOption = False
     modules: ModulesOption = False
     as_json: JsonOption = False
     quiet: QuietOption = False

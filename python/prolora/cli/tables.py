@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
+from ..workflow.in_words import InWords
+from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import name_outcome
-from ..workflow.report import Outcome
 from ..workflow.table import Table
 from .console import PlainConsole
 from .exits import describe_error
 
+MARKS = {"✔": "bold green", "⚠": "bold yellow", "✖": "bold red"}
 TONES = {"total": "bold", "warn": "yellow", "faint": "dim", "": None}
 
 
@@ -47,6 +49,15 @@ def show_tables(console: PlainConsole, tables: Sequence[Table]) -> None:
     terms = {name: text for table in tables for name, text in table.legend().items()}
     if terms:
         console.print_note("; ".join(f"{name}: {text}" for name, text in terms.items()) + ".")
+
+
+def show_words(console: PlainConsole, told: InWords) -> None:
+    """Prints a verdict: first what to expect, last what was lost."""
+    console.print(f"{told.mark} {told.headline}", style=MARKS[told.mark])
+    for line in told.lines:
+        console.print(line)
+    for line in told.cautions:
+        console.print(line, style="yellow")
 
 
 def failure_lines(outcomes: list[Outcome]) -> list[str]:

@@ -24,9 +24,10 @@ from ..workflow.dry_run import plan_report
 from ..workflow.fit_options import FitOptions
 from ..workflow.inspection import inspect
 from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
+from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path
-from ..workflow.report import Outcome, Report
+from ..workflow.report import Report
 from ..workflow.transfer import transfer_file
 from .basis import show_cache
 from .console import err, out, progress_bar
@@ -48,7 +49,7 @@ from .outputs import (
     list_outputs,
     read_command,
 )
-from .tables import draw_table, failure_lines, show_tables
+from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
 """What stands for standard output in the place of a file."""
@@ -169,7 +170,7 @@ def tell_outcomes(
         cache: the folder to name, where one was used.
     """
     if output.show_tables:
-        show_outcomes(outcomes, output.modules)
+        show_outcomes(outcomes, output)
         if cache is not None and any(used_subspaces(outcome) for outcome in outcomes):
             show_cache(cache)
     elif len(outcomes) > 1:
@@ -295,7 +296,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
             )
 
 
-def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
+def show_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print_table(draw_table(tabulate_outcomes(outcomes)))
@@ -308,7 +309,7 @@ def show_outcomes(outcomes: list[Outcome], every_module: bool) -> None:
         return
     report = outcomes[0].report
     if report is not None:
-        show_report(report, every_module)
+        show_report(report, output.explain, output.modules)
         if not report.dry_run:
             readers = inspect(outcomes[0].out).readers
             read_by = f"; read by {', '.join(readers)}" if readers else ""
@@ -320,9 +321,12 @@ def used_subspaces(outcome: Outcome) -> bool:
     return outcome.report is not None and any(row.measures for row in outcome.report.modules)
 
 
-def show_report(report: Report, every_module: bool = False) -> None:
-    """The tables and sentences of a report."""
-    show_tables(out, report.tables(every_module, every_module))
-    for sentence in report.sentences():
-        style = "bold yellow" if sentence.startswith("No-go") else None
-        out.print(sentence, style=style)
+def show_report(report: Report, explain: bool = False, every_module: bool = False) -> None:
+    """The verdict in words, and the numbers where they are asked for or are all that there is."""
+    show_words(out, report.in_words())
+    if explain or every_module or report.dry_run:
+        show_tables(out, report.tables(every_module, every_module))
+        for sentence in report.sentences():
+            out.print(sentence)
+    else:
+        out.print("--explain shows the numbers behind this.", style="dim")

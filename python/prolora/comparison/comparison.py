@@ -205,9 +205,9 @@ class Comparison:
         if self.other_shape:
             lost += f", {self.other_shape} pairs have different widths and are refused"
         return (
-            f"Of a LoRA on the source's attention, {a} of {all_a} modules "
-            f"({a / max(1, all_a):.0%}) find a place; with feed-forward and projections, {b} of "
-            f"{all_b} ({b / max(1, all_b):.0%}). {lost}."
+            f"A LoRA on the source's attention finds a place for {a} of {all_a} modules "
+            f"({a / max(1, all_a):.0%}); with feed-forward and projections, for {b} of {all_b} "
+            f"({b / max(1, all_b):.0%}). {lost}."
         )
 
     def to_dict(self) -> dict[str, Any]:

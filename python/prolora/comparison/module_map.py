@@ -103,7 +103,7 @@ def describe_decisions(decisions: Sequence[BlockDecision], dropped: Sequence[str
     recognised = sum(decision.source is not None for decision in decisions)
     sentences = [
         f"{recognised} of {len(decisions)} blocks of the target were recognised; "
-        f"{len(dropped)} blocks of the source feed none."
+        f"{len(dropped)} blocks of the source are not used."
     ]
     alike = [decision for decision in decisions if decision.resembles]
     if alike:

@@ -167,14 +167,14 @@ class Verdict:
         if not self.related:
             return (
                 f"No-go: the weights of these bases have nothing in common ({facts}); they were "
-                "trained apart, and no update of one means anything to the other."
+                "trained apart, and a LoRA of one does nothing useful on the other."
             )
         if not self.go:
             return (
                 f"No-go: the target has learnt something else ({facts}); on bases as far apart "
                 "as these, moved LoRAs did little or harm."
             )
-        return f"Go ({facts})."
+        return f"Go: the two models are closely related ({facts})."
 
 
 def judge_affinity(affinity: Affinity) -> Verdict:
@@ -201,12 +201,13 @@ def judge_pairs(affinities: Iterable[Affinity]) -> Verdict:
 
 METHOD_REASONS = {
     "copy": (
-        "the drift looks like longer training or merged LoRAs, which do not change what an update "
-        "does"
+        "the target looks like a continued training or a merge of the source, which the LoRA "
+        "already fits"
     ),
     "damped": (
-        "the target learnt something new, and the update is weakened along what changed, for the "
-        "target's own look; `look='lora'` copies it, for the images that the LoRA was made for"
+        "the target was fine-tuned, so the LoRA is weakened where the two models differ, and "
+        "images keep the target's look; `look='lora'` copies it, and keeps the look that it was "
+        "made for"
     ),
 }
 """Why `auto` chose a method."""

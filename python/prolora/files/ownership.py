@@ -150,8 +150,8 @@ def check_replaceable(path: str | os.PathLike[str], kind: Kind, overwrite: bool 
 def foreign_file(path: str | os.PathLike[str], kind: str) -> ForeignFile:
     """The error of an output path that holds somebody's file."""
     return ForeignFile(
-        f"{os.fspath(path)}: exists and is no {kind} as prolora wrote it, so it is not replaced; "
-        "choose another name, or allow it with `overwrite=True`"
+        f"{os.fspath(path)}: exists and is not a {kind} as prolora wrote it, so it is not "
+        "replaced; choose another name, or allow it with `overwrite=True`"
     )
 
 

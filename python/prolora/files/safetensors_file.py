@@ -241,8 +241,8 @@ def _refuse_other_formats(head: bytes, path: Path) -> NoReturn:
         raise UnsupportedFormat(f"{path}: {LFS_POINTER}")
     if head.lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise UnsupportedFormat(
-            f"{path}: a web page, as links give one that ask for a login or an agreement; open the "
-            "link in a browser, and download the file itself"
+            f"{path}: a web page, not a model: the download link asked for a login or an "
+            "agreement; open the link in a browser, and download the file itself"
         )
     if not head:
         raise UnsupportedFormat(f"{path}: empty file; download it again")

@@ -95,7 +95,7 @@ def check_inputs(folder: Path, inputs: Inputs) -> bool:
             if others:
                 raise OutputError(
                     f"{folder}: holds other things ({', '.join(others[:3])}) and no {INPUTS_FILE}, "
-                    "so it is no folder of kept results; give an empty or a new one"
+                    "so it is not a folder of kept results; give an empty or a new one"
                 )
             return False
         kept = read_json_object(listed).get(_MADE_FROM)

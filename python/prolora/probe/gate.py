@@ -288,7 +288,7 @@ def _explain_copy(
         f"probes, the fitted one {fitted:.0%}"
     )
     if gain.lowest <= 0:
-        return f"{reason}; that is no sure gain over {gain.trajectories} trajectories"
+        return f"{reason}; that is not a sure gain over {gain.trajectories} trajectories"
     return (
         f"{reason}; that gain is smaller than the error of the wanted change itself, because the "
         f"bases' own predictions differ (disagreement {disagreement:.2g}: a gain of {least:.0%} "

@@ -26,6 +26,7 @@ from ..probe.strength import MeasuredStrength, Measurement
 from .advice_options import DEFAULT_ADVICE, AdviceChanges, AdviceOptions
 from .base_check import check_bases
 from .by_weights.base_pair import BasePair, read_lora
+from .in_words import InWords, judge, name_amount, tell_expected, tell_place, tell_plan
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
 from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
 from .options import LoraLike, TransferOptions, settle_options, takes_options
@@ -122,8 +123,29 @@ class Advice:
             found.append(tabulate_expected(self.expected))
         return found
 
+    def in_words(self) -> InWords:
+        """The advice for people: what to expect, what a transfer would do, and what to do next."""
+        names = (self.comparison.source, self.comparison.target)
+        source, target = (name.removesuffix(".safetensors") for name in names)
+        placed = self.lora.kept_energy if self.lora else None
+        mark, headline = judge(self.verdict, placed, target)
+        lines = [] if placed is None else [tell_place(placed, None, target)]
+        if self.decision is not None and self.verdict.go:
+            lines.append(tell_expected(self.expected, self.decision.method, target))
+            lines.append(tell_plan(self.decision.method))
+        if best := self.measured:
+            share = max(0.0, best.share)
+            mark, headline = ("✔", "This should work.") if best.go else (mark, headline)
+            lines = [
+                f"Measured on the running models: {name_amount(share).lower()} ({share:.0%}) of "
+                f"what the LoRA does to {source} arrives on {target}."
+            ]
+        if not self.verb:
+            lines.append(f"Next: train the LoRA on {target}.")
+        return InWords(mark, headline, tuple(filter(None, lines)))
+
     def sentences(self) -> list[str]:
-        """The advice in plain words."""
+        """The advice in numbers."""
         sentences = self.comparison.sentences()
         if self.lora is not None:
             sentences.append(self.lora.sentence(self.comparison.verdict.drift))
@@ -185,6 +207,7 @@ class Advice:
             "measurement": _measurement_dict(self.measurement),
             "verb": self.verb,
             "options": {n: str(x) if n == "match" else x for n, x in self.options.items()},
+            "in_words": str(self.in_words()).split("\n"),
             "summary": self.sentences(),
         }
         plain: dict[str, Any] = replace_nonfinite(fields)
@@ -196,13 +219,14 @@ class Advice:
         Args:
             facts: how it was made, by what each is called: the command.
         """
-        first, *sentences = self.sentences()
+        told = self.in_words()
         tables = self.tables(every_module=True, sweep=True)
         page = Page(
             title=f"{self.comparison.source} → {self.comparison.target}",
             eyebrow="Advice on two models" if self.lora is None else "Advice on a LoRA",
-            headline=first,
-            sentences=sentences,
+            headline=f"{told.mark} {told.headline}",
+            lines=(*told.lines, *told.cautions),
+            sentences=self.sentences(),
             map=map_pairs(self.comparison),
             sections=[Section(table.title, [table]) for table in tables],
             facts=facts or {},
@@ -210,8 +234,8 @@ class Advice:
         return render_page(page)
 
     def __str__(self) -> str:
-        """The sentences, one a line."""
-        return "\n".join(self.sentences())
+        """The advice in words, then the sentences with the numbers, one a line."""
+        return "\n".join([str(self.in_words()), "", *self.sentences()])
 
 
 def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:

@@ -19,9 +19,9 @@ from .options import (
     settle_options,
     takes_options,
 )
+from .outcome import Outcome
 from .output_paths import check_distinct, check_name, name_output
 from .pair_mover import PairMover, Task
-from .report import Outcome
 from .resume import Recipe
 
 Naming = Callable[[Path, str], str]

@@ -20,9 +20,10 @@ from ..files.ownership import make_mark
 from ..files.writing import write_text_atomically
 from ..version import __version__
 from .inspection import Description, inspect
+from .outcome import Outcome
 from .output_paths import check_beside
 from .page.markup import replace_controls
-from .report import Outcome, Report
+from .report import Report
 
 CARD = "README.md"
 MARK = "<!-- written by prolora"
@@ -160,7 +161,7 @@ def _find_library(moved: Sequence[_CardEntry]) -> str | None:
 def _describe_lora(one: _CardEntry) -> list[str]:
     """What a LoRA keeps, how it is used, and what it was made of."""
     report, header, move = one.report, one.header, one.move
-    sentences = report.sentences() if report else ["Moved in an earlier run."]
+    sentences = _tell(report) if report else ["Moved in an earlier run."]
     blocks, used = ["\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)], []
     if one.file.trigger_words:
         words = ", ".join(escape_markdown(word) for word in one.file.trigger_words)
@@ -188,6 +189,13 @@ def _describe_lora(one: _CardEntry) -> list[str]:
     table = [f"| {name} | {escape_markdown(text)} |" for name, text in rows]
     blocks.append("\n".join(["| | |", "|---|---|", *table]))
     return blocks
+
+
+def _tell(report: Report) -> list[str]:
+    """The verdict in words; what to do next is for whoever moved the LoRA."""
+    told = report.in_words()
+    lines = [line for line in told.lines if not line.startswith("Next:")]
+    return [f"{told.mark} {told.headline}", *lines, *told.cautions]
 
 
 def _list_numbers(report: Report | None) -> list[tuple[str, str]]:

@@ -19,9 +19,10 @@ from .by_weights.base_pair import list_inputs
 from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
+from .outcome import Outcome
 from .output_paths import check_distinct, check_name, check_output, name_output
 from .pair_mover import as_refusal
-from .report import Outcome, Report
+from .report import Report
 from .result import Transfer, save_result
 from .resume import Recipe
 

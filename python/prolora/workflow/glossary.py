@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 GLOSSARY = {
+    "source": "the model that the LoRA was trained on",
+    "target": "the model that it moves to",
+    "update": "what a LoRA adds to one weight of the model, ΔW",
+    "damped": "the method that weakens an update along the directions in which the models differ",
+    "κ": "how strongly `damped` weakens it; 0 changes nothing",
+    "shift": "the drift times the share of it that is new; from 0.075 on moved LoRAs do little",
     "kept": "share of the update's energy ‖ΔW‖² that is on the target",
     "vs copy": "distance to the unchanged update, in units of its norm",
     "norm": "ratio of the norms of the update, target to source",
@@ -27,3 +33,13 @@ GLOSSARY = {
     "strangers": "blocks whose weights have nothing in common with those of their partners",
 }
 """Term -> what it means."""
+
+
+def write_page() -> str:
+    """docs/glossary.md: a row for each term."""
+    rows = [f"| {name} | {text} |" for name, text in GLOSSARY.items()]
+    head = (
+        "# Glossary\n\nWhat the terms in tables, reports and pages mean. The verdict itself needs "
+        "none of them.\n\n| term | meaning |\n|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"

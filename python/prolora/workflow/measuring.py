@@ -82,10 +82,10 @@ def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object)
     for name, side in (("source", source), ("target", target)):
         if not side.runs:
             raise UnsupportedFormat(
-                f"the {name} {side.base.path or side.base.name} is no pipeline folder: measuring "
-                "runs the models, so both bases must be folders of whole diffusers pipelines "
-                f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or transformer); in "
-                "Python also pipelines at hand, or modules with samplers"
+                f"the {name} {side.base.path or side.base.name} is not a pipeline folder: "
+                "measuring runs the models, so both bases must be folders of whole diffusers "
+                f"pipelines ({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
+                "transformer); in Python also pipelines at hand, or modules with samplers"
             )
     if source.base.path is not None and target.base.path is not None:
         vae.check_latents(source.base.path, target.base.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -197,3 +197,16 @@ class ModuleReport:
         return record | {
             entry.name: getattr(measures, entry.name, None) for entry in fields(Measures)
         }
+
+
+def measure_coverage(rows: Iterable[ModuleReport]) -> float:
+    """The share of a LoRA's modules that found a place, 0 … 1."""
+    names, placed = split_modules(rows)
+    return len(placed) / len(names) if names else 0.0
+
+
+def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
+    """The LoRA's modules, and those of them that found a place."""
+    own = [row for row in rows if row.rank_in]
+    placed = {row.source for row in own if row.status == "mapped"}
+    return {row.source for row in own}, placed

@@ -60,8 +60,8 @@ FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
 FIT_INSTEAD = (
-    "running the models is no method of a transfer but a job of its own, with options of its own: "
-    "prolora.fit in Python, prolora fit on the command line"
+    "running the models is not a method of a transfer but a job of its own, with its own options: "
+    "`fit()`"
 )
 # Its square, times an energy, is in the report: a float must hold that.
 LARGEST_STRENGTH = 1e30

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from . import tables
+from .outcome import Outcome
 from .page.document import Page, Section, render_page
-from .report import Outcome, Report
+from .report import Report
 from .table import NOTHING, Below, Cell, Column, Row, Table, make_table
 
 

@@ -23,8 +23,9 @@ from ..errors import ProLoRAError, explain_os_error
 from .by_weights.base_pair import BasePair
 from .by_weights.ledger import BYTES_A_NUMBER, LORA_FAILURES, Ledger
 from .options import TransferOptions
+from .outcome import Outcome
 from .output_paths import check_output
-from .report import Outcome, Report
+from .report import Report
 from .result import save_result
 from .resume import Recipe
 

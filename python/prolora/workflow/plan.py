@@ -204,7 +204,7 @@ def _explain_other_width(module: str, origin: str, source: Base, target: Base, t
         tried: whether the target's rows and columns were looked for among the source's.
     """
     ours, theirs = source.shapes[origin], target.shapes[module]
-    why = "its rows and columns are no selection of the source's, and " if tried else ""
+    why = "its rows and columns are not a selection of the source's, and " if tried else ""
     reason = (
         f"{module} is {_shape_text(theirs)} on the target but {_shape_text(ours)} on the source: "
         f"{why}no published data-free method maps between widths"

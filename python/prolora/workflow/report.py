@@ -6,15 +6,14 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters.left_out import find_unknown_updates
+from ..comparison.expectation import expect_shares
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..comparison.verdict import (
     AUTO,
@@ -24,18 +23,27 @@ from ..comparison.verdict import (
 )
 from ..core.means import weighted_mean
 from ..core.methods import find_method
-from ..errors import ProLoRAError
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
-from .module_report import Measures, ModuleReport
+from .in_words import (
+    FIT_NO_BETTER,
+    InWords,
+    judge,
+    tell_expected,
+    tell_fit,
+    tell_method,
+    tell_next,
+    tell_place,
+)
+from .module_report import Measures, ModuleReport, measure_coverage, split_modules
 from .options import FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import MODULES, Fold, Page, Picture, Section, render_page, render_summary
-from .table import Table, write_number
+from .table import Table
 
 STATUSES = ("mapped", "skipped", "refused")
 
@@ -106,8 +114,8 @@ class Report:
         return f"Report({dry}{self.method!r}, {self.source} -> {self.target}: {counts})"
 
     def __str__(self) -> str:
-        """The sentences, one a line."""
-        return "\n".join(self.sentences())
+        """The verdict in words, then the sentences with the numbers, one a line."""
+        return "\n".join([str(self.in_words()), "", *self.sentences()])
 
     def rows(self, status: str) -> list[ModuleReport]:
         """The rows with that status."""
@@ -207,8 +215,42 @@ class Report:
             found.append(tables.tabulate_bands(self.probe.crossed.bands))
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
+    def in_words(self) -> InWords:
+        """The verdict for people: what to expect, what was done, and what to do next."""
+        placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
+        source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
+        if self.dry_run or placed is None:
+            told = tell_place(self.coverage, None, target)
+            mark, _ = judge(None, self.coverage, target)
+            return InWords(mark, "A dry run: nothing was written.", (told,), self._cautions())
+        if self.was_fitted:
+            gate = self.probe.gate if self.probe else None
+            shares = [] if gate is None else list(gate.share.values())
+            return tell_fit(
+                source,
+                target,
+                min(shares) if shares else None,
+                is_refused=gate is not None and gate.decision == "refuse",
+                cautions=self._cautions(),
+            )
+        verdict = self.verdict
+        expected = expect_shares(verdict.drift, verdict.spread) if verdict else ()
+        lines = (
+            tell_place(placed, kept, target),
+            tell_expected(expected, self.method, target) if verdict and verdict.go else "",
+            FIT_NO_BETTER if self.probe else "",
+            tell_method(self.method, source, target, verdict),
+            tell_next(self.method, verdict, target),
+        )
+        mark, headline = judge(verdict, placed, target)
+        return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
+
+    def _cautions(self) -> tuple[str, ...]:
+        """What was lost, or needs a look."""
+        return (*self._cautions_of_file(), *self._caution_of_strangers())
+
     def sentences(self) -> list[str]:
-        """The result in plain words, the copy baseline included."""
+        """What was done in numbers, the copy baseline included."""
         sentences = self._sentences_of_file()
         if self.probe is not None:
             sentences += self.probe.sentences()
@@ -242,6 +284,16 @@ class Report:
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
                 f"{'' if self.strength == 1 else f' at strength {self.strength:.2g}'}."
             )
+        if self.kept_energy:
+            sentences.append(
+                f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
+                f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
+            )
+        return sentences + self._cautions_of_file()
+
+    def _cautions_of_file(self) -> list[str]:
+        """What of the file stays behind."""
+        sentences = []
         if self.unread:
             reason = next(row.reason for row in self.modules if row.source == self.unread[0])
             sentences.append(
@@ -253,11 +305,6 @@ class Report:
             sentences.append(
                 f"{len(self.left_out)} tensors of the file stay behind; {name}: {reason}."
             )
-        if self.kept_energy:
-            sentences.append(
-                f"{len(self.kept_energy)} updates had too high a rank for a LoRA and were cut; the "
-                f"one cut most keeps {min(self.kept_energy.values()):.1%} of its energy."
-            )
         return sentences
 
     def _sentences_of_bases(self) -> list[str]:
@@ -265,15 +312,17 @@ class Report:
         sentences = []
         if self.verdict:
             sentences.append(self.verdict.sentence())
-        sentences += describe_renumbered(self.renumbered)
-        strangers = self.strangers()
-        if strangers and self.verdict and self.verdict.related:
-            pairs = [(row.source, str(row.target)) for row in strangers]
-            sentences.append(describe_strangers(pairs))
+        sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
         if self.asked == AUTO and self.verdict:
             reason = self.verdict.explain(self.method)
             sentences.append(f"Method 'auto' chose '{self.method}': {reason}.")
         return sentences
+
+    def _caution_of_strangers(self) -> list[str]:
+        """That modules were paired whose weights have nothing in common."""
+        pairs = [(row.source, str(row.target)) for row in self.strangers()]
+        is_odd = bool(pairs) and self.verdict is not None and self.verdict.related
+        return [describe_strangers(pairs)] if is_odd else []
 
     def _sentences_of_energy(self) -> list[str]:
         """What the moved modules keep of the LoRA."""
@@ -316,6 +365,7 @@ class Report:
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "totals": self.totals,
+            "in_words": str(self.in_words()).split("\n"),
             "summary": self.sentences(),
         }
         return replace_nonfinite(fields)  # type: ignore[no-any-return]
@@ -344,52 +394,25 @@ class Report:
 
     def _to_page(self, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Page:
         """What a page tells of the report."""
-        first, *sentences = self.sentences()
-        share = self.share_on_target
-        if share is not None:
-            sentences = self.sentences()
-            first = (
-                f"{share:.0%} of the LoRA's energy is on {self.target}: "
-                f"{first.split(' moved ')[0]} moved."
-            )
+        told = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
-            told = f"{len(self.left_out)} tensors of the file stay behind"
-            sections.append(Section("What else did not move", [Fold(told, self.left_out)]))
+            summary = f"{len(self.left_out)} tensors of the file stay behind"
+            sections.append(Section("What else did not move", [Fold(summary, self.left_out)]))
         if self.modules:
             every = tables.tabulate_modules(self.modules, self.dry_run)
             sections.append(Section(every.title, [every], MODULES))
         return Page(
             title=f"{self.source} → {self.target}",
             eyebrow="LoRA transfer report",
-            headline=first,
-            sentences=sentences,
-            tiles=self._tiles(),
+            headline=f"{told.mark} {told.headline}",
+            lines=(*told.lines, *told.cautions),
+            sentences=self.sentences(),
             pictures=pictures,
             map=tables.map_modules(self.modules, self.dry_run),
             sections=sections,
             facts=self.facts() | dict(facts),
         )
-
-    def _tiles(self) -> list[tuple[str, str, str]]:
-        """The numbers that people ask for first: (name, number, note)."""
-        totals = self.totals
-        placed = totals["mapped"]
-        name = "modules to move" if self.dry_run else "modules moved"
-        tiles = [
-            (name, f"{self.coverage:.0%}", f"{placed} in all, {totals['skipped']} skipped"),
-            ("method", self.method, f"strength {self.strength:.2g}"),
-        ]
-        if not self.dry_run:
-            kept, away = totals["energy_surviving"], totals["copy_distance"]
-            tiles += [
-                ("energy kept", write_number(kept, ".0%"), "of the modules that moved"),
-                ("away from copying", write_number(away, ".0%"), "of the norm"),
-            ]
-        if self.verdict is not None:
-            drift, cosine = write_number(self.verdict.drift), write_number(self.verdict.cosine)
-            tiles.append(("drift of the bases", drift, f"cosine {cosine}"))
-        return tiles
 
     def facts(self) -> dict[str, str]:
         """How the result was made, by what each fact is called: bases, digests, options."""
@@ -431,70 +454,3 @@ class Report:
         write_text_atomically(
             path, self.to_html() if is_page_path(path) else mark_json("report", self.to_dict())
         )
-
-
-def measure_coverage(rows: Iterable[ModuleReport]) -> float:
-    """The share of a LoRA's modules that found a place, 0 … 1."""
-    names, placed = split_modules(rows)
-    return len(placed) / len(names) if names else 0.0
-
-
-def split_modules(rows: Iterable[ModuleReport]) -> tuple[set[str], set[str]]:
-    """The LoRA's modules, and those of them that found a place."""
-    own = [row for row in rows if row.rank_in]
-    placed = {row.source for row in own if row.status == "mapped"}
-    return {row.source for row in own}, placed
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one LoRA: a report, or the error that says why there is none.
-
-    Attributes:
-        lora: the input.
-        out: where the result is, or would have been.
-        report: None if it failed, or was there already.
-        error: None if it did not fail.
-        kept: whether the result was there already, made of the same LoRA in the same way.
-        behind: updates of the LoRA that could not be read, where there is no report to say so.
-        planned: whether it was a dry run.
-        seconds: wall time; of what was done for several LoRAs at once, its share.
-    """
-
-    lora: Path
-    out: Path
-    report: Report | None = None
-    error: ProLoRAError | None = None
-    kept: bool = False
-    behind: tuple[str, ...] = ()
-    planned: bool = False
-    seconds: float = 0.0
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Updates of the LoRA that could not be read and stay behind."""
-        if self.report is None:
-            return self.behind
-        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
-
-    @property
-    def status(self) -> str:
-        """In two words."""
-        if self.error:
-            return "failed"
-        if self.kept:
-            return "already there"
-        return "would move" if self.planned else "moved"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report, or the error's name and message, ready for JSON."""
-        entry: dict[str, Any] = {
-            "lora": str(self.lora),
-            "out": None if self.planned else str(self.out),
-            "status": self.status,
-        }
-        if self.error:
-            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
-        if self.behind:
-            entry["unread"] = list(self.behind)
-        return entry | (self.report.to_dict() if self.report else {})

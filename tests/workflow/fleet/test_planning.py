@@ -112,7 +112,7 @@ def test_another_file_option_or_base_is_another_move(collection, plan):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "probe"}, "prolora.fit in Python"),
+        ({"method": "probe"}, "with its own options"),
         ({"strength": -1}, "strength"),
         ({"sterngth": 1}, "sterngth"),
         ({"device": "cpu"}, "no option of a plan"),

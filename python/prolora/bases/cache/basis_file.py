@@ -191,7 +191,7 @@ def _read_facts(file: SafetensorsFile) -> dict[str, Any]:
 def _check_parts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Refuses a file whose tensors are no U [m, k], S [k] and V [n, k], with scales [k] or not."""
     if not {"U", "S", "V"} <= tensors.keys() or not {*FACTS, "rung", "name"} <= facts.keys():
-        raise UnsupportedFormat("it is no basis")
+        raise UnsupportedFormat("it is not a basis")
     k, compact = tensors["S"].shape, not tensors["U"].is_floating_point()
     scales = ("U.scale", "V.scale") if compact else ()
     fits = all(tensors[name].shape == k for name in ("S", *scales))

@@ -89,5 +89,5 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ValueError("its content is not what was written")
     entries = json.loads(body)
     if not isinstance(entries, dict):
-        raise ValueError("it is no table")
+        raise ValueError("it is not a table")
     return entries

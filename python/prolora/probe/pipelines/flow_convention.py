@@ -134,7 +134,7 @@ def _read_sign(shares: list[float], name: str) -> int:
     mean = sum(shares) / len(shares)
     if abs(mean) < 0.2 or any(share * mean < 0 for share in shares):
         raise UnsupportedFormat(
-            f"{name}: what its pipeline gives to the scheduler is no multiple of the model's "
+            f"{name}: what its pipeline gives to the scheduler is not a multiple of the model's "
             "predictions, so they cannot be converted"
         )
     return 1 if mean > 0 else -1

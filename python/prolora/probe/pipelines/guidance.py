@@ -161,8 +161,8 @@ def guide_source(
     scale = observe_guidance(pipelines[0], settings[0], ours)
     if scale is None:
         log.warning(
-            "%s: what its guidance makes of the predictions with and without the prompt is no sum "
-            "of both, so it is asked without, although %s is run without guidance",
+            "%s: what its guidance makes of the predictions with and without the prompt is not a "
+            "sum of both, so it is asked without, although %s is run without guidance",
             *(pipeline.name for pipeline in pipelines),
         )
     if scale is None or scale == 1:

@@ -90,13 +90,13 @@ class LatentSpace:
             side = math.isqrt(tokens)
             if side * side != tokens:
                 raise UnsupportedFormat(
-                    f"a latent of {tokens} tokens is no square; a fit samples squares"
+                    f"a latent of {tokens} tokens is not a square; a fit samples squares"
                 )
             return latent.mT.reshape(n, channels, side, side)
         if latent.dim() == 5 and latent.shape[2] == 1:
             return latent[:, :, 0]
         if latent.dim() != 4:
-            raise UnsupportedFormat(f"latents of shape {list(latent.shape)} are no single images")
+            raise UnsupportedFormat(f"latents of shape {list(latent.shape)} are not single images")
         return latent
 
     def as_latent(self, image: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def check_shown(pipe: Any, name: str) -> None:
         denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         if getattr(denoiser.config, "in_channels", 3) != 3:
             raise UnsupportedFormat(
-                f"{name}: its {type(pipe).__name__} has no VAE, and its latents are no pixels, so "
+                f"{name}: its {type(pipe).__name__} has no VAE, and its latents are not pixels, so "
                 "no image can cross to it or from it"
             )
     elif not callable(getattr(vae, "encode", None)) or getattr(vae, "encoder", vae) is None:

@@ -47,7 +47,9 @@ class LatentLayout:
         n, tokens, width = latent.shape
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ProLoRAError(f"a latent of {tokens} tokens is no square; a fit samples squares")
+            raise ProLoRAError(
+                f"a latent of {tokens} tokens is not a square; a fit samples squares"
+            )
         return (
             latent.reshape(n, side, side, width // 4, 2, 2)
             .permute(0, 3, 1, 4, 2, 5)

@@ -26,13 +26,13 @@ def check_fittable(source: Base, target: Base) -> None:
     """Refuses before any model is loaded.
 
     Raises:
-        UnsupportedFormat: a base that is no pipeline folder, or different latents between which no
-            image can cross.
+        UnsupportedFormat: a base that is not a pipeline folder, or different latents between which
+            no image can cross.
     """
     for side, base in (("source", source), ("target", target)):
         if not is_pipeline(base.path):
             raise UnsupportedFormat(
-                f"the {side} {base.path or base.name} is no pipeline folder: a fit runs "
+                f"the {side} {base.path or base.name} is not a pipeline folder: a fit runs "
                 "the models, so both bases must be folders of whole diffusers pipelines "
                 f"({PIPELINE_INDEX}, scheduler, text encoders, and unet or "
                 "transformer). A single "

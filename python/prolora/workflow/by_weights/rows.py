@@ -8,9 +8,8 @@ from dataclasses import replace
 from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
 from ...errors import LowCoverage
-from ..module_report import ModuleReport
+from ..module_report import ModuleReport, measure_coverage, split_modules
 from ..options import TextEncoderMode
-from ..report import measure_coverage, split_modules
 from .ledger import Ledger
 
 

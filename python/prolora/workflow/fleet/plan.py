@@ -124,7 +124,7 @@ class Entry:
         if unknown:
             return f"the plan has no base {unknown[0]!r:.80}"
         if not is_path_text(self.lora) or not os.path.isabs(self.lora):
-            return f"{self.lora!r:.80} is no absolute path of a LoRA"
+            return f"{self.lora!r:.80} is not an absolute path of a LoRA"
         if not is_component(f"x{self.appended}"):
             return f"{self.appended!r:.80} cannot be part of a file's name"
         return "" if self.seconds >= 0 else "it takes less than no time"
@@ -173,7 +173,7 @@ class Plan:
                     f"the label {label!r:.80} of a base cannot be the name of a folder"
                 )
             if not is_path_text(base.path):
-                raise UnsupportedFormat(f"{base.path!r:.80} is no path of a base")
+                raise UnsupportedFormat(f"{base.path!r:.80} is not a path of a base")
         for number, entry in enumerate(self.entries, 1):
             if fault := entry.find_fault(self.bases):
                 raise UnsupportedFormat(f"move {number}: {fault}")
@@ -225,7 +225,7 @@ class Plan:
         """
         chosen = dict(self.options)
         for name in _NOT_PLANNED & chosen.keys():
-            raise InvalidOption(f"{name} is no option of a plan")
+            raise InvalidOption(f"{name} is not an option of a plan")
         match = chosen.get("match", AUTO_MATCH)
         if match not in (AUTO_MATCH, "name", "similarity") and not _is_map(match):
             raise InvalidOption(f"match of a plan is a word or a map of modules, not {match!r:.80}")

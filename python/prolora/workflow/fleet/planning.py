@@ -120,7 +120,7 @@ def describe_choices(options: TransferOptions) -> dict[str, Any]:
     usual, given = vars(DEFAULT_OPTIONS), vars(options)
     for name in ("device", "max_memory", "overwrite"):
         if given[name] != usual[name]:
-            raise InvalidOption(f"{name} is no option of a plan")
+            raise InvalidOption(f"{name} is not an option of a plan")
     chosen = {
         name: value
         for name, value in given.items()

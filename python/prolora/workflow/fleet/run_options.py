@@ -39,8 +39,8 @@ class MigrationOptions:
     )
     address: str | None = option(
         None,
-        "Of the Ray cluster. Default: the connection that this process has, or a Ray that is "
-        "started on this machine for the length of the run.",
+        "Address of the Ray cluster. Default: the connection that this process has, or a Ray that "
+        "is started on this machine for the length of the run.",
         panel=_PANEL,
         metavar="HOST:PORT",
     )

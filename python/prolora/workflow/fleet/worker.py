@@ -20,9 +20,10 @@ from ...core.precision import full_precision
 from ...errors import OutputError, ProLoRAError, UnrelatedBases
 from ...files.managed_folder import ManagedFolder
 from ..by_weights.ledger import LORA_FAILURES
+from ..outcome import Outcome
 from ..output_paths import name_output
 from ..pair_mover import PairMover, Task, as_refusal
-from ..report import Outcome, Report
+from ..report import Report
 from ..resume import Recipe
 from .outcomes import measure_result
 from .plan import Entry, PairOfBases, Plan

@@ -71,8 +71,7 @@ class Page:
         headline: the result in a sentence.
         lines: what else to know at once.
         sentences: the numbers behind it, in words.
-        tiles: (name, number, note).
-        pictures: below the tiles.
+        pictures: below them.
         map: where in the model; None without one.
         sections: the rest.
         facts: how the result was made, by what each fact is called.
@@ -83,7 +82,6 @@ class Page:
     headline: str
     lines: Sequence[str] = ()
     sentences: Sequence[str] = ()
-    tiles: Sequence[tuple[str, str, str]] = ()
     pictures: Sequence[Picture] = ()
     map: PlaceMap | None = None
     sections: Sequence[Section] = ()
@@ -94,13 +92,7 @@ def render_page(page: Page) -> str:
     """One HTML file, which loads nothing."""
     head = [tag("p", page.eyebrow, class_="eyebrow"), tag("h1", page.headline)]
     head += [tag("p", line, class_="line") for line in page.lines]
-    body = []
-    if page.tiles:
-        boxes = (
-            tag("div", tag("dt", name), tag("dd", tag("b", value), " ", tag("small", note)))
-            for name, value, note in page.tiles
-        )
-        body.append(tag("dl", *boxes, class_="tiles"))
+    body: list[Html] = []
     body += map(_embed_picture, page.pictures)
     if page.sentences:
         body.append(_draw_section("In numbers", [_list_items(page.sentences, "sentences")]))

@@ -1,0 +1,169 @@
+"""The verdict for people: what to expect, what was done and why, and what to do next.
+
+Terminal, page, card, notebook and the ComfyUI nodes show these sentences first. They need no word
+of the mathematics; the numbers behind them are the report's sentences and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..comparison.expectation import Expectation
+from ..comparison.verdict import AUTO, MIN_DAMPING, Verdict
+
+Mark = Literal["✔", "⚠", "✖"]
+
+AMOUNTS = (
+    (0.995, "All"),
+    (0.7, "Most"),
+    (0.58, "About two thirds"),
+    (0.42, "About half"),
+    (0.25, "About a third"),
+    (0.1, "A small part"),
+    (0.0, "Very little"),
+)
+"""From which share on a part is called how."""
+
+FIT_NO_BETTER = (
+    "A fit to the running models was no better on samples that it did not see, so this is the LoRA "
+    "moved by the weights alone."
+)
+
+LITTLE = 0.4
+"""Of a LoRA of which less than this has a place, little is to be expected."""
+
+
+@dataclass(frozen=True)
+class InWords:
+    """A verdict in words.
+
+    Attributes:
+        mark: ✔ it should work, ⚠ do not expect much, ✖ it does not work.
+        headline: the verdict in a sentence.
+        lines: what to expect, what was done and why, and what to do next.
+        cautions: what was lost, or needs a look.
+    """
+
+    mark: Mark
+    headline: str
+    lines: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """All of it, a sentence a line."""
+        return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
+
+
+def judge(verdict: Verdict | None, placed: float | None, target: str) -> tuple[Mark, str]:
+    """A mark, and the verdict in a sentence.
+
+    Args:
+        verdict: on the two models; None where nobody looked at their weights.
+        placed: the share of the LoRA that has a place on the target; None without a LoRA.
+        target: its name.
+    """
+    if verdict is not None and not verdict.related:
+        return "✖", "Do not expect this to work: the two models have nothing in common."
+    if verdict is not None and not verdict.go:
+        return "⚠", f"Do not expect much: {target} has learnt something else."
+    if placed is not None and placed < LITTLE:
+        return "⚠", f"Do not expect much: most of this LoRA belongs to parts that {target} lacks."
+    if verdict is None:
+        return "✔", "Done as asked; the two models were not compared."
+    if verdict.drift == 0:
+        return "✔", "Both models are the same where it counts: the LoRA works as it is."
+    differ = f"their weights differ by {verdict.drift:.0%}"
+    return "✔", f"This should work: the two models are closely related ({differ})."
+
+
+def name_amount(share: float) -> str:
+    """A share as people say it: most, about half, a small part."""
+    return next((word for least, word in AMOUNTS if share >= least), AMOUNTS[-1][1])
+
+
+def tell_place(placed: float, kept: float | None, target: str) -> str:
+    """How much of a LoRA has a place on the target, and how much of that was kept."""
+    text = f"{name_amount(placed)} of the LoRA ({placed:.0%}) has a place on {target}"
+    if kept is None:
+        return f"{text}."
+    rest = "all" if kept >= AMOUNTS[0][0] else f"{kept:.0%}"
+    return f"{text}, and {rest} of that was kept."
+
+
+def tell_expected(expected: Sequence[Expectation], method: str, target: str) -> str:
+    """What the result is expected to give; "" where no pair of models like this was measured."""
+    name = AUTO if method == "damped" else method
+    shares = [x for x in expected if x.method == name and x.want == "look"]
+    if not shares:
+        return ""
+    share, low, high = (max(0.0, x) for x in (shares[0].share, shares[0].low, shares[0].high))
+    return (
+        f"Expect {name_amount(share).lower()} ({share:.0%}) of the effect of a LoRA that was "
+        f"trained on {target}; on small test models it was {low:.0%} to {high:.0%}."
+    )
+
+
+def tell_method(method: str, source: str, target: str, verdict: Verdict | None) -> str:
+    """What was done, and why, in a sentence."""
+    if method == "damped":
+        return (
+            f"prolora weakened the LoRA where the two models differ, so that images keep the look "
+            f"of {target}."
+        )
+    if method != "copy":
+        return f"prolora moved the LoRA by the method {method}, as asked."
+    if verdict is not None and verdict.go and verdict.kappa < MIN_DAMPING and verdict.drift > 0:
+        return (
+            f"prolora copied the LoRA unchanged: {target} looks like a continued training or a "
+            f"merge of {source}, which it already fits."
+        )
+    return "prolora copied the LoRA unchanged."
+
+
+def tell_plan(method: str) -> str:
+    """What a transfer would do."""
+    if method == "copy":
+        return "A transfer would copy the LoRA unchanged."
+    return "A transfer would weaken the LoRA where the two models differ."
+
+
+def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
+    """What to do next."""
+    if verdict is not None and not verdict.related:
+        return f"Next: train the LoRA on {target}, or fit it to the running model with `fit()`."
+    if verdict is not None and not verdict.go:
+        return f"Next: compare images with and without it; a LoRA trained on {target} does more."
+    if method == "damped":
+        return (
+            "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "
+            "instead."
+        )
+    return "Next: try it at strength 1, and less where it is too strong."
+
+
+def tell_fit(
+    source: str, target: str, share: float | None, is_refused: bool, cautions: tuple[str, ...]
+) -> InWords:
+    """The verdict on a LoRA that was fitted to a running model.
+
+    Args:
+        source: name of the model that the LoRA was trained on.
+        target: name of the model that it was fitted to.
+        share: of the LoRA's effect that it reaches on samples that the fit did not see.
+        is_refused: those samples speak against it, and it was written all the same.
+        cautions: what was lost, or needs a look.
+    """
+    lines = [f"prolora ran both models and fitted a new LoRA of {target}."]
+    if share is not None:
+        amount = name_amount(max(0.0, share)).lower()
+        lines.insert(
+            0,
+            f"On samples that the fit did not see it does {amount} ({max(0.0, share):.0%}) of what "
+            f"the LoRA does to {source}.",
+        )
+    lines.append("Next: try it at strength 1, and less where it is too strong.")
+    if is_refused:
+        return InWords("⚠", "Do not expect much: the fit did not succeed.", (*lines,), cautions)
+    return InWords("✔", f"This should work on {target}.", (*lines,), cautions)

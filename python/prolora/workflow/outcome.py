@@ -1,0 +1,65 @@
+"""What became of one LoRA: the report, or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters.left_out import find_unknown_updates
+from ..errors import ProLoRAError
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one LoRA: a report, or the error that says why there is none.
+
+    Attributes:
+        lora: the input.
+        out: where the result is, or would have been.
+        report: None if it failed, or was there already.
+        error: None if it did not fail.
+        kept: whether the result was there already, made of the same LoRA in the same way.
+        behind: updates of the LoRA that could not be read, where there is no report to say so.
+        planned: whether it was a dry run.
+        seconds: wall time; of what was done for several LoRAs at once, its share.
+    """
+
+    lora: Path
+    out: Path
+    report: Report | None = None
+    error: ProLoRAError | None = None
+    kept: bool = False
+    behind: tuple[str, ...] = ()
+    planned: bool = False
+    seconds: float = 0.0
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Updates of the LoRA that could not be read and stay behind."""
+        if self.report is None:
+            return self.behind
+        return (*self.report.unread, *find_unknown_updates(self.report.left_out))
+
+    @property
+    def status(self) -> str:
+        """In two words."""
+        if self.error:
+            return "failed"
+        if self.kept:
+            return "already there"
+        return "would move" if self.planned else "moved"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report, or the error's name and message, ready for JSON."""
+        entry: dict[str, Any] = {
+            "lora": str(self.lora),
+            "out": None if self.planned else str(self.out),
+            "status": self.status,
+        }
+        if self.error:
+            entry["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+        if self.behind:
+            entry["unread"] = list(self.behind)
+        return entry | (self.report.to_dict() if self.report else {})
