@@ -131,7 +131,7 @@ COMMANDS: dict[str, tuple[Callable[[Box], None], Callable[[Box], Words]]] = {
     "fit with resume": (
         damage.write_pipelines,
         lambda box: [
-            *("fit", box.inputs / "lora.safetensors", *bases(box), "--no-cache", "-q"),
+            *("fit", box.inputs / "lora.safetensors", *bases(box), "--cache=none", "-q"),
             *(*damage.FIT, "-o", box.out / "m.safetensors", "--resume", box.out / "kept"),
         ],
     ),

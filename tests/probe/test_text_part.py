@@ -213,6 +213,26 @@ def test_what_both_text_encoders_hold_is_carried_over_and_both_run_with_it(room,
         assert not torch.allclose(entry, plain, atol=1e-2)
 
 
+@pytest.mark.parametrize("target", ["target", "source"])
+def test_a_kept_fit_is_used_again_with_the_same_text_part_and_not_with_another(
+    room, target, tmp_path
+):
+    """Encoders were emptied meanwhile; `again` allows a target that is the source."""
+
+    def run(file: Path) -> prolora.Transfer:
+        options = FEW | {"resume": tmp_path / "kept", "again": True}
+        return prolora.fit(file, room / "source", room / target, **options)
+
+    first, second = run(room / "lora.safetensors"), run(room / "lora.safetensors")
+    assert (first.report.probe.resumed, second.report.probe.resumed) == (0, 1)
+    for name, update in first.adapter.updates.items():
+        assert torch.equal(update.up, second.adapter.updates[name].up)
+    tensors = load_file(room / "lora.safetensors")
+    other = {n: 2 * t if "lora_te" in n and "up" in n else t for n, t in tensors.items()}
+    save_file(other, tmp_path / "other.safetensors")
+    assert run(tmp_path / "other.safetensors").report.probe.resumed == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["target", "twin"])
 def test_encoders_that_gave_their_memory_back_said_what_the_lora_makes_of_prompts_before(

@@ -6,9 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bases import Base, BaseLike, open_base
-from ..core.precision import in_full_precision
-from .by_weights.base_pair import MakeNotes, list_inputs, move_lora
+from ..bases import BaseLike, open_base
+from .by_weights.base_pair import list_inputs, move_lora
 from .options import (
     DEFAULT_OPTIONS,
     LoraLike,
@@ -61,23 +60,7 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
-    return run_transfer(lora, open_base(source), open_base(target), options)
-
-
-@in_full_precision
-def run_transfer(
-    lora: LoraLike,
-    source: Base,
-    target: Base,
-    options: TransferOptions,
-    notes: MakeNotes | None = None,
-) -> Transfer:
-    """Moves a LoRA, its bases opened.
-
-    Raises:
-        ProLoRAError: see `transfer`.
-    """
-    return move_lora(lora, source, target, options, notes)
+    return move_lora(lora, open_base(source), open_base(target), options)
 
 
 @takes_options
@@ -110,25 +93,10 @@ def transfer_file(
         ProLoRAError: everything that `transfer` raises.
     """
     options = settle_options(options, changes).for_file()
-    return run_transfer_file(Path(lora), open_base(source), open_base(target), out, options)
-
-
-def run_transfer_file(
-    lora: Path,
-    source: Base,
-    target: Base,
-    out: str | PathLike[str],
-    options: TransferOptions,
-) -> Report:
-    """`transfer_file`, its options checked and its bases opened.
-
-    Raises:
-        OutputError: out cannot be written, or is an input.
-        ProLoRAError: see `transfer`.
-    """
-    check_output(out, list_inputs(lora, source, target), options.overwrite)
-    recipe = Recipe.of(lora, source, target, options)
-    done = run_transfer(lora, source, target, options, recipe.describe)
+    file, bases = Path(lora), (open_base(source), open_base(target))
+    check_output(out, list_inputs(file, *bases), options.overwrite)
+    recipe = Recipe.of(file, *bases, options)
+    done = move_lora(file, *bases, options, recipe.describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {Path(out).name}")

@@ -164,7 +164,7 @@ def test_what_the_system_failed_is_tried_again(plan, tmp_path, monkeypatch):
 
 def test_files_that_are_no_plan_and_no_reports_of_a_migration_are_not_replaced(plan, tmp_path):
     lora, out = tmp_path / "loras" / "a.safetensors", tmp_path / "mine"
-    with pytest.raises(prolora.OutputError, match="no plan"):
+    with pytest.raises(prolora.OutputError, match="not a plan"):
         plan.save(lora)
     out.mkdir()
     (out / "summary.json").write_text("{}")

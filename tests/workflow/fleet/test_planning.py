@@ -115,7 +115,7 @@ def test_another_file_option_or_base_is_another_move(collection, plan):
         ({"method": "probe"}, "with its own options"),
         ({"strength": -1}, "strength"),
         ({"sterngth": 1}, "sterngth"),
-        ({"device": "cpu"}, "no option of a plan"),
+        ({"device": "cpu"}, "not an option of a plan"),
     ],
 )
 def test_options_that_no_plan_takes_are_refused_at_once(collection, options, message):

@@ -19,6 +19,7 @@ from ...comparison.block_matching import resolve_match
 from ...comparison.module_map import Match
 from ...comparison.width_selection import WidthFinder
 from ...core.methods import Needs
+from ...core.precision import in_full_precision
 from ..base_check import check_bases
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
@@ -215,6 +216,7 @@ def read_lora(lora: LoraLike, source: Base, depth: Depth = "updates") -> Adapter
     return adapters.outline_adapter(lora, source.shapes, source.family, headers_only=header)
 
 
+@in_full_precision
 def move_lora(
     lora: LoraLike,
     source: Base,
