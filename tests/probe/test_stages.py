@@ -146,20 +146,20 @@ def test_what_the_models_need_is_counted_from_their_files(room):
 
 def test_the_source_in_full_and_the_targets_encoders_are_never_there_together(room, monkeypatch):
     """The least that is needed counts the text encoders of one pipeline at a time."""
-    from prolora.workflow.by_fitting import pipeline
+    from prolora.workflow.by_fitting import running
 
     (ours, others), (theirs, rest) = (
         pipelines.estimate_bytes(room / name) for name in ("source", "other")
     )
-    monkeypatch.setattr(pipeline, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(running, "resident_bytes", lambda: 0)
     least = max(ours + others, others + theirs + rest)
     ends = room / "source", room / "other"
-    pipeline._check_memory(least, *ends, None)
+    running._check_memory(least, *ends, None)
     with pytest.raises(TooLittleMemory):
-        pipeline._check_memory(least - 1, *ends, None)
+        running._check_memory(least - 1, *ends, None)
     assert least < ours + others + theirs + rest
     # Weights go on to a card, one pipeline after the other.
-    pipeline._check_memory(max(ours + others, theirs + rest), *ends, "cuda:0")
+    running._check_memory(max(ours + others, theirs + rest), *ends, "cuda:0")
 
 
 @pytest.mark.slow

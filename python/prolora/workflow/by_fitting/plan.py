@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +13,7 @@ from ...bases import Base, vae
 from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
-from ..fit_options import PassedOn
+from ..fit_options import FitOptions, PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
 
 RULE = "running models"
@@ -20,6 +21,25 @@ RULE = "running models"
 
 _IN_BLOCKS = "; what it changes is fitted into the target's blocks"
 _NO_PLACE = "it is in no transformer block; the fit compensates for it in the blocks"
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """A LoRA on its way from one pipeline to another.
+
+    Attributes:
+        adapter: the LoRA of the source.
+        plan: which of its modules are carried over or skipped; all others are fitted.
+        source: the base it was trained on.
+        target: the base it goes to.
+        options: as they were asked for.
+    """
+
+    adapter: Adapter
+    plan: ModulePlan
+    source: Base
+    target: Base
+    options: FitOptions
 
 
 def check_fittable(source: Base, target: Base) -> None:
