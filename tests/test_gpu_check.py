@@ -226,7 +226,7 @@ def test_a_call_declares_no_more_than_its_time(tmp_path, call):
 def test_tests_and_sanitizers_come_before_times_and_comparisons(tmp_path):
     bench = Bench("correct", tmp_path, MACHINE, "", dry=False)
     names = [step.name.split()[0] for step in calls.list_steps(bench)]
-    order = ["info", "kernel", "memcheck", "eigh", "320x320", "transfer"]
+    order = ["doctor", "kernel", "memcheck", "eigh", "320x320", "transfer"]
     assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
 
 

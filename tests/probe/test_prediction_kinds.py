@@ -187,7 +187,7 @@ def test_what_a_pipeline_makes_of_times_and_predictions_is_observed(time_of, sig
     ("time_of", "share", "words"),
     [
         (torch.log, 1.0, "not linear"),
-        (torch.clone, 0.0, "no multiple"),
+        (torch.clone, 0.0, "not a multiple"),
         (None, 1.0, "never stepped"),
     ],
 )

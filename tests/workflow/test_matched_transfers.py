@@ -268,7 +268,7 @@ def test_the_command_line_shows_what_was_matched(tmp_path, monkeypatch, capsys):
     lora, source, target = write_case(tmp_path)
     out = tmp_path / "out.safetensors"
     line = ["prolora", "transfer", lora, "--source", source, "--target", target, "-o", out]
-    line += ["--match", "similarity", "--text-encoder", "project"]
+    line += ["--match", "similarity", "--text-encoder", "project", "--explain"]
     monkeypatch.setattr("sys.argv", [*map(str, line)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
