@@ -196,7 +196,7 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
     tiny.save(tmp_path / "target", unet=permuted(unet), scheduler="euler")
     lora = tiny.write_lora(tmp_path / "lora.safetensors", tiny.updates(unet, ("to_out.0",)))
     line = ["fit", str(lora), "--source", str(tmp_path / "source"), "--target"]
-    line += [str(tmp_path / "target"), "--images", "3", "--json"]
+    line += [str(tmp_path / "target"), "--images", "1", "--json"]
     line += ["--steps", "2"]
 
     def run(name: str, *more: str) -> dict[str, Any]:

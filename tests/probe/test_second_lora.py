@@ -140,21 +140,3 @@ def test_nothing_is_kept_beyond_the_bound_on_memory(source, lora, tmp_path):
         files = (tmp_path / name).glob("answers-*.safetensors")
         sizes.append(sum(t.nbytes for file in files for t in load_file(file).values()))
     assert sizes[0] <= 1000 < sizes[1]
-
-
-def test_what_is_asked_about_a_few_step_loras_images_keeps_its_share(source, lora):
-    """Its sampler makes fewer calls, and no more of the samples are drawn of them than recorded."""
-    drawn = []
-    target = permuted(source)
-
-    def few(seed: int) -> None:
-        source(torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(seed)), torch.ones(12))
-
-    def count(done: int, total: int, name: str) -> None:
-        drawn.append(name)
-
-    known = {"fit_steps": 1, "rank": 2, "force": True, "probes": 70, "batch": 7, "progress": count}
-    report = fit_models(source, target, lora, sampler(source), sampler(target), few, **known).report
-    # Three calls of twelve of either model, and one of the source with the LoRA.
-    assert report.probes == 3 + 1 + 3 and report.samples[0] == 70
-    assert drawn.count("asking") == 9 + 2  # 60 samples of the bare models in batches of seven

@@ -99,7 +99,9 @@ def test_a_target_of_independent_weights_is_refused_with_both_shapes(case, tmp_p
     lora, source, _ = case
     other = write(tmp_path / "other.safetensors", narrow.stranger())
     for run in (prolora.transfer, prolora.plan_report):
-        with pytest.raises(prolora.ShapeMismatch, match="not a selection of the source's") as refused:
+        with pytest.raises(
+            prolora.ShapeMismatch, match="not a selection of the source's"
+        ) as refused:
             run(lora, source, other)
         assert "72×72 on the target but 96×96 on the source" in str(refused.value)
 

@@ -23,7 +23,7 @@ from .crossed import CrossedImages, measure_bands
 from .fitting.joint import fit_all_modules
 from .fitting.start import check_start
 from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
-from .known_answers import OF_LORA, KnownAnswers, RememberingTranslation
+from .known_answers import KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
 from .precision import in_float32
@@ -361,15 +361,9 @@ def _draw_samples(
         return mix_samples(some, count, most, *how) if rows else []
 
     count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
-    # What is asked about the LoRA's own images is asked apart: the rest serves the next LoRA, too.
-    prompts, sizes = run.translation.find_prompts, dict.fromkeys((*origins, "adapted"), 0)
-    for question in questions:
-        sizes[question.origin] += count_samples(question.source)
-    sizes.pop(PAIR, None)
-    own = count * sizes["adapted"] // sum(sizes.values())  # a few-step LoRA has fewer
-    drawn = draw_some(lambda origin: origin not in OF_LORA, count - own, prompts)
-    drawn += draw_some(lambda origin: origin == "adapted", own, prompts)
-    drawn = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+    # Every batch has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
+    # score, though what is asked about the others would serve the next LoRA too.
+    drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts)
     if PAIR in origins:
         drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
