@@ -112,7 +112,7 @@ def state_differences(report: Path) -> set[str]:
     except (OSError, ValueError):
         return set()
     rows = [row for row in said["modules"] if row["status"] != "mapped"]
-    lines = {f"{row['source']} {row['status']} {row['onto']}" for row in rows}
+    lines = {f"{row['source']} {row['status']}" for row in rows}
     return lines | {f"renumbered {pair}" for pair in said["renumbered"].items()}
 
 
