@@ -198,8 +198,8 @@ def write_command(lora: Path | None, bases: Bases, advice: Advice, match: str = 
     if not advice.verb:
         return ""
     file = lora or Path("LORA.safetensors")
-    told = dict(advice.options) | ({"match": match} if "match" in advice.options else {})
-    flags = (write_flag(name, str(value)) or "" for name, value in told.items())
+    options = dict(advice.options) | ({"match": match} if "match" in advice.options else {})
+    flags = (write_flag(name, str(value)) or "" for name, value in options.items())
     words = [word for flag in flags for word in flag.split(" ", 1)]
     out = f"{file.stem}-on-{Path(bases.target).stem}.safetensors"
     line = ["prolora", advice.verb, str(file), "--source", bases.source, "--target", bases.target]

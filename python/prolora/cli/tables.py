@@ -51,12 +51,12 @@ def show_tables(console: PlainConsole, tables: Sequence[Table]) -> None:
         console.print_note("; ".join(f"{name}: {text}" for name, text in terms.items()) + ".")
 
 
-def show_words(console: PlainConsole, told: InWords) -> None:
+def show_words(console: PlainConsole, words: InWords) -> None:
     """Prints a verdict: first what to expect, last what was lost."""
-    console.print(f"{told.mark} {told.headline}", style=MARKS[told.mark])
-    for line in told.lines:
+    console.print(f"{words.mark} {words.headline}", style=MARKS[words.mark])
+    for line in words.lines:
         console.print(line)
-    for line in told.cautions:
+    for line in words.cautions:
         console.print(line, style="yellow")
 
 

@@ -219,13 +219,13 @@ class Advice:
         Args:
             facts: how it was made, by what each is called: the command.
         """
-        told = self.in_words()
+        words = self.in_words()
         tables = self.tables(every_module=True, sweep=True)
         page = Page(
             title=f"{self.comparison.source} → {self.comparison.target}",
             eyebrow="Advice on two models" if self.lora is None else "Advice on a LoRA",
-            headline=f"{told.mark} {told.headline}",
-            lines=(*told.lines, *told.cautions),
+            headline=f"{words.mark} {words.headline}",
+            lines=(*words.lines, *words.cautions),
             sentences=self.sentences(),
             map=map_pairs(self.comparison),
             sections=[Section(table.title, [table]) for table in tables],
@@ -369,5 +369,5 @@ def choose_next(
     if not vae.can_fit(bases[0].path, bases[1].path):
         return "", {}
     names = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
-    told = {name: value for name in names if (value := getattr(probe, name)) is not None}
-    return "fit", told | paired
+    sampling = {name: value for name in names if (value := getattr(probe, name)) is not None}
+    return "fit", sampling | paired

@@ -193,9 +193,9 @@ def _describe_lora(one: _CardEntry) -> list[str]:
 
 def _tell(report: Report) -> list[str]:
     """The verdict in words; what to do next is for whoever moved the LoRA."""
-    told = report.in_words()
-    lines = [line for line in told.lines if not line.startswith("Next:")]
-    return [f"{told.mark} {told.headline}", *lines, *told.cautions]
+    words = report.in_words()
+    lines = [line for line in words.lines if not line.startswith("Next:")]
+    return [f"{words.mark} {words.headline}", *lines, *words.cautions]
 
 
 def _list_numbers(report: Report | None) -> list[tuple[str, str]]:

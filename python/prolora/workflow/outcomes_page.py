@@ -33,10 +33,10 @@ def _describe_outcome(outcome: Outcome, outcomes: Sequence[Outcome]) -> Row:
     """A row: the numbers, and on a page the map and the sentences below the name."""
     name, report = name_outcome(outcome, outcomes), outcome.report
     if report is None:
-        told = (str(outcome.error),) if outcome.error else ()
+        sentences = (str(outcome.error),) if outcome.error else ()
         numbers: list[Cell] = [None] * 6
         tone = "warn" if outcome.error else "faint"
-        return Row((name, outcome.status, *numbers), tone, below=Below(sentences=told))  # type: ignore[arg-type]
+        return Row((name, outcome.status, *numbers), tone, below=Below(sentences=sentences))  # type: ignore[arg-type]
     totals = report.totals
     numbers = [totals["mapped"], totals["skipped"], totals["refused"]]
     numbers += [totals["energy_surviving"], totals["copy_distance"], outcome.seconds or NOTHING]

@@ -220,9 +220,9 @@ class Report:
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.dry_run or placed is None:
-            told = tell_place(self.coverage, None, target)
+            place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
-            return InWords(mark, "A dry run: nothing was written.", (told,), self._cautions())
+            return InWords(mark, "A dry run: nothing was written.", (place,), self._cautions())
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())
@@ -394,7 +394,7 @@ class Report:
 
     def _to_page(self, facts: Mapping[str, str], pictures: Sequence[Picture]) -> Page:
         """What a page tells of the report."""
-        told = self.in_words()
+        words = self.in_words()
         sections = [Section(table.title, [table]) for table in self.tables(every_block=True)]
         if self.left_out:
             summary = f"{len(self.left_out)} tensors of the file stay behind"
@@ -405,8 +405,8 @@ class Report:
         return Page(
             title=f"{self.source} → {self.target}",
             eyebrow="LoRA transfer report",
-            headline=f"{told.mark} {told.headline}",
-            lines=(*told.lines, *told.cautions),
+            headline=f"{words.mark} {words.headline}",
+            lines=(*words.lines, *words.cautions),
             sentences=self.sentences(),
             pictures=pictures,
             map=tables.map_modules(self.modules, self.dry_run),

@@ -89,7 +89,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
 
 
 def _tile_images(vae: Any) -> None:
-    """Lets a VAE take images one by one, and those beyond its own size tile by tile."""
+    """Lets a VAE that can take images one by one, and those beyond its own size tile by tile."""
     for name in ("enable_slicing", "enable_tiling"):
         with suppress(AttributeError, NotImplementedError):
             getattr(vae, name)()

@@ -77,8 +77,8 @@ def fit_to_pipelines(
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
-            moved, told = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
-            return Transfer(moved, told, files)
+            moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
+            return Transfer(moved, scaled, files)
     return Transfer(*_finish_fit(job, blank, updates, report, _read_notes(notes)), files)
 
 

@@ -113,9 +113,9 @@ class BasePair:
             match = self.match_blocks() if match is None else match
             bases = self.source, self.target
             plan = make_plan(adapter, *bases, match, options.text_encoder, self.widths)
-        whole = measure_sliced(adapter, plan)
+        uncut = measure_sliced(adapter, plan)
         adapter, source = slice_adapter(adapter, plan), slice_source(self.source, [plan])
-        ledger = Ledger(adapter, plan, source, self.target, options, lora, whole=whole, clock=clock)
+        ledger = Ledger(adapter, plan, source, self.target, options, lora, uncut=uncut, clock=clock)
         outline_rows(ledger, measured=depth != "updates")
         check_coverage(ledger.rows.values(), options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():

@@ -88,7 +88,7 @@ class Ledger:
         lora: what was read, to be read anew where the names turn out to pair blocks wrongly.
         rows: pair, or module without one -> its row of the report. Every module is there from the
             plan on.
-        whole: ‖ΔW_s‖² of the updates that were cut to rows and columns, before that.
+        uncut: ‖ΔW_s‖² of the updates that were cut to rows and columns, before that.
         affinities: target module -> affinity of its pair of weights.
         asked: the method that was asked for, once another one may have been decided.
         verdict: on the pair of bases; None where no weight is moved.
@@ -104,7 +104,7 @@ class Ledger:
     options: TransferOptions
     lora: LoraLike | None = None
     rows: dict[Pair | str, ModuleReport] = field(default_factory=dict)
-    whole: dict[str, float] = field(default_factory=dict)
+    uncut: dict[str, float] = field(default_factory=dict)
     affinities: dict[str, Affinity] = field(default_factory=dict)
     asked: str | None = None
     verdict: Verdict | None = None
@@ -180,16 +180,16 @@ class Ledger:
 
         Of an update that was cut to rows and columns, what was cut off counts as lost.
         """
-        selection, whole = self.plan.selections.get(row.source), self.whole.get(row.source)
+        selection, uncut = self.plan.selections.get(row.source), self.uncut.get(row.source)
         if selection is not None:
             row = replace(row, residual=selection.residual)
             if row.status == "mapped":
                 row = replace(row, reason=f"{row.reason}; {selection.describe()}")
-        if selection is not None and whole:
-            share = row.energy / whole
+        if selection is not None and uncut:
+            share = row.energy / uncut
             row = replace(
                 row,
-                energy=whole,
+                energy=uncut,
                 surviving_energy=row.surviving_energy * share,
                 norm_ratio=row.norm_ratio * math.sqrt(share),
             )

@@ -111,7 +111,7 @@ def render_summary(page: Page) -> str:
     if page.map and page.map.spots:
         parts.append(draw_thumbnail(page.map, page.map.title, 640, 8))
     tables = (part for s in page.sections if s.id != MODULES for part in s.parts)
-    parts += [draw_table(table) for table in tables if isinstance(table, Table)]
+    parts += [write_table(table) for table in tables if isinstance(table, Table)]
     return str(join(parts))
 
 
@@ -125,7 +125,7 @@ def _draw_part(part: Table | str | Fold, id: str) -> Html:
     if isinstance(part, Fold):
         return _draw_fold(part)
     legend = part.legend()
-    table = draw_table(part, id)
+    table = write_table(part, id)
     return join([_draw_fold(Fold("What the columns mean", legend)), table]) if legend else table
 
 
@@ -151,7 +151,7 @@ def _is_code(name: str) -> bool:
     return name == "command" or "digest" in name or name == "recipe"
 
 
-def draw_table(table: Table, id: str = "") -> Html:
+def write_table(table: Table, id: str = "") -> Html:
     """A table that may be scrolled if it is wider than the page.
 
     Args:
@@ -173,7 +173,7 @@ def _find_class(column: Column) -> str | None:
 def _draw_row(row: Row, columns: Sequence[Column]) -> Html:
     first, *others = (_draw_cell(*pair) for pair in zip(columns, row.cells, strict=True))
     if row.below is not None:
-        parts = [_list_items(row.below.sentences), draw_table(row.below.table) if row.below.table
+        parts = [_list_items(row.below.sentences), write_table(row.below.table) if row.below.table
                  else ""]  # fmt: skip
         picture = draw_thumbnail(row.below.map, row.below.map.title) if row.below.map else ""
         details = tag("details", tag("summary", "more"), *parts) if row.below.sentences else ""
