@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import prolora
 from prolora import (
     FitOptions,
     ProLoRAError,
@@ -318,6 +319,23 @@ def test_weights_that_must_refuse_name_probing_only_where_it_could_work(room, tm
     with pytest.raises(ProLoRAError) as refused:
         prolora_transfer(wide, room / "source", unrelated, method="copy")
     assert "`fit()`" not in str(refused.value)
+
+
+def test_what_a_lora_leaves_behind_is_told_of_a_fit_that_is_there_already_too(room, tmp_path):
+    tensors = load_file(room / "lora.safetensors")
+    key = next(iter(tensors))
+    tensors[f"{key.split('.lora')[0]}.wobble"] = torch.ones(3)
+    save_file(tensors, tmp_path / "a.safetensors")
+    few = prolora.FitOptions(("cat",), images=1, steps=2, size=16, fit_steps=1, force=True)
+    runs = [
+        prolora.fit_many(
+            [tmp_path / "a.safetensors"], room / "source", room / "other", tmp_path / "out", few
+        )
+        for _ in range(2)
+    ]
+    (first,), (again,) = runs
+    assert (first.status, again.status) == ("moved", "already there")
+    assert first.unread and again.unread == first.unread
 
 
 @pytest.mark.slow

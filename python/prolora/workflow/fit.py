@@ -198,7 +198,7 @@ def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOpti
     try:
         recipe = Recipe.of(lora, source, target, options)
         if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
-            return end(kept=True)
+            return end(kept=True, behind=recipe.list_unread())
         return end(report=_fit_file(lora, source, target, out, options))
     except LORA_FAILURES as error:
         return end(error=as_refusal(error))
