@@ -322,7 +322,7 @@ def advise(
     measurement = None
     if options.measure and adapter is not None:
         candidates = move_candidates(adapter, *pair, moving)
-        models = open_models(ours, theirs, probe, options.samplers, moving.device)
+        models = open_models(ours, theirs, adapter, probe, options.samplers, moving.device)
         measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
     chosen = choose_next(pair, options.match, verdict, measurement, probe)
