@@ -17,8 +17,8 @@ from ..comparison.expectation import Expectation, expect_shares, load_calibratio
 from ..comparison.module_comparison import ModuleComparison
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
-from ..comparison.verdict import Decision, Verdict, judge_pairs
 from ..core.precision import in_full_precision
+from ..core.verdict import Decision, Verdict, judge_pairs
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.settings import FitSettings

@@ -16,6 +16,7 @@ from ..bases import Base, open_base, vae
 from ..bases.base import Progress
 from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
+from ..core.methods import MethodChoice
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
 from ..probe.default_prompts import derive_prompts
 from ..probe.recording.trajectories import Sample
@@ -23,7 +24,7 @@ from ..probe.recording.translation import Translation
 from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
 from .by_weights.base_pair import move_lora
-from .options import MethodChoice, TransferOptions
+from .options import TransferOptions
 
 MOMENTS = 6
 """Of each trajectory, at which the models are compared."""

@@ -15,6 +15,7 @@ from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
+from ...core.methods import MethodChoice
 from ...errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
@@ -33,7 +34,7 @@ from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
-from ..options import FIT, LoraLike, MethodChoice
+from ..options import FIT, LoraLike
 from ..report import Report
 from ..result import Transfer
 from .plan import FitJob, check_fittable, outline_fit, plan_modules
