@@ -9,7 +9,7 @@ from typing import Literal, TypedDict, get_args
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..core.option_fields import take_option
-from ..probe.settings import FITTING, FitSettings, Optimiser, Start
+from ..probe.settings import FITTING, FitSettings, Optimiser, Precision, Start
 from .options import DtypeLike, FormatLike, MethodChoice, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
@@ -97,6 +97,7 @@ class FitChanges(TypedDict, total=False):
     curvature_damping: float
     seed: int
     optimiser: Optimiser
+    precision: Precision
     force: bool
     resume: str | PathLike[str] | None
     max_memory: int | str | None
