@@ -20,7 +20,7 @@ from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_fac
 from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.precision import in_precision
 from prolora.probe.recording.trajectories import output_of, predict_call
-from prolora.probe.swapping import BlockSwapping, count_bytes, list_blocks
+from prolora.probe.swapping import BlockSwapping, count_bytes, name_blocks
 
 CARD = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(
     other, call = make_model(kind)
     swapped = BlockSwapping(other.to(stored), CARD)
     swapped.keep(0)
-    assert swapped.away == list_blocks(model)
+    assert swapped.away == name_blocks(model)
     before = {name: p for name, p in other.named_parameters()}
     plain2, fit2 = fitted(other, call, bits, fit_factors, swapped)
     assert torch.equal(plain, plain2)

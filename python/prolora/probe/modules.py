@@ -11,11 +11,11 @@ from .hooks import keep_hooks
 from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
-from .swapping import list_blocks
+from .swapping import name_blocks
 
 
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
-    """The names of a model's transformer blocks (`list_blocks`), in the order they first run in.
+    """The names of a model's transformer blocks (`name_blocks`), in the order they first run in.
 
     Raises:
         ProLoRAError: the model runs no block that holds linear modules.
@@ -25,7 +25,7 @@ def find_blocks(model: nn.Module, call: Call) -> list[str]:
         model.get_submodule(name).register_forward_pre_hook(
             lambda *_, name=name: order.setdefault(name)
         )
-        for name in list_blocks(model)
+        for name in name_blocks(model)
     )
     with keep_hooks(hooks), torch.no_grad():
         model(*call.args, **call.kwargs)

@@ -19,7 +19,7 @@ def place_of(weight: Tensor) -> torch.device:
     return place
 
 
-def list_blocks(model: nn.Module) -> list[str]:
+def name_blocks(model: nn.Module) -> list[str]:
     """The names of a model's transformer blocks, in the order of their registration.
 
     A block is what `find_block` calls one by the names of the model's linear modules: an item of
@@ -54,7 +54,7 @@ class BlockSwapping:
     def __init__(self, model: nn.Module, device: torch.device | str) -> None:
         """Moves all but the blocks to the card; `keep` says which of them follow."""
         self.model, self.device = model, torch.device(device)
-        self.blocks = {name: model.get_submodule(name) for name in list_blocks(model)}
+        self.blocks = {name: model.get_submodule(name) for name in name_blocks(model)}
         first = next(iter(model.parameters()), None)  # whose device counts as the model's
         self.blocks = {
             name: block
