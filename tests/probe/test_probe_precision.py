@@ -13,10 +13,9 @@ from test_probe import lora, permuted, run, source
 from test_probe_diffusers import UNET, loras
 from torch import nn
 
-from prolora.probe import precision
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
-from prolora.probe.precision import in_float32, in_precision, settle_precision
+from prolora.probe.precision import in_float32, in_precision
 from prolora.probe.recording.trajectories import Call, output_of, predict_call
 from prolora.probe.updates import run_beside
 
@@ -150,16 +149,6 @@ def test_a_fit_in_16_bits_reaches_what_float32_does_with_factors_and_sums_in_flo
         tensors += [s.basis for s in fit.curvature.reads.values()]
         assert {t.dtype for t in tensors} == {torch.float32}
     assert reached["bfloat16"] > 0.93 * reached["float32"] > 0.2, reached
-
-
-def test_only_a_card_that_stores_16_bits_computes_in_16_bits_unasked(monkeypatch):
-    half, wide = nn.Linear(2, 2).half(), nn.Linear(2, 2)
-    assert settle_precision("auto", half, half) == "float32"  # the CPU
-    assert settle_precision("bfloat16", wide, wide) == "bfloat16"
-    monkeypatch.setattr(precision, "_multiplies_bfloat16", lambda _: True)
-    assert settle_precision("auto", wide, half) == "bfloat16"
-    assert settle_precision("auto", wide, wide) == "float32"
-    assert settle_precision("float32", half, half) == "float32"
 
 
 def test_a_whole_probing_in_16_bits_mixes_samples_and_reaches_what_float32_reaches(source, lora):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .settings import AUTO, BFLOAT16, FLOAT32, Precision
+from .settings import BFLOAT16, FLOAT32, Precision
 
 HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -88,7 +88,8 @@ def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
     In bfloat16, products and convolutions run in 16 bits, those of updates beside the weights too,
     and all else as in float32: times and noise levels are not rounded. Weights in float16 are
     rounded on the way. float16 itself is not offered: sums of gradients over an image pass its
-    largest number, 65504.
+    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/fit_measured.md), so that
+    "auto" is float32 where no bound on a card's memory asks for more room.
     """
     narrow = precision == BFLOAT16
     with ExitStack() as hooks:
@@ -125,20 +126,3 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for autocast in outer:
             autocast.paused = False
-
-
-def settle_precision(asked: Precision, *models: nn.Module) -> Precision:
-    """The precision itself where "auto" is asked: bfloat16 where a card stores 16 bits anyway.
-
-    A card must multiply bfloat16 itself, and the weights of a model be stored in half precision.
-    """
-    if asked != AUTO:
-        return asked
-    stored = (p for model in models for p in model.parameters())
-    fast = any(p.dtype in HALVES and _multiplies_bfloat16(p.device) for p in stored)
-    return BFLOAT16 if fast else FLOAT32
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has units for it; a CPU may, and computes in float32 nevertheless."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -26,7 +26,7 @@ from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
 from .known_answers import KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
-from .precision import in_float32, in_precision, settle_precision
+from .precision import in_float32, in_precision
 from .probe_run import ProbeRun
 from .recording.batches import FindPrompts, count_samples, mix_samples
 from .recording.lazy import LazySequence, SampleSelection
@@ -138,7 +138,7 @@ def fit_to_models(
         (samplers.source, samplers.adapted or samplers.source, samplers.target),
         translation,
         open_checkpoints(settings.resume, source, target, {}),
-        f"{samplers.described} {settle_precision(settings.precision, source, target)}",
+        f"{samplers.described} {settings.precision}",
     )
     return _run_models(recorder, rival, settings)
 
@@ -174,8 +174,7 @@ def _run_models(
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
-    bits = settle_precision(settings.precision, source, target)
-    settings = replace(settings, precision=bits)
+    bits = settings.precision
     with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
         return _record_fit_judge(recorder, rival, settings, release)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.translation import Read
+from ..swapping import place_of
 from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
 from .spectra import JointCurvature, LeadingSpectrum
@@ -120,7 +121,7 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
         padding = torch.linalg.qr(random - basis @ (basis.mT @ random))[0]
         up = torch.cat([copied.up @ mixed.mT, torch.zeros(m, rank - copied.rank)], 1)
         down = torch.cat([basis, padding], 1).mT.contiguous()
-        factors[name] = up.to(weight.device), down.to(weight.device)
+        factors[name] = up.to(place_of(weight)), down.to(place_of(weight))
     return factors
 
 

@@ -83,7 +83,6 @@ def fit_models(
     from ...probe import pipelines
     from ...probe.checkpoint import open_checkpoints
     from ...probe.pipelines.schedules import FLOW
-    from ...probe.precision import settle_precision
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
@@ -103,11 +102,7 @@ def fit_models(
 
         shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
-        sampled: FitSettings = replace(
-            options,
-            prompts=options.prompts or derived,
-            precision=settle_precision(options.precision, *denoisers),
-        )
+        sampled: FitSettings = replace(options, prompts=options.prompts or derived)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
