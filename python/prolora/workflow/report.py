@@ -78,6 +78,7 @@ class Report:
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
         probe: what a fit to running models found; None where none was made.
+        work: what a fit would ask of the models, in a sentence; of a dry run alone.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -104,6 +105,7 @@ class Report:
     damping: float | None = None
     verdict: Verdict | None = None
     probe: ProbeReport | None = None
+    work: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -251,7 +253,7 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
-        sentences = self._sentences_of_file()
+        sentences = self._sentences_of_file() + ([self.work] if self.work else [])
         if self.probe is not None:
             sentences += self.probe.sentences()
             if self.was_fitted:

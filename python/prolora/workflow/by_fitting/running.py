@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
 from .common_parts import CommonParts
-from .plan import FitJob
+from .plan import FitJob, foresee_work
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
+    from ...probe.workload import WorkMeter
 
 
 @dataclass(frozen=True)
@@ -83,33 +83,35 @@ def fit_models(
     """
     from ...probe import pipelines
     from ...probe.pipelines.schedules import FLOW
+    from ...probe.workload import WorkMeter
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
     asked = _AskedLora.of(job, rival)
     stack = contextlib.ExitStack()
+    foreseen = foresee_work(source, target, options)
+    if options.progress:
+        total = sum(map(sum, foreseen.predictions.values()))
+        options.progress(0, total, foreseen.sentence(source.name, target.name))
+        options.progress(0, total, "opening both pipelines")
     with stack:
         models = _open_both(job, asked, common, stack)
         checkpoints = common.open_checkpoints()
         takes_prompts = all("prompt" in model.accepted for model in models)
         derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        images = itertools.count(1)
-
-        def count_image() -> None:
-            if options.progress:
-                options.progress(next(images), 6 * options.images, "sampling")
-
         shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         sampled: FitSettings = replace(options, prompts=options.prompts or derived)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
-        few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
+        of_target = models[1].derive_target_settings(sampled)
+        few = pipelines.takes_few_steps(sampled, of_target)
+        meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         crosses = not shared or mixed or few
         fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-        result = fit(models, sampled, asked, checkpoints, count_image)
+        result = fit(models, sampled, asked, checkpoints, meter)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
     return fitted, result.report
@@ -161,7 +163,7 @@ def _fit_pair(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
 
@@ -170,14 +172,14 @@ def _fit_pair(
         sampled: what is sampled, and how it is fitted.
         asked: the LoRA.
         checkpoints: where results are kept.
-        on_image: called after each sampled image.
+        meter: is told how far it is.
     """
     from ...probe.pipelines import pair_pipelines
     from ...probe.recording.recorder import Recorder
     from ...probe.run import fit_from_recorder
 
     pair = pair_pipelines(*models, sampled, asked.text)
-    samplers = pair.samplers(on_image)
+    samplers = pair.samplers(meter.count_image)
     text = asked.describe(pair.describe_sampling) if checkpoints.folder else ""
     recorder = Recorder(
         pair.source.denoiser,
@@ -189,7 +191,8 @@ def _fit_pair(
         text,
         asked.text,
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -199,7 +202,7 @@ def _fit_crossing(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
     shared: bool,
 ) -> ProbeTransfer:
     """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
@@ -221,9 +224,10 @@ def _fit_crossing(
     text = asked.describe(describe) if checkpoints.folder else ""
     part = TextPart.of(models[0], asked.text, ours.settings)
     recorder = CrossingRecorder(
-        ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
+        ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
+    release = functools.partial(_release, models)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = recorder.log_snr
     return result
 
