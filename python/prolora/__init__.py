@@ -6,15 +6,15 @@ from .adapters.adapter import Adapter
 from .bases import Base, BaseLike, open_base
 from .bases.experts import ExpertsLike, open_experts
 from .comparison.comparison import Comparison
-from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
 from .core.damping import damped
 from .core.lowrank import LowRank
-from .core.methods import METHODS, Method, MethodName
+from .core.methods import METHODS, Method, MethodChoice, MethodName
 from .core.ops.native import cuda_status, require_cuda
 from .core.projection import DEFAULT_RANK, project
 from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
+from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
     ForeignFile,
@@ -52,7 +52,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import MethodChoice, TransferOptions
+from .workflow.options import TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..core.methods import MethodChoice
 from ..files.sizes import format_size
 from ..version import __version__
 from ..workflow import inspection
@@ -24,7 +25,7 @@ from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
 from .console import err, out, prepare_streams, progress_bar
-from .demo import DemoMethod, run_demo
+from .demo import run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .fit import FitCommand, fit
 from .options import JsonOption, OverwriteOption, parse_path
@@ -175,7 +176,7 @@ def demo(
         ),
     ] = "pruned",
     method: Annotated[
-        DemoMethod,
+        MethodChoice,
         typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),
     ] = "auto",
     prompt: Annotated[

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..comparison.expectation import Expectation
-from ..comparison.verdict import AUTO, MIN_DAMPING, Verdict
+from ..core.verdict import AUTO, MIN_DAMPING, Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
 

@@ -15,14 +15,14 @@ import torch
 
 from ..comparison.expectation import expect_shares
 from ..comparison.module_map import BlockDecision, describe_renumbered
-from ..comparison.verdict import (
+from ..core.means import weighted_mean
+from ..core.methods import find_method
+from ..core.verdict import (
     AUTO,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
 )
-from ..core.means import weighted_mean
-from ..core.methods import find_method
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically

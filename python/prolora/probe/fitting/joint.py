@@ -13,17 +13,18 @@ from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
 from ..settings import ADAMW
 from ..updates import run_beside
+from ..workload import WorkMeter
 from .adamw_fit import fit_by_adamw
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
 
 BATCHES_TO_TRY_COPY = 4
-"""Batches that decide where the fit starts."""
+"""Batches of full size whose samples decide where the fit starts."""
 
 
 def fit_all_modules(
-    run: ProbeRun, questions: Sequence[Question], names: list[str]
+    run: ProbeRun, questions: Sequence[Question], names: list[str], meter: WorkMeter
 ) -> dict[str, LowRank]:
     """The updates of all modules; from the rival's where these are a start.
 
@@ -31,6 +32,7 @@ def fit_all_modules(
         run: the probing; its report gets the steps and the start.
         questions: the probes.
         names: the modules that get an update.
+        meter: is told when all is asked and the fit begins.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""
@@ -44,6 +46,7 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
+    meter.begin("fit")
     if run.release is not None:
         run.release()
     translation = run.translation
@@ -114,7 +117,9 @@ class _BatchQueue:
             run.source, run.target, run.adapter.updates, self.questions, run.translation
         )
         for i, wanted in enumerate(asked):
-            if len(first) < BATCHES_TO_TRY_COPY and wanted.call.origin != PAIR:
+            sizes = [len(other.plain) for other in first]
+            few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
+            if few and wanted.call.origin != PAIR:
                 first.append(wanted)
             run.notify(i, len(self.questions), "asking")
             self.store.put(i, (wanted.plain, wanted.plain + wanted.change))

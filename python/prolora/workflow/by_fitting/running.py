@@ -21,10 +21,11 @@ from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
+from .common_parts import CommonParts
 from .plan import FitJob
 
 if TYPE_CHECKING:
-    from ...probe.checkpoint import Checkpoints, Inputs
+    from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
 
@@ -71,17 +72,16 @@ class _AskedLora:
 
 
 def fit_models(
-    job: FitJob, rival: Mapping[str, LowRank], inputs: Inputs
+    job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
 ) -> tuple[dict[str, LowRank], ProbeReport]:
     """Runs the pipelines and fits: target module -> update.
 
     Args:
         job: the LoRA.
         rival: the updates that the target would get by weights alone; empty where there are none.
-        inputs: see `_check_kept`.
+        common: the pipelines as another fit has left them, and where results are kept.
     """
     from ...probe import pipelines
-    from ...probe.checkpoint import open_checkpoints
     from ...probe.pipelines.schedules import FLOW
 
     source, target, options = job.source, job.target, job.options
@@ -89,9 +89,8 @@ def fit_models(
     asked = _AskedLora.of(job, rival)
     stack = contextlib.ExitStack()
     with stack:
-        models, inputs = _open_both(job, asked, inputs, stack)
-        denoisers = models[0].denoiser, models[1].denoiser
-        checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
+        models = _open_both(job, asked, common, stack)
+        checkpoints = common.open_checkpoints()
         takes_prompts = all("prompt" in model.accepted for model in models)
         derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
         images = itertools.count(1)
@@ -122,28 +121,28 @@ def _choose_prompts(job: FitJob) -> tuple[str, ...]:
 
 
 def _open_both(
-    job: FitJob, asked: _AskedLora, inputs: Inputs, stack: contextlib.ExitStack
-) -> tuple[tuple[Pipeline, Pipeline], Inputs]:
-    """Loads both pipelines, one after the other: the text encoders of the first make room.
+    job: FitJob, asked: _AskedLora, common: CommonParts, stack: contextlib.ExitStack
+) -> tuple[Pipeline, Pipeline]:
+    """Opens both pipelines, one after the other: the text encoders of the first make room.
 
     Args:
         job: the LoRA.
         asked: the same, as the models are asked about it.
-        inputs: what both are made of, by file; their parts are added where there are any.
+        common: has what was opened before.
         stack: keeps what runs beside text encoders in place.
     """
     from ...probe import pipelines
 
     source, target, options = job.source.path, job.target.path, job.options
     assert source is not None and target is not None
+    sampled = replace(options, prompts=_choose_prompts(job))
+    encoded = sampled.prompts, asked.text, asked.carried
+    common.make_room(encoded, options.memory_limit is not None)
     if options.memory_limit is not None:
         _check_memory(options.memory_limit, source, target, options.device)
-    sampled = replace(options, prompts=_choose_prompts(job))
     models: list[Pipeline] = []
     for side, path in (("source", source), ("target", target)):
-        model = pipelines.open_pipeline(path, options.device)
-        if inputs:
-            inputs = {**inputs, f"the {side}: parts": model.parts}
+        model = common.open(side, path, options.device)
         stack.enter_context(pipelines.run_text_encoders_beside(model, asked.carried))
         if side == "source":
             with pipelines.run_text_encoders_beside(model, asked.text):
@@ -152,8 +151,9 @@ def _open_both(
         else:
             model.encode_prompts(model.derive_target_settings(sampled))
         model.release_encoders()
+        model.restore()
         models.append(model)
-    return (models[0], models[1]), inputs
+    return models[0], models[1]
 
 
 def _fit_pair(
