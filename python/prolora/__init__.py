@@ -38,7 +38,12 @@ from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
+from .workflow.check import BaseCheck, check
+from .workflow.convert import convert, convert_file
+from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
+from .workflow.extract import extract, extract_file, plan_extraction
+from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
@@ -62,11 +67,14 @@ __all__ = [
     "AdviceOptions",
     "AlreadyMoved",
     "Base",
+    "BaseCheck",
     "BaseLike",
     "Basis",
     "Comparison",
+    "ConvertOptions",
     "Description",
     "ExpertsLike",
+    "ExtractOptions",
     "FitOptions",
     "FitSettings",
     "ForeignFile",
@@ -99,8 +107,13 @@ __all__ = [
     "WrongBase",
     "__version__",
     "advise",
+    "check",
+    "convert",
+    "convert_file",
     "cuda_status",
     "damped",
+    "extract",
+    "extract_file",
     "fit",
     "fit_file",
     "fit_many",
@@ -109,6 +122,7 @@ __all__ = [
     "migrate",
     "open_base",
     "open_experts",
+    "plan_extraction",
     "plan_fit",
     "plan_migration",
     "plan_report",

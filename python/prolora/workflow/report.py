@@ -30,11 +30,14 @@ from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
 from .in_words import (
+    CONVERT,
+    EXTRACT,
     FIT_NO_BETTER,
     InWords,
     judge,
     tell_expected,
     tell_fit,
+    tell_made,
     tell_method,
     tell_next,
     tell_place,
@@ -129,6 +132,11 @@ class Report:
         return self.method == FIT
 
     @property
+    def was_made(self) -> bool:
+        """Whether the LoRA was extracted or converted, and not moved between bases."""
+        return self.method in (EXTRACT, CONVERT)
+
+    @property
     def coverage(self) -> float:
         """The share of the LoRA's modules that found a place, 0 … 1."""
         return measure_coverage(self.modules)
@@ -221,6 +229,8 @@ class Report:
         """The verdict for people: what to expect, what was done, and what to do next."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
+        if self.was_made:
+            return tell_made(self.method, source, target, self.share_on_target, self._cautions())
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
@@ -262,7 +272,7 @@ class Report:
                 f"So the LoRA moved by weights alone ('{self.method}') is written, at the strength "
                 "that suits it best there."
             )
-        if self.dry_run or self.totals["energy_surviving"] is None:
+        if self.was_made or self.dry_run or self.totals["energy_surviving"] is None:
             return sentences
         return sentences + self._sentences_of_bases() + self._sentences_of_energy()
 
@@ -270,8 +280,12 @@ class Report:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
+        between = f" from {self.source} to {self.target}"
+        if self.was_made:
+            moved = f"{'would be' if self.dry_run else 'were'} {self.method}ed"
+            between = f" between {self.source} and {self.target}" if self.method == EXTRACT else ""
         sentences = [
-            f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
+            f"{len(placed)} of {len(names)} modules {moved}{between}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]
