@@ -19,8 +19,8 @@ from worlds import World, backbone
 import prolora
 from prolora import Basis, LowRank, Verdict
 from prolora.adapters import Adapter
-from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import judge_affinity, judge_pairs
+from prolora.core.affinity import Affinity
+from prolora.core.verdict import judge_affinity, judge_pairs
 
 Updates = dict[str, LowRank]
 

@@ -93,10 +93,19 @@ class Overview:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Canonical module -> out × in without the kernel of a convolution, 0 if not known."""
+        return self._list_shapes(with_kernel=False)
+
+    @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Canonical module -> out × (in·kh·kw), 0 if not known."""
+        return self._list_shapes(with_kernel=True)
+
+    def _list_shapes(self, with_kernel: bool) -> dict[str, tuple[int, int]]:
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in self.modules.items():
             form = self.forms.get(name)
-            size = (form.out, form.inputs // math.prod(form.kernel or (1,))) if form else (0, 0)
+            kernel = 1 if with_kernel or form is None else math.prod(form.kernel or (1,))
+            size = (form.out, form.inputs // kernel) if form else (0, 0)
             if module.matrix:
                 shapes |= share_rows(module.matrix, size)
             else:

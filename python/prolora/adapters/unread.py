@@ -73,18 +73,21 @@ def read_finite(source: UnreadAdapter, key: str) -> Tensor:
 
 
 def open_adapter(
-    source: StrPath | Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    source: StrPath | Mapping[str, Tensor] | UnreadAdapter,
+    metadata: Mapping[str, str] | None = None,
 ) -> UnreadAdapter:
     """Opens an adapter without reading a tensor.
 
     Args:
         source: a .safetensors file, a state dict or a file of `torch.save` with one, a PEFT folder,
-            or a folder diffusers saved a LoRA in.
+            or a folder diffusers saved a LoRA in; what is open already is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
 
     Raises:
         UnsupportedFormat: not a readable adapter.
     """
+    if isinstance(source, UnreadAdapter):
+        return source
     if isinstance(source, Mapping):
         return _open_mapping(source, dict(metadata or {}))
     path = Path(source)

@@ -122,7 +122,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     named = name_weights(
         weights, str(path), metadata=_read_quantisation(weights), strict=subfolder is None
     )
-    return Base(name, named, path, files)
+    return Base(name, named, path, files, weights)
 
 
 def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
@@ -162,4 +162,4 @@ def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:
         if tensor.is_meta:
             raise UnsupportedFormat(f"{name}: {key} has no values (it is on the meta device)")
         weights[key] = LoadedWeight(tensor.detach(), f"{name}:{key}")
-    return Base(name, name_weights(weights, name, strict=False))
+    return Base(name, name_weights(weights, name, strict=False), stored=weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from ...architectures.family import AuthorsWeight, Family, Spelling
@@ -210,6 +211,8 @@ def _describe(cut: _Path) -> ModulePath | None:
     )
 
 
+# Every module is named by two keys or three, and a file is gone through more than once.
+@lru_cache(1 << 13)
 def _find_in_unet(cut: _Path) -> ModulePath | None:
     """A module of a UNet, in diffusers' names or in those of the original checkpoint."""
     words = cut.rest if cut.dotted else restore_dots(cut.rest)

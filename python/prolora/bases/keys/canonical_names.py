@@ -31,6 +31,8 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
+# What keys of biases and of weights of normalisation layers end in.
+_VECTORS = ("bias", "weight", "scale")
 _FLOATS = {
     torch.float64,
     torch.float32,
@@ -69,6 +71,26 @@ def name_weights(
         )
     named = _name_modules(model, names, where)
     return named | encoders
+
+
+def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Biases and norms of a diffusion model by "module.bias" and "module.weight".
+
+    A vector of a module that is not known goes by its own key, so that it can be named.
+
+    Args:
+        weights: all keys of a checkpoint that `name_weights` takes.
+    """
+    model = _select_model(split_encoders(weights, "")[1])
+    names = _KeySpelling(model)
+    named: dict[str, Weight] = {}
+    for key, weight in model.items():
+        path, _, tensor = key.rpartition(".")
+        if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
+            continue
+        views = names.vector_views(path, weight) if tensor != "scale" else {}
+        named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
+    return named
 
 
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -142,6 +164,13 @@ class _KeySpelling:
                 raise UnsupportedFormat(f"{where}: {key} belongs to no known module")
             return {module: weight} if module else {}
         return {path: weight}
+
+    def vector_views(self, path: str, vector: Weight) -> dict[str, Weight]:
+        """The modules that a vector belongs to, each with its rows; {} where that is not known."""
+        if self._authors is not None:
+            return self._authors.split_vector(path, vector)
+        module = ldm_to_diffusers(path, self._layers) if self._ldm else path
+        return {module: vector} if module else {}
 
 
 def _name_modules(
