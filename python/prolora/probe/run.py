@@ -24,7 +24,7 @@ from .gate import COPY, REFUSE, Gate, fitting_updates, judge_updates
 from .known_answers import KnownAnswers, RememberingTranslation
 from .models import check_models, frozen
 from .modules import choose_modules
-from .precision import in_float32
+from .precision import in_float32, in_precision
 from .probe_run import ProbeRun
 from .recording.batches import FindPrompts, count_samples, mix_samples
 from .recording.lazy import LazySequence, SampleSelection
@@ -101,7 +101,7 @@ def fit_to_models(
 
     Args:
         source: the module that LoRA names start from (a pipeline's unet or transformer), stored
-            in float32, float16 or bfloat16; computed in float32.
+            in float32, float16 or bfloat16; computed in the precision of the settings.
         target: the same of the target; widths and depths may differ. Both must take the same
             inputs and predict the same quantity, unless the translation says otherwise.
         lora: a file, an adapter, or updates by the source's module names.
@@ -137,7 +137,7 @@ def fit_to_models(
         (samplers.source, samplers.adapted or samplers.source, samplers.target),
         translation,
         open_checkpoints(settings.resume, source, target, {}),
-        samplers.described,
+        f"{samplers.described} {settings.precision}",
     )
     return _run_models(recorder, rival, settings)
 
@@ -174,10 +174,11 @@ def _run_models(
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
 ) -> ProbeTransfer:
-    """The fit and the verdict with both models at rest and in float32."""
+    """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
+    bits = settings.precision
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
-    with frozen(source), frozen(target), in_float32(source), in_float32(target):
+    with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
         with meter.watch(source, target):
             return _record_fit_judge(recorder, rival, settings, release, meter)
 
@@ -336,14 +337,11 @@ def _draw_samples(
     assert settings.probes and settings.held_out and settings.batch
 
     def predict_both(question: Question) -> tuple[Tensor, Tensor]:
-        if question.origin == PAIR:
-            read = run.translation.read
-            before = predict_call(run.target, question.source, read)
-            return before, run.translation.of_target(run.target, question)
-        return (
-            run.translation.of_source(run.source, question),
-            run.translation.of_target(run.target, question),
-        )
+        with in_float32(run.source), in_float32(run.target):
+            theirs = run.translation.of_target(run.target, question)
+            if question.origin == PAIR:
+                return predict_call(run.target, question.source, run.translation.read), theirs
+            return run.translation.of_source(run.source, question), theirs
 
     judged = []
     for origin in ORIGINS:  # not mixed with each other: the gate compares them

@@ -15,14 +15,14 @@ import torch
 
 from ..comparison.expectation import expect_shares
 from ..comparison.module_map import BlockDecision, describe_renumbered
-from ..comparison.verdict import (
+from ..core.means import weighted_mean
+from ..core.methods import find_method
+from ..core.verdict import (
     AUTO,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
 )
-from ..core.means import weighted_mean
-from ..core.methods import find_method
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
@@ -30,11 +30,14 @@ from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
 from .in_words import (
+    CONVERT,
+    EXTRACT,
     FIT_NO_BETTER,
     InWords,
     judge,
     tell_expected,
     tell_fit,
+    tell_made,
     tell_method,
     tell_next,
     tell_place,
@@ -140,6 +143,11 @@ class Report:
         return self.method == FIT
 
     @property
+    def was_made(self) -> bool:
+        """Whether the LoRA was extracted or converted, and not moved between bases."""
+        return self.method in (EXTRACT, CONVERT)
+
+    @property
     def coverage(self) -> float:
         """The share of the LoRA's modules that found a place, 0 … 1."""
         return measure_coverage(self.modules)
@@ -232,6 +240,8 @@ class Report:
         """The verdict for people: what to expect, what was done, and what to do next."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
+        if self.was_made:
+            return tell_made(self.method, source, target, self.share_on_target, self._cautions())
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
@@ -273,7 +283,7 @@ class Report:
                 f"So the LoRA moved by weights alone ('{self.method}') is written, at the strength "
                 "that suits it best there."
             )
-        if self.dry_run or self.totals["energy_surviving"] is None:
+        if self.was_made or self.dry_run or self.totals["energy_surviving"] is None:
             return sentences
         return sentences + self._sentences_of_bases() + self._sentences_of_energy()
 
@@ -281,8 +291,12 @@ class Report:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
+        between = f" from {self.source} to {self.target}"
+        if self.was_made:
+            moved = f"{'would be' if self.dry_run else 'were'} {self.method}ed"
+            between = f" between {self.source} and {self.target}" if self.method == EXTRACT else ""
         sentences = [
-            f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
+            f"{len(placed)} of {len(names)} modules {moved}{between}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]

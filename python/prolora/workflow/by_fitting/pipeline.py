@@ -12,6 +12,7 @@ from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
 from ...core.lowrank import LowRank
+from ...core.methods import MethodChoice
 from ...errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
@@ -30,7 +31,7 @@ from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
-from ..options import FIT, LoraLike, MethodChoice
+from ..options import FIT, LoraLike
 from ..report import Report
 from ..result import Transfer
 from .common_parts import CommonParts
