@@ -138,6 +138,18 @@ def test_damaged_bytes_never_escape_as_another_error(tmp_path):
             assert "model.pt" in str(error)
 
 
+def test_a_pickle_that_takes_from_an_empty_stack_is_damaged(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(WEIGHTS, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"\x80\x02a." if name.endswith(".pkl") else content)
+    with pytest.raises(UnsupportedFormat, match=r"model\.pt: is damaged"):
+        open_base(path)
+
+
 def test_a_plain_pickle_is_no_archive(tmp_path):
     (tmp_path / "model.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UnsupportedFormat, match="a pickle checkpoint"):

@@ -64,12 +64,12 @@ class PickleFile:
                 f"{self.path}: holds objects beside its tensors, which are not read because that "
                 f"can run code ({_first_line(error)}); save its state dict alone"
             ) from error
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+        except OSError as error:
+            raise input_error(self.path, error) from error
+        except Exception as error:  # the unpickler's own, and what a damaged stack of its makes
             raise UnsupportedFormat(
                 f"{self.path}: is damaged: {_first_line(error)}; download or save it again"
             ) from error
-        except OSError as error:
-            raise input_error(self.path, error) from error
         self._tensors = _find_state_dict(loaded, self.path)
         for name, tensor in self._tensors.items():
             _check_tensor(name, tensor, self.path, self.state.size)

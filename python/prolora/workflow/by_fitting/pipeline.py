@@ -229,7 +229,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
     }
 
 
-def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
+def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, ...]]:
     """(kh, kw) of those that are convolutions of the target."""
     shapes = {name: target.shapes.get(name, ()) for name in updates}
     return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}
