@@ -1,8 +1,9 @@
 """Peak memory of a fit on a real class: ``python bench/fit_memory.py --width 96 --samples 2``.
 
-SD1.5's UNet of diffusers with random float16 weights, its widths scaled to --width (320 is the
-model itself); all linear modules of the transformer blocks get an update. Prints the peak of the
-host's resident memory with the model, after one prediction, and after the fit.
+The UNet of SD1.5 or of SDXL, of diffusers, with random float16 weights, SD1.5's widths scaled to
+--width (320 is the model itself); all linear modules of the transformer blocks get an update.
+Prints the peak of the host's resident memory with the model, after one prediction, and after the
+fit.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 
 import torch
 from diffusers import UNet2DConditionModel
+from probe_cost import SDXL
 
 from prolora.architectures.modules import find_block
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly
@@ -28,37 +30,51 @@ def peak_gigabytes() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
-def build(width: int) -> UNet2DConditionModel:
+def build(name: str, width: int) -> UNet2DConditionModel:
     """The model in float16, never in float32 as a whole."""
+    sd15 = {
+        "block_out_channels": (width, 2 * width, 4 * width, 4 * width),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "sample_size": 64,
+    }
     torch.set_default_dtype(torch.float16)
-    model = UNet2DConditionModel(
-        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        sample_size=64,
-    )
+    model = UNet2DConditionModel(**(SDXL if name == "sdxl" else sd15))
     torch.set_default_dtype(torch.float32)
     return model
 
 
+def make_call(model: UNet2DConditionModel, samples: int, pixels: int) -> Call:
+    """Random inputs."""
+    side = pixels // 8
+    x, text = (
+        torch.randn(samples, 4, side, side),
+        torch.randn(samples, 77, model.config["cross_attention_dim"]),
+    )
+    kwargs = {}
+    if model.config["addition_embed_type"]:
+        added = {"text_embeds": torch.randn(samples, 1280), "time_ids": torch.ones(samples, 6)}
+        kwargs = {"added_cond_kwargs": added}
+    return Call((x, torch.full((samples,), 500.0), text), kwargs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--model", choices=["sd15", "sdxl"], default="sd15")
+    parser.add_argument("--width", type=int, default=96, help="of sd15")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--pixels", type=int, default=128)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8)
     given = parser.parse_args()
     torch.manual_seed(0)
-    model = build(given.width)
+    model = build(given.model, given.width)
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and find_block(name)
     ]
-    side = given.pixels // 8
-    x, text = torch.randn(given.samples, 4, side, side), torch.randn(given.samples, 77, 768)
-    call = Call((x, torch.full((given.samples,), 500.0), text), {})
+    call = make_call(model, given.samples, given.pixels)
     result = vars(given) | {
         "weights": sum(p.numel() for p in model.parameters()),
         "fitted": sum(model.get_submodule(n).weight.numel() for n in names),
@@ -67,7 +83,7 @@ def main() -> None:
     }
     with frozen(model), in_float32(model):
         with torch.no_grad():
-            plain = output_of(model(*call.args))
+            plain = output_of(model(*call.args, **call.kwargs))
         result["GB_prediction"] = peak_gigabytes()
         probes = [ProbeBatch(call, plain, plain + 0.1 * torch.randn_like(plain))]
         started = time.process_time()

@@ -5,33 +5,27 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..architectures.modules import find_block, is_adaptable
+from ..architectures.modules import is_adaptable
 from ..errors import ProLoRAError
 from .hooks import keep_hooks
 from .probe_run import ProbeRun
 from .recording.trajectories import Call
 from .recording.translation import Question
+from .swapping import name_blocks
 
 
 def find_blocks(model: nn.Module, call: Call) -> list[str]:
-    """The names of a model's transformer blocks, in the order in which they first run.
-
-    A block is what `find_block` calls one by the names of the model's linear modules: an item of
-    `transformer_blocks` in a UNet, of an outermost list (`blocks`, `layers`, `context_refiner`, …)
-    in any other model.
+    """The names of a model's transformer blocks (`name_blocks`), in the order they first run in.
 
     Raises:
         ProLoRAError: the model runs no block that holds linear modules.
     """
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    positions = [position for name in linear if (position := find_block(name))]
-    names = dict.fromkeys(f"{position.stack}.{position.number}" for position in positions)
     order: dict[str, None] = {}
     hooks = (
         model.get_submodule(name).register_forward_pre_hook(
             lambda *_, name=name: order.setdefault(name)
         )
-        for name in names
+        for name in name_blocks(model)
     )
     with keep_hooks(hooks), torch.no_grad():
         model(*call.args, **call.kwargs)

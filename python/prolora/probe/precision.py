@@ -1,4 +1,4 @@
-"""Models stored in half precision and computed in float32, one layer's weights at a time."""
+"""In how many bits models compute, whatever their weights are stored in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .settings import BFLOAT16, FLOAT32, Precision
+
 HALVES = (torch.float16, torch.bfloat16)
+_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What autocast runs in 16 bits, so that its weights are needed as they are stored."""
 
 
 def _widen_halves(value: Any) -> Any:
@@ -17,7 +21,8 @@ def _widen_halves(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.dtype in HALVES else value
     if isinstance(value, dict):
-        return {key: _widen_halves(item) for key, item in value.items()}
+        widened = {key: _widen_halves(item) for key, item in value.items()}
+        return widened if type(value) is dict else type(value)(**widened)  # what diffusers returns
     if isinstance(value, list | tuple):
         return type(value)(_widen_halves(item) for item in value)
     return value
@@ -47,23 +52,77 @@ class _WidenedModule:
         self.stored = {}
 
 
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """The model takes and returns float32, and computes in it, whatever dtype its weights have.
+class _AutocastModel:
+    """The hooks of a whole model, which runs inside autocast; what is outside of it does not.
 
-    Differences of predictions, and derivatives from differences, need float32. The weights stay in
-    half precision, and those of each layer are float32 while it runs. So the results are those of
-    `model.float()`, in half the memory. Weights in float32 are not touched.
+    Blocks that are computed again in the backward pass run as they did before.
     """
+
+    def __init__(self) -> None:
+        self.entered: list[torch.autocast] = []
+        self.paused = False
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused:
+            return
+        device = next(model.parameters()).device.type
+        # Without its cache, since casts of the LoRA's factors must not outlive a pass.
+        autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
+        autocast.__enter__()
+        self.entered.append(autocast)
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        if self.entered:  # nothing was, where another hook ended the call before
+            self.entered.pop().__exit__(None, None, None)
+        return _widen_halves(result)
+
+
+@contextmanager
+def in_precision(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """The model takes and returns float32, and computes in float32 or by autocast in bfloat16.
+
+    In float32, the weights stay in half precision, and those of each layer are float32 while it
+    runs. So the results are those of `model.float()`, in half the memory. Weights in float32 are
+    not touched.
+
+    In bfloat16, products and convolutions run in 16 bits, those of updates beside the weights too,
+    and all else as in float32: times and noise levels are not rounded. Weights in float16 are
+    rounded on the way. float16 itself is not offered: sums of gradients over an image pass its
+    largest number, 65504. On the icons bfloat16 reaches 0.01 less (docs/fit_measured.md), so that
+    "auto" is float32 where no bound on a card's memory asks for more room.
+    """
+    narrow = precision == BFLOAT16
     with ExitStack() as hooks:
+
+        def register(module: nn.Module, hook: _WidenedModule | _AutocastModel) -> None:
+            pre = module.register_forward_pre_hook(hook.before, with_kwargs=True, prepend=True)
+            post = module.register_forward_hook(hook.after, always_call=True)
+            hooks.callback(pre.remove)
+            hooks.callback(post.remove)
+
+        if narrow:
+            register(model, _AutocastModel())
         for module in model.modules():
             half = any(p is not None and p.dtype in HALVES for p in module._parameters.values())
-            if half or (module is model and any(p.dtype in HALVES for p in model.parameters())):
-                widened = _WidenedModule(module)
-                pre = module.register_forward_pre_hook(
-                    widened.before, with_kwargs=True, prepend=True
-                )
-                post = module.register_forward_hook(widened.after, always_call=True)
-                hooks.callback(pre.remove)
-                hooks.callback(post.remove)
+            inside = half and not (narrow and isinstance(module, _PRODUCTS))
+            if inside or (module is model and any(p.dtype in HALVES for p in model.parameters())):
+                register(module, _WidenedModule(module))
         yield
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model in float32, also within `in_precision` of another.
+
+    It is for what compares predictions more closely than 16 bits tell them apart.
+    """
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    outer = [owner for owner in owners if isinstance(owner, _AutocastModel) and not owner.paused]
+    try:
+        for autocast in outer:
+            autocast.paused = True
+        with in_precision(model, FLOAT32):
+            yield
+    finally:
+        for autocast in outer:
+            autocast.paused = False

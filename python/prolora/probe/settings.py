@@ -17,11 +17,16 @@ from ..files.sizes import parse_limit
 Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
 
-STARTS: tuple[Start, ...] = get_args(Start)
 Optimiser = Literal["gauss-newton", "adamw"]
 """What a fit takes its steps by."""
 
 ADAMW: Optimiser = "adamw"
+Precision = Literal["auto", "float32", "bfloat16"]
+"""In what the models compute: chosen, or by autocast in 16 bits."""
+
+AUTO: Precision = "auto"
+FLOAT32: Precision = "float32"
+BFLOAT16: Precision = "bfloat16"
 FEW_STEPS = 4
 """Steps of targets whose scheduler is one of few-step models, unless another number is asked."""
 MAX_SAMPLES = (1152, 192, 48)
@@ -39,8 +44,18 @@ _OF_FIT = (
     "curvature_damping",
     "seed",
     "optimiser",
+    "precision",
 )
-_OF_SAMPLES = ("prompts", "images", "steps", "size", "guidance", "lora_steps", "lora_guidance")
+_OF_SAMPLES = (
+    "prompts",
+    "images",
+    "steps",
+    "size",
+    "guidance",
+    "lora_steps",
+    "lora_guidance",
+    "precision",
+)
 
 Settings = TypeVar("Settings", bound="FitSettings")
 
@@ -122,7 +137,7 @@ class FitSettings:
         '("copy"), or from the better of the two. From a copy it goes only part of the way where '
         "the bases disagree.",
         panel=FITTING,
-        words=STARTS,
+        words=get_args(Start),
     )
     fit_steps: int = option(
         32,
@@ -151,6 +166,14 @@ class FitSettings:
         "gauss-newton",
         '"adamw" takes two of its steps for each of `fit_steps`, as trainers do, for comparison.',
         words=get_args(Optimiser),
+    )
+    precision: Precision = option(
+        AUTO,
+        'What the models compute in, while the LoRA and all sums stay in float32: "float32", or '
+        '"bfloat16" by autocast. "auto" is float32, and bfloat16 where `max_vram` leaves too '
+        "little room for that.",
+        panel=FITTING,
+        words=get_args(Precision),
     )
     force: bool = option(
         False,
@@ -204,12 +227,10 @@ class FitSettings:
             raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
         if self.rank is not None:
             _check_rank(self.rank)
-        if self.start not in STARTS:
-            raise InvalidOption(f"start must be one of {', '.join(STARTS)}, not {self.start!r}")
-        if self.optimiser not in get_args(Optimiser):
-            raise InvalidOption(
-                f"optimiser must be one of {', '.join(get_args(Optimiser))}, not {self.optimiser!r}"
-            )
+        for name, kind in (("start", Start), ("optimiser", Optimiser), ("precision", Precision)):
+            value, words = getattr(self, name), get_args(kind)
+            if value not in words:
+                raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")
         if not _is_number(self.curvature_damping) or self.curvature_damping <= 0:
             raise InvalidOption(
                 f"curvature_damping must be a positive number, not {self.curvature_damping!r}"

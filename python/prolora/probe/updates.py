@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.lowrank import LowRank
 from ..errors import ProLoRAError, ShapeMismatch
 from .hooks import keep_hooks
+from .swapping import place_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module -> (B [m, r], A [r, n]): the factors of an update, their gradients or their changes."""
@@ -45,7 +46,7 @@ def run_beside(
             raise ShapeMismatch(
                 f"the update of {name} is {list(update.shape)}, its weight {list(weight.shape)}"
             )
-        up, down = (part.to(weight.device, torch.float32) for part in (update.up, update.down))
+        up, down = (part.to(place_of(weight), torch.float32) for part in (update.up, update.down))
         factors[name] = (up if strength == 1 else strength * up), down
     with place_factors(model, factors):
         yield

@@ -8,9 +8,10 @@ from typing import Literal, TypedDict, get_args
 
 from ..bases.base import Progress
 from ..comparison.module_map import Match
+from ..core.methods import MethodChoice
 from ..core.option_fields import take_option
-from ..probe.settings import FITTING, FitSettings, Optimiser, Start
-from .options import DtypeLike, FormatLike, MethodChoice, TransferOptions, check_choice
+from ..probe.settings import FITTING, FitSettings, Optimiser, Precision, Start
+from .options import DtypeLike, FormatLike, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
 """What may become of a LoRA's text-encoder part where the models are run."""
@@ -97,6 +98,7 @@ class FitChanges(TypedDict, total=False):
     curvature_damping: float
     seed: int
     optimiser: Optimiser
+    precision: Precision
     force: bool
     resume: str | PathLike[str] | None
     max_memory: int | str | None

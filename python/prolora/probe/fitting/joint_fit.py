@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from ...core.lowrank import LowRank
 from ..recording.translation import Read
+from ..swapping import place_of
 from ..updates import Factors, weight_of
 from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
 from .spectra import JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
 _ROUNDING = 1e-6  # of the wanted change
-_FIRST = 1e-3  # of the weights' norm, the length of the first trial step
+_FIRST, _LEAST = 0.1, 0.02
+"""Lengths of the first trial and of any, in those at which all would be reached. Differences over
+less are lost in the rounding of a model that computes in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def start_factors(problem: JointProblem, initial: Mapping[str, LowRank]) -> Fact
         padding = torch.linalg.qr(random - basis @ (basis.mT @ random))[0]
         up = torch.cat([copied.up @ mixed.mT, torch.zeros(m, rank - copied.rank)], 1)
         down = torch.cat([basis, padding], 1).mT.contiguous()
-        factors[name] = up.to(weight.device), down.to(weight.device)
+        factors[name] = up.to(place_of(weight)), down.to(place_of(weight))
     return factors
 
 
@@ -134,13 +137,14 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     if 1 - point.reached < _ROUNDING:
         return  # the rest is rounding of float32
     direction = function.curvature.solve(state.factors, point.gradient)
-    lines = [direction]
+    lines, longest = [direction], _longest(point, direction)
     if state.last_step is None:
-        state.lengths[0] = _first_length(function, point, direction)
-        if not state.lengths[0]:
-            return
+        state.lengths[0] = function.solve_lengths(point, lines, [_FIRST * longest])[0]
     else:
         lines.append(state.last_step)
+    state.lengths[0] = max(state.lengths[0], _LEAST * longest)
+    if not state.lengths[0]:
+        return
     lengths = function.solve_lengths(point, lines, state.lengths)
     if not any(lengths):
         state.lengths[0] /= 2
@@ -151,17 +155,17 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     state.factors = add_scaled(state.factors, [1.0], [state.last_step])
 
 
-def _first_length(function: TargetFunction, point: Linearisation, direction: Factors) -> float:
-    """A length for the first differences: the best one over a very short trial step."""
-    weights = change = 0.0
-    for name, (up, down) in point.factors.items():
-        weight = weight_of(function.target, name).detach()
-        weights += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
-        up_step, down_step = direction[name]
-        moved = LowRank(torch.cat([up_step, up], 1), torch.cat([down, down_step], 0))
-        change += float(moved.norm()) ** 2
-    trial = _FIRST * (weights / max(change, 1e-30)) ** 0.5
-    return function.solve_lengths(point, [direction], [trial])[0]
+def _longest(point: Linearisation, direction: Factors) -> float:
+    """The length at which a direction d would reach all that is missing, if Jd pointed there.
+
+    It is ‖missing‖²/⟨Jd, missing⟩, from the gradient alone; the best length is at most that.
+    """
+    slope = sum(
+        float((step * slope).sum())
+        for name, steps in direction.items()
+        for step, slope in zip(steps, point.gradient[name], strict=True)
+    )
+    return point.missing / slope if slope > 0 else 0.0
 
 
 KeptState = tuple[dict[str, Tensor], dict[str, Any]]

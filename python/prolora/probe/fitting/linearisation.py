@@ -45,6 +45,7 @@ class Linearisation:
         factors: where.
         base: the prediction of every batch there.
         gradient: of both factors, Jᵀ·missing with missing = wanted − base.
+        missing: ‖missing‖².
         reached: share of the wanted change that is reached there.
     """
 
@@ -52,6 +53,7 @@ class Linearisation:
     factors: Factors
     base: list[Tensor]
     gradient: Factors
+    missing: float
     reached: float
 
 
@@ -108,7 +110,7 @@ class TargetFunction:
                 left += float(missing.double().square().sum())
                 total += float((probe.wanted - probe.plain).double().square().sum())
         reached = 1 - left / total if total else float(not left)
-        return Linearisation(probes, factors, base, gradient, reached)
+        return Linearisation(probes, factors, base, gradient, left, reached)
 
     def _add_gradient(
         self, probe: ProbeBatch, factors: Factors, gradient: Factors, renew: bool

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
+from ...core.precision import in_full_precision
 from ...errors import SolverFailure
 from ..updates import Factors
 
@@ -49,6 +50,7 @@ class LeadingSpectrum:
             self.basis = _FADE**0.5 * self.basis
 
     @torch.no_grad()
+    @in_full_precision  # what a module reads is seen inside the model's autocast
     def add(self, rows: Tensor, generator: torch.Generator) -> None:
         """Adds rows [..., d]; of many long ones a random part stands for all."""
         flat = rows.detach().flatten(0, -2).float()

@@ -118,6 +118,11 @@ class Pipeline:
             parts = (p for p in self.pipe.components.values() if isinstance(p, nn.Module))
             empty_weights(p for p in parts if not (keep_denoiser and p is self.denoiser))
 
+    def restore(self) -> None:
+        """Reads again what `release` freed; text encoders come back when a prompt needs them."""
+        if self.memory is not None:
+            self.memory.restore()
+
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """The settings of a target's sampling: its steps and its guidance where they are others."""
         few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS
