@@ -190,6 +190,12 @@ class FitSettings:
         basic=True,
         decides=False,
     )
+    shown_prompts: int = option(
+        0,
+        "Prompts of which the page of the report shows images: of the source and the target, with "
+        "the LoRA and without. They take time of their own.",
+        decides=False,
+    )
     max_memory: int | str | None = option(
         None,
         'Memory that may be taken, as "2GiB"; recorded calls beyond it go to temporary files. '
@@ -235,6 +241,9 @@ class FitSettings:
             raise InvalidOption(
                 f"curvature_damping must be a positive number, not {self.curvature_damping!r}"
             )
+        shown = self.shown_prompts
+        if not isinstance(shown, int) or isinstance(shown, bool) or shown < 0:
+            raise InvalidOption(f"shown_prompts must be an integer of 0 or more, not {shown!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise InvalidOption(f"seed must be an integer of 0 or more, not {self.seed!r}")
         self.memory_limit  # noqa: B018 (raises where it is no size)

@@ -17,7 +17,9 @@ from .recording.recorder import ORIGINS
 from .recording.trajectories import Call
 from .settings import FitSettings
 
-STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, "fit": 1.8, "judge": 1.0}
+SHOW = "show"
+"""The stage in which images are drawn for a page."""
+STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 1.8, "judge": 1.0}
 """Stage -> what a prediction in it costs, compared with one alone: steps of a fit go back, too."""
 _IMAGES = {
     "source": "sampling the source",

@@ -44,9 +44,9 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
-    run.meter.begin("fit")
     if run.release is not None:
         run.release()
+    run.meter.begin("fit")
     translation = run.translation
     read, same_noise = translation.read, translation.same_noise
     start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)

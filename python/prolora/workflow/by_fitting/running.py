@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
+from ..page.document import PictureGrid
 from .common_parts import CommonParts
 from .plan import FitJob, foresee_work
+from .showing import ImageGrid
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints
@@ -73,8 +76,8 @@ class _AskedLora:
 
 def fit_models(
     job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
-) -> tuple[dict[str, LowRank], ProbeReport]:
-    """Runs the pipelines and fits: target module -> update.
+) -> tuple[dict[str, LowRank], ProbeReport, PictureGrid | None]:
+    """Runs the pipelines and fits: target module -> update, the report and images for a page.
 
     Args:
         job: the LoRA.
@@ -111,10 +114,37 @@ def fit_models(
         # samplings say more than their calls.
         crosses = not shared or mixed or few
         fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-        result = fit(models, sampled, asked, checkpoints, meter)
+        grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
+        result = fit(models, sampled, asked, checkpoints, meter, grid)
+        _show_target(grid, models[1], asked, result)
+    shown = grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
-    return fitted, result.report
+    return fitted, result.report, shown
+
+
+def _show_target(
+    grid: ImageGrid, target: Pipeline, asked: _AskedLora, result: ProbeTransfer
+) -> None:
+    """Draws the rest of the grid, where one is asked for; the report gets the time."""
+    from ...probe.gate import fits_target
+    from ...probe.workload import SHOW
+
+    report, started = result.report, time.perf_counter()
+    if grid.prompts:
+        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
+        copied = asked.rival if fits_target(target.denoiser, asked.rival) else {}
+        grid.draw_target(copied, result.adapter.updates if report.trust else None)
+        report.not_drawn = grid.failure
+        spent = time.perf_counter() - started
+        report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
+
+
+def _run_text(grid: ImageGrid, asked: _AskedLora) -> contextlib.AbstractContextManager[None]:
+    """The LoRA's part beside the source's text encoders."""
+    from ...probe.pipelines import run_text_encoders_beside
+
+    return run_text_encoders_beside(grid.models[0], asked.text)
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -164,6 +194,7 @@ def _fit_pair(
     asked: _AskedLora,
     checkpoints: Checkpoints,
     meter: WorkMeter,
+    grid: ImageGrid,
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
 
@@ -173,6 +204,7 @@ def _fit_pair(
         asked: the LoRA.
         checkpoints: where results are kept.
         meter: is told how far it is.
+        grid: images for a page.
     """
     from ...probe.pipelines import pair_pipelines
     from ...probe.recording.recorder import Recorder
@@ -191,7 +223,7 @@ def _fit_pair(
         text,
         asked.text,
     )
-    release = functools.partial(_release, models)
+    release = functools.partial(_release, models, asked, meter, grid)
     result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = pair.log_snr
     return result
@@ -203,6 +235,7 @@ def _fit_crossing(
     asked: _AskedLora,
     checkpoints: Checkpoints,
     meter: WorkMeter,
+    grid: ImageGrid,
     shared: bool,
 ) -> ProbeTransfer:
     """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
@@ -226,14 +259,24 @@ def _fit_crossing(
     recorder = CrossingRecorder(
         ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
     )
-    release = functools.partial(_release, models)
+    release = functools.partial(_release, models, asked, meter, grid)
     result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = recorder.log_snr
     return result
 
 
-def _release(models: tuple[Pipeline, Pipeline]) -> None:
-    """Frees what does not run again once both models were asked: all but the target's denoiser."""
+def _release(
+    models: tuple[Pipeline, Pipeline], asked: _AskedLora, meter: WorkMeter, grid: ImageGrid
+) -> None:
+    """Frees what does not run again once both models were asked: all but the target's denoiser.
+
+    The source is shown before.
+    """
+    from ...probe.workload import SHOW
+
+    if grid.prompts:
+        meter.begin(SHOW)
+        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
     models[0].release(keep_denoiser=False)
     models[1].release(keep_denoiser=True)
 
