@@ -335,9 +335,7 @@ class _Difference:
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
         """The LoRA of some updates, without vectors and header."""
         base, family = self.base, known_families().get(self.base.family or "")
-        kernels = {
-            name: (shape[2], shape[3]) for name in updates if len(shape := base.shapes[name]) == 4
-        }
+        kernels = {name: shape[2:] for name in updates if len(shape := base.shapes[name]) in (3, 4)}
         is_unet = any(find_component(name) == "unet" for name in base.shapes)
         format = "kohya" if is_unet else "diffusers"
         if family is not None and not is_unet:
