@@ -30,6 +30,7 @@ class ProbeRun:
         key: hash of the models, the LoRA and the samplers; part of the keys of what is kept.
         report: filled in by the stages.
         release: called once everything was asked; from then on the target alone runs.
+        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
     """
 
     source: nn.Module
@@ -42,6 +43,7 @@ class ProbeRun:
     key: str
     report: ProbeReport
     release: Callable[[], None] | None = None
+    most: int | None = None
 
     def notify(self, done: int, total: int, name: str) -> None:
         """Calls the progress function, where there is one."""

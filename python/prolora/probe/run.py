@@ -149,6 +149,7 @@ def fit_from_recorder(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    most: int | None = None,
 ) -> ProbeTransfer:
     """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
 
@@ -157,13 +158,14 @@ def fit_from_recorder(
         rival: see `fit_to_models`.
         settings: of the fit.
         release: called once everything was sampled and asked; from then on the target alone runs.
+        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release)
+    return _run_models(recorder, rival, settings, release, most)
 
 
 def _run_models(
@@ -171,12 +173,13 @@ def _run_models(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    most: int | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
     bits = settings.precision
     with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
-        return _record_fit_judge(recorder, rival, settings, release)
+        return _record_fit_judge(recorder, rival, settings, release, most)
 
 
 def _record_fit_judge(
@@ -184,6 +187,7 @@ def _record_fit_judge(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None,
+    most: int | None,
 ) -> ProbeTransfer:
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
@@ -197,7 +201,7 @@ def _record_fit_judge(
         questions, held_out = _record_both(recorder, settings)
         report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    run = _begin_run(recorder, rival, settings, report, release)
+    run = replace(_begin_run(recorder, rival, settings, report, release), most=most)
     with _timed(report, "draw"):
         questions, held_out = _draw_samples(run, questions, held_out)
         report.samples = _count_samples(questions), _count_samples(held_out)
@@ -348,7 +352,8 @@ def _draw_samples(
         of_origin = [question for question in held_out if question.origin == origin]
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
-    origins, most = [question.origin for question in questions], settings.batch
+    origins = [question.origin for question in questions]
+    most = min(settings.batch, run.most or settings.batch)
 
     def draw_some(
         wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None

@@ -38,7 +38,7 @@ from ..report import Report
 from ..result import Transfer
 from .plan import FitJob, check_fittable, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, list_vectors, outline_report
-from .running import fit_models
+from .running import fit_models, plan_memory_of_card
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Inputs
@@ -110,7 +110,8 @@ def prepare_fit(
     plan = plan_modules(adapter, source, target, options.text_encoder)
     rows = outline_report(adapter, plan, source, target, options).modules
     check_coverage(rows, options.min_coverage)
-    return FitJob(adapter, plan, source, target, options)
+    job = FitJob(adapter, plan, source, target, options)
+    return replace(job, card=plan_memory_of_card(job))
 
 
 def _check_kept(source: Base, target: Base, options: FitOptions) -> Inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
 from ..fit_options import FitOptions, PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
+
+if TYPE_CHECKING:
+    from ...probe.pipelines import CardPlan
 
 RULE = "running models"
 """How modules are paired, for the report."""
@@ -33,6 +37,7 @@ class FitJob:
         source: the base it was trained on.
         target: the base it goes to.
         options: as they were asked for.
+        card: how the pipelines run on a card whose memory is bounded.
     """
 
     adapter: Adapter
@@ -40,6 +45,7 @@ class FitJob:
     source: Base
     target: Base
     options: FitOptions
+    card: CardPlan | None = None
 
 
 def check_fittable(source: Base, target: Base) -> None:
