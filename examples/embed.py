@@ -15,7 +15,11 @@ W_source = torch.randn(320, 256) / 16
 W_target = W_source + 0.1 * torch.randn(320, 256) / 16  # a fine-tune
 up, down = torch.randn(320, 8), torch.randn(8, 256)
 
-# Factors in, factors out: rank at most 16, nothing of size 320 × 256 is formed.
+# What suits these two weights: a copy, or the update weakened along what the target has learnt.
+suited = prolora.project((up, down), W_source, W_target, method="auto")
+print(f"auto: rank {suited.rank}, norm {float(suited.norm()):.1f}")
+
+# The published projection: rank at most 16, nothing of size 320 × 256 is formed.
 moved, info = prolora.project((up, down), W_source, W_target, return_info=True)
 print(f"rank {moved.rank}")
 print(f"Φ left {info.similarity.left:.2f}, by chance {info.similarity.chance_left:.2f}")

@@ -19,8 +19,8 @@ from worlds import World, backbone
 import prolora
 from prolora import Basis, LowRank, Verdict
 from prolora.adapters import Adapter
-from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import judge_affinity, judge_pairs
+from prolora.core.affinity import Affinity
+from prolora.core.verdict import judge_affinity, judge_pairs
 
 Updates = dict[str, LowRank]
 
@@ -177,14 +177,15 @@ def add_updates(first: LowRank | None, second: LowRank) -> LowRank:
     return LowRank(up, down)
 
 
-def arbitrate(case: Case) -> Updates:
+def arbitrate(case: Case, gives_drift_back: bool = True) -> Updates:
     """CASA's spectral arbitration (arXiv 2605.01929), after its description; rank 4 r.
 
     In the coordinates of the source's full SVD, C_drift = Uᵀ(W_t − W_s)V and C_lora = UᵀΔWV.
     Singular directions that the LoRA couples (|C_lora[i, j]| > 0.5 |σ_i − σ_j|) form clusters; the
     half of them with the larger drift is dominant. Outside the dominant ones C_lora − C_drift is
     written, so that the target's drift gives way; inside C_lora, except where both agree in sign
-    and matter most: there only what the larger of the two adds to the drift.
+    and matter most: there only what the larger of the two adds to the drift. Without giving the
+    drift back it is C_lora outside too.
     """
     moved = {}
     for name, source in case.source.items():
@@ -200,7 +201,7 @@ def arbitrate(case: Case) -> Updates:
         inside = torch.zeros_like(lora, dtype=torch.bool)
         inside[rows, :] = True
         inside[:, columns] = True
-        core = torch.where(inside, lora, lora - drift)
+        core = torch.where(inside, lora, lora - drift) if gives_drift_back else lora
         agree = inside & (lora * drift > 0)
         score = (lora * drift).abs() * _cosine(lora, drift, cluster)
         if agree.any():

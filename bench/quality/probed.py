@@ -48,6 +48,8 @@ ICONS = {
 KEYS = ("name", "method", "arch", "to", "kind", "seed", "adapter")
 SHORT = "short"
 """Name of the rows with a fifth of the samples, where the start of a fit is looked at."""
+OPTIMISERS = ("adamw", "then")
+"""Names of the rows that another optimiser made, at equal predictions."""
 CURVES = ("images", "batch", "probes", "steps", "damping", "rank")
 DEFAULTS = {"images": 24, "batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
 
@@ -60,7 +62,8 @@ def collect(work: Path, kept: dict) -> dict:
     row_by_key = {identify(row): row for row in kept.get("rows", [])}
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        if name in ("study", "related", "equal rank", SHORT) or name.split()[0] in CURVES:
+        named = name in ("study", "related", "equal rank", SHORT, *OPTIMISERS)
+        if named or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
             row_by_key[identify(row)] = round_numbers(row)
@@ -411,6 +414,31 @@ def icons_adapters_table(table: Table) -> str:
     return format_table(["target", *names], lines)
 
 
+def optimisers_table(table: Table) -> str:
+    """Fit, AdamW and one after the other on the same probes; rows that all of them have."""
+    lines = []
+    for name, kind in ICONS.items():
+        where = ("flux", "flux", kind)
+        every = {n: select_rows(table, where, name=n) for n in ("study", *OPTIMISERS)}
+        keys = [{(row["seed"], row["adapter"]) for row in part.rows} for part in every.values()]
+        same = set.intersection(*keys)
+        if not same:
+            continue
+        parts = [
+            Table([r for r in part.rows if (r["seed"], r["adapter"]) in same])
+            for part in every.values()
+        ]
+        best = max(part.mean(score)[0] for part in parts)
+        cells = []
+        for part in parts:
+            told = format_cell(part.mean(score))
+            seconds = part.mean(lambda row: row["seconds"]["fit"])[0]
+            bold = "**" if part.mean(score)[0] == best else ""
+            cells.append(f"{bold}{told}{bold} ({seconds:.0f} s)")
+        lines.append([name, str(len(same)), *cells])
+    return format_table(["target", "rows", "fit", "AdamW", "half of each"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="the study's folder")
@@ -438,6 +466,7 @@ def main() -> None:
     filled["probing starts"] = starts_table(table_by_world)
     filled["probing icons"] = icons_table(table_by_world["icons"])
     filled["probing icons adapters"] = icons_adapters_table(table_by_world["icons"])
+    filled["probing optimisers"] = optimisers_table(table_by_world["icons"])
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), filled))
 

@@ -16,7 +16,7 @@ from evidence import results_of
 from results import round_numbers
 
 from prolora import Verdict
-from prolora.comparison.verdict import MIN_DAMPING
+from prolora.core.verdict import MIN_DAMPING
 
 STRENGTHS = (0.25, 0.4, 0.6, 0.8, 1.0, 1.25)
 NOTE = "interpolated between the dampings and strengths that were measured"

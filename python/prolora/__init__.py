@@ -6,15 +6,15 @@ from .adapters.adapter import Adapter
 from .bases import Base, BaseLike, open_base
 from .bases.experts import ExpertsLike, open_experts
 from .comparison.comparison import Comparison
-from .comparison.verdict import Verdict
 from .core.basis import Basis, truncated_svd
 from .core.damping import damped
 from .core.lowrank import LowRank
-from .core.methods import METHODS, Method, MethodName
+from .core.methods import METHODS, Method, MethodChoice, MethodName
 from .core.ops.native import cuda_status, require_cuda
 from .core.projection import DEFAULT_RANK, project
 from .core.projection_info import ProjectionInfo
 from .core.similarity import Similarity, principal_angles, similarity
+from .core.verdict import Verdict
 from .errors import (
     AlreadyMoved,
     ForeignFile,
@@ -38,7 +38,12 @@ from .version import __version__
 from .workflow.advice import Advice, advise
 from .workflow.advice_options import AdviceOptions
 from .workflow.batch import transfer_many
+from .workflow.check import BaseCheck, check
+from .workflow.convert import convert, convert_file
+from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
+from .workflow.extract import extract, extract_file, plan_extraction
+from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
 from .workflow.fit_options import FitOptions
 from .workflow.fleet.migration import migrate
@@ -47,7 +52,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import MethodChoice, TransferOptions
+from .workflow.options import TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report
@@ -62,11 +67,14 @@ __all__ = [
     "AdviceOptions",
     "AlreadyMoved",
     "Base",
+    "BaseCheck",
     "BaseLike",
     "Basis",
     "Comparison",
+    "ConvertOptions",
     "Description",
     "ExpertsLike",
+    "ExtractOptions",
     "FitOptions",
     "FitSettings",
     "ForeignFile",
@@ -99,8 +107,13 @@ __all__ = [
     "WrongBase",
     "__version__",
     "advise",
+    "check",
+    "convert",
+    "convert_file",
     "cuda_status",
     "damped",
+    "extract",
+    "extract_file",
     "fit",
     "fit_file",
     "fit_many",
@@ -109,6 +122,7 @@ __all__ = [
     "migrate",
     "open_base",
     "open_experts",
+    "plan_extraction",
     "plan_fit",
     "plan_migration",
     "plan_report",

@@ -14,6 +14,7 @@ from .core.errors import (
     ProLoRAError,
     ShapeMismatch,
     SolverFailure,
+    UnrelatedBases,
     UnsupportedDevice,
     UnsupportedTensor,
 )
@@ -53,10 +54,6 @@ class MissingFile(UnsupportedFormat):
 
 class LowCoverage(ProLoRAError):
     """Fewer modules (or less energy) could be transferred than the caller asked for."""
-
-
-class UnrelatedBases(ProLoRAError):
-    """The two bases share too little for any update to keep its meaning."""
 
 
 class WrongBase(ProLoRAError):

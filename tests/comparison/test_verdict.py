@@ -10,8 +10,8 @@ from mini import lora_tensors, source_weights, target_weights
 from spectra import related, weights
 
 import prolora
-from prolora.comparison.drift import Affinity
-from prolora.comparison.verdict import (
+from prolora.core.affinity import Affinity
+from prolora.core.verdict import (
     MAX_SHIFT,
     MIN_COSINE,
     Verdict,

@@ -9,8 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import related, weights
 
-from prolora import METHODS, LowRank, NonFiniteWeights, ShapeMismatch, project, truncated_svd
+import prolora
+from prolora import (
+    METHODS,
+    LowRank,
+    NonFiniteWeights,
+    ShapeMismatch,
+    UnrelatedBases,
+    project,
+    truncated_svd,
+)
 from prolora.core import reference
+from prolora.core.affinity import Affinity
+from prolora.core.verdict import judge_pairs
 
 SHAPES = st.tuples(st.integers(2, 24), st.integers(2, 24))
 # Those that know the weights by their bases, and those that `project` takes.
@@ -335,3 +346,72 @@ def test_kernels_of_two_shapes_and_one_size_are_different_shapes():
     pair = torch.randn(16, 2), torch.randn(2, 72)
     with pytest.raises(ShapeMismatch, match="W_tgt"):
         project(pair, ws, wt, rank=4)
+
+
+def learnt(m, n, seed, size):
+    """A target that has learnt something new along few directions."""
+    source = weights(m, n, seed).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    up, down = (torch.randn(k, 6, dtype=torch.float64, generator=generator) for k in (m, n))
+    new = up @ down.mT
+    return source, source + size * source.norm() * new / new.norm()
+
+
+@pytest.mark.parametrize(("size", "method"), [(0.001, "copy"), (0.15, "damped")])
+def test_auto_decides_from_the_two_weights_as_a_transfer_from_two_models_of_one(size, method):
+    source, target = learnt(64, 48, 3, size)
+    _, _, delta = case(64, 48, 4, 3)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    bases = [{f"{name}.weight": weight} for weight in (source, target)]
+    factors = {f"{name}.lora_A.weight": delta.down, f"{name}.lora_B.weight": delta.up}
+    moved = prolora.transfer(factors, *bases)
+    assert moved.report.method == method
+    found = project(delta, source, target, method="auto")
+    assert relative(found.dense(), moved.adapter.updates[name].dense()) < 1e-5
+    assert found.rank == delta.rank
+
+
+def test_auto_decides_for_a_stack_as_a_whole():
+    pairs = [learnt(32, 24, seed, size) for seed, size in ((0, 0.3), (1, 0.02))]
+    source, target = (torch.stack(side) for side in zip(*pairs, strict=True))
+    delta = torch.randn(2, 32, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = project(delta, source, target, method="auto")
+    kappa = judge_pairs(Affinity.of(*pair) for pair in pairs).kappa
+    assert kappa > 0.05
+    expected = project(delta, source, target, method="damped", kappa=kappa)
+    assert torch.equal(found, expected)
+    alone = project(delta[1], source[1], target[1], method="auto")
+    assert not torch.equal(found[1], alone)
+
+
+def test_auto_refuses_weights_that_have_nothing_in_common():
+    source, _, delta = case(32, 24, 3, 0)
+    with pytest.raises(UnrelatedBases, match="nothing in common"):
+        project(delta, source, weights(32, 24, 9).double(), method="auto")
+
+
+@pytest.mark.parametrize("broken", ["basis", "kappa", "zeros", "nan"])
+def test_auto_refuses_what_it_cannot_decide_from(broken):
+    source, target, delta = case(32, 24, 3, 0)
+    how = {"method": "auto"}
+    if broken == "basis":
+        source = truncated_svd(source, 8)
+    if broken == "kappa":
+        how["kappa"] = 1.0
+    if broken == "zeros":
+        source, target = torch.zeros_like(source), torch.zeros_like(target)
+    if broken == "nan":
+        target = target.clone()
+        target[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"Basis|kappa|nothing in common|NaN"):
+        project(delta, source, target, **how)
+
+
+def test_auto_is_linear_in_the_update_and_has_its_derivative():
+    source, target = learnt(32, 24, 5, 0.15)
+    delta = torch.randn(32, 24, dtype=torch.float64, requires_grad=True)
+    (project(delta, source, target, method="auto") ** 2).sum().backward()
+    assert delta.grad is not None and bool(delta.grad.isfinite().all())
+    with torch.no_grad():
+        twice = project(2 * delta, source, target, method="auto")
+        assert relative(twice, 2 * project(delta, source, target, method="auto")) < 1e-9

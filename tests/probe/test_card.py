@@ -20,6 +20,8 @@ from prolora import FitOptions, InvalidOption, TooLittleMemory
 from prolora.cli import app
 from prolora.files.sizes import parse_size
 from prolora.probe import pipelines, swapping
+from prolora.probe.fitting import joint
+from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.pipelines import card, plan_card
 from prolora.probe.settings import FitSettings
 from prolora.workflow.by_fitting import running
@@ -104,6 +106,7 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_single_samples_then_swaps(
         ("bfloat16", None, None, False),
         ("bfloat16", tile, None, False),
         ("bfloat16", tile, 1, False),
+        ("bfloat16", tile, None, True),  # the source leaves too little room, and not the fit
         ("bfloat16", tile, 1, True),
     ]
     assert seen == [way for way in dict.fromkeys(ladder) if way in seen]
@@ -136,6 +139,24 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
         assert torch.equal(update.up, second[name].up)
         assert torch.equal(update.down, second[name].down)
     assert results[0].report.probe.gate == results[1].report.probe.gate
+
+
+@pytest.mark.slow
+def test_where_asked_a_batch_of_the_fit_holds_one_sample(room, as_card, monkeypatch):
+    sizes = []
+
+    def look(call, plain, wanted):
+        sizes.append(len(plain))
+        return ProbeBatch(call, plain, wanted)
+
+    monkeypatch.setattr(joint, "ProbeBatch", look)
+    for samples, largest in ((None, 2), (1, 1)):
+        plan = card.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
+        monkeypatch.setattr(pipelines, "plan_card", lambda *_, plan=plan: plan)
+        ends = room / "source", room / "target"
+        prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
+        assert max(sizes) == largest
+        sizes.clear()
 
 
 @pytest.mark.slow

@@ -131,6 +131,22 @@ def test_a_bound_below_what_the_models_need_is_refused_before_they_are_loaded(ro
         )
 
 
+def test_a_cache_folder_that_cannot_be_made_is_named_before_a_model_is_loaded(
+    room, tmp_path, monkeypatch
+):
+    """Without it the LoRA moved by weights would be missing: another fit, and nobody told."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(prolora.OutputError, match="the cache folder cannot be made"):
+        prolora.fit(
+            room / "lora.safetensors",
+            room / "source",
+            room / "target",
+            FEW,
+            cache=tmp_path / "file" / "cache",
+        )
+
+
 def test_what_the_models_need_is_counted_from_their_files(room):
     pipeline = pipelines.open_pipeline(room / "other")
     models = {n: p for n, p in pipeline.pipe.components.items() if isinstance(p, nn.Module)}

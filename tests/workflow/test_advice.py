@@ -1,5 +1,6 @@
 """`advise`: what to do with a LoRA between two bases, from weights and from running models."""
 
+import json
 import warnings
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from mini import BLOCK, source_weights, target_along_few, target_weights, write_
 
 import prolora
 from prolora import InvalidOption, ShapeMismatch, UnsupportedFormat
+from prolora.adapters.reading import read_adapter
 from prolora.probe.settings import FitSettings
 
 FEW = FitSettings(("cat", "dog"), images=2, steps=3)
@@ -118,6 +120,26 @@ def test_pipelines_are_run_and_the_measured_strength_is_advised(pipes):
     assert advice.options["strength"] == pytest.approx(1, abs=0.02)
     assert any(s.startswith("Go, measured on 4 trajectories") for s in advice.sentences())
     assert pipe.unet.training is False
+
+
+def test_a_measurement_samples_the_prompts_that_the_header_leads_to(pipes, monkeypatch):
+    """A LoRA with a trigger word does nothing where it is asked with the empty prompt."""
+    from prolora.probe.pipelines import Pipeline
+
+    folder, pipe = pipes
+    seen = []
+    sample = Pipeline.sample_latents
+    monkeypatch.setattr(
+        Pipeline,
+        "sample_latents",
+        lambda self, prompt, *rest: (seen.append(prompt), sample(self, prompt, *rest))[1],
+    )
+    lora = read_adapter(folder / "lora.safetensors")
+    lora.metadata["ss_tag_frequency"] = json.dumps({"10_zorp cat": {"zorp": 10, "sitting": 4}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prolora.advise(pipe, folder / "twin", lora, measure=replace(FEW, prompts=()))
+    assert seen and any("zorp" in prompt for prompt in seen)
 
 
 def test_what_is_advised_of_a_fit_says_how_the_target_is_run(pipes):

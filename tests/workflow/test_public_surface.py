@@ -15,6 +15,8 @@ import prolora
 from prolora.core.methods import METHODS
 from prolora.core.option_fields import find_shown
 from prolora.workflow.advice_options import AdviceChanges, AdviceOptions
+from prolora.workflow.convert_options import ConvertChanges, ConvertOptions
+from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
 from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
@@ -23,6 +25,9 @@ TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, pro
 FITS = [prolora.fit, prolora.fit_file, prolora.fit_many, prolora.plan_fit]
 FUNCTIONS = [(f, TransferOptions) for f in TRANSFERS] + [(f, FitOptions) for f in FITS]
 FUNCTIONS += [(prolora.migrate, MigrationOptions)]
+EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]
+FUNCTIONS += [(f, ExtractOptions) for f in EXTRACTIONS]
+FUNCTIONS += [(f, ConvertOptions) for f in (prolora.convert, prolora.convert_file)]
 
 
 @pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
@@ -45,6 +50,8 @@ def test_help_shows_every_option_with_its_default(function, kind):
         (FitOptions, FitChanges),
         (AdviceOptions, AdviceChanges),
         (MigrationOptions, MigrationChanges),
+        (ExtractOptions, ExtractChanges),
+        (ConvertOptions, ConvertChanges),
     ],
 )
 def test_options_have_one_home(kind, changes):

@@ -18,9 +18,8 @@ from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
 from .contents import parse_contents, read_scale
-from .family import choose_reading
 from .keys import module_names, tensor_keys
-from .naming import list_matrices
+from .naming import choose_names, list_matrices
 from .slots import Contents
 from .unread import UnreadAdapter
 
@@ -94,10 +93,19 @@ class Overview:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Canonical module -> out × in without the kernel of a convolution, 0 if not known."""
+        return self._list_shapes(with_kernel=False)
+
+    @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Canonical module -> out × (in·kh·kw), 0 if not known."""
+        return self._list_shapes(with_kernel=True)
+
+    def _list_shapes(self, with_kernel: bool) -> dict[str, tuple[int, int]]:
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in self.modules.items():
             form = self.forms.get(name)
-            size = (form.out, form.inputs // math.prod(form.kernel or (1,))) if form else (0, 0)
+            kernel = 1 if with_kernel or form is None else math.prod(form.kernel or (1,))
+            size = (form.out, form.inputs // kernel) if form else (0, 0)
             if module.matrix:
                 shapes |= share_rows(module.matrix, size)
             else:
@@ -162,7 +170,7 @@ def survey_keys(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
     overview.matrices = list_matrices(source)
-    overview.reading = choose_reading(overview.matrices, source.metadata, None)
+    overview.reading = choose_names(source, overview.matrices, None)
     for key, header in source.headers.items():
         _sort_key(key, header.shape, overview)
     if not overview.is_adapter:

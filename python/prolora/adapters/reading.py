@@ -126,7 +126,7 @@ def _read_slots(
 
 
 def outline_adapter(
-    source: StrPath | Mapping[str, Tensor],
+    source: StrPath | Mapping[str, Tensor] | UnreadAdapter,
     shapes: Mapping[str, Shape],
     family: str | None = None,
     *,
@@ -281,7 +281,8 @@ def _add_zeros(
         inputs = math.prod(base_shapes[0][1:])
         kernel = (base_shapes[0][2], base_shapes[0][3]) if len(base_shapes[0]) == 4 else None
     rank = max(1, slot.form.rank)
-    zeros = LowRank(torch.zeros(slot.form.out, rank), torch.zeros(rank, inputs))
+    zero = torch.zeros(())  # which takes no room, whatever the shape
+    zeros = LowRank(zero.expand(slot.form.out, rank), zero.expand(rank, inputs))
     _store_parts(adapter, slot, zeros, kernel, 1.0, where)
 
 

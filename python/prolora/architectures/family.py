@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -243,18 +243,28 @@ def _match_pattern(
     two numbers is tried; that of the first number alone is nearly always the right one.
     """
     separator, table = (".", patterns.dotted) if dotted else ("_", patterns.underscored)
+    for trial, numbers in _list_trials(name, separator):
+        meaning = table.get(trial)
+        if meaning is not None:
+            return meaning, numbers
+    return None
+
+
+# Every name is looked up in every family.
+@lru_cache(1 << 13)
+def _list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The patterns that a name may have, each with the numbers in its places."""
     words = name.split(separator)
     if NUMBER in words:
-        return None  # a pattern is no name
+        return ()  # a pattern is no name
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
+    trials = []
     for chosen in _choose_places(places):
         trial = list(words)
         for place in chosen:
             trial[place] = NUMBER
-        meaning = table.get(separator.join(trial))
-        if meaning is not None:
-            return meaning, tuple(words[place] for place in chosen)
-    return None
+        trials.append((separator.join(trial), tuple(words[place] for place in chosen)))
+    return tuple(trials)
 
 
 def _choose_places(places: list[int]) -> Iterator[tuple[int, ...]]:

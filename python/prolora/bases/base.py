@@ -15,6 +15,7 @@ from ..architectures.layouts import identify_layout
 from ..architectures.modules import TEXT_ENCODERS, find_component
 from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
+from .keys.canonical_names import name_vectors
 from .keys.family_names import find_family
 from .weights import Weight
 
@@ -32,12 +33,14 @@ class Base:
         weights: module -> weight, in the order of the files.
         path: the file or folder it was opened from, None if it came from memory.
         files: the files it is read from.
+        stored: every key of the checkpoint -> what it holds, under its own name.
     """
 
     name: str
     weights: Mapping[str, Weight]
     path: Path | None = None
     files: list[Path] = field(default_factory=list)
+    stored: Mapping[str, Weight] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: the name, the number of weights and the layout."""
@@ -53,6 +56,14 @@ class Base:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Module -> storage dtype."""
         return {module: weight.dtype for module, weight in self.weights.items()}
+
+    @cached_property
+    def vectors(self) -> dict[str, Weight]:
+        """Biases and norms by "module.bias" and "module.weight".
+
+        Vectors of modules that no table names go by their own keys.
+        """
+        return name_vectors(self.stored)
 
     @cached_property
     def layout(self) -> str | None:

@@ -13,9 +13,9 @@ import typer
 from ..comparison.block_matching import resolve_match
 from ..comparison.comparison import OVERLAP_RANK
 from ..comparison.module_map import Match
-from ..comparison.verdict import AUTO
 from ..core.option_fields import find_shown, take_option
 from ..core.rank_rule import Rank
+from ..core.verdict import AUTO
 from ..errors import name_options
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically

@@ -14,16 +14,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..core.methods import MethodChoice
 from ..files.sizes import format_size
 from ..version import __version__
 from ..workflow import inspection
 from ..workflow.publication import Upload, list_uploads
 from ..workflow.push import push as push_loras
-from . import basis, fleet, inspect_table
+from . import basis, fleet, inspect_table, make
+from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
 from .console import err, out, prepare_streams, progress_bar
-from .demo import DemoMethod, run_demo
+from .demo import run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .fit import FitCommand, fit
 from .options import JsonOption, OverwriteOption, parse_path
@@ -80,6 +82,28 @@ app.command(
         "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
     )
 )(advise)
+app.command(
+    epilog=write_epilog(
+        "prolora check my-lora.safetensors sdxl/",
+        "prolora check loras/*.safetensors sd_xl_base_1.0.safetensors",
+        codes=tuple(checking.MEANINGS),
+        meanings=checking.MEANINGS,
+    )
+)(checking.check)
+app.command(
+    "extract",
+    epilog=write_epilog(
+        "prolora extract sdxl/ my-finetune.safetensors -o my-finetune-lora.safetensors",
+        "prolora extract flux-dev/ flux-turbo/ -o turbo.safetensors --out-rank 0.9 --for comfyui",
+    ),
+)(make.make_extraction)
+app.command(
+    "convert",
+    epilog=write_epilog(
+        "prolora convert my-lora.safetensors -o smaller.safetensors --out-rank 16 --dtype float16",
+        "prolora convert my-dora.safetensors sdxl/ -o plain.safetensors --for a1111",
+    ),
+)(make.make_conversion)
 app.add_typer(basis.app, name="basis")
 app.command(
     epilog=write_epilog(
@@ -152,7 +176,7 @@ def demo(
         ),
     ] = "pruned",
     method: Annotated[
-        DemoMethod,
+        MethodChoice,
         typer.Option(help="How to move the LoRA. auto chooses by how far the bases are apart."),
     ] = "auto",
     prompt: Annotated[

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters import read_adapter
 from ..adapters.adapter import Adapter
-from ..core.methods import MethodName
+from ..core.methods import MethodChoice
 from ..errors import ProLoRAError, name_options
 from ..files.ownership import Kind, sign_png
 from ..files.safetensors_file import SafetensorsFile
@@ -67,9 +67,6 @@ BUTTERFLIES = (
 )
 """What they show of the LoRA that teaches the butterfly."""
 
-DemoMethod = Literal["auto", MethodName]
-"""The methods that need no whole pipelines; the shipped models are transformers alone."""
-
 
 def find_models() -> Path:
     """The folder of the shipped models: in an installed package, else in the source tree."""
@@ -88,7 +85,7 @@ def run_demo(
     *,
     lora: str = "neon",
     target: str = "pruned",
-    method: DemoMethod = "auto",
+    method: MethodChoice = "auto",
     prompts: Sequence[str] = (),
     seed: int = 0,
     overwrite: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 from ..errors import LowCoverage, ProLoRAError
@@ -41,13 +42,17 @@ HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""
 
 
-def write_epilog(*examples: str, codes: tuple[ExitCode, ...] = ()) -> str:
+def write_epilog(
+    *examples: str,
+    codes: tuple[ExitCode, ...] = (),
+    meanings: Mapping[ExitCode, str] = MEANINGS,
+) -> str:
     """The end of a command's help: examples, and what its exit codes mean, in rich's markup."""
     title = "Example" if len(examples) == 1 else "Examples"
     paragraphs = [f"[bold]{title}[/bold]", *examples]
     if codes:
-        meanings = "; ".join(f"{code:d} {MEANINGS[code]}" for code in codes)
-        paragraphs.append(f"[bold]Exit codes[/bold]: {meanings}.")
+        explained = "; ".join(f"{code:d} {meanings[code]}" for code in codes)
+        paragraphs.append(f"[bold]Exit codes[/bold]: {explained}.")
     return "\n\n".join(paragraphs)
 
 

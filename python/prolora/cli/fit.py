@@ -9,11 +9,12 @@ from typing import Annotated, ClassVar, cast
 import typer
 
 from ..bases import Base
+from ..bases.base import Progress
 from ..errors import ProLoRAError
 from ..workflow.fit import fit_file, fit_many, plan_fit
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
-from .console import progress_bar
+from .console import err, progress_bar
 from .options import (
     Bases,
     BriefCommand,
@@ -103,8 +104,21 @@ def fit_loras(
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or all of them into a folder, one after the other."""
     path = cast(Path, output.output)
-    with progress_bar("fit", output.show_tables) as progress:
-        options = replace(options, progress=progress)
+    with progress_bar("fit", output.show_tables, timed=False) as progress:
+        options = replace(options, progress=announce_first(progress, output.show_tables))
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
             return fit_many(loras, source, target, path, options)
         return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]
+
+
+def announce_first(progress: Progress, shown: bool) -> Progress:
+    """A callback that prints the first name that it is told: what the fit is about to do."""
+    announced: list[str] = []
+
+    def update(done: int, total: int, name: str) -> None:
+        if announced or not shown:
+            return progress(done, total, name)
+        announced.append(name)
+        err.print_note(name)
+
+    return update

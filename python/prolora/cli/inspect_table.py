@@ -145,12 +145,12 @@ def _support_text(description: Description) -> str:
     on_base = on_base if description.needs_base else ""
     if not description.families:
         return (
-            "can transfer it only between two bases that have these modules, which are those of no "
-            f"family that it knows{on_base}"
+            "described alone: these modules are those of no family that it knows, so whether it "
+            f"can be moved depends on two bases that have them (`prolora check`){on_base}"
         )
     if on_base:
         return f"can transfer it{on_base}"
-    return "can transfer it and convert it to any format that has its modules"
+    return "can transfer it, and convert it to any format that has its modules (`prolora convert`)"
 
 
 def _vector_facts(description: Description) -> Iterator[tuple[str, str]]:

@@ -19,9 +19,9 @@ from typer.core import TyperCommand, TyperOption
 from ..bases import Base, open_base
 from ..bases.cache.basis_cache import BasisCache, default_folder
 from ..bases.experts import Experts, open_experts
-from ..comparison.verdict import AUTO
 from ..core.option_fields import find_shown, read_shown
 from ..core.validation import resolve_device
+from ..core.verdict import AUTO
 from ..errors import OutputError
 from ..files.sizes import parse_size
 from ..probe.settings import read_prompts

@@ -12,10 +12,11 @@ from .options import ExplainOption, JsonOption, ModulesOption, QuietOption, pars
 
 
 @dataclass
-class OutputOptions:
-    """What is written, and what is shown."""
+class FileOutput:
+    """What is written, and what is shown, where no card goes with it."""
 
     panel: ClassVar[str] = "Output"
+    card = False
     output: Annotated[
         Path | None,
         typer.Option(
@@ -35,14 +36,6 @@ class OutputOptions:
             "otherwise JSON; - prints the JSON.",
         ),
     ] = None
-    card: Annotated[
-        bool,
-        typer.Option(
-            "--card",
-            help="Also write a model card for the Hugging Face Hub: README.md beside the output, "
-            "or in the folder of several.",
-        ),
-    ] = False
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would move, from headers alone.")
     ] = False
@@ -55,3 +48,17 @@ class OutputOptions:
     def show_tables(self) -> bool:
         """Whether people read along."""
         return not (self.as_json or self.quiet or self.report == Path("-"))
+
+
+@dataclass
+class OutputOptions(FileOutput):
+    """The same with a card."""
+
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Also write a model card for the Hugging Face Hub: README.md beside the output, "
+            "or in the folder of several.",
+        ),
+    ] = False

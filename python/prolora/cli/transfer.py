@@ -21,13 +21,13 @@ from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
 from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
-from ..workflow.fit_options import FitOptions
 from ..workflow.inspection import inspect
 from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
 from ..workflow.output_paths import check_beside, is_page_path
 from ..workflow.report import Report
+from ..workflow.result import AnyOptions
 from ..workflow.transfer import transfer_file
 from .basis import show_cache
 from .console import err, out, progress_bar
@@ -41,7 +41,7 @@ from .options import (
     parse_path,
     write_flag,
 )
-from .output_options import OutputOptions
+from .output_options import FileOutput, OutputOptions
 from .outputs import (
     append_to_name,
     check_lora_name,
@@ -110,7 +110,7 @@ def transfer(
     tell_outcomes(outcomes, output, card, moving.overwrite, None if output.dry_run else kept)
 
 
-def check_output_given(output: OutputOptions) -> None:
+def check_output_given(output: FileOutput) -> None:
     """Refuses a command that would write and does not say where.
 
     Raises:
@@ -122,8 +122,8 @@ def check_output_given(output: OutputOptions) -> None:
 
 def check_outputs(
     loras: list[Path],
-    output: OutputOptions,
-    options: TransferOptions | FitOptions,
+    output: FileOutput,
+    options: AnyOptions,
     files: list[Path],
     pairs: Sequence[ExpertPair] = (),
 ) -> Path | None:
@@ -155,7 +155,7 @@ def check_outputs(
 
 def tell_outcomes(
     outcomes: list[Outcome],
-    output: OutputOptions,
+    output: FileOutput,
     card: Path | None,
     overwrite: bool,
     cache: Path | None,
@@ -251,7 +251,7 @@ def move_loras(
     return outcomes
 
 
-def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
+def write_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     """The outcomes as JSON, printed; and as JSON or as a page into the file of --report."""
     records = [outcome.to_dict() for outcome in outcomes]
     if output.as_json or output.report == STDOUT:
@@ -265,7 +265,7 @@ def write_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
         write_text_atomically(output.report, mark_json("report", *records))
 
 
-def find_card(loras: list[Path], output: OutputOptions, format: FormatLike | None) -> Path | None:
+def find_card(loras: list[Path], output: FileOutput, format: FormatLike | None) -> Path | None:
     """Where --card writes to; None where it was not asked for, or nothing is written."""
     if not output.card or output.dry_run:
         return None
@@ -296,7 +296,7 @@ def check_outcomes(outcomes: list[Outcome]) -> None:
             )
 
 
-def show_outcomes(outcomes: list[Outcome], output: OutputOptions) -> None:
+def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     """The whole report of one LoRA, or a line for each of several."""
     if len(outcomes) > 1:
         out.print_table(draw_table(tabulate_outcomes(outcomes)))

@@ -21,6 +21,16 @@ from ..core.methods import Needs, find_method
 from ..core.precision import in_full_precision
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import resolve_device
+from ..core.verdict import (
+    AUTO,
+    DEFAULT_THRESHOLD,
+    METHOD_REASONS,
+    STRANGE_COSINE,
+    Decision,
+    Verdict,
+    describe_strangers,
+    judge_pairs,
+)
 from ..errors import UnsupportedFormat
 from ..files.jsontext import replace_nonfinite
 from ..files.sizes import parse_limit
@@ -37,16 +47,6 @@ from .module_map import (
 )
 from .rank_sweep import SweepRow, sweep_columns
 from .renumbered_blocks import recognise_blocks
-from .verdict import (
-    AUTO,
-    DEFAULT_THRESHOLD,
-    METHOD_REASONS,
-    STRANGE_COSINE,
-    Decision,
-    Verdict,
-    describe_strangers,
-    judge_pairs,
-)
 from .width_selection import select_narrower
 
 _NAN = math.nan

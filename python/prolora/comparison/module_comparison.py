@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..architectures.modules import find_stage, matrix_shape
 from ..bases import Base, check_finite
+from ..core.affinity import Affinity
 from ..core.basis import Basis
 from ..core.means import mean_defined
 from ..core.overlap_tables import basis_tables
 from ..core.parallel import map_on_threads
 from ..core.similarity import angle_quantiles, basis_similarity
 from ..errors import NonFiniteWeights
-from .drift import Affinity
 from .rank_sweep import OverlapPoint, energy_shares, trace_curve
 
 _NAN = math.nan

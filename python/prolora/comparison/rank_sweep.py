@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..core.basis import Basis
 from ..core.means import mean_defined
 from ..core.overlap_tables import OverlapTable
-from .verdict import DEFAULT_THRESHOLD
+from ..core.verdict import DEFAULT_THRESHOLD
 
 FEWEST_COLUMNS = 16
 """Columns of the first point; each further point has twice as many."""

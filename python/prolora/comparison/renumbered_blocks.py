@@ -22,8 +22,8 @@ from ..architectures.modules import (
     matrix_shape,
 )
 from ..bases import Base
+from ..core.verdict import MIN_COSINE, STRANGE_COSINE
 from .module_map import AUTO_MATCH, Match, Renumbering, find_partners
-from .verdict import MIN_COSINE, STRANGE_COSINE
 
 SAMPLED_ROWS = 64
 """Rows of a weight behind its cosine: at 64 × 640 entries chance stays below 0.02."""

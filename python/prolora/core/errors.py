@@ -29,3 +29,7 @@ class SolverFailure(ProLoRAError, RuntimeError):
 
 class NonFiniteWeights(ProLoRAError):
     """NaN or Inf in a weight or an update."""
+
+
+class UnrelatedBases(ProLoRAError):
+    """The two bases share too little for any update to keep its meaning."""

@@ -18,7 +18,10 @@ from torch import Tensor
 from .ops.project_pair import project_pair
 
 MethodName = Literal["prolora", "subspace", "lora-x", "copy", "blocks", "damped"]
-"""The methods of the table; `transfer` also takes "auto", which chooses one of them."""
+"""The methods of the table."""
+
+MethodChoice = Literal["auto", MethodName]
+"""What `project` and `transfer` take as their method; "auto" chooses one of `METHODS`."""
 
 Parts = tuple[Tensor, ...]
 

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from . import recompression
+from .affinity import Affinity
 from .arrays import Array, MatrixLike, to_kind_of, to_tensor
 from .basis import Basis, truncated_svd
 from .damping import damped
-from .errors import NonFiniteWeights, ShapeMismatch
+from .errors import NonFiniteWeights, ShapeMismatch, UnrelatedBases
 from .lowrank import LowRank
-from .methods import Method, MethodName, Needs, Parts, Side, find_method
+from .methods import Method, MethodChoice, Needs, Parts, Side, find_method
 from .precision import in_full_precision, is_finite, working_dtype
 from .projection_info import Grams, ProjectionInfo, measure_projection
 from .rank_rule import Rank, read_rank
 from .similarity import Similarity
 from .validation import check_operand, refuse_gradients, refuse_vmap
+from .verdict import AUTO, judge_pairs
 
 DEFAULT_RANK: Rank = 0.99
 """The rank rule where the caller gives none: the columns that hold 99 % of a weight's energy.
@@ -47,7 +49,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> LowRank: ...
@@ -60,7 +62,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[LowRank, ProjectionInfo]: ...
@@ -73,7 +75,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Tensor: ...
@@ -86,7 +88,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Tensor, ProjectionInfo]: ...
@@ -99,7 +101,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[False] = ...,
 ) -> Array: ...
@@ -112,7 +114,7 @@ def project(
     W_tgt: MatrixLike | Basis,
     *,
     rank: Rank = ...,
-    method: MethodName = ...,
+    method: MethodChoice = ...,
     kappa: float | Tensor | None = ...,
     return_info: Literal[True],
 ) -> tuple[Array, ProjectionInfo]: ...
@@ -144,7 +146,9 @@ def project(
         W_tgt: the target weight, of delta's shape, or its Basis.
         rank: columns of the subspaces (int), or the share of energy they hold (float in (0, 1));
             ignored for a Basis.
-        method: a name of `METHODS`.
+        method: a name of `METHODS`, or "auto": "copy" or "damped" with its κ, as `transfer` decides
+            from all weights of two models and this from these two alone (of a stack, from all of
+            its matrices together). One weight says less than a model.
         kappa: κ ≥ 0 of "damped" (see `damped`), one number or one for each matrix [b]; required
             there, and refused for the other methods.
         return_info: also return a ProjectionInfo. It describes the update in the bases of both
@@ -159,20 +163,26 @@ def project(
         NonFiniteWeights: NaN or Inf in any of them.
         UnsupportedTensor, UnsupportedDevice: a tensor that is sparse, complex, without data, not of
             floating point, or on a device other than cpu and cuda.
-        ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" with a Basis.
+        UnrelatedBases: method "auto", and the weights have nothing in common.
+        ValueError: an unknown method, a rank or a κ that makes no sense, or "damped" or "auto" with
+            a Basis.
         NotImplementedError: a derivative with respect to a weight is asked for: one requires a
             gradient while torch records gradients. Those with respect to delta are right.
     """
-    chosen = find_method(method)
     rank = read_rank(rank)
-    _check_method(chosen, kappa)
+    if method != AUTO:
+        _check_method(find_method(method), kappa)
+    elif kappa is not None:
+        raise ValueError("kappa is for method 'damped'; method 'auto' chooses it")
     if isinstance(delta, tuple | list):
         delta = _read_pair(delta)
     update = delta if isinstance(delta, LowRank) else to_tensor(delta, "delta")
     _check_update(update)
     weights = _read_weights(W_src, W_tgt, update.shape)
     factors = update if isinstance(update, LowRank) else _identity_factors(update)
-    up, down, info = _move(factors, chosen, weights, rank, kappa, return_info)
+    if method == AUTO:
+        method, kappa = _decide(*weights)
+    up, down, info = _move(factors, find_method(method), weights, rank, kappa, return_info)
     result: Any
     if isinstance(update, LowRank):
         result = _join_parts(up, down).to(update.dtype)
@@ -193,7 +203,7 @@ def _move(
     """The parts of the moved update on each side, and its account where `measure` asks for it."""
     moved = None
     if method.needs is Needs.WEIGHTS and kappa is not None:
-        ours, theirs = (_need_weight(weight).to(delta.device) for weight in weights)
+        ours, theirs = (_need_weight(weight, method.name).to(delta.device) for weight in weights)
         moved = damped(delta, ours, theirs, kappa)
     elif method.needs is Needs.NOTHING:
         moved = delta
@@ -346,9 +356,27 @@ def _read_weight(weight: Tensor | Basis, shape: torch.Size, name: str) -> Tensor
     return weight.flatten(1) if conv else weight
 
 
-def _need_weight(weight: Tensor | Basis) -> Tensor:
+def _decide(source: Tensor | Basis, target: Tensor | Basis) -> tuple[str, float | None]:
+    """The method that two weights [..., m, n] decide on, and its κ.
+
+    Raises:
+        UnrelatedBases: they have nothing in common.
+    """
+    ours, theirs = (_need_weight(weight, AUTO) for weight in (source, target))
+    pairs = zip(
+        *(w.reshape(-1, *w.shape[-2:]) for w in (ours, theirs.to(ours.device))), strict=True
+    )
+    verdict = judge_pairs(Affinity.of(*pair) for pair in pairs)
+    if not verdict.related:
+        raise UnrelatedBases(f"{verdict.sentence()} method='copy' copies it anyway")
+    decision = verdict.decide()
+    damps = find_method(decision.method).needs is Needs.WEIGHTS
+    return decision.method, decision.damping if damps else None
+
+
+def _need_weight(weight: Tensor | Basis, method: str) -> Tensor:
     if isinstance(weight, Basis):
-        raise ValueError("method 'damped' needs the weights themselves, not their Basis")
+        raise ValueError(f"method {method!r} needs the weights themselves, not their Basis")
     return weight
 
 

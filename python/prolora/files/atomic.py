@@ -101,6 +101,44 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def temporary_folder(folder: Path, content: str) -> Iterator[Path]:
+    """A folder for what a long piece of work keeps in the meantime; it vanishes in the end.
+
+    What a killed process has left there is taken over, so that its work goes on.
+
+    Args:
+        folder: in which it stands.
+        content: the file by which one of the same work is known.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path, lock = next(_take_over(folder, content), (None, None))
+    if path is None:
+        path = _choose_temporary(folder / content)
+        path.mkdir()
+        lock = _lock(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        _unlock(lock)
+
+
+def _take_over(folder: Path, content: str) -> Iterator[tuple[Path, int]]:
+    """Temporary folders with that content whose process has ended, each with its lock.
+
+    Without locks nobody knows, and they stay until they are stale.
+    """
+    for path in sorted(folder.iterdir()):
+        if TEMPORARY_NAME.fullmatch(path.name) and (path / content).is_file():
+            with suppress(OSError):
+                lock = _lock(path)
+                if lock is not None:
+                    yield path, lock
+
+
 def remove_stale_temporaries(folder: Path) -> None:
     """Removes what killed processes have left in a folder, and nothing of a process at work.
 

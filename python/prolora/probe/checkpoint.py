@@ -40,6 +40,8 @@ INPUTS_FILE = "prolora-inputs.json"
 _MADE_FROM, _VERSIONS = "made_from", "versions"
 _REMEDY = "delete the folder, or give another one"
 _NAMED = 6  # changes that a message lists
+_OF_ONE_LORA = ("calls-adapted-", "latents-adapted-", "joint-", "fit-")
+"""What the names of parts begin with that serve no other LoRA."""
 _KEY, _SUM, _NOTE = "prolora.probe.key", "prolora.probe.sum", "prolora.probe.note"
 
 
@@ -137,18 +139,25 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | PathLike[str] | None, inputs: Callable[[], Inputs] = dict
+        self,
+        folder: str | PathLike[str] | None,
+        inputs: Callable[[], Inputs] = dict,
+        is_optional: bool = False,
     ) -> None:
         """Opens a folder, created with the first result; None keeps nothing.
 
         Args:
             folder: new, empty, or with results of the same inputs.
             inputs: called where there is a folder: everything that all results depend on.
+            is_optional: whether nobody waits for what is kept: where it cannot be written, a
+                warning says so and nothing is kept any more.
 
         Raises:
             OutputError: see `check_inputs`.
         """
         self.folder = None if folder is None else Path(folder)
+        self.is_optional = is_optional
+        self._used: set[Path] = set()
         self.inputs: Inputs = {}
         if self.folder is not None:
             self.inputs = inputs()
@@ -181,17 +190,31 @@ class Checkpoints:
             OutputError: the file cannot be written.
         """
         path = self._path(name, key)
-        if path is not None:
+        if path is None:
+            return
+        key = hash_texts(key, self._digest)
+        marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
+        try:
             self._list_inputs()
-            key = hash_texts(key, self._digest)
-            marks = {_KEY: key, _SUM: hash_texts(hash_tensors(tensors), note), _NOTE: note}
             write_safetensors(path, dict(tensors), marks)
+        except OutputError as error:
+            if not self.is_optional:
+                raise
+            log.warning("the next LoRA is asked everything, as nothing can be kept: %s", error)
+            self.folder = None
 
     def remove(self, name: str, key: str) -> None:
         """Deletes what is stored under a name and key."""
         path = self._path(name, key)
         if path is not None:
             path.unlink(missing_ok=True)
+
+    def remove_own_parts(self) -> None:
+        """Deletes what serves no other LoRA, and what was neither read nor written since then."""
+        for path in self.folder.glob("*.safetensors") if self.folder else ():
+            if path.name.startswith(_OF_ONE_LORA) or path not in self._used:
+                path.unlink(missing_ok=True)
+        self._used.clear()
 
     def _path(self, name: str, key: str) -> Path | None:
         """Where a result is kept.
@@ -204,6 +227,7 @@ class Checkpoints:
         path = self.folder / f"{name}-{hash_texts(key, self._digest)[:16]}.safetensors"
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise OutputError(f"{path}: is a link or no file, and no result of prolora; remove it")
+        self._used.add(path)
         return path
 
     def _list_inputs(self) -> None:
@@ -243,7 +267,11 @@ class Checkpoints:
 
 
 def open_checkpoints(
-    folder: str | PathLike[str] | None, source: nn.Module, target: nn.Module, more: Inputs
+    folder: str | PathLike[str] | None,
+    source: nn.Module,
+    target: nn.Module,
+    more: Inputs,
+    is_optional: bool = False,
 ) -> Checkpoints:
     """Where the results of a probing of two models are kept.
 
@@ -252,6 +280,7 @@ def open_checkpoints(
         source: the source model.
         target: the target model.
         more: inputs beside the two models.
+        is_optional: see `Checkpoints`.
 
     Raises:
         OutputError: see `check_inputs`.
@@ -264,6 +293,7 @@ def open_checkpoints(
             "the source: model": describe_live_module(source),
             "the target: model": describe_live_module(target),
         },
+        is_optional,
     )
 
 

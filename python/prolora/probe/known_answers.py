@@ -12,8 +12,8 @@ from .recording.call_codec import encode_calls
 from .recording.trajectories import Call
 from .recording.translation import PAIR, Question, Translation
 
-OF_LORA = ("adapted", "mixed", PAIR)
-"""Origins of questions that another LoRA does not ask: its own images are among them."""
+OF_LORA = ("adapted", PAIR)
+"""Origins of questions that another LoRA does not ask: they are about its own images."""
 
 
 class KnownAnswers:

@@ -32,6 +32,7 @@ class ProbeReport:
         gate: the verdict of the held-out probes.
         resumed: 1 where the fit was read back from the folder of an earlier probing.
         seconds: wall time by stage.
+        predictions: stage -> samples that the source and that the target predicted.
         log_snr: the lowest and highest log-SNR at which both models were asked, where they predict
             different quantities or have different latents (pipelines only); None without a bound.
         crossed: what crossed between models with different latents; None where they share them.
@@ -53,6 +54,7 @@ class ProbeReport:
     gate: gate.Gate | None = None
     resumed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    predictions: dict[str, tuple[int, int]] = field(default_factory=dict)
     log_snr: tuple[float, float] | None = None
     crossed: CrossedReport | None = None
     guidance: float = 1.0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 
@@ -38,6 +36,7 @@ from .recording.wanted import WantedChange, wanted_changes
 from .report import ProbeReport
 from .settings import FitSettings
 from .trajectory_numbers import number_questions
+from .workload import Workload, WorkMeter
 
 DEFAULT_SETTINGS = FitSettings()
 SAME_QUESTIONS = Translation()
@@ -149,6 +148,7 @@ def fit_from_recorder(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
     most: int | None = None,
 ) -> ProbeTransfer:
     """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
@@ -158,6 +158,7 @@ def fit_from_recorder(
         rival: see `fit_to_models`.
         settings: of the fit.
         release: called once everything was sampled and asked; from then on the target alone runs.
+        meter: is told of every image by whoever samples.
         most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
@@ -165,7 +166,7 @@ def fit_from_recorder(
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release, most)
+    return _run_models(recorder, rival, settings, release, meter, most)
 
 
 def _run_models(
@@ -173,13 +174,16 @@ def _run_models(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
     most: int | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
     bits = settings.precision
+    meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
-        return _record_fit_judge(recorder, rival, settings, release, most)
+        with meter.watch(source, target):
+            return _record_fit_judge(recorder, rival, settings, release, meter, most)
 
 
 def _record_fit_judge(
@@ -187,6 +191,7 @@ def _record_fit_judge(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None,
+    meter: WorkMeter,
     most: int | None,
 ) -> ProbeTransfer:
     if settings.rank is None:
@@ -197,25 +202,27 @@ def _record_fit_judge(
     guidance = recorder.translation.guidance
     if guidance:
         report.guidance, report.guided_lora = guidance.scale, guidance.adapted
-    with _timed(report, "sample"):
-        questions, held_out = _record_both(recorder, settings)
-        report.probes, report.held_out = len(questions), len(held_out)
+    meter.begin("sample")
+    questions, held_out = _record_both(recorder, settings)
+    report.probes, report.held_out = len(questions), len(held_out)
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-    run = replace(_begin_run(recorder, rival, settings, report, release), most=most)
-    with _timed(report, "draw"):
-        questions, held_out = _draw_samples(run, questions, held_out)
-        report.samples = _count_samples(questions), _count_samples(held_out)
-        names = choose_modules(run, questions[0])
-        report.modules = len(names)
-    with _timed(report, "ask"):
-        wanted = _ask_held_out(run, held_out)
-    with _timed(report, "fit"):
-        updates = fit_all_modules(run, questions, names)
-        for name in updates:
-            report.left_out.pop(name, None)
-    with _timed(report, "judge"):
-        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
-    run.notify(settings.fit_steps, settings.fit_steps, "judged")
+    meter.settle(settings)
+    run = _begin_run(recorder, rival, settings, report, meter, release)
+    run = replace(run, most=most)
+    meter.begin("draw")
+    questions, held_out = _draw_samples(run, questions, held_out)
+    report.samples = _count_samples(questions), _count_samples(held_out)
+    names = choose_modules(run, questions[0])
+    report.modules = len(names)
+    meter.begin("ask")
+    wanted = _ask_held_out(run, held_out)
+    updates = fit_all_modules(run, questions, names)
+    for name in updates:
+        report.left_out.pop(name, None)
+    meter.begin("judge")
+    verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
+    meter.finish()
+    report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
@@ -226,6 +233,7 @@ def _begin_run(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     report: ProbeReport,
+    meter: WorkMeter,
     release: Callable[[], None] | None,
 ) -> ProbeRun:
     """What all stages share, once the questions are recorded; arguments as for the whole fit."""
@@ -252,6 +260,7 @@ def _begin_run(
         recorder.checkpoints,
         key,
         report,
+        meter,
         end_asking,
     )
 
@@ -324,14 +333,6 @@ def _as_adapter(lora: str | PathLike[str] | Adapter | Mapping[str, LowRank]) -> 
     return Adapter(dict(lora), format="diffusers")
 
 
-@contextlib.contextmanager
-def _timed(report: ProbeReport, stage: str) -> Iterator[None]:
-    """Adds the wall time of a stage to the report."""
-    started = time.perf_counter()
-    yield
-    report.seconds[stage] = time.perf_counter() - started
-
-
 def _draw_samples(
     run: ProbeRun, questions: Sequence[Question], held_out: Sequence[Question]
 ) -> tuple[Sequence[Question], Sequence[Question]]:
@@ -356,19 +357,20 @@ def _draw_samples(
     most = min(settings.batch, run.most or settings.batch)
 
     def draw_some(
-        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None
+        wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int
     ) -> list[Question]:
         rows = [i for i, origin in enumerate(origins) if wanted(origin)]
         some = SampleSelection(questions, rows)
-        how = predict_both, generator, prompts
+        how = predict_both, generator, prompts, step
         return mix_samples(some, count, most, *how) if rows else []
 
-    count = max(settings.probes // 2, 1) if PAIR in origins else settings.probes
-    # Every batch has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
-    # score, though what is asked about the others would serve the next LoRA too.
-    drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts)
+    shares = 2 if PAIR in origins else 1
+    count, step = max(settings.probes // shares, 1), max(most // shares, 1)
+    # Every step has samples of all origins: steps on the LoRA's own images alone cost 0.02 of the
+    # score.
+    drawn = draw_some(lambda origin: origin != PAIR, count, run.translation.find_prompts, step)
     if PAIR in origins:
-        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None))
+        drawn = _alternate(drawn, draw_some(lambda origin: origin == PAIR, count, None, 0))
     return spill_questions(drawn, limit), spill_questions(judged, limit)
 
 

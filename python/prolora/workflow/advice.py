@@ -17,8 +17,8 @@ from ..comparison.expectation import Expectation, expect_shares, load_calibratio
 from ..comparison.module_comparison import ModuleComparison
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..comparison.renumbered_blocks import recognise_blocks
-from ..comparison.verdict import Decision, Verdict, judge_pairs
 from ..core.precision import in_full_precision
+from ..core.verdict import Decision, Verdict, judge_pairs
 from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.settings import FitSettings
@@ -322,7 +322,7 @@ def advise(
     measurement = None
     if options.measure and adapter is not None:
         candidates = move_candidates(adapter, *pair, moving)
-        models = open_models(ours, theirs, probe, options.samplers, moving.device)
+        models = open_models(ours, theirs, adapter, probe, options.samplers, moving.device)
         measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
     expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
     chosen = choose_next(pair, options.match, verdict, measurement, probe)

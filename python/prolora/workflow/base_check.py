@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 
 from ..adapters.adapter import Adapter
@@ -103,8 +103,8 @@ def explain_misfit(
         return None
     fitting = target if target is not None and _find_misfit(lora, target) is None else None
     ours, theirs = (
-        _describe_kind(fitting) if fitting else _describe_lora(lora),
-        _describe_kind(source),
+        describe_kind(fitting) if fitting else _describe_lora(lora),
+        describe_kind(source),
     )
     sentences = []
     if ours is not None and ours != theirs:
@@ -195,14 +195,22 @@ def _describe_lora(lora: LoraLike) -> str | None:
         names = overview.canonical
         families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
     if families:
-        *others, last = (known_families()[family].title for family in families)
-        return f"{', '.join(others)} or {last}" if others else last
-    if any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in names):
-        return "a language model"
-    return None
+        return join_titles(known_families()[family].title for family in families)
+    return "a language model" if is_language_model(names) else None
 
 
-def _describe_kind(base: Base) -> str:
+def is_language_model(modules: Iterable[str]) -> bool:
+    """Whether modules of no known family are those of a language model."""
+    return any(_LANGUAGE_MODEL.search(n) and not is_in_text_encoder(n) for n in modules)
+
+
+def join_titles(titles: Iterable[str]) -> str:
+    """Models that something may be for, in words; "" for none."""
+    *others, last = list(titles) or [""]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def describe_kind(base: Base) -> str:
     """The title of a base's family, or what it looks like."""
     sizes = {name: (shape[0], shape[1]) for name, shape in base.shapes.items()}
     family = base.family or guess_family(sizes, {})

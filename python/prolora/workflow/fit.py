@@ -13,6 +13,7 @@ from ..bases import Base, BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
 from .batch import make_folders
+from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.rows import outline_report
 from .by_weights.base_pair import list_inputs
@@ -119,6 +120,8 @@ def fit_many(
 ) -> list[Outcome]:
     """Fits LoRAs one after the other, into a folder, under the names they have.
 
+    Both pipelines are opened once, and asked only once what does not depend on the LoRA: what they
+    said without one is kept in `resume`, or until the end in a temporary folder inside `folder`.
     A result that is there already, complete, and says in its header that it was made of this very
     LoRA, of these bases and in this way is left alone (unless `overwrite` is set): a run that was
     cut off goes on where it was. The folder is made if it does not exist.
@@ -146,9 +149,10 @@ def fit_many(
     check_distinct(paths, outs)
     make_folders({Path(folder)})
     outcomes = []
-    for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
-        labelled = _label_progress(options, f"LoRA {i} of {len(paths)}")
-        outcomes.append(_attempt(lora, old, new, out, labelled))
+    with share_parts(options.resume, Path(folder), len(paths) > 1) as common:
+        for i, (lora, out) in enumerate(zip(paths, outs, strict=True), 1):
+            labelled = _label_progress(options, f"LoRA {i} of {len(paths)}")
+            outcomes.append(_attempt(lora, old, new, out, labelled, common))
     return outcomes
 
 
@@ -180,14 +184,23 @@ def plan_fit(
     return outline_report(job.adapter, job.plan, job.source, job.target, options)
 
 
-def _fit_file(lora: Path, source: Base, target: Base, out: Path, options: FitOptions) -> Report:
+def _fit_file(
+    lora: Path,
+    source: Base,
+    target: Base,
+    out: Path,
+    options: FitOptions,
+    common: CommonParts | None = None,
+) -> Report:
     check_output(out, list_inputs(lora, source, target), options.overwrite)
     recipe = Recipe.of(lora, source, target, options)
-    done = fit_to_pipelines(lora, source, target, options, recipe.describe)
+    done = fit_to_pipelines(lora, source, target, options, recipe.describe, common)
     return save_result(done, out, options)
 
 
-def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOptions) -> Outcome:
+def _attempt(
+    lora: Path, source: Base, target: Base, out: Path, options: FitOptions, common: CommonParts
+) -> Outcome:
     """Fits one LoRA of several; an error ends it and no other."""
     started = time.perf_counter()
 
@@ -199,7 +212,7 @@ def _attempt(lora: Path, source: Base, target: Base, out: Path, options: FitOpti
         recipe = Recipe.of(lora, source, target, options)
         if not options.overwrite and recipe.is_made(out, BasisCache(options.cache)):
             return end(kept=True, behind=recipe.list_unread())
-        return end(report=_fit_file(lora, source, target, out, options))
+        return end(report=_fit_file(lora, source, target, out, options, common))
     except LORA_FAILURES as error:
         return end(error=as_refusal(error))
 

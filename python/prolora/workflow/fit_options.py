@@ -8,10 +8,11 @@ from typing import Literal, TypedDict, get_args
 
 from ..bases.base import Progress
 from ..comparison.module_map import Match
+from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
 from ..files.sizes import parse_limit
 from ..probe.settings import FITTING, FitSettings, Optimiser, Precision, Start
-from .options import DtypeLike, FormatLike, MethodChoice, TransferOptions, check_choice
+from .options import DtypeLike, FormatLike, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
 """What may become of a LoRA's text-encoder part where the models are run."""

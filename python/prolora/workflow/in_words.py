@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..comparison.expectation import Expectation
-from ..comparison.verdict import AUTO, MIN_DAMPING, Verdict
+from ..core.verdict import AUTO, MIN_DAMPING, Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
 
@@ -30,6 +30,9 @@ FIT_NO_BETTER = (
     "A fit to the running models was no better on samples that it did not see, so this is the LoRA "
     "moved by the weights alone."
 )
+
+EXTRACT, CONVERT = "extract", "convert"
+"""What reports and headers call the making of a LoRA that was not moved."""
 
 LITTLE = 0.4
 """Of a LoRA of which less than this has a place, little is to be expected."""
@@ -141,6 +144,29 @@ def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
             "instead."
         )
     return "Next: try it at strength 1, and less where it is too strong."
+
+
+def tell_made(
+    method: str, source: str, target: str, kept: float | None, cautions: tuple[str, ...]
+) -> InWords:
+    """The verdict on a LoRA that was extracted or converted.
+
+    Args:
+        method: `EXTRACT` or `CONVERT`.
+        source: name of the base that it is for, or of the LoRA that was converted.
+        target: name of the tuned model; of no use for a converted one.
+        kept: the share of the difference, or of the LoRA's energy, that it holds; None where
+            nothing was written.
+        cautions: what was lost, or needs a look.
+    """
+    if kept is None:
+        return InWords("✔", "A dry run: nothing was written.", (), cautions)
+    whole = f"the difference between {source} and {target}" if method == EXTRACT else source
+    residual = max(0.0, 1 - kept) ** 0.5
+    headline = f"It holds {kept:.2%} of the energy of {whole} (residual {residual:.2e})."
+    mark: Mark = "✔" if kept >= LITTLE else "⚠"
+    lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else ()
+    return InWords(mark, headline, lines, cautions)
 
 
 def tell_fit(

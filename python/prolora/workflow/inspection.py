@@ -34,6 +34,7 @@ from ..architectures.modules import find_block, find_component, local_name
 from ..bases import Base, open_base
 from ..bases.folder import find_expert_folders
 from ..errors import ProLoRAError
+from .base_check import is_language_model
 
 _TOP_TAGS = 10
 # Everything up to the number of the innermost block.
@@ -59,8 +60,8 @@ class Description:
             of normalisation layers alone; or a type that is not supported. The rarest where a file
             has several.
         algorithms: number of modules by algorithm.
-        supported: whether prolora can transfer it (a LoRA; without `families` only between bases
-            that have its modules) or knows its keys (a base).
+        supported: whether prolora can transfer it (a LoRA; one without `families` is described
+            alone: its modules go wherever two bases have them) or knows its keys (a base).
         reason: why it is not supported.
         needs_base: the update depends on the weights of the base model (DoRA, GLoRA, OFT).
         family: guess of the base model ("sd15", "sdxl", "ssd-1b", …), by names and shapes, and by
@@ -148,8 +149,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
         described = _describe_base(open_base(experts[0]), str(path), "diffusers")
         return replace(described, experts=tuple(folder.name for folder in experts))
     folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
-    if folder or str(path).lower().endswith(".gguf"):
-        return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
+    ending = Path(path).suffix.lower()
+    if folder or ending in (".gguf", ".onnx"):
+        return _describe_base(open_base(path), str(path), "diffusers" if folder else ending[1:])
     opened = open_adapter(path)
     overview = survey_keys(opened)
     common: dict[str, Any] = {
@@ -184,6 +186,9 @@ def _describe_adapter(
     shapes |= dict.fromkeys(vector_modules - shapes.keys(), (0, 0))
     spelling = most_common_spelling(overview.modules.values())
     families = guess_families(shapes, opened.metadata, spelling, overview.matrices)
+    reason = overview.reason
+    if not (reason or families) and is_language_model(overview.canonical):
+        reason = "it is a language model's, and prolora takes diffusion models alone"
     places = overview.components()
     alphas: Counter[str] = Counter()
     for place in places.values():
@@ -194,8 +199,8 @@ def _describe_adapter(
         spelling="sgm" if any(m.sgm for m in overview.modules.values()) else "diffusers",
         algorithm=next(reversed(kinds), None),
         algorithms=kinds,
-        supported=overview.reason is None,
-        reason=overview.reason,
+        supported=reason is None,
+        reason=reason,
         needs_base=overview.needs_base,
         family=families[0] if len(families) == 1 else None,
         families=list(families),

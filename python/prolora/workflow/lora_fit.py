@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ..architectures.modules import find_block
 from ..bases import Base
 from ..comparison.comparison import Comparison
-from ..comparison.drift import Affinity, measure_affinities
+from ..comparison.drift import measure_affinities
 from ..comparison.module_comparison import ModuleComparison
-from ..comparison.verdict import STRANGE_COSINE
+from ..core.affinity import Affinity
+from ..core.verdict import STRANGE_COSINE
 from .by_weights.ledger import Ledger
 from .plan import ModulePlan
 

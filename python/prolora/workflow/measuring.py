@@ -10,18 +10,21 @@ from typing import Any
 from torch import nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.training_words import read_training_words
 from ..architectures.modules import is_in_text_encoder
 from ..bases import Base, open_base, vae
 from ..bases.base import Progress
 from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
+from ..core.methods import MethodChoice
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..probe.default_prompts import derive_prompts
 from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
 from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
 from .by_weights.base_pair import move_lora
-from .options import MethodChoice, TransferOptions
+from .options import TransferOptions
 
 MOMENTS = 6
 """Of each trajectory, at which the models are compared."""
@@ -94,6 +97,7 @@ def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object)
 def open_models(
     source: MeasuredSide,
     target: MeasuredSide,
+    adapter: Adapter,
     settings: FitSettings,
     samplers: tuple[Sample, Sample] | None,
     device: str | None,
@@ -103,6 +107,7 @@ def open_models(
     Args:
         source: the base of the LoRA.
         target: the other base.
+        adapter: the LoRA; its header leads to the prompts where none are given.
         settings: what is sampled.
         samplers: of the source and of the target, where these are modules at hand.
         device: where pipelines that are loaded run.
@@ -113,6 +118,9 @@ def open_models(
     from ..probe.pipelines import pair_pipelines
 
     ours, theirs = (_open_pipeline(side, device) for side in (source, target))
+    if not settings.prompts and all("prompt" in model.accepted for model in (ours, theirs)):
+        words = read_training_words(adapter.metadata)
+        settings = replace(settings, prompts=derive_prompts(words))
     pair = pair_pipelines(ours, theirs, settings)
     return RunningModels(
         ours.denoiser,

@@ -178,7 +178,7 @@ class ModuleReport:
         return replace(
             self,
             rank_out=smaller.rank,
-            rank_cut_energy=1 - kept,
+            rank_cut_energy=1 - (1 - self.rank_cut_energy) * kept,
             norm_ratio=self.norm_ratio * kept**0.5,
         )
 

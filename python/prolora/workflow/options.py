@@ -21,13 +21,13 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
-from ..comparison.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..core.arrays import make_fields_plain
-from ..core.methods import Method, MethodName, Needs, find_method
+from ..core.methods import Method, MethodChoice, Needs, find_method
 from ..core.option_fields import option, read_shown
 from ..core.projection import DEFAULT_RANK
 from ..core.rank_rule import Rank, read_rank
 from ..core.validation import resolve_device
+from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
-
-MethodChoice = Literal["auto", MethodName]
-"""What `transfer` takes as its method; "auto" chooses one of `METHODS`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
 ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "diffusers", "musubi", "sd-scripts"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters.left_out import find_unknown_updates
 from ..errors import ProLoRAError
 from .report import Report
+
+OutcomeStatus = Literal["failed", "already there", "would move", "moved"]
+"""What became of a LoRA, in two words."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Outcome:
         return (*self.report.unread, *find_unknown_updates(self.report.left_out))
 
     @property
-    def status(self) -> str:
+    def status(self) -> OutcomeStatus:
         """In two words."""
         if self.error:
             return "failed"

@@ -266,15 +266,20 @@ def check_fits_source(adapter: Adapter, modules: list[str], source: Base) -> Non
             f"{source.name}{layout}, the first: {unknown[0]}"
         )
     for name in modules:
-        update = adapter.updates[name]
-        expected = matrix_shape(source.shapes[name])
-        if tuple(update.shape) != expected:
-            raise ShapeMismatch(
-                f"the LoRA's update of {name} is {_shape_text(tuple(update.shape))}, but that "
-                "module of "
-                f"{source.name} is {_shape_text(expected)} ({source.tensor_name(name)})"
-                f"{_explain_wider_input(name, tuple(update.shape), expected)}"
-            )
+        if reason := explain_other_shape(name, tuple(adapter.updates[name].shape), source):
+            raise ShapeMismatch(reason)
+
+
+def explain_other_shape(name: str, ours: tuple[int, ...], base: Base) -> str | None:
+    """Why an update out × in does not fit the base's module of that name; None if it does."""
+    theirs = matrix_shape(base.shapes[name])
+    if ours == theirs:
+        return None
+    return (
+        f"the LoRA's update of {name} is {_shape_text(ours)}, but that module of {base.name} is "
+        f"{_shape_text(theirs)} ({base.tensor_name(name)})"
+        f"{_explain_wider_input(name, ours, theirs)}"
+    )
 
 
 def _explain_wider_input(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:

@@ -15,14 +15,14 @@ import torch
 
 from ..comparison.expectation import expect_shares
 from ..comparison.module_map import BlockDecision, describe_renumbered
-from ..comparison.verdict import (
+from ..core.means import weighted_mean
+from ..core.methods import find_method
+from ..core.verdict import (
     AUTO,
     STRANGE_COSINE,
     Verdict,
     describe_strangers,
 )
-from ..core.means import weighted_mean
-from ..core.methods import find_method
 from ..files.jsontext import replace_nonfinite
 from ..files.ownership import mark_json
 from ..files.writing import write_text_atomically
@@ -30,11 +30,14 @@ from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
 from .in_words import (
+    CONVERT,
+    EXTRACT,
     FIT_NO_BETTER,
     InWords,
     judge,
     tell_expected,
     tell_fit,
+    tell_made,
     tell_method,
     tell_next,
     tell_place,
@@ -78,6 +81,7 @@ class Report:
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
         probe: what a fit to running models found; None where none was made.
+        work: what a fit would ask of the models, in a sentence; of a dry run alone.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -104,6 +108,7 @@ class Report:
     damping: float | None = None
     verdict: Verdict | None = None
     probe: ProbeReport | None = None
+    work: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -125,6 +130,11 @@ class Report:
     def was_fitted(self) -> bool:
         """Whether the updates were fitted to running models, and not moved by weights."""
         return self.method == FIT
+
+    @property
+    def was_made(self) -> bool:
+        """Whether the LoRA was extracted or converted, and not moved between bases."""
+        return self.method in (EXTRACT, CONVERT)
 
     @property
     def coverage(self) -> float:
@@ -219,6 +229,8 @@ class Report:
         """The verdict for people: what to expect, what was done, and what to do next."""
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
+        if self.was_made:
+            return tell_made(self.method, source, target, self.share_on_target, self._cautions())
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
@@ -251,7 +263,7 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
-        sentences = self._sentences_of_file()
+        sentences = self._sentences_of_file() + ([self.work] if self.work else [])
         if self.probe is not None:
             sentences += self.probe.sentences()
             if self.was_fitted:
@@ -260,7 +272,7 @@ class Report:
                 f"So the LoRA moved by weights alone ('{self.method}') is written, at the strength "
                 "that suits it best there."
             )
-        if self.dry_run or self.totals["energy_surviving"] is None:
+        if self.was_made or self.dry_run or self.totals["energy_surviving"] is None:
             return sentences
         return sentences + self._sentences_of_bases() + self._sentences_of_energy()
 
@@ -268,8 +280,12 @@ class Report:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
+        between = f" from {self.source} to {self.target}"
+        if self.was_made:
+            moved = f"{'would be' if self.dry_run else 'were'} {self.method}ed"
+            between = f" between {self.source} and {self.target}" if self.method == EXTRACT else ""
         sentences = [
-            f"{len(placed)} of {len(names)} modules {moved} from {self.source} to {self.target}"
+            f"{len(placed)} of {len(names)} modules {moved}{between}"
             f"; {totals['skipped']} skipped, {totals['refused']} refused."
         ]
         residuals = [row.residual for row in self.rows("mapped") if row.residual is not None]

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters.adapter import Adapter
+from .convert_options import ConvertOptions
+from .extract_options import ExtractOptions
 from .fit_options import FitOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
+
+AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions
+"""Of a job that writes a LoRA."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +101,7 @@ class Transfer:
         return adapters.describe_peft_config(self.adapter)
 
 
-def save_result(done: Transfer, out: Path, options: TransferOptions | FitOptions) -> Report:
+def save_result(done: Transfer, out: Path, options: AnyOptions) -> Report:
     """Writes a result and returns its report, with the time that writing took."""
     started = time.perf_counter()
     format = options.format or "auto"

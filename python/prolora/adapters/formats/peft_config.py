@@ -97,7 +97,7 @@ def scaling_from_config(config: Mapping[str, Any], where: str) -> PeftScaling:
         if config.get(option):
             raise UnsupportedFormat(
                 f"{where}: {option} is set, so the update is more than up·down. "
-                "Train the adapter without it, or merge it and extract a plain LoRA"
+                "Train the adapter without it, or merge it and extract a plain LoRA (`extract()`)"
             )
     if config.get("bias") not in (None, "none"):
         raise UnsupportedFormat(f'{where}: trains biases; only bias="none" is read')

@@ -141,7 +141,7 @@ REASONS = {
 
 _EXTRACT = (
     "Merge it into its base model and extract a plain LoRA from the difference "
-    "(kohya's extract_lora_from_models.py does), then transfer that"
+    "(`extract()` does), then transfer that"
 )
 _LEAVE_OUT = "Train or save the adapter without them"
 REMEDIES = {

@@ -7,20 +7,20 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ...architectures.ldm import ldm_to_diffusers
+from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
 from ..weights import Weight
 from .family_names import find_family_names
 from .float8 import apply_scales
 from .other_models import explain_no_blocks, explain_other_model
-from .text_encoders import split_encoders
+from .text_encoders import name_encoder_vectors, split_encoders
 
 # What a diffusion model's keys start with where one file holds several models.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # The same where the names of diffusers follow; without them it is a part of a model of that name.
 _DIFFUSERS_PREFIXES = ("unet.", "transformer.")
 # What all keys of a file may start with, and what says nothing then.
-_WRAPPERS = ("model.", "net.", "transformer.", "unet.")
+_WRAPPERS = ("model.", "net.", "transformer.", "unet.", "network.", "module.")
 _LDM = ("input_blocks.", "middle_block.", "output_blocks.")
 _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -31,6 +31,8 @@ _ADAPTER = re.compile(
     r"|\.(?:lora_(?:up|down|mid|A|B|magnitude_vector)|dora_scale|(?:hada|lokr)_w\d\w*)(?:\.|$)"
     r"|(?:\.|_)lora\.(?:up|down)\.|\.base_layer\."
 )
+# What keys of biases and of weights of normalisation layers end in.
+_VECTORS = ("bias", "weight", "scale")
 _FLOATS = {
     torch.float64,
     torch.float32,
@@ -71,6 +73,26 @@ def name_weights(
     return named | encoders
 
 
+def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Biases and norms of a checkpoint by "module.bias" and "module.weight".
+
+    A vector of a module that is not known goes by its own key, so that it can be named.
+
+    Args:
+        weights: all keys of a checkpoint that `name_weights` takes.
+    """
+    model = _select_model(split_encoders(weights, "")[1])
+    names = _KeySpelling(model)
+    named = name_encoder_vectors(weights)
+    for key, weight in model.items():
+        path, _, tensor = key.rpartition(".")
+        if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
+            continue
+        views = names.vector_views(path, weight) if tensor != "scale" else {}
+        named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
+    return named
+
+
 def _select_model(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """The diffusion model's weights among those of a file, without the prefixes that all have."""
     for prefix in _PREFIXES:
@@ -101,17 +123,18 @@ class _KeySpelling:
 
     def __init__(self, model: Mapping[str, Weight]) -> None:
         unet = _has_prefix(model, _UNET)
-        self._ldm = _has_prefix(model, _LDM) and not unet
+        numbered = _has_prefix(model, _LDM) and not unet
+        self._ldm = numbered and not is_adm(model)
         self._layers = _count_ldm_layers(model) if self._ldm else 0
         shapes = {
             key.removesuffix(".weight"): weight.shape
             for key, weight in model.items()
             if len(weight.shape) > 1
         }
-        names = None if unet or self._ldm else find_family_names(shapes)
+        names = None if unet or numbered else find_family_names(shapes)
         self._authors = names if names and names.by_authors else None
         self._in_blocks = names is not None and any(map(names.has_block, shapes))
-        self._plain = unet or self._ldm or _has_prefix(model, _DIFFUSERS)
+        self._plain = unet or numbered or _has_prefix(model, _DIFFUSERS)
 
     def explain_unknown(self, keys: Collection[str]) -> str | None:
         """What the keys are, if they are not those of a diffusion model, for a sentence."""
@@ -141,6 +164,13 @@ class _KeySpelling:
                 raise UnsupportedFormat(f"{where}: {key} belongs to no known module")
             return {module: weight} if module else {}
         return {path: weight}
+
+    def vector_views(self, path: str, vector: Weight) -> dict[str, Weight]:
+        """The modules that a vector belongs to, each with its rows; {} where that is not known."""
+        if self._authors is not None:
+            return self._authors.split_vector(path, vector)
+        module = ldm_to_diffusers(path, self._layers) if self._ldm else path
+        return {module: vector} if module else {}
 
 
 def _name_modules(

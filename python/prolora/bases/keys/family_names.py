@@ -88,6 +88,23 @@ class FamilyNames:
             for name, (start, stop) in zip(parts, pairwise(edges), strict=True)
         }
 
+    def split_vector(self, path: str, vector: Weight) -> dict[str, Weight]:
+        """Diffusers' modules -> their rows of a vector of the authors; {} if it is not known."""
+        stored = self.family.find_weight(path)
+        if stored is None or stored.swap == "if two":
+            return {}
+        if stored.swap == "always":
+            even = vector.shape[0] % 2 == 0
+            return {stored.parts[0]: ConvertedWeight(vector)} if even else {}
+        unit, rest = divmod(vector.shape[0], sum(stored.shares))
+        edges = [unit * total for total in itertools.accumulate(stored.shares, initial=0)]
+        if rest:
+            return {}
+        return {
+            name: RowsWeight(vector, start, stop)
+            for name, (start, stop) in zip(stored.parts, pairwise(edges), strict=True)
+        }
+
     def has_block(self, path: str) -> bool:
         """Whether a module lies in a stack of blocks in which the family knows all modules."""
         block = find_block(path)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..precision import EPS32
 from .cut import Cut
 from .products import FormedGram, ImpliedGram
+from .solvers import FEW_PROBES, random_probes
 
-# Times √length·eps: the rounding of float32 products that are not measured.
-SAFETY = 4
+# What random combinations of rows show of a norm is taken times this. Where one row alone is wrong,
+# 16 of them show less than a quarter with a chance of 1e-7; where several are, less often.
+CAUTION = 4
 # Beyond this a feedback of the kept vectors on each other leaves no bound.
 LARGEST_FEEDBACK = 0.9
 
@@ -28,7 +29,6 @@ class Pairs:
 
     Attributes:
         x: [b, p, d].
-        image: xG [b, p, d].
         theta: [b, p].
         residual: xG − θx [b, p, d].
         squares: ‖xG − θx‖² [b, p].
@@ -36,7 +36,6 @@ class Pairs:
     """
 
     x: Tensor
-    image: Tensor
     theta: Tensor
     residual: Tensor
     squares: Tensor
@@ -80,61 +79,50 @@ def bound_dropped(pairs: Pairs, outside: Tensor, cut: Cut) -> Tensor:
     return torch.where(distance > 0, bound, torch.nan)
 
 
-def bound_residuals(
-    gram: FormedGram | ImpliedGram, pairs: Pairs, repair: Repair, rough: Tensor | None, cut: Cut
-) -> Tensor:
-    """[b, k], bounds on the residuals of the repaired vectors outside of their span.
+def measure_residuals(
+    gram: FormedGram | ImpliedGram, pairs: Pairs, repair: Repair, distance: Tensor, cut: Cut
+) -> tuple[Tensor, Tensor]:
+    """What `bound_span_angle` asks of the repaired vectors, from products in float64: [b], [b].
+
+    Those next to the cut are multiplied one by one; of the others, random combinations: a few,
+    because on many GPUs float64 takes 64 times as long as float32.
 
     Args:
         gram: products with G.
         pairs: before the repair.
         repair: the vectors.
-        rough: [b], the error of a float32 product of G and a vector of length 1; None where the
-            step was made of eigenvectors up to rounding, so that no product is needed.
-        cut: how many are kept; as many of every matrix where `rough` is given.
+        distance: [b, k], of their eigenvalues to those dropped; infinite for rows not in use.
+        cut: how many are kept.
     """
-    # The vectors next to the cut have the smallest gaps, and so products in float64: a few, because
-    # on many GPUs these take 64 times as long as those in float32.
-    late = cut.window(repair.step, cut.late).double()
-    x, image, theta = (cut.window(of, cut.late) for of in (pairs.x, pairs.image, pairs.theta))
-    near_cut = outside_norms(x + late, image + gram(late), theta, repair.kept)
-    if rough is None:
-        bounds = _bound_first_residuals(pairs, repair)
-    else:
-        first = slice(0, cut.first)
-        step = repair.step[:, first]
-        image = pairs.image[:, first] + gram.rough(step)
-        bounds = outside_norms(pairs.x[:, first] + step, image, pairs.theta[:, first], repair.kept)
-        bounds += rough[:, None] * repair.lengths[:, first]
-    if cut.uniform:
-        return torch.cat([bounds[:, : cut.first], near_cut], dim=1)
-    padded: Tensor = torch.nn.functional.pad(bounds, (0, 2 * cut.guard))
-    cut.put(padded, near_cut)
-    return padded[:, : cut.most]
+    x, step, theta = pairs.x[:, : cut.most], repair.step, pairs.theta[:, : cut.most]
+    late, count = cut.window(x, cut.late) + cut.window(step, cut.late), cut.late
+    early = torch.arange(cut.most, device=x.device) < cut.start[:, None]
+    probes = random_probes(cut.most, FEW_PROBES, x.dtype, x.device).mT
+    probes = probes * torch.where(early, 1 / distance, 0.0)[:, None]
+    both = torch.cat([probes, probes * theta[:, None]], 1)
+    weights = both.float()
+    mixed, scaled = torch.baddbmm((weights @ step).double(), both, x).chunk(2, 1)
+    left = gram(torch.cat([late, mixed], 1))
+    left[:, :count].addcmul_(late, cut.window(theta, count)[..., None], value=-1)
+    left[:, count:] -= scaled
+    left = left.float()
+    inside = left @ repair.kept.mT
+    lengths = torch.linalg.vector_norm((left - inside @ repair.kept).double(), dim=-1)
+    sines = lengths[:, :count] / cut.window(distance, count)
+    place = cut.start[:, None] + torch.arange(count, device=x.device)
+    sines = torch.where(place < cut.most, sines, 0.0)  # the last row may come several times
+    unknown = (inside[:, count:] - weights[:, :FEW_PROBES] @ repair.mixing).double()
+    sampled = CAUTION / math.sqrt(FEW_PROBES)
+    parts = [sines, sampled * lengths[:, count:]]
+    missed = torch.linalg.vector_norm(torch.cat(parts, 1), dim=-1)
+    known = torch.linalg.vector_norm(repair.mixing / distance[..., None], dim=(-2, -1))
+    largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
+    feedback = known * (1 + largest).square()
+    feedback += sampled * torch.linalg.vector_norm(unknown, dim=(-2, -1))
+    return missed, feedback
 
 
-def _bound_first_residuals(pairs: Pairs, repair: Repair) -> Tensor:
-    """[b, k], the bounds of `bound_residuals` where G(step) is known up to rounding.
-
-    G(E X_far) = E Λ X_far. What is left is rounding times the step, and the step times how far the
-    kept vectors mix among themselves.
-    """
-    mixing = torch.linalg.vector_norm(repair.mixing, dim=-1).double()
-    skew = SAFETY * math.sqrt(repair.kept.shape[-1]) * EPS32
-    largest = torch.linalg.vector_norm(repair.lengths, dim=-1, keepdim=True)
-    bounds: Tensor = pairs.rounding[:, None] * repair.lengths + largest * mixing
-    bounds += skew * torch.linalg.vector_norm(repair.residual, dim=-1)
-    return bounds
-
-
-def outside_norms(x: Tensor, image: Tensor, theta: Tensor, kept: Tensor) -> Tensor:
-    """[b, c], norms of the parts of xG − θx [b, c, d] that lie outside the span of `kept`."""
-    r = torch.addcmul(image, x, theta[..., None], value=-1).float()
-    norms: Tensor = torch.linalg.vector_norm((r - (r @ kept.mT) @ kept).double(), dim=-1)
-    return norms
-
-
-def bound_span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> Tensor:
+def bound_span_angle(missed: Tensor, feedback: Tensor, distance: Tensor) -> Tensor:
     """[b], bound on the sine of the largest angle between span(X) and the true leading eigenspace.
 
     XG = (Θ + F)X + R with rows ‖R_j‖ ≤ ρ_j, and P the projector on the eigenvectors dropped,
@@ -142,11 +130,9 @@ def bound_span_angle(rho: Tensor, mixing: Tensor, distance: Tensor) -> Tensor:
     ‖z_j‖ ≤ (ρ_j + ‖Z‖ ‖f_j‖)/distance_j, and ‖Z‖_F ≤ ‖ρ/distance‖ / (1 − ‖F/distance‖_F).
 
     Args:
-        rho: [b, k].
-        mixing: F [b, k, k].
+        missed: [b], ‖ρ/distance‖.
+        feedback: [b], ‖F/distance‖_F.
         distance: [b, k]; infinite for rows that are not in use.
     """
-    feedback = torch.linalg.vector_norm(mixing / distance[..., None], dim=(-2, -1))
-    sine = torch.linalg.vector_norm(rho / distance, dim=-1) / (1 - feedback)
     holds = (distance > 0).all(-1) & (feedback < LARGEST_FEEDBACK)
-    return torch.where(holds, sine.clamp_max(1), 1.0)
+    return torch.where(holds, (missed / (1 - feedback)).clamp_max(1), 1.0)

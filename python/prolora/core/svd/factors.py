@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..precision import EPS32
-from .bounds import SAFETY, Repair
+from .bounds import Repair
 from .cut import Cut
 from .solvers import estimate_skew
 from .stacks import decides_freely
 
+# Times √columns·eps: what storing the factors in float32 may move their span.
+SAFETY = 4
 # A first-order step, or a deviation of VᵀV from I, beyond this is not small.
 LARGEST_STEP = 0.1
 # Columns of w that the rounding of a product is measured on.

@@ -7,11 +7,14 @@ something to repair; elsewhere its angle is 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..precision import EPS32
 from ..rank_rule import Rank, count_columns
-from .cut import Cut, make_cut, make_even_cut
+from .cut import Cut, make_cut
 from .products import FormedGram, lower_gram, mirror_lower
 from .refinement import Ritz, refine_triplets
 from .solvers import descending_eigh
@@ -19,8 +22,13 @@ from .triplets import Triplets, mark_failed
 
 # Below this the eigensolver in float64 costs no more than the repair.
 MIN_DIMENSION = 384
-# The most vectors behind the cut that the repair looks at.
-MOST_GUARD = 32
+# How many vectors on each side of the cut are repaired in float64: an eighth of those kept, between
+# these limits, and more where the values lie close together.
+LEAST_GUARD = 16
+USUAL_GUARD = 32
+MOST_GUARD = 128
+# Times √d·eps·λ_1: from this distance on a first-order step repairs what float32 does.
+APART = 20
 
 
 def suits_gram(d: int, rank: Rank) -> bool:
@@ -47,17 +55,19 @@ def gram_triplets(w: Tensor, norm: Tensor, rank: Rank) -> Triplets:
 def _find_cut(values: Tensor, rank: Rank) -> tuple[Cut, Tensor]:
     """Where eigenvalues [b, d] are cut, and for which matrices it leaves something behind.
 
-    A share of energy costs one synchronisation: the host must know the largest number of columns.
+    It costs one synchronisation: the host must know the numbers of columns.
     """
     d = values.shape[-1]
-    if isinstance(rank, int):
-        guard = max(16, min(MOST_GUARD, rank // 8))
-        return make_even_cut(values, rank, guard), values.new_ones(len(values), dtype=torch.bool)
     count = count_columns(values.sqrt(), rank)
     fits = count < d
     count = count.clamp_max(d - 1)
-    least, most = torch.stack(count.aminmax()).tolist()
-    return make_cut(count, least, most, MOST_GUARD, d), fits
+    last = values.gather(-1, (count - 1).clamp_min(0)[:, None])
+    near = last - values < APART * math.sqrt(d) * EPS32 * values[:, :1]
+    crowd = (near & (torch.arange(d, device=values.device) >= count[:, None])).sum(-1)
+    usual = (count // 8).clamp(LEAST_GUARD, USUAL_GUARD)
+    guard = torch.maximum(usual, crowd.clamp_max(MOST_GUARD)).max()
+    least, most, widest = torch.stack([*count.aminmax(), guard]).tolist()
+    return make_cut(count, least, most, widest, d), fits
 
 
 def _holds_share(s: Tensor, norm: Tensor, rank: float, cut: Cut) -> Tensor:

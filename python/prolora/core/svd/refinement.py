@@ -2,17 +2,18 @@
 
 An eigensolver or a Krylov iteration in float32 leaves an error of about eps32·λ_1/gap in the
 leading eigenspace of G = wwᵀ: too much where the spectrum is dense. It is repaired to first order
-here, for one product with G in float64 and a few in float32:
+here, for products with G in float64 of a few vectors, and in float32 of the others:
 
-1. Residuals R = GX − XΘ in float64. They are as small as float32's rounding, so float32 then holds
-   them to seven digits, and everything derived from them may run in float32.
-2. Rayleigh-Ritz in float64 in a window around the cut at k, where neighbours are too close for a
-   first-order formula.
+1. Residuals R = GX − XΘ. In a window around the cut at k, where the gaps are smallest, the products
+   are in float64; those of the vectors further from it may err by as much more as their gaps are
+   wider.
+2. Rayleigh-Ritz in float64 in the window, where neighbours are too close for a first-order formula.
 3. For every other pair of a kept j and a dropped i: x_j += x_i (x_iᵀr_j)/(θ_j − θ_i), which solves
    the invariance equation of the subspace to first order: the error is squared.
 
 Pairs that are both kept are left alone, for they change the vectors but not their span. The bound
-rests on the residuals of what is returned (`bound_span_angle`), so a step that failed is seen.
+rests on the residuals of what is returned, measured in float64 (`measure_residuals`), so a step
+that failed is seen, and what float32 lost too.
 
 A stack goes through it as one, by operators that take all of its matrices, and the host decides
 nothing: where a matrix cannot be repaired its angle is 1. Vectors are the rows of [b, p, d].
@@ -20,14 +21,13 @@ nothing: where a matrix cannot be repaired its angle is 1. Vectors are the rows 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..precision import EPS, EPS32
-from .bounds import SAFETY, Pairs, Repair, bound_dropped, bound_residuals, bound_span_angle
+from ..precision import EPS
+from .bounds import Pairs, Repair, bound_dropped, bound_span_angle, measure_residuals
 from .cut import Cut
 from .factors import LARGEST_STEP, assemble_factors
 from .products import FormedGram, ImpliedGram
@@ -70,21 +70,18 @@ def refine_triplets(
         rung: the name of what gave the vectors.
     """
     d, n = w.shape[-2:]
-    square = norm.square()
-    floor = 10 * (d + n) * EPS * square
+    floor = 10 * (d + n) * EPS * norm.square()
     pairs = _measure_pairs(gram, ritz, cut)
     last, following = cut.at(pairs.theta, -1), cut.at(pairs.theta, 0)
     dropped = bound_dropped(pairs, _bound_outside(pairs, ritz, cut), cut)
     repair = _step_towards_dropped(pairs, ritz, cut)
     largest = torch.linalg.vector_norm(repair.lengths, dim=-1)
-    rough = None if ritz.beyond is None else 2 * SAFETY * math.sqrt(n) * EPS32 * square
-    rho = bound_residuals(gram, pairs, repair, rough, cut)
     distance = pairs.theta[:, : cut.most] - (dropped + floor)[:, None]
-    angle = bound_span_angle(
-        rho + (floor / cut.count.double().sqrt())[:, None],
-        repair.mixing.double() * (1 + largest).square()[:, None, None],
-        torch.where(cut.kept, distance, torch.inf),
-    )
+    distance = torch.where(cut.kept, distance, torch.inf)
+    missed, feedback = measure_residuals(gram, pairs, repair, distance, cut)
+    spread = torch.linalg.vector_norm(1 / distance, dim=-1)
+    missed += floor / cut.count.double().sqrt() * spread
+    angle = bound_span_angle(missed, feedback, distance)
     sound = (last > following) & (following > 0) & (largest <= LARGEST_STEP)
     theta = torch.where(cut.kept, pairs.theta[:, : cut.most], 0.0)
     short, s, long, residual, angle = assemble_factors(
@@ -97,9 +94,13 @@ def refine_triplets(
 
 def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, cut: Cut) -> Pairs:
     """Rayleigh quotients and residuals of `ritz.near`, those in the window rotated."""
-    d = ritz.near.shape[-1]
+    d, width = ritz.near.shape[-1], 2 * cut.guard
     x = ritz.near.double()
-    y = gram(x)
+    # A dense rung keeps many: the gaps next to its window are as small as float32's rounding.
+    rough = 0 if ritz.beyond is None else cut.first
+    y = gram(x[:, rough:])
+    if rough:
+        y = torch.cat([gram.rough(ritz.near[:, :rough]).double(), y], dim=1)
     theta = torch.linalg.vecdot(x, y, dim=-1)
     r = torch.addcmul(y, x, theta[..., None], value=-1)
     squares = torch.linalg.vecdot(r, r, dim=-1)
@@ -107,15 +108,14 @@ def _measure_pairs(gram: FormedGram | ImpliedGram, ritz: Ritz, cut: Cut) -> Pair
     # What rounding did to p of d eigenvectors, extrapolated to all of them and doubled.
     lost = squares if cut.uniform else torch.where(column < cut.end[:, None], squares, 0.0)
     rounding = 2 * (lost.sum(-1) * d / cut.end).sqrt()
-    width = 2 * cut.guard
     values, *rotated = rayleigh_ritz(cut.window(x, width), cut.window(y, width))
     left = torch.addcmul(rotated[1], rotated[0], values[..., None], value=-1)
-    changes = zip((x, y, theta, r), (*rotated, values, left), strict=True)
+    changes = zip((x, theta, r), (rotated[0], values, left), strict=True)
     for whole, rows in (*changes, (squares, torch.linalg.vecdot(left, left, dim=-1))):
         cut.put(whole, rows)
     if not cut.uniform:  # what is near for another matrix of the stack is far for this one
         theta = torch.where(column < cut.end[:, None], theta, ritz.values[:, : cut.near])
-    return Pairs(x, y, theta, r, squares, rounding)
+    return Pairs(x, theta, r, squares, rounding)
 
 
 def _bound_outside(pairs: Pairs, ritz: Ritz, cut: Cut) -> Tensor:

@@ -19,7 +19,7 @@ from .linearisation import ProbeBatch
 from .start import StartingPoint, choose_start, move_part_way
 
 BATCHES_TO_TRY_COPY = 4
-"""Batches that decide where the fit starts."""
+"""Batches of full size whose samples decide where the fit starts."""
 
 
 def fit_all_modules(
@@ -44,6 +44,7 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
+    run.meter.begin("fit")
     if run.release is not None:
         run.release()
     translation = run.translation
@@ -93,7 +94,7 @@ def _fit_from(
             run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
         ),
         start,
-        lambda step: run.notify(step, settings.fit_steps, f"step {step + 1}"),
+        lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),
     )
 
@@ -114,9 +115,11 @@ class _BatchQueue:
             run.source, run.target, run.adapter.updates, self.questions, run.translation
         )
         for i, wanted in enumerate(asked):
-            if len(first) < BATCHES_TO_TRY_COPY and wanted.call.origin != PAIR:
+            sizes = [len(other.plain) for other in first]
+            few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
+            if few and wanted.call.origin != PAIR:
                 first.append(wanted)
-            run.notify(i, len(self.questions), "asking")
+            run.meter.reach((i + 1) / len(self.questions), "asking")
             self.store.put(i, (wanted.plain, wanted.plain + wanted.change))
             self.sizes.append(len(wanted.plain))
         return first

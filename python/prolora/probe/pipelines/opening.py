@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from ...errors import UnsupportedFormat
 from ..models import check_weights
 from ..precision import HALVES
 from .pipeline import Pipeline
-from .stages import PromptMemory
+from .stages import PromptMemory, hide_progress_bars
 
 
 def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
@@ -61,7 +59,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
     if best is not None and best.variant:
         options["variant"] = best.variant
     try:
-        with _hide_progress_bars(diffusers):
+        with hide_progress_bars():
             denoiser = model_class.from_pretrained(
                 folder / part, torch_dtype=_stored_dtype(folder / part), **options
             )
@@ -99,26 +97,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """The half precision in which all weights of a model are stored; float32 in other cases."""
     dtypes = {weight.dtype for weight in open_folder_weights(folder)[0].values()}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
-
-
-@contextmanager
-def _hide_progress_bars(diffusers: Any) -> Iterator[None]:
-    """Hides the progress bars of the libraries, which would mix with that of prolora."""
-    loggers = [diffusers.utils.logging]
-    with suppress(ImportError):
-        import transformers
-
-        loggers.append(transformers.utils.logging)
-    shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
-    for logging in shown:
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
-            yield
-    finally:
-        for logging in shown:
-            logging.enable_progress_bar()
 
 
 def _read_index(folder: Path) -> PipelineIndex:

@@ -139,6 +139,11 @@ class Pipeline:
         if tile is not None:
             shrink_tiles(getattr(self.pipe, "vae", None), tile)
 
+    def restore(self) -> None:
+        """Reads again what `release` freed; text encoders come back when a prompt needs them."""
+        if self.memory is not None:
+            self.memory.restore()
+
     def derive_target_settings(self, settings: FitSettings) -> FitSettings:
         """The settings of a target's sampling: its steps and its guidance where they are others."""
         few = type(self.pipe.scheduler).__name__ in FEW_STEP_SCHEDULERS

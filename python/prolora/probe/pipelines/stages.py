@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...bases.folder import open_folder_weights
+from ...bases.folder import MODELS, open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
+from ..precision import HALVES
 
 TEXT_ENCODERS = "text_encoder"
 """What the names of a pipeline's text encoders begin with."""
@@ -47,9 +49,9 @@ class PromptMemory:
         self.pipe, self.folder, self._options = pipe, folder, options
         self.answers: dict[str, Any] = {}
         self.state = ""
+        self._asked: set[str] = set()
         self._late: list[Callable[[], AbstractContextManager[None]]] = []
         self._encode = getattr(pipe, "encode_prompt", None)
-        self._emptied = False
         if self._encode is not None:
             pipe.encode_prompt = self
 
@@ -69,10 +71,11 @@ class PromptMemory:
         key = _write_key((self.state, args, sorted(kwargs.items())))
         asked = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
         device = next(asked, None)
+        if key is not None:
+            self._asked.add(key)
         if key is not None and key in self.answers:
             return _move_tensors(self.answers[key], device)
-        if self._emptied:
-            self._fill()
+        self._fill_encoders()
         with ExitStack() as stack:
             for enter in self._late:
                 stack.enter_context(enter())
@@ -91,7 +94,7 @@ class PromptMemory:
             state: says what runs there.
             enter: puts it there; where the encoders are empty, not before they are needed.
         """
-        before, late = self.state, self._emptied
+        before, late = self.state, any(map(is_emptied, self.encoders.values()))
         self.state = f"{before} {state}"
         try:
             if late:
@@ -106,21 +109,73 @@ class PromptMemory:
                 self._late.remove(enter)
 
     def release(self) -> None:
-        """Empties the text encoders; those of a pipeline whose answers are not kept stay."""
-        if self._encode is not None and not self._emptied:
-            empty_weights(self.encoders.values())
-            self._emptied = True
+        """Empties the text encoders; those of a pipeline whose answers are not kept stay.
 
-    def _fill(self) -> None:
-        """Reads the encoders again."""
-        for name, module in self.encoders.items():
-            device = next(module.parameters()).device
-            kind: Any = type(module)
-            fresh = kind.from_pretrained(self.folder / name, **self._options).float().to(device)
-            stored = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
-                stored[key].data = tensor.data
-        self._emptied = False
+        What was not asked since the last time is forgotten: it is of prompts of another LoRA.
+        """
+        self.answers = {key: self.answers[key] for key in self._asked & self.answers.keys()}
+        self._asked.clear()
+        if self._encode is not None:
+            empty_weights(self.encoders.values())
+
+    def restore(self) -> None:
+        """Reads again what is emptied, but for text encoders, which wait for a new prompt."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name not in self.encoders:
+                self._fill(name, part)
+        if self._encode is None:
+            self._fill_encoders()
+
+    def _fill_encoders(self) -> None:
+        for name, encoder in self.encoders.items():
+            self._fill(name, encoder)
+
+    def _fill(self, name: str, module: nn.Module) -> None:
+        """Reads the weights of an emptied part again, as the pipeline was loaded."""
+        if not is_emptied(module):
+            return
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        device = next(module.parameters()).device
+        options, variant = dict(self._options), self._options.get("variant")
+        if variant and not any((self.folder / name).glob(f"*.{variant}[.-]*")):
+            del options["variant"]
+        half = next((t.dtype for t in tensors.values() if t.dtype in HALVES), None)
+        if name in MODELS:
+            options["torch_dtype"] = half or torch.float32
+        kind: Any = type(module)
+        with hide_progress_bars():
+            fresh = kind.from_pretrained(self.folder / name, **options)
+        fresh = (fresh if half else fresh.float()).to(device)
+        for key, tensor in (*fresh.named_parameters(), *fresh.named_buffers()):
+            tensors[key].data = tensor.data
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Hides the progress bars of the libraries, which would mix with that of prolora."""
+    import diffusers
+
+    loggers: list[Any] = [diffusers.utils.logging]
+    with suppress(ImportError):
+        import transformers
+
+        loggers.append(transformers.utils.logging)
+    shown = [logging for logging in loggers if logging.is_progress_bar_enabled()]
+    for logging in shown:
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype will have another name
+            yield
+    finally:
+        for logging in shown:
+            logging.enable_progress_bar()
+
+
+def is_emptied(module: nn.Module) -> bool:
+    """Whether `empty_weights` has freed its memory."""
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    return bool(sizes) and not any(sizes)
 
 
 def _move_tensors(value: Any, device: torch.device | None) -> Any:

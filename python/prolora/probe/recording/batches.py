@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ def mix_samples(
     predict: PredictBoth,
     generator: torch.Generator,
     find_prompts: FindPrompts | None = None,
+    step: int = 0,
 ) -> list[Question]:
     """At most `limit` samples of the questions, drawn at random, in batches of the calls' size.
 
@@ -52,11 +53,16 @@ def mix_samples(
         generator: of the draw.
         find_prompts: which samples of a call of the source have a prompt. Of the others at most
             WITHOUT_PROMPT are drawn, as far as there are enough with one.
+        step: samples of a step of the fit. Those of each step that are about the LoRA's own images
+            then have batches to themselves, so that what is asked about the others serves the next
+            LoRA. 0 joins all alike.
 
     Returns:
         The questions; one that is joined from several origins has the origin "mixed".
     """
-    sizes = [count_samples(question.source) for question in questions]
+    facts = [(count_samples(question.source), question.origin) for question in questions]
+    sizes = [size for size, _ in facts]
+    own = {i for i, (_, origin) in enumerate(facts) if step and origin == "adapted"}
     size = min(max(sizes), most)
     rows = [(i, row) for i, n in enumerate(sizes) for row in range(n)]
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
@@ -67,21 +73,39 @@ def mix_samples(
         if size > 1 or len(questions) > 1:
             _check_joined_batch(questions, chosen[: min(size, 4)], predict)
         return [
-            _join_samples(
-                [
-                    _cut_sample(questions[i], row, sizes[i])
-                    for i, row in chosen[start : start + size]
-                ]
-            )
-            for start in range(0, len(chosen), size)
+            _join_samples([_cut_sample(questions[i], row, sizes[i]) for i, row in batch])
+            for batch in _form_batches(chosen, size, step, own)
         ]
     except _CannotShareBatch:
         return _draw_calls(questions, limit, generator)
 
 
-def _prefer_prompts(
-    rows: list[tuple[int, int]], has_prompt: list[list[bool]], limit: int
-) -> list[tuple[int, int]]:
+_Rows = list[tuple[int, int]]
+"""Numbers of questions, and rows in them."""
+
+
+def _form_batches(chosen: _Rows, size: int, step: int, own: set[int]) -> Iterator[_Rows]:
+    """The rows of every batch.
+
+    Args:
+        chosen: all rows.
+        size: of a batch.
+        step: see `mix_samples`.
+        own: numbers of the questions that have batches to themselves.
+    """
+    for run in _cut_evenly(chosen, step or max(len(chosen), 1)):
+        kinds = [[row for row in run if (row[0] in own) == mine] for mine in (False, True)]
+        parts = [_cut_evenly(rows, size) for rows in kinds]
+        # Batches of both kinds follow each other evenly.
+        placed = [((i + 0.5) / len(part), batch) for part in parts for i, batch in enumerate(part)]
+        yield from (batch for _, batch in sorted(placed, key=lambda item: item[0]))
+
+
+def _cut_evenly(rows: _Rows, size: int) -> list[_Rows]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _prefer_prompts(rows: _Rows, has_prompt: list[list[bool]], limit: int) -> _Rows:
     """The rows in their order, those without a prompt beyond WITHOUT_PROMPT of `limit` last."""
     free = [(i, row) for i, row in rows if not has_prompt[i][row]]
     late = set(free[int(WITHOUT_PROMPT * limit) :])
@@ -113,9 +137,7 @@ def count_samples(call: Call) -> int:
     return 1
 
 
-def _check_joined_batch(
-    questions: Sequence[Question], chosen: list[tuple[int, int]], predict: PredictBoth
-) -> None:
+def _check_joined_batch(questions: Sequence[Question], chosen: _Rows, predict: PredictBoth) -> None:
     """Raises _CannotShareBatch unless a joined batch and its calls have the same predictions."""
     sizes = [count_samples(question.source) for question in questions]
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ... import adapters
 from ...adapters.adapter import Adapter
@@ -13,8 +11,8 @@ from ...adapters.formats.moves import read_provenance
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
 from ...bases.cache.basis_cache import BasisCache
-from ...bases.pipeline_identity import describe_pipeline_folder
 from ...core.lowrank import LowRank
+from ...core.methods import MethodChoice
 from ...errors import ProLoRAError, ShapeMismatch, UnrelatedBases
 from ...probe.fitting.start import NO_COPY
 from ...probe.gate import COPY
@@ -33,15 +31,13 @@ from ..by_weights.ledger import Ledger
 from ..by_weights.rows import check_coverage, list_missed, list_tensors_left_out
 from ..fit_options import FitOptions
 from ..module_report import ModuleReport
-from ..options import FIT, LoraLike, MethodChoice
+from ..options import FIT, LoraLike
 from ..report import Report
 from ..result import Transfer
+from .common_parts import CommonParts
 from .plan import FitJob, check_fittable, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, list_vectors, outline_report
 from .running import fit_models, plan_memory_of_card
-
-if TYPE_CHECKING:
-    from ...probe.checkpoint import Inputs
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
@@ -53,11 +49,20 @@ def fit_to_pipelines(
     target: Base,
     options: FitOptions,
     notes: MakeNotes | None = None,
+    common: CommonParts | None = None,
 ) -> Transfer:
     """Fits a LoRA to the running models; refuses all that it can before a model is loaded.
 
     What moving by weights alone makes of the LoRA is its rival: where that does no worse on
     held-out probes, it is the result.
+
+    Args:
+        lora: what is fitted.
+        source: the base it was trained on.
+        target: the base it goes to.
+        options: how.
+        notes: what else the header says of the result.
+        common: what this fit shares with those of other LoRAs; None for a fit alone.
 
     Raises:
         UnrelatedBases: the held-out probes speak against both, and `force` is not set.
@@ -67,11 +72,13 @@ def fit_to_pipelines(
     job = prepare_fit(lora, source, target, options)
     blank = _outline_result(job)
     adapters.check_format(blank, options.format or "auto")
-    inputs = _check_kept(source, target, options)
+    common = common or CommonParts(options.resume)
+    common.check_folder(source, target)
     rival = _move_rival(job)
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
-    updates, report = fit_models(job, rival.done.adapter.updates if rival else {}, inputs)
+    with common.one_fit():
+        updates, report = fit_models(job, rival.done.adapter.updates if rival else {}, common)
     gate, files = report.gate, list_inputs(lora, source, target)
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
@@ -114,26 +121,6 @@ def prepare_fit(
     return replace(job, card=plan_memory_of_card(job))
 
 
-def _check_kept(source: Base, target: Base, options: FitOptions) -> Inputs:
-    """Refuses a folder of kept results that were made from other files, before anything is loaded.
-
-    Returns:
-        What both pipelines are made of, by file; nothing where nothing is kept.
-
-    Raises:
-        OutputError: see `check_inputs`.
-    """
-    from ...probe.checkpoint import check_inputs
-
-    if options.resume is None:
-        return {}
-    assert source.path is not None and target.path is not None
-    folders = {"the source: files": source.path, "the target: files": target.path}
-    inputs = {name: describe_pipeline_folder(path) for name, path in folders.items()}
-    check_inputs(Path(options.resume), inputs)
-    return inputs
-
-
 def _outline_result(job: FitJob) -> Adapter:
     """The adapter of the target, before its updates have values."""
     outline = outline_fit(job.adapter, job.plan, job.source, job.target)
@@ -155,17 +142,17 @@ class _Rival:
 def _move_rival(job: FitJob) -> _Rival | None:
     """What `auto` makes of the LoRA, a copy where it refuses; None where shapes differ."""
     methods: tuple[MethodChoice, ...] = ("auto", "copy")
-    for method in methods:
-        options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
-        try:
-            with BasisCache(options.cache).saving() as cache:
+    with BasisCache(job.options.cache).saving() as cache:
+        for method in methods:
+            options = replace(job.options.as_moved(method), min_coverage=0.0, dtype=None)
+            try:
                 pair = BasePair(job.source, job.target, options, cache)
                 (ledger,) = pair.move([pair.plan(job.adapter)])
                 return _Rival(pair.finish(ledger, hashed=False), ledger)
-        except UnrelatedBases:
-            continue
-        except ProLoRAError:
-            return None
+            except UnrelatedBases:
+                continue
+            except ProLoRAError:
+                return None
     return None
 
 

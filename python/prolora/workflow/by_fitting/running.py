@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +20,14 @@ from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
-from .plan import FitJob
+from .common_parts import CommonParts
+from .plan import FitJob, foresee_work
 
 if TYPE_CHECKING:
-    from ...probe.checkpoint import Checkpoints, Inputs
+    from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import CardPlan, Pipeline
     from ...probe.run import ProbeTransfer
+    from ...probe.workload import WorkMeter
 
 
 @dataclass(frozen=True)
@@ -71,35 +72,33 @@ class _AskedLora:
 
 
 def fit_models(
-    job: FitJob, rival: Mapping[str, LowRank], inputs: Inputs
+    job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
 ) -> tuple[dict[str, LowRank], ProbeReport]:
     """Runs the pipelines and fits: target module -> update.
 
     Args:
         job: the LoRA.
         rival: the updates that the target would get by weights alone; empty where there are none.
-        inputs: see `_check_kept`.
+        common: the pipelines as another fit has left them, and where results are kept.
     """
     from ...probe import pipelines
-    from ...probe.checkpoint import open_checkpoints
     from ...probe.pipelines.schedules import FLOW
+    from ...probe.workload import WorkMeter
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
     asked = _AskedLora.of(job, rival)
     stack = contextlib.ExitStack()
+    foreseen = foresee_work(source, target, options)
+    if options.progress:
+        total = sum(map(sum, foreseen.predictions.values()))
+        options.progress(0, total, foreseen.sentence(source.name, target.name))
+        options.progress(0, total, "opening both pipelines")
     with stack:
-        models, inputs = _open_both(job, asked, inputs, stack)
-        denoisers = models[0].denoiser, models[1].denoiser
-        checkpoints = open_checkpoints(options.resume, *denoisers, inputs)
+        models = _open_both(job, asked, common, stack)
+        checkpoints = common.open_checkpoints()
         takes_prompts = all("prompt" in model.accepted for model in models)
         derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        images = itertools.count(1)
-
-        def count_image() -> None:
-            if options.progress:
-                options.progress(next(images), 6 * options.images, "sampling")
-
         shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         sampled: FitSettings = replace(options, prompts=options.prompts or derived)
@@ -107,12 +106,14 @@ def fit_models(
             sampled = replace(sampled, precision=job.card.precision)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
-        few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
+        of_target = models[1].derive_target_settings(sampled)
+        few = pipelines.takes_few_steps(sampled, of_target)
+        meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         crosses = not shared or mixed or few
         fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-        result = fit(models, sampled, asked, checkpoints, count_image, job.card)
+        result = fit(models, sampled, asked, checkpoints, meter, job.card)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
     return fitted, result.report
@@ -124,29 +125,31 @@ def _choose_prompts(job: FitJob) -> tuple[str, ...]:
 
 
 def _open_both(
-    job: FitJob, asked: _AskedLora, inputs: Inputs, stack: contextlib.ExitStack
-) -> tuple[tuple[Pipeline, Pipeline], Inputs]:
-    """Loads both pipelines, one after the other: the text encoders of the first make room.
+    job: FitJob, asked: _AskedLora, common: CommonParts, stack: contextlib.ExitStack
+) -> tuple[Pipeline, Pipeline]:
+    """Opens both pipelines, one after the other: the text encoders of the first make room.
 
     Args:
         job: the LoRA.
         asked: the same, as the models are asked about it.
-        inputs: what both are made of, by file; their parts are added where there are any.
+        common: has what was opened before.
         stack: keeps what runs beside text encoders in place.
     """
     from ...probe import pipelines
 
     source, target, options = job.source.path, job.target.path, job.options
     assert source is not None and target is not None
+    sampled = replace(options, prompts=_choose_prompts(job))
+    encoded = sampled.prompts, asked.text, asked.carried
+    if job.card is not None:
+        common.forget_models()  # blocks that were swapped are not read again in place
+    common.make_room(encoded, options.memory_limit is not None)
     if options.memory_limit is not None:
         _check_memory(options.memory_limit, source, target, options.device)
-    sampled = replace(options, prompts=_choose_prompts(job))
     models: list[Pipeline] = []
     for side, path in (("source", source), ("target", target)):
         # Text encoders of a pipeline on a bounded card run in the machine's memory.
-        model = pipelines.open_pipeline(path, None if job.card else options.device)
-        if inputs:
-            inputs = {**inputs, f"the {side}: parts": model.parts}
+        model = common.open(side, path, None if job.card else options.device)
         stack.enter_context(pipelines.run_text_encoders_beside(model, asked.carried))
         if side == "source":
             with pipelines.run_text_encoders_beside(model, asked.text):
@@ -157,8 +160,10 @@ def _open_both(
         model.release_encoders()
         if job.card is not None and options.device is not None:
             model.move_to_card(options.device, job.card.rooms[len(models)], job.card.tile)
+        else:
+            model.restore()
         models.append(model)
-    return (models[0], models[1]), inputs
+    return models[0], models[1]
 
 
 def _fit_pair(
@@ -166,7 +171,7 @@ def _fit_pair(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
     card: CardPlan | None,
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
@@ -176,7 +181,7 @@ def _fit_pair(
         sampled: what is sampled, and how it is fitted.
         asked: the LoRA.
         checkpoints: where results are kept.
-        on_image: called after each sampled image.
+        meter: is told how far it is.
         card: how they run on a card whose memory is bounded.
     """
     from ...probe.pipelines import pair_pipelines
@@ -184,7 +189,7 @@ def _fit_pair(
     from ...probe.run import fit_from_recorder
 
     pair = pair_pipelines(*models, sampled, asked.text)
-    samplers = pair.samplers(on_image)
+    samplers = pair.samplers(meter.count_image)
     text = asked.describe(pair.describe_sampling) if checkpoints.folder else ""
     recorder = Recorder(
         pair.source.denoiser,
@@ -197,7 +202,7 @@ def _fit_pair(
         asked.text,
     )
     release, most = functools.partial(_release, models, card), card.samples if card else None
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, most)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -207,7 +212,7 @@ def _fit_crossing(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
     card: CardPlan | None,
     shared: bool,
 ) -> ProbeTransfer:
@@ -230,10 +235,10 @@ def _fit_crossing(
     text = asked.describe(describe) if checkpoints.folder else ""
     part = TextPart.of(models[0], asked.text, ours.settings)
     recorder = CrossingRecorder(
-        ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
+        ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
     )
     release, most = functools.partial(_release, models, card), card.samples if card else None
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, most)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
     result.report.log_snr = recorder.log_snr
     return result
 

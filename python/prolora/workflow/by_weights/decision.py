@@ -10,10 +10,11 @@ from ...bases.base import Progress
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...bases.vae import RUN_INSTEAD, can_fit
-from ...comparison.drift import Affinity, measure_affinities
+from ...comparison.drift import measure_affinities
 from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
-from ...comparison.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
+from ...core.affinity import Affinity
+from ...core.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
 from .ledger import Ledger, Moved
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from ...adapters.adapter import Adapter
 from ...bases import Base
-from ...comparison.drift import Affinity
-from ...comparison.verdict import Verdict
+from ...core.affinity import Affinity
 from ...core.lowrank import LowRank
 from ...core.methods import Method, find_method
 from ...core.precision import is_finite
+from ...core.verdict import Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
 from ..module_report import Measures, ModuleReport
 from ..options import LoraLike, TransferOptions

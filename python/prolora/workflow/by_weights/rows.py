@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
+from ...core.lowrank import LowRank
 from ...errors import LowCoverage
 from ..module_report import ModuleReport, measure_coverage, split_modules
 from ..options import TextEncoderMode
@@ -68,6 +71,87 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
         )
         for name, (out, inputs, rank) in adapter.unread.items()
     ]
+
+
+def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
+    """The row of a LoRA's module on a base; `reason` says why it has no place, None if it has."""
+    status, target = ("skipped", None) if reason else ("mapped", name)
+    return ModuleReport(name, target, status, reason or "has its place", shape, 1)
+
+
+def outline_difference(
+    name: str, shape: tuple[int, int], columns: int, reason: str | None = None
+) -> ModuleReport:
+    """The row of a module of two bases, before it is extracted.
+
+    Args:
+        name: of the module.
+        shape: out × in.
+        columns: of its update, at most.
+        reason: why it is not extracted; None if it is.
+    """
+    if reason is not None:
+        return ModuleReport(name, None, "skipped", reason, shape, 0)
+    what = "difference of the weights"
+    return ModuleReport(name, name, "mapped", what, shape, min(shape), columns)
+
+
+def describe_difference(
+    row: ModuleReport, rank: int, norms: tuple[float, float, float], bound: float | None
+) -> ModuleReport:
+    """The row of a module that was extracted.
+
+    Args:
+        row: as it was outlined.
+        rank: of the update.
+        norms: of W_base, of the difference D = W_tuned − W_base, and of D less the update.
+        bound: on the sine of the angle to the best columns, where that is not proven to be small.
+    """
+    whole, norm, lost = norms
+    kept = max(0.0, 1 - (lost / norm) ** 2)
+    flag = "" if bound is None else f"; not proven to be the best columns (bound {bound:.1e})"
+    return replace(
+        row,
+        reason=row.reason + flag,
+        rank_out=rank,
+        energy=norm**2,
+        norm_ratio=kept**0.5,
+        rank_cut_energy=1 - kept,
+        drift=norm / whole if whole else None,
+    )
+
+
+def describe_conversion(
+    name: str, kind: str, update: LowRank, written: LowRank, read: float
+) -> ModuleReport:
+    """The row of an update that was converted, with all that is lost of it, rounding included.
+
+    Args:
+        name: of the module.
+        kind: of update in the file.
+        update: as it was read.
+        written: as the file holds it.
+        read: the share of the file's own update that was read.
+    """
+    both = torch.cat([update.up.double(), -written.up.double()], 1)
+    lost = LowRank(both, torch.cat([update.down.double(), written.down.double()]))
+    energy = update.norm().square().item()
+    share = lost.norm().square().item() / energy if energy else 0.0
+    # What reading cut off is orthogonal to all that it kept.
+    loss = min(1.0, 1 - read + read * share) if energy else 0.0
+    ratio = (written.norm().square().item() * read / energy) ** 0.5 if energy else 1.0
+    return ModuleReport(
+        source=name,
+        target=name,
+        status="mapped",
+        reason=kind,
+        shape=tuple(update.shape),
+        rank_in=update.rank,
+        rank_out=written.rank,
+        energy=energy / read,
+        norm_ratio=ratio,
+        rank_cut_energy=loss,
+    )
 
 
 def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.methods import Needs, find_method
-from .drift import Affinity
+from .affinity import Affinity
+from .methods import Needs, find_method
 
 STRANGE_COSINE = 0.3
 """Below this cosine a pair of weights has nothing in common; relatives have 0.8 and more."""

@@ -1,0 +1,161 @@
+"""Scores every way of moving one terrain LoRA: the held-out loss, and samples of some."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from contenders import (
+    STRENGTHS,
+    Case,
+    Updates,
+    arbitrate,
+    copy_updates,
+    extract_difference,
+    judge_bases,
+    make_projection,
+    run_transfer,
+    scale_updates,
+)
+from network import Network
+from torch import Tensor
+from world import (
+    CHANGES,
+    STEEP,
+    Batch,
+    Maps,
+    ask_base,
+    distance,
+    measure_terrains,
+    sample_terrains,
+)
+
+METHODS: dict[str, Callable[[Case], Updates]] = {
+    "auto": functools.partial(run_transfer, method="auto"),
+    "prolora 0.9": make_projection("prolora", 0.9),
+    "lora-x 0.9": make_projection("lora-x", 0.9),
+    "blocks 0.9": make_projection("blocks", 0.9),
+    "casa": arbitrate,
+    "casa, arbitration alone": functools.partial(arbitrate, gives_drift_back=False),
+    "extracted": extract_difference,
+}
+NOT_RUN = {
+    "AdamW on the same predictions": "not written yet for this network",
+    "fit": "a fit moves linear layers; what these LoRAs are on are convolutions, most of them",
+}
+SAMPLED = ("none", "copy @ 1", "auto", "prolora 0.9", "delta sampling")
+SAMPLES, ASKED_AT_ONCE = 16, 8
+
+Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What methods are judged by on one target.
+
+    Attributes:
+        target: the base.
+        idea: what is wanted of it.
+        asked: the held-out questions.
+        plain: the target's own answers.
+        wanted: those with the idea.
+    """
+
+    target: Network
+    idea: str
+    asked: Batch
+    plain: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, target: Network, idea: str, maps: Maps, questions: int) -> Exam:
+        """The same questions for every LoRA of an idea."""
+        asked = maps.draw(True, questions, torch.Generator().manual_seed(1))
+        answers = split_run(lambda *batch: ask_base(target, idea, Batch(*batch)), asked)
+        return cls(target, idea, asked, *answers)
+
+    def loss(self, answer: Answer) -> float:
+        """The squared error of answers, over that of the target's own."""
+        (found,) = split_run(lambda *batch: (answer(*batch),), self.asked)
+        full = (self.plain - self.wanted).square().mean()
+        return float((found - self.wanted).square().mean() / full)
+
+    def distances(self, answer: Answer) -> dict[str, float]:
+        """How far samples are from the target's own with the idea done to them, by statistic."""
+        difficulty = torch.linspace(0, 1, SAMPLES)
+        if self.idea in CHANGES:
+            wanted = CHANGES[self.idea](sample_terrains(self.target, difficulty, 0)).clamp(-1, 1)
+        else:
+            wanted = sample_terrains(self.target, torch.full_like(difficulty, STEEP), 0)
+        found = measure_terrains(sample_terrains(answer, difficulty, 0))
+        return {name: distance(found[name], one) for name, one in measure_terrains(wanted).items()}
+
+
+def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
+    """{"losses", "samples", "verdict", "not run"} of every way of moving the source's LoRA."""
+    case = make_case((source, exam.target), lora)
+    updates = {f"copy @ {s:g}": scale_updates(copy_updates(case), s) for s in STRENGTHS}
+    updates |= {label: method(case) for label, method in METHODS.items()}
+    answers: dict[str, Answer] = {
+        label: functools.partial(answer_with, exam.target, moved)
+        for label, moved in updates.items()
+    }
+    answers["delta sampling"] = functools.partial(answer_by_delta, source, exam.target, lora)
+    answers["none"] = exam.target
+    verdict = judge_bases(case)
+    return {
+        "losses": {label: exam.loss(answer) for label, answer in answers.items()},
+        "samples": {label: exam.distances(answers[label]) for label in SAMPLED},
+        "verdict": vars(verdict) | {"go": verdict.go},
+        "not run": NOT_RUN,
+    }
+
+
+def score_oracle(exam: Exam, lora: Updates) -> dict[str, Any]:
+    """The same of the LoRA that was trained on the target."""
+    answer = functools.partial(answer_with, exam.target, lora)
+    return {"losses": {"oracle": exam.loss(answer)}, "samples": {"oracle": exam.distances(answer)}}
+
+
+def make_case(bases: tuple[Network, Network], lora: Updates) -> Case:
+    """The modules of the LoRA in both networks, convolutions as out × in·kh·kw."""
+    sides = (
+        {name: base.get_submodule(name).weight.data.flatten(1).contiguous() for name in lora}
+        for base in bases
+    )
+    return Case(*sides, lora, {})
+
+
+def split_run(run: Callable[..., tuple[Tensor, ...]], asked: Batch) -> tuple[Tensor, ...]:
+    """What a function of a batch gives for many questions, a few at a time."""
+    with torch.no_grad():
+        parts = [run(*part) for part in zip(*(t.split(ASKED_AT_ONCE) for t in asked), strict=True)]
+    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+
+
+@contextlib.contextmanager
+def with_updates(network: Network, updates: Updates) -> Iterator[Network]:
+    """The network with the updates in its weights, for a while."""
+    kept = {name: network.get_submodule(name).weight.data.clone() for name in updates}
+    try:
+        for name, update in updates.items():
+            weight = network.get_submodule(name).weight.data
+            weight += update.dense().reshape(weight.shape)
+        yield network
+    finally:
+        for name, weight in kept.items():
+            network.get_submodule(name).weight.data.copy_(weight)
+
+
+def answer_with(network: Network, updates: Updates, *asked: Tensor) -> Tensor:
+    with with_updates(network, updates):
+        return network(*asked)
+
+
+def answer_by_delta(source: Network, target: Network, lora: Updates, *asked: Tensor) -> Tensor:
+    """Delta Sampling (arXiv 2512.03056): the target's answer and the change of the source's."""
+    return target(*asked) + answer_with(source, lora, *asked) - source(*asked)

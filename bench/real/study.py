@@ -1,0 +1,167 @@
+"""The terrain study: ``python bench/real/study.py DATA WORK [options]``; see README.md.
+
+Every LoRA, and the scores of every LoRA in one direction, is a file in WORK that is made once: a
+run that was ended goes on where it was, and several processes may help. With --collect FILE what is
+there is written as JSON, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "quality"))
+
+# isort: split
+from jobs import Job, run_jobs
+from loras import ADAPTERS, read_lora, save_lora, train_lora
+from network import Network, load_network
+from results import git, round_numbers
+from rows import Exam, score_methods, score_oracle
+from safetensors.torch import load_file
+from world import IDEAS, Maps
+
+VERSIONS = ("0.4.1", "0.4.2")
+DIRECTIONS = {"forward": VERSIONS, "back": VERSIONS[::-1]}
+
+
+@dataclass(frozen=True)
+class Which:
+    """One LoRA of the study."""
+
+    idea: str
+    adapter: str
+    seed: int
+
+    def name(self, where: str) -> str:
+        return f"{where}-{self.idea}-{self.adapter}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where it reads and writes, and how long LoRAs are trained."""
+
+    data: Path
+    work: Path
+    steps: int
+    batch: int
+    questions: int
+
+    def lora_path(self, version: str, which: Which) -> Path:
+        return self.work / "loras" / f"{which.name(version)}.safetensors"
+
+    def lora_job(self, version: str, which: Which) -> Job:
+        def run(part: Path) -> None:
+            base, maps = open_network(self.data, version), Maps(self.data)
+            budget = self.steps, self.batch
+            tensors = train_lora(base, maps, which.idea, which.adapter, which.seed, *budget)
+            save_lora(part, tensors)
+
+        return Job(self.lora_path(version, which), (), run)
+
+    def score_jobs(self, direction: str, which: Which) -> list[Job]:
+        """One for what is moved, and one for the LoRA that was trained on the target."""
+        source, target = DIRECTIONS[direction]
+        own, oracle = self.lora_path(source, which), self.lora_path(target, which)
+
+        def exam() -> Exam:
+            network = open_network(self.data, target)
+            return Exam.of(network, which.idea, Maps(self.data), self.questions)
+
+        def moved(part: Path) -> None:
+            lora = read_lora(load_file(own))
+            write_json(part, score_methods(open_network(self.data, source), exam(), lora))
+
+        def trained(part: Path) -> None:
+            write_json(part, score_oracle(exam(), read_lora(load_file(oracle))))
+
+        place, name = self.work / "scores", which.name(direction)
+        return [
+            Job(place / f"{name}-moved.json", (own,), moved),
+            Job(place / f"{name}-oracle.json", (oracle,), trained),
+        ]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
+
+
+@cache
+def open_network(data: Path, version: str) -> Network:
+    return load_network(data / f"{version}.onnx").to(memory_format=torch.channels_last)
+
+
+def collect(study: Study) -> dict[str, Any]:
+    """Every row that was scored, and what the study has beside them.
+
+    A share is what a method takes away of the loss, over what the oracle takes away.
+    """
+    rows, missing = [], []
+    for direction, seed, idea, adapter in itertools.product(DIRECTIONS, range(3), IDEAS, ADAPTERS):
+        which = Which(idea, adapter, seed)
+        moved, trained = (
+            json.loads(job.path.read_text()) if job.path.exists() else None
+            for job in study.score_jobs(direction, which)
+        )
+        if moved is None:
+            missing.append(which.name(direction))
+            continue
+        row = {"direction": direction, **asdict(which), **moved}
+        copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
+        row["best fixed copy"] = min(copies, key=lambda label: copies[label])
+        if trained is None:
+            missing.append(f"{which.name(direction)}-oracle")
+        else:
+            row["losses"] |= trained["losses"]
+            row["samples"] |= trained["samples"]
+            gap = 1 - row["losses"]["oracle"]
+            row["shares"] = {label: (1 - loss) / gap for label, loss in row["losses"].items()}
+        rows.append(round_numbers(row))
+    made = {
+        "script": "bench/real/study.py",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "torch": torch.__version__,
+        "steps": study.steps,
+        "batch": study.batch,
+        "questions": study.questions,
+    }
+    return {"made": made, "not run": missing, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="what fetch.py made")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=IDEAS)
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=tuple(ADAPTERS))
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=64, help="held-out ones of each score")
+    parser.add_argument("--collect", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    study = Study(given.data, given.work, given.steps, given.batch, given.questions)
+    if given.collect:
+        given.collect.write_text(json.dumps(collect(study), indent=1) + "\n")
+        return
+    jobs: list[Job] = []
+    for chosen in itertools.product(range(given.seeds), given.ideas, given.adapters):
+        which = Which(*chosen[1:], chosen[0])
+        jobs += [study.lora_job(version, which) for version in VERSIONS]
+        for direction in given.directions:
+            jobs += study.score_jobs(direction, which)
+    run_jobs(jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""`prolora check`: whether LoRAs are for a base, a line each."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..errors import ProLoRAError
+from ..workflow.check import check as check_lora
+from ..workflow.check import open_checked
+from .console import out
+from .exits import ExitCode, describe_error
+from .options import JsonOption, parse_base
+from .tables import MARKS
+from .transfer import LoraArguments
+
+MEANINGS = {
+    ExitCode.DONE: "every LoRA is for the base",
+    ExitCode.REFUSED: "a file cannot be read",
+    ExitCode.LOW_COVERAGE: "a LoRA is for another model, or has modules that the base lacks",
+}
+
+
+def check(
+    loras: LoraArguments,
+    base: Annotated[
+        str,
+        typer.Argument(parser=parse_base, metavar="BASE", help="Base model: file, folder, hub id."),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether a LoRA is for a base model, from headers alone."""
+    model, records, code = open_checked(base), [], ExitCode.DONE
+    for lora in loras:
+        start = f"{lora.name}: " if len(loras) > 1 else ""
+        try:
+            answer = check_lora(lora, model)
+        except ProLoRAError as error:
+            if len(loras) == 1:
+                raise
+            code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
+            records.append({"lora": str(lora), "error": str(error)})
+        else:
+            code = code if answer or code else ExitCode.LOW_COVERAGE
+            records.append(answer.to_dict())
+            text, style = str(answer), MARKS[answer.mark]
+        if not as_json:
+            out.print_line(f"{start}{text}", style=style)
+    if as_json:
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=1))
+    raise typer.Exit(code)

@@ -1,0 +1,184 @@
+"""Whether a LoRA is for a base, from headers alone: for people who are about to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..adapters.family import guess_families, guess_sizes
+from ..adapters.naming import list_matrices
+from ..adapters.overview import survey_keys
+from ..adapters.reading import outline_adapter
+from ..adapters.unread import UnreadAdapter, open_adapter
+from ..architectures.families import find_title
+from ..architectures.modules import TEXT_ENCODERS, find_component, is_in_text_encoder
+from ..bases import Base, load_layout
+from ..bases.experts import ExpertsLike, open_experts
+from ..errors import ShapeMismatch, UnsupportedFormat
+from .base_check import describe_kind, join_titles
+from .by_weights.rows import describe_place, list_unread_modules
+from .in_words import Mark
+from .module_report import ModuleReport, measure_coverage, split_modules
+from .plan import explain_other_shape
+
+Answer = Literal["fits", "unclear", "in part", "other"]
+MARKS: dict[Answer, Mark] = {"fits": "✔", "unclear": "⚠", "in part": "⚠", "other": "✖"}
+
+
+@dataclass(frozen=True)
+class BaseCheck:
+    """Whether a LoRA is for a base, by names and shapes.
+
+    Attributes:
+        lora: the LoRA's file.
+        base: the base's name.
+        answer: "fits": every module has its place, and the base is of a family that the LoRA can be
+            of, or of none that is known. "unclear": every module has a place, but as a whole they
+            are another family's. "in part": some have. "other": the LoRA is another model's.
+        lora_title: what the LoRA is for, in words; "" where nothing tells.
+        base_title: what the base is, in words.
+        modules: a row for every module of the LoRA: "mapped" if it has a place, else the reason.
+    """
+
+    lora: str
+    base: str
+    answer: Answer
+    lora_title: str
+    base_title: str
+    modules: tuple[ModuleReport, ...]
+
+    def __bool__(self) -> bool:
+        """Whether the LoRA is for the base."""
+        return self.answer == "fits"
+
+    @property
+    def coverage(self) -> float:
+        """The share of the LoRA's modules that have a place, 0 … 1."""
+        return measure_coverage(self.modules)
+
+    @property
+    def mark(self) -> Mark:
+        """✔ it is for this base, ⚠ in part or perhaps, ✖ it is not."""
+        return MARKS[self.answer]
+
+    @property
+    def sentence(self) -> str:
+        """The answer in a line."""
+        names, placed = split_modules(self.modules)
+        counts = f"{len(placed)} of {len(names)} modules have their place"
+        if self.answer == "fits":
+            return f"for this base: {counts}"
+        if self.answer == "unclear":
+            return (
+                f"perhaps for this base: {counts}, but together they look like a LoRA for "
+                f"{self.lora_title}; this base is {self.base_title}"
+            )
+        if self.answer == "other" and self.lora_title not in ("", self.base_title):
+            return f"this LoRA is for {self.lora_title}; this base is {self.base_title}"
+        row = next((row for row in self.modules if row.status != "mapped"), None)
+        first = f"; the first without, {row.source}: {row.reason}" if row else ""
+        start = "in part for this base" if self.answer == "in part" else "not for this base"
+        return f"{start}: {counts}{first}"
+
+    def __str__(self) -> str:
+        """The mark, and the answer."""
+        return f"{self.mark} {self.sentence}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; of the modules, those without a place."""
+        names, placed = split_modules(self.modules)
+        return {
+            "lora": self.lora,
+            "base": self.base,
+            "answer": self.answer,
+            "sentence": self.sentence,
+            "lora_title": self.lora_title,
+            "base_title": self.base_title,
+            "modules": len(names),
+            "placed": len(placed),
+            "coverage": self.coverage,
+            "without_place": {r.source: r.reason for r in self.modules if r.status != "mapped"},
+        }
+
+
+def check(lora: str | PathLike[str] | Mapping[str, Tensor], base: ExpertsLike) -> BaseCheck:
+    """Says whether a LoRA is for a base; reads headers, never a weight.
+
+    It goes by names and shapes: fine-tunes of one model take each other's LoRAs, and this call does
+    not tell them apart.
+
+    Args:
+        lora: a .safetensors file, a PEFT folder or a state dict.
+        base: as `transfer` takes its bases; of a pipeline with two experts the first.
+
+    Returns:
+        The answer, which is true where the LoRA fits.
+
+    Raises:
+        UnsupportedFormat: one of them cannot be read, or is no LoRA or no base.
+    """
+    opened, model = open_adapter(lora), open_checked(base)
+    rows, shapes = _place_modules(opened, model)
+    is_unet = any(find_component(name) == "unet" for name in shapes)
+    matrices = () if is_unet else list_matrices(opened)
+    families = guess_families(shapes, opened.metadata, matrices=matrices)
+    foreign = bool(families) and model.family is not None and model.family not in families
+    answer: Answer = "in part"
+    coverage = measure_coverage(rows)
+    if coverage == 1:
+        answer = "unclear" if foreign else "fits"
+    elif foreign or not any(r.target and not is_in_text_encoder(r.source) for r in rows):
+        answer = "other"
+    ours, theirs = join_titles(map(find_title, families)), describe_kind(model)
+    if ours == theirs and model.layout and answer != "fits":  # one family, and another size of it
+        ours = join_titles(map(find_title, guess_sizes(shapes)))
+        theirs = find_title(model.layout)
+    return BaseCheck(opened.where, model.name, answer, ours, theirs, tuple(rows))
+
+
+def open_checked(base: ExpertsLike) -> Base:
+    """Opens a base; of one with two experts the first, since both have the same modules."""
+    return next(iter(open_experts(base).values()))
+
+
+def _place_modules(
+    opened: UnreadAdapter, base: Base
+) -> tuple[list[ModuleReport], dict[str, tuple[int, int]]]:
+    """The rows of a LoRA's modules, and their shapes out × in without kernels."""
+    try:
+        adapter = outline_adapter(opened, base.shapes, base.family, headers_only=True)
+    except (UnsupportedFormat, ShapeMismatch):
+        overview = survey_keys(opened)
+        if overview.reason or not overview.modules:
+            raise
+        sizes, plain, rows = overview.matrix_shapes, overview.shapes, []
+    else:
+        sizes = {name: (x.shape[0], x.shape[1]) for name, x in adapter.updates.items()}
+        plain = {
+            name: _drop_kernel(size, adapter.kernels.get(name)) for name, size in sizes.items()
+        }
+        rows = list_unread_modules(adapter)
+    for name, size in sizes.items():
+        rows.append(describe_place(name, size, _explain_no_place(name, size, base)))
+    return rows, plain
+
+
+def _drop_kernel(size: tuple[int, int], kernel: tuple[int, int] | None) -> tuple[int, int]:
+    return size if kernel is None else (size[0], size[1] // (kernel[0] * kernel[1]))
+
+
+def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
+    """Why a module has no place on a base; None if it has one."""
+    encoder = find_component(name)
+    if encoder in TEXT_ENCODERS and not any(m.startswith(f"{encoder}.") for m in base.shapes):
+        # Many files of a model come without its text encoders.
+        known = load_layout(base.layout).text_encoders if base.layout else TEXT_ENCODERS
+        number = TEXT_ENCODERS.index(encoder) + 1
+        return None if number <= len(known) else f"the base has fewer than {number} text encoders"
+    if name not in base.shapes:
+        return "the base has no such module"
+    return explain_other_shape(name, size, base) if 0 not in size else None

@@ -1,0 +1,159 @@
+"""A LoRA in another format, precision, rank or kind, for the base that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..adapters.algorithms import forms
+from ..adapters.contents import parse_contents
+from ..adapters.unread import open_adapter
+from ..bases import Base, BaseLike, open_base
+from ..core.precision import in_full_precision
+from ..errors import UnsupportedFormat
+from .base_check import explain_misfit
+from .by_weights.file_budget import OutputForm
+from .by_weights.rows import describe_conversion, list_tensors_left_out, list_unread_modules
+from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
+from .in_words import CONVERT
+from .module_report import ModuleReport
+from .options import LoraLike, settle_options, takes_options
+from .out_rank import cut_rank
+from .output_paths import check_output
+from .report import Report
+from .result import Transfer, save_result
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@takes_options
+def convert(
+    lora: LoraLike,
+    base: BaseLike | None = None,
+    options: ConvertOptions = DEFAULT_CONVERSION,
+    **changes: Unpack[ConvertChanges],
+) -> Transfer:
+    """Converts a LoRA: into another format, precision or rank; any kind becomes a plain LoRA.
+
+    Args:
+        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        base: the base that it was trained on. Needed where an update depends on its weights (DoRA,
+            GLoRA, OFT), and where names with underscores are those of no known family.
+        options: how to convert it.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The LoRA in memory, and the report: what of each update is in it.
+
+    Raises:
+        UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
+            or a result that `format` cannot hold.
+        ShapeMismatch: an update that does not fit the base.
+        NonFiniteWeights: NaN or Inf, named.
+        OutputError: out_rank is a size that one column a module exceeds.
+    """
+    model = None if base is None else open_base(base)
+    return _run(lora, model, settle_options(options, changes))
+
+
+@takes_options
+def convert_file(
+    lora: str | PathLike[str],
+    out: str | PathLike[str],
+    base: BaseLike | None = None,
+    options: ConvertOptions = DEFAULT_CONVERSION,
+    **changes: Unpack[ConvertChanges],
+) -> Report:
+    """Converts a LoRA from file to file: `convert`, then `Transfer.save`.
+
+    Args:
+        lora: a .safetensors file or a PEFT folder.
+        out: the file to write, or a folder for format "peft".
+        base: as `convert` takes it.
+        options: how to convert it.
+        **changes: options by name, in place of those.
+
+    Returns:
+        What was kept and lost.
+
+    Raises:
+        ForeignFile: a file is there that prolora did not write.
+        OutputError: out cannot be written, or is an input.
+        ProLoRAError: everything that `convert` raises.
+    """
+    options = settle_options(options, changes).for_file()
+    model = None if base is None else open_base(base)
+    files = model.files if model else []
+    check_output(out, [Path(lora), *files], options.overwrite)
+    return save_result(_run(lora, model, options), Path(out), options)
+
+
+@in_full_precision
+def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
+    adapter = lora if isinstance(lora, Adapter) else _read(lora, base)
+    form = OutputForm.of(options.as_transfer())
+    vectors = adapter.vectors if options.vectors == "copy" else {}
+    left_out = list_tensors_left_out(adapter)
+    left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
+    plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    form.check(plain)
+    cut = {}
+    for i, (name, update) in enumerate(adapter.updates.items()):
+        if options.progress:
+            options.progress(i, len(adapter.updates), name)
+        cut[name] = cut_rank(update, options.out_rank, update.rank)
+    fitted = form.fit(plain.with_updates(cut))
+    report = Report(
+        method=CONVERT,
+        rank_rule=options.out_rank if isinstance(options.out_rank, int | float) else 0,
+        threshold=0.0,
+        match="same name",
+        source="the LoRA" if not isinstance(lora, str | PathLike) else Path(lora).name,
+        target=base.name if base else "",
+        modules=(*list_unread_modules(adapter), *_describe_rows(adapter, fitted, form)),
+        vectors=len(vectors),
+        left_out=left_out,
+        unread=tuple(adapter.unread),
+        kept_energy=dict(adapter.kept_energy),
+        file_limit=form.limit,
+    )
+    files = [Path(lora)] if isinstance(lora, str | PathLike) else []
+    return Transfer(fitted, report, [*files, *(base.files if base else [])])
+
+
+def _read(lora: LoraLike, base: Base | None) -> Adapter:
+    """The LoRA's updates, each a plain LoRA.
+
+    Raises:
+        UnsupportedFormat: an update depends on a base that is not given.
+        ProLoRAError: see `convert`.
+    """
+    names = adapters.BaseNames(base.family, base.shapes) if base else None
+    assert not isinstance(lora, Adapter)
+    if base is not None:
+        if misfit := explain_misfit(lora, base):
+            raise misfit
+        return adapters.read_adapter(lora, read_weight=base.read, base=names)
+    opened = open_adapter(lora)
+    for slot in parse_contents(opened).slots:
+        if forms.needs_base(slot.keys.keys()):
+            raise UnsupportedFormat(
+                f"{opened.where}: the update of {slot.module.name} is "
+                f"{forms.needs_base_reason(slot.keys.keys())}; give the base model that it was "
+                "trained on, too"
+            )
+    return adapters.read_adapter(lora)
+
+
+def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:
+    """The row of every update."""
+    for name, update in before.updates.items():
+        written = after.updates[name].to(form.dtype or after.dtype)
+        kind, read = before.algorithms.get(name, "lora"), before.kept_energy.get(name, 1.0)
+        yield describe_conversion(name, kind, update, written, read)

@@ -1,0 +1,64 @@
+"""The choices of a conversion, all of which a transfer has too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from ..bases.base import Progress
+from ..core.option_fields import take_option
+from .options import OUTPUT, DtypeLike, FormatLike, TransferOptions, VectorsMode
+from .out_rank import OutRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """How a LoRA is converted; `convert` takes each of these by its name."""
+
+    format: FormatLike | None = take_option(TransferOptions, "format")
+    dtype: DtypeLike | None = take_option(TransferOptions, "dtype", basic=True)
+    out_rank: OutRank = take_option(
+        TransferOptions,
+        "out_rank",
+        help="Rank of the output: a number, a share of an update's energy (0.99), a share of the "
+        "LoRA's own rank (50%), what fits a file of a size (100MB, spent where it keeps the most "
+        'energy), or "exact".',
+        basic=True,
+    )
+    vectors: VectorsMode = take_option(TransferOptions, "vectors", panel=OUTPUT)
+    overwrite: bool = take_option(TransferOptions, "overwrite")
+    progress: Progress | None = take_option(TransferOptions, "progress")
+
+    def __post_init__(self) -> None:
+        """Refuses values that no conversion can use, before anything is read.
+
+        Raises:
+            InvalidOption: names the option and what it takes.
+        """
+        known = self.as_transfer()
+        for name in ("out_rank", "dtype"):
+            object.__setattr__(self, name, getattr(known, name))
+
+    def as_transfer(self) -> TransferOptions:
+        """The same for a transfer, which says what it is written as."""
+        return TransferOptions(
+            format=self.format, dtype=self.dtype, out_rank=self.out_rank, vectors=self.vectors
+        )
+
+    def for_file(self) -> ConvertOptions:
+        """The same for a result that is written: the format is the LoRA's own if none is asked."""
+        return self if self.format is not None else replace(self, format="auto")
+
+
+class ConvertChanges(TypedDict, total=False):
+    """The fields of `ConvertOptions` as keywords, for type checkers; a test compares the two."""
+
+    format: FormatLike | None
+    dtype: DtypeLike | None
+    out_rank: OutRank
+    vectors: VectorsMode
+    overwrite: bool
+    progress: Progress | None
+
+
+DEFAULT_CONVERSION = ConvertOptions()

@@ -1,0 +1,387 @@
+"""The LoRA between two bases: W_tuned − W_base of every module, cut to its leading columns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from .. import adapters
+from ..adapters.adapter import Adapter
+from ..adapters.formats.metadata import rewrite_metadata
+from ..adapters.formats.moves import read_provenance
+from ..architectures.families import known_families
+from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
+from ..bases import Base, BaseLike, open_base
+from ..bases.base import check_finite, stack_weights
+from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..bases.memory import Memory
+from ..core.basis import truncated_svd
+from ..core.lowrank import LowRank
+from ..core.precision import in_full_precision, working_dtype
+from ..core.recompression import balance_factors
+from ..errors import ShapeMismatch, UnsupportedFormat, WrongBase
+from ..version import __version__
+from .base_check import are_one_base
+from .by_weights.file_budget import OutputForm, describe_cuts
+from .by_weights.rows import describe_difference, outline_difference
+from .extract_options import DEFAULT_EXTRACTION, ExtractChanges, ExtractOptions
+from .in_words import EXTRACT
+from .module_report import ModuleReport
+from .options import FormatLike, settle_options, takes_options
+from .output_paths import check_output
+from .report import Report
+from .result import Transfer, save_result
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+LARGEST_RANK = 256
+"""Columns that an extraction to the size of a file chooses from, in each module."""
+
+
+@takes_options
+def extract(
+    base: BaseLike,
+    tuned: BaseLike,
+    options: ExtractOptions = DEFAULT_EXTRACTION,
+    **changes: Unpack[ExtractChanges],
+) -> Transfer:
+    """Extracts the LoRA that makes one base of another: a fine-tune's, or a few-step sibling's.
+
+    Every module is read once, subtracted and cut by `truncated_svd`; nothing else is kept.
+
+    Args:
+        base: the base that the LoRA is to be used with, as `transfer` takes its bases.
+        tuned: the same model after training, likewise.
+        options: how to extract it.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The LoRA in memory, and the report: the share of energy kept in each module and in all.
+
+    Raises:
+        ShapeMismatch: the bases have other modules or shapes; the first is named.
+        WrongBase: they are one model.
+        UnsupportedFormat: one of them cannot be read, or `format` cannot hold the LoRA.
+        NonFiniteWeights: NaN or Inf in a weight, named.
+        TooLittleMemory: max_memory is below what the largest weight needs.
+        OutputError: out_rank is a size that one column a module exceeds.
+    """
+    return _run(open_base(base), open_base(tuned), settle_options(options, changes))
+
+
+@takes_options
+def extract_file(
+    base: BaseLike,
+    tuned: BaseLike,
+    out: str | PathLike[str],
+    options: ExtractOptions = DEFAULT_EXTRACTION,
+    **changes: Unpack[ExtractChanges],
+) -> Report:
+    """Extracts a LoRA into a file: `extract`, then `Transfer.save`.
+
+    Args:
+        base: as `extract` takes it.
+        tuned: likewise.
+        out: the file to write, or a folder for format "peft".
+        options: how to extract it.
+        **changes: options by name, in place of those.
+
+    Returns:
+        What was kept and lost.
+
+    Raises:
+        ForeignFile: a file is there that prolora did not write.
+        OutputError: out cannot be written, or is an input.
+        ProLoRAError: everything that `extract` raises.
+    """
+    options = settle_options(options, changes)
+    old, new = open_base(base), open_base(tuned)
+    check_output(out, [*old.files, *new.files], options.overwrite)
+    done = _run(old, new, options, hashed=True)
+    return save_result(done, Path(out), options)
+
+
+@takes_options
+def plan_extraction(
+    base: BaseLike,
+    tuned: BaseLike,
+    options: ExtractOptions = DEFAULT_EXTRACTION,
+    **changes: Unpack[ExtractChanges],
+) -> Report:
+    """What `extract` would extract, from headers alone; arguments and errors are those of it."""
+    pair = _Difference(open_base(base), open_base(tuned), settle_options(options, changes))
+    pair.check()
+    return pair.report(dry_run=True)
+
+
+@in_full_precision
+def _run(base: Base, tuned: Base, options: ExtractOptions, hashed: bool = False) -> Transfer:
+    pair = _Difference(base, tuned, options)
+    pair.check()
+    started = time.perf_counter()
+    pair.subtract_matrices()
+    pair.subtract_vectors()
+    seconds = {"extract": time.perf_counter() - started}
+    adapter = replace(pair.outline(pair.updates), vectors=pair.vectors)
+    if hashed:
+        adapter = replace(adapter, metadata=pair.describe())
+    form = pair.form
+    fitted = form.fit(adapter)
+    report = pair.report(
+        modules=describe_cuts(pair.rows.values(), adapter, fitted),
+        vectors=len(pair.vectors),
+        left_out=pair.left_out,
+        file_limit=None if fitted is adapter else form.limit,
+        seconds=seconds,
+        provenance=read_provenance(adapter.metadata),
+    )
+    return Transfer(fitted, report, [*base.files, *tuned.files])
+
+
+@dataclass
+class _Difference:
+    """Two bases and what was found between them.
+
+    Attributes:
+        base: the one that the LoRA is for.
+        tuned: the other.
+        options: how it is extracted.
+        rows: module -> its row of the report.
+        updates: module -> its update.
+        vectors: name -> difference.
+        left_out: vector -> why it is not in the result.
+    """
+
+    base: Base
+    tuned: Base
+    options: ExtractOptions
+    rows: dict[str, ModuleReport] = field(default_factory=dict)
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def form(self) -> OutputForm:
+        """What the result is to be written as."""
+        return OutputForm(
+            self.options.format or cast(FormatLike, self.outline({}).format),
+            self.options.stored_dtype,
+            self.options.size_limit,
+        )
+
+    def check(self) -> None:
+        """Refuses what can be refused by headers, and writes the row of every module."""
+        self._check_bases()
+        shared = [name for name in self.base.shapes if name in self.tuned.shapes]
+        if not shared:
+            raise ShapeMismatch(f"{self.base.name} and {self.tuned.name} share no module")
+        for name in shared:
+            shape = matrix_shape(self.base.shapes[name])
+            self.rows[name] = outline_difference(name, shape, self._most_columns(shape))
+        for name in (*self.base.shapes, *self.tuned.shapes):
+            if name not in self.rows:
+                only = self.base if name in self.base.shapes else self.tuned
+                reason = f"only {only.name} holds this text encoder"
+                shape = matrix_shape(only.shapes[name])
+                self.rows[name] = outline_difference(name, shape, 0, reason)
+        zero = torch.zeros(())
+        hollow = {
+            name: LowRank(zero.expand(row.shape[0], 1), zero.expand(1, row.shape[1]))
+            for name, row in self.rows.items()
+            if row.status == "mapped"
+        }
+        self.form.check(self.outline(hollow))
+        results = sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
+        shapes = {(row.shape[0], row.shape[1]) for row in self.rows.values()}
+        self.memory.check(shapes, "comparison", results)
+
+    @property
+    def memory(self) -> Memory:
+        """What may be in memory at a time."""
+        rank = self.options.out_rank
+        columns = LARGEST_RANK if isinstance(rank, str) else rank
+        return Memory(self.options.memory_limit, columns, self.options.device)
+
+    def _most_columns(self, shape: tuple[int, int]) -> int:
+        """Columns of a module's update at most."""
+        rank = self.options.out_rank
+        if isinstance(rank, float):
+            return min(shape)
+        return min(*shape, LARGEST_RANK if isinstance(rank, str) else rank)
+
+    def _check_bases(self) -> None:
+        """Refuses bases that are one model, or of which a module has no equal in the other."""
+        base, tuned = self.base, self.tuned
+        if are_one_base(base, tuned):
+            raise WrongBase(
+                f"{base.name} and {tuned.name} are the same model: there is nothing to extract"
+            )
+        for ours, theirs in ((base, tuned), (tuned, base)):
+            for name, shape in ours.shapes.items():
+                other = theirs.shapes.get(name)
+                if other is None and is_in_text_encoder(name):
+                    continue
+                if other is None or matrix_shape(other) != matrix_shape(shape):
+                    what = "has no such module" if other is None else f"has it as {list(other)}"
+                    raise ShapeMismatch(
+                        f"{base.name} and {tuned.name} are not of one architecture, so there is "
+                        f"no difference between them: {name} is {list(shape)} in {ours.name}, and "
+                        f"{theirs.name} {what}"
+                    )
+
+    def subtract_matrices(self) -> None:
+        """Extracts every module, a few of equal shape at a time."""
+        mapped = [row for row in self.rows.values() if row.status == "mapped"]
+        done = 0
+        for chunk in self._list_chunks(mapped):
+            if self.options.progress:
+                self.options.progress(done, len(mapped), chunk[0].source)
+            for row, found in zip(chunk, self._extract_stack(chunk), strict=True):
+                self.rows[row.source] = found
+            done += len(chunk)
+        self.updates = {name: self.updates[name] for name in self.rows if name in self.updates}
+        if self.options.progress:
+            self.options.progress(done, len(mapped), "done")
+
+    def _list_chunks(self, rows: Iterable[ModuleReport]) -> Iterator[list[ModuleReport]]:
+        """Modules of one shape, as many as are worked on at a time."""
+        by_shape: dict[tuple[int, int], list[ModuleReport]] = {}
+        for row in rows:
+            by_shape.setdefault((row.shape[0], row.shape[1]), []).append(row)
+        results = sum(4 * row.rank_out * sum(row.shape) for row in self.rows.values())
+        for shape, members in by_shape.items():
+            count = self.memory.room(results).stack(shape, "comparison")
+            if self.options.device in (None, "cpu"):
+                count = min(count, torch.get_num_threads())
+            yield from (members[i : i + count] for i in range(0, len(members), count))
+
+    def _extract_stack(self, rows: list[ModuleReport]) -> list[ModuleReport]:
+        """The rows of modules of one shape, filled; their updates are kept."""
+        names = [row.source for row in rows]
+        difference, sizes = self._subtract(names)
+        norms = torch.linalg.vector_norm(difference.double().flatten(1), dim=1).tolist()
+        moved = [i for i, norm in enumerate(norms) if norm > 0]
+        rank = self.options.out_rank
+        columns = rank if isinstance(rank, float) else rows[0].rank_out
+        basis = truncated_svd(difference[moved], columns) if moved else None
+        found = []
+        for i, row in enumerate(rows):
+            if basis is None or i not in moved:
+                shape = rows[0].shape[0], rows[0].shape[1]
+                found.append(outline_difference(row.source, shape, 0, "equal in both bases"))
+                continue
+            own = basis[moved.index(i)]
+            up, down = balance_factors(own.U, own.S, own.V)
+            update = LowRank(up.float().cpu(), down.float().cpu())
+            self.updates[row.source] = update
+            up, down = (x.to(self.options.stored_dtype).to(difference.dtype) for x in (up, down))
+            lost = torch.linalg.vector_norm((difference[i] - up @ down).double()).item()
+            bound = None if own.ok else own.bound.item()
+            measured = sizes[i], norms[i], lost
+            found.append(describe_difference(row, update.rank, measured, bound))
+        return found
+
+    def _subtract(self, names: list[str]) -> tuple[Tensor, list[float]]:
+        """W_tuned − W_base of modules as a stack [b, m, n], and ‖W_base‖ of each."""
+        check_finite(self.base, names)
+        check_finite(self.tuned, names)
+        device = self.options.device or "cpu"
+        stacks = [stack_weights([b.read(n) for n in names]) for b in (self.tuned, self.base)]
+        dtype = working_dtype(*(stack.dtype for stack in stacks))
+        new, old = (stack.flatten(2).to(device, dtype) for stack in stacks)
+        sizes = torch.linalg.vector_norm(old.double().flatten(1), dim=1).tolist()
+        return new - old, sizes
+
+    def subtract_vectors(self) -> None:
+        """Differences of biases and norms, where the format holds them; others are named."""
+        ours, theirs = self.base.vectors, self.tuned.vectors
+        for name in dict.fromkeys((*ours, *theirs)):
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+                only = self.base if name in ours else self.tuned
+                self.left_out[name] = f"only {only.name} holds it, or in another shape"
+                continue
+            vector = theirs[name].read().double() - ours[name].read().double()
+            norm = torch.linalg.vector_norm(vector).item()
+            if norm == 0:
+                continue
+            skip = self.options.vectors == "skip"
+            reason = "left out as asked" if skip else self._refuse_vector(name, vector)
+            if reason:
+                self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
+            else:
+                self.vectors[name] = vector.float()
+
+    def _refuse_vector(self, name: str, vector: Tensor) -> str:
+        """Why the format cannot hold a vector; "" if it can."""
+        module, _, tensor = name.rpartition(".")
+        if tensor not in ("bias", "weight"):
+            return "no format has a key for it"
+        updates = {module: self.updates[module]} if module in self.updates else {}
+        held = replace(self.outline(updates), vectors={name: vector})
+        try:
+            adapters.check_format(held, self.form.format or "auto")
+        except (UnsupportedFormat, ShapeMismatch):
+            return "the format has no key for it"
+        return ""
+
+    def outline(self, updates: dict[str, LowRank]) -> Adapter:
+        """The LoRA of some updates, without vectors and header."""
+        base, family = self.base, known_families().get(self.base.family or "")
+        kernels = {
+            name: (shape[2], shape[3]) for name in updates if len(shape := base.shapes[name]) == 4
+        }
+        is_unet = any(find_component(name) == "unet" for name in base.shapes)
+        format = "kohya" if is_unet else "diffusers"
+        if family is not None and not is_unet:
+            format = "comfy" if "comfy" in family.spellings else next(iter(family.spellings))
+        return Adapter(
+            updates,
+            kernels,
+            format=format,
+            family=base.family,
+            dtype=self.options.stored_dtype,
+        )
+
+    def describe(self) -> dict[str, str]:
+        """The header: for which base the LoRA is, and how it was made; reads all of both bases."""
+        base, tuned = self.base, self.tuned
+        notes = {
+            "version": __version__,
+            "method": EXTRACT,
+            "rank": str(self.options.out_rank),
+            "extracted_from": tuned.name,
+            "extracted_from_hash": compute_identity(tuned) or "",
+        }
+        metadata = rewrite_metadata(
+            {"modelspec.title": f"{Path(tuned.name).stem} as a LoRA"},
+            target_name=base.name,
+            target_layout=base.layout,
+            target_sha256=compute_sha256(base),
+            target_short_hash=compute_short_hash(base),
+            provenance={key: text for key, text in notes.items() if text},
+        )
+        del metadata["modelspec.merged_from"]
+        metadata["ss_training_comment"] = f"extracted from {tuned.name} by prolora"
+        return metadata
+
+    def report(self, **known: object) -> Report:
+        """The report, of what is known by now."""
+        rank = self.options.out_rank
+        fields = {"modules": tuple(self.rows.values())} | known
+        return Report(
+            method=EXTRACT,
+            rank_rule=LARGEST_RANK if isinstance(rank, str) else rank,
+            threshold=0.0,
+            match="same name",
+            source=self.base.name,
+            target=self.tuned.name,
+            **fields,  # type: ignore[arg-type]
+        )

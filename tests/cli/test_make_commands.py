@@ -1,0 +1,64 @@
+"""`prolora extract` and `prolora convert` on the command line."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out" / "lora.safetensors"
+
+
+def test_extract_writes_a_lora_and_says_what_it_holds(prolora, case, out, tmp_path):
+    _, base, tuned = case
+    code, _, err = prolora("extract", base, base.parent / "none", "-o", out)
+    assert code == 2 and "no such" in err
+    report = tmp_path / "report.html"
+    out.parent.mkdir()
+    code, _, err = prolora("extract", base, tuned, "-o", out, "--out-rank", "4", "--report", report)
+    assert code == 2 and "one architecture" in err and not out.exists()  # SSD-1B lacks blocks
+
+
+def test_extract_between_a_base_and_its_like(prolora, case, out, tmp_path):
+    from mini import source_weights, write_folder
+
+    _, base, _ = case
+    tuned = write_folder(tmp_path / "tuned", {n: w + 0.01 for n, w in source_weights().items()})
+    out.parent.mkdir()
+    report = tmp_path / "report.html"
+    words = ("extract", base, tuned, "--out-rank", "1", "--for", "diffusers")
+    code, text, err = prolora(*words, "--dry-run")
+    assert code == 0 and "dry run" in text and not out.exists(), err
+    code, text, err = prolora(*words, "-o", out, "--report", report)
+    assert code == 0 and "It holds 100.00% of the energy of the difference" in text, err
+    assert all(key.startswith("unet.") for key in load_file(out))
+    assert "<html" in report.read_text("utf-8")[:200].lower()
+    code, text, _ = prolora(*words, "-o", out, "--json")
+    record = json.loads(text)
+    assert code == 0 and record["totals"]["mapped"] == len(source_weights())
+    code, text, _ = prolora("check", out, base)
+    assert code == 0
+
+
+def test_convert_cuts_and_respells(prolora, case, out):
+    lora, _, _ = case
+    out.parent.mkdir()
+    words = ("convert", lora, "--out-rank", "1", "--for", "diffusers", "--dtype", "float16")
+    code, text, err = prolora(*words, "-o", out)
+    assert code == 0 and "residual" in text and str(out) in "".join(text.split("\n")), err
+    assert all(key.startswith("unet.") for key in load_file(out))
+    code, _, err = prolora("convert", lora)
+    assert code == 2 and "-o OUT is missing" in err
+    out.write_bytes(b"mine")
+    code, _, err = prolora(*words, "-o", out)
+    assert code == 2 and out.read_bytes() == b"mine"
+    code, _, err = prolora(*words, "-o", out, "--overwrite")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("command", ["extract", "convert"])
+def test_help_is_short_and_names_what_is_needed(prolora, command):
+    code, text, _ = prolora(command, "-h")
+    assert code == 0 and "--out-rank" in text and "--format" in text and "--card" not in text

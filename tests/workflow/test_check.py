@@ -1,0 +1,156 @@
+"""Whether a LoRA is for a base is told by headers alone, in one line and by an exit code."""
+
+import dataclasses
+import re
+import time
+
+import pytest
+import torch
+from checkpoints import sparse_file
+from safetensors.torch import save_file
+
+import prolora
+from prolora.architectures.layouts import load_layout
+from prolora.workflow.inspection import inspect
+
+
+def hollow_base(folder, layout):
+    shapes = load_layout(layout).shapes
+    return sparse_file(
+        folder / f"{layout}.safetensors",
+        {f"{name}.weight": shape for name, shape in shapes.items()},
+    )
+
+
+def usual_lora(layout, prefix, leave=0):
+    shapes = {n: load_layout(layout).shapes[n] for n in load_layout(layout).adapted}
+    tensors = {}
+    for name, shape in list(shapes.items())[leave:]:
+        if len(shape) == 2:
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1).expand(1, shape[1])
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(1).expand(shape[0], 1)
+    return tensors
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch):
+    monkeypatch.setattr(prolora.Base, "read", lambda *x: pytest.fail("a weight was read"))
+
+
+def test_a_lora_fits_its_own_base(tmp_path):
+    answer = prolora.check(usual_lora("sdxl", "unet."), hollow_base(tmp_path, "sdxl"))
+    assert answer and answer.answer == "fits" and answer.coverage == 1
+    assert str(answer) == "✔ for this base: 700 of 700 modules have their place"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        answer.answer = "other"
+
+
+@pytest.mark.parametrize(
+    ("lora", "base", "text"),
+    [
+        (
+            "sd15",
+            "sdxl",
+            "✖ this LoRA is for Stable Diffusion 1.5; this base is Stable Diffusion XL",
+        ),
+        ("sdxl", "ssd-1b", "✖ this LoRA is for Stable Diffusion XL; this base is SSD-1B"),
+        (
+            "wan-t2v-14b",
+            "wan-t2v-1.3b",
+            "✖ this LoRA is for Wan 2.1 .*14B; this base is Wan 2.1 .*1.3B",
+        ),
+    ],
+)
+def test_a_lora_of_another_model_is_said_to_be_one(tmp_path, lora, base, text):
+    prefix = "transformer." if "wan" in lora else "unet."
+    answer = prolora.check(usual_lora(lora, prefix), hollow_base(tmp_path, base))
+    assert not answer and answer.answer == "other"
+
+    assert re.fullmatch(text, str(answer)), str(answer)
+
+
+def test_modules_without_a_place_are_counted_and_the_first_is_named(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = "unet.down_blocks.1.attentions.0.transformer_blocks.9.attn1.to_q"
+    lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"] = (
+        torch.zeros(1, 640),
+        torch.zeros(640, 1),
+    )
+    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
+    assert (answer.answer, answer.mark) == ("in part", "⚠")
+    assert "700 of 701 modules" in answer.sentence and "transformer_blocks.9.attn1.to_q" in str(
+        answer
+    )
+    assert 0.99 < answer.coverage < 1
+
+
+def test_a_module_of_another_width_has_no_place(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora[f"{key}.lora_B.weight"] = torch.zeros(1279, 1)
+    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
+    assert answer.answer == "in part" and "1279×1280" in str(answer)
+
+
+def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_path):
+    lora = {k: v for k, v in usual_lora("sdxl", "unet.").items() if ".down_blocks.1." in k}
+    answer = prolora.check(lora, hollow_base(tmp_path, "ssd-1b"))
+    assert (answer.answer, answer.mark) == ("unclear", "⚠") and not answer
+
+
+def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
+    lora = usual_lora("sd15", "unet.")
+    for encoder in ("text_encoder", "text_encoder_2"):
+        key = f"{encoder}.text_model.encoder.layers.0.self_attn.q_proj"
+        lora[f"{key}.lora_A.weight"] = torch.zeros(1, 768)
+        lora[f"{key}.lora_B.weight"] = torch.zeros(768, 1)
+    answer = prolora.check(lora, hollow_base(tmp_path, "sd15"))
+    missing = answer.to_dict()["without_place"]
+    assert list(missing) == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
+    assert "fewer than 2 text encoders" in str(answer)
+
+
+def test_an_update_that_needs_its_base_is_placed_without_it(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    ups = [k for k in lora if k.endswith("lora_B.weight")]
+    lora |= {k.replace("lora_B.weight", "dora_scale"): torch.ones(len(lora[k]), 1) for k in ups}
+    assert prolora.check(lora, hollow_base(tmp_path, "sdxl"))
+    other = prolora.check(lora, hollow_base(tmp_path, "sd15"))
+    assert other.answer == "other" and "Stable Diffusion XL" in str(other)
+
+
+def test_an_update_beside_an_unknown_tensor_counts_as_one_without_a_place(tmp_path):
+    lora = usual_lora("sdxl", "unet.")
+    key = next(k for k in lora if k.endswith("lora_B.weight"))
+    lora[key.replace("lora_B.weight", "lora_gate")] = torch.ones(3)
+    answer = prolora.check(lora, hollow_base(tmp_path, "sdxl"))
+    assert answer.answer == "in part" and "699 of 700" in str(answer)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
+    base = hollow_base(tmp_path, "sd15")
+    lora = tmp_path / "lora.safetensors"
+    save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
+    with pytest.raises(prolora.UnsupportedFormat):
+        prolora.check(*((base, base) if swapped else (lora, lora)))
+
+
+def test_a_lora_is_checked_in_a_tenth_of_a_second(tmp_path):
+    base, lora = hollow_base(tmp_path, "sdxl"), tmp_path / "lora.safetensors"
+    save_file({k: v.contiguous() for k, v in usual_lora("sdxl", "unet.").items()}, lora)
+    prolora.check(lora, base)
+    start = time.process_time()
+    assert prolora.check(lora, base)
+    assert time.process_time() - start < 0.2  # half of it measured; others use the machine too
+
+
+def test_a_language_models_lora_is_not_promised_a_move(tmp_path):
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    path = tmp_path / "llama.safetensors"
+    save_file(
+        {f"{key}.lora_A.weight": torch.zeros(2, 64), f"{key}.lora_B.weight": torch.zeros(64, 2)},
+        path,
+    )
+    found = inspect(path)
+    assert not found.supported and "language model" in found.reason
