@@ -44,7 +44,7 @@ class Card:
     slow_float64: bool
 
 
-H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 16 << 30, False)
+H100 = Card("H100", 60e12, 35e12, 50e12, 3.0e12, 8 << 30, False)
 RTX_4090 = Card("RTX 4090", 75e12, 45e12, 1.3e12, 0.9e12, 6 << 30, True)
 CARDS = (H100, RTX_4090)
 
@@ -79,17 +79,19 @@ GOALS = [
 def estimate_eigh(b: int, d: int, dtype: str, card: Card, batched: bool) -> float:
     """Seconds of `b` symmetric eigenproblems of size d.
 
-    torch's loop takes 18 µs a matrix and row. XsyevBatched takes 6 ms for 64 × 128² and 15 ms for
-    64 × 512² on an H100 in float32: read as a latency that grows with d, and beside it the reads of
-    the reduction to tridiagonal form (d³/3 numbers) or the flops (9 d³), whichever takes longer.
+    torch's loop takes 18 µs a matrix and row. XsyevBatched was seen (jax#31368, float32, a card
+    that is not named) to take 0.64, 1.3, 3.3, 6.0 and 11.5 ms for 1, 8, 32, 64 and 128 problems of
+    size 128, and 1.7, 3.1, 8.2 and 14.6 ms for 1, 8, 32 and 64 of size 512: a latency, and a time
+    for each problem. A power law carries that on to other sizes, and a problem takes at least its
+    reads in the reduction to tridiagonal form (d³/3 numbers), and its flops (9 d³).
     """
     wide = dtype == "float64"
     rate = card.float64 if wide else card.float32_skinny
     flops, moved = 9.0 * d**3, d**3 / 3 * (8 if wide else 4)
     if not batched and d > 32:
         return b * max(18e-6 * d, flops / rate)
-    latency = 1e-3 if d <= 32 else 6e-3 * (d / 128) ** 0.45
-    return latency + b * max(moved / card.memory, flops / rate)
+    latency, each = 0.55e-3 * (d / 128) ** 0.72, 0.086e-3 * (d / 128) ** 0.63
+    return latency + b * max(each, moved / card.memory, flops / rate)
 
 
 def estimate_call(call: list[Any], scale: float, card: Card, batched: bool) -> float:

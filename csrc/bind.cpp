@@ -82,7 +82,7 @@ py::tuple devices() {
 
 Index panel_qr_scratch(Index batch, Index r, bool float64, bool cuda) {
 #ifdef PROLORA_CUDA
-  if (cuda) return panel_qr_scratch_cuda(batch, r, float64);
+  if (cuda) return panel_qr_scratch_cuda(batch, r);
 #endif
   (void)batch, (void)r, (void)float64, (void)cuda;
   return 0;

@@ -117,7 +117,7 @@ PROLORA_OPS(PROLORA_DECLARE)
   template void op##_cuda(const Args<double>&, std::uintptr_t);
 
 // Bytes of scratch for a batch: 0 if a matrix fits in the current device's shared memory.
-Index panel_qr_scratch_cuda(Index batch, Index r, bool float64);
+Index panel_qr_scratch_cuda(Index batch, Index r);
 Index small_svd_scratch_cuda(Index batch, Index m, Index n, bool vectors, bool float64);
 
 // Numbers of `coefficients` that project_pair needs on the current device.

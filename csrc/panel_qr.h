@@ -7,8 +7,8 @@
 // rows, and the sequential part is r x r. One pass leaves rows orthonormal to the error of C times
 // cond(P)², the second to eps.
 // - C comes from float products without rounding errors (below), so that a condition of 1e6 leaves
-//   the first pass at 1e-2 or better, and needs no float64, which most cards have little of. Double
-//   panels are summed in double. The r x r Cholesky is in double always.
+//   the first pass at 1e-2 or better, and needs no float64, which most cards have little of. The
+//   r x r Cholesky alone is in double.
 // - Q comes by substitution, row after row: P = L Q holds to eps of each row whatever the
 // condition.
 // - A pivot is the squared sine between a row and those before it. At kDrop, (8 eps)², or less the
@@ -16,9 +16,8 @@
 //   kDependent * scale or less is left. Such a row is dropped: zero in Q, zero column in L; P = L Q
 //   still to what was left of it. `rank` counts the rows kept.
 // - A pivot below 1/4 in the second pass takes a third one, and a fourth. NaN, Inf, lengths beyond
-//   the range of T, and what four passes cannot do: NaN in q and l, rank -1.
+//   the range of float, and what four passes cannot do: NaN in q and l, rank -1.
 // - Rows of any size: they are first divided by a power of two, exactly.
-// In double rows closer than 1e-7 to each other are dropped: C is no better than its numbers.
 //
 // Two passes: r² m products of 10 flops for the sums and 2 r² m flops for the substitutions; in
 // double r³/3 for the Cholesky. One launch, r + 8 barriers a pass. Global traffic: the panel in, q
@@ -40,23 +39,9 @@
 
 namespace prolora {
 
-// A sum of products. float: as if in twice the precision and then rounded, errors about 2^-46 of
-// the sum of magnitudes (Ogita, Rump, Oishi 2005, Dot2), as a sum and what rounding took from it.
-template <class T>
+// A sum of products as if in twice the precision and then rounded, errors about 2^-46 of the sum of
+// magnitudes (Ogita, Rump, Oishi 2005, Dot2), as a sum and what rounding took from it.
 struct PreciseSum {
-  T sum = 0;
-
-  HOST_DEVICE void add_product(T x, T y) { sum += x * y; }
-  HOST_DEVICE double value() const { return sum; }
-
-  template <class Warp>
-  HOST_DEVICE void add_lanes(const Warp& warp) {
-    sum = warp.total(sum);
-  }
-};
-
-template <>
-struct PreciseSum<float> {
   float sum = 0;
   float rest = 0;
 
@@ -89,14 +74,13 @@ struct PreciseSum<float> {
 };
 
 // 128 bits: what a thread reads or writes at once.
-template <class T>
 struct alignas(16) PanelPack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
+  static constexpr int kSize = 16 / sizeof(float);
+  float v[kSize];
 
   // From and to an address that 16 divides: one instruction on a GPU. A host compiler gets a loop,
   // which it makes into what its processor has.
-  static HOST_DEVICE PanelPack load(const T* from) {
+  static HOST_DEVICE PanelPack load(const float* from) {
 #ifdef __CUDA_ARCH__
     return *reinterpret_cast<const PanelPack*>(from);
 #else
@@ -107,7 +91,7 @@ struct alignas(16) PanelPack {
 #endif
   }
 
-  HOST_DEVICE void store(T* to) const {
+  HOST_DEVICE void store(float* to) const {
 #ifdef __CUDA_ARCH__
     *reinterpret_cast<PanelPack*>(to) = *this;
 #else
@@ -116,11 +100,11 @@ struct alignas(16) PanelPack {
 #endif
   }
 
-  static HOST_DEVICE bool is_aligned(const T* address) {
+  static HOST_DEVICE bool is_aligned(const float* address) {
     return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
   }
 
-  static HOST_DEVICE void check_aligned([[maybe_unused]] const T* address) {
+  static HOST_DEVICE void check_aligned([[maybe_unused]] const float* address) {
 #ifdef PROLORA_EMULATED
     if (!is_aligned(address)) throw std::runtime_error("panel_qr: misaligned 128-bit access");
 #endif
@@ -128,39 +112,38 @@ struct alignas(16) PanelPack {
 };
 
 // The rows of a matrix by packs; zero beyond the last row and column.
-template <class T>
 struct PackedRows {
-  T* data;
+  float* data;
   int r, m;
   bool aligned;
 
-  HOST_DEVICE PackedRows(T* data, int r, int m)
+  HOST_DEVICE PackedRows(float* data, int r, int m)
       : data(data),
         r(r),
         m(m),
-        aligned(PanelPack<T>::is_aligned(data) && m % PanelPack<T>::kSize == 0) {}
-  HOST_DEVICE int packs() const { return int(ceil_div(m, PanelPack<T>::kSize)); }
+        aligned(PanelPack::is_aligned(data) && m % PanelPack::kSize == 0) {}
+  HOST_DEVICE int packs() const { return int(ceil_div(m, PanelPack::kSize)); }
 
-  HOST_DEVICE PanelPack<T> read(int i, int pack) const {
-    PanelPack<T> values = {};
+  HOST_DEVICE PanelPack read(int i, int pack) const {
+    PanelPack values = {};
     if (i >= r) return values;
-    const int first = pack * PanelPack<T>::kSize;
-    const T* from = data + i * m + first;
-    if (aligned) return PanelPack<T>::load(from);
+    const int first = pack * PanelPack::kSize;
+    const float* from = data + i * m + first;
+    if (aligned) return PanelPack::load(from);
     UNROLL
-    for (int k = 0; k < PanelPack<T>::kSize; ++k) {
+    for (int k = 0; k < PanelPack::kSize; ++k) {
       if (first + k < m) values.v[k] = from[k];
     }
     return values;
   }
 
-  HOST_DEVICE void write(int i, int pack, const PanelPack<T>& values) const {
+  HOST_DEVICE void write(int i, int pack, const PanelPack& values) const {
     if (i >= r) return;
-    const int first = pack * PanelPack<T>::kSize;
-    T* to = data + i * m + first;
+    const int first = pack * PanelPack::kSize;
+    float* to = data + i * m + first;
     if (aligned) return values.store(to);
     UNROLL
-    for (int k = 0; k < PanelPack<T>::kSize; ++k) {
+    for (int k = 0; k < PanelPack::kSize; ++k) {
       if (first + k < m) to[k] = values.v[k];
     }
   }
@@ -173,72 +156,68 @@ HOST_DEVICE int triangle(int i) { return i * (i + 1) / 2; }
 constexpr int kPanelStep = 8;
 
 // A panel's r x r matrices; in shared memory where they fit.
-template <class T>
 struct PanelWorkspace {
   double* gram;     // lower triangle: P Pᵀ, C, then the Cholesky factor with columns not yet scaled
   double* length;   // [r], of the rows
   double* limit;    // [r], a pivot up to this drops its row
   double* inverse;  // [r], of the pivots, 0 for a dropped row
-  T* lower;         // [stride][stride], the transpose of this pass's factor D L, zeros around it
-  T* unit;          // [r], the power of two that a row of the panel was multiplied by
-  T* reciprocal;    // [stride], of the diagonal of D L, 0 for a dropped row
+  float* lower;         // [stride][stride], the transpose of this pass's factor D L, zeros around it
+  float* unit;          // [r], the power of two that a row of the panel was multiplied by
+  float* reciprocal;    // [stride], of the diagonal of D L, 0 for a dropped row
 
   static HOST_DEVICE int stride(int r) { return int(ceil_div(r, kPanelStep)) * kPanelStep; }
   static HOST_DEVICE int doubles(int r) { return (triangle(r) + 3 * r + 1) / 2 * 2; }
   static HOST_DEVICE Index bytes(int r) {
     const int s = stride(r);
-    return ceil_div(Index(sizeof(double)) * doubles(r) + Index(sizeof(T)) * (s * s + r + s), 16) *
+    return ceil_div(Index(sizeof(double)) * doubles(r) + Index(sizeof(float)) * (s * s + r + s), 16) *
            16;
   }
   static HOST_DEVICE PanelWorkspace at(void* memory, int r) {
     double* gram = static_cast<double*>(memory);
     double* length = gram + triangle(r);
-    T* lower = reinterpret_cast<T*>(gram + doubles(r));
-    T* unit = lower + stride(r) * stride(r);
+    float* lower = reinterpret_cast<float*>(gram + doubles(r));
+    float* unit = lower + stride(r) * stride(r);
     return {gram, length, length + r, length + 2 * r, lower, unit, unit + r};
   }
 };
 
-template <class T>
 struct PanelLimits {
-  static constexpr double kEps = std::numeric_limits<T>::epsilon();
-  // What float's rounding leaves of a row; in double what is left of a sum of squares.
-  static constexpr double kDrop = sizeof(T) == 4 ? 64 * kEps * kEps : 64 * kEps;
-  static constexpr T kMax = std::numeric_limits<T>::max();
-  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  static constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
-  static constexpr int kLargestExponent = std::numeric_limits<T>::max_exponent - 2;
+  static constexpr double kEps = std::numeric_limits<float>::epsilon();
+  static constexpr double kDrop = 64 * kEps * kEps;  // what rounding leaves of a row
+  static constexpr float kMax = std::numeric_limits<float>::max();
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  static constexpr int kLargestExponent = std::numeric_limits<float>::max_exponent - 2;
 };
 
 constexpr double kDependent = 1e-6;
 constexpr int kPanelPasses = 4;
 
 // q = panel, each row times the power of two that brings its largest entry near 1.
-template <class Block, class T>
-HOST_DEVICE void scale_panel_rows(const Block& block, const T* panel, T* q,
-                                  const PanelWorkspace<T>& w, int r, int m) {
-  using Limits = PanelLimits<T>;
+template <class Block>
+HOST_DEVICE void scale_panel_rows(const Block& block, const float* panel, float* q,
+                                  const PanelWorkspace& w, int r, int m) {
   block.each_warp(r, [&](const auto& warp, int i) {
-    const T* from = panel + i * m;
-    T* to = q + i * m;
-    const T largest = warp.template max<T>(m, [&](int p) {
-      const T size = std::fabs(from[p]);
-      return size <= Limits::kMax ? size : Limits::kInfinity;  // NaN too
+    const float* from = panel + i * m;
+    float* to = q + i * m;
+    const float largest = warp.template max<float>(m, [&](int p) {
+      const float size = std::fabs(from[p]);
+      return size <= PanelLimits::kMax ? size : PanelLimits::kInfinity;  // NaN too
     });
-    const bool finite = largest <= Limits::kMax;
+    const bool finite = largest <= PanelLimits::kMax;
     int exponent = largest > 0 && finite ? std::ilogb(largest) : 0;
-    constexpr int kLargest = Limits::kLargestExponent;
+    constexpr int kLargest = PanelLimits::kLargestExponent;
     exponent = exponent > kLargest ? kLargest : exponent < -kLargest ? -kLargest : exponent;
-    const T unit = finite ? std::ldexp(T(1), -exponent) : Limits::kNan;
+    const float unit = finite ? std::ldexp(float(1), -exponent) : PanelLimits::kNan;
     warp.each(m, [&](int p) { to[p] = from[p] * unit; });
     warp.each(1, [&](int) { w.unit[i] = unit; });
   });
 }
 
 // w.gram = q qᵀ, a warp for 4 x 4 entries, which read 8 rows for 16 products.
-template <class Block, class T>
-HOST_DEVICE void sum_products(const Block& block, const PackedRows<T>& q,
-                              const PanelWorkspace<T>& w) {
+template <class Block>
+HOST_DEVICE void sum_products(const Block& block, const PackedRows& q,
+                              const PanelWorkspace& w) {
   constexpr int kSide = 4;
   const int side = int(ceil_div(q.r, kSide));
   block.each_warp(triangle(side), [&](const auto& warp, int tile) {
@@ -246,16 +225,16 @@ HOST_DEVICE void sum_products(const Block& block, const PackedRows<T>& q,
     while (triangle(down + 1) <= tile) ++down;
     const int i0 = down * kSide;
     const int j0 = (tile - triangle(down)) * kSide;
-    PreciseSum<T> sums[kSide][kSide];
+    PreciseSum sums[kSide][kSide];
     warp.in_order(q.packs(), [&](int pack) {
-      PanelPack<T> x[kSide];
+      PanelPack x[kSide];
       UNROLL
       for (int i = 0; i < kSide; ++i) x[i] = q.read(i0 + i, pack);
       UNROLL
       for (int j = 0; j < kSide; ++j) {
-        const PanelPack<T> y = q.read(j0 + j, pack);
+        const PanelPack y = q.read(j0 + j, pack);
         UNROLL
-        for (int k = 0; k < PanelPack<T>::kSize; ++k) {
+        for (int k = 0; k < PanelPack::kSize; ++k) {
           UNROLL
           for (int i = 0; i < kSide; ++i) sums[i][j].add_product(x[i].v[k], y.v[k]);
         }
@@ -278,13 +257,13 @@ HOST_DEVICE void sum_products(const Block& block, const PackedRows<T>& q,
 
 // Lengths of the rows, their limits, and C in place of the products. `scale` is 0 but in the first
 // pass, where the lengths are still to be divided by w.unit.
-template <class Block, class T>
-HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace<T>& w, int r, double scale) {
+template <class Block>
+HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace& w, int r, double scale) {
   block.each(r, [&](int i) {
     const double length = std::sqrt(w.gram[triangle(i) + i]);
     w.length[i] = length;
     const double least = length > 0 ? kDependent * scale * double(w.unit[i]) / length : 0.0;
-    w.limit[i] = least * least > PanelLimits<T>::kDrop ? least * least : PanelLimits<T>::kDrop;
+    w.limit[i] = least * least > PanelLimits::kDrop ? least * least : PanelLimits::kDrop;
   });
   block.each_warp(r, [&](const auto& warp, int i) {
     warp.each(i + 1, [&](int j) {
@@ -297,8 +276,8 @@ HOST_DEVICE void scale_gram(const Block& block, const PanelWorkspace<T>& w, int 
 
 // C = L' diag(pivots) L'ᵀ in place: column j of w.gram becomes that of L' times its pivot. One
 // barrier a column: the warp that makes the next pivot also looks at it.
-template <class Block, class T>
-HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace<T>& w, int r) {
+template <class Block>
+HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace& w, int r) {
   auto take_pivot = [&](int i) {
     const double pivot = w.gram[triangle(i) + i];
     w.inverse[i] = pivot > w.limit[i] ? 1 / pivot : 0.0;
@@ -316,38 +295,38 @@ HOST_DEVICE void factor_gram(const Block& block, const PanelWorkspace<T>& w, int
 }
 
 // w.lower and w.reciprocal from w.gram: L = D L' sqrt(pivots).
-template <class Block, class T>
-HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace<T>& w, int r) {
-  const int stride = PanelWorkspace<T>::stride(r);
+template <class Block>
+HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int r) {
+  const int stride = PanelWorkspace::stride(r);
   block.each_warp(stride, [&](const auto& warp, int j) {
     const double root = j < r ? std::sqrt(w.inverse[j]) : 0.0;
     warp.each(stride, [&](int i) {
       const bool inside = j <= i && i < r;
-      w.lower[j * stride + i] = inside ? T(w.gram[triangle(i) + j] * root * w.length[i]) : T(0);
+      w.lower[j * stride + i] = inside ? float(w.gram[triangle(i) + j] * root * w.length[i]) : float(0);
     });
-    warp.each(1, [&](int) { w.reciprocal[j] = root > 0 ? T(root / w.length[j]) : T(0); });
+    warp.each(1, [&](int) { w.reciprocal[j] = root > 0 ? float(root / w.length[j]) : float(0); });
   });
 }
 
 // q = L⁻¹ q in place: a thread for the columns of a pack, 8 rows of which it holds at a time.
-template <class Block, class T>
-HOST_DEVICE void substitute(const Block& block, const PackedRows<T>& q,
-                            const PanelWorkspace<T>& w) {
-  constexpr int kPack = PanelPack<T>::kSize;
-  const int stride = PanelWorkspace<T>::stride(q.r);
+template <class Block>
+HOST_DEVICE void substitute(const Block& block, const PackedRows& q,
+                            const PanelWorkspace& w) {
+  constexpr int kPack = PanelPack::kSize;
+  const int stride = PanelWorkspace::stride(q.r);
   constexpr int kChunk = 32;
   const int chunks = int(ceil_div(q.packs(), kChunk));
   auto substitute_pack = [&](int pack) {
     for (int first = 0; first < q.r; first += kPanelStep) {
-      PanelPack<T> x[kPanelStep];
+      PanelPack x[kPanelStep];
       UNROLL
       for (int i = 0; i < kPanelStep; ++i) x[i] = q.read(first + i, pack);
       for (int j = 0; j < first; ++j) {
-        const PanelPack<T> known = q.read(j, pack);
-        const T* column = w.lower + j * stride + first;
+        const PanelPack known = q.read(j, pack);
+        const float* column = w.lower + j * stride + first;
         UNROLL
         for (int i = 0; i < kPanelStep; i += kPack) {
-          const PanelPack<T> factors = PanelPack<T>::load(column + i);
+          const PanelPack factors = PanelPack::load(column + i);
           UNROLL
           for (int n = 0; n < kPack; ++n) {
             UNROLL
@@ -359,7 +338,7 @@ HOST_DEVICE void substitute(const Block& block, const PackedRows<T>& q,
       for (int i = 0; i < kPanelStep; ++i) {
         UNROLL
         for (int j = 0; j < i; ++j) {
-          const T factor = w.lower[(first + j) * stride + first + i];
+          const float factor = w.lower[(first + j) * stride + first + i];
           UNROLL
           for (int k = 0; k < kPack; ++k) x[i].v[k] -= factor * x[j].v[k];
         }
@@ -377,28 +356,28 @@ HOST_DEVICE void substitute(const Block& block, const PackedRows<T>& q,
 }
 
 // l = l times this pass's factor; the factor alone in the first pass.
-template <class Block, class T>
-HOST_DEVICE void multiply_factors(const Block& block, T* l, const PanelWorkspace<T>& w, int r,
+template <class Block>
+HOST_DEVICE void multiply_factors(const Block& block, float* l, const PanelWorkspace& w, int r,
                                   bool first) {
-  const int stride = PanelWorkspace<T>::stride(r);
+  const int stride = PanelWorkspace::stride(r);
   block.each_warp(r, [&](const auto& warp, int i) {
-    const T* row = l + i * r;
+    const float* row = l + i * r;
     warp.each(i + 1, [&](int j) {
-      const T* factor = w.lower + j * stride;
-      T sum = first ? factor[i] : T(0);
+      const float* factor = w.lower + j * stride;
+      float sum = first ? factor[i] : float(0);
       for (int k = j; !first && k <= i; ++k) sum += row[k] * factor[k];
       w.gram[triangle(i) + j] = double(sum);  // w.gram is free by now
     });
   });
   block.each_warp(r, [&](const auto& warp, int i) {
-    warp.each(r, [&](int j) { l[i * r + j] = j <= i ? T(w.gram[triangle(i) + j]) : T(0); });
+    warp.each(r, [&](int j) { l[i * r + j] = j <= i ? float(w.gram[triangle(i) + j]) : float(0); });
   });
 }
 
 // NaN in q and l, rank -1.
-template <class Block, class T>
-HOST_DEVICE void give_up_panel(const Block& block, T* q, T* l, Index* rank, int r, int m) {
-  constexpr T kNan = PanelLimits<T>::kNan;
+template <class Block>
+HOST_DEVICE void give_up_panel(const Block& block, float* q, float* l, Index* rank, int r, int m) {
+  constexpr float kNan = PanelLimits::kNan;
   block.each_warp(r, [&](const auto& warp, int i) {
     warp.each(m, [&](int p) { q[i * m + p] = kNan; });
     warp.each(r, [&](int j) { l[i * r + j] = kNan; });
@@ -407,10 +386,10 @@ HOST_DEVICE void give_up_panel(const Block& block, T* q, T* l, Index* rank, int 
 }
 
 // scale: below kDependent * scale a row is dropped; 0 if there is none.
-template <class Block, class T>
-HOST_DEVICE void panel_qr(const Block& block, const T* panel, double scale, T* q, T* l, Index* rank,
-                          const PanelWorkspace<T>& w, int r, int m) {
-  const PackedRows<T> rows(q, r, m);
+template <class Block>
+HOST_DEVICE void panel_qr(const Block& block, const float* panel, double scale, float* q, float* l, Index* rank,
+                          const PanelWorkspace& w, int r, int m) {
+  const PackedRows rows(q, r, m);
   scale_panel_rows(block, panel, q, w, r, m);
   for (int pass = 0;; ++pass) {
     const bool first = pass == 0;
@@ -418,7 +397,7 @@ HOST_DEVICE void panel_qr(const Block& block, const T* panel, double scale, T* q
     scale_gram(block, w, r, first ? scale : 0.0);
     bool good = pass < kPanelPasses;
     for (int i = 0; first && i < r; ++i) {
-      good = good && w.length[i] / double(w.unit[i]) <= PanelLimits<T>::kMax;  // not NaN
+      good = good && w.length[i] / double(w.unit[i]) <= PanelLimits::kMax;  // not NaN
     }
     if (!good) return give_up_panel(block, q, l, rank, r, m);
     factor_gram(block, w, r);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,57 +47,78 @@ NOT_RUN = {
     "AdamW on the same predictions": "not written yet for this network",
     "fit": "a fit moves linear layers; what these LoRAs are on are convolutions, most of them",
 }
-SAMPLED = ("copy @ 1", "auto", "prolora 0.9", "delta sampling", "oracle")
-SAMPLES, ASKED_AT_ONCE = 24, 8
+SAMPLED = ("none", "copy @ 1", "auto", "prolora 0.9", "delta sampling")
+SAMPLES, ASKED_AT_ONCE = 16, 8
 
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def score_lora(
-    bases: tuple[Network, Network],
-    loras: tuple[Updates, Updates],
-    idea: str,
-    maps: Maps,
-    questions: int,
-) -> dict[str, Any]:
-    """{"losses", "shares", "samples", "verdict"} of one LoRA.
+@dataclass(frozen=True)
+class Exam:
+    """What methods are judged by on one target.
 
-    A loss is the squared error on held-out questions, over that of the target without a LoRA. A
-    share is what a method takes away of it, over what the oracle does.
-
-    Args:
-        bases: source and target.
-        loras: the source's, and that trained on the target.
-        idea: of both.
-        maps: the heightfields.
-        questions: how many are held out.
+    Attributes:
+        target: the base.
+        idea: what is wanted of it.
+        asked: the held-out questions.
+        plain: the target's own answers.
+        wanted: those with the idea.
     """
-    target = bases[1]
-    case = make_case(bases, loras[0])
-    asked = maps.draw(True, questions, torch.Generator().manual_seed(1))
-    plain, wanted = split_run(lambda *batch: ask_base(target, idea, Batch(*batch)), asked)
+
+    target: Network
+    idea: str
+    asked: Batch
+    plain: Tensor
+    wanted: Tensor
+
+    @classmethod
+    def of(cls, target: Network, idea: str, maps: Maps, questions: int) -> Exam:
+        """The same questions for every LoRA of an idea."""
+        asked = maps.draw(True, questions, torch.Generator().manual_seed(1))
+        answers = split_run(lambda *batch: ask_base(target, idea, Batch(*batch)), asked)
+        return cls(target, idea, asked, *answers)
+
+    def loss(self, answer: Answer) -> float:
+        """The squared error of answers, over that of the target's own."""
+        (found,) = split_run(lambda *batch: (answer(*batch),), self.asked)
+        full = (self.plain - self.wanted).square().mean()
+        return float((found - self.wanted).square().mean() / full)
+
+    def distances(self, answer: Answer) -> dict[str, float]:
+        """How far samples are from the target's own with the idea done to them, by statistic."""
+        difficulty = torch.linspace(0, 1, SAMPLES)
+        if self.idea in CHANGES:
+            wanted = CHANGES[self.idea](sample_terrains(self.target, difficulty, 0)).clamp(-1, 1)
+        else:
+            wanted = sample_terrains(self.target, torch.full_like(difficulty, STEEP), 0)
+        found = measure_terrains(sample_terrains(answer, difficulty, 0))
+        return {name: distance(found[name], one) for name, one in measure_terrains(wanted).items()}
+
+
+def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:
+    """{"losses", "samples", "verdict", "not run"} of every way of moving the source's LoRA."""
+    case = make_case((source, exam.target), lora)
     updates = {f"copy @ {s:g}": scale_updates(copy_updates(case), s) for s in STRENGTHS}
     updates |= {label: method(case) for label, method in METHODS.items()}
-    updates["oracle"] = loras[1]
     answers: dict[str, Answer] = {
-        label: functools.partial(answer_with, target, moved) for label, moved in updates.items()
+        label: functools.partial(answer_with, exam.target, moved)
+        for label, moved in updates.items()
     }
-    answers["delta sampling"] = functools.partial(answer_by_delta, bases, loras[0])
-    full = (plain - wanted).square().mean()
-    losses = {"none": 1.0}
-    for label, answer in answers.items():
-        (found,) = split_run(lambda *batch, answer=answer: (answer(*batch),), asked)
-        losses[label] = float((found - wanted).square().mean() / full)
-    gap = 1 - losses["oracle"]
+    answers["delta sampling"] = functools.partial(answer_by_delta, source, exam.target, lora)
+    answers["none"] = exam.target
+    verdict = judge_bases(case)
     return {
-        "losses": losses,
-        "shares": {label: (1 - loss) / gap for label, loss in losses.items()},
-        "best fixed copy": max(updates, key=lambda one: -losses[one] if "copy" in one else -1e9),
-        "samples": {label: sample_distances(target, answers[label], idea) for label in SAMPLED}
-        | {"none": sample_distances(target, target, idea)},
-        "verdict": vars(judge_bases(case)) | {"go": judge_bases(case).go},
+        "losses": {label: exam.loss(answer) for label, answer in answers.items()},
+        "samples": {label: exam.distances(answers[label]) for label in SAMPLED},
+        "verdict": vars(verdict) | {"go": verdict.go},
         "not run": NOT_RUN,
     }
+
+
+def score_oracle(exam: Exam, lora: Updates) -> dict[str, Any]:
+    """The same of the LoRA that was trained on the target."""
+    answer = functools.partial(answer_with, exam.target, lora)
+    return {"losses": {"oracle": exam.loss(answer)}, "samples": {"oracle": exam.distances(answer)}}
 
 
 def make_case(bases: tuple[Network, Network], lora: Updates) -> Case:
@@ -134,18 +156,6 @@ def answer_with(network: Network, updates: Updates, *asked: Tensor) -> Tensor:
         return network(*asked)
 
 
-def answer_by_delta(bases: tuple[Network, Network], lora: Updates, *asked: Tensor) -> Tensor:
+def answer_by_delta(source: Network, target: Network, lora: Updates, *asked: Tensor) -> Tensor:
     """Delta Sampling (arXiv 2512.03056): the target's answer and the change of the source's."""
-    source, target = bases
     return target(*asked) + answer_with(source, lora, *asked) - source(*asked)
-
-
-def sample_distances(target: Network, answer: Answer, idea: str) -> dict[str, float]:
-    """How far samples are from the target's own with the idea done to them, by statistic."""
-    difficulty = torch.linspace(0, 1, SAMPLES)
-    if idea in CHANGES:
-        wanted = CHANGES[idea](sample_terrains(target, difficulty, 0)).clamp(-1, 1)
-    else:
-        wanted = sample_terrains(target, torch.full_like(difficulty, STEEP), 0)
-    found = measure_terrains(sample_terrains(answer, difficulty, 0))
-    return {name: distance(found[name], one) for name, one in measure_terrains(wanted).items()}

@@ -25,7 +25,7 @@ from jobs import Job, run_jobs
 from loras import ADAPTERS, read_lora, save_lora, train_lora
 from network import Network, load_network
 from results import git, round_numbers
-from rows import score_lora
+from rows import Exam, score_methods, score_oracle
 from safetensors.torch import load_file
 from world import IDEAS, Maps
 
@@ -67,18 +67,31 @@ class Study:
 
         return Job(self.lora_path(version, which), (), run)
 
-    def score_job(self, direction: str, which: Which) -> Job:
-        needed = tuple(self.lora_path(version, which) for version in DIRECTIONS[direction])
+    def score_jobs(self, direction: str, which: Which) -> list[Job]:
+        """One for what is moved, and one for the LoRA that was trained on the target."""
+        source, target = DIRECTIONS[direction]
+        own, oracle = self.lora_path(source, which), self.lora_path(target, which)
 
-        def run(part: Path) -> None:
-            bases = tuple(open_network(self.data, version) for version in DIRECTIONS[direction])
-            loras = tuple(read_lora(load_file(path)) for path in needed)
-            row: dict[str, Any] = {"direction": direction, **asdict(which)}
-            row |= {"steps": self.steps, "batch": self.batch}
-            row |= score_lora(bases, loras, which.idea, Maps(self.data), self.questions)
-            part.write_text(json.dumps(row))
+        def exam() -> Exam:
+            network = open_network(self.data, target)
+            return Exam.of(network, which.idea, Maps(self.data), self.questions)
 
-        return Job(self.work / "scores" / f"{which.name(direction)}.json", needed, run)
+        def moved(part: Path) -> None:
+            lora = read_lora(load_file(own))
+            write_json(part, score_methods(open_network(self.data, source), exam(), lora))
+
+        def trained(part: Path) -> None:
+            write_json(part, score_oracle(exam(), read_lora(load_file(oracle))))
+
+        place, name = self.work / "scores", which.name(direction)
+        return [
+            Job(place / f"{name}-moved.json", (own,), moved),
+            Job(place / f"{name}-oracle.json", (oracle,), trained),
+        ]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content))
 
 
 @cache
@@ -86,20 +99,41 @@ def open_network(data: Path, version: str) -> Network:
     return load_network(data / f"{version}.onnx").to(memory_format=torch.channels_last)
 
 
-def collect(work: Path) -> dict[str, Any]:
-    """Every row that was scored, and what the study has beside them."""
-    rows = [json.loads(path.read_text()) for path in sorted((work / "scores").glob("*.json"))]
-    scored = {tuple(row[key] for key in ("direction", "idea", "adapter", "seed")) for row in rows}
-    whole = itertools.product(DIRECTIONS, IDEAS, ADAPTERS, range(3))
-    return {
-        "made": {
-            "script": "bench/real/study.py",
-            "commit": git("rev-parse", "--short", "HEAD"),
-            "torch": torch.__version__,
-        },
-        "not run": [" ".join(map(str, key)) for key in whole if key not in scored],
-        "rows": [round_numbers(row) for row in rows],
+def collect(study: Study) -> dict[str, Any]:
+    """Every row that was scored, and what the study has beside them.
+
+    A share is what a method takes away of the loss, over what the oracle takes away.
+    """
+    rows, missing = [], []
+    for direction, seed, idea, adapter in itertools.product(DIRECTIONS, range(3), IDEAS, ADAPTERS):
+        which = Which(idea, adapter, seed)
+        moved, trained = (
+            json.loads(job.path.read_text()) if job.path.exists() else None
+            for job in study.score_jobs(direction, which)
+        )
+        if moved is None:
+            missing.append(which.name(direction))
+            continue
+        row = {"direction": direction, **asdict(which), **moved}
+        copies = {label: loss for label, loss in moved["losses"].items() if "copy" in label}
+        row["best fixed copy"] = min(copies, key=lambda label: copies[label])
+        if trained is None:
+            missing.append(f"{which.name(direction)}-oracle")
+        else:
+            row["losses"] |= trained["losses"]
+            row["samples"] |= trained["samples"]
+            gap = 1 - row["losses"]["oracle"]
+            row["shares"] = {label: (1 - loss) / gap for label, loss in row["losses"].items()}
+        rows.append(round_numbers(row))
+    made = {
+        "script": "bench/real/study.py",
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "torch": torch.__version__,
+        "steps": study.steps,
+        "batch": study.batch,
+        "questions": study.questions,
     }
+    return {"made": made, "not run": missing, "rows": rows}
 
 
 def main() -> None:
@@ -116,15 +150,16 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, metavar="FILE")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.collect:
-        given.collect.write_text(json.dumps(collect(given.work), indent=1) + "\n")
-        return
     study = Study(given.data, given.work, given.steps, given.batch, given.questions)
+    if given.collect:
+        given.collect.write_text(json.dumps(collect(study), indent=1) + "\n")
+        return
     jobs: list[Job] = []
     for chosen in itertools.product(range(given.seeds), given.ideas, given.adapters):
         which = Which(*chosen[1:], chosen[0])
         jobs += [study.lora_job(version, which) for version in VERSIONS]
-        jobs += [study.score_job(direction, which) for direction in given.directions]
+        for direction in given.directions:
+            jobs += study.score_jobs(direction, which)
     run_jobs(jobs)
 
 

@@ -107,7 +107,7 @@ OTHERS = {
     "a training state": lay_out("blocks", 2, ("attn.qkv.exp_avg", "t_embedder.mlp.0")),
     "has no list of blocks": {"a.weight": (8, 8), "layer1.weight": (8, 8), "0.weight": (8, 8)},
     "has no list of blocks ": lay_out("model", 2, ("sub.RDB1.conv1",)),
-    "has no attention in its blocks": lay_out("layers", 2, ("conv.0", "time_emb.1")),
+    "has no attention in its blocks": lay_out("layers", 2, ("conv.0", "norm.1")),
     "has no list of blocks  ": {},
 }
 

@@ -262,8 +262,9 @@ def test_sources_that_hold_no_safetensors_are_refused(tmp_path: Path) -> None:
             open_base(name)
     with pytest.raises(UnsupportedFormat, match=r"no \.safetensors weights"):
         open_base(tmp_path)
-    torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.bin"):
+    old = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save({}, old, _use_new_zipfile_serialization=False)
+    for path in (tmp_path, old):
         with pytest.raises(UnsupportedFormat, match="weights_only=True"):
             open_base(path)
     with pytest.raises(UnsupportedFormat, match="not <class 'int'>"):

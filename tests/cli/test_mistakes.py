@@ -32,7 +32,7 @@ def room(case, tmp_path, monkeypatch):
         shutil.copy("lora.safetensors", f"loras/{name}.safetensors")
     pickled = {"a.lora_up.weight": torch.ones(2, 2)}
     for name in ("old.pt", "my old.ckpt"):
-        torch.save(pickled, name)
+        torch.save(pickled, name, _use_new_zipfile_serialization=False)
     with zipfile.ZipFile("pack.zip", "w") as archive:
         archive.write("lora.safetensors")
     whole = Path("lora.safetensors").read_bytes()

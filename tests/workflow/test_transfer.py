@@ -319,7 +319,7 @@ def damaged(case, tmp_path, what):
         return lora, source, target, weights_file, prolora.OutputError, "diffusion_pytorch_model"
     if what == "pickle":
         file = tmp_path / "lora.ckpt"
-        torch.save(load_file(lora), file)
+        torch.save(load_file(lora), file, _use_new_zipfile_serialization=False)
         return file, source, target, out, prolora.UnsupportedFormat, "safetensors"
     raise AssertionError(what)
 

@@ -11,7 +11,7 @@ from ..architectures.recognition import find_parts
 from ..errors import NonFiniteWeights, ShapeMismatch, UnsupportedFormat
 from . import fused_updates, vectors
 from .algorithms import forms
-from .family import choose_reading, guess_family
+from .family import guess_family
 from .formats.peft_config import (
     METADATA_KEY,
     PeftScaling,
@@ -20,7 +20,7 @@ from .formats.peft_config import (
 )
 from .keys import module_names
 from .keys.module_names import ModulePath
-from .naming import BaseNames, list_matrices, most_common_spelling
+from .naming import BaseNames, choose_names, list_matrices, most_common_spelling
 from .slots import Contents, Slot, explain_refusal, group_keys
 from .unread import PEFT_CONFIG, UnreadAdapter
 
@@ -43,7 +43,7 @@ def parse_contents(source: UnreadAdapter, base: BaseNames | None = None) -> Cont
             source.config, f"{source.where}: {PEFT_CONFIG}"
         )  # may be of no LoRA at all
     matrices = list_matrices(source)
-    reading = choose_reading(matrices, source.metadata, base.family if base else None)
+    reading = choose_names(source, matrices, base)
     contents = group_keys(source, reading)
     if base and base.modules:
         _restore_dots(contents, base.modules)

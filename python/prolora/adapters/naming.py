@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from ..architectures.family import Spelling
+from ..architectures.family import Family, Spelling
+from ..architectures.ldm import ADM, is_adm
+from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
+from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
 from .unread import UnreadAdapter
+
+_ADM_ATTENTION = re.compile(r"(?:(?:in|out)put_blocks[._]\d+[._]\d+|middle_block[._]\d+)[._]qkv$")
 
 
 class BaseNames(NamedTuple):
@@ -44,6 +50,24 @@ def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
         elif role == "diff" and len(shape) > 1:
             size[:] = shape[0], math.prod(shape[1:])
     return [NamedMatrix(*name, (size[0], size[1])) for name, size in sizes.items()]
+
+
+def choose_names(
+    source: UnreadAdapter, matrices: Iterable[NamedMatrix], base: BaseNames | None
+) -> Family | None:
+    """By whose names the modules of a UNet or transformer are read; None where nobody knows them.
+
+    LDM's numbers mean modules of an ADM network where the base is one, and where no base is known
+    and attention has the name it has there.
+    """
+    if base and base.modules:
+        numbered = any(is_in_adm(name) and find_block(name) for name in base.modules)
+    else:
+        paths = {tensor_keys.find_path(key) or "" for key in source.headers}
+        numbered = any(map(_ADM_ATTENTION.search, paths)) and is_adm(paths)
+    if numbered:
+        return ADM
+    return choose_reading(matrices, source.metadata, base.family if base else None)
 
 
 def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:

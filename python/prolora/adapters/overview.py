@@ -18,9 +18,8 @@ from ..errors import ProLoRAError
 from .algorithms import forms
 from .algorithms.forms import Form
 from .contents import parse_contents, read_scale
-from .family import choose_reading
 from .keys import module_names, tensor_keys
-from .naming import list_matrices
+from .naming import choose_names, list_matrices
 from .slots import Contents
 from .unread import UnreadAdapter
 
@@ -171,7 +170,7 @@ def survey_keys(source: UnreadAdapter) -> Overview:
     """Sorts the keys of a file; reads its alphas and scalars, a number each, and nothing else."""
     overview = Overview()
     overview.matrices = list_matrices(source)
-    overview.reading = choose_reading(overview.matrices, source.metadata, None)
+    overview.reading = choose_names(source, overview.matrices, None)
     for key, header in source.headers.items():
         _sort_key(key, header.shape, overview)
     if not overview.is_adapter:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.precision import is_finite
 from ..errors import NonFiniteWeights, UnsupportedFormat, input_error
 from ..files.jsontext import read_json_object
+from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
 
 StrPath = str | os.PathLike[str]
@@ -78,8 +79,8 @@ def open_adapter(
     """Opens an adapter without reading a tensor.
 
     Args:
-        source: a .safetensors file, a PEFT folder, a folder diffusers saved a LoRA in, or a state
-            dict; what is open already is returned.
+        source: a .safetensors file, a state dict or a file of `torch.save` with one, a PEFT folder,
+            or a folder diffusers saved a LoRA in; what is open already is returned.
         metadata: replaces the metadata of the file; a state dict has none of its own.
 
     Raises:
@@ -128,9 +129,10 @@ def _explain_unreadable(tensor: Tensor) -> str:
 def _open_file(
     path: Path, metadata: Mapping[str, str] | None, config: dict[str, Any] | None = None
 ) -> UnreadAdapter:
-    file = SafetensorsFile(path)
+    file = PickleFile(path) if is_readable_pickle(path) else SafetensorsFile(path)
     headers = {key: TensorHeader(info.dtype, info.shape) for key, info in file.tensors.items()}
-    kept = file.metadata if metadata is None else dict(metadata)
+    stored = file.metadata if isinstance(file, SafetensorsFile) else {}
+    kept = stored if metadata is None else dict(metadata)
     return UnreadAdapter(str(path), headers, file.read, kept, config, path)
 
 
@@ -143,7 +145,7 @@ def _open_folder(folder: Path, metadata: Mapping[str, str] | None) -> UnreadAdap
         return _open_file(folder / _DIFFUSERS_WEIGHTS, metadata)
     for name in _PICKLES:
         if (folder / name).is_file():
-            return _open_file(folder / name, metadata)  # raises, with the command that converts it
+            SafetensorsFile(folder / name)  # raises, with the command that converts it
     if any((folder / name).is_file() for name in ("model_index.json", "config.json")):
         raise UnsupportedFormat(f"{folder}: the folder of a model, not a LoRA; give the LoRA")
     count = sum(1 for _ in folder.glob("*.safetensors"))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from .family import Family
+
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -35,6 +37,7 @@ _OUTSIDE_BACK = {diffusers: ldm for ldm, diffusers in _OUTSIDE.items()}
 # Attention modules are called the same on both sides.
 _ATTENTION_PARTS = frozenset({"norm", "proj_in", "proj_out", "transformer_blocks"})
 
+_TRANSFORMER = re.compile(r"[._](?:transformer_blocks|proj_in)(?:[._]|$)")
 _LDM_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,3})\.([012])\.(.+)")
 _LDM_MIDDLE = re.compile(r"middle_block\.([012])\.(.+)")
 _BLOCK = re.compile(
@@ -43,9 +46,21 @@ _BLOCK = re.compile(
 )
 _MIDDLE = re.compile(r"mid_block\.(resnets\.0|attentions\.0|resnets\.1)\.(.+)")
 
+ADM = Family("adm", "ADM (guided diffusion, consistency models)", ())
+"""How the modules of an ADM network are read: each by its own name, and none by a table."""
+
 SGM_ROOTS = frozenset(
     {"input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"}
 )
+
+
+def is_adm(names: Iterable[str]) -> bool:
+    """Whether modules in LDM's numbers are those of an ADM network, which has no transformers.
+
+    Args:
+        names: all of a model.
+    """
+    return not any(_TRANSFORMER.search(name) for name in names)
 
 
 def ldm_to_diffusers(name: str, layers_per_block: int = 2) -> str | None:

@@ -26,6 +26,13 @@ UNET_ROOTS = frozenset(
 )
 """What the names of a UNet's modules start with."""
 _WITHOUT_OTHER_BLOCKS = UNET_ROOTS | set(TEXT_ENCODERS)
+# Networks of the ADM kind (guided diffusion, consistency models): LDM's numbers, attention of their
+# own and any number of ResBlocks a level. Their names are canonical as they stand.
+_ADM = re.compile(
+    r"(?:input_blocks|output_blocks|middle_block)\.\d|(?:time_embed|label_emb|out)\.\d+(?:\.\d+)?$"
+    r"|label_emb$"
+)
+_ADM_ATTENTION = re.compile(r"\.(?:qkv|encoder_kv|proj_out)$")
 
 # `attn1.to_q`, `self_attn.q_proj`, `audio_to_video_attn.to_k`, `attention.qkv`, `img_attn_qkv`.
 _ATTENTION = re.compile(r"(?:^|\.)(?:\w+_)?(?:attn|attention)(?:\d|_qkv|_proj)?(?:\.|$)")
@@ -63,7 +70,12 @@ def find_component(module: str) -> str:
     root = module.split(".", 1)[0]
     if root in TEXT_ENCODERS:
         return root
-    return "unet" if root in UNET_ROOTS else "transformer"
+    return "unet" if root in UNET_ROOTS or is_in_adm(module) else "transformer"
+
+
+def is_in_adm(module: str) -> bool:
+    """Whether a name is that of a module of an ADM network."""
+    return _ADM.match(module) is not None
 
 
 def local_name(module: str) -> str:
@@ -99,6 +111,8 @@ def find_block(module: str) -> BlockPosition | None:
 
 def is_attention(module: str) -> bool:
     """Whether a module is part of an attention layer of a UNet or transformer."""
+    if is_in_adm(module):
+        return _ADM_ATTENTION.search(module) is not None
     return not is_in_text_encoder(module) and _ATTENTION.search(module) is not None
 
 
@@ -106,8 +120,11 @@ def is_adaptable(module: str) -> bool:
     """Whether LoRAs are commonly trained on this module.
 
     In a UNet: attention, feed-forward and the projections around them. In any other model: whatever
-    lies in a block and neither normalises nor makes scales and shifts from the time step.
+    lies in a block and neither normalises nor makes scales and shifts from the time step. In an ADM
+    network, where no custom chooses, every weight.
     """
+    if is_in_adm(module):
+        return True
     root = module.split(".", 1)[0]
     if root in TEXT_ENCODERS:
         return False

@@ -6,10 +6,21 @@ import re
 from collections import Counter
 
 from ..architectures.families import known_families
-from ..architectures.modules import find_block, find_stage, is_adaptable, matrix_shape
+from ..architectures.modules import (
+    find_block,
+    find_stage,
+    is_adaptable,
+    is_attention,
+    is_in_adm,
+    matrix_shape,
+)
 from .base import Base
 
 _QUERY = re.compile(r"(?:^|[._])(?:attn1?|attention)\.(?:to_q|q|q_proj|wq|(?:to_)?qkv)$")
+_UNET_BLOCKS = {
+    *("down_blocks", "up_blocks", "mid_block"),
+    *("input_blocks", "output_blocks", "middle_block"),
+}
 _CONTEXT = re.compile(
     r"\.attn2\.to_k$|\.cross_attn\.(?:k|k_proj)$|^context_embedder$|^caption_projection\.linear_1$"
 )
@@ -18,20 +29,23 @@ _CONTEXT = re.compile(
 def classify_model(base: Base) -> str:
     """`"UNet"`, `"transformer"` or `"model"` where it shows neither's blocks."""
     roots = {module.split(".", 1)[0] for module in base.shapes}
-    if roots & {"down_blocks", "up_blocks", "mid_block"}:
+    if roots & _UNET_BLOCKS:
         return "UNet"
-    return "transformer" if any(map(find_block, base.shapes)) else "model"
+    attends = any(find_block(module) and is_attention(module) for module in base.shapes)
+    return "transformer" if attends else "model"
 
 
 def describe_base(base: Base) -> str:
     """One line: family, kind, blocks by stack, widths, and what text features it reads."""
     kind = classify_model(base)
+    if any(is_in_adm(name) and find_block(name) for name in base.shapes):
+        return _describe_adm(base)
     blocks = {
         (block.stack, block.number)
         for module in base.shapes
         if (block := find_block(module)) and is_adaptable(module)
     }
-    if not blocks:
+    if not blocks or kind == "model":
         return f"a {kind} without transformer blocks ({len(base.shapes)} weights)"
     places = Counter(find_stage(stack) if kind == "UNet" else stack for stack, _ in blocks)
     counts = ", ".join(f"{count} in {where}" for where, count in sorted(places.items()))
@@ -43,6 +57,17 @@ def describe_base(base: Base) -> str:
     if widths:
         line += f" of width {_join_numbers(widths)}"
     return line + (f", reading text features of {_join_numbers(context)}" if context else "")
+
+
+def _describe_adm(base: Base) -> str:
+    """The same of an ADM network: ResBlocks and attention, of which it may have none."""
+    blocks = sum(name.endswith(".in_layers.2") for name in base.shapes)
+    attention = [shape[1] for name, shape in base.shapes.items() if name.endswith(".qkv")]
+    widths = f" of width {_join_numbers(set(attention))}" if attention else ""
+    return (
+        f"a UNet of the ADM kind with {blocks} ResBlocks and {len(attention) or 'no'} attention "
+        f"layers{widths} ({len(base.shapes)} weights)"
+    )
 
 
 def list_adaptable_shapes(base: Base) -> set[tuple[int, int]]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from ..errors import UnsupportedFormat, input_error
 from ..files.gguf_file import MAGIC, GgufFile
 from ..files.jsontext import read_json_object
+from ..files.onnx_file import OnnxFile
+from ..files.pickle_file import PickleFile, is_readable_pickle
 from ..files.safetensors_file import SafetensorsFile
-from .weights import StoredWeight
+from .weights import StoredWeight, TensorFile
 
 MODELS = ("unet", "transformer")
 EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
@@ -140,7 +142,7 @@ def _open_only_checkpoint(
         raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
     for file in files:
         if file.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-            SafetensorsFile(file)  # refuses it, with the command that converts it
+            return _open_single(file)
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
 
@@ -149,10 +151,10 @@ def _open_single(path: Path) -> tuple[dict[str, StoredWeight], list[Path]]:
 
 
 def open_file_weights(path: Path) -> dict[str, StoredWeight]:
-    """The keys of a single file, safetensors or GGUF by what it begins with.
+    """The keys of a single file: ONNX by its ending, others by what they begin with.
 
     Raises:
-        UnsupportedFormat: neither, or damaged.
+        UnsupportedFormat: neither safetensors nor GGUF, ONNX or a state dict; or damaged.
     """
     try:
         # Not without asking: opening a pipe would wait for its other end.
@@ -160,7 +162,13 @@ def open_file_weights(path: Path) -> dict[str, StoredWeight]:
             is_gguf = opened.read(len(MAGIC)) == MAGIC
     except OSError:
         is_gguf = False  # the reader below says what is wrong
-    file = GgufFile(path) if is_gguf else SafetensorsFile(path)
+    file: TensorFile
+    if is_gguf:
+        file = GgufFile(path)
+    elif path.suffix.lower() == ".onnx":
+        file = OnnxFile(path)
+    else:
+        file = PickleFile(path) if is_readable_pickle(path) else SafetensorsFile(path)
     return {key: StoredWeight(file, key) for key in file.tensors}
 
 

@@ -17,7 +17,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -131,18 +138,21 @@ def prepare_streams() -> None:
 
 
 @contextmanager
-def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(
+    title: str, shown: bool = True, timed: bool = True
+) -> Iterator[Callable[[int, int, str], None]]:
     """A callback progress(done, total, name) that draws a bar on stderr, where that is a terminal.
 
     Args:
         title: what is being done, in one word.
         shown: False draws nothing.
+        timed: whether to estimate the time that is left; False where the names say it.
     """
-    columns = (
+    columns: tuple[ProgressColumn, ...] = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *([TimeRemainingColumn()] if timed else []),
         TextColumn("{task.fields[name]}", style="dim", justify="left", markup=False),
     )
     hidden = not (shown and err.is_terminal)
@@ -151,7 +161,7 @@ def progress_bar(title: str, shown: bool = True) -> Iterator[Callable[[int, int,
 
         def update(done: int, total: int, name: str) -> None:
             # What title, bar, count and time leave of a line.
-            room = max(12, err.width - len(title) - len(f"{done}/{total}") - 40)
+            room = max(12, err.width - len(title) - len(f"{done}/{total}") - (40 if timed else 31))
             end = make_printable(name, err.encoding)[-room:]
             bar.update(task, completed=done, total=total, name=end)
 

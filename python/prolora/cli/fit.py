@@ -9,11 +9,13 @@ from typing import Annotated, ClassVar, cast
 import typer
 
 from ..bases import Base
+from ..bases.base import Progress
 from ..errors import ProLoRAError
 from ..workflow.fit import fit_file, fit_many, plan_fit
 from ..workflow.fit_options import FitOptions
 from ..workflow.outcome import Outcome
-from .console import progress_bar
+from ..workflow.output_paths import is_page_path
+from .console import err, progress_bar
 from .options import (
     Bases,
     BriefCommand,
@@ -25,6 +27,9 @@ from .options import (
 )
 from .output_options import OutputOptions
 from .transfer import LoraArguments, check_output_given, check_outputs, tell_outcomes
+
+SHOWN = 4
+"""Prompts of which a page shows images."""
 
 
 class FitCommand(BriefCommand):
@@ -75,6 +80,7 @@ def fit(
         cache=resources.find_cache(takes_default=not output.dry_run),
         device=resources.device,
         max_memory=resources.max_bytes,
+        shown_prompts=SHOWN if output.report and is_page_path(output.report) else 0,
     )
     run = plan_fits if output.dry_run else fit_loras
     outcomes = run(loras, source, target, output, options)
@@ -103,8 +109,24 @@ def fit_loras(
 ) -> list[Outcome]:
     """Fits one LoRA into a file, or all of them into a folder, one after the other."""
     path = cast(Path, output.output)
-    with progress_bar("fit", output.show_tables) as progress:
-        options = replace(options, progress=progress)
+    with progress_bar("fit", output.show_tables, timed=False) as progress:
+        options = replace(options, progress=announce_first(progress, output.show_tables))
         if len(loras) > 1 or (path.is_dir() and options.format != "peft"):
+            # The page of several has a row for each, and no images.
+            if len(loras) > 1:
+                options = replace(options, shown_prompts=0)
             return fit_many(loras, source, target, path, options)
         return [Outcome(loras[0], path, fit_file(loras[0], source, target, path, options))]
+
+
+def announce_first(progress: Progress, shown: bool) -> Progress:
+    """A callback that prints the first name that it is told: what the fit is about to do."""
+    announced: list[str] = []
+
+    def update(done: int, total: int, name: str) -> None:
+        if announced or not shown:
+            return progress(done, total, name)
+        announced.append(name)
+        err.print_note(name)
+
+    return update

@@ -13,6 +13,7 @@ from .checkpoint import Checkpoints
 from .recording.translation import Translation
 from .report import ProbeReport
 from .settings import FitSettings
+from .workload import WorkMeter
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ProbeRun:
         checkpoints: where fitted updates are kept.
         key: hash of the models, the LoRA and the samplers; part of the keys of what is kept.
         report: filled in by the stages.
+        meter: is told how far they are.
         release: called once everything was asked; from then on the target alone runs.
     """
 
@@ -41,9 +43,5 @@ class ProbeRun:
     checkpoints: Checkpoints
     key: str
     report: ProbeReport
+    meter: WorkMeter
     release: Callable[[], None] | None = None
-
-    def notify(self, done: int, total: int, name: str) -> None:
-        """Calls the progress function, where there is one."""
-        if self.settings.progress:
-            self.settings.progress(done, total, name)

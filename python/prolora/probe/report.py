@@ -38,6 +38,7 @@ class ProbeReport:
         crossed: what crossed between models with different latents; None where they share them.
         guidance: that the source was asked with, since the target is run without; 1 is none.
         guided_lora: whether the source with the LoRA was asked with that, too.
+        not_drawn: why the page has no images, where they were asked for.
         derived_prompts: those that were made from the LoRA's header, where none were given.
     """
 
@@ -60,6 +61,7 @@ class ProbeReport:
     guidance: float = 1.0
     guided_lora: bool = True
     derived_prompts: tuple[str, ...] = ()
+    not_drawn: str = ""
 
     def sentences(self) -> list[str]:
         """The result in plain sentences."""
@@ -90,6 +92,8 @@ class ProbeReport:
             verb = "was" if len(self.left_out) == 1 else "were"
             count = _count(len(self.left_out), "module")
             lines.append(f"{count} {verb} not moved; {name}: {reason}.")
+        if self.not_drawn:
+            lines.append(f"No images could be drawn for the page; {self.not_drawn}.")
         if self.gate:
             lines.append(
                 f"{self.gate.decision}, at strength {self.gate.strength:g}: {self.gate.reason}."

@@ -36,7 +36,7 @@ from .recording.wanted import WantedChange, wanted_changes
 from .report import ProbeReport
 from .settings import FitSettings
 from .trajectory_numbers import number_questions
-from .workload import WorkMeter
+from .workload import Workload, WorkMeter
 
 DEFAULT_SETTINGS = FitSettings()
 SAME_QUESTIONS = Translation()
@@ -148,6 +148,7 @@ def fit_from_recorder(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
 ) -> ProbeTransfer:
     """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
 
@@ -156,13 +157,14 @@ def fit_from_recorder(
         rival: see `fit_to_models`.
         settings: of the fit.
         release: called once everything was sampled and asked; from then on the target alone runs.
+        meter: is told of every image by whoever samples.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release)
+    return _run_models(recorder, rival, settings, release, meter)
 
 
 def _run_models(
@@ -170,12 +172,15 @@ def _run_models(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None = None,
+    meter: WorkMeter | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
     bits = settings.precision
+    meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
-        return _record_fit_judge(recorder, rival, settings, release)
+        with meter.watch(source, target):
+            return _record_fit_judge(recorder, rival, settings, release, meter)
 
 
 def _record_fit_judge(
@@ -183,6 +188,7 @@ def _record_fit_judge(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     release: Callable[[], None] | None,
+    meter: WorkMeter,
 ) -> ProbeTransfer:
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
@@ -192,27 +198,26 @@ def _record_fit_judge(
     guidance = recorder.translation.guidance
     if guidance:
         report.guidance, report.guided_lora = guidance.scale, guidance.adapted
-    meter = WorkMeter(report)
-    with meter.watch(recorder.source, recorder.target):
-        meter.begin("sample")
-        questions, held_out = _record_both(recorder, settings)
-        report.probes, report.held_out = len(questions), len(held_out)
-        settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
-        run = _begin_run(recorder, rival, settings, report, release)
-        meter.begin("draw")
-        questions, held_out = _draw_samples(run, questions, held_out)
-        report.samples = _count_samples(questions), _count_samples(held_out)
-        names = choose_modules(run, questions[0])
-        report.modules = len(names)
-        meter.begin("ask")
-        wanted = _ask_held_out(run, held_out)
-        updates = fit_all_modules(run, questions, names, meter)
-        for name in updates:
-            report.left_out.pop(name, None)
-        meter.begin("judge")
-        verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
-        meter.begin("")
-    run.notify(settings.fit_steps, settings.fit_steps, "judged")
+    meter.begin("sample")
+    questions, held_out = _record_both(recorder, settings)
+    report.probes, report.held_out = len(questions), len(held_out)
+    settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
+    meter.settle(settings)
+    run = _begin_run(recorder, rival, settings, report, meter, release)
+    meter.begin("draw")
+    questions, held_out = _draw_samples(run, questions, held_out)
+    report.samples = _count_samples(questions), _count_samples(held_out)
+    names = choose_modules(run, questions[0])
+    report.modules = len(names)
+    meter.begin("ask")
+    wanted = _ask_held_out(run, held_out)
+    updates = fit_all_modules(run, questions, names)
+    for name in updates:
+        report.left_out.pop(name, None)
+    meter.begin("judge")
+    verdict = report.gate = _judge(run, updates, wanted, recorder.crossed)
+    meter.finish()
+    report.seconds, report.predictions = meter.seconds, meter.predictions
     if verdict.decision == REFUSE and not settings.force:
         raise UnrelatedBases(f"the fit is refused: {verdict.reason}")
     return _scale_updates(run, updates, verdict.strength)
@@ -223,6 +228,7 @@ def _begin_run(
     rival: Mapping[str, LowRank],
     settings: FitSettings,
     report: ProbeReport,
+    meter: WorkMeter,
     release: Callable[[], None] | None,
 ) -> ProbeRun:
     """What all stages share, once the questions are recorded; arguments as for the whole fit."""
@@ -249,6 +255,7 @@ def _begin_run(
         recorder.checkpoints,
         key,
         report,
+        meter,
         end_asking,
     )
 

@@ -170,8 +170,8 @@ class FitSettings:
     precision: Precision = option(
         AUTO,
         'What the models compute in, while the LoRA and all sums stay in float32: "float32", or '
-        '"bfloat16" by autocast. "auto" is float32, and bfloat16 where `max_vram` leaves too little '
-        "room for that.",
+        '"bfloat16" by autocast. "auto" is float32, and bfloat16 where `max_vram` leaves too '
+        "little room for that.",
         panel=FITTING,
         words=get_args(Precision),
     )
@@ -188,6 +188,12 @@ class FitSettings:
         panel=FITTING,
         metavar="FOLDER",
         basic=True,
+        decides=False,
+    )
+    shown_prompts: int = option(
+        0,
+        "Prompts of which the page of the report shows images: of the source and the target, with "
+        "the LoRA and without. They take time of their own.",
         decides=False,
     )
     max_memory: int | str | None = option(
@@ -235,6 +241,9 @@ class FitSettings:
             raise InvalidOption(
                 f"curvature_damping must be a positive number, not {self.curvature_damping!r}"
             )
+        shown = self.shown_prompts
+        if not isinstance(shown, int) or isinstance(shown, bool) or shown < 0:
+            raise InvalidOption(f"shown_prompts must be an integer of 0 or more, not {shown!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise InvalidOption(f"seed must be an integer of 0 or more, not {self.seed!r}")
         self.memory_limit  # noqa: B018 (raises where it is no size)

@@ -101,6 +101,7 @@ class FitChanges(TypedDict, total=False):
     precision: Precision
     force: bool
     resume: str | PathLike[str] | None
+    shown_prompts: int
     max_memory: int | str | None
     progress: Progress | None
     text_encoder: PassedOn

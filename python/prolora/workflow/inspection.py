@@ -149,8 +149,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
         described = _describe_base(open_base(experts[0]), str(path), "diffusers")
         return replace(described, experts=tuple(folder.name for folder in experts))
     folder = Path(path).is_dir() and not any((Path(path) / n).exists() for n in ADAPTER_FILES)
-    if folder or str(path).lower().endswith(".gguf"):
-        return _describe_base(open_base(path), str(path), "diffusers" if folder else "gguf")
+    ending = Path(path).suffix.lower()
+    if folder or ending in (".gguf", ".onnx"):
+        return _describe_base(open_base(path), str(path), "diffusers" if folder else ending[1:])
     opened = open_adapter(path)
     overview = survey_keys(opened)
     common: dict[str, Any] = {

@@ -7,7 +7,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -45,7 +45,16 @@ from .in_words import (
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
 from .options import FIT
 from .output_paths import check_beside, is_page_path
-from .page.document import MODULES, Fold, Page, Picture, Section, render_page, render_summary
+from .page.document import (
+    MODULES,
+    Fold,
+    Page,
+    Picture,
+    PictureGrid,
+    Section,
+    render_page,
+    render_summary,
+)
 from .table import Table
 
 STATUSES = ("mapped", "skipped", "refused")
@@ -81,6 +90,8 @@ class Report:
         damping: κ of method "damped"; None for the others.
         verdict: what the weights of the two bases promise; None in a dry run.
         probe: what a fit to running models found; None where none was made.
+        grid: images of what a fit did, for the page; None where none were asked for.
+        work: what a fit would ask of the models, in a sentence; of a dry run alone.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -107,6 +118,8 @@ class Report:
     damping: float | None = None
     verdict: Verdict | None = None
     probe: ProbeReport | None = None
+    grid: PictureGrid | None = None
+    work: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -261,7 +274,7 @@ class Report:
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
-        sentences = self._sentences_of_file()
+        sentences = self._sentences_of_file() + ([self.work] if self.work else [])
         if self.probe is not None:
             sentences += self.probe.sentences()
             if self.was_fitted:
@@ -375,13 +388,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; NaN becomes None."""
-        fields = asdict(self) | {
+        fields = asdict(replace(self, grid=None)) | {
             "modules": [row.to_dict() for row in self.modules],
             "decisions": [decision.to_dict() for decision in self.decisions],
             "totals": self.totals,
             "in_words": str(self.in_words()).split("\n"),
             "summary": self.sentences(),
         }
+        del fields["grid"]  # for people
         return replace_nonfinite(fields)  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
@@ -423,6 +437,7 @@ class Report:
             lines=(*words.lines, *words.cautions),
             sentences=self.sentences(),
             pictures=pictures,
+            grid=self.grid,
             map=tables.map_modules(self.modules, self.dry_run),
             sections=sections,
             facts=self.facts() | dict(facts),

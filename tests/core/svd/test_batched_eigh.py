@@ -27,7 +27,7 @@ def make_stack(*shape, dtype=torch.float64, seed=0):
 def use(monkeypatch, library):
     """Makes stacks on the CPU go through a fake library."""
     chosen = StackSolver("fake", Cusolver(library).solve)
-    monkeypatch.setattr(solvers, "stack_solver", lambda device, dtype: chosen)
+    monkeypatch.setattr(solvers, "solver_at", lambda device, dtype, d: chosen)
     return library
 
 
@@ -176,7 +176,7 @@ def test_a_workspace_that_does_not_fit_shrinks_the_calls(monkeypatch):
 
     monkeypatch.setattr(solver, "_solve_in_place", solve)
     chosen = StackSolver("fake", solver.solve)
-    monkeypatch.setattr(solvers, "stack_solver", lambda device, dtype: chosen)
+    monkeypatch.setattr(solvers, "solver_at", lambda device, dtype, d: chosen)
     symmetric = make_stack(7, 6)
     assert_solved(symmetric, *solvers.descending_eigh(symmetric))
     assert library.calls == [2, 2, 2, 1]
@@ -251,7 +251,7 @@ def test_a_cuda_device_solves_a_stack_in_any_stream_without_waiting(shape, dtype
     with torch.cuda.stream(stream):
         on_gpu = symmetric.cuda()
         solvers.descending_eigh(on_gpu)  # tries the solver out, and makes the probes
-        batched = batched_eigh.stack_solver(on_gpu.device, dtype).solve is not None
+        batched = batched_eigh.solver_at(on_gpu.device, dtype, shape[-1]).solve is not None
         torch.cuda.set_sync_debug_mode("error" if batched else "default")
         try:
             results = solvers.descending_eigh(on_gpu), solvers.descending_eigh(on_gpu)
@@ -302,8 +302,95 @@ def test_the_choice_is_made_once_for_a_device_and_a_dtype_and_logged(monkeypatch
         assert batched_eigh.describe_solver() == f"{LOOP} (no library)"
     batched_eigh.stack_solver.cache_clear()
     assert made == DTYPES and len(caplog.records) == 2
-    assert "matrix by matrix (no library)" in caplog.text
+    assert f"{LOOP} (no library)" in caplog.text
     assert batched_eigh.stack_solver(torch.device("cpu"), torch.float32).solve is None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets what a trial by time finds: seconds of the library and of torch."""
+
+    def set_times(ours, theirs):
+        trials = []
+
+        def take_time(solve, lower, *more):
+            trials.append(lower.shape)
+            return theirs if solve is torch.linalg.eigh else ours
+
+        monkeypatch.setattr(batched_eigh, "_take_time", take_time)
+        batched_eigh.choose_by_time.cache_clear()
+        return trials
+
+    yield set_times
+    batched_eigh.choose_by_time.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"), [(0.1, LOOP), (0.5, LOOP), (0.51, "fake"), (2, "fake")]
+)
+def test_torch_takes_a_size_that_it_is_clearly_faster_at(monkeypatch, clock, theirs, name):
+    solver = StackSolver("fake", Cusolver(FakeCusolver()).solve)
+    monkeypatch.setattr(batched_eigh, "stack_solver", lambda device, dtype: solver)
+    trials = clock(1.0, theirs)
+    for d in (40, 64, 33, 65, 128):
+        chosen = batched_eigh.solver_at(torch.device("cpu"), torch.float32, d)
+        assert chosen.name == name and (chosen.solve is None) == (name == LOOP)
+        assert name == "fake" or "against 1.0e+00 s of fake" in chosen.why
+    # Once for sizes up to 64 and once for those up to 128.
+    assert {shape[-1] for shape in trials} == {64, 128} and len(trials) <= 8
+
+
+def test_one_slow_run_of_the_library_does_not_hand_over_to_torch(monkeypatch, clock):
+    solver = StackSolver("fake", Cusolver(FakeCusolver()).solve)
+    clock(1.0, 1.0)
+    times = iter([9.0, 1.0, 1.0])
+    monkeypatch.setattr(batched_eigh, "_take_time", lambda *_: next(times))
+    assert batched_eigh.choose_by_time(solver, torch.device("cpu"), torch.float32, 8) is solver
+
+
+def give_nan(values, rows, info):
+    values[:] = float("nan")
+
+
+def not_converge(values, rows, info):
+    info[:] = 1
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        FakeCusolver(statuses={"cusolverDnXsyevBatched": EXECUTION_FAILED}),
+        FakeCusolver(give_nan),
+        FakeCusolver(not_converge),
+    ],
+    ids=["raises", "NaN", "info"],
+)
+def test_a_solver_that_fails_its_trial_by_time_gives_way_and_the_log_says_so(
+    monkeypatch, clock, caplog, library
+):
+    solver = StackSolver("fake", Cusolver(library).solve)
+    monkeypatch.setattr(batched_eigh, "stack_solver", lambda device, dtype: solver)
+    clock(1.0, 9.0)
+    symmetric = make_stack(2, 12)
+    assert_solved(symmetric, *solvers.descending_eigh(symmetric))
+    assert_values(symmetric, solvers.eigenvalue_stack(symmetric))
+    assert ["fake fails at size 16" in record.message for record in caplog.records] == [True]
+
+
+def test_whichever_is_chosen_a_stack_has_the_same_bounds(monkeypatch, clock):
+    monkeypatch.setattr(stacks, "CPU_AS_GPU", True)
+    solver = StackSolver("fake", Cusolver(FakeCusolver()).solve)
+    monkeypatch.setattr(batched_eigh, "stack_solver", lambda device, dtype: solver)
+    weight = torch.stack([weights(400, 420, seed) for seed in range(2)])
+    bases = []
+    for theirs in (0.1, 9.0):
+        clock(1.0, theirs)
+        bases.append([truncated_svd(weight, 60) for _ in range(2)])
+    for first, second in bases:  # and each repeats bit for bit
+        assert all(torch.equal(getattr(first, x), getattr(second, x)) for x in ("U", "S", "V"))
+    (one, _), (other, _) = bases
+    assert one.rungs == other.rungs and one.ok.all() and other.ok.all()
+    torch.testing.assert_close(one.S, other.S, rtol=1e-6, atol=1e-6)
 
 
 def test_where_torch_has_loaded_no_cusolver_there_is_none(monkeypatch):

@@ -151,7 +151,7 @@ def test_a_stack_takes_as_many_steps_and_waits_as_one_matrix(
 
 def test_a_gpu_s_stack_fills_a_share_of_its_memory_and_gives_way_by_halves():
     gib = 1 << 30
-    assert stacks._gpu_budget(75 * gib, 80 * gib) == 16 * gib
+    assert stacks._gpu_budget(75 * gib, 80 * gib) == 8 * gib
     assert stacks._gpu_budget(20 * gib, 24 * gib) == 6 * gib
     assert stacks._gpu_budget(7 * gib, 8 * gib) == 2 * gib
     assert stacks._gpu_budget(5 * gib, 80 * gib) == 2 * gib

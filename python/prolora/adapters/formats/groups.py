@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ...architectures.families import known_families
 from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
-from ...architectures.modules import TEXT_ENCODERS, find_component, local_name
+from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
 from ...architectures.recognition import NamedMatrix, recognise_families
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
@@ -175,14 +175,15 @@ def _spell_described(adapter: Adapter, format: str) -> Spelling:
 
 
 def _transformer_names(adapter: Adapter) -> list[str]:
-    """The modules of a transformer that an adapter has updates or vectors of.
+    """The modules of a transformer or ADM network that an adapter has updates or vectors of.
 
     Some transformers have a `time_embedding` or `conv_in` too: beside blocks of a transformer,
     those are none of a UNet.
     """
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     names = sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
-    return names if any(find_component(name) == "transformer" for name in names) else []
+    told = any(find_component(name) == "transformer" or is_in_adm(name) for name in names)
+    return names if told else []
 
 
 def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]:

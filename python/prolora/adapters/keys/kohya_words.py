@@ -16,6 +16,7 @@ norm norm1 norm2 norm3 conv_norm_out
 _SGM = """
 input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op
 time_embed label_emb out
+qkv encoder_kv model network module net unet
 """
 _CLIP = """
 text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection

@@ -13,8 +13,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...architectures.family import AuthorsWeight, Family, Spelling
-from ...architectures.ldm import SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
-from ...architectures.modules import TEXT_ENCODERS, UNET_ROOTS, find_component, local_name
+from ...architectures.ldm import ADM, SGM_ROOTS, diffusers_to_ldm, ldm_to_diffusers
+from ...architectures.modules import (
+    TEXT_ENCODERS,
+    UNET_ROOTS,
+    find_component,
+    is_in_adm,
+    local_name,
+)
 from .kohya_words import restore_dots
 
 # A module of a model that is not known: something in a list of blocks.
@@ -23,6 +29,10 @@ _IN_A_LIST = re.compile(r"(?:^|\.)[A-Za-z]\w*\.\d+\.[A-Za-z][\w.\-]*")
 _UNET_BLOCKS = (
     *("down_blocks", "up_blocks", "mid_block"),
     *("input_blocks", "output_blocks", "middle_block"),
+)
+# What a training script wraps such a network in.
+_WRAPPED = re.compile(
+    r"(?:(?:model|network|module|net|unet|diffusion_model)\.)*(?P<name>(?:[a-z]+_[a-z]+|out)(?:\..+)?)"
 )
 _IDENTIFIER = re.compile(r"[A-Za-z][\w.\-]*")
 _IN_A_LIST_UNDERSCORED = re.compile(r"[A-Za-z]\w*?_\d+_[A-Za-z]\w*")
@@ -109,6 +119,8 @@ def parse_module_path(path: str, family: Family | None = None) -> ModulePath | N
     cut = _cut_prefix(path)
     if cut is None:
         return _parse_text(path)
+    if family is ADM:
+        return _find_in_adm(cut) or _parse_text(path)
     if cut.component != "unet." and family is not None:
         module = _find_in_family(cut, family)
         if module is not None:
@@ -218,6 +230,19 @@ def _find_in_unet(cut: _Path) -> ModulePath | None:
             name = _unet_local(_PROCESSOR.sub("", words))
         return ModulePath(name, format, component, name)
     return None
+
+
+def _find_in_adm(cut: _Path) -> ModulePath | None:
+    """A module of an ADM network, under its own name."""
+    words = cut.rest if cut.dotted else restore_dots(cut.rest)
+    match = _WRAPPED.fullmatch(words) if words else None
+    if match is None or not is_in_adm(match["name"]):
+        return None
+    prefix = cut.prefix + cut.rest[: match.start("name")]
+    spelling = Spelling(prefix, "diffusers", cut.dotted)
+    component = cut.component if cut.component == "base_model.model." else "unet."
+    name = match["name"]
+    return ModulePath(name, cut.format, component, name, spelling=spelling, described=True)
 
 
 def _parse_text(path: str) -> ModulePath | None:

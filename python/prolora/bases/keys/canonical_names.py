@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from ...architectures.ldm import ldm_to_diffusers
+from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
 from ..weights import Weight
 from .family_names import find_family_names
@@ -20,7 +20,7 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # The same where the names of diffusers follow; without them it is a part of a model of that name.
 _DIFFUSERS_PREFIXES = ("unet.", "transformer.")
 # What all keys of a file may start with, and what says nothing then.
-_WRAPPERS = ("model.", "net.", "transformer.", "unet.")
+_WRAPPERS = ("model.", "net.", "transformer.", "unet.", "network.", "module.")
 _LDM = ("input_blocks.", "middle_block.", "output_blocks.")
 _LDM_DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op\.weight")
 _UNET = ("down_blocks.", "mid_block.", "up_blocks.")
@@ -123,17 +123,18 @@ class _KeySpelling:
 
     def __init__(self, model: Mapping[str, Weight]) -> None:
         unet = _has_prefix(model, _UNET)
-        self._ldm = _has_prefix(model, _LDM) and not unet
+        numbered = _has_prefix(model, _LDM) and not unet
+        self._ldm = numbered and not is_adm(model)
         self._layers = _count_ldm_layers(model) if self._ldm else 0
         shapes = {
             key.removesuffix(".weight"): weight.shape
             for key, weight in model.items()
             if len(weight.shape) > 1
         }
-        names = None if unet or self._ldm else find_family_names(shapes)
+        names = None if unet or numbered else find_family_names(shapes)
         self._authors = names if names and names.by_authors else None
         self._in_blocks = names is not None and any(map(names.has_block, shapes))
-        self._plain = unet or self._ldm or _has_prefix(model, _DIFFUSERS)
+        self._plain = unet or numbered or _has_prefix(model, _DIFFUSERS)
 
     def explain_unknown(self, keys: Collection[str]) -> str | None:
         """What the keys are, if they are not those of a diffusion model, for a sentence."""

@@ -44,7 +44,8 @@ _VAE = re.compile(
     r"|upsamples|down_blocks|up_blocks|mid_block)\d*\."
 )
 _TIME = re.compile(
-    r"(?:^|[._])(?:t_|(?:time|timestep|sigma|noise)_?)(?:\w*embed\w*|emb|in|proj\w*|block)(?:[._]|$)"
+    r"(?:^|[._])(?:t_|(?:time|timestep|sigma|noise)_?)(?:\w*embed\w*|emb|in|proj\w*|block|mlp)(?:[._]|$)"
+    r"|(?:^|\.)(?:temb|map_noise|map_layer\d)(?:[._]|$)"
     r"|(?:^|[._])(?:ada_?ln\w*|ada_?norm\w*|modulation|scale_shift_table|mod|mod[CX]+)(?:[._]|$)",
     re.IGNORECASE,
 )
@@ -69,11 +70,15 @@ def explain_other_model(keys: Collection[str]) -> str | None:
 
 
 def explain_no_blocks(keys: Collection[str]) -> str | None:
-    """Why a file holds no transformer at all, for a sentence; None if it may hold one.
+    """Why a file holds no diffusion model at all, for a sentence; None if it may hold one.
+
+    A network without blocks or attention may be one too, if it takes in the time step.
 
     Args:
         keys: all keys of the file, without a prefix that all have.
     """
+    if any(_TIME.search(key) for key in keys):
+        return None
     paths = (key.removesuffix(".weight") for key in keys)
     if not any(find_block(path) and is_attention(path) for path in paths):
         listed = any(_BLOCK_LIST.search(key) for key in keys)

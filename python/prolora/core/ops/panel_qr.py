@@ -28,7 +28,7 @@ def run_panel_qr(
     q, lower = torch.empty_like(panel), panel.new_empty(b, r, r)
     rank = panel.new_empty(b, dtype=torch.int64)
     with native.on_device(panel):
-        size = kernels.panel_qr_scratch(b, r, panel.dtype == torch.float64, cuda)
+        size = kernels.panel_qr_scratch(b, r, False, cuda)
     scratch = torch.empty(size, dtype=torch.uint8, device=panel.device)
     tensors = (panel, scale, q, lower, rank, scratch)
     native.run_kernel(kernels, "panel_qr", tensors, (b, r, m), cuda)
@@ -56,23 +56,23 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     """Orthonormal rows of thin panels: panel = l q, by Cholesky QR, without waiting for a device.
 
     Args:
-        panel: [..., r, m], r ≤ m, r ≤ 128, r·m < 2³¹.
+        panel: [..., r, m], float32, r ≤ m, r ≤ 128, r·m < 2³¹.
         scale: float64 [...]; what is left of a row must be longer than 1e-6 of it. For rows that
             are themselves the rounding of something longer.
 
     Returns:
         q [..., r, m], orthonormal rows; l [..., r, r], lower; rank int64 [...], the rows in use: a
-        row that lies in the span of those above it, to 8 eps of its length (1e-7 in float64) or
-        1e-6 of `scale`, is dropped: a zero row of q, a zero column of l. Rank -1: the other two are
-        NaN, because the panel holds NaN or Inf or rows too close to each other for Cholesky. Not
-        differentiable.
+        row that lies in the span of those above it, to 8 eps of its length or 1e-6 of `scale`, is
+        dropped: a zero row of q, a zero column of l. Rank -1: the other two are NaN, because the
+        panel holds NaN or Inf or rows too close to each other for Cholesky. Not differentiable.
 
     Raises:
-        TypeError: a dtype other than float32 and float64, or a scale other than float64 on the same
-            device.
+        TypeError: a dtype other than float32, or a scale other than float64 on the same device.
         ShapeMismatch: r larger than m or 128, or a scale that is not one number a panel.
     """
     check_operands("panel_qr", panel=panel)
+    if panel.dtype != torch.float32:
+        raise TypeError("panel_qr: panel must be float32; use torch.linalg.qr for float64")
     r, m = panel.shape[-2:]
     if r > m or r > MAX_PANEL_ROWS or r * m >= 2**31:
         raise ShapeMismatch(

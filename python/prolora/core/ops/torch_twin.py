@@ -27,14 +27,10 @@ CANCELLED = 1e-2
 # share of the scale that is given.
 DEPENDENT = 1e-6
 TINY, HUGE = 1e-290, 1e200  # as a squared length: of no row, and more than of any
-DROPPED = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-26}
+DROPPED = 8 * 2.0**-23
 # By this share the diagonal is raised to find such rows: above the rounding of float64.
-SHIFT = {torch.float32: 1e-14, torch.float64: 2e-15}
-# The type of the same size with whole numbers, and the bits that hold the exponent.
-EXPONENT_BITS = {
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-}
+SHIFT = 1e-14
+EXPONENT_BITS = 0x7F800000  # of float32
 
 
 def overlap_table(us: Sequence[Tensor], ut: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,16 +104,16 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     """Orthonormal rows by Cholesky QR, twice; nothing waits for the device.
 
     The first Gram matrix is in float64, which carries a condition of 1e6. The substitution keeps
-    panel = l q to the rounding of each row whatever the condition; the second pass, in the dtype of
-    the panel, makes q orthonormal to rounding.
+    panel = l q to the rounding of each row whatever the condition; the second pass, in float32,
+    makes q orthonormal to rounding.
 
     Args:
-        panel: [b, r, m], r ≤ m.
+        panel: [b, r, m], float32, r ≤ m.
         scale: float64 [b]; a row of which DEPENDENT · scale or less is left is dropped as well.
 
     Returns:
         q [b, r, m], l [b, r, r], rank int64 [b]. NaN and rank -1: NaN, Inf, a length beyond the
-        range of the dtype, or rows that two passes do not make orthonormal.
+        range of float32, or rows that two passes do not make orthonormal.
     """
     b, r, _ = panel.shape
     if panel.numel() == 0:
@@ -127,7 +123,7 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
     smallest: Tensor | float = TINY
     if scale is not None:
         smallest = (unit[:, :, 0] * (DEPENDENT * scale[:, None])).square_().clamp_min_(TINY)
-    dropped, limit = find_dependent(gram, smallest, panel.dtype)  # [b, r]
+    dropped, limit = find_dependent(gram, smallest)  # [b, r]
     squares = gram.diagonal(dim1=1, dim2=2) + dropped
     # Behind a diagonal this large a row no longer counts; it is still made of those before it.
     gram.diagonal(dim1=1, dim2=2).masked_fill_(dropped, HUGE)
@@ -154,14 +150,8 @@ def panel_qr(panel: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor
 def row_products(panel: Tensor) -> tuple[Tensor, Tensor]:
     """Products of the rows times a power of two each, float64 [b, r, r], and these [b, r, 1].
 
-    The power is 0 for a row whose length its dtype cannot hold.
+    The power is 0 for a row whose length float32 cannot hold.
     """
-    if panel.dtype == torch.float64:
-        unit = near_reciprocal(panel.abs().amax(2, keepdim=True))
-        wide = panel * unit
-        gram = wide @ wide.mT
-        length = gram.diagonal(dim1=1, dim2=2).sqrt()[:, :, None] / unit
-        return gram, unit * length.isfinite()
     wide = panel.double()  # where the squares of float32 are far from the ends of the range
     gram = wide @ wide.mT
     unit = near_reciprocal(gram.diagonal(dim1=1, dim2=2).sqrt().float()[:, :, None])
@@ -170,14 +160,11 @@ def row_products(panel: Tensor) -> tuple[Tensor, Tensor]:
 
 def near_reciprocal(size: Tensor) -> Tensor:
     """The power of two that brings a size to [1, 2); subnormal numbers stay below."""
-    whole, exponent = EXPONENT_BITS[size.dtype]
-    power = size.clamp_min(torch.finfo(size.dtype).tiny).view(whole).bitwise_and(exponent)
-    return power.view(size.dtype).reciprocal_()
+    power = size.clamp_min(torch.finfo(torch.float32).tiny).view(torch.int32)
+    return power.bitwise_and(EXPONENT_BITS).view(torch.float32).reciprocal_()
 
 
-def find_dependent(
-    gram: Tensor, smallest: Tensor | float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def find_dependent(gram: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tensor]:
     """Which rows those before them explain, bool [b, r]; and what may be left of a row, squared.
 
     A factorisation that drops rows one after the other waits for each. Here all pivots come from
@@ -189,12 +176,11 @@ def find_dependent(
         gram: products of the rows, float64 [b, r, r].
         smallest: a row is dropped if the square of what is left of it is at most this [b, r], or
             at most DROPPED² of its own.
-        dtype: of the rows.
     """
     shifted = gram.clone()
     diagonal = shifted.diagonal(dim1=1, dim2=2)
-    limit = (diagonal * DROPPED[dtype] ** 2).clamp_min_(smallest)
-    diagonal.mul_(1 + SHIFT[dtype]).add_(TINY / 2)  # a row of zeros stays below its limit
+    limit = (diagonal * DROPPED**2).clamp_min_(smallest)
+    diagonal.mul_(1 + SHIFT).add_(TINY / 2)  # a row of zeros stays below its limit
     pivots = torch.linalg.cholesky_ex(shifted)[0].diagonal(dim1=1, dim2=2).square()
     return (pivots > limit).logical_not_(), limit
 

@@ -1,12 +1,14 @@
 """Which eigensolver takes a stack of symmetric matrices on a GPU, tried out before it is trusted.
 
-cuSOLVER's XsyevBatched where torch's cuSOLVER has it, else torch's loop over the matrices.
+cuSOLVER's XsyevBatched where torch's cuSOLVER has it, unless torch.linalg.eigh is clearly faster at
+the size at hand, as it may be where it takes whole stacks itself; else torch.linalg.eigh.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,9 +25,15 @@ Solve = Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 The input is contiguous and may be overwritten; the integers are 0 where the algorithm converged.
 """
 
-LOOP = "torch.linalg.eigh, matrix by matrix"
+LOOP = "torch.linalg.eigh"
 # Sizes to try: libraries take other algorithms above 32.
 TRIAL_SIZES = (5, 40)
+# Matrices of a trial by time, and the largest of them.
+TIMED_STACK = 4
+LARGEST_TIMED = 2048
+# torch's solver takes over at this share of the other's time or less: so far apart that no trial
+# comes out otherwise in the next process, which would give other bits.
+CLEARLY_FASTER = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class StackSolver:
 
     Attributes:
         name: to print.
-        solve: None where it is torch's loop.
+        solve: None where it is torch.linalg.eigh.
         why: why the solvers before this one do not.
     """
 
@@ -71,6 +79,53 @@ def stack_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
     return chosen
 
 
+def solver_at(device: torch.device, dtype: torch.dtype, d: int) -> StackSolver:
+    """What solves stacks of a dtype and about this size on a device."""
+    chosen = stack_solver(device, dtype)
+    if chosen.solve is None:
+        return chosen
+    return choose_by_time(chosen, device, dtype, min(LARGEST_TIMED, 1 << (d - 1).bit_length()))
+
+
+@functools.cache
+def choose_by_time(
+    solver: StackSolver, device: torch.device, dtype: torch.dtype, size: int
+) -> StackSolver:
+    """The solver, or torch's where that is clearly faster or the solver fails: tried once."""
+    lower = _make_symmetric(TIMED_STACK, size, device, dtype).tril()
+    if solver.solve is None or not lower.numel():
+        return solver
+    try:
+        values, _, info = solver.solve(lower.clone(), True)
+        if bool((info != 0).any() | ~values.isfinite().all()):
+            raise SolverUnavailable("it does not converge on a random matrix")
+        ours = min(_take_time(solver.solve, lower.clone(), True) for _ in range(2))
+    except SolverUnavailable as error:
+        why = f"{solver.name} fails at size {size}: {error}"
+        logger.warning("%s, %s: eigenproblems by %s (%s)", device, dtype, LOOP, why)
+        return StackSolver(LOOP, None, why)
+    torch.linalg.eigh(lower[:1])
+    theirs = _take_time(torch.linalg.eigh, lower)
+    if theirs <= CLEARLY_FASTER * ours:
+        theirs = max(theirs, _take_time(torch.linalg.eigh, lower))
+    if theirs > CLEARLY_FASTER * ours:
+        return solver
+    why = f"at size {size} {theirs:.1e} s against {ours:.1e} s of {solver.name}"
+    logger.info("%s, %s: eigenproblems by %s (%s)", device, dtype, LOOP, why)
+    return StackSolver(LOOP, None, why)
+
+
+def _take_time(solve: Callable[..., object], *args: object) -> float:
+    """Seconds of a call, until the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    solve(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def choose_solver(device: torch.device, dtype: torch.dtype) -> StackSolver:
     """The first candidate that solves a small random problem as torch.linalg.eigh does."""
     # First, because it makes torch load its cuSOLVER.
@@ -98,10 +153,15 @@ def describe_solver() -> str:
 
 def _make_trial(d: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random symmetric matrices [3, d, d] and their eigenvalues, one by one."""
-    generator = torch.Generator("cpu").manual_seed(d)
-    random = torch.randn(3, d, d, generator=generator, dtype=torch.float64, device="cpu")
-    symmetric = (random + random.mT).to(device, dtype)
+    symmetric = _make_symmetric(3, d, device, dtype)
     return symmetric, torch.stack([torch.linalg.eigvalsh(one) for one in symmetric])
+
+
+def _make_symmetric(b: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random symmetric matrices [b, d, d]."""
+    generator = torch.Generator("cpu").manual_seed(d)
+    random = torch.randn(b, d, d, generator=generator, dtype=torch.float64, device="cpu")
+    return (random + random.mT).to(device, dtype)
 
 
 def _try_out(solve: Solve, symmetric: Tensor, expected: Tensor) -> None:

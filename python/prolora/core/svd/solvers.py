@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .batched_eigh import stack_solver
+from .batched_eigh import solver_at
 from .cusolver import SolverUnavailable
 from .products import multiply_narrow
 from .stacks import decides_freely
@@ -92,7 +92,7 @@ def eigenvalue_stack(symmetric: Tensor) -> Tensor:
 
 def _solve_stack(symmetric: Tensor, with_vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Ascending values, vectors as columns (if asked for), and int32 [b], 0 where it converged."""
-    batched = stack_solver(symmetric.device, symmetric.dtype)
+    batched = solver_at(symmetric.device, symmetric.dtype, symmetric.shape[-1])
     if batched.solve is not None:
         # A copy, which the solver may overwrite. What it does with NaN and Inf nobody says.
         copy = symmetric.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).contiguous()

@@ -13,7 +13,6 @@ from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
 from ..settings import ADAMW
 from ..updates import run_beside
-from ..workload import WorkMeter
 from .adamw_fit import fit_by_adamw
 from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from .linearisation import ProbeBatch
@@ -24,7 +23,7 @@ BATCHES_TO_TRY_COPY = 4
 
 
 def fit_all_modules(
-    run: ProbeRun, questions: Sequence[Question], names: list[str], meter: WorkMeter
+    run: ProbeRun, questions: Sequence[Question], names: list[str]
 ) -> dict[str, LowRank]:
     """The updates of all modules; from the rival's where these are a start.
 
@@ -32,7 +31,6 @@ def fit_all_modules(
         run: the probing; its report gets the steps and the start.
         questions: the probes.
         names: the modules that get an update.
-        meter: is told when all is asked and the fit begins.
     """
     checkpoints, report = run.checkpoints, run.report
     key = ""
@@ -46,9 +44,9 @@ def fit_all_modules(
         return updates
     batches = _BatchQueue(run, questions)
     first = batches.ask_models()
-    meter.begin("fit")
     if run.release is not None:
         run.release()
+    run.meter.begin("fit")
     translation = run.translation
     read, same_noise = translation.read, translation.same_noise
     start = choose_start(run.settings.start, run.target, run.rival, first, read, same_noise)
@@ -96,7 +94,7 @@ def _fit_from(
             run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
         ),
         start,
-        lambda step: run.notify(step, settings.fit_steps, f"step {step + 1}"),
+        lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
         run.checkpoints.state_file("fit", key),
     )
 
@@ -121,7 +119,7 @@ class _BatchQueue:
             few = sum(sizes) < BATCHES_TO_TRY_COPY * max(sizes, default=1)
             if few and wanted.call.origin != PAIR:
                 first.append(wanted)
-            run.notify(i, len(self.questions), "asking")
+            run.meter.reach((i + 1) / len(self.questions), "asking")
             self.store.put(i, (wanted.plain, wanted.plain + wanted.change))
             self.sizes.append(len(wanted.plain))
         return first

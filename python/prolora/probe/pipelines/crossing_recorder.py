@@ -59,7 +59,7 @@ class CrossingRecorder:
         adapter: the LoRA of the source.
         checkpoints: where final latents are kept.
         samplers_text: what the samplers do; part of the keys of what is kept.
-        on_image: called after each sampled image.
+        on_image: called with the origin of an image after it was sampled.
         crossed: what became of the images so far.
         text_part: updates of the source's text encoders, that the LoRA is run with.
     """
@@ -69,7 +69,7 @@ class CrossingRecorder:
     adapter: Adapter
     checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints(None))
     samplers_text: str = ""
-    on_image: Callable[[], None] | None = None
+    on_image: Callable[[str], None] | None = None
     crossed: CrossedImages = field(default_factory=CrossedImages)
     text_part: TextPart | None = None
 
@@ -302,7 +302,7 @@ class CrossingRecorder:
             noises.append(side.read_noise(final).float())
             times += final.times
             if self.on_image:
-                self.on_image()
+                self.on_image(origin)
         levels = torch.cat([side.schedule.level_at(time).flatten() for time in times])
         return {
             "latents": torch.cat(latents),

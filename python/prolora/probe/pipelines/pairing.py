@@ -51,13 +51,17 @@ class PipelinePair:
     log_snr: tuple[float, float] | None = None
     text_part: TextPart | None = None
 
-    def samplers(self, on_image: Callable[[], None]) -> tuple[Sample, Sample, Sample]:
-        """Of the source, the source with its LoRA, and the target; `on_image` follows an image."""
+    def samplers(self, on_image: Callable[[str], None]) -> tuple[Sample, Sample, Sample]:
+        """Of ORIGINS: the source, the source with its LoRA, the target.
+
+        Args:
+            on_image: called with the origin of an image after it.
+        """
         adapted = self.source if self.text_part is None else self.text_part
         return (
-            self.source.sampler(self.settings, on_image),
-            adapted.sampler(self.settings.with_lora(), on_image),
-            self.target.sampler(self.of_target, on_image),
+            self.source.sampler(self.settings, lambda: on_image("source")),
+            adapted.sampler(self.settings.with_lora(), lambda: on_image("adapted")),
+            self.target.sampler(self.of_target, lambda: on_image("target")),
         )
 
     def describe_sampling(self) -> str:

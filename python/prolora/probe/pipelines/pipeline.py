@@ -140,8 +140,8 @@ class Pipeline:
 
     def sample_latents(
         self, prompt: str, settings: FitSettings, seed: int, output: str = "latent"
-    ) -> None:
-        """Samples the latents of one image from noise.
+    ) -> Any:
+        """Samples the latents of one image from noise; returns what the pipeline gives.
 
         Args:
             prompt: of the image.
@@ -156,7 +156,7 @@ class Pipeline:
         hook = self.denoiser.register_forward_pre_hook(_repeat_time, with_kwargs=True, prepend=True)
         with keep_hooks([hook]), torch.no_grad():
             try:
-                self.pipe(**arguments)
+                return self.pipe(**arguments)
             except (FirstCallReached, ProLoRAError):
                 raise
             except Exception as error:  # diffusers and its models raise any type

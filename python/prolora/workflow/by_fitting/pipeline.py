@@ -78,15 +78,17 @@ def fit_to_pipelines(
     if rival is None and options.start == "copy":
         raise ShapeMismatch(NO_COPY)
     with common.one_fit():
-        updates, report = fit_models(job, rival.done.adapter.updates if rival else {}, common)
+        copied = rival.done.adapter.updates if rival else {}
+        updates, report, grid = fit_models(job, copied, common)
     gate, files = report.gate, list_inputs(lora, source, target)
     if gate and gate.decision == COPY and not options.force:
         if not gate.copy_serves:
             raise UnrelatedBases(f"neither a fit nor moving by weights serves here: {gate.reason}")
         if rival:
             moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
-            return Transfer(moved, scaled, files)
-    return Transfer(*_finish_fit(job, blank, updates, report, _read_notes(notes)), files)
+            return Transfer(moved, replace(scaled, grid=grid), files)
+    moved, told = _finish_fit(job, blank, updates, report, _read_notes(notes))
+    return Transfer(moved, replace(told, grid=grid), files)
 
 
 def prepare_fit(
@@ -227,7 +229,7 @@ def _describe_gate(probe: ProbeReport, options: FitOptions) -> dict[str, str]:
     }
 
 
-def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, int]]:
+def _kernel_sizes(updates: Mapping[str, LowRank], target: Base) -> dict[str, tuple[int, ...]]:
     """(kh, kw) of those that are convolutions of the target."""
     shapes = {name: target.shapes.get(name, ()) for name in updates}
     return {name: (s[2], s[3]) for name, s in shapes.items() if len(s) == 4}

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...adapters.adapter import Adapter
 from ...architectures.modules import find_block, is_adaptable
 from ...bases import Base, vae
-from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline
+from ...bases.pipeline_files import PIPELINE_INDEX, is_pipeline, read_pipeline_index
 from ...core.lowrank import LowRank
 from ...errors import UnsupportedFormat
+from ...files.jsontext import read_json_object
+from ...probe.settings import FEW_STEPS
+from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
 
@@ -136,6 +141,31 @@ def _have_like_blocks(
     """Whether all names inside some block of one model are those inside a block of the other."""
     kinds, other_kinds = ({frozenset(names) for names in side.values()} for side in (ours, theirs))
     return any(a <= b or b <= a for a in kinds for b in other_kinds)
+
+
+def foresee_work(source: Base, target: Base, options: FitOptions) -> Workload:
+    """What a fit will ask of both models at most, from settings and configurations alone."""
+    from ...probe.pipelines.pipeline import FEW_STEP_SCHEDULERS
+
+    assert source.path is not None and target.path is not None
+    scheduler = _read_settings(target.path / "scheduler" / "scheduler_config.json")
+    few = scheduler.get("_class_name") in FEW_STEP_SCHEDULERS
+    steps = options.target_steps or (min(FEW_STEPS, options.steps) if few else options.steps)
+    guidance = options.target_guidance if options.target_guidance is not None else options.guidance
+    ours = _count_branches(source.path, options.guidance)
+    return Workload(options, steps, (ours, _count_branches(target.path, guidance)))
+
+
+def _count_branches(folder: Path, guidance: float | None) -> int:
+    """Predictions of a step of a sampler: two with guidance, unless the model has learnt it."""
+    part = read_pipeline_index(folder).denoiser
+    config = _read_settings(folder / part / "config.json") if part else {}
+    guided = (guidance is None or guidance > 1) and not config.get("guidance_embeds")
+    return 2 if guided else 1
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    return read_json_object(file) if file.is_file() else {}
 
 
 def outline_fit(

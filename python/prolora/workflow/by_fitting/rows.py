@@ -23,7 +23,7 @@ from ..module_report import ModuleReport
 from ..options import FIT
 from ..plan import ModulePlan
 from ..report import Report
-from .plan import RULE, target_modules
+from .plan import RULE, foresee_work, target_modules
 
 _VECTOR = "a fit gives updates of matrices only, no biases or normalisation layers"
 
@@ -36,7 +36,9 @@ def outline_report(
     rows = list_modules(adapter, plan, dict.fromkeys(modules), "would be fitted")
     left_out = list_vectors(adapter) | list_tensors_left_out(adapter)
     unread = list_missed(adapter, options.text_encoder)
-    return build_fit_report(source, target, options, rows, left_out, unread=unread, dry_run=True)
+    work = foresee_work(source, target, options).sentence(source.name, target.name)
+    known = {"unread": unread, "work": work, "dry_run": True}
+    return build_fit_report(source, target, options, rows, left_out, **known)
 
 
 def list_vectors(adapter: Adapter) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,16 @@ from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
+from ..page.document import PictureGrid
 from .common_parts import CommonParts
-from .plan import FitJob
+from .plan import FitJob, foresee_work
+from .showing import ImageGrid
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints
     from ...probe.pipelines import Pipeline
     from ...probe.run import ProbeTransfer
+    from ...probe.workload import WorkMeter
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class _AskedLora:
 
 def fit_models(
     job: FitJob, rival: Mapping[str, LowRank], common: CommonParts
-) -> tuple[dict[str, LowRank], ProbeReport]:
-    """Runs the pipelines and fits: target module -> update.
+) -> tuple[dict[str, LowRank], ProbeReport, PictureGrid | None]:
+    """Runs the pipelines and fits: target module -> update, the report and images for a page.
 
     Args:
         job: the LoRA.
@@ -83,36 +86,65 @@ def fit_models(
     """
     from ...probe import pipelines
     from ...probe.pipelines.schedules import FLOW
+    from ...probe.workload import WorkMeter
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
     asked = _AskedLora.of(job, rival)
     stack = contextlib.ExitStack()
+    foreseen = foresee_work(source, target, options)
+    if options.progress:
+        total = sum(map(sum, foreseen.predictions.values()))
+        options.progress(0, total, foreseen.sentence(source.name, target.name))
+        options.progress(0, total, "opening both pipelines")
     with stack:
         models = _open_both(job, asked, common, stack)
         checkpoints = common.open_checkpoints()
         takes_prompts = all("prompt" in model.accepted for model in models)
         derived = _choose_prompts(job) if takes_prompts and not options.prompts else ()
-        images = itertools.count(1)
-
-        def count_image() -> None:
-            if options.progress:
-                options.progress(next(images), 6 * options.images, "sampling")
-
         shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         sampled: FitSettings = replace(options, prompts=options.prompts or derived)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
-        few = pipelines.takes_few_steps(sampled, models[1].derive_target_settings(sampled))
+        of_target = models[1].derive_target_settings(sampled)
+        few = pipelines.takes_few_steps(sampled, of_target)
+        meter = WorkMeter(replace(foreseen, settings=sampled, target_steps=of_target.steps))
         # Between a flow and another path, and for a target of few steps, the images of the
         # samplings say more than their calls.
         crosses = not shared or mixed or few
         fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
-        result = fit(models, sampled, asked, checkpoints, count_image)
+        grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
+        result = fit(models, sampled, asked, checkpoints, meter, grid)
+        _show_target(grid, models[1], asked, result)
+    shown = grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
     result.report.derived_prompts = derived
-    return fitted, result.report
+    return fitted, result.report, shown
+
+
+def _show_target(
+    grid: ImageGrid, target: Pipeline, asked: _AskedLora, result: ProbeTransfer
+) -> None:
+    """Draws the rest of the grid, where one is asked for; the report gets the time."""
+    from ...probe.gate import fits_target
+    from ...probe.workload import SHOW
+
+    report, started = result.report, time.perf_counter()
+    if grid.prompts:
+        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
+        copied = asked.rival if fits_target(target.denoiser, asked.rival) else {}
+        grid.draw_target(copied, result.adapter.updates if report.trust else None)
+        report.not_drawn = grid.failure
+        spent = time.perf_counter() - started
+        report.seconds[SHOW] = report.seconds.get(SHOW, 0.0) + spent
+
+
+def _run_text(grid: ImageGrid, asked: _AskedLora) -> contextlib.AbstractContextManager[None]:
+    """The LoRA's part beside the source's text encoders."""
+    from ...probe.pipelines import run_text_encoders_beside
+
+    return run_text_encoders_beside(grid.models[0], asked.text)
 
 
 def _choose_prompts(job: FitJob) -> tuple[str, ...]:
@@ -161,7 +193,8 @@ def _fit_pair(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
+    grid: ImageGrid,
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
 
@@ -170,14 +203,15 @@ def _fit_pair(
         sampled: what is sampled, and how it is fitted.
         asked: the LoRA.
         checkpoints: where results are kept.
-        on_image: called after each sampled image.
+        meter: is told how far it is.
+        grid: images for a page.
     """
     from ...probe.pipelines import pair_pipelines
     from ...probe.recording.recorder import Recorder
     from ...probe.run import fit_from_recorder
 
     pair = pair_pipelines(*models, sampled, asked.text)
-    samplers = pair.samplers(on_image)
+    samplers = pair.samplers(meter.count_image)
     text = asked.describe(pair.describe_sampling) if checkpoints.folder else ""
     recorder = Recorder(
         pair.source.denoiser,
@@ -189,7 +223,8 @@ def _fit_pair(
         text,
         asked.text,
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
+    release = functools.partial(_release, models, asked, meter, grid)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -199,7 +234,8 @@ def _fit_crossing(
     sampled: FitSettings,
     asked: _AskedLora,
     checkpoints: Checkpoints,
-    on_image: Callable[[], None],
+    meter: WorkMeter,
+    grid: ImageGrid,
     shared: bool,
 ) -> ProbeTransfer:
     """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
@@ -221,15 +257,26 @@ def _fit_crossing(
     text = asked.describe(describe) if checkpoints.folder else ""
     part = TextPart.of(models[0], asked.text, ours.settings)
     recorder = CrossingRecorder(
-        ours, theirs, asked.adapter, checkpoints, text, on_image, text_part=part
+        ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
     )
-    result = fit_from_recorder(recorder, asked.rival, sampled, functools.partial(_release, models))
+    release = functools.partial(_release, models, asked, meter, grid)
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
     result.report.log_snr = recorder.log_snr
     return result
 
 
-def _release(models: tuple[Pipeline, Pipeline]) -> None:
-    """Frees what does not run again once both models were asked: all but the target's denoiser."""
+def _release(
+    models: tuple[Pipeline, Pipeline], asked: _AskedLora, meter: WorkMeter, grid: ImageGrid
+) -> None:
+    """Frees what does not run again once both models were asked: all but the target's denoiser.
+
+    The source is shown before.
+    """
+    from ...probe.workload import SHOW
+
+    if grid.prompts:
+        meter.begin(SHOW)
+        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
     models[0].release(keep_denoiser=False)
     models[1].release(keep_denoiser=True)
 

@@ -39,6 +39,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class PictureGrid:
+    """Small images side by side.
+
+    Attributes:
+        columns: headings.
+        rows: what each row shows.
+        images: PNG files, column by column.
+        caption: what is to be seen, in a sentence.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[str]
+    images: Sequence[Sequence[bytes]]
+    caption: str
+
+
+@dataclass(frozen=True)
 class Fold:
     """What is shown on request: a line, and the names or terms behind it with what is said."""
 
@@ -72,6 +89,7 @@ class Page:
         lines: what else to know at once.
         sentences: the numbers behind it, in words.
         pictures: below them.
+        grid: below these; None without one.
         map: where in the model; None without one.
         sections: the rest.
         facts: how the result was made, by what each fact is called.
@@ -83,6 +101,7 @@ class Page:
     lines: Sequence[str] = ()
     sentences: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
+    grid: PictureGrid | None = None
     map: PlaceMap | None = None
     sections: Sequence[Section] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +113,8 @@ def render_page(page: Page) -> str:
     head += [tag("p", line, class_="line") for line in page.lines]
     body: list[Html] = []
     body += map(_embed_picture, page.pictures)
+    if page.grid:
+        body.append(_draw_section("In images", [_draw_grid(page.grid)]))
     if page.sentences:
         body.append(_draw_section("In numbers", [_list_items(page.sentences, "sentences")]))
     if page.map and page.map.spots:
@@ -205,9 +226,29 @@ def _draw_figure(places: PlaceMap) -> Html:
 
 
 def _embed_picture(picture: Picture) -> Html:
-    data = base64.b64encode(picture.png).decode("ascii")
-    image = tag("img", src=f"data:image/png;base64,{data}", alt=picture.caption)
+    image = _embed_png(picture.png, picture.caption)
     return tag("figure", image, tag("figcaption", picture.caption))
+
+
+def _embed_png(png: bytes, alt: str) -> Html:
+    data = base64.b64encode(png).decode("ascii")
+    return tag("img", src=f"data:image/png;base64,{data}", alt=alt)
+
+
+def _draw_grid(grid: PictureGrid) -> Html:
+    """A row of images below each prompt, so that five of them fit a telephone."""
+    heads = (tag("th", name, scope="col") for name in grid.columns)
+    rows: list[Html] = []
+    for i, prompt in enumerate(grid.rows):
+        name = prompt or "without a prompt"
+        head = tag("th", name, scope="rowgroup", colspan=len(grid.columns))
+        cells = (
+            tag("td", _embed_png(images[i], f"{column}: {name}"))
+            for column, images in zip(grid.columns, grid.images, strict=True)
+        )
+        rows.append(tag("tbody", tag("tr", head), tag("tr", *cells)))
+    table = tag("table", tag("caption", "Images"), tag("thead", tag("tr", *heads)), *rows)
+    return tag("figure", table, tag("figcaption", grid.caption), class_="grid")
 
 
 def _write_document(title: str, body: Html) -> str:

@@ -1,0 +1,153 @@
+"""Images of a fit for its page: the source and the target, with the LoRA and without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...core.lowrank import LowRank
+from ...errors import ProLoRAError
+from ...probe.settings import FitSettings
+from ..page.document import PictureGrid
+from ..page.picture_file import write_png
+
+if TYPE_CHECKING:
+    from ...probe.pipelines import Pipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageGrid:
+    """Draws the images, each column when its model is there. It never ends a fit.
+
+    Attributes:
+        models: source and target.
+        settings: of either, with the size.
+        prompts: one for each row.
+        carried: whether both bare models have the LoRA's part in their text encoders in place.
+        columns: what is drawn so far: heading -> PNG files, one for each row.
+        failure: why the images are not there.
+    """
+
+    models: tuple[Pipeline, Pipeline]
+    settings: tuple[FitSettings, FitSettings]
+    prompts: tuple[str, ...]
+    carried: bool = False
+    columns: dict[str, list[bytes]] = field(default_factory=dict)
+    failure: str = ""
+
+    @classmethod
+    def of(
+        cls, models: tuple[Pipeline, Pipeline], sampled: FitSettings, shared: bool, carried: bool
+    ) -> ImageGrid:
+        """A grid of some of the sampled prompts; without rows where none are to be shown.
+
+        Args:
+            models: source and target.
+            sampled: what is sampled.
+            shared: whether both have the same latents, and so the same noise.
+            carried: see above.
+        """
+        sizes = [model.size for model in models if model.size is not None]
+        if shared and sampled.size is None:
+            sampled = replace(sampled, size=min(sizes, default=None))
+        known = sampled.prompts or ("",)
+        count = min(sampled.shown_prompts, len(known))
+        rows = tuple(known[i * len(known) // count] for i in range(count))
+        return cls(models, (sampled, models[1].derive_target_settings(sampled)), rows, carried)
+
+    def draw_source(
+        self,
+        updates: Mapping[str, LowRank],
+        text_encoders: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Draws the source without and with the LoRA, once.
+
+        Args:
+            updates: of its UNet or transformer.
+            text_encoders: puts the LoRA's part beside its text encoders.
+        """
+        if self._is_open("source"):
+            self._draw("source", 0, self.settings[0], {})
+            with text_encoders():
+                self._draw("source + LoRA", 0, self.settings[0].with_lora(), updates)
+
+    def draw_target(
+        self, copied: Mapping[str, LowRank], fitted: Mapping[str, LowRank] | None
+    ) -> None:
+        """Draws the target without the LoRA, with the copy and with the fitted one.
+
+        Args:
+            copied: what weights alone give; empty for no such column.
+            fitted: None for no such column.
+        """
+        if self._is_open("target"):
+            self._draw("target", 1, self.settings[1], {})
+            for name, updates in (("target + copy", copied), ("target + fit", fitted)):
+                if updates:
+                    self._draw(name, 1, self.settings[1], updates)
+
+    def _is_open(self, name: str) -> bool:
+        return bool(self.prompts) and not self.failure and name not in self.columns
+
+    def _draw(
+        self, name: str, side: int, settings: FitSettings, updates: Mapping[str, LowRank]
+    ) -> None:
+        """One column; the noise of a row is the same in all of them."""
+        from ...probe.precision import in_float32
+        from ...probe.updates import run_beside
+
+        model = self.models[side]
+        if self.failure:
+            return
+        try:
+            model.restore()  # the VAE may be away
+            with in_float32(model.denoiser), run_beside(model.denoiser, updates):
+                self.columns[name] = [
+                    write_png(_read_pixels(model.sample_latents(prompt, settings, row, "pt")))
+                    for row, prompt in enumerate(self.prompts)
+                ]
+        except Exception as error:  # diffusers and its models raise any type
+            self.failure = f"{name}: {error}"
+            log.warning("the page gets no images: %s", self.failure)
+
+    def to_page(self, source: str, target: str) -> PictureGrid | None:
+        """What the page shows; None where nothing, or not all, could be drawn."""
+        if self.failure or not self.columns:
+            return None
+        ways = ["without it"]
+        if "target + copy" in self.columns:
+            ways.append("with the LoRA as weights alone move it")
+        if "target + fit" in self.columns:
+            ways.append("with the fitted LoRA")
+        told = f"{', '.join(ways[:-1])} and {ways[-1]}" if len(ways) > 1 else ways[0]
+        caption = (
+            f"Each row is one prompt, drawn from one seed: {source} without the LoRA and with it, "
+            f"then {target} {told}."
+        )
+        if self.carried:
+            caption += " The LoRA's part in the text encoders is in place in all of them."
+        return PictureGrid(tuple(self.columns), self.prompts, tuple(self.columns.values()), caption)
+
+
+def _read_pixels(result: Any) -> Tensor:
+    """The pixels [3, h, w] from 0 to 1 of what a pipeline gives.
+
+    Raises:
+        ProLoRAError: it gives no image.
+    """
+    images = getattr(result, "images", None)
+    images = images if isinstance(images, Tensor) else torch.as_tensor(images)
+    image = images[0]
+    if image.dim() == 3 and image.shape[0] != 3 and image.shape[-1] == 3:
+        image = image.permute(2, 0, 1)
+    if image.dim() != 3 or image.shape[0] != 3 or not bool(torch.isfinite(image).all()):
+        raise ProLoRAError(f"the pipeline gives {list(image.shape)} and no image of three colours")
+    return image
