@@ -1,11 +1,13 @@
 """Whether `prolora check` tells every family's LoRAs from those of every other, and in what time.
 
-    python bench/check_families.py [--json FILE]
+    python bench/check_families.py [--whole] [--json FILE]
 
 One published size of each family is a base, as a header without weights. A LoRA of each family, on
-the attention and feed-forward layers and in every format that can be written, is held against all
-of them. Right: "fits" for its own family, "other" for any other. Wrong: the reverse of one of
-these. All else is undecided: "in part" and "unclear".
+the attention and feed-forward layers of the first two blocks and the last of every stack (of all
+with --whole) and in every format that can be written, is held against all of them. Right: "fits"
+for its own family, "other" for any other. Wrong: the reverse of one of these. All else is
+undecided: "in part", "unclear", and "fits several" where the answer for another family says that
+the modules are also those of others.
 """
 
 from __future__ import annotations
@@ -28,19 +30,30 @@ from prolora.adapters.unread import TensorHeader, UnreadAdapter
 from prolora.adapters.writing import check_format
 from prolora.architectures.families import known_families
 from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import find_block
 from prolora.core.lowrank import LowRank
 
 RANK = 16
 
 
-def outline_lora(family: str, layout: str, format: str) -> UnreadAdapter:
-    """The header of a LoRA on all that LoRAs are commonly trained on.
+def select_blocks(names: list[str]) -> list[str]:
+    """The modules in the first two blocks and the last of every stack."""
+    blocks = {name: block for name in names if (block := find_block(name))}
+    last: dict[str, int] = {}
+    for block in blocks.values():
+        last[block.stack] = max(last.get(block.stack, 0), int(block.number))
+    return [n for n, b in blocks.items() if int(b.number) < 2 or int(b.number) == last[b.stack]]
+
+
+def outline_lora(family: str, layout: str, format: str, whole: bool) -> UnreadAdapter:
+    """The header of a LoRA on what LoRAs are commonly trained on.
 
     Raises:
         UnsupportedFormat: the format has no names for the family.
     """
     zero, linear = torch.zeros(()), linear_shapes(layout)
     usual = [name for name in load_layout(layout).adapted if name in linear]
+    usual = usual if whole else select_blocks(usual)
     updates = {
         name: LowRank(zero.expand(linear[name][0], RANK), zero.expand(RANK, linear[name][1]))
         for name in usual
@@ -54,6 +67,8 @@ def outline_lora(family: str, layout: str, format: str) -> UnreadAdapter:
 
 def judge(own: bool, answer: BaseCheck) -> str:
     """What an answer is worth."""
+    if answer.also and not own:
+        return "fits several"
     if answer.answer in ("fits", "other"):
         return "right" if (answer.answer == "fits") == own else "wrong"
     return answer.answer
@@ -62,6 +77,7 @@ def judge(own: bool, answer: BaseCheck) -> str:
 def main() -> None:
     """Reads the arguments, measures, writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     sizes = {family.id: family.layouts[0] for family in known_families().values()}
@@ -77,7 +93,7 @@ def main() -> None:
         for family, layout in sizes.items():
             for format in FORMATS:
                 try:
-                    lora = outline_lora(family, layout, format)
+                    lora = outline_lora(family, layout, format, arguments.whole)
                 except UnsupportedFormat:
                     continue
                 loras += 1
@@ -90,6 +106,7 @@ def main() -> None:
                     if verdict != "right":
                         odd.setdefault(f"{family} on {other}: {answer}", []).append(format)
     facts = {
+        "whole": arguments.whole,
         "families": len(sizes),
         "loras": loras,
         "own_base": dict(counts["own"]),

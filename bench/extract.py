@@ -27,7 +27,7 @@ from torch import Tensor
 CHANGE, LOW, RANK_OF_CHANGE = 0.05, 0.9, 48
 _BEGIN = """
 import json, sys, time, torch
-base, tuned, out, rank = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+base, tuned, out, rank, every = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 """
 _OURS = (
@@ -38,7 +38,7 @@ start = clock()
 report = prolora.extract_file(base, tuned, out, out_rank=rank, dtype="float32", overwrite=True)
 seconds = clock() - start
 flagged = sum("not proven" in row.reason for row in report.modules)
-kept, modules = report.share_on_target, len(report.rows("mapped"))
+shares = {row.source: 1 - row.rank_cut_energy for row in report.rows("mapped")}
 """
 )
 _OTHER = (
@@ -49,22 +49,23 @@ from prolora import open_base
 start = clock()
 old, new = open_base(base), open_base(tuned)
 differences = {n: new.read(n).float() - old.read(n).float() for n in old.shapes}
-factors, energy, total = {}, 0.0, 0.0
-for name, mat in differences.items():
+read, sampled = clock() - start, list(differences)[::every]
+factors, shares, start = {}, {}, clock()
+for name in sampled:
+    mat = differences[name]
     U, S, Vh = torch.linalg.svd(mat.flatten(1))
     factors[name + ".up"] = (U[:, :rank] * S[:rank]).contiguous()
     factors[name + ".down"] = Vh[:rank].contiguous()
-    energy += S[:rank].double().square().sum().item()
-    total += S.double().square().sum().item()
+    shares[name] = (S[:rank].double().square().sum() / S.double().square().sum()).item()
 save_file(factors, out)
-seconds, flagged, kept, modules = clock() - start, 0, energy / total, len(differences)
+seconds, flagged = read + (clock() - start) * len(differences) / len(sampled), 0
 """
 )
 _END = """
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({
-    "seconds": round(seconds, 1), "peak_GiB": round(int(peak) / 2**20, 2), "modules": modules,
-    "energy": kept, "flagged": flagged, "threads": torch.get_num_threads(),
+    "seconds": round(seconds, 1), "peak_GiB": round(int(peak) / 2**20, 2), "flagged": flagged,
+    "threads": torch.get_num_threads(), "shares": shares,
 }))
 """
 
@@ -96,13 +97,14 @@ def write_tuned(base: Path, tuned: Path) -> None:
         save_file(tensors, tuned / file.name)
 
 
-def run(code: str, *arguments: object) -> dict[str, float]:
-    """The figures of one extraction, in a process of its own."""
+def run(code: str, *arguments: object) -> tuple[dict[str, float], dict[str, float]]:
+    """The figures of one extraction in a process of its own, and the energy kept by module."""
     words = [sys.executable, "-c", code + _END, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    shares: dict[str, float] = figures.pop("shares")  # type: ignore[assignment]
     print(figures, flush=True)
-    return figures
+    return figures | {"modules": len(shares)}, shares
 
 
 def main() -> None:
@@ -110,23 +112,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--every", type=int, default=1, help="sample of the full SVDs, timed up")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     base, tuned = arguments.folder / "sdxl", arguments.folder / "sdxl-tuned"
     if not (tuned / "unet").is_dir():
         write_tuned(base / "unet", tuned / "unet")
     out = arguments.folder / "extracted.safetensors"
-    ours = run(_OURS, base, tuned, out, arguments.rank)
+    words = base, tuned, out, arguments.rank, arguments.every
+    ours, kept = run(_OURS, *words)
     out.unlink()
-    other = run(_OTHER, base, tuned, out, arguments.rank)
+    other, best = run(_OTHER, *words)
     out.unlink()
     facts = {
         "rank": arguments.rank,
+        "full_svd_of_every": arguments.every,
         "prolora": ours,
         "full_svd": other,
         "seconds_ratio": round(ours["seconds"] / other["seconds"], 3),
         "memory_ratio": round(ours["peak_GiB"] / other["peak_GiB"], 3),
-        "energy_difference": ours["energy"] - other["energy"],
+        "energy_mean": sum(best.values()) / len(best),
+        "energy_worst_difference": max(abs(kept[name] - best[name]) for name in best),
         "torch": torch.__version__,
     }
     print(json.dumps(facts, indent=1))

@@ -25,7 +25,16 @@ def test_the_peak_of_a_child_is_its_own():
 
 
 @pytest.mark.parametrize(
-    "name", ["damping_cost", "sdxl_to_ssd1b", "second_lora", "flux_memory", "timing"]
+    "name",
+    [
+        "damping_cost",
+        "sdxl_to_ssd1b",
+        "second_lora",
+        "flux_memory",
+        "timing",
+        "extract",
+        "check_families",
+    ],
 )
 def test_a_bench_can_be_imported(name):
     importlib.import_module(name)

@@ -325,7 +325,7 @@ def test_the_page_of_performance_has_the_tables_of_the_counts_and_of_the_model()
 
 
 def test_the_model_gives_the_times_that_it_starts_from():
-    for size, seconds in ((128, 6e-3), (512, 15e-3)):
+    for size, seconds in ((128, 6.0e-3), (512, 14.6e-3)):
         found = gpu_model.estimate_eigh(64, size, "float32", gpu_model.H100, batched=True)
         assert found == pytest.approx(seconds, rel=0.02)
 

@@ -112,8 +112,8 @@ def test_every_matrix_of_an_adm_network_is_read_under_its_own_name(network, pref
     base = open_base(path)
     assert base.shapes == matrices(shapes)
     assert classify_model(base) == "UNet" and base.family is None
-    attends = NETWORKS[network].get("attends", True)
-    assert ("no attention layers" in describe_base(base)) is not attends
+    attends = sum(name.endswith(".qkv") for name in shapes)
+    assert f"{attends or 'no'} attention layers" in describe_base(base)
     assert f"{sum(n.endswith('in_layers.2') for n in shapes)} ResBlocks" in describe_base(base)
     assert all(map(is_adaptable, base.shapes))
     assert {n for n in base.shapes if is_attention(n)} == {
@@ -143,7 +143,7 @@ def write_lora(path, shapes, spelling, rank=2):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling, tmp_path):
     shapes = lay_out(**NETWORKS[network])
-    wanted = {n: s for n, s in matrices(shapes).items() if len(s) != 3}  # no conv1d in LoRA files
+    wanted = matrices(shapes)
     lora = write_lora(tmp_path / "lora.safetensors", wanted, spelling)
     source = fill(shapes, "model.")
     target = {key: value + 0.01 * torch.randn(value.shape) for key, value in source.items()}
@@ -155,7 +155,8 @@ def test_a_lora_moves_with_every_module_and_keeps_its_spelling(network, spelling
         assert described.modules == {"unet": len(wanted)}
     out = tmp_path / "moved.safetensors"
     written = SafetensorsFile(out / "adapter_model.safetensors" if out.is_dir() else out).tensors
-    assert set(written) == set(SafetensorsFile(lora).tensors)
+    came = SafetensorsFile(lora).tensors
+    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in came.items()}
 
 
 def test_a_module_that_the_network_lacks_is_refused_by_name(tmp_path):

@@ -147,6 +147,21 @@ def test_damaged_files_are_refused_by_name(tmp_path):
             open_base(path)
 
 
+def test_damaged_bytes_never_escape_as_another_error(tmp_path):
+    path = write(tmp_path / "m.onnx")
+    whole = path.read_bytes()
+    places = np.random.default_rng(0).integers(len(whole), size=400)
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xD5]) + whole[place + 1 :])
+        try:
+            file = OnnxFile(path)
+        except UnsupportedFormat as error:
+            assert "m.onnx" in str(error)
+        else:
+            for name, info in file.tensors.items():
+                assert tuple(file.read(name).shape) == info.shape
+
+
 def test_without_the_package_the_error_names_the_extra(tmp_path, monkeypatch):
     path = write(tmp_path / "m.onnx")
     monkeypatch.setitem(sys.modules, "onnx", None)

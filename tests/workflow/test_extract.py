@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_files import CONV, LINEAR, adapter_of, tiny_unet_config
 from safetensors.torch import load_file, save_file
-from small_models import small_weights
+from small_models import authors_weights, small_weights
 
 import prolora
 from prolora import adapters
@@ -133,6 +133,9 @@ def test_biases_and_norms_are_differences_where_the_format_holds_them():
     assert "no key" in reason and "1.41" in reason
     left = prolora.extract(base, tuned, out_rank=2, vectors="skip").report.left_out
     assert set(left) == {bias, f"{NORM}.weight"} and "as asked" in left[bias]
+    tuned["conv_in.bias"] = torch.ones(3)
+    left = prolora.extract(base, tuned, out_rank=2).report.left_out
+    assert "only" in left["conv_in.bias"]
 
 
 def test_comfyuis_formula_on_the_file_makes_the_tuned_base(tmp_path):
@@ -180,6 +183,46 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     for name, update in read.updates.items():
         dense = new[f"{name}.weight"] - old[f"{name}.weight"]
         assert (update.up @ update.down - dense).norm() < 0.33 * dense.norm(), name
+
+
+def test_vectors_under_the_authors_names_are_split_swapped_and_named():
+    """FLUX: biases of fused matrices, the halves of the last modulation, and norms."""
+    weights = small_weights("flux1-dev")
+    base = {f"{n}.weight": w for n, w in authors_weights("flux", weights).items()}
+    tuned = {key: weight + 0.1 for key, weight in base.items()}
+    for old, new in ((base, 0.0), (tuned, 1.0)):
+        for name in ("double_blocks.0.img_attn.qkv", "final_layer.adaLN_modulation.1"):
+            rows = len(old[f"{name}.weight"])
+            old[f"{name}.bias"] = new * torch.arange(1.0, rows + 1)
+        old["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.full((4,), new)
+    done = prolora.extract(base, tuned, out_rank=1, dtype="float32", format="comfy")
+    (name,) = done.report.left_out
+    assert name == "double_blocks.0.img_attn.norm.query_norm.scale"
+    assert "norm of its difference is 2" in done.report.left_out[name]
+    rows = torch.arange(1.0, 1 + len(base["double_blocks.0.img_attn.qkv.bias"]))
+    for part, letter in zip(rows.chunk(3), "qkv", strict=True):
+        found = done.adapter.vectors[f"transformer_blocks.0.attn.to_{letter}.bias"]
+        assert torch.equal(found, part)
+    rows = torch.arange(1.0, 1 + len(base["final_layer.adaLN_modulation.1.bias"]))
+    assert torch.equal(done.adapter.vectors["norm_out.linear.bias"], torch.cat(rows.chunk(2)[::-1]))
+    keys = done.state_dict("comfy")
+    assert torch.equal(keys["diffusion_model.final_layer.adaLN_modulation.1.diff_b"], rows)
+
+
+def test_biases_of_text_encoders_are_extracted_too():
+    base, layer = make_base(), "text_encoder.text_model.encoder.layers.0"
+    base |= {
+        f"{layer}.mlp.fc1.weight": torch.randn(32, 16),
+        f"{layer}.mlp.fc1.bias": torch.zeros(32),
+    }
+    base[f"{layer}.layer_norm1.weight"] = torch.ones(16)
+    tuned = {key: tensor * 1.5 + 0.25 for key, tensor in base.items()}
+    done = prolora.extract(base, tuned, out_rank=4, format="kohya")
+    assert f"{layer}.mlp.fc1" in done.adapter.updates
+    assert torch.equal(done.adapter.vectors[f"{layer}.mlp.fc1.bias"], torch.full((32,), 0.25))
+    assert torch.equal(done.adapter.vectors[f"{layer}.layer_norm1.weight"], torch.full((16,), 0.75))
+    assert not done.report.left_out
+    done.state_dict("kohya")
 
 
 def test_bases_of_other_shapes_are_refused_with_the_first_module():

@@ -20,8 +20,8 @@ class Adapter:
         updates: canonical module name -> update, in file order. Names are diffusers' without
             `.weight`; modules of text encoders start with `text_encoder.`, `text_encoder_2.` or
             `text_encoder_3.`. Factors are float32 on the CPU: up [out, r], down [r, in·kh·kw].
-        kernels: (kh, kw) of the modules that are convolutions, 1×1 ones included; linear modules
-            have no entry.
+        kernels: (kh, kw), or (k,), of the modules that are convolutions, 1×1 ones included; linear
+            modules have no entry.
         vectors: what is added to biases and to the weights of normalisation layers, by
             "module.bias" or "module.weight", float32 [n].
         format: the family it came in: "kohya", "diffusers", "peft" or "comfy".
@@ -43,7 +43,7 @@ class Adapter:
     """
 
     updates: dict[str, LowRank]
-    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     format: str = "kohya"
     spelling: str = "diffusers"

@@ -222,7 +222,7 @@ def _add_update(
         if weight is None:
             _leave_out(adapter, slot)
             return
-        kernel = (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
+        kernel = tuple(weight.shape[2:]) if weight.dim() in (3, 4) else None
         algorithm = slot.form.algorithm
         truncated = dora_oft_glora.merged_update(algorithm, weight, tensors, scale, where)
     else:
@@ -240,7 +240,7 @@ def _store_parts(
     adapter: Adapter,
     slot: Slot,
     update: LowRank,
-    kernel: tuple[int, int] | None,
+    kernel: Shape | None,
     kept: float,
     where: str,
 ) -> None:
@@ -279,7 +279,7 @@ def _add_zeros(
         if magnitudes:
             dora_oft_glora.magnitude_axis(magnitudes, (slot.form.out, *base_shapes[0][1:]), where)
         inputs = math.prod(base_shapes[0][1:])
-        kernel = (base_shapes[0][2], base_shapes[0][3]) if len(base_shapes[0]) == 4 else None
+        kernel = base_shapes[0][2:] if len(base_shapes[0]) in (3, 4) else None
     rank = max(1, slot.form.rank)
     zero = torch.zeros(())  # which takes no room, whatever the shape
     zeros = LowRank(zero.expand(slot.form.out, rank), zero.expand(rank, inputs))

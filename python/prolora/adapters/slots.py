@@ -45,7 +45,7 @@ class Slot:
         return self.form.algorithm + ("+dora" if dora else "")
 
     @property
-    def kernel(self) -> tuple[int, int] | None:
+    def kernel(self) -> tuple[int, ...] | None:
         """(kh, kw) of a convolution, by its shape or, where factors are flat, by its name."""
         if self.form.kernel is None and self.form.algorithm in ("loha", "lokr"):
             is_3x3 = _CONVOLUTION_NAME.search(self.module.name) and self.form.inputs % 9 == 0

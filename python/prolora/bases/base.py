@@ -59,7 +59,7 @@ class Base:
 
     @cached_property
     def vectors(self) -> dict[str, Weight]:
-        """Vectors of the model by "module.bias" and "module.weight", without text encoders.
+        """Biases and norms by "module.bias" and "module.weight".
 
         Vectors of modules that no table names go by their own keys.
         """

@@ -38,8 +38,8 @@ def classify_model(base: Base) -> str:
 def describe_base(base: Base) -> str:
     """One line: family, kind, blocks by stack, widths, and what text features it reads."""
     kind = classify_model(base)
-    if layers := [name for name in base.shapes if is_in_adm(name) and find_block(name)]:
-        return _describe_adm(base, layers)
+    if any(is_in_adm(name) and find_block(name) for name in base.shapes):
+        return _describe_adm(base)
     blocks = {
         (block.stack, block.number)
         for module in base.shapes
@@ -59,10 +59,10 @@ def describe_base(base: Base) -> str:
     return line + (f", reading text features of {_join_numbers(context)}" if context else "")
 
 
-def _describe_adm(base: Base, layers: list[str]) -> str:
+def _describe_adm(base: Base) -> str:
     """The same of an ADM network: ResBlocks and attention, of which it may have none."""
-    blocks = sum(name.endswith(".in_layers.2") for name in layers)
-    attention = [base.shapes[name][1] for name in layers if name.endswith(".qkv")]
+    blocks = sum(name.endswith(".in_layers.2") for name in base.shapes)
+    attention = [shape[1] for name, shape in base.shapes.items() if name.endswith(".qkv")]
     widths = f" of width {_join_numbers(set(attention))}" if attention else ""
     return (
         f"a UNet of the ADM kind with {blocks} ResBlocks and {len(attention) or 'no'} attention "

@@ -64,12 +64,12 @@ class PickleFile:
                 f"{self.path}: holds objects beside its tensors, which are not read because that "
                 f"can run code ({_first_line(error)}); save its state dict alone"
             ) from error
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+        except OSError as error:
+            raise input_error(self.path, error) from error
+        except Exception as error:  # the unpickler's own, and what a damaged stack of its makes
             raise UnsupportedFormat(
                 f"{self.path}: is damaged: {_first_line(error)}; download or save it again"
             ) from error
-        except OSError as error:
-            raise input_error(self.path, error) from error
         self._tensors = _find_state_dict(loaded, self.path)
         for name, tensor in self._tensors.items():
             _check_tensor(name, tensor, self.path, self.state.size)
@@ -122,7 +122,7 @@ def _check_archive(path: Path, size: int) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     notes = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
     if packed or sum(entry.file_size for entry in entries) > size or notes > _PICKLE_LIMIT:
-        raise UnsupportedFormat(f"{path}: is no file as torch.save writes it; save it again")
+        raise UnsupportedFormat(f"{path}: is not a file as torch.save writes it; save it again")
 
 
 def _find_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:

@@ -302,26 +302,30 @@ class _Difference:
 
     def subtract_vectors(self) -> None:
         """Differences of biases and norms, where the format holds them; others are named."""
-        theirs = self.tuned.vectors
-        for name, weight in self.base.vectors.items():
-            other = theirs.get(name)
-            if other is None or other.shape != weight.shape:
+        ours, theirs = self.base.vectors, self.tuned.vectors
+        for name in dict.fromkeys((*ours, *theirs)):
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+                only = self.base if name in ours else self.tuned
+                self.left_out[name] = f"only {only.name} holds it, or in another shape"
                 continue
-            vector = other.read().double() - weight.read().double()
+            vector = theirs[name].read().double() - ours[name].read().double()
             norm = torch.linalg.vector_norm(vector).item()
             if norm == 0:
                 continue
-            reason = "left out as asked" if self.options.vectors == "skip" else self._refuse(name)
+            skip = self.options.vectors == "skip"
+            reason = "left out as asked" if skip else self._refuse_vector(name, vector)
             if reason:
                 self.left_out[name] = f"{reason}; the norm of its difference is {norm:.3g}"
             else:
                 self.vectors[name] = vector.float()
 
-    def _refuse(self, vector: str) -> str:
+    def _refuse_vector(self, name: str, vector: Tensor) -> str:
         """Why the format cannot hold a vector; "" if it can."""
-        module = vector.rpartition(".")[0]
+        module, _, tensor = name.rpartition(".")
+        if tensor not in ("bias", "weight"):
+            return "no format has a key for it"
         updates = {module: self.updates[module]} if module in self.updates else {}
-        held = replace(self.outline(updates), vectors={vector: torch.ones(1)})
+        held = replace(self.outline(updates), vectors={name: vector})
         try:
             adapters.check_format(held, self.form.format or "auto")
         except (UnsupportedFormat, ShapeMismatch):

@@ -69,14 +69,14 @@ class Form:
         out: rows of ΔW.
         inputs: columns of ΔW as a matrix, in·kh·kw; 0 where only the base weight knows.
         rank: the rank the file states, which alpha is divided by; 0 for none.
-        kernel: (kh, kw) of a convolution.
+        kernel: (kh, kw) of a convolution, (k,) of one along a line.
     """
 
     algorithm: str
     out: int
     inputs: int
     rank: int
-    kernel: tuple[int, int] | None = None
+    kernel: Shape | None = None
 
 
 def kind_of_roles(roles: Set[str]) -> str:
@@ -142,9 +142,9 @@ def derive_form(shapes: Mapping[str, Shape]) -> Form | None:
 def _lora_form(shapes: Mapping[str, Shape]) -> Form | None:
     down, up = shapes["down"], shapes["up"]
     core = shapes.get("mid", down)
-    fits = len(down) in (2, 4) and len(up) in (2, 4)
+    fits = len(down) in ((2, 4) if "mid" in shapes else (2, 3, 4)) and len(up) in (2, len(core))
     fits = fits and len(core) == (4 if "mid" in shapes else len(down))
-    if not fits or len(up) > len(core) or up[1] != core[0] or math.prod(up[2:]) != 1:
+    if not fits or up[1] != core[0] or math.prod(up[2:]) != 1:
         return None
     if "mid" in shapes:
         if core[1] != down[0] or math.prod(down[2:]) != 1:
@@ -153,9 +153,8 @@ def _lora_form(shapes: Mapping[str, Shape]) -> Form | None:
         return Form("tucker", up[0], down[1] * math.prod(kernel), down[0], kernel)
     if len(down) == 2:
         return Form("lora", up[0], down[1], down[0])
-    kernel = (down[2], down[3])
-    algorithm = "lora" if kernel == (1, 1) else "locon"
-    return Form(algorithm, up[0], math.prod(down[1:]), down[0], kernel)
+    algorithm = "lora" if set(down[2:]) == {1} else "locon"
+    return Form(algorithm, up[0], math.prod(down[1:]), down[0], down[2:])
 
 
 def _loha_form(shapes: Mapping[str, Shape]) -> Form | None:

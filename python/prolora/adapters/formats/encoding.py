@@ -186,7 +186,7 @@ def _survives_cast(cast: LowRank, exact: LowRank, dtype: torch.dtype) -> bool:
 
 
 def _shape_factors(
-    name: str, update: LowRank, kernel: tuple[int, int] | None
+    name: str, update: LowRank, kernel: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """Factors as files keep them: up [out, r], down [r, in], or [out, r, 1, 1], [r, in, kh, kw]."""
     up, down = update.up.contiguous(), update.down.contiguous()
@@ -194,7 +194,7 @@ def _shape_factors(
         return up, down
     if down.shape[1] % math.prod(kernel):
         raise ShapeMismatch(f"{name}: down {list(down.shape)} does not fit a kernel {kernel}")
-    return up[:, :, None, None], down.reshape(update.rank, -1, *kernel)
+    return up.reshape(*up.shape, *(1 for _ in kernel)), down.reshape(update.rank, -1, *kernel)
 
 
 def _alpha_tensor(value: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from ..weights import Weight
 from .family_names import find_family_names
 from .float8 import apply_scales
 from .other_models import explain_no_blocks, explain_other_model
-from .text_encoders import split_encoders
+from .text_encoders import name_encoder_vectors, split_encoders
 
 # What a diffusion model's keys start with where one file holds several models.
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -74,7 +74,7 @@ def name_weights(
 
 
 def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Biases and norms of a diffusion model by "module.bias" and "module.weight".
+    """Biases and norms of a checkpoint by "module.bias" and "module.weight".
 
     A vector of a module that is not known goes by its own key, so that it can be named.
 
@@ -83,7 +83,7 @@ def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """
     model = _select_model(split_encoders(weights, "")[1])
     names = _KeySpelling(model)
-    named: dict[str, Weight] = {}
+    named = name_encoder_vectors(weights)
     for key, weight in model.items():
         path, _, tensor = key.rpartition(".")
         if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:

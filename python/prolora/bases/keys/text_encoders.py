@@ -73,6 +73,26 @@ def split_encoders(
     return encoders, rest
 
 
+def name_encoder_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Biases and norms of text encoders by "module.bias" and "module.weight".
+
+    OpenCLIP's, which are fused in other ways, go by their own keys.
+
+    Args:
+        weights: all keys of a checkpoint.
+    """
+    stored = [*_STORED, (_T5, _find_t5_prefix(weights), False)]
+    named: dict[str, Weight] = {}
+    for key, weight in weights.items():
+        entry = next((entry for entry in stored if key.startswith(entry[0])), None)
+        if entry is None or len(weight.shape) != 1 or not weight.dtype.is_floating_point:
+            continue
+        start, prefix, open_clip = entry
+        module, _, tensor = key.removeprefix(start).rpartition(".")
+        named[key if open_clip else f"{prefix}{_add_text_model(module)}.{tensor}"] = weight
+    return named
+
+
 def _add_text_model(module: str) -> str:
     """Files and LoRAs have CLIP's outer `text_model.`, which transformers 5 leaves out."""
     is_clip = module.startswith(("encoder.layers.", "embeddings."))

@@ -39,11 +39,8 @@ def assemble_adapter(
     metadata: dict[str, str],
 ) -> Adapter:
     """The adapter of the target: its modules, its kernels, its metadata."""
-    kernels: dict[str, tuple[int, int]] = {}
-    for name in updates:
-        shape = target.shapes.get(name, ())
-        if len(shape) == 4:
-            kernels[name] = (shape[2], shape[3])
+    shapes = {name: target.shapes.get(name, ()) for name in updates}
+    kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
     return replace(
         adapter,
         updates=updates,
