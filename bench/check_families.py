@@ -6,7 +6,8 @@ One published size of each family is a base, as a header without weights. A LoRA
 the attention and feed-forward layers of the first two blocks and the last of every stack (of all
 with --whole) and in every format that can be written, is held against all of them. Right: "fits"
 for its own family, "other" for any other. Wrong: the reverse of one of these. All else is
-undecided: "in part" and "unclear".
+undecided: "in part", "unclear", and "fits several" where the answer for another family says that
+the modules are also those of others.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def outline_lora(family: str, layout: str, format: str, whole: bool) -> UnreadAd
 
 def judge(own: bool, answer: BaseCheck) -> str:
     """What an answer is worth."""
+    if answer.also and not own:
+        return "fits several"
     if answer.answer in ("fits", "other"):
         return "right" if (answer.answer == "fits") == own else "wrong"
     return answer.answer

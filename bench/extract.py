@@ -126,6 +126,7 @@ def main() -> None:
     out.unlink()
     facts = {
         "rank": arguments.rank,
+        "full_svd_of_every": arguments.every,
         "prolora": ours,
         "full_svd": other,
         "seconds_ratio": round(ours["seconds"] / other["seconds"], 3),

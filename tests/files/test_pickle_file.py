@@ -113,7 +113,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (1 << 24))
-    with pytest.raises(UnsupportedFormat, match="is no file as torch"):
+    with pytest.raises(UnsupportedFormat, match="is not a file as torch"):
         open_base(path)
 
 

@@ -98,6 +98,13 @@ def test_few_modules_that_both_have_but_that_look_like_anothers_are_unclear(tmp_
     assert (answer.answer, answer.mark) == ("unclear", "⚠") and not answer
 
 
+def test_modules_that_several_families_have_are_said_to_be_theirs_too(tmp_path):
+    lora = {k: v for k, v in usual_lora("flux1-dev", "transformer.").items() if "_blocks.0." in k}
+    for layout, also in (("flux1-dev", "Chroma"), ("chroma", "FLUX.1")):
+        answer = prolora.check(lora, hollow_base(tmp_path, layout))
+        assert answer and also in answer.also and answer.also in answer.sentence
+
+
 def test_text_encoders_need_no_weights_in_the_base_but_must_be_its_own(tmp_path):
     lora = usual_lora("sd15", "unet.")
     for encoder in ("text_encoder", "text_encoder_2"):

@@ -42,6 +42,7 @@ class BaseCheck:
             are another family's. "in part": some have. "other": the LoRA is another model's.
         lora_title: what the LoRA is for, in words; "" where nothing tells.
         base_title: what the base is, in words.
+        also: other models that have all these modules in these sizes, in words; "" for none.
         modules: a row for every module of the LoRA: "mapped" if it has a place, else the reason.
     """
 
@@ -50,6 +51,7 @@ class BaseCheck:
     answer: Answer
     lora_title: str
     base_title: str
+    also: str
     modules: tuple[ModuleReport, ...]
 
     def __bool__(self) -> bool:
@@ -72,7 +74,8 @@ class BaseCheck:
         names, placed = split_modules(self.modules)
         counts = f"{len(placed)} of {len(names)} modules have their place"
         if self.answer == "fits":
-            return f"for this base: {counts}"
+            also = f"; they would have it in {self.also}, too" if self.also else ""
+            return f"for this base: {counts}{also}"
         if self.answer == "unclear":
             return (
                 f"perhaps for this base: {counts}, but together they look like a LoRA for "
@@ -99,6 +102,7 @@ class BaseCheck:
             "sentence": self.sentence,
             "lora_title": self.lora_title,
             "base_title": self.base_title,
+            "also": self.also,
             "modules": len(names),
             "placed": len(placed),
             "coverage": self.coverage,
@@ -138,7 +142,9 @@ def check(lora: str | PathLike[str] | Mapping[str, Tensor], base: ExpertsLike) -
     if ours == theirs and model.layout and answer != "fits":  # one family, and another size of it
         ours = join_titles(map(find_title, guess_sizes(shapes)))
         theirs = find_title(model.layout)
-    return BaseCheck(opened.where, model.name, answer, ours, theirs, tuple(rows))
+    others = [family for family in families if family != model.family]
+    also = join_titles(map(find_title, others)) if answer == "fits" else ""
+    return BaseCheck(opened.where, model.name, answer, ours, theirs, also, tuple(rows))
 
 
 def open_checked(base: ExpertsLike) -> Base:
