@@ -110,7 +110,8 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_single_samples_then_swaps(
         ("bfloat16", tile, 1, True),
     ]
     assert seen == [way for way in dict.fromkeys(ladder) if way in seen]
-    assert seen[0] == ladder[0] and seen[-1] == ladder[-1] and len(seen) >= 3
+    assert seen[0] == ladder[0] and len(seen) >= 2
+    assert seen[-1] == (ladder[-2] if crosses else ladder[-1])
     asked = plan_card(10**12, ends, replace(settings, precision="bfloat16"), 4, crosses)
     assert (asked.precision, asked.tile, asked.samples) == ("bfloat16", None, None)
 

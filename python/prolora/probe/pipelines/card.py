@@ -53,7 +53,7 @@ class CardPlan:
 
 
 @dataclass(frozen=True)
-class _ModelSizes:
+class _PipelineSize:
     """What a pipeline takes, in bytes where nothing else is said.
 
     Attributes:
@@ -149,13 +149,13 @@ def _list_ways(
 
 
 def _both_there(
-    sides: tuple[_ModelSizes, _ModelSizes],
+    sides: tuple[_PipelineSize, _PipelineSize],
     precision: Precision,
     tile: int | None,
     rank: int,
     crosses: bool,
 ) -> int:
-    """Bytes while both are sampled and asked, but for their blocks: guided, two samples a call."""
+    """Bytes while both are sampled and asked, two samples a call, but for their blocks."""
     passes = [side.activations(2, precision, backward=False) for side in sides]
     if crosses:
         pixels = max(side.pixels for side in sides)
@@ -164,13 +164,13 @@ def _both_there(
     return held + max(passes) + 4 * rank * max(side.factors for side in sides)
 
 
-def _target_alone(side: _ModelSizes, precision: Precision, samples: int, rank: int) -> int:
+def _target_alone(side: _PipelineSize, precision: Precision, samples: int, rank: int) -> int:
     """Bytes while the target is fitted, but for its blocks."""
     state = 4 * (_COPIES * rank + _SPECTRA) * side.factors
     return side.outside + state + side.activations(samples, precision, backward=True)
 
 
-def _measure(folder: Path, size: int | None) -> _ModelSizes:
+def _measure(folder: Path, size: int | None) -> _PipelineSize:
     """What a pipeline takes by its headers.
 
     Raises:
@@ -203,7 +203,7 @@ def _measure(folder: Path, size: int | None) -> _ModelSizes:
             kept[unit] += places * (shape[0] + shape[1])
             widths[unit].append(places * shape[1])
             factors += shape[0] + shape[1] if position and len(shape) == 2 else 0
-    return _ModelSizes(
+    return _PipelineSize(
         others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
         outside=outside,
         blocks=list(blocks.values()),
