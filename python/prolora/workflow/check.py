@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -173,8 +174,8 @@ def _place_modules(
     return rows, plain
 
 
-def _drop_kernel(size: tuple[int, int], kernel: tuple[int, int] | None) -> tuple[int, int]:
-    return size if kernel is None else (size[0], size[1] // (kernel[0] * kernel[1]))
+def _drop_kernel(size: tuple[int, int], kernel: tuple[int, ...] | None) -> tuple[int, int]:
+    return size[0], size[1] // math.prod(kernel or (1,))
 
 
 def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:
