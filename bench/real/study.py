@@ -78,7 +78,8 @@ class Study:
 
         def moved(part: Path) -> None:
             lora = read_lora(load_file(own))
-            write_json(part, score_methods(open_network(self.data, source), exam(), lora))
+            scores = score_methods(open_network(self.data, source), exam(), lora)
+            write_json(part, scores | {"commit": git("rev-parse", "--short", "HEAD")})
 
         def trained(part: Path) -> None:
             write_json(part, score_oracle(exam(), read_lora(load_file(oracle))))

@@ -290,7 +290,9 @@ def test_a_file_that_is_missing_or_cut_off_is_refused(tmp_path):
         ((6, 4), (5, 5)),
         ((6,), (4, 5)),
         ((6, 4, 3, 3), (4, 5, 3, 3)),
-        ((6, 4, 1), (4, 5, 1)),
+        ((6, 4, 3), (4, 5, 3)),
+        ((6, 4, 1), (4, 5)),
+        ((6, 4, 1, 1), (4, 5, 1)),
         ((6, 4, 1, 1), (4, 5)),
         ((), ()),
     ],
@@ -304,6 +306,13 @@ def test_factors_that_do_not_multiply_are_refused(up, down):
 def test_factors_of_rank_0_and_empty_tensors_are_refused_by_name(up, down):
     with pytest.raises(ShapeMismatch, match=r"mid_block_attentions_0.* holds no numbers; remove"):
         adapters.read_adapter({UP: torch.ones(up), DOWN: torch.ones(down)})
+
+
+@pytest.mark.parametrize("up", [(6, 4), (6, 4, 1)])
+def test_a_convolution_along_a_line_is_read_with_its_kernel(up):
+    adapter = adapters.read_adapter({UP: torch.ones(up), DOWN: torch.ones(4, 5, 3)})
+    assert adapter.kernels == {"mid_block.attentions.0.proj_in": (3,)}
+    assert adapter.updates["mid_block.attentions.0.proj_in"].shape == (6, 15)
 
 
 def test_a_convolution_may_have_a_flat_up_factor():

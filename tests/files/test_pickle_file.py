@@ -37,6 +37,14 @@ def test_the_weights_of_a_state_dict_are_read_as_they_were_saved(tmp_path, name,
     assert set(open_base(path).shapes) == {key.removesuffix(".weight") for key in WEIGHTS}
 
 
+def test_of_several_state_dicts_in_a_folder_none_is_chosen(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "model.pt")
+    assert len(open_base(tmp_path).shapes) == len(WEIGHTS)
+    torch.save(WEIGHTS, tmp_path / "model_ema.pt")
+    with pytest.raises(UnsupportedFormat, match=r"several checkpoints \(model.pt, model_ema.pt\)"):
+        open_base(tmp_path)
+
+
 def test_what_is_read_can_be_written_into_without_changing_the_file(tmp_path):
     torch.save(WEIGHTS, tmp_path / "model.pt")
     file = PickleFile(tmp_path / "model.pt")
@@ -105,7 +113,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (1 << 24))
-    with pytest.raises(UnsupportedFormat, match="is no file as torch"):
+    with pytest.raises(UnsupportedFormat, match="is not a file as torch"):
         open_base(path)
 
 

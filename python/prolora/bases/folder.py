@@ -132,7 +132,8 @@ def _open_only_checkpoint(
     folder: Path, files: list[Path]
 ) -> tuple[dict[str, StoredWeight], list[Path]]:
     """A folder without diffusers' file names: its only checkpoint, if there is just one."""
-    tensors = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    tensors = [file for file in files if file.suffix in (".safetensors", ".gguf", ".onnx")]
+    tensors = tensors or [file for file in files if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if len(tensors) == 1 and not _SHARD.search(tensors[0].name):
         return _open_single(tensors[0])
     if any(_SHARD.search(file.name) for file in tensors):
@@ -140,9 +141,6 @@ def _open_only_checkpoint(
     if tensors:
         names = ", ".join(file.name for file in tensors[:4])
         raise UnsupportedFormat(f"{folder}: has several checkpoints ({names}); name one of them")
-    for file in files:
-        if file.suffix in (".bin", ".ckpt", ".pt", ".pth"):
-            return _open_single(file)
     raise UnsupportedFormat(f"{folder}: has no .safetensors weights, nor a unet or transformer")
 
 

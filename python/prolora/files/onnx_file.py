@@ -115,14 +115,14 @@ def _parse_graph(content: bytes, path: Path) -> Any:
     try:
         graph = onnx.load_model_from_string(content).graph
     except Exception as error:  # protobuf's own class, which it does not export
-        raise UnsupportedFormat(f"{path}: is no ONNX model, or damaged: {error}") from error
+        raise UnsupportedFormat(f"{path}: is not an ONNX model, or is damaged: {error}") from error
     if not graph.initializer:
-        raise UnsupportedFormat(f"{path}: is no ONNX model with weights in it")
+        raise UnsupportedFormat(f"{path}: is not an ONNX model with weights in it")
     texts = [one.name for one in graph.initializer]
     for node in graph.node:
         texts += [node.op_type, node.name, *node.input, *node.output]
     if not all(isinstance(text, str) for text in texts):  # bytes, where they are no UTF-8
-        raise UnsupportedFormat(f"{path}: is damaged: a name in it is no text; download it again")
+        raise UnsupportedFormat(f"{path}: is damaged: a name in it is not text; download it again")
     kinds = [node.op_type for node in graph.node]
     quantised = [kind for kind in kinds if "quantize" in kind.lower() or kind.endswith("Integer")]
     if quantised:

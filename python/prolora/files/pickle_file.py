@@ -122,7 +122,7 @@ def _check_archive(path: Path, size: int) -> None:
     packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     notes = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
     if packed or sum(entry.file_size for entry in entries) > size or notes > _PICKLE_LIMIT:
-        raise UnsupportedFormat(f"{path}: is no file as torch.save writes it; save it again")
+        raise UnsupportedFormat(f"{path}: is not a file as torch.save writes it; save it again")
 
 
 def _find_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:

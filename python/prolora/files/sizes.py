@@ -32,8 +32,12 @@ def parse_size(text: str) -> int:
     return size
 
 
-def parse_limit(value: float | str | None) -> int | None:
+def parse_limit(value: float | str | None, name: str = "max_memory") -> int | None:
     """A bound on memory in bytes: a number, a text that `parse_size` takes, or None for no bound.
+
+    Args:
+        value: as it was given.
+        name: of the option.
 
     Raises:
         InvalidOption: anything else; NaN and numbers below 1 too.
@@ -45,7 +49,7 @@ def parse_limit(value: float | str | None) -> int | None:
     except (ValueError, OverflowError, TypeError):
         limit = 0
     if limit < 1 or isinstance(value, bool):
-        raise InvalidOption(f'`max_memory` must be bytes, or a size such as "2GiB", not {value!r}')
+        raise InvalidOption(f'`{name}` must be bytes, or a size such as "2GiB", not {value!r}')
     return limit
 
 

@@ -32,6 +32,7 @@ class ProbeRun:
         report: filled in by the stages.
         meter: is told how far they are.
         release: called once everything was asked; from then on the target alone runs.
+        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
     """
 
     source: nn.Module
@@ -45,3 +46,4 @@ class ProbeRun:
     report: ProbeReport
     meter: WorkMeter
     release: Callable[[], None] | None = None
+    most: int | None = None

@@ -149,6 +149,7 @@ def fit_from_recorder(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
+    most: int | None = None,
 ) -> ProbeTransfer:
     """`fit_to_models` with the questions of a recorder: for models that share no recorded calls.
 
@@ -158,13 +159,14 @@ def fit_from_recorder(
         settings: of the fit.
         release: called once everything was sampled and asked; from then on the target alone runs.
         meter: is told of every image by whoever samples.
+        most: largest number of samples in a batch of the fit; None: as in the samplers' calls.
 
     Raises:
         ProLoRAError: see `fit_to_models`.
     """
     check_models(recorder.source, recorder.target, recorder.adapter)
     check_start(settings.start, recorder.target, rival)
-    return _run_models(recorder, rival, settings, release, meter)
+    return _run_models(recorder, rival, settings, release, meter, most)
 
 
 def _run_models(
@@ -173,6 +175,7 @@ def _run_models(
     settings: FitSettings,
     release: Callable[[], None] | None = None,
     meter: WorkMeter | None = None,
+    most: int | None = None,
 ) -> ProbeTransfer:
     """The fit and the verdict with both models at rest and in the precision of the settings."""
     source, target = recorder.source, recorder.target
@@ -180,7 +183,7 @@ def _run_models(
     meter = meter or WorkMeter(Workload(settings, settings.target_steps or settings.steps))
     with frozen(source), frozen(target), in_precision(source, bits), in_precision(target, bits):
         with meter.watch(source, target):
-            return _record_fit_judge(recorder, rival, settings, release, meter)
+            return _record_fit_judge(recorder, rival, settings, release, meter, most)
 
 
 def _record_fit_judge(
@@ -189,6 +192,7 @@ def _record_fit_judge(
     settings: FitSettings,
     release: Callable[[], None] | None,
     meter: WorkMeter,
+    most: int | None,
 ) -> ProbeTransfer:
     if settings.rank is None:
         own = max(update.rank for update in recorder.adapter.updates.values())
@@ -204,6 +208,7 @@ def _record_fit_judge(
     settings = settings.sized(_count_samples(questions) + _count_samples(held_out))
     meter.settle(settings)
     run = _begin_run(recorder, rival, settings, report, meter, release)
+    run = replace(run, most=most)
     meter.begin("draw")
     questions, held_out = _draw_samples(run, questions, held_out)
     report.samples = _count_samples(questions), _count_samples(held_out)
@@ -348,7 +353,8 @@ def _draw_samples(
         of_origin = [question for question in held_out if question.origin == origin]
         count = max(settings.held_out // len(ORIGINS), 1)
         judged += mix_samples(of_origin, count, count, predict_both, generator)
-    origins, most = [question.origin for question in questions], settings.batch
+    origins = [question.origin for question in questions]
+    most = min(settings.batch, run.most or settings.batch)
 
     def draw_some(
         wanted: Callable[[str], bool], count: int, prompts: FindPrompts | None, step: int

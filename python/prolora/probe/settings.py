@@ -170,8 +170,8 @@ class FitSettings:
     precision: Precision = option(
         AUTO,
         'What the models compute in, while the LoRA and all sums stay in float32: "float32", or '
-        '"bfloat16" by autocast. "auto" is float32, and bfloat16 where `max_vram` leaves too '
-        "little room for that.",
+        '"bfloat16" by autocast. "auto" is bfloat16 where `max_vram` leaves too little room for '
+        "float32.",
         panel=FITTING,
         words=get_args(Precision),
     )

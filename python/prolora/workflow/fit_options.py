@@ -9,7 +9,8 @@ from typing import Literal, TypedDict, get_args
 from ..bases.base import Progress
 from ..comparison.module_map import Match
 from ..core.methods import MethodChoice
-from ..core.option_fields import take_option
+from ..core.option_fields import option, take_option
+from ..files.sizes import parse_limit
 from ..probe.settings import FITTING, FitSettings, Optimiser, Precision, Start
 from .options import DtypeLike, FormatLike, TransferOptions, check_choice
 
@@ -43,6 +44,15 @@ class FitOptions(FitSettings):
     overwrite: bool = take_option(TransferOptions, "overwrite")
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
     device: str | None = take_option(TransferOptions, "device")
+    max_vram: int | str | None = option(
+        None,
+        'Memory of the card that may be taken, as "12GB". Where it is too little, the fit computes '
+        "in 16 bits, decodes in tiles, takes smaller batches, and at last brings blocks from the "
+        "machine's memory one by one. Refused where that does not do.",
+        panel=FITTING,
+        metavar="SIZE",
+        basic=True,
+    )
 
     def __post_init__(self) -> None:
         """Refuses values that no fit can use, before anything is read.
@@ -52,10 +62,16 @@ class FitOptions(FitSettings):
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
         super().__post_init__()
+        self.card_limit  # noqa: B018 (raises where it is no size)
         check_choice("text_encoder", self.text_encoder, get_args(PassedOn))
         moving = self.as_moved("auto")
         object.__setattr__(self, "dtype", moving.dtype)
         object.__setattr__(self, "device", moving.device)
+
+    @property
+    def card_limit(self) -> int | None:
+        """`max_vram` in bytes."""
+        return parse_limit(self.max_vram, "max_vram")
 
     def as_moved(self, method: MethodChoice) -> TransferOptions:
         """How the LoRA is moved by weights alone, for comparison."""
@@ -113,6 +129,7 @@ class FitChanges(TypedDict, total=False):
     overwrite: bool
     cache: str | PathLike[str] | None
     device: str | None
+    max_vram: int | str | None
 
 
 DEFAULT_FIT = FitOptions()

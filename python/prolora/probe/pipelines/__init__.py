@@ -1,5 +1,6 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
+from .card import CardPlan, plan_card
 from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
@@ -10,6 +11,7 @@ from .stages import estimate_bytes
 from .text_part import TextPart, run_text_encoders_beside
 
 __all__ = [
+    "CardPlan",
     "CrossingRecorder",
     "CrossingSide",
     "LatentSpace",
@@ -23,6 +25,7 @@ __all__ = [
     "observe_sides",
     "open_pipeline",
     "pair_pipelines",
+    "plan_card",
     "run_text_encoders_beside",
     "takes_few_steps",
 ]

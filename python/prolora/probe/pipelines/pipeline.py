@@ -20,6 +20,7 @@ from ..hooks import FirstCallReached, capture_first_call, keep_hooks
 from ..precision import in_float32
 from ..recording.trajectories import Call, Sample
 from ..settings import FEW_STEPS, FitSettings
+from ..swapping import BlockSwapping
 from .conditioning import (
     CallParts,
     PromptTable,
@@ -31,7 +32,7 @@ from .conditioning import (
 from .flow_convention import STEPS, observe_flow, watch_steps
 from .latents import LatentSpace, capture_decoded, observe_latents
 from .schedules import FLOW, NoiseSchedule
-from .stages import PromptMemory, empty_weights
+from .stages import PromptMemory, empty_weights, shrink_tiles
 
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 """Schedulers of few-step models."""
@@ -62,6 +63,8 @@ class Pipeline:
         schedule: what the denoiser predicts, at which noise level.
         accepted: names of the parameters of the pipeline's call.
         memory: of what its text encoders said; None for a pipeline that somebody else uses too.
+        swapping: of the denoiser's blocks, on a card whose memory is bounded.
+        tile: pixels of the tiles that its VAE was asked to take; None: its own.
     """
 
     def __init__(self, pipe: Any, name: str, memory: PromptMemory | None = None) -> None:
@@ -76,6 +79,8 @@ class Pipeline:
             raise UnsupportedFormat(f"{name}: its {type(pipe).__name__} has no unet or transformer")
         self.denoiser: nn.Module = getattr(pipe, part)
         self.schedule = NoiseSchedule.of(pipe.scheduler, name)
+        self.swapping: BlockSwapping | None = None
+        self.tile: int | None = None
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         pipe.set_progress_bar_config(disable=True)
 
@@ -117,6 +122,22 @@ class Pipeline:
         if self.memory is not None:
             parts = (p for p in self.pipe.components.values() if isinstance(p, nn.Module))
             empty_weights(p for p in parts if not (keep_denoiser and p is self.denoiser))
+
+    def move_to_card(self, device: str, room: int, tile: int | None) -> None:
+        """Moves all to a card but the blocks of the denoiser that do not fit into so many bytes.
+
+        Args:
+            device: the card.
+            room: for the blocks.
+            tile: pixels of the tiles that the VAE takes; None leaves them.
+        """
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.denoiser:
+                part.to(device)
+        self.swapping, self.tile = BlockSwapping(self.denoiser, device), tile
+        self.swapping.keep(room)
+        if tile is not None:
+            shrink_tiles(getattr(self.pipe, "vae", None), tile)
 
     def restore(self) -> None:
         """Reads again what `release` freed; text encoders come back when a prompt needs them."""
@@ -361,7 +382,8 @@ def describe_pipeline(pipeline: Pipeline, settings: FitSettings) -> str:
 
     All parts of the pipeline count but its denoiser, whose own identity belongs to what is kept.
     """
-    return json.dumps([settings.describe_samples(), digest_facts(pipeline.parts)])
+    facts = [settings.describe_samples(), digest_facts(pipeline.parts), pipeline.tile]
+    return json.dumps(facts)
 
 
 def _repeat_time(

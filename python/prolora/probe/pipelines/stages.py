@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...bases.folder import MODELS, open_folder_weights
 from ...bases.pipeline_files import UNUSED_PARTS, read_pipeline_index
@@ -69,10 +69,12 @@ class PromptMemory:
         """The answer of `encode_prompt`; a known one where it was asked the same before."""
         assert self._encode is not None
         key = _write_key((self.state, args, sorted(kwargs.items())))
+        asked = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.device))
+        device = next(asked, None)
         if key is not None:
             self._asked.add(key)
         if key is not None and key in self.answers:
-            return self.answers[key]
+            return _move_tensors(self.answers[key], device)
         self._fill_encoders()
         with ExitStack() as stack:
             for enter in self._late:
@@ -176,12 +178,35 @@ def is_emptied(module: nn.Module) -> bool:
     return bool(sizes) and not any(sizes)
 
 
+def _move_tensors(value: Any, device: torch.device | None) -> Any:
+    """The tensors of an answer on a device; None leaves them where they are."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_move_tensors(item, device) for item in value)
+    return value
+
+
 def _write_key(value: Any) -> str | None:
     """A text that tells arguments apart; None where one is no plain value."""
     if isinstance(value, list | tuple):
         parts = [_write_key(item) for item in value]
         return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    if isinstance(value, torch.device):
+        return "device"  # prompts may be encoded in the machine's memory, and asked for on a card
     return repr(value) if isinstance(value, _PLAIN) else None
+
+
+def shrink_tiles(vae: Any, pixels: int) -> None:
+    """Lets a VAE that can take images tile by tile take smaller tiles, which overlap as before."""
+    if hasattr(vae, "tile_latent_min_size") and pixels < vae.tile_sample_min_size:
+        vae.tile_latent_min_size = pixels * vae.tile_latent_min_size // vae.tile_sample_min_size
+        vae.tile_sample_min_size = pixels
+    for side in ("height", "width"):
+        least, stride = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+        if hasattr(vae, stride) and pixels < getattr(vae, least):
+            setattr(vae, stride, pixels * getattr(vae, stride) // getattr(vae, least))
+            setattr(vae, least, pixels)
 
 
 def estimate_bytes(folder: Path) -> tuple[int, int]:

@@ -105,6 +105,10 @@ class CommonParts:
             model.release(keep_denoiser=stays)
         self._asked = asked
 
+    def forget_models(self) -> None:
+        """Lets the pipelines go; the next fit loads them anew."""
+        self._models.clear()
+
     def open(self, side: str, folder: Path, device: str | None) -> Pipeline:
         """A pipeline: loaded, or as the fit before left it (see `Pipeline.restore`)."""
         from ...probe import pipelines

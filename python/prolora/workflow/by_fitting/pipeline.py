@@ -37,7 +37,7 @@ from ..result import Transfer
 from .common_parts import CommonParts
 from .plan import FitJob, check_fittable, outline_fit, plan_modules
 from .rows import build_fit_report, list_modules, list_vectors, outline_report
-from .running import fit_models
+from .running import fit_models, plan_memory_of_card
 
 _OF_TRANSFERS = ("rank_rule", "threshold")
 """What the header says of a LoRA that was moved by weights, and not of one that was fitted."""
@@ -119,7 +119,8 @@ def prepare_fit(
     plan = plan_modules(adapter, source, target, options.text_encoder)
     rows = outline_report(adapter, plan, source, target, options).modules
     check_coverage(rows, options.min_coverage)
-    return FitJob(adapter, plan, source, target, options)
+    job = FitJob(adapter, plan, source, target, options)
+    return replace(job, card=plan_memory_of_card(job))
 
 
 def _outline_result(job: FitJob) -> Adapter:

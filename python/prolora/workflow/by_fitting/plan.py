@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from ...probe.settings import FEW_STEPS
 from ...probe.workload import Workload
 from ..fit_options import FitOptions, PassedOn
 from ..plan import ModulePlan, check_fits_source, place_text_encoders
+
+if TYPE_CHECKING:
+    from ...probe.pipelines import CardPlan
 
 RULE = "running models"
 """How modules are paired, for the report."""
@@ -38,6 +41,7 @@ class FitJob:
         source: the base it was trained on.
         target: the base it goes to.
         options: as they were asked for.
+        card: how the pipelines run on a card whose memory is bounded.
     """
 
     adapter: Adapter
@@ -45,6 +49,7 @@ class FitJob:
     source: Base
     target: Base
     options: FitOptions
+    card: CardPlan | None = None
 
 
 def check_fittable(source: Base, target: Base) -> None:

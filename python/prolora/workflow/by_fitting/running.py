@@ -16,7 +16,7 @@ from ...architectures.modules import is_in_text_encoder
 from ...bases import vae
 from ...bases.memory import resident_bytes
 from ...core.lowrank import LowRank
-from ...errors import TooLittleMemory
+from ...errors import InvalidOption, TooLittleMemory
 from ...files.sizes import format_size
 from ...probe.default_prompts import derive_prompts
 from ...probe.report import ProbeReport
@@ -28,7 +28,7 @@ from .showing import ImageGrid
 
 if TYPE_CHECKING:
     from ...probe.checkpoint import Checkpoints
-    from ...probe.pipelines import Pipeline
+    from ...probe.pipelines import CardPlan, Pipeline
     from ...probe.run import ProbeTransfer
     from ...probe.workload import WorkMeter
 
@@ -105,6 +105,8 @@ def fit_models(
         shared = vae.explain_different_latents(source.path, target.path) is None
         mixed = len({model.schedule.kind == FLOW for model in models}) > 1
         sampled: FitSettings = replace(options, prompts=options.prompts or derived)
+        if job.card is not None:
+            sampled = replace(sampled, precision=job.card.precision)
         if options.memory_limit is not None:
             sampled = replace(sampled, max_memory=_memory_left(options.memory_limit))
         of_target = models[1].derive_target_settings(sampled)
@@ -115,7 +117,7 @@ def fit_models(
         crosses = not shared or mixed or few
         fit = functools.partial(_fit_crossing, shared=shared) if crosses else _fit_pair
         grid = ImageGrid.of(models, sampled, shared, bool(asked.carried))
-        result = fit(models, sampled, asked, checkpoints, meter, grid)
+        result = fit(models, sampled, asked, checkpoints, meter, grid, job.card)
         _show_target(grid, models[1], asked, result)
     shown = grid.to_page(source.name, target.name)
     fitted = {name: update.to("cpu") for name, update in result.adapter.updates.items()}
@@ -169,12 +171,15 @@ def _open_both(
     assert source is not None and target is not None
     sampled = replace(options, prompts=_choose_prompts(job))
     encoded = sampled.prompts, asked.text, asked.carried
+    if job.card is not None:
+        common.forget_models()  # blocks that were swapped are not read again in place
     common.make_room(encoded, options.memory_limit is not None)
     if options.memory_limit is not None:
         _check_memory(options.memory_limit, source, target, options.device)
     models: list[Pipeline] = []
     for side, path in (("source", source), ("target", target)):
-        model = common.open(side, path, options.device)
+        # Text encoders of a pipeline on a bounded card run in the machine's memory.
+        model = common.open(side, path, None if job.card else options.device)
         stack.enter_context(pipelines.run_text_encoders_beside(model, asked.carried))
         if side == "source":
             with pipelines.run_text_encoders_beside(model, asked.text):
@@ -183,7 +188,10 @@ def _open_both(
         else:
             model.encode_prompts(model.derive_target_settings(sampled))
         model.release_encoders()
-        model.restore()
+        if job.card is not None and options.device is not None:
+            model.move_to_card(options.device, job.card.rooms[len(models)], job.card.tile)
+        else:
+            model.restore()
         models.append(model)
     return models[0], models[1]
 
@@ -195,6 +203,7 @@ def _fit_pair(
     checkpoints: Checkpoints,
     meter: WorkMeter,
     grid: ImageGrid,
+    card: CardPlan | None,
 ) -> ProbeTransfer:
     """The fit between pipelines with the same latents.
 
@@ -205,6 +214,7 @@ def _fit_pair(
         checkpoints: where results are kept.
         meter: is told how far it is.
         grid: images for a page.
+        card: how they run on a card whose memory is bounded.
     """
     from ...probe.pipelines import pair_pipelines
     from ...probe.recording.recorder import Recorder
@@ -223,8 +233,9 @@ def _fit_pair(
         text,
         asked.text,
     )
-    release = functools.partial(_release, models, asked, meter, grid)
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
+    release = functools.partial(_release, models, asked, meter, grid, card)
+    most = card.samples if card else None
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
     result.report.log_snr = pair.log_snr
     return result
 
@@ -236,6 +247,7 @@ def _fit_crossing(
     checkpoints: Checkpoints,
     meter: WorkMeter,
     grid: ImageGrid,
+    card: CardPlan | None,
     shared: bool,
 ) -> ProbeTransfer:
     """The fit by images; arguments as in `_fit_pair`, and whether the latents are the same."""
@@ -259,14 +271,19 @@ def _fit_crossing(
     recorder = CrossingRecorder(
         ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
     )
-    release = functools.partial(_release, models, asked, meter, grid)
-    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter)
+    release = functools.partial(_release, models, asked, meter, grid, card)
+    most = card.samples if card else None
+    result = fit_from_recorder(recorder, asked.rival, sampled, release, meter, most)
     result.report.log_snr = recorder.log_snr
     return result
 
 
 def _release(
-    models: tuple[Pipeline, Pipeline], asked: _AskedLora, meter: WorkMeter, grid: ImageGrid
+    models: tuple[Pipeline, Pipeline],
+    asked: _AskedLora,
+    meter: WorkMeter,
+    grid: ImageGrid,
+    card: CardPlan | None,
 ) -> None:
     """Frees what does not run again once both models were asked: all but the target's denoiser.
 
@@ -279,6 +296,37 @@ def _release(
         grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
     models[0].release(keep_denoiser=False)
     models[1].release(keep_denoiser=True)
+    if card is not None and models[1].swapping is not None:
+        models[1].swapping.keep(card.fitting)
+
+
+def plan_memory_of_card(job: FitJob) -> CardPlan | None:
+    """How the pipelines run within `max_vram`; None without such a bound.
+
+    Raises:
+        InvalidOption: the fit runs on no card.
+        TooLittleMemory: see `plan_card`.
+    """
+    from ...probe.pipelines import plan_card
+
+    options, source, target = job.options, job.source.path, job.target.path
+    if options.card_limit is None:
+        return None
+    if not _is_card(options.device):
+        raise InvalidOption(
+            "`max_vram` bounds the memory of a card, and this fit runs on the CPU; `max_memory` "
+            "bounds the machine's"
+        )
+    assert source is not None and target is not None
+    own = max((update.rank for update in job.adapter.updates.values()), default=1)
+    rank = int(options.rank) if options.rank and options.rank >= 1 else own
+    crosses = vae.explain_different_latents(source, target) is not None
+    return plan_card(options.card_limit, (source, target), options, max(rank, own), crosses)
+
+
+def _is_card(device: str | None) -> bool:
+    """Whether a device has memory of its own."""
+    return device is not None and not device.startswith("cpu")
 
 
 def _check_memory(limit: int, source: Path, target: Path, device: str | None) -> None:
@@ -290,7 +338,7 @@ def _check_memory(limit: int, source: Path, target: Path, device: str | None) ->
     from ...probe.pipelines import estimate_bytes
 
     (ours, others), (theirs, rest) = (estimate_bytes(path) for path in (source, target))
-    on_host = device is None or device.startswith("cpu")
+    on_host = not _is_card(device)
     least = resident_bytes() + max(ours + others, theirs + rest + (others if on_host else 0))
     if least > limit:
         raise TooLittleMemory(

@@ -1,0 +1,247 @@
+"""How both pipelines of a fit run within a bound on a card's memory, by their files' headers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from ...architectures.modules import find_block, is_adaptable
+from ...bases.folder import open_folder_weights
+from ...bases.pipeline_files import read_component_config, read_pipeline_index
+from ...errors import TooLittleMemory
+from ...files.sizes import format_size
+from ..precision import HALVES
+from ..settings import AUTO, BFLOAT16, FLOAT32, FitSettings, Precision
+from .stages import estimate_bytes
+
+CONTEXT = 10**9
+"""Bytes that CUDA and its libraries take; assumed."""
+TILE = 512
+"""Pixels of a side of the tiles that VAEs are given, where whole images take too much."""
+_IMAGE_BYTES = 7000
+"""Of a pixel that a VAE decodes in float32; what Qwen-Image's takes, and twice that of SDXL's."""
+_NUMBER_BYTES: Mapping[Precision, int] = {FLOAT32: 4, BFLOAT16: 3}
+"""Of a number that is kept for the backward pass; in 16 bits about half of them are float32."""
+_TEXT = 512  # tokens of a prompt, at most
+_OF_TEXT = re.compile(r"add_|context|txt")  # in names of modules that see the prompt alone
+_COPIES = 6  # of the factors: now, last step, gradient, direction, two trial points
+_SPECTRA = 16  # eigenvectors of each side
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """What makes a fit fit a card.
+
+    Attributes:
+        precision: that the models compute in.
+        tile: pixels of the VAEs' tiles; None leaves them as they are.
+        samples: largest number of samples in a batch of the fit; None leaves it as it is.
+        rooms: bytes for the blocks of source and target while both are there.
+        fitting: bytes for the target's blocks once it is alone.
+    """
+
+    precision: Precision
+    tile: int | None
+    samples: int | None
+    rooms: tuple[int, int]
+    fitting: int
+
+
+@dataclass(frozen=True)
+class _ModelSizes:
+    """What a pipeline takes, in bytes where nothing else is said.
+
+    Attributes:
+        others: VAE and the like, in float32.
+        outside: the denoiser but for its blocks.
+        blocks: each of its blocks.
+        wide: the largest block in float32, where it is stored in half precision; else 0.
+        factors: Σ(m + n) over the linear modules of the blocks.
+        largest: numbers that the largest block keeps of a sample for its backward pass.
+        between: numbers that lie between the blocks.
+        pixels: of a side of its images.
+    """
+
+    others: int
+    outside: int
+    blocks: list[int]
+    wide: int
+    factors: int
+    largest: int
+    between: int
+    pixels: int
+
+    @property
+    def visiting(self) -> int:
+        return max(self.blocks, default=0)
+
+    def activations(self, samples: int, precision: Precision, backward: bool) -> int:
+        """Of a pass; in float32 with the block's weights, which are widened."""
+        kept = (2 * self.largest + self.between) if backward else self.largest
+        widened = self.wide if precision == FLOAT32 else 0
+        return samples * _NUMBER_BYTES[precision] * kept + widened
+
+
+def plan_card(
+    limit: int,
+    folders: tuple[Path, Path],
+    settings: FitSettings,
+    rank: int,
+    crosses: bool,
+) -> CardPlan:
+    """The first of these that fits: as asked, 16 bits, small tiles, single samples, swapped blocks.
+
+    Each is taken beside those before it. Nothing is loaded; what a pass keeps is estimated from
+    the shapes of the weights.
+
+    Args:
+        limit: bytes of the card's memory.
+        folders: of source and target.
+        settings: size of the images, and precision.
+        rank: of the LoRA and of the fit.
+        crosses: whether images are decoded and encoded.
+
+    Raises:
+        TooLittleMemory: swapped blocks leave too little room; says the least that is needed.
+    """
+    sides = _measure(folders[0], settings.size), _measure(folders[1], settings.size)
+    least = 0
+    for precision, tile, samples in _list_ways(settings.precision, crosses):
+        both = CONTEXT + _both_there(sides, precision, tile, rank, crosses)
+        alone = CONTEXT + _target_alone(sides[1], precision, samples or 2, rank)
+        every = [sum(side.blocks) for side in sides]
+        if both + sum(every) <= limit and alone + every[1] <= limit:
+            return CardPlan(precision, tile, samples, (every[0], every[1]), every[1])
+        visiting = [side.visiting for side in sides]
+        least = max(both + sum(visiting), alone + visiting[1])
+    if least > limit:
+        raise TooLittleMemory(
+            f"a bound of {format_size(limit)} on the card's memory is too little: with one block "
+            f"of each model there at a time, in {precision}, this fit needs {format_size(least)}"
+        )
+    guided = CONTEXT + _target_alone(sides[1], precision, 2, rank)
+    if guided + every[1] <= limit:
+        samples, alone = None, guided  # it is the source that leaves too little room
+    # What is left once a block of each may visit is shared by the sizes of what is to stay.
+    spare = limit - both - sum(visiting)
+    shares = [spare * size // max(sum(every), 1) for size in every]
+    fitting = min(every[1], limit - alone)
+    rooms = min(every[0], visiting[0] + shares[0]), min(fitting, visiting[1] + shares[1])
+    return CardPlan(precision, tile, samples, rooms, fitting)
+
+
+def _list_ways(
+    asked: Precision, crosses: bool
+) -> Iterator[tuple[Precision, int | None, int | None]]:
+    """Precision, tile and samples, each way beside those before it."""
+    if asked == AUTO:
+        yield FLOAT32, None, None
+    bits = BFLOAT16 if asked == AUTO else asked
+    yield bits, None, None
+    if crosses:
+        yield bits, TILE, None
+    yield bits, TILE if crosses else None, 1
+
+
+def _both_there(
+    sides: tuple[_ModelSizes, _ModelSizes],
+    precision: Precision,
+    tile: int | None,
+    rank: int,
+    crosses: bool,
+) -> int:
+    """Bytes while both are sampled and asked, but for their blocks: guided, two samples a call."""
+    passes = [side.activations(2, precision, backward=False) for side in sides]
+    if crosses:
+        pixels = max(side.pixels for side in sides)
+        passes.append(_IMAGE_BYTES * min(pixels, tile or pixels) ** 2)
+    held = sum(side.others + side.outside for side in sides)
+    return held + max(passes) + 4 * rank * max(side.factors for side in sides)
+
+
+def _target_alone(side: _ModelSizes, precision: Precision, samples: int, rank: int) -> int:
+    """Bytes while the target is fitted, but for its blocks."""
+    state = 4 * (_COPIES * rank + _SPECTRA) * side.factors
+    return side.outside + state + side.activations(samples, precision, backward=True)
+
+
+def _measure(folder: Path, size: int | None) -> _ModelSizes:
+    """What a pipeline takes by its headers.
+
+    Raises:
+        UnsupportedFormat: a file that is missing or damaged.
+    """
+    index = read_pipeline_index(folder)
+    assert index.denoiser is not None
+    part = folder / index.denoiser
+    weights = open_folder_weights(part)[0]
+    config = read_component_config(part)
+    levels = len(config.get("block_out_channels") or ()) if index.denoiser == "unet" else 0
+    pixels = size or _default_pixels(config, levels)
+    blocks: dict[str, int] = defaultdict(int)
+    wide: dict[str, int] = defaultdict(int)
+    kept: dict[str, int] = defaultdict(int)
+    widths: dict[str, list[int]] = defaultdict(list)
+    outside = factors = 0
+    for key, weight in weights.items():
+        name, shape = key.rpartition(".")[0], tuple(weight.shape)
+        bytes_ = math.prod(shape) * weight.dtype.itemsize
+        position = find_block(name)
+        unit = f"{position.stack}.{position.number}" if position else _find_resnet(name)
+        if position:
+            blocks[unit] += bytes_
+            wide[unit] += 4 * math.prod(shape) if weight.dtype in HALVES else 0
+        else:
+            outside += bytes_
+        if unit and len(shape) in (2, 4):
+            places = _count_places(name, pixels, levels)
+            kept[unit] += places * (shape[0] + shape[1])
+            widths[unit].append(places * shape[1])
+            factors += shape[0] + shape[1] if position and len(shape) == 2 else 0
+    return _ModelSizes(
+        others=estimate_bytes(folder)[1] - outside - sum(blocks.values()),
+        outside=outside,
+        blocks=list(blocks.values()),
+        wide=max(wide.values(), default=0),
+        factors=factors,
+        largest=max(kept.values(), default=0),
+        between=int(sum(median(several) for several in widths.values())),
+        pixels=pixels,
+    )
+
+
+def _find_resnet(name: str) -> str:
+    """The residual block of a UNet that a convolution lies in; "" outside of all."""
+    before, found, after = name.partition(".resnets.")
+    return f"{before}.resnets.{after.split('.')[0]}" if found else ""
+
+
+def _default_pixels(config: Mapping[str, object], levels: int) -> int:
+    """A side of the images that a pipeline makes unasked: eight pixels a latent, or 1024."""
+    sample = config.get("sample_size")
+    return 8 * sample if levels and isinstance(sample, int) else 1024
+
+
+def _count_places(name: str, pixels: int, levels: int) -> int:
+    """Tokens or pixels that a module of a denoiser sees of a sample.
+
+    Eight pixels of an image are one of its latent. A UNet halves it from level to level; a
+    transformer has a token for 2 × 2 of it, and those of the prompt, which may have modules of
+    their own; what makes scales and shifts sees the time step alone.
+    """
+    if not levels:
+        if not is_adaptable(name):
+            return 1
+        return _TEXT if _OF_TEXT.search(name) else (pixels // 16) ** 2 + _TEXT
+    words = name.split(".")
+    level = levels - 1
+    if words[0] == "down_blocks":
+        level = int(words[1])
+    elif words[0] == "up_blocks":
+        level = levels - 1 - int(words[1])
+    return max((pixels // 8) >> level, 1) ** 2

@@ -1,0 +1,221 @@
+"""A fit within a bound on a card's memory; the CPU plays the card."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import crossing_pipelines as make
+import pytest
+import tiny_pipelines as tiny
+import torch
+from test_swapping import Card
+from typer.testing import CliRunner
+
+import prolora
+from prolora import FitOptions, InvalidOption, TooLittleMemory
+from prolora.cli import app
+from prolora.files.sizes import parse_size
+from prolora.probe import pipelines, swapping
+from prolora.probe.fitting import joint
+from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.pipelines import card, plan_card
+from prolora.probe.settings import FitSettings
+from prolora.workflow.by_fitting import running
+
+FEW = FitOptions(("cat",), images=1, steps=2, fit_steps=2, force=True, size=16)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        tiny.save(folder / "target", seed=5, text=12)
+        make.save_sdxl(folder / "other")
+        unet = pipelines.open_pipeline(folder / "source").denoiser
+        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    return folder
+
+
+@pytest.fixture
+def as_card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The CPU counts as a card, whose visitors are counted."""
+    counted = Card()
+    monkeypatch.setattr(card, "CONTEXT", 0)
+    monkeypatch.setattr(running, "_is_card", lambda _: True)
+    monkeypatch.setattr(swapping, "bring_weight", counted.bring)
+    return counted
+
+
+def least_of(ends: tuple[Path, Path], settings: FitSettings, crosses: bool) -> int:
+    """The least that is needed, by bisection."""
+    low, high = 0, 10**12
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan_card(middle, ends, settings, 4, crosses)
+            high = middle
+        except TooLittleMemory:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+def test_a_smaller_card_takes_16_bits_then_tiles_then_single_samples_then_swaps(
+    room, monkeypatch, crosses
+):
+    monkeypatch.setattr(card, "CONTEXT", 0)
+    monkeypatch.setattr(card, "_measure", functools.cache(card._measure))
+    ends = room / "source", room / "other"
+    settings = FitSettings(size=1024)
+    least = least_of(ends, settings, crosses)
+    with pytest.raises(TooLittleMemory) as refused:
+        plan_card(least - 1, ends, settings, 4, crosses)
+    told = re.search(r"needs ([\d.]+ \w+)", str(refused.value))[1].replace(" ", "")
+    assert parse_size(told) == pytest.approx(least, rel=0.01)
+    seen, rooms = [], []
+    for limit in sorted({int(least * 1.01**i) for i in range(400)}, reverse=True):
+        plan = plan_card(limit, ends, settings, 4, crosses)
+        sides = [card._measure(end, 1024) for end in ends]
+        every = [sum(side.blocks) for side in sides]
+        swapped = list(plan.rooms) != every or plan.fitting != every[1]
+        way = plan.precision, plan.tile, plan.samples, swapped
+        if way not in seen:
+            seen.append(way)
+        both = card._both_there(sides, plan.precision, plan.tile, 4, crosses)
+        alone = card._target_alone(sides[1], plan.precision, plan.samples or 2, 4)
+        assert both + sum(plan.rooms) <= limit and alone + plan.fitting <= limit
+        assert all(r >= side.visiting for r, side in zip(plan.rooms, sides, strict=True))
+        assert plan.rooms[1] <= plan.fitting
+        rooms.append(sum(plan.rooms))
+    tile = card.TILE if crosses else None
+    ladder = [
+        ("float32", None, None, False),
+        ("bfloat16", None, None, False),
+        ("bfloat16", tile, None, False),
+        ("bfloat16", tile, 1, False),
+        ("bfloat16", tile, None, True),  # the source leaves too little room, and not the fit
+        ("bfloat16", tile, 1, True),
+    ]
+    assert seen == [way for way in dict.fromkeys(ladder) if way in seen]
+    assert seen[0] == ladder[0] and seen[-1] == ladder[-1] and len(seen) >= 3
+    asked = plan_card(10**12, ends, replace(settings, precision="bfloat16"), 4, crosses)
+    assert (asked.precision, asked.tile, asked.samples) == ("bfloat16", None, None)
+
+
+@pytest.mark.parametrize("target", ["target", pytest.param("other", marks=pytest.mark.slow)])
+def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, monkeypatch, target):
+    """Also where images cross; the source's blocks visit while it is sampled and asked."""
+    results, rooms = [], [10**9, 0]
+
+    def plan(*_):
+        size = rooms.pop(0)
+        return card.CardPlan("float32", None, 1, (size, size), size)
+
+    monkeypatch.setattr(pipelines, "plan_card", plan)
+    while rooms:
+        assert not as_card.visits
+        ends = room / "source", room / target
+        done = prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
+        results.append(done)
+    assert as_card.visits and not as_card.held
+    largest = max(card._measure(end, 16).visiting for end in ends)
+    assert as_card.most <= largest
+    first, second = (result.adapter.updates for result in results)
+    assert first.keys() == second.keys() and first
+    for name, update in first.items():
+        assert torch.equal(update.up, second[name].up)
+        assert torch.equal(update.down, second[name].down)
+    assert results[0].report.probe.gate == results[1].report.probe.gate
+
+
+@pytest.mark.slow
+def test_where_asked_a_batch_of_the_fit_holds_one_sample(room, as_card, monkeypatch):
+    sizes = []
+
+    def look(call, plain, wanted):
+        sizes.append(len(plain))
+        return ProbeBatch(call, plain, wanted)
+
+    monkeypatch.setattr(joint, "ProbeBatch", look)
+    for samples, largest in ((None, 2), (1, 1)):
+        plan = card.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
+        monkeypatch.setattr(pipelines, "plan_card", lambda *_, plan=plan: plan)
+        ends = room / "source", room / "target"
+        prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
+        assert max(sizes) == largest
+        sizes.clear()
+
+
+@pytest.mark.slow
+def test_a_fit_runs_at_the_least_that_is_needed(room, as_card):
+    ends = room / "source", room / "target"
+    least = least_of(ends, replace(FEW), crosses=False)
+    done = prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram=least, device="cpu")
+    assert as_card.visits and done.adapter.updates
+
+
+def test_a_bound_on_the_card_is_refused_before_a_model_is_loaded(room, as_card, monkeypatch):
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    given = room / "lora.safetensors", room / "source", room / "target"
+    with pytest.raises(TooLittleMemory, match=r"one block of each model .* needs \d"):
+        prolora.fit(*given, FEW, max_vram=1000, device="cpu")
+    with pytest.raises(TooLittleMemory):
+        prolora.plan_fit(*given, FEW, max_vram=1000, device="cpu")
+
+
+def test_a_bound_on_the_card_means_nothing_on_the_cpu(room, monkeypatch):
+    monkeypatch.setattr(pipelines, "open_pipeline", lambda *_: pytest.fail("it was loaded"))
+    given = room / "lora.safetensors", room / "source", room / "target"
+    with pytest.raises(InvalidOption, match="runs on the CPU"):
+        prolora.fit(*given, FEW, max_vram="12GB")
+    for size in ("much", 0, True):
+        with pytest.raises(InvalidOption, match="max_vram"):
+            FitOptions(max_vram=size)
+    line = ["fit", given[0], "--source", given[1], "--target", given[2], "--max-vram", "12GB"]
+    result = CliRunner().invoke(app, [*map(str, line), "-o", str(room / "out.safetensors")])
+    assert isinstance(result.exception, InvalidOption)
+
+
+def test_prompts_encoded_in_the_machines_memory_are_there_on_the_card(room):
+    pipeline = pipelines.open_pipeline(room / "source")
+    pipeline.encode_prompts(FEW)
+    memory, runs = pipeline.memory, []
+    for encoder in memory.encoders.values():
+        encoder.register_forward_hook(lambda *_: runs.append(1))
+    asked = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    first = memory("cat", device=torch.device("cpu"), **asked)
+    count = len(runs)
+    moved = memory("cat", device=torch.device("meta"), **asked)
+    assert len(runs) == count
+    for here, there in zip(first, moved, strict=True):
+        assert here is there is None or (there.device.type == "meta" and here.shape == there.shape)
+
+
+def test_small_tiles_are_those_of_the_size_that_is_asked(room):
+    from diffusers import AutoencoderKLQwenImage
+
+    pipeline = pipelines.open_pipeline(room / "source")
+    vae = pipeline.pipe.vae
+    factor = vae.tile_sample_min_size // vae.tile_latent_min_size
+    half = vae.tile_sample_min_size // 2
+    pipeline.move_to_card("cpu", 0, half)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (half, half // factor)
+    pipeline.move_to_card("cpu", 0, 10 * half)  # never larger ones
+    assert vae.tile_sample_min_size == half
+    other = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1)
+    pipelines.stages.shrink_tiles(other, 128)
+    assert other.tile_sample_min_height == other.tile_sample_min_width == 128
+    assert other.tile_sample_stride_width == 96
