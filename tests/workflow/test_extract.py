@@ -98,11 +98,13 @@ def test_a_share_of_energy_takes_the_fewest_columns():
         assert row.rank_out == 1 or share[row.rank_out - 2] < 0.7 + 1e-6
 
 
-def test_a_file_takes_no_more_than_the_size_that_was_asked_for(tmp_path):
+@pytest.mark.parametrize(("most", "size", "dtype"), [(256, 20, "float16"), (3, 12, "float32")])
+def test_a_file_takes_no_more_than_was_asked_for(tmp_path, monkeypatch, most, size, dtype):
+    monkeypatch.setattr("prolora.workflow.extract.LARGEST_RANK", most)
     base, tuned = make_base(), make_base(1)
     out = tmp_path / "out.safetensors"
-    report = prolora.extract_file(base, tuned, out, out_rank="20kB")
-    assert out.stat().st_size <= 20_000 and report.file_limit == 20_000
+    report = prolora.extract_file(base, tuned, out, out_rank=f"{size}kB", dtype=dtype)
+    assert out.stat().st_size <= 1000 * size == report.file_limit
     ranks = {row.rank_out for row in report.rows("mapped")}
     assert min(ranks) >= 1 and len(ranks) > 1
     read, lost, total = adapters.read_adapter(out), 0.0, 0.0
@@ -175,8 +177,13 @@ def test_a_transformers_lora_comes_out_for_comfyui(layout, tmp_path):
     old, new = (
         {f"{n}.weight": w for n, w in small_weights(layout, drift=d).items()} for d in (0, 1)
     )
+    for weights in (old, new) if "wan" in layout else ():
+        weights["scale_shift_table"] = torch.randn(1, 2, 48)
+        weights["blocks.0.scale_shift_table"] = torch.randn(1, 6, 48)
     report = prolora.extract_file(old, new, tmp_path / "x.safetensors", out_rank=0.9)
     assert report.coverage == 1 and report.share_on_target >= 0.9
+    parameters = [row.reason for row in report.rows("skipped") if "scale_shift" in row.source]
+    assert parameters == ["no LoRA's layer: a parameter"] * 2 * ("wan" in layout)
     read = adapters.read_adapter(
         tmp_path / "x.safetensors", base=adapters.BaseNames(None, prolora.open_base(old).shapes)
     )

@@ -175,7 +175,7 @@ def _place_modules(
 
 
 def _drop_kernel(size: tuple[int, int], kernel: tuple[int, ...] | None) -> tuple[int, int]:
-    return size if kernel is None else (size[0], size[1] // math.prod(kernel))
+    return size[0], size[1] // math.prod(kernel or (1,))
 
 
 def _explain_no_place(name: str, size: tuple[int, int], base: Base) -> str | None:

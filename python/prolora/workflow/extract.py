@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ from .result import Transfer, save_result
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_FIRST_NUMBER = re.compile(r"\.\d+(?=\.)")
 LARGEST_RANK = 256
 """Columns that an extraction to the size of a file chooses from, in each module."""
 
@@ -180,12 +182,15 @@ class _Difference:
     def check(self) -> None:
         """Refuses what can be refused by headers, and writes the row of every module."""
         self._check_bases()
+        family = known_families().get(self.base.family or "")
         shared = [name for name in self.base.shapes if name in self.tuned.shapes]
         if not shared:
             raise ShapeMismatch(f"{self.base.name} and {self.tuned.name} share no module")
         for name in shared:
             shape = matrix_shape(self.base.shapes[name])
-            self.rows[name] = outline_difference(name, shape, self._most_columns(shape))
+            what = family.not_linear.get(_FIRST_NUMBER.sub(".N", name, 1)) if family else None
+            reason = f"no LoRA's layer: {what}" if what else None
+            self.rows[name] = outline_difference(name, shape, self._most_columns(shape), reason)
         for name in (*self.base.shapes, *self.tuned.shapes):
             if name not in self.rows:
                 only = self.base if name in self.base.shapes else self.tuned
@@ -335,7 +340,8 @@ class _Difference:
     def outline(self, updates: dict[str, LowRank]) -> Adapter:
         """The LoRA of some updates, without vectors and header."""
         base, family = self.base, known_families().get(self.base.family or "")
-        kernels = {name: shape[2:] for name in updates if len(shape := base.shapes[name]) in (3, 4)}
+        shapes = {name: base.shapes[name] for name in updates}
+        kernels = {name: shape[2:] for name, shape in shapes.items() if len(shape) in (3, 4)}
         is_unet = any(find_component(name) == "unet" for name in base.shapes)
         format = "kohya" if is_unet else "diffusers"
         if family is not None and not is_unet:
