@@ -118,10 +118,7 @@ struct PackedRows {
   bool aligned;
 
   HOST_DEVICE PackedRows(float* data, int r, int m)
-      : data(data),
-        r(r),
-        m(m),
-        aligned(PanelPack::is_aligned(data) && m % PanelPack::kSize == 0) {}
+      : data(data), r(r), m(m), aligned(PanelPack::is_aligned(data) && m % PanelPack::kSize == 0) {}
   HOST_DEVICE int packs() const { return int(ceil_div(m, PanelPack::kSize)); }
 
   HOST_DEVICE PanelPack read(int i, int pack) const {
@@ -161,15 +158,16 @@ struct PanelWorkspace {
   double* length;   // [r], of the rows
   double* limit;    // [r], a pivot up to this drops its row
   double* inverse;  // [r], of the pivots, 0 for a dropped row
-  float* lower;         // [stride][stride], the transpose of this pass's factor D L, zeros around it
-  float* unit;          // [r], the power of two that a row of the panel was multiplied by
-  float* reciprocal;    // [stride], of the diagonal of D L, 0 for a dropped row
+  float* lower;     // [stride][stride], the transpose of this pass's factor D L, zeros around it
+  float* unit;      // [r], the power of two that a row of the panel was multiplied by
+  float* reciprocal;  // [stride], of the diagonal of D L, 0 for a dropped row
 
   static HOST_DEVICE int stride(int r) { return int(ceil_div(r, kPanelStep)) * kPanelStep; }
   static HOST_DEVICE int doubles(int r) { return (triangle(r) + 3 * r + 1) / 2 * 2; }
   static HOST_DEVICE Index bytes(int r) {
     const int s = stride(r);
-    return ceil_div(Index(sizeof(double)) * doubles(r) + Index(sizeof(float)) * (s * s + r + s), 16) *
+    return ceil_div(Index(sizeof(double)) * doubles(r) + Index(sizeof(float)) * (s * s + r + s),
+                    16) *
            16;
   }
   static HOST_DEVICE PanelWorkspace at(void* memory, int r) {
@@ -216,8 +214,7 @@ HOST_DEVICE void scale_panel_rows(const Block& block, const float* panel, float*
 
 // w.gram = q qᵀ, a warp for 4 x 4 entries, which read 8 rows for 16 products.
 template <class Block>
-HOST_DEVICE void sum_products(const Block& block, const PackedRows& q,
-                              const PanelWorkspace& w) {
+HOST_DEVICE void sum_products(const Block& block, const PackedRows& q, const PanelWorkspace& w) {
   constexpr int kSide = 4;
   const int side = int(ceil_div(q.r, kSide));
   block.each_warp(triangle(side), [&](const auto& warp, int tile) {
@@ -302,7 +299,8 @@ HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int 
     const double root = j < r ? std::sqrt(w.inverse[j]) : 0.0;
     warp.each(stride, [&](int i) {
       const bool inside = j <= i && i < r;
-      w.lower[j * stride + i] = inside ? float(w.gram[triangle(i) + j] * root * w.length[i]) : float(0);
+      w.lower[j * stride + i] =
+          inside ? float(w.gram[triangle(i) + j] * root * w.length[i]) : float(0);
     });
     warp.each(1, [&](int) { w.reciprocal[j] = root > 0 ? float(root / w.length[j]) : float(0); });
   });
@@ -310,8 +308,7 @@ HOST_DEVICE void finish_factor(const Block& block, const PanelWorkspace& w, int 
 
 // q = L⁻¹ q in place: a thread for the columns of a pack, 8 rows of which it holds at a time.
 template <class Block>
-HOST_DEVICE void substitute(const Block& block, const PackedRows& q,
-                            const PanelWorkspace& w) {
+HOST_DEVICE void substitute(const Block& block, const PackedRows& q, const PanelWorkspace& w) {
   constexpr int kPack = PanelPack::kSize;
   const int stride = PanelWorkspace::stride(q.r);
   constexpr int kChunk = 32;
@@ -387,8 +384,8 @@ HOST_DEVICE void give_up_panel(const Block& block, float* q, float* l, Index* ra
 
 // scale: below kDependent * scale a row is dropped; 0 if there is none.
 template <class Block>
-HOST_DEVICE void panel_qr(const Block& block, const float* panel, double scale, float* q, float* l, Index* rank,
-                          const PanelWorkspace& w, int r, int m) {
+HOST_DEVICE void panel_qr(const Block& block, const float* panel, double scale, float* q, float* l,
+                          Index* rank, const PanelWorkspace& w, int r, int m) {
   const PackedRows rows(q, r, m);
   scale_panel_rows(block, panel, q, w, r, m);
   for (int pass = 0;; ++pass) {
