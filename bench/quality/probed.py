@@ -57,7 +57,8 @@ DEFAULTS = {"images": 24, "batch": 48, "probes": 1152, "steps": 32, "damping": 1
 def collect(work: Path, kept: dict) -> dict:
     """Every row in DIR/probing that belongs to a named set of options, and the kept ones.
 
-    Rows that were collected earlier stay where they were not measured again.
+    Rows that were collected earlier stay where they were not measured again; one that was keeps the
+    score of the first as `before`.
     """
     row_by_key = {identify(row): row for row in kept.get("rows", [])}
     for path in sorted((work / "probing").glob("*.json")):
@@ -66,6 +67,8 @@ def collect(work: Path, kept: dict) -> dict:
         if named or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
+            if (old := row_by_key.get(identify(row))) is not None:
+                row["before"] = old.get("before", old["score"])
             row_by_key[identify(row)] = round_numbers(row)
     made = {
         "script": "bench/quality/probing.py",
@@ -414,6 +417,22 @@ def icons_adapters_table(table: Table) -> str:
     return format_table(["target", *names], lines)
 
 
+def replaced_table(table: Table) -> str:
+    """Scores of the fit of dense updates, cut to rank, → those of the fit in factors."""
+    names = ("neon", "duotone", "concept", "fewstep")
+    lines = []
+    for name, kind in ICONS.items():
+        part = select_rows(table, ("flux", "flux", kind))
+        rows = {r["adapter"]: r for r in part.rows if "before" in r}
+        cells = [
+            f"{rows[a]['before']:.3f} → {rows[a]['score']:.3f}" if a in rows else "–" for a in names
+        ]
+        if rows:
+            changes = [row["score"] - row["before"] for row in rows.values()]
+            lines.append([name, *cells, f"{sum(changes) / len(changes):+.3f}"])
+    return format_table(["target", *names, "mean"], lines)
+
+
 def optimisers_table(table: Table) -> str:
     """Fit, AdamW and one after the other on the same probes; rows that all of them have."""
     lines = []
@@ -466,6 +485,7 @@ def main() -> None:
     filled["probing starts"] = starts_table(table_by_world)
     filled["probing icons"] = icons_table(table_by_world["icons"])
     filled["probing icons adapters"] = icons_adapters_table(table_by_world["icons"])
+    filled["probing replaced"] = replaced_table(table_by_world["icons"])
     filled["probing optimisers"] = optimisers_table(table_by_world["icons"])
     for page in PAGES:
         page.write_text(fill_page(page.read_text(), filled))
