@@ -350,7 +350,7 @@ def test_an_interrupted_sampling_goes_on_and_samples_nothing_twice(room, tmp_pat
     counted: list[int] = []
 
     def record(folder: Path | None, until: int | None = None) -> pipelines.CrossingRecorder:
-        def count() -> None:
+        def count(_: str) -> None:
             counted.append(1)
             if len(counted) == until:
                 raise Interrupted

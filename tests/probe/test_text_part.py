@@ -79,7 +79,7 @@ def recorder_of(room: Path) -> tuple[pipelines.PipelinePair, Recorder]:
     pair = pipelines.pair_pipelines(*opened(room), SETTINGS, text)
     adapter = Adapter(updates, format="diffusers")
     denoisers = pair.source.denoiser, pair.target.denoiser
-    samplers = pair.samplers(lambda: None)
+    samplers = pair.samplers(lambda origin: None)
     return pair, Recorder(*denoisers, adapter, samplers, pair.translation, text_updates=text)
 
 
