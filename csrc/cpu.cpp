@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 
 #include "overlap_table.h"
 #include "panel_qr.h"
@@ -117,33 +118,32 @@ void project_pair_cpu(const ProjectPairArgs<T>& args) {
   }
 }
 
-template <>
-void panel_qr_cpu(const PanelQrArgs<float>& args) {
-  const int r = int(args.r);
-  const int m = int(args.m);
-  bool enough_memory = true;
+template <class T>
+void panel_qr_cpu(const PanelQrArgs<T>& args) {
+  if constexpr (std::is_same_v<T, double>) {
+    throw std::runtime_error("panel_qr: float32 alone");
+  } else {
+    const int r = int(args.r);
+    const int m = int(args.m);
+    bool enough_memory = true;
 #pragma omp parallel if (20.0 * args.batch * m * r * r > kParallelFlops)
-  {
-    const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
-                                                  std::byte[PanelWorkspace::bytes(r)]);
-    if (!memory) {
+    {
+      const std::unique_ptr<std::byte[]> memory(new (std::nothrow)
+                                                    std::byte[PanelWorkspace::bytes(r)]);
+      if (!memory) {
 #pragma omp critical
-      enough_memory = false;
-    }
+        enough_memory = false;
+      }
 #pragma omp for schedule(dynamic)
-    for (Index b = 0; b < args.batch; ++b) {
-      if (!memory) continue;
-      panel_qr(SerialBlock{}, args.panel + b * r * m, args.scale ? args.scale[b] : 0.0,
-               args.q + b * r * m, args.l + b * r * r, args.rank + b,
-               PanelWorkspace::at(memory.get(), r), r, m);
+      for (Index b = 0; b < args.batch; ++b) {
+        if (!memory) continue;
+        panel_qr(SerialBlock{}, args.panel + b * r * m, args.scale ? args.scale[b] : 0.0,
+                 args.q + b * r * m, args.l + b * r * r, args.rank + b,
+                 PanelWorkspace::at(memory.get(), r), r, m);
+      }
     }
+    if (!enough_memory) throw std::bad_alloc{};
   }
-  if (!enough_memory) throw std::bad_alloc{};
-}
-
-template <>
-void panel_qr_cpu(const PanelQrArgs<double>&) {
-  throw std::runtime_error("panel_qr: float32 alone");
 }
 
 template <class T>
