@@ -29,7 +29,7 @@ from torch import nn
 
 from prolora.errors import TooLittleMemory
 from prolora.files.sizes import parse_size
-from prolora.probe.pipelines import card
+from prolora.probe.pipelines import vram
 from prolora.probe.settings import FitSettings
 
 RANK = 32
@@ -89,10 +89,10 @@ def write_pipeline(models: tuple[nn.Module, nn.Module], folder: Path) -> None:
 def tell(limit: int, ends: tuple[Path, Path], size: int, crosses: bool) -> str:
     """What is planned for a card."""
     try:
-        plan = card.plan_card(limit, ends, FitSettings(size=size), RANK, crosses)
+        plan = vram.plan_card(limit, ends, FitSettings(size=size), RANK, crosses)
     except TooLittleMemory:
         return "–"
-    every = sum(card._measure(ends[1], size).blocks)
+    every = sum(vram._measure(ends[1], size).blocks)
     words = ["16 bits" if plan.precision == "bfloat16" else "32 bits"]
     words += ["tiles"] * bool(plan.tile) + ["single"] * bool(plan.samples)
     if plan.fitting < every or plan.rooms[1] < every:
@@ -103,7 +103,7 @@ def tell(limit: int, ends: tuple[Path, Path], size: int, crosses: bool) -> str:
 def find_least(ends: tuple[Path, Path], size: int, crosses: bool) -> float:
     """GB."""
     try:
-        card.plan_card(1, ends, FitSettings(size=size), RANK, crosses)
+        vram.plan_card(1, ends, FitSettings(size=size), RANK, crosses)
     except TooLittleMemory as error:
         return parse_size(re.search(r"needs ([\d.]+ \w+)", str(error))[1].replace(" ", "")) / 1e9
     raise AssertionError

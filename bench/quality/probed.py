@@ -450,10 +450,10 @@ def optimisers_table(table: Table) -> str:
         best = max(part.mean(score)[0] for part in parts)
         cells = []
         for part in parts:
-            told = format_cell(part.mean(score))
+            cell = format_cell(part.mean(score))
             seconds = part.mean(lambda row: row["seconds"]["fit"])[0]
             bold = "**" if part.mean(score)[0] == best else ""
-            cells.append(f"{bold}{told}{bold} ({seconds:.0f} s)")
+            cells.append(f"{bold}{cell}{bold} ({seconds:.0f} s)")
         lines.append([name, str(len(same)), *cells])
     return format_table(["target", "rows", "fit", "AdamW", "half of each"], lines)
 

@@ -193,7 +193,7 @@ def _list_norms(graph, values: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]
     def follow(node, kind: str):
         return next(user for user in users[node.output[0]] if user.op_type == kind)
 
-    found = []
+    affine = []
     for node in graph.node:
         if node.op_type == "InstanceNormalization":
             product = follow(follow(node, "Reshape"), "Mul")
@@ -202,8 +202,8 @@ def _list_norms(graph, values: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]
                 next(values[name] for name in one.input if name in values)
                 for one in (product, total)
             )
-            found.append((scale, shift))
-    return found
+            affine.append((scale, shift))
+    return affine
 
 
 def compare_with_runtime(path: Path, count: int = 4) -> float:

@@ -91,8 +91,8 @@ class Exam:
             wanted = CHANGES[self.idea](sample_terrains(self.target, difficulty, 0)).clamp(-1, 1)
         else:
             wanted = sample_terrains(self.target, torch.full_like(difficulty, STEEP), 0)
-        found = measure_terrains(sample_terrains(answer, difficulty, 0))
-        return {name: distance(found[name], one) for name, one in measure_terrains(wanted).items()}
+        drawn = measure_terrains(sample_terrains(answer, difficulty, 0))
+        return {name: distance(drawn[name], one) for name, one in measure_terrains(wanted).items()}
 
 
 def score_methods(source: Network, exam: Exam, lora: Updates) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ __all__ = ["lora", "source"]  # fixtures
 
 BROKEN = [float("nan"), float("inf"), float("-inf"), 1e30, -1e30]
 QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture

@@ -46,13 +46,6 @@ SIZED = {"sd": None, "sdxl": None, "pixels": None}  # pixels; 16 for all others
 FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=1, force=True)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each pipeline, and a LoRA with trigger words for each source."""

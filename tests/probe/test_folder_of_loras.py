@@ -24,13 +24,6 @@ FEW = prolora.FitOptions(("cat", "dog"), images=2, steps=4, fit_steps=2, force=T
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pipelines, a third with another VAE, and the LoRAs a, b, c; b has a text encoder's part.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import crossing_pipelines as crossing
@@ -23,13 +22,6 @@ from prolora.probe.pipelines.guidance import observe_guidance, read_guidance_sca
 from prolora.probe.recording.trajectories import Call, record_calls
 from prolora.probe.recording.translation import PAIR, Question, Translation
 from prolora.probe.recording.wanted import wanted_changes
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def dit(_) -> DiTPipeline:

@@ -31,13 +31,6 @@ FEW = prolora.FitOptions(("cat", "dog", "a bird"), images=1, steps=2, fit_steps=
 ALL = ("source", "source + LoRA", "target", "target + copy", "target + fit")
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shown")

@@ -24,13 +24,6 @@ QUICK = FitOptions(("cat", "dog"), images=1, steps=1, fit_steps=1, force=True)
 JOINT = {"fit_steps": 2, "rank": 3, "force": True}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pipelines, a LoRA, and the folder of a fit between them."""

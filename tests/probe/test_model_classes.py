@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,13 +33,6 @@ from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls
 
 SETTINGS = FitOptions(("cat", "dog cat"), images=2, steps=2, size=16)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def stable_diffusion(folder) -> Any:

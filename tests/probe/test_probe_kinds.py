@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,6 @@ from prolora.cli import app
 from prolora.probe import pipelines
 from prolora.probe.pipelines.conditioning import split_call
 from prolora.probe.recording.trajectories import record_calls
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def sdxl(folder: Path, width: int) -> None:

@@ -56,13 +56,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def run(room: Path, target: str, out: Path, *more: str):
     source = ["--source", str(room / "source"), "--target", str(room / target)]
     line = ["fit", str(room / "lora.safetensors"), *source, "-o", str(out), *more]

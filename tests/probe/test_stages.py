@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import crossing_pipelines as make
@@ -28,24 +27,9 @@ from prolora.probe.recording.trajectories import record_calls
 FEW = FitOptions(("cat", "dog"), images=1, steps=2, fit_steps=2, force=True)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stages")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source")
-        tiny.save(folder / "target", seed=5, text=12)
-        make.save_sdxl(folder / "other")
-        unet = pipelines.open_pipeline(folder / "source").denoiser
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    return folder
+    return make.save_ends(tmp_path_factory.mktemp("stages"))
 
 
 def count_numbers(*models: nn.Module) -> int:

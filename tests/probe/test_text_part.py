@@ -29,13 +29,6 @@ SETTINGS = FitSettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
     """Two pipelines of unlike text encoders, and a kohya LoRA with a part in that of the first."""

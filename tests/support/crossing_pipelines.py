@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from prolora.probe.pipelines import open_pipeline
 
 TEXT = {
     "vocab_size": 64,
@@ -229,3 +232,15 @@ MAKERS = {
     "qwen": save_qwen_image,
     "pixels": save_pixels,
 }
+
+
+def save_ends(folder: Path) -> Path:
+    """A source and a target with other text encoders, one with another latent, and a LoRA."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny.save(folder / "source")
+        tiny.save(folder / "target", seed=5, text=12)
+        save_sdxl(folder / "other")
+        unet = open_pipeline(folder / "source").denoiser
+        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
+    return folder

@@ -319,8 +319,8 @@ def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path):
 
 def test_peft_merges_an_extracted_file_into_the_tuned_model():
     """Its own injection and merge, on a live UNet of diffusers."""
-    peft = pytest.importorskip("peft")
-    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft", reason="needs peft, which the extra test has")
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers, which the extra test has")
     torch.manual_seed(0)
     base = diffusers.UNet2DConditionModel(**tiny_unet_config())
     tuned = copy.deepcopy(base)

@@ -20,13 +20,15 @@ from ..version import __version__
 from ..workflow import inspection
 from ..workflow.publication import Upload, list_uploads
 from ..workflow.push import push as push_loras
-from . import basis, fleet, inspect_table, make
+from . import basis, fleet, inspect_table
 from . import check as checking
 from . import doctor as doctor_facts
 from .advise import advise
 from .console import err, out, prepare_streams, progress_bar
+from .convert import convert
 from .demo import run_demo
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
+from .extract import extract
 from .fit import FitCommand, fit
 from .options import JsonOption, OverwriteOption, parse_path
 from .transfer import TransferCommand, show_report, transfer
@@ -91,19 +93,17 @@ app.command(
     )
 )(checking.check)
 app.command(
-    "extract",
     epilog=write_epilog(
         "prolora extract sdxl/ my-finetune.safetensors -o my-finetune-lora.safetensors",
         "prolora extract flux-dev/ flux-turbo/ -o turbo.safetensors --out-rank 0.9 --for comfyui",
     ),
-)(make.make_extraction)
+)(extract)
 app.command(
-    "convert",
     epilog=write_epilog(
         "prolora convert my-lora.safetensors -o smaller.safetensors --out-rank 16 --dtype float16",
         "prolora convert my-dora.safetensors sdxl/ -o plain.safetensors --for a1111",
     ),
-)(make.make_conversion)
+)(convert)
 app.add_typer(basis.app, name="basis")
 app.command(
     epilog=write_epilog(

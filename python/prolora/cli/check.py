@@ -41,7 +41,8 @@ def check(
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
-            records.append({"lora": str(lora), "error": str(error)})
+            problem = {"type": type(error).__name__, "message": str(error)}
+            records.append({"lora": str(lora), "error": problem})
         else:
             code = code if answer or code else ExitCode.LOW_COVERAGE
             records.append(answer.to_dict())

@@ -186,6 +186,13 @@ def tell_outcomes(
     check_outcomes(outcomes)
 
 
+def tell_made(made_of: Path, report: Report, output: FileOutput) -> None:
+    """`tell_outcomes` of one LoRA that was made without being moved."""
+    out = made_of if output.output is None else output.output
+    outcome = Outcome(made_of, out, report, planned=output.dry_run)
+    tell_outcomes([outcome], output, None, False, None)
+
+
 def plan_all(
     loras: list[Path],
     source: Experts,

@@ -135,17 +135,17 @@ def _find_state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
         raise UnsupportedFormat(
             f"{path}: holds a {type(loaded).__name__}, not a state dict; save its state_dict()"
         )
-    found = {
+    nested = {
         name: state
         for name in (*_NESTED, *_AVERAGES)
         if isinstance(state := loaded.get(name), Mapping) and _list_tensors(state)
     }
-    if len(found) > 1:
+    if len(nested) > 1:
         raise UnsupportedFormat(
-            f"{path}: holds several sets of weights ({', '.join(found)}); save the one that is "
+            f"{path}: holds several sets of weights ({', '.join(nested)}); save the one that is "
             "meant as a state dict of its own"
         )
-    tensors = _list_tensors(next(iter(found.values()), loaded))
+    tensors = _list_tensors(next(iter(nested.values()), loaded))
     if not tensors:
         raise UnsupportedFormat(f"{path}: holds no tensors by name; save a state dict")
     return tensors

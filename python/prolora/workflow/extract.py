@@ -277,11 +277,11 @@ class _Difference:
         rank = self.options.out_rank
         columns = rank if isinstance(rank, float) else rows[0].rank_out
         basis = truncated_svd(difference[moved], columns) if moved else None
-        found = []
+        filled = []
         for i, row in enumerate(rows):
             if basis is None or i not in moved:
                 shape = rows[0].shape[0], rows[0].shape[1]
-                found.append(outline_difference(row.source, shape, 0, "equal in both bases"))
+                filled.append(outline_difference(row.source, shape, 0, "equal in both bases"))
                 continue
             own = basis[moved.index(i)]
             up, down = balance_factors(own.U, own.S, own.V)
@@ -291,8 +291,8 @@ class _Difference:
             lost = torch.linalg.vector_norm((difference[i] - up @ down).double()).item()
             bound = None if own.ok else own.bound.item()
             measured = sizes[i], norms[i], lost
-            found.append(describe_difference(row, update.rank, measured, bound))
-        return found
+            filled.append(describe_difference(row, update.rank, measured, bound))
+        return filled
 
     def _subtract(self, names: list[str]) -> tuple[Tensor, list[float]]:
         """W_tuned − W_base of modules as a stack [b, m, n], and ‖W_base‖ of each."""

@@ -161,9 +161,9 @@ def tell_made(
     """
     if kept is None:
         return InWords("✔", "A dry run: nothing was written.", (), cautions)
-    whole = f"the difference between {source} and {target}" if method == EXTRACT else source
+    original = f"the difference between {source} and {target}" if method == EXTRACT else source
     residual = max(0.0, 1 - kept) ** 0.5
-    headline = f"It holds {kept:.2%} of the energy of {whole} (residual {residual:.2e})."
+    headline = f"It holds {kept:.2%} of the energy of {original} (residual {residual:.2e})."
     mark: Mark = "✔" if kept >= LITTLE else "⚠"
     lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else ()
     return InWords(mark, headline, lines, cautions)

@@ -182,8 +182,8 @@ def _transformer_names(adapter: Adapter) -> list[str]:
     """
     modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
     names = sorted(name for name in modules if find_component(name) not in TEXT_ENCODERS)
-    told = any(find_component(name) == "transformer" or is_in_adm(name) for name in names)
-    return names if told else []
+    is_ours = any(find_component(name) == "transformer" or is_in_adm(name) for name in names)
+    return names if is_ours else []
 
 
 def _possible_families(adapter: Adapter, names: list[str]) -> tuple[Family, ...]:

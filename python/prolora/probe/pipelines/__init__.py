@@ -1,6 +1,5 @@
 """Diffusers pipeline folders as the models, samplers and translations that probing needs."""
 
-from .card import CardPlan, plan_card
 from .crossing import CrossingSide, describe_crossing, observe_sides, takes_few_steps
 from .crossing_recorder import CrossingRecorder
 from .latents import LatentSpace, SharedLatents, check_shown
@@ -9,6 +8,7 @@ from .pairing import PipelinePair, pair_pipelines
 from .pipeline import Pipeline
 from .stages import estimate_bytes
 from .text_part import TextPart, run_text_encoders_beside
+from .vram import CardPlan, plan_card
 
 __all__ = [
     "CardPlan",

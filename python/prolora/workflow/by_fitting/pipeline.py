@@ -87,8 +87,8 @@ def fit_to_pipelines(
         if rival:
             moved, scaled = _scale_rival(rival, report, gate.copy_strength, job, _read_notes(notes))
             return Transfer(moved, replace(scaled, grid=grid), files)
-    moved, told = _finish_fit(job, blank, updates, report, _read_notes(notes))
-    return Transfer(moved, replace(told, grid=grid), files)
+    fitted, fit_report = _finish_fit(job, blank, updates, report, _read_notes(notes))
+    return Transfer(fitted, replace(fit_report, grid=grid), files)
 
 
 def prepare_fit(

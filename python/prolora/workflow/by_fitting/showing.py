@@ -127,10 +127,10 @@ class ImageGrid:
             ways.append("with the LoRA as weights alone move it")
         if "target + fit" in self.columns:
             ways.append("with the fitted LoRA")
-        told = f"{', '.join(ways[:-1])} and {ways[-1]}" if len(ways) > 1 else ways[0]
+        listed = f"{', '.join(ways[:-1])} and {ways[-1]}" if len(ways) > 1 else ways[0]
         caption = (
             f"Each row is one prompt, drawn from one seed: {source} without the LoRA and with it, "
-            f"then {target} {told}."
+            f"then {target} {listed}."
         )
         if self.carried:
             caption += " The LoRA's part in the text encoders is in place in all of them."

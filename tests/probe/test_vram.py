@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import crossing_pipelines as make
 import pytest
-import tiny_pipelines as tiny
 import torch
 from test_swapping import Card
 from typer.testing import CliRunner
@@ -22,38 +20,23 @@ from prolora.files.sizes import parse_size
 from prolora.probe import pipelines, swapping
 from prolora.probe.fitting import joint
 from prolora.probe.fitting.linearisation import ProbeBatch
-from prolora.probe.pipelines import card, plan_card
+from prolora.probe.pipelines import plan_card, vram
 from prolora.probe.settings import FitSettings
 from prolora.workflow.by_fitting import running
 
 FEW = FitOptions(("cat",), images=1, steps=2, fit_steps=2, force=True, size=16)
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("card")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny.save(folder / "source")
-        tiny.save(folder / "target", seed=5, text=12)
-        make.save_sdxl(folder / "other")
-        unet = pipelines.open_pipeline(folder / "source").denoiser
-        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, ("attn1.to_v",)))
-    return folder
+    return make.save_ends(tmp_path_factory.mktemp("card"))
 
 
 @pytest.fixture
 def as_card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The CPU counts as a card, whose visitors are counted."""
     counted = Card()
-    monkeypatch.setattr(card, "CONTEXT", 0)
+    monkeypatch.setattr(vram, "CONTEXT", 0)
     monkeypatch.setattr(running, "_is_card", lambda _: True)
     monkeypatch.setattr(swapping, "bring_weight", counted.bring)
     return counted
@@ -76,8 +59,8 @@ def least_of(ends: tuple[Path, Path], settings: FitSettings, crosses: bool) -> i
 def test_a_smaller_card_takes_16_bits_then_tiles_then_single_samples_then_swaps(
     room, monkeypatch, crosses
 ):
-    monkeypatch.setattr(card, "CONTEXT", 0)
-    monkeypatch.setattr(card, "_measure", functools.cache(card._measure))
+    monkeypatch.setattr(vram, "CONTEXT", 0)
+    monkeypatch.setattr(vram, "_measure", functools.cache(vram._measure))
     ends = room / "source", room / "other"
     settings = FitSettings(size=1024)
     least = least_of(ends, settings, crosses)
@@ -88,19 +71,19 @@ def test_a_smaller_card_takes_16_bits_then_tiles_then_single_samples_then_swaps(
     seen, rooms = [], []
     for limit in sorted({int(least * 1.01**i) for i in range(400)}, reverse=True):
         plan = plan_card(limit, ends, settings, 4, crosses)
-        sides = [card._measure(end, 1024) for end in ends]
+        sides = [vram._measure(end, 1024) for end in ends]
         every = [sum(side.blocks) for side in sides]
         swapped = list(plan.rooms) != every or plan.fitting != every[1]
         way = plan.precision, plan.tile, plan.samples, swapped
         if way not in seen:
             seen.append(way)
-        both = card._both_there(sides, plan.precision, plan.tile, 4, crosses)
-        alone = card._target_alone(sides[1], plan.precision, plan.samples or 2, 4)
+        both = vram._both_there(sides, plan.precision, plan.tile, 4, crosses)
+        alone = vram._target_alone(sides[1], plan.precision, plan.samples or 2, 4)
         assert both + sum(plan.rooms) <= limit and alone + plan.fitting <= limit
         assert all(r >= side.visiting for r, side in zip(plan.rooms, sides, strict=True))
         assert plan.rooms[1] <= plan.fitting
         rooms.append(sum(plan.rooms))
-    tile = card.TILE if crosses else None
+    tile = vram.TILE if crosses else None
     ladder = [
         ("float32", None, None, False),
         ("bfloat16", None, None, False),
@@ -123,7 +106,7 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
 
     def plan(*_):
         size = rooms.pop(0)
-        return card.CardPlan("float32", None, 1, (size, size), size)
+        return vram.CardPlan("float32", None, 1, (size, size), size)
 
     monkeypatch.setattr(pipelines, "plan_card", plan)
     while rooms:
@@ -132,7 +115,7 @@ def test_a_fit_on_a_card_with_swapped_blocks_is_the_fit_without(room, as_card, m
         done = prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")
         results.append(done)
     assert as_card.visits and not as_card.held
-    largest = max(card._measure(end, 16).visiting for end in ends)
+    largest = max(vram._measure(end, 16).visiting for end in ends)
     assert as_card.most <= largest
     first, second = (result.adapter.updates for result in results)
     assert first.keys() == second.keys() and first
@@ -152,7 +135,7 @@ def test_where_asked_a_batch_of_the_fit_holds_one_sample(room, as_card, monkeypa
 
     monkeypatch.setattr(joint, "ProbeBatch", look)
     for samples, largest in ((None, 2), (1, 1)):
-        plan = card.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
+        plan = vram.CardPlan("float32", None, samples, (10**9, 10**9), 10**9)
         monkeypatch.setattr(pipelines, "plan_card", lambda *_, plan=plan: plan)
         ends = room / "source", room / "target"
         prolora.fit(room / "lora.safetensors", *ends, FEW, max_vram="1GB", device="cpu")

@@ -1,0 +1,47 @@
+"""`prolora convert`: a LoRA in another format, precision, rank or kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from ..bases import open_base
+from ..workflow.convert import convert as convert_lora
+from ..workflow.convert import convert_file
+from ..workflow.convert_options import ConvertOptions
+from .console import progress_bar
+from .options import expand_options, parse_base, parse_path
+from .output_options import FileOutput
+from .transfer import check_output_given, check_outputs, tell_made
+
+
+@expand_options
+def convert(
+    lora: Annotated[
+        Path, typer.Argument(parser=parse_path, metavar="LORA", help="LoRA file or PEFT folder.")
+    ],
+    converting: ConvertOptions,
+    output: FileOutput,
+    base: Annotated[
+        str | None,
+        typer.Argument(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model it was trained on; needed for DoRA, GLoRA and OFT.",
+        ),
+    ] = None,
+) -> None:
+    """Write a LoRA in another format, precision, rank or kind, for the base that it has."""
+    check_output_given(output)
+    model = None if base is None else open_base(base)
+    check_outputs([lora], output, converting, model.files if model else [])
+    with progress_bar("convert", output.show_tables) as progress:
+        options = replace(converting, progress=progress)
+        if output.dry_run:
+            report = replace(convert_lora(lora, model, options).report, dry_run=True)
+        else:
+            report = convert_file(lora, cast(Path, output.output), model, options)
+    tell_made(lora, report, output)

@@ -1,0 +1,47 @@
+"""`prolora extract`: the LoRA between two base models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from ..bases import open_base
+from ..workflow.extract import extract_file, plan_extraction
+from ..workflow.extract_options import ExtractOptions
+from .console import progress_bar
+from .options import expand_options, parse_base
+from .output_options import FileOutput
+from .transfer import check_output_given, check_outputs, tell_made
+
+
+@expand_options
+def extract(
+    base: Annotated[
+        str,
+        typer.Argument(
+            parser=parse_base, metavar="BASE", help="Base model that the LoRA is to be used with."
+        ),
+    ],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            parser=parse_base, metavar="TUNED", help="The same model after training, likewise."
+        ),
+    ],
+    extracting: ExtractOptions,
+    output: FileOutput,
+) -> None:
+    """Write the LoRA between two base models: a fine-tune's, or a few-step sibling's."""
+    check_output_given(output)
+    old, new = open_base(base), open_base(tuned)
+    check_outputs([Path(tuned)], output, extracting, [*old.files, *new.files])
+    with progress_bar("extract", output.show_tables) as progress:
+        options = replace(extracting, progress=progress)
+        if output.dry_run:
+            report = plan_extraction(old, new, options)
+        else:
+            report = extract_file(old, new, cast(Path, output.output), options)
+    tell_made(Path(tuned), report, output)
