@@ -1,6 +1,7 @@
 """The data of every family: consistent in itself, and what diffusers' own converters read."""
 
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -239,3 +240,14 @@ def test_comfyui_has_the_same_matrices_and_cuts_them_at_the_same_rows(layout: st
     assert set(theirs["matrices"]) - set(ours) <= parameters | tables
     mapped = {module: cut for module, cut in theirs["parts"].items() if module in parts}
     assert mapped == {module: parts[module] for module in mapped}
+
+
+def test_a_made_up_name_of_a_thousand_numbers_takes_neither_time_nor_memory() -> None:
+    name = ".".join(["blocks", *["1"] * 1000, "attn"])
+    for family in FAMILIES.values():
+        family.find_module("blocks.1.attn")  # reads the tables
+    tracemalloc.start()
+    assert not any(family.find_module(name) for family in FAMILIES.values())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20  # choices of two numbers are 500,000 names of 2 kB

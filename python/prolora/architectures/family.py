@@ -18,6 +18,9 @@ from .layouts import load_patterns
 NUMBER = "N"
 """Stands in a pattern of module names for the number of a block (or of an expert)."""
 
+MOST_NUMBERS, LONGEST_NAME = 12, 400
+"""Of a module's name; real ones have four numbers and 100 characters."""
+
 
 class Fused(NamedTuple):
     """A matrix of the authors that holds the rows of several modules of diffusers, from the top.
@@ -251,13 +254,13 @@ def _match_pattern(
 
 
 # Every name is looked up in every family.
-@lru_cache(1 << 13)
+@lru_cache(1 << 12)
 def _list_trials(name: str, separator: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The patterns that a name may have, each with the numbers in its places."""
-    words = name.split(separator)
-    if NUMBER in words:
-        return ()  # a pattern is no name
+    words = name[: LONGEST_NAME + 1].split(separator)
     places = [i for i, word in enumerate(words) if word.isascii() and word.isdecimal()]
+    if NUMBER in words or len(name) > LONGEST_NAME or len(places) > MOST_NUMBERS:
+        return ()  # a pattern, or what somebody made up: trials grow with the square of the numbers
     trials = []
     for chosen in _choose_places(places):
         trial = list(words)
