@@ -30,6 +30,7 @@ from ..core.validation import resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
+from .block_weights import Blocks, BlockWeights
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 
 if TYPE_CHECKING:
@@ -107,6 +108,14 @@ class TransferOptions:
         "Columns of the subspaces (320), or the share of energy that they hold (0.99).",
         panel=METHOD,
         metavar="RANK",
+    )
+    blocks: Blocks | None = option(
+        None,
+        "Factors by block on what is written: a number for each block in depth order, as block "
+        'weights have them ("1,0,0,0,1,1,1,1,1,1,1,1"), or names with numbers ("IN04-IN08=0.5, '
+        'OUT*=0", "transformer_blocks.0-9=0.5"). A block with 0 is left out.',
+        panel=METHOD,
+        metavar="WEIGHTS",
     )
     threshold: float = option(
         DEFAULT_THRESHOLD,
@@ -221,6 +230,8 @@ class TransferOptions:
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        if self.blocks is not None:
+            BlockWeights.read(self.blocks)
         for known in fields(self):
             words, value = read_shown(known).words, getattr(self, known.name)
             if words and not (value == known.default or isinstance(value, torch.dtype)):
@@ -312,6 +323,7 @@ class OptionChanges(TypedDict, total=False):
     strength: Strength | None
     look: LookMode
     rank: Rank
+    blocks: Blocks | None
     threshold: float
     damping: float | None
     text_encoder: TextEncoderMode
