@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -12,9 +11,8 @@ import typer
 
 from ..core.methods import MethodChoice
 from ..core.option_fields import take_option
-from ..errors import InvalidOption, name_options
-from ..files.writing import write_text_atomically
-from ..probe.settings import FitSettings
+from ..errors import InvalidOption
+from ..probe.settings import SAMPLING, FitSettings
 from ..workflow.evaluate import evaluate as draw_and_judge
 from ..workflow.evaluating.drawing import JSON_FILE, PAGE
 from ..workflow.evaluation_options import DRAWN, JUDGING, EvaluationOptions
@@ -27,22 +25,46 @@ from .options import (
     expand_options,
     parse_base,
     parse_path,
-    write_flag,
 )
-from .outputs import read_command
 from .tables import show_tables, show_words
+
+
+def _name(kind: Any, metavar: str, help: str) -> Any:
+    return typer.Argument(parser=kind, metavar=metavar, help=help)
+
+
+@dataclass
+class Files:
+    """What is compared, and where the result goes."""
+
+    source: Annotated[str, _name(parse_base, "SOURCE", "Pipeline that the LoRA was trained on.")]
+    target: Annotated[str, _name(parse_base, "TARGET", "Pipeline that it was moved to.")]
+    lora: Annotated[Path, _name(parse_path, "LORA", "The LoRA, or a folder of several.")]
+    moved: Annotated[
+        list[Path],
+        _name(parse_path, "[MOVED]...", "What became of it; for several LoRAs, folders."),
+    ] = dataclasses.field(default_factory=list)
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=parse_path,
+            metavar="FOLDER",
+            help="Folder for images, page and JSON; a run that was cut off goes on there.",
+        ),
+    ] = Path("prolora-evaluation")
 
 
 def _drawn(name: str, **changed: Any) -> Any:
     """An option of what is sampled, as a fit has it, with the default of an evaluation."""
-    return take_option(FitSettings, name, getattr(DRAWN, name), **changed)
+    return take_option(FitSettings, name, getattr(DRAWN, name), panel=SAMPLING, **changed)
 
 
 @dataclass
-class DrawingOptions:
+class Drawing:
     """What is drawn."""
 
-    panel: ClassVar[str] = "Sampling"
     images: int = _drawn("images", help="Images of each prompt, each from noise of its own.")
     steps: int = _drawn("steps")
     size: int | None = _drawn("size")
@@ -52,12 +74,12 @@ class DrawingOptions:
     lora_steps: int | None = _drawn("lora_steps")
     lora_guidance: float | None = _drawn("lora_guidance")
     seed: int = _drawn("seed", help="Seed of the first image of each prompt.")
-    shown_prompts: int = _drawn("shown_prompts", help="Prompts on the page.", panel="Sampling")
+    shown_prompts: int = _drawn("shown_prompts", help="Prompts on the page.", metavar="N")
 
 
 @dataclass
 class Judging:
-    """What is compared, and by what."""
+    """What is drawn beside the files, and what judges it."""
 
     panel: ClassVar[str] = JUDGING
     metric: Annotated[
@@ -71,14 +93,7 @@ class Judging:
     method: Annotated[
         list[MethodChoice],
         typer.Option(
-            help="Also move the LoRA by its weights in this way, and draw it; may be repeated. "
-            "The copy is always drawn."
-        ),
-    ] = dataclasses.field(default_factory=list)
-    strength: Annotated[
-        list[float],
-        typer.Option(
-            metavar="FACTOR", help="Also draw the copy at this strength; may be repeated."
+            help="Also move the LoRA by its weights in this way, and draw it; may be repeated."
         ),
     ] = dataclasses.field(default_factory=list)
 
@@ -89,75 +104,43 @@ class Judging:
             InvalidOption: one has no name or no folder.
         """
         pairs = [text.partition("=") for text in self.metric]
-        for text, (name, _, folder) in zip(self.metric, pairs, strict=True):
+        for name, sign, folder in pairs:
             if not (name and folder):
-                raise InvalidOption(f"--metric {text!r}: give a name and a folder, clip=FOLDER")
+                text = f"{name}{sign}{folder}"
+                raise InvalidOption(f"--metric {text!r}: give a name and a folder: clip=FOLDER")
         return {name: folder for name, _, folder in pairs}
 
 
 @expand_options
 def evaluate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            parser=parse_base, metavar="SOURCE", help="Pipeline the LoRA was trained on."
-        ),
-    ],
-    target: Annotated[
-        str, typer.Argument(parser=parse_base, metavar="TARGET", help="Pipeline it was moved to.")
-    ],
-    lora: Annotated[
-        Path,
-        typer.Argument(parser=parse_path, metavar="LORA", help="The LoRA, or a folder of several."),
-    ],
-    drawing: DrawingOptions,
+    files: Files,
     judging: Judging,
-    prompts: Prompts,
     asked: EvaluationOptions,
+    prompts: Prompts,
+    drawing: Drawing,
     resources: Resources,
-    moved: Annotated[
-        list[Path],
-        typer.Argument(
-            parser=parse_path,
-            metavar="[MOVED]...",
-            help="What became of it; of several LoRAs folders with the same names.",
-        ),
-    ] = [],  # noqa: B006
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=parse_path,
-            metavar="FOLDER",
-            help="Folder for images, page and JSON; a run that was cut off goes on there.",
-        ),
-    ] = Path("prolora-evaluation"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Draw what moved LoRAs give, and compare them with the copy by metrics."""
     resources.check_device()
-    sampling = FitSettings(prompts.read(), **dataclasses.asdict(drawing))
     with progress_bar("evaluate", not (quiet or as_json)) as progress:
         options = replace(
             asked,
-            sampling=sampling,
+            sampling=FitSettings(prompts.read(), **dataclasses.asdict(drawing)),
             methods=tuple(judging.method),
-            strengths=tuple(judging.strength),
             metrics=judging.read_metrics(),
             cache=resources.find_cache(),
             device=resources.device,
             progress=progress,
         )
-        done = draw_and_judge(source, target, lora, moved, output, options)
-    page = name_options(done.to_html({"command": read_command()}), write_flag)
-    write_text_atomically(output / PAGE, page)
+        bases = files.source, files.target
+        done = draw_and_judge(*bases, files.lora, files.moved, files.output, options)
     if as_json:
-        print(json.dumps(done.to_dict(), indent=1))
+        print((files.output / JSON_FILE).read_text("utf-8"), end="")
         return
     show_words(out, done.in_words())
     if not quiet:
         show_tables(out, done.tables())
     for name in (PAGE, JSON_FILE):
-        out.print_line(f"wrote {output / name}")
+        out.print_line(f"wrote {files.output / name}")

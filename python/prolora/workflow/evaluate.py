@@ -11,22 +11,11 @@ from torch import Tensor
 
 from ..bases import BaseLike, open_base
 from ..core.precision import in_full_precision
-from ..errors import InvalidOption
 from ..files.ownership import mark_json
-from .evaluating.drawing import (
-    JSON_FILE,
-    PAGE,
-    Cell,
-    ImageFolder,
-    find_pipelines,
-    list_images,
-    list_seeds,
-    read_image,
-)
-from .evaluating.entrants import SOURCE, TARGET, WITH_LORA, Subject, read_subjects
-from .evaluating.entrants import TRAINED as TRAINED_ROW
+from .evaluating.drawing import JSON_FILE, PAGE, ImageFolder, find_pipelines, read_images
+from .evaluating.entrants import SOURCE, TRAINED_THERE, WITH_LORA, Subject, read_subjects
 from .evaluating.evaluation import Evaluation
-from .evaluating.metrics import ask_metric, check_metric, find_lower, name_missing, open_metric
+from .evaluating.metrics import JUDGES, ask_metric, open_metric
 from .evaluation_options import (
     DEFAULT_EVALUATION,
     LORA,
@@ -42,15 +31,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 StrPath = str | PathLike[str]
-_SETTINGS = (
-    "steps",
-    "size",
-    "guidance",
-    "target_steps",
-    "target_guidance",
-    "lora_steps",
-    "lora_guidance",
-)
+_LIKE = {
+    LORA: (WITH_LORA, "the source with the LoRA, image by image"),
+    TRAINED: (TRAINED_THERE, "the target with the LoRA trained on it, image by image"),
+}
+"""Reference -> the row that images should look like, and what to call it."""
+_NOT_GIVEN = "its model was not given, and nothing is downloaded"
 
 
 @takes_options
@@ -96,151 +82,104 @@ def evaluate(
     bases = open_base(source), open_base(target)
     find_pipelines(bases)
     metrics = options.metrics or {}
-    for name, given in metrics.items():
-        check_metric(name, given)
-    wanted = [] if options.reference in (LORA, TRAINED) else list_images(options.reference)
+    _check_metrics(metrics)
+    given = [] if options.reference in _LIKE else read_images(options.reference)
+    like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
     subjects = read_subjects(lora, moved, bases, options)
-    if len({subject.name for subject in subjects}) < len(subjects):
-        raise InvalidOption("two of the LoRAs have one name: rename one of them")
     images = ImageFolder(out, subjects, bases, options)
     images.draw_missing(options.progress)
-    rows, skipped = _choose_rows(subjects)
-    judged = _Judged(images, subjects, rows, options)
+    failures = {row: why for subject in subjects for row, why in subject.failures.items()}
+    rows = tuple(row for row in subjects[0].entrants if row not in failures)
     scores: dict[str, dict[str, Tensor]] = {}
     lower: set[str] = set()
-    theirs = [read_image(path) for path in wanted]
-    for name, given in metrics.items():
-        metric = open_metric(name, given, options.device)
-        for score, by_row in judged.ask(name, metric, theirs).items():
-            scores[score] = by_row
-            lower |= {score} & find_lower(metric)
+    for name, way in metrics.items():
+        metric = open_metric(name, way, options.device)
+        for row in rows:
+            for score, values in _judge_row(name, metric, row, images, like or given).items():
+                scores.setdefault(score, {})[row] = values
+        lower |= set(getattr(metric, "lower", ()))
     done = Evaluation(
-        bases[0].name,
-        bases[1].name,
-        tuple(subjects),
-        judged.seeds,
-        rows,
-        scores,
-        judged.measure_changes(),
-        frozenset(lower),
-        _name_reference(options),
-        skipped | name_missing(metrics),
-        {cell: name for cell, name in images.cells.items() if cell.row in rows},
-        {name: getattr(options.sampling, name) for name in _SETTINGS},
-        judged.make_grid(options.sampling.shown_prompts),
+        source=bases[0].name,
+        target=bases[1].name,
+        subjects=tuple(subjects),
+        seeds=options.seeds,
+        rows=rows,
+        scores=scores,
+        lower=frozenset(lower & scores.keys()),
+        reference=reference,
+        skipped=failures | {j.title: _NOT_GIVEN for n, j in JUDGES.items() if n not in metrics},
+        images={cell: name for cell, name in images.names.items() if cell.row in rows},
+        settings=options.settings,
+        grid=_make_grid(images, subjects, rows, options),
     )
     images.folder.write_text(JSON_FILE, mark_json("report", done.to_dict()))
     images.folder.write_text(PAGE, done.to_html())
     return done
 
 
-def _choose_rows(subjects: Sequence[Subject]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The rows that all LoRAs have, and why others are left out."""
-    failures = {row: why for subject in subjects for row, why in subject.failures.items()}
-    rows = tuple(row for row in subjects[0].entrants if row not in failures)
-    return rows, failures
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Opens each metric and lets it judge grey images, before anything is drawn.
+
+    Raises:
+        ProLoRAError: it cannot, and why.
+    """
+    if metrics:
+        from PIL import Image
+
+        grey = [Image.new("RGB", (64, 64), (127, 127, 127))] * 3
+        for name, way in metrics.items():
+            ask_metric(name, open_metric(name, way, None), grey, ["a prompt"] * 3, [grey] * 3)
 
 
-def _name_reference(options: EvaluationOptions) -> str:
-    """What images are compared with; in which folder is nobody's business."""
-    if options.reference == LORA:
-        return "the source with the LoRA, image by image"
-    if options.reference == TRAINED:
-        return "the target with the LoRA trained on it, image by image"
-    return "the images that were given"
+def _judge_row(
+    name: str, metric: Any, row: str, images: ImageFolder, like: str | list[Any]
+) -> dict[str, Tensor]:
+    """Score -> values [LoRAs, prompts, seeds] of a row; of the bare source none.
+
+    Args:
+        name: of the metric.
+        metric: opened.
+        row: whose images are judged.
+        images: drawn.
+        like: the row that they should look like, or the images.
+    """
+    said: dict[str, list[list[float]]] = {}
+    cells = [cell for cell in images.names if cell.row == row]
+    seeds = len({cell.seed for cell in cells})
+    for lora in dict.fromkeys(cell.lora for cell in cells if row != SOURCE):
+        own = [cell for cell in cells if cell.lora == lora]
+        reference = [] if like == row else [like] * len(own)
+        if isinstance(like, str) and reference:
+            reference = [[images.read(lora, like, cell.prompt, cell.seed)] for cell in own]
+        pictures = [images.read(lora, row, cell.prompt, cell.seed) for cell in own]
+        found = ask_metric(name, metric, pictures, [cell.prompt for cell in own], reference)
+        for score, values in found.items():
+            said.setdefault(score, []).append(values)
+    stacked = {score: torch.tensor(rows, dtype=torch.float64) for score, rows in said.items()}
+    return {score: x.reshape(len(x), -1, seeds) for score, x in stacked.items()}
 
 
-class _Judged:
-    """The images in order, as the metrics are asked about them."""
-
-    def __init__(
-        self,
-        images: ImageFolder,
-        subjects: Sequence[Subject],
-        rows: tuple[str, ...],
-        options: EvaluationOptions,
-    ) -> None:
-        self._images, self._subjects, self._rows = images, subjects, rows
-        self.seeds = list_seeds(options.sampling)
-        self._wanted = {LORA: WITH_LORA, TRAINED: TRAINED_ROW}.get(str(options.reference), "")
-
-    def _list_cells(self, subject: Subject, row: str) -> list[Cell]:
-        return [Cell(subject.name, row, p, seed) for p in subject.prompts for seed in self.seeds]
-
-    def _stack(self, values: Sequence[Sequence[float]]) -> Tensor:
-        """Values by LoRA as [LoRAs, prompts, seeds]."""
-        stacked = torch.tensor(values, dtype=torch.float64)
-        return stacked.reshape(len(stacked), -1, len(self.seeds))
-
-    def ask(self, name: str, metric: Any, theirs: Sequence[Any]) -> dict[str, dict[str, Tensor]]:
-        """Score -> row -> values, of all rows but the bare source.
-
-        Args:
-            name: of the metric.
-            metric: opened.
-            theirs: images that all should look like; empty where those of a row are the reference.
-        """
-        said: dict[str, dict[str, list[list[float]]]] = {}
-        for subject in self._subjects:
-            for row in self._rows:
-                if row == SOURCE:
-                    continue
-                cells = self._list_cells(subject, row)
-                reference = [theirs] * len(cells) if theirs else []
-                if self._wanted and self._wanted != row:
-                    others = self._list_cells(subject, self._wanted)
-                    reference = [[self._images.read(cell)] for cell in others]
-                pictures = [self._images.read(cell) for cell in cells]
-                found = ask_metric(name, metric, pictures, [c.prompt for c in cells], reference)
-                for score, values in found.items():
-                    said.setdefault(score, {}).setdefault(row, []).append(values)
-        return {s: {r: self._stack(v) for r, v in rows.items()} for s, rows in said.items()}
-
-    def measure_changes(self) -> dict[str, Tensor]:
-        """Row -> how far its images are from the bare model's; see `Evaluation`."""
-        changes = {}
-        for row in self._rows:
-            bare = SOURCE if row == WITH_LORA else TARGET
-            if row in (SOURCE, TARGET):
-                continue
-            changes[row] = self._stack(
-                [
-                    [
-                        self._measure(cell, Cell(cell.subject, bare, cell.prompt, cell.seed))
-                        for cell in self._list_cells(subject, row)
-                    ]
-                    for subject in self._subjects
-                ]
-            )
-        return changes
-
-    def _measure(self, cell: Cell, bare: Cell) -> float:
-        ours, theirs = (_read_pixels(self._images.read(one)) for one in (cell, bare))
-        return float((ours - theirs).square().mean().sqrt())
-
-    def make_grid(self, count: int) -> PictureGrid | None:
-        """Some of the images: LoRAs and prompts spread evenly, from the first noise."""
-        places = [(subject, prompt) for subject in self._subjects for prompt in subject.prompts]
-        count = min(count, len(places))
-        shown = [places[i * len(places) // count] for i in range(count)]
-        if not shown:
-            return None
-        several = len(self._subjects) > 1
-        names = [f"{subject.name}: {p}" if several else p for subject, p in shown]
-        columns = [
-            [
-                write_png(
-                    _read_pixels(self._images.read(Cell(subject.name, row, prompt, self.seeds[0])))
-                )
-                for subject, prompt in shown
-            ]
-            for row in self._rows
-        ]
-        caption = "Each row is one prompt, drawn by every model from the same noise."
-        return PictureGrid(self._rows, names, columns, caption)
+def _make_grid(
+    images: ImageFolder,
+    subjects: Sequence[Subject],
+    rows: tuple[str, ...],
+    options: EvaluationOptions,
+) -> PictureGrid | None:
+    """Some of the images: LoRAs and prompts spread evenly, all from the first noise."""
+    places = [(subject.name, prompt) for subject in subjects for prompt in subject.prompts]
+    count = min(options.sampling.shown_prompts, len(places))
+    shown = [places[i * len(places) // count] for i in range(count)]
+    names = [f"{lora}: {prompt}" if len(subjects) > 1 else prompt for lora, prompt in shown]
+    columns = [
+        [write_png(_read_pixels(images.read(lora, row, prompt, options.seeds[0])))
+         for lora, prompt in shown]
+        for row in rows
+    ]  # fmt: skip
+    caption = "Each row is one prompt, drawn by every model from the same noise."
+    return PictureGrid(rows, names, columns, caption) if shown else None
 
 
 def _read_pixels(image: Any) -> Tensor:
     """An image of Pillow as [3, h, w] from 0 to 1."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, 3).movedim(2, 0).double() / 255
+    return pixels.reshape(image.height, image.width, 3).movedim(2, 0) / 255

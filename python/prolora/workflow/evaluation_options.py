@@ -17,6 +17,7 @@ from .options import METHOD_NAMES, TransferOptions, check_choice
 JUDGING = "Judging"
 LORA, TRAINED = "lora", "trained"
 """What images may be compared with, beside those of a folder."""
+_SAMPLED = "steps size guidance target_steps target_guidance lora_steps lora_guidance".split()
 DRAWN = FitSettings(images=4, shown_prompts=4)
 
 
@@ -34,7 +35,6 @@ class EvaluationOptions:
         "Ways in which the LoRA is moved by its weights alone and drawn, beside the files. The "
         "copy is always drawn.",
     )
-    strengths: tuple[float, ...] = option((), "Strengths other than 1 at which the copy is drawn.")
     trained: str | PathLike[str] | None = option(
         None,
         "The LoRA trained on the target, which sets the scale; for several LoRAs a folder that has "
@@ -69,19 +69,27 @@ class EvaluationOptions:
         """
         for method in self.methods:
             check_choice("methods", method, METHOD_NAMES)
-        for strength in self.strengths:
-            self.as_moved("copy", strength)
         if self.reference == TRAINED and self.trained is None:
             raise InvalidOption(
                 "`reference='trained'` compares with a LoRA trained on the target: give it as "
                 "`trained`"
             )
-        object.__setattr__(self, "device", self.as_moved("copy", 1.0).device)
+        object.__setattr__(self, "device", self.as_moved("copy").device)
 
-    def as_moved(self, method: MethodChoice, strength: float | None) -> TransferOptions:
+    @property
+    def settings(self) -> dict[str, int | float | None]:
+        """How each image is sampled, ready for JSON."""
+        return {name: getattr(self.sampling, name) for name in _SAMPLED}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the images of each prompt."""
+        return tuple(range(self.sampling.seed, self.sampling.seed + self.sampling.images))
+
+    def as_moved(self, method: MethodChoice) -> TransferOptions:
         """How the LoRA is moved by its weights alone."""
         known: dict[str, Any] = {n: getattr(self, n) for n in ("again", "cache", "device")}
-        return TransferOptions(method=method, strength=strength, **known)
+        return TransferOptions(method=method, **known)
 
 
 class EvaluationChanges(TypedDict, total=False):
@@ -89,7 +97,6 @@ class EvaluationChanges(TypedDict, total=False):
 
     sampling: FitSettings
     methods: tuple[MethodChoice, ...]
-    strengths: tuple[float, ...]
     trained: str | PathLike[str] | None
     metrics: Mapping[str, Any] | None
     reference: str | PathLike[str]

@@ -12,21 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from ...bases import Base, vae
 from ...bases.base import Progress
-from ...bases.pipeline_identity import (
-    describe_pipeline_folder,
-    describe_versions,
-    digest_facts,
-)
+from ...bases.pipeline_identity import describe_pipeline_folder, describe_versions
 from ...errors import UnsupportedFormat
 from ...files.hashing import hash_text
 from ...files.managed_folder import FolderMarker, ManagedFolder
 from ...files.ownership import is_own, sign_png
 from ...files.writing import write_bytes_atomically
-from ...probe.settings import FitSettings
 from ..by_fitting.showing import read_pixels, settle_settings
 from ..evaluation_options import EvaluationOptions
 from ..page.picture_file import write_png
-from .entrants import Entrant, StrPath, Subject
+from .entrants import WITH_LORA, Entrant, StrPath, Subject
 
 if TYPE_CHECKING:
     from ...probe.pipelines import Pipeline
@@ -38,13 +33,14 @@ MARKER = FolderMarker(
     b"# This folder was made by prolora evaluate, which replaces its own files in it.\n",
 )
 _LARGEST = 1 << 15  # pixels of a side: images are kept as they were drawn
+_KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One image of an evaluation."""
+    """One image: of which LoRA, in which row, of which prompt, from which noise."""
 
-    subject: str
+    lora: str
     row: str
     prompt: str
     seed: int
@@ -55,7 +51,7 @@ class ImageFolder:
 
     Attributes:
         folder: of the evaluation.
-        cells: what is drawn -> the name of its image, in the order of the drawing.
+        names: what is drawn -> the name of its image, in the order of the drawing.
     """
 
     def __init__(
@@ -69,88 +65,85 @@ class ImageFolder:
 
         Raises:
             OutputError: the folder cannot be made, or holds other things of these names.
-            UnsupportedFormat: a base that is not the folder of a whole pipeline.
         """
         from ...probe.checkpoint import hash_updates
 
-        paths = find_pipelines(bases)
+        self._paths, self._options = find_pipelines(bases), options
         self.folder = ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
         self.folder.make_folder(IMAGES)
-        self._paths, self._sampled, self._device = paths, options.sampling, options.device
-        self.cells: dict[Cell, str] = {}
+        self.names: dict[Cell, str] = {}
         self._entrants: dict[Cell, Entrant] = {}
         # How one side is sampled depends on the other where no size is asked.
-        shared = {
-            "pipelines": [digest_facts(describe_pipeline_folder(path)) for path in paths],
-            "settings": self._sampled.describe_samples() | {"prompts": None, "images": None},
-            "of target": [self._sampled.target_steps, self._sampled.target_guidance],
-            "device": str(options.device),
-        } | describe_versions()
+        shared: list[Any] = [describe_versions(), options.settings, str(options.device)]
+        shared += [describe_pipeline_folder(path) for path in self._paths]
         for subject in subjects:
             for row, entrant in subject.entrants.items():
                 updates = [hash_updates(part) for part in (entrant.denoiser, entrant.text)]
-                way = [entrant.side, *updates, entrant.is_original]
-                for prompt in subject.prompts or ("",):
-                    for seed in list_seeds(self._sampled):
+                # The source with a LoRA may have steps of its own.
+                key = hash_text(json.dumps([shared, entrant.side, row == WITH_LORA, updates]))
+                for prompt in subject.prompts:
+                    for seed in options.seeds:
                         cell = Cell(subject.name, row, prompt, seed)
-                        text = json.dumps([shared, way, prompt, seed], sort_keys=True)
-                        self.cells[cell] = f"{hash_text(text)[:32]}.png"
+                        digest = hash_text(json.dumps([key, prompt, seed]))
+                        self.names[cell] = f"{digest[:32]}.png"
                         self._entrants[cell] = entrant
 
     def draw_missing(self, progress: Progress | None) -> None:
-        """Draws what is not there yet, first all of the source, then all of the target.
+        """Draws what is not there as it was written, first the source's, then the target's.
 
         Raises:
             ProLoRAError: a pipeline that cannot be loaded or run, or gives no image.
         """
-        missing = {name: cell for cell, name in self.cells.items() if not self._is_there(name)}
+        from ...probe import pipelines
+
+        places = {name: self.folder.find_place(IMAGES, name) for name in self.names.values()}
+        there = {
+            name for name, file in places.items() if file.is_file() and is_own(file, "picture")
+        }
+        missing = {name: cell for cell, name in self.names.items() if name not in there}
         if not missing:
             return
-        from ...probe.pipelines import open_pipeline
-
-        total = len(set(self.cells.values()))
-        done = total - len(missing)
+        tell = progress or (lambda done, total, name: None)
         models = []
-        for side, path in enumerate(self._paths):
-            if progress:
-                progress(done, total, f"opening {path.name}")
-            models.append(open_pipeline(path, self._device))
-            models[side].release(keep_denoiser=False)
+        for path in self._paths:
+            tell(len(there), len(places), f"opening {path.name}")
+            models.append(pipelines.open_pipeline(path, self._options.device))
+            models[-1].release(keep_denoiser=False)
         shared = vae.explain_different_latents(*self._paths) is None
-        settings = settle_settings((models[0], models[1]), self._sampled, shared)
+        settings = settle_settings((models[0], models[1]), self._options.sampling, shared)
         for side, model in enumerate(models):
             model.restore()
             for name, cell in missing.items():
-                entrant = self._entrants[cell]
-                if entrant.side == side:
-                    own = settings[side]
-                    asked = own.with_lora() if entrant.is_original else own
-                    with run_entrant(model, entrant):
-                        drawn = model.sample_latents(cell.prompt, asked, cell.seed, "pt")
-                    png = sign_png(write_png(read_pixels(drawn), _LARGEST))
-                    write_bytes_atomically(self.find(name), png)
-                    done += 1
-                    if progress:
-                        progress(done, total, f"{cell.row}: {cell.prompt}")
+                if self._entrants[cell].side != side:
+                    continue
+                asked = settings[side].with_lora() if cell.row == WITH_LORA else settings[side]
+                with _run_entrant(model, self._entrants[cell]):
+                    drawn = model.sample_latents(cell.prompt, asked, cell.seed, "pt")
+                png = sign_png(write_png(read_pixels(drawn), _LARGEST))
+                write_bytes_atomically(places[name], png)
+                there.add(name)
+                tell(len(there), len(places), f"{cell.row}: {cell.prompt}")
             model.release(keep_denoiser=False)
 
-    def find(self, name: str) -> Path:
-        """The path of an image."""
-        return self.folder.find_place(IMAGES, name)
-
-    def _is_there(self, name: str) -> bool:
-        """Whether an image is there as it was written."""
-        path = self.find(name)
-        return path.is_file() and is_own(path, "picture")
-
-    def read(self, cell: Cell) -> Any:
+    def read(self, lora: str, row: str, prompt: str, seed: int) -> Any:
         """An image, as Pillow's `Image`."""
-        return read_image(self.find(self.cells[cell]))
+        name = self.names[Cell(lora, row, prompt, seed)]
+        return read_image(self.folder.find_place(IMAGES, name))
 
 
-def list_seeds(sampled: FitSettings) -> tuple[int, ...]:
-    """The seeds of the images of each prompt."""
-    return tuple(range(sampled.seed, sampled.seed + sampled.images))
+@contextmanager
+def _run_entrant(model: Pipeline, entrant: Entrant) -> Iterator[None]:
+    """The model with the updates of a row beside its weights, in float32."""
+    from ...probe.pipelines import run_text_encoders_beside
+    from ...probe.precision import in_float32
+    from ...probe.updates import run_beside
+
+    with (
+        run_text_encoders_beside(model, entrant.text),
+        in_float32(model.denoiser),
+        run_beside(model.denoiser, entrant.denoiser),
+    ):
+        yield
 
 
 def find_pipelines(bases: tuple[Base, Base]) -> tuple[Path, Path]:
@@ -168,21 +161,6 @@ def find_pipelines(bases: tuple[Base, Base]) -> tuple[Path, Path]:
     return ours, theirs
 
 
-@contextmanager
-def run_entrant(model: Pipeline, entrant: Entrant) -> Iterator[None]:
-    """The model with the updates of a row beside its weights, in float32."""
-    from ...probe.pipelines import run_text_encoders_beside
-    from ...probe.precision import in_float32
-    from ...probe.updates import run_beside
-
-    with (
-        run_text_encoders_beside(model, entrant.text),
-        in_float32(model.denoiser),
-        run_beside(model.denoiser, entrant.denoiser),
-    ):
-        yield
-
-
 def read_image(path: Path) -> Any:
     """An image file in RGB, as Pillow's `Image`.
 
@@ -191,25 +169,21 @@ def read_image(path: Path) -> Any:
     """
     try:
         from PIL import Image
-    except ImportError as error:
-        raise UnsupportedFormat(
-            'images are read by Pillow: pip install "prolora[evaluate]"'
-        ) from error
-    try:
+
         return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    except ImportError as error:
+        raise UnsupportedFormat('Pillow is missing: pip install "prolora[evaluate]"') from error
     except Exception as error:  # its type depends on what is wrong with the file
         raise UnsupportedFormat(f"{path}: cannot be read as an image: {error}") from error
 
 
-def list_images(folder: StrPath) -> list[Path]:
+def read_images(folder: StrPath) -> list[Any]:
     """The images of a folder, by name.
 
     Raises:
-        UnsupportedFormat: there is none.
+        UnsupportedFormat: there is none, or one cannot be read.
     """
-    kinds = (".png", ".jpg", ".jpeg", ".webp")
-    path = Path(folder)
-    found = sorted(f for f in path.glob("*") if f.suffix.lower() in kinds)
-    if not found:
-        raise UnsupportedFormat(f"{path}: there are no images ({', '.join(kinds)}) in this folder")
-    return found
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in _KINDS)
+    if not files:
+        raise UnsupportedFormat(f"{folder}: no images ({', '.join(_KINDS)}) are in this folder")
+    return [read_image(file) for file in files]

@@ -22,13 +22,8 @@ from ..evaluation_options import EvaluationOptions
 from ..fleet.listing import list_loras
 
 StrPath = str | os.PathLike[str]
-SOURCE, WITH_LORA, TARGET, COPY, TRAINED = (
-    "source",
-    "source + LoRA",
-    "target",
-    "copy",
-    "trained",
-)
+SOURCE, WITH_LORA, TARGET, COPY = "source", "source + LoRA", "target", "copy"
+TRAINED_THERE = "trained"
 """Rows that every evaluation has, the last where a LoRA trained on the target is given."""
 
 
@@ -40,8 +35,8 @@ class Entrant:
         side: 0 the source, 1 the target.
         denoiser: updates of its UNet or transformer.
         text: updates of its text encoders.
-        unheard: trained biases and norms, and updates that could not be read: none of them is
-            drawn.
+        unheard: number of trained biases and norms, and of updates that could not be read: none of
+            them is drawn.
     """
 
     side: int
@@ -55,11 +50,6 @@ class Entrant:
         text = {name: u for name, u in adapter.updates.items() if is_in_text_encoder(name)}
         rest = {name: u for name, u in adapter.updates.items() if name not in text}
         return cls(side, rest, text, len(adapter.vectors) + len(adapter.unread))
-
-    @property
-    def is_original(self) -> bool:
-        """Whether this is the LoRA on its own source, which may be sampled in steps of its own."""
-        return self.side == 0 and bool(self.denoiser or self.text)
 
     @property
     def norm(self) -> float:
@@ -99,41 +89,36 @@ def read_subjects(
         options: of the evaluation.
 
     Raises:
-        InvalidOption: two rows of one name.
+        InvalidOption: two LoRAs or two rows of one name.
         ProLoRAError: a LoRA that cannot be read, or does not belong to its model.
     """
     paths = [listed.path for listed in list_loras(lora)]
-    named = moved if isinstance(moved, Mapping) else _name_files(moved)
-    methods = _list_methods(options)
-    if taken := named.keys() & {SOURCE, WITH_LORA, TARGET, TRAINED, *methods}:
-        raise InvalidOption(f"{taken.pop()!r} is the name of another row: rename the file")
+    if not isinstance(moved, Mapping):
+        moved = _key_by_name({Path(path).name.removesuffix(".safetensors"): path} for path in moved)
+    rows = {row: "" for row in (SOURCE, WITH_LORA, TARGET, TRAINED_THERE, COPY, *options.methods)}
+    _key_by_name([rows, moved])
+    _key_by_name({path.name: path} for path in paths)
+    places = {**moved, **({TRAINED_THERE: options.trained} if options.trained else {})}
     several = len(paths) > 1
     files = {
-        path: {row: _find_file(place, path, several) for row, place in named.items()}
+        path: {row: _find_file(place, path, several) for row, place in places.items()}
         for path in paths
     }
-    if options.trained is not None:
-        for path in paths:
-            files[path][TRAINED] = _find_file(options.trained, path, several)
-    return [_read_subject(path, files[path], bases, methods, options) for path in paths]
+    return [_read_subject(path, files[path], bases, options) for path in paths]
 
 
-def _name_files(moved: Iterable[StrPath]) -> dict[str, StrPath]:
-    """The files by their names, without the ending."""
+def _key_by_name(parts: Iterable[Mapping[str, StrPath]]) -> dict[str, StrPath]:
+    """Several mappings as one.
+
+    Raises:
+        InvalidOption: two have a key in common.
+    """
     named: dict[str, StrPath] = {}
-    for path in moved:
-        name = Path(path).name.removesuffix(".safetensors")
-        if name in named:
-            raise InvalidOption(f"two moved LoRAs are called {name!r}: rename one of them")
-        named[name] = path
+    for part in parts:
+        if twice := named.keys() & part.keys():
+            raise InvalidOption(f"two rows or LoRAs are called {twice.pop()!r}: rename the file")
+        named |= part
     return named
-
-
-def _list_methods(options: EvaluationOptions) -> dict[str, tuple[MethodChoice, float | None]]:
-    """Row -> method and strength of what is moved by weights alone."""
-    methods: dict[str, tuple[MethodChoice, float | None]] = {COPY: ("copy", 1.0)}
-    methods |= {f"{COPY} at {x:g}": ("copy", x) for x in options.strengths if x != 1}
-    return methods | {method: (method, None) for method in options.methods if method != COPY}
 
 
 def _find_file(place: StrPath, lora: Path, several: bool) -> Path:
@@ -150,25 +135,20 @@ def _find_file(place: StrPath, lora: Path, several: bool) -> Path:
 
 
 def _read_subject(
-    path: Path,
-    files: Mapping[str, Path],
-    bases: tuple[Base, Base],
-    methods: Mapping[str, tuple[MethodChoice, float | None]],
-    options: EvaluationOptions,
+    path: Path, files: Mapping[str, Path], bases: tuple[Base, Base], options: EvaluationOptions
 ) -> Subject:
     source, target = bases
     adapter = _read_fitting(path, source)
     entrants = {SOURCE: Entrant(0), WITH_LORA: Entrant.of(0, adapter), TARGET: Entrant(1)}
     read = {row: Entrant.of(1, _read_fitting(file, target)) for row, file in files.items()}
-    failures = {}
-    for row, (method, strength) in methods.items():
+    failures: dict[str, str] = {}
+    methods: dict[MethodChoice, None] = dict.fromkeys(("copy", *options.methods))
+    for method in methods:
         try:
-            done = move_lora(
-                adapter, source, target, options.as_moved(method, strength), hashed=False
-            )
-            entrants[row] = Entrant.of(1, done.adapter)
+            done = move_lora(adapter, source, target, options.as_moved(method), hashed=False)
+            entrants[method] = Entrant.of(1, done.adapter)
         except ProLoRAError as error:
-            failures[row] = str(error)
+            failures[method] = str(error)
     prompts = options.sampling.prompts or derive_prompts(read_training_words(adapter.metadata))
     return Subject(path.name, prompts, entrants | read, failures)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +56,7 @@ JUDGES = {
 
 
 def open_metric(name: str, given: Any, device: str | None) -> Metric:
-    """A metric by its name, or the function that was given.
-
-    Args:
-        name: of `JUDGES`, or any for a function.
-        given: the folder of the model, or its id where it is in the cache of the Hub; or a metric.
-        device: where it runs.
+    """A metric by its name and the folder (or cached Hub id) of its model, or the given function.
 
     Raises:
         InvalidOption: there is no metric of that name.
@@ -76,18 +70,6 @@ def open_metric(name: str, given: Any, device: str | None) -> Metric:
         known = ", ".join(JUDGES)
         raise InvalidOption(f"`metrics` has no {name!r}: take {known}, or give a function")
     return _ModelMetric(JUDGES[name], str(given), device or "cpu")
-
-
-def check_metric(name: str, given: Any) -> None:
-    """Opens a metric and lets it judge a grey image, before anything is drawn.
-
-    Raises:
-        ProLoRAError: it cannot, and why.
-    """
-    from PIL import Image
-
-    grey = [Image.new("RGB", (64, 64), (127, 127, 127))] * 3
-    ask_metric(name, open_metric(name, given, None), grey, ["a prompt"] * 3, [grey] * 3)
 
 
 def ask_metric(
@@ -119,11 +101,7 @@ def ask_metric(
 
 
 class _ModelMetric:
-    """A metric by a model of transformers; it looks at each image once.
-
-    Attributes:
-        lower: the scores of which less is better.
-    """
+    """A metric by a model of transformers; it looks at each image once."""
 
     def __init__(self, judge: Judge, folder: str, device: str) -> None:
         try:
@@ -132,16 +110,15 @@ class _ModelMetric:
             raise UnsupportedFormat(
                 'metrics run through transformers: pip install "prolora[evaluate]"'
             ) from error
+        library: Any = transformers
         local: dict[str, Any] = {"local_files_only": True}
+        loading = local | {"use_safetensors": True, "output_loading_info": True}
         try:
-            library: Any = transformers
             with hide_progress_bars():
-                self._processor = library.AutoImageProcessor.from_pretrained(folder, **local)
+                self._process = library.AutoImageProcessor.from_pretrained(folder, **local)
                 if judge.text:
-                    self._words = library.AutoTokenizer.from_pretrained(folder, **local)
-                model, info = getattr(library, judge.model).from_pretrained(
-                    folder, use_safetensors=True, output_loading_info=True, **local
-                )
+                    self._split = library.AutoTokenizer.from_pretrained(folder, **local)
+                model, info = getattr(library, judge.model).from_pretrained(folder, **loading)
         except Exception as error:  # its type depends on what is missing in the folder
             raise UnsupportedFormat(
                 f"{folder}: is not read as {judge.title} ({judge.model} of transformers, in "
@@ -156,8 +133,7 @@ class _ModelMetric:
             )
         check_weights(model, folder)
         self.lower = {judge.spread}
-        self._judge, self._device = judge, device
-        self._model = model.float().eval().to(device)
+        self._judge, self._model = judge, model.float().eval().to(device)
         self._seen: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -174,18 +150,18 @@ class _ModelMetric:
             wanted = [torch.stack([self._embed(x) for x in images]) for images in reference]
             alike = [float((x @ mine).mean()) for mine, x in zip(ours, wanted, strict=True)]
             scores[judge.image] = alike
-            paired = all(len(images) == 1 for images in reference)
-            theirs = torch.cat(wanted) if paired else wanted[0]
+            theirs = torch.cat(wanted).unique(dim=0)
             if judge.spread and min(len(ours), len(theirs)) > 2:
-                scores[judge.spread] = split_mmd(ours, theirs, paired).tolist()
+                scores[judge.spread] = split_mmd(ours, theirs).tolist()
         return scores
 
     def _embed(self, image: Any) -> Tensor:
-        """The features of an image, of norm 1, in float64."""
+        """The features of an image, of norm 1."""
         key = hash_parts([f"{image.size} ", image.tobytes()])
         if key not in self._seen:
-            pixels = self._processor(images=image, return_tensors="pt")["pixel_values"]
-            model, pixels = self._model, pixels.to(self._device)
+            model = self._model
+            pixels = self._process(images=image, return_tensors="pt")["pixel_values"]
+            pixels = pixels.to(next(model.parameters()).device)
             if hasattr(model, "vision_model"):
                 found = model.visual_projection(model.vision_model(pixels).pooler_output)
             else:
@@ -196,11 +172,12 @@ class _ModelMetric:
     def _embed_text(self, prompt: str) -> Tensor:
         """The features of a prompt, of norm 1; what is beyond the model's length is cut off."""
         if prompt not in self._seen:
-            most = self._model.config.text_config.max_position_embeddings
-            asked = {"truncation": True, "max_length": most, "return_tensors": "pt"}
-            words = self._words(prompt, **asked).to(self._device)
-            found = self._model.text_model(**words).pooler_output
-            self._seen[prompt] = _normalise(self._model.text_projection(found))
+            model = self._model
+            most = model.config.text_config.max_position_embeddings
+            words = self._split(prompt, truncation=True, max_length=most, return_tensors="pt")
+            words = words.to(next(model.parameters()).device)
+            found = model.text_model(**words).pooler_output
+            self._seen[prompt] = _normalise(model.text_projection(found))
         return self._seen[prompt]
 
 
@@ -208,50 +185,23 @@ def _normalise(found: Tensor) -> Tensor:
     return torch.nn.functional.normalize(found[0].double().cpu(), dim=0)
 
 
-def split_mmd(ours: Tensor, theirs: Tensor, paired: bool) -> Tensor:
-    """Squared maximum mean discrepancy, as a number for each of our features.
+def split_mmd(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy, as a number for each of our features [n, d], n > 2.
 
-    Gaussian kernel, whose width is the median distance within the reference; unbiased. The numbers
-    are the jackknife's pseudo-values, so that their mean is the discrepancy without its bias of
-    first order, and they can be resampled like any other score.
-
-    Args:
-        ours: features [n, d], n > 2.
-        theirs: those of the reference [m, d], m > 2.
-        paired: whether each of them belongs to ours of its place, and is left out with it.
+    Gaussian kernel, whose width is the median distance within the reference [m, d]; unbiased. The
+    numbers are the jackknife's pseudo-values for the given reference: their mean is the
+    discrepancy, and they can be resampled like any other score.
     """
-    n = len(ours)
+    n, m = len(ours), len(theirs)
     width = torch.pdist(theirs).median().clamp_min(1e-12)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (-(torch.cdist(a, b) / width).square() / 2).exp()
 
-    def measure(keep: Tensor, kept: Tensor) -> Tensor:
-        a, b = int(keep.sum()), int(kept.sum())
-        inside = ((keep @ within @ keep) - a) / (a * (a - 1))
-        beside = ((kept @ among @ kept) - b) / (b * (b - 1))
-        return inside + beside - 2 * (keep @ across @ kept) / (a * b)
-
-    within, among, across = kernel(ours, ours), kernel(theirs, theirs), kernel(ours, theirs)
-    all_ours, all_theirs = ours.new_ones(n), ours.new_ones(len(theirs))
-    whole, values = measure(all_ours, all_theirs), []
-    for i in range(n):
-        keep, kept = all_ours.clone(), all_theirs.clone()
-        keep[i] = 0
-        if paired:
-            kept[i] = 0
-        values.append(n * whole - (n - 1) * measure(keep, kept))
-    return torch.stack(values)
-
-
-def name_missing(given: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics that nothing was given for, by title, and why they are skipped."""
-    reason = "its model was not given, and nothing is downloaded"
-    return {judge.title: reason for name, judge in JUDGES.items() if name not in given}
-
-
-def find_lower(metric: Metric) -> set[str]:
-    """The scores of a metric of which less is better."""
-    with suppress(TypeError):
-        return set(getattr(metric, "lower", ()))
-    return set()
+    inside = (kernel(ours, ours).sum(1) - 1) / (n - 1)
+    inside = (2 * (n - 1) * inside - n * inside.mean()) / (n - 2)
+    return (
+        inside
+        - 2 * kernel(ours, theirs).mean(1)
+        + (kernel(theirs, theirs).sum() - m) / (m * (m - 1))
+    )
