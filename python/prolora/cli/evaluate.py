@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import typer
 
@@ -91,9 +91,11 @@ class Judging:
         ),
     ] = dataclasses.field(default_factory=list)
     method: Annotated[
-        list[MethodChoice],
+        list[str],  # typer takes no list of words
         typer.Option(
-            help="Also move the LoRA by its weights in this way, and draw it; may be repeated."
+            metavar="METHOD",
+            help="Also move the LoRA by its weights in this way, as a transfer does, and draw it; "
+            "may be repeated.",
         ),
     ] = dataclasses.field(default_factory=list)
 
@@ -128,7 +130,7 @@ def evaluate(
         options = replace(
             asked,
             sampling=FitSettings(prompts.read(), **dataclasses.asdict(drawing)),
-            methods=tuple(judging.method),
+            methods=cast(tuple[MethodChoice, ...], tuple(judging.method)),
             metrics=judging.read_metrics(),
             cache=resources.find_cache(),
             device=resources.device,
