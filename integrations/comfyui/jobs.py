@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 import prolora
@@ -90,6 +92,11 @@ def make_plain(text: str) -> str:
     return plain.encode()[-_MOST_BYTES:].decode(errors="ignore")
 
 
+def digest(text: str) -> str:
+    """Twelve digits that differ wherever texts do."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How LoRAs are moved, as the widgets say it; the first choice of each is the usual one."""
@@ -128,16 +135,18 @@ def find_trained_on(lora: Path, bases: Mapping[str, Path]) -> str | None:
     except (OSError, SafetensorError):
         return None  # moving it says why
     wanted = metadata.get("ss_sd_model_hash", "").lower()
-    told = PureWindowsPath(metadata.get("ss_sd_model_name", "")).stem.lower()
+    told = _name_alone(metadata.get("ss_sd_model_name", ""))
     named = [
-        name for name in bases if told not in ("", *words.GENERIC_NAMES) and _stem(name) == told
+        name
+        for name in bases
+        if told not in ("", *words.GENERIC_NAMES) and _name_alone(name) == told
     ]
     hashed = (name for name, path in bases.items() if wanted and _hash_start(path) == wanted)
     return next(hashed, None) or next(iter(named), None)
 
 
-def _stem(name: str) -> str:
-    return PureWindowsPath(name).stem.lower()
+def _name_alone(model: str) -> str:
+    return words.strip_ending(PureWindowsPath(model).name).lower()
 
 
 def _hash_start(path: Path) -> str:
@@ -173,16 +182,15 @@ def move_loras(
         ValueError: the two bases cannot be used; a sentence says why.
     """
     options, names = settings.options(), {path: name for name, path in loras.items()}
-    used = {place.root / MOVED, place.folder}
+    used = {place.folder}
 
     def naming(lora: Path, digest: str) -> str:
         inside = place.name(names[lora], settings.label(), digest)
         used.update(place.folder / parent for parent in inside.parents)
         return str(inside)
 
-    try:
-        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
-            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
+    with _in_folders(place, used):
+        options["format"] = _choose_format(options["format"], target)
         outcomes = prolora.transfer_many(
             names,
             source,
@@ -194,22 +202,85 @@ def move_loras(
             **options,
         )
         return [_finish(outcome) for outcome in outcomes]
+
+
+def fit_lora(
+    lora: Path,
+    source: Path,
+    target: Path,
+    place: Place,
+    name: Path,
+    images: int,
+    progress: Progress,
+) -> Moved:
+    """Fits a LoRA to a target that runs; what is there already, made so, is left alone.
+
+    Args:
+        lora: the file.
+        source: the folder of the pipeline that it was trained on.
+        target: the folder of the pipeline to fit it to.
+        place: where the results go.
+        name: of this one, below that.
+        images: as `prolora.fit` takes them.
+        progress: as `move_loras` takes it.
+
+    Raises:
+        ValueError: it cannot be fitted; a sentence says why.
+    """
+    folder = place.folder / name.with_suffix("")
+    inside = {place.folder / parent for parent in name.with_suffix("").parents}
+    # ComfyUI computes without gradients, which a fit needs.
+    with (
+        _in_folders(place, {folder, *inside}),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        (outcome,) = prolora.fit_many(
+            [lora],
+            source,
+            target,
+            folder,
+            images=images,
+            format=_choose_format("comfyui", target),
+            device="auto",
+            cache=default_folder(),
+            progress=progress,
+        )
+        return _finish(outcome, in_fit=True)
+
+
+def _choose_format(asked: str, target: Path) -> str:
+    """The format that is asked for; of an unknown family, ComfyUI reads what it read before."""
+    unknown = asked == "comfyui" and prolora.open_base(target).family is None
+    return AUTO if unknown else asked
+
+
+@contextmanager
+def _in_folders(place: Place, used: set[Path]) -> Iterator[None]:
+    """Tells prolora's errors as sentences, and leaves no folder empty.
+
+    Args:
+        place: where the results go.
+        used: folders below it, which the body may add to.
+    """
+    try:
+        yield
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     finally:
-        for folder in sorted(used, reverse=True):  # the innermost first
+        for folder in sorted({place.root / MOVED, *used}, reverse=True):  # the innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _finish(outcome: prolora.Outcome) -> Moved:
+def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     """Writes the page of a report beside the file.
 
     Raises:
         OutputError: it cannot be written.
     """
     if outcome.error is not None:
-        return Moved(outcome.out, error=words.explain(outcome.error))
+        return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
     if outcome.report is not None:
         outcome.report.save(outcome.out.with_suffix(".html"))
     return Moved(outcome.out, outcome.report)

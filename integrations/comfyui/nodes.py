@@ -1,4 +1,4 @@
-"""The four nodes."""
+"""The nodes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ CHOOSE = "choose…"
 FROM_LORA = "from the LoRA"
 NO_LORA = "(none)"
 ALL_LORAS = "(all)"
+
+_NEXT = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
+_HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
+_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
 class LoraName(str):
@@ -42,9 +46,9 @@ def _combo(
     return list(choices), known | ({"display_name": label} if label else {})
 
 
-def _list_inputs() -> dict[str, Any]:
+def _list_inputs(pipelines_only: bool = False) -> dict[str, Any]:
     """The inputs that the nodes share, by name; folders are read anew each time."""
-    bases = host.list_bases()
+    bases = list(host.map_bases(pipelines_only))
     return {
         "lora": _combo([CHOOSE, *host.list_loras()], "The LoRA to move.", "LoRA"),
         "trained_on": _combo(
@@ -78,9 +82,9 @@ def _list_inputs() -> dict[str, Any]:
     }
 
 
-def _take(*names: str, **more: Any) -> dict[str, dict[str, Any]]:
+def _take(*names: str, pipelines_only: bool = False, **more: Any) -> dict[str, dict[str, Any]]:
     """INPUT_TYPES of a node: some of the shared inputs, and its own before them."""
-    shared = _list_inputs()
+    shared = _list_inputs(pipelines_only)
     return {"required": {**more, **{name: shared[name] for name in names}}}
 
 
@@ -108,8 +112,7 @@ def _find_source(name: str, lora: str) -> str:
     """The name of the base that a LoRA was trained on, chosen or told by the LoRA."""
     if name != FROM_LORA:
         return name
-    bases = {base: host.find_base(base) for base in host.list_bases()}
-    told = jobs.find_trained_on(host.find_lora(lora), bases)
+    told = jobs.find_trained_on(host.find_lora(lora), host.map_bases())
     if told is None:
         raise ValueError(
             "This LoRA does not tell which model it was trained on, or that model is not in your "
@@ -147,9 +150,21 @@ def _move_one(
     if moved.error is not None:
         raise ValueError(moved.error)
     told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
-    way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
+    way = f"moved from {words.shorten(source)}{told} to {words.shorten(use_on)}"
     name = host.name_lora(moved.path)
     return moved, name, words.tell_report(moved.report, name, way, next_step)
+
+
+def _warn(graph: dict[str, Any], node: str, use_on: str) -> str:
+    """A line where a model is loaded that is not the one under *use on*; else nothing."""
+    loaded = host.find_loaded(graph, node)
+    used = host.map_bases()
+    if loaded is None or use_on not in used or used.get(loaded, used[use_on]) == used[use_on]:
+        return ""
+    return (
+        f"⚠ {words.shorten(loaded)} is loaded, and “use on” is {words.shorten(use_on)}: choose the "
+        "same model in both.\n"
+    )
 
 
 class _ProloraNode:
@@ -164,7 +179,7 @@ class _ProloraNode:
         """Size and time of the files that are used, so that a changed file is moved again."""
         names = [str(value) for value in values.values()]
         if values.get("trained_on") == FROM_LORA:
-            names += host.list_bases()
+            names += host.map_bases()
         return host.read_states(names)
 
 
@@ -186,8 +201,7 @@ class MoveLora(_ProloraNode):
 
     def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
-        step = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
-        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, _NEXT)
         return _show(report, moved.page, name)
 
 
@@ -204,33 +218,93 @@ class LoadMovedLora(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         inputs = _take(
             *("lora", "trained_on", "use_on", "aim"),
-            model=("MODEL", {"tooltip": "The model that you use, loaded."}),
-            clip=("CLIP", {"tooltip": "Its text encoder."}),
+            model=("MODEL", {"tooltip": "The model under “use on”, loaded."}),
         )
+        clip = ("CLIP", {"tooltip": "Its text encoder, for LoRAs that change it too."})
+        inputs |= {"optional": {"clip": clip}, "hidden": _HIDDEN}
         for name in ("strength_model", "strength_clip"):
-            inputs["required"][name] = ("FLOAT", strength | {"tooltip": "As in Load LoRA."})
+            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": "As in Load LoRA."})
         inputs["required"]["method"] = _list_inputs()["method"]
         return inputs
 
     def run(
         self,
         model: Any,
-        clip: Any,
         lora: str,
         trained_on: str,
         use_on: str,
         strength_model: float,
         strength_clip: float,
+        clip: Any = None,
+        graph: dict[str, Any] | None = None,
+        node: str = "",
         **settings: str,
     ) -> dict[str, Any]:
         """The model and the text encoder with the LoRA, and the report."""
         step = "It is applied to the outputs of this node. To load it elsewhere, press R."
         moved, _, report = _move_one(lora, trained_on, use_on, settings, step)
+        report = _warn(graph or {}, node, use_on) + report
         patched = host.apply_lora(model, clip, moved.path, strength_model, strength_clip)
         return _show(report, moved.page, *patched)
+
+
+class BeforeAndAfter(_ProloraNode):
+    """Moves one LoRA unless it was moved before, and draws with and without it."""
+
+    DESCRIPTION = (
+        "Draws one picture three times with the model that is loaded, from the same seed: without "
+        "the LoRA, with the LoRA copied as it is, and with the LoRA moved."
+    )
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("side by side", "report")
+    OUTPUT_TOOLTIPS = (
+        "From the left: without the LoRA, with the LoRA copied, with the LoRA moved.",
+        "What to expect, in six lines.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        # Links, not what they link to: core's nodes take them from there.
+        link = {"rawLink": True, "lazy": True}
+        text = {"multiline": True, "dynamicPrompts": True}
+        inputs = _take(
+            *("lora", "trained_on", "use_on", "aim"),
+            model=("MODEL", {"tooltip": "The model under “use on”, loaded."} | link),
+            clip=("CLIP", {"tooltip": "Its text encoder."} | link),
+            vae=("VAE", {"tooltip": "Its decoder."} | link),
+            latent_image=("LATENT", {"tooltip": "An empty latent image of the size."} | link),
+        )
+        inputs["required"] |= {
+            "prompt": ("STRING", text | {"tooltip": "What to draw, with the trigger words."}),
+            "avoid": ("STRING", text | {"tooltip": "What not to draw: the negative prompt."}),
+            "strength": ("FLOAT", _STRENGTH | {"tooltip": "Of the LoRA, copied and moved."}),
+            **host.list_sampling_inputs(),
+            "method": _list_inputs()["method"],
+        }
+        return inputs | {"hidden": _HIDDEN}
+
+    def run(
+        self,
+        lora: str,
+        trained_on: str,
+        use_on: str,
+        aim: str,
+        method: str,
+        strength: float,
+        graph: dict[str, Any] | None = None,
+        node: str = "",
+        **drawn: Any,
+    ) -> dict[str, Any]:
+        """The three pictures in a row, and the report."""
+        step = "The pictures: without the LoRA, copied, moved; the same seed."
+        settings = {"aim": aim, "method": method}
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
+        report = _warn(graph or {}, node, use_on) + report
+        drawing, pictures = host.draw_side_by_side((None, lora, name), strength, drawn)
+        return _show(report, moved.page, pictures) | {"expand": drawing}
 
 
 class MoveFolder(_ProloraNode):
@@ -286,6 +360,53 @@ class MoveFolder(_ProloraNode):
         return _show("\n".join(lines[name] for name in [*inside, ""]), None)
 
 
+class FitLora(_ProloraNode):
+    """Fits one LoRA to a model that was trained apart from the LoRA's."""
+
+    DESCRIPTION = (
+        "For models that have nothing in common: both run, and a LoRA of the second is fitted to "
+        "what this LoRA changes on the first. It takes minutes to hours and a card with room for "
+        "both. Both models must be whole pipelines below models/diffusers."
+    )
+    RETURN_TYPES = MoveLora.RETURN_TYPES
+    RETURN_NAMES = MoveLora.RETURN_NAMES
+    OUTPUT_TOOLTIPS = MoveLora.OUTPUT_TOOLTIPS
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        inputs = _take("lora", "trained_on", "use_on", pipelines_only=True)
+        inputs["required"]["images"] = (
+            "INT",
+            {
+                "default": 24,
+                "min": 2,
+                "max": 1000,
+                "tooltip": "Images that each model samples. More are slower and more exact.",
+            },
+        )
+        return inputs
+
+    def run(self, lora: str, trained_on: str, use_on: str, images: int) -> dict[str, Any]:
+        """The name of the result in ComfyUI's list, and the report."""
+        path, target = _find_lora(lora), _find_target(use_on)
+        source = _find_source(trained_on, lora)
+        for model in (source, use_on):
+            if not host.find_base(model).is_dir():
+                raise ValueError(f"{model} is a file, and a fit needs a pipeline: a whole folder.")
+        place, states = host.find_place(use_on), host.read_states((lora, source, use_on))
+        name = place.name(lora, "fitted", jobs.digest(f"{states} {images}"))
+        host.free_memory()
+        fitted = jobs.fit_lora(
+            path, host.find_base(source), target, place, name, images, host.make_progress()
+        )
+        if fitted.error is not None:
+            raise ValueError(fitted.error)
+        made = host.name_lora(fitted.path)
+        way = f"fitted from {words.shorten(source)} to {words.shorten(use_on)}"
+        return _show(words.tell_report(fitted.report, made, way, _NEXT), fitted.page, made)
+
+
 class Advise(_ProloraNode):
     """Says what to expect of a LoRA of one base on another."""
 
@@ -317,7 +438,9 @@ class Advise(_ProloraNode):
 _NODES = {
     "ProloraMoveLora": (MoveLora, "Move LoRA to another model"),
     "ProloraLoadMovedLora": (LoadMovedLora, "Load moved LoRA"),
+    "ProloraBeforeAndAfter": (BeforeAndAfter, "Draw before and after"),
     "ProloraMoveFolder": (MoveFolder, "Move folder of LoRAs"),
+    "ProloraFitLora": (FitLora, words.FIT_TITLE),
     "ProloraAdvise": (Advise, "Can this LoRA move?"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in _NODES.items()}

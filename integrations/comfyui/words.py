@@ -9,6 +9,7 @@ import prolora
 from prolora.errors import name_options
 
 AIMS = {"target's look": "target", "LoRA's own look": "lora"}
+FIT_TITLE = "Fit LoRA to a model trained apart"
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
 }
@@ -26,27 +27,48 @@ _WIDGETS = {
     "out_rank": "“rank”",
     "format": "“file for”",
 }
+# prolora's optional parts; ComfyUI's Python may have prolora from a wheel, without an index.
+_EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|onnx|probe)\][\"']")
+_PACKAGES = {"gguf": "gguf", "onnx": "onnx", "probe": "diffusers and accelerate"}
+_INSTALL = "install {} for the Python that runs ComfyUI"
 _FOR_OTHERS = re.compile(r"`[a-z_]+(?:=[^`]*|\(\))?`|(?<![\w-])--[a-z]|\bpython -[cm]\b")
 
 
 def shorten(model: str) -> str:
     """A model's name in ComfyUI's list, without what tells nothing."""
-    parts = Path(model).with_suffix("").parts
+    parts = Path(strip_ending(model)).parts
     return "/".join([part for part in parts if part not in GENERIC_NAMES] or parts)
 
 
-def explain(error: prolora.ProLoRAError) -> str:
-    """Why a LoRA cannot be moved, without advice that only a command line can follow."""
+def strip_ending(model: str) -> str:
+    """A model's name without the ending of a file; that of a folder may hold a dot."""
+    return re.sub(r"\.(safetensors|sft|ckpt|pt|pth|bin|gguf)$", "", model, flags=re.IGNORECASE)
+
+
+def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
+    """Why a LoRA cannot be moved, without advice that only a command line can follow.
+
+    Args:
+        error: what prolora raised.
+        in_fit: both models ran; else only their weights were compared.
+    """
+    if isinstance(error, prolora.UnrelatedBases) and in_fit:
+        return (
+            "The fit did not succeed: samples that it did not see show that the two models behave "
+            "too differently for this LoRA. Nothing was written."
+        )
     if isinstance(error, prolora.UnrelatedBases):
         return (
             "The models under “trained on” and “use on” have nothing in common: they were trained "
-            "apart, and no LoRA of one works on the other. Nothing was written."
+            "apart, and no LoRA of one works on the other. Nothing was written. If you have both "
+            f"as whole pipelines, “{FIT_TITLE}” can make a LoRA for the second."
         )
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 
 
 def say(text: str) -> str:
     """A message of prolora's in the words of the widgets, without what a node cannot do."""
+    text = _EXTRA.sub(lambda found: _INSTALL.format(_PACKAGES[found[1]]), text)
     clauses = re.split(r"(?<=[.;:])\s+", name_options(text, _name_widget))
     return " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause))
 
@@ -65,15 +87,15 @@ def tell_report(report: prolora.Report | None, name: str, way: str, next_step: s
     Args:
         report: None if it was moved before.
         name: of the result in ComfyUI's list.
-        way: from which model to which.
+        way: "moved", or how else it was made, and from which model to which.
         next_step: what the user does now.
     """
     if report is None:
-        lines = [f"✔ Already moved {way} with the same settings."]
+        lines = [f"✔ Already {way} with the same settings."]
     else:
         told = report.in_words()
         kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
-        lines = [f"{told.mark} {told.headline}", f"Moved {way}. {kept[0]}", *kept[1:]]
+        lines = [f"{told.mark} {told.headline}", f"{way[0].upper()}{way[1:]}. {kept[0]}", *kept[1:]]
     return "\n".join(
         [
             *map(say, lines),
