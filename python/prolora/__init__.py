@@ -42,6 +42,9 @@ from .workflow.check import BaseCheck, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
+from .workflow.evaluate import evaluate
+from .workflow.evaluating.evaluation import Evaluation
+from .workflow.evaluation_options import EvaluationOptions
 from .workflow.extract import extract, extract_file, plan_extraction
 from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
@@ -73,6 +76,8 @@ __all__ = [
     "Comparison",
     "ConvertOptions",
     "Description",
+    "Evaluation",
+    "EvaluationOptions",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
@@ -113,6 +118,7 @@ __all__ = [
     "convert_file",
     "cuda_status",
     "damped",
+    "evaluate",
     "extract",
     "extract_file",
     "fit",
