@@ -43,7 +43,7 @@ from .in_words import (
     tell_place,
 )
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
-from .options import FIT
+from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import (
     MODULES,
@@ -92,6 +92,7 @@ class Report:
         probe: what a fit to running models found; None where none was made.
         grid: images of what a fit did, for the page; None where none were asked for.
         work: what a fit would ask of the models, in a sentence; of a dry run alone.
+        why: whether and why the models were run, in plain words; of method "best" alone.
         seconds: wall time by stage.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
@@ -120,6 +121,7 @@ class Report:
     probe: ProbeReport | None = None
     grid: PictureGrid | None = None
     work: str = ""
+    why: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -245,7 +247,8 @@ class Report:
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
-            return InWords(mark, "A dry run: nothing was written.", (place,), self._cautions())
+            lines = tuple(filter(None, (place, self.why)))
+            return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())
@@ -254,6 +257,7 @@ class Report:
                 target,
                 min(shares) if shares else None,
                 is_refused=gate is not None and gate.decision == "refuse",
+                why=self.why,
                 cautions=self._cautions(),
             )
         verdict = self.verdict
@@ -263,6 +267,7 @@ class Report:
             tell_expected(expected, self.method, target) if verdict and verdict.go else "",
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict),
+            self.why,
             tell_next(self.method, verdict, target),
         )
         mark, headline = judge(verdict, placed, target)
@@ -340,9 +345,9 @@ class Report:
         if self.verdict:
             sentences.append(self.verdict.sentence())
         sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
-        if self.asked == AUTO and self.verdict:
+        if self.asked in (AUTO, BEST) and self.verdict:
             reason = self.verdict.explain(self.method)
-            sentences.append(f"Method 'auto' chose '{self.method}': {reason}.")
+            sentences.append(f"Method '{self.asked}' chose '{self.method}': {reason}.")
         return sentences
 
     def _caution_of_strangers(self) -> list[str]:
