@@ -18,7 +18,7 @@ import nodes as core
 from aiohttp import web
 from comfy_execution.graph_utils import GraphBuilder
 
-from .jobs import MOVED, Place, find_trained_on
+from .jobs import MOVED, Place, find_trained_on, read_state
 
 BASE_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
 PIPELINES = "diffusers"
@@ -37,16 +37,19 @@ def list_lora_folders() -> list[str]:
 
 
 def _list_pipelines() -> dict[str, Path]:
-    """Folders of pipelines by their names; of two with one name the first is taken."""
+    """Folders of pipelines by their names; of two with one name the first is taken.
+
+    Not those of two experts (Wan 2.2), of which one LoRA becomes two: their files are chosen.
+    """
     found: dict[str, Path] = {}
     for root in folder_paths.folder_names_and_paths.get(PIPELINES, ([],))[0]:
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
+        for folder, parts, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files and "transformer_2" not in parts:
                 found.setdefault(os.path.relpath(folder, root), Path(folder))
     return found
 
 
-def map_bases(pipelines_only: bool = False) -> dict[str, Path]:
+def map_bases() -> dict[str, Path]:
     """Base models by name, checkpoints first; the folder is named where two have one name."""
     found = [
         (folder, name, folder_paths.get_full_path(folder, name))
@@ -59,7 +62,7 @@ def map_bases(pipelines_only: bool = False) -> dict[str, Path]:
     return {
         (f"{folder}/{name}" if counts[name] > 1 else name): Path(path)
         for folder, name, path in found
-        if path and (folder == PIPELINES or not pipelines_only)
+        if path
     }
 
 
@@ -92,11 +95,8 @@ def read_states(names: Iterable[str]) -> str:
     bases, states = map_bases(), []
     for name in names:
         lora = folder_paths.get_full_path("loras", name)
-        for path in (lora and Path(lora), bases.get(name)):
-            if path:
-                files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-                known = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-                states.append(f"{name}:{known}")
+        paths = (lora and Path(lora), bases.get(name))
+        states += [f"{name}:{read_state(path)}" for path in paths if path]
     return " ".join(states)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -19,7 +18,8 @@ from prolora.bases.cache.basis_cache import default_folder
 from . import words
 
 AUTO = "auto"
-METHODS = (AUTO, *prolora.METHODS)
+BEST = "best"
+METHODS = (AUTO, BEST, *prolora.METHODS)
 FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffusers": "diffusers"}
 MOVED = "zz-moved"
 """The folder of results, which comes last in ComfyUI's lists."""
@@ -90,11 +90,6 @@ def make_plain(text: str) -> str:
     """A text as every file system takes it for a part of a name."""
     plain = re.sub(r"[^\w.+-]+", "_", re.sub(r"['’]", "", text)).strip("._")
     return plain.encode()[-_MOST_BYTES:].decode(errors="ignore")
-
-
-def digest(text: str) -> str:
-    """Twelve digits that differ wherever texts do."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -181,96 +176,55 @@ def move_loras(
     Raises:
         ValueError: the two bases cannot be used; a sentence says why.
     """
-    options, names = settings.options(), {path: name for name, path in loras.items()}
-    used = {place.folder}
+    names = {path: name for name, path in loras.items()}
 
     def naming(lora: Path, digest: str) -> str:
-        inside = place.name(names[lora], settings.label(), digest)
-        used.update(place.folder / parent for parent in inside.parents)
-        return str(inside)
+        return str(place.name(names[lora], settings.label(), digest))
 
-    with _in_folders(place, used):
-        options["format"] = _choose_format(options["format"], target)
-        outcomes = prolora.transfer_many(
-            names,
-            source,
-            target,
-            place.folder,
-            naming=naming,
-            cache=default_folder(),
-            progress=progress,
-            **options,
-        )
-        return [_finish(outcome) for outcome in outcomes]
-
-
-def fit_lora(
-    lora: Path,
-    source: Path,
-    target: Path,
-    place: Place,
-    name: Path,
-    images: int,
-    progress: Progress,
-) -> Moved:
-    """Fits a LoRA to a target that runs; what is there already, made so, is left alone.
-
-    Args:
-        lora: the file.
-        source: the folder of the pipeline that it was trained on.
-        target: the folder of the pipeline to fit it to.
-        place: where the results go.
-        name: of this one, below that.
-        images: as `prolora.fit` takes them.
-        progress: as `move_loras` takes it.
-
-    Raises:
-        ValueError: it cannot be fitted; a sentence says why.
-    """
-    folder = place.folder / name.with_suffix("")
-    inside = {place.folder / parent for parent in name.with_suffix("").parents}
-    # ComfyUI computes without gradients, which a fit needs.
-    with (
-        _in_folders(place, {folder, *inside}),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        (outcome,) = prolora.fit_many(
-            [lora],
-            source,
-            target,
-            folder,
-            images=images,
-            format=_choose_format("comfyui", target),
-            device="auto",
-            cache=default_folder(),
-            progress=progress,
-        )
-        return _finish(outcome, in_fit=True)
-
-
-def _choose_format(asked: str, target: Path) -> str:
-    """The format that is asked for; of an unknown family, ComfyUI reads what it read before."""
-    unknown = asked == "comfyui" and prolora.open_base(target).family is None
-    return AUTO if unknown else asked
-
-
-@contextmanager
-def _in_folders(place: Place, used: set[Path]) -> Iterator[None]:
-    """Tells prolora's errors as sentences, and leaves no folder empty.
-
-    Args:
-        place: where the results go.
-        used: folders below it, which the body may add to.
-    """
     try:
-        yield
+        options = settings.options() | {"cache": default_folder(), "progress": progress}
+        if options["format"] == "comfyui" and prolora.open_base(target).family is None:
+            options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
+        if settings.method == BEST:
+            fits = source.is_dir() and target.is_dir()
+            outcomes = _move_with_fits(loras, source, target, place, settings, options)
+            return [_finish(outcome, fits) for outcome in outcomes]
+        moved = prolora.transfer_many(names, source, target, place.folder, naming=naming, **options)
+        return [_finish(outcome) for outcome in moved]
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     finally:
-        for folder in sorted({place.root / MOVED, *used}, reverse=True):  # the innermost first
+        results = place.root / MOVED
+        for folder in sorted([results, *results.rglob("*")], reverse=True):  # the innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _move_with_fits(
+    loras: Mapping[str, Path],
+    source: Path,
+    target: Path,
+    place: Place,
+    settings: Settings,
+    options: dict[str, Any],
+) -> Iterator[prolora.Outcome]:
+    """Moves LoRAs by the best method, which may run both models.
+
+    It keeps their names; so each result has a folder of its own, with the digits in its name.
+    """
+    # ComfyUI computes without gradients, which a fit needs.
+    with torch.inference_mode(False), torch.enable_grad():
+        for name, lora in loras.items():
+            made_of = f"{settings} {[read_state(path) for path in (lora, source, target)]}"
+            digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+            folder = place.folder / place.name(name, settings.label(), digest).with_suffix("")
+            yield from prolora.transfer_many([lora], source, target, folder, **options, device=AUTO)
+
+
+def read_state(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of the weights in a folder."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:

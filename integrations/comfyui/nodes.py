@@ -14,7 +14,6 @@ FROM_LORA = "from the LoRA"
 NO_LORA = "(none)"
 ALL_LORAS = "(all)"
 
-_NEXT = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
 _HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
 _STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
@@ -46,9 +45,9 @@ def _combo(
     return list(choices), known | ({"display_name": label} if label else {})
 
 
-def _list_inputs(pipelines_only: bool = False) -> dict[str, Any]:
+def _list_inputs() -> dict[str, Any]:
     """The inputs that the nodes share, by name; folders are read anew each time."""
-    bases = list(host.map_bases(pipelines_only))
+    bases = list(host.map_bases())
     return {
         "lora": _combo([CHOOSE, *host.list_loras()], "The LoRA to move.", "LoRA"),
         "trained_on": _combo(
@@ -63,8 +62,9 @@ def _list_inputs(pipelines_only: bool = False) -> dict[str, Any]:
         ),
         "method": _combo(
             jobs.METHODS,
-            "auto decides from the weights of both models. copy changes nothing. The others are "
-            "for experiments.",
+            "auto decides from the weights of both models. best also runs them where weights say "
+            "too little, for minutes to hours; both must be whole pipelines below "
+            "models/diffusers. copy changes nothing. The others are for experiments.",
             folded=True,
         ),
         "rank": _combo(
@@ -82,9 +82,9 @@ def _list_inputs(pipelines_only: bool = False) -> dict[str, Any]:
     }
 
 
-def _take(*names: str, pipelines_only: bool = False, **more: Any) -> dict[str, dict[str, Any]]:
+def _take(*names: str, **more: Any) -> dict[str, dict[str, Any]]:
     """INPUT_TYPES of a node: some of the shared inputs, and its own before them."""
-    shared = _list_inputs(pipelines_only)
+    shared = _list_inputs()
     return {"required": {**more, **{name: shared[name] for name in names}}}
 
 
@@ -125,6 +125,8 @@ def _move(
     loras: Mapping[str, Path], source: str, use_on: str, settings: Mapping[str, str]
 ) -> list[jobs.Moved]:
     """Moves LoRAs of one base."""
+    if settings["method"] == jobs.BEST:
+        host.free_memory()
     return jobs.move_loras(
         loras,
         host.find_base(source),
@@ -150,7 +152,7 @@ def _move_one(
     if moved.error is not None:
         raise ValueError(moved.error)
     told = " (as the LoRA tells)" if trained_on == FROM_LORA else ""
-    way = f"moved from {words.shorten(source)}{told} to {words.shorten(use_on)}"
+    way = f"from {words.shorten(source)}{told} to {words.shorten(use_on)}"
     name = host.name_lora(moved.path)
     return moved, name, words.tell_report(moved.report, name, way, next_step)
 
@@ -201,7 +203,8 @@ class MoveLora(_ProloraNode):
 
     def run(self, lora: str, trained_on: str, use_on: str, **settings: str) -> dict[str, Any]:
         """The name of the result in ComfyUI's list, and the report."""
-        moved, name, report = _move_one(lora, trained_on, use_on, settings, _NEXT)
+        step = "Load it: connect the output “LoRA” to Load LoRA, or press R to refresh the lists."
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
         return _show(report, moved.page, name)
 
 
@@ -360,53 +363,6 @@ class MoveFolder(_ProloraNode):
         return _show("\n".join(lines[name] for name in [*inside, ""]), None)
 
 
-class FitLora(_ProloraNode):
-    """Fits one LoRA to a model that was trained apart from the LoRA's."""
-
-    DESCRIPTION = (
-        "For models that have nothing in common: both run, and a LoRA of the second is fitted to "
-        "what this LoRA changes on the first. It takes minutes to hours and a card with room for "
-        "both. Both models must be whole pipelines below models/diffusers."
-    )
-    RETURN_TYPES = MoveLora.RETURN_TYPES
-    RETURN_NAMES = MoveLora.RETURN_NAMES
-    OUTPUT_TOOLTIPS = MoveLora.OUTPUT_TOOLTIPS
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI asks for, each time that it lists the nodes."""
-        inputs = _take("lora", "trained_on", "use_on", pipelines_only=True)
-        inputs["required"]["images"] = (
-            "INT",
-            {
-                "default": 24,
-                "min": 2,
-                "max": 1000,
-                "tooltip": "Images that each model samples. More are slower and more exact.",
-            },
-        )
-        return inputs
-
-    def run(self, lora: str, trained_on: str, use_on: str, images: int) -> dict[str, Any]:
-        """The name of the result in ComfyUI's list, and the report."""
-        path, target = _find_lora(lora), _find_target(use_on)
-        source = _find_source(trained_on, lora)
-        for model in (source, use_on):
-            if not host.find_base(model).is_dir():
-                raise ValueError(f"{model} is a file, and a fit needs a pipeline: a whole folder.")
-        place, states = host.find_place(use_on), host.read_states((lora, source, use_on))
-        name = place.name(lora, "fitted", jobs.digest(f"{states} {images}"))
-        host.free_memory()
-        fitted = jobs.fit_lora(
-            path, host.find_base(source), target, place, name, images, host.make_progress()
-        )
-        if fitted.error is not None:
-            raise ValueError(fitted.error)
-        made = host.name_lora(fitted.path)
-        way = f"fitted from {words.shorten(source)} to {words.shorten(use_on)}"
-        return _show(words.tell_report(fitted.report, made, way, _NEXT), fitted.page, made)
-
-
 class Advise(_ProloraNode):
     """Says what to expect of a LoRA of one base on another."""
 
@@ -440,7 +396,6 @@ _NODES = {
     "ProloraLoadMovedLora": (LoadMovedLora, "Load moved LoRA"),
     "ProloraBeforeAndAfter": (BeforeAndAfter, "Draw before and after"),
     "ProloraMoveFolder": (MoveFolder, "Move folder of LoRAs"),
-    "ProloraFitLora": (FitLora, words.FIT_TITLE),
     "ProloraAdvise": (Advise, "Can this LoRA move?"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in _NODES.items()}

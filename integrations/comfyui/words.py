@@ -9,7 +9,6 @@ import prolora
 from prolora.errors import name_options
 
 AIMS = {"target's look": "target", "LoRA's own look": "lora"}
-FIT_TITLE = "Fit LoRA to a model trained apart"
 RANKS = {"exact": "exact", "same": "100%", "half": "50%"} | {
     str(rank): rank for rank in (4, 8, 16, 32, 64, 128)
 }
@@ -61,7 +60,7 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
         return (
             "The models under “trained on” and “use on” have nothing in common: they were trained "
             "apart, and no LoRA of one works on the other. Nothing was written. If you have both "
-            f"as whole pipelines, “{FIT_TITLE}” can make a LoRA for the second."
+            "as whole pipelines, choose those and the method “best”."
         )
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 
@@ -87,15 +86,15 @@ def tell_report(report: prolora.Report | None, name: str, way: str, next_step: s
     Args:
         report: None if it was moved before.
         name: of the result in ComfyUI's list.
-        way: "moved", or how else it was made, and from which model to which.
+        way: from which model to which.
         next_step: what the user does now.
     """
     if report is None:
-        lines = [f"✔ Already {way} with the same settings."]
+        lines = [f"✔ Already moved {way} with the same settings."]
     else:
         told = report.in_words()
         kept = [line for line in (*told.lines, *told.cautions) if not line.startswith("Next:")]
-        lines = [f"{told.mark} {told.headline}", f"{way[0].upper()}{way[1:]}. {kept[0]}", *kept[1:]]
+        lines = [f"{told.mark} {told.headline}", f"Moved {way}. {kept[0]}", *kept[1:]]
     return "\n".join(
         [
             *map(say, lines),

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import prolora
 from prolora.probe import pipelines
+from prolora.workflow.best import BestWay
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "integrations" / "comfyui"
@@ -510,65 +510,81 @@ def test_a_folder_of_a_pipeline_is_a_model_too(pack, models):
     assert ask_trained_on("two.safetensors") == (200, {"name": name})
 
 
-def write_pipelines(models):
-    """A tiny pipeline, a relative, one that was trained apart, and a LoRA of the first."""
-    folder = models / "diffusers"
+@pytest.fixture
+def fit_quickly(models, monkeypatch):
+    """Two tiny pipelines that were trained apart, a LoRA of the first, and fits of a second.
+
+    It is called with whether fits are written whatever they reach.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tiny_pipelines.save(folder / "apart", seed=5, text=12)
-        first = pipelines.open_pipeline(tiny_pipelines.save(folder / "first"))
-    found = tiny_pipelines.updates(first.denoiser, ("attn1.to_v",))
+        tiny_pipelines.save(models / "diffusers" / "apart-v2.0", seed=5, text=12)
+        first = tiny_pipelines.save(models / "diffusers" / "first-v1.5")
+        denoiser = pipelines.open_pipeline(first).denoiser
+    found = tiny_pipelines.updates(denoiser, ("attn1.to_v",))
     tiny_pipelines.write_lora(models / "loras" / "one.safetensors", found)
-    shutil.copytree(folder / "first", folder / "relative")
-    (file,) = (folder / "relative" / "unet").glob("*.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    drifted = {
-        name: weight + 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
-        if weight.dim() > 1
-        else weight
-        for name, weight in load_file(file).items()
-    }
-    save_file(drifted, file)
+    make = BestWay.of.__func__
+
+    def choose(force):
+        def of(cls, *given):
+            way = make(cls, *given)
+            few = {"prompts": ("cat",), "images": 2, "steps": 2, "fit_steps": 2, "force": force}
+            return dataclasses.replace(way, by_fit=dataclasses.replace(way.by_fit, **few))
+
+        monkeypatch.setattr(BestWay, "of", classmethod(of))
+
+    return choose
+
+
+APART = {"trained_on": "first-v1.5", "use_on": "apart-v2.0"}
 
 
 @pytest.mark.slow
-def test_a_lora_is_fitted_to_a_pipeline_that_runs(pack, models):
-    write_pipelines(models)
-    ends = {"trained_on": "first", "use_on": "relative"}
-    (name, report), shown = run(pack, "ProloraFitLora", **LORA, **ends, images=2)
-    assert re.fullmatch(r"zz-moved/relative/one-fitted-[0-9a-f]{12}/one\.safetensors", name)
-    lines = report.splitlines()
-    assert len(lines) <= 6 and "Fitted from first to relative." in lines[1]
-    assert lines[-2] == f"File: loras/{name}"
+def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, fit_quickly):
+    fit_quickly(force=True)
+    refused = refuse(pack, **APART, method="auto")
+    assert "nothing in common" in refused and "the method “best”" in refused
+    best = LORA | WIDGETS | APART | {"method": "best"}
+    name, report = run(pack, "ProloraMoveLora", **best)[0]
+    assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}/one\.safetensors", name)
+    assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
     assert prolora.inspect(models / "loras" / name).kind == "lora"
-    assert (models / "loras" / shown["page"][0]).is_file()
-    again, _ = run(pack, "ProloraFitLora", **LORA, **ends, images=2)
-    assert again[0] == name and again[1].startswith("✔ Already fitted from first to relative")
+    assert (models / "loras" / name).with_suffix(".html").is_file()
+    again = run(pack, "ProloraMoveLora", **best)[0]
+    assert again[0] == name and again[1].startswith("✔ Already moved from first-v1.5 to apart-v2.0")
 
 
 @pytest.mark.slow
-def test_a_fit_that_does_not_succeed_writes_nothing(pack, models):
-    write_pipelines(models)
-    ends = {"trained_on": "first", "use_on": "apart"}
-    refused = refuse(pack, **ends, method="auto")
-    title = pack.NODE_DISPLAY_NAME_MAPPINGS["ProloraFitLora"]
-    assert "nothing in common" in refused and title in refused
-    with pytest.raises(ValueError, match="The fit did not succeed"):
-        run(pack, "ProloraFitLora", **LORA, **ends, images=2)
+def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
+    fit_quickly(force=False)
+    assert "The fit did not succeed" in refuse(pack, **APART, method="best")
     assert not (models / "loras" / "zz-moved").exists()
 
 
-def test_a_fit_asks_for_whole_pipelines_and_leaves_no_folder_where_it_is_refused(pack, models):
-    known = pack.NODE_CLASS_MAPPINGS["ProloraFitLora"].INPUT_TYPES()["required"]
-    assert known["use_on"][0] == ["choose…"] and "source.safetensors" not in known["trained_on"][0]
-    with pytest.raises(ValueError, match="a file, and a fit needs a pipeline"):
-        run(pack, "ProloraFitLora", **LORA, **BASES, images=2)
-    for name in ("first", "second"):
-        (models / "diffusers" / name).mkdir(parents=True)
-        (models / "diffusers" / name / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError):
-        run(pack, "ProloraFitLora", **LORA, trained_on="first", use_on="second", images=2)
+def test_the_best_method_leaves_results_side_by_side_too(pack, models):
+    write_lora(models, "other/two")
+    best = WIDGETS | {"method": "best"}
+    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **best)
+    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    moved = list((models / "loras" / "zz-moved").rglob("two.safetensors"))
+    assert len({path.parent.parent.name for path in moved} & {"styles", "other"}) == 2
+    before = {path: path.read_bytes() for path in moved}
+    write_lora(models, "other/two", rank=2)
+    assert move(pack, lora="other/two.safetensors", method="best")
+    assert before == {path: path.read_bytes() for path in moved}
+
+
+def test_a_refusal_by_the_best_method_leaves_no_folder(pack, models):
+    assert "nothing in common" in refuse(pack, use_on="stranger.safetensors", method="best")
     assert not (models / "loras" / "zz-moved").exists()
+
+
+def test_a_pipeline_of_two_experts_is_chosen_by_its_files(pack, models):
+    folder = models / "diffusers" / "wan"
+    for part in ("transformer", "transformer_2"):
+        (folder / part).mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    assert "wan" not in sys.modules["comfyui_prolora.host"].map_bases()
 
 
 def ask_trained_on(lora):
