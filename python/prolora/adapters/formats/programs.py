@@ -60,12 +60,9 @@ def find_readers(
     ]
     found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
     for id_, loader in loaders.known_loaders().items():
-        amounts = {reach[id_] for reach in of_each if id_ in reach}
-        if not amounts:
-            continue
-        everywhere = all(id_ in reach for reach in of_each)
-        amount = next(iter(amounts)) if len(amounts) == 1 and everywhere else "part"
-        if len(amounts) == 1 or everywhere:
+        amounts = {reach.get(id_) for reach in of_each}
+        amount = amounts.pop() if len(amounts) == 1 else None
+        if amount is not None:  # of families that it reads unequally, nothing can be said
             found[amount].append(loader.title)
     return Readers(*(tuple(found[amount]) for amount in ("whole", "part", "none")))
 
