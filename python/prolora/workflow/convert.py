@@ -96,7 +96,7 @@ def convert_file(
 
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
-    adapter = lora if isinstance(lora, Adapter) else _read(lora, base)
+    adapter = read_plain(lora, base)
     form = OutputForm.of(options.as_transfer())
     vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
@@ -127,15 +127,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     return Transfer(fitted, report, [*files, *(base.files if base else [])])
 
 
-def _read(lora: LoraLike, base: Base | None) -> Adapter:
+def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     """The LoRA's updates, each a plain LoRA.
 
     Raises:
         UnsupportedFormat: an update depends on a base that is not given.
         ProLoRAError: see `convert`.
     """
+    if isinstance(lora, Adapter):
+        return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
-    assert not isinstance(lora, Adapter)
     if base is not None:
         if misfit := explain_misfit(lora, base):
             raise misfit
