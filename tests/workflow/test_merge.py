@@ -154,6 +154,42 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         prolora.merge_file(paths, tmp_path / "mine.safetensors")
 
 
+def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
+    loras = []
+    for seed, rank in ((0, 2), (1, 3)):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for key, out in (("img_attn_qkv", 9216), ("img_attn_proj", 3072)):
+            start = f"lora_unet_double_blocks_0_{key}"
+            up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, 3072)
+            tensors |= {f"{start}.lora_up.weight": up, f"{start}.lora_down.weight": down}
+        loras.append(tensors)
+    done = prolora.merge(loras, strengths=(1, 0.5))
+    written = done.state_dict("kohya", dtype="float32")
+    assert set(loras[0]) <= set(written)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    up, down = (written[f"{key}.lora_{side}.weight"] for side in ("up", "down"))
+    assert up.shape == (9216, 5) and done.adapter.family == "flux"
+    wanted = sum(
+        s * x[f"{key}.lora_up.weight"] @ x[f"{key}.lora_down.weight"]
+        for s, x in zip((1, 0.5), loras, strict=True)
+    )
+    assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
+    made = [make_lora(2, 0)[0], make_lora(2, 1)[0]]
+    small = {k: v.to(torch.float8_e4m3fn) if "alpha" not in k else v for k, v in made[0].items()}
+    save_file(small, tmp_path / "small.safetensors")
+    out = tmp_path / "out.safetensors"
+    half = {k: v.to(torch.bfloat16) for k, v in made[1].items()}
+    save_file(half, tmp_path / "half.safetensors")
+    prolora.merge_file([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out)
+    assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
+    prolora.merge_file([tmp_path / "small.safetensors"] * 2, out)
+    assert {v.dtype for v in load_file(out).values()} == {torch.float16}
+
+
 def test_biases_add_up_with_their_strengths_or_are_left_out():
     (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
     key = "lora_unet_" + BLOCK.format(0, MODULES[0]).replace(".", "_") + ".diff_b"
@@ -164,6 +200,26 @@ def test_biases_add_up_with_their_strengths_or_are_left_out():
     assert name.endswith("to_q.bias") and torch.allclose(vector, ratio)
     left = prolora.merge([one, two], vectors="skip")
     assert not left.adapter.vectors and len(left.report.left_out) == 2
+
+
+def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
+    made = [make_lora(2, 0), make_lora(3, 1)]
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, (tensors, _) in zip(paths, made, strict=True):
+        save_file(tensors, path)
+    stack = BLOCK.rpartition(".{}.{}")[0]
+    blocks = [{f"{stack}.0": 0, f"{stack}.1": 0.5}, None]
+    out = tmp_path / "out.safetensors"
+    text = f"{stack}.0=0, {stack}.1=0.5;"
+    for asked in (blocks, text):
+        report = prolora.merge_file(paths, out, blocks=asked, strengths=(2, 1))
+        factors = {0: 0.0, 1: 0.5, 2: 1.0}
+        first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
+        assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
+        assert report.merge.parts[0].kept == pytest.approx(1.0, abs=0.1)
+        assert len(report.rows("skipped")) == 4 and "a: " in report.blocks
+        merged = json.loads(SafetensorsFile(out).metadata["prolora.merged"])
+        assert merged[0]["blocks"] == text[:-1] and "blocks" not in merged[1]
 
 
 def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
@@ -200,6 +256,9 @@ def test_modules_of_two_shapes_are_refused_by_name():
         (2, {"strengths": [1, 0]}, "none of them 0"),
         (2, {"strengths": [1, float("nan")]}, "none of them 0"),
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
+        (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
+        (2, {"blocks": "1,x;"}, "which is not a number"),
+        (2, {"blocks": "none.such=1;"}, "no block or module"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
         (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
         (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),

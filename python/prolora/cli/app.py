@@ -27,6 +27,7 @@ from .advise import advise
 from .console import err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
+from .evaluate import evaluate
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
@@ -85,6 +86,13 @@ app.command(
         "prolora advise my-lora.safetensors --source sdxl/ --target ssd-1b/ --measure",
     )
 )(advise)
+app.command(
+    epilog=write_epilog(
+        "prolora evaluate sdxl/ ssd-1b/ my-lora.safetensors moved.safetensors "
+        "--metric dinov2=dinov2-base/",
+        "prolora evaluate sdxl/ ssd-1b/ loras/ moved/ --trained trained/ --metric clip=clip-l/",
+    )
+)(evaluate)
 app.command(
     epilog=write_epilog(
         "prolora check my-lora.safetensors sdxl/",

@@ -139,7 +139,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 """How the command line reads those options that are no words, switches or plain numbers."""
 
-FLAGS = {"format": ("--format", "--for")}
+FLAGS = {"format": ("--format", "--for"), "metrics": ("--metric",), "methods": ("--method",)}
 """Options with another flag than their name."""
 
 
@@ -150,7 +150,7 @@ OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
     *("source target cache device max_memory measure overlap engine shard workers".split()),
     *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
-    "strengths",
+    *("metrics methods reference trained strengths".split()),
 }
 """What messages may name, and a command has a flag for."""
 

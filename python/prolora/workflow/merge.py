@@ -26,9 +26,15 @@ from ..core.precision import in_full_precision
 from ..errors import InvalidOption, ShapeMismatch, WrongBase
 from ..version import __version__
 from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
+from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
 from .by_weights.base_pair import move_lora, prefix_notes
 from .by_weights.file_budget import OutputForm, describe_cuts
-from .by_weights.rows import describe_conversion, list_tensors_left_out, list_unread_modules
+from .by_weights.rows import (
+    describe_conversion,
+    describe_left_out,
+    list_tensors_left_out,
+    list_unread_modules,
+)
 from .convert import read_plain
 from .in_words import MERGE
 from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
@@ -136,6 +142,7 @@ class _Merge:
         parts: each LoRA, on the base of the result.
         facts: what is known of each.
         behind: the rows of modules that stay behind.
+        left_out: tensor -> why it is not in the result.
     """
 
     loras: list[LoraLike]
@@ -147,6 +154,7 @@ class _Merge:
     parts: list[Adapter] = field(default_factory=list)
     facts: list[MergedPart] = field(default_factory=list)
     behind: list[ModuleReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -163,6 +171,11 @@ class _Merge:
         if strengths is not None and len(strengths) != count:
             raise InvalidOption(
                 f"`strengths` has {len(strengths)} numbers for {count} LoRAs; give one for each"
+            )
+        if options.blocks is not None and len(options.blocks) != count:
+            raise InvalidOption(
+                f"`blocks` is for {len(options.blocks)} LoRAs, and there are {count}; separate "
+                "those of each LoRA by ;"
             )
         if sources and len(sources) != count:
             raise InvalidOption(
@@ -249,8 +262,14 @@ class _Merge:
             done = move_lora(lora, source, self.target, self.options.for_moving(), hashed=False)
             adapter, moved_from = done.adapter, source.name
             behind = [row for row in done.report.modules if row.status != "mapped"]
-        self.behind += behind
         lost = sum(row.energy for row in behind) * self.strengths[i] ** 2
+        blocks = self.options.blocks[i] if self.options.blocks is not None else None
+        factors = find_factors(blocks, adapter, self.target)
+        gone = [name for name in adapter.updates if factors.get(name) == 0]
+        self.behind += [*behind, *(describe_left_out(n, adapter.updates[n]) for n in gone)]
+        silent = [name for name in adapter.vectors if factors.get(name.rpartition(".")[0]) == 0]
+        self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
+        adapter = weigh_adapter(adapter, factors) if factors else adapter
         self.parts.append(adapter)
         moves = read_moves(adapter.metadata)
         stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
@@ -258,6 +277,7 @@ class _Merge:
         fact = MergedPart(
             name,
             self.strengths[i],
+            "" if blocks is None else str(BlockWeights.read(blocks)),
             trigger=read_training_words(adapter.metadata).trigger,
             moved_from=moved_from,
             stated_base=self.target.name if self.target else Path(stated).name,
@@ -358,7 +378,7 @@ class _Merge:
     def _describe(self) -> dict[str, str]:
         """The header: of what the LoRA was merged and how; reads all of the result's base."""
         combined, target = combine_metadata(self._headers()), self.target
-        told = ("name", "strength", "trigger", "moved_from", "digest")
+        told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
         merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
         notes = {
             "version": __version__,
@@ -385,7 +405,7 @@ class _Merge:
 
     def _report(self, rows: Sequence[ModuleReport], merge: MergeReport, result: Adapter) -> Report:
         """The report, of what is known by now."""
-        left_out: dict[str, str] = {}
+        left_out = dict(self.left_out)
         kept_energy: dict[str, float] = {}
         for name, part in zip(self.names, self.parts, strict=True):
             for tensor, why in list_tensors_left_out(part).items():
@@ -403,6 +423,7 @@ class _Merge:
             source=" + ".join(self.names),
             target=self.target.name if self.target else "",
             modules=(*self.behind, *rows),
+            blocks="; ".join(f"{f.name}: {f.blocks}" for f in self.facts if f.blocks),
             vectors=len(result.vectors),
             left_out=left_out,
             unread=tuple(row.source for row in self.behind if row.status == "refused"),

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, get_args
 from ..bases.base import Progress
 from ..core.option_fields import option, take_option
 from ..errors import InvalidOption
+from .block_weights import Blocks, BlockWeights
 from .options import (
     LARGEST_STRENGTH,
     METHOD,
@@ -44,6 +45,13 @@ class MergeOptions:
         panel=METHOD,
         metavar="FACTOR,…",
         basic=True,
+    )
+    blocks: str | Sequence[Blocks | None] | None = take_option(
+        TransferOptions,
+        "blocks",
+        help="Factors by block on each LoRA, in their order and with ; between the LoRAs: a number "
+        'for each block in depth order, or names with numbers ("IN04-IN08=0.5; OUT*=0"). Nothing '
+        "before or after a ; leaves that LoRA as it is.",
     )
     out_rank: OutRank = take_option(
         TransferOptions,
@@ -81,6 +89,14 @@ class MergeOptions:
         for name in ("out_rank", "dtype", "device"):
             object.__setattr__(self, name, getattr(known, name))
         check_choice("method", self.method, MERGE_METHODS)
+        if self.blocks is not None:
+            blocks = self.blocks
+            texts = blocks.split(";") if isinstance(blocks, str) else list(blocks)
+            each = tuple(None if isinstance(x, str) and not x.strip() else x for x in texts)
+            for asked in each:
+                if asked is not None:
+                    BlockWeights.read(asked)
+            object.__setattr__(self, "blocks", each)
         if self.strengths is None:
             return
         strengths = self.strengths
@@ -123,6 +139,7 @@ class MergeChanges(TypedDict, total=False):
 
     method: MergeMethod
     strengths: Sequence[float] | None
+    blocks: str | Sequence[Blocks | None] | None
     out_rank: OutRank
     vectors: VectorsMode
     format: FormatLike | None

@@ -25,6 +25,7 @@ class MergedPart:
     Attributes:
         name: of the LoRA, without folders.
         strength: the factor on it.
+        blocks: the factors by block on it; "" without.
         trigger: its trigger phrase; "" without one.
         moved_from: the base that it was moved from; "" where it was not moved.
         stated_base: the base that its header names; "" where it names none.
@@ -37,6 +38,7 @@ class MergedPart:
 
     name: str
     strength: float = 1.0
+    blocks: str = ""
     trigger: str = ""
     moved_from: str = ""
     stated_base: str = ""
