@@ -55,7 +55,7 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import TransferOptions
+from .workflow.options import TransferMethod, TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report
@@ -103,6 +103,7 @@ __all__ = [
     "SolverFailure",
     "TooLittleMemory",
     "Transfer",
+    "TransferMethod",
     "TransferOptions",
     "UnrelatedBases",
     "UnsupportedDevice",

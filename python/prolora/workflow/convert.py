@@ -17,8 +17,20 @@ from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import UnsupportedFormat
 from .base_check import explain_misfit
+from .block_weights import (
+    LEFT_OUT,
+    BlockWeights,
+    list_base_blocks,
+    list_lora_blocks,
+    weigh_adapter,
+)
 from .by_weights.file_budget import OutputForm
-from .by_weights.rows import describe_conversion, list_tensors_left_out, list_unread_modules
+from .by_weights.rows import (
+    describe_conversion,
+    describe_left_out,
+    list_tensors_left_out,
+    list_unread_modules,
+)
 from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
 from .in_words import CONVERT
 from .module_report import ModuleReport
@@ -102,11 +114,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     left_out = list_tensors_left_out(adapter)
     left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
     plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    factors = _find_factors(plain, base, options)
     form.check(plain)
+    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    left_out |= dict.fromkeys(silent, LEFT_OUT)
+    gone = [name for name in plain.updates if factors.get(name) == 0]
+    plain = weigh_adapter(plain, factors)
     cut = {}
-    for i, (name, update) in enumerate(adapter.updates.items()):
+    for i, (name, update) in enumerate(plain.updates.items()):
         if options.progress:
-            options.progress(i, len(adapter.updates), name)
+            options.progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     fitted = form.fit(plain.with_updates(cut))
     report = Report(
@@ -116,8 +133,13 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         match="same name",
         source="the LoRA" if not isinstance(lora, str | PathLike) else Path(lora).name,
         target=base.name if base else "",
-        modules=(*list_unread_modules(adapter), *_describe_rows(adapter, fitted, form)),
-        vectors=len(vectors),
+        modules=(
+            *list_unread_modules(adapter),
+            *(describe_left_out(name, adapter.updates[name]) for name in gone),
+            *_describe_rows(replace(adapter, updates=plain.updates), fitted, form),
+        ),
+        blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
+        vectors=len(plain.vectors),
         left_out=left_out,
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
@@ -149,6 +171,16 @@ def _read(lora: LoraLike, base: Base | None) -> Adapter:
                 "trained on, too"
             )
     return adapters.read_adapter(lora)
+
+
+def _find_factors(adapter: Adapter, base: Base | None, options: ConvertOptions) -> dict[str, float]:
+    """Module -> the factor of its block."""
+    if options.blocks is None:
+        return {}
+    table = list_lora_blocks(adapter) if base is None else list_base_blocks(base)
+    title = table.family.title if table.family else "this model"
+    names = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.vectors)}
+    return BlockWeights.read(options.blocks).resolve(table, names, title)
 
 
 def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:

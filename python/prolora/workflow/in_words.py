@@ -170,7 +170,12 @@ def tell_made(
 
 
 def tell_fit(
-    source: str, target: str, share: float | None, is_refused: bool, cautions: tuple[str, ...]
+    source: str,
+    target: str,
+    share: float | None,
+    is_refused: bool,
+    why: str,
+    cautions: tuple[str, ...],
 ) -> InWords:
     """The verdict on a LoRA that was fitted to a running model.
 
@@ -179,6 +184,7 @@ def tell_fit(
         target: name of the model that it was fitted to.
         share: of the LoRA's effect that it reaches on samples that the fit did not see.
         is_refused: those samples speak against it, and it was written all the same.
+        why: why the models were run, where that was not what was asked for; or "".
         cautions: what was lost, or needs a look.
     """
     lines = [f"prolora ran both models and fitted a new LoRA of {target}."]
@@ -189,6 +195,7 @@ def tell_fit(
             f"On samples that the fit did not see it does {amount} ({max(0.0, share):.0%}) of what "
             f"the LoRA does to {source}.",
         )
+    lines += [why] if why else []
     lines.append("Next: try it at strength 1, and less where it is too strong.")
     if is_refused:
         return InWords("⚠", "Do not expect much: the fit did not succeed.", (*lines,), cautions)
