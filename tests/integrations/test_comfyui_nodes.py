@@ -223,6 +223,13 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
     assert not (models / "loras" / "zz-moved").exists()
 
 
+def test_models_of_other_widths_are_told_so_without_a_number(pack, models):
+    wide = {name: torch.randn(48, 48) for name in source_weights()}
+    write_base(models, "wide", wide)
+    sentence = refuse(pack, use_on="wide.safetensors", method="auto")
+    assert "are built differently" in sentence and "×" not in sentence
+
+
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
     words = sys.modules["comfyui_prolora.words"]
     options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
@@ -305,12 +312,12 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     (models / "loras" / "bad.safetensors").write_bytes(b"nothing")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ bad.safetensors: ")
-    assert lines[1] == "✔ one.safetensors: moved before"
-    assert lines[2].startswith("✔ styles/two.safetensors: moved, ")
-    assert lines[3] == "2 of 3 LoRAs are in place, below loras/zz-moved."
+    assert lines[0] == "⚠ In place below loras/zz-moved: 2 of 3 LoRAs."
+    assert lines[1].startswith("✖ bad.safetensors: ")
+    assert lines[2] == "✔ one.safetensors: moved before"
+    assert lines[3].startswith("✔ styles/two.safetensors: moved, ")
     (only,), _ = run(pack, "ProloraMoveFolder", folder="styles", **BASES, **WIDGETS)
-    assert only.splitlines()[-1].startswith("1 of 1 LoRAs are in place")
+    assert only.splitlines()[0] == "✔ In place below loras/zz-moved: 1 of 1 LoRAs."
     choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
     assert choices == ["choose…", "(all)", "styles"]
 
@@ -321,14 +328,14 @@ def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, model
     bases = BASES | {"trained_on": "from the LoRA"}
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **bases, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ one.safetensors: This LoRA does not tell")
-    assert lines[1].startswith("✔ styles/two.safetensors: moved")
+    assert lines[1].startswith("✖ one.safetensors: This LoRA does not tell")
+    assert lines[2].startswith("✔ styles/two.safetensors: moved")
 
 
 def test_all_moves_folders_that_hold_one_name_twice(pack, models):
     write_lora(models, "other/two")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
-    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
     assert {path.parent.name for path in moved} == {"styles", "other"}
     assert len(list((models / "loras" / "zz-moved").rglob("two*.html"))) == 2
@@ -565,7 +572,7 @@ def test_the_best_method_leaves_results_side_by_side_too(pack, models):
     write_lora(models, "other/two")
     best = WIDGETS | {"method": "best"}
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **best)
-    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two.safetensors"))
     assert len({path.parent.parent.name for path in moved} & {"styles", "other"}) == 2
     before = {path: path.read_bytes() for path in moved}
