@@ -55,6 +55,8 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
+from .workflow.merge import merge, merge_file
+from .workflow.merge_options import MergeOptions
 from .workflow.options import TransferMethod, TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
@@ -86,6 +88,7 @@ __all__ = [
     "InvalidOption",
     "LowCoverage",
     "LowRank",
+    "MergeOptions",
     "Method",
     "MethodChoice",
     "MethodName",
@@ -126,6 +129,8 @@ __all__ = [
     "fit_many",
     "inspect",
     "load_moved_lora",
+    "merge",
+    "merge_file",
     "migrate",
     "open_base",
     "open_experts",

@@ -239,13 +239,13 @@ def test_the_verdict_names_what_is_better_and_what_stays_hidden(evaluated):
 
     words = tell({"DINOv2": better})
     assert (words.mark, words.headline) == ("✔", "Better than the copied LoRA: one.")
-    assert "one is better than the copy: DINOv2 +0.100 (+0.100 to +0.100)." in words.lines
+    assert "one is better than the copy: DINOv2 +0.1 (+0.1 to +0.1)." in words.lines
     assert tell({"CLIP-T": worse}).headline.endswith("none is better.")
     mixed = tell({"DINOv2": better, "CLIP-T": worse})
     assert mixed.mark == "⚠" and "in some scores, worse in others: one." in mixed.headline
     same = tell({"CLIP-T": {**worse, "one": worse[COPY]}})
     assert same.headline.endswith("no difference shows.")
-    assert any("4 images" in line for line in same.cautions)
+    assert any("row: 4." in line for line in same.cautions)
     assert tell({}).headline == "The images are drawn, and no metric judged them: look at the page."
 
 

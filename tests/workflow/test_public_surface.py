@@ -20,6 +20,7 @@ from prolora.workflow.evaluation_options import EvaluationChanges, EvaluationOpt
 from prolora.workflow.extract_options import ExtractChanges, ExtractOptions
 from prolora.workflow.fit_options import FitChanges, FitOptions
 from prolora.workflow.fleet.run_options import MigrationChanges, MigrationOptions
+from prolora.workflow.merge_options import MergeChanges, MergeOptions
 from prolora.workflow.options import MethodChoice, OptionChanges, TransferOptions
 
 TRANSFERS = [prolora.transfer, prolora.transfer_file, prolora.transfer_many, prolora.plan_report]
@@ -29,6 +30,7 @@ FUNCTIONS += [(prolora.migrate, MigrationOptions), (prolora.evaluate, Evaluation
 EXTRACTIONS = [prolora.extract, prolora.extract_file, prolora.plan_extraction]
 FUNCTIONS += [(f, ExtractOptions) for f in EXTRACTIONS]
 FUNCTIONS += [(f, ConvertOptions) for f in (prolora.convert, prolora.convert_file)]
+FUNCTIONS += [(f, MergeOptions) for f in (prolora.merge, prolora.merge_file)]
 
 
 @pytest.mark.parametrize(("function", "kind"), FUNCTIONS, ids=lambda f: f.__name__)
@@ -54,6 +56,7 @@ def test_help_shows_every_option_with_its_default(function, kind):
         (MigrationOptions, MigrationChanges),
         (ExtractOptions, ExtractChanges),
         (ConvertOptions, ConvertChanges),
+        (MergeOptions, MergeChanges),
     ],
 )
 def test_options_have_one_home(kind, changes):

@@ -31,6 +31,7 @@ from .evaluate import evaluate
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
+from .merge import merge
 from .options import JsonOption, OverwriteOption, parse_path
 from .transfer import TransferCommand, show_report, transfer
 
@@ -112,6 +113,13 @@ app.command(
         "prolora convert my-dora.safetensors sdxl/ -o plain.safetensors --for a1111",
     ),
 )(convert)
+app.command(
+    epilog=write_epilog(
+        "prolora merge style.safetensors person.safetensors -o both.safetensors --strengths 0.8,1",
+        "prolora merge a.safetensors b.safetensors --target new/ --source old/ --source new/ "
+        "-o both.safetensors --out-rank 32",
+    ),
+)(merge)
 app.add_typer(basis.app, name="basis")
 app.command(
     epilog=write_epilog(

@@ -36,7 +36,7 @@ _LIKE = {
     TRAINED: (TRAINED_THERE, "the target with the LoRA trained on it, image by image"),
 }
 """Reference -> the row that images should look like, and what to call it."""
-_NOT_GIVEN = "its model was not given, and nothing is downloaded"
+_NOT_GIVEN = "no model was given, and nothing is downloaded"
 
 
 @takes_options

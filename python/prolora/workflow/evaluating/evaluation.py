@@ -93,15 +93,19 @@ class Evaluation:
             found = self.estimate(score, row, other)
             if found and found.sign:
                 better = (found.sign > 0) != (score in self.lower)
-                told = f"{score} {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+                told = f"{score} {found.mean:+.2g} ({found.low:+.2g} to {found.high:+.2g})"
                 sides[not better].append(told)
         return sides
 
     def in_words(self) -> InWords:
         """The verdict: what is better than the copy, and what the images cannot show."""
-        cautions = [f"{name} is left out: {why.rstrip('.')}." for name, why in self.skipped.items()]
+        reasons = dict.fromkeys(self.skipped.values())
+        named = {
+            why: [name for name in self.skipped if self.skipped[name] == why] for why in reasons
+        }
+        cautions = [f"Left out: {', '.join(x)} ({why.rstrip('.')})." for why, x in named.items()]
         if self.count < FEW:
-            cautions.append(f"Each row has only {self.count} images: its intervals are too narrow.")
+            cautions.append(f"Images of each row: {self.count}. So few make intervals too narrow.")
         for row in self.rows:
             if unheard := max(subject.entrants[row].unheard for subject in self.subjects):
                 cautions.append(f"{row}: {unheard} biases, norms or unread updates are not drawn.")
@@ -113,11 +117,11 @@ class Evaluation:
         for score in self.scores:
             found = [self.estimate(score, *pair) for pair in pairs]
             if known := [x.smallest for x in found if x is not None and x.smallest is not None]:
-                sizes.append(f"{score} {max(known):.3f}")
+                sizes.append(f"{score} {max(known):.2g}")
         if sizes:
             lines.append(
-                f"{self.count} images of each row can miss differences smaller than these: "
-                f"{', '.join(sizes)}. Half of that needs four times as many images."
+                f"So many images ({self.count} of each row) can miss differences smaller than "
+                f"these: {', '.join(sizes)}. Half of that needs four times as many."
             )
         return InWords(mark, headline, tuple(lines), tuple(cautions))
 
@@ -150,7 +154,7 @@ class Evaluation:
             return f"{row} is better than {name} in {better}, and worse in {worse}."
         if better or worse:
             return f"{row} is {'better' if better else 'worse'} than {name}: {better or worse}."
-        return f"{row} and {name}: {self.count} images of each show no difference."
+        return f"{row} and {name}: no difference shows (images of each: {self.count})."
 
     def tables(self) -> list[Table]:
         """The means, and the differences to the copy."""
@@ -171,10 +175,10 @@ class Evaluation:
                 if apart := self.estimate(score, row, COPY):
                     share = self.find_share(score, row)
                     rows.append(Row((row, score, *asdict(apart).values(), share)))
-        signed = [Column(name, "+.3f") for name in ("− copy", "low", "high")]
-        others = [Column("row"), Column("score"), *signed, Column("smallest", ".3f")]
+        signed = [Column(name, "+.4f") for name in ("− copy", "low", "high")]
+        others = [Column("row"), Column("metric"), *signed, Column("smallest", ".4f")]
         told = "95 % intervals over LoRAs, prompts and seeds, each comparison by itself."
-        first = make_table(f"{self.count} images of each row", columns, means, note)
+        first = make_table(f"Mean scores (images of each row: {self.count})", columns, means, note)
         second = make_table(
             "Differences to the copy", [*others, Column("share", ".2f")], rows, told
         )
