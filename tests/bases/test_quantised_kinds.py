@@ -335,3 +335,19 @@ def test_what_nunchaku_computes_on_cards_alone_has_its_shape():
     for name, kind in ((Q, "SVDQuant NVFP4"), (mod, "AWQ int4 of nunchaku")):
         with pytest.raises(UnsupportedFormat, match=kind):
             base.read(name)
+
+
+def test_the_rows_of_groups_without_a_bias_are_those_of_the_family():
+    parts, _, _ = layer("quanto qint4")
+    del parts[f"{Q}.bias"]
+    with pytest.raises(UnsupportedFormat, match="nothing in the file says how many rows"):
+        open_base(parts)
+    name, size = "transformer_blocks.0.attn.to_q", 64
+    groups = 3072 * 3072 // size
+    flux = {
+        f"{name}.weight._data._data": torch.empty(1).expand(groups // 2, size).to(torch.uint8),
+        f"{name}.weight._scale": torch.ones(groups, 1),
+        f"{name}.weight._shift": torch.ones(groups, 1),
+        "single_transformer_blocks.0.proj_mlp.weight": torch.zeros(12288, 3072).bfloat16(),
+    }
+    assert open_base(flux).shapes[name] == (3072, 3072)
