@@ -210,6 +210,20 @@ def list_lora_blocks(adapter: Adapter) -> DepthTable:
     return DepthTable(tuple(adapter.updates), family, complete=False)
 
 
+def find_factors(blocks: Blocks | None, adapter: Adapter, base: Base | None) -> dict[str, float]:
+    """Module of an adapter -> the factor of its block, by the blocks of its base if that is given.
+
+    Raises:
+        InvalidOption: see `BlockWeights.resolve`.
+    """
+    if blocks is None:
+        return {}
+    table = list_lora_blocks(adapter) if base is None else list_base_blocks(base)
+    title = table.family.title if table.family else "this model"
+    names = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.vectors)}
+    return BlockWeights.read(blocks).resolve(table, names, title)
+
+
 def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
     """An adapter with the factors of its modules on their updates and vectors; 0 takes them out.
 

@@ -20,8 +20,7 @@ from .base_check import explain_misfit
 from .block_weights import (
     LEFT_OUT,
     BlockWeights,
-    list_base_blocks,
-    list_lora_blocks,
+    find_factors,
     weigh_adapter,
 )
 from .by_weights.file_budget import OutputForm
@@ -108,13 +107,13 @@ def convert_file(
 
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
-    adapter = lora if isinstance(lora, Adapter) else _read(lora, base)
+    adapter = read_plain(lora, base)
     form = OutputForm.of(options.as_transfer())
     vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
     left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
     plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
-    factors = _find_factors(plain, base, options)
+    factors = find_factors(options.blocks, plain, base)
     form.check(plain)
     silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
     left_out |= dict.fromkeys(silent, LEFT_OUT)
@@ -149,15 +148,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     return Transfer(fitted, report, [*files, *(base.files if base else [])])
 
 
-def _read(lora: LoraLike, base: Base | None) -> Adapter:
+def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     """The LoRA's updates, each a plain LoRA.
 
     Raises:
         UnsupportedFormat: an update depends on a base that is not given.
         ProLoRAError: see `convert`.
     """
+    if isinstance(lora, Adapter):
+        return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
-    assert not isinstance(lora, Adapter)
     if base is not None:
         if misfit := explain_misfit(lora, base):
             raise misfit
@@ -171,16 +171,6 @@ def _read(lora: LoraLike, base: Base | None) -> Adapter:
                 "trained on, too"
             )
     return adapters.read_adapter(lora)
-
-
-def _find_factors(adapter: Adapter, base: Base | None, options: ConvertOptions) -> dict[str, float]:
-    """Module -> the factor of its block."""
-    if options.blocks is None:
-        return {}
-    table = list_lora_blocks(adapter) if base is None else list_base_blocks(base)
-    title = table.family.title if table.family else "this model"
-    names = {*adapter.updates, *(name.rpartition(".")[0] for name in adapter.vectors)}
-    return BlockWeights.read(options.blocks).resolve(table, names, title)
 
 
 def _describe_rows(before: Adapter, after: Adapter, form: OutputForm) -> Iterable[ModuleReport]:

@@ -34,6 +34,7 @@ from .in_words import (
     CONVERT,
     EXTRACT,
     FIT_NO_BETTER,
+    MERGE,
     InWords,
     judge,
     tell_expected,
@@ -43,6 +44,7 @@ from .in_words import (
     tell_next,
     tell_place,
 )
+from .merge_report import MergeReport
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
 from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
@@ -59,6 +61,7 @@ from .page.document import (
 from .table import Table
 
 STATUSES = ("mapped", "skipped", "refused")
+_MADE = {EXTRACT: "extracted", CONVERT: "converted", MERGE: "merged"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,6 +104,7 @@ class Report:
         work: what a fit would ask of the models, in a sentence; of a dry run alone.
         why: whether and why the models were run, in plain words; of method "best" alone.
         seconds: wall time by stage.
+        merge: what became of each LoRA of several, and where they overlap; None without a merge.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
     """
@@ -134,6 +138,7 @@ class Report:
     why: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    merge: MergeReport | None = None
 
     def __repr__(self) -> str:
         """One line: the method, the two bases and the counts."""
@@ -156,8 +161,13 @@ class Report:
 
     @property
     def was_made(self) -> bool:
-        """Whether the LoRA was extracted or converted, and not moved between bases."""
-        return self.method in (EXTRACT, CONVERT)
+        """Whether the LoRA was extracted, converted or merged, and not moved between bases."""
+        return self.method in _MADE
+
+    @property
+    def _between(self) -> str:
+        """The two bases, or what a LoRA without a second one was made of."""
+        return f"{self.source} → {self.target}" if self.target else self.source
 
     @property
     def coverage(self) -> float:
@@ -242,10 +252,12 @@ class Report:
             found.append(tables.tabulate_decisions(self.decisions, unused, every_block))
         mapped = self.rows("mapped")
         if mapped and (not self.was_fitted or every_module or self.dry_run):
-            title = f"{self.source} → {self.target}, method {self.method}"
+            title = f"{self._between}, method {self.method}"
             found.append(tables.tabulate_moved(title, mapped, every_module, self.dry_run))
         if self.probe and self.probe.crossed and self.probe.crossed.bands:
             found.append(tables.tabulate_bands(self.probe.crossed.bands))
+        if self.merge:
+            found.append(self.merge.table(every_module))
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
@@ -253,7 +265,9 @@ class Report:
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.was_made:
-            return tell_made(self.method, source, target, self.share_on_target, self._cautions())
+            parts = self.merge.lines() if self.merge else ()
+            kept, cautions = self.share_on_target, self._cautions()
+            return tell_made(self.method, source, target, kept, cautions, parts)
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
@@ -285,8 +299,9 @@ class Report:
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
+        merged = self.merge.cautions() if self.merge else []
         cautions = self._cautions_of_file() + self._sentences_of_factors()
-        return (*cautions, *self._caution_of_strangers())
+        return (*cautions, *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
@@ -331,7 +346,7 @@ class Report:
         moved = "would move" if self.dry_run else "moved"
         between = f" from {self.source} to {self.target}"
         if self.was_made:
-            moved = f"{'would be' if self.dry_run else 'were'} {self.method}ed"
+            moved = f"{'would be' if self.dry_run else 'were'} {_MADE[self.method]}"
             between = f" between {self.source} and {self.target}" if self.method == EXTRACT else ""
         sentences = [
             f"{len(placed)} of {len(names)} modules {moved}{between}"
@@ -474,7 +489,7 @@ class Report:
             every = tables.tabulate_modules(self.modules, self.dry_run)
             sections.append(Section(every.title, [every], MODULES))
         return Page(
-            title=f"{self.source} → {self.target}",
+            title=self._between,
             eyebrow="LoRA transfer report",
             headline=f"{words.mark} {words.headline}",
             lines=(*words.lines, *words.cautions),
