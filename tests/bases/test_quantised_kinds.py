@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prolora import UnsupportedFormat, open_base
+from prolora import UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
 from prolora.bases.quantised.weight import find_kind
@@ -283,7 +283,7 @@ def svdquant(name, *, older=False):
     }, meant
 
 
-def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
+def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers(tmp_path):
     """By the names of its first programs; the last layer of a single block is two side by side."""
     block, single = "transformer_blocks.0", "single_transformer_blocks.3"
     names = {
@@ -310,6 +310,9 @@ def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
         assert torch.allclose(base.read(name), whole, atol=1e-6)
         assert torch.allclose(base.weights[name].read_rows(5, 9), whole[5:9], atol=1e-6)
     assert not base.vectors, "biases in the order of the kernel are not read"
+    write_safetensors(tmp_path / "x.safetensors", stored, {})
+    described = inspect(tmp_path / "x.safetensors")
+    assert described.kind == "base" and described.quantised == "SVDQuant int4 (5 of 5 weights)"
     half = {key: part for key, part in stored.items() if "single" not in key or "out_" not in key}
     with pytest.raises(UnsupportedFormat, match="only one half"):
         open_base(half)
