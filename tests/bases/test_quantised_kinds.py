@@ -23,6 +23,7 @@ PLACE = Path(__file__).with_name("quantised_layers.safetensors")
 STORED = SafetensorsFile(PLACE)
 KINDS = sorted({key.partition("|")[0] for key in STORED.tensors})
 Q = "transformer_blocks.0.attn.to_q"
+CODES = (".weight", "_qdata")
 # A product of two float32 is rounded once here and maybe twice, or in another order, there.
 SLACK = {
     "bitsandbytes int8": 1e-7,
@@ -102,8 +103,8 @@ def test_a_part_that_is_missing_cut_off_or_of_another_type_is_refused_by_name(ki
             if what == "missing":
                 del changed[key]
             elif what == "cut" and part.dim() and part.shape[0] > 1:
-                if kind == "comfy int8" and key.endswith(".weight"):
-                    continue  # with one scale, a layer of fewer rows is a layer
+                if (kind == "comfy int8" or "ordered" in kind) and key.endswith(CODES):
+                    continue  # with one scale, or one tile of them, fewer rows are a layer, too
                 changed[key] = part[: -(-part.shape[0] // 3)].clone()
             elif what == "type":
                 changed[key] = part.to(torch.int16 if part.dtype != torch.int16 else torch.int32)
@@ -268,3 +269,69 @@ def test_the_shapes_of_a_kind_that_is_not_known_are_those_of_its_family():
     parts["model.diffusion_model.double_blocks.0.img_mlp.0.weight"] = codes[:, :100].clone()
     with pytest.raises(UnsupportedFormat, match="'int5_of_tomorrow', whose numbers and shape"):
         open_base(parts)
+
+
+OLDER = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}
+
+
+def svdquant(name, *, older=False):
+    """The stored layer [256, 128] under another name."""
+    parts, _, meant = layer("nunchaku SVDQuant int4")
+    leaves = {key.removeprefix(f"{Q}."): part for key, part in parts.items()}
+    return {
+        f"{name}.{OLDER.get(leaf, leaf) if older else leaf}": x for leaf, x in leaves.items()
+    }, meant
+
+
+def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
+    """By the names of its first programs; the last layer of a single block is two side by side."""
+    block, single = "transformer_blocks.0", "single_transformer_blocks.3"
+    names = {
+        f"{block}.qkv_proj_context": None,
+        f"{block}.out_proj": f"{block}.attn.to_out.0",
+        f"{block}.mlp_fc1": f"{block}.ff.net.0.proj",
+        f"{block}.mlp_context_fc2": f"{block}.ff_context.net.2",
+        f"{single}.mlp_fc1": f"{single}.proj_mlp",
+        f"{single}.mlp_fc2": None,
+        f"{single}.out_proj": None,
+    }
+    stored, meant = {}, None
+    for name in names:
+        parts, meant = svdquant(name, older=True)
+        stored |= parts
+    with pytest.raises(UnsupportedFormat, match="256 rows for 3 layers"):
+        open_base(stored)
+    stored = {key: part for key, part in stored.items() if "qkv_proj_context" not in key}
+    base = open_base(stored)
+    expected = {name for name in names.values() if name} | {f"{single}.proj_out"}
+    assert set(base.shapes) == expected
+    for name in expected:
+        whole = torch.cat([meant, meant], 1) if name.endswith("proj_out") else meant
+        assert torch.allclose(base.read(name), whole, atol=1e-6)
+        assert torch.allclose(base.weights[name].read_rows(5, 9), whole[5:9], atol=1e-6)
+    assert not base.vectors, "biases in the order of the kernel are not read"
+    half = {key: part for key, part in stored.items() if "single" not in key or "out_" not in key}
+    with pytest.raises(UnsupportedFormat, match="only one half"):
+        open_base(half)
+
+
+def test_what_nunchaku_computes_on_cards_alone_has_its_shape():
+    parts, _ = svdquant(Q)
+    scale = torch.ones(128 // 16, 256).to(torch.float8_e4m3fn)
+    nvfp4 = parts | {f"{Q}.wscales": scale, f"{Q}.wcscales": torch.ones(256)}
+    mod = "transformer_blocks.0.norm1.linear"
+    awq = {
+        f"{mod}.qweight": torch.zeros(96, 64, dtype=torch.int32),
+        f"{mod}.wscales": torch.ones(2, 384).bfloat16(),
+        f"{mod}.wzeros": torch.zeros(2, 384).bfloat16(),
+    }
+    fused = {
+        "transformer_blocks.1.attn.to_qkv.qweight": torch.zeros(384, 64, dtype=torch.int8),
+        "transformer_blocks.1.attn.to_qkv.wscales": torch.ones(8, 384).to(torch.float8_e4m3fn),
+    }
+    base = open_base(nvfp4 | awq | fused)
+    thirds = {f"transformer_blocks.1.attn.to_{leaf}": (128, 128) for leaf in "qkv"}
+    assert base.shapes == {Q: (256, 128), mod: (384, 128), **thirds}
+    for name, kind in ((Q, "SVDQuant NVFP4"), (mod, "AWQ int4 of nunchaku")):
+        with pytest.raises(UnsupportedFormat, match=kind):
+            base.read(name)

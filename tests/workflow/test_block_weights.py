@@ -95,8 +95,8 @@ def test_a_transformers_blocks_are_meant_by_ranges_and_by_the_authors_names():
     ("blocks", "message"),
     [
         ("1,1,1", r"3 numbers, and .* takes 20 \(BASE … OUT08\) or 12 \(BASE … OUT05\)"),
-        ("IN99=1", "names 'IN99', which is no block or module"),
-        ("double_blocks.*=1", "no block or module of"),
+        ("IN99=1", "names 'IN99', which is not a block or module"),
+        ("double_blocks.*=1", "not a block or module of"),
         ("1,IN04=1", "mixes numbers and names"),
         ("IN04=x", "'x', which is not a number"),
         ("nan", "not a number"),

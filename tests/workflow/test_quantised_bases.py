@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import prolora
 from prolora import UnsupportedFormat
+from prolora.comparison.comparison import compare
 from prolora.files.writing import write_safetensors
 
 
@@ -77,7 +78,7 @@ def test_what_needs_weights_names_the_kind_before_any_is_read(method, monkeypatc
 
 def test_comparing_and_extracting_name_the_kind():
     bases = plain(source_weights()), unreadable(source_weights())
-    for run in (prolora.compare, prolora.extract):
+    for run in (compare, prolora.extract):
         with pytest.raises(UnsupportedFormat, match="asym_w4a8_int8"):
             run(*bases)
 
@@ -97,7 +98,9 @@ def test_a_quantised_base_is_told_and_nearly_as_good_as_the_plain_one():
         assert lost < 0.05 * (other.up @ other.down).norm()
 
 
-def test_a_base_says_how_it_is_quantised():
+def test_a_base_says_how_it_is_quantised(tmp_path):
     mixed = int8(source_weights()) | {"conv_in.weight": torch.zeros(4, 4, 3, 3)}
     assert prolora.open_base(mixed).quantised_as == "int8 (12 of 13 weights)"
     assert prolora.open_base(plain(source_weights())).quantised_as == ""
+    write_safetensors(tmp_path / "x.safetensors", mixed, {})
+    assert prolora.inspect(tmp_path / "x.safetensors").quantised == "int8 (12 of 13 weights)"

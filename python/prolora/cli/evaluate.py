@@ -18,6 +18,7 @@ from ..workflow.evaluating.drawing import JSON_FILE, PAGE
 from ..workflow.evaluation_options import DRAWN, JUDGING, EvaluationOptions
 from .console import out, progress_bar
 from .options import (
+    CacheOption,
     JsonOption,
     Prompts,
     QuietOption,
@@ -42,7 +43,7 @@ class Files:
     lora: Annotated[Path, _name(parse_path, "LORA", "The LoRA, or a folder of several.")]
     moved: Annotated[
         list[Path],
-        _name(parse_path, "[MOVED]...", "What became of it; for several LoRAs, folders."),
+        _name(parse_path, "MOVED", "What became of it; for several LoRAs, folders."),
     ] = dataclasses.field(default_factory=list)
     output: Annotated[
         Path,
@@ -113,6 +114,17 @@ class Judging:
         return {name: folder for name, _, folder in pairs}
 
 
+@dataclass
+class Where:
+    """Where to compute, and what is kept of the bases; drawing has no bound on memory."""
+
+    panel: ClassVar[str] = "Resources"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "cpu"
+    cache: CacheOption = None
+
+
 @expand_options
 def evaluate(
     files: Files,
@@ -120,11 +132,12 @@ def evaluate(
     asked: EvaluationOptions,
     prompts: Prompts,
     drawing: Drawing,
-    resources: Resources,
+    where: Where,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Draw what moved LoRAs give, and compare them with the copy by metrics."""
+    resources = Resources(where.device, cache=where.cache)
     resources.check_device()
     with progress_bar("evaluate", not (quiet or as_json)) as progress:
         options = replace(

@@ -127,7 +127,7 @@ class BlockWeights:
             if not any(map(fits, (*modules, *table.modules))) and name not in table.places:
                 ends = f"{table.places[0]} … {table.places[-1]}" if table.places else "none"
                 raise InvalidOption(
-                    f"`blocks` names {name!r:.60}, which is no block or module of {title}; its "
+                    f"`blocks` names {name!r:.60}, which is not a block or module of {title}; its "
                     f"blocks are {ends}"
                 )
         return factors

@@ -40,10 +40,22 @@ LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
-ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "diffusers", "musubi", "sd-scripts"]
+ProgramName = Literal[
+    "comfyui",
+    "a1111",
+    "diffsynth",
+    "diffusers",
+    "forge",
+    "invokeai",
+    "lightx2v",
+    "mflux",
+    "musubi",
+    "sd-scripts",
+    "sdcpp",
+]
 FormatLike = FormatName | ProgramName
-"""A format of LoRA files, or the program that reads the file: each family says which format that
-is. "auto" is the format that the LoRA came in."""
+"""A format of LoRA files, or the program that reads the file: which format that is depends on the
+family. "auto" is the format that the LoRA came in, if a program reads that."""
 
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 DtypeLike = torch.dtype | DtypeName
@@ -57,7 +69,7 @@ TransferMethod = Literal["best"] | MethodChoice
 """What a transfer takes as its method: "best" also runs the models, where that gives more."""
 
 METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
-FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
+FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""

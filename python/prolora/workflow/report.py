@@ -300,7 +300,8 @@ class Report:
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
         merged = self.merge.cautions() if self.merge else []
-        return (*self._cautions_of_file(), *merged, *self._caution_of_strangers())
+        cautions = self._cautions_of_file() + self._sentences_of_factors()
+        return (*cautions, *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
@@ -322,13 +323,15 @@ class Report:
         """What is left of each block, in the notation that `blocks` takes."""
         return ",".join(f"{factor:.2g}" for factor in self.profile.values())
 
+    def _sentences_of_factors(self) -> list[str]:
+        """The factors that were asked for, and how many modules have the factor 0."""
+        gone = sum(row.reason == LEFT_OUT for row in self.modules)
+        what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
+        return [f"Factors by block, as asked: {self.blocks}{what}."] if self.blocks else []
+
     def _sentences_of_blocks(self) -> list[str]:
         """The factors that were asked for, and what is left of each block."""
-        sentences = []
-        if self.blocks:
-            gone = sum(row.reason == LEFT_OUT for row in self.modules)
-            what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
-            sentences.append(f"Factors by block, as asked: {self.blocks}{what}.")
+        sentences = self._sentences_of_factors()
         if not self.dry_run and any(abs(x - 1) > 0.005 for x in self.profile.values()):
             first, last = (list(self.profile)[i] for i in (0, -1))
             sentences.append(

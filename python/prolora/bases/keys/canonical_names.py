@@ -213,7 +213,9 @@ def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
 
 
 def _refuse_adapters(keys: Collection[str], where: str) -> None:
-    key = next((key for key in keys if _ADAPTER.search(key)), None)
+    # nunchaku calls the low-rank part of a quantised weight so, too.
+    found = (key for key in keys if _ADAPTER.search(key))
+    key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
     if key is not None:
         raise UnsupportedFormat(
             f"{where}: is a LoRA or a model with one attached ({key}), not a base model; give the "

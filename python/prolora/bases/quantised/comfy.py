@@ -308,7 +308,7 @@ def _check_codes(
     columns = stored.shape[1] * (2 if stored.dtype in _BYTES else 1)
     if stored.shape[0] % multiple or columns % multiple:
         raise parts.refuse(
-            f"{key}: {stored.shape[0]} rows of {columns} numbers are no multiples of {multiple}, "
+            f"{key}: {stored.shape[0]} rows of {columns} numbers are not multiples of {multiple}, "
             "which its note promises; download it again"
         )
     return stored
@@ -338,7 +338,7 @@ def _check_rotation(parts: CheckpointParts, key: str, settings: Note, columns: i
     """How many columns are rotated together: a power of 4."""
     size = _read_size(parts, key, settings, "convrot_groupsize", 256, columns)
     if size < 4 or size > _LARGEST_ROTATION or 4 ** (size.bit_length() // 2) != size:
-        raise parts.refuse(f"{key}: {size} columns rotated together are no power of 4")
+        raise parts.refuse(f"{key}: {size} columns rotated together are not a power of 4")
     return size
 
 

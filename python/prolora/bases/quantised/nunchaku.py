@@ -162,7 +162,7 @@ def _join_layer(parts: CheckpointParts, module: str) -> tuple[Weight, list[str]]
     if down is not None or parts.get(names["proj_up"]) is not None:
         rank = parts.need(names["proj_down"], key).shape[-1]
         if not rank or rank % _PACK:
-            raise parts.refuse(f"{names['proj_down']} is of rank {rank}, no multiple of 16")
+            raise parts.refuse(f"{names['proj_down']} has rank {rank}, not a multiple of 16")
         scales.append(parts.check(names["proj_down"], _HALVES, (columns, rank)))
         scales.append(parts.check(names["proj_up"], _HALVES, (rows, rank)))
     return SvdQuantWeight("SVDQuant int4", stored, tuple(scales), (rows, columns)), keys

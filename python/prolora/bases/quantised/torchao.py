@@ -117,7 +117,7 @@ def _scale_blocks(
         )
     if not all(stored.shape) or columns % block or "scale" not in keys:
         raise parts.refuse(
-            f"{keys['qdata']}: {columns} columns are no blocks of {block} with scales"
+            f"{keys['qdata']}: {columns} columns are not whole blocks of {block} with scales"
         )
     ordered = data.get("is_swizzled_scales", False) is True
     scale = parts.need(keys["scale"], keys["qdata"])
