@@ -169,12 +169,25 @@ def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
     assert set(loras[0]) <= set(written)
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     up, down = (written[f"{key}.lora_{side}.weight"] for side in ("up", "down"))
-    assert up.shape == (9216, 5) and done.adapter.family == "flux"
+    assert up.shape == (9216, 5)
     wanted = sum(
         s * x[f"{key}.lora_up.weight"] @ x[f"{key}.lora_down.weight"]
         for s, x in zip((1, 0.5), loras, strict=True)
     )
     assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_the_family_is_one_that_all_modules_can_be_of():
+    """Chroma has the double blocks of FLUX without their modulation."""
+    loras = []
+    for key, out in (("img_attn_qkv", 9216), ("img_mod_lin", 18432)):
+        start = f"lora_unet_double_blocks_0_{key}.lora"
+        tensors = {f"{start}_up.weight": torch.ones(out, 1)}
+        loras.append(tensors | {f"{start}_down.weight": torch.ones(1, 3072)})
+    assert [adapters.read_adapter(lora).family for lora in loras] == ["chroma", "flux"]
+    done = prolora.merge(loras)
+    assert done.adapter.family == "flux"
+    assert set(done.state_dict("kohya")) >= {key for lora in loras for key in lora}
 
 
 def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
@@ -330,6 +343,10 @@ def test_different_bases_in_the_headers_are_told(tmp_path):
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for i, path in enumerate(paths):
         save_file(make_lora(1, i)[0], path, {"ss_sd_model_name": f"base{i}.safetensors"})
+        twin = "base1.safetensors" if i else "base1-fp16.safetensors"
+        save_file(make_lora(1, i)[0], tmp_path / f"same{i}.safetensors", {"ss_sd_model_name": twin})
+    same = prolora.merge([tmp_path / "same0.safetensors", tmp_path / "same1.safetensors"])
+    assert not same.report.in_words().cautions
     words = prolora.merge(paths).report.in_words()
     assert "a on base0.safetensors, b on base1.safetensors" in words.cautions[-1]
 
