@@ -13,6 +13,7 @@ from prolora.adapters.keys.module_names import spell_module
 from prolora.architectures.families import known_families
 from prolora.architectures.family import Family
 from prolora.architectures.layouts import load_layout
+from prolora.architectures.loaders import find_reach, known_loaders, name_row
 
 PAGE = Path(__file__).resolve().parent / "families.md"
 INTRODUCTION = Path(__file__).resolve().parent / "families_introduction.md"
@@ -72,9 +73,12 @@ def _sizes(family: Family) -> str:
 def _formats(family: Family) -> str:
     rows = []
     for format in FORMATS:
-        programs = [name for name, formats in family.readers.items() if format in formats]
-        if programs:
-            rows.append(f"`{format}`: {', '.join(programs)}")
+        row = name_row(family, format, family.spellings.get(format))
+        usual = [name for id_ in family.layouts[:1] for name in load_layout(id_).adapted]
+        reach = find_reach(family, row, usual) if format in family.spellings else {}
+        whole = [one.title for id_, one in known_loaders().items() if reach.get(id_) == "whole"]
+        if whole:
+            rows.append(f"`{format}`: {', '.join(whole)}")
     return "<br>".join(rows) or "not tried"
 
 

@@ -13,6 +13,8 @@ from published_unets import UNETS
 
 from prolora.adapters import Adapter, encode_state_dict
 from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.loaders import find_reach, name_row
 from prolora.core.lowrank import LowRank
 
 diffusers = pytest.importorskip("diffusers")
@@ -56,19 +58,15 @@ PIPELINES = {
     "z-image": "ZImagePipeline",
 }
 FAMILIES = known_families()
-# What a reader of diffusers does not know. It raises at those of Chroma and Wan; Anima's adapter of
-# text is another model in diffusers, whose modules it looks for under another prefix.
-NOT_READ = {
-    ("chroma", "kohya"): "distilled_guidance_layer.",
-    ("cosmos", "diffusers"): "llm_adapter.",
-    ("wan", "comfy"): "vace_blocks.",
-    ("wan", "kohya"): "vace_blocks.",
-}
 CASES = [
     (id_, layout, format)
     for id_, family in FAMILIES.items()
     for layout in family.layouts
-    for format in family.readers.get("diffusers", ())
+    for format, spelling in family.spellings.items()
+    if find_reach(family, name_row(family, format, spelling), load_layout(layout).adapted).get(
+        "diffusers"
+    )
+    == "whole"
     if layout in UNETS or not family.unet or layout in PUBLISHED
 ]
 
@@ -108,8 +106,14 @@ def make_config(layout):
 
 @pytest.mark.parametrize(("id_", "layout", "format"), CASES)
 def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, layout, format):
-    left_out = NOT_READ.get((id_, format), " ")
-    updates = make_updates(FAMILIES[id_], layout, lambda name: not name.startswith(left_out))
+    """Of those that the table of loaders says it reads."""
+    family = FAMILIES[id_]
+    row = name_row(family, format, family.spellings[format])
+
+    def is_read(module):
+        return find_reach(family, row, [module]).get("diffusers") == "whole"
+
+    updates = make_updates(family, layout, is_read)
     written = encode_state_dict(Adapter(updates, family=id_), format=format)
     read = read_by_diffusers(id_, layout, written)
     assert read.keys() == updates.keys()
@@ -122,7 +126,7 @@ def test_a_pipeline_of_diffusers_reads_every_module_with_the_same_update(id_, la
     [("chroma", "chroma", "kohya"), ("wan", "wan2.1-vace-14b", "comfy")],
 )
 def test_what_a_reader_of_diffusers_stopped_at_still_stops_it(id_, layout, format):
-    """Where this fails, diffusers has learned it, and `NOT_READ` can go."""
+    """Where this fails, diffusers has learned it, and the table is to be made again."""
     updates = make_updates(FAMILIES[id_], layout)
     written = encode_state_dict(Adapter(updates, family=id_), format=format)
     with pytest.raises(ValueError, match=r"Incompatible keys|should be empty"):

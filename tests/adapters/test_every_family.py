@@ -83,12 +83,6 @@ def test_formats_of_a_family_convert_into_each_other(family):
     check_equal(adapter.updates, updates)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_readers_of_a_family_read_formats_that_it_has(family):
-    for formats in FAMILIES[family].readers.values():
-        assert formats and set(formats) <= FAMILIES[family].spellings.keys()
-
-
 def test_a_format_that_no_program_reads_is_refused_and_names_those_that_are_read(monkeypatch):
     flux = known_families()["flux"]
     fewer = replace(flux, spellings={"comfy": flux.spellings["comfy"]})

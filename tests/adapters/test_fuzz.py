@@ -21,6 +21,7 @@ from safetensors.torch import save
 from prolora import adapters
 from prolora.adapters.keys.module_names import spell_module
 from prolora.architectures.families import known_families
+from prolora.architectures.family import Spelling
 from prolora.architectures.layouts import load_layout
 from prolora.errors import ProLoRAError
 from prolora.workflow.dry_run import plan_report
@@ -45,12 +46,13 @@ STEMS = (
     "lora_unet_mid_block_attentions_0_norm",
     "lora_unet_final_layer_adaLN_modulation_1",
 )
+FURTHER = (Spelling("", "diffusers"), Spelling("lycoris_", "diffusers", dotted=False))
 # The spelling of every file that a program reads, with its family.
 SPELLED = [
     (family, spelling)
     for family in known_families().values()
     if not family.unet
-    for spelling in (*family.spellings.values(), *family.also_read)
+    for spelling in (*family.spellings.values(), *FURTHER)
 ]
 KINDS = (
     {"lora_up.weight": (14, 4), "lora_down.weight": (4, 12), "alpha": ()},

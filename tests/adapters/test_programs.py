@@ -1,27 +1,58 @@
 """Which programs read a file, and which format each wants."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from prolora.adapters import Adapter, encode_state_dict, write_adapter
-from prolora.adapters.formats.programs import PROGRAMS, choose_format, find_readers
+from prolora.adapters.formats.programs import choose_format, find_readers
 from prolora.architectures.families import known_families
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.loaders import find_reach, known_loaders, name_row
 from prolora.core.lowrank import LowRank
 from prolora.errors import UnsupportedFormat
 from prolora.workflow.inspection import inspect
+from prolora.workflow.options import ProgramName
 
+ROOT = Path(__file__).parents[2]
 MODULE = "transformer_blocks.0.attn.to_q"
 
 
-def adapter_for(family):
+def adapter_for(family, format="diffusers", module=MODULE):
     update = LowRank(torch.ones(3072, 1), torch.ones(1, 3072))
-    return Adapter({MODULE: update}, family=family, format="diffusers")
+    return Adapter({module: update}, family=family, format=format)
 
 
-def test_every_program_in_the_data_has_a_word_for_it_on_the_command_line():
-    named = {name for family in known_families().values() for name in family.readers}
-    assert named == {*PROGRAMS.values(), "diffusers"}
+def test_every_program_in_the_table_has_a_word_for_it_on_the_command_line():
+    assert set(known_loaders()) == set(get_args(ProgramName))
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_counts_say():
+    """`python bench/loader_matrix.py table` makes it."""
+    code = (
+        "import json, sys, loader_matrix as m;"
+        "raw = json.loads(m.RESULTS.read_text('utf-8'));"
+        "sys.exit(m.format_table(m.make_table(raw)) != m.TABLE.read_text('utf-8'))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", check=True)
+
+
+def test_no_program_is_said_to_read_more_keys_than_were_written():
+    raw = json.loads((ROOT / "bench/results/loaders.json").read_text("utf-8"))
+    for facts in raw.values():
+        for sizes in facts["families"].values():
+            for rows in sizes.values():
+                for counts in rows.values():
+                    read, written = counts.get("keys", (0, 0))
+                    assert read <= written
+                    assert "keys" not in counts or (read == written) == (counts["unread"] == [])
 
 
 @pytest.mark.parametrize(
@@ -29,8 +60,12 @@ def test_every_program_in_the_data_has_a_word_for_it_on_the_command_line():
     [
         ("qwen-image", "comfyui", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
         ("qwen-image", "musubi", "lora_unet_transformer_blocks_0_attn_to_q.lora_down"),
+        ("qwen-image", "mflux", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
+        ("qwen-image", "sdcpp", "diffusion_model.transformer_blocks.0.attn.to_q.lora_A"),
         ("flux", "forge", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
         ("flux", "sd-scripts", "lora_unet_double_blocks_0_img_attn_qkv.lora_down"),
+        # In diffusers' names behind ComfyUI's prefix, or behind none, which more programs read.
+        ("flux2", "diffsynth", "transformer_blocks.0.attn.to_q.lora_A"),
     ],
 )
 def test_a_program_gets_the_spelling_it_reads(family, program, start):
@@ -43,31 +78,72 @@ def test_a_program_that_reads_none_of_our_formats_is_named_with_those_that_do():
         encode_state_dict(adapter_for("qwen-image"), format="a1111")
 
 
+@pytest.mark.parametrize("family", known_families())
+def test_what_is_written_for_a_program_is_read_by_it(family):
+    """Every program that reads anything of a family gets a file of which it reads something."""
+    one = known_families()[family]
+    usual = load_layout(one.layouts[0]).adapted
+    for program in known_loaders():
+        try:
+            format, spelling = choose_format([family], program, usual)
+        except UnsupportedFormat:
+            continue
+        row = name_row(one, format, spelling or one.spellings[format])
+        assert find_reach(one, row, usual)[program] in ("whole", "part")
+
+
 def test_where_several_families_are_possible_only_what_all_share_counts():
-    assert choose_format(["flux", "chroma"], "forge") in ("kohya", "comfy")
-    assert "InvokeAI" in find_readers(["flux"], "diffusers", None)
-    assert "InvokeAI" not in find_readers(["flux", "chroma"], "diffusers", None)
+    assert choose_format(["flux", "chroma"], "forge")[0] in ("kohya", "comfy")
+    style = known_families()["flux"].spellings["diffusers"]
+    assert "InvokeAI" in find_readers(["flux"], "diffusers", style, [MODULE]).whole
+    assert "InvokeAI" not in find_readers(["flux", "chroma"], "diffusers", style, [MODULE]).whole
 
 
-def test_inspect_says_which_programs_read_a_file(tmp_path):
+def test_inspect_says_who_reads_a_file_whole_and_who_not_at_all(tmp_path):
     write_adapter(adapter_for("qwen-image"), tmp_path / "lora", format="kohya")
-    assert {"ComfyUI", "musubi"} <= set(inspect(tmp_path / "lora").readers)
+    description = inspect(tmp_path / "lora")
+    assert {"ComfyUI", "musubi-tuner", "diffusers"} <= set(description.readers)
+    assert {"DiffSynth-Studio", "LightX2V"} <= set(description.non_readers)
     tensors = load_file(tmp_path / "lora")
     assert all(key.startswith("lora_unet_transformer_blocks_0") for key in tensors)
 
 
+def test_a_program_that_reads_some_modules_reads_a_file_with_others_in_part():
+    style = known_families()["z-image"].spellings["kohya"]
+    fused, other = "layers.0.attention.to_q", "layers.0.feed_forward.w1"
+    both = find_readers(["z-image"], "kohya", style, [fused, other])
+    assert "mflux" in both.part
+    assert "mflux" in find_readers(["z-image"], "kohya", style, [fused]).none
+    assert "mflux" in find_readers(["z-image"], "kohya", style, [other]).whole
+
+
 @pytest.mark.parametrize(
-    ("family", "format", "module"),
+    ("family", "format", "module", "left"),
     [
-        ("cosmos", "diffusers", "llm_adapter.blocks.0.self_attn.q_proj"),
-        ("chroma", "kohya", "distilled_guidance_layer.in_proj"),
-        ("wan", "comfy", "vace_blocks.0.attn1.to_q"),
-        ("wan", "kohya", "vace_blocks.0.attn1.to_q"),
+        ("cosmos", "diffusers", "llm_adapter.blocks.0.self_attn.q_proj", "part"),
+        ("chroma", "kohya", "distilled_guidance_layer.in_proj", "none"),
+        ("wan", "comfy", "vace_blocks.0.attn1.to_q", "none"),
+        ("wan", "kohya", "vace_blocks.0.attn1.to_q", "none"),
     ],
 )
-def test_a_program_that_does_not_read_some_modules_is_no_reader_of_a_file_with_them(
-    family, format, module
+def test_a_program_that_stops_at_a_module_reads_nothing_of_a_file_with_it(
+    family, format, module, left
 ):
-    assert "diffusers" in find_readers([family], format, None, ["transformer_blocks.0.attn.to_q"])
-    assert "diffusers" not in find_readers([family], format, None, [module])
-    assert "ComfyUI" in find_readers([family], "comfy", None, [module])
+    styles = known_families()[family].spellings
+    attention = load_layout(known_families()[family].layouts[0]).attention
+    usual = next(name for name in attention if not name.startswith("llm_adapter"))
+    style = styles[format]
+    assert "diffusers" in find_readers([family], format, style, [usual]).whole
+    assert "diffusers" in getattr(find_readers([family], format, style, [usual, module]), left)
+    assert (
+        "ComfyUI"
+        in find_readers(
+            [family], "comfy", known_families()[family].spellings["comfy"], [module]
+        ).whole
+    )
+
+
+def test_a_format_that_no_program_reads_is_replaced_by_what_most_read():
+    """A LoRA that comes in ComfyUI's spelling of FLUX.1 and goes to Bria FIBO."""
+    keys = encode_state_dict(adapter_for("bria-fibo", format="comfy"))
+    assert all(key.startswith("transformer.transformer_blocks.0") for key in keys)

@@ -1,7 +1,7 @@
 """LoRA files <-> `Adapter`."""
 
 from .adapter import Adapter
-from .formats.groups import Group, group_modules, respell_adapter
+from .formats.groups import Group, group_modules, resolve_format
 from .naming import BaseNames
 from .reading import outline_adapter, read_adapter
 from .writing import (
@@ -23,6 +23,6 @@ __all__ = [
     "group_modules",
     "outline_adapter",
     "read_adapter",
-    "respell_adapter",
+    "resolve_format",
     "write_adapter",
 ]

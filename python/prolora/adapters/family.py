@@ -8,6 +8,7 @@ from functools import cache
 
 from ..architectures.families import known_families
 from ..architectures.family import Family, Spelling
+from ..architectures.loaders import is_read
 from ..architectures.modules import find_component
 from ..architectures.recognition import NamedMatrix, recognise_families
 
@@ -86,7 +87,7 @@ def guess_families(
     ]
     recognition = recognise_families(matrices)
     families = recognition.families
-    ids = tuple(f.id for f in families if spelling and f.reads(spelling))
+    ids = tuple(f.id for f in families if spelling and is_read(f, spelling))
     ids = ids or tuple(f.id for f in families)
     if claimed is None:
         return ids if recognition.layouts else ()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from ..architectures.family import Family, Spelling
+from ..architectures.family import SPELLINGS, Family, Spelling
 from ..architectures.ldm import ADM, is_adm
 from ..architectures.modules import find_block, is_in_adm
 from ..architectures.recognition import NamedMatrix
+from .algorithms import forms
 from .family import choose_reading
 from .keys import module_names, tensor_keys
 from .keys.module_names import ModulePath
@@ -34,22 +35,28 @@ class BaseNames(NamedTuple):
 
 def list_matrices(source: UnreadAdapter) -> list[NamedMatrix]:
     """What can be modules of a transformer, as the file names them, with the shapes of updates."""
-    sizes: dict[tuple[str, bool], list[int]] = {}
-    for key, header in source.headers.items():
+    keys: dict[tuple[str, bool], dict[str, str]] = {}
+    for key in source.headers:
         path = tensor_keys.find_path(key)
         name = path and module_names.find_transformer_name(path)
-        if not name:
-            continue
-        size = sizes.setdefault(name, [0, 0])
-        _, role = tensor_keys.split_role(key) or ("", "")
-        shape = header.shape
-        if role == "up" and len(shape) > 1:
-            size[0] = shape[0]
-        elif role == "down" and len(shape) > 1:
-            size[1] = math.prod(shape[1:])
-        elif role == "diff" and len(shape) > 1:
-            size[:] = shape[0], math.prod(shape[1:])
-    return [NamedMatrix(*name, (size[0], size[1])) for name, size in sizes.items()]
+        if name:
+            _, role = tensor_keys.split_role(key) or ("", "")
+            keys.setdefault(name, {})[role] = key
+    return [NamedMatrix(*name, _measure_matrix(roles, source)) for name, roles in keys.items()]
+
+
+def _measure_matrix(keys: Mapping[str, str], source: UnreadAdapter) -> tuple[int, int]:
+    """Out × in of the update that some tensors are; 0 where they do not tell."""
+    shapes = {role: source.headers[key].shape for role, key in keys.items() if role}
+    form = None
+    if {"up", "down", "diff"}.isdisjoint(shapes) and forms.find_missing_role(shapes.keys()) is None:
+        form = forms.derive_form(shapes)  # of a product, such as a LoKr
+    if form is not None:
+        return form.out, form.inputs
+    up, down, full = (shapes.get(role, ()) for role in ("up", "down", "diff"))
+    if len(full) > 1:
+        return full[0], math.prod(full[1:])
+    return up[0] if len(up) > 1 else 0, math.prod(down[1:]) if len(down) > 1 else 0
 
 
 def choose_names(
@@ -71,6 +78,14 @@ def choose_names(
 
 
 def most_common_spelling(modules: Iterable[ModulePath]) -> Spelling | None:
-    """How most modules of a transformer are spelled; None where there are none."""
-    counts = Counter(module.spelling for module in modules if module.spelling)
-    return max(counts, key=lambda one: counts[one]) if counts else None
+    """How most modules of a transformer are spelled; None where there are none.
+
+    A module that has one name with everybody says nothing of whose names a file has. Where all are
+    of that kind, the file has the names of the format that its prefix is of.
+    """
+    spelled = [module for module in modules if module.spelling]
+    counts = Counter(module.spelling for module in spelled if not module.alike)
+    if counts:
+        return max(counts, key=lambda one: counts[one])
+    first = next((module.spelling for module in spelled), None)
+    return next((one for one in SPELLINGS.values() if first and one[::2] == first[::2]), first)

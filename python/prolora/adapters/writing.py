@@ -47,7 +47,7 @@ def write_adapter(
         adapter: what to write.
         path: a .safetensors file; for "peft" a folder, made if it does not exist.
         format: "auto" (as the adapter came in, if a program reads that), "kohya", "diffusers",
-            "peft" or "comfy"; or the program that shall read it: a key of `programs.PROGRAMS`.
+            "peft" or "comfy"; or the program that shall read it, one of `known_loaders()`.
         dtype: of the factors, None for the adapter's own; float8 is read but written as float16.
 
     Raises:
@@ -56,8 +56,7 @@ def write_adapter(
         NonFiniteWeights: a factor that is not finite, or overflows in `dtype`.
         OutputError: the path cannot be written, or what was written reads back differently.
     """
-    format = groups.resolve_format(adapter, format)
-    adapter = groups.respell_adapter(adapter, format)
+    adapter, format = groups.resolve_format(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     if not adapter.updates and not adapter.vectors:
         raise OutputError(f"{path}: not written, because no module is left in the adapter")
@@ -99,8 +98,7 @@ def encode_state_dict(
         UnsupportedFormat, ShapeMismatch, NonFiniteWeights: as `write_adapter` does.
         OutputError: no module is left in the adapter, or it reads back differently.
     """
-    format = groups.resolve_format(adapter, format)
-    adapter = groups.respell_adapter(adapter, format)
+    adapter, format = groups.resolve_format(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     where = "the state dict"
     if not adapter.updates and not adapter.vectors:
@@ -120,8 +118,7 @@ def adapter_file_size(
     Only shapes of updates count, not their numbers. Arguments and errors are those of
     `write_adapter`.
     """
-    format = groups.resolve_format(adapter, format)
-    adapter = groups.respell_adapter(adapter, format)
+    adapter, format = groups.resolve_format(adapter, format)
     chosen, stored = check_format(adapter, format), _storage_dtype(adapter, dtype)
     header = _file_metadata(adapter, chosen)
     if chosen == "kohya":
@@ -188,7 +185,9 @@ def check_format(adapter: Adapter, format: str) -> str:
     Raises:
         UnsupportedFormat: it is unknown, or has no name for a module or vector.
     """
-    chosen = adapter.format if format == "auto" else groups.resolve_format(adapter, format)
+    if format not in encoding.FORMATS:
+        adapter, format = groups.resolve_format(adapter, format)
+    chosen = adapter.format if format == "auto" else format
     if chosen not in encoding.FORMATS:
         raise UnsupportedFormat(
             f"unknown format {format!r}; use auto, {', '.join(encoding.FORMATS)}"

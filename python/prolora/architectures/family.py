@@ -1,4 +1,4 @@
-"""What a family of transformers is, as data: its modules, their spellings, who reads which.
+"""What a family of transformers is, as data: its modules and their spellings.
 
 One file of `families/` describes one family. Nothing else in the package knows a family by name:
 reading, writing, recognition and the tables of the documentation take everything from there.
@@ -115,10 +115,6 @@ class Family:
             fused matrix counted from 0 (`img_attn.qkv.2`, OneTrainer's) need no alias.
         spellings: format -> how a file of that format spells the modules; without the formats that
             no program reads for this family.
-        also_read: further spellings -> the programs that read files in them whole. A file that
-            came in one keeps it.
-        readers: program -> the formats of `spellings` that it reads whole, best first.
-        gaps: (program, format) of `readers` -> how the modules begin that it does not read.
         claims: how metadata names a member of the family (the beginning of
             `ss_base_model_version` or `modelspec.architecture`, in lower case) -> its title.
         siblings: pairs that people move LoRAs between, as sentences for the documentation.
@@ -132,9 +128,6 @@ class Family:
     authors: Mapping[str, str | Fused | Swapped] = field(default_factory=dict)
     aliases: Mapping[str, str | Fused] = field(default_factory=dict)
     spellings: Mapping[str, Spelling] = field(default_factory=lambda: SPELLINGS)
-    also_read: Mapping[Spelling, tuple[str, ...]] = field(default_factory=dict)
-    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    gaps: Mapping[tuple[str, str], str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
     siblings: tuple[str, ...] = ()
     not_linear: Mapping[str, str] = field(default_factory=dict)
@@ -146,17 +139,6 @@ class Family:
         """Pattern of a canonical module -> its shapes in the published sizes."""
         return load_patterns(self.layouts)
 
-    def reads(self, spelling: Spelling) -> bool:
-        """Whether a program reads files with this family's modules in a spelling."""
-        known = (*self.spellings.values(), *self.also_read)
-        return any(self.has_equal_names(spelling, one) for one in known)
-
-    def has_equal_names(self, one: Spelling, other: Spelling | None) -> bool:
-        """Whether two spellings give all modules the same names."""
-        if self.authors or other is None:
-            return one == other
-        return one[::2] == other[::2]  # the authors have diffusers' names
-
     def find_module(self, name: str, *, dotted: bool = True) -> str | None:
         """The canonical module that a name of diffusers means, None if the family has none such.
 
@@ -167,10 +149,14 @@ class Family:
         match = _match_pattern(name, self._modules, dotted)
         return _fill_pattern(*match) if match else None
 
+    def find_pattern(self, module: str) -> str | None:
+        """The pattern of a canonical module, None if no published size has such a module."""
+        match = _match_pattern(module, self._modules, dotted=True)
+        return match[0] if match else None
+
     def find_shapes(self, module: str) -> tuple[tuple[int, ...], ...]:
         """The shapes that a canonical module has in the published sizes, of whatever block."""
-        match = _match_pattern(module, self._modules, dotted=True)
-        return self.shapes.get(match[0], ()) if match else ()
+        return self.shapes.get(self.find_pattern(module) or "", ())
 
     def find_weight(self, name: str, *, dotted: bool = True) -> AuthorsWeight | None:
         """The authors' weight of that name or alias, None if the family has none such.

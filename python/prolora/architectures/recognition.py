@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from .families import known_families
 from .family import AuthorsWeight, Family
 from .layouts import load_layout
-from .modules import matrix_shape
+from .modules import find_block, matrix_shape
 
 
 class NamedMatrix(NamedTuple):
@@ -83,6 +84,7 @@ def recognise_families(modules: Iterable[NamedMatrix]) -> Recognition:
         if (fitting := _fit_layouts(families[id_], modules_of))
     }
     if exact:
+        exact = _prefer_filled(exact, shapes)
         layouts = tuple(layout for id_ in exact for layout in exact[id_])
         return Recognition(tuple(families[id_] for id_ in exact), layouts, able)
     within = [id_ for id_ in shapes if _has_names(families[id_], shapes[id_])]
@@ -121,6 +123,40 @@ def _fit_layouts(family: Family, shapes: Mapping[str, tuple[int, int]]) -> list[
         ):
             fitting.append(id_)
     return fitting
+
+
+def _prefer_filled(
+    exact: dict[str, list[str]], shapes: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> dict[str, list[str]]:
+    """The families with a size all of whose blocks are there, if any has one; else all.
+
+    FLUX.1 has 19 and 38 blocks, HunyuanVideo 20 and 40 of the same names and shapes: a LoRA on
+    blocks 0 to 18 and 0 to 37 is one for FLUX.1.
+    """
+    filled = {}
+    for id_, layouts in exact.items():
+        blocks = _list_blocks(shapes[id_])
+        if blocks and any(
+            all(numbers == _count_blocks(layout).get(stack) for stack, numbers in blocks.items())
+            for layout in layouts
+        ):
+            filled[id_] = layouts
+    return filled or exact
+
+
+@cache
+def _count_blocks(layout: str) -> dict[str, set[str]]:
+    return _list_blocks(load_layout(layout).shapes)
+
+
+def _list_blocks(modules: Iterable[str]) -> dict[str, set[str]]:
+    """Stack -> the numbers of its blocks that some modules lie in."""
+    stacks: dict[str, set[str]] = {}
+    for name in modules:
+        block = find_block(name)
+        if block is not None:
+            stacks.setdefault(block.stack, set()).add(block.number)
+    return stacks
 
 
 def _has_names(family: Family, names: Iterable[str]) -> bool:

@@ -51,6 +51,10 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
     yield "prolora", _support_text(description)
     if description.readers:
         yield "read by", ", ".join(description.readers)
+    if description.part_readers:
+        yield "in part by", ", ".join(description.part_readers)
+    if description.non_readers:
+        yield "not by", ", ".join(description.non_readers)
     yield from _vector_facts(description)
     for reason, number in description.left_out.items():
         yield "stays behind", f"{number} × {reason}"
@@ -61,6 +65,8 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
         "stored",
         f"{_count_text(description.tensors, 'tensor')}{size}: {write_counts(description.dtypes)}",
     )
+    if description.quantised:
+        yield "quantised", description.quantised
     if description.trigger_words:
         yield "trigger words", ", ".join(description.trigger_words)
 

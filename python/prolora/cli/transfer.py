@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ..adapters.formats.programs import Readers
 from ..adapters.unread import PEFT_CONFIG
 from ..bases.experts import ExpertPair, Experts, choose_pairs, pair_experts
 from ..comparison.block_matching import resolve_match
@@ -21,7 +22,7 @@ from ..files.writing import write_text_atomically
 from ..workflow.batch import transfer_many
 from ..workflow.card import place_card, write_card
 from ..workflow.dry_run import plan_report
-from ..workflow.inspection import inspect
+from ..workflow.inspection import Description, inspect
 from ..workflow.options import FIT_INSTEAD, FormatLike, TransferOptions
 from ..workflow.outcome import Outcome
 from ..workflow.outcomes_page import render_outcomes, tabulate_outcomes
@@ -52,6 +53,8 @@ from .outputs import (
 from .tables import draw_table, failure_lines, show_tables, show_words
 
 STDOUT = Path("-")
+MOST_NAMED = 4
+"""Programs that read nothing of a file, in a line for people who did not ask for all."""
 """What stands for standard output in the place of a file."""
 
 LoraArguments = Annotated[
@@ -318,11 +321,21 @@ def show_outcomes(outcomes: list[Outcome], output: FileOutput) -> None:
     if report is not None:
         show_report(report, output.explain, output.modules)
         if not report.dry_run:
-            readers = inspect(outcomes[0].out).readers
-            read_by = f"; read by {', '.join(readers)}" if readers else ""
-            out.print_line(f"wrote {outcomes[0].out}{read_by}")
+            out.print_line(f"wrote {outcomes[0].out}")
+            readers = tell_readers(inspect(outcomes[0].out), output.explain)
+            if readers:
+                out.print_line(readers)
             if not (output.explain or output.modules):
                 out.print("--explain shows the numbers behind this.", style="dim")
+
+
+def tell_readers(written: Description, explain: bool) -> str:
+    """Who reads a file whole, who in part, who not at all; many of the last are only counted."""
+    none = written.non_readers
+    if len(none) > MOST_NAMED and not explain:
+        none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
+    text = str(Readers(tuple(written.readers), tuple(written.part_readers), tuple(none)))
+    return text[:1].upper() + text[1:]
 
 
 def used_subspaces(outcome: Outcome) -> bool:

@@ -67,4 +67,5 @@ def plan_report(
     known = options.cache is not None and Path(options.cache).is_dir()
     with BasisCache(options.cache if known else None).saving() as cache:
         ledger = BasePair(old, new, options, cache).plan(lora, "outline")
+    ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

@@ -35,7 +35,7 @@ FIT_NO_BETTER = (
     "moved by the weights alone."
 )
 
-EXTRACT, CONVERT = "extract", "convert"
+EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
 LITTLE = 0.4
@@ -167,17 +167,23 @@ def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
 
 
 def tell_made(
-    method: str, source: str, target: str, kept: float | None, cautions: tuple[str, ...]
+    method: str,
+    source: str,
+    target: str,
+    kept: float | None,
+    cautions: tuple[str, ...],
+    parts: Sequence[str] = (),
 ) -> InWords:
-    """The verdict on a LoRA that was extracted or converted.
+    """The verdict on a LoRA that was extracted, converted or merged.
 
     Args:
-        method: `EXTRACT` or `CONVERT`.
-        source: name of the base that it is for, or of the LoRA that was converted.
-        target: name of the tuned model; of no use for a converted one.
+        method: `EXTRACT`, `CONVERT` or `MERGE`.
+        source: name of the base that it is for, or of what was converted or merged.
+        target: name of the tuned model; of use for an extracted one alone.
         kept: the share of the difference, or of the LoRA's energy, that it holds; None where
             nothing was written.
         cautions: what was lost, or needs a look.
+        parts: of a merge, a sentence on each LoRA.
     """
     if kept is None:
         return InWords("✔", "A dry run: nothing was written.", (), cautions)
@@ -185,7 +191,7 @@ def tell_made(
     residual = max(0.0, 1 - kept) ** 0.5
     headline = f"It holds {kept:.2%} of the energy of {original} (residual {residual:.2e})."
     mark: Mark = "✔" if kept >= LITTLE else "⚠"
-    lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else ()
+    lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else (*parts,)
     return InWords(mark, headline, lines, cautions)
 
 

@@ -70,6 +70,8 @@ class Description:
         sizes: ids of the published sizes (`architectures.layouts`) that a transformer's LoRA fits.
         version_claimed: what the metadata calls the model within its family.
         readers: programs that read all of a LoRA, as far as they were tried.
+        part_readers: programs that read some of its modules.
+        non_readers: programs that have models of its family and read nothing of it.
         family_claimed: the family by the metadata: that of the base model with this hash where the
             hash is a known one, else by version or architecture.
         base_model: the base model that the metadata names, or the known one with this hash.
@@ -89,6 +91,7 @@ class Description:
         left_out: number of tensors that are not moved, by reason.
         dtypes: number of tensors by storage dtype.
         tensors: number of tensors.
+        quantised: how a base's weights are quantised, and how many; "" where none is.
         size: bytes of the weight file.
         trigger_words: the most frequent training tags, most frequent first.
     """
@@ -107,6 +110,8 @@ class Description:
     sizes: list[str] = field(default_factory=list)
     version_claimed: str | None = None
     readers: list[str] = field(default_factory=list)
+    part_readers: list[str] = field(default_factory=list)
+    non_readers: list[str] = field(default_factory=list)
     family_claimed: str | None = None
     base_model: str | None = None
     base_hash: str | None = None
@@ -124,6 +129,7 @@ class Description:
     dtypes: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
     size: int = 0
+    quantised: str = ""
     trigger_words: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,9 +199,11 @@ def _describe_adapter(
     alphas: Counter[str] = Counter()
     for place in places.values():
         alphas.update(place.alphas)
+    format = "peft" if opened.config is not None else first and first.format
+    readers = find_readers(families, format or "", spelling, shapes)
     return Description(
         kind="lora",
-        format="peft" if opened.config is not None else first and first.format,
+        format=format,
         spelling="sgm" if any(m.sgm for m in overview.modules.values()) else "diffusers",
         algorithm=next(reversed(kinds), None),
         algorithms=kinds,
@@ -205,7 +213,9 @@ def _describe_adapter(
         family=families[0] if len(families) == 1 else None,
         families=list(families),
         sizes=list(guess_sizes(shapes)),
-        readers=find_readers(families, first.format if first else "", spelling, shapes),
+        readers=list(readers.whole),
+        part_readers=list(readers.part),
+        non_readers=list(readers.none),
         modules=count_values(
             [*map(find_component, overview.canonical), *[NOT_UNDERSTOOD] * len(overview.foreign)],
         ),
@@ -289,6 +299,7 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
         types=count_values(_layer_type(name) for name in shapes),
         dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
         tensors=len(shapes),
+        quantised=base.quantised_as,
         size=sum(file.stat().st_size for file in base.files),
     )
 

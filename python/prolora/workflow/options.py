@@ -30,6 +30,7 @@ from ..core.validation import resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
+from .block_weights import Blocks, BlockWeights
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 
 if TYPE_CHECKING:
@@ -39,10 +40,22 @@ LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
 """A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
-ProgramName = Literal["comfyui", "a1111", "forge", "invokeai", "diffusers", "musubi", "sd-scripts"]
+ProgramName = Literal[
+    "comfyui",
+    "a1111",
+    "diffsynth",
+    "diffusers",
+    "forge",
+    "invokeai",
+    "lightx2v",
+    "mflux",
+    "musubi",
+    "sd-scripts",
+    "sdcpp",
+]
 FormatLike = FormatName | ProgramName
-"""A format of LoRA files, or the program that reads the file: each family says which format that
-is. "auto" is the format that the LoRA came in."""
+"""A format of LoRA files, or the program that reads the file: which format that is depends on the
+family. "auto" is the format that the LoRA came in, if a program reads that."""
 
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 DtypeLike = torch.dtype | DtypeName
@@ -56,7 +69,7 @@ TransferMethod = Literal["best"] | MethodChoice
 """What a transfer takes as its method: "best" also runs the models, where that gives more."""
 
 METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
-FORMATS: tuple[str, ...] = get_args(FormatName) + get_args(ProgramName)
+FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
@@ -107,6 +120,14 @@ class TransferOptions:
         "Columns of the subspaces (320), or the share of energy that they hold (0.99).",
         panel=METHOD,
         metavar="RANK",
+    )
+    blocks: Blocks | None = option(
+        None,
+        "Factors by block on what is written: a number for each block in depth order, as block "
+        'weights have them ("1,0,0,0,1,1,1,1,1,1,1,1"), or names with numbers ("IN04-IN08=0.5, '
+        'OUT*=0", "transformer_blocks.0-9=0.5"). A block with 0 is left out.',
+        panel=METHOD,
+        metavar="WEIGHTS",
     )
     threshold: float = option(
         DEFAULT_THRESHOLD,
@@ -221,6 +242,8 @@ class TransferOptions:
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        if self.blocks is not None:
+            BlockWeights.read(self.blocks)
         for known in fields(self):
             words, value = read_shown(known).words, getattr(self, known.name)
             if words and not (value == known.default or isinstance(value, torch.dtype)):
@@ -312,6 +335,7 @@ class OptionChanges(TypedDict, total=False):
     strength: Strength | None
     look: LookMode
     rank: Rank
+    blocks: Blocks | None
     threshold: float
     damping: float | None
     text_encoder: TextEncoderMode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...architectures import loaders
 from ...architectures.families import known_families
 from ...architectures.family import SPELLINGS, AuthorsWeight, Family, Spelling
 from ...architectures.modules import TEXT_ENCODERS, find_component, is_in_adm, local_name
@@ -127,7 +128,7 @@ def find_spelling(adapter: Adapter, format: str) -> FileSpelling | None:
         return FileSpelling(_spell_described(adapter, format), None)
     style = adapter.style
     if style is not None and format == adapter.format:
-        readers = [family for family in families if family.reads(style)]
+        readers = [family for family in families if loaders.is_read(family, style)]
         if readers:
             return FileSpelling(style, readers[0])
     return _spell_family(families, names, format)
@@ -210,15 +211,40 @@ def find_families(adapter: Adapter) -> tuple[str, ...]:
     return (guess,) if guess else ()
 
 
-def resolve_format(adapter: Adapter, format: str) -> str:
-    """The format that a program reads, where one is named; every other as it is.
+def resolve_format(adapter: Adapter, format: str) -> tuple[Adapter, str]:
+    """The adapter in the spelling to write, and its format.
+
+    A program that is named may want a spelling that none of our formats has by itself. "auto" is
+    what the adapter came in, unless no program reads that of a family that others do: then what
+    most programs read.
 
     Raises:
         UnsupportedFormat: the program reads no format of ours for this family.
     """
-    if format not in programs.PROGRAMS:
-        return format
-    return programs.choose_format(find_families(adapter), format)
+    if format in SPELLINGS:
+        return respell_adapter(adapter, format), format
+    modules = {*adapter.updates, *map(vectors.find_vector_module, adapter.vectors)}
+    if format in loaders.known_loaders():
+        chosen, style = programs.choose_format(find_families(adapter), format, modules)
+    elif format == "auto" and (best := _replace_unread(adapter, modules)):
+        chosen, style = best
+    else:
+        return adapter, format
+    adapter = replace(adapter, format=chosen, style=style) if style else adapter
+    return adapter if style else respell_adapter(adapter, chosen), chosen
+
+
+def _replace_unread(adapter: Adapter, modules: set[str]) -> tuple[str, Spelling | None] | None:
+    """What most programs read, if none reads the format that an adapter came in; else None."""
+    families = [known_families()[id_] for id_ in find_families(adapter)]
+    if not families or adapter.format == "peft":  # a folder, where the others are files
+        return None
+    ranked = programs.rank_formats(families, modules)
+    style = adapter.style
+    came = any(loaders.is_read(one, style) for one in families) if style else False
+    if came or adapter.format in {format for format, spelling in ranked if spelling is None}:
+        return None
+    return ranked[0] if ranked else None
 
 
 def respell_adapter(adapter: Adapter, format: str) -> Adapter:

@@ -1,22 +1,43 @@
-"""Which programs read a LoRA file, and which format a program reads; the data is the families'."""
+"""Which programs read a LoRA file, and which of our formats a program reads best."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
+from ...architectures import loaders
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
 from ...errors import UnsupportedFormat
 
-PROGRAMS = {
-    "comfyui": "ComfyUI",
-    "a1111": "A1111",
-    "forge": "Forge",
-    "invokeai": "InvokeAI",
-    "musubi": "musubi",
-    "sd-scripts": "sd-scripts",
-}
-"""What `format` takes -> the program's name in `Family.readers`. diffusers is a format too."""
+_FURTHER = (
+    Spelling("diffusion_model.", "diffusers"),
+    Spelling("", "diffusers"),
+)
+"""Spellings that no format of ours has by itself and a program may want."""
+
+
+class Readers(NamedTuple):
+    """What programs read of a LoRA file, by their titles; those without such a model in none.
+
+    Attributes:
+        whole: read all of it.
+        part: read some of it, and say little or nothing of the rest.
+        none: have such models and read nothing of this file.
+    """
+
+    whole: tuple[str, ...] = ()
+    part: tuple[str, ...] = ()
+    none: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words: who reads all of the file, who a part, who nothing."""
+        parts = [
+            f"read by {', '.join(self.whole)}" if self.whole else "",
+            f"in part by {', '.join(self.part)}" if self.part else "",
+            f"not by {', '.join(self.none)}" if self.none else "",
+        ]
+        return "; ".join(filter(None, parts))
 
 
 def find_readers(
@@ -24,8 +45,8 @@ def find_readers(
     format: str,
     spelling: Spelling | None,
     modules: Collection[str] = (),
-) -> list[str]:
-    """The programs that read all of a LoRA file, as far as they were tried.
+) -> Readers:
+    """How much each program reads of a LoRA file, as far as they were tried.
 
     Args:
         families: ids of those that the LoRA can be of.
@@ -33,57 +54,87 @@ def find_readers(
         spelling: of a transformer's modules in it; None for a UNet.
         modules: canonical names of those that the file updates.
     """
-    known = [family for id_ in families if (family := known_families().get(id_)) is not None]
-    readers = [
-        [
-            program
-            for program in _readers_of(family, format, spelling)
-            if not any(n.startswith(family.gaps.get((program, format), " ")) for n in modules)
-        ]
-        for family in known
+    known = _known(families)
+    of_each = [
+        loaders.find_reach(one, loaders.name_row(one, format, spelling), modules) for one in known
     ]
-    if not readers:
-        return []
-    return [name for name in readers[0] if all(name in others for others in readers)]
+    found: dict[loaders.Reach, list[str]] = {"whole": [], "part": [], "none": []}
+    for id_, loader in loaders.known_loaders().items():
+        amounts = {reach.get(id_) for reach in of_each}
+        amount = amounts.pop() if len(amounts) == 1 else None
+        if amount is not None:  # of families that it reads unequally, nothing can be said
+            found[amount].append(loader.title)
+    return Readers(*(tuple(found[amount]) for amount in ("whole", "part", "none")))
 
 
-def choose_format(families: Iterable[str], program: str) -> str:
-    """The format of ours that a program reads best for a family.
+def choose_format(
+    families: Iterable[str], program: str, modules: Collection[str] = ()
+) -> tuple[str, Spelling | None]:
+    """The format of ours that a program reads best for a family, and how it spells the modules.
+
+    Of those that it reads equally well, the one that most programs read whole.
 
     Args:
         families: ids of those that the LoRA can be of.
-        program: a key of `PROGRAMS`, or "diffusers".
+        program: a key of `known_loaders()`.
+        modules: canonical names of those that the file updates.
+
+    Returns:
+        The spelling is None where it is the format's own.
 
     Raises:
         UnsupportedFormat: it reads none of our formats for the family, or nothing is known of it.
     """
-    name = PROGRAMS.get(program, program)
-    known = [family for id_ in families if (family := known_families().get(id_)) is not None]
+    title = loaders.known_loaders()[program].title
+    known = _known(families)
     if not known:
         raise UnsupportedFormat(
-            f"which files {name} reads for this model is not known, because prolora does not know "
+            f"which files {title} reads for this model is not known, because prolora does not know "
             "its family; name a format (`format`)"
         )
-    shared = [
-        format
-        for format in known[0].readers.get(name, ())
-        if all(format in family.readers.get(name, ()) for family in known)
-    ]
-    if not shared:
+    best = rank_formats(known, modules, program)
+    if not best:
         titles = " or ".join(find_title(family.id) for family in known)
-        able = ", ".join(known[0].readers) or "none that was tried"
+        able = [
+            loader.title
+            for id_, loader in loaders.known_loaders().items()
+            if rank_formats(known, modules, id_)
+        ]
         raise UnsupportedFormat(
-            f"{name} reads no LoRA for {titles} that prolora writes; programs that do: {able}"
+            f"{title} reads no LoRA for {titles} that prolora writes; programs that do: "
+            f"{', '.join(able) or 'none that was tried'}"
         )
-    return shared[0]
+    return best[0]
 
 
-def _readers_of(family: Family, format: str, spelling: Spelling | None) -> list[str]:
-    if spelling is None or family.has_equal_names(spelling, family.spellings.get(format)):
-        return [program for program, formats in family.readers.items() if format in formats]
-    return [
-        program
-        for other, programs in family.also_read.items()
-        if family.has_equal_names(spelling, other)
-        for program in programs
-    ]
+def rank_formats(
+    families: Collection[Family], modules: Collection[str], program: str | None = None
+) -> list[tuple[str, Spelling | None]]:
+    """Our formats that a program reads (None: any program), best first.
+
+    Args:
+        families: those that the LoRA can be of.
+        modules: canonical names of those that the file updates.
+        program: a key of `known_loaders()`.
+    """
+    first = next(iter(families))
+    choices: list[tuple[str, Spelling | None]] = [(format, None) for format in first.spellings]
+    if not first.unet:
+        choices += [("comfy" if one.prefix else "diffusers", one) for one in _FURTHER]
+    scores: dict[tuple[str, Spelling | None], tuple[bool, int]] = {}
+    for format, spelling in choices:
+        amounts = []
+        for family in families:
+            row = loaders.name_row(family, format, spelling or family.spellings.get(format))
+            amounts.append(loaders.find_reach(family, row, modules))
+        wanted = [reach.get(program) for reach in amounts] if program else []
+        whole = sum(
+            all(reach.get(id_) == "whole" for reach in amounts) for id_ in loaders.known_loaders()
+        )
+        if all(amount in ("whole", "part") for amount in wanted) and (program or whole):
+            scores[format, spelling] = all(amount == "whole" for amount in wanted), whole
+    return sorted(scores, key=lambda one: scores[one], reverse=True)
+
+
+def _known(families: Iterable[str]) -> list[Family]:
+    return [one for id_ in families if (one := known_families().get(id_)) is not None]

@@ -74,6 +74,7 @@ class ModulePath(NamedTuple):
             is its own name and not a canonical one.
         spelling: how a module of a transformer is spelled; None for all others.
         described: no family that is known has this module: `name` is what stands in the file.
+        alike: the family's authors and diffusers have the same name for it.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModulePath(NamedTuple):
     matrix: AuthorsWeight | None = None
     spelling: Spelling | None = None
     described: bool = False
+    alike: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -150,6 +152,7 @@ _DOTTED_STARTS = (
     ("transformer.", "diffusers"),
     ("base_model.model.", "peft"),
     ("net.", "diffusers"),
+    ("pipe.dit.", "diffusers"),  # DiffSynth-Studio, whose trainer names modules by its pipeline
 )
 
 
@@ -181,7 +184,10 @@ def _find_in_family(cut: _Path, family: Family) -> ModulePath | None:
     format = cut.format
     if name is not None:
         spelling = Spelling(cut.prefix, "diffusers", cut.dotted)
-        return ModulePath(name, format, cut.component, name, spelling=spelling)
+        alike = bool(family.authors) and family.find_weight_holding(name) == (
+            AuthorsWeight(name, (name,), (1,))
+        )
+        return ModulePath(name, format, cut.component, name, spelling=spelling, alike=alike)
     weight = family.find_weight(cut.rest, dotted=cut.dotted)
     if weight is None:
         return None

@@ -10,7 +10,4 @@ FAMILY = Family(
     title="Bria FIBO",
     layouts=("bria-fibo",),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
-    readers={
-        "diffusers": ("diffusers",),
-    },
 )

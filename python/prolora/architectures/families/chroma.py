@@ -3,7 +3,7 @@
 Its modules are called as those of FLUX.1, in diffusers and by the authors.
 """
 
-from ..family import Family, Spelling
+from ..family import Family
 from .flux import FAMILY as FLUX
 
 _REMOVED = ("time_in.", "guidance_in.", "vector_in.", "final_layer.adaLN_modulation.")
@@ -20,18 +20,6 @@ FAMILY = Family(
     | {
         "distilled_guidance_layer.layers.N.in_layer": "distilled_guidance_layer.layers.N.linear_1",
         "distilled_guidance_layer.layers.N.out_layer": "distilled_guidance_layer.layers.N.linear_2",
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    gaps={("diffusers", "kohya"): "distilled_guidance_layer."},
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "kohya"),
-        "sd-scripts": ("kohya",),
-        "Forge": ("kohya", "comfy"),
     },
     claims={"chroma": "Chroma"},  # sd-scripts, ai-toolkit, OneTrainer
 )

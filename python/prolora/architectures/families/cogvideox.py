@@ -13,9 +13,6 @@ FAMILY = Family(
         "cogvideox1.5-5b-i2v",
     ),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
-    readers={
-        "diffusers": ("diffusers",),
-    },
     siblings=("CogVideoX 5B from text and from images",),
     # A convolution in 1.0, a linear layer in 1.5.
     not_linear={"patch_embed.proj": "a convolution over height and width in CogVideoX 1.0"},

@@ -7,7 +7,4 @@ FAMILY = Family(
     title="CogView4",
     layouts=("cogview4",),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
-    readers={
-        "diffusers": ("diffusers",),
-    },
 )

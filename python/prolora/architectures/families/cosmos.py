@@ -45,13 +45,6 @@ FAMILY = Family(
         "final_layer.adaln_modulation.2": "norm_out.linear_2",
         "final_layer.linear": "proj_out",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers",),
-        "InvokeAI": ("comfy",),
-        "sd-scripts": ("kohya",),
-    },
-    gaps={("diffusers", "diffusers"): "llm_adapter."},
     claims={
         # sd-scripts writes "anima", "anima-preview" and "anima-unknown"; ai-toolkit "anima".
         "anima": "Anima",

@@ -6,10 +6,6 @@ FAMILY = Family(
     id="ernie-image",
     title="ERNIE-Image",
     layouts=("ernie-image",),
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy", "peft"),
-    },
     claims={"ernie": "ERNIE-Image"},  # OneTrainer; ai-toolkit writes "ernie_image"
     siblings=("ERNIE-Image and Turbo",),
     not_linear={"x_embedder.proj": "a convolution of kernel 1"},

@@ -3,7 +3,7 @@
 The authors fuse q, k and v and, in single blocks, the feed-forward's first layer with them.
 """
 
-from ..family import Family, Fused, Spelling, Swapped, fuse_equal
+from ..family import Family, Fused, Swapped, fuse_equal
 
 FAMILY = Family(
     id="flux",
@@ -78,19 +78,6 @@ FAMILY = Family(
             "single_transformer_blocks.N.attn.to_k",
             "single_transformer_blocks.N.attn.to_v",
         ),
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI", "Forge"),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI", "Forge"),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "kohya"),
-        "InvokeAI": ("comfy", "diffusers", "kohya", "peft"),
-        "musubi": ("kohya",),
-        "sd-scripts": ("kohya",),
-        "Forge": ("kohya", "comfy", "diffusers"),
     },
     claims={
         "flux1": "FLUX.1",  # sd-scripts, and below

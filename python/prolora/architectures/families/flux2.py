@@ -4,7 +4,7 @@ In single blocks diffusers keeps the authors' fused matrices as they are. The mo
 all blocks.
 """
 
-from ..family import Family, Spelling, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_equal
 
 FAMILY = Family(
     id="flux2",
@@ -40,17 +40,6 @@ FAMILY = Family(
         "single_blocks.N.linear2": "single_transformer_blocks.N.attn.to_out",
         "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI", "InvokeAI"),
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy", "kohya", "peft"),
-        "InvokeAI": ("diffusers", "peft"),
-        "musubi": ("kohya",),
     },
     claims={
         "flux2": "FLUX.2",  # ai-toolkit

@@ -3,19 +3,12 @@
 ComfyUI and the trainers call the modules what diffusers calls them.
 """
 
-from ..family import Family, Spelling
+from ..family import Family
 
 FAMILY = Family(
     id="hidream",
     title="HiDream",
     layouts=("hidream-i1",),
-    also_read={
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy"),
-    },
     claims={
         "hidream_i1": "HiDream-I1",  # ai-toolkit
         "hidream-i1": "HiDream-I1",  # OneTrainer

@@ -45,9 +45,6 @@ FAMILY = Family(
         "guidance_in.mlp.0": "guidance_in.in_layer",
         "guidance_in.mlp.2": "guidance_in.out_layer",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-    },
     claims={"hunyuan-image": "HunyuanImage 2.1"},  # sd-scripts
     siblings=("HunyuanImage 2.1 and its distillation",),
     not_linear={"x_embedder.proj": "a convolution of kernel 1"},

@@ -130,10 +130,6 @@ FAMILY = Family(
         "guidance_in.mlp.0": "guidance_in.in_layer",
         "guidance_in.mlp.2": "guidance_in.out_layer",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers",),
-    },
     claims={
         # musubi-tuner writes "hunyuan_video", "hunyuan-video" and "framepack", OneTrainer
         # "hunyuan-video".

@@ -38,9 +38,6 @@ FAMILY = Family(
         "time_r_in.mlp.0": "time_r_in.in_layer",
         "time_r_in.mlp.2": "time_r_in.out_layer",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-    },
     claims={
         # musubi-tuner writes both.
         "hunyuan_video_1_5": "HunyuanVideo 1.5",

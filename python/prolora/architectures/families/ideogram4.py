@@ -14,11 +14,6 @@ FAMILY = Family(
     },
     # musubi-tuner writes "ideogram4" and "ideogram-4", ai-toolkit "ideogram4", OneTrainer
     # "ideogram".
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "comfy"),
-        "musubi": ("kohya",),
-    },
     claims={"ideogram": "Ideogram 4"},
     not_linear={"embed_image_indicator": "an embedding of two kinds of tokens"},
 )

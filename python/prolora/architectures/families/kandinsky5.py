@@ -1,6 +1,6 @@
 """Kandinsky 5: video Lite and Pro, image Lite. The authors' names are those of diffusers."""
 
-from ..family import Family, Spelling
+from ..family import Family
 
 FAMILY = Family(
     id="kandinsky5",
@@ -11,13 +11,6 @@ FAMILY = Family(
         "kandinsky5-image-lite",
         "kandinsky5-image-lite-edit",
     ),
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers",),
-    },
     claims={
         # musubi-tuner writes both.
         "kandinsky5": "Kandinsky 5",

@@ -12,9 +12,5 @@ FAMILY = Family(
         "diffusers": Spelling("unet.", "diffusers"),
         "peft": PEFT,
     },
-    readers={
-        "ComfyUI": ("kohya",),
-        "diffusers": ("diffusers", "kohya"),
-    },
     unet=True,
 )

@@ -1,6 +1,6 @@
 """Krea 2: Raw and Turbo. Four times as many queries as keys and values, nothing fused."""
 
-from ..family import Family, Spelling
+from ..family import Family
 
 _ATTENTION = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "wo": "to_out.0", "gate": "to_gate"}
 _STACKS = {
@@ -34,16 +34,6 @@ FAMILY = Family(
         f"{theirs}.mlp.{name}": f"{ours}.ff.{name}"
         for theirs, ours in _STACKS.items()
         for name in ("gate", "up", "down")
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI", "InvokeAI"),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy"),
-        "InvokeAI": ("diffusers", "comfy", "kohya"),
-        "musubi": ("kohya",),
     },
     claims={
         "krea2": "Krea 2",  # ai-toolkit, musubi-tuner

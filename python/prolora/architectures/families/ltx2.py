@@ -5,7 +5,7 @@ text encoder (`video_embeddings_connector`, `audio_embeddings_connector`) are an
 diffusers and not described here.
 """
 
-from ..family import Family, Spelling
+from ..family import Family
 
 # The authors' layers that make scales and shifts from the time -> diffusers'.
 _MODULATIONS = {
@@ -46,13 +46,6 @@ FAMILY = Family(
             for ours, theirs in _MODULATIONS.items()
             for layer in _LAYERS
         },
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "comfy"),
     },
     claims={"ltx2": "LTX-2"},  # ai-toolkit
     siblings=("LTX-2 and its distillation to a few steps", "LTX-2, 2.3 and 2.5"),

@@ -1,6 +1,6 @@
 """LTX-Video, 2B and 13B. Blocks have the same names in the authors' files and in diffusers."""
 
-from ..family import Family, Spelling
+from ..family import Family
 
 FAMILY = Family(
     id="ltxv",
@@ -15,13 +15,6 @@ FAMILY = Family(
         "adaln_single.emb.timestep_embedder.linear_2": (
             "time_embed.emb.timestep_embedder.linear_2"
         ),
-    },
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "comfy"),
     },
     siblings=("LTX-Video and its distillations",),
     not_linear={

@@ -29,11 +29,6 @@ FAMILY = Family(
         for stack in _STACKS
         for number in (1, 2, 3)
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers",),
-        "sd-scripts": ("kohya",),
-    },
     claims={
         "lumina2": "Lumina Image 2.0",  # sd-scripts, ai-toolkit
         "lumina-2": "Lumina Image 2.0",  # sd-scripts

@@ -39,9 +39,6 @@ FAMILY = Family(
         "final_layer.video_out": "proj_out",
         "final_layer.audio_out": "audio_proj_out",
     },
-    readers={
-        "diffusers": ("diffusers",),
-    },
     claims={"minimax_h3": "MiniMax-H3"},  # ai-toolkit
     siblings=("MiniMax-H3 and its distillations to a few steps",),
 )

@@ -41,10 +41,6 @@ FAMILY = Family(
         "final_layer.mod": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers",),
-    },
     not_linear={
         "patch_embed.proj": "a convolution over height and width",
         "pos_frequencies": "a parameter",

@@ -37,9 +37,6 @@ FAMILY = Family(
         "final_layer.scale_shift_table": "scale_shift_table",
         "final_layer.linear": "proj_out",
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers", "peft"),
-    },
     claims={"pixart": "PixArt"},  # ai-toolkit, OneTrainer
     not_linear={
         "pos_embed.proj": "a convolution of 2×2 pixels",

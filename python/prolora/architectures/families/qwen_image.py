@@ -3,22 +3,12 @@
 ComfyUI and the trainers call the modules what diffusers calls them.
 """
 
-from ..family import Family, Spelling
+from ..family import Family
 
 FAMILY = Family(
     id="qwen-image",
     title="Qwen-Image",
     layouts=("qwen-image",),
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI", "InvokeAI"),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy", "kohya"),
-        "InvokeAI": ("diffusers", "kohya"),
-        "musubi": ("kohya",),
-    },
     claims={
         "qwen_image": "Qwen-Image",  # ai-toolkit, musubi-tuner
         "qwen-image": "Qwen-Image",  # musubi-tuner, OneTrainer

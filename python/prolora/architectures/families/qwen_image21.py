@@ -14,7 +14,4 @@ FAMILY = Family(
             "transformer_blocks.N.img_mlp.gate_layer", "transformer_blocks.N.img_mlp.proj"
         ),
     },
-    readers={
-        "diffusers": ("diffusers",),
-    },
 )

@@ -7,9 +7,6 @@ FAMILY = Family(
     title="Sana",
     layouts=("sana-0.6b", "sana-1.6b", "sana-4.8b", "sana-sprint-0.6b", "sana-sprint-1.6b"),
     spellings={"diffusers": DIFFUSERS, "peft": PEFT},
-    readers={
-        "diffusers": ("diffusers",),
-    },
     claims={"sana": "Sana"},  # OneTrainer
     siblings=("Sana and Sana Sprint",),
     not_linear={

@@ -11,14 +11,6 @@ FAMILY = Family(
         "kohya": Spelling("lora_unet_", "diffusers", dotted=False),
         "diffusers": Spelling("unet.", "diffusers"),
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "kohya"),
-        "InvokeAI": ("kohya",),
-        "sd-scripts": ("kohya",),
-        "Forge": ("kohya", "comfy"),
-        "A1111": ("kohya",),
-    },
     claims={
         "sd_v1": "Stable Diffusion 1.x",  # sd-scripts, and below
         "stable-diffusion-v1": "Stable Diffusion 1.x",

@@ -4,7 +4,7 @@ The authors fuse q, k and v. The text stream of the last block gives only what t
 so its modulation makes two vectors, in the order of the last layer's.
 """
 
-from ..family import Family, Spelling, Swapped, fuse_equal
+from ..family import Family, Swapped, fuse_equal
 
 FAMILY = Family(
     id="sd3",
@@ -44,16 +44,6 @@ FAMILY = Family(
         "joint_blocks.N.context_block.mlp.fc2": "transformer_blocks.N.ff_context.net.2",
         "final_layer.adaLN_modulation.1": Swapped("norm_out.linear"),
         "final_layer.linear": "proj_out",
-    },
-    also_read={
-        Spelling("lora_transformer_", "diffusers", dotted=False): ("ComfyUI",),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers", "peft"),
-        "diffusers": ("diffusers",),
-        "sd-scripts": ("kohya",),
-        "Forge": ("kohya", "comfy"),
     },
     claims={
         "sd3": "Stable Diffusion 3",  # sd-scripts, and below

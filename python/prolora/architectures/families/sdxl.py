@@ -10,14 +10,6 @@ FAMILY = Family(
         **SPELLINGS,
         "diffusers": Spelling("unet.", "diffusers"),
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "kohya"),
-        "InvokeAI": ("kohya",),
-        "sd-scripts": ("kohya",),
-        "Forge": ("kohya", "comfy"),
-        "A1111": ("kohya",),
-    },
     claims={
         "sdxl": "Stable Diffusion XL",  # sd-scripts, ai-toolkit, OneTrainer
         "stable-diffusion-xl": "Stable Diffusion XL",

@@ -10,9 +10,6 @@ FAMILY = Family(
         **SPELLINGS,
         "diffusers": Spelling("unet.", "diffusers"),
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-    },
     claims={"vega": "Segmind-Vega"},  # ai-toolkit
     unet=True,
 )

@@ -10,11 +10,6 @@ FAMILY = Family(
         **SPELLINGS,
         "diffusers": Spelling("unet.", "diffusers"),
     },
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "Forge": ("kohya", "comfy"),
-        "A1111": ("kohya",),
-    },
     claims={"ssd": "SSD-1B"},  # ai-toolkit
     unet=True,
 )

@@ -3,7 +3,7 @@
 The authors' names are those of ComfyUI. Their `norm3` is `norm2` in diffusers, and the reverse.
 """
 
-from ..family import Family, Spelling
+from ..family import Family
 
 _BLOCK = {
     "self_attn.q": "attn1.to_q",
@@ -52,16 +52,6 @@ FAMILY = Family(
         "vace_blocks.N.after_proj": "vace_blocks.N.proj_out",
         "head.head": "proj_out",
         "head.modulation": "scale_shift_table",
-    },
-    also_read={
-        Spelling("", "diffusers"): ("InvokeAI",),
-    },
-    gaps={("diffusers", "comfy"): "vace_blocks.", ("diffusers", "kohya"): "vace_blocks."},
-    readers={
-        "ComfyUI": ("comfy", "kohya"),
-        "diffusers": ("diffusers", "comfy", "kohya"),
-        "InvokeAI": ("diffusers", "comfy", "kohya"),
-        "musubi": ("kohya",),
     },
     claims={
         # musubi-tuner writes "wan" and "wan2.1", ai-toolkit "wan_2.1", "wan_2.2_14b", "wan_2.2_5b".

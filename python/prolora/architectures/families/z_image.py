@@ -29,15 +29,6 @@ FAMILY = Family(
         for stack in ("layers", "noise_refiner", "context_refiner")
     },
     spellings={**SPELLINGS, "comfy": Spelling("diffusion_model.", "diffusers")},
-    also_read={
-        Spelling("", "diffusers"): ("ComfyUI",),
-        Spelling("lycoris_", "diffusers", dotted=False): ("ComfyUI",),
-    },
-    readers={
-        "ComfyUI": ("comfy", "kohya", "diffusers"),
-        "diffusers": ("diffusers", "comfy", "kohya"),
-        "InvokeAI": ("diffusers", "comfy"),
-    },
     claims={
         "zimage": "Z-Image",  # ai-toolkit
         "z_image": "Z-Image",  # musubi-tuner, and below

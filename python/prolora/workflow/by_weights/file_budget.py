@@ -102,10 +102,8 @@ class OutputForm:
         return adapter.with_updates({name: cut[name] for name in adapter.updates})
 
     def _groups(self, adapter: Adapter) -> list[Group]:
-        format = adapters.check_format(adapter, self._format)
-        if self._format != "auto":
-            adapter = adapters.respell_adapter(adapter, format)
-        return adapters.group_modules(adapter, format)
+        adapter, format = adapters.resolve_format(adapter, self._format)
+        return adapters.group_modules(adapter, adapters.check_format(adapter, format))
 
     @property
     def _format(self) -> str:

@@ -1,0 +1,345 @@
+"""Which keys of a LoRA a program reads, by the program's own code: the counts of docs/formats.md.
+
+    python bench/loader_matrix.py PROGRAM CHECKOUT [--version V] [--families flux wan] [--json FILE]
+    python bench/loader_matrix.py table
+
+The first adds its counts to bench/results/loaders.json (or FILE), the second makes
+python/prolora/architectures/loaders.json from them: what prolora knows of programs.
+
+CHECKOUT is a folder with the program's source; nothing of it is kept. A LoRA over the linear layers
+of a family, in every spelling that files have, goes through what the program does before it touches
+a weight. Of blocks, it has the first two and the last of every stack. A module counts as read if
+the program took every key of it for a matrix of that shape. A program whose packages are missing
+here gets empty ones in their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from check_families import select_blocks
+from families import linear_shapes
+from torch import Tensor
+
+from prolora.adapters import Adapter
+from prolora.adapters.formats.encoding import encode_adapter
+from prolora.adapters.formats.groups import file_paths
+from prolora.architectures import loaders
+from prolora.architectures.families import known_families
+from prolora.architectures.family import Family, Spelling
+from prolora.architectures.layouts import load_layout
+from prolora.architectures.modules import find_block
+from prolora.core.lowrank import LowRank
+from prolora.errors import UnsupportedFormat
+
+Keys = dict[str, list[str]]
+Read = Callable[[dict[str, Tensor], Keys], set[str]]
+"""(tensors of a file, canonical module -> its keys) -> the keys that a program takes."""
+Open = Callable[[Family, str], Read | None]
+"""A program's reader for one published size; None where it has no such model."""
+
+RESULTS = Path(__file__).parent / "results/loaders.json"
+TABLE = Path(loaders.__file__).with_suffix(".json")
+WHOLE: list[bool] = []
+"""Not empty: LoRAs have all blocks, for programs that count them."""
+SPELLINGS = (
+    Spelling("diffusion_model.", "authors"),
+    Spelling("diffusion_model.", "diffusers"),
+    Spelling("lora_unet_", "authors", dotted=False),
+    Spelling("lora_unet_", "diffusers", dotted=False),
+    Spelling("transformer.", "diffusers"),
+    Spelling("transformer.", "authors"),
+    Spelling("base_model.model.", "diffusers"),
+    Spelling("", "diffusers"),
+    Spelling("", "authors"),
+    Spelling("lora_transformer_", "diffusers", dotted=False),
+    Spelling("lycoris_", "diffusers", dotted=False),
+)
+MOST_LISTED = 32
+"""Patterns of modules that the table lists; of a program that leaves more it says "in part"."""
+UNET_FORMATS = ("comfy", "kohya", "diffusers", "peft")
+
+
+def list_layouts(family: Family) -> list[str]:
+    """The published sizes that have modules which those before them have not."""
+    chosen, seen = [], set()
+    for layout in family.layouts:
+        patterns = {family.find_pattern(name) for name in linear_shapes(layout)}
+        if not patterns <= seen:
+            chosen.append(layout)
+            seen |= patterns
+    return chosen
+
+
+@cache
+def list_linear(id_: str, layout: str) -> dict[str, tuple[int, int]]:
+    """The linear layers outside blocks and in the first two and the last block of every stack."""
+    family, shapes = known_families()[id_], linear_shapes(layout)
+    shapes = {n: s for n, s in shapes.items() if family.find_pattern(n) not in family.not_linear}
+    if family.unet or WHOLE:
+        return shapes
+    chosen = {*select_blocks(list(shapes)), *(name for name in shapes if not find_block(name))}
+    return {name: shape for name, shape in shapes.items() if name in chosen}
+
+
+def make_adapter(family: Family, layout: str, keep: Callable[[str], bool]) -> Adapter:
+    """A LoRA of rank 1."""
+    updates = {
+        name: LowRank(torch.ones(m, 1), torch.ones(1, n))
+        for name, (m, n) in list_linear(family.id, layout).items()
+        if keep(name)
+    }
+    return Adapter(updates, family=family.id)
+
+
+def list_rows(family: Family) -> list[tuple[str, str, Spelling | None]]:
+    """(row of the table, format, spelling) of the files of a family."""
+    if family.unet:
+        return [(format, format, None) for format in UNET_FORMATS]
+    rows = []
+    for spelling in SPELLINGS:
+        if spelling.names == "authors" and not family.authors:
+            continue
+        format = "diffusers" if spelling.dotted else "kohya"
+        rows.append((loaders.name_row(family, format, spelling), format, spelling))
+    return rows
+
+
+def encode(
+    adapter: Adapter, format: str, spelling: Spelling | None
+) -> tuple[dict[str, Tensor], Keys]:
+    """The tensors of a file, and which of them each module has; fused ones share theirs."""
+    adapter = Adapter(adapter.updates, family=adapter.family, style=spelling, format=format)
+    tensors = encode_adapter(adapter, format, torch.float32)
+    by_path: dict[str, list[str]] = {}
+    for key in tensors:
+        path = key.removesuffix(".weight").rpartition(".")[0]
+        by_path.setdefault(path, []).append(key)
+    keys = {name: by_path[path] for name, path in file_paths(adapter, format).items()}
+    return tensors, keys
+
+
+def measure(
+    family: Family, layout: str, read: Read, row: tuple[str, str, Spelling | None]
+) -> dict[str, object] | None:
+    """Counts of keys and the patterns of modules that are not read whole."""
+    usual = set(load_layout(layout).adapted)
+    _, format, spelling = row
+
+    def run(keep: Callable[[str], bool]) -> tuple[dict[str, bool], int, int]:
+        adapter = make_adapter(family, layout, keep)
+        tensors, keys = encode(adapter, format, spelling)
+        try:
+            taken = read(dict(tensors), keys) & tensors.keys()
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            print(f"  {family.id} {row[0]}: {type(error).__name__}: {error}"[:200], flush=True)
+            taken = set()  # a program that stops reads nothing
+        modules = {name: set(of) <= taken for name, of in keys.items()}
+        return modules, len(taken), len(tensors)
+
+    try:
+        everything = run(lambda name: True)
+    except UnsupportedFormat:
+        return None  # the format has no names for the family
+    common = run(lambda name: name in usual)
+    modules, stops = everything[0], False
+    if not any(modules.values()):
+        modules = find_readable(family, run, usual, modules)
+        stops = any(modules.values())
+    unread = sorted({str(family.find_pattern(name)) for name, ok in modules.items() if not ok})
+    return {
+        "keys": [everything[1], everything[2]],
+        "usual": [common[1], common[2]],
+        "unread": unread if any(modules.values()) else ["*"],
+        **({"stops": True} if stops else {}),
+    }
+
+
+def find_readable(
+    family: Family,
+    run: Callable[[Callable[[str], bool]], tuple[dict[str, bool], int, int]],
+    usual: set[str],
+    modules: Iterable[str],
+) -> dict[str, bool]:
+    """Which modules a program reads that stops at a file with others.
+
+    Those of each pattern are tried beside what it reads of the usual ones.
+    """
+    of_pattern: dict[str | None, list[str]] = {}
+    for name in modules:
+        of_pattern.setdefault(family.find_pattern(name), []).append(name)
+    read = run(lambda name: name in usual)[0]
+    if not any(read.values()):
+        for names in of_pattern.values():
+            if usual.intersection(names):
+                read |= run(set(names).__contains__)[0]
+    base = {name for name, ok in read.items() if ok}
+    for names in of_pattern.values():
+        if base and not base.intersection(names):
+            beside = run(lambda name, names=set(names): name in base or name in names)[0]
+            read |= {name: beside.get(name, False) for name in names}
+    return {name: read.get(name, False) for name in modules}
+
+
+def describe_checkout(checkout: Path) -> str:
+    """Commit and date of a checkout that is a repository of git; "" if it is none."""
+    if not (checkout / ".git").exists():
+        return ""
+    show = ["git", "-C", str(checkout), "log", "-1", "--format=%h of %cs"]
+    return subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def tabulate(open_program: Open, families: list[str]) -> Iterator[dict[str, object]]:
+    """Family -> layout -> row -> counts, longer by one family each time."""
+    table: dict[str, object] = {}
+    for id_ in families:
+        family, sizes = known_families()[id_], {}
+        for layout in list_layouts(family):
+            read = open_program(family, layout)
+            if read is None:
+                continue
+            rows = {}
+            for row in list_rows(family):
+                counts = measure(family, layout, read, row)
+                if counts is not None:
+                    rows[row[0]] = counts
+            sizes[layout] = rows
+        if sizes:
+            table[id_] = sizes
+            whole = [
+                row
+                for row in next(iter(sizes.values()))
+                if all(not size[row]["unread"] for size in sizes.values() if row in size)
+            ]
+            print(f"{id_}: {', '.join(sizes)}; whole: {', '.join(whole) or 'none'}", flush=True)
+            yield table
+
+
+Sizes = dict[str, dict[str, dict[str, Any]]]
+
+
+def summarise(id_: str, sizes: Sizes) -> dict[str, object]:
+    """Row -> what a program does not read of a family, over all sizes that were tried.
+
+    `[]` is read whole, `["*"]` is nothing, None not whole by an amount that nobody counted.
+    """
+    family, rows = known_families()[id_], {}
+    tried = [layout for layout in sizes if layout]
+
+    def list_patterns(layouts: Iterable[str]) -> set[str]:
+        return {str(family.find_pattern(n)) for one in layouts for n in list_linear(id_, one)}
+
+    absent = list_patterns(family.layouts) - list_patterns(tried) if tried else set()
+    for row in dict.fromkeys(row for counts in sizes.values() for row in counts):
+        of = [counts[row] for counts in sizes.values() if row in counts]
+        if any(counts["unread"] is None for counts in of):
+            rows[row] = None
+        elif all(counts["unread"] == ["*"] for counts in of):
+            rows[row] = ["*"]
+        else:
+            nothing = [one for one in sizes if sizes[one].get(row, {}).get("unread") == ["*"]]
+            something = [one for one in tried if one not in nothing]
+            unread = {p for counts in of for p in counts["unread"] if p != "*"} | absent
+            unread |= list_patterns(nothing) - list_patterns(something)
+            stops = any(counts.get("stops") for counts in of)
+            rows[row] = sorted(unread) if not stops else ["!", *sorted(unread)]
+    return rows
+
+
+def make_table(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What prolora knows of programs, from the counts."""
+    programs = {
+        id_: {key: facts[key] for key in ("title", "version", "how")} for id_, facts in raw.items()
+    }
+    families: dict[str, Any] = {}
+    for program, facts in raw.items():
+        for id_, sizes in facts["families"].items():
+            of = families.setdefault(id_, {"": []})
+            of[""].append(program)
+            for row, unread in summarise(id_, sizes).items():
+                if unread is None:
+                    unread = ["?"]
+                elif len(unread) > MOST_LISTED:
+                    unread = ["!"] if "!" in unread else None
+                if unread != ["*"]:
+                    of.setdefault(row, {})[program] = unread
+    return {"programs": programs, "families": drop_idle_rows(families)}
+
+
+def drop_idle_rows(families: dict[str, Any]) -> dict[str, Any]:
+    """The families in order, without spellings that no format of ours has and no program reads."""
+    kept = {}
+    for id_, family in known_families().items():
+        if id_ in families:
+            own = {loaders.name_row(family, f, one) for f, one in family.spellings.items()}
+            rows = families[id_].items()
+            kept[id_] = {row: of for row, of in rows if not row or row in own or [] in of.values()}
+    return kept
+
+
+def format_table(table: dict[str, Any]) -> str:
+    """The table as JSON with a line for every row of a family."""
+
+    def dump(value: object) -> str:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+    programs = ",\n".join(f"  {dump(id_)}:{dump(of)}" for id_, of in table["programs"].items())
+    families = ",\n".join(
+        f" {dump(id_)}:{{\n"
+        + ",\n".join(f"  {dump(row)}:{dump(of)}" for row, of in rows.items())
+        + "}"
+        for id_, rows in table["families"].items()
+    )
+    return f'{{"programs":{{\n{programs}}},\n"families":{{\n{families}}}}}\n'
+
+
+def main() -> None:
+    """Reads the arguments, runs the program's code, writes the counts."""
+    import loader_programs
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("program", choices=[*sorted(loader_programs.PROGRAMS), "table"])
+    parser.add_argument("checkout", type=Path, nargs="?")
+    parser.add_argument("--version", default="", help="what the program calls this version")
+    parser.add_argument("--families", nargs="*", default=[])
+    parser.add_argument("--whole", action="store_true", help="all blocks (diffusers counts them)")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    raw = json.loads(arguments.json.read_text("utf-8")) if arguments.json.exists() else {}
+    if arguments.program == "table":
+        TABLE.write_text(format_table(make_table(raw)), "utf-8")
+        return
+    WHOLE.extend([True] * arguments.whole)
+    logging.disable(logging.INFO)
+    # Files in spellings that no program is known to read are what this measures.
+    loaders.is_read = lambda family, spelling: True
+    sys.argv = sys.argv[:1]
+    title, open_checkout = loader_programs.PROGRAMS[arguments.program]
+    open_program = open_checkout(arguments.checkout.resolve())
+    version = ", ".join(filter(None, [arguments.version, describe_checkout(arguments.checkout)]))
+    before = raw.get(arguments.program, {}).get("families", {}) if arguments.families else {}
+    facts = {"title": title, "version": version, "how": "run", "families": before}
+    raw[arguments.program] = facts
+    for table in tabulate(open_program, arguments.families or list(known_families())):
+        facts["families"] = {**before, **table}
+        arguments.json.write_text(format_counts(raw), "utf-8")
+
+
+def format_counts(raw: Mapping[str, Any]) -> str:
+    """The counts as JSON with a line for every row."""
+    text = json.dumps(raw, indent=1, ensure_ascii=False)
+    return re.sub(r"\n {6,}\s*", "", text) + "\n"
+
+
+if __name__ == "__main__":
+    main()

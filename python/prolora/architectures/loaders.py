@@ -1,0 +1,89 @@
+"""Which programs read which files of a family: what their own code did with the keys of a LoRA.
+
+`loaders.json` is made by `bench/loader_matrix.py`, which runs the programs. It has, for every
+family, the programs that have models of it (under ""), and for every way of spelling a file
+(`name_row`) what each leaves unread: patterns of modules. An empty list is a file read whole, and a
+program that is not there reads nothing. `!` before the patterns: the program stops at a file with
+one of them. null: it leaves more modules than are listed. `?`: how much it leaves is not known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+
+from .family import Family, Spelling
+
+Reach = Literal["whole", "part", "none"]
+"""How much of a file a program reads."""
+
+
+class Loader(NamedTuple):
+    """A program that reads LoRAs.
+
+    Attributes:
+        title: what people call it.
+        version: that was tried.
+        how: "run": its code ran in `bench/loader_matrix.py`; "recorded": it ran before that script
+            was written; "compared": its results were compared with ours.
+    """
+
+    title: str
+    version: str
+    how: str
+
+
+@cache
+def known_loaders() -> dict[str, Loader]:
+    """Id -> program, as `format` takes the ids."""
+    return {id_: Loader(**facts) for id_, facts in _read_table()["programs"].items()}
+
+
+def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
+    """What the table calls the files of a format (of a UNet) or spelling (of all others)."""
+    if spelling is None or family.unet:
+        return format
+    return f"{spelling.prefix}|{spelling.names if family.authors else 'diffusers'}"
+
+
+def is_read(family: Family, spelling: Spelling) -> bool:
+    """Whether a program reads files with this family's modules in a spelling."""
+    rows = _read_table()["families"].get(family.id, {})
+    row = name_row(family, "", spelling)
+    whole = [] in rows.get(row, {}).values()
+    return whole or row in {name_row(family, "", one) for one in family.spellings.values()}
+
+
+def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:
+    """Program -> how much it reads of a file, for all of which that is known.
+
+    Args:
+        family: of the LoRA.
+        row: what `name_row` says of the file.
+        modules: canonical names of those that the file updates.
+    """
+    patterns = {family.find_pattern(name) for name in modules} - {None}
+    rows: Any = _read_table()["families"].get(family.id, {"": []})
+    reach: dict[str, Reach] = dict.fromkeys(rows[""], "none")
+    for program, unread in rows.get(row, {}).items():
+        if unread == ["?"]:
+            del reach[program]
+        elif unread is None:
+            reach[program] = "part"
+        elif unread == ["!"]:
+            continue
+        elif not patterns.intersection(unread):
+            reach[program] = "whole"
+        elif "!" not in unread and not patterns <= set(unread):
+            reach[program] = "part"
+    return reach
+
+
+@cache
+def _read_table() -> dict[str, dict[str, Any]]:
+    text = resources.files(__package__).joinpath("loaders.json").read_text("utf-8")
+    table: dict[str, dict[str, Any]] = json.loads(text)
+    return table

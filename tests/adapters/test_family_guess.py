@@ -1,0 +1,117 @@
+"""Of which family a LoRA is: by the number of its blocks, a product's shape, whose names fit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prolora.adapters import Adapter, encode_state_dict, read_adapter
+from prolora.architectures.layouts import load_layout
+from prolora.core.lowrank import LowRank
+from prolora.workflow.inspection import inspect
+
+
+def write_lora(path, layout, family, format, keep):
+    """A LoRA of rank 1 on the linear layers that `keep` takes."""
+    updates = {
+        name: LowRank(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
+        for name, shape in load_layout(layout).shapes.items()
+        if len(shape) == 2 and keep(name)
+    }
+    save_file(encode_state_dict(Adapter(updates, family=family), format=format), path)
+    return inspect(path)
+
+
+def in_block(name):
+    return "transformer_blocks." in name
+
+
+def test_all_blocks_of_flux_are_not_those_of_hunyuan_video(tmp_path):
+    told = write_lora(tmp_path / "lora.safetensors", "flux1-dev", "flux", "kohya", in_block)
+    assert told.families == ["flux"]
+
+
+def test_a_lora_without_modulation_is_for_flux_or_chroma_and_not_for_hunyuan_video(tmp_path):
+    adapted = set(load_layout("flux1-dev").adapted)
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(lora, "flux1-dev", "flux", "kohya", adapted.__contains__)
+    assert told.families == ["chroma", "flux"]
+    assert "Forge" in told.readers  # which has both
+    assert "InvokeAI" not in told.part_readers + told.non_readers  # which reads FLUX.1 whole
+
+
+def test_some_blocks_fit_every_family_that_has_them(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(
+        lora,
+        "flux1-dev",
+        "flux",
+        "diffusers",
+        lambda n: n.startswith("transformer_blocks.0.attn.to_q"),
+    )
+    assert "hunyuan-video" in told.families
+
+
+def test_a_lokr_has_the_shape_of_its_product(tmp_path):
+    """18432 × 6144 is FLUX.2 dev's fused q, k and v and nobody else's."""
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {
+        f"{name}.lokr_w1": torch.zeros(16, 16),
+        f"{name}.lokr_w2_a": torch.zeros(1152, 4),
+        f"{name}.lokr_w2_b": torch.zeros(4, 384),
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert inspect(tmp_path / "lora.safetensors").families == ["flux2"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "family", "keep"),
+    [
+        ("ltx2", "ltx2", lambda n: n.startswith("transformer_blocks.") and ".audio_attn1" in n),
+        ("ltx2", "ltx2", lambda n: True),
+        ("ideogram4", "ideogram4", lambda n: n.startswith("layers.") and ".feed_forward" in n),
+    ],
+)
+def test_modules_that_everybody_calls_the_same_leave_the_file_in_comfyuis_format(
+    tmp_path, layout, family, keep
+):
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(lora, layout, family, "comfy", keep)
+    assert told.family == family
+    assert {"ComfyUI", "diffusers"} <= {*told.readers, *told.part_readers}
+    assert "ComfyUI" in told.readers
+
+
+def test_names_of_diffusers_behind_comfyuis_prefix_stay_diffusers(tmp_path):
+    """LTX-2's last layer is proj_out in diffusers only as far as blocks are named alike."""
+    name, shape = "audio_time_embed.emb.timestep_embedder.linear_1", (2048, 256)
+    tensors = {
+        f"diffusion_model.{name}.lora_A.weight": torch.zeros(1, shape[1]),
+        f"diffusion_model.{name}.lora_B.weight": torch.zeros(shape[0], 1),
+        "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.zeros(1, 2048),
+        "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_B.weight": torch.zeros(2048, 1),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert "ComfyUI" not in inspect(tmp_path / "lora.safetensors").readers
+
+
+def test_the_prefix_of_diffsynths_pipelines_is_cut_off(tmp_path):
+    tensors = {
+        f"pipe.dit.blocks.{i}.self_attn.q.lora_{end}.default.weight": torch.zeros(shape)
+        for i in range(4)
+        for end, shape in (("A", (1, 5120)), ("B", (5120, 1)))
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    told = inspect(tmp_path / "lora.safetensors")
+    assert told.family == "wan" and told.supported
+    moved = encode_state_dict(read_adapter(tensors), format="comfy")
+    assert "diffusion_model.blocks.3.self_attn.q.lora_A.weight" in moved
+
+
+def test_inspect_tells_programs_to_programs(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(lora, "qwen-image", "qwen-image", "kohya", lambda n: ".attn.to_q" in n)
+    facts = json.loads(json.dumps(told.__dict__, default=str))
+    assert "LightX2V" in facts["non_readers"] and "ComfyUI" in facts["readers"]
