@@ -134,7 +134,8 @@ def main() -> None:
         "checked": checked,
         "expected": expect(options.results),
     }
-    options.out.write_text(json.dumps(stored, indent=0) + "\n")
+    text = json.dumps(stored, separators=(",", ":")).replace('{"method"', '\n{"method"')
+    options.out.write_text(text + "\n")
     print(f"wrote {options.out}")
 
 

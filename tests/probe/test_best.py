@@ -150,7 +150,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "changed", [{"strength": 0.5}, {"out_rank": 4}, {"text_encoder": "project"}]
+    "changed", [{"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}]
 )
 def test_what_a_fit_cannot_do_is_refused(changed):
     with pytest.raises(InvalidOption, match=next(iter(changed))):

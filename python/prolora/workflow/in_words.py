@@ -7,6 +7,7 @@ of the mathematics; the numbers behind them are the report's sentences and table
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
