@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
+import nodes as core
 from aiohttp import web
+from comfy_execution.graph_utils import GraphBuilder
 
-from .jobs import MOVED, Place
+from .jobs import MOVED, Place, find_trained_on, read_state
 
 BASE_FOLDERS = ("checkpoints", "diffusion_models", "unet_gguf")
+PIPELINES = "diffusers"
+"""ComfyUI's folder of whole pipelines, each of which is a folder with an index."""
 
 
 def list_loras() -> list[str]:
@@ -32,23 +36,34 @@ def list_lora_folders() -> list[str]:
     return sorted(parents - {""})
 
 
-def _map_bases() -> dict[str, tuple[str, str]]:
-    """Name of a base -> ComfyUI's folder for it, and its name there."""
+def _list_pipelines() -> dict[str, Path]:
+    """Folders of pipelines by their names; of two with one name the first is taken.
+
+    Not those of two experts (Wan 2.2), of which one LoRA becomes two: their files are chosen.
+    """
+    found: dict[str, Path] = {}
+    for root in folder_paths.folder_names_and_paths.get(PIPELINES, ([],))[0]:
+        for folder, parts, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files and "transformer_2" not in parts:
+                found.setdefault(os.path.relpath(folder, root), Path(folder))
+    return found
+
+
+def map_bases() -> dict[str, Path]:
+    """Base models by name, checkpoints first; the folder is named where two have one name."""
     found = [
-        (folder, name)
+        (folder, name, folder_paths.get_full_path(folder, name))
         for folder in BASE_FOLDERS
         if folder in folder_paths.folder_names_and_paths
         for name in folder_paths.get_filename_list(folder)
     ]
-    counts = Counter(name for _, name in found)
+    found += [(PIPELINES, name, path) for name, path in _list_pipelines().items()]
+    counts = Counter(name for _, name, _ in found)
     return {
-        (f"{folder}/{name}" if counts[name] > 1 else name): (folder, name) for folder, name in found
+        (f"{folder}/{name}" if counts[name] > 1 else name): Path(path)
+        for folder, name, path in found
+        if path
     }
-
-
-def list_bases() -> list[str]:
-    """Base models, checkpoints first; the folder is named where two models have one name."""
-    return list(_map_bases())
 
 
 def find_lora(name: str) -> Path:
@@ -69,21 +84,19 @@ def find_base(name: str) -> Path:
     Raises:
         ValueError: there is none of that name.
     """
-    place = _map_bases().get(name)
-    path = folder_paths.get_full_path(*place) if place else None
+    path = map_bases().get(name)
     if path is None:
         raise ValueError(f"{name} is not among your models any more: choose another one.")
-    return Path(path)
+    return path
 
 
 def read_states(names: Iterable[str]) -> str:
-    """Size and time of the LoRAs and base models among some texts."""
-    states = []
+    """Size and time of the files of the LoRAs and base models among some texts."""
+    bases, states = map_bases(), []
     for name in names:
-        for find in (find_lora, find_base):
-            with suppress(ValueError):
-                state = find(name).stat()
-                states.append(f"{name}:{state.st_size}:{state.st_mtime_ns}")
+        lora = folder_paths.get_full_path("loras", name)
+        paths = (lora and Path(lora), bases.get(name))
+        states += [f"{name}:{read_state(path)}" for path in paths if path]
     return " ".join(states)
 
 
@@ -113,6 +126,12 @@ def make_progress() -> Callable[[int, int, str], None]:
     return progress
 
 
+def free_memory() -> None:
+    """Puts the models that ComfyUI holds on the card away; it loads them again by itself."""
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+
+
 def apply_lora(
     model: Any, clip: Any, path: Path, strength_model: float, strength_clip: float
 ) -> tuple[Any, Any]:
@@ -120,6 +139,71 @@ def apply_lora(
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
     model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
     return model, clip
+
+
+def find_loaded(graph: dict[str, Any], node: str) -> str | None:
+    """The name of the model whose loader feeds a node's input `model`; None if it is not seen."""
+    seen = set()
+    while node in graph and node not in seen:
+        seen.add(node)
+        inputs = graph[node]["inputs"]
+        for name in ("ckpt_name", "unet_name"):
+            if isinstance(inputs.get(name), str):
+                return str(inputs[name])
+        link = inputs.get("model")
+        node = link[0] if isinstance(link, list) else ""
+    return None
+
+
+def list_sampling_inputs() -> dict[str, Any]:
+    """The inputs of core's *KSampler* that say how a picture is sampled."""
+    inputs = core.NODE_CLASS_MAPPINGS["KSampler"].INPUT_TYPES()["required"]
+    return {name: inputs[name] for name in ("seed", "steps", "cfg", "sampler_name", "scheduler")}
+
+
+def draw_side_by_side(
+    loras: Iterable[str | None], strength: float, inputs: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """The graph of core's nodes that draws one picture with each LoRA, and its output.
+
+    ComfyUI runs it in place of the node that returns it.
+
+    Args:
+        loras: names in ComfyUI's list, from the left; None draws without a LoRA.
+        strength: of each.
+        inputs: links to a loaded model, its text encoder and its decoder, the two prompts, and what
+            *KSampler* takes beside those.
+    """
+    graph, row = GraphBuilder(), None
+    model, clip, vae, prompt, avoid = (
+        inputs.pop(name) for name in ("model", "clip", "vae", "prompt", "avoid")
+    )
+    for lora in loras:
+        with_lora = (model, clip)
+        if lora is not None:
+            strengths = {"strength_model": strength, "strength_clip": strength}
+            loader = graph.node("LoraLoader", model=model, clip=clip, lora_name=lora, **strengths)
+            with_lora = (loader.out(0), loader.out(1))
+        positive, negative = (
+            graph.node("CLIPTextEncode", clip=with_lora[1], text=text).out(0)
+            for text in (prompt, avoid)
+        )
+        sampled = graph.node(
+            "KSampler",
+            model=with_lora[0],
+            positive=positive,
+            negative=negative,
+            denoise=1.0,
+            **inputs,
+        )
+        image = graph.node("VAEDecode", samples=sampled.out(0), vae=vae).out(0)
+        if row is not None:
+            how = {"direction": "right", "match_image_size": True, "spacing_color": "white"}
+            image = graph.node("ImageStitch", image1=row, image2=image, spacing_width=8, **how).out(
+                0
+            )
+        row = image
+    return graph.finalize(), row
 
 
 PAGES = "/prolora/report"
@@ -134,9 +218,22 @@ async def send_page(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(page, headers={"Content-Security-Policy": "sandbox allow-scripts"})
 
 
+TRAINED_ON = "/prolora/trained_on"
+
+
+async def send_trained_on(request: web.Request) -> web.StreamResponse:
+    """The name of the base that a LoRA tells of, for the widget; null if it tells of none."""
+    lora = folder_paths.get_full_path("loras", request.query.get("lora", ""))
+    if lora is None:
+        return web.Response(status=404)
+    name = await asyncio.to_thread(find_trained_on, Path(lora), map_bases())
+    return web.json_response({"name": name})
+
+
 def serve_pages() -> None:
-    """Lets ComfyUI's server send the pages; there is none where ComfyUI runs without it."""
+    """Lets ComfyUI's server answer the nodes' script; there is none where it runs without it."""
     # It is imported long before it asks packs for their nodes.
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     if hasattr(server, "instance"):
         server.instance.routes.get(PAGES)(send_page)
+        server.instance.routes.get(TRAINED_ON)(send_trained_on)

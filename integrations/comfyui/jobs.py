@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 import prolora
@@ -17,7 +18,8 @@ from prolora.bases.cache.basis_cache import default_folder
 from . import words
 
 AUTO = "auto"
-METHODS = (AUTO, *prolora.METHODS)
+BEST = "best"
+METHODS = (AUTO, BEST, *prolora.METHODS)
 FORMATS = {"ComfyUI": "comfyui", "as it came": AUTO, "kohya": "kohya", "diffusers": "diffusers"}
 MOVED = "zz-moved"
 """The folder of results, which comes last in ComfyUI's lists."""
@@ -128,16 +130,18 @@ def find_trained_on(lora: Path, bases: Mapping[str, Path]) -> str | None:
     except (OSError, SafetensorError):
         return None  # moving it says why
     wanted = metadata.get("ss_sd_model_hash", "").lower()
-    told = PureWindowsPath(metadata.get("ss_sd_model_name", "")).stem.lower()
+    told = _name_alone(metadata.get("ss_sd_model_name", ""))
     named = [
-        name for name in bases if told not in ("", *words.GENERIC_NAMES) and _stem(name) == told
+        name
+        for name in bases
+        if told not in ("", *words.GENERIC_NAMES) and _name_alone(name) == told
     ]
     hashed = (name for name, path in bases.items() if wanted and _hash_start(path) == wanted)
     return next(hashed, None) or next(iter(named), None)
 
 
-def _stem(name: str) -> str:
-    return PureWindowsPath(name).stem.lower()
+def _name_alone(model: str) -> str:
+    return words.strip_ending(PureWindowsPath(model).name).lower()
 
 
 def _hash_start(path: Path) -> str:
@@ -172,44 +176,65 @@ def move_loras(
     Raises:
         ValueError: the two bases cannot be used; a sentence says why.
     """
-    options, names = settings.options(), {path: name for name, path in loras.items()}
-    used = {place.root / MOVED, place.folder}
+    names = {path: name for name, path in loras.items()}
 
     def naming(lora: Path, digest: str) -> str:
-        inside = place.name(names[lora], settings.label(), digest)
-        used.update(place.folder / parent for parent in inside.parents)
-        return str(inside)
+        return str(place.name(names[lora], settings.label(), digest))
 
     try:
+        options = settings.options() | {"cache": default_folder(), "progress": progress}
         if options["format"] == "comfyui" and prolora.open_base(target).family is None:
             options["format"] = AUTO  # of an unknown family, ComfyUI reads what it read before
-        outcomes = prolora.transfer_many(
-            names,
-            source,
-            target,
-            place.folder,
-            naming=naming,
-            cache=default_folder(),
-            progress=progress,
-            **options,
-        )
-        return [_finish(outcome) for outcome in outcomes]
+        if settings.method == BEST:
+            fits = source.is_dir() and target.is_dir()
+            outcomes = _move_with_fits(loras, source, target, place, settings, options)
+            return [_finish(outcome, fits) for outcome in outcomes]
+        moved = prolora.transfer_many(names, source, target, place.folder, naming=naming, **options)
+        return [_finish(outcome) for outcome in moved]
     except prolora.ProLoRAError as error:
         raise ValueError(words.explain(error)) from None
     finally:
-        for folder in sorted(used, reverse=True):  # the innermost first
+        results = place.root / MOVED
+        for folder in sorted([results, *results.rglob("*")], reverse=True):  # the innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _finish(outcome: prolora.Outcome) -> Moved:
+def _move_with_fits(
+    loras: Mapping[str, Path],
+    source: Path,
+    target: Path,
+    place: Place,
+    settings: Settings,
+    options: dict[str, Any],
+) -> Iterator[prolora.Outcome]:
+    """Moves LoRAs by the best method, which may run both models.
+
+    It keeps their names; so each result has a folder of its own, with the digits in its name.
+    """
+    # ComfyUI computes without gradients, which a fit needs.
+    with torch.inference_mode(False), torch.enable_grad():
+        for name, lora in loras.items():
+            made_of = f"{settings} {[read_state(path) for path in (lora, source, target)]}"
+            digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+            folder = place.folder / place.name(name, settings.label(), digest).with_suffix("")
+            yield from prolora.transfer_many([lora], source, target, folder, **options, device=AUTO)
+
+
+def read_state(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of the weights in a folder."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _finish(outcome: prolora.Outcome, in_fit: bool = False) -> Moved:
     """Writes the page of a report beside the file.
 
     Raises:
         OutputError: it cannot be written.
     """
     if outcome.error is not None:
-        return Moved(outcome.out, error=words.explain(outcome.error))
+        return Moved(outcome.out, error=words.explain(outcome.error, in_fit))
     if outcome.report is not None:
         outcome.report.save(outcome.out.with_suffix(".html"))
     return Moved(outcome.out, outcome.report)

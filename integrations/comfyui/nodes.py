@@ -1,4 +1,4 @@
-"""The four nodes."""
+"""The nodes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ CHOOSE = "choose…"
 FROM_LORA = "from the LoRA"
 NO_LORA = "(none)"
 ALL_LORAS = "(all)"
+
+_HIDDEN = {"graph": "PROMPT", "node": "UNIQUE_ID"}
+_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
 class LoraName(str):
@@ -44,7 +47,7 @@ def _combo(
 
 def _list_inputs() -> dict[str, Any]:
     """The inputs that the nodes share, by name; folders are read anew each time."""
-    bases = host.list_bases()
+    bases = list(host.map_bases())
     return {
         "lora": _combo([CHOOSE, *host.list_loras()], "The LoRA to move.", "LoRA"),
         "trained_on": _combo(
@@ -59,8 +62,9 @@ def _list_inputs() -> dict[str, Any]:
         ),
         "method": _combo(
             jobs.METHODS,
-            "auto decides from the weights of both models. copy changes nothing. The others are "
-            "for experiments.",
+            "auto decides from the weights of both models. best also runs them where weights say "
+            "too little, for minutes to hours; both must be whole pipelines below "
+            "models/diffusers. copy changes nothing. The others are for experiments.",
             folded=True,
         ),
         "rank": _combo(
@@ -108,8 +112,7 @@ def _find_source(name: str, lora: str) -> str:
     """The name of the base that a LoRA was trained on, chosen or told by the LoRA."""
     if name != FROM_LORA:
         return name
-    bases = {base: host.find_base(base) for base in host.list_bases()}
-    told = jobs.find_trained_on(host.find_lora(lora), bases)
+    told = jobs.find_trained_on(host.find_lora(lora), host.map_bases())
     if told is None:
         raise ValueError(
             "This LoRA does not tell which model it was trained on, or that model is not in your "
@@ -122,6 +125,8 @@ def _move(
     loras: Mapping[str, Path], source: str, use_on: str, settings: Mapping[str, str]
 ) -> list[jobs.Moved]:
     """Moves LoRAs of one base."""
+    if settings["method"] == jobs.BEST:
+        host.free_memory()
     return jobs.move_loras(
         loras,
         host.find_base(source),
@@ -152,6 +157,18 @@ def _move_one(
     return moved, name, words.tell_report(moved.report, name, way, next_step)
 
 
+def _warn(graph: dict[str, Any], node: str, use_on: str) -> str:
+    """A line where a model is loaded that is not the one under *use on*; else nothing."""
+    loaded = host.find_loaded(graph, node)
+    used = host.map_bases()
+    if loaded is None or use_on not in used or used.get(loaded, used[use_on]) == used[use_on]:
+        return ""
+    return (
+        f"⚠ {words.shorten(loaded)} is loaded, and “use on” is {words.shorten(use_on)}: choose the "
+        "same model in both.\n"
+    )
+
+
 class _ProloraNode:
     """What the nodes have in common."""
 
@@ -164,7 +181,7 @@ class _ProloraNode:
         """Size and time of the files that are used, so that a changed file is moved again."""
         names = [str(value) for value in values.values()]
         if values.get("trained_on") == FROM_LORA:
-            names += host.list_bases()
+            names += host.map_bases()
         return host.read_states(names)
 
 
@@ -204,33 +221,93 @@ class LoadMovedLora(_ProloraNode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What ComfyUI asks for, each time that it lists the nodes."""
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         inputs = _take(
             *("lora", "trained_on", "use_on", "aim"),
-            model=("MODEL", {"tooltip": "The model that you use, loaded."}),
-            clip=("CLIP", {"tooltip": "Its text encoder."}),
+            model=("MODEL", {"tooltip": "The model under “use on”, loaded."}),
         )
+        clip = ("CLIP", {"tooltip": "Its text encoder, for LoRAs that change it too."})
+        inputs |= {"optional": {"clip": clip}, "hidden": _HIDDEN}
         for name in ("strength_model", "strength_clip"):
-            inputs["required"][name] = ("FLOAT", strength | {"tooltip": "As in Load LoRA."})
+            inputs["required"][name] = ("FLOAT", _STRENGTH | {"tooltip": "As in Load LoRA."})
         inputs["required"]["method"] = _list_inputs()["method"]
         return inputs
 
     def run(
         self,
         model: Any,
-        clip: Any,
         lora: str,
         trained_on: str,
         use_on: str,
         strength_model: float,
         strength_clip: float,
+        clip: Any = None,
+        graph: dict[str, Any] | None = None,
+        node: str = "",
         **settings: str,
     ) -> dict[str, Any]:
         """The model and the text encoder with the LoRA, and the report."""
         step = "It is applied to the outputs of this node. To load it elsewhere, press R."
         moved, _, report = _move_one(lora, trained_on, use_on, settings, step)
+        report = _warn(graph or {}, node, use_on) + report
         patched = host.apply_lora(model, clip, moved.path, strength_model, strength_clip)
         return _show(report, moved.page, *patched)
+
+
+class BeforeAndAfter(_ProloraNode):
+    """Moves one LoRA unless it was moved before, and draws with and without it."""
+
+    DESCRIPTION = (
+        "Draws one picture three times with the model that is loaded, from the same seed: without "
+        "the LoRA, with the LoRA copied as it is, and with the LoRA moved."
+    )
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("side by side", "report")
+    OUTPUT_TOOLTIPS = (
+        "From the left: without the LoRA, with the LoRA copied, with the LoRA moved.",
+        "What to expect, in six lines.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What ComfyUI asks for, each time that it lists the nodes."""
+        # Links, not what they link to: core's nodes take them from there.
+        link = {"rawLink": True, "lazy": True}
+        text = {"multiline": True, "dynamicPrompts": True}
+        inputs = _take(
+            *("lora", "trained_on", "use_on", "aim"),
+            model=("MODEL", {"tooltip": "The model under “use on”, loaded."} | link),
+            clip=("CLIP", {"tooltip": "Its text encoder."} | link),
+            vae=("VAE", {"tooltip": "Its decoder."} | link),
+            latent_image=("LATENT", {"tooltip": "An empty latent image of the size."} | link),
+        )
+        inputs["required"] |= {
+            "prompt": ("STRING", text | {"tooltip": "What to draw, with the trigger words."}),
+            "avoid": ("STRING", text | {"tooltip": "What not to draw: the negative prompt."}),
+            "strength": ("FLOAT", _STRENGTH | {"tooltip": "Of the LoRA, copied and moved."}),
+            **host.list_sampling_inputs(),
+            "method": _list_inputs()["method"],
+        }
+        return inputs | {"hidden": _HIDDEN}
+
+    def run(
+        self,
+        lora: str,
+        trained_on: str,
+        use_on: str,
+        aim: str,
+        method: str,
+        strength: float,
+        graph: dict[str, Any] | None = None,
+        node: str = "",
+        **drawn: Any,
+    ) -> dict[str, Any]:
+        """The three pictures in a row, and the report."""
+        step = "The pictures: without the LoRA, copied, moved; the same seed."
+        settings = {"aim": aim, "method": method}
+        moved, name, report = _move_one(lora, trained_on, use_on, settings, step)
+        report = _warn(graph or {}, node, use_on) + report
+        drawing, pictures = host.draw_side_by_side((None, lora, name), strength, drawn)
+        return _show(report, moved.page, pictures) | {"expand": drawing}
 
 
 class MoveFolder(_ProloraNode):
@@ -282,8 +359,9 @@ class MoveFolder(_ProloraNode):
             for name, moved in zip(loras, results, strict=True):
                 lines[name] = words.tell_in_one_line(name, moved.report, moved.error)
                 done += moved.error is None
-        lines[""] = f"{done} of {len(inside)} LoRAs are in place, below loras/{jobs.MOVED}."
-        return _show("\n".join(lines[name] for name in [*inside, ""]), None)
+        mark = "✔" if done == len(inside) else "⚠" if done else "✖"
+        lines[""] = f"{mark} In place below loras/{jobs.MOVED}: {done} of {len(inside)} LoRAs."
+        return _show("\n".join(lines[name] for name in ["", *inside]), None)
 
 
 class Advise(_ProloraNode):
@@ -317,6 +395,7 @@ class Advise(_ProloraNode):
 _NODES = {
     "ProloraMoveLora": (MoveLora, "Move LoRA to another model"),
     "ProloraLoadMovedLora": (LoadMovedLora, "Load moved LoRA"),
+    "ProloraBeforeAndAfter": (BeforeAndAfter, "Draw before and after"),
     "ProloraMoveFolder": (MoveFolder, "Move folder of LoRAs"),
     "ProloraAdvise": (Advise, "Can this LoRA move?"),
 }

@@ -26,27 +26,56 @@ _WIDGETS = {
     "out_rank": "“rank”",
     "format": "“file for”",
 }
+# prolora's optional parts; ComfyUI's Python may have prolora from a wheel, without an index.
+_EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|onnx|probe)\][\"']")
+_PACKAGES = {"gguf": "gguf", "onnx": "onnx", "probe": "diffusers and accelerate"}
+_INSTALL = "install {} for the Python that runs ComfyUI"
+_BY_FIT = (
+    "Nothing was written. If you have both as whole pipelines, choose those and the method “best”."
+)
 _FOR_OTHERS = re.compile(r"`[a-z_]+(?:=[^`]*|\(\))?`|(?<![\w-])--[a-z]|\bpython -[cm]\b")
 
 
 def shorten(model: str) -> str:
     """A model's name in ComfyUI's list, without what tells nothing."""
-    parts = Path(model).with_suffix("").parts
+    parts = Path(strip_ending(model)).parts
     return "/".join([part for part in parts if part not in GENERIC_NAMES] or parts)
 
 
-def explain(error: prolora.ProLoRAError) -> str:
-    """Why a LoRA cannot be moved, without advice that only a command line can follow."""
-    if isinstance(error, prolora.UnrelatedBases):
+def strip_ending(model: str) -> str:
+    """A model's name without the ending of a file; that of a folder may hold a dot."""
+    return re.sub(r"\.(safetensors|sft|ckpt|pt|pth|bin|gguf)$", "", model, flags=re.IGNORECASE)
+
+
+def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
+    """Why a LoRA cannot be moved, without advice that only a command line can follow.
+
+    Args:
+        error: what prolora raised.
+        in_fit: both models ran; else only their weights were compared.
+    """
+    apart = isinstance(error, prolora.UnrelatedBases)
+    if apart and in_fit:
+        return (
+            "The fit did not succeed: samples that it did not see show that the two models behave "
+            "too differently for this LoRA. Nothing was written."
+        )
+    if apart:
         return (
             "The models under “trained on” and “use on” have nothing in common: they were trained "
-            "apart, and no LoRA of one works on the other. Nothing was written."
+            f"apart, and no LoRA of one works on the other. {_BY_FIT}"
+        )
+    if isinstance(error, prolora.ShapeMismatch) and "fits the target" in str(error):
+        return (
+            "The models under “trained on” and “use on” are built differently: no part of this "
+            f"LoRA has a place on the second. {_BY_FIT}"
         )
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 
 
 def say(text: str) -> str:
     """A message of prolora's in the words of the widgets, without what a node cannot do."""
+    text = _EXTRA.sub(lambda found: _INSTALL.format(_PACKAGES[found[1]]), text)
     clauses = re.split(r"(?<=[.;:])\s+", name_options(text, _name_widget))
     return " ".join(clause for clause in clauses if not _FOR_OTHERS.search(clause))
 

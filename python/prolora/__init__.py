@@ -42,6 +42,9 @@ from .workflow.check import BaseCheck, check
 from .workflow.convert import convert, convert_file
 from .workflow.convert_options import ConvertOptions
 from .workflow.dry_run import plan_report
+from .workflow.evaluate import evaluate
+from .workflow.evaluating.evaluation import Evaluation
+from .workflow.evaluation_options import EvaluationOptions
 from .workflow.extract import extract, extract_file, plan_extraction
 from .workflow.extract_options import ExtractOptions
 from .workflow.fit import fit, fit_file, fit_many, plan_fit
@@ -52,7 +55,9 @@ from .workflow.fleet.planning import plan_migration
 from .workflow.fleet.run_options import MigrationOptions
 from .workflow.fleet.status import read_status
 from .workflow.inspection import Description, inspect
-from .workflow.options import TransferOptions
+from .workflow.merge import merge, merge_file
+from .workflow.merge_options import MergeOptions
+from .workflow.options import TransferMethod, TransferOptions
 from .workflow.outcome import Outcome
 from .workflow.pipeline_loading import load_moved_lora
 from .workflow.report import Report
@@ -73,6 +78,8 @@ __all__ = [
     "Comparison",
     "ConvertOptions",
     "Description",
+    "Evaluation",
+    "EvaluationOptions",
     "ExpertsLike",
     "ExtractOptions",
     "FitOptions",
@@ -81,6 +88,7 @@ __all__ = [
     "InvalidOption",
     "LowCoverage",
     "LowRank",
+    "MergeOptions",
     "Method",
     "MethodChoice",
     "MethodName",
@@ -98,6 +106,7 @@ __all__ = [
     "SolverFailure",
     "TooLittleMemory",
     "Transfer",
+    "TransferMethod",
     "TransferOptions",
     "UnrelatedBases",
     "UnsupportedDevice",
@@ -112,6 +121,7 @@ __all__ = [
     "convert_file",
     "cuda_status",
     "damped",
+    "evaluate",
     "extract",
     "extract_file",
     "fit",
@@ -119,6 +129,8 @@ __all__ = [
     "fit_many",
     "inspect",
     "load_moved_lora",
+    "merge",
+    "merge_file",
     "migrate",
     "open_base",
     "open_experts",

@@ -1,4 +1,4 @@
-"""`prolora extract` and `prolora convert` on the command line."""
+"""`prolora extract`, `prolora convert` and `prolora merge` on the command line."""
 
 import json
 
@@ -58,7 +58,50 @@ def test_convert_cuts_and_respells(prolora, case, out):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("command", ["extract", "convert"])
+def test_merge_moves_what_has_another_base_and_tells_what_of_each_is_kept(
+    prolora, case, out, tmp_path
+):
+    from mini import shapes, write_case
+
+    lora, source, target = case
+    (tmp_path / "more").mkdir()
+    other = write_case(tmp_path / "more")[0].rename(tmp_path / "more" / "other.safetensors")
+    out.parent.mkdir()
+    words = ("merge", lora, other, "--strengths", "1,0.25")
+    code, text, err = prolora(*words, "--dry-run")
+    assert code == 0 and "dry run" in text and not out.exists(), err
+    code, text, err = prolora(*words, "-o", out)
+    said = " ".join(text.split())
+    assert code == 0 and "lora at strength 1: all of it is in the result, and another" in said, err
+    assert "lora and other do the same in" not in said  # a quarter is not twice
+    code, text, err = prolora(*words, "-o", out, "--explain", "--method", "balanced", "--modules")
+    assert code == 0 and "How the LoRAs overlap" in text and "cosine" in text, err
+    bases = ("--target", target, "--source", source, "--source", source, "--cache", "none")
+    report = tmp_path / "report.html"
+    code, text, err = prolora(*words, *bases, "-o", out, "--report", report)
+    assert code == 0 and "at strength 1, moved from source" in " ".join(text.split()), err
+    assert "<html" in report.read_text("utf-8")[:200].lower()
+    code, text, _ = prolora(*words, *bases, "-o", out, "--json")
+    record = json.loads(text)
+    assert code == 0 and record["totals"]["mapped"] == len(shapes(2))
+    assert [part["strength"] for part in record["merge"]["parts"]] == [1.0, 0.25]
+    code, text, _ = prolora("check", out, target)
+    assert code == 0
+    code, text, _ = prolora("inspect", out)
+    assert code == 0 and "target" in text
+    code, _, err = prolora(*words, "-o", other)
+    assert code == 2 and "other.safetensors" in err
+    code, _, err = prolora("merge", lora, "-o", out)
+    assert code == 2 and "two LoRAs or more" in err
+    code, _, err = prolora("merge", lora, other, "--strengths", "1,x", "-o", out)
+    assert code == 2 and "--strengths takes numbers like 1,0.6" in err
+    code, _, err = prolora("merge", lora, other, "--strengths", "1", "-o", out)
+    assert code == 2 and "--strengths has 1 numbers" in err
+    code, _, err = prolora("merge", lora, other)
+    assert code == 2 and "-o OUT is missing" in err
+
+
+@pytest.mark.parametrize("command", ["extract", "convert", "merge"])
 def test_help_is_short_and_names_what_is_needed(prolora, command):
     code, text, _ = prolora(command, "-h")
     assert code == 0 and "--out-rank" in text and "--format" in text and "--card" not in text

@@ -7,22 +7,28 @@ import importlib.util
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import comfyui_stand_in
 import pytest
+import tiny_pipelines
 import torch
 from mini import lora_tensors, source_weights, target_along_few, target_weights
 from safetensors.torch import load_file, save_file
 
 import prolora
+from prolora.probe import pipelines
+from prolora.workflow.best import BestWay
 
 ROOT = Path(__file__).parents[2]
 PACK = ROOT / "integrations" / "comfyui"
 BASES = {"trained_on": "source.safetensors", "use_on": "target.safetensors"}
 LOOK = "target's look"
 WIDGETS = {"aim": LOOK, "method": "copy", "rank": "exact", "format": "ComfyUI"}
+CORE = ("sampler_name", "scheduler")
+"""Lists that core's own node has."""
 LORA = {"lora": "one.safetensors"}
 
 
@@ -72,9 +78,20 @@ def import_pack(monkeypatch):
 
 def run(pack, name, **values):
     """(outputs, what the node shows)."""
-    out = pack.NODE_CLASS_MAPPINGS[name]().run(**values)
+    with torch.inference_mode():  # as ComfyUI runs every node
+        out = pack.NODE_CLASS_MAPPINGS[name]().run(**values)
     assert out["ui"]["text"] == (out["result"][-1],)
     return out["result"], out["ui"]
+
+
+def draw(pack, **changes):
+    """(the graph that *Draw before and after* becomes, its pictures, the report)."""
+    links = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "latent_image": ["2", 0]}
+    sampling = {"seed": 7, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
+    texts = {"prompt": "a cat", "avoid": "blurry", "strength": 0.8, "aim": LOOK, "method": "auto"}
+    values = LORA | BASES | links | sampling | texts | changes
+    out = pack.NODE_CLASS_MAPPINGS["ProloraBeforeAndAfter"]().run(**values)
+    return out["expand"], *out["result"]
 
 
 def move(pack, **changes):
@@ -112,8 +129,10 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack
 
 def test_what_is_chosen_first_is_nothing_and_says_what_to_choose(pack, models):
     for node in pack.NODE_CLASS_MAPPINGS.values():
-        for choices, known in node.INPUT_TYPES()["required"].values():
-            assert not isinstance(choices, list) or known["default"] == choices[0]
+        for name, (choices, *known) in node.INPUT_TYPES()["required"].items():
+            assert (
+                name in CORE or not isinstance(choices, list) or known[0]["default"] == choices[0]
+            )
     assert "under “LoRA”" in refuse(pack, lora="choose…")
     assert "under “use on”" in refuse(pack, use_on="choose…")
     assert "under “trained on”" in refuse(pack, trained_on="from the LoRA")
@@ -207,6 +226,13 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
     assert not (models / "loras" / "zz-moved").exists()
 
 
+def test_models_of_other_widths_are_told_so_without_a_number(pack, models):
+    wide = {name: torch.randn(48, 48) for name in source_weights()}
+    write_base(models, "wide", wide)
+    sentence = refuse(pack, use_on="wide.safetensors", method="auto")
+    assert "are built differently" in sentence and "×" not in sentence
+
+
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
     words = sys.modules["comfyui_prolora.words"]
     options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
@@ -217,6 +243,10 @@ def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, model
     moved = "this LoRA was already moved, but `source` is c; give b as `source`; or `again=True`"
     assert words.explain(prolora.AlreadyMoved(moved)) == (
         "this LoRA was already moved, but “trained on” is c; give b as “trained on”"
+    )
+    missing = 'GGUF files need it: pip install "prolora[gguf]"; or use another file'
+    assert words.explain(prolora.ProLoRAError(missing)) == (
+        "GGUF files need it: install gguf for the Python that runs ComfyUI; or use another file"
     )
     assert words.explain(prolora.ProLoRAError("`match='name'`")).startswith("This LoRA cannot")
 
@@ -285,12 +315,12 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     (models / "loras" / "bad.safetensors").write_bytes(b"nothing")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ bad.safetensors: ")
-    assert lines[1] == "✔ one.safetensors: moved before"
-    assert lines[2].startswith("✔ styles/two.safetensors: moved, ")
-    assert lines[3] == "2 of 3 LoRAs are in place, below loras/zz-moved."
+    assert lines[0] == "⚠ In place below loras/zz-moved: 2 of 3 LoRAs."
+    assert lines[1].startswith("✖ bad.safetensors: ")
+    assert lines[2] == "✔ one.safetensors: moved before"
+    assert lines[3].startswith("✔ styles/two.safetensors: moved, ")
     (only,), _ = run(pack, "ProloraMoveFolder", folder="styles", **BASES, **WIDGETS)
-    assert only.splitlines()[-1].startswith("1 of 1 LoRAs are in place")
+    assert only.splitlines()[0] == "✔ In place below loras/zz-moved: 1 of 1 LoRAs."
     choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
     assert choices == ["choose…", "(all)", "styles"]
 
@@ -301,14 +331,14 @@ def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, model
     bases = BASES | {"trained_on": "from the LoRA"}
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **bases, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ one.safetensors: This LoRA does not tell")
-    assert lines[1].startswith("✔ styles/two.safetensors: moved")
+    assert lines[1].startswith("✖ one.safetensors: This LoRA does not tell")
+    assert lines[2].startswith("✔ styles/two.safetensors: moved")
 
 
 def test_all_moves_folders_that_hold_one_name_twice(pack, models):
     write_lora(models, "other/two")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
-    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
     assert {path.parent.name for path in moved} == {"styles", "other"}
     assert len(list((models / "loras" / "zz-moved").rglob("two*.html"))) == 2
@@ -371,7 +401,7 @@ def test_a_model_is_named_with_its_folder_where_two_have_one_name(pack, models, 
     )
     (models / "diffusion_models").mkdir()
     save_file({}, models / "diffusion_models" / "target.safetensors")
-    bases = sys.modules["comfyui_prolora.host"].list_bases()
+    bases = sys.modules["comfyui_prolora.host"].map_bases()
     assert {"checkpoints/target.safetensors", "diffusion_models/target.safetensors"} < {*bases}
     assert "source.safetensors" in bases and "target.safetensors" not in bases
     assert move(pack, use_on="checkpoints/target.safetensors")
@@ -395,6 +425,54 @@ def test_a_moved_lora_is_applied_and_moved_once(pack, models, monkeypatch):
         assert "It is applied" in result[2] and "output “LoRA”" not in result[2]
     (file,) = (models / "loras" / "zz-moved" / "target").glob("one-*.safetensors")
     assert applied == [(set(load_file(file)), 0.8, 0.5)] * 2
+
+
+def test_before_and_after_are_three_pictures_that_differ_in_the_lora_alone(pack, models):
+    graph, row, report = draw(pack)
+    (stitched, right) = (graph[row[0]]["inputs"], graph[row[0]]["inputs"]["image2"])
+    assert stitched["direction"] == "right"
+    first = graph[stitched["image1"][0]]["inputs"]
+    drawn = []
+    for decoded in (first["image1"], first["image2"], right):
+        sampler = graph[graph[decoded[0]]["inputs"]["samples"][0]]["inputs"]
+        texts = [graph[sampler[name][0]]["inputs"] for name in ("positive", "negative")]
+        assert [text["text"] for text in texts] == ["a cat", "blurry"]
+        assert sampler["seed"] == 7 and sampler["latent_image"] == ["2", 0]
+        loader = graph.get(sampler["model"][0], {"inputs": None})["inputs"]
+        encoder = [sampler["model"][0], 1]
+        assert all(text["clip"] == encoder for text in texts)
+        drawn.append(loader and (loader["lora_name"], loader["strength_model"]))
+    moved = next(iter((models / "loras" / "zz-moved" / "target").glob("*.safetensors")))
+    name = moved.relative_to(models / "loras").as_posix()
+    assert drawn == [None, ("one.safetensors", 0.8), (name, 0.8)]
+    assert len(report.splitlines()) <= 6 and "without the LoRA, copied, moved" in report
+    known = pack.NODE_CLASS_MAPPINGS["ProloraBeforeAndAfter"].INPUT_TYPES()["required"]
+    for link in ("model", "clip", "vae", "latent_image"):
+        # No model is loaded before it is known that the LoRA can be moved.
+        assert known[link][1]["rawLink"] and known[link][1]["lazy"]
+
+
+def test_another_model_that_is_loaded_is_noticed(pack, models):
+    def ask(loaded):
+        graph = {
+            "1": {"inputs": {"ckpt_name": loaded}},
+            "2": {"inputs": {"model": ["1", 0], "lora_name": "one.safetensors"}},
+            "3": {"inputs": {"model": ["2", 0]}},
+        }
+        return draw(pack, graph=graph, node="3")[-1].splitlines()[0]
+
+    assert ask("target.safetensors").startswith("✔ ")
+    assert ask("source.safetensors") == (
+        "⚠ source is loaded, and “use on” is target: choose the same model in both."
+    )
+    assert ask(["4", 0]).startswith("✔ ")  # not seen: a node computes the name
+    looped = {"3": {"inputs": {"model": ["3", 0]}}}
+    assert draw(pack, graph=looped, node="3")[-1].startswith("✔ ")
+
+
+def test_nothing_is_drawn_where_a_lora_cannot_be_moved(pack):
+    with pytest.raises(ValueError, match="have nothing in common"):
+        draw(pack, use_on="stranger.safetensors")
 
 
 def test_a_changed_file_changes_the_fingerprint(pack, models):
@@ -421,6 +499,122 @@ def test_a_changed_file_that_is_not_named_changes_the_fingerprint_too(pack, mode
     assert move_all.IS_CHANGED(folder="(all)", **BASES) != before
 
 
+def test_a_folder_of_a_pipeline_is_a_model_too(pack, models):
+    folder = models / "diffusers" / "maker" / "look-v1.5"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    save_file(
+        {f"{module}.weight": weight for module, weight in target_weights().items()},
+        folder / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
+    name = str(Path("maker", "look-v1.5"))
+    node = pack.NODE_CLASS_MAPPINGS["ProloraMoveLora"]
+    assert node.INPUT_TYPES()["required"]["use_on"][0][-1] == name
+    moved = move(pack, use_on=name)
+    assert moved.startswith("zz-moved/maker-look-v1.5/one-")
+    before = node.IS_CHANGED(**LORA | BASES | {"use_on": name})
+    next(folder.rglob("*.safetensors")).touch()
+    assert node.IS_CHANGED(**LORA | BASES | {"use_on": name}) != before
+    told = {"ss_sd_model_name": "maker/look-v1.5"}
+    write_lora(models, "two", told)
+    assert ask_trained_on("two.safetensors") == (200, {"name": name})
+
+
+@pytest.fixture
+def fit_quickly(models, monkeypatch):
+    """Two tiny pipelines that were trained apart, a LoRA of the first, and fits of a second.
+
+    It is called with whether fits are written whatever they reach.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_pipelines.save(models / "diffusers" / "apart-v2.0", seed=5, text=12)
+        first = tiny_pipelines.save(models / "diffusers" / "first-v1.5")
+        denoiser = pipelines.open_pipeline(first).denoiser
+    found = tiny_pipelines.updates(denoiser, ("attn1.to_v",))
+    tiny_pipelines.write_lora(models / "loras" / "one.safetensors", found)
+    make = BestWay.of.__func__
+
+    def choose(force):
+        def of(cls, *given):
+            way = make(cls, *given)
+            few = {"prompts": ("cat",), "images": 2, "steps": 2, "fit_steps": 2, "force": force}
+            return dataclasses.replace(way, by_fit=dataclasses.replace(way.by_fit, **few))
+
+        monkeypatch.setattr(BestWay, "of", classmethod(of))
+
+    return choose
+
+
+APART = {"trained_on": "first-v1.5", "use_on": "apart-v2.0"}
+
+
+@pytest.mark.slow
+def test_the_best_method_runs_models_that_have_nothing_in_common(pack, models, fit_quickly):
+    fit_quickly(force=True)
+    refused = refuse(pack, **APART, method="auto")
+    assert "nothing in common" in refused and "the method “best”" in refused
+    best = LORA | WIDGETS | APART | {"method": "best"}
+    name, report = run(pack, "ProloraMoveLora", **best)[0]
+    assert re.fullmatch(r"zz-moved/apart-v2\.0/one-best-[0-9a-f]{12}/one\.safetensors", name)
+    assert len(report.splitlines()) <= 7 and "fitted a new LoRA of apart-v2.0" in report
+    assert prolora.inspect(models / "loras" / name).kind == "lora"
+    assert (models / "loras" / name).with_suffix(".html").is_file()
+    again = run(pack, "ProloraMoveLora", **best)[0]
+    assert again[0] == name and again[1].startswith("✔ Already moved from first-v1.5 to apart-v2.0")
+
+
+@pytest.mark.slow
+def test_a_fit_that_does_not_succeed_writes_nothing(pack, models, fit_quickly):
+    fit_quickly(force=False)
+    assert "The fit did not succeed" in refuse(pack, **APART, method="best")
+    assert not (models / "loras" / "zz-moved").exists()
+
+
+def test_the_best_method_leaves_results_side_by_side_too(pack, models):
+    write_lora(models, "other/two")
+    best = WIDGETS | {"method": "best"}
+    (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **best)
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
+    moved = list((models / "loras" / "zz-moved").rglob("two.safetensors"))
+    assert len({path.parent.parent.name for path in moved} & {"styles", "other"}) == 2
+    before = {path: path.read_bytes() for path in moved}
+    write_lora(models, "other/two", rank=2)
+    assert move(pack, lora="other/two.safetensors", method="best")
+    assert before == {path: path.read_bytes() for path in moved}
+
+
+def test_a_refusal_by_the_best_method_leaves_no_folder(pack, models):
+    assert "nothing in common" in refuse(pack, use_on="stranger.safetensors", method="best")
+    assert not (models / "loras" / "zz-moved").exists()
+
+
+def test_a_pipeline_of_two_experts_is_chosen_by_its_files(pack, models):
+    folder = models / "diffusers" / "wan"
+    for part in ("transformer", "transformer_2"):
+        (folder / part).mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    assert "wan" not in sys.modules["comfyui_prolora.host"].map_bases()
+
+
+def ask_trained_on(lora):
+    """(status, answer) of the node's script asking which model a LoRA was trained on."""
+    host = sys.modules["comfyui_prolora.host"]
+    found = asyncio.run(host.send_trained_on(SimpleNamespace(query={"lora": lora})))
+    return found.status, json.loads(found.text) if found.status == 200 else None
+
+
+def test_the_script_is_told_which_model_a_lora_was_trained_on(pack, models):
+    write_lora(models, "told", {"ss_sd_model_name": "source"})
+    write_lora(models, "version", {"ss_sd_model_name": "source.5"})
+    assert ask_trained_on("told.safetensors") == (200, {"name": "source.safetensors"})
+    assert ask_trained_on("one.safetensors") == (200, {"name": None})
+    assert ask_trained_on("version.safetensors") == (200, {"name": None})
+    (models / "loras" / "page.safetensors").write_text("<html>")
+    assert ask_trained_on("page.safetensors") == (200, {"name": None})
+    assert ask_trained_on("gone.safetensors")[0] == 404
+
+
 def test_only_pages_of_moved_loras_are_sent(pack, models):
     host = sys.modules["comfyui_prolora.host"]
     _, shown = run(pack, "ProloraMoveLora", **LORA, **BASES, **WIDGETS)
@@ -431,7 +625,7 @@ def test_only_pages_of_moved_loras_are_sent(pack, models):
         return asyncio.run(host.send_page(SimpleNamespace(query={"name": name})))
 
     state = getattr(sys.modules["comfy"], "state", None)  # of the stand-in
-    assert state is None or state.routes == {"/prolora/report": host.send_page}
+    assert state is None or state.routes["/prolora/report"] is host.send_page
     (page,) = shown["page"]
     found = ask(page)
     assert found.status == 200 and "sandbox" in found.headers["Content-Security-Policy"]
@@ -458,16 +652,20 @@ def test_the_example_workflows_open_on_widgets_that_exist_and_name_no_file(pack)
             if not node["type"].startswith("Prolora"):
                 continue
             cls = pack.NODE_CLASS_MAPPINGS[node["type"]]
-            widgets = {
-                name: kind
-                for name, kind in cls.INPUT_TYPES()["required"].items()
-                if kind[0] not in ("MODEL", "CLIP")
-            }
-            for value, (choices, _) in zip(node["widgets_values"], widgets.values(), strict=True):
-                assert not isinstance(choices, list) or value == choices[0]
+            values = iter(node["widgets_values"])
+            for name, (choices, *_) in cls.INPUT_TYPES()["required"].items():
+                if choices in ("MODEL", "VAE", "LATENT", "CLIP"):
+                    assert name in [entry["name"] for entry in node["inputs"]]
+                    continue
+                value = next(values)
+                if isinstance(choices, list) and name not in CORE:
+                    assert value == choices[0]
+                if name == "seed":
+                    assert next(values) == "fixed"  # the widget that comes with every seed
+            assert not list(values)
             assert [out["type"] for out in node["outputs"]] == list(cls.RETURN_TYPES)
             found += 1
-    assert found == 4
+    assert found == 5
 
 
 def test_the_pack_asks_an_index_for_nothing_that_is_not_there():

@@ -5,6 +5,7 @@ PROLORA_COMFYUI=FOLDER runs the same tests with the modules of a real checkout i
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import types
@@ -16,9 +17,27 @@ class Interrupted(Exception):
     """What ComfyUI raises where the stop button was pressed."""
 
 
+class GraphBuilder:
+    """The graph that a node puts in its own place."""
+
+    def __init__(self):
+        self.nodes = {}
+
+    def node(self, class_type, **inputs):
+        """A node, by the outputs of others."""
+        name = f"new.{len(self.nodes)}"
+        self.nodes[name] = {"class_type": class_type, "inputs": inputs}
+        return SimpleNamespace(out=lambda index: [name, index])
+
+    def finalize(self):
+        """The graph."""
+        return self.nodes
+
+
 def make_modules(models: Path) -> dict[str, types.ModuleType]:
     """The modules, with `models` as the folder of models."""
     folders = {name: ([str(models / name)], {".safetensors"}) for name in ("checkpoints", "loras")}
+    folders["diffusers"] = ([str(models / "diffusers")], ["folder"])
     state = SimpleNamespace(interrupted=False, progress=[], routes={})
 
     def get_full_path(folder, name):
@@ -54,7 +73,16 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
     def load_lora_for_models(model, clip, lora, strength_model, strength_clip):
         return (model, lora, strength_model), (clip, strength_clip)
 
+    class KSampler:
+        @classmethod
+        def INPUT_TYPES(cls):
+            inputs = {name: ("INT", {"default": 20}) for name in ("model", "seed", "steps", "cfg")}
+            return {"required": inputs | {"sampler_name": (["euler"],), "scheduler": (["simple"],)}}
+
     contents = {
+        "nodes": {"NODE_CLASS_MAPPINGS": {"KSampler": KSampler}},
+        "comfy_execution": {},
+        "comfy_execution.graph_utils": {"GraphBuilder": GraphBuilder},
         "folder_paths": {
             "folder_names_and_paths": folders,
             "get_filename_list": get_filename_list,
@@ -63,7 +91,9 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
         },
         "comfy": {"state": state},
         "comfy.model_management": {
-            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+            "unload_all_models": lambda: None,
+            "soft_empty_cache": lambda: None,
         },
         "comfy.utils": {"ProgressBar": ProgressBar, "load_torch_file": load_torch_file},
         "comfy.sd": {"load_lora_for_models": load_lora_for_models},
@@ -78,6 +108,7 @@ def make_modules(models: Path) -> dict[str, types.ModuleType]:
             "StreamResponse": object,
             "Response": respond,
             "FileResponse": lambda path, headers: respond(status=200, path=path, headers=headers),
+            "json_response": lambda data: respond(status=200, text=json.dumps(data)),
         },
     }
     modules = {}
@@ -104,7 +135,7 @@ def install(models: Path, monkeypatch) -> bool:
     comfy.options.enable_args_parsing()
     import folder_paths
 
-    for name in ("checkpoints", "loras"):
+    for name in ("checkpoints", "loras", "diffusers"):
         known = folder_paths.folder_names_and_paths[name]
         monkeypatch.setitem(
             folder_paths.folder_names_and_paths, name, ([str(models / name)], known[1])

@@ -28,7 +28,7 @@ angles: torch.Tensor = prolora.principal_angles(weight, array)
 weakened: prolora.LowRank = prolora.damped(pair, weight, weight, 0.5)
 done: prolora.Transfer = prolora.transfer(lora, source, target, method="copy", strength=0.8)
 options = prolora.TransferOptions(method="damped", damping=0.3, out_rank="50%")
-method: prolora.MethodChoice = options.method
+method: prolora.TransferMethod = options.method
 done = prolora.transfer(lora, source, target, options, text_encoder="skip")
 report: prolora.Report = prolora.transfer_file(lora, source, target, out, options)
 rows: list[str] = [row.source for row in report.modules if row.status == "mapped"]

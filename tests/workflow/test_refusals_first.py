@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import prolora
 from prolora.bases import identity, memory
 from prolora.core.methods import Needs
+from prolora.workflow import resume
 
 
 @pytest.fixture
@@ -182,3 +183,21 @@ def test_memory_for_the_method_is_refused_before_the_weights_are_compared(
         memory.Memory(limit).check([(24, 96)], Needs.BASES)
     with pytest.raises(prolora.TooLittleMemory):
         prolora.transfer(*case, method="prolora", max_memory=limit)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "PEFT folder"])
+def test_a_file_of_100_gb_of_zeros_is_refused_by_its_header_before_it_is_hashed(
+    case, tmp_path, monkeypatch, folder
+):
+    _, source, target = case
+    lora = tmp_path / "zeros"
+    weights = lora / "adapter_model.safetensors" if folder else lora.with_suffix(".safetensors")
+    weights.parent.mkdir(exist_ok=True)
+    with open(weights, "wb") as file:
+        file.truncate(100 << 30)
+    lora = lora if folder else weights
+    monkeypatch.setattr(resume, "read_blocks", lambda file: pytest.fail("the LoRA was hashed"))
+    with pytest.raises(prolora.UnsupportedFormat, match="zeros"):
+        prolora.transfer_file(lora, source, target, out=tmp_path / "moved.safetensors")
+    (outcome,) = prolora.transfer_many([lora], source, target, tmp_path / "out")
+    assert isinstance(outcome.error, prolora.UnsupportedFormat)

@@ -1,12 +1,16 @@
-// Labels prolora's nodes, folds what is advanced, and shows the report below the widgets.
+// Labels prolora's nodes, folds what is advanced, fills in what a LoRA tells, and shows the report.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const WIDTH = 460;
-const REPORT_HEIGHT = 160;
+const REPORT_HEIGHT = 140;
 const SHOWN = "shown report";
 const OPEN = "open the whole report";
+
+function isOurs(node) {
+  return node?.comfyClass?.startsWith("Prolora");
+}
 
 function findWidget(node, name) {
   return node.widgets?.find((widget) => widget.name === name);
@@ -25,6 +29,7 @@ function showReport(node, text) {
     widget = ComfyWidgets.STRING(node, SHOWN, ["STRING", { multiline: true }], app).widget;
     widget.label = "report";
     keepOut(widget);
+    widget.options.getMinHeight = () => REPORT_HEIGHT;
     const element = widget.inputEl ?? widget.element;
     if (element) element.readOnly = true;
   }
@@ -51,6 +56,29 @@ function label(node) {
 
 function findInput(node, widget) {
   return node.constructor.nodeData?.input?.required?.[widget.name];
+}
+
+// The LoRA that is chosen tells the model that it was trained on, or the label says to choose.
+function fillTrainedOn(node) {
+  const [lora, trainedOn] = ["lora", "trained_on"].map((name) => findWidget(node, name));
+  if (!lora || !trainedOn) return;
+  const before = lora.callback;
+  const chosenBefore = trainedOn.callback;
+  const [fromLora] = findInput(node, trainedOn)[0];
+  trainedOn.callback = function () {
+    trainedOn.label = "trained on";
+    return chosenBefore?.apply(this, arguments);
+  };
+  lora.callback = async function (chosen) {
+    before?.apply(this, arguments);
+    const shown = trainedOn.value;
+    const answer = await api.fetchApi(`/prolora/trained_on?lora=${encodeURIComponent(chosen)}`);
+    const { name } = answer.ok ? await answer.json() : {};
+    if (lora.value !== chosen || trainedOn.value !== shown) return;
+    trainedOn.value = name ?? fromLora;
+    trainedOn.label = name === null ? "trained on (not found: choose)" : "trained on";
+    app.graph?.setDirtyCanvas(true, false);
+  };
 }
 
 function fold(widget, folded) {
@@ -80,15 +108,30 @@ function foldAdvanced(node) {
 
 function makeRoom(node) {
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + REPORT_HEIGHT)]);
+  // "Nodes 2.0" writes larger, and gives a report what it finds.
+  const room = window.LiteGraph?.vueNodesMode ? REPORT_HEIGHT : 0;
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + room)]);
   app.graph?.setDirtyCanvas(true, false);
 }
+
+function showResult(node, text, page) {
+  showLink(node, page);
+  showReport(node, text);
+  makeRoom(node);
+}
+
+// Some versions of ComfyUI say no more than that a job failed.
+api.addEventListener("execution_error", ({ detail }) => {
+  const node = app.graph?.getNodeById(detail.node_id);
+  if (isOurs(node)) showResult(node, `✖ ${detail.exception_message.trim()}`, "");
+});
 
 app.registerExtension({
   name: "prolora.report",
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("Prolora")) return;
+    if (!isOurs(node)) return;
     label(node);
+    fillTrainedOn(node);
     foldAdvanced(node);
     node.setSize([WIDTH, node.computeSize()[1]]);
   },
@@ -98,9 +141,7 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (output) {
       before?.apply(this, arguments);
       if (!output?.text) return;
-      showLink(this, output.page?.[0] ?? "");
-      showReport(this, output.text.join(""));
-      makeRoom(this);
+      showResult(this, output.text.join(""), output.page?.[0] ?? "");
     };
   },
 });

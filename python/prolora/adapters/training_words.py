@@ -81,6 +81,22 @@ def read_training_words(metadata: Mapping[str, str]) -> TrainingWords:
     return TrainingWords(trigger, tuple(read))
 
 
+def combine_tags(headers: Mapping[str, Mapping[str, str]]) -> str:
+    """`ss_tag_frequency` of a LoRA that is made of several; "" where none of them has it.
+
+    Args:
+        headers: name of a LoRA -> its metadata. A folder that two of them have is kept for both.
+    """
+    folders: dict[str, dict[str, int]] = {}
+    for name, metadata in headers.items():
+        table = _read_json(metadata, "ss_tag_frequency")
+        for folder, counts in table.items() if isinstance(table, dict) else ():
+            tags = dict(_read_counts(counts))
+            if tags:
+                folders[f"{folder} ({name})" if folder in folders else folder] = tags
+    return json.dumps(folders, ensure_ascii=False) if folders else ""
+
+
 def clean_text(text: str) -> str:
     """One line of printable text of at most LONGEST characters."""
     kept = (

@@ -8,7 +8,7 @@ from ..architectures.layouts import (
     known_layouts,
     load_layout,
 )
-from .base import Base, check_finite
+from .base import Base, check_finite, check_readable
 from .opening import BaseLike, open_base
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Correspondence",
     "Layout",
     "check_finite",
+    "check_readable",
     "find_correspondence",
     "identify_layout",
     "known_layouts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from ..core.precision import working_dtype
 from ..errors import NonFiniteWeights
 from .keys.canonical_names import name_vectors
 from .keys.family_names import find_family
+from .quantised.weight import find_kind, is_unreadable
 from .weights import Weight
 
 Progress = Callable[[int, int, str], None]
@@ -56,6 +58,13 @@ class Base:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Module -> storage dtype."""
         return {module: weight.dtype for module, weight in self.weights.items()}
+
+    @cached_property
+    def quantised_as(self) -> str:
+        """How its weights are quantised, and how many are: "nvfp4 (840 of 846 weights)"; or ""."""
+        kinds = Counter(kind for weight in self.weights.values() if (kind := find_kind(weight)))
+        every = len(self.weights)
+        return " and ".join(f"{kind} ({n} of {every} weights)" for kind, n in kinds.most_common())
 
     @cached_property
     def vectors(self) -> dict[str, Weight]:
@@ -109,6 +118,31 @@ def stack_weights(weights: Sequence[Tensor]) -> Tensor:
     if len(dtypes) > 1:
         weights = [weight.to(working_dtype(*dtypes)) for weight in weights]
     return torch.stack(list(weights))
+
+
+def list_quantised(*bases: Base) -> dict[str, str]:
+    """Name -> how its weights are quantised, of those of some bases whose weights are."""
+    return {base.name: base.quantised_as for base in bases if base.quantised_as}
+
+
+def find_unreadable(base: Base, modules: Iterable[str]) -> str | None:
+    """The first of some modules whose numbers are not read; None if all are."""
+    held = ((name, base.weights[name]) for name in modules)
+    return next((name for name, weight in held if is_unreadable(weight)), None)
+
+
+def check_readable(base: Base, modules: Iterable[str]) -> None:
+    """Refuses the first weight whose numbers are not read, before time is spent on any other.
+
+    Args:
+        base: where the weights are.
+        modules: which will be needed.
+
+    Raises:
+        UnsupportedFormat: names the tensor, and how it is quantised.
+    """
+    if (module := find_unreadable(base, modules)) is not None:
+        base.read(module)
 
 
 def check_finite(base: Base, modules: Iterable[str]) -> None:

@@ -56,7 +56,8 @@ def describe_base(base: Base) -> str:
     line = f"{title}a {kind} with {len(blocks)} transformer blocks ({counts})"
     if widths:
         line += f" of width {_join_numbers(widths)}"
-    return line + (f", reading text features of {_join_numbers(context)}" if context else "")
+    line += f", reading text features of {_join_numbers(context)}" if context else ""
+    return line + (f"; quantised: {base.quantised_as}" if base.quantised_as else "")
 
 
 def _describe_adm(base: Base) -> str:

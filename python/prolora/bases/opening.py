@@ -17,7 +17,6 @@ from . import hub
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .keys.canonical_names import name_weights
-from .keys.float8 import METADATA_KEY
 from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
@@ -47,8 +46,8 @@ def open_base(source: BaseLike, *, subfolder: str | None = None) -> Base:
 
     Raises:
         UnsupportedFormat: what cannot be read exactly, with the reason: pickles of more than
-            tensors, weights quantised otherwise than float8 with scales or GGUF, an adapter, a
-            damaged or incomplete download, a pipeline of two experts.
+            tensors, weights of a quantised kind whose shapes are not known, an adapter, a damaged
+            or incomplete download, a pipeline of two experts.
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     if isinstance(source, Base):
@@ -120,7 +119,7 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
         weights.update(open_file_weights(path))
         files = [path]
     named = name_weights(
-        weights, str(path), metadata=_read_quantisation(weights), strict=subfolder is None
+        weights, str(path), metadata=_list_metadata(weights), strict=subfolder is None
     )
     return Base(name, named, path, files, weights)
 
@@ -146,11 +145,10 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
     return weights, files
 
 
-def _read_quantisation(weights: Mapping[str, Weight]) -> list[str]:
-    """What the headers' metadata say of quantised layers."""
+def _list_metadata(weights: Mapping[str, Weight]) -> list[Mapping[str, str]]:
+    """The metadata of every header."""
     files = {w.file.path: w.file for w in weights.values() if isinstance(w, StoredWeight)}
-    headers = [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]
-    return [metadata[METADATA_KEY] for metadata in headers if METADATA_KEY in metadata]
+    return [file.metadata for file in files.values() if isinstance(file, SafetensorsFile)]
 
 
 def _open_tensors(tensors: Mapping[str, Tensor], name: str) -> Base:

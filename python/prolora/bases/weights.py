@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from ..errors import UnsupportedFormat
 
 
 @dataclass(frozen=True)
@@ -200,6 +198,60 @@ class RowsWeight:
 
 
 @dataclass(frozen=True)
+class JoinedColumns:
+    """Matrices with the same rows that stand beside each other as one.
+
+    Attributes:
+        parts: from left to right.
+    """
+
+    parts: tuple[Weight, ...]
+
+    @property
+    def origin(self) -> Origin | None:
+        """All of them."""
+        return join_origins(self.parts, "beside")
+
+    @property
+    def name(self) -> str:
+        """Of the first."""
+        return self.parts[0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All columns."""
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first."""
+        return self.parts[0].dtype
+
+    def read(self) -> Tensor:
+        """The whole matrix."""
+        return torch.cat([part.read() for part in self.parts], 1)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Some rows of it."""
+        return torch.cat([part.read_rows(start, stop) for part in self.parts], 1)
+
+
+def join_origins(weights: Sequence[Weight], how: str) -> Origin | None:
+    """The origin of what is made of several weights; None if one of them is in memory.
+
+    Args:
+        weights: what it is made of.
+        how: a word for what stands between them.
+    """
+    origins = [weight.origin for weight in weights]
+    known = [origin for origin in origins if origin is not None]
+    if not known or len(known) < len(origins):
+        return None
+    text = f" {how} ".join(origin.text for origin in known)
+    return Origin(text, max(origin.changed for origin in known))
+
+
+@dataclass(frozen=True)
 class ConvertedWeight:
     """A weight stored with its halves in the other order, or transposed.
 
@@ -245,55 +297,3 @@ class ConvertedWeight:
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Rows of what `read` gives."""
         return self.read()[start:stop]
-
-
-@dataclass(frozen=True)
-class ScaledWeight:
-    """A float8 weight q with its scale: the weight is q · scale, in float32.
-
-    Attributes:
-        stored: q [m, ...].
-        scale: one number, or one for each row, [m] or [m, 1, ...].
-    """
-
-    stored: Weight
-    scale: Weight
-
-    @property
-    def origin(self) -> Origin | None:
-        """Both weights."""
-        stored, scale = self.stored.origin, self.scale.origin
-        if stored is None or scale is None:
-            return None
-        return Origin(f"{stored.text} times {scale.text}", max(stored.changed, scale.changed))
-
-    @property
-    def name(self) -> str:
-        """Of the stored weight."""
-        return self.stored.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the stored weight."""
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32: the product has more digits than either factor."""
-        return torch.float32
-
-    def read(self) -> Tensor:
-        """The product."""
-        return self.read_rows(0, self.shape[0])
-
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the product."""
-        scale = self.scale.read().to(torch.float32).flatten()
-        if not bool((scale.isfinite() & (scale != 0)).all()):
-            raise UnsupportedFormat(
-                f"{self.scale.name}: the scale of {self.stored.name} is zero or not finite; the "
-                "checkpoint is damaged"
-            )
-        if len(scale) > 1:
-            scale = scale[start:stop].reshape(-1, *(1 for _ in self.shape[1:]))
-        return self.stored.read_rows(start, stop).to(torch.float32).mul_(scale)

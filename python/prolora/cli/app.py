@@ -27,9 +27,11 @@ from .advise import advise
 from .console import err, out, prepare_streams, progress_bar
 from .convert import convert
 from .demo import run_demo
+from .evaluate import evaluate
 from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epilog
 from .extract import extract
 from .fit import FitCommand, fit
+from .merge import merge
 from .options import JsonOption, OverwriteOption, parse_path
 from .transfer import TransferCommand, show_report, transfer
 
@@ -86,6 +88,13 @@ app.command(
 )(advise)
 app.command(
     epilog=write_epilog(
+        "prolora evaluate sdxl/ ssd-1b/ my-lora.safetensors moved.safetensors "
+        "--metric dinov2=dinov2-base/",
+        "prolora evaluate sdxl/ ssd-1b/ loras/ moved/ --trained trained/ --metric clip=clip-l/",
+    )
+)(evaluate)
+app.command(
+    epilog=write_epilog(
         "prolora check my-lora.safetensors sdxl/",
         "prolora check loras/*.safetensors sd_xl_base_1.0.safetensors",
         codes=tuple(checking.MEANINGS),
@@ -104,6 +113,13 @@ app.command(
         "prolora convert my-dora.safetensors sdxl/ -o plain.safetensors --for a1111",
     ),
 )(convert)
+app.command(
+    epilog=write_epilog(
+        "prolora merge style.safetensors person.safetensors -o both.safetensors --strengths 0.8,1",
+        "prolora merge a.safetensors b.safetensors --target new/ --source old/ --source new/ "
+        "-o both.safetensors --out-rank 32",
+    ),
+)(merge)
 app.add_typer(basis.app, name="basis")
 app.command(
     epilog=write_epilog(

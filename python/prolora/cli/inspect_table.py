@@ -65,6 +65,8 @@ def _list_facts(description: Description) -> Iterator[tuple[str, str]]:
         "stored",
         f"{_count_text(description.tensors, 'tensor')}{size}: {write_counts(description.dtypes)}",
     )
+    if description.quantised:
+        yield "quantised", description.quantised
     if description.trigger_words:
         yield "trigger words", ", ".join(description.trigger_words)
 

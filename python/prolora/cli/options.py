@@ -118,17 +118,28 @@ def parse_strength(text: str | float) -> float | str | None:
         raise ValueError(f"--strength takes a number or 'auto', not {text!r}") from None
 
 
+def parse_strengths(text: str | None) -> tuple[float, ...] | None:
+    """'1,0.6' as two numbers."""
+    if not isinstance(text, str):  # a default
+        return text
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ValueError(f"--strengths takes numbers like 1,0.6, not {text!r}") from None
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "rank": parse_rank,
     "out_rank": parse_out_rank,
     "strength": parse_strength,
+    "strengths": parse_strengths,
     "threshold": parse_share,
     "min_coverage": parse_share,
     "resume": parse_path,
 }
 """How the command line reads those options that are no words, switches or plain numbers."""
 
-FLAGS = {"format": ("--format", "--for")}
+FLAGS = {"format": ("--format", "--for"), "metrics": ("--metric",), "methods": ("--method",)}
 """Options with another flag than their name."""
 
 
@@ -139,6 +150,7 @@ OPTIONS = {
     *(f.name for f in dataclasses.fields(TransferOptions) if f.metadata["shown"].panel),
     *("source target cache device max_memory measure overlap engine shard workers".split()),
     *("address gpus_per_worker target_steps target_guidance lora_steps lora_guidance".split()),
+    *("metrics methods reference trained strengths".split()),
 }
 """What messages may name, and a command has a flag for."""
 

@@ -24,7 +24,7 @@ class FileOutput:
             "-o",
             parser=parse_path,
             metavar="PATH",
-            help="Output file (.safetensors); a folder if there are several LoRAs.",
+            help="Output file (.safetensors), or a folder where several LoRAs are moved.",
         ),
     ] = None
     report: Annotated[

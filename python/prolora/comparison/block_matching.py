@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..architectures.depth import UNET_STAGES
 from ..architectures.modules import find_block, is_attention
 from ..bases import Base
 from ..bases.base import Progress, check_finite
@@ -33,7 +34,7 @@ from .contested_blocks import (
     settle_contests,
 )
 from .module_map import AUTO_MATCH, BlockDecision, Match, Matching, do_names_tell
-from .transformer_blocks import UNET_STAGES, Block, BlockGroup, group_blocks, list_blocks
+from .transformer_blocks import Block, BlockGroup, group_blocks, list_blocks
 
 # Columns compared: 1/8 of the short side, and no more than that is in SDXL. Drift reaches leading
 # directions last, and the fewer columns, the lower the chance level and the cost.

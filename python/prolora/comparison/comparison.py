@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..architectures.modules import have_equal_shapes, is_adaptable, is_attention, matrix_shape
-from ..bases import Base, BaseLike, open_base
+from ..bases import Base, BaseLike, check_readable, open_base
 from ..bases.base import Progress
 from ..bases.cache.basis_cache import BasisCache, CacheLike, open_cache
 from ..bases.memory import Memory, Room, Work
@@ -262,7 +262,8 @@ def compare(
     Raises:
         UnsupportedDevice: the device cannot be used.
         TooLittleMemory: the bound is below what one pair of weights needs.
-        UnsupportedFormat: the two bases share no adaptable module of equal shape.
+        UnsupportedFormat: the two bases share no adaptable module of equal shape, or a weight is
+            quantised in a way whose numbers are not read.
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
         NonFiniteWeights: NaN or Inf, named.
     """
@@ -333,7 +334,8 @@ def _list_equal_shapes(
 
     Raises:
         UnrelatedBases: blocks were matched by similarity, and none was recognised.
-        UnsupportedFormat: there is no such pair.
+        UnsupportedFormat: there is no such pair, or a weight of one is quantised in a way whose
+            numbers are not read.
     """
     equal = {
         t: s for t, s in partners.items() if have_equal_shapes(source.shapes[s], target.shapes[t])
@@ -342,6 +344,8 @@ def _list_equal_shapes(
         match.check_any(source, target)
     if not equal:
         raise UnsupportedFormat(_explain_nothing_shared(source, target, partners))
+    check_readable(source, equal.values())
+    check_readable(target, equal)
     return equal
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..architectures.depth import is_number, stack_order
 from ..architectures.modules import find_block, is_adaptable, matrix_shape
 from ..bases import Base
 
@@ -13,7 +14,6 @@ AROUND = "proj"
 
 # The parts of an attention layer in the order of the computation.
 _PARTS = ("to_q", "to_k", "to_v", "to_out", "add_q", "add_k", "add_v", "to_add_out")
-UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,6 @@ def list_blocks(base: Base) -> list[Block]:
     return [Block(*key, modules[key]) for key in ordered]
 
 
-def stack_order(stack: str) -> tuple[object, ...]:
-    """Sorts stacks of blocks: down, middle, up; FLUX's double blocks before its single ones."""
-    stage = UNET_STAGES.get(stack.split(".")[0], 3)
-    numbers = tuple(int(word) for word in stack.split(".") if _is_number(word))
-    return stage, "single_" in stack, numbers, stack
-
-
 def split_module(module: str) -> tuple[str, str, str]:
     """(place, depth, kind); a UNet's place is the attention that holds a stack of blocks.
 
@@ -75,13 +68,8 @@ def column_order(name: str) -> tuple[object, ...]:
     """Sorts depths by number, and kinds by layer and part; `AROUND` and its kinds come last."""
     layer, _, part = name.partition(".")
     place = next((i for i, start in enumerate(_PARTS) if part.startswith(start)), len(_PARTS))
-    number = int(name) if _is_number(name) else None
+    number = int(name) if is_number(name) else None
     return number is None, not part, number or 0, layer, place, name
-
-
-def _is_number(word: str) -> bool:
-    """Whether a word of a module's name is a number; names may come from a file of anybody's."""
-    return word.isdecimal() and len(word) < 10
 
 
 def group_blocks(source: Base, target: Base) -> list[BlockGroup]:

@@ -82,6 +82,11 @@ class GgufTensor:
     row_bytes: int
     stored: tuple[int, int]
 
+    @property
+    def quantised_as(self) -> str | None:
+        """The name of the stored type; None for numbers as they stand."""
+        return None if self.code in _PLAIN else f"GGUF {load_quants().name(self.code)}"
+
 
 class GgufFile:
     """A GGUF file whose header was read and checked; tensors are read one at a time.
@@ -165,6 +170,10 @@ class _Quants:
         except (ValueError, KeyError, NotImplementedError):
             return None
         return sizes
+
+    def name(self, code: int) -> str:
+        """A type as people call it."""
+        return str(self._types(code).name)
 
     def dequantize(self, rows: np.ndarray[Any, Any], code: int) -> np.ndarray[Any, Any]:
         """Stored rows [r, bytes] as float32 [r, columns]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -82,6 +83,13 @@ class Workload:
             "judge": (0, _STRENGTHS * sized.held_out),
         }
 
+    @property
+    def as_images(self) -> int:
+        """How many images the source draws in the time of it all, where both models are as fast."""
+        stages = self.predictions.items()
+        cost = sum(STAGES[stage] * sum(predicted) for stage, predicted in stages)
+        return math.ceil(cost / (self.steps["source"] * self.branches[0]))
+
     def sentence(self, source: str, target: str) -> str:
         """What is about to be done; arguments are the models' names."""
         ours, theirs = (sum(part) for part in zip(*self.predictions.values(), strict=True))
@@ -91,7 +99,7 @@ class Workload:
             f"{sum(self.images)} images are sampled, {self.images[0]} of them by {source}; both "
             f"models are asked about {settings.probes + settings.held_out:,} states, and the fit "
             f"takes {settings.fit_steps} steps: at most about {ours:,} predictions of {source} and "
-            f"{theirs:,} of {target}."
+            f"{theirs:,} of {target}, or as long as drawing {self.as_images:,} images takes."
         )
 
 

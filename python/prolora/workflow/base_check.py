@@ -185,18 +185,21 @@ def are_one_base(source: Base, target: Base, cache: BasisCache | None = None) ->
 
 def _describe_lora(lora: LoraLike) -> str | None:
     """The title of the model that a LoRA is for, by its modules and shapes; None if unknown."""
-    if isinstance(lora, Adapter):
-        names = list(lora.updates)
-        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
-        families = guess_families(sizes, lora.metadata)
-    else:
-        opened = open_adapter(lora)
-        overview = survey_keys(opened)
-        names = overview.canonical
-        families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
+    families, names = guess_lora_families(lora)
     if families:
         return join_titles(known_families()[family].title for family in families)
     return "a language model" if is_language_model(names) else None
+
+
+def guess_lora_families(lora: LoraLike) -> tuple[tuple[str, ...], list[str]]:
+    """The families that a LoRA can be of, and its modules; of a file, the header alone is read."""
+    if isinstance(lora, Adapter):
+        sizes = {name: (update.shape[0], update.shape[1]) for name, update in lora.updates.items()}
+        return guess_families(sizes, lora.metadata), list(lora.updates)
+    opened = open_adapter(lora)
+    overview = survey_keys(opened)
+    families = guess_families(overview.shapes, opened.metadata, matrices=overview.matrices)
+    return families, overview.canonical
 
 
 def is_language_model(modules: Iterable[str]) -> bool:

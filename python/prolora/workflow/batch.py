@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import TYPE_CHECKING
 from ..bases.cache.basis_cache import BasisCache
 from ..bases.experts import Experts, ExpertsLike, choose_pairs, open_experts, pair_experts
 from ..core.precision import in_full_precision
-from ..errors import OutputError
+from ..errors import InvalidOption, ProLoRAError, UnrelatedBases
+from .best import UNMOVED, BestWay, tell_fitted, tell_refused
+from .dry_run import plan_report
+from .fit import fit_many
 from .options import (
+    BEST,
     DEFAULT_OPTIONS,
     OptionChanges,
     TransferOptions,
@@ -20,7 +25,7 @@ from .options import (
     takes_options,
 )
 from .outcome import Outcome
-from .output_paths import check_distinct, check_name, name_output
+from .output_paths import check_distinct, check_name, make_folders, name_output
 from .pair_mover import PairMover, Task
 from .resume import Recipe
 
@@ -81,7 +86,12 @@ def transfer_many(
         ProLoRAError: a base that cannot be opened, or two that cannot be matched by similarity.
     """
     options = settle_options(options, changes).for_file()
-    pairs = pair_experts(open_experts(source), open_experts(target))
+    old, new = open_experts(source), open_experts(target)
+    if options.method == BEST:
+        if naming is not None:
+            raise InvalidOption("results of method 'best' keep their names: leave `naming` out")
+        return _move_best([Path(lora) for lora in loras], old, new, Path(folder), options)
+    pairs = pair_experts(old, new)
     moves = [
         (Path(lora), pair, appended)
         for lora in loras
@@ -124,14 +134,68 @@ def _rename(
     task.out = folder / f"{naming(task.lora, task.recipe.digest(cache))}{tail}"
 
 
-def make_folders(folders: Iterable[Path]) -> None:
-    """Makes the folders of the results.
+def _move_best(
+    loras: list[Path], old: Experts, new: Experts, folder: Path, options: TransferOptions
+) -> list[Outcome]:
+    """Moves all by weights, which looks at each weight once, and fits those that call for it.
 
-    Raises:
-        OutputError: one cannot be made.
+    A fit that is there already stays, and one that was refused is tried again.
     """
-    for folder in folders:
+    pair = pair_experts(old, new)[0]
+    way = BestWay.of(pair.source, pair.target, options)
+    fitted = [lora for lora in loras if way.runs and _is_fitted(lora, way, folder)]
+    rest = [lora for lora in loras if lora not in fitted]
+    refusal: ProLoRAError | None = UnrelatedBases(way.latents) if way.latents else None
+    moved: list[Outcome] = []
+    if refusal is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error
+            moved = transfer_many(rest, old, new, folder, way.by_weights)
+        except UNMOVED as error:  # of all of them
+            refusal = error
+            if not way.runs:
+                raise
+    if refusal is not None:
+        moved = [Outcome(lora, folder / lora.name, error=refusal) for lora in rest]
+    needs = {outcome.lora: need for outcome in moved if (need := _explain_need(outcome, way))}
+    asked, fits = [*fitted, *needs], []
+    if asked:
+        fits = fit_many(asked, way.source, way.target, folder, way.by_fit)
+    by_lora = {outcome.lora: outcome for outcome in fits}
+    found = [_choose(by_lora.get(o.lora), o, needs.get(o.lora, ""), way) for o in moved]
+    found += [by_lora[lora] for lora in fitted]
+    return sorted(found, key=lambda outcome: loras.index(outcome.lora))
+
+
+def _is_fitted(lora: Path, way: BestWay, folder: Path) -> bool:
+    """Whether an earlier run has fitted this LoRA in this way."""
+    if way.by_fit.overwrite:
+        return False
+    try:
+        recipe = Recipe.of(lora, way.source, way.target, way.by_fit)
+        out = folder / name_output(lora, way.by_fit.format or "auto")
+        return recipe.is_made(out, BasisCache(way.by_fit.cache))
+    except ProLoRAError:  # moving it says why
+        return False
+
+
+def _explain_need(outcome: Outcome, way: BestWay) -> str:
+    """Why a LoRA of several is to be fitted; "" where it is not."""
+    if outcome.error is not None:
+        return way.explain_need(outcome.error) if isinstance(outcome.error, UNMOVED) else ""
+    report = outcome.report
+    if report is None and way.runs:  # it was there already
+        report = plan_report(outcome.lora, way.source, way.target, way.by_weights)
+    return way.explain_need(report) if report else ""
+
+
+def _choose(fit: Outcome | None, moved: Outcome, need: str, way: BestWay) -> Outcome:
+    """The outcome of the fit, or of the move by weights where none was made or it was refused."""
+    if fit is not None and (fit.error is None or moved.error is not None):
+        report = fit.report and tell_fitted(fit.report, need)
+        return replace(fit, report=report, seconds=moved.seconds + fit.seconds)
+    report = moved.report
+    if report is not None:
+        report = way.tell_weights(report)
+        if fit is not None and fit.error is not None:
+            report = tell_refused(report, need, fit.error)
+    return replace(moved, report=report)

@@ -17,8 +17,19 @@ from ..bases import Base, BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..errors import UnsupportedFormat
 from .base_check import explain_misfit
+from .block_weights import (
+    LEFT_OUT,
+    BlockWeights,
+    find_factors,
+    weigh_adapter,
+)
 from .by_weights.file_budget import OutputForm
-from .by_weights.rows import describe_conversion, list_tensors_left_out, list_unread_modules
+from .by_weights.rows import (
+    describe_conversion,
+    describe_left_out,
+    list_tensors_left_out,
+    list_unread_modules,
+)
 from .convert_options import DEFAULT_CONVERSION, ConvertChanges, ConvertOptions
 from .in_words import CONVERT
 from .module_report import ModuleReport
@@ -96,17 +107,22 @@ def convert_file(
 
 @in_full_precision
 def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer:
-    adapter = lora if isinstance(lora, Adapter) else _read(lora, base)
+    adapter = read_plain(lora, base)
     form = OutputForm.of(options.as_transfer())
     vectors = adapter.vectors if options.vectors == "copy" else {}
     left_out = list_tensors_left_out(adapter)
     left_out |= dict.fromkeys(adapter.vectors.keys() - vectors.keys(), "left out as asked")
     plain = replace(adapter, vectors=vectors, algorithms={}, unread={}, left_out={}, refused=set())
+    factors = find_factors(options.blocks, plain, base)
     form.check(plain)
+    silent = [name for name in vectors if factors.get(name.rpartition(".")[0]) == 0]
+    left_out |= dict.fromkeys(silent, LEFT_OUT)
+    gone = [name for name in plain.updates if factors.get(name) == 0]
+    plain = weigh_adapter(plain, factors)
     cut = {}
-    for i, (name, update) in enumerate(adapter.updates.items()):
+    for i, (name, update) in enumerate(plain.updates.items()):
         if options.progress:
-            options.progress(i, len(adapter.updates), name)
+            options.progress(i, len(plain.updates), name)
         cut[name] = cut_rank(update, options.out_rank, update.rank)
     fitted = form.fit(plain.with_updates(cut))
     report = Report(
@@ -116,8 +132,13 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
         match="same name",
         source="the LoRA" if not isinstance(lora, str | PathLike) else Path(lora).name,
         target=base.name if base else "",
-        modules=(*list_unread_modules(adapter), *_describe_rows(adapter, fitted, form)),
-        vectors=len(vectors),
+        modules=(
+            *list_unread_modules(adapter),
+            *(describe_left_out(name, adapter.updates[name]) for name in gone),
+            *_describe_rows(replace(adapter, updates=plain.updates), fitted, form),
+        ),
+        blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
+        vectors=len(plain.vectors),
         left_out=left_out,
         unread=tuple(adapter.unread),
         kept_energy=dict(adapter.kept_energy),
@@ -127,15 +148,16 @@ def _run(lora: LoraLike, base: Base | None, options: ConvertOptions) -> Transfer
     return Transfer(fitted, report, [*files, *(base.files if base else [])])
 
 
-def _read(lora: LoraLike, base: Base | None) -> Adapter:
+def read_plain(lora: LoraLike, base: Base | None) -> Adapter:
     """The LoRA's updates, each a plain LoRA.
 
     Raises:
         UnsupportedFormat: an update depends on a base that is not given.
         ProLoRAError: see `convert`.
     """
+    if isinstance(lora, Adapter):
+        return lora
     names = adapters.BaseNames(base.family, base.shapes) if base else None
-    assert not isinstance(lora, Adapter)
     if base is not None:
         if misfit := explain_misfit(lora, base):
             raise misfit

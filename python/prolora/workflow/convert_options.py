@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from ..bases.base import Progress
 from ..core.option_fields import take_option
+from .block_weights import Blocks
 from .options import OUTPUT, DtypeLike, FormatLike, TransferOptions, VectorsMode
 from .out_rank import OutRank
 
@@ -25,6 +26,7 @@ class ConvertOptions:
         'energy), or "exact".',
         basic=True,
     )
+    blocks: Blocks | None = take_option(TransferOptions, "blocks", panel=OUTPUT)
     vectors: VectorsMode = take_option(TransferOptions, "vectors", panel=OUTPUT)
     overwrite: bool = take_option(TransferOptions, "overwrite")
     progress: Progress | None = take_option(TransferOptions, "progress")
@@ -42,7 +44,11 @@ class ConvertOptions:
     def as_transfer(self) -> TransferOptions:
         """The same for a transfer, which says what it is written as."""
         return TransferOptions(
-            format=self.format, dtype=self.dtype, out_rank=self.out_rank, vectors=self.vectors
+            format=self.format,
+            dtype=self.dtype,
+            out_rank=self.out_rank,
+            blocks=self.blocks,
+            vectors=self.vectors,
         )
 
     def for_file(self) -> ConvertOptions:
@@ -56,6 +62,7 @@ class ConvertChanges(TypedDict, total=False):
     format: FormatLike | None
     dtype: DtypeLike | None
     out_rank: OutRank
+    blocks: Blocks | None
     vectors: VectorsMode
     overwrite: bool
     progress: Progress | None

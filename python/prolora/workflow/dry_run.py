@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from ..bases import BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
+from .best import BestWay
 from .by_weights.assembly import build_report
 from .by_weights.base_pair import BasePair
 from .by_weights.vectors import carry_vectors
 from .options import (
+    BEST,
     DEFAULT_OPTIONS,
     LoraLike,
     OptionChanges,
@@ -41,8 +43,8 @@ def plan_report(
     the rank that the file states and no energy.
 
     The similarity threshold needs weights, so modules that it would skip still count as mapped
-    here. Matching by similarity needs them too, and so does a target that is narrower than the
-    source: only then they are read.
+    here. Matching by similarity needs them too, and so do a target that is narrower than the
+    source and method "best": only then they are read.
 
     Args:
         lora: as `transfer` takes it.
@@ -59,8 +61,11 @@ def plan_report(
     """
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
+    if options.method == BEST:
+        return BestWay.of(old, new, options).plan(lora)
     # A dry run makes no folder.
     known = options.cache is not None and Path(options.cache).is_dir()
     with BasisCache(options.cache if known else None).saving() as cache:
         ledger = BasePair(old, new, options, cache).plan(lora, "outline")
+    ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

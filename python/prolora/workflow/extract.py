@@ -20,7 +20,7 @@ from ..adapters.formats.moves import read_provenance
 from ..architectures.families import known_families
 from ..architectures.modules import find_component, is_in_text_encoder, matrix_shape
 from ..bases import Base, BaseLike, open_base
-from ..bases.base import check_finite, stack_weights
+from ..bases.base import check_finite, check_readable, list_quantised, stack_weights
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..bases.memory import Memory
 from ..core.basis import truncated_svd
@@ -182,6 +182,8 @@ class _Difference:
     def check(self) -> None:
         """Refuses what can be refused by headers, and writes the row of every module."""
         self._check_bases()
+        for held in (self.base, self.tuned):
+            check_readable(held, held.shapes)
         family = known_families().get(self.base.family or "")
         shared = [name for name in self.base.shapes if name in self.tuned.shapes]
         if not shared:
@@ -387,5 +389,6 @@ class _Difference:
             match="same name",
             source=self.base.name,
             target=self.tuned.name,
+            quantised=list_quantised(self.base, self.tuned),
             **fields,  # type: ignore[arg-type]
         )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ..bases import Base, BaseLike, open_base
 from ..bases.cache.basis_cache import BasisCache
 from ..core.precision import in_full_precision
-from .batch import make_folders
 from .by_fitting.common_parts import CommonParts, share_parts
 from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
 from .by_fitting.rows import outline_report
@@ -21,7 +20,7 @@ from .by_weights.ledger import LORA_FAILURES
 from .fit_options import DEFAULT_FIT, FitChanges, FitOptions
 from .options import LoraLike, settle_options, takes_options
 from .outcome import Outcome
-from .output_paths import check_distinct, check_name, check_output, name_output
+from .output_paths import check_distinct, check_name, check_output, make_folders, name_output
 from .pair_mover import as_refusal
 from .report import Report
 from .result import Transfer, save_result

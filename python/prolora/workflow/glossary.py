@@ -30,6 +30,11 @@ GLOSSARY = {
     "score": "how alike the paired blocks are",
     "margin": "the lead of the score over the second best block",
     "by depth": "a bar for each block, the tallest for the largest drift",
+    "cosine of updates": "⟨ΔW_a, ΔW_b⟩/(‖ΔW_a‖‖ΔW_b‖) of two LoRAs: 1 if equal, −1 if opposite",
+    "write alike": "overlap Φ of the directions that two LoRAs write, 0 … 1",
+    "read alike": "overlap Φ of the directions that two LoRAs read, 0 … 1",
+    "cancel": "modules in which two LoRAs work against each other",
+    "double": "modules in which two LoRAs do the same thing",
     "strangers": "blocks whose weights have nothing in common with those of their partners",
 }
 """Term -> what it means."""

@@ -31,7 +31,7 @@ FIT_NO_BETTER = (
     "moved by the weights alone."
 )
 
-EXTRACT, CONVERT = "extract", "convert"
+EXTRACT, CONVERT, MERGE = "extract", "convert", "merge"
 """What reports and headers call the making of a LoRA that was not moved."""
 
 LITTLE = 0.4
@@ -147,17 +147,23 @@ def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
 
 
 def tell_made(
-    method: str, source: str, target: str, kept: float | None, cautions: tuple[str, ...]
+    method: str,
+    source: str,
+    target: str,
+    kept: float | None,
+    cautions: tuple[str, ...],
+    parts: Sequence[str] = (),
 ) -> InWords:
-    """The verdict on a LoRA that was extracted or converted.
+    """The verdict on a LoRA that was extracted, converted or merged.
 
     Args:
-        method: `EXTRACT` or `CONVERT`.
-        source: name of the base that it is for, or of the LoRA that was converted.
-        target: name of the tuned model; of no use for a converted one.
+        method: `EXTRACT`, `CONVERT` or `MERGE`.
+        source: name of the base that it is for, or of what was converted or merged.
+        target: name of the tuned model; of use for an extracted one alone.
         kept: the share of the difference, or of the LoRA's energy, that it holds; None where
             nothing was written.
         cautions: what was lost, or needs a look.
+        parts: of a merge, a sentence on each LoRA.
     """
     if kept is None:
         return InWords("✔", "A dry run: nothing was written.", (), cautions)
@@ -165,12 +171,17 @@ def tell_made(
     residual = max(0.0, 1 - kept) ** 0.5
     headline = f"It holds {kept:.2%} of the energy of {original} (residual {residual:.2e})."
     mark: Mark = "✔" if kept >= LITTLE else "⚠"
-    lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else ()
+    lines = (f"Next: load it with {source}, at strength 1.",) if method == EXTRACT else (*parts,)
     return InWords(mark, headline, lines, cautions)
 
 
 def tell_fit(
-    source: str, target: str, share: float | None, is_refused: bool, cautions: tuple[str, ...]
+    source: str,
+    target: str,
+    share: float | None,
+    is_refused: bool,
+    why: str,
+    cautions: tuple[str, ...],
 ) -> InWords:
     """The verdict on a LoRA that was fitted to a running model.
 
@@ -179,6 +190,7 @@ def tell_fit(
         target: name of the model that it was fitted to.
         share: of the LoRA's effect that it reaches on samples that the fit did not see.
         is_refused: those samples speak against it, and it was written all the same.
+        why: why the models were run, where that was not what was asked for; or "".
         cautions: what was lost, or needs a look.
     """
     lines = [f"prolora ran both models and fitted a new LoRA of {target}."]
@@ -189,6 +201,7 @@ def tell_fit(
             f"On samples that the fit did not see it does {amount} ({max(0.0, share):.0%}) of what "
             f"the LoRA does to {source}.",
         )
+    lines += [why] if why else []
     lines.append("Next: try it at strength 1, and less where it is too strong.")
     if is_refused:
         return InWords("⚠", "Do not expect much: the fit did not succeed.", (*lines,), cautions)

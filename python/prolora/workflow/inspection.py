@@ -91,6 +91,7 @@ class Description:
         left_out: number of tensors that are not moved, by reason.
         dtypes: number of tensors by storage dtype.
         tensors: number of tensors.
+        quantised: how a base's weights are quantised, and how many; "" where none is.
         size: bytes of the weight file.
         trigger_words: the most frequent training tags, most frequent first.
     """
@@ -128,6 +129,7 @@ class Description:
     dtypes: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
     size: int = 0
+    quantised: str = ""
     trigger_words: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,6 +299,7 @@ def _describe_base(base: Base, path: str, form: str) -> Description:
         types=count_values(_layer_type(name) for name in shapes),
         dtypes=count_values(str(dtype).removeprefix("torch.") for dtype in base.dtypes.values()),
         tensors=len(shapes),
+        quantised=base.quantised_as,
         size=sum(file.stat().st_size for file in base.files),
     )
 

@@ -159,17 +159,21 @@ class ModuleReport:
         """The row of the same update multiplied by `strength`."""
         if strength == 1:
             return self
-        # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with ⟨X, Δ⟩ from s = 1.
+        # ‖sX − Δ‖² = s²‖X‖² + ‖Δ‖² − 2s⟨X, Δ⟩, in units of ‖Δ‖², with X at s = 1.
         kept = self.surviving_energy
-        product = (kept + 1 - self.copy_distance**2) / 2
-        distance = strength**2 * kept + 1 - 2 * strength * product
+        distance = strength**2 * kept + 1 - 2 * strength * self.share_along
         return replace(
             self,
-            strength=strength,
+            strength=strength * self.strength,
             surviving_energy=strength**2 * kept,
-            norm_ratio=strength * self.norm_ratio,
+            norm_ratio=abs(strength) * self.norm_ratio,
             copy_distance=math.sqrt(max(0.0, distance)),
         )
+
+    @property
+    def share_along(self) -> float:
+        """⟨ΔW_t, ΔW_s⟩/‖ΔW_s‖²: the factor on ΔW_s that comes closest to ΔW_t."""
+        return (self.surviving_energy + 1 - self.copy_distance**2) / 2
 
     def cut(self, whole: LowRank, smaller: LowRank) -> ModuleReport:
         """The row of an update that was cut from `whole` to `smaller`."""

@@ -30,6 +30,7 @@ from ..core.validation import resolve_device
 from ..core.verdict import AUTO, DEFAULT_THRESHOLD, LookMode, Verdict
 from ..errors import InvalidOption
 from ..files.sizes import parse_limit
+from .block_weights import Blocks, BlockWeights
 from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 
 if TYPE_CHECKING:
@@ -64,8 +65,12 @@ TextEncoderMode = Literal["copy", "project", "skip"]
 VectorsMode = Literal["copy", "skip"]
 Strength = float | Literal["auto"]
 
-METHOD_NAMES: tuple[str, ...] = get_args(MethodChoice)
+TransferMethod = Literal["best"] | MethodChoice
+"""What a transfer takes as its method: "best" also runs the models, where that gives more."""
+
+METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
+BEST: TransferMethod = "best"
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
 FIT_INSTEAD = (
@@ -83,12 +88,13 @@ METHOD, OUTPUT, MATCHING = "Method", "Output", "Matching"
 class TransferOptions:
     """How a LoRA is moved; `transfer` takes each of these by its name."""
 
-    method: MethodChoice = option(
+    method: TransferMethod = option(
         "auto",
         'How to move the LoRA. "auto": what docs/evidence.md found best for bases as far apart as '
-        'these; "copy": the update as it is; "damped": weakened along what the target has '
-        'learnt; "prolora": the paper; "subspace": its ablation without the complement; '
-        '"lora-x", "blocks": its relatives.',
+        'these; "best": the same, and a fit to the running models (as `fit` makes it) where '
+        'weights say too little; "copy": the update as it is; "damped": weakened along what the '
+        'target has learnt; "prolora": the paper; "subspace": its ablation without the '
+        'complement; "lora-x", "blocks": its relatives.',
         panel=METHOD,
         basic=True,
         words=METHOD_NAMES,
@@ -114,6 +120,14 @@ class TransferOptions:
         "Columns of the subspaces (320), or the share of energy that they hold (0.99).",
         panel=METHOD,
         metavar="RANK",
+    )
+    blocks: Blocks | None = option(
+        None,
+        "Factors by block on what is written: a number for each block in depth order, as block "
+        'weights have them ("1,0,0,0,1,1,1,1,1,1,1,1"), or names with numbers ("IN04-IN08=0.5, '
+        'OUT*=0", "transformer_blocks.0-9=0.5"). A block with 0 is left out.',
+        panel=METHOD,
+        metavar="WEIGHTS",
     )
     threshold: float = option(
         DEFAULT_THRESHOLD,
@@ -228,6 +242,8 @@ class TransferOptions:
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         object.__setattr__(self, "dtype", read_dtype(self.dtype))
+        if self.blocks is not None:
+            BlockWeights.read(self.blocks)
         for known in fields(self):
             words, value = read_shown(known).words, getattr(self, known.name)
             if words and not (value == known.default or isinstance(value, torch.dtype)):
@@ -252,6 +268,21 @@ class TransferOptions:
             raise InvalidOption(f"`out_rank` must be {OUT_RANK_FORMS}, not {self.out_rank!r}")
         object.__setattr__(self, "device", resolve_device(self.device))
         self.memory_limit  # noqa: B018 (raises where it is no size)
+        if self.method == BEST:
+            self._check_best()
+
+    def _check_best(self) -> None:
+        """Refuses what a fit, which method "best" may make, cannot do.
+
+        Raises:
+            InvalidOption: names the option.
+        """
+        kept = {"strength": None, "damping": None, "out_rank": "exact", "vectors": "copy"}
+        for name, usual in kept.items():
+            if getattr(self, name) != usual:
+                raise InvalidOption(f"`{name}` cannot be chosen with method 'best': leave it out")
+        if self.text_encoder == "project":
+            raise InvalidOption("`text_encoder` must be copy or skip with method 'best'")
 
     def for_file(self) -> TransferOptions:
         """The same for a result that is written: the format is the LoRA's own if none is asked."""
@@ -279,7 +310,7 @@ class TransferOptions:
     @property
     def chosen(self) -> Method | None:
         """The method's row of `METHODS`; None as long as "auto" has chosen none."""
-        return None if self.method == AUTO else find_method(self.method)
+        return None if self.method in (AUTO, BEST) else find_method(self.method)
 
     @property
     def kappa(self) -> float:
@@ -300,10 +331,11 @@ class TransferOptions:
 class OptionChanges(TypedDict, total=False):
     """The fields of `TransferOptions` as keywords, for type checkers; a test compares the two."""
 
-    method: MethodChoice
+    method: TransferMethod
     strength: Strength | None
     look: LookMode
     rank: Rank
+    blocks: Blocks | None
     threshold: float
     damping: float | None
     text_encoder: TextEncoderMode

@@ -127,3 +127,16 @@ def is_page_path(path: StrPath) -> bool:
 def fold_path(path: Path) -> tuple[str, ...]:
     """The parts of a path as volumes compare them that ignore case and Unicode forms."""
     return tuple(_fold_name(part) for part in path.parts)
+
+
+def make_folders(folders: Iterable[Path]) -> None:
+    """Makes the folders of the results.
+
+    Raises:
+        OutputError: one cannot be made.
+    """
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{folder}: the output folder cannot be made: {error}") from error

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..architectures.depth import stack_order
 from ..architectures.modules import find_stage
-from ..comparison.transformer_blocks import AROUND, column_order, split_module, stack_order
+from ..comparison.transformer_blocks import AROUND, column_order, split_module
 from ..core.means import weighted_mean
 
 OUTSIDE = "outside"

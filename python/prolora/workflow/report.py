@@ -29,10 +29,12 @@ from ..files.writing import write_text_atomically
 from ..probe.report import ProbeReport
 from ..version import __version__
 from . import tables
+from .block_weights import LEFT_OUT
 from .in_words import (
     CONVERT,
     EXTRACT,
     FIT_NO_BETTER,
+    MERGE,
     InWords,
     judge,
     tell_expected,
@@ -42,8 +44,9 @@ from .in_words import (
     tell_next,
     tell_place,
 )
+from .merge_report import MergeReport
 from .module_report import Measures, ModuleReport, measure_coverage, split_modules
-from .options import FIT
+from .options import BEST, FIT
 from .output_paths import check_beside, is_page_path
 from .page.document import (
     MODULES,
@@ -58,6 +61,7 @@ from .page.document import (
 from .table import Table
 
 STATUSES = ("mapped", "skipped", "refused")
+_MADE = {EXTRACT: "extracted", CONVERT: "converted", MERGE: "merged"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,13 +90,21 @@ class Report:
         dry_run: True where only headers were read: rows then carry no measures.
         asked: the method that the caller asked for; None in a dry run.
         strength: the factor on every update.
+        blocks: the factors by block that were asked for; "" without.
+        profile: block -> the factor on the LoRA's own update that comes closest to what was
+            written, in depth order; empty where nothing was measured.
         file_limit: bytes of the file that the updates were cut for; None where they were not.
         damping: κ of method "damped"; None for the others.
-        verdict: what the weights of the two bases promise; None in a dry run.
+        verdict: what the weights of the two bases promise; None in a dry run, and of a copy between
+            bases whose numbers are not read.
+        quantised: name of a base -> how its weights are quantised, and how many; none for a base
+            that is stored as numbers.
         probe: what a fit to running models found; None where none was made.
         grid: images of what a fit did, for the page; None where none were asked for.
         work: what a fit would ask of the models, in a sentence; of a dry run alone.
+        why: whether and why the models were run, in plain words; of method "best" alone.
         seconds: wall time by stage.
+        merge: what became of each LoRA of several, and where they overlap; None without a merge.
         provenance: what the header of the result says of its making, without the "prolora." of its
             keys: digests of the LoRA and of the bases, version, recipe; empty in a dry run.
     """
@@ -114,14 +126,19 @@ class Report:
     dry_run: bool = False
     asked: str | None = None
     strength: float = 1.0
+    blocks: str = ""
+    profile: dict[str, float] = field(default_factory=dict)
     file_limit: int | None = None
     damping: float | None = None
     verdict: Verdict | None = None
+    quantised: dict[str, str] = field(default_factory=dict)
     probe: ProbeReport | None = None
     grid: PictureGrid | None = None
     work: str = ""
+    why: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    merge: MergeReport | None = None
 
     def __repr__(self) -> str:
         """One line: the method, the two bases and the counts."""
@@ -144,8 +161,13 @@ class Report:
 
     @property
     def was_made(self) -> bool:
-        """Whether the LoRA was extracted or converted, and not moved between bases."""
-        return self.method in (EXTRACT, CONVERT)
+        """Whether the LoRA was extracted, converted or merged, and not moved between bases."""
+        return self.method in _MADE
+
+    @property
+    def _between(self) -> str:
+        """The two bases, or what a LoRA without a second one was made of."""
+        return f"{self.source} → {self.target}" if self.target else self.source
 
     @property
     def coverage(self) -> float:
@@ -230,10 +252,12 @@ class Report:
             found.append(tables.tabulate_decisions(self.decisions, unused, every_block))
         mapped = self.rows("mapped")
         if mapped and (not self.was_fitted or every_module or self.dry_run):
-            title = f"{self.source} → {self.target}, method {self.method}"
+            title = f"{self._between}, method {self.method}"
             found.append(tables.tabulate_moved(title, mapped, every_module, self.dry_run))
         if self.probe and self.probe.crossed and self.probe.crossed.bands:
             found.append(tables.tabulate_bands(self.probe.crossed.bands))
+        if self.merge:
+            found.append(self.merge.table(every_module))
         return [table for table in (*found, tables.tabulate_reasons(self.modules)) if table]
 
     def in_words(self) -> InWords:
@@ -241,11 +265,14 @@ class Report:
         placed, kept = self.totals["energy_mapped"], self.totals["energy_surviving"]
         source, target = (name.removesuffix(".safetensors") for name in (self.source, self.target))
         if self.was_made:
-            return tell_made(self.method, source, target, self.share_on_target, self._cautions())
+            parts = self.merge.lines() if self.merge else ()
+            kept, cautions = self.share_on_target, self._cautions()
+            return tell_made(self.method, source, target, kept, cautions, parts)
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)
             mark, _ = judge(None, self.coverage, target)
-            return InWords(mark, "A dry run: nothing was written.", (place,), self._cautions())
+            lines = tuple(filter(None, (place, self.why)))
+            return InWords(mark, "A dry run: nothing was written.", lines, self._cautions())
         if self.was_fitted:
             gate = self.probe.gate if self.probe else None
             shares = [] if gate is None else list(gate.share.values())
@@ -254,6 +281,7 @@ class Report:
                 target,
                 min(shares) if shares else None,
                 is_refused=gate is not None and gate.decision == "refuse",
+                why=self.why,
                 cautions=self._cautions(),
             )
         verdict = self.verdict
@@ -263,6 +291,7 @@ class Report:
             tell_expected(expected, self.method, target) if verdict and verdict.go else "",
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict),
+            self.why,
             tell_next(self.method, verdict, target),
         )
         mark, headline = judge(verdict, placed, target)
@@ -270,7 +299,9 @@ class Report:
 
     def _cautions(self) -> tuple[str, ...]:
         """What was lost, or needs a look."""
-        return (*self._cautions_of_file(), *self._caution_of_strangers())
+        merged = self.merge.cautions() if self.merge else []
+        cautions = self._cautions_of_file() + self._sentences_of_factors()
+        return (*cautions, *merged, *self._caution_of_strangers())
 
     def sentences(self) -> list[str]:
         """What was done in numbers, the copy baseline included."""
@@ -287,13 +318,35 @@ class Report:
             return sentences
         return sentences + self._sentences_of_bases() + self._sentences_of_energy()
 
+    @property
+    def profile_text(self) -> str:
+        """What is left of each block, in the notation that `blocks` takes."""
+        return ",".join(f"{factor:.2g}" for factor in self.profile.values())
+
+    def _sentences_of_factors(self) -> list[str]:
+        """The factors that were asked for, and how many modules have the factor 0."""
+        gone = sum(row.reason == LEFT_OUT for row in self.modules)
+        what = f"; {gone} modules have the factor 0 and are left out as asked" if gone else ""
+        return [f"Factors by block, as asked: {self.blocks}{what}."] if self.blocks else []
+
+    def _sentences_of_blocks(self) -> list[str]:
+        """The factors that were asked for, and what is left of each block."""
+        sentences = self._sentences_of_factors()
+        if not self.dry_run and any(abs(x - 1) > 0.005 for x in self.profile.values()):
+            first, last = (list(self.profile)[i] for i in (0, -1))
+            sentences.append(
+                f"What is left of the LoRA by block, {first} to {last}, as block weights that can "
+                f"be edited and given for a copy: {self.profile_text}."
+            )
+        return sentences
+
     def _sentences_of_file(self) -> list[str]:
         """How many modules and tensors of the LoRA found a place, and how it was read."""
         totals, (names, placed) = self.totals, split_modules(self.modules)
         moved = "would move" if self.dry_run else "moved"
         between = f" from {self.source} to {self.target}"
         if self.was_made:
-            moved = f"{'would be' if self.dry_run else 'were'} {self.method}ed"
+            moved = f"{'would be' if self.dry_run else 'were'} {_MADE[self.method]}"
             between = f" between {self.source} and {self.target}" if self.method == EXTRACT else ""
         sentences = [
             f"{len(placed)} of {len(names)} modules {moved}{between}"
@@ -306,6 +359,11 @@ class Report:
                 f"columns of the source's to within {max(residuals):.2%}: their factors are sliced "
                 "alike."
             )
+        sentences += [
+            f"{name} is quantised: {what}; what is measured of it includes the rounding."
+            for name, what in self.quantised.items()
+        ]
+        sentences += self._sentences_of_blocks()
         if self.vectors:
             sentences.append(
                 f"{self.vectors} trained biases and normalisation tensors are carried over"
@@ -340,9 +398,9 @@ class Report:
         if self.verdict:
             sentences.append(self.verdict.sentence())
         sentences += describe_renumbered(self.renumbered) + self._caution_of_strangers()
-        if self.asked == AUTO and self.verdict:
+        if self.asked in (AUTO, BEST) and self.verdict:
             reason = self.verdict.explain(self.method)
-            sentences.append(f"Method 'auto' chose '{self.method}': {reason}.")
+            sentences.append(f"Method '{self.asked}' chose '{self.method}': {reason}.")
         return sentences
 
     def _caution_of_strangers(self) -> list[str]:
@@ -431,7 +489,7 @@ class Report:
             every = tables.tabulate_modules(self.modules, self.dry_run)
             sections.append(Section(every.title, [every], MODULES))
         return Page(
-            title=f"{self.source} → {self.target}",
+            title=self._between,
             eyebrow="LoRA transfer report",
             headline=f"{words.mark} {words.headline}",
             lines=(*words.lines, *words.cautions),
@@ -449,11 +507,14 @@ class Report:
         facts = {
             "source base": self.source,
             "digest of the source": origin.get("source_hash", ""),
+            "quantised": "; ".join(f"{n}: {what}" for n, what in self.quantised.items()),
             "target base": self.target,
             "digest of the target": origin.get("target_hash", ""),
             "digest of the LoRA": origin.get("lora_hash", ""),
             "method": f"{self.method}, asked for: {self.asked}" if self.asked else self.method,
             "strength": f"{self.strength:.4g}",
+            "factors by block": self.blocks,
+            "what is left by block": self.profile_text,
             "damping κ": "" if self.damping is None else f"{self.damping:.4g}",
             "rank of the subspaces": f"{self.rank_rule:g}",
             "threshold on Φ": f"{self.threshold:g}",

@@ -15,11 +15,12 @@ from ..adapters.adapter import Adapter
 from .convert_options import ConvertOptions
 from .extract_options import ExtractOptions
 from .fit_options import FitOptions
+from .merge_options import MergeOptions
 from .options import DtypeLike, FormatLike, TransferOptions, read_dtype
 from .output_paths import check_output
 from .report import Report
 
-AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions
+AnyOptions = TransferOptions | FitOptions | ExtractOptions | ConvertOptions | MergeOptions
 """Of a job that writes a LoRA."""
 
 

@@ -59,6 +59,7 @@ class Recipe:
         Raises:
             UnsupportedFormat: the LoRA cannot be read.
         """
+        open_adapter(lora)  # its header first: who hashes 100 GB of zeros waits for nothing
         return cls(lora, source, target, options, f"sha256:{hash_adapter(lora)}")
 
     def describe(self, cache: BasisCache) -> dict[str, str]:

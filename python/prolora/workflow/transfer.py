@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bases import BaseLike, open_base
+from .best import BestWay
 from .by_weights.base_pair import list_inputs, move_lora
 from .options import (
+    BEST,
     DEFAULT_OPTIONS,
     LoraLike,
     OptionChanges,
@@ -60,7 +62,10 @@ def transfer(
         LowCoverage: fewer modules moved than `min_coverage` asks for.
     """
     options = settle_options(options, changes)
-    return move_lora(lora, open_base(source), open_base(target), options)
+    bases = open_base(source), open_base(target)
+    if options.method == BEST:
+        return BestWay.of(*bases, options).move(lora)
+    return move_lora(lora, *bases, options)
 
 
 @takes_options
@@ -95,8 +100,11 @@ def transfer_file(
     options = settle_options(options, changes).for_file()
     file, bases = Path(lora), (open_base(source), open_base(target))
     check_output(out, list_inputs(file, *bases), options.overwrite)
-    recipe = Recipe.of(file, *bases, options)
-    done = move_lora(file, *bases, options, recipe.describe)
+    if options.method == BEST:
+        done = BestWay.of(*bases, options).move(file, for_file=True)
+    else:
+        recipe = Recipe.of(file, *bases, options)
+        done = move_lora(file, *bases, options, recipe.describe)
     if options.progress:
         moved = len(done.adapter.updates)
         options.progress(moved, moved, f"writing {Path(out).name}")

@@ -12,11 +12,16 @@ from torch import Tensor
 from ...files.hashing import hash_parts, view_bytes
 from ...files.ownership import CONFIG_KEY, MARK_KEY
 from ...files.writing import encode_header, order_tensors
+from ..training_words import combine_tags
 from .model_ids import SPECIFICATION, find_ids
+from .moves import PREFIX
 from .peft_config import METADATA_KEY
 
 # The bytes of a file that kohya's older hash is of.
 _WINDOW = 0x100000, 0x110000
+
+_LISTED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
+_STATED_BASE = (f"{PREFIX}target", f"{PREFIX}target_hash")
 
 # True only of the file they were written into.
 SPECIFIED_HASH = "modelspec.hash_sha256"
@@ -74,6 +79,35 @@ def rewrite_metadata(
     kept["ss_training_comment"] = f"{old}; {comment}" if old not in ("", "None") else comment
     kept.update({f"prolora.{key.removeprefix('prolora.')}": v for key, v in provenance.items()})
     return kept
+
+
+def combine_metadata(headers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a LoRA that several were merged into.
+
+    What all of them say is kept, of earlier moves the base alone. Trigger words, tags and authors
+    of all are listed.
+
+    Args:
+        headers: name of a LoRA -> its metadata, in order.
+    """
+    first, *others = headers.values()
+    combined = {
+        key: value
+        for key, value in first.items()
+        if key not in _OF_THE_FILE
+        and (not key.startswith(PREFIX) or key in _STATED_BASE)
+        and all(other.get(key) == value for other in others)
+    }
+    for key in _LISTED:
+        texts = (header.get(key, "").strip() for header in headers.values())
+        if listed := ", ".join(dict.fromkeys(text for text in texts if text)):
+            combined[key] = listed
+    if tags := combine_tags(headers):
+        combined["ss_tag_frequency"] = tags
+    combined["modelspec.title"] = " + ".join(headers)
+    combined["modelspec.merged_from"] = ", ".join(headers)
+    combined["ss_training_comment"] = f"merged of {', '.join(headers)} by prolora"
+    return combined
 
 
 def _describe_architecture(metadata: dict[str, str], architecture: str | None) -> None:

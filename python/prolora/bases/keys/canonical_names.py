@@ -9,9 +9,10 @@ import torch
 
 from ...architectures.ldm import is_adm, ldm_to_diffusers
 from ...errors import UnsupportedFormat
+from ..quantised.parts import Metadata
+from ..quantised.reading import join_quantised
 from ..weights import Weight
 from .family_names import find_family_names
-from .float8 import apply_scales
 from .other_models import explain_no_blocks, explain_other_model
 from .text_encoders import name_encoder_vectors, split_encoders
 
@@ -44,14 +45,18 @@ _FLOATS = {
 
 
 def name_weights(
-    weights: Mapping[str, Weight], where: str, *, metadata: Iterable[str] = (), strict: bool = True
+    weights: Mapping[str, Weight],
+    where: str,
+    *,
+    metadata: Iterable[Metadata] = (),
+    strict: bool = True,
 ) -> dict[str, Weight]:
     """Canonical module name -> weight, for all weights of two or more axes.
 
     Args:
         weights: all keys of the checkpoint.
         where: what messages call it.
-        metadata: what the headers say of quantised layers (`quantised.METADATA_KEY`).
+        metadata: of the headers, which may say how layers are quantised.
         strict: also refuse a file that holds no diffusion model.
 
     Raises:
@@ -60,7 +65,7 @@ def name_weights(
         ShapeMismatch: a fused matrix that cannot be cut as its name says.
     """
     _refuse_adapters(weights, where)
-    weights = apply_scales(weights, metadata, where)
+    weights = join_quantised(weights, metadata, where)
     encoders, weights = split_encoders(weights, where)
     model = _select_model(weights)
     names = _KeySpelling(model)
@@ -88,6 +93,8 @@ def name_vectors(weights: Mapping[str, Weight]) -> dict[str, Weight]:
         path, _, tensor = key.rpartition(".")
         if len(weight.shape) != 1 or weight.dtype not in _FLOATS or tensor not in _VECTORS:
             continue
+        if f"{path}.qweight" in model:
+            continue  # nunchaku's biases are in the order of its kernel
         views = names.vector_views(path, weight) if tensor != "scale" else {}
         named |= {f"{module}.{tensor}": view for module, view in views.items()} or {key: weight}
     return named
@@ -206,7 +213,9 @@ def _has_prefix(keys: Iterable[str], prefixes: tuple[str, ...]) -> bool:
 
 
 def _refuse_adapters(keys: Collection[str], where: str) -> None:
-    key = next((key for key in keys if _ADAPTER.search(key)), None)
+    # nunchaku calls the low-rank part of a quantised weight so, too.
+    found = (key for key in keys if _ADAPTER.search(key))
+    key = next((key for key in found if f"{key.rpartition('.')[0]}.qweight" not in keys), None)
     if key is not None:
         raise UnsupportedFormat(
             f"{where}: is a LoRA or a model with one attached ({key}), not a base model; give the "

@@ -41,7 +41,7 @@ def open_pipeline(folder: Path, device: str | None = None) -> Pipeline:
             encoders) is missing or cannot load it.
         NonFiniteWeights: a weight holds NaN, Inf or a number that no sampling survives.
     """
-    index = _read_index(folder)
+    index = read_runnable_index(folder)
     try:
         import diffusers
     except ImportError as error:
@@ -99,7 +99,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else torch.float32
 
 
-def _read_index(folder: Path) -> PipelineIndex:
+def read_runnable_index(folder: Path) -> PipelineIndex:
     """Reads model_index.json; refuses a pipeline that would run code of other packages.
 
     Raises:

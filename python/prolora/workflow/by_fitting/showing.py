@@ -55,13 +55,11 @@ class ImageGrid:
             shared: whether both have the same latents, and so the same noise.
             carried: see above.
         """
-        sizes = [model.size for model in models if model.size is not None]
-        if shared and sampled.size is None:
-            sampled = replace(sampled, size=min(sizes, default=None))
+        settings = settle_settings(models, sampled, shared)
         known = sampled.prompts or ("",)
         count = min(sampled.shown_prompts, len(known))
         rows = tuple(known[i * len(known) // count] for i in range(count))
-        return cls(models, (sampled, models[1].derive_target_settings(sampled)), rows, carried)
+        return cls(models, settings, rows, carried)
 
     def draw_source(
         self,
@@ -111,7 +109,7 @@ class ImageGrid:
             model.restore()  # the VAE may be away
             with in_float32(model.denoiser), run_beside(model.denoiser, updates):
                 self.columns[name] = [
-                    write_png(_read_pixels(model.sample_latents(prompt, settings, row, "pt")))
+                    write_png(read_pixels(model.sample_latents(prompt, settings, row, "pt")))
                     for row, prompt in enumerate(self.prompts)
                 ]
         except Exception as error:  # diffusers and its models raise any type
@@ -137,7 +135,23 @@ class ImageGrid:
         return PictureGrid(tuple(self.columns), self.prompts, tuple(self.columns.values()), caption)
 
 
-def _read_pixels(result: Any) -> Tensor:
+def settle_settings(
+    models: tuple[Pipeline, Pipeline], sampled: FitSettings, shared: bool
+) -> tuple[FitSettings, FitSettings]:
+    """The settings of source and target, with the size where none is asked: the smaller default.
+
+    Args:
+        models: source and target.
+        sampled: what is sampled.
+        shared: whether both have the same latents, and so the same noise.
+    """
+    sizes = [model.size for model in models if model.size is not None]
+    if shared and sampled.size is None:
+        sampled = replace(sampled, size=min(sizes, default=None))
+    return sampled, models[1].derive_target_settings(sampled)
+
+
+def read_pixels(result: Any) -> Tensor:
     """The pixels [3, h, w] from 0 to 1 of what a pipeline gives.
 
     Raises:

@@ -10,11 +10,13 @@ from ...adapters.adapter import Adapter
 from ...adapters.formats.metadata import rewrite_metadata
 from ...adapters.formats.moves import read_moves, write_moves
 from ...bases import Base
+from ...bases.base import list_quantised
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ...core.lowrank import LowRank
 from ...files.writing import replace_surrogates
 from ...version import __version__
+from ..block_weights import BlockWeights, list_base_blocks, measure_blocks
 from ..module_report import ModuleReport
 from ..report import Report
 from .ledger import Ledger
@@ -65,6 +67,7 @@ def build_metadata(ledger: Ledger, cache: BasisCache | None = None) -> dict[str,
         "rank_rule": str(options.rank),
         "threshold": str(options.threshold),
         "match": ledger.plan.rule,
+        **({"blocks": str(BlockWeights.read(options.blocks))} if options.blocks else {}),
         "source": source.name,
         "target": target.name,
         **write_moves(read_moves(ledger.adapter.metadata)),
@@ -113,5 +116,8 @@ def build_report(
         unread=list_missed(adapter, options.text_encoder),
         kept_energy=dict(adapter.kept_energy),
         strength=options.factor,
+        blocks="" if options.blocks is None else str(BlockWeights.read(options.blocks)),
+        profile=measure_blocks(ledger.rows.values(), list_base_blocks(ledger.target)),
+        quantised=list_quantised(ledger.source, ledger.target),
         **known,
     )

@@ -21,6 +21,7 @@ from ...comparison.width_selection import WidthFinder
 from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ..base_check import check_bases
+from ..block_weights import weigh_adapter
 from ..options import LoraLike, TransferOptions
 from ..plan import make_plan
 from ..result import Transfer
@@ -117,6 +118,7 @@ class BasePair:
         adapter, source = slice_adapter(adapter, plan), slice_source(self.source, [plan])
         ledger = Ledger(adapter, plan, source, self.target, options, lora, uncut=uncut, clock=clock)
         outline_rows(ledger, measured=depth != "updates")
+        ledger.find_block_factors(carry_vectors(ledger).vectors)
         check_coverage(ledger.rows.values(), options.min_coverage)
         if (output := OutputForm.of(options)) != OutputForm():
             output.check(outline_result(ledger))
@@ -188,6 +190,8 @@ class BasePair:
                 metadata = build_metadata(ledger, self.cache)
                 metadata |= prefix_notes(notes(self.cache)) if notes else {}
         moved = assemble_adapter(ledger.adapter, updates, vectors, self.target, metadata)
+        moved = weigh_adapter(moved, ledger.block_factors)
+        ledger.weigh_rows()
         with ledger.clock("fit"):
             form = OutputForm.of(options)
             fitted = form.fit(moved)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...architectures.modules import matrix_shape
 from ...bases import Base
-from ...bases.base import Progress
+from ...bases.base import Progress, find_unreadable
 from ...bases.cache.basis_cache import BasisCache
 from ...bases.memory import Memory
 from ...bases.vae import RUN_INSTEAD, can_fit
@@ -14,6 +14,7 @@ from ...comparison.drift import measure_affinities
 from ...comparison.module_map import Match
 from ...comparison.renumbered_blocks import recognise_blocks
 from ...core.affinity import Affinity
+from ...core.methods import Needs
 from ...core.verdict import STRANGE_COSINE, STRANGER, Verdict, judge_pairs
 from ...errors import UnrelatedBases
 from .ledger import Ledger, Moved
@@ -73,6 +74,10 @@ def _measure_pairs(ledger: Ledger, looked: Looked) -> None:
     """Notes the affinities and the verdict; see `decide_method`."""
     pairs, options, memory = ledger.plan.pairs, ledger.options, looked.memory
     shapes = {matrix_shape(pair.shape) for pair in pairs}
+    if options.chosen is not None and options.chosen.needs is Needs.NOTHING:
+        ours = find_unreadable(looked.source, [pair.source for pair in pairs])
+        if ours or find_unreadable(ledger.target, [pair.target for pair in pairs]):
+            return  # nothing to compare, and nothing is needed
     memory.check(shapes, "affinity", looked.results)
     if options.chosen is not None:
         memory.check(shapes, options.chosen.needs, looked.results)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ...adapters.adapter import Adapter
+from ...architectures.families import known_families
 from ...bases import Base
 from ...core.affinity import Affinity
 from ...core.lowrank import LowRank
@@ -16,6 +17,7 @@ from ...core.methods import Method, find_method
 from ...core.precision import is_finite
 from ...core.verdict import Verdict
 from ...errors import NonFiniteWeights, ProLoRAError
+from ..block_weights import LEFT_OUT, BlockWeights, list_base_blocks
 from ..module_report import Measures, ModuleReport
 from ..options import LoraLike, TransferOptions
 from ..out_rank import cut_rank
@@ -93,6 +95,7 @@ class Ledger:
         asked: the method that was asked for, once another one may have been decided.
         verdict: on the pair of bases; None where no weight is moved.
         moved: target module -> update.
+        block_factors: target module -> factor of its block, where that is not 1.
         clock: the time that was spent on this LoRA, with its share of what is done for several.
         error: why it was given up; others go on.
     """
@@ -109,8 +112,35 @@ class Ledger:
     asked: str | None = None
     verdict: Verdict | None = None
     moved: dict[str, LowRank] = field(default_factory=dict)
+    block_factors: dict[str, float] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     error: Exception | None = None
+
+    def find_block_factors(self, vectors: Iterable[str]) -> None:
+        """Notes the factor of every target module whose block has one.
+
+        Args:
+            vectors: that the result will have.
+
+        Raises:
+            InvalidOption: the factors fit no blocks of the target.
+        """
+        if self.options.blocks is None:
+            return
+        places = [*(pair.target for pair in self.plan.pairs), *self.plan.passed]
+        family = known_families().get(self.target.family or "")
+        title = family.title if family is not None else self.target.name
+        weights = BlockWeights.read(self.options.blocks)
+        table = list_base_blocks(self.target)
+        self.block_factors = weights.resolve(
+            table, {*places, *(name.rpartition(".")[0] for name in vectors)}, title
+        )
+
+    def weigh_rows(self) -> None:
+        """Writes the factors of the blocks into the rows."""
+        if self.block_factors:
+            weighed = {key: _weigh_row(row, self.block_factors) for key, row in self.rows.items()}
+            self.rows = weighed
 
     @property
     def method(self) -> Method:
@@ -201,6 +231,21 @@ class Ledger:
         """Takes pairs out of the plan, whose rows say why."""
         gone = set(pairs)
         self.plan = replace(self.plan, pairs=[p for p in self.plan.pairs if p not in gone])
+
+
+def _weigh_row(row: ModuleReport, factors: Mapping[str, float]) -> ModuleReport:
+    """The row of a module with the factor of its block.
+
+    Args:
+        row: of a module without it.
+        factors: target module -> factor, where that is not 1.
+    """
+    factor = factors.get(row.target or "", 1.0)
+    if row.status != "mapped" or factor == 1:
+        return row
+    if factor == 0:
+        return replace(row, target=None, status="skipped", rank_out=0, reason=LEFT_OUT)
+    return replace(row.at_strength(factor), reason=f"{row.reason}; times {factor:g} for its block")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ...adapters.adapter import Adapter
 from ...architectures.modules import is_in_text_encoder
 from ...core.lowrank import LowRank
 from ...errors import LowCoverage
+from ..block_weights import LEFT_OUT
 from ..module_report import ModuleReport, measure_coverage, split_modules
 from ..options import TextEncoderMode
 from .ledger import Ledger
@@ -152,6 +153,13 @@ def describe_conversion(
         norm_ratio=ratio,
         rank_cut_energy=loss,
     )
+
+
+def describe_left_out(name: str, update: LowRank) -> ModuleReport:
+    """The row of an update whose block has the factor 0."""
+    energy = update.norm().square().item()
+    shape, rank = tuple(update.shape), update.rank
+    return ModuleReport(name, None, "skipped", LEFT_OUT, shape, rank, energy=energy)
 
 
 def list_missed(adapter: Adapter, text_encoder: TextEncoderMode) -> tuple[str, ...]:

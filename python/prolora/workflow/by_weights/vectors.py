@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...architectures.modules import is_in_text_encoder
 from ...bases import Base
+from ..block_weights import LEFT_OUT
 from ..plan import ModulePlan
 from .ledger import Ledger
 
@@ -49,6 +50,9 @@ def carry_vectors(ledger: Ledger, moved: Collection[str] | None = None) -> Carri
         if not places:
             carried.left_out[name] = reason
         strength = 1.0 if is_in_text_encoder(module) else ledger.options.factor
+        if places and all(ledger.block_factors.get(place) == 0 for place in places):
+            carried.left_out[name] = f"{_WHAT}: {LEFT_OUT}"
+            places = []
         for place in places:
             scaled = vector if strength == 1 else vector * strength
             carried.vectors[f"{place}.{tensor}"] = scaled

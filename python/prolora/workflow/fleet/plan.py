@@ -22,7 +22,7 @@ from ...files.outside import is_path_text, open_regular, read_fields
 from ...files.ownership import WRITTEN_BY, is_signed, make_mark
 from ...files.writing import write_text_atomically
 from ...version import __version__
-from ..options import DEFAULT_OPTIONS, TransferOptions, settle_options
+from ..options import BEST, DEFAULT_OPTIONS, TransferOptions, settle_options
 from ..output_paths import check_beside
 
 FORMAT = 3
@@ -35,6 +35,7 @@ PROCESS_BYTES = 250 << 20
 """What a process takes that has imported torch and prolora (measured on Linux)."""
 
 _KEY = "prolora_plan"
+MOVES_BY_WEIGHTS = "method 'best' may run the models, and a plan moves by weights: take 'auto'"
 # Options of a transfer that change no result; those who run a plan choose them.
 _NOT_PLANNED = {"cache", "device", "max_memory", "overwrite", "progress"}
 _START = f'{{"{WRITTEN_BY}": "{make_mark("plan").rstrip("0")}'.encode()
@@ -229,6 +230,8 @@ class Plan:
         match = chosen.get("match", AUTO_MATCH)
         if match not in (AUTO_MATCH, "name", "similarity") and not _is_map(match):
             raise InvalidOption(f"match of a plan is a word or a map of modules, not {match!r:.80}")
+        if chosen.get("method") == BEST:
+            raise InvalidOption(MOVES_BY_WEIGHTS)
         return settle_options(DEFAULT_OPTIONS, chosen | resources).for_file()
 
     def list_batches(self) -> list[Batch]:

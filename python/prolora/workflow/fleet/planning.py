@@ -18,6 +18,7 @@ from ...core.methods import Needs
 from ...core.precision import in_full_precision
 from ...errors import InvalidOption, ProLoRAError
 from ..options import (
+    BEST,
     DEFAULT_OPTIONS,
     OptionChanges,
     TransferOptions,
@@ -27,7 +28,7 @@ from ..options import (
 from .calibration import Rates, calibrate
 from .listing import ListedLora, list_loras
 from .outcomes import find_state
-from .plan import Entry, PairOfBases, Plan, PlannedBase, make_label
+from .plan import MOVES_BY_WEIGHTS, Entry, PairOfBases, Plan, PlannedBase, make_label
 from .recognition import Outline, SourceFinder, outline_lora, refuse_move
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def describe_choices(options: TransferOptions) -> dict[str, Any]:
     for name in ("device", "max_memory", "overwrite"):
         if given[name] != usual[name]:
             raise InvalidOption(f"{name} is not an option of a plan")
+    if options.method == BEST:
+        raise InvalidOption(MOVES_BY_WEIGHTS)
     chosen = {
         name: value
         for name, value in given.items()

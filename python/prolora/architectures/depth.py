@@ -1,0 +1,152 @@
+"""The blocks of a model in the order of depth, and what block weights call them.
+
+The names are those of sd-webui-lora-block-weight: BASE is all text encoders, IN00 to OUT11 are
+LDM's blocks of a UNet, D00 and S00 are FLUX's double and single blocks. A block of any other
+transformer is called by its stack and number: `transformer_blocks.12`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from .family import Family
+from .layouts import load_layout
+from .ldm import diffusers_to_ldm
+from .modules import TEXT_ENCODERS, find_block, find_component
+
+UNET_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+BASE, MIDDLE = "BASE", "M00"
+_LDM = re.compile(r"(input_blocks|middle_block|output_blocks)(?:\.(\d+))?\.")
+_FLUX_STACKS = {"transformer_blocks": "D", "single_transformer_blocks": "S"}
+_FLUX_ENCODERS = {"text_encoder": "CLIP", "text_encoder_2": "T5"}
+# Students with one layer a block where Stable Diffusion has two.
+_ONE_LAYER = ("bk-sdm", "koala")
+
+
+@dataclass(frozen=True)
+class DepthTable:
+    """The modules of a model, and the blocks that they lie in.
+
+    Attributes:
+        modules: canonical names, of the model as it is published or of its own.
+        family: whose names they are; None where it is not known.
+        complete: whether these are all modules of the model, which is not known of a LoRA's.
+    """
+
+    modules: tuple[str, ...]
+    family: Family | None = None
+    complete: bool = True
+
+    def find_place(self, module: str) -> str:
+        """The block of a module, "" for one outside of all that has no name of its own."""
+        component = find_component(module)
+        is_flux = self.family is not None and self.family.id == "flux"
+        if component in TEXT_ENCODERS:
+            return _FLUX_ENCODERS.get(component, BASE) if is_flux else BASE
+        if component == "unet":
+            return self._find_ldm_place(module)
+        block = find_block(module)
+        if block is None:
+            return self._find_flux_end(module) if is_flux else ""
+        if is_flux and block.stack in _FLUX_STACKS:
+            return f"{_FLUX_STACKS[block.stack]}{int(block.number):02}"
+        return f"{block.stack}.{block.number}"
+
+    def list_names(self, module: str) -> list[str]:
+        """What a module is called: in diffusers, and by the authors or in LDM."""
+        names = [module]
+        if find_component(module) == "unet":
+            names.append(self._name_in_ldm(module) or module)
+        elif self.family and (held := self.family.find_weight_holding(module)):
+            names.append(held.name)
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def places(self) -> tuple[str, ...]:
+        """All blocks in depth order, text encoders first."""
+        return self._list_places(self.modules)
+
+    @cached_property
+    def notations(self) -> tuple[tuple[str, ...], ...]:
+        """The lists of blocks that a value for each may be given of, the longest first.
+
+        Of a UNet also its blocks with attention alone, which LoRAs without convolutions have; of a
+        pruned student also those of its parent.
+        """
+        lists = self._own_notations if self.complete else []
+        if self._is_unet and self._layers == 2:
+            deep = any(name.startswith(("down_blocks.3", "up_blocks.3")) for name in self.modules)
+            parent = load_layout("sd15" if deep else "sdxl")
+            lists += DepthTable(tuple(parent.shapes))._own_notations
+        return tuple(sorted(set(lists), key=lambda places: (-len(places), places)))
+
+    @property
+    def _own_notations(self) -> list[tuple[str, ...]]:
+        """All blocks, and of a UNet those with attention."""
+        attention = (name for name in self.modules if ".attentions." in name)
+        return [self.places, self._list_places(attention)] if self._is_unet else [self.places]
+
+    @cached_property
+    def _is_unet(self) -> bool:
+        return any(name.partition(".")[0] in UNET_STAGES for name in self.modules)
+
+    @property
+    def _layers(self) -> int:
+        return 1 if self.family is not None and self.family.id in _ONE_LAYER else 2
+
+    def _list_places(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """The blocks of some modules, and of UNets and FLUX what their notation always has."""
+        found = {place for module in modules if (place := self.find_place(module))}
+        if self.family is not None and self.family.id == "flux":
+            found |= {*_FLUX_ENCODERS.values(), "IN", "OUT"}
+        elif self._is_unet:
+            found.add(BASE)
+        return tuple(sorted(found, key=_order_place))
+
+    def _name_in_ldm(self, module: str) -> str | None:
+        return diffusers_to_ldm(module, siblings=self.modules, layers_per_block=self._layers)
+
+    def _find_ldm_place(self, module: str) -> str:
+        """IN, M or OUT with its number, of a module of a UNet."""
+        match = _LDM.match(f"{self._name_in_ldm(module)}.")
+        if match is None:
+            return ""
+        if match[1] == "middle_block":
+            return MIDDLE
+        return f"{'IN' if match[1] == 'input_blocks' else 'OUT'}{int(match[2]):02}"
+
+    def _find_flux_end(self, module: str) -> str:
+        """IN or OUT, of what stands before and after FLUX's blocks."""
+        name = self.list_names(module)[-1]
+        if "_in" in name:
+            return "IN"
+        return "OUT" if name.startswith("final_layer") else ""
+
+
+def stack_order(stack: str) -> tuple[object, ...]:
+    """Sorts stacks of blocks: down, middle, up; refiners first, single blocks last."""
+    stage = UNET_STAGES.get(stack.split(".")[0], 3)
+    numbers = tuple(int(word) for word in stack.split(".") if is_number(word))
+    return stage, "refiner" not in stack, "single_" in stack, numbers, stack
+
+
+def is_number(word: str) -> bool:
+    """Whether a word of a module's name is a number; names may come from a file of anybody's."""
+    return word.isdecimal() and len(word) < 10
+
+
+_SPECIAL = ("BASE", "CLIP", "T5", "IN", "M", "D", "S", "OUT")
+
+
+def _order_place(place: str) -> tuple[object, ...]:
+    """Sorts blocks by depth."""
+    word = place.rstrip("0123456789")
+    number = int(place[len(word) :] or 0)
+    if word in _SPECIAL or place in _SPECIAL:
+        order = _SPECIAL.index(place if place in _SPECIAL else word)
+        return (0, order, number)
+    stack, _, number_text = place.rpartition(".")
+    return (1, stack_order(stack), int(number_text) if is_number(number_text) else 0)

@@ -1,0 +1,85 @@
+"""What codes of less than a byte stand for, and how scales are laid out for matrix units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""What scales are stored in."""
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+"""The numbers of four bits with two for the exponent (OCP Microscaling Formats, 5.3.3)."""
+
+
+def unpack_nibbles(packed: Tensor, *, high_first: bool) -> Tensor:
+    """Bytes [..., n] as codes 0 to 15 [..., 2n]."""
+    packed = packed.view(torch.uint8)
+    low, high = packed & 15, packed >> 4
+    return torch.stack((high, low) if high_first else (low, high), -1).flatten(-2)
+
+
+def read_floats(codes: Tensor) -> Tensor:
+    """Codes that are numbers as they stand."""
+    return codes.to(torch.float32)
+
+
+def read_signed(packed: Tensor) -> Tensor:
+    """Two numbers -8 to 7 of a byte, in two's complement, the lower half first."""
+    return (unpack_nibbles(packed, high_first=False) ^ 8).to(torch.float32).sub_(8)
+
+
+def read_unsigned(packed: Tensor) -> Tensor:
+    """Two numbers 0 to 15 of a byte, the lower half first."""
+    return unpack_nibbles(packed, high_first=False).to(torch.float32)
+
+
+def read_e2m1(packed: Tensor) -> Tensor:
+    """Two floats of a byte, the lower half first."""
+    return look_up(unpack_nibbles(packed, high_first=False), E2M1)
+
+
+def read_e2m1_swapped(packed: Tensor) -> Tensor:
+    """Two floats of a byte, the upper half first."""
+    return look_up(unpack_nibbles(packed, high_first=True), E2M1)
+
+
+def look_up(codes: Tensor, table: Tensor) -> Tensor:
+    """The entries of a table [k] that codes stand for, of the shape of the codes."""
+    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+
+
+def unblock_scales(blocked: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales [rows, columns] out of the order in which matrix units of NVIDIA read them.
+
+    Tiles of 128 × 4 follow each other row by row. Within one, the scale of row r and column c is
+    the number (r mod 32)·16 + (r div 32)·4 + c (cuBLAS, "1D block scaling factors layout").
+    """
+    high, wide = -(-rows // 128), -(-columns // 4)
+    tiles = blocked.reshape(high, wide, 32, 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(128 * high, 4 * wide)[:rows, :columns]
+
+
+def count_blocked_scales(rows: int, columns: int) -> int:
+    """How many numbers `unblock_scales` takes: those of whole tiles."""
+    return -(-rows // 128) * -(-columns // 4) * 512
+
+
+def read_powers(codes: Tensor) -> Tensor:
+    """Bytes e as 2^(e - 127), and 0 as 0: the exponents of float32."""
+    return (codes.view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+
+
+def rotate_back(weight: Tensor, size: int) -> Tensor:
+    """Undoes a rotation of the columns [m, n], `size` at a time, by the regular Hadamard matrix.
+
+    H is the Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]/2,
+    which is symmetric and its own inverse.
+    """
+    four = torch.full((4, 4), 0.5)
+    four[range(4), range(3, -1, -1)] = -0.5
+    matrix = four
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    turned: Tensor = weight.unflatten(1, (-1, size)) @ matrix
+    return turned.flatten(1)

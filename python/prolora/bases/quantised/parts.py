@@ -1,0 +1,175 @@
+"""The keys of a checkpoint, while those of one quantised weight are put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ...architectures.family import Family
+from ...architectures.recognition import NamedMatrix, recognise_families
+from ...errors import UnsupportedFormat
+from ...files.jsontext import parse_json_object
+from ..weights import Weight
+
+_NOTE_LIMIT = 65_536
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+
+_LARGEST_SIZE = 2**32
+_MOST_AXES = 8
+
+Metadata = Mapping[str, str]
+
+
+def read_sizes(value: object) -> tuple[int, ...] | None:
+    """A list of sizes of axes in a note; None if it is something else."""
+    if not isinstance(value, list) or not 0 < len(value) <= _MOST_AXES:
+        return None
+    whole = all(type(n) is int and 0 < n < _LARGEST_SIZE for n in value)
+    return tuple(value) if whole else None
+
+
+def _strip_prefix(name: str) -> str:
+    """A module without what stands before the names of a model in a file of several."""
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
+
+
+@dataclass
+class CheckpointParts:
+    """Weights and parts of weights by key; what belongs together is made one.
+
+    Attributes:
+        weights: all keys of the checkpoint.
+        metadata: of the header of each of its files.
+        where: what messages call the checkpoint.
+    """
+
+    weights: Mapping[str, Weight]
+    metadata: tuple[Metadata, ...]
+    where: str
+    _joined: dict[str, Mapping[str, Weight]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys that belong to nothing yet."""
+        return (key for key in self.weights if key not in self._joined)
+
+    def get(self, key: str) -> Weight | None:
+        """What a key holds, if it belongs to nothing yet."""
+        return None if key in self._joined else self.weights.get(key)
+
+    def need(self, key: str, what: str) -> Weight:
+        """What a key holds.
+
+        Args:
+            key: of a part.
+            what: that needs it.
+
+        Raises:
+            UnsupportedFormat: there is no such key.
+        """
+        part = self.get(key)
+        if part is None:
+            raise self.refuse(f"{key} is missing, which {what} needs; download it again")
+        return part
+
+    def join(self, keys: Iterable[str], name: str, weight: Weight) -> None:
+        """Puts one weight in the place of the first of some keys; the others go."""
+        self.join_several(keys, {name: weight})
+
+    def join_several(self, keys: Iterable[str], weights: Mapping[str, Weight]) -> None:
+        """Puts weights in the place of the first of some keys; the others go."""
+        place = list(dict.fromkeys(key for key in keys if key in self.weights))
+        self._joined |= {key: {} for key in place}
+        self._joined[place[0]] = weights
+
+    def drop(self, key: str) -> None:
+        """Leaves out what says nothing of a weight."""
+        self._joined[key] = {}
+
+    def list_weights(self) -> dict[str, Weight]:
+        """The weights, in the order of the file.
+
+        Raises:
+            UnsupportedFormat: a weight is stored both as codes and as it is.
+        """
+        listed: dict[str, Weight] = {}
+        for key, weight in self.weights.items():
+            for name, joined in self._joined.get(key, {key: weight}).items():
+                if name in listed:
+                    raise self.refuse(f"{key} is a second {name}")
+                listed[name] = joined
+        return listed
+
+    def read_note(self, key: str) -> dict[str, object]:
+        """The JSON text that a tensor of bytes holds.
+
+        Raises:
+            UnsupportedFormat: it holds none.
+        """
+        weight = self.weights[key]
+        if weight.dtype != torch.uint8 or math.prod(weight.shape) > _NOTE_LIMIT:
+            raise self.refuse(f"{key} is not a note of a quantised layer")
+        text = bytes(weight.read().flatten().tolist())
+        return parse_json_object(text, f"{self.where}: {key}")
+
+    def count_outputs(self, module: str) -> int | None:
+        """The rows of a module's weight as its bias tells them; None without a bias."""
+        bias = self.weights.get(f"{module}.bias")
+        return bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
+
+    def guess_shape(self, module: str) -> tuple[int, ...] | None:
+        """The shape of a weight whose codes do not tell it: that of its family's published sizes.
+
+        Args:
+            module: of which `<module>.weight` holds codes, row by row.
+
+        Returns:
+            The one shape that has as many rows, and a whole number of codes or 2 codes a byte; None
+            where several families or sizes disagree.
+        """
+        stored, name = self.weights[f"{module}.weight"], _strip_prefix(module)
+        bits = 8 * math.prod(stored.shape) * stored.dtype.itemsize
+        found = set()
+        for family in self._families:
+            held = family.find_weight(name)
+            for shape in family.find_shapes(held.parts[0]) if held else ():
+                rows, rest = divmod(shape[0] * sum(held.shares), held.shares[0]) if held else (0, 1)
+                numbers = rows * math.prod(shape[1:])
+                if not rest and rows == stored.shape[0] and bits in (4 * numbers, 8 * numbers):
+                    found.add((rows, *shape[1:]))
+        return found.pop() if len(found) == 1 else None
+
+    @cached_property
+    def _families(self) -> tuple[Family, ...]:
+        """The families that have all modules of the checkpoint by their names."""
+        matrices = [key for key, weight in self.weights.items() if len(weight.shape) > 1]
+        names = {_strip_prefix(key.rpartition(".")[0]) for key in matrices}
+        return recognise_families(NamedMatrix(name) for name in sorted(names)).able
+
+    def check(self, key: str, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> Weight:
+        """A part, if it is there and of the dtype and shape that the others ask for.
+
+        Args:
+            key: of the part.
+            dtypes: those it may have.
+            shape: the one it must have; sizes of 1 may be left out.
+
+        Raises:
+            UnsupportedFormat: says what it is instead.
+        """
+        part = self.need(key, "a quantised weight")
+        sizes = [[n for n in wanted if n != 1] for wanted in (part.shape, shape)]
+        if part.dtype not in (allowed := tuple(dtypes)) or sizes[0] != sizes[1]:
+            raise self.refuse(
+                f"{key} is {part.dtype} {list(part.shape)}, not {' or '.join(map(str, allowed))} "
+                f"{list(shape)} as the weight that it belongs to needs; download it again"
+            )
+        return part
+
+    def refuse(self, why: str) -> UnsupportedFormat:
+        """The error that says what is wrong with the checkpoint."""
+        return UnsupportedFormat(f"{self.where}: {why}")

@@ -1,0 +1,234 @@
+"""A weight that is stored as codes with scales, and one whose arithmetic is not known."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedFormat
+from ...files.gguf_file import GgufFile
+from ..weights import (
+    ConvertedWeight,
+    JoinedColumns,
+    Origin,
+    RowsWeight,
+    StoredWeight,
+    Weight,
+    join_origins,
+)
+from .codes import read_floats
+
+# Numbers that are decoded at a time: 16 MiB of float32, and a few times that beside the result.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class QuantisedWeight(ABC):
+    """Codes and scales that stand for float32 numbers; they are decoded some rows at a time.
+
+    Attributes:
+        kind: how it is quantised, for people.
+        stored: the codes.
+        scales: whatever else its numbers follow from.
+        shape: rows first, as it is read.
+    """
+
+    kind: str
+    stored: Weight
+    scales: tuple[Weight, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def origin(self) -> Origin | None:
+        """All of its parts."""
+        origin = join_origins((self.stored, *self.scales), "times")
+        return origin and origin.then(self.kind)
+
+    @property
+    def name(self) -> str:
+        """Of the codes."""
+        return self.stored.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32: the product has more digits than either factor."""
+        return torch.float32
+
+    def read(self) -> Tensor:
+        """All numbers [*shape]."""
+        return self.read_rows(0, self.shape[0])
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop); of the codes no more than these are read.
+
+        Raises:
+            UnsupportedFormat: a scale is not finite, or cannot be one.
+        """
+        scales = self.load_scales()
+        numbers = torch.empty(stop - start, *self.shape[1:])
+        step = max(1, _CHUNK // max(1, math.prod(self.shape[1:])))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            decoded = self.decode(first, last, scales)
+            numbers[first - start : last - start] = decoded.reshape(-1, *self.shape[1:])
+        return numbers
+
+    @abstractmethod
+    def load_scales(self) -> tuple[Tensor, ...]:
+        """The scales in the form that `decode` takes them."""
+
+    @abstractmethod
+    def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
+        """Rows [start, stop) as float32, of any shape with as many numbers."""
+
+    def read_scale(self, scale: Weight, *, zero: bool = True) -> Tensor:
+        """One of the scales as float32, refused if it is not finite.
+
+        Args:
+            scale: which.
+            zero: whether it may be zero, as that of a block of zeros is.
+
+        Raises:
+            UnsupportedFormat: names both the scale and the weight.
+        """
+        numbers = scale.read().to(torch.float32)
+        self.check_scale(numbers, scale, zero=zero)
+        return numbers
+
+    def check_scale(self, numbers: Tensor, scale: Weight, *, zero: bool = True) -> None:
+        """Refuses numbers of a scale that are not finite; see `read_scale`."""
+        if not bool((numbers.isfinite() & (zero | (numbers != 0))).all()):
+            raise self.refuse_scale(scale, "not finite" if zero else "zero or not finite")
+
+    def refuse_scale(self, scale: Weight, what: str) -> UnsupportedFormat:
+        """The error that says what is wrong with a scale."""
+        return UnsupportedFormat(
+            f"{scale.name}: the scale of {self.stored.name} is {what}; the checkpoint is damaged"
+        )
+
+
+@dataclass(frozen=True)
+class ScaledWeight(QuantisedWeight):
+    """The weight is (q - zero) · scale + shift; tiles of the matrix q [m, n] share these three.
+
+    Attributes:
+        tile: rows and columns of a tile.
+        unpack: what makes numbers of the stored rows.
+        divisor: what the scales are stored in multiples of.
+    """
+
+    tile: tuple[int, int] = (1, 1)
+    unpack: Callable[[Tensor], Tensor] = read_floats
+    divisor: float = 1.0
+
+    def load_scales(self) -> tuple[Tensor, ...]:
+        """Scale, zero and shift of each tile [m/rows, n/columns]; empty where there is none."""
+        scale = self.read_scale(self.scales[0], zero=self.scales[0].shape not in ((), (1,)))
+        return self.lay_out(scale / self.divisor), torch.empty(0), torch.empty(0)
+
+    def lay_out(self, parts: Tensor) -> Tensor:
+        """Numbers for each tile, in the order of the file, as the matrix that they are."""
+        return parts.reshape(-(-self.shape[0] // self.tile[0]), -1)
+
+    def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
+        """The numbers, tile by tile [rows, n/columns, columns]."""
+        numbers: Tensor = self.unpack(self.stored.read_rows(start, stop).reshape(stop - start, -1))
+        numbers = numbers.unflatten(1, (-1, self.tile[1]))
+        tiles = torch.arange(start, stop) // self.tile[0]
+        scale, zero, shift = scales[:3]
+        if len(zero):
+            numbers.sub_(zero[tiles, :, None])
+        numbers.mul_(scale[tiles, :, None])
+        return numbers.add_(shift[tiles, :, None]) if len(shift) else numbers
+
+
+def scale_rows(kind: str, stored: Weight, scale: Weight, divisor: float = 1.0) -> ScaledWeight:
+    """The weight of codes q [m, ...] with one scale, or one for each row.
+
+    Args:
+        kind: how it is quantised.
+        stored: the codes.
+        scale: of one number, or of m.
+        divisor: what the scale is stored in multiples of.
+    """
+    rows = 1 if math.prod(scale.shape) == stored.shape[0] else stored.shape[0]
+    tile = rows, math.prod(stored.shape[1:])
+    return ScaledWeight(kind, stored, (scale,), stored.shape, tile, divisor=divisor)
+
+
+@dataclass(frozen=True)
+class UnreadableWeight:
+    """A weight of which the name and the shape are known, and not what its codes stand for.
+
+    Attributes:
+        kind: how it is quantised, for people.
+        stored: the codes.
+        shape: of the numbers.
+    """
+
+    kind: str
+    stored: Weight
+    shape: tuple[int, ...]
+
+    @property
+    def origin(self) -> Origin | None:
+        """The codes."""
+        origin = self.stored.origin
+        return origin and origin.then(self.kind)
+
+    @property
+    def name(self) -> str:
+        """Of the codes."""
+        return self.stored.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, as of all quantised weights."""
+        return torch.float32
+
+    def read(self) -> Tensor:
+        """Raises, always.
+
+        Raises:
+            UnsupportedFormat: says how the weight is quantised.
+        """
+        raise UnsupportedFormat(
+            f'{self.name}: is quantised as {self.kind}, whose numbers are not read; method "copy" '
+            "needs none, and everything else the fp16 or bf16 version of this model"
+        )
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Raises, always."""
+        return self.read()
+
+
+def is_unreadable(weight: Weight) -> bool:
+    """Whether a weight's numbers are not read."""
+    if isinstance(weight, JoinedColumns):
+        return any(map(is_unreadable, weight.parts))
+    return isinstance(_look_inside(weight), UnreadableWeight)
+
+
+def find_kind(weight: Weight) -> str | None:
+    """How a weight is quantised; None if it is stored as the numbers that it stands for."""
+    weight = _look_inside(weight)
+    if isinstance(weight, QuantisedWeight | UnreadableWeight):
+        return weight.kind
+    if isinstance(weight, StoredWeight) and isinstance(weight.file, GgufFile):
+        return weight.file.tensors[weight.key].quantised_as
+    return "float8 without scales" if weight.dtype.itemsize == 1 else None
+
+
+def _look_inside(weight: Weight) -> Weight:
+    """What a view is a view of; the weight itself if it is none."""
+    while isinstance(weight, RowsWeight | ConvertedWeight | JoinedColumns):
+        if isinstance(weight, JoinedColumns):
+            weight = weight.parts[0]
+        else:
+            weight = weight.matrix if isinstance(weight, RowsWeight) else weight.stored
+    return weight

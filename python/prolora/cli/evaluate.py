@@ -1,0 +1,161 @@
+"""`prolora evaluate`: what moved LoRAs give, in images and in scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, cast
+
+import typer
+
+from ..core.methods import MethodChoice
+from ..core.option_fields import take_option
+from ..errors import InvalidOption
+from ..probe.settings import SAMPLING, FitSettings
+from ..workflow.evaluate import evaluate as draw_and_judge
+from ..workflow.evaluating.drawing import JSON_FILE, PAGE
+from ..workflow.evaluation_options import DRAWN, JUDGING, EvaluationOptions
+from .console import out, progress_bar
+from .options import (
+    CacheOption,
+    JsonOption,
+    Prompts,
+    QuietOption,
+    Resources,
+    expand_options,
+    parse_base,
+    parse_path,
+)
+from .tables import show_tables, show_words
+
+
+def _name(kind: Any, metavar: str, help: str) -> Any:
+    return typer.Argument(parser=kind, metavar=metavar, help=help)
+
+
+@dataclass
+class Files:
+    """What is compared, and where the result goes."""
+
+    source: Annotated[str, _name(parse_base, "SOURCE", "Pipeline that the LoRA was trained on.")]
+    target: Annotated[str, _name(parse_base, "TARGET", "Pipeline that it was moved to.")]
+    lora: Annotated[Path, _name(parse_path, "LORA", "The LoRA, or a folder of several.")]
+    moved: Annotated[
+        list[Path],
+        _name(parse_path, "MOVED", "What became of it; for several LoRAs, folders."),
+    ] = dataclasses.field(default_factory=list)
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=parse_path,
+            metavar="FOLDER",
+            help="Folder for images, page and JSON; a run that was cut off goes on there.",
+        ),
+    ] = Path("prolora-evaluation")
+
+
+def _drawn(name: str, **changed: Any) -> Any:
+    """An option of what is sampled, as a fit has it, with the default of an evaluation."""
+    return take_option(FitSettings, name, getattr(DRAWN, name), panel=SAMPLING, **changed)
+
+
+@dataclass
+class Drawing:
+    """What is drawn."""
+
+    images: int = _drawn("images", help="Images of each prompt, each from noise of its own.")
+    steps: int = _drawn("steps")
+    size: int | None = _drawn("size")
+    guidance: float | None = _drawn("guidance")
+    target_steps: int | None = _drawn("target_steps")
+    target_guidance: float | None = _drawn("target_guidance")
+    lora_steps: int | None = _drawn("lora_steps")
+    lora_guidance: float | None = _drawn("lora_guidance")
+    seed: int = _drawn("seed", help="Seed of the first image of each prompt.")
+    shown_prompts: int = _drawn("shown_prompts", help="Prompts on the page.", metavar="N")
+
+
+@dataclass
+class Judging:
+    """What is drawn beside the files, and what judges it."""
+
+    panel: ClassVar[str] = JUDGING
+    metric: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A metric (clip, dinov2, csd, hpsv2, pickscore) and the folder of its model, or "
+            "its id in the Hub's cache on this machine; may be repeated. Nothing is downloaded.",
+        ),
+    ] = dataclasses.field(default_factory=list)
+    method: Annotated[
+        list[str],  # typer takes no list of words
+        typer.Option(
+            metavar="METHOD",
+            help="Also move the LoRA by its weights in this way, as a transfer does, and draw it; "
+            "may be repeated.",
+        ),
+    ] = dataclasses.field(default_factory=list)
+
+    def read_metrics(self) -> dict[str, str]:
+        """Name -> folder.
+
+        Raises:
+            InvalidOption: one has no name or no folder.
+        """
+        pairs = [text.partition("=") for text in self.metric]
+        for name, sign, folder in pairs:
+            if not (name and folder):
+                text = f"{name}{sign}{folder}"
+                raise InvalidOption(f"--metric {text!r}: give a name and a folder: clip=FOLDER")
+        return {name: folder for name, _, folder in pairs}
+
+
+@dataclass
+class Where:
+    """Where to compute, and what is kept of the bases; drawing has no bound on memory."""
+
+    panel: ClassVar[str] = "Resources"
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, auto.")
+    ] = "cpu"
+    cache: CacheOption = None
+
+
+@expand_options
+def evaluate(
+    files: Files,
+    judging: Judging,
+    asked: EvaluationOptions,
+    prompts: Prompts,
+    drawing: Drawing,
+    where: Where,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw what moved LoRAs give, and compare them with the copy by metrics."""
+    resources = Resources(where.device, cache=where.cache)
+    resources.check_device()
+    with progress_bar("evaluate", not (quiet or as_json)) as progress:
+        options = replace(
+            asked,
+            sampling=FitSettings(prompts.read(), **dataclasses.asdict(drawing)),
+            methods=cast(tuple[MethodChoice, ...], tuple(judging.method)),
+            metrics=judging.read_metrics(),
+            cache=resources.find_cache(),
+            device=resources.device,
+            progress=progress,
+        )
+        bases = files.source, files.target
+        done = draw_and_judge(*bases, files.lora, files.moved, files.output, options)
+    if as_json:
+        print((files.output / JSON_FILE).read_text("utf-8"), end="")
+        return
+    show_words(out, done.in_words())
+    if not quiet:
+        show_tables(out, done.tables())
+    for name in (PAGE, JSON_FILE):
+        out.print_line(f"wrote {files.output / name}")

@@ -1,0 +1,82 @@
+"""`prolora merge`: several LoRAs as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from ..bases import Base, open_base
+from ..workflow.merge import merge as merge_loras
+from ..workflow.merge import merge_file
+from ..workflow.merge_options import MergeOptions
+from .console import progress_bar
+from .options import Resources, expand_options, parse_base
+from .output_options import FileOutput
+from .transfer import LoraArguments, check_output_given, check_outputs, tell_made
+
+
+@dataclass
+class MergedBases:
+    """The base of the result, and those of LoRAs that have to be moved first."""
+
+    target: Annotated[
+        str | None,
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model of the result; needed where a LoRA has another, and for DoRA, GLoRA "
+            "and OFT.",
+        ),
+    ] = None
+    source: Annotated[
+        list[str],
+        typer.Option(
+            parser=parse_base,
+            metavar="BASE",
+            help="Base model of a LoRA, once for each in their order; those with another than "
+            "--target are moved first.",
+        ),
+    ] = field(default_factory=list)
+
+    def open(self) -> tuple[Base | None, list[Base]]:
+        """Opens all of them, each once."""
+        known: dict[str, Base] = {}
+        for name in (self.target, *self.source):
+            if name is not None and name not in known:
+                known[name] = open_base(name)
+        return (None if self.target is None else known[self.target]), [
+            known[name] for name in self.source
+        ]
+
+
+@expand_options
+def merge(
+    loras: LoraArguments,
+    merging: MergeOptions,
+    bases: MergedBases,
+    output: FileOutput,
+    resources: Resources,
+) -> None:
+    """Merge several LoRAs into one, each moved from its own base first if it has another."""
+    check_output_given(output)
+    resources.check_device()
+    target, sources = bases.open()
+    files = [file for base in (target, *sources) if base is not None for file in base.files]
+    check_outputs(loras[:1], output, merging, [*loras[1:], *files])
+    with progress_bar("merge", output.show_tables) as progress:
+        options = replace(
+            merging,
+            progress=progress,
+            cache=resources.find_cache(takes_default=bool(sources) and not output.dry_run),
+            device=resources.device,
+            max_memory=resources.max_bytes,
+        )
+        if output.dry_run:
+            done = merge_loras(loras, target, sources, options)
+            report = replace(done.report, dry_run=True)
+        else:
+            report = merge_file(loras, cast(Path, output.output), target, sources, options)
+    tell_made(loras[0], report, output)

@@ -1,0 +1,149 @@
+"""Several updates of one weight as one, and how they relate.
+
+Everything runs on stacked factors and small Gram matrices; nothing of the size of the weight is
+formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeMismatch
+from .lowrank import LowRank
+from .precision import in_full_precision
+from .recompression import product_svd
+
+# Columns whose singular value is below this share of the first are rounding.
+_ZERO = 1e-6
+_RIDGE = 1e-9
+
+
+def sum_updates(parts: Sequence[LowRank]) -> LowRank:
+    """Σ ΔW_k, exactly: the factors side by side.
+
+    Args:
+        parts: updates of one weight [m, n], at least one.
+
+    Returns:
+        Factors of as many columns as all parts have; no more than min(m, n), where they would be.
+
+    Raises:
+        ShapeMismatch: the updates differ in shape.
+    """
+    _check_shapes(parts)
+    if len(parts) == 1:
+        return parts[0]
+    up = torch.cat([part.up for part in parts], -1)
+    down = torch.cat([part.down for part in parts], -2)
+    most = min(up.shape[-2], down.shape[-1])
+    whole = LowRank(up, down)
+    return whole.to(torch.float64).truncate(rank=most).to(up.dtype) if whole.rank > most else whole
+
+
+def merge_updates(parts: Sequence[LowRank], method: str = "sum") -> LowRank:
+    """One update of several of one weight [m, n].
+
+    Args:
+        parts: the updates, at least one.
+        method: "sum", or "balanced" for a sum with `balance_updates`' factors.
+
+    Raises:
+        ShapeMismatch: the updates differ in shape.
+    """
+    if method == "balanced":
+        factors = balance_updates(parts)
+        parts = [LowRank(p.up * f, p.down) for p, f in zip(parts, factors, strict=True)]
+    return sum_updates(parts)
+
+
+def balance_updates(parts: Sequence[LowRank]) -> list[float]:
+    """A factor 0 … 1 on each update, so that what several do alike is done once.
+
+    The smallest update M = Σ a_k ΔW_k that does at least as much along each of them as that one
+    alone: min ‖M‖ with ⟨M, ΔW_k⟩ ≥ ‖ΔW_k‖². Updates that are orthogonal keep 1, n equal ones get
+    1/n. Those that work against each other keep 1 too: a negative product counts as 0.
+
+    Args:
+        parts: updates of one weight, at least one.
+    """
+    gram = torch.tensor([[inner_product(a, b) for b in parts] for a in parts], dtype=torch.float64)
+    gram = gram.clamp_min(0)
+    wanted = gram.diagonal().clone()
+    factors = torch.ones_like(wanted)
+    active = [i for i, energy in enumerate(wanted.tolist()) if energy > 0]
+    while active:
+        some = gram[active][:, active]
+        # So little that equal updates share alike, and no other notices.
+        ridge = _RIDGE * torch.diag(wanted[active])
+        found = torch.linalg.solve(some + ridge, wanted[active] * (1 + _RIDGE))
+        factors[active] = found.clamp(0, 1)
+        if found.min() >= 0:
+            break
+        # What the others do anyway: the one that asks for least.
+        del active[int(found.argmin())]
+    return [float(x) for x in factors]
+
+
+@dataclass(frozen=True)
+class UpdateOverlap:
+    """How updates of one weight relate.
+
+    Attributes:
+        products: ⟨ΔW_i, ΔW_j⟩ [k, k], float64.
+        left: Φ [k, k] of what they write: ‖U_iᵀU_j‖²/min(r_i, r_j); 0 where one is zero.
+        right: Φ [k, k] of what they read.
+    """
+
+    products: Tensor
+    left: Tensor
+    right: Tensor
+
+
+@in_full_precision
+def measure_overlap(parts: Sequence[LowRank]) -> UpdateOverlap:
+    """Inner products of updates of one weight, and the overlap of their subspaces.
+
+    Raises:
+        ShapeMismatch: the updates differ in shape.
+    """
+    _check_shapes(parts)
+    lefts, rights = zip(*map(_singular_bases, parts), strict=True)
+    products = [[inner_product(a, b) for b in parts] for a in parts]
+    return UpdateOverlap(
+        torch.tensor(products, dtype=torch.float64), _compare_bases(lefts), _compare_bases(rights)
+    )
+
+
+def inner_product(a: LowRank, b: LowRank) -> float:
+    """⟨ΔW_a, ΔW_b⟩ in float64, from small Gram matrices."""
+    left, right = a.up.double().mT @ b.up.double(), a.down.double() @ b.down.double().mT
+    return (left * right).sum().item()
+
+
+def _singular_bases(part: LowRank) -> tuple[Tensor, Tensor]:
+    """U and V of an update, without columns that are rounding."""
+    u, s, v = product_svd(part.up.double(), part.down.double())
+    kept = int((s > _ZERO * s[:1]).sum())
+    return u[:, :kept], v[:, :kept]
+
+
+def _compare_bases(bases: Sequence[Tensor]) -> Tensor:
+    """Φ [k, k] of orthonormal columns."""
+    return torch.stack(
+        [
+            torch.stack(
+                [(a.mT @ b).square().sum() / max(1, min(a.shape[1], b.shape[1])) for b in bases]
+            )
+            for a in bases
+        ]
+    )
+
+
+def _check_shapes(parts: Sequence[LowRank]) -> None:
+    shapes = {tuple(part.shape) for part in parts}
+    if len(shapes) != 1:
+        raise ShapeMismatch(f"updates of one weight must have one shape, not {sorted(shapes)}")

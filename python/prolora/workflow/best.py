@@ -1,0 +1,188 @@
+"""Method "best": by weights, and by a fit to the running models where weights say too little.
+
+A fit replaces what the weights give only where modules of the LoRA have no place on the target, or
+where weights move nothing: bases that were trained apart or are built differently, and latents that
+differ. Everywhere else fits were at times worse than the copy (docs/evidence.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+from ..architectures.modules import is_in_text_encoder
+from ..bases import Base, vae
+from ..errors import (
+    LowCoverage,
+    ProLoRAError,
+    ShapeMismatch,
+    UnrelatedBases,
+    UnsupportedFormat,
+)
+from .by_fitting.pipeline import fit_to_pipelines, prepare_fit
+from .by_fitting.plan import fitted_modules, foresee_work
+from .by_fitting.rows import outline_report
+from .by_weights.base_pair import MakeNotes, move_lora
+from .fit_options import FitOptions
+from .options import BEST, LoraLike, TransferOptions
+from .report import Report
+from .result import Transfer
+from .resume import Recipe
+
+UNMOVED = (UnrelatedBases, ShapeMismatch, UnsupportedFormat, LowCoverage)
+"""Refusals of a move by weights that a fit may get around; what it cannot, it refuses as well."""
+
+# Options that mean the same for a fit.
+_SHARED = (
+    *("text_encoder", "match", "again", "min_coverage", "format", "dtype", "overwrite"),
+    *("cache", "device", "max_memory", "progress"),
+)
+
+
+@dataclass(frozen=True)
+class BestWay:
+    """Two bases, and both ways to move a LoRA between them.
+
+    Attributes:
+        source: the base of the LoRA.
+        target: the base it goes to.
+        by_weights: the options of a move by weights.
+        by_fit: those of a fit.
+        runs: whether a fit can run both.
+        latents: why their latents differ; None where they do not.
+    """
+
+    source: Base
+    target: Base
+    by_weights: TransferOptions
+    by_fit: FitOptions
+    runs: bool
+    latents: str | None
+
+    @classmethod
+    def of(cls, source: Base, target: Base, options: TransferOptions) -> BestWay:
+        """Looks at the folders; `options` are those of method "best"."""
+        runs, latents = vae.can_fit(source.path, target.path), None
+        if runs:
+            assert source.path is not None and target.path is not None
+            latents = vae.explain_different_latents(source.path, target.path)
+        fit = FitOptions(**{name: getattr(options, name) for name in _SHARED})
+        if latents is not None:  # images cross, of which a fit takes more (docs/evidence.md)
+            fit = replace(fit, images=2 * fit.images)
+        return cls(source, target, replace(options, method="auto"), fit, runs, latents)
+
+    def move(self, lora: LoraLike, *, for_file: bool = False) -> Transfer:
+        """Moves a LoRA by weights, or fits it where that is called for; the report says why.
+
+        Args:
+            lora: as `transfer` takes it.
+            for_file: whether the header is to say of what and how the result was made.
+
+        Raises:
+            ProLoRAError: neither way moves it; see `prolora.transfer` and `prolora.fit`.
+        """
+        notes: dict[type, MakeNotes] = {}
+        if for_file and isinstance(lora, str | PathLike):
+            for options in (self.by_weights, self.by_fit):
+                made = Recipe.of(Path(lora), self.source, self.target, options)
+                notes[type(options)] = made.describe
+        moved = self._try_weights(lora, notes.get(TransferOptions))
+        need = self.explain_need(moved.report if isinstance(moved, Transfer) else moved)
+        if need:
+            try:
+                ends = lora, self.source, self.target
+                done = fit_to_pipelines(*ends, self.by_fit, notes.get(FitOptions))
+                return replace(done, report=tell_fitted(done.report, need))
+            except ProLoRAError as error:
+                if isinstance(moved, Transfer):
+                    return replace(moved, report=tell_refused(moved.report, need, error))
+                raise
+        if isinstance(moved, ProLoRAError):
+            raise moved
+        return replace(moved, report=self.tell_weights(moved.report))
+
+    def plan(self, lora: LoraLike) -> Report:
+        """What `move` would do; it reads the weights, on which that depends.
+
+        Raises:
+            ProLoRAError: see `move`.
+        """
+        moved = self._try_weights(lora)
+        found = moved.report if isinstance(moved, Transfer) else moved
+        need = self.explain_need(found)
+        if need:
+            job = prepare_fit(lora, self.source, self.target, self.by_fit, "outline")
+            outline = outline_report(job.adapter, job.plan, job.source, job.target, self.by_fit)
+            return tell_fitted(outline, need)
+        if isinstance(found, ProLoRAError):
+            raise found
+        return replace(self.tell_weights(found), dry_run=True)
+
+    def _try_weights(
+        self, lora: LoraLike, notes: MakeNotes | None = None
+    ) -> Transfer | ProLoRAError:
+        """What weights alone make of a LoRA, or why they do not."""
+        if self.latents is not None:
+            return UnrelatedBases(self.latents)
+        try:
+            return move_lora(lora, self.source, self.target, self.by_weights, notes)
+        except UNMOVED as error:
+            return error
+
+    def explain_need(self, found: Report | ProLoRAError) -> str:
+        """Why a fit is called for; "" where the result by weights stands, or no model can run.
+
+        Args:
+            found: what became of the LoRA by weights.
+        """
+        if not self.runs:
+            return ""
+        if isinstance(found, UnrelatedBases):
+            return self.latents or "the weights of the two models have nothing in common"
+        if isinstance(found, ProLoRAError):
+            return "the two models are built differently"
+        lost = [
+            row.source
+            for row in found.modules
+            if row.status != "mapped"
+            and row.source not in found.unread
+            and not is_in_text_encoder(row.source)
+        ]
+        lost = sorted(fitted_modules(lost, self.source))
+        if not lost:
+            return ""
+        parts = (
+            "a part of the LoRA has" if len(lost) == 1 else f"{len(lost)} parts of the LoRA have"
+        )
+        return f"{parts} no place on {self.target.name}"
+
+    def tell_weights(self, report: Report) -> Report:
+        """A report of a move by weights, with why no fit was made."""
+        if not self.runs:
+            why = "No fit was tried: it runs both models, given as folders of whole pipelines."
+        else:
+            images = foresee_work(self.source, self.target, self.by_fit).as_images
+            why = (
+                f"No fit was made: all of the LoRA has a place on {self.target.name}, and there "
+                "fits were at times worse than this on test models. One would take about as long "
+                f"as drawing {images:,} images with {self.source.name}."
+            )
+        return replace(report, asked=BEST, why=why)
+
+
+def tell_refused(report: Report, need: str, error: ProLoRAError) -> Report:
+    """A report of a move by weights, with why the fit that was called for is not the result."""
+    return replace(report, asked=BEST, why=f"A fit was tried because {need}, but: {error}.")
+
+
+def tell_fitted(report: Report, need: str) -> Report:
+    """A report of a fit, done or planned, with why it is made and what it gained."""
+    why = f"Both models {'would be' if report.dry_run else 'were'} run because {need}."
+    gate = report.probe.gate if report.probe else None
+    if gate is not None and report.was_fitted and gate.copy_share is not None:
+        why += (
+            f" On samples that the fit did not see it reaches {gate.share['all']:.0%} of the wanted"
+            f" change, and the LoRA moved by weights alone {gate.copy_share['all']:.0%}."
+        )
+    return replace(report, asked=BEST, why=why)

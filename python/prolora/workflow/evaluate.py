@@ -1,0 +1,193 @@
+"""What moving a LoRA gives, in images: drawn, judged by metrics, compared with the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..bases import BaseLike, open_base
+from ..core.precision import in_full_precision
+from ..files.ownership import mark_json
+from .evaluating.drawing import (
+    JSON_FILE,
+    PAGE,
+    ImageFolder,
+    check_evaluation_folder,
+    find_pipelines,
+    read_images,
+)
+from .evaluating.entrants import SOURCE, TRAINED_THERE, WITH_LORA, Subject, read_subjects
+from .evaluating.evaluation import Evaluation
+from .evaluating.metrics import JUDGES, ask_metric, open_metric
+from .evaluation_options import (
+    DEFAULT_EVALUATION,
+    LORA,
+    TRAINED,
+    EvaluationChanges,
+    EvaluationOptions,
+)
+from .options import settle_options, takes_options
+from .page.document import PictureGrid
+from .page.picture_file import write_png
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+StrPath = str | PathLike[str]
+_LIKE = {
+    LORA: (WITH_LORA, "the source with the LoRA, image by image"),
+    TRAINED: (TRAINED_THERE, "the target with the LoRA trained on it, image by image"),
+}
+"""Reference -> the row that images should look like, and what to call it."""
+_NOT_GIVEN = "no model was given, and nothing is downloaded"
+
+
+@takes_options
+@in_full_precision
+def evaluate(
+    source: BaseLike,
+    target: BaseLike,
+    lora: StrPath,
+    moved: Sequence[StrPath] | Mapping[str, StrPath],
+    out: StrPath,
+    options: EvaluationOptions = DEFAULT_EVALUATION,
+    **changes: Unpack[EvaluationChanges],
+) -> Evaluation:
+    """Draws what moved LoRAs give, and compares them with the copy by metrics.
+
+    The source with the LoRA and without, the target alone, the target with the copied LoRA, with
+    every moved one and with one that was trained there draw the same prompts from the same noise.
+    Images are kept in `out`, with a page and all scores as JSON: a run that was cut off goes on
+    there, and ends with the same JSON.
+
+    Args:
+        source: the folder of the diffusers pipeline that the LoRA was trained on.
+        target: the folder of the pipeline that it was moved to.
+        lora: a .safetensors file or a PEFT folder; a folder or a list of several.
+        moved: what became of it, by any method, or a mapping of names to that; for several LoRAs
+            folders with a file of the same name for each.
+        out: the folder for images, page and JSON.
+        options: what is drawn, and what judges it.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The scores, the verdict and the page.
+
+    Raises:
+        InvalidOption: an option has a value that it does not take, or two rows one name.
+        UnsupportedFormat: a side that is no pipeline folder, a metric whose model is not there or
+            is another one, a LoRA that cannot be read.
+        WrongBase: a LoRA that does not belong to its model.
+        OutputError: `out` holds files of others.
+        ProLoRAError: a pipeline or a metric that fails.
+    """
+    options = settle_options(options, changes)
+    bases = open_base(source), open_base(target)
+    find_pipelines(bases)
+    check_evaluation_folder(out)
+    metrics = options.metrics or {}
+    _check_metrics(metrics)
+    given = [] if options.reference in _LIKE else read_images(options.reference)
+    like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
+    subjects = read_subjects(lora, moved, bases, options)
+    images = ImageFolder(out, subjects, bases, options)
+    images.draw_missing(options.progress)
+    failures = {row: why for subject in subjects for row, why in subject.failures.items()}
+    rows = tuple(row for row in subjects[0].entrants if row not in failures)
+    scores: dict[str, dict[str, Tensor]] = {}
+    lower: set[str] = set()
+    for name, way in metrics.items():
+        metric = open_metric(name, way, options.device)
+        for row in rows:
+            for score, values in _judge_row(name, metric, row, images, like or given).items():
+                scores.setdefault(score, {})[row] = values
+        lower |= set(getattr(metric, "lower", ()))
+    done = Evaluation(
+        source=bases[0].name,
+        target=bases[1].name,
+        subjects=tuple(subjects),
+        seeds=options.seeds,
+        rows=rows,
+        scores=scores,
+        lower=frozenset(lower & scores.keys()),
+        reference=reference,
+        skipped=failures | {j.title: _NOT_GIVEN for n, j in JUDGES.items() if n not in metrics},
+        images={cell: name for cell, name in images.names.items() if cell.row in rows},
+        settings=options.settings,
+        grid=_make_grid(images, subjects, rows, options),
+    )
+    images.folder.write_text(JSON_FILE, mark_json("report", done.to_dict()))
+    images.folder.write_text(PAGE, done.to_html())
+    return done
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Opens each metric and lets it judge grey images, before anything is drawn.
+
+    Raises:
+        ProLoRAError: it cannot, and why.
+    """
+    if metrics:
+        from PIL import Image
+
+        grey = [Image.new("RGB", (64, 64), (127, 127, 127))] * 3
+        for name, way in metrics.items():
+            ask_metric(name, open_metric(name, way, None), grey, ["a prompt"] * 3, [grey] * 3)
+
+
+def _judge_row(
+    name: str, metric: Any, row: str, images: ImageFolder, like: str | list[Any]
+) -> dict[str, Tensor]:
+    """Score -> values [LoRAs, prompts, seeds] of a row; of the bare source none.
+
+    Args:
+        name: of the metric.
+        metric: opened.
+        row: whose images are judged.
+        images: drawn.
+        like: the row that they should look like, or the images.
+    """
+    said: dict[str, list[list[float]]] = {}
+    cells = [cell for cell in images.names if cell.row == row]
+    seeds = len({cell.seed for cell in cells})
+    for lora in dict.fromkeys(cell.lora for cell in cells if row != SOURCE):
+        own = [cell for cell in cells if cell.lora == lora]
+        reference = [] if like == row else [like] * len(own)
+        if isinstance(like, str) and reference:
+            reference = [[images.read(lora, like, cell.prompt, cell.seed)] for cell in own]
+        pictures = [images.read(lora, row, cell.prompt, cell.seed) for cell in own]
+        found = ask_metric(name, metric, pictures, [cell.prompt for cell in own], reference)
+        for score, values in found.items():
+            said.setdefault(score, []).append(values)
+    stacked = {score: torch.tensor(rows, dtype=torch.float64) for score, rows in said.items()}
+    return {score: x.reshape(len(x), -1, seeds) for score, x in stacked.items()}
+
+
+def _make_grid(
+    images: ImageFolder,
+    subjects: Sequence[Subject],
+    rows: tuple[str, ...],
+    options: EvaluationOptions,
+) -> PictureGrid | None:
+    """Some of the images: LoRAs and prompts spread evenly, all from the first noise."""
+    places = [(subject.name, prompt) for subject in subjects for prompt in subject.prompts]
+    count = min(options.sampling.shown_prompts, len(places))
+    shown = [places[i * len(places) // count] for i in range(count)]
+    names = [f"{lora}: {prompt}" if len(subjects) > 1 else prompt for lora, prompt in shown]
+    columns = [
+        [write_png(_read_pixels(images.read(lora, row, prompt, options.seeds[0])))
+         for lora, prompt in shown]
+        for row in rows
+    ]  # fmt: skip
+    caption = "Each row is one prompt, drawn by every model from the same noise."
+    return PictureGrid(rows, names, columns, caption) if shown else None
+
+
+def _read_pixels(image: Any) -> Tensor:
+    """An image of Pillow as [3, h, w] from 0 to 1."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(image.height, image.width, 3).movedim(2, 0) / 255

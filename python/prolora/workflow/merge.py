@@ -1,0 +1,446 @@
+"""Several LoRAs as one, each moved from its own base first where it has another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
+from ..adapters.formats.moves import read_moves, read_provenance
+from ..adapters.training_words import read_training_words
+from ..architectures.families import find_title
+from ..bases import Base, BaseLike, open_base
+from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
+from ..core.lowrank import LowRank
+from ..core.merging import inner_product, merge_updates
+from ..core.precision import in_full_precision
+from ..errors import InvalidOption, ShapeMismatch, WrongBase
+from ..version import __version__
+from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
+from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
+from .by_weights.base_pair import move_lora, prefix_notes
+from .by_weights.file_budget import OutputForm, describe_cuts
+from .by_weights.rows import (
+    describe_conversion,
+    describe_left_out,
+    list_tensors_left_out,
+    list_unread_modules,
+)
+from .convert import read_plain
+from .in_words import MERGE
+from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
+from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
+from .module_report import ModuleReport
+from .options import LoraLike, settle_options, takes_options
+from .out_rank import cut_rank
+from .output_paths import check_output
+from .report import Report
+from .result import Transfer, save_result
+from .resume import hash_adapter
+from .tables import write_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Sources = Sequence[BaseLike | None]
+"""The base of each LoRA, in their order; None where it is that of the result."""
+
+
+@takes_options
+def merge(
+    loras: Sequence[LoraLike],
+    target: BaseLike | None = None,
+    sources: Sources = (),
+    options: MergeOptions = DEFAULT_MERGE,
+    **changes: Unpack[MergeChanges],
+) -> Transfer:
+    """Merges LoRAs into one.
+
+    Modules that only one of them has are kept. A LoRA with a base of its own is moved to `target`
+    first, as `transfer` does it by default.
+
+    Args:
+        loras: two or more, each a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        target: the base that the result is for. Needed where a LoRA has another one, and where an
+            update depends on its weights (DoRA, GLoRA, OFT).
+        sources: the base of each LoRA, in their order, or none of them; None for one that was
+            trained on `target`.
+        options: how to merge them.
+        **changes: options by name, in place of those.
+
+    Returns:
+        The LoRA in memory, and the report: what of each LoRA is in it, and where they overlap.
+
+    Raises:
+        InvalidOption: fewer than two LoRAs, or not one strength or base for each.
+        WrongBase: the LoRAs are for different models, and their bases are not given; or a LoRA is
+            of `target` and not of its source.
+        ShapeMismatch: two LoRAs have a module in different shapes.
+        UnsupportedFormat: a file that cannot be read exactly, one that needs its base and has none,
+            or a result that `format` cannot hold.
+        NonFiniteWeights: NaN or Inf, named.
+        OutputError: out_rank is a size that one column a module exceeds.
+        ProLoRAError: what `transfer` raises, of a LoRA that is moved.
+    """
+    job = _Merge.open(loras, target, sources, settle_options(options, changes))
+    return job.run(hashed=False)
+
+
+@takes_options
+def merge_file(
+    loras: Sequence[str | PathLike[str]],
+    out: str | PathLike[str],
+    target: BaseLike | None = None,
+    sources: Sources = (),
+    options: MergeOptions = DEFAULT_MERGE,
+    **changes: Unpack[MergeChanges],
+) -> Report:
+    """Merges LoRAs from files into a file: `merge`, then `Transfer.save`.
+
+    Args:
+        loras: two or more .safetensors files and PEFT folders.
+        out: the file to write, or a folder for format "peft".
+        target: as `merge` takes it.
+        sources: likewise.
+        options: how to merge them.
+        **changes: options by name, in place of those.
+
+    Returns:
+        What was kept and lost of each.
+
+    Raises:
+        ForeignFile: a file is there that prolora did not write.
+        OutputError: out cannot be written, or is an input.
+        ProLoRAError: everything that `merge` raises.
+    """
+    options = settle_options(options, changes).for_file()
+    job = _Merge.open(loras, target, sources, options)
+    check_output(out, job.inputs, options.overwrite)
+    return save_result(job.run(hashed=True), Path(out), options)
+
+
+@dataclass
+class _Merge:
+    """LoRAs on their way to be one.
+
+    Attributes:
+        loras: as they were given.
+        target: the base of the result.
+        sources: the base of each LoRA.
+        options: how they are merged.
+        names: what reports call each LoRA.
+        strengths: the factor on each.
+        parts: each LoRA, on the base of the result.
+        facts: what is known of each.
+        behind: the rows of modules that stay behind.
+        left_out: tensor -> why it is not in the result.
+    """
+
+    loras: list[LoraLike]
+    target: Base | None
+    sources: list[Base | None]
+    options: MergeOptions
+    names: list[str]
+    strengths: list[float]
+    parts: list[Adapter] = field(default_factory=list)
+    facts: list[MergedPart] = field(default_factory=list)
+    behind: list[ModuleReport] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        loras: Sequence[LoraLike],
+        target: BaseLike | None,
+        sources: Sources,
+        options: MergeOptions,
+    ) -> _Merge:
+        """Checks the numbers of all, and opens the bases."""
+        if isinstance(loras, str | PathLike) or len(loras) < 2:
+            raise InvalidOption("a merge takes two LoRAs or more")
+        count, strengths = len(loras), options.strengths
+        if strengths is not None and len(strengths) != count:
+            raise InvalidOption(
+                f"`strengths` has {len(strengths)} numbers for {count} LoRAs; give one for each"
+            )
+        if options.blocks is not None and len(options.blocks) != count:
+            raise InvalidOption(
+                f"`blocks` is for {len(options.blocks)} LoRAs, and there are {count}; separate "
+                "those of each LoRA by ;"
+            )
+        if sources and len(sources) != count:
+            raise InvalidOption(
+                f"{len(sources)} bases are given for {count} LoRAs; give one for each, in their "
+                "order, or none if all were trained on the base of the result"
+            )
+        if target is None and any(source is not None for source in sources):
+            raise InvalidOption(
+                "LoRAs have bases of their own, and `target` is missing: which base is the result "
+                "for?"
+            )
+        return cls(
+            list(loras),
+            None if target is None else open_base(target),
+            [None if s is None else open_base(s) for s in sources or [None] * count],
+            options,
+            _name_loras(loras),
+            list(strengths or [1.0] * count),
+        )
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        bases = [base for base in (self.target, *self.sources) if base is not None]
+        files = [Path(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        return [*files, *(file for base in bases for file in base.files)]
+
+    @in_full_precision
+    def run(self, *, hashed: bool) -> Transfer:
+        """Reads, moves and merges; `hashed` also writes a header, which reads the base's bytes."""
+        self._check_families()
+        for i in range(len(self.loras)):
+            self._read(i)
+        self._check_modules()
+        outline, form = self._outline(), OutputForm.of(self.options.as_transfer())
+        form.check(outline)
+        dtype = form.dtype or outline.dtype
+        updates: dict[str, LowRank] = {}
+        rows: Sequence[ModuleReport] = []
+        for i, name in enumerate(outline.updates):
+            if self.options.progress:
+                self.options.progress(i, len(outline.updates), name)
+            updates[name], row = self._merge_module(name, dtype)
+            rows = [*rows, row]
+        merged = outline.with_updates(updates)
+        if hashed:
+            merged = replace(merged, metadata=self._describe())
+        fitted = form.fit(merged)
+        rows = describe_cuts(rows, merged, fitted)
+        report = self._report(rows, self._measure(fitted, dtype), merged)
+        limit = None if fitted is merged else form.limit
+        return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
+
+    def _check_families(self) -> None:
+        """Refuses LoRAs of different models where no base says what to do with them."""
+        if self.target is not None:
+            return
+        known: tuple[str, tuple[str, ...]] | None = None
+        for name, lora in zip(self.names, self.loras, strict=True):
+            families = guess_lora_families(lora)[0]
+            if families and known and not set(families) & set(known[1]):
+                ours, theirs = (join_titles(map(find_title, f)) for f in (families, known[1]))
+                raise WrongBase(
+                    f"{name} is for {ours}, and {known[0]} is for {theirs}: one LoRA belongs to "
+                    "one base. Give `target`, the base of the result, and the base of each "
+                    "LoRA: they are moved first"
+                )
+            known = known or ((name, families) if families else None)
+
+    def _read(self, i: int) -> None:
+        """Reads a LoRA, and moves it where it has another base than the result."""
+        lora, source, name = self.loras[i], self.sources[i], self.names[i]
+        moved_from = ""
+        if self.target is None or source is None or are_one_base(source, self.target):
+            misfit = explain_misfit(lora, self.target) if self.target is not None else None
+            if misfit is not None:
+                raise type(misfit)(
+                    f"{name} is not a LoRA of the base of the result; give its own base, and it is "
+                    f"moved first ({misfit})"
+                )
+            adapter = read_plain(lora, self.target)
+            behind = list_unread_modules(adapter)
+        else:
+            done = move_lora(lora, source, self.target, self.options.for_moving(), hashed=False)
+            adapter, moved_from = done.adapter, source.name
+            behind = [row for row in done.report.modules if row.status != "mapped"]
+        lost = sum(row.energy for row in behind) * self.strengths[i] ** 2
+        blocks = self.options.blocks[i] if self.options.blocks is not None else None
+        factors = find_factors(blocks, adapter, self.target)
+        gone = [name for name in adapter.updates if factors.get(name) == 0]
+        self.behind += [*behind, *(describe_left_out(n, adapter.updates[n]) for n in gone)]
+        silent = [name for name in adapter.vectors if factors.get(name.rpartition(".")[0]) == 0]
+        self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
+        adapter = weigh_adapter(adapter, factors) if factors else adapter
+        self.parts.append(adapter)
+        moves = read_moves(adapter.metadata)
+        stated = moves[-1].target if moves else adapter.metadata.get("ss_sd_model_name", "")
+        digest = hash_adapter(Path(lora)) if isinstance(lora, str | PathLike) else ""
+        fact = MergedPart(
+            name,
+            self.strengths[i],
+            "" if blocks is None else str(BlockWeights.read(blocks)),
+            trigger=read_training_words(adapter.metadata).trigger,
+            moved_from=moved_from,
+            stated_base=self.target.name if self.target else Path(stated).name,
+            digest=f"sha256:{digest}" if digest else "",
+            modules=len(adapter.updates),
+            energy=lost,
+        )
+        self.facts.append(fact)
+
+    def _check_modules(self) -> None:
+        """Refuses a module that two LoRAs have in different shapes."""
+        known: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, part in zip(self.names, self.parts, strict=True):
+            for module, update in part.updates.items():
+                shape = (*update.shape, *part.kernels.get(module, ()))
+                other, theirs = known.setdefault(module, (name, shape))
+                if theirs != shape:
+                    raise ShapeMismatch(
+                        f"{module} is {write_shape(shape)} in {name} and {write_shape(theirs)} in "
+                        f"{other}: these LoRAs are for bases of different sizes"
+                    )
+            for vector, tensor in part.vectors.items():
+                other, theirs = known.setdefault(vector, (name, tuple(tensor.shape)))
+                if theirs != tuple(tensor.shape):
+                    raise ShapeMismatch(f"{vector} has another length in {name} than in {other}")
+
+    def _outline(self) -> Adapter:
+        """The result with its vectors, and with zeros for updates."""
+        first, zero = self.parts[0], torch.zeros(())
+        updates: dict[str, LowRank] = {}
+        kernels: dict[str, tuple[int, ...]] = {}
+        for part in self.parts:
+            kernels |= part.kernels
+            for module, update in part.updates.items():
+                ranks = [p.updates[module].rank for p in self.parts if module in p.updates]
+                (m, n), rank = update.shape, sum(ranks)
+                rank = min(m, n, rank) if len(ranks) > 1 else rank
+                updates[module] = LowRank(zero.expand(m, rank), zero.expand(rank, n))
+        return replace(
+            first,
+            updates=updates,
+            kernels=kernels,
+            vectors=self._add_vectors() if self.options.vectors == "copy" else {},
+            family=next((p.family for p in self.parts if p.family), None),
+            style=next((p.style for p in self.parts if p.style), None),
+            dtype=reduce(torch.promote_types, (part.dtype for part in self.parts)),
+            metadata=combine_metadata(self._headers()),
+            algorithms={},
+            kept_energy={},
+            left_out={},
+            unread={},
+            refused=set(),
+        )
+
+    def _headers(self) -> dict[str, dict[str, str]]:
+        return {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
+
+    def _add_vectors(self) -> dict[str, Tensor]:
+        """Differences of biases and norms, which add up as they are."""
+        total: dict[str, Tensor] = {}
+        for part, strength in zip(self.parts, self.strengths, strict=True):
+            for name, vector in part.vectors.items():
+                total[name] = total.get(name, 0) + strength * vector
+        return total
+
+    def _list_updates(self, module: str) -> dict[int, LowRank]:
+        """Index of each LoRA that has a module -> its update, strength included."""
+        return {
+            i: LowRank(update.up * self.strengths[i], update.down)
+            for i, part in enumerate(self.parts)
+            if (update := part.updates.get(module)) is not None
+        }
+
+    def _merge_module(self, module: str, dtype: torch.dtype) -> tuple[LowRank, ModuleReport]:
+        """The update of a module, cut as asked, and its row."""
+        parts = self._list_updates(module)
+        whole = merge_updates([*parts.values()], self.options.method)
+        cut = cut_rank(whole, self.options.out_rank, sum(part.rank for part in parts.values()))
+        of = " + ".join(self.names[i] for i in parts)
+        return cut, describe_conversion(module, of, whole, cut.to(dtype), 1.0)
+
+    def _measure(self, merged: Adapter, dtype: torch.dtype) -> MergeReport:
+        """What of each LoRA is in the result, and how they overlap."""
+        energies, kept = [fact.energy for fact in self.facts], [0.0] * len(self.parts)
+        overlaps: list[ModuleOverlap] = []
+        for module, update in merged.updates.items():
+            parts, written = self._list_updates(module), update.to(dtype)
+            overlaps += relate_updates(module, parts)
+            for i, part in parts.items():
+                energies[i] += inner_product(part, part)
+                kept[i] += inner_product(part, written)
+        known = zip(self.facts, energies, kept, strict=True)
+        return MergeReport(
+            tuple(replace(f, energy=e, kept=k / e if e else 1.0) for f, e, k in known),
+            tuple(overlaps),
+        )
+
+    def _describe(self) -> dict[str, str]:
+        """The header: of what the LoRA was merged and how; reads all of the result's base."""
+        combined, target = combine_metadata(self._headers()), self.target
+        told = ("name", "strength", "blocks", "trigger", "moved_from", "digest")
+        merged = [{k: v for k in told if (v := getattr(fact, k)) != ""} for fact in self.facts]
+        notes = {
+            "version": __version__,
+            "method": MERGE,
+            "merge_method": self.options.method,
+            "rank": str(self.options.out_rank),
+            "merged": json.dumps(merged, ensure_ascii=False),
+        }
+        if target is None:
+            return combined | prefix_notes(notes)
+        bases = dict.fromkeys(fact.moved_from for fact in self.facts if fact.moved_from)
+        notes |= {"target": target.name, "target_hash": compute_identity(target) or ""}
+        notes["source"] = ", ".join(bases) or target.name
+        rewritten = rewrite_metadata(
+            combined,
+            target_name=target.name,
+            target_layout=target.layout,
+            target_sha256=compute_sha256(target),
+            target_short_hash=compute_short_hash(target),
+            provenance={key: text for key, text in notes.items() if text},
+        )
+        kept = ("modelspec.merged_from", "ss_training_comment")
+        return rewritten | {key: combined[key] for key in kept}
+
+    def _report(self, rows: Sequence[ModuleReport], merge: MergeReport, result: Adapter) -> Report:
+        """The report, of what is known by now."""
+        left_out = dict(self.left_out)
+        kept_energy: dict[str, float] = {}
+        for name, part in zip(self.names, self.parts, strict=True):
+            for tensor, why in list_tensors_left_out(part).items():
+                left_out[f"{name}: {tensor}"] = why
+            for vector in part.vectors.keys() - result.vectors.keys():
+                left_out[f"{name}: {vector}"] = "left out as asked"
+            for module, share in part.kept_energy.items():
+                kept_energy[module] = min(share, kept_energy.get(module, 1.0))
+        rank = self.options.out_rank
+        return Report(
+            method=MERGE,
+            rank_rule=rank if isinstance(rank, int | float) else 0,
+            threshold=0.0,
+            match="same name",
+            source=" + ".join(self.names),
+            target=self.target.name if self.target else "",
+            modules=(*self.behind, *rows),
+            blocks="; ".join(f"{f.name}: {f.blocks}" for f in self.facts if f.blocks),
+            vectors=len(result.vectors),
+            left_out=left_out,
+            unread=tuple(row.source for row in self.behind if row.status == "refused"),
+            kept_energy=kept_energy,
+            provenance=read_provenance(result.metadata),
+            merge=merge,
+        )
+
+
+def _name_loras(loras: Sequence[LoraLike]) -> list[str]:
+    """What to call each LoRA: its file without ending, or its number; no name twice."""
+    names: list[str] = []
+    for i, lora in enumerate(loras, 1):
+        name = f"LoRA {i}"
+        if isinstance(lora, str | PathLike):
+            name = Path(lora).name.removesuffix(".safetensors")
+        elif isinstance(lora, Adapter):
+            name = lora.metadata.get("ss_output_name") or name
+        names.append(f"{name} ({i})" if name in names else name)
+    return names

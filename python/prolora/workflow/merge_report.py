@@ -1,0 +1,190 @@
+"""What a merge did to each of its LoRAs, and where they are in each other's way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.lowrank import LowRank
+from ..core.merging import measure_overlap
+from .table import Column, Row, Table, make_table
+
+LOSING, SAME = 0.5, 1.05
+"""A LoRA of which less than the first is in the result mostly loses; of one of which more than the
+second is in it, others do a part too."""
+CANCELS, DOUBLES = 0.6, 1.5
+"""Where ‖ΣΔW‖² is below or above these parts of Σ‖ΔW‖², LoRAs cancel or do one thing twice."""
+
+
+@dataclass(frozen=True)
+class MergedPart:
+    """One LoRA of a merge.
+
+    Attributes:
+        name: of the LoRA, without folders.
+        strength: the factor on it.
+        blocks: the factors by block on it; "" without.
+        trigger: its trigger phrase; "" without one.
+        moved_from: the base that it was moved from; "" where it was not moved.
+        stated_base: the base that its header names; "" where it names none.
+        digest: "sha256:…" of its file; "" of a LoRA in memory.
+        modules: how many it has.
+        energy: Σ‖ΔW‖² of all of it, strength included; also of modules without a place.
+        kept: Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does
+            the same, less where another works against it or a cut left it out.
+    """
+
+    name: str
+    strength: float = 1.0
+    blocks: str = ""
+    trigger: str = ""
+    moved_from: str = ""
+    stated_base: str = ""
+    digest: str = ""
+    modules: int = 0
+    energy: float = 0.0
+    kept: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModuleOverlap:
+    """How two LoRAs of a merge relate in one module.
+
+    Attributes:
+        module: its name.
+        first: index of a LoRA.
+        second: index of another one.
+        cosine: ⟨ΔW_i, ΔW_j⟩/(‖ΔW_i‖‖ΔW_j‖): −1 if they cancel, 1 if they do the same.
+        left: Φ, 0 … 1, of what they write.
+        right: Φ of what they read.
+        energy: ‖ΔW_i‖·‖ΔW_j‖, the weight of this row in means.
+        sum_energy: ‖ΔW_i + ΔW_j‖²/(‖ΔW_i‖² + ‖ΔW_j‖²).
+    """
+
+    module: str
+    first: int
+    second: int
+    cosine: float
+    left: float
+    right: float
+    energy: float
+    sum_energy: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of the LoRAs of a merge.
+
+    Attributes:
+        parts: a row for each.
+        overlaps: a row for each module and each two LoRAs that have it.
+    """
+
+    parts: tuple[MergedPart, ...]
+    overlaps: tuple[ModuleOverlap, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For each LoRA how much of it is in the result."""
+        return [_tell_kept(part) for part in self.parts]
+
+    def cautions(self) -> list[str]:
+        """Which LoRAs lose, cancel, or do the same thing."""
+        said = [
+            f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
+            "rank."
+            for part in self.parts
+            if part.kept < LOSING
+        ]
+        for first, second, rows in self._pairs():
+            names = f"{self.parts[first].name} and {self.parts[second].name}"
+            against = [row.module for row in rows if row.sum_energy < CANCELS]
+            alike = [row.module for row in rows if row.sum_energy > DOUBLES]
+            if against:
+                said.append(f"{names} cancel in {_count(against, rows)}.")
+            if alike:
+                said.append(
+                    f"{names} do the same in {_count(alike, rows)}: together they are too strong "
+                    "there; `method='balanced'` does it once."
+                )
+        bases = {part.name: part.stated_base for part in self.parts if part.stated_base}
+        if len({*bases.values()}) > 1:
+            told = ", ".join(f"{name} on {base}" for name, base in bases.items())
+            said.append(
+                f"By their headers these LoRAs were trained on different bases: {told}. Give the "
+                "base of the result and that of each LoRA, and they are moved first."
+            )
+        return said
+
+    def table(self, every_module: bool) -> Table | None:
+        """How the LoRAs relate, two at a time: a row for each two, or for each module of them."""
+        columns = [Column("LoRAs"), *([Column("module")] if every_module else [])]
+        columns += [Column("modules", "d"), Column("cosine of updates", ".2f")]
+        columns += [Column("write alike", ".2f"), Column("read alike", ".2f")]
+        columns += [Column("cancel", "d"), Column("double", "d")]
+        shown = []
+        for first, second, rows in self._pairs():
+            names = f"{self.parts[first].name}, {self.parts[second].name}"
+            for some in [[row] for row in rows] if every_module else [rows]:
+                cells = [names, *([some[0].module] if every_module else [])]
+                shown.append(Row((*cells, *_average(some))))
+        return make_table("How the LoRAs overlap", columns, shown) if shown else None
+
+    def _pairs(self) -> Iterable[tuple[int, int, list[ModuleOverlap]]]:
+        pairs: dict[tuple[int, int], list[ModuleOverlap]] = {}
+        for row in self.overlaps:
+            pairs.setdefault((row.first, row.second), []).append(row)
+        return [(*pair, rows) for pair, rows in sorted(pairs.items())]
+
+
+def _tell_kept(part: MergedPart) -> str:
+    amount = f"{part.kept:.0%} of it is in the result"
+    if part.kept > SAME:
+        amount = "all of it is in the result, and another LoRA does some of the same"
+    moved = f", moved from {part.moved_from}" if part.moved_from else ""
+    return f"{part.name} at strength {part.strength:.3g}{moved}: {amount}."
+
+
+def _count(some: Sequence[str], rows: Sequence[ModuleOverlap]) -> str:
+    return f"{len(some)} of {len(rows)} modules, the first of them {some[0]}"
+
+
+def _average(rows: Sequence[ModuleOverlap]) -> list[float | None]:
+    """The cells of rows together: cosines and overlaps are means weighted by energy."""
+    total = sum(row.energy for row in rows)
+    means = [
+        sum(row.energy * getattr(row, name) for row in rows) / total if total else None
+        for name in ("cosine", "left", "right")
+    ]
+    return [
+        len(rows),
+        *means,
+        sum(row.sum_energy < CANCELS for row in rows),
+        sum(row.sum_energy > DOUBLES for row in rows),
+    ]
+
+
+def relate_updates(module: str, parts: Mapping[int, LowRank]) -> Iterator[ModuleOverlap]:
+    """How the LoRAs that have a module relate there, two at a time.
+
+    Args:
+        module: its name.
+        parts: index of a LoRA -> its update, strength included.
+    """
+    if len(parts) < 2:
+        return
+    found, owners = measure_overlap([*parts.values()]), list(parts)
+    products = found.products.tolist()
+    for i, j in itertools.combinations(range(len(owners)), 2):
+        own, energy = products[i][i] + products[j][j], math.sqrt(products[i][i] * products[j][j])
+        yield ModuleOverlap(
+            module,
+            owners[i],
+            owners[j],
+            cosine=products[i][j] / energy if energy else 0.0,
+            left=found.left[i, j].item(),
+            right=found.right[i, j].item(),
+            energy=energy,
+            sum_energy=1 + 2 * products[i][j] / own if own else 1.0,
+        )

@@ -1,0 +1,337 @@
+"""Layers as the libraries store them are the weights that the same libraries make of them.
+
+`quantised_layers.safetensors` holds both; `tests/support/make_quantised.py` wrote it.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prolora import UnsupportedFormat, open_base
+from prolora.bases import check_finite
+from prolora.bases.quantised import weight as quantised_weight
+from prolora.bases.quantised.weight import find_kind
+from prolora.files.safetensors_file import SafetensorsFile
+from prolora.files.writing import write_safetensors
+
+PLACE = Path(__file__).with_name("quantised_layers.safetensors")
+STORED = SafetensorsFile(PLACE)
+KINDS = sorted({key.partition("|")[0] for key in STORED.tensors})
+Q = "transformer_blocks.0.attn.to_q"
+CODES = (".weight", "_qdata")
+# A product of two float32 is rounded once here and maybe twice, or in another order, there.
+SLACK = {
+    "bitsandbytes int8": 1e-7,
+    "comfy int8, rotated": 1e-6,
+    "comfy int4, rotated": 1e-6,
+    "nunchaku SVDQuant int4": 1e-6,
+}
+
+
+def layer(kind):
+    """(parts, metadata, the weight as the library reads it)."""
+    parts = {
+        key.partition("|")[2]: STORED.read(key)
+        for key in STORED.tensors
+        if key.startswith(f"{kind}|")
+    }
+    return parts, json.loads(STORED.metadata[kind]), parts.pop("meant")
+
+
+def write_layer(kind, path, **changes):
+    parts, metadata, meant = layer(kind)
+    write_safetensors(path, parts | changes, metadata)
+    return meant
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_what_its_own_library_reads(kind, tmp_path):
+    meant = write_layer(kind, tmp_path / "x.safetensors")
+    base = open_base(tmp_path / "x.safetensors")
+    assert base.shapes == {Q: tuple(meant.shape)} and base.dtypes == {Q: torch.float32}
+    assert find_kind(base.weights[Q])
+    error = (base.read(Q) - meant).abs().max() / meant.abs().max()
+    assert error <= SLACK.get(kind, 0)
+    check_finite(base, [Q])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10, deadline=None)
+@given(edges=st.tuples(st.integers(0, 32), st.integers(0, 32)), chunk=st.integers(1, 3000))
+def test_some_rows_are_those_of_the_whole_however_few_are_decoded_at_a_time(
+    kind, edges, chunk, tmp_path_factory
+):
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    write_layer(kind, path)
+    weight = open_base(path).weights[Q]
+    whole, (start, stop) = weight.read(), sorted(edges)
+    before = quantised_weight._CHUNK
+    try:
+        quantised_weight._CHUNK = chunk
+        # Products of matrices are added up in another order for other numbers of rows.
+        near = {"rtol": 0, "atol": SLACK.get(kind, 0) * float(whole.abs().max())}
+        assert torch.allclose(weight.read_rows(start, stop), whole[start:stop], **near)
+        assert torch.allclose(weight.read(), whole, **near)
+    finally:
+        quantised_weight._CHUNK = before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_in_memory_is_read_alike(kind, tmp_path):
+    parts, metadata, meant = layer(kind)
+    if metadata:
+        return  # torchao's notes are in a header, which a state dict has none of
+    base = open_base(parts)
+    assert (base.read(Q) - meant).abs().max() <= 1e-6 * meant.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_that_is_missing_cut_off_or_of_another_type_is_refused_by_name(kind, tmp_path):
+    """Every part in turn; none of it may pass, or end in anything but a typed error."""
+    parts, metadata, _ = layer(kind)
+    optional = ("bias", "weight_format", "input_scale", "output_scale", "zero_point")
+    for key, part in parts.items():
+        if key.endswith(optional):
+            continue
+        for what in ("missing", "cut", "type"):
+            changed = dict(parts)
+            if what == "missing":
+                del changed[key]
+            elif what == "cut" and part.dim() and part.shape[0] > 1:
+                if (kind == "comfy int8" or "ordered" in kind) and key.endswith(CODES):
+                    continue  # with one scale, or one tile of them, fewer rows are a layer, too
+                changed[key] = part[: -(-part.shape[0] // 3)].clone()
+            elif what == "type":
+                changed[key] = part.to(torch.int16 if part.dtype != torch.int16 else torch.int32)
+            else:
+                continue
+            path = tmp_path / "x.safetensors"
+            write_safetensors(path, changed, metadata)
+            with pytest.raises(UnsupportedFormat) as refused:
+                open_base(path)
+            assert Q in str(refused.value), (key, what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_that_is_not_finite_is_refused_when_the_weight_is_read(kind, tmp_path):
+    parts, metadata, _ = layer(kind)
+    scales = [key for key, part in parts.items() if part.dtype.is_floating_point]
+    scales = [
+        key
+        for key in scales
+        if "scale" in key.rpartition(".")[2] or "absmax" in key or "SCB" in key
+    ]
+    scales = [key for key in scales if not key.endswith(("input_scale", "output_scale"))]
+    assert scales
+    for key in scales:
+        changed = parts[key].clone()
+        changed.view(-1)[0] = float("nan")
+        write_safetensors(tmp_path / "x.safetensors", parts | {key: changed}, metadata)
+        base = open_base(tmp_path / "x.safetensors")
+        with pytest.raises(UnsupportedFormat, match="not finite") as refused:
+            base.read(Q)
+        assert key in str(refused.value)
+
+
+NOTES = {
+    "bitsandbytes nf4": f"{Q}.weight.quant_state.bitsandbytes__nf4",
+    "comfy int8, rotated": f"{Q}.comfy_quant",
+    "comfy AWQ int4": f"{Q}.comfy_quant",
+}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_note_ends_in_anything_but_a_weight_or_a_refusal(kind, data, tmp_path_factory):
+    parts, metadata, _ = layer(kind)
+    key = NOTES[kind]
+    note = json.loads(bytes(parts[key].tolist()))
+    names = st.sampled_from([*sorted(note), "group_size", "convrot_groupsize", "params", "format"])
+    values = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 2**40),
+        st.floats(),
+        st.sampled_from(["nvfp4", "mxfp8", "nf4", {}]),
+        st.lists(st.integers(-1, 2**33), max_size=3),
+    )
+    note |= data.draw(st.dictionaries(names, values, max_size=3))
+    parts[key] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    write_safetensors(path, parts, metadata)
+    try:
+        base = open_base(path)
+        base.read(Q)
+    except UnsupportedFormat as error:
+        assert Q in str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_description_of_torchao_ends_in_anything_but_a_weight_or_a_refusal(
+    data, tmp_path_factory
+):
+    kind = data.draw(st.sampled_from([kind for kind in KINDS if kind.startswith("torchao")]))
+    parts, metadata, _ = layer(kind)
+    note = json.loads(metadata[f"{Q}.weight"])
+    place = data.draw(st.sampled_from(["_type", "_data", "_tensor_data_names", *note["_data"]]))
+    value = data.draw(
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.sampled_from(["Int8Tensor", "MXTensor", "NVFP4Tensor", "Int4Tensor", {}, ["qdata"]]),
+            st.lists(st.integers(-1, 2**33), max_size=3),
+        )
+    )
+    (note if place.startswith("_") else note["_data"])[place] = value
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    write_safetensors(path, parts, metadata | {f"{Q}.weight": json.dumps(note)})
+    try:
+        open_base(path).read(Q)
+    except UnsupportedFormat as error:
+        assert Q in str(error)
+
+
+def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_path):
+    """Their number follows from the bias, which has none of them."""
+    for kind, rows in (("comfy nvfp4", 20), ("comfy mxfp8", 7)):
+        bias = {f"{Q}.bias": torch.zeros(rows)}
+        meant = write_layer(kind, tmp_path / "x.safetensors", **bias)
+        base = open_base(tmp_path / "x.safetensors")
+        assert torch.equal(base.read(Q), meant[:rows])
+
+
+def test_what_the_inputs_are_scaled_by_belongs_to_the_weight(tmp_path):
+    """ComfyUI multiplies the inputs of NVFP4 with it: x·s·Wᵀ is x·(W·s)ᵀ."""
+    inputs = torch.rand(64) + 0.5
+    meant = write_layer(
+        "comfy nvfp4", tmp_path / "x.safetensors", **{f"{Q}.pre_quant_scale": inputs}
+    )
+    x = torch.randn(5, 64)
+    ours = x @ open_base(tmp_path / "x.safetensors").read(Q).mT
+    assert torch.allclose(ours, (x * inputs) @ meant.mT, atol=1e-6)
+
+
+def test_a_kind_whose_numbers_are_not_read_still_tells_its_shape(tmp_path):
+    """As torchao's int4 in the order of one kernel, and ComfyUI's int4 for int8 units."""
+    parts, metadata, _ = layer("torchao int8")
+    note = json.loads(metadata[f"{Q}.weight"])
+    note["_type"], note["_data"]["shape"] = "Int4TilePackedTo4dTensor", [32, 64]
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, parts, metadata | {f"{Q}.weight": json.dumps(note)})
+    base = open_base(path)
+    assert base.shapes == {Q: (32, 64)}
+    with pytest.raises(UnsupportedFormat, match=r"torchao Int4TilePackedTo4dTensor.*copy"):
+        base.read(Q)
+    note = torch.tensor(list(b'{"format": "asym_w4a8_int8", "group_size": 16}'), dtype=torch.uint8)
+    codes = {f"{Q}.weight": torch.zeros(32, 32, dtype=torch.int8), f"{Q}.comfy_quant": note}
+    scale = {f"{Q}.weight_s_rel": torch.ones(32, 4), f"{Q}.weight_s_channel": torch.ones(32)}
+    base = open_base(codes | scale)
+    assert base.shapes == {Q: (32, 64)}
+    with pytest.raises(UnsupportedFormat, match="asym_w4a8_int8"):
+        base.read(Q)
+
+
+def test_an_origin_tells_weights_of_other_scales_apart(tmp_path):
+    """What is cached of one weight is never taken for another."""
+    write_layer("comfy int8", tmp_path / "x.safetensors")
+    weight = open_base(tmp_path / "x.safetensors").weights[Q]
+    other = replace(weight, scales=(replace(weight.scales[0], key=f"{Q}.other"),))
+    assert weight.origin != other.origin and weight.origin != weight.stored.origin
+
+
+def test_the_shapes_of_a_kind_that_is_not_known_are_those_of_its_family():
+    """Where the rows of the codes and their bits leave one; names and shapes serve a copy."""
+    shapes = {
+        "double_blocks.0.img_attn.qkv": (9216, 3072),
+        "double_blocks.0.img_mlp.0": (12288, 3072),
+        "single_blocks.0.linear1": (21504, 3072),
+    }
+    note = torch.tensor(list(b'{"format": "int5_of_tomorrow"}'), dtype=torch.uint8)
+    parts = {}
+    for i, (name, (rows, columns)) in enumerate(shapes.items()):
+        codes = torch.empty(1).expand(rows, columns // (1 + i % 2)).to(torch.uint8)
+        parts[f"model.diffusion_model.{name}.weight"] = codes
+        parts[f"model.diffusion_model.{name}.weight_scales"] = torch.ones(3)
+        parts[f"model.diffusion_model.{name}.comfy_quant"] = note
+    base = open_base(parts)
+    assert base.shapes["transformer_blocks.0.attn.to_k"] == (3072, 3072)
+    assert base.shapes["transformer_blocks.0.ff.net.0.proj"] == (12288, 3072)
+    assert base.quantised_as == "'int5_of_tomorrow' (8 of 8 weights)"
+    with pytest.raises(UnsupportedFormat, match="int5_of_tomorrow"):
+        base.read("transformer_blocks.0.attn.to_k")
+    parts["model.diffusion_model.double_blocks.0.img_mlp.0.weight"] = codes[:, :100].clone()
+    with pytest.raises(UnsupportedFormat, match="'int5_of_tomorrow', whose numbers and shape"):
+        open_base(parts)
+
+
+OLDER = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth"}
+
+
+def svdquant(name, *, older=False):
+    """The stored layer [256, 128] under another name."""
+    parts, _, meant = layer("nunchaku SVDQuant int4")
+    leaves = {key.removeprefix(f"{Q}."): part for key, part in parts.items()}
+    return {
+        f"{name}.{OLDER.get(leaf, leaf) if older else leaf}": x for leaf, x in leaves.items()
+    }, meant
+
+
+def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
+    """By the names of its first programs; the last layer of a single block is two side by side."""
+    block, single = "transformer_blocks.0", "single_transformer_blocks.3"
+    names = {
+        f"{block}.qkv_proj_context": None,
+        f"{block}.out_proj": f"{block}.attn.to_out.0",
+        f"{block}.mlp_fc1": f"{block}.ff.net.0.proj",
+        f"{block}.mlp_context_fc2": f"{block}.ff_context.net.2",
+        f"{single}.mlp_fc1": f"{single}.proj_mlp",
+        f"{single}.mlp_fc2": None,
+        f"{single}.out_proj": None,
+    }
+    stored, meant = {}, None
+    for name in names:
+        parts, meant = svdquant(name, older=True)
+        stored |= parts
+    with pytest.raises(UnsupportedFormat, match="256 rows for 3 layers"):
+        open_base(stored)
+    stored = {key: part for key, part in stored.items() if "qkv_proj_context" not in key}
+    base = open_base(stored)
+    expected = {name for name in names.values() if name} | {f"{single}.proj_out"}
+    assert set(base.shapes) == expected
+    for name in expected:
+        whole = torch.cat([meant, meant], 1) if name.endswith("proj_out") else meant
+        assert torch.allclose(base.read(name), whole, atol=1e-6)
+        assert torch.allclose(base.weights[name].read_rows(5, 9), whole[5:9], atol=1e-6)
+    assert not base.vectors, "biases in the order of the kernel are not read"
+    half = {key: part for key, part in stored.items() if "single" not in key or "out_" not in key}
+    with pytest.raises(UnsupportedFormat, match="only one half"):
+        open_base(half)
+
+
+def test_what_nunchaku_computes_on_cards_alone_has_its_shape():
+    parts, _ = svdquant(Q)
+    scale = torch.ones(128 // 16, 256).to(torch.float8_e4m3fn)
+    nvfp4 = parts | {f"{Q}.wscales": scale, f"{Q}.wcscales": torch.ones(256)}
+    mod = "transformer_blocks.0.norm1.linear"
+    awq = {
+        f"{mod}.qweight": torch.zeros(96, 64, dtype=torch.int32),
+        f"{mod}.wscales": torch.ones(2, 384).bfloat16(),
+        f"{mod}.wzeros": torch.zeros(2, 384).bfloat16(),
+    }
+    fused = {
+        "transformer_blocks.1.attn.to_qkv.qweight": torch.zeros(384, 64, dtype=torch.int8),
+        "transformer_blocks.1.attn.to_qkv.wscales": torch.ones(8, 384).to(torch.float8_e4m3fn),
+    }
+    base = open_base(nvfp4 | awq | fused)
+    thirds = {f"transformer_blocks.1.attn.to_{leaf}": (128, 128) for leaf in "qkv"}
+    assert base.shapes == {Q: (256, 128), mod: (384, 128), **thirds}
+    for name, kind in ((Q, "SVDQuant NVFP4"), (mod, "AWQ int4 of nunchaku")):
+        with pytest.raises(UnsupportedFormat, match=kind):
+            base.read(name)

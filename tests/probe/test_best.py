@@ -1,0 +1,163 @@
+"""Method "best": the LoRA moved by its weights, and a fit only where weights say too little."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+import prolora
+from prolora import InvalidOption, UnrelatedBases
+from prolora.probe import pipelines
+from prolora.workflow import best
+from prolora.workflow.best import BestWay
+
+LEAVES = ("attn1.to_v", "ff.net.2")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source; targets: tuned, without the second layers, trained apart, and of other latents."""
+    folder = tmp_path_factory.mktemp("best")
+    deep = tiny.UNET | {"transformer_layers_per_block": 2, "cross_attention_dim": 8}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**deep)
+        pruned = UNet2DConditionModel(**deep | {"transformer_layers_per_block": 1})
+        pruned.load_state_dict(unet.state_dict(), strict=False)
+        tuned = UNet2DConditionModel(**deep)
+        tuned.load_state_dict(
+            {
+                n: w + 0.01 * w.std().nan_to_num() * torch.randn_like(w)
+                for n, w in unet.state_dict().items()
+            }
+        )
+        apart = UNet2DConditionModel(**deep)
+        tiny.save(folder / "source", unet=unet)
+        tiny.save(folder / "tuned", unet=tuned)
+        tiny.save(folder / "pruned", unet=pruned)
+        tiny.save(folder / "apart", unet=apart)
+        tiny.save(folder / "across", unet=tuned, vae_seed=3)
+        tiny.write_lora(folder / "lora.safetensors", tiny.updates(unet, LEAVES))
+        first = {
+            n: u
+            for n, u in tiny.updates(unet, LEAVES).items()
+            if "blocks.0." in n.split("attentions")[1]
+        }
+        tiny.write_lora(folder / "first.safetensors", first)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits of a second; the gate is passed, whatever it says of models without knowledge."""
+    make = BestWay.of.__func__
+
+    def of(cls: type[BestWay], *given: object) -> BestWay:
+        way = make(cls, *given)
+        few = {"prompts": ("cat",), "images": 1, "steps": 2, "fit_steps": 2, "force": True}
+        return replace(way, by_fit=replace(way.by_fit, **few))
+
+    monkeypatch.setattr(BestWay, "of", classmethod(of))
+
+
+def ends(room: Path, target: str, lora: str = "lora") -> tuple[Path, Path, Path]:
+    return room / f"{lora}.safetensors", room / "source", room / target
+
+
+def test_where_all_of_a_lora_has_a_place_the_result_is_that_by_weights(room):
+    usual = prolora.transfer(*ends(room, "tuned"))
+    done = prolora.transfer(*ends(room, "tuned"), method="best")
+    ours, theirs = done.state_dict(), usual.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert "No fit was made: all of the LoRA has a place on tuned" in str(done.report)
+    assert "images with source" in done.report.why
+
+
+@pytest.mark.parametrize(
+    "target, need",
+    [
+        ("pruned", "of the LoRA's modules have no place on pruned"),
+        ("apart", "have nothing in common"),
+        ("across", "encoders were trained apart"),
+    ],
+)
+def test_where_weights_say_too_little_the_models_are_run(room, tmp_path, target, need):
+    out = tmp_path / "out.safetensors"
+    report = prolora.transfer_file(*ends(room, target), out, method="best")
+    assert report.was_fitted and need in report.why and report.why in str(report.in_words())
+    bases = map(prolora.open_base, ends(room, target)[1:])
+    way = BestWay.of(*bases, prolora.TransferOptions(method="best", format="auto"))
+    prolora.fit_file(*ends(room, target), tmp_path / "alone.safetensors", way.by_fit)
+    ours, theirs = load_file(out), load_file(tmp_path / "alone.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_a_lora_of_blocks_that_are_there_is_not_fitted_to_a_target_without_others(room):
+    done = prolora.transfer(*ends(room, "pruned", "first"), method="best")
+    assert not done.report.was_fitted and "No fit was made" in done.report.why
+
+
+def test_a_fit_that_is_refused_leaves_what_weights_give(room, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise UnrelatedBases("the fit is refused: it is no good")
+
+    monkeypatch.setattr(best, "fit_to_pipelines", refuse)
+    usual = prolora.transfer(*ends(room, "pruned")).state_dict()
+    done = prolora.transfer(*ends(room, "pruned"), method="best")
+    assert all(torch.equal(x, usual[n]) for n, x in done.state_dict().items())
+    assert "A fit was tried because" in str(done.report) and "no good" in done.report.why
+    with pytest.raises(UnrelatedBases, match="no good"):
+        prolora.transfer(*ends(room, "apart"), method="best")
+
+
+def test_files_are_moved_by_weights(room):
+    lora, source, target = ends(room, "tuned")
+    done = prolora.transfer(lora, source / "unet", target / "unet", method="best")
+    assert "runs both models" in done.report.why
+    with pytest.raises(UnrelatedBases):
+        prolora.transfer(lora, source / "unet", room / "apart" / "unet", method="best")
+
+
+@pytest.mark.parametrize("target, runs", [("tuned", False), ("pruned", True), ("apart", True)])
+def test_a_dry_run_says_what_would_be_done_and_for_how_long(room, target, runs, monkeypatch):
+    monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
+    report = prolora.plan_report(*ends(room, target), method="best")
+    assert report.dry_run and ("Both models would be run because" in report.why) is runs
+    assert report.why in str(report.in_words())
+    assert "as long as drawing" in (report.work if runs else report.why)
+
+
+@pytest.mark.slow
+def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monkeypatch):
+    loras = [room / "lora.safetensors", room / "first.safetensors", tmp_path / "none.safetensors"]
+    how = (room / "source", room / "pruned", tmp_path / "out")
+    outcomes = prolora.transfer_many(loras, *how, method="best")
+    assert [outcome.status for outcome in outcomes] == ["moved", "moved", "failed"]
+    fitted, weighed = (outcome.report for outcome in outcomes[:2])
+    assert fitted.was_fitted and "no place on pruned" in fitted.why
+    assert not weighed.was_fitted and "No fit was made" in weighed.why
+    again = prolora.transfer_many(loras, *how, method="best")
+    assert [outcome.status for outcome in again] == ["already there"] * 2 + ["failed"]
+    far = prolora.transfer_many(loras[:1], how[0], room / "across", tmp_path / "far", method="best")
+    assert far[0].report.was_fitted
+
+
+@pytest.mark.parametrize(
+    "changed", [{"strength": 0.5}, {"out_rank": 4}, {"text_encoder": "project"}]
+)
+def test_what_a_fit_cannot_do_is_refused(changed):
+    with pytest.raises(InvalidOption, match=next(iter(changed))):
+        prolora.TransferOptions(method="best", **changed)
+
+
+def test_a_plan_of_a_collection_takes_methods_by_weights(room):
+    with pytest.raises(InvalidOption, match="moves by weights"):
+        prolora.plan_migration(*ends(room, "tuned"), method="best")

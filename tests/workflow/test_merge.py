@@ -1,0 +1,392 @@
+"""LoRAs become one that does what all of them do, and the report says what of each is in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mini import BLOCK, MODULES, lora_tensors, shapes, source_weights, write_case, write_folder
+from safetensors.torch import load_file, save_file
+
+import prolora
+from prolora import adapters
+from prolora.files.safetensors_file import SafetensorsFile
+
+
+def make_lora(rank, seed, modules=None):
+    """A kohya LoRA, and its updates in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, dense = {}, {}
+    for name in modules or shapes(3):
+        m, n = shapes(3)[name]
+        up = torch.randn(m, rank, generator=generator)
+        down = torch.randn(rank, n, generator=generator)
+        key, alpha = "lora_unet_" + name.replace(".", "_"), 2.0 + seed
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        dense[name] = up.double() @ down.double() * alpha / rank
+    return tensors, dense
+
+
+def add(dense, strengths):
+    total = {}
+    for some, strength in zip(dense, strengths, strict=True):
+        for name, delta in some.items():
+            total[name] = total.get(name, 0) + strength * delta
+    return total
+
+
+def error(adapter, wanted):
+    """‖merged − wanted‖/‖wanted‖ over all modules, dense."""
+    assert set(adapter.updates) == set(wanted)
+    lost = kept = 0.0
+    for name, delta in wanted.items():
+        update = adapter.updates[name]
+        lost += float((update.up.double() @ update.down.double() - delta).norm() ** 2)
+        kept += float(delta.norm() ** 2)
+    return (lost / kept) ** 0.5
+
+
+@given(
+    ranks=st.lists(st.integers(1, 20), min_size=2, max_size=4),
+    strengths=st.lists(st.sampled_from([1.0, 0.3, -0.7, 4.0]), min_size=4, max_size=4),
+    method=st.sampled_from(["sum", "balanced"]),
+    seed=st.integers(0, 20),
+)
+@settings(max_examples=20)
+def test_a_merge_that_cuts_nothing_is_the_exact_sum(ranks, strengths, method, seed):
+    made = [make_lora(rank, seed + i) for i, rank in enumerate(ranks)]
+    strengths = strengths[: len(ranks)]
+    done = prolora.merge([lora for lora, _ in made], strengths=strengths, method=method)
+    if method == "sum":
+        assert error(done.adapter, add([dense for _, dense in made], strengths)) < 1e-6
+    assert done.report.share_on_target == pytest.approx(1.0, abs=1e-6)
+    back = adapters.read_adapter(done.state_dict("kohya", dtype="float32"))
+    for name, update in done.adapter.updates.items():
+        assert torch.allclose(back.updates[name].dense(), update.dense(), atol=1e-5)
+
+
+def test_modules_that_one_lora_has_are_kept():
+    names = list(shapes(3))
+    (one, first), (two, second) = make_lora(2, 0, names[:5]), make_lora(3, 1, names[4:])
+    done = prolora.merge([one, two], strengths=[0.5, 2])
+    assert error(done.adapter, add([first, second], [0.5, 2])) < 1e-6
+    assert [update.rank for update in done.adapter.updates.values()] == [2] * 4 + [5] + [3] * 7
+    assert len(done.report.merge.overlaps) == 1
+
+
+@pytest.mark.parametrize("out_rank", [1, 3, 0.6, "50%", "16kB"])
+def test_what_a_cut_keeps_of_each_lora_is_told_as_dense_matrices_have_it(out_rank, tmp_path):
+    made = [make_lora(3, 0), make_lora(2, 5)]
+    paths = [tmp_path / f"{name}.safetensors" for name in ("strong", "weak")]
+    for path, (tensors, _) in zip(paths, made, strict=True):
+        save_file(tensors, path)
+    out = tmp_path / "out.safetensors"
+    report = prolora.merge_file(paths, out, strengths=(1, 0.1), out_rank=out_rank)
+    written, total = adapters.read_adapter(out), add([d for _, d in made], (1, 0.1))
+    assert max(update.rank for update in written.updates.values()) <= 4
+    lost = max(0.0, 1 - report.share_on_target) ** 0.5
+    assert lost == pytest.approx(error(written, total), rel=1e-3)
+    for part, strength, (_, dense) in zip(report.merge.parts, (1, 0.1), made, strict=True):
+        products = norms = 0.0
+        for name, delta in dense.items():
+            update = written.updates[name]
+            merged = update.up.double() @ update.down.double()
+            products += float((merged * strength * delta).sum())
+            norms += float((strength * delta).norm() ** 2)
+        assert part.kept == pytest.approx(products / norms, rel=1e-3)
+    if out_rank == "16kB":
+        assert out.stat().st_size <= 16_000
+    if out_rank == 1:
+        assert any("weak mostly loses" in line for line in report.in_words().cautions)
+
+
+def test_loras_that_do_the_same_are_told_and_balanced():
+    tensors, dense = make_lora(3, 0)
+    other, _ = make_lora(3, 9, list(shapes(3))[:1])
+    done = prolora.merge([tensors, tensors])
+    assert done.report.merge.parts[0].kept == pytest.approx(2.0, rel=1e-5)
+    (caution,) = done.report.in_words().cautions
+    assert "do the same in 12 of 12 modules" in caution and "method='balanced'" in caution
+    once = prolora.merge([tensors, tensors], method="balanced")
+    assert error(once.adapter, dense) < 1e-6
+    against = prolora.merge([tensors, tensors], strengths=(1, -0.9))
+    assert any("cancel in 12 of 12" in line for line in against.report.in_words().cautions)
+    apart = prolora.merge([tensors, other])
+    assert apart.report.in_words().cautions == ()
+
+
+def test_the_header_tells_parts_strengths_and_words(tmp_path):
+    paths = []
+    for i, (name, words) in enumerate([("cat", "catto"), ("dog", "doggo")]):
+        paths.append(tmp_path / f"{name}.safetensors")
+        header = {
+            "modelspec.trigger_phrase": words,
+            "ss_sd_model_name": "xl.safetensors",
+            "ss_output_name": name,
+            "ss_tag_frequency": json.dumps({"10_x": {words: 5}}),
+            "sshs_model_hash": "0" * 64,
+        }
+        save_file(make_lora(2, i)[0], paths[-1], header)
+    out = tmp_path / "out.safetensors"
+    report = prolora.merge_file(paths, out, strengths=(1, 0.5))
+    header = SafetensorsFile(out).metadata
+    assert header["modelspec.trigger_phrase"] == "catto, doggo"
+    assert header["modelspec.merged_from"] == "cat, dog"
+    assert header["ss_sd_model_name"] == "xl.safetensors" and "ss_output_name" not in header
+    assert json.loads(header["ss_tag_frequency"]) == {
+        "10_x": {"catto": 5},
+        "10_x (dog)": {"doggo": 5},
+    }
+    merged = json.loads(header["prolora.merged"])
+    assert [(part["name"], part["strength"]) for part in merged] == [("cat", 1.0), ("dog", 0.5)]
+    assert merged[0]["trigger"] == "catto" and merged[0]["digest"].startswith("sha256:")
+    assert prolora.inspect(out).trigger_words[0] == "catto, doggo"
+    assert [part.name for part in report.merge.parts] == ["cat", "dog"]
+    again = prolora.merge_file(paths, out, strengths=(1, 0.5))  # its own result is replaced
+    assert again.totals == report.totals
+    with pytest.raises(prolora.OutputError):
+        prolora.merge_file(paths, paths[1])
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    with pytest.raises(prolora.ForeignFile):
+        prolora.merge_file(paths, tmp_path / "mine.safetensors")
+
+
+def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
+    loras = []
+    for seed, rank in ((0, 2), (1, 3)):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for key, out in (("img_attn_qkv", 9216), ("img_attn_proj", 3072)):
+            start = f"lora_unet_double_blocks_0_{key}"
+            up, down = torch.randn(out, rank, generator=generator), torch.randn(rank, 3072)
+            tensors |= {f"{start}.lora_up.weight": up, f"{start}.lora_down.weight": down}
+        loras.append(tensors)
+    done = prolora.merge(loras, strengths=(1, 0.5))
+    written = done.state_dict("kohya", dtype="float32")
+    assert set(loras[0]) <= set(written)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    up, down = (written[f"{key}.lora_{side}.weight"] for side in ("up", "down"))
+    assert up.shape == (9216, 5) and done.adapter.family == "flux"
+    wanted = sum(
+        s * x[f"{key}.lora_up.weight"] @ x[f"{key}.lora_down.weight"]
+        for s, x in zip((1, 0.5), loras, strict=True)
+    )
+    assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
+    made = [make_lora(2, 0)[0], make_lora(2, 1)[0]]
+    small = {k: v.to(torch.float8_e4m3fn) if "alpha" not in k else v for k, v in made[0].items()}
+    save_file(small, tmp_path / "small.safetensors")
+    out = tmp_path / "out.safetensors"
+    half = {k: v.to(torch.bfloat16) for k, v in made[1].items()}
+    save_file(half, tmp_path / "half.safetensors")
+    prolora.merge_file([tmp_path / "small.safetensors", tmp_path / "half.safetensors"], out)
+    assert {v.dtype for v in load_file(out).values()} == {torch.float32}  # holds both
+    prolora.merge_file([tmp_path / "small.safetensors"] * 2, out)
+    assert {v.dtype for v in load_file(out).values()} == {torch.float16}
+
+
+def test_biases_add_up_with_their_strengths_or_are_left_out():
+    (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
+    key = "lora_unet_" + BLOCK.format(0, MODULES[0]).replace(".", "_") + ".diff_b"
+    one[key], two[key] = torch.ones(24), torch.full((24,), 3.0)
+    done = prolora.merge([one, two], strengths=(1, 0.5))
+    ((name, vector),) = done.adapter.vectors.items()
+    ratio = torch.full((24,), 2.5)
+    assert name.endswith("to_q.bias") and torch.allclose(vector, ratio)
+    left = prolora.merge([one, two], vectors="skip")
+    assert not left.adapter.vectors and len(left.report.left_out) == 2
+
+
+def test_each_lora_has_factors_of_its_own_by_block(tmp_path):
+    made = [make_lora(2, 0), make_lora(3, 1)]
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, (tensors, _) in zip(paths, made, strict=True):
+        save_file(tensors, path)
+    stack = BLOCK.rpartition(".{}.{}")[0]
+    blocks = [{f"{stack}.0": 0, f"{stack}.1": 0.5}, None]
+    out = tmp_path / "out.safetensors"
+    text = f"{stack}.0=0, {stack}.1=0.5;"
+    for asked in (blocks, text):
+        report = prolora.merge_file(paths, out, blocks=asked, strengths=(2, 1))
+        factors = {0: 0.0, 1: 0.5, 2: 1.0}
+        first = {n: factors[int(n.split(".")[5])] * x for n, x in made[0][1].items()}
+        assert error(adapters.read_adapter(out), add([first, made[1][1]], (2, 1))) < 1e-6
+        assert report.merge.parts[0].kept == pytest.approx(1.0, abs=0.1)
+        assert len(report.rows("skipped")) == 4 and "a: " in report.blocks
+        merged = json.loads(SafetensorsFile(out).metadata["prolora.merged"])
+        assert merged[0]["blocks"] == text[:-1] and "blocks" not in merged[1]
+
+
+def test_loras_of_two_models_are_refused_before_anything_is_read(tmp_path):
+    flux = {
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 3072),
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(3072, 2),
+    }
+    sdxl = {
+        "unet.mid_block.attentions.0.transformer_blocks.9.attn2.to_k.lora_A.weight": torch.zeros(
+            2, 2048
+        ),
+        "unet.mid_block.attentions.0.transformer_blocks.9.attn2.to_k.lora_B.weight": torch.zeros(
+            1280, 2
+        ),
+    }
+    for name, tensors in (("flux", flux), ("sdxl", sdxl)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    with pytest.raises(prolora.WrongBase, match=r"sdxl is for Stable Diffusion XL.*FLUX.*`target`"):
+        prolora.merge([tmp_path / "flux.safetensors", tmp_path / "sdxl.safetensors"])
+
+
+def test_modules_of_two_shapes_are_refused_by_name():
+    one, _ = make_lora(1, 0)
+    two = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in make_lora(1, 1)[0].items()}
+    with pytest.raises(prolora.ShapeMismatch, match="to_q is 48×24 in LoRA 2 and 24×24 in LoRA 1"):
+        prolora.merge([one, two])
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "text"),
+    [
+        (1, {}, "two LoRAs or more"),
+        (2, {"strengths": [1]}, "1 numbers for 2 LoRAs"),
+        (2, {"strengths": [1, 0]}, "none of them 0"),
+        (2, {"strengths": [1, float("nan")]}, "none of them 0"),
+        (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
+        (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
+        (2, {"blocks": "1,x;"}, "which is not a number"),
+        (2, {"blocks": "none.such=1;"}, "no block or module"),
+        (2, {"method": "median"}, "`method` must be one of sum, balanced"),
+        (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
+        (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),
+    ],
+)
+def test_wrong_numbers_are_refused(count, changes, text):
+    with pytest.raises(prolora.InvalidOption, match=text):
+        prolora.merge([make_lora(1, 0)[0]] * count, **changes)
+
+
+def test_loras_of_two_bases_are_merged_onto_a_third(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    other = write_folder(
+        tmp_path / "other", {n: w + 0.001 * w.roll(1) for n, w in source_weights().items()}
+    )
+    second, _ = make_lora(2, 3, list(shapes(2)))
+    save_file(second, tmp_path / "second.safetensors")
+    third, own = make_lora(2, 4, list(shapes(2)))
+    save_file(third, tmp_path / "third.safetensors")
+    loras = [lora, tmp_path / "second.safetensors", tmp_path / "third.safetensors"]
+    out = tmp_path / "out.safetensors"
+    report = prolora.merge_file(
+        loras, out, target, [source, other, None], strengths=(1, 1, 0.5), dtype="float32"
+    )
+    moved = [
+        prolora.transfer(loras[0], source, target).adapter,
+        prolora.transfer(loras[1], other, target).adapter,
+    ]
+    parts = [{n: u.dense().double() for n, u in part.updates.items()} for part in moved]
+    assert error(adapters.read_adapter(out), add([*parts, own], (1, 1, 0.5))) < 1e-6
+    assert [part.moved_from for part in report.merge.parts] == ["source", "other", ""]
+    whole = sum(float(u.norm()) ** 2 for u in adapters.read_adapter(lora).updates.values())
+    placed = sum(float(u.norm()) ** 2 for u in moved[0].updates.values())
+    assert report.merge.parts[0].kept < 1.1 * placed / whole < 0.8
+    skipped = {row.source for row in report.rows("skipped")}
+    assert skipped == set(shapes(3)) - set(shapes(2))  # the third block has no place
+    header = SafetensorsFile(out).metadata
+    assert header["prolora.target"] == "target" and header["ss_sd_model_name"] == "target"
+    assert prolora.inspect(out).moves[-1].target == "target"
+    with pytest.raises(prolora.AlreadyMoved):
+        prolora.transfer(out, source, target)
+
+
+def test_a_lora_of_another_base_without_that_base_is_refused(tmp_path):
+    lora, _, target = write_case(tmp_path)  # it has a block that the target lacks
+    with pytest.raises(prolora.ProLoRAError, match="lora is not a LoRA of the base of the result"):
+        prolora.merge([lora, lora], target)
+
+
+def test_dora_needs_the_base_and_has_it_from_the_target(tmp_path):
+    tensors, _ = make_lora(2, 0)
+    plain, dense = make_lora(2, 1)
+    wanted = {}
+    for name, weight in source_weights().items():
+        key = "lora_unet_" + name.replace(".", "_")
+        magnitude = 1 + torch.rand(len(weight), 1, generator=torch.Generator().manual_seed(2))
+        tensors[f"{key}.dora_scale"] = magnitude
+        up, down = (tensors[f"{key}.lora_{side}.weight"].double() for side in ("up", "down"))
+        merged = weight.double() + up @ down * 2 / 2
+        wanted[name] = merged / merged.norm(dim=1, keepdim=True) * magnitude - weight.double()
+    with pytest.raises(prolora.UnsupportedFormat, match="give the base model"):
+        prolora.merge([tensors, plain])
+    base = {f"{n}.weight": w for n, w in source_weights().items()}
+    done = prolora.merge([plain, tensors], base)
+    assert error(done.adapter, add([dense, wanted], (1, 1))) < 1e-5
+
+
+def test_different_bases_in_the_headers_are_told(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for i, path in enumerate(paths):
+        save_file(make_lora(1, i)[0], path, {"ss_sd_model_name": f"base{i}.safetensors"})
+    words = prolora.merge(paths).report.in_words()
+    assert "a on base0.safetensors, b on base1.safetensors" in words.cautions[-1]
+
+
+def test_an_update_that_cannot_be_read_stays_behind_by_name():
+    (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
+    name = next(iter(shapes(3)))
+    one[f"lora_unet_{name.replace('.', '_')}.lora_gate"] = torch.ones(2)
+    report = prolora.merge([one, two]).report
+    assert report.unread == (name,) and "could not be read" in report.in_words().cautions[0]
+
+
+def test_a_call_that_progress_ends_writes_nothing(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path in paths:
+        save_file(lora_tensors(), path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prolora.merge_file(paths, tmp_path / "out.safetensors", progress=stop)
+    assert {path.name for path in Path(tmp_path).iterdir()} == {"a.safetensors", "b.safetensors"}
+    assert load_file(paths[0])
+
+
+def test_diffusers_draws_the_same_with_the_merged_file_as_with_all_adapters(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    import tiny_pipelines
+
+    folder = tiny_pipelines.save(tmp_path / "base")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    loras = []
+    for i, leaves in enumerate([("attn1.to_q", "ff.net.2"), ("attn2.to_v", "attn1.to_q")]):
+        updates = tiny_pipelines.updates(pipe.unet, leaves, size=0.3 + 0.2 * i)
+        if i:  # another direction in the module that both have
+            updates = {n: type(u)(u.up.flip(0), u.down.flip(1)) for n, u in updates.items()}
+        loras.append(tiny_pipelines.write_lora(tmp_path / f"{'ab'[i]}.safetensors", updates))
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        known = {"num_inference_steps": 2, "output_type": "np", "generator": generator}
+        return torch.from_numpy(pipe("a b", **known).images)
+
+    plain = draw()
+    for name, lora in zip("ab", loras, strict=True):
+        pipe.load_lora_weights(lora, adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.8, 0.5])
+    both = draw()
+    pipe.set_adapters(["a", "b"], [0.8, 0.1])
+    weaker = draw()
+    pipe.unload_lora_weights()
+    out = tmp_path / "both.safetensors"
+    prolora.merge_file(loras, out, strengths=(0.8, 0.5), dtype="float32")
+    pipe.load_lora_weights(out)
+    merged = draw()
+    assert (merged - both).abs().max() < 1e-4
+    assert (merged - weaker).abs().max() > 1e-3 and (merged - plain).abs().max() > 1e-3
