@@ -359,8 +359,9 @@ class MoveFolder(_ProloraNode):
             for name, moved in zip(loras, results, strict=True):
                 lines[name] = words.tell_in_one_line(name, moved.report, moved.error)
                 done += moved.error is None
-        lines[""] = f"{done} of {len(inside)} LoRAs are in place, below loras/{jobs.MOVED}."
-        return _show("\n".join(lines[name] for name in [*inside, ""]), None)
+        mark = "✔" if done == len(inside) else "⚠" if done else "✖"
+        lines[""] = f"{mark} In place below loras/{jobs.MOVED}: {done} of {len(inside)} LoRAs."
+        return _show("\n".join(lines[name] for name in ["", *inside]), None)
 
 
 class Advise(_ProloraNode):

@@ -30,6 +30,9 @@ _WIDGETS = {
 _EXTRA = re.compile(r"pip install [\"']prolora\[(gguf|onnx|probe)\][\"']")
 _PACKAGES = {"gguf": "gguf", "onnx": "onnx", "probe": "diffusers and accelerate"}
 _INSTALL = "install {} for the Python that runs ComfyUI"
+_BY_FIT = (
+    "Nothing was written. If you have both as whole pipelines, choose those and the method “best”."
+)
 _FOR_OTHERS = re.compile(r"`[a-z_]+(?:=[^`]*|\(\))?`|(?<![\w-])--[a-z]|\bpython -[cm]\b")
 
 
@@ -51,16 +54,21 @@ def explain(error: prolora.ProLoRAError, in_fit: bool = False) -> str:
         error: what prolora raised.
         in_fit: both models ran; else only their weights were compared.
     """
-    if isinstance(error, prolora.UnrelatedBases) and in_fit:
+    apart = isinstance(error, prolora.UnrelatedBases)
+    if apart and in_fit:
         return (
             "The fit did not succeed: samples that it did not see show that the two models behave "
             "too differently for this LoRA. Nothing was written."
         )
-    if isinstance(error, prolora.UnrelatedBases):
+    if apart:
         return (
             "The models under “trained on” and “use on” have nothing in common: they were trained "
-            "apart, and no LoRA of one works on the other. Nothing was written. If you have both "
-            "as whole pipelines, choose those and the method “best”."
+            f"apart, and no LoRA of one works on the other. {_BY_FIT}"
+        )
+    if isinstance(error, prolora.ShapeMismatch) and "fits the target" in str(error):
+        return (
+            "The models under “trained on” and “use on” are built differently: no part of this "
+            f"LoRA has a place on the second. {_BY_FIT}"
         )
     return say(str(error)).rstrip(";: ") or "This LoRA cannot be moved between these two models."
 

@@ -27,6 +27,8 @@ PACK = ROOT / "integrations" / "comfyui"
 BASES = {"trained_on": "source.safetensors", "use_on": "target.safetensors"}
 LOOK = "target's look"
 WIDGETS = {"aim": LOOK, "method": "copy", "rank": "exact", "format": "ComfyUI"}
+CORE = ("sampler_name", "scheduler")
+"""Lists that core's own node has."""
 LORA = {"lora": "one.safetensors"}
 
 
@@ -126,8 +128,9 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack
 def test_what_is_chosen_first_is_nothing_and_says_what_to_choose(pack, models):
     for node in pack.NODE_CLASS_MAPPINGS.values():
         for name, (choices, *known) in node.INPUT_TYPES()["required"].items():
-            core = name in ("sampler_name", "scheduler")
-            assert core or not isinstance(choices, list) or known[0]["default"] == choices[0]
+            assert (
+                name in CORE or not isinstance(choices, list) or known[0]["default"] == choices[0]
+            )
     assert "under “LoRA”" in refuse(pack, lora="choose…")
     assert "under “use on”" in refuse(pack, use_on="choose…")
     assert "under “trained on”" in refuse(pack, trained_on="from the LoRA")
@@ -221,6 +224,13 @@ def test_a_pair_that_cannot_work_is_one_sentence_and_leaves_no_folder(pack, mode
     assert not (models / "loras" / "zz-moved").exists()
 
 
+def test_models_of_other_widths_are_told_so_without_a_number(pack, models):
+    wide = {name: torch.randn(48, 48) for name in source_weights()}
+    write_base(models, "wide", wide)
+    sentence = refuse(pack, use_on="wide.safetensors", method="auto")
+    assert "are built differently" in sentence and "×" not in sentence
+
+
 def test_no_text_of_a_node_holds_what_only_a_command_line_can_follow(pack, models):
     words = sys.modules["comfyui_prolora.words"]
     options = {field.name for field in dataclasses.fields(prolora.TransferOptions)}
@@ -303,12 +313,12 @@ def test_a_folder_is_moved_without_what_was_moved_before(pack, models):
     (models / "loras" / "bad.safetensors").write_bytes(b"nothing")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ bad.safetensors: ")
-    assert lines[1] == "✔ one.safetensors: moved before"
-    assert lines[2].startswith("✔ styles/two.safetensors: moved, ")
-    assert lines[3] == "2 of 3 LoRAs are in place, below loras/zz-moved."
+    assert lines[0] == "⚠ In place below loras/zz-moved: 2 of 3 LoRAs."
+    assert lines[1].startswith("✖ bad.safetensors: ")
+    assert lines[2] == "✔ one.safetensors: moved before"
+    assert lines[3].startswith("✔ styles/two.safetensors: moved, ")
     (only,), _ = run(pack, "ProloraMoveFolder", folder="styles", **BASES, **WIDGETS)
-    assert only.splitlines()[-1].startswith("1 of 1 LoRAs are in place")
+    assert only.splitlines()[0] == "✔ In place below loras/zz-moved: 1 of 1 LoRAs."
     choices = pack.NODE_CLASS_MAPPINGS["ProloraMoveFolder"].INPUT_TYPES()["required"]["folder"][0]
     assert choices == ["choose…", "(all)", "styles"]
 
@@ -319,14 +329,14 @@ def test_each_lora_of_a_folder_is_moved_from_the_model_that_it_tells(pack, model
     bases = BASES | {"trained_on": "from the LoRA"}
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **bases, **WIDGETS)
     lines = report.splitlines()
-    assert lines[0].startswith("✖ one.safetensors: This LoRA does not tell")
-    assert lines[1].startswith("✔ styles/two.safetensors: moved")
+    assert lines[1].startswith("✖ one.safetensors: This LoRA does not tell")
+    assert lines[2].startswith("✔ styles/two.safetensors: moved")
 
 
 def test_all_moves_folders_that_hold_one_name_twice(pack, models):
     write_lora(models, "other/two")
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **WIDGETS)
-    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two*.safetensors"))
     assert {path.parent.name for path in moved} == {"styles", "other"}
     assert len(list((models / "loras" / "zz-moved").rglob("two*.html"))) == 2
@@ -563,7 +573,7 @@ def test_the_best_method_leaves_results_side_by_side_too(pack, models):
     write_lora(models, "other/two")
     best = WIDGETS | {"method": "best"}
     (report,), _ = run(pack, "ProloraMoveFolder", folder="(all)", **BASES, **best)
-    assert report.splitlines()[-1].startswith("3 of 3 LoRAs are in place")
+    assert report.startswith("✔ In place below loras/zz-moved: 3 of 3 LoRAs.")
     moved = list((models / "loras" / "zz-moved").rglob("two.safetensors"))
     assert len({path.parent.parent.name for path in moved} & {"styles", "other"}) == 2
     before = {path: path.read_bytes() for path in moved}
@@ -641,12 +651,12 @@ def test_the_example_workflows_open_on_widgets_that_exist_and_name_no_file(pack)
                 continue
             cls = pack.NODE_CLASS_MAPPINGS[node["type"]]
             values = iter(node["widgets_values"])
-            for name, (choices, *known) in cls.INPUT_TYPES()["required"].items():
+            for name, (choices, *_) in cls.INPUT_TYPES()["required"].items():
                 if choices in ("MODEL", "VAE", "LATENT", "CLIP"):
                     assert name in [entry["name"] for entry in node["inputs"]]
                     continue
                 value = next(values)
-                if known and isinstance(choices, list):
+                if isinstance(choices, list) and name not in CORE:
                     assert value == choices[0]
                 if name == "seed":
                     assert next(values) == "fixed"  # the widget that comes with every seed

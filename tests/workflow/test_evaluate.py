@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny_judges as judges
 import tiny_pipelines as tiny
 import torch
@@ -22,8 +23,9 @@ from PIL import Image
 
 import prolora
 from prolora.probe import pipelines
+from prolora.workflow.by_weights.base_pair import read_lora
 from prolora.workflow.evaluating import drawing, metrics
-from prolora.workflow.evaluating.entrants import COPY
+from prolora.workflow.evaluating.entrants import COPY, Entrant, read_subjects
 from prolora.workflow.evaluating.statistics import Estimate
 
 SAMPLING = prolora.FitSettings(("cat", "dog"), images=2, steps=2, shown_prompts=2)
@@ -362,6 +364,46 @@ def test_a_function_is_a_metric(room, evaluated, tmp_path):
         with pytest.raises(prolora.ProLoRAError, match="the metric wrong"):
             run(room, tmp_path / "out", metrics={"wrong": lambda *_, said=wrong: {"x": said}})
     assert not (tmp_path / "out").exists()  # asked before anything was drawn
+
+
+def test_prompts_that_are_given_twice_are_drawn_once(room, evaluated):
+    _, out = evaluated
+    twice = prolora.FitSettings(("cat", "dog", "cat"), images=2, steps=2)
+    done = run(room, out, sampling=twice, metrics={"dinov2": room / "dinov2"})
+    assert done.count == 4 and done.scores["DINOv2"]["one"].shape == (1, 2, 2)
+
+
+def test_settings_that_no_drawing_uses_are_refused():
+    for settings in ({"rank": 4}, {"max_memory": "2GiB"}, {"precision": "bfloat16"}):
+        with pytest.raises(prolora.InvalidOption, match=next(iter(settings))):
+            prolora.EvaluationOptions(sampling=prolora.FitSettings(**settings))
+
+
+def test_a_text_encoder_that_the_target_lacks_is_told(room, tmp_path):
+    """The source's is wider, so its part of the LoRA cannot run beside the target's."""
+    tiny.save(tmp_path / "wide", text=16)
+    update = prolora.LowRank(torch.ones(16, 1), torch.ones(1, 16))
+    tensors = {
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": update.up,
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": update.down,
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "text.safetensors")
+    base = prolora.open_base(tmp_path / "wide")
+    adapter = read_lora(tmp_path / "text.safetensors", base)
+    there = Entrant.of(0, adapter, base)
+    away = Entrant.of(1, adapter, prolora.open_base(room / "tuned"))
+    assert (len(there.text), there.unheard) == (1, 0) and (len(away.text), away.unheard) == (0, 1)
+
+
+def test_a_folder_with_one_lora_takes_folders(room, tmp_path):
+    for name in ("loras", "moved"):
+        (tmp_path / name).mkdir()
+        file = room / name / "one.safetensors"
+        (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    bases = prolora.open_base(room / "sd15"), prolora.open_base(room / "tuned")
+    options = prolora.EvaluationOptions()
+    (subject,) = read_subjects(tmp_path / "loras", [tmp_path / "moved"], bases, options)
+    assert "moved" in subject.entrants
 
 
 @pytest.fixture

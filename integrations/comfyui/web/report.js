@@ -4,8 +4,7 @@ import { api } from "../../scripts/api.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const WIDTH = 460;
-// "Nodes 2.0" writes larger.
-const reportHeight = () => (window.LiteGraph?.vueNodesMode ? 200 : 100);
+const REPORT_HEIGHT = 140;
 const SHOWN = "shown report";
 const OPEN = "open the whole report";
 
@@ -30,6 +29,7 @@ function showReport(node, text) {
     widget = ComfyWidgets.STRING(node, SHOWN, ["STRING", { multiline: true }], app).widget;
     widget.label = "report";
     keepOut(widget);
+    widget.options.getMinHeight = () => REPORT_HEIGHT;
     const element = widget.inputEl ?? widget.element;
     if (element) element.readOnly = true;
   }
@@ -108,7 +108,9 @@ function foldAdvanced(node) {
 
 function makeRoom(node) {
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + reportHeight())]);
+  // "Nodes 2.0" writes larger, and gives a report what it finds.
+  const room = window.LiteGraph?.vueNodesMode ? REPORT_HEIGHT : 0;
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + room)]);
   app.graph?.setDirtyCanvas(true, false);
 }
 

@@ -12,7 +12,14 @@ from torch import Tensor
 from ..bases import BaseLike, open_base
 from ..core.precision import in_full_precision
 from ..files.ownership import mark_json
-from .evaluating.drawing import JSON_FILE, PAGE, ImageFolder, find_pipelines, read_images
+from .evaluating.drawing import (
+    JSON_FILE,
+    PAGE,
+    ImageFolder,
+    check_evaluation_folder,
+    find_pipelines,
+    read_images,
+)
 from .evaluating.entrants import SOURCE, TRAINED_THERE, WITH_LORA, Subject, read_subjects
 from .evaluating.evaluation import Evaluation
 from .evaluating.metrics import JUDGES, ask_metric, open_metric
@@ -81,6 +88,7 @@ def evaluate(
     options = settle_options(options, changes)
     bases = open_base(source), open_base(target)
     find_pipelines(bases)
+    check_evaluation_folder(out)
     metrics = options.metrics or {}
     _check_metrics(metrics)
     given = [] if options.reference in _LIKE else read_images(options.reference)

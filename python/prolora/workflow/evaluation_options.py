@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, TypedDict
 
@@ -17,6 +17,7 @@ from .options import METHOD_NAMES, TransferOptions, check_choice
 JUDGING = "Judging"
 LORA, TRAINED = "lora", "trained"
 """What images may be compared with, beside those of a folder."""
+_USED = {"prompts", "images", "seed", "shown_prompts"}
 _SAMPLED = "steps size guidance target_steps target_guidance lora_steps lora_guidance".split()
 DRAWN = FitSettings(images=4, shown_prompts=4)
 
@@ -67,6 +68,10 @@ class EvaluationOptions:
             InvalidOption: names the option and what it takes.
             UnsupportedDevice: there is no such device, or it cannot be used.
         """
+        for known in fields(FitSettings):
+            unused = known.name not in {*_USED, *_SAMPLED}
+            if unused and getattr(self.sampling, known.name) != known.default:
+                raise InvalidOption(f"`sampling`: {known.name} is of a fit; nothing here uses it")
         for method in self.methods:
             check_choice("methods", method, METHOD_NAMES)
         if self.reference == TRAINED and self.trained is None:

@@ -17,7 +17,7 @@ from ...errors import UnsupportedFormat
 from ...files.hashing import hash_text
 from ...files.managed_folder import FolderMarker, ManagedFolder
 from ...files.ownership import is_own, sign_png
-from ...files.writing import write_bytes_atomically
+from ...files.writing import check_writable, write_bytes_atomically
 from ..by_fitting.showing import read_pixels, settle_settings
 from ..evaluation_options import EvaluationOptions
 from ..page.picture_file import write_png
@@ -69,7 +69,7 @@ class ImageFolder:
         from ...probe.checkpoint import hash_updates
 
         self._paths, self._options = find_pipelines(bases), options
-        self.folder = ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
+        self.folder = make_evaluation_folder(out)
         self.folder.make_folder(IMAGES)
         self.names: dict[Cell, str] = {}
         self._entrants: dict[Cell, Entrant] = {}
@@ -144,6 +144,26 @@ def _run_entrant(model: Pipeline, entrant: Entrant) -> Iterator[None]:
         run_beside(model.denoiser, entrant.denoiser),
     ):
         yield
+
+
+def make_evaluation_folder(out: StrPath) -> ManagedFolder:
+    """The folder of an evaluation.
+
+    Raises:
+        OutputError: it cannot be made, or holds other things of these names.
+    """
+    return ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
+
+
+def check_evaluation_folder(out: StrPath) -> None:
+    """Refuses a folder that cannot be one of an evaluation; makes none.
+
+    Raises:
+        OutputError: as `make_evaluation_folder`.
+    """
+    if Path(out).is_dir():
+        make_evaluation_folder(out)
+    check_writable(Path(out) / JSON_FILE)
 
 
 def find_pipelines(bases: tuple[Base, Base]) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...adapters.adapter import Adapter
@@ -20,6 +20,7 @@ from ..by_weights.base_pair import move_lora, read_lora
 from ..check import check
 from ..evaluation_options import EvaluationOptions
 from ..fleet.listing import list_loras
+from ..plan import explain_other_shape
 
 StrPath = str | os.PathLike[str]
 SOURCE, WITH_LORA, TARGET, COPY = "source", "source + LoRA", "target", "copy"
@@ -35,8 +36,8 @@ class Entrant:
         side: 0 the source, 1 the target.
         denoiser: updates of its UNet or transformer.
         text: updates of its text encoders.
-        unheard: number of trained biases and norms, and of updates that could not be read: none of
-            them is drawn.
+        unheard: number of trained biases and norms, of updates that could not be read, and of those
+            of text encoders that this model does not have: none of them is drawn.
     """
 
     side: int
@@ -45,11 +46,17 @@ class Entrant:
     unheard: int = 0
 
     @classmethod
-    def of(cls, side: int, adapter: Adapter) -> Entrant:
+    def of(cls, side: int, adapter: Adapter, base: Base) -> Entrant:
         """The model of a side with a LoRA."""
         text = {name: u for name, u in adapter.updates.items() if is_in_text_encoder(name)}
         rest = {name: u for name, u in adapter.updates.items() if name not in text}
-        return cls(side, rest, text, len(adapter.vectors) + len(adapter.unread))
+        placed = {
+            name: u
+            for name, u in text.items()
+            if name in base.shapes and explain_other_shape(name, tuple(u.shape), base) is None
+        }
+        unheard = len(adapter.vectors) + len(adapter.unread) + len(text) - len(placed)
+        return cls(side, rest, placed, unheard)
 
     @property
     def norm(self) -> float:
@@ -99,12 +106,15 @@ def read_subjects(
     _key_by_name([rows, moved])
     _key_by_name({path.name: path} for path in paths)
     places = {**moved, **({TRAINED_THERE: options.trained} if options.trained else {})}
-    several = len(paths) > 1
+    several = paths != [Path(os.path.abspath(lora))]
     files = {
         path: {row: _find_file(place, path, several) for row, place in places.items()}
         for path in paths
     }
-    return [_read_subject(path, files[path], bases, options) for path in paths]
+    subjects = [_read_subject(path, files[path], bases, options) for path in paths]
+    # As many prompts of each, so that means are of the same weight.
+    least = min(len(subject.prompts) for subject in subjects)
+    return [replace(subject, prompts=subject.prompts[:least]) for subject in subjects]
 
 
 def _key_by_name(parts: Iterable[Mapping[str, StrPath]]) -> dict[str, StrPath]:
@@ -139,18 +149,18 @@ def _read_subject(
 ) -> Subject:
     source, target = bases
     adapter = _read_fitting(path, source)
-    entrants = {SOURCE: Entrant(0), WITH_LORA: Entrant.of(0, adapter), TARGET: Entrant(1)}
-    read = {row: Entrant.of(1, _read_fitting(file, target)) for row, file in files.items()}
+    entrants = {SOURCE: Entrant(0), WITH_LORA: Entrant.of(0, adapter, source), TARGET: Entrant(1)}
+    read = {row: Entrant.of(1, _read_fitting(file, target), target) for row, file in files.items()}
     failures: dict[str, str] = {}
     methods: dict[MethodChoice, None] = dict.fromkeys(("copy", *options.methods))
     for method in methods:
         try:
             done = move_lora(adapter, source, target, options.as_moved(method), hashed=False)
-            entrants[method] = Entrant.of(1, done.adapter)
+            entrants[method] = Entrant.of(1, done.adapter, target)
         except ProLoRAError as error:
             failures[method] = str(error)
     prompts = options.sampling.prompts or derive_prompts(read_training_words(adapter.metadata))
-    return Subject(path.name, prompts, entrants | read, failures)
+    return Subject(path.name, tuple(dict.fromkeys(prompts)), entrants | read, failures)
 
 
 def _read_fitting(path: Path, base: Base) -> Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,7 @@ class Evaluation:
     images: Mapping[Cell, str]
     settings: Mapping[str, object]
     grid: PictureGrid | None = None
+    _known: dict[tuple[str, str, str], Estimate] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         """One line: how much was drawn, and the verdict."""
@@ -71,7 +72,10 @@ class Evaluation:
         known = self.scores[score]
         if row not in known or (other and other not in known):
             return None
-        return Estimate.of(known[row] - known[other] if other else known[row])
+        key = (score, row, other)
+        if key not in self._known:
+            self._known[key] = Estimate.of(known[row] - known[other] if other else known[row])
+        return self._known[key]
 
     def find_share(self, score: str, row: str) -> float | None:
         """The share of the way from the bare target to the trained LoRA; None if that is no way."""
@@ -108,20 +112,24 @@ class Evaluation:
             cautions.append(f"Images of each row: {self.count}. So few make intervals too narrow.")
         for row in self.rows:
             if unheard := max(subject.entrants[row].unheard for subject in self.subjects):
-                cautions.append(f"{row}: {unheard} biases, norms or unread updates are not drawn.")
+                cautions.append(
+                    f"{row}: {unheard} biases, norms and updates are not drawn, since they cannot "
+                    "run beside this model."
+                )
         mark, headline = self._judge()
         pairs = [(row, COPY) for row in self.candidates]
         pairs += [(row, TARGET) for row in (COPY, TRAINED_THERE) if row in self.rows]
         lines = [self._tell(*pair) for pair in pairs] if self.scores else []
         sizes = []
         for score in self.scores:
-            found = [self.estimate(score, *pair) for pair in pairs]
+            found = [self.estimate(score, *pair) for pair in pairs[: len(self.candidates) or None]]
             if known := [x.smallest for x in found if x is not None and x.smallest is not None]:
                 sizes.append(f"{score} {max(known):.2g}")
         if sizes:
             lines.append(
-                f"So many images ({self.count} of each row) can miss differences smaller than "
-                f"these: {', '.join(sizes)}. Half of that needs four times as many."
+                f"So many images ({self.count} of each row) can miss a difference from "
+                f"{'the copy' if self.candidates else self.target} that is smaller than: "
+                f"{', '.join(sizes)}. Half of that needs four times as many."
             )
         return InWords(mark, headline, tuple(lines), tuple(cautions))
 
