@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adamw import fit_by_adamw
 from contenders import Updates
 from evidence import ROOT, fill_page
 from fitted_icons import choose_world
@@ -51,7 +52,6 @@ from worlds import backbone
 from prolora.adapters.training_words import CaptionedFolder, TrainingWords
 from prolora.core.lowrank import LowRank
 from prolora.probe.default_prompts import derive_prompts
-from prolora.probe.fitting import adamw_fit
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch
 from prolora.probe.recording.trajectories import Call, output_of, record_calls
@@ -325,10 +325,10 @@ def fit(
         first = fit_jointly(pose(yard, probes, STEPS // 2), initial)
         initial, budget = first.updates, budget - (time.process_time() - started)
     trial = time.process_time()
-    adamw_fit.fit_by_adamw(pose(yard, probes, 2), initial)
+    fit_by_adamw(pose(yard, probes, 2), initial)
     spent = time.process_time() - trial
     steps = max(round(2 * budget / spent), 1)
-    found = adamw_fit.fit_by_adamw(pose(yard, probes, steps), initial)
+    found = fit_by_adamw(pose(yard, probes, steps), initial)
     return found, time.process_time() - started - spent
 
 

@@ -48,8 +48,10 @@ ICONS = {
 KEYS = ("name", "method", "arch", "to", "kind", "seed", "adapter")
 SHORT = "short"
 """Name of the rows with a fifth of the samples, where the start of a fit is looked at."""
-OPTIMISERS = ("adamw", "then")
-"""Names of the rows that another optimiser made, at equal predictions."""
+OPTIMISERS = ("gauss-newton", "adamw", "then")
+"""Names of rows at as many predictions by other steps: all of one kind, or AdamW's of 1e-3 last."""
+HALVES = "halves"
+"""Name of rows from a copy whose second half was made as from zero."""
 CURVES = ("images", "batch", "probes", "steps", "damping", "rank")
 DEFAULTS = {"images": 24, "batch": 48, "probes": 1152, "steps": 32, "damping": 1, "rank": 32}
 
@@ -63,7 +65,7 @@ def collect(work: Path, kept: dict) -> dict:
     row_by_key = {identify(row): row for row in kept.get("rows", [])}
     for path in sorted((work / "probing").glob("*.json")):
         name = path.name.split(",")[0]
-        named = name in ("study", "related", "equal rank", SHORT, *OPTIMISERS)
+        named = name in ("study", "related", "equal rank", SHORT, HALVES, *OPTIMISERS)
         if named or name.split()[0] in CURVES:
             row = json.loads(path.read_text()) | {"name": name}
             row.pop("history", None)
@@ -434,28 +436,24 @@ def replaced_table(table: Table) -> str:
 
 
 def optimisers_table(table: Table) -> str:
-    """Fit, AdamW and one after the other on the same probes; rows that all of them have."""
+    """LoRA by LoRA from zero, on the same probes: each way of taking the steps, and the fit."""
     lines = []
     for name, kind in ICONS.items():
         where = ("flux", "flux", kind)
-        every = {n: select_rows(table, where, name=n) for n in ("study", *OPTIMISERS)}
-        keys = [{(row["seed"], row["adapter"]) for row in part.rows} for part in every.values()]
-        same = set.intersection(*keys)
-        if not same:
-            continue
-        parts = [
-            Table([r for r in part.rows if (r["seed"], r["adapter"]) in same])
-            for part in every.values()
-        ]
-        best = max(part.mean(score)[0] for part in parts)
-        cells = []
-        for part in parts:
-            cell = format_cell(part.mean(score))
-            seconds = part.mean(lambda row: row["seconds"]["fit"])[0]
-            bold = "**" if part.mean(score)[0] == best else ""
-            cells.append(f"{bold}{cell}{bold} ({seconds:.0f} s)")
-        lines.append([name, str(len(same)), *cells])
-    return format_table(["target", "rows", "fit", "AdamW", "half of each"], lines)
+        parts = {n: select_rows(table, where, name=n) for n in (*OPTIMISERS, "study")}
+        scores = {
+            n: {r["adapter"]: r["score"] for r in part.rows if r["seed"] == 1}
+            for n, part in parts.items()
+        }
+        for adapter in scores["gauss-newton"]:
+            found = [scores[n].get(adapter) for n in parts]
+            best = max(score for score in found if score is not None)
+            cells = [
+                "–" if s is None else f"**{s:.3f}**" if s == best else f"{s:.3f}" for s in found
+            ]
+            lines.append([name, adapter, *cells])
+    head = ["target", "LoRA", "Gauss–Newton", "AdamW", "half, then AdamW at 1e-3", "the fit"]
+    return format_table(head, lines)
 
 
 def main() -> None:

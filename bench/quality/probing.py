@@ -11,12 +11,13 @@ import argparse
 import functools
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from adamw import fit_by_adamw
 from contenders import Updates, pair_modules
 from distilling import distil_lora
 from flow import guided_velocity, predict
@@ -30,14 +31,15 @@ from worlds import NAMES, World, load_world
 
 from prolora import probe
 from prolora.probe import run as room
+from prolora.probe import workload
 from prolora.probe.fitting import joint
-from prolora.probe.fitting.adamw_fit import fit_by_adamw
-from prolora.probe.fitting.joint_fit import JointFit, JointProblem, fit_jointly
+from prolora.probe.fitting.joint_fit import fit_jointly
+from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.settings import FitSettings
 
 IMAGES, STEPS, FEW_STEPS = 24, 25, 4
-THEN = "then"
-"""An optimiser that the library does not offer: half of the steps of a fit, then AdamW's."""
+WAYS = {"adamw": fit_by_adamw, "gauss-newton": fit_jointly}
+"""Name of an option -> fits at as many predictions, which the library does not offer."""
 SAMPLING = ("images", "sampler_steps")
 """Options that the ceiling takes too."""
 
@@ -143,20 +145,12 @@ class Case:
         )
 
 
-def fit_then_adamw(problem: JointProblem, initial: Any = None, *rest: Any) -> JointFit:
-    """Half of the Gauss–Newton steps, and AdamW for as many predictions as the other half."""
-    half = problem.steps // 2
-    first = fit_jointly(replace(problem, steps=half), initial)
-    then = fit_by_adamw(replace(problem, steps=problem.steps - half), first.updates)
-    return replace(then, history=[*first.history, *then.history])
-
-
 def run_probe(
     case: Case, images: int = IMAGES, sampler_steps: int = STEPS, **options: Any
 ) -> dict[str, Any]:
     """One transfer by probing and what it is worth."""
     # Stages in processor time, so that other work on the machine does not count.
-    room.time = SimpleNamespace(perf_counter=time.process_time)
+    workload.time = SimpleNamespace(perf_counter=time.process_time)
     lora = {case.world.prefix[case.arch] + name: update for name, update in case.lora.items()}
     copied = case.copied()
     # As by the command line: no lower rank than the LoRA's.
@@ -165,9 +159,7 @@ def run_probe(
     # Rows that are stored call the steps of a fit and its damping as the library did then.
     named = {"steps": "fit_steps", "damping": "curvature_damping"}
     asked = {named.get(name, name): value for name, value in options.items()}
-    joint.fit_by_adamw = fit_by_adamw
-    if asked.get("optimiser") == THEN:
-        joint.fit_by_adamw, asked["optimiser"] = fit_then_adamw, "adamw"
+    joint.fit_in_factors = WAYS.get(asked.pop("optimiser", ""), fit_in_factors)
     settings = FitSettings(**{"rank": rank, "seed": 100 * case.seed, "force": True} | asked)
     if case.world.distilled.get(case.kind) == "lines":
         recorder = record_images(case, images, sampler_steps)

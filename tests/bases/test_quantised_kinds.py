@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prolora import UnsupportedFormat, open_base
+from prolora import UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
 from prolora.bases.quantised import weight as quantised_weight
 from prolora.bases.quantised.weight import find_kind
@@ -283,7 +283,7 @@ def svdquant(name, *, older=False):
     }, meant
 
 
-def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
+def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers(tmp_path):
     """By the names of its first programs; the last layer of a single block is two side by side."""
     block, single = "transformer_blocks.0", "single_transformer_blocks.3"
     names = {
@@ -310,6 +310,9 @@ def test_the_fused_layers_of_nunchaku_are_the_modules_of_diffusers():
         assert torch.allclose(base.read(name), whole, atol=1e-6)
         assert torch.allclose(base.weights[name].read_rows(5, 9), whole[5:9], atol=1e-6)
     assert not base.vectors, "biases in the order of the kernel are not read"
+    write_safetensors(tmp_path / "x.safetensors", stored, {})
+    described = inspect(tmp_path / "x.safetensors")
+    assert described.kind == "base" and described.quantised == "SVDQuant int4 (5 of 5 weights)"
     half = {key: part for key, part in stored.items() if "single" not in key or "out_" not in key}
     with pytest.raises(UnsupportedFormat, match="only one half"):
         open_base(half)
@@ -335,3 +338,19 @@ def test_what_nunchaku_computes_on_cards_alone_has_its_shape():
     for name, kind in ((Q, "SVDQuant NVFP4"), (mod, "AWQ int4 of nunchaku")):
         with pytest.raises(UnsupportedFormat, match=kind):
             base.read(name)
+
+
+def test_the_rows_of_groups_without_a_bias_are_those_of_the_family():
+    parts, _, _ = layer("quanto qint4")
+    del parts[f"{Q}.bias"]
+    with pytest.raises(UnsupportedFormat, match="nothing in the file says how many rows"):
+        open_base(parts)
+    name, size = "transformer_blocks.0.attn.to_q", 64
+    groups = 3072 * 3072 // size
+    flux = {
+        f"{name}.weight._data._data": torch.empty(1).expand(groups // 2, size).to(torch.uint8),
+        f"{name}.weight._scale": torch.ones(groups, 1),
+        f"{name}.weight._shift": torch.ones(groups, 1),
+        "single_transformer_blocks.0.proj_mlp.weight": torch.zeros(12288, 3072).bfloat16(),
+    }
+    assert open_base(flux).shapes[name] == (3072, 3072)

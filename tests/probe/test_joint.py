@@ -5,29 +5,31 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from fitting import fit_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_probe import Denoiser, lora, permuted, run, sampler, source
 from torch import Tensor, nn
 
-from prolora import InvalidOption, LowRank, ShapeMismatch, probe
-from prolora.adapters.adapter import Adapter
+from prolora import LowRank, ShapeMismatch, probe
 from prolora.probe import gate
 from prolora.probe.energies import measure_disagreement
-from prolora.probe.fitting.adamw_fit import STEPS, fit_by_adamw
+from prolora.probe.fitting import refinement
 from prolora.probe.fitting.joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
 from prolora.probe.fitting.linearisation import ProbeBatch, TargetFunction
+from prolora.probe.fitting.refinement import STEPS, fit_in_factors
 from prolora.probe.recording.batches import count_samples, mix_samples
 from prolora.probe.recording.call_codec import decode_calls, encode_calls
 from prolora.probe.recording.guidance import Guidance, keep_call
-from prolora.probe.recording.recorder import Recorder
 from prolora.probe.recording.trajectories import Call, predict_call, record_calls
 from prolora.probe.recording.translation import Question, Translation
 from prolora.probe.recording.wanted import WantedChange
-from prolora.probe.run import fit_from_recorder
 from prolora.probe.trajectory_numbers import number_trajectories, sum_by_trajectory
 
 __all__ = ["lora", "source"]  # fixtures
@@ -107,18 +109,21 @@ class Kept:
         return self.state
 
 
-@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
+@pytest.mark.parametrize("will_be_cut", [False, True])
 @pytest.mark.parametrize("order", ["nnmmmm", "mnmnmn"])
-def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order, fit_factors):
+def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order, will_be_cut):
     model, drawn, _ = alternating(order)
 
     def fitted(store: Kept | None = None) -> JointFit:
         batches = itertools.cycle(drawn)
-        problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0, 3)
-        return fit_factors(problem, store=store)
+        rest = {"rank": 3, "will_be_cut": will_be_cut}
+        problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 6, 1.0, **rest)
+        return fit_in_factors(problem, store=store)
 
     complete = fitted()
-    for steps in range(1, 6):
+    states = 3 + 3 * STEPS
+    assert len(complete.history) == states
+    for steps in range(1, states):
         store = Kept(steps)
         with pytest.raises(KeyboardInterrupt):
             fitted(store)
@@ -126,22 +131,180 @@ def test_a_fit_goes_on_bit_for_bit_after_steps_that_changed_nothing(order, fit_f
         assert torch.equal(again.updates["0"].up, complete.updates["0"].up)
         assert torch.equal(again.updates["0"].down, complete.updates["0"].down)
         assert again.history == complete.history
+        if will_be_cut:
+            cut = [cut_updates(fit, 2)["0"].dense() for fit in (complete, again)]
+            assert torch.equal(*cut)
+        else:
+            assert again.curvature is complete.curvature is None
 
 
-def test_adamw_brings_the_factors_to_the_wanted_change_and_skips_what_misses_nothing():
-    model, drawn, update = alternating("nmmmmm")
-    batches = itertools.cycle(drawn)
-    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 300, 1.0, 5)
-    result = fit_by_adamw(problem)
-    left = float((result.updates["0"].dense() - update).square().sum() / update.square().sum())
-    assert left < 2e-2
-    assert len(result.history) == 300 * STEPS
-    assert result.history[0] == 1 and result.history[1] == pytest.approx(0, abs=1e-6)
-    again = fit_by_adamw(replace(problem, steps=1), result.updates)
-    assert again.history[-1] == pytest.approx(result.history[-1], abs=0.01)  # starts from these
+def test_what_is_kept_of_a_fit_is_six_bytes_a_number_and_little_of_the_curvature():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200, bias=False))
+    x = torch.randn(40, 300)
+    probes = [ProbeBatch(Call((x,), {}), model(x).detach(), torch.randn(40, 200))]
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: probes, 6, 1.0, 32)
+    sizes = []
+
+    class Weighed(Kept):
+        def store(self, tensors, facts) -> None:
+            sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+
+    fit_in_factors(problem, store=Weighed(99))
+    factors, edges = 32 * (300 + 200), 300 + 200
+    generator = torch.Generator().get_state().nbytes
+    assert sizes[1:3] == [6 * factors + 4 * 16 * edges + generator] * 2
+    assert sizes[3:] == [6 * factors + 4 * edges] * 3 * STEPS
 
 
-def test_adamw_changes_no_module_that_never_reaches_the_prediction():
+def nonlinear(scales: tuple[float, float] = (1.0, 1.0)) -> tuple[nn.Module, list[ProbeBatch]]:
+    """Two layers, and what they should predict; each layer reads in another unit by its scale."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6)).requires_grad_(False)
+    x, y = torch.randn(200, 8), torch.randn(200, 6)
+    plain = model(x)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = copy.deepcopy(model[0]), copy.deepcopy(model[2])
+            self.first.weight *= scales[0]
+            self.last.weight *= scales[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x / scales[0])) / scales[1])
+
+    return Scaled().requires_grad_(False), [ProbeBatch(Call((x,), {}), plain, plain + 0.3 * y)]
+
+
+def refined(
+    scales: tuple[float, float] = (1.0, 1.0),
+    turn: Callable[[LowRank], LowRank] = lambda update: update,
+) -> tuple[JointFit, JointFit]:
+    """The first half of a fit, its updates split as `turn` does, and the whole one."""
+    model, probes = nonlinear(scales)
+    names = ["first", "last"]
+    problem = JointProblem(model, names, lambda y: y, lambda: probes, 12, 1.0, 3)
+    halves = []
+
+    def split(*given: Any) -> JointFit:
+        half = fit_jointly(*given)
+        halves.append(half)
+        return replace(half, updates={name: turn(u) for name, u in half.updates.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refinement, "fit_jointly", split)
+        whole = fit_in_factors(problem)
+    return halves[0], whole
+
+
+def far_apart(ours: LowRank, theirs: LowRank, scale: float = 1.0) -> float:
+    """The distance of two updates, relative to one of them."""
+    return float((ours.dense() - theirs.dense() / scale).norm() / ours.norm())
+
+
+def test_steps_by_slopes_go_on_from_where_gauss_newton_steps_arrived_and_gain():
+    half, whole = refined()
+    assert len(half.history) == 6 and whole.history[:6] == half.history
+    assert len(whole.history) == 6 + 6 * STEPS
+    assert whole.history[6] >= half.history[-1]
+    assert whole.history[-1] > whole.history[6] + 0.01
+    assert all(far_apart(whole.updates[n], u) > 0.01 for n, u in half.updates.items())
+
+
+@given(st.floats(-4, 4), st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_a_fit_does_not_depend_on_how_the_products_are_split(exponent, seed):
+    """Factors may change places in size, and turn into each other within the rank."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.linalg.qr(torch.randn(3, 3, generator=generator))[0] @ torch.diag(
+        torch.tensor([1.0, 2.0, 0.5])
+    )
+
+    def split(update: LowRank) -> LowRank:
+        up, down = 10**exponent * update.up @ mixing, torch.linalg.solve(mixing, update.down)
+        return LowRank(up, down / 10**exponent)
+
+    _, whole = refined()
+    _, other = refined(turn=split)
+    assert all(far_apart(u, other.updates[name]) < 1e-3 for name, u in whole.updates.items())
+
+
+@given(st.integers(-10, 10), st.integers(-10, 10))
+@settings(max_examples=10, deadline=None)
+def test_layers_whose_weights_have_another_scale_get_the_same_fit_in_theirs(first, last):
+    scales = 2.0**first, 2.0**last
+    _, whole = refined()
+    _, other = refined(scales)
+    assert other.history == pytest.approx(whole.history, abs=1e-3)
+    for name, scale in zip(("first", "last"), scales, strict=True):
+        assert far_apart(whole.updates[name], other.updates[name], scale) < 1e-2
+
+
+def test_a_slope_is_divided_by_the_root_mean_square_of_its_row_as_in_adam():
+    """On rank 1 a row is a single number, and the steps are those of torch's own Adam."""
+    model, probes = nonlinear()
+    problem = JointProblem(model, ["last"], lambda y: y, lambda: probes, 8, 1.0, 1)
+    half = fit_jointly(replace(problem, steps=4))
+    whole = fit_in_factors(problem)
+    update = half.updates["last"]
+    length = float(update.down.norm())
+    up = (update.up * length).requires_grad_()
+    down = (update.down / length).requires_grad_()
+    sizes = [float(factor.detach().square().mean().sqrt()) for factor in (up, down)]
+    optimiser = torch.optim.Adam([{"params": up}, {"params": down}], eps=0)
+    total = (probes[0].wanted - probes[0].plain).square().sum()
+    for step in range(4 * STEPS):
+        hidden = torch.tanh(model.first(probes[0].call.args[0]))
+        prediction = model.last(hidden) + hidden @ down.mT @ up.mT
+        missing = (probes[0].wanted - prediction).square().sum() / total
+        for group, size in zip(optimiser.param_groups, sizes, strict=True):
+            longest = refinement._length_of_step(step, 4 * STEPS)
+            group["lr"] = longest * size * float(missing.detach()) ** 0.5
+        optimiser.zero_grad()
+        missing.backward()
+        optimiser.step()
+    expected = LowRank(up.detach(), down.detach())
+    assert far_apart(update, expected) > 0.01
+    assert far_apart(expected, whole.updates["last"]) < 5e-3  # means in 16 bits
+
+
+def test_a_product_that_is_zero_after_the_first_half_stays_zero():
+    model, drawn, _ = alternating("nnnnmmmmmmmm")
+    batches = iter(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 8, 1.0, 3)
+    fit = fit_in_factors(problem)
+    assert not fit.updates["0"].up.any()
+    assert all(math.isfinite(share) for share in fit.history)
+
+
+def test_a_fit_from_a_copy_takes_gauss_newton_steps_alone():
+    model, probes = nonlinear()
+    problem = JointProblem(model, ["last"], lambda y: y, lambda: probes, 6, 1.0, 3)
+    copied = {"last": LowRank(torch.randn(6, 2) / 5, torch.randn(2, 12) / 5)}
+    fits = [fit_from(problem, copied) for fit_from in (fit_in_factors, fit_jointly)]
+    assert fits[0].history == fits[1].history and len(fits[0].history) == 6
+    assert torch.equal(*(fit.updates["last"].dense() for fit in fits))
+
+
+def test_a_fit_of_one_step_takes_no_other():
+    model, drawn, _ = alternating("m")
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: drawn[0], 1, 1.0, 3)
+    assert len(fit_in_factors(problem).history) == 1
+
+
+def test_probes_that_miss_nothing_move_nothing_in_the_second_half():
+    """Slopes of rounding alone would be made as long as any."""
+    model, drawn, _ = alternating("mmmmnnnnnnnn")
+    batches = iter(drawn)
+    problem = JointProblem(model, ["0"], lambda y: y, lambda: next(batches), 8, 1e-6, 5)
+    half = fit_jointly(replace(problem, steps=4))
+    batches = iter(drawn)
+    whole = fit_in_factors(problem)
+    assert far_apart(half.updates["0"], whole.updates["0"]) < 1e-5
+
+
+def test_no_module_that_never_reaches_the_prediction_is_changed():
     torch.manual_seed(0)
     model = WithBlindEnd().requires_grad_(False)
     x = torch.randn(50, 6)
@@ -149,25 +312,7 @@ def test_adamw_changes_no_module_that_never_reaches_the_prediction():
     probes = [ProbeBatch(Call((x,), {}), plain, plain + torch.randn_like(plain))]
     names = ["used", "idle", "asleep"]
     problem = JointProblem(model, names, lambda y: y, lambda: probes, 3, 1.0, 2)
-    assert fit_by_adamw(problem).updates.keys() == fit_jointly(problem).updates.keys() == {"used"}
-
-
-def test_a_setting_chooses_the_optimiser(source, lora):
-    target = permuted(source)
-    samplers = (sampler(source), sampler(source), sampler(target))
-    adapter = Adapter(dict(lora), format="diffusers")
-
-    def reached(optimiser: str) -> tuple[float, int]:
-        recorder = Recorder(source, target, adapter, samplers, Translation())
-        settings = probe.FitSettings(fit_steps=16, rank=8, force=True, optimiser=optimiser)
-        report = fit_from_recorder(recorder, {}, settings).report
-        return report.gate.share["all"], len(report.steps)
-
-    fitted, taught = reached("gauss-newton"), reached("adamw")
-    assert (fitted[1], taught[1]) == (16, 16 * STEPS)
-    assert fitted[0] > taught[0] > 0.1
-    with pytest.raises(InvalidOption, match="optimiser must be one of gauss-newton, adamw"):
-        probe.FitSettings(optimiser="sgd")
+    assert fit_in_factors(problem).updates.keys() == fit_jointly(problem).updates.keys() == {"used"}
 
 
 def test_where_no_length_helps_the_next_step_looks_over_half_the_way(monkeypatch):

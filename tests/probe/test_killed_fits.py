@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -47,6 +48,7 @@ def in_child(work: Callable[[], object], seconds: float | None = None) -> int:
 def test_a_fit_killed_at_random_moments_ends_in_the_same_bytes(kind, tmp_path, monkeypatch):
     changes, options = KINDS[kind]
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(checkpoint, "MOST_WAITING", math.inf)
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

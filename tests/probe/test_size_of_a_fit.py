@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prolora import LowRank, ProLoRAError
-from prolora.probe.fitting.adamw_fit import fit_by_adamw
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_factors
 from prolora.probe.fitting.linearisation import ProbeBatch, recompute_blocks
+from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.fitting.spectra import JointCurvature, LeadingSpectrum
 from prolora.probe.models import frozen
 from prolora.probe.precision import in_float32
@@ -59,7 +59,7 @@ def parts(dtype: torch.dtype) -> tuple[nn.Module, list[str], list[ProbeBatch]]:
     return model, [f"{i}.0" for i in range(4)], probes
 
 
-@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_by_adamw])
+@pytest.mark.parametrize("fit_factors", [fit_jointly, fit_in_factors])
 @pytest.mark.parametrize("start", ["zero", "copy"])
 def test_no_tensor_of_a_weights_size_is_made_by_a_fit(start, fit_factors):
     model, names, probes = parts(torch.float32)

@@ -69,13 +69,13 @@ def test_text_encoders_run_once_a_prompt_and_give_their_memory_back(room, name):
 @pytest.mark.parametrize("target", ["target", "other"])
 def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypatch):
     opened, seen = [], []
-    load, work = pipelines.open_pipeline, joint.fit_jointly
+    load, work = pipelines.open_pipeline, joint.fit_in_factors
 
     def remember(*args):
         opened.append(load(*args))
         return opened[-1]
 
-    def fit_jointly(*args):
+    def fit_in_factors(*args):
         ours, theirs = ([*p.memory.pipe.components.values()] for p in opened[-2:])
         modules = [part for part in (*ours, *theirs) if isinstance(part, nn.Module)]
         rest = [part for part in modules if part is not opened[-1].denoiser]
@@ -83,7 +83,7 @@ def test_the_target_alone_has_weights_while_it_is_fitted(room, target, monkeypat
         return work(*args)
 
     monkeypatch.setattr(pipelines, "open_pipeline", remember)
-    monkeypatch.setattr(joint, "fit_jointly", fit_jointly)
+    monkeypatch.setattr(joint, "fit_in_factors", fit_in_factors)
     done = prolora.fit(room / "lora.safetensors", room / "source", room / target, FEW)
     assert seen[0][0] == 0 and seen[0][1] > 1000
     # As without.

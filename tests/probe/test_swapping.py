@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from prolora import LowRank
 from prolora.probe import swapping, updates
-from prolora.probe.fitting.adamw_fit import fit_by_adamw
 from prolora.probe.fitting.joint_fit import JointProblem, fit_jointly, start_factors
 from prolora.probe.fitting.linearisation import ProbeBatch
+from prolora.probe.fitting.refinement import fit_in_factors
 from prolora.probe.precision import in_precision
 from prolora.probe.recording.trajectories import output_of, predict_call
 from prolora.probe.swapping import BlockSwapping, count_bytes, name_blocks
@@ -87,7 +87,7 @@ def fitted(model: nn.Module, call, bits: str, fit_factors, swapped: BlockSwappin
         ("float32", torch.float32, fit_jointly),
         ("float32", torch.float16, fit_jointly),
         ("bfloat16", torch.bfloat16, fit_jointly),
-        ("float32", torch.float32, fit_by_adamw),
+        ("float32", torch.float32, fit_in_factors),
     ],
 )
 def test_a_fit_with_swapped_blocks_is_the_fit_without_bit_for_bit(

@@ -91,6 +91,17 @@ def test_a_transformers_blocks_are_meant_by_ranges_and_by_the_authors_names():
     assert factors == {names[0]: 0.25, names[-1]: 0.5}
 
 
+def test_the_numbers_of_a_transformer_are_of_its_blocks_and_leave_text_encoders_alone():
+    shapes = load_layout("qwen-image").shapes
+    encoder = "text_encoder.layers.0.self_attn.q_proj"
+    table = DepthTable((*shapes, encoder), known_families()["qwen-image"])
+    assert [len(places) for places in table.notations] == [60]
+    names = [encoder, "transformer_blocks.59.attn.to_q", "transformer_blocks.0.attn.to_q"]
+    factors = BlockWeights.read([1.0] * 59 + [0.5]).resolve(table, names, "Qwen-Image")
+    assert factors == {names[1]: 0.5}
+    assert BlockWeights.read("BASE=0").resolve(table, names, "Qwen-Image") == {encoder: 0}
+
+
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [

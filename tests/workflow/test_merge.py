@@ -154,6 +154,41 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         prolora.merge_file(paths, tmp_path / "mine.safetensors")
 
 
+def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    conv, text = "lora_unet_down_blocks_0_resnets_0_conv1", "lora_te1_text_model_encoder_layers_0"
+    text += "_self_attn_q_proj"
+    loras, dense = [], []
+    for rank in (2, 3):
+        up, down = draw(8, rank, 1, 1), draw(rank, 6, 3, 3)
+        tensors = {f"{conv}.lora_up.weight": up, f"{conv}.lora_down.weight": down}
+        loras.append(tensors)
+        dense.append({"conv1": up.flatten(1).double() @ down.flatten(1).double()})
+    up, down = draw(10, 2), draw(2, 12)
+    loras[0] |= {f"{text}.lora_up.weight": up, f"{text}.lora_down.weight": down}
+    hada = [draw(10, 2), draw(2, 12), draw(10, 2), draw(2, 12)]
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    loras[1] |= {f"{text}.{name}": x for name, x in zip(names, hada, strict=True)}
+    dense[0]["q_proj"] = up.double() @ down.double()
+    a, b, c, d = (x.double() for x in hada)
+    dense[1]["q_proj"] = (a @ b) * (c @ d)
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, tensors in zip(paths, loras, strict=True):
+        save_file(tensors, path)
+    out = tmp_path / "out.safetensors"
+    prolora.merge_file(paths, out, strengths=(1, -0.5), dtype="float32")
+    back = adapters.read_adapter(out)
+    wanted = add(dense, (1, -0.5))
+    assert len(back.updates) == 2 and list(back.kernels.values()) == [(3, 3)]
+    for name, update in back.updates.items():
+        delta = wanted[name.rpartition(".")[2]]
+        found = update.up.double() @ update.down.double()
+        assert (found - delta).norm() < 1e-5 * delta.norm(), name
+
+
 def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
     loras = []
     for seed, rank in ((0, 2), (1, 3)):
@@ -169,12 +204,25 @@ def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
     assert set(loras[0]) <= set(written)
     key = "lora_unet_double_blocks_0_img_attn_qkv"
     up, down = (written[f"{key}.lora_{side}.weight"] for side in ("up", "down"))
-    assert up.shape == (9216, 5) and done.adapter.family == "flux"
+    assert up.shape == (9216, 5)
     wanted = sum(
         s * x[f"{key}.lora_up.weight"] @ x[f"{key}.lora_down.weight"]
         for s, x in zip((1, 0.5), loras, strict=True)
     )
     assert (up @ down - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_the_family_is_one_that_all_modules_can_be_of():
+    """Chroma has the double blocks of FLUX without their modulation."""
+    loras = []
+    for key, out in (("img_attn_qkv", 9216), ("img_mod_lin", 18432)):
+        start = f"lora_unet_double_blocks_0_{key}.lora"
+        tensors = {f"{start}_up.weight": torch.ones(out, 1)}
+        loras.append(tensors | {f"{start}_down.weight": torch.ones(1, 3072)})
+    assert [adapters.read_adapter(lora).family for lora in loras] == ["chroma", "flux"]
+    done = prolora.merge(loras)
+    assert done.adapter.family == "flux"
+    assert set(done.state_dict("kohya")) >= {key for lora in loras for key in lora}
 
 
 def test_loras_in_eight_bits_are_merged_in_sixteen(tmp_path):
@@ -258,7 +306,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
         (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
         (2, {"blocks": "1,x;"}, "which is not a number"),
-        (2, {"blocks": "none.such=1;"}, "no block or module"),
+        (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
         (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
         (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),
@@ -330,6 +378,10 @@ def test_different_bases_in_the_headers_are_told(tmp_path):
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for i, path in enumerate(paths):
         save_file(make_lora(1, i)[0], path, {"ss_sd_model_name": f"base{i}.safetensors"})
+        twin = "base1.safetensors" if i else "base1-fp16.safetensors"
+        save_file(make_lora(1, i)[0], tmp_path / f"same{i}.safetensors", {"ss_sd_model_name": twin})
+    same = prolora.merge([tmp_path / "same0.safetensors", tmp_path / "same1.safetensors"])
+    assert not same.report.in_words().cautions
     words = prolora.merge(paths).report.in_words()
     assert "a on base0.safetensors, b on base1.safetensors" in words.cautions[-1]
 

@@ -104,6 +104,8 @@ class DepthTable:
             found |= {*_FLUX_ENCODERS.values(), "IN", "OUT"}
         elif self._is_unet:
             found.add(BASE)
+        else:
+            found.discard(BASE)  # the notation of other transformers is of their blocks alone
         return tuple(sorted(found, key=_order_place))
 
     def _name_in_ldm(self, module: str) -> str | None:

@@ -32,7 +32,11 @@ from ..version import __version__
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_STATES = 180.0
-"""Seconds between two states of a fit, which are as large as a few of the LoRAs that it writes."""
+"""Least seconds between two states of a fit, which are as large as one or two of the LoRAs in
+float32 that it writes."""
+
+MOST_WAITING = 0.05
+"""Of the time that a fit may wait for its states to be written."""
 
 INPUTS_FILE = "prolora-inputs.json"
 """Marks a folder of kept results, and lists what they were made from."""
@@ -298,21 +302,27 @@ def open_checkpoints(
 
 
 class StateFile:
-    """The state of a long fit, stored every few minutes in one file."""
+    """The state of a long fit, stored every few minutes in one file.
+
+    The fit waits for it: a copy to be written beside it would take as much memory again.
+    """
 
     def __init__(self, checkpoints: Checkpoints, name: str, key: str) -> None:
         """Takes the folder, and the name and key in it."""
         self.checkpoints, self.name, self.key = checkpoints, name, key
-        self.last = time.monotonic()
+        self.last, self.took = time.monotonic(), 0.0
 
     def due(self) -> bool:
-        """Whether SECONDS_BETWEEN_STATES have passed."""
-        return time.monotonic() - self.last >= SECONDS_BETWEEN_STATES
+        """Whether SECONDS_BETWEEN_STATES have passed, and enough for what the last one took."""
+        passed = time.monotonic() - self.last
+        return passed >= max(SECONDS_BETWEEN_STATES, self.took / MOST_WAITING)
 
     def store(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replaces the stored state."""
+        began = time.monotonic()
         self.checkpoints.store(self.name, self.key, tensors, json.dumps(facts))
         self.last = time.monotonic()
+        self.took = self.last - began
 
     def recall(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The state that was stored last."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 
 import torch
@@ -107,14 +107,16 @@ def fit_to_models(
         lora: a file, an adapter, or updates by the source's module names.
         samplers: of both models.
         settings: of the fit; what they say of prompts, images and steps of the samplers is for
-            pipelines.
+            pipelines. `prolora.FitOptions` do, too, but for what they add for pipelines and files,
+            such as `max_vram`.
         translation: asks both models the same question, where they take different inputs or
             predict different quantities; and the guidance that the source is asked with.
         rival: updates of the target that the fit is compared with on the held-out probes, and may
             start from; None: those of the LoRA itself whose modules the target has.
 
     Raises:
-        InvalidOption: results are to be kept, and nothing says what the samplers do.
+        InvalidOption: results are to be kept, and nothing says what the samplers do; or an option
+            that no fit of models at hand heeds.
         ShapeMismatch: the fit is to start from a copy that does not fit the target.
         UnrelatedBases: the gate refuses, and the fit is not forced.
         ProLoRAError: a module, block or dtype is of a kind that no fit can handle; the message
@@ -123,6 +125,7 @@ def fit_to_models(
     Returns:
         The target's adapter and the report. The models' weights are afterwards as before.
     """
+    _check_settings(settings)
     if settings.resume is not None and not samplers.described:
         raise InvalidOption("resume needs samplers whose `described` says what they do")
     adapter = _as_adapter(lora)
@@ -140,6 +143,22 @@ def fit_to_models(
         f"{samplers.described} {settings.precision}",
     )
     return _run_models(recorder, rival, settings)
+
+
+def _check_settings(settings: FitSettings) -> None:
+    """Refuses options of pipelines and files, which models at hand would pass over.
+
+    Raises:
+        InvalidOption: names the option.
+    """
+    usual, known = type(settings)(), {field.name for field in fields(FitSettings)}
+    for field in fields(settings):
+        name = field.name
+        if name not in known and getattr(settings, name) != getattr(usual, name):
+            raise InvalidOption(
+                f"{name}: is for pipelines in folders and for results that are written; a fit of "
+                "models at hand runs them where they are, as they are, and gives the LoRA back"
+            )
 
 
 @in_full_precision

@@ -17,10 +17,6 @@ from ..files.sizes import parse_limit
 Start = Literal["auto", "zero", "copy"]
 """Where a fit starts: chosen, from no updates, or from the LoRA moved without a fit."""
 
-Optimiser = Literal["gauss-newton", "adamw"]
-"""What a fit takes its steps by."""
-
-ADAMW: Optimiser = "adamw"
 Precision = Literal["auto", "float32", "bfloat16"]
 """In what the models compute: chosen, or by autocast in 16 bits."""
 
@@ -43,7 +39,6 @@ _OF_FIT = (
     "batch",
     "curvature_damping",
     "seed",
-    "optimiser",
     "precision",
 )
 _OF_SAMPLES = (
@@ -141,7 +136,8 @@ class FitSettings:
     )
     fit_steps: int = option(
         32,
-        "Gauss–Newton steps; the time of the fit is proportional to them.",
+        "Gauss–Newton steps; the time of the fit is proportional to them. A fit that starts from "
+        "no update takes two of Adam's for each of the second half.",
         panel=FITTING,
         metavar="N",
     )
@@ -161,11 +157,6 @@ class FitSettings:
         "three.",
         panel=SAMPLING,
         metavar="N",
-    )
-    optimiser: Optimiser = option(
-        "gauss-newton",
-        '"adamw" takes two of its steps for each of `fit_steps`, as trainers do, for comparison.',
-        words=get_args(Optimiser),
     )
     precision: Precision = option(
         AUTO,
@@ -233,7 +224,7 @@ class FitSettings:
             raise InvalidOption(f"size must be a multiple of 8 pixels, not {self.size}")
         if self.rank is not None:
             _check_rank(self.rank)
-        for name, kind in (("start", Start), ("optimiser", Optimiser), ("precision", Precision)):
+        for name, kind in (("start", Start), ("precision", Precision)):
             value, words = getattr(self, name), get_args(kind)
             if value not in words:
                 raise InvalidOption(f"{name} must be one of {', '.join(words)}, not {value!r}")

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from ..adapters.adapter import Adapter
 from ..adapters.family import guess_sizes
-from ..architectures.depth import MIDDLE, DepthTable
+from ..architectures.depth import BASE, MIDDLE, DepthTable
 from ..architectures.families import known_families
 from ..architectures.layouts import load_layout
 from ..architectures.modules import matrix_shape
@@ -114,6 +114,8 @@ class BlockWeights:
             )
         factors = dict(zip(fitting[0], self.numbers, strict=True))
         placed = {module: place for module in modules if (place := table.find_place(module))}
+        if BASE not in factors:
+            placed = {module: place for module, place in placed.items() if place != BASE}
         return {module: factors.get(place, 0.0) for module, place in placed.items()}
 
     def _resolve_names(

@@ -11,7 +11,7 @@ from ..comparison.module_map import Match
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
 from ..files.sizes import parse_limit
-from ..probe.settings import FITTING, FitSettings, Optimiser, Precision, Start
+from ..probe.settings import FITTING, FitSettings, Precision, Start
 from .options import DtypeLike, FormatLike, TransferOptions, check_choice
 
 PassedOn = Literal["copy", "skip"]
@@ -48,7 +48,8 @@ class FitOptions(FitSettings):
         None,
         'Memory of the card that may be taken, as "12GB". Where it is too little, the fit computes '
         "in 16 bits, decodes in tiles, takes smaller batches, and at last brings blocks from the "
-        "machine's memory one by one. Refused where that does not do.",
+        "machine's memory one by one. Refused where that does not do. For pipelines in folders; "
+        "models at hand refuse it.",
         panel=FITTING,
         metavar="SIZE",
         basic=True,
@@ -113,7 +114,6 @@ class FitChanges(TypedDict, total=False):
     batch: int | None
     curvature_damping: float
     seed: int
-    optimiser: Optimiser
     precision: Precision
     force: bool
     resume: str | PathLike[str] | None

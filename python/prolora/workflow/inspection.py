@@ -174,7 +174,9 @@ def inspect(path: str | os.PathLike[str]) -> Description:
         "moves": read_moves(opened.metadata),
         "trigger_words": _trigger_words(opened.metadata),
     }
-    if overview.is_adapter:
+    # nunchaku calls the low-rank part of a base's quantised weight as a LoRA's factors.
+    holds_codes = any(key.endswith(".qweight") for key in opened.headers)
+    if overview.is_adapter and not holds_codes:
         return _describe_adapter(opened, overview, common)
     return _describe_other(opened, common)
 

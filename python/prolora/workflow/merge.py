@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -214,18 +214,18 @@ class _Merge:
         form.check(outline)
         dtype = form.dtype or outline.dtype
         updates: dict[str, LowRank] = {}
-        rows: Sequence[ModuleReport] = []
+        rows: list[ModuleReport] = []
         for i, name in enumerate(outline.updates):
             if self.options.progress:
                 self.options.progress(i, len(outline.updates), name)
             updates[name], row = self._merge_module(name, dtype)
-            rows = [*rows, row]
+            rows.append(row)
         merged = outline.with_updates(updates)
         if hashed:
             merged = replace(merged, metadata=self._describe())
         fitted = form.fit(merged)
-        rows = describe_cuts(rows, merged, fitted)
-        report = self._report(rows, self._measure(fitted, dtype), merged)
+        told = describe_cuts(rows, merged, fitted)
+        report = self._report(told, self._measure(fitted, dtype), merged)
         limit = None if fitted is merged else form.limit
         return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
 
@@ -321,9 +321,9 @@ class _Merge:
             updates=updates,
             kernels=kernels,
             vectors=self._add_vectors() if self.options.vectors == "copy" else {},
-            family=next((p.family for p in self.parts if p.family), None),
+            family=self._choose_family(updates),
             style=next((p.style for p in self.parts if p.style), None),
-            dtype=reduce(torch.promote_types, (part.dtype for part in self.parts)),
+            dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
             metadata=combine_metadata(self._headers()),
             algorithms={},
             kept_energy={},
@@ -331,6 +331,14 @@ class _Merge:
             unread={},
             refused=set(),
         )
+
+    def _choose_family(self, updates: Mapping[str, LowRank]) -> str | None:
+        """The family by whose names the result is written: one that all modules can be of."""
+        if self.target is not None and self.target.family:
+            return self.target.family
+        able, _ = guess_lora_families(Adapter(dict(updates), metadata=self.parts[0].metadata))
+        told = [part.family for part in self.parts if part.family]
+        return next((family for family in told if family in able), told[0] if told else None)
 
     def _headers(self) -> dict[str, dict[str, str]]:
         return {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
@@ -431,6 +439,11 @@ class _Merge:
             provenance=read_provenance(result.metadata),
             merge=merge,
         )
+
+
+def _stored_dtype(part: Adapter) -> torch.dtype:
+    """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
+    return part.dtype if part.dtype.itemsize > 1 else torch.float16
 
 
 def _name_loras(loras: Sequence[LoraLike]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..core.lowrank import LowRank
 from ..core.merging import measure_overlap
+from .moved_before import fold_base_name
 from .table import Column, Row, Table, make_table
 
 LOSING, SAME = 0.5, 1.05
@@ -109,7 +110,7 @@ class MergeReport:
                     "there; `method='balanced'` does it once."
                 )
         bases = {part.name: part.stated_base for part in self.parts if part.stated_base}
-        if len({*bases.values()}) > 1:
+        if len({*map(fold_base_name, bases.values())}) > 1:
             told = ", ".join(f"{name} on {base}" for name, base in bases.items())
             said.append(
                 f"By their headers these LoRAs were trained on different bases: {told}. Give the "

@@ -152,12 +152,14 @@ def _join_layer(parts: CheckpointParts, module: str, note: Note) -> None:
             raise _refuse_unscaled(parts, f"{module}.weight")
         return  # as without a note
     if not isinstance(format_, str) or format_ not in _FORMATS:
-        shape = parts.guess_shape(module)
+        stored = parts.weights[f"{module}.weight"]
+        count = math.prod(stored.shape) * stored.dtype.itemsize  # of 8 bits, or half of 4
+        shape = parts.guess_shape(module, (count, 2 * count), stored.shape[0])
         if shape is None:
             raise parts.refuse(f"{module} is quantised as {format_!r:.60}, {_UNKNOWN}")
         key = f"{module}.weight"
         keys = [key, *(one for one in parts if one.startswith(f"{key}_"))]
-        parts.join(keys, key, UnreadableWeight(f"{format_!r:.60}", parts.weights[key], shape))
+        parts.join(keys, key, UnreadableWeight(f"{format_!r:.60}", stored, shape))
         return
     _FORMATS[format_](parts, module, note)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -121,33 +121,35 @@ class CheckpointParts:
         bias = self.weights.get(f"{module}.bias")
         return bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
 
-    def guess_shape(self, module: str) -> tuple[int, ...] | None:
+    def guess_shape(
+        self, module: str, numbers: Collection[int], rows: int | None = None
+    ) -> tuple[int, ...] | None:
         """The shape of a weight whose codes do not tell it: that of its family's published sizes.
 
         Args:
-            module: of which `<module>.weight` holds codes, row by row.
+            module: of which `<module>.weight` holds codes.
+            numbers: how many numbers it can have.
+            rows: how many rows, where that is known.
 
         Returns:
-            The one shape that has as many rows, and a whole number of codes or 2 codes a byte; None
-            where several families or sizes disagree.
+            The one shape that fits; None where there is none, or several families or sizes differ.
         """
-        stored, name = self.weights[f"{module}.weight"], _strip_prefix(module)
-        bits = 8 * math.prod(stored.shape) * stored.dtype.itemsize
         found = set()
         for family in self._families:
-            held = family.find_weight(name)
+            held = family.find_weight(_strip_prefix(module))
             for shape in family.find_shapes(held.parts[0]) if held else ():
-                rows, rest = divmod(shape[0] * sum(held.shares), held.shares[0]) if held else (0, 1)
-                numbers = rows * math.prod(shape[1:])
-                if not rest and rows == stored.shape[0] and bits in (4 * numbers, 8 * numbers):
-                    found.add((rows, *shape[1:]))
+                unit, rest = divmod(shape[0], held.shares[0]) if held else (0, 1)
+                whole = (unit * sum(held.shares) if held else 0, *shape[1:])
+                if not rest and math.prod(whole) in numbers and rows in (None, whole[0]):
+                    found.add(whole)
         return found.pop() if len(found) == 1 else None
 
     @cached_property
     def _families(self) -> tuple[Family, ...]:
         """The families that have all modules of the checkpoint by their names."""
-        matrices = [key for key, weight in self.weights.items() if len(weight.shape) > 1]
-        names = {_strip_prefix(key.rpartition(".")[0]) for key in matrices}
+        matrices = (key for key, weight in self.weights.items() if len(weight.shape) > 1)
+        # Behind `.weight` quanto and others put the parts of theirs.
+        names = {_strip_prefix(key.partition(".weight")[0]) for key in matrices if ".weight" in key}
         return recognise_families(NamedMatrix(name) for name in sorted(names)).able
 
     def check(self, key: str, dtypes: Iterable[torch.dtype], shape: tuple[int, ...]) -> Weight:

@@ -86,8 +86,10 @@ def _join_bytes(parts: CheckpointParts, module: str) -> None:
 def _join_groups(parts: CheckpointParts, module: str) -> None:
     """Two or four bits: the number of groups is that of scales, and the rows are those of the bias.
 
+    Without a bias the rows are those of the family's published sizes.
+
     Raises:
-        UnsupportedFormat: without a bias nothing tells how many rows there are.
+        UnsupportedFormat: nothing tells how many rows there are.
     """
     key, name = module + _PACKED, f"{module}.weight"
     stored, keys = parts.weights[key], [f"{name}._scale", f"{name}._shift"]
@@ -104,6 +106,8 @@ def _join_groups(parts: CheckpointParts, module: str) -> None:
     shift = parts.check(keys[1], (*FLOATS, torch.int8, torch.uint8), (groups,))
     numbers = groups * stored.shape[1]
     rows = parts.count_outputs(module)
+    if rows is None and (published := parts.guess_shape(module, (numbers,))) is not None:
+        rows = published[0]
     if rows is None or numbers % rows:
         raise parts.refuse(
             f"{name} is quantised by quanto in {groups} groups of {stored.shape[1]}, and nothing "

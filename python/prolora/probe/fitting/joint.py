@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...core.lowrank import LowRank
@@ -11,11 +11,10 @@ from ..probe_run import ProbeRun
 from ..recording.spill import SpillStore
 from ..recording.translation import PAIR, Question
 from ..recording.wanted import WantedChange, wanted_changes
-from ..settings import ADAMW
 from ..updates import run_beside
-from .adamw_fit import fit_by_adamw
-from .joint_fit import JointFit, JointProblem, cut_updates, fit_jointly
+from .joint_fit import JointProblem, cut_updates
 from .linearisation import ProbeBatch
+from .refinement import fit_in_factors
 from .start import StartingPoint, choose_start, move_part_way
 
 BATCHES_TO_TRY_COPY = 4
@@ -66,37 +65,31 @@ def _fit_part_way(
     """The updates part of the way from the start to the fit, and the copies outside the blocks."""
     inside = {name: update for name, update in start.updates.items() if name in names}
     outside = {name: update for name, update in start.updates.items() if name not in names}
-    rank = run.settings.rank
+    settings, rank = run.settings, run.settings.rank
     assert rank is not None
     own = max(update.rank for update in run.adapter.updates.values())
+    problem = JointProblem(
+        run.target,
+        names,
+        run.translation.read,
+        batches.draw,
+        settings.fit_steps,
+        settings.curvature_damping,
+        int(rank) if rank >= 1 else own,
+        will_be_cut=start.trust < 1 or rank < 1,
+    )
     with run_beside(run.target, outside):  # these copies do not change during the fit
-        fit = _fit_from(run, batches, names, inside, int(rank) if rank >= 1 else own, key)
+        fit = fit_in_factors(
+            problem,
+            inside,
+            lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
+            run.checkpoints.state_file("fit", key),
+        )
     run.report.steps = fit.history
     if start.trust < 1:
         fit = replace(fit, updates=move_part_way(inside, fit.updates, start.trust))
-    updates = cut_updates(fit, rank) if start.trust < 1 or rank < 1 else fit.updates
+    updates = cut_updates(fit, rank) if problem.will_be_cut else fit.updates
     return updates | outside
-
-
-def _fit_from(
-    run: ProbeRun,
-    batches: _BatchQueue,
-    names: list[str],
-    start: Mapping[str, LowRank],
-    rank: int,
-    key: str,
-) -> JointFit:
-    settings = run.settings
-    read, draw = run.translation.read, batches.draw
-    fit = fit_by_adamw if settings.optimiser == ADAMW else fit_jointly
-    return fit(
-        JointProblem(
-            run.target, names, read, draw, settings.fit_steps, settings.curvature_damping, rank
-        ),
-        start,
-        lambda step: run.meter.reach(step / settings.fit_steps, f"step {step + 1}"),
-        run.checkpoints.state_file("fit", key),
-    )
 
 
 class _BatchQueue:

@@ -1,4 +1,4 @@
-"""All updates at once, in the factors of a LoRA: a few Gauss–Newton steps on the prediction."""
+"""All updates at once, in the factors of a LoRA: Gauss–Newton steps on the prediction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ...core.lowrank import LowRank
 from ..recording.translation import Read
 from ..swapping import place_of
 from ..updates import Factors, weight_of
-from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction, add_scaled
+from .linearisation import MAX_MOMENTUM, Linearisation, ProbeBatch, TargetFunction
 from .spectra import JointCurvature, LeadingSpectrum
 
 _REFRESH = 4  # steps between two estimates of the curvature
-_ROUNDING = 1e-6  # of the wanted change
+ROUNDING = 1e-6
+"""Of the wanted change: probes that miss no more miss nothing."""
 _FIRST, _LEAST = 0.1, 0.02
 """Lengths of the first trial and of any, in those at which all would be reached. Differences over
 less are lost in the rounding of a model that computes in 16 bits."""
@@ -35,6 +36,7 @@ class JointProblem:
         steps: Gauss–Newton steps.
         damping: of the curvature, relative to its mean diagonal.
         rank: of the updates.
+        will_be_cut: whether the result will be cut to lower rank, which needs the curvature.
     """
 
     target: nn.Module
@@ -44,6 +46,7 @@ class JointProblem:
     steps: int
     damping: float
     rank: int
+    will_be_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class JointFit:
 
     Attributes:
         updates: module -> B·A; none of a module that never reaches the prediction.
-        curvature: for a cut to lower rank; None where nothing estimated it.
+        curvature: for a cut to lower rank; None where none will come.
         history: share of the wanted change reached, before every step, on that step's probes.
     """
 
@@ -66,6 +69,7 @@ def fit_jointly(
     initial: Mapping[str, LowRank] | None = None,
     on_step: Callable[[int], None] = lambda _: None,
     store: StateStore | None = None,
+    kept: KeptState | None = None,
 ) -> JointFit:
     """Minimises Σ ‖f(W + B·A) − wanted‖² over B and A by Gauss–Newton steps on fresh probes.
 
@@ -81,10 +85,10 @@ def fit_jointly(
         initial: updates to start from, of some of the modules.
         on_step: called with the number of steps done, before each step.
         store: keeps the state between steps, so that an interrupted fit goes on, bit for bit.
+        kept: the state to go on from.
     """
     function = TargetFunction(problem.target, problem.read, problem.damping)
     state = _FitState(start_factors(problem, initial or {}))
-    kept = store.recall() if store else None
     if kept is not None:
         state.restore(kept, function)
     first = state.step
@@ -134,7 +138,7 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     renew = state.step < 2 or state.last_step is None or state.step % _REFRESH == 0
     point = function.linearise(probes, state.factors, renew)
     state.history.append(point.reached)
-    if 1 - point.reached < _ROUNDING:
+    if 1 - point.reached < ROUNDING:
         return  # the rest is rounding of float32
     direction = function.curvature.solve(state.factors, point.gradient)
     lines, longest = [direction], _longest(point, direction)
@@ -149,10 +153,14 @@ def _take_step(function: TargetFunction, state: _FitState, probes: Sequence[Prob
     if not any(lengths):
         state.lengths[0] /= 2
         return
-    zero = {n: (torch.zeros_like(b), torch.zeros_like(a)) for n, (b, a) in direction.items()}
-    state.last_step = add_scaled(zero, lengths, lines)
     state.lengths[0] = max(lengths[0], 0.1 * state.lengths[0])
-    state.factors = add_scaled(state.factors, [1.0], [state.last_step])
+    for name, step in direction.items():
+        for i, part in enumerate(step):
+            part.mul_(lengths[0])
+            for length, line in zip(lengths[1:], lines[1:], strict=True):
+                part.add_(length * line[name][i].float())
+            state.factors[name][i].add_(part)
+    state.last_step = {n: (b.bfloat16(), a.bfloat16()) for n, (b, a) in direction.items()}
 
 
 def _longest(point: Linearisation, direction: Factors) -> float:
@@ -191,7 +199,8 @@ class _FitState:
 
     Attributes:
         factors: module -> (B, A).
-        last_step: what the last step added to them.
+        last_step: what the last step added to them, in 16 bits: the next one takes its differences
+            along what is kept, so that the rounding is no error of it.
         lengths: over which the directions are differenced in the next step.
         history: share of the wanted change reached, before every step.
         step: steps done, those that changed nothing included.
@@ -205,19 +214,14 @@ class _FitState:
 
     def pack(self, function: TargetFunction) -> KeptState:
         """The state, with the curvature and the generator of the function."""
-        tensors = {"generator": function.generator.get_state()}
-        for group, factors in (("now", self.factors), ("before", self.last_step or {})):
-            for name, (up, down) in factors.items():
-                tensors |= {f"{group}.up/{name}": up, f"{group}.down/{name}": down}
-        spectra: dict[str, dict[str, list[float]]] = {}
-        for side, known in _sides(function).items():
-            spectra[side] = {name: [s.trace, s.count] for name, s in known.items()}
-            tensors |= {f"{side}/{n}": s.basis for n, s in known.items() if s.basis is not None}
+        spectra, sides = pack_spectra(function.curvature)
+        tensors = pack_factors("now", self.factors) | pack_factors("before", self.last_step or {})
+        tensors |= spectra | {"generator": function.generator.get_state()}
         facts = {
             "step": self.step,
             "lengths": self.lengths,
             "history": self.history,
-            "spectra": spectra,
+            "spectra": sides,
         }
         return tensors, facts
 
@@ -226,35 +230,58 @@ class _FitState:
         tensors, facts = kept
         function.generator.set_state(tensors["generator"])
         devices = {name: up.device for name, (up, _) in self.factors.items()}
-        for side, known in _sides(function).items():
-            for name, numbers in facts["spectra"][side].items():
-                basis = tensors.get(f"{side}/{name}")
-                known[name] = LeadingSpectrum(
-                    None if basis is None else basis.to(devices[name]), *numbers
-                )
-
-        def read(group: str) -> Factors:
-            return {
-                name: (
-                    tensors[f"{group}.up/{name}"].to(device),
-                    tensors[f"{group}.down/{name}"].to(device),
-                )
-                for name, device in devices.items()
-                if f"{group}.up/{name}" in tensors
-            }
-
-        self.factors, self.last_step = read("now"), read("before") or None
+        restore_spectra(function.curvature, tensors, facts["spectra"], devices)
+        self.factors = unpack_factors("now", tensors, devices)
+        self.last_step = unpack_factors("before", tensors, devices) or None
         self.lengths, self.history, self.step = facts["lengths"], facts["history"], facts["step"]
 
 
-def _sides(function: TargetFunction) -> dict[str, dict[str, LeadingSpectrum]]:
-    return {"reads": function.curvature.reads, "writes": function.curvature.writes}
+def pack_factors(group: str, factors: Factors) -> dict[str, Tensor]:
+    """The factors of all modules by names of a group."""
+    ups = {f"{group}.up/{name}": up for name, (up, _) in factors.items()}
+    return ups | {f"{group}.down/{name}": down for name, (_, down) in factors.items()}
+
+
+def unpack_factors(
+    group: str, tensors: Mapping[str, Tensor], devices: Mapping[str, torch.device]
+) -> Factors:
+    """What `pack_factors` took of a group, module by module on these devices."""
+    return {
+        name: (tensors[f"{group}.up/{name}"].to(device), tensors[f"{group}.down/{name}"].to(device))
+        for name, device in devices.items()
+        if f"{group}.up/{name}" in tensors
+    }
+
+
+Spectra = dict[str, dict[str, list[float]]]
+"""Side -> module -> trace and count, ready for JSON."""
+
+
+def pack_spectra(curvature: JointCurvature) -> tuple[dict[str, Tensor], Spectra]:
+    """The eigenvectors of a curvature by side and module, and its numbers."""
+    tensors, numbers = dict[str, Tensor](), Spectra()
+    for side, known in curvature.sides.items():
+        numbers[side] = {name: [s.trace, s.count] for name, s in known.items()}
+        tensors |= {f"{side}/{n}": s.basis for n, s in known.items() if s.basis is not None}
+    return tensors, numbers
+
+
+def restore_spectra(
+    curvature: JointCurvature,
+    tensors: Mapping[str, Tensor],
+    numbers: Spectra,
+    devices: Mapping[str, torch.device],
+) -> None:
+    """Sets what `pack_spectra` took, on these devices."""
+    for side, known in curvature.sides.items():
+        for name, (trace, count) in numbers[side].items():
+            basis = tensors.get(f"{side}/{name}")
+            placed = None if basis is None else basis.to(devices[name])
+            known[name] = LeadingSpectrum(placed, trace, count)
 
 
 def cut_updates(fit: JointFit, rank: float) -> dict[str, LowRank]:
     """Every update at lower rank, cut in the metric of the curvature; see `JointCurvature.cut`."""
     metric = fit.curvature
-    if metric is None:
-        how = {"rank": int(rank)} if rank >= 1 else {"energy": rank}
-        return {name: update.truncate(**how) for name, update in fit.updates.items()}
+    assert metric is not None
     return {name: metric.cut(name, update, rank) for name, update in fit.updates.items()}

@@ -204,6 +204,7 @@ def add_scaled(start: Factors, lengths: Sequence[float], lines: Sequence[Factors
     moved = {}
     for name, (up, down) in start.items():
         for length, line in zip(lengths, lines, strict=True):
-            up, down = up + length * line[name][0], down + length * line[name][1]
+            by_up, by_down = (part.float() for part in line[name])  # kept in 16 bits, or in 32
+            up, down = up + length * by_up, down + length * by_down
         moved[name] = up, down
     return moved

@@ -123,6 +123,11 @@ class JointCurvature:
         self.reads: dict[str, LeadingSpectrum] = {}
         self.writes: dict[str, LeadingSpectrum] = {}
 
+    @property
+    def sides(self) -> dict[str, dict[str, LeadingSpectrum]]:
+        """Both by their names."""
+        return {"reads": self.reads, "writes": self.writes}
+
     def fade(self) -> None:
         """Lets what was added so far count less."""
         for spectrum in (*self.reads.values(), *self.writes.values()):

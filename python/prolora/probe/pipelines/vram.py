@@ -29,7 +29,7 @@ _NUMBER_BYTES: Mapping[Precision, int] = {FLOAT32: 4, BFLOAT16: 3}
 """Of a number that is kept for the backward pass; in 16 bits about half of them are float32."""
 _TEXT = 512  # tokens of a prompt, at most
 _OF_TEXT = re.compile(r"add_|context|txt")  # in names of modules that see the prompt alone
-_COPIES = 6  # of the factors: now, last step, gradient, direction, two trial points
+_COPIES = 6  # of the factors: now, gradient, direction, two trial points; the last step is half
 _SPECTRA = 16  # eigenvectors of each side
 
 

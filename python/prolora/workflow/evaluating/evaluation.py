@@ -122,13 +122,14 @@ class Evaluation:
         lines = [self._tell(*pair) for pair in pairs] if self.scores else []
         sizes = []
         for score in self.scores:
-            found = [self.estimate(score, *pair) for pair in pairs]
+            found = [self.estimate(score, *pair) for pair in pairs[: len(self.candidates) or None]]
             if known := [x.smallest for x in found if x is not None and x.smallest is not None]:
                 sizes.append(f"{score} {max(known):.2g}")
         if sizes:
             lines.append(
-                f"So many images ({self.count} of each row) can miss differences smaller than "
-                f"these: {', '.join(sizes)}. Half of that needs four times as many."
+                f"So many images ({self.count} of each row) can miss a difference from "
+                f"{'the copy' if self.candidates else self.target} that is smaller than: "
+                f"{', '.join(sizes)}. Half of that needs four times as many."
             )
         return InWords(mark, headline, tuple(lines), tuple(cautions))
 

@@ -1,0 +1,190 @@
+"""A whole fit in factors: Gauss–Newton steps, which know no scale, then Adam's, which need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...core.lowrank import LowRank
+from ..swapping import place_of
+from ..updates import Factors, weight_of
+from .joint_fit import (
+    ROUNDING,
+    JointFit,
+    JointProblem,
+    KeptState,
+    StateStore,
+    fit_jointly,
+    pack_factors,
+    pack_spectra,
+    restore_spectra,
+    unpack_factors,
+)
+from .linearisation import Linearisation, TargetFunction
+from .spectra import JointCurvature
+
+STEPS = 2
+"""Steps that take about as many predictions as one Gauss–Newton step: a forward and a backward pass
+each, where that takes two forward passes more."""
+SHARE = 0.16
+"""Length of the longest step in a row of B or column of A, relative to the mean one, where all
+of the wanted change is missing; where a share m is missing, √m times that."""
+_RISE = 1 / 8
+"""Share of the steps in which their length rises; from there it falls linearly to 0."""
+_MEAN, _SQUARE = 0.9, 0.999  # of the past in the means of slopes and of their squares
+_TAKEN = "taken"
+
+
+def fit_in_factors(
+    problem: JointProblem,
+    initial: Mapping[str, LowRank] | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+    store: StateStore | None = None,
+) -> JointFit:
+    """The first half of the steps by `fit_jointly`, the rest by Adam from there.
+
+    Arguments are those of `fit_jointly`, and a rest of n steps is STEPS·n of Adam's. A fit that
+    starts from a copy takes all of its steps by `fit_jointly`: Adam's lose more of what a copy
+    does right away from the probes.
+    """
+    half = problem.steps if initial else (problem.steps + 1) // 2
+    kept = store.recall() if store else None
+    if kept is not None and _TAKEN in kept[1]:
+        for _ in range(half):
+            problem.draw()  # the same probes come to the same steps
+        walk = _Walk.restore(problem, kept)
+    else:
+        first = fit_jointly(replace(problem, steps=half), initial, on_step, store, kept)
+        if half == problem.steps:
+            return first
+        walk = _Walk.start(first, problem.will_be_cut)
+        del first, kept
+    steps = STEPS * (problem.steps - half)
+    function = TargetFunction(problem.target, problem.read, problem.damping)
+    done = len(walk.history) - half
+    for step in range(steps):
+        probes = problem.draw()
+        if step < done:
+            continue
+        if step % STEPS == 0:
+            on_step(half + step // STEPS)
+        point = function.linearise(probes, walk.factors, renew=False)
+        walk.take_step(point, _length_of_step(step, steps))
+        if store and store.due():
+            store.store(*walk.pack())
+    return JointFit(
+        {name: LowRank(*pair) for name, pair in walk.factors.items()}, walk.curvature, walk.history
+    )
+
+
+def _length_of_step(step: int, steps: int) -> float:
+    """Of Adam's, relative to the factors, where all is missing."""
+    return SHARE * min((step + 1) / (_RISE * steps), 1) * (1 - step / steps)
+
+
+@dataclass
+class _Walk:
+    """Adam's steps in factors whose A has orthogonal rows of one length.
+
+    A row of B, and a column of A, is one variable: its slopes have one mean square. So with these
+    factors the product moves in the same way however it was split before, and turned in any way
+    within its rank. Lengths are relative to the size of each factor, so weights of another scale
+    take the same steps in theirs, and to what is missing, so a start that reaches most of the
+    wanted change is not lost. A product that is zero stays so: nothing tells its size.
+
+    Attributes:
+        factors: module -> (B, A).
+        sizes: module -> root mean square of the numbers of B and of A at the start.
+        means: module -> means of slopes by B and A, in 16 bits.
+        squares: module -> mean squares of slopes in every row of B and every column of A.
+        taken: steps that changed anything.
+        history: share of the wanted change reached, before every step of the whole fit.
+        curvature: of the first half, as long as a cut will need it.
+    """
+
+    factors: Factors
+    sizes: dict[str, tuple[float, float]]
+    means: Factors
+    squares: Factors
+    taken: int
+    history: list[float]
+    curvature: JointCurvature | None
+
+    @classmethod
+    def start(cls, first: JointFit, will_be_cut: bool) -> _Walk:
+        """From where Gauss–Newton steps arrived."""
+        factors: Factors = {}
+        for name, update in first.updates.items():
+            basis, mixed = torch.linalg.qr(update.down.mT)
+            factors[name] = (update.up @ mixed.mT, basis.mT.contiguous())
+        sizes = {name: (_size(up), _size(down)) for name, (up, down) in factors.items()}
+        means = {
+            name: (_zeros(up, up.shape, torch.bfloat16), _zeros(down, down.shape, torch.bfloat16))
+            for name, (up, down) in factors.items()
+        }
+        squares = {
+            name: (_zeros(up, (len(up), 1)), _zeros(down, (1, down.shape[1])))
+            for name, (up, down) in factors.items()
+        }
+        curvature = first.curvature if will_be_cut else None
+        return cls(factors, sizes, means, squares, 0, list(first.history), curvature)
+
+    def take_step(self, point: Linearisation, length: float) -> None:
+        """One step; none where these probes miss nothing."""
+        self.history.append(point.reached)
+        if 1 - point.reached < ROUNDING:
+            return  # the rest is rounding of float32
+        self.taken += 1
+        length *= min(1 - point.reached, 1) ** 0.5
+        wanted = point.missing / (1 - point.reached)
+        for name, slopes in point.gradient.items():
+            for i, slope in enumerate(slopes):
+                slope = slope / wanted
+                mean = self.means[name][i].float().lerp_(slope, 1 - _MEAN)
+                self.means[name][i].copy_(mean)
+                square = self.squares[name][i]
+                square.lerp_(slope.square().mean(1 - i, keepdim=True), 1 - _SQUARE)
+                mean /= 1 - _MEAN**self.taken
+                usual = (square / (1 - _SQUARE**self.taken)).sqrt()
+                usual[usual == 0] = torch.inf  # what nothing reaches does not move
+                self.factors[name][i].add_(mean / usual, alpha=length * self.sizes[name][i])
+
+    def pack(self) -> KeptState:
+        """Everything that the steps to come depend on."""
+        tensors = pack_factors("now", self.factors) | pack_factors("mean", self.means)
+        tensors |= pack_factors("square", self.squares)
+        facts = {"sizes": self.sizes, _TAKEN: self.taken, "history": self.history}
+        if self.curvature is not None:
+            spectra, facts["spectra"] = pack_spectra(self.curvature)
+            tensors |= spectra
+        return tensors, facts
+
+    @classmethod
+    def restore(cls, problem: JointProblem, kept: KeptState) -> _Walk:
+        """What `pack` gave, on the devices of the weights."""
+        tensors, facts = kept
+        devices = {name: place_of(weight_of(problem.target, name)) for name in facts["sizes"]}
+        curvature = None
+        if "spectra" in facts:
+            curvature = JointCurvature(problem.damping, torch.Generator())
+            restore_spectra(curvature, tensors, facts["spectra"], devices)
+        return cls(
+            unpack_factors("now", tensors, devices),
+            {name: (up, down) for name, (up, down) in facts["sizes"].items()},
+            unpack_factors("mean", tensors, devices),
+            unpack_factors("square", tensors, devices),
+            facts[_TAKEN],
+            facts["history"],
+            curvature,
+        )
+
+
+def _size(factor: Tensor) -> float:
+    return float(factor.square().mean().sqrt())
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
