@@ -126,9 +126,13 @@ def test_files_are_moved_by_weights(room):
 
 
 @pytest.mark.parametrize("target, runs", [("tuned", False), ("pruned", True), ("apart", True)])
-def test_a_dry_run_says_what_would_be_done_and_for_how_long(room, target, runs, monkeypatch):
+def test_a_dry_run_says_what_would_be_done_and_for_how_long(
+    room, target, runs, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
-    report = prolora.plan_report(*ends(room, target), method="best")
+    cache = tmp_path / "cache"
+    report = prolora.plan_report(*ends(room, target), method="best", cache=cache)
+    assert not cache.exists()
     assert report.dry_run and ("Both models would be run because" in report.why) is runs
     assert report.why in str(report.in_words())
     assert "as long as drawing" in (report.work if runs else report.why)

@@ -7,7 +7,7 @@ from reports import make_report, make_row
 
 from prolora import Verdict
 from prolora.comparison.expectation import expect_shares
-from prolora.workflow.in_words import find_expected, judge, name_amount
+from prolora.workflow.in_words import find_expected, judge, name_amount, tell_next
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
@@ -88,6 +88,19 @@ def test_what_to_expect_comes_first_in_one_of_three_words_with_its_interval(
     assert found == mark and f"xpect {word} ({auto.share:.0%})" in headline
     assert f"{low:.0%} to {high:.0%}" in headline
     assert str(make_report(verdict=verdict).in_words()).startswith(("✔", "⚠"))
+
+
+def test_a_report_and_advice_expect_the_same_of_auto():
+    for method in ("copy", "damped"):
+        told = make_report(method=method, asked="auto", verdict=CHANGED).in_words()
+        auto = find_expected(CHANGED, 1.0, "auto")
+        assert f"({auto.share:.0%})" in told.headline
+
+
+def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
+    assert "`method='best'`" in tell_next("damped", RELATED, 0.9, "t")
+    assert "`method='best'`" in tell_next("damped", APART, 1.0, "t")
+    assert "best" not in tell_next("copy", RELATED, 1.0, "t")
 
 
 def test_nothing_is_made_up_for_a_method_that_nobody_measured():

@@ -153,12 +153,17 @@ def tell_plan(method: str) -> str:
     return "A transfer would weaken the LoRA where the two models differ."
 
 
-def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
-    """What to do next."""
+def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) -> str:
+    """What to do next; `placed` is the share of the LoRA that has a place on the target."""
     if verdict is not None and not verdict.related:
         return f"Next: train the LoRA on {target}, or let `method='best'` run both models."
     if verdict is not None and not verdict.go:
         return f"Next: compare images with and without it; a LoRA trained on {target} does more."
+    if placed < AMOUNTS[0][0]:
+        return (
+            "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
+            "no place."
+        )
     if method == "damped":
         return (
             "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "

@@ -288,9 +288,11 @@ class Report:
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict),
             self.why,
-            tell_next(self.method, verdict, target),
+            tell_next(self.method, verdict, placed, target),
         )
-        mark, headline = judge(verdict, placed, target, self.method)
+        # What `auto` gives is a row of its own: it copies where a copy does well.
+        chosen = AUTO if self.asked in (AUTO, BEST) else self.method
+        mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
     def _cautions(self) -> tuple[str, ...]:
