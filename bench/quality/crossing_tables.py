@@ -39,7 +39,8 @@ def collect(work: Path) -> dict:
         [round_numbers(json.loads(path.read_text())) for path in sorted((work / part).glob("*"))]
         for part in ("crossed", "ideas")
     )
-    return {"made": made, "rows": rows, "ideas": ideas}
+    again = json.loads(RESULTS.read_text())["again"]
+    return {"made": made, "rows": rows, "again": again, "ideas": ideas}
 
 
 def decide_row(row: Row) -> str:
@@ -105,6 +106,19 @@ def adapters_table(rows: list[Row]) -> str:
     return format_table(["", *adapters], lines)
 
 
+def again_table(rows: list[Row], again: list[Row]) -> str:
+    """Rows of seed 0 beside those of later states of the fit, at strength 1."""
+    ways = list(dict.fromkeys(row["steps"] for row in again))
+    lines = []
+    for row in rows:
+        key = row["pair"], row["adapter"]
+        later = {r["steps"]: r for r in again if (r["pair"], r["adapter"]) == key}
+        if row["seed"] == 0 and row["method"] == "probe" and later:
+            scores = [f"{later[way]['score_at_1']:.2f}" if way in later else "–" for way in ways]
+            lines.append([row["pair"], row["adapter"], f"{row['score_at_1']:.2f}", *scores])
+    return format_table(["pair", "LoRA", "first run", *ways], lines)
+
+
 def effects_table(rows: list[Row]) -> str:
     """LoRAs without a meaning: what became of them."""
     lines = [
@@ -146,6 +160,7 @@ def main() -> None:
         "crossing": pairs_table(stored["rows"]),
         "crossing adapters": adapters_table(stored["rows"]),
         "crossing nothing": effects_table(stored["rows"]),
+        "crossing again": again_table(stored["rows"], stored["again"]),
     }
     for name, pair in zip(("crossing ideas", "crossing ideas, look"), SHOWN, strict=True):
         tables[name] = ideas_table([row for row in stored["ideas"] if row["pair"] == pair])
