@@ -377,6 +377,9 @@ def test_settings_that_no_drawing_uses_are_refused():
     for settings in ({"rank": 4}, {"max_memory": "2GiB"}, {"precision": "bfloat16"}):
         with pytest.raises(prolora.InvalidOption, match=next(iter(settings))):
             prolora.EvaluationOptions(sampling=prolora.FitSettings(**settings))
+    for method in ("best", "magic"):  # the former may run the models for hours
+        with pytest.raises(prolora.InvalidOption, match="methods"):
+            prolora.EvaluationOptions(methods=(method,))
 
 
 def test_a_text_encoder_that_the_target_lacks_is_told(room, tmp_path):

@@ -20,16 +20,16 @@ from .settings import FitSettings
 
 SHOW = "show"
 """The stage in which images are drawn for a page."""
-STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 2.25, "judge": 1.0}
+STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 1.8, "judge": 1.0}
 """Stage -> what a prediction in it costs, compared with one alone: steps of a fit go back, too."""
 _IMAGES = {
     "source": "sampling the source",
     "adapted": "sampling it with the LoRA",
     "target": "sampling the target",
 }
-_FORWARD = 2.6
-"""Predictions of a sample in a step of the fit: 3.25 in Gauss–Newton's (two trials, and every
-fourth step one more), and two in Adam's."""
+_FORWARD = 3.25
+"""Predictions of a sample in a step of the fit: two trials, and every fourth step one more. Two of
+Adam's steps make fewer, and take as long."""
 _STRENGTHS = 5
 """Predictions of a held-out sample in the verdict: some strengths of the fit and of its rival."""
 

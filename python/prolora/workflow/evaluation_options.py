@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 from ..bases.base import Progress
 from ..core.methods import MethodChoice
 from ..core.option_fields import option, take_option
 from ..errors import InvalidOption
 from ..probe.settings import FitSettings
-from .options import METHOD_NAMES, TransferOptions, check_choice
+from .options import TransferOptions, check_choice
 
 JUDGING = "Judging"
 LORA, TRAINED = "lora", "trained"
@@ -73,7 +73,7 @@ class EvaluationOptions:
             if unused and getattr(self.sampling, known.name) != known.default:
                 raise InvalidOption(f"`sampling`: {known.name} is of a fit; nothing here uses it")
         for method in self.methods:
-            check_choice("methods", method, METHOD_NAMES)
+            check_choice("methods", method, get_args(MethodChoice))  # none runs the models
         if self.reference == TRAINED and self.trained is None:
             raise InvalidOption(
                 "`reference='trained'` compares with a LoRA trained on the target: give it as "
