@@ -92,7 +92,8 @@ def test_what_to_expect_comes_first_in_one_of_three_words_with_its_interval(
 
 def test_a_report_and_advice_expect_the_same_of_auto():
     for method in ("copy", "damped"):
-        told = make_report(method=method, asked="auto", verdict=CHANGED).in_words()
+        rows = [make_row("a")]
+        told = make_report(rows, method=method, asked="auto", verdict=CHANGED).in_words()
         auto = find_expected(CHANGED, 1.0, "auto")
         assert f"({auto.share:.0%})" in told.headline
 
