@@ -107,6 +107,7 @@ COMFYUI_HINTS = {
         "distilled_guidance_layer.norms.0.scale": (5120,),
     },
     "flux": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
+    "longcat-image": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
     "flux2": {"double_blocks.0.img_attn.norm.key_norm.scale": (128,)},
     "hunyuan-image": {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (3584,)},
     "hunyuan-video": {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (3072,)},
@@ -281,6 +282,7 @@ def open_diffusers(checkout: Path) -> Open:
 
 SDCPP_VERSIONS = {
     "chroma": "VERSION_FLUX",
+    "longcat-image": "VERSION_LONGCAT",
     "cosmos": "VERSION_ANIMA",
     "ernie-image": "VERSION_ERNIE_IMAGE",
     "flux": "VERSION_FLUX",

@@ -48,7 +48,8 @@ def _write_cell(family: Family, program: str) -> str:
         for format, spelling in family.spellings.items()
     }
     if set(reach.values()) == {None}:
-        return "–"
+        has_models = program in find_reach(family, "of nobody's spelling", usual)
+        return "not whole" if has_models else "–"
     cells = [format for format, how in reach.items() if how == "whole"]
     part = [format for format, how in reach.items() if how == "part"]
     cells += [f"({', '.join(part)})"] if part else []

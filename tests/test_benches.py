@@ -34,6 +34,7 @@ def test_the_peak_of_a_child_is_its_own():
         "timing",
         "extract",
         "check_families",
+        "loader_matrix",
         "quantised_bases",
     ],
 )

@@ -65,6 +65,11 @@ def test_the_page_of_families_says_what_their_files_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_of_formats_says_who_reads_what():
+    """`python docs/make_formats.py` writes it."""
+    subprocess.run([sys.executable, ROOT / "docs" / "make_formats.py", "--check"], check=True)
+
+
 @pytest.mark.skipif(not (ROOT / "bench" / "results").exists(), reason="a source distribution")
 def test_the_page_of_attacks_says_what_the_last_night_found():
     """`python docs/make_attacks.py` writes it."""

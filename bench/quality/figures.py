@@ -77,7 +77,7 @@ def _verdicts(table: Table) -> plt.Figure:
         share = recovered(row, best(part, ("damped, κ 4", "damped, κ 1", "copy @ 1")))
         kind = row["kind"] if row["kind"] in COLOURS else "other fine-tunes"
         axes.scatter(
-            verdict["shift"] if verdict["cosine"] > 0.5 else 0.2,
+            verdict["kappa"] if verdict["cosine"] > 0.5 else 8,
             max(share or 0, -0.3),
             s=14,
             color=COLOURS.get(kind, "#d69e2e"),
@@ -87,7 +87,7 @@ def _verdicts(table: Table) -> plt.Figure:
         )
         seen.add(kind)
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xlabel("shift of the weights (unrelated bases drawn at 0.2); ○ go, × no-go")
+    axes.set_xlabel("κ of the weights (unrelated bases drawn at 8); ○ go, × no-go")
     axes.set_ylabel("best of copy and damped")
     axes.legend(fontsize=8)
     return figure

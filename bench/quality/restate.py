@@ -1,8 +1,8 @@
 """What `auto` gives under a newer rule, where models are no longer there: ``python restate.py``.
 
 The rule of the verdict chooses a damping and a strength. Losses at several dampings and strengths
-were measured, and vary smoothly between them, so the loss at others is interpolated. Only the
-digits need it: the rule changed after their models had been trained and scored.
+were measured, and vary smoothly between them, so the loss at others is interpolated: the rule
+changed after the models had been trained and scored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from evidence import results_of
 from results import round_numbers
+from worlds import NAMES
 
 from prolora import Verdict
 from prolora.core.verdict import MIN_DAMPING
@@ -45,29 +46,38 @@ def loss_at_strength(losses: dict[str, float], method: str, strength: float) -> 
 
 def restate_row(row: dict[str, Any]) -> None:
     """Gives a scored row the verdict of today's rule, and what follows from it."""
-    losses = row["losses"]
-    if not row["verdict"] or "copy @ 1" not in losses:
+    if not row["verdict"]:
         return
     verdict = Verdict(*(row["verdict"][name] for name in ("drift", "cosine", "spread")))
-    names = ("drift", "cosine", "spread", "shift", "go", "strength", "kappa")
+    names = ("drift", "cosine", "spread", "go", "strength", "kappa")
     row["verdict"] = {name: getattr(verdict, name) for name in names}
     if not verdict.related:  # `auto` writes nothing
         return
+    for scored in (row, row.get("own")):
+        if scored and "copy @ 1" in scored["losses"]:
+            restate_losses(scored["losses"], verdict)
+
+
+def restate_losses(losses: dict[str, float], verdict: Verdict) -> None:
+    """What `auto` and the automatic strengths give by one yardstick."""
     kappa = verdict.kappa if verdict.kappa >= MIN_DAMPING else 0.0
     losses["auto"] = loss_at_damping(losses, kappa)
     for method, label in (("copy", "copy"), ("blocks 0.9", "blocks")):
         named = f"{label}, automatic strength"
+        if not all(f"{method} @ {s:g}" in losses for s in STRENGTHS):
+            continue
         losses[named] = loss_at_strength(losses, method, verdict.strength)
 
 
 def main() -> None:
-    path = results_of("digits")
-    results = json.loads(path.read_text())
-    for row in results["rows"]:
-        restate_row(row)
-    results["made"]["auto"] = NOTE
-    results["rows"] = [round_numbers(row) for row in results["rows"]]
-    path.write_text(json.dumps(results, indent=0) + "\n")
+    for world in NAMES:
+        path = results_of(world)
+        results = json.loads(path.read_text())
+        for row in results["rows"]:
+            restate_row(row)
+        results["made"]["auto"] = NOTE
+        results["rows"] = [round_numbers(row) for row in results["rows"]]
+        path.write_text(json.dumps(results, indent=0) + "\n")
 
 
 if __name__ == "__main__":

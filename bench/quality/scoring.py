@@ -117,7 +117,6 @@ def chosen_rows(
                 theirs[label] = held_out(target, own, adapter, updates)
         verdict = judge_bases(case)
         facts = asdict(verdict) | {
-            "shift": verdict.shift,
             "go": verdict.go,
             "strength": verdict.strength,
         }

@@ -115,3 +115,10 @@ def test_inspect_tells_programs_to_programs(tmp_path):
     told = write_lora(lora, "qwen-image", "qwen-image", "kohya", lambda n: ".attn.to_q" in n)
     facts = json.loads(json.dumps(told.__dict__, default=str))
     assert "LightX2V" in facts["non_readers"] and "ComfyUI" in facts["readers"]
+
+
+def test_ten_and_twenty_blocks_of_flux_are_longcat_images(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    told = write_lora(lora, "longcat-image", "longcat-image", "comfy", in_block)
+    assert told.families == ["longcat-image"]
+    assert {"ComfyUI", "stable-diffusion.cpp"} <= set(told.readers)

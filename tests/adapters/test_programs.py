@@ -33,7 +33,6 @@ def test_every_program_in_the_table_has_a_word_for_it_on_the_command_line():
     assert set(known_loaders()) == set(get_args(ProgramName))
 
 
-@pytest.mark.slow
 def test_the_table_is_what_the_counts_say():
     """`python bench/loader_matrix.py table` makes it."""
     code = (

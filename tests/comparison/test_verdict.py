@@ -12,7 +12,7 @@ from spectra import related, weights
 import prolora
 from prolora.core.affinity import Affinity
 from prolora.core.verdict import (
-    MAX_SHIFT,
+    MAX_DAMPING,
     MIN_COSINE,
     Verdict,
     judge_affinity,
@@ -106,9 +106,10 @@ def test_drift_that_looks_like_noise_weakens_nothing():
     assert noise.go and noise.decide().method == "copy" and noise.strength > 0.999
 
 
-def test_drift_that_looks_like_merged_loras_weakens_nothing():
-    merged = Verdict(0.15, 0.99, 0.015)
-    assert merged.go and merged.decide().method == "copy" and merged.strength > 0.99
+def test_a_small_drift_along_few_directions_weakens_little_and_a_large_one_is_a_no_go():
+    merged, many = Verdict(0.04, 0.999, 0.02), Verdict(0.12, 0.99, 0.045)
+    assert merged.go and merged.kappa < 2
+    assert many.related and not many.go
 
 
 def test_damping_and_strength_have_no_knee():
@@ -122,13 +123,8 @@ def test_damping_and_strength_have_no_knee():
         assert max(abs(b - a) for a, b in itertools.pairwise(slopes)) < 0.001
 
 
-def test_damping_is_bounded_as_long_as_it_is_a_go():
-    shifts = [Verdict(drift, 0.98, 0.25) for drift in torch.linspace(0, 0.165, 50).tolist()]
-    assert all(v.go and v.kappa < 3.1 for v in shifts)
-
-
 def test_no_go_is_said_of_unrelated_bases_and_of_targets_that_learnt_something_else():
-    apart, changed = Verdict(1.4, MIN_COSINE - 0.1, 0.9), Verdict(6 * MAX_SHIFT, 0.95, 0.2)
+    apart, changed = Verdict(1.4, MIN_COSINE - 0.1, 0.9), Verdict(MAX_DAMPING / 10, 0.95, 0.2)
     assert not apart.go and "No-go" in apart.sentence() and "nothing in common" in apart.sentence()
     assert not changed.go and changed.related and "No-go" in changed.sentence()
 
@@ -146,7 +142,7 @@ def test_auto_damps_strongly_and_warns_where_the_target_became_something_else():
     source, target = named(source_weights()), named(low_rank_drift(0.3))
     done = prolora.transfer(lora_tensors(), source, target)
     assert done.report.verdict.related and not done.report.verdict.go
-    assert done.report.method == "damped" and done.report.damping > 11
+    assert done.report.method == "damped" and done.report.damping > 9
     assert any(sentence.startswith("No-go") for sentence in done.report.sentences())
     assert done.report.totals["energy_surviving"] < 0.95
 

@@ -116,9 +116,7 @@ def test_a_lora_is_moved_below_the_folder_of_loras_and_six_lines_tell_of_it(pack
         r"Moved from source to target\. Most of the LoRA \(\d\d%\) has a place on target, and all"
     )
     assert re.match(said, lines[1])
-    assert lines[2].startswith("Expect ") or lines[2].startswith(
-        "prolora copied the LoRA unchanged"
-    )
+    assert "xpect most (" in lines[0] and lines[2].startswith("prolora ")
     assert lines[-2] == f"File: loras/{name}" and "press R" in lines[-1]
     assert len(load_file(models / "loras" / name)) == 24
     page = models / "loras" / shown["page"][0]

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 import prolora
 from prolora import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
+from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow import best
+from prolora.workflow.advice import choose_next, describe_measurement
 from prolora.workflow.best import BestWay
 
 LEAVES = ("attn1.to_v", "ff.net.2")
@@ -34,10 +36,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pruned.load_state_dict(unet.state_dict(), strict=False)
         tuned = UNet2DConditionModel(**deep)
         tuned.load_state_dict(
-            {
-                n: w + 0.01 * w.std().nan_to_num() * torch.randn_like(w)
-                for n, w in unet.state_dict().items()
-            }
+            {name: w + 1e-3 * torch.randn_like(w) for name, w in unet.state_dict().items()}
         )
         apart = UNet2DConditionModel(**deep)
         tiny.save(folder / "source", unet=unet)
@@ -127,9 +126,13 @@ def test_files_are_moved_by_weights(room):
 
 
 @pytest.mark.parametrize("target, runs", [("tuned", False), ("pruned", True), ("apart", True)])
-def test_a_dry_run_says_what_would_be_done_and_for_how_long(room, target, runs, monkeypatch):
+def test_a_dry_run_says_what_would_be_done_and_for_how_long(
+    room, target, runs, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipelines, "open_pipeline", None)  # no model is loaded
-    report = prolora.plan_report(*ends(room, target), method="best")
+    cache = tmp_path / "cache"
+    report = prolora.plan_report(*ends(room, target), method="best", cache=cache)
+    assert not cache.exists()
     assert report.dry_run and ("Both models would be run because" in report.why) is runs
     assert report.why in str(report.in_words())
     assert "as long as drawing" in (report.work if runs else report.why)
@@ -151,7 +154,7 @@ def test_in_a_folder_only_those_are_fitted_that_call_for_it(room, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "changed", [{"strength": 0.5}, {"out_rank": 4}, {"text_encoder": "project"}]
+    "changed", [{"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}]
 )
 def test_what_a_fit_cannot_do_is_refused(changed):
     with pytest.raises(InvalidOption, match=next(iter(changed))):
@@ -161,3 +164,42 @@ def test_what_a_fit_cannot_do_is_refused(changed):
 def test_a_plan_of_a_collection_takes_methods_by_weights(room):
     with pytest.raises(InvalidOption, match="moves by weights"):
         prolora.plan_migration(*ends(room, "tuned"), method="best")
+
+
+@pytest.mark.parametrize("target, tried", [("tuned", False), ("pruned", True), ("apart", True)])
+def test_advice_that_measures_runs_the_first_steps_of_a_fit_where_it_may_be_better(
+    room, target, tried
+):
+    lora, *bases = ends(room, target)
+    few = prolora.FitSettings(("cat", "dog"), images=2, steps=3)
+    advice = prolora.advise(*bases, lora, measure=few)
+    found = advice.measurement.candidates
+    assert ("fit" in found) is tried and (advice.fit_seconds is not None) is tried
+    if tried:
+        assert advice.fit_seconds > 0
+        # A fit that follows what was measured is better than weights of models without knowledge.
+        assert found["fit"].share == max(way.share for way in found.values())
+        assert advice.measurement.best == "fit" and advice.verb == "fit"
+        assert "a fit of 8 steps reaches" in str(advice)
+
+
+def test_the_fit_that_is_advised_has_the_match_in_it(room):
+    way = MeasuredStrength(1.0, 0.7, (0.9, 1.1), (0.6, 0.8), dict.fromkeys(STRENGTHS, 0.7), {})
+    worse = replace(way, share=0.5)
+    measurement = Measurement({"copy": worse, "fit": way}, 0.1, 4, 24)
+    bases = prolora.open_base(room / "source"), prolora.open_base(room / "pruned")
+    verdict, sampled = prolora.Verdict(0.1, 0.99, 0.3), prolora.FitSettings(target_steps=4)
+    chosen = choose_next(bases, "similarity", verdict, measurement, sampled, True)
+    assert chosen == ("fit", {"target_steps": 4, "match": "similarity"})
+    without = choose_next(bases, "similarity", verdict, None, sampled, True)
+    assert without == ("transfer", {"method": "best", "match": "similarity"})
+
+
+def test_the_interval_of_a_strength_holds_what_both_yardsticks_ask_for():
+    origins = {"adapted": (0.8, 0.7), "target": (0.9, 0.6)}
+    shares = dict.fromkeys(STRENGTHS, 0.7)
+    way = MeasuredStrength(0.85, 0.7, (0.83, 0.87), (0.6, 0.8), shares, origins)
+    said = describe_measurement(Measurement({"copy": way}, 0.1, 4, 24), 0.6)[0]
+    assert "0.85 (0.60 to 1.25)" in said
+    said = describe_measurement(Measurement({"copy": way}, 0.1, 4, 24))[0]
+    assert "0.85 (0.80 to 0.90)" in said

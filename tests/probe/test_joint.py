@@ -244,8 +244,12 @@ def test_layers_whose_weights_have_another_scale_get_the_same_fit_in_theirs(firs
 def test_a_slope_is_divided_by_the_root_mean_square_of_its_row_as_in_adam():
     """On rank 1 a row is a single number, and the steps are those of torch's own Adam."""
     model, probes = nonlinear()
+    hidden = torch.tanh(model.first(probes[0].call.args[0]))
+    change = 0.3 * hidden @ torch.randn(12, 1) @ torch.randn(1, 6)
+    probes = [replace(probes[0], wanted=probes[0].wanted + change)]
     problem = JointProblem(model, ["last"], lambda y: y, lambda: probes, 8, 1.0, 1)
     half = fit_jointly(replace(problem, steps=4))
+    assert half.history[-1] > 0.5  # steps are shorter where little is missing
     whole = fit_in_factors(problem)
     update = half.updates["last"]
     length = float(update.down.norm())
@@ -255,7 +259,6 @@ def test_a_slope_is_divided_by_the_root_mean_square_of_its_row_as_in_adam():
     optimiser = torch.optim.Adam([{"params": up}, {"params": down}], eps=0)
     total = (probes[0].wanted - probes[0].plain).square().sum()
     for step in range(4 * STEPS):
-        hidden = torch.tanh(model.first(probes[0].call.args[0]))
         prediction = model.last(hidden) + hidden @ down.mT @ up.mT
         missing = (probes[0].wanted - prediction).square().sum() / total
         for group, size in zip(optimiser.param_groups, sizes, strict=True):

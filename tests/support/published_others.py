@@ -47,6 +47,14 @@ def publish_cogvideox(title: str, billions: float, **config: object) -> Publishe
 
 
 OTHERS = {
+    "longcat-image": Published(
+        "LongCat-Image",
+        "LongCatImageTransformer2DModel",
+        6.3,
+        "meituan-longcat/LongCat-Image, transformer/config.json, as its ports have it",
+        {"num_layers": 10, "num_single_layers": 20},
+        ("qwen2.5-vl-7b",),
+    ),
     "ideogram4": Published(
         "Ideogram 4", "Ideogram4Transformer2DModel", 9.3, DEFAULTS, {}, ("qwen3-vl-8b",)
     ),

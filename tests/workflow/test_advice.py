@@ -52,6 +52,7 @@ def test_what_was_never_measured_is_not_extrapolated(case, tmp_path):
     advice = prolora.advise(source, write_folder(tmp_path / "huge", huge))
     assert advice.expected == () and advice.to_dict()["expected"] == []
     assert any("No pair of bases like this was measured" in s for s in advice.sentences())
+    assert "nobody measured" in advice.in_words().headline
 
 
 def test_equal_bases_need_no_expectation(case):

@@ -7,17 +7,18 @@ from reports import make_report, make_row
 
 from prolora import Verdict
 from prolora.comparison.expectation import expect_shares
-from prolora.workflow.in_words import judge, name_amount, tell_expected
+from prolora.workflow.in_words import find_expected, judge, name_amount, tell_next
 
 MATHS = re.compile(r"energy|coverage|module|drift|cosine|norm\b|Φ|κ|update|subspace|basis|--")
 
-RELATED, FAR, APART = Verdict(0.1, 0.99, 0.05), Verdict(0.6, 0.95, 0.2), Verdict(1.4, 0.0, 0.1)
+RELATED, CHANGED = Verdict(0.1, 0.99, 0.5), Verdict(0.15, 0.99, 0.3)
+FAR, APART = Verdict(0.6, 0.95, 0.2), Verdict(1.4, 0.0, 0.1)
 
 
 @pytest.mark.parametrize(
     ("verdict", "placed", "mark", "said"),
     [
-        (RELATED, 1.0, "✔", "closely related (their weights differ by 10%)"),
+        (RELATED, 1.0, "✔", "This should work: expect most"),
         (RELATED, 0.2, "⚠", "most of this LoRA belongs to parts that t lacks"),
         (FAR, 1.0, "⚠", "t has learnt something else"),
         (APART, 1.0, "✖", "nothing in common"),
@@ -32,7 +33,7 @@ def test_a_mark_says_how_it_stands(verdict, placed, mark, said):
 
 
 @pytest.mark.parametrize("method", ["copy", "damped", "prolora"])
-@pytest.mark.parametrize("verdict", [RELATED, FAR, APART, None])
+@pytest.mark.parametrize("verdict", [RELATED, CHANGED, FAR, APART, None])
 def test_no_line_of_the_verdict_needs_the_mathematics(method, verdict):
     report = make_report(method=method, asked="auto", verdict=verdict)
     told = report.in_words()
@@ -69,10 +70,39 @@ def test_shares_have_names(share, word):
     assert name_amount(share) == word
 
 
-def test_what_to_expect_comes_from_measured_pairs_and_is_not_made_up():
-    expected = expect_shares(0.13, 0.18)
-    said = tell_expected(expected, "damped", "t")
-    auto = next(x for x in expected if x.method == "auto" and x.want == "look")
-    assert f"({auto.share:.0%})" in said and f"{auto.low:.0%} to {auto.high:.0%}" in said
-    assert tell_expected((), "damped", "t") == ""
-    assert tell_expected(expected, "no such method", "t") == ""
+@pytest.mark.parametrize(
+    ("verdict", "placed", "mark", "word"),
+    [
+        (RELATED, 1.0, "✔", "most"),
+        (CHANGED, 1.0, "⚠", "about half"),
+        (CHANGED, 0.9, "✔", "most"),  # blocks were cut out, which says more than the drift
+    ],
+)
+def test_what_to_expect_comes_first_in_one_of_three_words_with_its_interval(
+    verdict, placed, mark, word
+):
+    found, headline = judge(verdict, placed, "t")
+    wanted = expect_shares(verdict, placed < 1)
+    auto = next(x for x in wanted if x.method == "auto" and x.want == "look")
+    low, high = max(0.0, auto.low), min(1.0, auto.high)
+    assert found == mark and f"xpect {word} ({auto.share:.0%})" in headline
+    assert f"{low:.0%} to {high:.0%}" in headline
+    assert str(make_report(verdict=verdict).in_words()).startswith(("✔", "⚠"))
+
+
+def test_a_report_and_advice_expect_the_same_of_auto():
+    for method in ("copy", "damped"):
+        told = make_report(method=method, asked="auto", verdict=CHANGED).in_words()
+        auto = find_expected(CHANGED, 1.0, "auto")
+        assert f"({auto.share:.0%})" in told.headline
+
+
+def test_where_parts_have_no_place_the_next_step_is_to_run_both_models():
+    assert "`method='best'`" in tell_next("damped", RELATED, 0.9, "t")
+    assert "`method='best'`" in tell_next("damped", APART, 1.0, "t")
+    assert "best" not in tell_next("copy", RELATED, 1.0, "t")
+
+
+def test_nothing_is_made_up_for_a_method_that_nobody_measured():
+    assert find_expected(RELATED, 1.0, "no such method") is None
+    assert "xpect" not in judge(RELATED, 1.0, "t", "no such method")[1]

@@ -154,6 +154,41 @@ def test_the_header_tells_parts_strengths_and_words(tmp_path):
         prolora.merge_file(paths, tmp_path / "mine.safetensors")
 
 
+def test_convolutions_text_encoders_and_other_kinds_are_summed_too(tmp_path):
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    conv, text = "lora_unet_down_blocks_0_resnets_0_conv1", "lora_te1_text_model_encoder_layers_0"
+    text += "_self_attn_q_proj"
+    loras, dense = [], []
+    for rank in (2, 3):
+        up, down = draw(8, rank, 1, 1), draw(rank, 6, 3, 3)
+        tensors = {f"{conv}.lora_up.weight": up, f"{conv}.lora_down.weight": down}
+        loras.append(tensors)
+        dense.append({"conv1": up.flatten(1).double() @ down.flatten(1).double()})
+    up, down = draw(10, 2), draw(2, 12)
+    loras[0] |= {f"{text}.lora_up.weight": up, f"{text}.lora_down.weight": down}
+    hada = [draw(10, 2), draw(2, 12), draw(10, 2), draw(2, 12)]
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    loras[1] |= {f"{text}.{name}": x for name, x in zip(names, hada, strict=True)}
+    dense[0]["q_proj"] = up.double() @ down.double()
+    a, b, c, d = (x.double() for x in hada)
+    dense[1]["q_proj"] = (a @ b) * (c @ d)
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, tensors in zip(paths, loras, strict=True):
+        save_file(tensors, path)
+    out = tmp_path / "out.safetensors"
+    prolora.merge_file(paths, out, strengths=(1, -0.5), dtype="float32")
+    back = adapters.read_adapter(out)
+    wanted = add(dense, (1, -0.5))
+    assert len(back.updates) == 2 and list(back.kernels.values()) == [(3, 3)]
+    for name, update in back.updates.items():
+        delta = wanted[name.rpartition(".")[2]]
+        found = update.up.double() @ update.down.double()
+        assert (found - delta).norm() < 1e-5 * delta.norm(), name
+
+
 def test_a_fused_weight_of_flux_keeps_its_ranks(tmp_path):
     loras = []
     for seed, rank in ((0, 2), (1, 3)):
@@ -271,7 +306,7 @@ def test_modules_of_two_shapes_are_refused_by_name():
         (2, {"strengths": "1,1"}, "must be a number for each LoRA"),
         (2, {"blocks": "1,0"}, "`blocks` is for 1 LoRAs"),
         (2, {"blocks": "1,x;"}, "which is not a number"),
-        (2, {"blocks": "none.such=1;"}, "no block or module"),
+        (2, {"blocks": "none.such=1;"}, "block or module of"),
         (2, {"method": "median"}, "`method` must be one of sum, balanced"),
         (2, {"sources": [None]}, "1 bases are given for 2 LoRAs"),
         (2, {"sources": [{"x.weight": torch.zeros(2, 2)}, None]}, "`target` is missing"),

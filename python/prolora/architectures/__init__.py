@@ -6,6 +6,8 @@ To add a family:
 - `tables/<layout>.json`: names and shapes of each published size, in diffusers' spelling
   (`layouts.py` reads it); `tables/correspondence.json`: which of its blocks were made from those of
   another layout.
+- `loaders.json`: which programs read its LoRAs in which spelling, as their own code was measured to
+  (`loaders.py` reads it).
 
 CONTRIBUTING.md says how the tables are made and what tests them.
 """

@@ -220,7 +220,7 @@ class Comparison:
             "sweep": [asdict(row) for row in self.sweep],
             "means": {name: self.mean(name) for name in numbers},
             "verdict": asdict(verdict)
-            | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
+            | {"go": verdict.go, "related": verdict.related, "kappa": verdict.kappa},
             "advice": {
                 "method": advice.method if verdict.related else None,
                 "copying_is_best": self.copying_is_best,

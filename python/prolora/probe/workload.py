@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,16 +20,16 @@ from .settings import FitSettings
 
 SHOW = "show"
 """The stage in which images are drawn for a page."""
-STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 2.25, "judge": 1.0}
+STAGES = {"sample": 1.0, "draw": 1.0, "ask": 1.0, SHOW: 1.0, "fit": 1.8, "judge": 1.0}
 """Stage -> what a prediction in it costs, compared with one alone: steps of a fit go back, too."""
 _IMAGES = {
     "source": "sampling the source",
     "adapted": "sampling it with the LoRA",
     "target": "sampling the target",
 }
-_FORWARD = 2.6
-"""Predictions of a sample in a step of the fit: 3.25 in Gauss–Newton's (two trials, and every
-fourth step one more), and two in Adam's."""
+_FORWARD = 3.25
+"""Predictions of a sample in a step of the fit: two trials, and every fourth step one more. Two of
+Adam's steps make fewer, and take as long."""
 _STRENGTHS = 5
 """Predictions of a held-out sample in the verdict: some strengths of the fit and of its rival."""
 
@@ -87,8 +87,7 @@ class Workload:
     @property
     def as_images(self) -> int:
         """How many images the source draws in the time of it all, where both models are as fast."""
-        stages = self.predictions.items()
-        cost = sum(STAGES[stage] * sum(predicted) for stage, predicted in stages)
+        cost = price_predictions(self.predictions)
         return math.ceil(cost / (self.steps["source"] * self.branches[0]))
 
     def sentence(self, source: str, target: str) -> str:
@@ -102,6 +101,11 @@ class Workload:
             f"takes {settings.fit_steps} steps: at most about {ours:,} predictions of {source} and "
             f"{theirs:,} of {target}, or as long as drawing {self.as_images:,} images takes."
         )
+
+
+def price_predictions(predictions: Mapping[str, tuple[int, int]]) -> float:
+    """What all stages cost, in predictions."""
+    return sum(STAGES[stage] * sum(predicted) for stage, predicted in predictions.items())
 
 
 class WorkMeter:
@@ -203,7 +207,7 @@ class WorkMeter:
             done = elapsed / max(elapsed + left, 1e-9)
         self._told = max(self._told, done or 0.0)
         if left is not None and self._stage:
-            name = f"{name}, {_write_time(left)} left"
+            name = f"{name}, {write_time(left)} left"
         progress(int(self._told * self._total), self._total, name)
 
     def _estimate_left(self) -> float | None:
@@ -256,7 +260,7 @@ class WorkMeter:
         return rates[0], rates[0] * scale if rates[1] is None else rates[1]
 
 
-def _write_time(seconds: float) -> str:
+def write_time(seconds: float) -> str:
     """A duration as people say it."""
     minutes = seconds / 60
     if minutes < 1.5:

@@ -23,13 +23,23 @@ from ..errors import InvalidOption
 from ..files.jsontext import replace_nonfinite
 from ..probe.settings import FitSettings
 from ..probe.strength import MeasuredStrength, Measurement
+from ..probe.workload import write_time
 from .advice_options import DEFAULT_ADVICE, AdviceChanges, AdviceOptions
 from .base_check import check_bases
+from .by_fitting.plan import fitted_modules
 from .by_weights.base_pair import BasePair, read_lora
-from .in_words import InWords, judge, name_amount, tell_expected, tell_place, tell_plan
+from .in_words import AMOUNTS, InWords, Mark, judge, tell_place, tell_plan
 from .lora_fit import LoraFit, StackDrift, describe_stack, locate_lora, measure_plan
-from .measuring import MeasuredSide, check_runnable, measure_lora, move_candidates, open_models
-from .options import LoraLike, TransferOptions, settle_options, takes_options
+from .measuring import (
+    TRIAL_STEPS,
+    MeasuredSide,
+    begin_fit,
+    check_runnable,
+    measure_lora,
+    move_candidates,
+    open_models,
+)
+from .options import BEST, FIT, LoraLike, TransferOptions, settle_options, takes_options
 from .page.document import Page, Section, render_page
 from .table import Table
 from .tables import (
@@ -62,6 +72,7 @@ class Advice:
             where no pair of bases like this was measured.
         lora: where the LoRA lies; None without one.
         measurement: what moved LoRAs reach on the running models; None where it was not asked for.
+        fit_seconds: what a whole fit would take here, where the first steps of one were run.
         verb: "transfer" or "fit", what is worth a try; "" where neither is.
         options: its keywords.
     """
@@ -71,6 +82,7 @@ class Advice:
     expected: tuple[Expectation, ...]
     lora: LoraFit | None
     measurement: Measurement | None
+    fit_seconds: float | None
     verb: Verb
     options: Mapping[str, Any]
     _energies: Mapping[str, float]
@@ -131,18 +143,42 @@ class Advice:
         mark, headline = judge(self.verdict, placed, target)
         lines = [] if placed is None else [tell_place(placed, None, target)]
         if self.decision is not None and self.verdict.go:
-            lines.append(tell_expected(self.expected, self.decision.method, target))
             lines.append(tell_plan(self.decision.method))
-        if best := self.measured:
-            share = max(0.0, best.share)
-            mark, headline = ("✔", "This should work.") if best.go else (mark, headline)
-            lines = [
-                f"Measured on the running models: {name_amount(share).lower()} ({share:.0%}) of "
-                f"what the LoRA does to {source} arrives on {target}."
-            ]
+        if self.measurement is not None:
+            mark, headline, lines = self._tell_measured((mark, headline), source, target)
         if not self.verb:
             lines.append(f"Next: train the LoRA on {target}.")
         return InWords(mark, headline, tuple(filter(None, lines)))
+
+    def _tell_measured(
+        self, by_weights: tuple[Mark, str], source: str, target: str
+    ) -> tuple[Mark, str, list[str]]:
+        """Mark, headline and lines where the models were run; arguments as `judge` gives them."""
+        assert self.measurement is not None and self.measured is not None
+        share = f"{max(0.0, self.measured.share):.0%}"
+        (mark, headline), fitted = by_weights, self.measurement.best == FIT
+        lines = [
+            f"Measured on the running models: {share} of what the LoRA does to {source} arrives on "
+            f"{target}. A LoRA that was trained on {target} may do something else."
+        ]
+        if fitted:
+            mark, headline = "✔", f"A fit should work, and do more than weights do on {target}."
+            if not self.measured.go:
+                mark, headline = "⚠", f"A fit may do a little, and weights do less on {target}."
+            lines = [
+                f"Measured on the running models: the first steps of a fit bring {share} of what "
+                f"the LoRA does to {source} to {target}, and a whole fit should bring no less."
+            ]
+            if self.fit_seconds is not None:
+                lines.append(f"A whole fit takes about {write_time(self.fit_seconds)} here.")
+        elif not self.measured.go:
+            mark, headline = (
+                ("✖" if mark == "✖" else "⚠"),
+                f"Expect little: it hardly arrives on {target}.",
+            )
+        elif not self.verdict.go:
+            mark, headline = "⚠", "This may work in part, whatever the weights say."
+        return mark, headline, lines
 
     def sentences(self) -> list[str]:
         """The advice in numbers."""
@@ -152,7 +188,8 @@ class Advice:
             if self._differs():
                 sentences.append(f"Over the LoRA's modules: {self.verdict.sentence()}")
         if self.measurement is not None:
-            return sentences + describe_measurement(self.measurement)
+            weakest = self.verdict.strength if self.verdict.related else 1.0
+            return sentences + describe_measurement(self.measurement, weakest)
         sentences.append(self._expect())
         if self.decision is not None:
             strength = self.decision.strength
@@ -170,21 +207,20 @@ class Advice:
 
     def _expect(self) -> str:
         """What the calibration says, and how far it can be trusted."""
-        calibration = load_calibration()
-        worlds = " and ".join(calibration.worlds)
         if self.verdict.drift == 0:
             return "The paired weights are equal: the LoRA works as it is."
         if not self.expected:
             return (
-                f"No pair of bases like this was measured (worlds: {worlds}), so nothing can be "
-                "said of what a moved LoRA will give."
+                "No pair of bases like this was measured, so nothing can be said of what a moved "
+                "LoRA will give."
             )
-        first = self.expected[0]
+        first, checked = self.expected[0], load_calibration()["checked"].values()
         kinds = "1 kind" if first.kinds == 1 else f"{first.kinds} kinds"
+        inside = " and ".join(f"{world['inside']:.0%}" for world in checked)
         return (
             f"Expected shares come from {kinds} of target like this one in the world "
-            f"of {' and '.join(first.worlds)} (small models); on kinds that were left out their "
-            f"80 % intervals held {calibration.checked['coverage']:.0%} of what was measured."
+            f"of {' and '.join(first.worlds)} (small models); where each world was left out, the "
+            f"intervals of the other held {inside} of what was measured in it."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,14 +233,15 @@ class Advice:
             "go": self.go,
             "comparison": self.comparison.to_dict(),
             "verdict": asdict(verdict)
-            | {"go": verdict.go, "related": verdict.related, "shift": verdict.shift},
+            | {"go": verdict.go, "related": verdict.related, "kappa": verdict.kappa},
             "decision": asdict(decision) if decision else None,
             "stacks": [asdict(stack) for stack in self.stacks()],
             "renumbered": dict(self.comparison.renumbered),
             "expected": [asdict(expectation) for expectation in self.expected],
-            "calibration": dict(load_calibration().made) | dict(load_calibration().checked),
+            "calibration": load_calibration()["made"] | load_calibration()["checked"],
             "lora": asdict(self.lora) if self.lora else None,
             "measurement": _measurement_dict(self.measurement),
+            "fit_seconds": self.fit_seconds,
             "verb": self.verb,
             "options": {n: str(x) if n == "match" else x for n, x in self.options.items()},
             "in_words": str(self.in_words()).split("\n"),
@@ -238,6 +275,9 @@ class Advice:
         return "\n".join([str(self.in_words()), "", *self.sentences()])
 
 
+_NAMES = {"copy": "the copy", FIT: f"a fit of {TRIAL_STEPS} steps"}
+
+
 def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
     if measurement is None:
         return None
@@ -248,11 +288,24 @@ def _measurement_dict(measurement: Measurement | None) -> dict[str, Any] | None:
     return asdict(measurement) | {"candidates": candidates, "best": measurement.best}
 
 
-def describe_measurement(measurement: Measurement) -> list[str]:
-    """What was measured, in plain words."""
+OWN_STRENGTH = 1.25
+"""Up to which strength a LoRA's own images ask for more on a target with another look."""
+
+
+def describe_measurement(measurement: Measurement, weakest: float = 1.0) -> list[str]:
+    """What was measured, in plain words.
+
+    Args:
+        measurement: of all candidates.
+        weakest: the strength that suits the target's look, by the weights. The models' own
+            trajectories tell neither that nor what the LoRA's own images ask for.
+    """
     best, name = measurement.candidates[measurement.best], measurement.best
     go = "Go" if best.go else "No-go"
-    low, high = best.strength_interval
+    strengths = [*best.strength_interval, *(strength for strength, _ in best.by_origin.values())]
+    if weakest < 1:
+        strengths += [weakest, OWN_STRENGTH]
+    low, high = min(strengths), max(strengths)
     trajectories = {"adapted": "the LoRA's own", "target": "the target's"}
     parts = " and ".join(
         f"{share:.0%} at {strength:.2f} on {trajectories[origin]} trajectories"
@@ -260,7 +313,7 @@ def describe_measurement(measurement: Measurement) -> list[str]:
     )
     return [
         f"{go}, measured on {measurement.trajectories} trajectories of the models themselves: "
-        f"{'the copy' if name == 'copy' else name} reaches {best.share:.0%} of the wanted change "
+        f"{_NAMES.get(name, name)} reaches {best.share:.0%} of the wanted change "
         f"at its best strength {best.strength:.2f} ({low:.2f} to {high:.2f}) and "
         f"{best.shares[1.0]:.0%} at 1; {parts}.",
         f"The bases' own predictions differ by {measurement.disagreement:.2g} times that change.",
@@ -319,14 +372,20 @@ def advise(
         affinities = measure_plan(ledger.plan, comparison, *pair)
         verdict = judge_pairs(affinities.values()) if affinities else verdict
         fit, energies = locate_lora(ledger, affinities, _name_lora(lora))
-    measurement = None
+    measurement, seconds, lost = None, None, False
+    if adapter is not None:
+        lost = bool(fitted_modules([*ledger.plan.skipped, *ledger.plan.refused], ours.base))
     if options.measure and adapter is not None:
         candidates = move_candidates(adapter, *pair, moving)
         models = open_models(ours, theirs, adapter, probe, options.samplers, moving.device)
+        if lost or not verdict.related:
+            rival = next(iter(candidates.values()))
+            candidates[FIT], seconds = begin_fit(models, adapter, rival, probe, pair)
         measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
-    expected = expect_shares(verdict.drift, verdict.spread) if verdict.drift > 0 else ()
-    chosen = choose_next(pair, options.match, verdict, measurement, probe)
-    return Advice(comparison, verdict, expected, fit, measurement, *chosen, energies)
+    cut = fit is not None and fit.kept_energy < AMOUNTS[0][0]
+    expected = expect_shares(verdict, cut) if verdict.drift > 0 else ()
+    chosen = choose_next(pair, options.match, verdict, measurement, probe, lost)
+    return Advice(comparison, verdict, expected, fit, measurement, seconds, *chosen, energies)
 
 
 def _compare_bases(
@@ -349,6 +408,7 @@ def choose_next(
     verdict: Verdict,
     measurement: Measurement | None,
     probe: FitSettings,
+    lost: bool = False,
 ) -> tuple[Verb, dict[str, Any]]:
     """What is worth a try, and with which options.
 
@@ -358,15 +418,18 @@ def choose_next(
         verdict: by the weights.
         measurement: by the running models, or None.
         probe: says how the target and the LoRA are run.
+        lost: whether parts of the LoRA have no place on the target.
     """
     best = None if measurement is None else measurement.candidates[measurement.best]
     paired = {} if match == AUTO_MATCH else {"match": match}
-    if best is not None and measurement is not None and best.go:
+    fits = measurement is not None and measurement.best == FIT
+    if best is not None and measurement is not None and best.go and not fits:
         method = {"method": "copy"} if measurement.best == "copy" else {}
         return "transfer", {**method, "strength": round(best.strength, 2), **paired}
+    can_fit = vae.can_fit(bases[0].path, bases[1].path)
     if best is None and verdict.related:
-        return "transfer", paired
-    if not vae.can_fit(bases[0].path, bases[1].path):
+        return "transfer", ({"method": BEST} if lost and can_fit else {}) | paired
+    if not can_fit:
         return "", {}
     names = ("target_steps", "target_guidance", "lora_steps", "lora_guidance")
     sampling = {name: value for name in names if (value := getattr(probe, name)) is not None}

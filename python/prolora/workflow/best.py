@@ -152,10 +152,7 @@ class BestWay:
         lost = sorted(fitted_modules(lost, self.source))
         if not lost:
             return ""
-        parts = (
-            "a part of the LoRA has" if len(lost) == 1 else f"{len(lost)} parts of the LoRA have"
-        )
-        return f"{parts} no place on {self.target.name}"
+        return f"{len(lost)} of the LoRA's modules have no place on {self.target.name}"
 
     def tell_weights(self, report: Report) -> Report:
         """A report of a move by weights, with why no fit was made."""

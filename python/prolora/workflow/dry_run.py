@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,11 +62,12 @@ def plan_report(
     """
     options = settle_options(options, changes)
     old, new = open_base(source), open_base(target)
-    if options.method == BEST:
-        return BestWay.of(old, new, options).plan(lora)
     # A dry run makes no folder.
     known = options.cache is not None and Path(options.cache).is_dir()
-    with BasisCache(options.cache if known else None).saving() as cache:
+    options = options if known else replace(options, cache=None)
+    if options.method == BEST:
+        return BestWay.of(old, new, options).plan(lora)
+    with BasisCache(options.cache).saving() as cache:
         ledger = BasePair(old, new, options, cache).plan(lora, "outline")
     ledger.weigh_rows()
     return build_report(ledger, ledger.rows.values(), carry_vectors(ledger), dry_run=True)

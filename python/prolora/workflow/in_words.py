@@ -6,11 +6,12 @@ of the mathematics; the numbers behind them are the report's sentences and table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..comparison.expectation import Expectation
+from ..comparison.expectation import FARTHEST, Expectation, expect_shares
 from ..core.verdict import AUTO, MIN_DAMPING, Verdict
 
 Mark = Literal["✔", "⚠", "✖"]
@@ -25,6 +26,10 @@ AMOUNTS = (
     (0.0, "Very little"),
 )
 """From which share on a part is called how."""
+
+MOST, HALF, FEW = "most", "about half", "little"
+EXPECTED = ((0.7, MOST), (0.3, HALF), (-math.inf, FEW))
+"""From which share on what is expected is called how."""
 
 FIT_NO_BETTER = (
     "A fit to the running models was no better on samples that it did not see, so this is the LoRA "
@@ -59,26 +64,55 @@ class InWords:
         return "\n".join([f"{self.mark} {self.headline}", *self.lines, *self.cautions])
 
 
-def judge(verdict: Verdict | None, placed: float | None, target: str) -> tuple[Mark, str]:
-    """A mark, and the verdict in a sentence.
+def judge(
+    verdict: Verdict | None, placed: float | None, target: str, method: str = AUTO
+) -> tuple[Mark, str]:
+    """A mark, and what to expect, in a sentence.
 
     Args:
         verdict: on the two models; None where nobody looked at their weights.
         placed: the share of the LoRA that has a place on the target; None without a LoRA.
         target: its name.
+        method: how the LoRA is moved.
     """
     if verdict is not None and not verdict.related:
         return "✖", "Do not expect this to work: the two models have nothing in common."
+    expected = None if verdict is None else find_expected(verdict, placed, method)
     if verdict is not None and not verdict.go:
-        return "⚠", f"Do not expect much: {target} has learnt something else."
+        told = f" ({_show_range(expected)} on small test models)" if expected else ""
+        return "⚠", f"Expect little{told}: {target} has learnt something else."
     if placed is not None and placed < LITTLE:
-        return "⚠", f"Do not expect much: most of this LoRA belongs to parts that {target} lacks."
+        return "⚠", f"Expect little: most of this LoRA belongs to parts that {target} lacks."
     if verdict is None:
         return "✔", "Done as asked; the two models were not compared."
     if verdict.drift == 0:
         return "✔", "Both models are the same where it counts: the LoRA works as it is."
-    differ = f"their weights differ by {verdict.drift:.0%}"
-    return "✔", f"This should work: the two models are closely related ({differ})."
+    if expected is None and verdict.drift > FARTHEST:
+        return "⚠", "It may work or not: nobody measured models that differ like these."
+    if expected is None:
+        return "✔", f"This should work: the two models' weights differ by {verdict.drift:.0%}."
+    word = next(word for least, word in EXPECTED if expected.share >= least)
+    told = (
+        f"xpect {word} ({expected.share:.0%}) of the effect of a LoRA that was trained on "
+        f"{target}; on small test models it was {_show_range(expected)}."
+    )
+    if word == MOST:
+        return "✔", f"This should work: e{told}"
+    return "⚠", f"This may work in part: e{told}" if word == HALF else f"E{told}"
+
+
+def _show_range(expected: Expectation) -> str:
+    """The interval of a share; harm counts as nothing, and more than all as all."""
+    low, high = (min(1.0, max(0.0, x)) for x in (expected.low, expected.high))
+    return f"{low:.0%} to {high:.0%}"
+
+
+def find_expected(verdict: Verdict, placed: float | None, method: str) -> Expectation | None:
+    """What a method is expected to give in the target's look; None for one nobody measured."""
+    name = AUTO if method == "damped" else method
+    cut = placed is not None and placed < AMOUNTS[0][0]
+    shares = expect_shares(verdict, cut)
+    return next((x for x in shares if x.method == name and x.want == "look"), None)
 
 
 def name_amount(share: float) -> str:
@@ -93,19 +127,6 @@ def tell_place(placed: float, kept: float | None, target: str) -> str:
         return f"{text}."
     rest = "all" if kept >= AMOUNTS[0][0] else f"{kept:.0%}"
     return f"{text}, and {rest} of that was kept."
-
-
-def tell_expected(expected: Sequence[Expectation], method: str, target: str) -> str:
-    """What the result is expected to give; "" where no pair of models like this was measured."""
-    name = AUTO if method == "damped" else method
-    shares = [x for x in expected if x.method == name and x.want == "look"]
-    if not shares:
-        return ""
-    share, low, high = (max(0.0, x) for x in (shares[0].share, shares[0].low, shares[0].high))
-    return (
-        f"Expect {name_amount(share).lower()} ({share:.0%}) of the effect of a LoRA that was "
-        f"trained on {target}; on small test models it was {low:.0%} to {high:.0%}."
-    )
 
 
 def tell_method(method: str, source: str, target: str, verdict: Verdict | None) -> str:
@@ -132,12 +153,17 @@ def tell_plan(method: str) -> str:
     return "A transfer would weaken the LoRA where the two models differ."
 
 
-def tell_next(method: str, verdict: Verdict | None, target: str) -> str:
-    """What to do next."""
+def tell_next(method: str, verdict: Verdict | None, placed: float, target: str) -> str:
+    """What to do next; `placed` is the share of the LoRA that has a place on the target."""
     if verdict is not None and not verdict.related:
-        return f"Next: train the LoRA on {target}, or fit it to the running model with `fit()`."
+        return f"Next: train the LoRA on {target}, or let `method='best'` run both models."
     if verdict is not None and not verdict.go:
         return f"Next: compare images with and without it; a LoRA trained on {target} does more."
+    if placed < AMOUNTS[0][0]:
+        return (
+            "Next: try it at strength 1. Where both models can run, `method='best'` fits what has "
+            "no place."
+        )
     if method == "damped":
         return (
             "Next: try it at strength 1. `look='lora'` keeps the look that the LoRA was made for "

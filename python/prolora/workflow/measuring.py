@@ -18,13 +18,22 @@ from ..bases.pipeline_files import PIPELINE_INDEX, is_pipeline
 from ..core.lowrank import LowRank
 from ..core.methods import MethodChoice
 from ..errors import InvalidOption, ProLoRAError, UnrelatedBases, UnsupportedFormat
+from ..probe.checkpoint import open_checkpoints
 from ..probe.default_prompts import derive_prompts
+from ..probe.recording.recorder import Recorder
 from ..probe.recording.trajectories import Sample
 from ..probe.recording.translation import Translation
+from ..probe.run import fit_from_recorder
 from ..probe.settings import FitSettings
 from ..probe.strength import ORIGINS, Measurement, Trajectories, measure_strengths
+from ..probe.workload import Workload, price_predictions
+from .by_fitting.plan import foresee_work
 from .by_weights.base_pair import move_lora
+from .fit_options import FitOptions
 from .options import TransferOptions
+
+TRIAL_STEPS, TRIAL_SEED = 8, 10_000
+"""Of the fit whose first steps are run; its samplings are not those that it is measured on."""
 
 MOMENTS = 6
 """Of each trajectory, at which the models are compared."""
@@ -59,12 +68,21 @@ class MeasuredSide:
 
 @dataclass(frozen=True)
 class RunningModels:
-    """What `measure_strengths` takes of two models."""
+    """What `measure_strengths` takes of two models, and a fit.
+
+    Attributes:
+        source: the module that runs.
+        target: likewise.
+        samplers: of the source with the LoRA and of the target, an image a call.
+        translation: asks both the same.
+        fitting: samplers of source, source with the LoRA and target, for the fit.
+    """
 
     source: nn.Module
     target: nn.Module
     samplers: tuple[Sample, Sample]
     translation: Translation
+    fitting: tuple[Sample, Sample, Sample]
 
 
 def check_runnable(source: MeasuredSide, target: MeasuredSide, samplers: object) -> None:
@@ -114,7 +132,8 @@ def open_models(
     """
     if samplers is not None:
         assert source.module is not None and target.module is not None
-        return RunningModels(source.module, target.module, samplers, Translation())
+        fitting = samplers[0], samplers[0], samplers[1]
+        return RunningModels(source.module, target.module, samplers, Translation(), fitting)
     from ..probe.pipelines import pair_pipelines
 
     ours, theirs = (_open_pipeline(side, device) for side in (source, target))
@@ -127,7 +146,45 @@ def open_models(
         theirs.denoiser,
         (_make_sampler(ours, pair.settings.with_lora()), _make_sampler(theirs, pair.of_target)),
         pair.translation,
+        pair.samplers(lambda _: None),
     )
+
+
+def begin_fit(
+    models: RunningModels,
+    adapter: Adapter,
+    rival: Mapping[str, LowRank],
+    settings: FitSettings,
+    bases: tuple[Base, Base],
+) -> tuple[dict[str, LowRank], float]:
+    """The first steps of a fit: its updates, and the seconds that a whole one would take here.
+
+    Args:
+        models: of both bases.
+        adapter: the LoRA.
+        rival: what weights give, from which the fit may start.
+        settings: what is sampled.
+        bases: source and target.
+    """
+    updates = _keep_denoiser(adapter.updates)
+    recorder = Recorder(
+        models.source,
+        models.target,
+        adapter.with_updates(updates),
+        models.fitting,
+        models.translation,
+        open_checkpoints(None, models.source, models.target, {}),
+        "",
+    )
+    few = replace(settings, fit_steps=TRIAL_STEPS, seed=TRIAL_SEED, force=True, progress=None)
+    done = fit_from_recorder(recorder, rival, few)
+    whole = FitOptions()
+    if all(is_pipeline(base.path) for base in bases):
+        foreseen = foresee_work(*bases, whole)
+    else:
+        foreseen = Workload(whole, whole.steps)
+    spent = sum(done.report.seconds.values()) / price_predictions(done.report.predictions)
+    return dict(done.adapter.updates), spent * price_predictions(foreseen.predictions)
 
 
 def _open_pipeline(side: MeasuredSide, device: str | None) -> Any:

@@ -277,7 +277,8 @@ class TransferOptions:
         Raises:
             InvalidOption: names the option.
         """
-        kept = {"strength": None, "damping": None, "out_rank": "exact", "vectors": "copy"}
+        kept: dict[str, object] = {"strength": None, "damping": None, "blocks": None}
+        kept |= {"out_rank": "exact", "vectors": "copy"}
         for name, usual in kept.items():
             if getattr(self, name) != usual:
                 raise InvalidOption(f"`{name}` cannot be chosen with method 'best': leave it out")

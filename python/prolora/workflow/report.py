@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..comparison.expectation import expect_shares
 from ..comparison.module_map import BlockDecision, describe_renumbered
 from ..core.means import weighted_mean
 from ..core.methods import find_method
@@ -37,7 +36,6 @@ from .in_words import (
     MERGE,
     InWords,
     judge,
-    tell_expected,
     tell_fit,
     tell_made,
     tell_method,
@@ -285,16 +283,16 @@ class Report:
                 cautions=self._cautions(),
             )
         verdict = self.verdict
-        expected = expect_shares(verdict.drift, verdict.spread) if verdict else ()
         lines = (
             tell_place(placed, kept, target),
-            tell_expected(expected, self.method, target) if verdict and verdict.go else "",
             FIT_NO_BETTER if self.probe else "",
             tell_method(self.method, source, target, verdict),
             self.why,
-            tell_next(self.method, verdict, target),
+            tell_next(self.method, verdict, placed, target),
         )
-        mark, headline = judge(verdict, placed, target)
+        # What `auto` gives is a row of its own: it copies where a copy does well.
+        chosen = AUTO if self.asked in (AUTO, BEST) else self.method
+        mark, headline = judge(verdict, placed, target, chosen)
         return InWords(mark, headline, tuple(filter(None, lines)), self._cautions())
 
     def _cautions(self) -> tuple[str, ...]:
