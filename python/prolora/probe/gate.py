@@ -331,7 +331,8 @@ def _best_strength(
 ) -> tuple[float, list[Tensor]]:
     """The one of STRENGTHS with the largest share over all probes, and what is missing there.
 
-    It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change; None: it is 1.
+    It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change, and always
+    without a `doubt`.
     """
     full = measure_missing(target, updates, held_out, 1.0, read)
     if doubt is None:
