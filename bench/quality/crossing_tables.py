@@ -43,8 +43,17 @@ def collect(work: Path) -> dict:
     return {"made": made, "rows": rows, "again": again, "ideas": ideas}
 
 
+def at_chosen_strength(row: Row) -> Row:
+    """The row at the strength that the gate of today takes, where a weaker one was measured."""
+    weaker = row.get("weaker")
+    if weaker and weaker["share"]["all"] - row["share"]["all"] >= gate.IMAGE_DOUBT:
+        return row | weaker
+    return row
+
+
 def decide_row(row: Row) -> str:
     """What the gate says of a row, by its rule of today."""
+    row = at_chosen_strength(row)
     effect = gate.Gain(**row["effect"])
     same_noise = row["pair"] == "flow → ε, the same latent"
     compared = row["disagreement"] if same_noise else None
@@ -65,7 +74,10 @@ def pairs_table(rows: list[Row]) -> str:
         part = [r for r in rows if r["pair"] == pair and r["adapter"] not in ("zero", "noise")]
         moved = [row for row in part if row["method"] == "probe"]
         trained = [row for row in part if row["method"] == "trained"]
-        gated = [r | {"score": r["score"] * (decide_row(r) in WRITTEN)} for r in moved]
+        gated = [
+            r | {"score": at_chosen_strength(r)["score"] * (decide_row(r) in WRITTEN)}
+            for r in moved
+        ]
         written = sum(decide_row(row) in WRITTEN for row in moved)
         shares = [row["share"]["all"] for row in moved]
         seeds = len({row["seed"] for row in moved})

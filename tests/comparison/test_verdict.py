@@ -107,7 +107,7 @@ def test_drift_that_looks_like_noise_weakens_nothing():
 
 
 def test_a_small_drift_along_few_directions_weakens_little_and_a_large_one_is_a_no_go():
-    merged, many = Verdict(0.04, 0.999, 0.02), Verdict(0.12, 0.99, 0.045)
+    merged, many = Verdict(0.04, 0.999, 0.02), Verdict(0.2, 0.98, 0.045)
     assert merged.go and merged.kappa < 2
     assert many.related and not many.go
 

@@ -26,14 +26,14 @@ ALIKE_SPREAD = 0.45
 """From this spread on, too; targets of another look were seen up to 0.43."""
 
 FARTHEST = 0.5
-"""Of bases that differ by more and still are a go none was measured."""
+"""Of related bases that differ by more none was measured, nor any that are no go."""
 
 WANTS = ("look", "own")
 """What is asked of a moved LoRA: its effect in the target's look, or its own images."""
 
-APART, STRANGE, CUT, ALIKE, CHANGED = "apart", "strange", "cut", "alike", "changed"
-"""Trained apart; too far for much; without some of the LoRA's blocks; trained on, merged or
-distilled; and with a look of its own."""
+APART, CUT, ALIKE, CHANGED = "apart", "cut", "alike", "changed"
+"""Trained apart; without some of the LoRA's blocks; trained on, merged or distilled; and with a look
+of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def classify(verdict: Verdict, cut: bool) -> str:
         verdict: by their weights.
         cut: whether modules of the LoRA have no place on the target.
     """
-    if not verdict.go:
-        return STRANGE if verdict.related else APART
+    if not verdict.related:
+        return APART
     if cut:
         return CUT
     return ALIKE if verdict.drift < ALIKE_DRIFT or verdict.spread >= ALIKE_SPREAD else CHANGED
@@ -92,7 +92,7 @@ def expect_shares(verdict: Verdict, cut: bool = False) -> tuple[Expectation, ...
     Returns:
         Empty where no pair like this was measured.
     """
-    if verdict.go and verdict.drift > FARTHEST:
+    if verdict.related and not (verdict.go and verdict.drift <= FARTHEST):
         return ()
     entries = load_calibration()["expected"][classify(verdict, cut)]
     return tuple(Expectation(**entry | {"worlds": tuple(entry["worlds"])}) for entry in entries)

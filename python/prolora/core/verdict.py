@@ -35,7 +35,7 @@ NOISE_SPREAD = 0.4
 DAMPING = 40.0
 """κ of the method `damped`, per drift, where all of it is along few directions."""
 
-MAX_DAMPING = 3.0
+MAX_DAMPING = 5.0
 """Bases that ask for a larger κ are so far apart that little is to be expected."""
 
 HALF_DAMPING = 5.0

@@ -28,6 +28,9 @@ MIN_IMAGE_SHARE = 0.1
 """The same on the LoRA's images where the models were asked about images: half of such a fit
 follows pairs of images, which are not among the held-out questions, and a LoRA is worth more than
 this share says (docs/fit_measured.md)."""
+IMAGE_DOUBT = 0.09
+"""Share of the wanted change by which a weaker strength must be better there. Noise that the target
+does not see makes weaker ones look better than they are (docs/fit_measured.md)."""
 DOUBT = 1.0
 """Error of the wanted change that is expected for a disagreement of 1, as a share of its energy."""
 SURE = 1.645
@@ -62,8 +65,7 @@ class Gate:
         decision: "go", "weaken", "copy" where the fit gains nothing sure over the rival (the copied
             LoRA) on the same probes, or "refuse".
         strength: the factor of every update: the one of STRENGTHS with the largest share, where
-            that is surely better than 1. It is 1 where each model saw noise of its own: a weaker
-            strength looks better there than it is (docs/fit_measured.md).
+            that is surely better than 1.
         share: origin -> 1 − Σ‖achieved − wanted‖²/Σ‖wanted‖² of the change of the prediction, at
             that strength. 1 is perfect, 0 as good as no LoRA.
         disagreement: origin -> how far the bases' own predictions are apart, whatever the LoRA is;
@@ -118,7 +120,7 @@ def judge_updates(
     """
     read, same_noise = translation.read, translation.same_noise
     disagreement = measure_disagreement(held_out)
-    doubt = least_gain(disagreement["all"], "zero") if same_noise else None
+    doubt = IMAGE_DOUBT if images else least_gain(disagreement["all"], "zero")
     strength, missing = _best_strength(target, updates, held_out, doubt, read)
     share = share_by_origin(held_out, missing)
     copy_share, copy_strength, gain = None, 1.0, None
@@ -326,18 +328,15 @@ def _best_strength(
     target: nn.Module,
     updates: Mapping[str, LowRank],
     held_out: Sequence[WantedChange],
-    doubt: float | None,
+    doubt: float,
     read: Callable[[Any], Tensor],
 ) -> tuple[float, list[Tensor]]:
     """The one of STRENGTHS with the largest share over all probes, and what is missing there.
 
-    It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change, and always
-    without a `doubt`.
+    It is 1 unless a weaker one reaches more by `doubt`, a share of the wanted change.
     """
-    full = measure_missing(target, updates, held_out, 1.0, read)
-    if doubt is None:
-        return 1.0, full
     energy = sum(float(energy_of(wanted.change).sum()) for wanted in held_out)
+    full = measure_missing(target, updates, held_out, 1.0, read)
     best, least = (1.0, full), sum(float(part.sum()) for part in full)
     bound = least - doubt * energy
     for strength in sorted(STRENGTHS, reverse=True)[1:]:

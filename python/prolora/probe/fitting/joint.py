@@ -77,7 +77,6 @@ def _fit_part_way(
         settings.curvature_damping,
         int(rank) if rank >= 1 else own,
         will_be_cut=start.trust < 1 or rank < 1,
-        same_noise=run.translation.same_noise,
     )
     with run_beside(run.target, outside):  # these copies do not change during the fit
         fit = fit_in_factors(

@@ -37,7 +37,6 @@ class JointProblem:
         damping: of the curvature, relative to its mean diagonal.
         rank: of the updates.
         will_be_cut: whether the result will be cut to lower rank, which needs the curvature.
-        same_noise: whether the models see the same noise; see `fit_in_factors`.
     """
 
     target: nn.Module
@@ -48,7 +47,6 @@ class JointProblem:
     damping: float
     rank: int
     will_be_cut: bool = False
-    same_noise: bool = True
 
 
 @dataclass(frozen=True)

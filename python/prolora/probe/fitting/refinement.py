@@ -48,12 +48,9 @@ def fit_in_factors(
 
     Arguments are those of `fit_jointly`, and a rest of n steps is STEPS·n of Adam's. A fit that
     starts from a copy takes all of its steps by `fit_jointly`: Adam's lose more of what a copy
-    does right away from the probes. So does one to models that see noise of their own: Adam's
-    reach more of the wanted change there and give less of what training on the target gives, as
-    the change that is asked for is smaller where the source sees other noise.
+    does right away from the probes.
     """
-    whole = initial or not problem.same_noise
-    half = problem.steps if whole else (problem.steps + 1) // 2
+    half = problem.steps if initial else (problem.steps + 1) // 2
     kept = store.recall() if store else None
     if kept is not None and _TAKEN in kept[1]:
         for _ in range(half):
