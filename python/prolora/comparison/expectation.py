@@ -32,8 +32,8 @@ WANTS = ("look", "own")
 """What is asked of a moved LoRA: its effect in the target's look, or its own images."""
 
 APART, CUT, ALIKE, CHANGED = "apart", "cut", "alike", "changed"
-"""Trained apart; without some of the LoRA's blocks; trained on, merged or distilled; and with a look
-of its own."""
+"""Trained apart; without some of the LoRA's blocks; trained on, merged or distilled; with a look of
+its own."""
 
 
 @dataclass(frozen=True)
