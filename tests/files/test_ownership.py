@@ -84,6 +84,16 @@ def test_a_change_of_any_byte_makes_a_file_foreign(data: st.DataObject) -> None:
         path.unlink()
 
 
+def test_a_change_of_the_checksum_behind_the_mark_of_a_picture_makes_it_foreign(
+    tmp_path: Path,
+) -> None:
+    whole = make_png()
+    for place in range(len(whole) - 16, len(whole) - 12):
+        path = tmp_path / "picture.png"
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert not is_own(path, "picture")
+
+
 def test_a_lora_that_was_trained_on_or_saved_again_is_foreign(tmp_path: Path) -> None:
     """Though its header kept the mark: other numbers at the same places, and equal numbers anew."""
     path = write_lora(tmp_path / "x.safetensors")

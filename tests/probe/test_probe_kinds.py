@@ -196,7 +196,7 @@ def test_a_base_in_other_coordinates_gets_a_lora_that_no_copy_could_be(tmp_path)
         assert result.exit_code == 0, (result.output, result.exception)
         return json.loads(result.stdout)
 
-    report = run("out.safetensors", "--fit-steps", "6")
+    report = run("out.safetensors", "--fit-steps", "10")
     gate = report["probe"]["gate"]
     assert gate["decision"] in ("go", "weaken")
     assert gate["share"]["all"] > 0.5

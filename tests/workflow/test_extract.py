@@ -317,6 +317,7 @@ def test_an_extracted_lora_is_for_its_base_and_moves_on(tmp_path):
         prolora.transfer(out, new, old, method="copy")  # by the hash in its header
 
 
+@pytest.mark.slow
 def test_peft_merges_an_extracted_file_into_the_tuned_model():
     """Its own injection and merge, on a live UNet of diffusers."""
     peft = pytest.importorskip("peft", reason="needs peft, which the extra test has")

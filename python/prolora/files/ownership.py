@@ -37,6 +37,7 @@ _MOST_MARKS = 8
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Length, type and checksum of the empty chunk that ends a PNG file.
 _PNG_END = 12
+_TEXT = b"tEXtprolora\0"
 
 
 def make_mark(kind: Kind) -> str:
@@ -61,7 +62,7 @@ def mark_json(kind: Kind, *records: Mapping[str, Any]) -> str:
 
 def sign_png(data: bytes) -> bytes:
     """A PNG file with a mark in a chunk of text at its end, which viewers ignore."""
-    text = b"tEXtprolora\0" + make_mark("picture").encode()
+    text = _TEXT + make_mark("picture").encode()
     start, end = data[:-_PNG_END], data[-_PNG_END:]
     # A checksum of zeros, which the digest is of: it depends on the digest.
     length = (len(text) - 4).to_bytes(4, "big")
@@ -94,6 +95,7 @@ def is_signed(file: BinaryIO, kind: Kind) -> bool:
     """Whether a file has a mark of a kind whose digest is its own; arguments as `is_own`."""
     head = file.read(_HEAD_BYTES)
     marks = [m for m in _MARK.finditer(head) if m[1] == kind.encode()][:_MOST_MARKS]
+    marks = [m for m in marks if not head.startswith(_PNG) or _has_checksum(head, m)]
     digests = {mark[2]: hashlib.sha256(_blank(head, mark)) for mark in reversed(marks)}
     while digests and (block := file.read(_BLOCK_BYTES)):
         for digest in digests.values():
@@ -153,6 +155,12 @@ def foreign_file(path: str | os.PathLike[str], kind: str) -> ForeignFile:
         f"{os.fspath(path)}: exists and is not a {kind} as prolora wrote it, so it is not "
         "replaced; choose another name, or allow it with `overwrite=True`"
     )
+
+
+def _has_checksum(head: bytes, mark: re.Match[bytes]) -> bool:
+    """Whether the checksum of a mark's chunk, which the digest leaves out, is right."""
+    chunk = head[mark.start() - len(_TEXT) : mark.end()]
+    return head[mark.end() : mark.end() + 4] == zlib.crc32(chunk).to_bytes(4, "big")
 
 
 def _blank(head: bytes, mark: re.Match[bytes]) -> bytes:

@@ -235,7 +235,7 @@ def weigh_adapter(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:
         for name, update in adapter.updates.items()
         if factors.get(name) != 0
     }
-    if not updates:
+    if adapter.updates and not updates:
         raise InvalidOption("`blocks` leaves no module of the LoRA, every factor is 0")
     vectors = {
         name: vector if factor == 1 else vector * factor
