@@ -122,3 +122,26 @@ def test_ten_and_twenty_blocks_of_flux_are_longcat_images(tmp_path):
     told = write_lora(lora, "longcat-image", "longcat-image", "comfy", in_block)
     assert told.families == ["longcat-image"]
     assert {"ComfyUI", "stable-diffusion.cpp"} <= set(told.readers)
+
+
+def test_what_one_program_reads_makes_no_family_certain(tmp_path):
+    """A first block's attention as OneTrainer spells it; Qwen-Image has the same shapes."""
+    tensors = {
+        f"lora_transformer_transformer_blocks_0_attn_{leaf}.lora_{end}.weight": torch.zeros(shape)
+        for leaf in ("to_q", "to_k", "to_v", "add_q_proj")
+        for end, shape in (("down", (1, 3072)), ("up", (3072, 1)))
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    told = inspect(tmp_path / "lora.safetensors")
+    assert told.family is None and {"flux", "qwen-image"} <= set(told.families)
+    claim = {"modelspec.architecture": "qwen-image/lora"}
+    save_file(tensors, tmp_path / "lora.safetensors", claim)
+    assert inspect(tmp_path / "lora.safetensors").families == ["qwen-image"]
+
+
+def test_nobody_is_said_to_read_a_kind_that_was_not_tried(tmp_path):
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    factors = {"w1": torch.ones(4, 4), "w2": torch.ones(160, 512)}
+    save_file({f"{key}.lokr_{x}": t for x, t in factors.items()}, tmp_path / "lokr.safetensors")
+    told = inspect(tmp_path / "lokr.safetensors")
+    assert told.family == "sdxl" and told.readers == told.part_readers == told.non_readers == []

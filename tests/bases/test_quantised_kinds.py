@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mini import write_case
 
 from prolora import UnsupportedFormat, inspect, open_base
 from prolora.bases import check_finite
@@ -244,6 +245,25 @@ def test_an_origin_tells_weights_of_other_scales_apart(tmp_path):
     weight = open_base(tmp_path / "x.safetensors").weights[Q]
     other = replace(weight, scales=(replace(weight.scales[0], key=f"{Q}.other"),))
     assert weight.origin != other.origin and weight.origin != weight.stored.origin
+
+
+def test_an_origin_tells_weights_of_other_notes_apart(tmp_path):
+    """Notes may lie in another file than the codes, which then stay as they are."""
+    write_layer("comfy int8, rotated", tmp_path / "x.safetensors")
+    weight = open_base(tmp_path / "x.safetensors").weights[Q]
+    assert weight.origin != replace(weight, size=4 * weight.size).origin
+    assert weight.origin == open_base(tmp_path / "x.safetensors").weights[Q].origin
+
+
+def test_a_quantised_text_encoder_of_a_pipeline_is_read_by_the_notes_of_its_own_file(tmp_path):
+    _, source, _ = write_case(tmp_path)
+    there = "text_model.encoder.layers.0.self_attn.q_proj"
+    parts, metadata, meant = layer("torchao int8")
+    notes = json.loads(json.dumps(metadata).replace(Q, there))
+    encoder = source / "text_encoder" / "model.safetensors"
+    encoder.parent.mkdir(exist_ok=True)
+    write_safetensors(encoder, {k.replace(Q, there): part for k, part in parts.items()}, notes)
+    assert torch.equal(open_base(source).read(f"text_encoder.{there}"), meant)
 
 
 def test_the_shapes_of_a_kind_that_is_not_known_are_those_of_its_family():

@@ -106,3 +106,17 @@ def test_equal_updates_are_done_once_and_orthogonal_ones_whole():
     assert balance_updates([a, weak]) == pytest.approx([1.0, 0.0], abs=1e-6)
     assert balance_updates([a, against]) == pytest.approx([1.0, 1.0])
     assert balance_updates([LowRank(0 * a.up, a.down), a]) == pytest.approx([1.0, 1.0])
+
+
+@given(seed=st.integers(0, 2000), count=st.integers(3, 5))
+def test_balanced_updates_do_what_each_alone_does_along_it(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        LowRank(torch.rand(4, 1, generator=generator), torch.rand(1, 3, generator=generator))
+        for _ in range(count)
+    ]
+    factors = balance_updates(parts)
+    assert all(0 <= factor <= 1 for factor in factors)
+    whole = sum(f * dense(part) for f, part in zip(factors, parts, strict=True))
+    for part in map(dense, parts):
+        assert (whole * part).sum() >= 0.999 * (part * part).sum()

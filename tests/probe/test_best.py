@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import prolora
 from prolora import InvalidOption, UnrelatedBases
 from prolora.probe import pipelines
 from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
-from prolora.workflow import best
+from prolora.workflow import batch, best
 from prolora.workflow.advice import choose_next, describe_measurement
 from prolora.workflow.best import BestWay
 
@@ -203,3 +204,16 @@ def test_the_interval_of_a_strength_holds_what_both_yardsticks_ask_for():
     assert "0.85 (0.60 to 1.25)" in said
     said = describe_measurement(Measurement({"copy": way}, 0.1, 4, 24))[0]
     assert "0.85 (0.80 to 0.90)" in said
+
+
+def test_two_loras_of_one_name_are_refused_though_one_was_fitted_before(
+    room, tmp_path, monkeypatch
+):
+    loras = [tmp_path / name / "x.safetensors" for name in "ab"]
+    for lora in loras:
+        lora.parent.mkdir()
+        shutil.copy(room / "lora.safetensors", lora)
+    monkeypatch.setattr(batch, "_is_fitted", lambda lora, *_: lora == loras[0])
+    with pytest.raises(prolora.OutputError):
+        prolora.transfer_many(loras, *ends(room, "pruned")[1:], tmp_path / "out", method="best")
+    assert not (tmp_path / "out").exists()

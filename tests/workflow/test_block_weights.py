@@ -201,3 +201,13 @@ def test_trained_biases_follow_their_block():
     assert torch.equal(half.adapter.vectors[f"{name}.bias"], torch.full((8,), 0.5))
     none = prolora.convert(lora, blocks="IN04=0")
     assert not none.adapter.vectors and none.report.left_out == {f"{name}.bias": LEFT_OUT}
+
+
+def test_the_order_of_names_is_part_of_what_a_result_is_made_of(tmp_path):
+    """The last name that fits a module decides, so another order is another result."""
+    lora, *bases = write_case(tmp_path)
+    names = {"down_blocks*": 0.5, "down_blocks.1.attentions.0.transformer_blocks.0": 1.0}
+    for blocks, kept in ((names, False), (names, True), (dict(reversed(names.items())), False)):
+        options = {"method": "copy", "blocks": blocks}
+        (outcome,) = prolora.transfer_many([lora], *bases, tmp_path / "out", **options)
+        assert outcome.error is None and outcome.kept is kept

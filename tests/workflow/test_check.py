@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import time
 
 import pytest
 import torch
@@ -141,15 +140,6 @@ def test_what_is_no_lora_or_no_base_is_refused(tmp_path, swapped):
     save_file({k: v.contiguous() for k, v in usual_lora("sd15", "unet.").items()}, lora)
     with pytest.raises(prolora.UnsupportedFormat):
         prolora.check(*((base, base) if swapped else (lora, lora)))
-
-
-def test_a_lora_is_checked_in_a_tenth_of_a_second(tmp_path):
-    base, lora = hollow_base(tmp_path, "sdxl"), tmp_path / "lora.safetensors"
-    save_file({k: v.contiguous() for k, v in usual_lora("sdxl", "unet.").items()}, lora)
-    prolora.check(lora, base)
-    start = time.process_time()
-    assert prolora.check(lora, base)
-    assert time.process_time() - start < 0.2  # half of it measured; others use the machine too
 
 
 def test_a_language_models_lora_is_not_promised_a_move(tmp_path):

@@ -398,6 +398,22 @@ def test_a_text_encoder_that_the_target_lacks_is_told(room, tmp_path):
     assert (len(there.text), there.unheard) == (1, 0) and (len(away.text), away.unheard) == (0, 1)
 
 
+def test_a_score_that_some_loras_do_not_have_is_left_out_of_all(room, tmp_path):
+    seen = []
+
+    def judge(images, prompts, references):
+        seen.append(len(seen))
+        # The first call judges grey images; the second has those of the first LoRA.
+        some = {} if len(seen) == 2 else {"some": [1.0] * len(images)}
+        return {"all": [1.0] * len(images)} | some
+
+    loras = [room / f"loras/{name}.safetensors" for name in ("one", "two")]
+    given = {"metrics": {"m": judge}, "sampling": SAMPLING}
+    done = prolora.evaluate(room / "sd15", room / "tuned", loras, [], tmp_path / "out", **given)
+    assert len(done.subjects) == 2
+    assert "all" in done.scores and "some" not in done.scores and "some" in done.skipped
+
+
 def test_a_folder_with_one_lora_takes_folders(room, tmp_path):
     for name in ("loras", "moved"):
         (tmp_path / name).mkdir()
@@ -451,6 +467,10 @@ def test_what_does_not_belong_is_refused_before_a_model_is_loaded(room, tmp_path
         run(room, out, reference="trained")
     with pytest.raises(prolora.UnsupportedFormat, match="no images"):
         run(room, out, reference=room / "loras")
+    with pytest.raises(prolora.InvalidOption, match="lies in the output"):
+        run(room, out, reference=out / "images")
+    with pytest.raises(prolora.InvalidOption, match="two of `metrics` give the score 'one'"):
+        run(room, out, metrics=dict.fromkeys("ab", lambda i, p, r: {"one": [1.0] * len(i)}))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(lora.read_bytes()[:-50])
     for files in ((broken, []), (lora, [broken])):

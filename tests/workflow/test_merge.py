@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import prolora
 from prolora import adapters
 from prolora.files.safetensors_file import SafetensorsFile
+from prolora.workflow import merge
 
 
 def make_lora(rank, seed, modules=None):
@@ -442,3 +443,57 @@ def test_diffusers_draws_the_same_with_the_merged_file_as_with_all_adapters(tmp_
     merged = draw()
     assert (merged - both).abs().max() < 1e-4
     assert (merged - weaker).abs().max() > 1e-3 and (merged - plain).abs().max() > 1e-3
+
+
+def write_lora(path, tensors):
+    save_file(tensors, path)
+    return path
+
+
+def test_an_update_that_cannot_be_read_is_told_as_one(tmp_path):
+    strange = {f"lora_te3_strange.lora_{x}.weight": torch.ones(2, 2) for x in ("up", "down")}
+    odd = write_lora(tmp_path / "odd.safetensors", lora_tensors() | strange)
+    lora, source, target = write_case(tmp_path)
+    assert len(prolora.merge([odd, lora]).report.unread) == 1
+    assert len(prolora.merge([odd, lora], target, [source, source]).report.unread) == 1
+
+
+def test_a_lora_that_was_moved_to_another_base_is_no_lora_of_the_result(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    moved = tmp_path / "moved.safetensors"
+    prolora.transfer_file(lora, source, target, moved)
+    with pytest.raises(prolora.AlreadyMoved, match="moved is not a LoRA of the base of the result"):
+        prolora.merge([moved, lora], source)
+    assert prolora.merge([moved, lora], target, [None, source]).report.share_on_target < 1
+
+
+def test_what_has_no_place_weighs_as_much_as_its_lora(tmp_path):
+    lora, source, target = write_case(tmp_path)
+    placed = {k: x for k, x in lora_tensors().items() if "transformer_blocks_2" not in k}
+    fits = write_lora(tmp_path / "fits.safetensors", placed)
+    weak = prolora.merge([lora, fits], target, [source, None], strengths=[0.001, 1]).report
+    assert weak.share_on_target > 0.999
+    twice = prolora.merge([lora, lora], target, [source, source]).report
+    assert all("has no place in the result" in line for line in twice.in_words().lines)
+
+
+def test_loras_that_cancel_are_told_to_change_nothing(tmp_path):
+    lora, *_ = write_case(tmp_path)
+    said = prolora.merge_file([lora, lora], tmp_path / "out.safetensors", strengths=[1, -1])
+    assert (tmp_path / "out.safetensors").is_file()
+    assert "changes nothing" in said.in_words().headline and said.in_words().mark == "⚠"
+
+
+def test_a_folder_is_no_place_for_a_file_and_is_refused_before_work(tmp_path, monkeypatch):
+    lora, *_ = write_case(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(merge, "read_plain", lambda *x: pytest.fail("a LoRA was read"))
+    with pytest.raises(prolora.OutputError, match="is a folder; name the file"):
+        prolora.merge_file([lora, lora], tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong", [{"strengths": 0.5}, {"blocks": 0.5}, {"blocks": [0.5, 1]}])
+def test_a_number_where_a_list_belongs_is_refused(tmp_path, wrong):
+    lora, *_ = write_case(tmp_path)
+    with pytest.raises(prolora.InvalidOption, match=next(iter(wrong))):
+        prolora.merge([lora, lora], **wrong)

@@ -8,7 +8,7 @@ from functools import cache
 
 from ..architectures.families import known_families
 from ..architectures.family import Family, Spelling
-from ..architectures.loaders import is_read
+from ..architectures.loaders import is_read, is_usual
 from ..architectures.modules import find_component
 from ..architectures.recognition import NamedMatrix, recognise_families
 
@@ -86,14 +86,17 @@ def guess_families(
         if find_component(name) == "transformer"
     ]
     recognition = recognise_families(matrices)
-    families = recognition.families
-    ids = tuple(f.id for f in families if spelling and is_read(f, spelling))
-    ids = ids or tuple(f.id for f in families)
-    if claimed is None:
-        return ids if recognition.layouts else ()
-    if not ids:
-        return (claimed,)
-    return (claimed,) if claimed in ids and recognition.layouts else ()
+    ids = tuple(family.id for family in recognition.families)
+    if claimed is not None:
+        return (claimed,) if not ids or (claimed in ids and recognition.layouts) else ()
+    if not recognition.layouts:
+        return ()
+    if spelling is None:
+        return ids
+    read = tuple(f.id for f in recognition.families if is_read(f, spelling))
+    # A trainer may write what no program reads that was tried: that alone makes nothing certain.
+    certain = len(read) == 1 and is_usual(known_families()[read[0]], spelling)
+    return read if len(read) > 1 or certain else ids
 
 
 def choose_reading(

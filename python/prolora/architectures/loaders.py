@@ -52,9 +52,14 @@ def name_row(family: Family, format: str, spelling: Spelling | None) -> str:
 def is_read(family: Family, spelling: Spelling) -> bool:
     """Whether a program reads files with this family's modules in a spelling."""
     rows = _read_table()["families"].get(family.id, {})
-    row = name_row(family, "", spelling)
-    whole = [] in rows.get(row, {}).values()
-    return whole or row in {name_row(family, "", one) for one in family.spellings.values()}
+    whole = [] in rows.get(name_row(family, "", spelling), {}).values()
+    return whole or is_usual(family, spelling)
+
+
+def is_usual(family: Family, spelling: Spelling) -> bool:
+    """Whether this family's files are written in a spelling by one of its formats."""
+    usual = {name_row(family, "", one) for one in family.spellings.values()}
+    return name_row(family, "", spelling) in usual
 
 
 def find_reach(family: Family, row: str, modules: Iterable[str]) -> dict[str, Reach]:

@@ -17,6 +17,7 @@ from . import hub
 from .base import Base
 from .folder import explain_experts, find_model_folder, open_file_weights, open_folder_weights
 from .keys.canonical_names import name_weights
+from .quantised.reading import join_quantised
 from .weights import LoadedWeight, StoredWeight, Weight
 
 BaseLike = str | os.PathLike[str] | Mapping[str, Tensor] | torch.nn.Module | Base
@@ -111,16 +112,15 @@ def _open_path(source: str | os.PathLike[str], subfolder: str | None) -> Base:
     if path.is_dir():
         stored, files = open_folder_weights(find_model_folder(path, subfolder))
         weights.update(stored)
+        metadata = _list_metadata(weights)
         if subfolder is None:
             encoders, more = _open_text_encoders(path)
             files = [*files, *more]
             weights.update(encoders)
     else:
         weights.update(open_file_weights(path))
-        files = [path]
-    named = name_weights(
-        weights, str(path), metadata=_list_metadata(weights), strict=subfolder is None
-    )
+        metadata, files = _list_metadata(weights), [path]
+    named = name_weights(weights, str(path), metadata=metadata, strict=subfolder is None)
     return Base(name, named, path, files, weights)
 
 
@@ -136,7 +136,9 @@ def _open_text_encoders(pipeline: Path) -> tuple[dict[str, Weight], list[Path]]:
         if not folder.is_dir():
             continue
         try:
-            stored, more = open_folder_weights(folder)
+            found, more = open_folder_weights(folder)
+            # Before the names change, which notes in the header go by.
+            stored = join_quantised(found, _list_metadata(found), str(folder))
         except UnsupportedFormat as error:
             log.info("the text encoder %s is left out: %s", folder, error)
             continue

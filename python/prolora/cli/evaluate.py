@@ -111,6 +111,9 @@ class Judging:
             if not (name and folder):
                 text = f"{name}{sign}{folder}"
                 raise InvalidOption(f"--metric {text!r}: give a name and a folder: clip=FOLDER")
+        names = [name for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise InvalidOption("--metric: two have one name; give each a name of its own")
         return {name: folder for name, _, folder in pairs}
 
 

@@ -334,7 +334,9 @@ def tell_readers(written: Description, explain: bool) -> str:
     none = written.non_readers
     if len(none) > MOST_NAMED and not explain:
         none = [*none[: MOST_NAMED - 1], f"{len(none) - MOST_NAMED + 1} others"]
-    text = str(Readers(tuple(written.readers), tuple(written.part_readers), tuple(none)))
+    beside = any(place.startswith("text_encoder") for place in written.modules)
+    told = tuple(written.readers), tuple(written.part_readers), tuple(none)
+    text = str(Readers(*told, beside and any(told)))
     return text[:1].upper() + text[1:]
 
 

@@ -20,6 +20,7 @@ from .recompression import product_svd
 # Columns whose singular value is below this share of the first are rounding.
 _ZERO = 1e-6
 _RIDGE = 1e-9
+_SHORT = 1e-6  # of what each update asks for, where it may miss it
 
 
 def sum_updates(parts: Sequence[LowRank]) -> LowRank:
@@ -74,17 +75,23 @@ def balance_updates(parts: Sequence[LowRank]) -> list[float]:
     gram = gram.clamp_min(0)
     wanted = gram.diagonal().clone()
     factors = torch.ones_like(wanted)
-    active = [i for i, energy in enumerate(wanted.tolist()) if energy > 0]
-    while active:
+    alive = [i for i, energy in enumerate(wanted.tolist()) if energy > 0]
+    active = list(alive)
+    for _ in range(4 * len(parts)):  # each turn drops one, or takes one back
         some = gram[active][:, active]
         # So little that equal updates share alike, and no other notices.
         ridge = _RIDGE * torch.diag(wanted[active])
         found = torch.linalg.solve(some + ridge, wanted[active] * (1 + _RIDGE))
         factors[active] = found.clamp(0, 1)
-        if found.min() >= 0:
+        if found.min() < 0:
+            # What the others do anyway: the one that asks for least.
+            del active[int(found.argmin())]
+            continue
+        factors[[i for i in alive if i not in active]] = 0
+        short = 1 - (gram @ factors)[alive] / wanted[alive]
+        if short.max() <= _SHORT or alive[int(short.argmax())] in active:
             break
-        # What the others do anyway: the one that asks for least.
-        del active[int(found.argmin())]
+        active.append(alive[int(short.argmax())])
     return [float(x) for x in factors]
 
 

@@ -141,6 +141,8 @@ def _move_best(
 
     A fit that is there already stays, and one that was refused is tried again.
     """
+    outs = [folder / name_output(lora, options.format or "auto") for lora in loras]
+    check_distinct(loras, outs)  # of all at once: a fit may be there, and the other LoRA not
     pair = pair_experts(old, new)[0]
     way = BestWay.of(pair.source, pair.target, options)
     fitted = [lora for lora in loras if way.runs and _is_fitted(lora, way, folder)]

@@ -56,6 +56,8 @@ class BlockWeights:
         """
         if isinstance(blocks, Mapping):
             return cls(named=tuple((str(name), _read_factor(x)) for name, x in blocks.items()))
+        if not isinstance(blocks, str | Sequence):
+            raise InvalidOption(f"`blocks` must be numbers or names with numbers, not {blocks!r}")
         if not isinstance(blocks, str):
             return cls(tuple(map(_read_factor, blocks)))
         items = [item.strip() for item in blocks.split(",")]

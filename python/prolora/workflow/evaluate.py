@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..bases import BaseLike, open_base
 from ..core.precision import in_full_precision
+from ..errors import InvalidOption
 from ..files.ownership import mark_json
 from .evaluating.drawing import (
     JSON_FILE,
@@ -51,7 +54,7 @@ _NOT_GIVEN = "no model was given, and nothing is downloaded"
 def evaluate(
     source: BaseLike,
     target: BaseLike,
-    lora: StrPath,
+    lora: StrPath | Sequence[StrPath],
     moved: Sequence[StrPath] | Mapping[str, StrPath],
     out: StrPath,
     options: EvaluationOptions = DEFAULT_EVALUATION,
@@ -91,6 +94,9 @@ def evaluate(
     check_evaluation_folder(out)
     metrics = options.metrics or {}
     _check_metrics(metrics)
+    own, wanted = Path(os.path.realpath(out)), Path(os.path.realpath(str(options.reference)))
+    if options.reference not in _LIKE and own in (wanted, *wanted.parents):
+        raise InvalidOption("`reference` lies in the output's folder, which holds what is judged")
     given = [] if options.reference in _LIKE else read_images(options.reference)
     like, reference = _LIKE.get(str(options.reference), ("", "the images that were given"))
     subjects = read_subjects(lora, moved, bases, options)
@@ -102,9 +108,13 @@ def evaluate(
     lower: set[str] = set()
     for name, way in metrics.items():
         metric = open_metric(name, way, options.device)
-        for row in rows:
-            for score, values in _judge_row(name, metric, row, images, like or given).items():
-                scores.setdefault(score, {})[row] = values
+        judged = {row: _judge_row(name, metric, row, images, like or given) for row in rows}
+        for score in dict.fromkeys(score for found in judged.values() for score in found):
+            values = {row: found[score] for row, found in judged.items() if score in found}
+            if all(len(x) == len(subjects) for x in values.values()):
+                scores[score] = values
+            else:
+                failures[score] = f"{name} gives it for some of the LoRAs only"
         lower |= set(getattr(metric, "lower", ()))
     done = Evaluation(
         source=bases[0].name,
@@ -135,8 +145,13 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
         from PIL import Image
 
         grey = [Image.new("RGB", (64, 64), (127, 127, 127))] * 3
+        said: set[str] = set()
         for name, way in metrics.items():
-            ask_metric(name, open_metric(name, way, None), grey, ["a prompt"] * 3, [grey] * 3)
+            metric = open_metric(name, way, None)
+            found = ask_metric(name, metric, grey, ["a prompt"] * 3, [grey] * 3)
+            if twice := said & found.keys():
+                raise InvalidOption(f"two of `metrics` give the score {min(twice)!r}: rename one")
+            said |= found.keys()
 
 
 def _judge_row(

@@ -18,7 +18,7 @@ from ..adapters.family import (
     known_base,
 )
 from ..adapters.formats.moves import Move, read_moves
-from ..adapters.formats.programs import find_readers
+from ..adapters.formats.programs import Readers, find_readers
 from ..adapters.keys import module_names, tensor_keys
 from ..adapters.naming import most_common_spelling
 from ..adapters.overview import (
@@ -202,7 +202,9 @@ def _describe_adapter(
     for place in places.values():
         alphas.update(place.alphas)
     format = "peft" if opened.config is not None else first and first.format
-    readers = find_readers(families, format or "", spelling, shapes)
+    # What programs do with other kinds was not tried.
+    tried = not set(kinds) - {"lora", "locon"}
+    readers = find_readers(families, format or "", spelling, shapes) if tried else Readers()
     return Description(
         kind="lora",
         format=format,

@@ -23,7 +23,7 @@ from ..bases.identity import compute_identity, compute_sha256, compute_short_has
 from ..core.lowrank import LowRank
 from ..core.merging import inner_product, merge_updates
 from ..core.precision import in_full_precision
-from ..errors import InvalidOption, ShapeMismatch, WrongBase
+from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, WrongBase
 from ..version import __version__
 from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
 from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
@@ -34,12 +34,14 @@ from .by_weights.rows import (
     describe_left_out,
     list_tensors_left_out,
     list_unread_modules,
+    scale_energies,
 )
 from .convert import read_plain
 from .in_words import MERGE
 from .merge_options import DEFAULT_MERGE, MergeChanges, MergeOptions
 from .merge_report import MergedPart, MergeReport, ModuleOverlap, relate_updates
 from .module_report import ModuleReport
+from .moved_before import check_moved_before
 from .options import LoraLike, settle_options, takes_options
 from .out_rank import cut_rank
 from .output_paths import check_output
@@ -124,6 +126,8 @@ def merge_file(
     """
     options = settle_options(options, changes).for_file()
     job = _Merge.open(loras, target, sources, options)
+    if Path(out).is_dir() and not job.writes_folder:
+        raise OutputError(f"{out}: is a folder; name the file that is to be written in it")
     check_output(out, job.inputs, options.overwrite)
     return save_result(job.run(hashed=True), Path(out), options)
 
@@ -143,6 +147,7 @@ class _Merge:
         facts: what is known of each.
         behind: the rows of modules that stay behind.
         left_out: tensor -> why it is not in the result.
+        unread: modules whose update cannot be read.
     """
 
     loras: list[LoraLike]
@@ -155,6 +160,7 @@ class _Merge:
     facts: list[MergedPart] = field(default_factory=list)
     behind: list[ModuleReport] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -165,7 +171,7 @@ class _Merge:
         options: MergeOptions,
     ) -> _Merge:
         """Checks the numbers of all, and opens the bases."""
-        if isinstance(loras, str | PathLike) or len(loras) < 2:
+        if not isinstance(loras, Sequence) or isinstance(loras, str) or len(loras) < 2:
             raise InvalidOption("a merge takes two LoRAs or more")
         count, strengths = len(loras), options.strengths
         if strengths is not None and len(strengths) != count:
@@ -195,6 +201,12 @@ class _Merge:
             _name_loras(loras),
             list(strengths or [1.0] * count),
         )
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the result can be a PEFT folder."""
+        paths = [Path(lora) for lora in self.loras if isinstance(lora, str | PathLike)]
+        return self.options.format == "peft" or any(path.is_dir() for path in paths)
 
     @property
     def inputs(self) -> list[Path]:
@@ -256,17 +268,25 @@ class _Merge:
                     f"{name} is not a LoRA of the base of the result; give its own base, and it is "
                     f"moved first ({misfit})"
                 )
+            if self.target is not None:
+                self._check_moved_before(lora, name)
             adapter = read_plain(lora, self.target)
             behind = list_unread_modules(adapter)
+            self.unread += adapter.unread
         else:
             done = move_lora(lora, source, self.target, self.options.for_moving(), hashed=False)
             adapter, moved_from = done.adapter, source.name
             behind = [row for row in done.report.modules if row.status != "mapped"]
-        lost = sum(row.energy for row in behind) * self.strengths[i] ** 2
+            self.unread += done.report.unread
+            self.left_out |= {f"{name}: {x}": why for x, why in done.report.left_out.items()}
         blocks = self.options.blocks[i] if self.options.blocks is not None else None
         factors = find_factors(blocks, adapter, self.target)
         gone = [name for name in adapter.updates if factors.get(name) == 0]
-        self.behind += [*behind, *(describe_left_out(n, adapter.updates[n]) for n in gone)]
+        square = self.strengths[i] ** 2
+        behind = scale_energies(behind, square)
+        lost = sum(row.energy for row in behind)
+        silenced = [describe_left_out(n, adapter.updates[n]) for n in gone]
+        self.behind += [*behind, *scale_energies(silenced, square)]
         silent = [name for name in adapter.vectors if factors.get(name.rpartition(".")[0]) == 0]
         self.left_out |= {f"{name}: {vector}": LEFT_OUT for vector in silent}
         adapter = weigh_adapter(adapter, factors) if factors else adapter
@@ -280,12 +300,24 @@ class _Merge:
             "" if blocks is None else str(BlockWeights.read(blocks)),
             trigger=read_training_words(adapter.metadata).trigger,
             moved_from=moved_from,
-            stated_base=self.target.name if self.target else Path(stated).name,
+            stated_base="" if moved_from else Path(stated).name,
             digest=f"sha256:{digest}" if digest else "",
             modules=len(adapter.updates),
             energy=lost,
+            placeless=lost,
         )
         self.facts.append(fact)
+
+    def _check_moved_before(self, lora: LoraLike, name: str) -> None:
+        """Refuses a LoRA that was moved to another base than that of the result."""
+        assert self.target is not None
+        try:
+            check_moved_before(lora, self.target, self.options.for_moving())
+        except AlreadyMoved as error:
+            raise AlreadyMoved(
+                f"{name} is not a LoRA of the base of the result; give its own base, and it is "
+                f"moved first ({str(error).partition(';')[0]})"
+            ) from error
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
@@ -379,7 +411,12 @@ class _Merge:
                 kept[i] += inner_product(part, written)
         known = zip(self.facts, energies, kept, strict=True)
         return MergeReport(
-            tuple(replace(f, energy=e, kept=k / e if e else 1.0) for f, e, k in known),
+            tuple(
+                replace(f, energy=e, kept=k / e, placeless=f.placeless / e)
+                if e
+                else replace(f, kept=1.0)
+                for f, e, k in known
+            ),
             tuple(overlaps),
         )
 
@@ -434,7 +471,7 @@ class _Merge:
             blocks="; ".join(f"{f.name}: {f.blocks}" for f in self.facts if f.blocks),
             vectors=len(result.vectors),
             left_out=left_out,
-            unread=tuple(row.source for row in self.behind if row.status == "refused"),
+            unread=tuple(dict.fromkeys(self.unread)),
             kept_energy=kept_energy,
             provenance=read_provenance(result.metadata),
             merge=merge,

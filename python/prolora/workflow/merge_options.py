@@ -91,6 +91,8 @@ class MergeOptions:
         check_choice("method", self.method, MERGE_METHODS)
         if self.blocks is not None:
             blocks = self.blocks
+            if not isinstance(blocks, str | Sequence):
+                raise InvalidOption(f"`blocks` must be block weights for each LoRA, not {blocks!r}")
             texts = blocks.split(";") if isinstance(blocks, str) else list(blocks)
             each = tuple(None if isinstance(x, str) and not x.strip() else x for x in texts)
             for asked in each:
@@ -100,7 +102,8 @@ class MergeOptions:
         if self.strengths is None:
             return
         strengths = self.strengths
-        if isinstance(strengths, str) or not all(_is_strength(factor) for factor in strengths):
+        listed = isinstance(strengths, Sequence) and not isinstance(strengths, str)
+        if not (listed and all(_is_strength(factor) for factor in strengths)):
             raise InvalidOption(
                 "`strengths` must be a number for each LoRA, none of them 0 and "
                 f"{LARGEST_STRENGTH:.0e} at most, not {strengths!r}"

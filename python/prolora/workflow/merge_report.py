@@ -15,6 +15,7 @@ from .table import Column, Row, Table, make_table
 LOSING, SAME = 0.5, 1.05
 """A LoRA of which less than the first is in the result mostly loses; of one of which more than the
 second is in it, others do a part too."""
+_TOLD = 0.005  # of a LoRA that has no place
 CANCELS, DOUBLES = 0.6, 1.5
 """Where ‖ΣΔW‖² is below or above these parts of Σ‖ΔW‖², LoRAs cancel or do one thing twice."""
 
@@ -33,6 +34,7 @@ class MergedPart:
         digest: "sha256:…" of its file; "" of a LoRA in memory.
         modules: how many it has.
         energy: Σ‖ΔW‖² of all of it, strength included; also of modules without a place.
+        placeless: the share of it in modules that have no place.
         kept: Σ⟨ΔW_merged, ΔW⟩/Σ‖ΔW‖²: 1 if all of it is in the result; more where another does
             the same, less where another works against it or a cut left it out.
     """
@@ -46,6 +48,7 @@ class MergedPart:
     digest: str = ""
     modules: int = 0
     energy: float = 0.0
+    placeless: float = 0.0
     kept: float = 0.0
 
 
@@ -96,7 +99,7 @@ class MergeReport:
             f"Careful: {part.name} mostly loses; give it a higher strength, or the result a higher "
             "rank."
             for part in self.parts
-            if part.kept < LOSING
+            if part.kept < LOSING or part.placeless > 1 - LOSING
         ]
         for first, second, rows in self._pairs():
             names = f"{self.parts[first].name} and {self.parts[second].name}"
@@ -141,7 +144,9 @@ class MergeReport:
 
 def _tell_kept(part: MergedPart) -> str:
     amount = f"{part.kept:.0%} of it is in the result"
-    if part.kept > SAME:
+    if part.placeless > _TOLD:
+        amount = f"{part.placeless:.0%} of it has no place in the result"
+    elif part.kept > SAME:
         amount = "all of it is in the result, and another LoRA does some of the same"
     moved = f", moved from {part.moved_from}" if part.moved_from else ""
     return f"{part.name} at strength {part.strength:.3g}{moved}: {amount}."

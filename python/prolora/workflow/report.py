@@ -265,6 +265,8 @@ class Report:
         if self.was_made:
             parts = self.merge.lines() if self.merge else ()
             kept, cautions = self.share_on_target, self._cautions()
+            if kept is None and not self.dry_run:
+                return InWords("⚠", "The result changes nothing: it is zero.", (), cautions)
             return tell_made(self.method, source, target, kept, cautions, parts)
         if self.dry_run or placed is None:
             place = tell_place(self.coverage, None, target)

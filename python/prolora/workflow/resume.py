@@ -158,7 +158,9 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Matching):
         return "similarity"  # which the two bases determine
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        pairs = {str(key): _jsonable(item) for key, item in value.items()}
+        # Of block weights the last name that fits decides; of a map the order is nothing.
+        return pairs if all(isinstance(x, str) for x in pairs.values()) else list(pairs.items())
     if isinstance(value, PathLike) or (isinstance(value, str) and value.endswith(".json")):
         return hash_adapter(Path(value)) if Path(value).exists() else str(value)
     return value if isinstance(value, str | int | float | None) else repr(value)

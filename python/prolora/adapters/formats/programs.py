@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ...architectures import loaders
 from ...architectures.families import find_title, known_families
 from ...architectures.family import Family, Spelling
+from ...architectures.modules import is_in_text_encoder
 from ...errors import UnsupportedFormat
 
 _FURTHER = (
@@ -24,11 +25,13 @@ class Readers(NamedTuple):
         whole: read all of it.
         part: read some of it, and say little or nothing of the rest.
         none: have such models and read nothing of this file.
+        has_text_encoders: whether the file has those too, with which no program was tried.
     """
 
     whole: tuple[str, ...] = ()
     part: tuple[str, ...] = ()
     none: tuple[str, ...] = ()
+    has_text_encoders: bool = False
 
     def __str__(self) -> str:
         """In words: who reads all of the file, who a part, who nothing."""
@@ -36,6 +39,7 @@ class Readers(NamedTuple):
             f"read by {', '.join(self.whole)}" if self.whole else "",
             f"in part by {', '.join(self.part)}" if self.part else "",
             f"not by {', '.join(self.none)}" if self.none else "",
+            "what they do with its text encoders was not tried" if self.has_text_encoders else "",
         ]
         return "; ".join(filter(None, parts))
 
@@ -64,7 +68,9 @@ def find_readers(
         amount = amounts.pop() if len(amounts) == 1 else None
         if amount is not None:  # of families that it reads unequally, nothing can be said
             found[amount].append(loader.title)
-    return Readers(*(tuple(found[amount]) for amount in ("whole", "part", "none")))
+    whole, part, none = (tuple(found[amount]) for amount in ("whole", "part", "none"))
+    untried = any(found.values()) and any(map(is_in_text_encoder, modules))
+    return Readers(whole, part, none, untried)
 
 
 def choose_format(

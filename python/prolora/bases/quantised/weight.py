@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from .codes import read_floats
 
 # Numbers that are decoded at a time: 16 MiB of float32, and a few times that beside the result.
 _CHUNK = 1 << 22
+
+
+READING = 1
+"""Goes up where a kind is read as other numbers than before, for what is cached of them."""
+_PARTS = ("stored", "scales")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ class QuantisedWeight(ABC):
     def origin(self) -> Origin | None:
         """All of its parts."""
         origin = join_origins((self.stored, *self.scales), "times")
-        return origin and origin.then(self.kind)
+        # Notes may lie in another file than the codes.
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        told = [repr(x) for name, x in held.items() if name not in _PARTS and not callable(x)]
+        return origin and origin.then(f"{READING} {' '.join(told)}")
 
     @property
     def name(self) -> str:

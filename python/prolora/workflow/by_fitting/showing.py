@@ -162,6 +162,8 @@ def read_pixels(result: Any) -> Tensor:
     image = images[0]
     if image.dim() == 3 and image.shape[0] != 3 and image.shape[-1] == 3:
         image = image.permute(2, 0, 1)
-    if image.dim() != 3 or image.shape[0] != 3 or not bool(torch.isfinite(image).all()):
+    if not bool(torch.isfinite(image).all()):
+        raise ProLoRAError("the pipeline gives an image that holds NaN or infinities")
+    if image.dim() != 3 or image.shape[0] != 3:
         raise ProLoRAError(f"the pipeline gives {list(image.shape)} and no image of three colours")
     return image

@@ -74,6 +74,11 @@ def list_unread_modules(adapter: Adapter) -> list[ModuleReport]:
     ]
 
 
+def scale_energies(rows: Iterable[ModuleReport], factor: float) -> list[ModuleReport]:
+    """The rows of updates that count `factor` times."""
+    return [replace(row, energy=row.energy * factor) for row in rows]
+
+
 def describe_place(name: str, shape: tuple[int, int], reason: str | None) -> ModuleReport:
     """The row of a LoRA's module on a base; `reason` says why it has no place, None if it has."""
     status, target = ("skipped", None) if reason else ("mapped", name)

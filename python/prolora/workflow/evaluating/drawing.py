@@ -16,7 +16,7 @@ from ...bases.pipeline_identity import describe_pipeline_folder, describe_versio
 from ...errors import UnsupportedFormat
 from ...files.hashing import hash_text
 from ...files.managed_folder import FolderMarker, ManagedFolder
-from ...files.ownership import is_own, sign_png
+from ...files.ownership import check_replaceable, is_own, sign_png
 from ...files.writing import check_writable, write_bytes_atomically
 from ..by_fitting.showing import read_pixels, settle_settings
 from ..evaluation_options import EvaluationOptions
@@ -152,7 +152,10 @@ def make_evaluation_folder(out: StrPath) -> ManagedFolder:
     Raises:
         OutputError: it cannot be made, or holds other things of these names.
     """
-    return ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
+    folder = ManagedFolder.make(out, MARKER, (JSON_FILE, PAGE, IMAGES))
+    for name in (JSON_FILE, PAGE):
+        check_replaceable(Path(out) / name, "report")
+    return folder
 
 
 def check_evaluation_folder(out: StrPath) -> None:

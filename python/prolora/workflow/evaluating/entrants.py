@@ -82,7 +82,7 @@ class Subject:
 
 
 def read_subjects(
-    lora: StrPath,
+    lora: StrPath | Sequence[StrPath],
     moved: Sequence[StrPath] | Mapping[str, StrPath],
     bases: tuple[Base, Base],
     options: EvaluationOptions,
@@ -106,7 +106,8 @@ def read_subjects(
     _key_by_name([rows, moved])
     _key_by_name({path.name: path} for path in paths)
     places = {**moved, **({TRAINED_THERE: options.trained} if options.trained else {})}
-    several = paths != [Path(os.path.abspath(lora))]
+    is_one = isinstance(lora, str | os.PathLike) and paths == [Path(os.path.abspath(lora))]
+    several = not is_one
     files = {
         path: {row: _find_file(place, path, several) for row, place in places.items()}
         for path in paths

@@ -85,8 +85,9 @@ class Evaluation:
     def find_norm(self, row: str) -> float | None:
         """‖ΔW‖ of a row over that of the LoRA on its source, the mean over LoRAs; None without."""
         ratios = [
-            subject.entrants[row].norm / max(subject.entrants[WITH_LORA].norm, 1e-30)
+            subject.entrants[row].norm / subject.entrants[WITH_LORA].norm
             for subject in self.subjects
+            if subject.entrants[WITH_LORA].norm > 0
         ]
         return sum(ratios) / len(ratios) if any(ratios) else None
 
