@@ -208,11 +208,12 @@ def test_rows_that_were_added_for_the_matrix_unit_are_no_rows_of_the_weight(tmp_
         assert torch.equal(base.read(Q), meant[:rows])
 
 
-def test_what_the_inputs_are_scaled_by_belongs_to_the_weight(tmp_path):
+@pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])
+def test_what_the_inputs_are_scaled_by_belongs_to_the_weight(shape, tmp_path):
     """ComfyUI multiplies the inputs of NVFP4 with it: x·s·Wᵀ is x·(W·s)ᵀ."""
     inputs = torch.rand(64) + 0.5
     meant = write_layer(
-        "comfy nvfp4", tmp_path / "x.safetensors", **{f"{Q}.pre_quant_scale": inputs}
+        "comfy nvfp4", tmp_path / "x.safetensors", **{f"{Q}.pre_quant_scale": inputs.reshape(shape)}
     )
     x = torch.randn(5, 64)
     ours = x @ open_base(tmp_path / "x.safetensors").read(Q).mT

@@ -69,7 +69,8 @@ class TiledScaleWeight(ScaledWeight):
         self.check_scale(scale, blocks)
         if rest:
             scale = scale * self.read_scale(rest[0], zero=False)
-        inputs = self.read_scale(rest[1]) if len(rest) > 1 else torch.empty(0)
+        # One number for each column, however they lie in the file.
+        inputs = self.read_scale(rest[1]).flatten() if len(rest) > 1 else torch.empty(0)
         return scale, torch.empty(0), torch.empty(0), inputs
 
     def decode(self, start: int, stop: int, scales: tuple[Tensor, ...]) -> Tensor:
