@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from prolora.probe.strength import STRENGTHS, MeasuredStrength, Measurement
 from prolora.workflow import batch, best
 from prolora.workflow.advice import choose_next, describe_measurement
 from prolora.workflow.best import BestWay
+from prolora.workflow.options import OF_A_FIT_TOO
 
 LEAVES = ("attn1.to_v", "ff.net.2")
 
@@ -191,11 +192,28 @@ def test_of_a_folder_what_weights_give_is_written_where_the_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changed", [{"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}]
+    "changed",
+    [
+        *({"strength": 0.5}, {"blocks": "1"}, {"out_rank": 4}, {"text_encoder": "project"}),
+        *({"rank": 64}, {"threshold": 0.5}, {"look": "lora"}, {"damping": 1.0}),
+    ],
 )
-def test_what_a_fit_cannot_do_is_refused(changed):
-    with pytest.raises(InvalidOption, match=next(iter(changed))):
-        prolora.TransferOptions(method="best", **changed)
+def test_what_a_fit_cannot_do_is_refused_by_each_job(room, tmp_path, changed):
+    lora, *bases = ends(room, "pruned")
+    for job in (
+        lambda: prolora.transfer(lora, *bases, method="best", **changed),
+        lambda: prolora.transfer_file(lora, *bases, tmp_path / "x", method="best", **changed),
+        lambda: prolora.transfer_many([lora], *bases, tmp_path / "y", method="best", **changed),
+        lambda: prolora.plan_report(lora, *bases, method="best", **changed),
+    ):
+        with pytest.raises(InvalidOption, match=f"`{next(iter(changed))}"):
+            job()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_of_a_transfer_is_one_of_a_fit_or_refused_with_the_best_method():
+    shared = {known.name for known in fields(prolora.FitOptions)}
+    assert set(OF_A_FIT_TOO) <= shared & {known.name for known in fields(prolora.TransferOptions)}
 
 
 def test_a_plan_of_a_collection_takes_methods_by_weights(room):
