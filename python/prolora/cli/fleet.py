@@ -30,9 +30,9 @@ from ..workflow.output_paths import check_beside
 from .console import PlainConsole, err, out, progress_bar
 from .exits import ExitCode
 from .options import (
+    FleetResources,
     JsonOption,
     QuietOption,
-    Resources,
     expand_options,
     parse_base,
     parse_path,
@@ -124,7 +124,7 @@ def migrate(
         ),
     ],
     how: MigrationOptions,
-    resources: Resources,
+    resources: FleetResources,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
