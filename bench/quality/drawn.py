@@ -1,7 +1,7 @@
 """What samples say of a moved LoRA, beside its loss: a judge reads them.
 
-The judge (`judge.py`) learnt real pictures of the world's sets and never saw a sample. All rows have
-the same prompts and noises. A share is 0 for the target alone and 1 for what the LoRA that was
+The judge (`judge.py`) learnt real pictures of the world's sets and never saw a sample. All rows
+have the same prompts and noises. A share is 0 for the target alone and 1 for what the LoRA that was
 trained on the target draws.
 """
 
@@ -37,9 +37,9 @@ def score_drawn(
         rows: what to score; "none" and "oracle" must be among them.
 
     Returns:
-        *named*: the share of samples in which the judge sees what was asked for. *style*: in which it
-        sees the LoRA's style, if it knows that. *mmd*: squared distance of the judge's features to
-        samples of the oracle from other noise. *palette*: total variation between the colours of
+        *named*: the share of samples in which the judge sees what was asked for. *style*: in which
+        it sees the LoRA's style, if it knows that. *mmd*: squared distance of the judge's features
+        to samples of the oracle from other noise. *palette*: total variation between the colours of
         both. *pixels*: root mean square of the difference from the oracle's image of that noise.
     """
     y = world.sample_prompts(adapter, IMAGES)
