@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from icons.drawing import STYLES
 from judge import Judge, mmd
+from results import Row
+from tables import format_table
 from torch import Tensor
 from worlds import World
 
@@ -75,7 +77,24 @@ def share_of(scores: Mapping[str, Mapping[str, float]], row: str, score: str) ->
     return (scores[row][score] - none) / (best - none)
 
 
-def half_way(scores: Mapping[str, Mapping[str, float]], row: str, adapter: str) -> dict[str, float]:
-    """The shares by which samples of a LoRA are judged: what it is about, and how near they are."""
-    about = {"concept": ("named",)}.get(adapter, ("style",) if adapter in STYLES else ())
-    return {score: share_of(scores, row, score) for score in (*about, "mmd", "palette")}
+def judged_by(adapter: str) -> tuple[str, ...]:
+    """The scores that a LoRA's samples are judged by: what it is about, and how near they are."""
+    about = ("named",) if adapter == "concept" else ("style",) if adapter in STYLES else ()
+    return (*about, "mmd", "palette")
+
+
+def samples_table(rows: list[Row], place: Callable[[Row], str], titles: Mapping[str, str]) -> str:
+    """A line for each LoRA and row in titles: by loss, and the shares of its samples."""
+    lines = []
+    for row in rows:
+        adapter, scores = row["adapter"], row["drawn"]
+        for name in [name for name in titles if name in scores]:
+            losses = {"copy": row.get("copy")} | dict.fromkeys(("fit", "moved"), row["score_at_1"])
+            cells = [
+                f"{share_of(scores, name, score):.2f}" if score in judged_by(adapter) else "–"
+                for score in ("named", "style", "mmd", "palette")
+            ]
+            loss = "–" if losses.get(name) is None else f"{losses[name]:.2f}"
+            lines.append([f"{place(row)}, *{adapter}*", titles[name], loss, *cells])
+    head = ["target, LoRA", "", "by loss", "concept seen", "style seen", "features", "colours"]
+    return format_table(head, lines)
