@@ -6,11 +6,10 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter
 from ...adapters.training_words import read_training_words
 from ...architectures.modules import is_in_text_encoder
 from ...bases import vae
@@ -23,7 +22,7 @@ from ...probe.report import ProbeReport
 from ...probe.settings import FitSettings
 from ..page.document import PictureGrid
 from .common_parts import CommonParts
-from .plan import FitJob, foresee_work
+from .plan import FitJob, LoraParts, foresee_work
 from .showing import ImageGrid
 
 if TYPE_CHECKING:
@@ -34,38 +33,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _AskedLora:
-    """A LoRA as running models are asked about it.
+class _AskedLora(LoraParts):
+    """What the models are asked about.
 
     Attributes:
-        adapter: its part in the UNet or transformer of the source.
-        rival: what the target would get there without a fit.
-        text: its part in text encoders that the target does not have: the source alone runs it, so
-            that what it changes is fitted into the target's blocks.
-        carried: its part in text encoders that both have: both run it from the beginning, since the
-            result holds it unchanged.
+        rival: what the target would get in its UNet or transformer without a fit.
     """
 
-    adapter: Adapter
-    rival: Mapping[str, LowRank]
-    text: Mapping[str, LowRank]
-    carried: Mapping[str, LowRank]
-
-    @classmethod
-    def of(cls, job: FitJob, rival: Mapping[str, LowRank]) -> _AskedLora:
-        """The parts of a LoRA; nothing of the text encoders where these are to be left out."""
-        updates, passed = job.adapter.updates, set(job.plan.passed)
-        denoiser, moved = (
-            {name: u for name, u in side.items() if not is_in_text_encoder(name)}
-            for side in (updates, rival)
-        )
-        text: dict[str, LowRank] = {}
-        carried: dict[str, LowRank] = {}
-        if job.options.text_encoder != "skip":
-            for name in updates:
-                if is_in_text_encoder(name) and name in job.source.shapes:
-                    (carried if name in passed else text)[name] = updates[name]
-        return cls(job.adapter.with_updates(denoiser), moved, text, carried)
+    rival: Mapping[str, LowRank] = field(default_factory=dict)
 
     def describe(self, samplers: Callable[[], str]) -> str:
         """What the samplers do, and what both models' text encoders run with, as a text."""
@@ -90,7 +65,9 @@ def fit_models(
 
     source, target, options = job.source, job.target, job.options
     assert source.path is not None and target.path is not None
-    asked = _AskedLora.of(job, rival)
+    parts = LoraParts.of(job.adapter, source, target, options.text_encoder)
+    moved = {name: u for name, u in rival.items() if not is_in_text_encoder(name)}
+    asked = _AskedLora(parts.denoiser, parts.text, parts.carried, moved)
     stack = contextlib.ExitStack()
     foreseen = foresee_work(source, target, options)
     if options.progress:
@@ -134,7 +111,7 @@ def _show_target(
 
     report, started = result.report, time.perf_counter()
     if grid.prompts:
-        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
+        grid.draw_source(asked.denoiser.updates, functools.partial(_run_text, grid, asked))
         copied = asked.rival if fits_target(target.denoiser, asked.rival) else {}
         grid.draw_target(copied, result.adapter.updates if report.trust else None)
         report.not_drawn = grid.failure
@@ -226,7 +203,7 @@ def _fit_pair(
     recorder = Recorder(
         pair.source.denoiser,
         pair.target.denoiser,
-        asked.adapter,
+        asked.denoiser,
         samplers,
         pair.translation,
         checkpoints,
@@ -261,7 +238,7 @@ def _fit_crossing(
     )
     from ...probe.run import fit_from_recorder
 
-    check_models(models[0].denoiser, models[1].denoiser, asked.adapter)
+    check_models(models[0].denoiser, models[1].denoiser, asked.denoiser)
     for model in () if shared else models:
         check_shown(model.pipe, model.name)
     ours, theirs = observe_sides(*models, sampled, shared)
@@ -269,7 +246,7 @@ def _fit_crossing(
     text = asked.describe(describe) if checkpoints.folder else ""
     part = TextPart.of(models[0], asked.text, ours.settings)
     recorder = CrossingRecorder(
-        ours, theirs, asked.adapter, checkpoints, text, meter.count_image, text_part=part
+        ours, theirs, asked.denoiser, checkpoints, text, meter.count_image, text_part=part
     )
     release = functools.partial(_release, models, asked, meter, grid, card)
     most = card.samples if card else None
@@ -293,7 +270,7 @@ def _release(
 
     if grid.prompts:
         meter.begin(SHOW)
-        grid.draw_source(asked.adapter.updates, functools.partial(_run_text, grid, asked))
+        grid.draw_source(asked.denoiser.updates, functools.partial(_run_text, grid, asked))
     models[0].release(keep_denoiser=False)
     models[1].release(keep_denoiser=True)
     if card is not None and models[1].swapping is not None:
