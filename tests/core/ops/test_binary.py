@@ -25,8 +25,15 @@ REGISTERS = {
     "cancelled_kernel": 64,
     "sum_parts_kernel": 64,
     "panel_qr_kernel": 168,
+    "sum_thin_parts_kernel": 64,
+    "finish_block_kernel": 168,
 }
-TILE_KERNELS = ("overlap_table_kernel", "coefficients_kernel", "apply_kernel")
+TILE_KERNELS = (
+    "overlap_table_kernel",
+    "coefficients_kernel",
+    "apply_kernel",
+    "thin_product_kernel",
+)
 TILE_REGISTERS = {
     "CudaTileIfLi64": 128,
     "CudaTileIfLi32": 168,
