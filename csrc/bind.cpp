@@ -125,6 +125,7 @@ std::pair<Index, Index> cut_depth(Index tiles, Index depth, Index blocks) {
 PYBIND11_MODULE(MODULE_NAME, m) {
   m.attr("interface") = kInterface;
   m.attr("cuda_architectures") = PROLORA_CUDA_ARCHITECTURES;
+  m.attr("max_krylov_width") = kMaxKrylovWidth;
   m.attr("max_svd_columns") = kMaxSvdColumns;
   m.attr("overlap_block") = kOverlapBlock;
   m.def("cuda_devices", &devices,

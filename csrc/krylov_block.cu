@@ -51,14 +51,10 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // One block a multiprocessor: batches are smaller than the number of those.
-template <bool kShared>
 __global__ void __launch_bounds__(32 * kPanelWarps, 1)
     finish_block_kernel(KrylovBlockArgs<float> args) {
   DYNAMIC_SHARED(std::byte, shared);
-  const Index matrix = blockIdx.x;
-  const int r = int(args.width);
-  std::byte* memory = kShared ? shared : args.workspace + matrix * PanelWorkspace::bytes(r);
-  finish_block(CudaBlock{}, args, matrix, PanelWorkspace::at(memory, r));
+  finish_block(CudaBlock{}, args, blockIdx.x, PanelWorkspace::at(shared, int(args.width)));
 }
 
 void check_launch() { check(cudaGetLastError(), "krylov_block: launch"); }
@@ -107,18 +103,9 @@ void run_products(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
 }
 
 void run_finish(const KrylovBlockArgs<float>& args, cudaStream_t stream) {
-  const unsigned blocks = grid_size(args.batch, "krylov_block");
-  const int threads = panel_threads(args.width, args.d);
-  if (panel_qr_scratch_cuda(args.batch, args.width) == 0) {
-    const int bytes = int(PanelWorkspace::bytes(int(args.width)));
-    auto kernel = finish_block_kernel<true>;
-    static SharedMemoryOptIn opt_in;
-    opt_in.raise_limit(kernel, bytes, "krylov_block: shared memory");
-    LAUNCH(kernel, blocks, threads, bytes, stream, args);
-  } else {
-    auto kernel = finish_block_kernel<false>;
-    LAUNCH(kernel, blocks, threads, 0, stream, args);
-  }
+  const int bytes = int(PanelWorkspace::bytes(int(args.width)));
+  LAUNCH(finish_block_kernel, grid_size(args.batch, "krylov_block"),
+         panel_threads(args.width, args.d), bytes, stream, args);
   check_launch();
 }
 

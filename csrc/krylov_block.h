@@ -27,8 +27,10 @@ namespace prolora {
 
 inline void check_krylov_size(const KrylovBlockArgs<float>& args) {
   const Index longest = args.d > args.n ? args.d : args.n;
-  if (longest > kMaxStride || args.width * longest > INT_MAX || args.size > kMaxStride) {
-    throw std::invalid_argument("krylov_block: rows of more than 2^24 numbers, or too many");
+  if (args.width > kMaxKrylovWidth || longest > kMaxStride || args.width * longest > INT_MAX ||
+      args.size > kMaxStride) {
+    throw std::invalid_argument(
+        "krylov_block: a block of more than 64 rows, or rows of 2^24 numbers");
   }
 }
 

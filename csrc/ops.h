@@ -54,23 +54,25 @@ struct OverlapTableArgs {
   Index count, blocks, strips;
 };
 
+// The widest block of krylov_block: its panel's matrices fit in any GPU's shared memory.
+constexpr Index kMaxKrylovWidth = 64;
+
 // How the weights of krylov_block are stored.
 enum class StoredAs : Index { kFloat16, kBfloat16 };
 
 template <class T>
 struct KrylovBlockArgs {
-  const void* w;         // [batch, d, n], or [batch, n, d] where it is transposed
-  T* rows;               // [batch, room, d], `size` of them known; the next `width` are written
-  T* projected;          // [batch, room, room], rows size - width to size of it are written
-  double* length;        // [batch], of what G adds
-  double* lengths;       // [batch, 2, width], scratch: of its rows, and of the coefficients'
-  T* images;             // [batch, width, n], scratch: the block times W
-  T* image;              // [batch, width, d], scratch: what G adds
-  T* coefficients;       // [2, batch, width, size], scratch
-  T* parts;              // krylov_block_scratch_cuda numbers of scratch
-  T* l;                  // [batch, width, width], scratch
-  Index* rank;           // [batch], scratch
-  std::byte* workspace;  // panel_qr_scratch_cuda bytes; the CPU brings its own
+  const void* w;    // [batch, d, n], or [batch, n, d] where it is transposed
+  T* rows;          // [batch, room, d], `size` of them known; the next `width` are written
+  T* projected;     // [batch, room, room], rows size - width to size of it are written
+  double* length;   // [batch], of what G adds
+  double* lengths;  // [batch, 2, width], scratch: of its rows, and of the coefficients'
+  T* images;        // [batch, width, n], scratch: the block times W
+  T* image;         // [batch, width, d], scratch: what G adds
+  T* coefficients;  // [2, batch, width, size], scratch
+  T* parts;         // krylov_block_scratch_cuda numbers of scratch
+  T* l;             // [batch, width, width], scratch
+  Index* rank;      // [batch], scratch
   Index batch, d, n, room, size, width, stored, transposed;
 };
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..errors import ShapeMismatch
 from . import native, torch_twin
 from .operands import ANY_DEVICE, library
-from .panel_qr import MAX_PANEL_ROWS
 
 STORED = {torch.float16: 0, torch.bfloat16: 1}
 """The dtypes of weights, as StoredAs in csrc/ops.h numbers them."""
+
+MAX_WIDTH = 64
+"""kMaxKrylovWidth in csrc/ops.h."""
 
 # Rows that the kernels can take: kMaxStride in csrc/tile.h.
 MAX_ROW = 2**24
@@ -38,7 +40,6 @@ def run_krylov_block(
     transposed = not w.is_contiguous()
     with native.on_device(w):
         parts = kernels.krylov_block_scratch(b, d, n, size, width, cuda)
-        workspace = kernels.panel_qr_scratch(b, width, False, cuda)
     tensors = (
         w.mT if transposed else w,
         rows,
@@ -51,7 +52,6 @@ def run_krylov_block(
         rows.new_empty(parts),
         rows.new_empty(b, width, width),
         rows.new_empty(b, dtype=torch.int64),
-        torch.empty(workspace, dtype=torch.uint8, device=w.device),
     )
     sizes = (b, d, n, room, size, width, STORED[w.dtype], int(transposed))
     native.run_kernel(kernels, "krylov_block", tensors, sizes, cuda)
@@ -88,7 +88,7 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
         projected: [b, room, room], float32, contiguous; its rows `size` − `width` to `size` are
             written, up to the diagonal block.
         size: of the basis.
-        width: of a block, at most 128 and d.
+        width: of a block, at most 64 and d.
 
     Returns:
         float64 [b], ‖·‖_F of what G adds to the basis.
@@ -118,10 +118,10 @@ def krylov_block(w: Tensor, rows: Tensor, projected: Tensor, size: int, width: i
             raise ShapeMismatch(
                 f"krylov_block: {name} must be {wanted[name]}, not {tuple(x.shape)}"
             )
-    if not 1 <= width <= min(size, d, MAX_PANEL_ROWS) or size > room:
+    if not 1 <= width <= min(size, d, MAX_WIDTH) or size > room:
         raise ShapeMismatch(
             f"krylov_block: takes 1 <= width <= size <= room, and width <= d and "
-            f"{MAX_PANEL_ROWS}; not width {width}, size {size}, room {room}, d {d}"
+            f"{MAX_WIDTH}; not width {width}, size {size}, room {room}, d {d}"
         )
     found: Tensor = torch.ops.prolora.krylov_block(w, rows, projected, size, width)
     return found
