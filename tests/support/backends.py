@@ -17,7 +17,8 @@ from prolora.core.ops.panel_qr import run_panel_qr
 from prolora.core.ops.project_pair import run_project_pair
 from prolora.core.ops.small_svd import run_small_singular_values, run_small_svd
 
-# PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI).
+# PROLORA_REQUIRE=cpu,emulated turns the skip of a listed backend into a failure (for CI); "node"
+# does so for Node.js, which runs the script of the ComfyUI nodes.
 # PROLORA_NATIVE=OFF runs everything without the extension: cpu, emulated and cuda are skipped then.
 REQUIRED = os.environ.get("PROLORA_REQUIRE", "").split(",")
 

@@ -32,7 +32,7 @@ from .exits import HANDLED, ExitCode, describe_error, find_exit_code, write_epil
 from .extract import extract
 from .fit import FitCommand, fit
 from .merge import merge
-from .options import JsonOption, OverwriteOption, parse_path
+from .options import JsonOption, OverwriteOption, path_argument, path_option
 from .transfer import TransferCommand, show_report, transfer
 
 log = logging.getLogger(__name__)
@@ -160,9 +160,7 @@ def start(
     epilog=write_epilog("prolora inspect my-lora.safetensors", "prolora inspect sdxl/ --json")
 )
 def inspect(
-    file: Annotated[
-        Path, typer.Argument(parser=parse_path, metavar="FILE", help="A LoRA or a base model.")
-    ],
+    file: Annotated[Path, path_argument("A LoRA or a base model.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a file is, from its header alone."""
@@ -177,10 +175,7 @@ def inspect(
 @app.command(epilog=write_epilog("prolora demo", "prolora demo --lora concept --target far"))
 def demo(
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder for the results."
-        ),
+        Path, path_option("Folder for the results.", "--output", "-o", metavar="FOLDER")
     ] = Path("prolora-demo"),
     lora: Annotated[
         str, typer.Option(help="A shipped LoRA: neon, duotone or concept (a butterfly).")
@@ -232,14 +227,7 @@ def demo(
     )
 )
 def push(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            parser=parse_path,
-            metavar="PATH",
-            help="A moved LoRA or a folder of them.",
-        ),
-    ],
+    path: Annotated[Path, path_argument("A moved LoRA or a folder of them.", metavar="PATH")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public; it is private else.")

@@ -33,9 +33,10 @@ from .options import (
     JsonOption,
     QuietOption,
     Resources,
+    base_option,
     expand_options,
-    parse_base,
-    parse_path,
+    path_argument,
+    path_option,
 )
 
 _REASONS, _FILES = 8, 3
@@ -48,21 +49,12 @@ class Collection:
 
     source: Annotated[
         list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model that the LoRAs were trained on: file, folder or hub id. With several "
-            "--source, each LoRA's header and keys tell which it belongs to.",
+        base_option(
+            "Base model that the LoRAs were trained on: file, folder or hub id. With several "
+            "--source, each LoRA's header and keys tell which it belongs to."
         ),
     ]
-    target: Annotated[
-        list[str],
-        typer.Option(
-            parser=parse_base,
-            metavar="BASE",
-            help="Base model to move to; may be repeated.",
-        ),
-    ]
+    target: Annotated[list[str], base_option("Base model to move to; may be repeated.")]
 
 
 @dataclass
@@ -70,12 +62,9 @@ class PlanOutput:
     """Where the plan goes, and what is shown."""
 
     panel: ClassVar[str] = "Output"
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FILE", help="The plan, JSON lines."
-        ),
-    ] = Path("plan.jsonl")
+    output: Annotated[Path, path_option("The plan, JSON lines.", "--output", "-o")] = Path(
+        "plan.jsonl"
+    )
     as_json: JsonOption = False
     quiet: QuietOption = False
 
@@ -114,14 +103,9 @@ def plan(
 
 @expand_options
 def migrate(
-    plan: Annotated[
-        Path, typer.Argument(parser=parse_path, metavar="PLAN", help="What `prolora plan` wrote.")
-    ],
+    plan: Annotated[Path, path_argument("What `prolora plan` wrote.", metavar="PLAN")],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", parser=parse_path, metavar="FOLDER", help="Folder of the results."
-        ),
+        Path, path_option("Folder of the results.", "--output", "-o", metavar="FOLDER")
     ],
     how: MigrationOptions,
     resources: Resources,
@@ -132,13 +116,7 @@ def migrate(
     resources.check_device()
     shown = not (as_json or quiet)
     with progress_bar("migrate", shown) as progress:
-        how = replace(
-            how,
-            cache=resources.find_cache(),
-            device=resources.device,
-            max_memory=resources.max_bytes,
-            progress=progress,
-        )
+        how = replace(how, **resources.read(), progress=progress)
         summary = run_migration(plan, output, how)
     if as_json:
         print(json.dumps(summary.to_dict(), indent=1))
@@ -156,10 +134,7 @@ def migrate(
 
 def status(
     folder: Annotated[
-        Path,
-        typer.Argument(
-            parser=parse_path, metavar="FOLDER", help="What `prolora migrate` was given as -o."
-        ),
+        Path, path_argument("What `prolora migrate` was given as -o.", metavar="FOLDER")
     ],
     verify: Annotated[
         bool,

@@ -28,7 +28,7 @@ class SolverFailure(ProLoRAError, RuntimeError):
 
 
 class NonFiniteWeights(ProLoRAError):
-    """NaN or Inf in a weight or an update."""
+    """NaN or Inf in a weight or an update, or in what a model makes of them."""
 
 
 class UnrelatedBases(ProLoRAError):

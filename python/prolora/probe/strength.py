@@ -202,6 +202,8 @@ def measure_strengths(
                 seed = settings.seed + run * len(ORIGINS) + i
                 with run_beside(model, updates):
                     calls = record_calls(model, sample, seed, ORIGINS[i])
+                if ORIGINS[i] == "adapted":  # text encoders may run with the LoRA, too
+                    calls = [translation.unadapt(call) for call in calls]
                 chosen = choose_moments(translation.keep_prompted(calls), settings.moments)
                 questions.append([translation.question(call) for call in chosen])
                 steps.count("sampling")

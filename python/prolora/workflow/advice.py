@@ -377,11 +377,11 @@ def advise(
         lost = bool(fitted_modules([*ledger.plan.skipped, *ledger.plan.refused], ours.base))
     if options.measure and adapter is not None:
         candidates = move_candidates(adapter, *pair, moving)
-        models = open_models(ours, theirs, adapter, probe, options.samplers, moving.device)
-        if lost or not verdict.related:
-            rival = next(iter(candidates.values()))
-            candidates[FIT], seconds = begin_fit(models, adapter, rival, probe, pair)
-        measurement = measure_lora(models, adapter, candidates, probe.images, options.progress)
+        with open_models(ours, theirs, adapter, probe, options.samplers, moving.device) as models:
+            if lost or not verdict.related:
+                rival = next(iter(candidates.values()))
+                candidates[FIT], seconds = begin_fit(models, rival, probe, pair)
+            measurement = measure_lora(models, candidates, probe.images, options.progress)
     cut = fit is not None and fit.kept_energy < AMOUNTS[0][0]
     expected = expect_shares(verdict, cut) if verdict.drift > 0 else ()
     chosen = choose_next(pair, options.match, verdict, measurement, probe, lost)

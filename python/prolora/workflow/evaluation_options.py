@@ -57,6 +57,13 @@ class EvaluationOptions:
         metavar="lora|trained|FOLDER",
     )
     again: bool = take_option(TransferOptions, "again", panel=JUDGING)
+    overwrite: bool = take_option(
+        TransferOptions,
+        "overwrite",
+        help="Replace JSON and page that the folder has of other files or settings, or that were "
+        "changed since. Images are kept in any case.",
+        panel=JUDGING,
+    )
     cache: str | PathLike[str] | None = take_option(TransferOptions, "cache")
     device: str | None = take_option(TransferOptions, "device")
     progress: Progress | None = take_option(TransferOptions, "progress")
@@ -106,6 +113,7 @@ class EvaluationChanges(TypedDict, total=False):
     metrics: Mapping[str, Any] | None
     reference: str | PathLike[str]
     again: bool
+    overwrite: bool
     cache: str | PathLike[str] | None
     device: str | None
     progress: Progress | None

@@ -71,6 +71,11 @@ TransferMethod = Literal["best"] | MethodChoice
 METHOD_NAMES: tuple[str, ...] = (*get_args(MethodChoice), "best")
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(get_args(FormatName) + get_args(ProgramName)))
 BEST: TransferMethod = "best"
+OF_A_FIT_TOO = (
+    *("text_encoder", "match", "again", "min_coverage", "format", "dtype", "overwrite"),
+    *("cache", "device", "max_memory", "progress"),
+)
+"""Options that mean the same for a fit: the only ones that method "best" takes."""
 FIT = "fit"
 """What reports and headers call the making of a LoRA that was fitted to running models."""
 FIT_INSTEAD = (
@@ -277,11 +282,14 @@ class TransferOptions:
         Raises:
             InvalidOption: names the option.
         """
-        kept: dict[str, object] = {"strength": None, "damping": None, "blocks": None}
-        kept |= {"out_rank": "exact", "vectors": "copy"}
-        for name, usual in kept.items():
-            if getattr(self, name) != usual:
-                raise InvalidOption(f"`{name}` cannot be chosen with method 'best': leave it out")
+        for known in fields(self):
+            name, value = known.name, getattr(self, known.name)
+            if name not in ("method", *OF_A_FIT_TOO) and value != known.default:
+                told = f"{name}='{value}'" if name == "look" else name
+                raise InvalidOption(
+                    f"`{told}` cannot be chosen with method 'best', whose fit does not heed it: "
+                    "take the default, or another method"
+                )
         if self.text_encoder == "project":
             raise InvalidOption("`text_encoder` must be copy or skip with method 'best'")
 

@@ -83,10 +83,13 @@ class PairMover:
     Attributes:
         pair: the bases, with blocks matched; it shows no progress, since each group labels its own.
         asked: the options as they were given.
+        explain_need: why a LoRA needs more than weights give, by their report; it is not written
+            then. None writes all.
     """
 
     pair: BasePair
     asked: TransferOptions
+    explain_need: Callable[[Report], str] | None = None
 
     @classmethod
     def open(
@@ -175,6 +178,8 @@ class PairMover:
 
     def _finish(self, pair: BasePair, task: Task, ledger: Ledger) -> Report:
         done = pair.finish(ledger, task.recipe.describe if task.recipe else None)
+        if self.explain_need and self.explain_need(done.report):
+            return done.report
         return save_result(done, task.out, self.asked)
 
 

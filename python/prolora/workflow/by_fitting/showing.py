@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.lowrank import LowRank
-from ...errors import ProLoRAError
+from ...errors import NonFiniteWeights, ProLoRAError
 from ...probe.settings import FitSettings
 from ..page.document import PictureGrid
 from ..page.picture_file import write_png
@@ -155,6 +155,7 @@ def read_pixels(result: Any) -> Tensor:
     """The pixels [3, h, w] from 0 to 1 of what a pipeline gives.
 
     Raises:
+        NonFiniteWeights: the image holds NaN or infinities.
         ProLoRAError: it gives no image.
     """
     images = getattr(result, "images", None)
@@ -163,7 +164,7 @@ def read_pixels(result: Any) -> Tensor:
     if image.dim() == 3 and image.shape[0] != 3 and image.shape[-1] == 3:
         image = image.permute(2, 0, 1)
     if not bool(torch.isfinite(image).all()):
-        raise ProLoRAError("the pipeline gives an image that holds NaN or infinities")
+        raise NonFiniteWeights("the pipeline gives an image that holds NaN or infinities")
     if image.dim() != 3 or image.shape[0] != 3:
         raise ProLoRAError(f"the pipeline gives {list(image.shape)} and no image of three colours")
     return image
