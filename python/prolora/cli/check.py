@@ -38,8 +38,7 @@ def check(
             if len(loras) == 1:
                 raise
             code, text, style = ExitCode.REFUSED, describe_error(error)[0], MARKS["✖"]
-            problem = {"type": type(error).__name__, "message": str(error)}
-            records.append({"lora": str(lora), "error": problem})
+            records.append({"lora": str(lora), "error": error.to_dict()})
         else:
             code = code if answer or code else ExitCode.LOW_COVERAGE
             records.append(answer.to_dict())

@@ -37,6 +37,8 @@ MEANINGS = {
 class IncompleteResult(ProLoRAError):
     """All was written, but updates of a LoRA could not be read and stayed behind."""
 
+    code = "incomplete-result"
+
 
 HANDLED = (ValueError, RuntimeError, OSError, MemoryError)
 """Errors that become one line; ProLoRAError is a ValueError. All others are bugs: a traceback."""

@@ -47,7 +47,8 @@ def fit(
     samples than the LoRA moved by weights alone, that one is the result.
 
     Args:
-        lora: a .safetensors file, a PEFT folder, a state dict or an `Adapter`.
+        lora: a .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or
+            an `Adapter`.
         source: the folder of the diffusers pipeline that the LoRA was trained on.
         target: the folder of the pipeline to fit it to.
         options: what is sampled, and how it is fitted.

@@ -16,9 +16,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
-from torch import Tensor
 
 from ..adapters.adapter import Adapter
+from ..adapters.unread import AdapterSource
 from ..bases.base import Progress
 from ..comparison.module_map import AUTO_MATCH, Match
 from ..core.arrays import make_fields_plain
@@ -36,8 +36,9 @@ from .out_rank import OUT_RANK_FORMS, OutRank, is_out_rank
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-LoraLike = str | PathLike[str] | Mapping[str, Tensor] | Adapter
-"""A .safetensors file, a PEFT folder, a state dict or an `Adapter`."""
+LoraLike = AdapterSource | Adapter
+"""A .safetensors file, a PEFT folder, a state dict, (state dict, `peft.LoraConfig`) or an
+`Adapter`."""
 
 FormatName = Literal["auto", "kohya", "diffusers", "peft", "comfy"]
 ProgramName = Literal[
