@@ -38,6 +38,7 @@ from .options import (
     path_argument,
     path_option,
 )
+from .tables import draw_facts
 
 _REASONS, _FILES = 8, 3
 """Most reasons that are shown, and most LoRAs that each names."""
@@ -231,17 +232,14 @@ def summary_table(summary: Summary) -> Table:
 
 def status_table(found: Status) -> Table:
     """The numbers of a migration, one a line."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name in ("done", "failed", "refused", "left"):
-        table.add_row(name, f"{getattr(found, name)} of {found.total}")
-    table.add_row("at work", f"{found.at_work} processes" if found.at_work else "no process")
+    states = ("done", "failed", "refused", "left")
+    facts = [(name, f"{getattr(found, name)} of {found.total}") for name in states]
+    facts.append(("at work", f"{found.at_work} processes" if found.at_work else "no process"))
     if found.rate:
-        table.add_row("rate", f"{found.rate:.3g} LoRAs a second")
+        facts.append(("rate", f"{found.rate:.3g} LoRAs a second"))
     if found.seconds_left is not None and found.left:
-        table.add_row("time to go", format_time(found.seconds_left))
-    return table
+        facts.append(("time to go", format_time(found.seconds_left)))
+    return draw_facts(facts)
 
 
 def show_reasons(
