@@ -1,6 +1,7 @@
 """LoRAs become one that does what all of them do, and the report says what of each is in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,81 @@ def test_biases_add_up_with_their_strengths_or_are_left_out():
     assert name.endswith("to_q.bias") and torch.allclose(vector, ratio)
     left = prolora.merge([one, two], vectors="skip")
     assert not left.adapter.vectors and len(left.report.left_out) == 2
+
+
+@pytest.mark.parametrize("strengths", [(1, 1), (1, -1)])
+def test_a_balanced_merge_does_what_biases_do_alike_once_too(strengths):
+    (one, _), (two, _) = make_lora(1, 0), make_lora(1, 1)
+    stem = "lora_unet_{}.diff_b".format
+    alike, apart, alone = (BLOCK.format(0, name).replace(".", "_") for name in MODULES[:3])
+    half = torch.cat([torch.ones(12), torch.zeros(12)])
+    one |= {stem(alike): torch.arange(24.0), stem(apart): half, stem(alone): torch.ones(24)}
+    two |= {stem(alike): torch.arange(24.0), stem(apart): 1 - half}
+    told = {}
+    for method in ("sum", "balanced"):
+        vectors = prolora.merge([one, two], method=method, strengths=strengths).adapter.vectors
+        told[method] = [vectors[f"{BLOCK.format(0, name)}.bias"] for name in MODULES[:3]]
+    second = strengths[1]
+    added = [torch.arange(24.0) * (1 + second), half + second * (1 - half), torch.ones(24)]
+    wanted = [torch.arange(24.0), *added[1:]] if second > 0 else added
+    for method, expected in (("sum", added), ("balanced", wanted)):
+        for vector, right in zip(told[method], expected, strict=True):
+            assert torch.allclose(vector, right, atol=1e-4), method
+
+
+def test_no_two_loras_of_a_merge_have_one_name(tmp_path):
+    paths = [tmp_path / folder / f"{n}.safetensors" for folder, n in ("ax", "ay", "by", "cy")]
+    paths.append(tmp_path / "a" / "y (3).safetensors")
+    paths.append(tmp_path / "d" / "a" / "y.safetensors")
+    for i, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save_file(make_lora(1, i)[0], path, {"modelspec.author": f"author {i}"})
+    out = tmp_path / "out.safetensors"
+    report = prolora.merge_file(paths, out)
+    names = [part.name for part in report.merge.parts]
+    assert names == ["x", "a/y", "b/y", "c/y", "y (3)", "a/y (2)"]
+    metadata = SafetensorsFile(out).metadata
+    assert metadata["modelspec.author"] == ", ".join(f"author {i}" for i in range(6))
+    assert metadata["modelspec.title"] == " + ".join(names)
+    merged = json.loads(metadata["prolora.merged"])
+    assert [part["name"] for part in merged] == names
+    in_memory = [prolora.Adapter.from_state_dict(make_lora(1, i)[0]) for i in range(3)]
+    called = [replace(lora, metadata={"ss_output_name": "LoRA 3"}) for lora in in_memory[:2]]
+    in_memory = [*called, in_memory[2]]
+    names = [part.name for part in prolora.merge(in_memory).report.merge.parts]
+    assert names == ["LoRA 3", "LoRA 3 (2)", "LoRA 3 (3)"]
+
+
+def write_wan(path, module="blocks.0.self_attn.q"):
+    path.parent.mkdir(exist_ok=True)
+    key, size = f"diffusion_model.{module}", (5120, 2)
+    up, down = torch.ones(size), torch.ones(size[::-1])
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x_high_noise.safetensors", "x_low_noise.safetensors"),
+        ("x_HIGH.safetensors", "y-low.safetensors"),
+        ("high_noise/lora.safetensors", "low_noise/lora.safetensors"),
+    ],
+)
+def test_loras_of_the_two_experts_of_one_model_are_refused(names, tmp_path):
+    paths = [write_wan(tmp_path / name) for name in names]
+    with pytest.raises(prolora.WrongBase, match=r"high noise.*low noise.*Wan"):
+        prolora.merge(paths)
+    with pytest.raises(prolora.WrongBase, match="expert"):
+        prolora.merge_file(paths, tmp_path / "out.safetensors")
+    prolora.merge([write_wan(tmp_path / "a_low_noise.safetensors"), paths[1]])
+
+
+def test_high_and_low_in_names_mean_nothing_for_a_model_without_experts(tmp_path):
+    paths = [tmp_path / "detail_high.safetensors", tmp_path / "detail_low.safetensors"]
+    for i, path in enumerate(paths):
+        save_file(make_lora(1, i)[0], path)
+    assert len(prolora.merge(paths).report.merge.parts) == 2
 
 
 def test_each_lora_has_factors_of_its_own_by_block(tmp_path):

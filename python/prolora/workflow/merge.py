@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
@@ -17,13 +18,21 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.metadata import combine_metadata, rewrite_metadata
 from ..adapters.formats.moves import read_moves, read_provenance
 from ..adapters.training_words import read_training_words
-from ..architectures.families import find_title
+from ..architectures.families import find_title, known_families
 from ..bases import Base, BaseLike, open_base
+from ..bases.experts import HIGH, LOW, find_expert
 from ..bases.identity import compute_identity, compute_sha256, compute_short_hash
 from ..core.lowrank import LowRank
-from ..core.merging import inner_product, merge_updates
+from ..core.merging import inner_product, merge_updates, merge_vectors
 from ..core.precision import in_full_precision
-from ..errors import AlreadyMoved, InvalidOption, OutputError, ShapeMismatch, WrongBase
+from ..errors import (
+    AlreadyMoved,
+    InvalidOption,
+    OutputError,
+    ProLoRAError,
+    ShapeMismatch,
+    WrongBase,
+)
 from ..version import __version__
 from .base_check import are_one_base, explain_misfit, guess_lora_families, join_titles
 from .block_weights import LEFT_OUT, BlockWeights, find_factors, weigh_adapter
@@ -242,34 +251,37 @@ class _Merge:
         return Transfer(fitted, replace(report, file_limit=limit), self.inputs)
 
     def _check_families(self) -> None:
-        """Refuses LoRAs of different models where no base says what to do with them."""
-        if self.target is not None:
-            return
-        known: tuple[str, tuple[str, ...]] | None = None
+        """Refuses LoRAs of both experts of a model, or of models between which no base decides."""
+        known: list[tuple[str, tuple[str, ...]]] = []
         for name, lora in zip(self.names, self.loras, strict=True):
             families = guess_lora_families(lora)[0]
-            if families and known and not set(families) & set(known[1]):
-                ours, theirs = (join_titles(map(find_title, f)) for f in (families, known[1]))
-                raise WrongBase(
-                    f"{name} is for {ours}, and {known[0]} is for {theirs}: one LoRA belongs to "
-                    "one base. Give `target`, the base of the result, and the base of each "
-                    "LoRA: they are moved first"
-                )
-            known = known or ((name, families) if families else None)
+            for other, theirs in known if self.target is None and families else ():
+                if not set(families) & set(theirs):
+                    raise WrongBase(
+                        f"{name} is for {_join_titles(families)}, and {other} is for "
+                        f"{_join_titles(theirs)}: one LoRA belongs to one base. Give `target`, the "
+                        "base of the result, and the base of each LoRA: they are moved first"
+                    )
+            if families:
+                known.append((name, families))
+        names = [*self.names, *([self.target.name] if self.target else [])]
+        experts = {find_expert(name): name for name in reversed(names)}
+        told = {id_ for _, families in known for id_ in families}
+        of_experts = [one.title for id_ in sorted(told) if (one := known_families()[id_]).experts]
+        if of_experts and HIGH in experts and LOW in experts:
+            raise WrongBase(
+                f"by their names {experts[HIGH]} is for high noise and {experts[LOW]} for low "
+                f"noise: {of_experts[0]} has an expert for each, and one LoRA belongs to one of "
+                "them. Merge those of each expert by themselves, or rename what is for both"
+            )
 
     def _read(self, i: int) -> None:
         """Reads a LoRA, and moves it where it has another base than the result."""
         lora, source, name = self.loras[i], self.sources[i], self.names[i]
         moved_from = ""
         if self.target is None or source is None or are_one_base(source, self.target):
-            misfit = explain_misfit(lora, self.target) if self.target is not None else None
-            if misfit is not None:
-                raise type(misfit)(
-                    f"{name} is not a LoRA of the base of the result; give its own base, and it is "
-                    f"moved first ({misfit})"
-                )
             if self.target is not None:
-                self._check_moved_before(lora, name)
+                self._check_belongs(lora, name, self.target)
             adapter = read_plain(lora, self.target)
             behind = list_unread_modules(adapter)
             self.unread += adapter.unread
@@ -308,16 +320,19 @@ class _Merge:
         )
         self.facts.append(fact)
 
-    def _check_moved_before(self, lora: LoraLike, name: str) -> None:
-        """Refuses a LoRA that was moved to another base than that of the result."""
-        assert self.target is not None
-        try:
-            check_moved_before(lora, self.target, self.options.for_moving())
-        except AlreadyMoved as error:
-            raise AlreadyMoved(
-                f"{name} is not a LoRA of the base of the result; give its own base, and it is "
-                f"moved first ({str(error).partition(';')[0]})"
-            ) from error
+    def _check_belongs(self, lora: LoraLike, name: str, target: Base) -> None:
+        """Refuses a LoRA of another base than that of the result, or moved to another."""
+        wrong: ProLoRAError | None = explain_misfit(lora, target)
+        if wrong is None:
+            try:
+                return check_moved_before(lora, target, self.options.for_moving())
+            except AlreadyMoved as error:
+                wrong = error
+        why = str(wrong).partition(";")[0] if isinstance(wrong, AlreadyMoved) else str(wrong)
+        raise type(wrong)(
+            f"{name} is not a LoRA of the base of the result; give its own base, and it is moved "
+            f"first ({why})"
+        ) from wrong
 
     def _check_modules(self) -> None:
         """Refuses a module that two LoRAs have in different shapes."""
@@ -352,7 +367,7 @@ class _Merge:
             first,
             updates=updates,
             kernels=kernels,
-            vectors=self._add_vectors() if self.options.vectors == "copy" else {},
+            vectors=self._merge_vectors() if self.options.vectors == "copy" else {},
             family=self._choose_family(updates),
             style=next((p.style for p in self.parts if p.style), None),
             dtype=reduce(torch.promote_types, map(_stored_dtype, self.parts)),
@@ -375,13 +390,13 @@ class _Merge:
     def _headers(self) -> dict[str, dict[str, str]]:
         return {n: part.metadata for n, part in zip(self.names, self.parts, strict=True)}
 
-    def _add_vectors(self) -> dict[str, Tensor]:
-        """Differences of biases and norms, which add up as they are."""
-        total: dict[str, Tensor] = {}
+    def _merge_vectors(self) -> dict[str, Tensor]:
+        """Differences of biases and norms."""
+        found: dict[str, list[Tensor]] = {}
         for part, strength in zip(self.parts, self.strengths, strict=True):
             for name, vector in part.vectors.items():
-                total[name] = total.get(name, 0) + strength * vector
-        return total
+                found.setdefault(name, []).append(strength * vector)
+        return {name: merge_vectors(some, self.options.method) for name, some in found.items()}
 
     def _list_updates(self, module: str) -> dict[int, LowRank]:
         """Index of each LoRA that has a module -> its update, strength included."""
@@ -478,19 +493,34 @@ class _Merge:
         )
 
 
+def _join_titles(families: Iterable[str]) -> str:
+    return join_titles(map(find_title, families))
+
+
 def _stored_dtype(part: Adapter) -> torch.dtype:
     """Of a LoRA's factors; of eight bits, which are not written, the sixteen that hold them."""
     return part.dtype if part.dtype.itemsize > 1 else torch.float16
 
 
 def _name_loras(loras: Sequence[LoraLike]) -> list[str]:
-    """What to call each LoRA: its file without ending, or its number; no name twice."""
+    """What to call each LoRA: its file without ending, or its number.
+
+    No name is there twice: files of one name have that of their folder before it, then a number.
+    """
+    paths = [Path(lora) if isinstance(lora, str | PathLike) else None for lora in loras]
+    plain = [
+        path.name.removesuffix(".safetensors") if path else _name_in_memory(lora, i)
+        for i, (path, lora) in enumerate(zip(paths, loras, strict=True), 1)
+    ]
     names: list[str] = []
-    for i, lora in enumerate(loras, 1):
-        name = f"LoRA {i}"
-        if isinstance(lora, str | PathLike):
-            name = Path(lora).name.removesuffix(".safetensors")
-        elif isinstance(lora, Adapter):
-            name = lora.metadata.get("ss_output_name") or name
-        names.append(f"{name} ({i})" if name in names else name)
+    for path, name in zip(paths, plain, strict=True):
+        if path and plain.count(name) > 1 and (folder := path.absolute().parent.name):
+            name = f"{folder}/{name}"
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        names.append(next(n for n in itertools.chain([name], numbered) if n not in names))
     return names
+
+
+def _name_in_memory(lora: LoraLike, number: int) -> str:
+    named = lora.metadata.get("ss_output_name") if isinstance(lora, Adapter) else None
+    return named or f"LoRA {number}"

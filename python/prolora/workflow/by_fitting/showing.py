@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,9 +145,10 @@ def settle_settings(
         sampled: what is sampled.
         shared: whether both have the same latents, and so the same noise.
     """
-    sizes = [model.size for model in models if model.size is not None]
-    if shared and sampled.size is None:
-        sampled = replace(sampled, size=min(sizes, default=None))
+    from ...probe.pipelines.pipeline import share_size
+
+    if shared:
+        sampled = share_size(sampled, *models)
     return sampled, models[1].derive_target_settings(sampled)
 
 
